@@ -1,0 +1,165 @@
+"""From a configuration to the parts of a run: tokenizer, data, base, adapters, method. Cheap checks come first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowlevel.config import RunConfig
+from lowlevel.dpo import DPO, check_loss
+from lowlevel.errors import ConfigError
+from lowlevel.method import Method
+from lowlevel.model.base import Placement, base_sha256, choose_placement, load_base, load_model_config, resolve_name
+from lowlevel.model.policy import Policy
+from lowlevel.run_folder import RunFolder
+from lowlevel.sft import SFT
+
+if TYPE_CHECKING:
+    from lowlevel.data.prepare import PreparedData
+    from lowlevel.data.rendering import ChatTokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that is known before the model is loaded."""
+
+    tokenizer: ChatTokenizer
+    data: PreparedData
+    placement: Placement
+    attention: Attention
+    parent: Path | None  # PEFT folder of the frozen adapter
+    init_from: Path | None  # PEFT folder to go on from
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention kernels that a run uses, and why."""
+
+    implementation: str  # as transformers names it
+    causal_kernel: bool  # plain rows go without an explicit mask
+    reason: str
+
+
+def choose_attention(config: RunConfig, placement: Placement) -> Attention:
+    """The best attention that the device has for the run's layout; FlashAttention 2 needs compute capability 8.0."""
+    if config.model.attn_implementation == "eager":
+        return Attention("eager", False, "eager attention: model.attn_implementation asks for it")
+    if placement.device.type != "cuda":
+        return Attention("sdpa", False, "sdpa with an explicit mask: the run is on a CPU")
+    major, minor = torch.cuda.get_device_capability(placement.device)
+    where = f"compute capability {major}.{minor}"
+    if major < 8:
+        reason = f"sdpa, memory-efficient kernel: FlashAttention 2 needs compute capability 8.0, this GPU has {major}.{minor}"
+        return Attention("sdpa", False, reason)
+    if config.data.packing:
+        return Attention("sdpa", False, f"sdpa, memory-efficient kernel ({where}): packed rows need a mask, which flash has not")
+    if placement.precision == "fp32":
+        return Attention("sdpa", False, "sdpa, memory-efficient kernel: the flash kernel has no fp32")
+    return Attention("sdpa", True, f"sdpa, flash kernel ({where}): one sequence a row, causal")
+
+
+def build_method(config: RunConfig) -> Method:
+    """The method of a configuration. A pair's row has room for a prompt and two completions."""
+    batch, data = config.train.per_device_train_batch_size, config.data
+    if config.method == "sft":
+        return SFT(batch, data.max_length, data.packing)
+    return DPO(config.dpo, batch, 2 * data.max_length, data.packing)
+
+
+def check_inputs(config: RunConfig) -> Inputs:
+    """Everything that can go wrong before the model is loaded, in the order of its cost.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: with what to do about it.
+    """
+    from lowlevel.data.prepare import ModelLimits, prepare
+    from lowlevel.data.rendering import load_chat_tokenizer
+    from lowlevel.model.adapters import read_adapter_config
+
+    if config.method == "dpo":
+        try:
+            check_loss(config.dpo)
+        except ValueError as error:
+            raise ConfigError(f"[dpo]: {error}") from None
+    placement = choose_placement(config.train.precision)
+    base = load_model_config(config.model)
+    parent = find_adapter(config.model.adapter, "model.adapter")
+    init_from = find_adapter(config.lora.init_from, "lora.init_from")
+    for folder in filter(None, (parent, init_from)):
+        read_adapter_config(folder)
+    tokenizer = load_chat_tokenizer(resolve_name(config.model.name), config.model.revision, config.data.chat_template_from)
+    limits = ModelLimits(base.vocab_size, base.max_position_embeddings)
+    return Inputs(
+        tokenizer,
+        prepare(config, tokenizer, limits),
+        placement,
+        choose_attention(config, placement),
+        parent,
+        init_from,
+    )
+
+
+def find_adapter(path: str | None, key: str) -> Path | None:
+    """The PEFT folder that a run folder or PEFT folder stands for.
+
+    Raises:
+        ConfigError: nothing there, an unfinished run, or an adapter that itself stands on another one.
+    """
+    if path is None:
+        return None
+    folder = RunFolder(Path(path))
+    if (folder.path / "adapter_config.json").exists():
+        return folder.path
+    if not folder.path.exists():
+        raise ConfigError(f"{key}: {path} does not exist")
+    if folder.parent.exists():
+        raise ConfigError(f"{key}: {path} stands on an adapter of its own; merge it first (lowlevel merge) and start from that")
+    if not folder.adapter.exists():
+        raise ConfigError(f"{key}: {path} holds no adapter; has that run finished?")
+    return folder.adapter
+
+
+def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
+    """Load the base and attach the adapters."""
+    from lowlevel.model.adapters import build_policy
+
+    base = load_base(config.model, inputs.placement, attention=inputs.attention.implementation)
+    return build_policy(
+        base,
+        config.lora,
+        inputs.placement,
+        seed=config.train.seed,
+        parent=inputs.parent,
+        init_from=inputs.init_from,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        causal_kernel=inputs.attention.causal_kernel,
+    )
+
+
+def identity(config: RunConfig, inputs: Inputs, policy: Policy) -> dict[str, Any]:
+    """What a run stands on: the manifest's answer to "which weights, which data, which reference?"."""
+    from lowlevel.model.adapters import adapter_sha256
+
+    model = config.model
+    keys = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    quantisation = {key: getattr(model, key) for key in keys} if model.load_in_4bit else {"load_in_4bit": False}
+    parent = adapter_sha256(inputs.parent) if inputs.parent else None
+    return {
+        "method": config.method,
+        "base": {
+            "name": Path(model.name).name if Path(model.name).exists() else model.name,
+            "revision": model.revision,
+            "sha256": base_sha256(policy.model),
+            "dtype": str(inputs.placement.dtype).removeprefix("torch."),
+            **quantisation,
+        },
+        "parent_adapter": parent,
+        "reference": None if config.method == "sft" else ("base + parent adapter" if parent else "base"),
+        "trainable_parameters": policy.flat.weights.numel(),
+        "data_sha256": inputs.data.report.to_json()["sha256"],
+        "chat_template_sha256": inputs.data.report.to_json()["chat_template_sha256"],
+        "attention": inputs.attention.reason,
+    }

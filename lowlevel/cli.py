@@ -1,0 +1,207 @@
+"""The command line: parses, calls one function of `lowlevel.commands`, and turns errors into one line and an exit code.
+
+Heavy imports sit inside the commands, so `lowlevel --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowlevel import __version__
+from lowlevel.config import SECTIONS, load_config
+from lowlevel.errors import ConfigError, LowlevelError, OutOfMemoryError
+
+EXIT_CODES = "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint or model, 5 not a finite number, \
+6 out of memory, 130/143 interrupted and saved"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        overrides = read_overrides(rest, allowed=options.takes_config)
+        options.run(options, overrides)
+    except LowlevelError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        if type(error).__name__ == "OutOfMemoryError":  # torch.cuda's; torch may not be imported here
+            print(f"error: out of memory: {error}", file=sys.stderr)
+            return OutOfMemoryError.exit_code
+        print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    parser = argparse.ArgumentParser(
+        prog="lowlevel",
+        description="QLoRA SFT and DPO on one small GPU, from hand-written loops whose every number can be checked.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help_text: str, run, *, takes_config: bool = False) -> argparse.ArgumentParser:  # noqa: ANN001
+        command = commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=describe_keys() if takes_config else None,
+        )
+        command.set_defaults(run=run, takes_config=takes_config)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return command
+
+    demo = add("demo", "SFT, DPO and comparison of a built-in small model: offline, CPU or GPU", _demo)
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the demo's runs (default: out/demo)")
+    for method, text in (("sft", "supervised fine-tuning"), ("dpo", "Direct Preference Optimization")):
+        train = add(method, text, _train, takes_config=True)
+        train.add_argument("config", type=Path, nargs="?", metavar="RUN.toml", help="run file; without one, the defaults")
+        train.add_argument("--resume", action="store_true", help="go on from the newest verified checkpoint")
+        train.add_argument("--restart", action="store_true", help="discard the run that the folder holds")
+        train.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
+    data = add("data", "what a run will train on, without a GPU and without the model", _data, takes_config=True)
+    data.add_argument("config", type=Path, metavar="RUN.toml")
+    data.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
+    merge = add("merge", "merge a run's adapters into its base, and measure what that changes", _merge)
+    merge.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    merge.add_argument(
+        "--into",
+        choices=("dequantized", "original", "requantized"),
+        default="dequantized",
+        help="dequantized: the 4-bit base that was trained against, in 16 bits (default); original: the unquantised base; "
+        "requantized: the merged original, quantised anew",
+    )
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the merged model")
+    generate = add("generate", "reply to a prompt with a run, an adapter or a merged model", _generate)
+    generate.add_argument("model_dir", type=Path, metavar="DIR", help="run folder, PEFT adapter or merged model")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--system", metavar="TEXT", help="system message")
+    generate.add_argument("--max-new-tokens", type=int, default=256)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    generate.add_argument("--seed", type=int, default=0)
+    compare = add("compare", "base, SFT and DPO side by side on the run's held-out rows", _compare)
+    compare.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    compare.add_argument("--prompts", type=int, default=16, help="held-out prompts to reply to (default: 16)")
+    compare.add_argument("--max-new-tokens", type=int, default=128)
+    compare.add_argument("--show", type=int, default=3, help="replies to print side by side (default: 3)")
+    return parser
+
+
+def describe_keys() -> str:
+    """Every key of a run file as a flag, with its default."""
+    lines = ["every key of the run file is also a flag:"]
+    for section, model in SECTIONS.items():
+        lines.append("")
+        for key, field in model.model_fields.items():
+            default = "" if field.default is None else f" (default: {field.default})"
+            lines.append(f"  --{section}.{key:<30} {field.description}{default}")
+    return "\n".join(lines)
+
+
+def read_overrides(rest: Sequence[str], *, allowed: bool) -> dict[str, str]:
+    """`--section.key value` and `--section.key=value` pairs.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    overrides: dict[str, str] = {}
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in name or not allowed:
+            raise ConfigError(f"unknown argument {word!r}; lowlevel --help lists what there is")
+        if not equals:
+            if not words:
+                raise ConfigError(f"{word} needs a value")
+            value = words.pop(0)
+        overrides[name] = value
+    return overrides
+
+
+def _quiet() -> None:
+    """Keep libraries' progress bars and advice out of the output; errors still show."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_loading_bar
+
+    disable_progress_bar()
+    disable_loading_bar()
+
+
+def _load(options: argparse.Namespace, overrides: dict[str, str], method: str | None):  # noqa: ANN202
+    if options.on_bad_row:
+        overrides = {**overrides, "data.on_bad_row": options.on_bad_row}
+    return load_config(options.config, overrides, method=method)
+
+
+def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config = _load(options, overrides, options.command)
+    if options.resume and options.restart:
+        raise ConfigError("--resume goes on with a run and --restart discards it: give one of them")
+    _quiet()
+    from lowlevel.progress import make_console
+    from lowlevel.run import run_training
+
+    run_training(config, make_console(), resume=options.resume, restart=options.restart)
+
+
+def _data(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config = _load(options, overrides, None)
+    _quiet()
+    from lowlevel.commands.data import show_data
+    from lowlevel.progress import make_console
+
+    show_data(config, make_console())
+
+
+def _demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    _quiet()
+    from lowlevel.commands.demo import run_demo
+    from lowlevel.progress import make_console
+
+    run_demo(options.out, make_console())
+
+
+def _merge(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    _quiet()
+    from lowlevel.commands.merge import merge_run
+    from lowlevel.progress import make_console
+
+    merge_run(options.run_dir, options.into, options.out, make_console())
+
+
+def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    _quiet()
+    from lowlevel.commands.generate import Sampling, stream_reply
+
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
+    stream_reply(options.model_dir, options.prompt, options.system, sampling)
+
+
+def _compare(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    _quiet()
+    from lowlevel.commands.compare import compare_run
+    from lowlevel.progress import make_console
+
+    compare_run(options.run_dir, make_console(), prompts=options.prompts, max_new_tokens=options.max_new_tokens, show=options.show)

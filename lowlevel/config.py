@@ -1,0 +1,267 @@
+"""The configuration of a run: TOML sections as frozen models. Every key is also a flag (`--train.learning_rate 1e-4`).
+
+Names are those of transformers, PEFT and TRL where they have one. `load_config` reports all problems of a file at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lowlevel.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Section(BaseModel):
+    """A table of the run file: frozen, strictly typed, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The base model, its quantisation, and the adapter that DPO starts from."""
+
+    name: str = Field("demo", description='hub name, local folder, or "demo" (the built-in base)')
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    load_in_4bit: bool = Field(True, description="quantise the base's linear layers with bitsandbytes")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
+    bnb_4bit_use_double_quant: bool = Field(True, description="quantise the quantisation constants too")
+    attn_implementation: Literal["auto", "sdpa", "eager"] = Field("auto", description="attention kernel family")
+    adapter: str | None = Field(None, description="dpo: run folder or PEFT folder to start from")
+    adapter_mode: Literal["stack", "original", "none"] = Field(
+        "stack",
+        description="stack: keep the adapter, frozen, under the new one; original: merge it into the 16-bit weights, then "
+        "quantise anew; none: there is no adapter to start from",
+    )
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685): the update of a layer is lora_alpha / r * B A."""
+
+    r: Positive = Field(64, description="rank")
+    lora_alpha: Annotated[Finite, Field(gt=0)] = Field(32, description="the update is scaled by lora_alpha / r")
+    lora_dropout: Annotated[Finite, Field(ge=0, lt=1)] = Field(0.1, description="probability, on the adapter's input")
+    target_modules: tuple[str, ...] = Field(ALL_PROJECTIONS, min_length=1, strict=False, description="linear layers by name")
+    init_from: str | None = Field(None, description="PEFT adapter whose training goes on")
+
+
+class Filter(Section):
+    """Keep the rows for which `column op value` holds."""
+
+    column: str
+    op: Literal["==", "!=", ">", ">=", "<", "<=", "in", "not in"]
+    value: str | int | float | bool | list[str | int | float | bool]
+
+
+class DataConfig(Section):
+    """Where the rows come from and how they become tokens."""
+
+    source: str = Field("demo", description='hub name, .jsonl, .jsonl.gz or .parquet file, or "demo"')
+    split: str = Field("train", description="split of a hub data set")
+    shuffle_seed: int | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
+    limit: Positive | None = Field(None, description="rows to keep after shuffling and filtering")
+    format: Literal["messages", "orca", "preference"] = Field("messages", description="columns of a row")
+    filters: tuple[Filter, ...] = Field((), strict=False, description="conditions that a row must meet")
+    chat_template_from: str | None = Field(None, description="model or .jinja file whose chat template is used")
+    supervise: Literal["assistant", "all"] = Field("assistant", description="tokens that the loss is taken over")
+    max_length: Annotated[int, Field(gt=1)] = Field(512, description="tokens of a sequence (prompt and completion)")
+    max_prompt_length: Positive | None = Field(None, description="dpo: tokens of a prompt, cut from the left")
+    packing: bool = Field(True, description="several examples share a row; the loss is the same either way")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="what an unusable row does")
+    eval_source: str | None = Field(None, description='like source, or "holdout": rows of source kept out of training')
+    eval_split: str = Field("test", description="split of a hub data set for evaluation")
+    eval_limit: Positive | None = Field(None, description="rows to evaluate on")
+
+
+class TrainConfig(Section):
+    """Optimisation, precision, logging and checkpoints."""
+
+    output_dir: str = Field("out/run", description="run folder")
+    per_device_train_batch_size: Positive = Field(2, description="examples (sft) or pairs (dpo) a micro-batch")
+    gradient_accumulation_steps: Positive = Field(4, description="micro-batches a step")
+    learning_rate: Annotated[Finite, Field(gt=0)] = Field(2e-4, description="peak learning rate")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after warm-up")
+    warmup_ratio: Annotated[Finite, Field(ge=0, le=1)] = Field(0.0, description="share of the steps")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps; takes precedence over warmup_ratio")
+    max_steps: Positive | None = Field(None, description="applied optimizer steps; takes precedence over epochs")
+    num_train_epochs: Annotated[Finite, Field(gt=0)] = Field(1.0, description="passes over the rows")
+    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field("paged_adamw_32bit", description="optimizer")
+    weight_decay: Annotated[Finite, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
+    max_grad_norm: Annotated[Finite, Field(gt=0)] = Field(1.0, description="clip the gradient's l2 norm to this")
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = Field("auto", description="auto: fp16 on CUDA, fp32 on a CPU")
+    gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
+    seed: int = Field(42, ge=0, description="adapter initialisation, dropout, data order")
+    data_order: Literal["shuffled", "sequential"] = Field("shuffled", description="order of rows within an epoch")
+    logging_steps: Positive = Field(10, description="steps between logged lines")
+    eval_steps: Positive | None = Field(None, description="steps between evaluations; default: only at the end")
+    early_stopping_patience: Positive | None = Field(None, description="evaluations without a better eval_loss")
+    save_steps: Positive | None = Field(None, description="steps between checkpoints; default: only at the end")
+    save_total_limit: Positive = Field(2, description="checkpoints to keep")
+
+
+class DPOConfig(Section):
+    """The preference loss (arXiv 2305.18290) and its hyper-parameters."""
+
+    loss_type: str = Field("sigmoid", description="see lowlevel.losses.LOSSES")
+    beta: Annotated[Finite, Field(gt=0)] = Field(0.1, description="temperature of the implicit reward")
+    label_smoothing: Annotated[Finite, Field(ge=0, lt=0.5)] = Field(0.0, description="share of flipped labels assumed")
+    discopop_tau: Annotated[Finite, Field(gt=0)] | None = Field(None, description="discopop only")
+    dpop_lambda: Annotated[Finite, Field(ge=0)] | None = Field(None, description="dpop only")
+    rpo_alpha: Annotated[Finite, Field(ge=0)] | None = Field(None, description="rpo only: weight of the SFT term")
+    disable_dropout: bool = Field(True, description="no dropout in the policy pass, as TRL and the original code do")
+
+
+class RunConfig(Section):
+    """One run, as resolved from a TOML file and flags."""
+
+    method: Literal["sft", "dpo"] = "sft"
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    dpo: DPOConfig = DPOConfig()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelConfig,
+    "lora": LoraConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "dpo": DPOConfig,
+}
+
+
+def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method: str | None = None) -> RunConfig:
+    """Read a run file and apply flags.
+
+    Args:
+        path: TOML file; None gives the defaults.
+        overrides: "section.key" -> text as typed on the command line.
+        method: the command's own method; a file that names another one is an error.
+
+    Raises:
+        ConfigError: with one line for each problem found.
+    """
+    where = str(path) if path else "flags"
+    tables = _read_toml(path) if path else {}
+    if method:
+        if tables.setdefault("method", method) != method:
+            raise ConfigError(f'{where}: method = "{tables["method"]}", but the command is "{method}"')
+    for dotted, text in overrides.items():
+        section, _, key = dotted.partition(".")
+        tables.setdefault(section, {})[key] = _parse_flag(section, key, text)
+    return config_from_tables(tables, where)
+
+
+def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
+    """Validate nested tables into a RunConfig; `where` names their origin in errors."""
+    try:
+        config = RunConfig.model_validate(tables)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(problem, where) for problem in error.errors())) from None
+    problems = list(_contradictions(config, tables))
+    if problems:
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+    return config
+
+
+def to_tables(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain tables, without unset keys and sections that the method does not use."""
+    tables = config.model_dump(mode="json", exclude_none=True)
+    if config.method == "sft":
+        del tables["dpo"]
+    return tables
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
+
+
+def _parse_flag(section: str, key: str, text: str) -> object:
+    """A flag's text as a TOML value where it is one (1e-4, true, [..]), else as a string."""
+    field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
+    if field is not None and field.annotation in (str, str | None):
+        return text
+    if key == "target_modules" and not text.startswith("["):
+        return text.split(",")
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _describe(problem: Mapping[str, Any], where: str) -> str:
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}"
+        return f'{where}: unknown key "{name}"; {hint}'
+    expected = problem["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
+    return f"{where}: {name}: expected {expected}, got {problem['input']!r}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    if not location:
+        return list(RunConfig.model_fields)
+    if location[:2] == ["data", "filters"]:
+        return list(Filter.model_fields)
+    return list(SECTIONS[location[0]].model_fields) if location[0] in SECTIONS else []
+
+
+def _contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
+    """Settings that are valid alone and not together: a key that the run would not read is an error."""
+    method, data, train = config.method, config.data, config.train
+    given = {f"{s}.{k}" for s, table in tables.items() if isinstance(table, Mapping) for k in table}
+    checks = [
+        (method == "sft" and "dpo" in tables, '[dpo] is not used when method = "sft"'),
+        (method == "sft" and bool(config.model.adapter), 'model.adapter is for dpo; to go on training use lora.init_from'),
+        (method == "sft" and data.format == "orca", 'data.format = "orca" holds preferences; sft needs "messages"'),
+        (method == "sft" and data.format == "preference", 'data.format = "preference" is for dpo; sft needs "messages"'),
+        (method == "sft" and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo"),
+        (method == "dpo" and data.format == "messages", 'dpo needs data.format = "preference" or "orca"'),
+        (
+            config.model.adapter is not None and config.model.adapter_mode == "none",
+            'model.adapter is set, but adapter_mode = "none" would ignore it',
+        ),
+        (
+            config.model.adapter is None and "model.adapter_mode" in given and config.model.adapter_mode != "none",
+            f'model.adapter_mode = "{config.model.adapter_mode}" needs model.adapter',
+        ),
+        (
+            data.max_prompt_length is not None and data.max_prompt_length > data.max_length,
+            f"data.max_prompt_length {data.max_prompt_length} > data.max_length {data.max_length}",
+        ),
+        (data.eval_limit is not None and data.eval_source is None, "data.eval_limit needs data.eval_source"),
+        (data.eval_source == "holdout" and data.eval_limit is None, 'data.eval_source = "holdout" needs data.eval_limit'),
+        (train.eval_steps is not None and data.eval_source is None, "train.eval_steps needs data.eval_source"),
+        (
+            train.early_stopping_patience is not None and train.eval_steps is None,
+            "train.early_stopping_patience needs train.eval_steps",
+        ),
+        ("train.warmup_steps" in given and "train.warmup_ratio" in given, "give train.warmup_steps or warmup_ratio, not both"),
+        ("train.max_steps" in given and "train.num_train_epochs" in given, "give train.max_steps or num_train_epochs, not both"),
+        (
+            train.max_steps is not None and train.warmup_steps > train.max_steps,
+            f"train.warmup_steps {train.warmup_steps} > max_steps {train.max_steps}",
+        ),
+        (
+            not config.model.load_in_4bit and bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given),
+            "model.bnb_4bit_* keys need load_in_4bit = true",
+        ),
+    ]
+    return [message for wrong, message in checks if wrong]

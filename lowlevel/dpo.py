@@ -1,0 +1,109 @@
+"""Direct Preference Optimization (arXiv 2305.18290): the policy against a frozen reference, the same weights without the
+trained adapter.
+
+    L = -log sigmoid( beta * [ (log pi(y+) - log ref(y+)) - (log pi(y-) - log ref(y-)) ] )        (eq. 7)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowlevel.config import DPOConfig
+from lowlevel.layout import PackedBatch, Segment, build_batch, pack, pair_rows, pair_segment
+from lowlevel.losses import LOSSES, dpo_loss, token_logps
+from lowlevel.method import LossSums
+from lowlevel.model.policy import Policy
+
+if TYPE_CHECKING:
+    from lowlevel.data.examples import PreferenceExample
+
+
+@dataclass(frozen=True)
+class DPO:
+    """The DPO method. With packing, pairs share rows of `row_length` positions and each prompt is computed once."""
+
+    config: DPOConfig
+    batch_size: int  # pairs a micro-batch without packing; rows a micro-batch with it
+    row_length: int
+    packing: bool
+    name: str = "dpo"
+
+    def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
+        """The preference loss, summed over the batch's pairs."""
+        with policy.reference():  # the same batch, layout and kernels: equal weights give equal bits
+            ref_chosen_logps, ref_rejected_logps = completion_logps(policy, batch)
+        if self.config.disable_dropout:
+            policy.dropout.disable()
+        chosen_logps, rejected_logps = completion_logps(policy, batch)  # (P,) fp32 each
+        chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
+        needs_lengths = LOSSES[self.config.loss_type].needs_lengths
+        output = dpo_loss(
+            chosen_logps,
+            rejected_logps,
+            ref_chosen_logps,
+            ref_rejected_logps,
+            chosen_lengths=chosen_lengths if needs_lengths else None,
+            rejected_lengths=rejected_lengths if needs_lengths else None,
+            **loss_arguments(self.config),
+        )
+        metrics = {
+            "rewards/chosen": output.chosen_rewards,
+            "rewards/rejected": output.rejected_rewards,
+            "rewards/margins": output.margins,
+            "rewards/accuracies": (output.margins > 0).float() + 0.5 * (output.margins == 0).float(),
+            "logps/chosen": chosen_logps,
+            "logps/rejected": rejected_logps,
+            "logps/ref_chosen": ref_chosen_logps,
+            "logps/ref_rejected": ref_rejected_logps,
+        }
+        return LossSums(loss=output.losses.sum(), metrics={k: v.detach().sum() for k, v in metrics.items()})
+
+    def count(self, batch: PackedBatch) -> int:
+        """Preference pairs."""
+        return len(batch.data_rows)
+
+    def micro_batches(self, examples: Sequence[PreferenceExample]) -> list[PackedBatch]:
+        """Pairs of one step in rows; each pair counts once wherever it lies."""
+        if self.packing:
+            sizes = [len(x.prompt_ids) - 1 + len(x.chosen_ids) + len(x.rejected_ids) for x in examples]
+            groups = [[examples[i] for i in row] for row in pack(sizes, self.row_length)]
+        else:
+            groups = [[example] for example in examples]
+        starts = range(0, len(groups), self.batch_size)
+        return [self._batch(groups[start : start + self.batch_size]) for start in starts]
+
+    def _batch(self, groups: list[list[PreferenceExample]]) -> PackedBatch:
+        numbers = iter(range(sum(map(len, groups))))
+        rows: list[list[Segment]] = []
+        for group in groups:
+            parts = [(x.row, next(numbers), x.prompt_ids, x.chosen_ids, x.rejected_ids) for x in group]
+            rows.extend([[pair_segment(*part) for part in parts]] if self.packing else [[s] for s in pair_rows(*parts[0])])
+        return build_batch(rows, pairs=True)
+
+
+def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """log pi(y+ | x) and log pi(y- | x), summed over the tokens of each completion: two (P,) fp32 tensors."""
+    hidden = policy.scored_hidden_states(batch)  # (N, D)
+    logps = token_logps(hidden, policy.lm_head_weight, batch.scored_targets)  # (N,)
+    chosen, rejected = batch.sequence_sums(logps).chunk(2)
+    return chosen, rejected
+
+
+def loss_arguments(config: DPOConfig) -> dict[str, float | str]:
+    """`dpo_loss` arguments of a configuration: those that were set."""
+    names = ("loss_type", "beta", "label_smoothing", "discopop_tau", "dpop_lambda", "rpo_alpha")
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+def check_loss(config: DPOConfig) -> None:
+    """Raise ValueError for an unknown loss, or a hyper-parameter that the loss does not use, before anything is loaded."""
+    zero, lengths = torch.zeros(1), torch.ones(1)
+    needs = config.loss_type in LOSSES and LOSSES[config.loss_type].needs_lengths
+    chosen_lengths, rejected_lengths = (lengths, lengths) if needs else (None, None)
+    arguments = loss_arguments(config)
+    dpo_loss(zero, zero, zero, zero, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, **arguments)

@@ -1,0 +1,63 @@
+"""Dropout by counter: the mask is a hash of (seed, step, data row, branch, position, module, feature).
+
+It stores nothing and has no generator state, so a recompute, a replay and a resumed run draw the same mask. Because the key
+names the token and not its place in the batch, packing, batch size and accumulation do not change it either.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lowlevel.hashing import feature_keys, key32, mix32
+
+
+class DropoutState:
+    """The keys of the micro-batch in flight, shared by all dropout modules of a model; None switches dropout off."""
+
+    def __init__(self) -> None:
+        self.token_keys: Tensor | None = None  # (rows, T) int32
+
+    def set_micro_batch(self, dropout_keys: Tensor, seed: int, step: int) -> None:
+        """Key the coming passes by the batch's tokens (rows, T), the run's seed and the step."""
+        self.token_keys = mix32(dropout_keys ^ key32(seed, step))
+
+    def disable(self) -> None:
+        """No dropout in the coming passes."""
+        self.token_keys = None
+
+
+class CounterDropout(nn.Module):
+    """Takes the place of an adapter's `lora_dropout`: zero with probability p, else scale by 1 / (1 - p)."""
+
+    def __init__(self, p: float, salt: int, features: int, state: DropoutState, device: torch.device) -> None:
+        super().__init__()
+        self.p = p
+        self.state = state
+        self.register_buffer("feature_keys", feature_keys(salt, features, device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (rows, T, features) in any floating dtype."""
+        if self.state.token_keys is None:
+            return x
+        return _Dropout.apply(x, self.state.token_keys, self.feature_keys, self.p)
+
+
+class _Dropout(torch.autograd.Function):
+    """Saves the keys alone; the mask is made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, token_keys: Tensor, keys: Tensor, p: float) -> Tensor:  # noqa: ANN001
+        ctx.save_for_backward(token_keys, keys)
+        ctx.p = p
+        return x * keep_scale(token_keys, keys, p, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN001
+        return grad * keep_scale(*ctx.saved_tensors, ctx.p, grad.dtype), None, None, None
+
+
+def keep_scale(token_keys: Tensor, keys: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """0 where dropped, 1 / (1 - p) where kept, (rows, T, features); 31 bits of the hash decide."""
+    bits = mix32(token_keys.unsqueeze(-1) ^ keys).bitwise_and_(0x7FFFFFFF)
+    return (bits >= int(p * 2**31)).to(dtype).mul_(1 / (1 - p))

@@ -1,0 +1,47 @@
+"""Errors meant for people: one line with the numbers, the row or key, and what to do. Each kind has its exit code."""
+
+from __future__ import annotations
+
+
+class LowlevelError(Exception):
+    """Base of all errors that the command line prints as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(LowlevelError):
+    """A run file, flag or path that cannot be used as given."""
+
+    exit_code = 2
+
+
+class DataError(LowlevelError):
+    """Training rows that cannot be used as given."""
+
+    exit_code = 3
+
+
+class CheckpointError(LowlevelError):
+    """A model, adapter, checkpoint or run folder that is missing, damaged or does not fit."""
+
+    exit_code = 4
+
+
+class NonFiniteError(LowlevelError):
+    """A loss or gradient that is not a finite number."""
+
+    exit_code = 5
+
+
+class OutOfMemoryError(LowlevelError):
+    """The device ran out of memory."""
+
+    exit_code = 6
+
+
+class Interrupted(LowlevelError):
+    """The run was stopped by a signal; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum

@@ -1,0 +1,58 @@
+"""32- and 64-bit integer hashes: the only source of randomness in a training step (data order, dropout).
+
+A hash has no state: the same step asks for the same numbers in a recompute, a replay and a resumed run.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# lowbias32 (C. Wellons, "Prospecting for Hash Functions", 2018): avalanche bias 0.17 of the ideal, two multiplications.
+_MULTIPLIER_1 = 0x7FEB352D
+_MULTIPLIER_2 = 0x846CA68B
+
+
+def mix32(values: Tensor) -> Tensor:
+    """Hash each int32 element (lowbias32), in place.
+
+    torch has no unsigned 32-bit arithmetic: int32 products wrap as unsigned ones do, and each right shift is masked
+    because it would carry the sign bit down.
+    """
+    values.bitwise_xor_((values >> 16) & 0xFFFF)
+    values.mul_(_MULTIPLIER_1)
+    values.bitwise_xor_((values >> 15) & 0x1FFFF)
+    values.mul_(_MULTIPLIER_2 - 2**32)
+    values.bitwise_xor_((values >> 16) & 0xFFFF)
+    return values
+
+
+def mix32_array(values: np.ndarray) -> np.ndarray:
+    """The same hash for a uint32 array; returns a new uint32 array."""
+    mixed = values.astype(np.uint32)
+    mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(_MULTIPLIER_1)
+    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(_MULTIPLIER_2)
+    return mixed ^ (mixed >> np.uint32(16))
+
+
+def key32(*parts: int) -> int:
+    """One int32 from several integers, each reduced modulo 2**32, chained through the hash."""
+    key = np.zeros(1, np.uint32)
+    for part in parts:
+        key = mix32_array(key ^ np.uint32(part % 2**32)) + np.uint32(0x9E3779B9)
+    return int(mix32_array(key).astype(np.int32)[0])
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """Hash a uint64 array (SplitMix64: Steele, Lea and Flood, OOPSLA 2014)."""
+    mixed = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def feature_keys(salt: int, size: int, device: torch.device | str) -> Tensor:
+    """Keys of `size` features for one module, (size,) int32."""
+    keys = torch.arange(size, dtype=torch.int32, device=device)
+    return mix32(keys.bitwise_xor_(key32(salt)))

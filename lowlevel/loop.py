@@ -1,0 +1,147 @@
+"""The training loop: one optimizer step is one function, and everything that happens once in a while is below it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from lowlevel.config import TrainConfig
+from lowlevel.errors import NonFiniteError
+from lowlevel.layout import PackedBatch
+from lowlevel.loss_scale import MAX_SKIPS_IN_A_ROW, LossScale
+from lowlevel.method import Method
+from lowlevel.metrics import StepResult, TrainState, Window
+from lowlevel.model.policy import Policy
+from lowlevel.optimizer import learning_rate, set_learning_rate
+
+
+def optimizer_step(
+    policy: Policy,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[PackedBatch],
+    loss_scale: LossScale,
+    *,
+    seed: int,
+    step: int,
+    max_grad_norm: float,
+) -> StepResult:
+    """Forward and backward over the micro-batches, then one update. An fp16 overflow repeats the step at half the scale.
+
+    Raises:
+        NonFiniteError: the loss is not finite, or the gradient is not at any scale tried; nothing was updated.
+    """
+    count = sum(method.count(batch) for batch in batches)
+    while True:
+        policy.flat.grad.zero_()
+        totals: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            policy.dropout.set_micro_batch(batch.dropout_keys, seed, step)
+            sums = method.loss(policy, batch)
+            (sums.loss * (loss_scale.scale / count)).backward()
+            for name, value in {"loss": sums.loss.detach(), **sums.metrics}.items():
+                totals[name] = totals[name] + value if name in totals else value
+        policy.flat.grad.mul_(1.0 / loss_scale.scale)
+        norm = torch.linalg.vector_norm(policy.flat.grad)
+        policy.flat.grad.mul_((max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        *means, grad_norm = torch.stack([*(total / count for total in totals.values()), norm]).tolist()  # the one host sync
+        metrics = dict(zip(totals, means, strict=True))
+        rows = [row for batch in batches for row in batch.data_rows]
+        if not math.isfinite(metrics["loss"]):
+            raise NonFiniteError(f"step {step + 1}: loss is {metrics['loss']}; nothing was updated; data rows {rows}")
+        loss_scale.update(math.isfinite(grad_norm))
+        if math.isfinite(grad_norm):
+            break
+        if not loss_scale.enabled or loss_scale.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
+            tried = f" after {loss_scale.skips_in_a_row} halvings of the loss scale" if loss_scale.enabled else ""
+            raise NonFiniteError(f"step {step + 1}: gradient norm is {grad_norm}{tried}; nothing was updated; data rows {rows}")
+    optimizer.step()
+    return StepResult(
+        metrics=metrics,
+        grad_norm=grad_norm,
+        count=count,
+        examples=len(rows),
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        supervised_tokens=sum(batch.num_scored for batch in batches),
+    )
+
+
+class Observer(Protocol):
+    """What the loop reports to, once in a while."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """A logged step."""
+
+    def progress(self, state: TrainState, result: StepResult) -> None:
+        """A step, logged or not."""
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint of this step boundary."""
+
+    def stop_requested(self) -> int:
+        """The signal that asked to stop, or 0."""
+
+
+def train(
+    policy: Policy,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    step_batches: Callable[[int], list[PackedBatch]],
+    evaluate: Callable[[], dict[str, float]] | None,
+    observer: Observer,
+    config: TrainConfig,
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+) -> None:
+    """Run steps `state.step` to `total_steps`, or until a signal or early stopping ends them. `state` is kept current."""
+    window_start = time.perf_counter()
+    while state.step < total_steps and not state.stopped_early:
+        rate = learning_rate(state.step, total_steps, config)
+        set_learning_rate(optimizer, rate)
+        batches = [batch.to(policy.placement.device) for batch in step_batches(state.step)]
+        result = optimizer_step(
+            policy,
+            method,
+            optimizer,
+            batches,
+            state.loss_scale,
+            seed=config.seed,
+            step=state.step,
+            max_grad_norm=config.max_grad_norm,
+        )
+        state.record(result)
+        observer.progress(state, result)
+        last = state.step == total_steps
+        if state.step % config.logging_steps == 0 or last:
+            seconds = time.perf_counter() - window_start
+            observer.log(state.close_window(rate, seconds, state.step / steps_per_epoch))
+            window_start = time.perf_counter()
+        if evaluate and (last or (config.eval_steps and state.step % config.eval_steps == 0)):
+            scores = evaluate()
+            observer.log({"step": state.step, "epoch": state.step / steps_per_epoch, **scores})
+            state.judge(scores["eval_loss"], config.early_stopping_patience)
+            window_start = time.perf_counter()
+        stop = observer.stop_requested()
+        if stop or last or state.stopped_early or (config.save_steps and state.step % config.save_steps == 0):
+            observer.save(state)
+        if stop:
+            return
+
+
+@torch.no_grad()
+def evaluate_examples(policy: Policy, method: Method, batches: Sequence[PackedBatch], *, prefix: str) -> dict[str, float]:
+    """Means over held-out micro-batches, dropout off, each name with `prefix` before it."""
+    window = Window()
+    policy.dropout.disable()
+    for batch in batches:
+        moved = batch.to(policy.placement.device)
+        sums = method.loss(policy, moved)
+        named = {"loss": sums.loss, **sums.metrics}
+        window.add(dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True)), method.count(batch))
+    return {f"{prefix}{name}": value for name, value in window.means().items()}

@@ -1,0 +1,35 @@
+"""What the loop needs to know of a training method: how examples become micro-batches, and their loss as (sum, count)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lowlevel.layout import PackedBatch
+from lowlevel.model.policy import Policy
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over a micro-batch's `count` (tokens or pairs). Nothing here is a mean: only the loop divides."""
+
+    loss: Tensor  # scalar, differentiable
+    metrics: Mapping[str, Tensor]  # scalars, detached, by the name they are logged under
+
+
+class Method(Protocol):
+    """SFT or DPO."""
+
+    name: str
+
+    def micro_batches(self, examples: Sequence[Any]) -> list[PackedBatch]:
+        """Lay the examples of one optimizer step out, on the CPU."""
+
+    def count(self, batch: PackedBatch) -> int:
+        """What the summed loss is divided by: supervised tokens (sft) or pairs (dpo)."""
+
+    def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
+        """The summed loss of a micro-batch."""

@@ -1,0 +1,1 @@
+"""The model: 4-bit base, adapters on one flat buffer, and the policy and reference passes."""

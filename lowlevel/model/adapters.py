@@ -1,0 +1,178 @@
+"""Adapters: attaching them to the base, stacking a frozen one, and reading and writing PEFT's own format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lowlevel.config import LoraConfig
+from lowlevel.dropout import DropoutState
+from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.model.base import Placement, refuse_pickles
+from lowlevel.model.flat import flatten
+from lowlevel.model.policy import PARENT, TRAINED, Policy, check_lm_head, place_dropout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def build_policy(
+    base: PreTrainedModel,
+    lora: LoraConfig,
+    placement: Placement,
+    *,
+    seed: int,
+    parent: Path | None = None,
+    init_from: Path | None = None,
+    gradient_checkpointing: bool = True,
+    causal_kernel: bool = False,
+) -> Policy:
+    """Attach the adapter to train, and under it the frozen adapter `parent`, if any.
+
+    Args:
+        base: as from `load_base`.
+        lora: shape of the new adapter; `init_from` brings its own.
+        placement: device and precision.
+        seed: of the adapter's initialisation (A uniform, B zero: the policy starts equal to its reference).
+        parent: PEFT folder of an adapter that stays frozen under the new one.
+        init_from: PEFT folder whose weights the trained adapter starts from.
+        gradient_checkpointing: recompute activations layer by layer (never re-entrant).
+        causal_kernel: let plain rows use the attention kernel's own causal mask.
+
+    Raises:
+        ConfigError: target modules that match no layer, or that match the LM head.
+        CheckpointError: an adapter folder that is damaged or does not fit.
+    """
+    torch.manual_seed(seed)
+    config = read_adapter_config(init_from) if init_from else _new_config(base, lora)
+    model = get_peft_model(base, config, adapter_name=TRAINED, autocast_adapter_dtype=True)
+    if init_from:
+        load_adapter_weights(model, TRAINED, read_adapter_weights(init_from), str(init_from))
+    if parent:
+        model.add_adapter(PARENT, read_adapter_config(parent))
+        load_adapter_weights(model, PARENT, read_adapter_weights(parent), str(parent))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    state = DropoutState()
+    place_dropout(layers, lora.lora_dropout, state, placement.device)
+    flat = flatten({name: p for name, p in model.named_parameters() if f".{TRAINED}." in name})
+    model.train()  # checkpointing is inert in eval mode; no module of the base draws random numbers (load_base)
+    if gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    policy = Policy(model, flat, placement, state, tuple(layers.values()), parent is not None, causal_kernel)
+    policy.activate(parent=True, trained=True)
+    check_lm_head(policy)
+    return policy
+
+
+def _new_config(base: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
+    linear = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"})
+    for target in lora.target_modules:
+        if target not in linear:
+            raise ConfigError(f'lora.target_modules: "{target}" matches no layer; linear layers here: {", ".join(linear)}')
+    return PeftLoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=list(lora.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def read_adapter_config(folder: Path) -> PeftLoraConfig:
+    """The LoRA configuration of a PEFT folder.
+
+    Raises:
+        CheckpointError: no such folder, no LoRA adapter, or one with parts that this trainer does not train.
+    """
+    path = folder / CONFIG
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no adapter ({CONFIG} is missing)") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}, expected 'LORA'")
+    unsupported = {"bias": "none", "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+    for key, plain in unsupported.items():
+        if raw.get(key) not in (plain, None):
+            raise CheckpointError(f"{path}: {key} = {raw[key]!r} is not supported, expected {plain!r}")
+    keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+    if not (isinstance(raw.get("r"), int) and 0 < raw["r"] <= 4096 and raw.get("lora_alpha", 0) > 0):
+        raise CheckpointError(f"{path}: r = {raw.get('r')!r}, lora_alpha = {raw.get('lora_alpha')!r} are out of bounds")
+    return PeftLoraConfig(**{k: raw[k] for k in keys if k in raw}, bias="none", task_type="CAUSAL_LM")
+
+
+def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors of a PEFT folder by PEFT's own keys; only safetensors, and only finite values."""
+    refuse_pickles(folder, "adapter")
+    path = folder / WEIGHTS
+    try:
+        tensors = load_file(path)
+    except (FileNotFoundError, SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise CheckpointError(f"{path}: {len(bad)} tensors are not finite: {', '.join(sorted(bad)[:5])}")
+    return tensors
+
+
+def load_adapter_weights(model: PeftModel, adapter: str, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy tensors into an adapter; missing, extra and mis-shaped ones are errors (PEFT 0.21 only warns).
+
+    Raises:
+        CheckpointError: naming up to five tensors.
+    """
+    own = adapter_parameters(model, adapter)
+    for what, names in (("missing", own.keys() - tensors.keys()), ("left over", tensors.keys() - own.keys())):
+        if names:
+            raise CheckpointError(f"{where}: {len(names)} adapter tensors {what}: {', '.join(sorted(names)[:5])}")
+    wrong = sorted(name for name in own if own[name].shape != tensors[name].shape)
+    if wrong:
+        shapes = f"{tuple(tensors[wrong[0]].shape)}, expected {tuple(own[wrong[0]].shape)}"
+        raise CheckpointError(f"{where}: {len(wrong)} adapter tensors of another shape: {wrong[0]} {shapes}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
+    """An adapter's parameters under the keys of PEFT's file format (the adapter's name left out)."""
+    marker = f".{adapter}."
+    return {name.replace(marker, "."): p for name, p in model.named_parameters() if ".lora_" in name and marker in name}
+
+
+def save_adapter(model: PeftModel, adapter: str, folder: Path, base_name: str) -> None:
+    """Write an adapter as `PeftModel.from_pretrained` reads it: fp32 safetensors and adapter_config.json.
+
+    `base_name` goes into the config; for a local base only its last part, so no path of this machine leaves it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in adapter_parameters(model, adapter).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = model.peft_config[adapter].to_dict()
+    config["base_model_name_or_path"] = Path(base_name).name if Path(base_name).exists() else base_name
+    config["inference_mode"] = True
+    config["target_modules"] = sorted(config["target_modules"])
+    text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def adapter_sha256(folder: Path) -> str:
+    """SHA-256 of an adapter's weight file."""
+    with open(folder / WEIGHTS, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

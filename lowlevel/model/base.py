@@ -1,0 +1,170 @@
+"""Loading the frozen base: quantised to 4 bits or not, checked tensor by tensor, and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lowlevel.config import ModelConfig
+from lowlevel.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+DEMO_BASE = Path(__file__).parent.parent / "demo" / "base"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# Output transforms that `hidden @ lm_head.T` would miss: Gemma 2, Cohere, Granite.
+OUTPUT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model runs and in which precision."""
+
+    device: torch.device
+    precision: str  # fp16, bf16 or fp32
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of activations and matrix products."""
+        return DTYPES[self.precision]
+
+    def autocast(self) -> torch.autocast:
+        """The autocast region of a forward pass (disabled in fp32)."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.precision != "fp32")
+
+
+def choose_placement(precision: str) -> Placement:
+    """Pick the device, and check that it has the precision asked for.
+
+    Raises:
+        ConfigError: bf16 on a GPU below compute capability 8.0; fp16 without a GPU.
+    """
+    if not torch.cuda.is_available():
+        if precision == "fp16":
+            raise ConfigError('train.precision = "fp16" needs a GPU, and none is visible: use --train.precision fp32')
+        return Placement(torch.device("cpu"), "fp32" if precision == "auto" else precision)
+    major, minor = torch.cuda.get_device_capability()
+    if precision == "bf16" and major < 8:
+        raise ConfigError(f'bf16 needs compute capability 8.0; this GPU has {major}.{minor}: use precision = "fp16"')
+    return Placement(torch.device("cuda", torch.cuda.current_device()), "fp16" if precision == "auto" else precision)
+
+
+def resolve_name(name: str) -> str:
+    """A model name as transformers takes it: "demo" is the base inside this package."""
+    return str(DEMO_BASE) if name == "demo" else name
+
+
+def load_model_config(config: ModelConfig) -> PretrainedConfig:
+    """The base's own configuration (config.json), without its weights.
+
+    Raises:
+        ConfigError: the folder or hub repository cannot be read, or transforms its logits in a way the losses do not know.
+    """
+    from transformers import AutoConfig
+
+    name = resolve_name(config.name)
+    refuse_pickles(Path(name), "model.name")
+    try:
+        loaded = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name {config.name!r} cannot be read: {_first_line(error)}") from None
+    settings = loaded.to_dict()
+    transforms = [key for key in OUTPUT_TRANSFORMS if settings.get(key) not in (None, 1, 1.0)]
+    if transforms:
+        raise ConfigError(f"model.name {config.name!r} rescales its logits ({transforms[0]}), which the losses do not follow")
+    return loaded
+
+
+def load_base(config: ModelConfig, placement: Placement, *, attention: str = "sdpa") -> PreTrainedModel:
+    """Load the frozen base onto the device.
+
+    Quantised linear layers compute in the placement's dtype; every other weight is stored in it. No gradient reaches any of
+    them.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of another shape: nothing is ever initialised at random.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    load_model_config(config)
+    quantisation = None
+    if config.load_in_4bit:
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=placement.dtype,
+        )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            resolve_name(config.name),
+            revision=config.revision,
+            dtype=placement.dtype,
+            device_map={"": placement.device},
+            quantization_config=quantisation,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"base {config.name!r} cannot be loaded: {_first_line(error)}") from None
+    _check_loading(config.name, info)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.config.use_cache = False
+    model.config.attention_dropout = 0.0
+    return model
+
+
+def refuse_pickles(folder: Path, what: str) -> None:
+    """A pickle runs code when it is opened, so a folder whose weights are pickles is refused by file name."""
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(f"{what}: {folder / pickles[0]} is a pickle; convert the weights to safetensors first")
+
+
+def base_sha256(model: nn.Module) -> str:
+    """SHA-256 over every frozen weight, buffer and quantisation constant of the base, by name (adapters left out)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_base_tensors(model).items()):
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(data.tobytes())
+    return digest.hexdigest()
+
+
+def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        tensors[plain] = parameter
+        state = getattr(parameter, "quant_state", None)  # bitsandbytes.nn.Params4bit carries it; other weights do not
+        if state is not None:
+            tensors.update({f"{plain}.{key}": value for key, value in state.as_dict(packed=True).items()})
+    return tensors
+
+
+def _check_loading(name: str, info: dict) -> None:
+    for key, what in (("missing_keys", "missing"), ("unexpected_keys", "left over"), ("mismatched_keys", "of another shape")):
+        names = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(key) or ())
+        if names:
+            raise CheckpointError(f"base {name!r}: {len(names)} tensors {what}: {', '.join(names[:5])}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,96 @@
+"""AdamW on the flat buffer (paged, in 32 or 8 bits, from bitsandbytes; or torch's own), its schedule and its state."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lowlevel.config import TrainConfig
+from lowlevel.errors import CheckpointError
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+def build_optimizer(weights: nn.Parameter, config: TrainConfig) -> torch.optim.Optimizer:
+    """One optimizer over one flat parameter.
+
+    The state of a paged optimizer lives in CUDA managed memory, which `torch.cuda.max_memory_allocated` does not count.
+    """
+    settings = {"lr": config.learning_rate, "betas": BETAS, "eps": EPSILON, "weight_decay": config.weight_decay}
+    if config.optim == "adamw":
+        return torch.optim.AdamW([weights], **settings)
+    import bitsandbytes as bnb
+
+    kinds = {"paged_adamw_32bit": bnb.optim.PagedAdamW32bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Pp]aged.*")  # a CPU has no device memory to page from
+        optimizer = kinds[config.optim]([weights], **settings)
+        _allocate_state(optimizer, weights)
+    return optimizer
+
+
+def _allocate_state(optimizer: torch.optim.Optimizer, weights: nn.Parameter) -> None:
+    """Allocate bitsandbytes' state now, so that restoring is a copy into it and paged memory stays paged.
+
+    bitsandbytes 0.50's own `load_state_dict` replaces the state by ordinary device tensors.
+    """
+    optimizer.check_overrides()
+    optimizer.to_gpu()
+    optimizer.initialized = True
+    optimizer.init_state(optimizer.param_groups[0], weights, 0, 0)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Learning rate of the coming step."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
+    """The rate of optimizer step `step` (counted from 0): linear warm-up, then constant, linear or half a cosine to 0.
+
+    Equal to transformers' schedules: with w warm-up steps, step 0 has rate 0 and step w the peak.
+    """
+    warmup = config.warmup_steps or math.ceil(total_steps * config.warmup_ratio)
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    shapes = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return config.learning_rate * max(0.0, shapes[config.lr_scheduler_type])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies of the optimizer's state on the CPU, "flat::<name>"; step counts become int64 tensors."""
+    (state,) = optimizer.state.values() or ({},)
+    return {
+        f"flat::{name}": (value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else torch.tensor(value))
+        for name, value in state.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, weights: nn.Parameter, saved: Mapping[str, Tensor]) -> None:
+    """Restore what `optimizer_tensors` wrote, in place.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of another shape or dtype.
+    """
+    if isinstance(optimizer, torch.optim.AdamW) and not optimizer.state:
+        zeros = {name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[weights] = {"step": torch.tensor(0.0), **zeros}
+    state = optimizer.state[weights]
+    names = {f"flat::{name}" for name in state}
+    if names != saved.keys():
+        raise CheckpointError(f"optimizer state: tensors differ: {', '.join(sorted(names ^ saved.keys())[:5])}")
+    for name, value in state.items():
+        tensor = saved[f"flat::{name}"]
+        if isinstance(value, Tensor):
+            if value.shape != tensor.shape or value.dtype != tensor.dtype:
+                raise CheckpointError(f"optimizer state {name}: {tuple(tensor.shape)} {tensor.dtype} does not fit")
+            value.copy_(tensor)
+        else:
+            state[name] = int(tensor)

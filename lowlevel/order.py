@@ -1,0 +1,42 @@
+"""Which rows a step trains on: a pure function of (seed, epoch, position), so resuming needs no iterator state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowlevel.hashing import splitmix64
+
+ORDER_VERSION = 1  # recorded in checkpoints: another algorithm would train on other rows after a resume
+
+
+@dataclass(frozen=True)
+class DataOrder:
+    """The order of `num_rows` examples over epochs, `rows_per_step` of them a step; an epoch's last step may hold fewer."""
+
+    num_rows: int
+    rows_per_step: int
+    seed: int
+    shuffled: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that pass over every row once."""
+        return math.ceil(self.num_rows / self.rows_per_step)
+
+    def step_rows(self, step: int) -> np.ndarray:
+        """Indices of the examples of optimizer step `step` (counted from 0)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.rows_per_step
+        return self.epoch_order(epoch)[start : start + self.rows_per_step]
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """A permutation of the examples: sorted by a 64-bit hash of (seed, epoch, index)."""
+        index = np.arange(self.num_rows, dtype=np.uint64)
+        if not self.shuffled:
+            return index.astype(np.int64)
+        seeded = splitmix64(np.array([self.seed], np.uint64))
+        salt = splitmix64(seeded + np.uint64(epoch))
+        return np.argsort(splitmix64(index ^ salt), kind="stable")

@@ -1,0 +1,32 @@
+"""Curves of a run as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+PANELS = {
+    "loss": (("loss", "training"), ("eval_loss", "held out")),
+    "reward": (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"), ("rewards/margins", "margin")),
+    "accuracy": (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out")),
+}
+
+
+def plot_loss(records: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Draw the loss, and for DPO rewards and accuracy, over optimizer steps."""
+    from matplotlib.figure import Figure
+
+    panels = {name: curves for name, curves in PANELS.items() if any(curves[0][0] in record for record in records)}
+    figure = Figure(figsize=(5 * max(1, len(panels)), 3.6), layout="constrained")
+    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+    for axis, (name, curves) in zip(axes, panels.items(), strict=False):
+        for key, label in curves:
+            points = [(record["step"], record[key]) for record in records if key in record]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, label=label)
+        axis.set_xlabel("optimizer step")
+        axis.set_ylabel(f"{name} (nats)" if name == "loss" else name)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,289 @@
+"""A training run as a person starts it: folder, lock, resume, signals, the loop, and what is written at the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lowlevel.assembly import Inputs, build_method, build_run_policy, check_inputs, identity
+from lowlevel.checkpoint import newest_verified, remove_litter, run_lock, save_checkpoint, write_json
+from lowlevel.config import RunConfig, to_tables
+from lowlevel.errors import CheckpointError, ConfigError, Interrupted, LowlevelError, OutOfMemoryError
+from lowlevel.layout import PackedBatch
+from lowlevel.loop import evaluate_examples, train
+from lowlevel.loss_scale import LossScale
+from lowlevel.method import Method
+from lowlevel.metrics import StepResult, TrainState
+from lowlevel.model.adapters import WEIGHTS, load_adapter_weights, read_adapter_weights, save_adapter
+from lowlevel.model.base import resolve_name
+from lowlevel.model.policy import TRAINED, Policy
+from lowlevel.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from lowlevel.order import DataOrder
+from lowlevel.plots import plot_loss
+from lowlevel.progress import TrainingProgress
+from lowlevel.run_folder import RunFolder, environment
+
+# Settings that may differ between a checkpoint and the run that resumes it: they do not change what is learned.
+FREE_KEYS = ("train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit")
+
+
+@dataclass
+class RunObserver:
+    """Receives what the loop reports: writes metrics, checkpoints and status, and remembers signals."""
+
+    folder: RunFolder
+    progress_bar: TrainingProgress
+    write_checkpoint: Callable[[TrainState], None]
+    signum: int = 0
+
+    def log(self, record: dict[str, Any]) -> None:
+        with open(self.folder.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.progress_bar.record(record)
+
+    def progress(self, state: TrainState, result: StepResult) -> None:
+        self.progress_bar.step(state.step)
+
+    def save(self, state: TrainState) -> None:
+        self.write_checkpoint(state)
+        self.folder.write_status("running", state.step)
+
+    def stop_requested(self) -> int:
+        return self.signum
+
+    def on_signal(self, signum: int, frame: object) -> None:
+        """Ask the loop to stop at the next step boundary; a second signal ends the process at once."""
+        if self.signum:
+            raise SystemExit(128 + signum)
+        self.signum = signum
+
+
+def run_training(config: RunConfig, console: Console, *, resume: bool = False, restart: bool = False) -> dict[str, Any]:
+    """Train as configured and return the summary.
+
+    Args:
+        config: the resolved configuration.
+        console: where progress goes.
+        resume: go on from the newest verified checkpoint.
+        restart: discard the run that the folder holds.
+
+    Raises:
+        LowlevelError: of the kind whose exit code fits.
+    """
+    folder = RunFolder(Path(config.train.output_dir))
+    if folder.holds_run() and not (resume or restart):
+        raise ConfigError(f"{folder.path} holds a run: add --resume to go on, --restart to discard it, or set train.output_dir")
+    inputs = check_inputs(config)
+    with run_lock(folder.path):
+        remove_litter(folder.path)
+        if restart:
+            discard(folder)
+        found = newest_verified(folder.path, console.print) if resume else None
+        if found:
+            refuse_changes(config, folder)
+        try:
+            return _train_in(folder, config, inputs, console, found)
+        except torch.cuda.OutOfMemoryError:
+            rows, length = config.train.per_device_train_batch_size, config.data.max_length
+            error: LowlevelError = OutOfMemoryError(
+                f"out of memory at {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB with {rows} rows of {length} tokens; "
+                "halve train.per_device_train_batch_size and double gradient_accumulation_steps, or lower data.max_length"
+            )
+            folder.write_status("failed", 0, exit_code=error.exit_code, error=str(error))
+            raise error from None
+        except LowlevelError as failure:
+            state = "preempted" if isinstance(failure, Interrupted) else "failed"
+            folder.write_status(state, 0, exit_code=failure.exit_code, error=str(failure))
+            raise
+
+
+def discard(folder: RunFolder) -> None:
+    """Remove what a run wrote into its folder, and nothing else."""
+    for path in [*folder.path.glob("step-*"), folder.adapter, folder.parent]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.path.iterdir():
+        if path.is_file() and path.name != "run.lock":
+            path.unlink()
+
+
+def refuse_changes(config: RunConfig, folder: RunFolder) -> None:
+    """A resumed run must be the run that was started.
+
+    Raises:
+        ConfigError: naming each setting that differs.
+    """
+    saved, now = _flatten(to_tables(folder.read_config())), _flatten(to_tables(config))
+    changed = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key) and key not in FREE_KEYS]
+    if changed:
+        lines = [f"{key}: {saved.get(key)!r} (run) != {now.get(key)!r} (now)" for key in changed]
+        raise ConfigError(f"{folder.path}: cannot resume with other settings\n  " + "\n  ".join(lines))
+
+
+def _flatten(tables: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section, value in tables.items():
+        flat.update({f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {section: value})
+    return flat
+
+
+def _train_in(
+    folder: RunFolder, config: RunConfig, inputs: Inputs, console: Console, found: tuple[Path, dict[str, Any]] | None
+) -> dict[str, Any]:
+    examples, method = inputs.data.train, build_method(config)
+    rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    order = DataOrder(len(examples), rows_per_step, config.train.seed, config.train.data_order == "shuffled")
+    total_steps = config.train.max_steps or max(1, round(order.steps_per_epoch * config.train.num_train_epochs))
+    policy = build_run_policy(config, inputs)
+    optimizer = build_optimizer(policy.flat.weights, config.train)
+    state = TrainState(LossScale.for_precision(inputs.placement.precision))
+    manifest = identity(config, inputs, policy)
+    if found:
+        state = _restore(policy, optimizer, *found, manifest)
+        folder.drop_metrics_after(state.step)
+        console.print(f"resumed from {found[0].name}")
+    else:
+        _write_start(folder, config, inputs, manifest)
+    _announce(console, config, inputs, policy, method, total_steps, order)
+
+    def step_batches(step: int) -> list[PackedBatch]:
+        return method.micro_batches([examples[i] for i in order.step_rows(step)])
+
+    def write_checkpoint(state: TrainState) -> None:
+        _save(folder, policy, optimizer, state, config, manifest)
+
+    held_out = evaluation_batches(method, config, inputs)
+    evaluate = (lambda: evaluate_examples(policy, method, held_out, prefix="eval_")) if held_out else None
+    with TrainingProgress(console, config.method, total_steps, state.step) as bar:
+        observer = RunObserver(folder, bar, write_checkpoint)
+        previous = {number: signal.signal(number, observer.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            if evaluate and state.step == 0:
+                observer.log({"step": 0, "epoch": 0.0, **evaluate()})
+            train(
+                policy,
+                method,
+                optimizer,
+                state,
+                step_batches,
+                evaluate,
+                observer,
+                config.train,
+                total_steps=total_steps,
+                steps_per_epoch=order.steps_per_epoch,
+            )
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+    if observer.signum and state.step < total_steps:
+        raise Interrupted(f"stopped at step {state.step} of {total_steps} and saved; go on with --resume", observer.signum)
+    return _finish(folder, config, policy, state, order, console)
+
+
+def evaluation_batches(method: Method, config: RunConfig, inputs: Inputs) -> list[PackedBatch]:
+    """Held-out rows as micro-batches, in their own order."""
+    size = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    rows = inputs.data.evaluation
+    return [batch for start in range(0, len(rows), size) for batch in method.micro_batches(rows[start : start + size])]
+
+
+def _write_start(folder: RunFolder, config: RunConfig, inputs: Inputs, manifest: dict[str, Any]) -> None:
+    device: dict[str, Any] = {"device": "cpu", "precision": inputs.placement.precision}
+    if inputs.placement.device.type == "cuda":
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        device |= {"device": torch.cuda.get_device_name(), "compute_capability": capability, "cuda": torch.version.cuda}
+    folder.write_config(config)
+    write_json(folder.path / "environment.json", environment(device))
+    write_json(folder.path / "data_report.json", inputs.data.report.to_json())
+    write_json(folder.path / "manifest.json", manifest)
+    if inputs.parent:
+        shutil.copytree(inputs.parent, folder.parent, dirs_exist_ok=True, ignore=_only_adapter_files)
+    folder.write_status("running", 0)
+
+
+def _only_adapter_files(directory: str, names: list[str]) -> set[str]:
+    return {name for name in names if not name.startswith("adapter_")}
+
+
+def _announce(
+    console: Console, config: RunConfig, inputs: Inputs, policy: Policy, method: Method, total_steps: int, order: DataOrder
+) -> None:
+    train_config, placement = config.train, inputs.placement
+    device = torch.cuda.get_device_name() if placement.device.type == "cuda" else "CPU"
+    batch, accumulation = train_config.per_device_train_batch_size, train_config.gradient_accumulation_steps
+    p = config.lora.lora_dropout
+    off = config.method == "dpo" and config.dpo.disable_dropout
+    dropout = "off (dpo.disable_dropout)" if off else f"{p:g}"
+    console.print(
+        f"{config.method}: {config.model.name}, {'4-bit ' + config.model.bnb_4bit_quant_type if config.model.load_in_4bit else '16/32-bit'}"
+        f" base, {placement.precision} on {device}\n"
+        f"  attention  {inputs.attention.reason}\n"
+        f"  adapter    {policy.flat.weights.numel():,} trainable parameters, dropout {dropout}\n"
+        f"  data       {order.num_rows:,} examples, {total_steps:,} steps of {batch} x {accumulation}"
+    )
+    if config.method == "dpo":
+        reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
+        console.print(f"  reference  {reference}; loss {config.dpo.loss_type}, beta {config.dpo.beta:g}")
+
+
+def _save(
+    folder: RunFolder,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    config: RunConfig,
+    manifest: dict[str, Any],
+) -> None:
+    if not bool(torch.isfinite(policy.flat.weights).all()):
+        raise CheckpointError(f"step {state.step}: adapter weights are not finite; not saved, older checkpoints are good")
+
+    def write_files(target: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_adapter(policy.model, TRAINED, target, config.model.name)
+        save_file(optimizer_tensors(optimizer), target / "optimizer.safetensors")
+
+    payload = {"state": state.to_json(), "identity": manifest}
+    save_checkpoint(folder.path, state.step, write_files, payload, keep=config.train.save_total_limit)
+
+
+def _restore(
+    policy: Policy, optimizer: torch.optim.Optimizer, path: Path, payload: dict[str, Any], manifest: dict[str, Any]
+) -> TrainState:
+    from safetensors.torch import load_file
+
+    changed = [key for key in manifest if key != "attention" and payload["identity"].get(key) != manifest[key]]
+    if changed:
+        raise ConfigError(f"{path}: cannot resume, these differ from the checkpoint: {', '.join(changed)}")
+    load_adapter_weights(policy.model, TRAINED, read_adapter_weights(path), str(path / WEIGHTS))
+    load_optimizer_tensors(optimizer, policy.flat.weights, load_file(path / "optimizer.safetensors"))
+    return TrainState.from_json(payload["state"])
+
+
+def _finish(
+    folder: RunFolder, config: RunConfig, policy: Policy, state: TrainState, order: DataOrder, console: Console
+) -> dict[str, Any]:
+    save_adapter(policy.model, TRAINED, folder.adapter, resolve_name(config.model.name))
+    summary = {
+        "train_runtime": state.seconds,
+        "train_samples_per_second": state.examples / state.seconds,
+        "train_steps_per_second": state.step / state.seconds,
+        "train_loss": state.total.means()["loss"],
+        "epoch": state.step / order.steps_per_epoch,
+        "num_tokens": state.num_tokens,
+        "skipped_steps": state.loss_scale.skipped_steps,
+    }
+    write_json(folder.path / "summary.json", summary)
+    plot_loss(folder.read_metrics(), folder.path / "loss.png", title=f"{config.method}: {folder.path.name}")
+    folder.write_status("finished", state.step, exit_code=0)
+    shown = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "epoch")
+    console.print("{" + ", ".join(f"'{key}': {summary[key]:.4f}" for key in shown) + "}")
+    console.print(f"adapter saved to {folder.adapter}")
+    return summary

@@ -1,0 +1,115 @@
+"""What lies in a run folder, and the manifest that says which base, adapters and reference belong together.
+
+    out/run/
+      config.toml environment.json data_report.json manifest.json    written before the first step
+      metrics.jsonl run-status.json run.lock                         kept current
+      step-00000120/                                                 checkpoints
+      adapter/ parent/                                               result, and the frozen adapter it stands on (dpo)
+      summary.json loss.png                                          written at the end
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tomllib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from lowlevel import __version__
+from lowlevel.checkpoint import checkpoints, write_json, write_text
+from lowlevel.config import RunConfig, config_from_tables, to_tables
+from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.order import ORDER_VERSION
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
+OWN_FILES = ("config.toml", "manifest.json", "metrics.jsonl", "data_report.json", "environment.json", "run-status.json")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run folder."""
+
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, PEFT format."""
+        return self.path / "adapter"
+
+    @property
+    def parent(self) -> Path:
+        """The frozen adapter under it, PEFT format; absent where there is none."""
+        return self.path / "parent"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    def holds_run(self) -> bool:
+        """Whether a run has written here."""
+        return any((self.path / name).exists() for name in OWN_FILES) or bool(checkpoints(self.path))
+
+    def write_config(self, config: RunConfig) -> None:
+        """The resolved configuration."""
+        write_text(self.path / "config.toml", tomli_w.dumps(to_tables(config)))
+
+    def read_config(self) -> RunConfig:
+        """The configuration that the run resolved.
+
+        Raises:
+            ConfigError: not a run folder.
+        """
+        file = self.path / "config.toml"
+        try:
+            tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{self.path} is not a run folder (config.toml is missing)") from None
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{file} cannot be read: {error}") from None
+        return config_from_tables(tables, str(file))
+
+    def read_manifest(self) -> dict[str, Any]:
+        """manifest.json.
+
+        Raises:
+            CheckpointError: missing or unreadable.
+        """
+        try:
+            return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path / 'manifest.json'} cannot be read: {error}") from None
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Logged records, oldest first."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget lines of steps that a resumed run will take again."""
+        kept = [json.dumps(record) for record in self.read_metrics() if record["step"] <= step]
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def write_status(self, state: str, step: int, *, exit_code: int | None = None, error: str | None = None) -> None:
+        """run-status.json: running, finished, preempted or failed."""
+        newest = next((path.name for path in checkpoints(self.path)), None)
+        status = {"state": state, "step": step, "checkpoint": newest, "exit": exit_code, "error": error}
+        write_json(self.path / "run-status.json", status)
+
+
+def environment(device: dict[str, Any]) -> dict[str, Any]:
+    """Versions and machine, for environment.json; no paths, names or variables of the user."""
+    return {
+        "lowlevel": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        **{name: version(name) for name in LIBRARIES},
+        "order_version": ORDER_VERSION,
+        **device,
+    }
