@@ -159,7 +159,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy) -> dict[str, Any
         "parent_adapter": parent,
         "reference": None if config.method == "sft" else ("base + parent adapter" if parent else "base"),
         "trainable_parameters": policy.flat.weights.numel(),
-        "data_sha256": inputs.data.report.to_json()["sha256"],
-        "chat_template_sha256": inputs.data.report.to_json()["chat_template_sha256"],
+        "data_sha256": inputs.data.report.train.fingerprint,
+        "chat_template_sha256": inputs.tokenizer.template_sha256,
         "attention": inputs.attention.reason,
     }

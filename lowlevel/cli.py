@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -147,6 +148,8 @@ def _quiet() -> None:
 
     disable_progress_bar()
     disable_loading_bar()
+    # transformers 5.23 renamed gradient_checkpointing_enable, which 5.17 still needs, and PEFT 0.21 calls the old name too.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _load(options: argparse.Namespace, overrides: dict[str, str], method: str | None):  # noqa: ANN202

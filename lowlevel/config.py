@@ -174,10 +174,14 @@ def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
 
 
 def to_tables(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration as plain tables, without unset keys and sections that the method does not use."""
+    """The resolved configuration as plain tables that `config_from_tables` takes: unset and unused keys are left out."""
     tables = config.model_dump(mode="json", exclude_none=True)
     if config.method == "sft":
         del tables["dpo"]
+    if config.model.adapter is None:
+        del tables["model"]["adapter_mode"]
+    if not config.model.load_in_4bit:
+        del tables["model"]["bnb_4bit_quant_type"], tables["model"]["bnb_4bit_use_double_quant"]
     return tables
 
 
@@ -253,8 +257,6 @@ def _contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
             train.early_stopping_patience is not None and train.eval_steps is None,
             "train.early_stopping_patience needs train.eval_steps",
         ),
-        ("train.warmup_steps" in given and "train.warmup_ratio" in given, "give train.warmup_steps or warmup_ratio, not both"),
-        ("train.max_steps" in given and "train.num_train_epochs" in given, "give train.max_steps or num_train_epochs, not both"),
         (
             train.max_steps is not None and train.warmup_steps > train.max_steps,
             f"train.warmup_steps {train.warmup_steps} > max_steps {train.max_steps}",

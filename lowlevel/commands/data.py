@@ -1,0 +1,34 @@
+"""`lowlevel data`: what a run will train on, without a GPU and without the model's weights."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from lowlevel.assembly import build_method
+from lowlevel.config import RunConfig
+from lowlevel.data.prepare import ModelLimits, prepare
+from lowlevel.data.rendering import load_chat_tokenizer
+from lowlevel.data.report import render_report, show_example
+from lowlevel.model.base import load_model_config, resolve_name
+from lowlevel.order import DataOrder
+
+
+def show_data(config: RunConfig, console: Console) -> None:
+    """Print the data report, how the rows fill batches, and one example with its supervised tokens coloured."""
+    base = load_model_config(config.model)
+    tokenizer = load_chat_tokenizer(resolve_name(config.model.name), config.model.revision, config.data.chat_template_from)
+    data = prepare(config, tokenizer, ModelLimits(base.vocab_size, base.max_position_embeddings))
+    render_report(data.report, console)
+    train = config.train
+    size = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    order = DataOrder(len(data.train), size, train.seed, train.data_order == "shuffled")
+    method = build_method(config)
+    batches = method.micro_batches([data.train[i] for i in order.step_rows(0)])
+    positions = sum(batch.input_ids.numel() for batch in batches)
+    tokens = sum(batch.num_tokens for batch in batches)
+    scored = sum(batch.num_scored for batch in batches)
+    console.print(
+        f"\nfirst step: {size} examples in {len(batches)} micro-batches, {positions:,} positions, {tokens:,} tokens "
+        f"({1 - tokens / positions:.1%} padding), {scored:,} supervised; {order.steps_per_epoch:,} steps an epoch\n"
+    )
+    show_example(data.train[0], tokenizer, console)

@@ -1,0 +1,126 @@
+"""Loading what a run made: its base with the adapters of every stage, or any model that can reply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowlevel.assembly import build_method, choose_attention
+from lowlevel.config import ModelConfig, RunConfig
+from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
+from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.method import Method
+from lowlevel.model.adapters import adapter_sha256, build_policy, read_adapter_config
+from lowlevel.model.base import Placement, base_sha256, choose_placement, load_base, resolve_name
+from lowlevel.model.policy import Policy
+from lowlevel.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One point of the chain base -> SFT -> DPO, as the adapters that are active in it."""
+
+    name: str
+    parent: bool
+    trained: bool
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A finished run, ready for forward passes. `policy.activate` switches between its stages."""
+
+    folder: RunFolder
+    config: RunConfig
+    tokenizer: ChatTokenizer
+    policy: Policy
+    method: Method
+    stages: tuple[Stage, ...]
+
+    def activate(self, stage: Stage) -> None:
+        """Make the model that of a stage."""
+        self.policy.activate(parent=stage.parent, trained=stage.trained)
+
+
+def load_run(run_dir: Path, *, precision: str | None = None) -> LoadedRun:
+    """Load a finished run's base and adapters as they were trained.
+
+    Raises:
+        ConfigError: not a run folder, or not finished.
+        CheckpointError: base or parent adapter are not those that the run trained on.
+    """
+    folder = RunFolder(run_dir)
+    config = folder.read_config()
+    manifest = folder.read_manifest()
+    if not folder.adapter.exists():
+        raise ConfigError(f"{run_dir} has no adapter yet; has the run finished?")
+    parent = folder.parent if folder.parent.exists() else None
+    if parent and adapter_sha256(parent) != manifest["parent_adapter"]:
+        raise CheckpointError(f"{parent}: not the adapter that this run stands on (its hash is not the manifest's)")
+    placement = choose_placement(precision or config.train.precision)
+    tokenizer = load_chat_tokenizer(
+        resolve_name(config.model.name), config.model.revision, config.data.chat_template_from
+    )
+    attention = choose_attention(config, placement)
+    base = load_base(config.model, placement, attention=attention.implementation)
+    if str(placement.dtype).removeprefix("torch.") == manifest["base"]["dtype"]:
+        found = base_sha256(base)
+        if found != manifest["base"]["sha256"]:
+            raise CheckpointError(f"{run_dir}: base {config.model.name!r} is not the one that was trained on (hash {found[:12]})")
+    policy = build_policy(
+        base,
+        config.lora,
+        placement,
+        seed=config.train.seed,
+        parent=parent,
+        init_from=folder.adapter,
+        gradient_checkpointing=False,
+        causal_kernel=attention.causal_kernel,
+    )
+    policy.model.eval()
+    stages = [Stage("base", False, False)]
+    if parent:
+        stages.append(Stage("sft", True, False))
+    stages.append(Stage(config.method, True, True))
+    return LoadedRun(folder, config, tokenizer, policy, build_method(config), tuple(stages))
+
+
+def load_for_replies(model_dir: Path) -> tuple[PreTrainedModel, ChatTokenizer, Placement]:
+    """A model that can reply, from a run folder, a PEFT adapter or a merged model.
+
+    Raises:
+        ConfigError: the folder is none of them.
+    """
+    if (model_dir / "config.toml").exists():
+        run = load_run(model_dir)
+        return run.policy.model, run.tokenizer, run.policy.placement
+    if (model_dir / "adapter_config.json").exists():
+        if (model_dir.parent / "config.toml").exists():
+            return load_for_replies(model_dir.parent)
+        return _load_adapter_alone(model_dir)
+    if not (model_dir / "config.json").exists():
+        raise ConfigError(f"{model_dir} is no run folder, PEFT adapter or model (config.toml, adapter_config.json, config.json)")
+    placement = choose_placement("auto")
+    model = load_base(ModelConfig(name=str(model_dir), load_in_4bit=False), placement)
+    model.eval()
+    return model, load_chat_tokenizer(str(model_dir), None, None), placement
+
+
+def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel, ChatTokenizer, Placement]:
+    """An adapter from elsewhere, on its base in 4 bits (nf4, double quantisation), as QLoRA trains it."""
+    import json
+
+    from lowlevel.config import LoraConfig
+
+    read_adapter_config(adapter)
+    name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not name:
+        raise ConfigError(f"{adapter}/adapter_config.json names no base model")
+    placement = choose_placement("auto")
+    base = load_base(ModelConfig(name=name), placement)
+    policy = build_policy(base, LoraConfig(), placement, seed=0, init_from=adapter, gradient_checkpointing=False)
+    policy.model.eval()
+    return policy.model, load_chat_tokenizer(resolve_name(name), None, None), placement

@@ -1,0 +1,155 @@
+"""`lowlevel merge`: one model from base and adapters, and how far it is from the model that was trained."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from torch.nn.functional import log_softmax
+
+from lowlevel.assembly import check_inputs
+from lowlevel.checkpoint import write_json
+from lowlevel.commands.loading import LoadedRun, load_run
+from lowlevel.config import ModelConfig
+from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.layout import PackedBatch, attention_mask
+from lowlevel.model.base import Placement, load_base
+from lowlevel.model.merging import merged_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE_ROWS = 8
+# The dequantised target is the same function up to rounding, so a larger divergence means a wrong merge.
+KL_BOUNDS = {"fp32": 1e-5, "fp16": 1e-4, "bf16": 1e-3}
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """A merged model against the training-time model, over the scored tokens of the probe rows."""
+
+    kl: float  # KL(training-time || merged), nats a token
+    loss: float  # cross-entropy of the merged model, nats a token
+    training_time_loss: float
+    same_top_token: float  # share of tokens whose likeliest successor is the same
+    tokens: int
+
+
+def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity:
+    """Merge the adapters of a run into its base and write an ordinary model folder.
+
+    Args:
+        run_dir: a finished run; its parent adapter is merged too.
+        into: dequantized, original or requantized.
+        out: folder to write; must not exist.
+        console: where the measurement is printed.
+
+    Raises:
+        ConfigError: `out` exists.
+        CheckpointError: the dequantised merge is not the model that was trained; nothing is written.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists; give a folder that does not")
+    run = load_run(run_dir)
+    adapters = [folder for folder in (run.folder.parent, run.folder.adapter) if folder.exists()]
+    dtype = torch.bfloat16 if run.policy.placement.precision == "bf16" else torch.float16
+    quantised = run.policy.model if into == "dequantized" and run.config.model.load_in_4bit else None
+    merged = merged_model(run.config.model, adapters, dtype, quantised=quantised)
+    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    try:
+        _write_model(merged, run, temporary)
+        if into == "requantized":
+            del merged
+            merged = _requantise(run, temporary)
+        fidelity = measure(run, temporary)
+        bound = KL_BOUNDS[run.policy.placement.precision]
+        if into == "dequantized" and not fidelity.kl <= bound:
+            raise CheckpointError(f"merge of {run_dir}: KL {fidelity.kl:.2e} to the training-time model exceeds {bound:g}")
+        chain = {"run": run_dir.name, "into": into, "manifest": run.folder.read_manifest(), "fidelity": asdict(fidelity)}
+        write_json(temporary / "lowlevel_merge.json", chain)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    console.print(
+        f"merged into {into} base: {out}\n"
+        f"  KL to the training-time model  {fidelity.kl:.2e} nats a token over {fidelity.tokens:,} tokens\n"
+        f"  loss                           {fidelity.loss:.4f}, training-time model {fidelity.training_time_loss:.4f}\n"
+        f"  same likeliest token           {fidelity.same_top_token:.1%}"
+    )
+    return fidelity
+
+
+def _write_model(model: PreTrainedModel, run: LoadedRun, folder: Path) -> None:
+    """An ordinary Hugging Face folder: weights, tokenizer with the run's chat template, end-of-reply tokens."""
+    from lowlevel.commands.generate import stop_ids
+
+    model.config.use_cache = True
+    model.generation_config.eos_token_id = stop_ids(run.tokenizer)
+    model.generation_config.pad_token_id = run.tokenizer.pad_id
+    model.save_pretrained(folder)
+    tokenizer = run.tokenizer.tokenizer
+    tokenizer.chat_template = run.tokenizer.template
+    tokenizer.save_pretrained(folder)
+
+
+def _requantise(run: LoadedRun, folder: Path) -> PreTrainedModel:
+    """Quantise the merged 16-bit model in `folder` as the run's base was, in place."""
+    model_config = run.config.model.model_copy(update={"name": str(folder), "revision": None, "load_in_4bit": True})
+    model = load_base(model_config, run.policy.placement)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    _write_model(model, run, folder)
+    return model
+
+
+@torch.no_grad()
+def measure(run: LoadedRun, merged_dir: Path) -> Fidelity:
+    """Compare the merged folder, loaded as a user would, with base + adapters as they were trained."""
+    batches = probe_batches(run)
+    run.activate(run.stages[-1])
+    device = run.policy.placement.device
+    before = [_logps(run.policy.model.get_base_model(), batch, run.policy.placement) for batch in batches]
+    merged = load_base(ModelConfig(name=str(merged_dir), load_in_4bit=False), run.policy.placement)
+    merged.eval()
+    kl = loss = reference_loss = same = 0.0
+    for batch, old in zip(batches, before, strict=True):
+        new = _logps(merged, batch, run.policy.placement)
+        targets = batch.scored_targets.to(device).unsqueeze(-1)
+        kl += float((old.exp() * (old - new)).sum())
+        loss -= float(new.gather(-1, targets).sum())
+        reference_loss -= float(old.gather(-1, targets).sum())
+        same += float((old.argmax(-1) == new.argmax(-1)).sum())
+    tokens = sum(batch.num_scored for batch in batches)
+    return Fidelity(kl / tokens, loss / tokens, reference_loss / tokens, same / tokens, tokens)
+
+
+def probe_batches(run: LoadedRun) -> Sequence[PackedBatch]:
+    """A few held-out rows, or training rows where the run kept none out."""
+    data = check_inputs(run.config.model_copy(update={"model": _without_adapter(run.config.model)})).data
+    rows = (data.evaluation or data.train)[:PROBE_ROWS]
+    return [batch for row in rows for batch in run.method.micro_batches([row])]
+
+
+def _without_adapter(model: ModelConfig) -> ModelConfig:
+    """The run carries its parent adapter with it; where it came from need not exist any more."""
+    return model.model_copy(update={"adapter": None})
+
+
+def _logps(model: Any, batch: PackedBatch, placement: Placement) -> torch.Tensor:
+    """Log-probabilities of the whole vocabulary at the scored positions, (N, V) float64."""
+    moved = batch.to(placement.device)
+    with placement.autocast():
+        hidden = model.get_decoder()(
+            input_ids=moved.input_ids,
+            attention_mask=attention_mask(moved),
+            position_ids=moved.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, moved.scored_positions))
+    return log_softmax(logits.double(), -1)

@@ -1,0 +1,219 @@
+"""From messages to training examples: token ids, labels and truncation, with a reason for each row that gives none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lowlevel.config import DataConfig
+from lowlevel.data.messages import BadRow, Normalised
+from lowlevel.data.rendering import ChatTokenizer, Encoded, EncodedPair
+from lowlevel.data.sources import RowProblem
+from lowlevel.data.templates import RenderError
+from lowlevel.errors import DataError
+
+IGNORE = -100
+TOO_LONG = "longer than max_length"
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class SFTExample:
+    """A conversation of L tokens.
+
+    Attributes:
+        row, where: the row that it came from.
+        input_ids: (L,) int32.
+        labels: (L,) int32, not shifted: input_ids where the token is learned, -100 elsewhere. The first never is.
+    """
+
+    row: int
+    where: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class PreferenceExample:
+    """A prompt with a chosen and a rejected completion, each (n,) int32; prompt + longer completion <= max_length."""
+
+    row: int
+    where: str
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+
+
+Example = SFTExample | PreferenceExample
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of a kept row before truncation, and what truncation took.
+
+    Attributes:
+        total, prompt, supervised, chosen, rejected: tokens before truncation; the last two are 0 for a conversation.
+        lost, prompt_lost: supervised (or completion) tokens and prompt tokens cut away.
+        replies, ended: replies in the example, and those whose last token ends the turn.
+        retokenised: boundaries between prompt and reply inside a token.
+    """
+
+    total: int
+    prompt: int
+    supervised: int
+    chosen: int = 0
+    rejected: int = 0
+    lost: int = 0
+    prompt_lost: int = 0
+    replies: int = 0
+    ended: int = 0
+    retokenised: int = 0
+
+
+@dataclass(frozen=True)
+class Built:
+    """Examples with their rows and token counts (three parallel lists), and the rows that gave none."""
+
+    examples: list[SFTExample] | list[PreferenceExample]
+    rows: list[Normalised]
+    counts: list[TokenCounts]
+    problems: list[RowProblem]
+    too_long: list[RowProblem]
+
+
+def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Built:
+    """Tokenise, label and truncate rows, in their order.
+
+    Args:
+        rows: all conversations or all preferences, by `data.format`.
+        data: supervise, max_length (tokens of a sequence), max_prompt_length.
+        vocab_size: rows of the model's embedding.
+
+    Raises:
+        DataError: a token id that the model has no embedding for.
+    """
+    make: Callable[..., tuple[Any, TokenCounts]] = sft_example if data.format == "messages" else preference_example
+    examples, kept, counts = [], [], []
+    problems: list[RowProblem] = []
+    too_long: list[RowProblem] = []
+    for row, encoded in zip(rows, _encode(rows, data, tokenizer), strict=True):
+        try:
+            if isinstance(encoded, RenderError):
+                raise BadRow("chat template", str(encoded))
+            _check_vocabulary(row, encoded, vocab_size)
+            example, count = make(row, encoded, data, tokenizer)
+        except BadRow as bad:
+            problem = RowProblem(row.row.where, bad.reason, str(bad))
+            (too_long if bad.reason == TOO_LONG else problems).append(problem)
+            continue
+        examples.append(example)
+        kept.append(row)
+        counts.append(count)
+    return Built(examples, kept, counts, problems, too_long)
+
+
+def sft_example(
+    row: Normalised, encoded: Encoded, data: DataConfig, tokenizer: ChatTokenizer
+) -> tuple[SFTExample, TokenCounts]:
+    """Label a conversation and keep its first max_length tokens. Raises BadRow where no token is left to learn."""
+    ids = np.asarray(encoded.input_ids, np.int32)
+    learned = np.asarray(encoded.supervised, bool) if data.supervise == "assistant" else np.ones(len(ids), bool)
+    learned[:1] = False
+    limit = data.max_length
+    if not learned.any():
+        raise BadRow("no assistant turn", "nothing to learn from (the chat template marks no reply)")
+    prompt = int(learned.argmax()) if data.supervise == "assistant" else encoded.replies[0][0] if encoded.replies else 0
+    if not learned[:limit].any():
+        raise BadRow(TOO_LONG, f"prompt has {prompt} tokens, max_length {limit} leaves no completion token")
+    replies = [(start, end) for start, end in encoded.replies if start < limit]
+    counts = TokenCounts(
+        total=len(ids),
+        prompt=prompt,
+        supervised=int(learned.sum()),
+        lost=int(learned[limit:].sum()),
+        replies=len(replies),
+        ended=sum(end <= limit and ids[end - 1] == tokenizer.end_of_turn_id for _, end in replies),
+        retokenised=encoded.retokenised,
+    )
+    ids, learned = ids[:limit], learned[:limit]
+    return SFTExample(row.row.id, row.row.where, ids, np.where(learned, ids, IGNORE).astype(np.int32)), counts
+
+
+def preference_example(
+    row: Normalised, pair: EncodedPair, data: DataConfig, tokenizer: ChatTokenizer
+) -> tuple[PreferenceExample, TokenCounts]:
+    """Truncate a pair to max_length tokens a sequence. Raises BadRow where both completions have the same tokens."""
+    prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
+    if chosen == rejected:
+        raise BadRow("chosen = rejected", f"chosen and rejected have the same tokens ({len(chosen)})")
+    kept = truncate_pair(prompt, chosen, rejected, data.max_length, data.max_prompt_length, tokenizer.bos_id)
+    if kept[1] == kept[2]:
+        cut = f"truncation to max_length {data.max_length} ({len(kept[1])} tokens left)"
+        raise BadRow("chosen = rejected after truncation", f"chosen and rejected are the same after {cut}")
+    counts = TokenCounts(
+        total=len(prompt) + len(chosen) + len(rejected),
+        prompt=len(prompt),
+        supervised=len(chosen) + len(rejected),
+        chosen=len(chosen),
+        rejected=len(rejected),
+        lost=len(chosen) + len(rejected) - len(kept[1]) - len(kept[2]),
+        prompt_lost=len(prompt) - len(kept[0]),
+        replies=2,
+        ended=sum(tokenizer.end_of_turn_id in completion[-_tail(tokenizer) :] for completion in kept[1:]),
+        retokenised=pair.retokenised,
+    )
+    arrays = [np.asarray(ids, np.int32) for ids in kept]
+    return PreferenceExample(row.row.id, row.row.where, arrays[0], arrays[1], arrays[2]), counts
+
+
+def truncate_pair(
+    prompt: list[int],
+    chosen: list[int],
+    rejected: list[int],
+    max_length: int,
+    max_prompt: int | None,
+    bos_id: int | None,
+) -> tuple[list[int], list[int], list[int]]:
+    """Cut a pair so that the prompt and either completion fit max_length tokens.
+
+    The prompt is cut from the left, first to max_prompt, then to what the longer completion leaves of max_length; a
+    completion claims at most half of max_length. Then completions are cut from the right to the rest.
+    """
+    claimed = min(max(len(chosen), len(rejected)), max_length // 2)
+    budget = min(max_length - claimed, max_prompt or max_length)
+    if len(prompt) > budget:
+        keep_bos = bos_id is not None and prompt[0] == bos_id
+        prompt = [prompt[0], *prompt[len(prompt) - budget + 1 :]] if keep_bos else prompt[-budget:]
+    room = max_length - len(prompt)
+    return prompt, chosen[:room], rejected[:room]
+
+
+def _tail(tokenizer: ChatTokenizer) -> int:
+    """Tokens at the end of a completion among which its end-of-turn token must be."""
+    return 1 + len(tokenizer.chat_template.after_turn)
+
+
+def _encode(
+    rows: Sequence[Normalised], data: DataConfig, tokenizer: ChatTokenizer
+) -> Iterator[Encoded | EncodedPair | RenderError]:
+    """In batches: fast tokenizers spend most of a single call outside their own code."""
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        if data.format == "messages":
+            yield from tokenizer.encode_conversations([row.messages for row in batch])
+        else:
+            yield from tokenizer.encode_pairs([(row.messages, *row.completions) for row in batch], data.supervise)
+
+
+def _check_vocabulary(row: Normalised, encoded: Encoded | EncodedPair, vocab_size: int) -> None:
+    if isinstance(encoded, Encoded):
+        ids = encoded.input_ids
+    else:
+        ids = encoded.prompt_ids + encoded.chosen_ids + encoded.rejected_ids
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        hint = "the tokenizer does not belong to this model"
+        raise DataError(f"{row.row.where}: token id {largest} >= vocabulary {vocab_size} (row {row.row.id}); {hint}")

@@ -1,0 +1,172 @@
+"""What a row must hold: columns checked and brought to messages, with one clear line for each unusable row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lowlevel.data.sources import Row, kind_of
+from lowlevel.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+TextMessage = dict[str, str]
+Completions = tuple[()] | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """A row as messages. A conversation has `completions` (), a preference (chosen, rejected) after its `messages`.
+
+    Attributes:
+        digest: sha256 of the messages, `prompt_digest` of what comes before the first reply.
+        warnings: kinds of oddities that do not stop the row.
+    """
+
+    row: Row
+    messages: list[TextMessage]
+    completions: Completions
+    digest: str
+    prompt_digest: str
+    warnings: tuple[str, ...]
+
+
+class BadRow(Exception):  # noqa: N818 - a verdict on a row, never seen by a user
+    """A row that cannot be used; `reason` is the kind it is counted under."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        """Both the kind and the line that a person reads."""
+        super().__init__(message)
+        self.reason = reason
+
+
+def check_columns(rows: Sequence[Row], data_format: str, name: str) -> None:
+    """A column that no row has is one error about the file, not one for each row. Raises DataError."""
+    found = sorted({column for row in rows for column in row.columns})
+    if data_format == "messages":
+        if "messages" not in found and not {"prompt", "completion"} <= set(found):
+            raise DataError(f'{name}: SFT needs "messages" or "prompt"+"completion"; found: {", ".join(found)}')
+        return
+    needed = ("system", "input", "chosen", "rejected") if data_format == "orca" else ("prompt", "chosen", "rejected")
+    missing = [column for column in needed if column not in found]
+    if missing:
+        listed = f"missing: {', '.join(missing)}; found: {', '.join(found)}"
+        raise DataError(f"{name}: DPO needs {', '.join(needed)}; {listed}")
+
+
+def normalise(row: Row, data_format: str) -> Normalised:
+    """Check a row's content and bring it to messages. Raises BadRow."""
+    if data_format == "messages":
+        return _conversation(row)
+    columns = row.columns
+    if data_format == "orca":
+        prompt = [_message("system", _text(columns, "system")), _message("user", _text(columns, "input"))]
+        ignored: set[str] = set()
+    else:
+        prompt, ignored = _prompt(columns)
+    chosen, rejected = _completion(columns, "chosen", prompt), _completion(columns, "rejected", prompt)
+    if chosen == rejected:
+        raise BadRow("chosen = rejected", "chosen and rejected are the same text")
+    return _normalised(row, prompt, (chosen, rejected), ignored)
+
+
+def _conversation(row: Row) -> Normalised:
+    columns = row.columns
+    if "messages" in columns:
+        messages, ignored = _messages(columns["messages"], "messages")
+    else:
+        prompt, completion = _text(columns, "prompt"), _text(columns, "completion")
+        if not completion.strip():
+            raise BadRow("empty completion", "empty completion")
+        messages, ignored = [_message("user", prompt), _message("assistant", completion)], set()
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRow("no assistant turn", "nothing to learn from (no assistant turn)")
+    if messages[-1]["role"] != "assistant":
+        raise BadRow("last turn not assistant", f'last turn is "{messages[-1]["role"]}", expected "assistant"')
+    if messages[0]["role"] == "assistant":
+        raise BadRow("no prompt", "first turn is an assistant reply without a prompt")
+    return _normalised(row, messages, (), ignored)
+
+
+def _normalised(row: Row, messages: list[TextMessage], completions: Completions, ignored: set[str]) -> Normalised:
+    first_reply = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
+    prompt = messages if completions else messages[:first_reply]
+    warnings = [f'message key "{key}" ignored' for key in sorted(ignored)]
+    spoken = [m["role"] for m in messages if m["role"] in ("user", "assistant")] + ["assistant"] * bool(completions)
+    late_system = any(m["role"] == "system" for m in messages[1:])
+    if late_system or any(a == b for a, b in zip(spoken, spoken[1:], strict=False)) or spoken[0] != "user":
+        warnings.append("turns not alternating")
+    if any(m["role"] == "user" and not m["content"].strip() for m in messages):
+        warnings.append("empty user turn")
+    return Normalised(row, messages, completions, digest([messages, completions]), digest(prompt), tuple(warnings))
+
+
+def digest(value: object) -> str:
+    """sha256 of a value as canonical JSON."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _message(role: str, content: str) -> TextMessage:
+    return {"role": role, "content": content}
+
+
+def _text(columns: Mapping[str, object], name: str, place: str = "") -> str:
+    if name not in columns:
+        raise BadRow("missing column", f'missing "{name}"{place}')
+    value = columns[name]
+    if not isinstance(value, str):
+        reason = "null" if value is None else "wrong type"
+        raise BadRow(reason, f'"{name}"{place} is {kind_of(value)}, expected text')
+    return value
+
+
+def _messages(value: object, name: str) -> tuple[list[TextMessage], set[str]]:
+    """Messages with role and content alone, and the other keys that were set and are not read."""
+    if not isinstance(value, list):
+        reason = "null" if value is None else "wrong type"
+        raise BadRow(reason, f'"{name}" is {kind_of(value)}, expected a list of messages')
+    if not value:
+        raise BadRow("empty messages", f'"{name}" is empty')
+    messages, ignored = [], set()
+    for turn, item in enumerate(value, 1):
+        place = f" (turn {turn})"
+        if not isinstance(item, Mapping):
+            raise BadRow("wrong type", f'"{name}"{place} is {kind_of(item)}, expected an object with role and content')
+        role = _text(item, "role", place)
+        if role not in ROLES:
+            raise BadRow("unknown role", f"role {json.dumps(role)}{place}; known: {', '.join(ROLES)}")
+        content = _text(item, "content", place)
+        if role == "assistant" and not content.strip():
+            what = "completion" if name == "messages" else name
+            raise BadRow(f"empty {what}", f"empty {what}{place}")
+        messages.append(_message(role, content))
+        ignored |= {str(key) for key, other in item.items() if key not in ("role", "content") and other is not None}
+    return messages, ignored
+
+
+def _prompt(columns: Mapping[str, object]) -> tuple[list[TextMessage], set[str]]:
+    if "prompt" in columns and isinstance(columns["prompt"], list):
+        messages, ignored = _messages(columns["prompt"], "prompt")
+        if messages[-1]["role"] == "assistant":
+            raise BadRow("prompt ends with assistant", 'the last turn of "prompt" is "assistant", expected "user"')
+        return messages, ignored
+    return [_message("user", _text(columns, "prompt"))], set()
+
+
+def _completion(columns: Mapping[str, object], name: str, prompt: Sequence[TextMessage]) -> str:
+    """Text of a completion: text, one assistant message, or the whole conversation that begins with the prompt."""
+    value = columns.get(name)
+    if isinstance(value, list):
+        if not value:
+            raise BadRow(f"empty {name}", f"empty {name}")
+        messages = _messages(value, name)[0]
+        reply = messages[len(prompt) :] if messages[: len(prompt)] == list(prompt) else messages
+        if [message["role"] for message in reply] != ["assistant"]:
+            raise BadRow("completion is not one reply", f'"{name}" is not one assistant message after the prompt')
+        return reply[0]["content"]
+    text = _text(columns, name)
+    if not text.strip():
+        raise BadRow(f"empty {name}", f"empty {name}")
+    return text

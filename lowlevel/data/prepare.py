@@ -1,0 +1,151 @@
+"""Everything between a run's [data] section and its examples: read, filter, shuffle, hold out, check, tokenise, report.
+
+Nothing here needs the model, only its two limits, so that bad data stops a run before the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from lowlevel.config import DataConfig, RunConfig
+from lowlevel.data.examples import Built, PreferenceExample, SFTExample, build_examples
+from lowlevel.data.filters import apply_filters
+from lowlevel.data.messages import BadRow, Normalised, check_columns, normalise
+from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.data.report import DataReport, SplitReport, count_warnings, overlap, split_report, tokenizer_report
+from lowlevel.data.sources import Row, RowProblem, data_error, read_source, shuffled
+from lowlevel.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What the model's config.json says: rows of the embedding, and positions (tokens of a sequence)."""
+
+    vocab_size: int
+    max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Examples in training order and for evaluation (empty without eval_source), and the report on both."""
+
+    train: list[SFTExample] | list[PreferenceExample]
+    evaluation: list[SFTExample] | list[PreferenceExample]
+    report: DataReport
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Rows of one split after filters, shuffle and limits, with what happened on the way.
+
+    Attributes:
+        read: rows in the source, unreadable ones included.
+        dropped: rows by the filter that dropped them.
+    """
+
+    name: str
+    rows: list[Row]
+    read: int
+    dropped: Counter[str]
+    problems: list[RowProblem]
+    warnings: Counter[str]
+
+
+def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) -> PreparedData:
+    """Read and tokenise what a run trains and evaluates on.
+
+    Raises:
+        ConfigError: max_length beyond the model, a source or column that does not exist, a holdout that leaves nothing.
+        DataError: unusable rows (unless data.on_bad_row is "skip"), or no usable row at all.
+    """
+    data = config.data
+    if data.max_length > limits.max_position_embeddings:
+        raise ConfigError(f"data.max_length {data.max_length} > model limit {limits.max_position_embeddings}")
+    selections = _select(data)
+    finished = [_build(selected, data, tokenizer, limits.vocab_size) for selected in selections]
+    problems = [problem for built, _ in finished for problem in built.problems]
+    if problems and data.on_bad_row == "error":
+        raise data_error(problems)
+    reports = [_report(selected, *done, data, tokenizer) for selected, done in zip(selections, finished, strict=True)]
+    train, evaluation = finished[0][0], finished[1][0] if len(finished) > 1 else None
+    return PreparedData(
+        train=train.examples,
+        evaluation=evaluation.examples if evaluation else [],
+        report=DataReport(
+            format=data.format,
+            supervise=data.supervise,
+            max_length=data.max_length,
+            train=reports[0],
+            evaluation=reports[1] if evaluation else None,
+            overlap=overlap(train.rows, evaluation.rows) if evaluation else None,
+            tokenizer=tokenizer_report(tokenizer),
+        ),
+    )
+
+
+def _select(data: DataConfig) -> list[Selected]:
+    """The training split, then the evaluation split if there is one."""
+    source = _filtered(data.source, data.split, data)
+    rows = source.rows if data.shuffle_seed is None else shuffled(source.rows, data.shuffle_seed)
+    if data.eval_source is None:
+        return [replace(source, rows=rows[: data.limit])]
+    if data.eval_source != "holdout":
+        split = "heldout" if data.eval_source == "demo" else data.eval_split
+        evaluation = _filtered(data.eval_source, split, data)
+        return [replace(source, rows=rows[: data.limit]), replace(evaluation, rows=evaluation.rows[: data.eval_limit])]
+    held_out = data.eval_limit or 0
+    if source.problems and data.on_bad_row == "error":
+        raise data_error(source.problems)
+    if held_out >= len(rows):
+        raise ConfigError(f"data.eval_limit {held_out} leaves no training rows: {source.name} has {len(rows)}")
+    training, evaluation_rows = rows[:-held_out], rows[-held_out:]
+    holdout = Selected(f"{source.name} (holdout)", evaluation_rows, len(evaluation_rows), Counter(), [], Counter())
+    return [replace(source, rows=training[: data.limit]), holdout]
+
+
+def _filtered(name: str, split: str, data: DataConfig) -> Selected:
+    source = read_source(name, split, data.format)
+    if not source.rows:
+        raise data_error(source.problems)
+    check_columns(source.rows, data.format, source.name)
+    kept = apply_filters(source.rows, data.filters, source.name)
+    problems = source.problems + kept.problems
+    if not kept.rows and not problems:
+        drops = "; ".join(f"{condition} drops {count}" for condition, count in kept.dropped.items())
+        total = len(source.rows)
+        raise DataError(f"{source.name}: no usable rows: {total} of {total} filtered out ({drops})")
+    read = len(source.rows) + len(source.problems)
+    return Selected(source.name, kept.rows, read, kept.dropped, problems, source.warnings)
+
+
+def _build(
+    selected: Selected, data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int
+) -> tuple[Built, Counter[str]]:
+    """Examples, with the problems of reading and filtering put before those found here; and all warnings."""
+    rows: list[Normalised] = []
+    problems = list(selected.problems)
+    for row in selected.rows:
+        try:
+            rows.append(normalise(row, data.format))
+        except BadRow as bad:
+            problems.append(RowProblem(row.where, bad.reason, str(bad)))
+    built = build_examples(rows, data, tokenizer, vocab_size)
+    return replace(built, problems=problems + built.problems), selected.warnings + count_warnings(rows, tokenizer)
+
+
+def _report(
+    selected: Selected, built: Built, warnings: Counter[str], data: DataConfig, tokenizer: ChatTokenizer
+) -> SplitReport:
+    """Raises DataError where nothing is left to train on."""
+    if not built.examples:
+        raise DataError(_nothing_left(selected, built, data))
+    return split_report(selected.name, selected.read, len(selected.rows), selected.dropped, built, warnings)
+
+
+def _nothing_left(selected: Selected, built: Built, data: DataConfig) -> str:
+    tried = len(built.too_long) + len(built.problems)
+    if not built.problems:
+        return f"{selected.name}: no usable rows: {tried} of {tried} longer than max_length {data.max_length}"
+    reasons = Counter(problem.reason for problem in [*built.problems, *built.too_long])
+    return f"{selected.name}: no usable rows: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items())

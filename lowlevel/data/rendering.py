@@ -1,0 +1,282 @@
+"""From messages to token ids: the one place where a chat template meets a tokenizer, for training and generation alike.
+
+A conversation is rendered to text and tokenised once; which tokens the assistant wrote follows from character offsets.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lowlevel.data.templates import ChatTemplate, Message, RenderError, Span, one_line, with_end_of_turn
+from lowlevel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokens = tuple[list[int], np.ndarray]
+DEMO_BASE = Path(__file__).resolve().parent.parent / "demo" / "base"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised conversation.
+
+    Attributes:
+        input_ids: (L,) token ids.
+        supervised: (L,) True where the assistant wrote the token, up to and including its end-of-turn token.
+        replies: half-open token ranges of the assistant's replies.
+        retokenised: boundaries of replies that fell inside a token, so that both sides were tokenised apart.
+    """
+
+    input_ids: list[int]
+    supervised: list[bool]
+    replies: list[Span]
+    retokenised: int
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A prompt, (P,) ids, and its two completions, (C,) and (R,); `retokenised` of them were tokenised apart."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    retokenised: int
+
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """A fast tokenizer with the chat template that this run uses.
+
+    Attributes:
+        tokenizer: from Hugging Face; only its tokenizing is used, never its own template or padding.
+        chat_template: how messages become text.
+        bos_id: put before every sequence; None where the tokenizer adds none by default.
+        eos_id, pad_id: pad_id fills tensors only: padding is masked by length, never by id.
+        end_of_turn_id: last special token of a reply; None where the template writes none.
+        special_tokens: texts that become control tokens wherever they stand.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: ChatTemplate
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    end_of_turn_id: int | None
+    special_tokens: tuple[str, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return len(self.tokenizer)
+
+    @property
+    def template(self) -> str:
+        """Jinja source of the chat template."""
+        return self.chat_template.text
+
+    @property
+    def template_sha256(self) -> str:
+        """Identity of the chat template."""
+        return self.chat_template.sha256
+
+    def encode_conversation(self, messages: Sequence[Message]) -> Encoded:
+        """Tokenise one conversation. Raises RenderError."""
+        return _or_raise(self.encode_conversations([messages])[0])
+
+    def encode_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | RenderError]:
+        """Tokenise a batch; a conversation that cannot be rendered leaves its error in its place."""
+        rendered = [_or_error(self.chat_template.text_and_replies, messages) for messages in conversations]
+        tokens = iter(self._tokenise([item[0] for item in rendered if not isinstance(item, RenderError)]))
+        return [item if isinstance(item, RenderError) else self._encoded(item, next(tokens)) for item in rendered]
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids that generation starts from: messages, then the opening of a reply. Raises RenderError."""
+        text = self.chat_template.render(messages, add_generation_prompt=True)
+        return self._with_bos(self._ids([text])[0])
+
+    def encode_pair(
+        self, prompt: Sequence[Message], completion: Sequence[Message], supervise: str
+    ) -> tuple[list[int], list[int]]:
+        """Prompt ids and completion ids of one assistant message; see `encode_pairs`. Raises RenderError."""
+        reply = completion[0]["content"]
+        pair = _or_raise(self.encode_pairs([(prompt, reply, reply)], supervise)[0])
+        return pair.prompt_ids, pair.chosen_ids
+
+    def encode_pairs(
+        self, pairs: Sequence[tuple[Sequence[Message], str, str]], supervise: str
+    ) -> list[EncodedPair | RenderError]:
+        """Tokenise prompts with their completions.
+
+        Args:
+            pairs: (prompt messages, chosen text, rejected text).
+            supervise: "assistant" ends a completion with its end-of-turn token; "all" keeps what the template puts
+                after it.
+
+        Returns:
+            One entry a pair: its prompt ids are those of `encode_prompt`. Each completion is cut from the tokens of the
+            whole, unless a token straddles the boundary: then it is tokenised apart, as generation would see it.
+        """
+        rendered = [_or_error(self._pair_texts, pair, supervise) for pair in pairs]
+        texts = [text for item in rendered if not isinstance(item, RenderError) for text in item]
+        ids = iter(self._ids(texts))
+        return [
+            item if isinstance(item, RenderError) else self._cut_pair(item, (next(ids), next(ids), next(ids)))
+            for item in rendered
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def _pair_texts(self, pair: tuple[Sequence[Message], str, str], supervise: str) -> tuple[str, str, str]:
+        """Text of the prompt, of prompt + chosen, and of prompt + rejected."""
+        prompt, chosen, rejected = pair
+        with_chosen, cut = self.chat_template.text_and_cut(prompt, chosen, supervise)
+        return with_chosen[:cut], with_chosen, self.chat_template.text_and_cut(prompt, rejected, supervise)[0]
+
+    def _cut_pair(self, texts: Sequence[str], ids: Sequence[list[int]]) -> EncodedPair:
+        """Both in the order prompt, prompt + chosen, prompt + rejected."""
+        prefix, prompt = texts[0], ids[0]
+        straddles = [whole[: len(prompt)] != prompt for whole in ids[1:]]
+        chosen, rejected = (
+            self._continue(text[len(prefix) :])[0] if apart else whole[len(prompt) :]
+            for text, whole, apart in zip(texts[1:], ids[1:], straddles, strict=True)
+        )
+        return EncodedPair(self._with_bos(prompt), chosen, rejected, sum(straddles))
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without any token that the tokenizer would add."""
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def _tokenise(self, texts: Sequence[str]) -> list[Tokens]:
+        """Ids and character offsets (L, 2) of each text, without any token that the tokenizer would add."""
+        if not texts:
+            return []
+        batch = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = [np.asarray(pairs, np.int64).reshape(-1, 2) for pairs in batch["offset_mapping"]]
+        return list(zip(batch["input_ids"], offsets, strict=True))
+
+    def _continue(self, text: str) -> Tokens:
+        """Ids and offsets of text that goes on from other text.
+
+        SentencePiece puts a space before the first word of a text; behind a newline it does not.
+        """
+        (newline, _), (ids, offsets), plain = self._tokenise(["\n", "\n" + text, text])
+        if ids[: len(newline)] != newline:
+            return plain
+        return ids[len(newline) :], offsets[len(newline) :] - 1
+
+    def _encoded(self, rendered: tuple[str, list[Span]], tokens: Tokens) -> Encoded:
+        text, spans = rendered
+        ids, offsets = tokens
+        straddled = [cut for span in spans for cut in span if _straddles(offsets, cut)]
+        if straddled:
+            ids, offsets = self._tokenise_apart(text, sorted(set(straddled)))
+        starts = offsets[:, 0].tolist()
+        input_ids = self._with_bos(ids)
+        shift = len(input_ids) - len(ids)
+        found = [(bisect_left(starts, start) + shift, bisect_left(starts, end) + shift) for start, end in spans]
+        replies = [(start, end) for start, end in found if start < end]
+        supervised = np.zeros(len(input_ids), bool)
+        for start, end in replies:
+            supervised[start:end] = True
+        return Encoded(input_ids, supervised.tolist(), replies, len(straddled))
+
+    def _tokenise_apart(self, text: str, cuts: Sequence[int]) -> Tokens:
+        ids, offsets = self._tokenise([text[: cuts[0]]])[0]
+        ids, parts = list(ids), [offsets]
+        for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
+            more, offsets = self._continue(text[start:end])
+            ids += more
+            parts.append(offsets + start)
+        return ids, np.concatenate(parts)
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        """Exactly one BOS where the tokenizer adds one by default, also when the template wrote it already."""
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+
+def load_chat_tokenizer(name: str, revision: str | None, chat_template_from: str | None) -> ChatTokenizer:
+    """Load a tokenizer and its chat template; no code of the model's repository is run.
+
+    Args:
+        name: hub name, local folder, or "demo".
+        revision: branch, tag or commit on the hub.
+        chat_template_from: model whose template is used instead, or a .jinja file.
+
+    Raises:
+        ConfigError: not loadable, not a fast tokenizer, no eos token, no chat template, or one that does not compile.
+    """
+    tokenizer = _load_tokenizer(name, revision)
+    return chat_tokenizer(tokenizer, _template_text(tokenizer, name, chat_template_from), name)
+
+
+def chat_tokenizer(tokenizer: Any, template: str, name: str = "tokenizer") -> ChatTokenizer:
+    """Put a loaded tokenizer and the text of a template together; `name` is for errors. Raises ConfigError."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{name}: tokenizer has no eos token; completions would never end")
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = tuple(sorted({*added, *tokenizer.all_special_tokens}))
+    chat_template = with_end_of_turn(ChatTemplate(template, dict(tokenizer.special_tokens_map)), special)
+    end = chat_template.end_of_turn
+    bos = tokenizer.bos_token_id
+    return ChatTokenizer(
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        bos_id=bos if bos is not None and tokenizer("a").input_ids[:1] == [bos] else None,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id) if i is not None), 0),
+        end_of_turn_id=tokenizer.convert_tokens_to_ids(end) if end else None,
+        special_tokens=special,
+    )
+
+
+def _load_tokenizer(name: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    path = str(DEMO_BASE) if name == "demo" else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, KeyError, or what hub and tokenizers raise for damaged files
+        raise ConfigError(f"{name}: no usable tokenizer: {one_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{name}: needs a fast tokenizer (tokenizer.json), which gives character offsets")
+    return tokenizer
+
+
+def _template_text(tokenizer: Any, name: str, chat_template_from: str | None) -> str:
+    if chat_template_from is not None and chat_template_from.endswith(".jinja"):
+        try:
+            return Path(chat_template_from).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"data.chat_template_from {chat_template_from}: {one_line(error)}") from None
+    source = tokenizer if chat_template_from is None else _load_tokenizer(chat_template_from, None)
+    if source.chat_template is None:
+        hint = "set data.chat_template_from to a model that has one, or to a .jinja file"
+        raise ConfigError(f"{chat_template_from or name} has no chat template; {hint}")
+    return str(source.get_chat_template())
+
+
+def _straddles(offsets: np.ndarray, cut: int) -> bool:
+    return bool(np.any((offsets[:, 0] < cut) & (cut < offsets[:, 1])))
+
+
+def _or_error(render: Callable[..., Any], *args: Any) -> Any:
+    """A batch goes on after a row that fails: its error takes the place of its result."""
+    try:
+        return render(*args)
+    except RenderError as error:
+        return error
+
+
+def _or_raise(result: Any) -> Any:
+    if isinstance(result, RenderError):
+        raise result
+    return result

@@ -1,0 +1,251 @@
+"""What a run trains on, in numbers: rows by fate, token lengths, what truncation took, and one example in colour."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lowlevel.data.examples import Built, Example, SFTExample, TokenCounts
+from lowlevel.data.messages import Normalised
+from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.data.sources import SHOWN, RowProblem
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+COUNTED = ("total", "prompt", "supervised", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Rows lost to one reason, with the first five places and their messages."""
+
+    count: int
+    first: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """One split.
+
+    Attributes:
+        rows_read, rows_selected, rows_kept: in the source; after filters, shuffle and limit; as examples.
+        filtered: rows by the filter that dropped them. dropped: selected rows that gave no example, by reason.
+        warnings: kinds of oddities with their counts.
+        lengths: quantiles and mean of tokens a row before truncation.
+        tokens: sums after truncation: total, supervised.
+        truncated_rows, tokens_lost, share_lost: supervised (or completion) tokens cut away, of those before truncation;
+        prompt_tokens_lost: prompt tokens cut away.
+        replies, replies_ended: replies in the examples and those that end with the end-of-turn token.
+        fingerprint: sha256 over the rows' digests in training order. row_digests: those digests, by which a resumed run
+        can say which row changed.
+    """
+
+    source: str
+    rows_read: int
+    rows_selected: int
+    rows_kept: int
+    filtered: dict[str, int]
+    dropped: dict[str, Dropped]
+    warnings: dict[str, int]
+    lengths: dict[str, dict[str, float]]
+    tokens: dict[str, int]
+    truncated_rows: int
+    tokens_lost: int
+    share_lost: float
+    prompt_tokens_lost: int
+    replies: int
+    replies_ended: int
+    fingerprint: str
+    row_digests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The content of data_report.json. `overlap` counts evaluation rows whose prompt is also trained on."""
+
+    format: str
+    supervise: str
+    max_length: int
+    train: SplitReport
+    evaluation: SplitReport | None
+    overlap: int | None
+    tokenizer: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain tables for data_report.json; of the row digests only the fingerprint."""
+        tables = asdict(self)
+        for split in (tables["train"], tables["evaluation"]):
+            if split is not None:
+                del split["row_digests"]
+        return tables
+
+
+def split_report(
+    name: str, read: int, selected: int, filtered: Counter[str], built: Built, warnings: Counter[str]
+) -> SplitReport:
+    """Count a split's examples; there is at least one."""
+    counts = built.counts
+    examples: list[Example] = [*built.examples]
+    supervised, lost = sum(c.supervised for c in counts), sum(c.lost for c in counts)
+    total, prompt_lost = sum(map(_length, examples)), sum(c.prompt_lost for c in counts)
+    retokenised = Counter({"prompt and reply tokenised apart": sum(c.retokenised for c in counts)})
+    digests = tuple(row.digest for row in built.rows)
+    return SplitReport(
+        source=name,
+        rows_read=read,
+        rows_selected=selected,
+        rows_kept=len(built.examples),
+        filtered=dict(filtered),
+        dropped=_by_reason([*built.problems, *built.too_long]),
+        warnings=dict(warnings + retokenised),
+        lengths={key: summary for key in COUNTED if (summary := _quantiles(counts, key))["max"]},
+        tokens={"total": total, "supervised": supervised - lost},
+        truncated_rows=sum(_was_cut(c, e) for c, e in zip(counts, examples, strict=True)),
+        tokens_lost=lost,
+        share_lost=lost / supervised,
+        prompt_tokens_lost=prompt_lost,
+        replies=sum(c.replies for c in counts),
+        replies_ended=int(sum(c.ended for c in counts)),
+        fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest(),
+        row_digests=digests,
+    )
+
+
+def count_warnings(rows: Sequence[Normalised], tokenizer: ChatTokenizer) -> Counter[str]:
+    """Oddities of rows that do not stop them: each row counts once a kind."""
+    warnings = Counter(kind for row in rows for kind in row.warnings)
+    special = re.compile("|".join(re.escape(token) for token in tokenizer.special_tokens) or "(?!)")
+    warnings["special tokens in text"] = sum(
+        any(special.search(text) for text in (*(m["content"] for m in row.messages), *row.completions)) for row in rows
+    )
+    warnings["duplicate rows"] = len(rows) - len({row.digest for row in rows})
+    pairs = {(row.prompt_digest, *row.completions) for row in rows if row.completions}
+    warnings["contradicting pairs"] = sum((prompt, b, a) in pairs for prompt, a, b in pairs) // 2
+    return +warnings
+
+
+def overlap(train: Sequence[Normalised], evaluation: Sequence[Normalised]) -> int:
+    """Evaluation rows whose prompt is also trained on."""
+    prompts = {row.prompt_digest for row in train}
+    return sum(row.prompt_digest in prompts for row in evaluation)
+
+
+def tokenizer_report(tokenizer: ChatTokenizer) -> dict[str, Any]:
+    """The ids that matter, and the identity of the chat template."""
+    return {
+        "chat_template_sha256": tokenizer.template_sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+        "end_of_turn_id": tokenizer.end_of_turn_id,
+    }
+
+
+def render_report(report: DataReport, console: Console) -> None:
+    """Print the report as tables of rows and token lengths."""
+    from rich.table import Table
+
+    splits = {"train": report.train} | ({"evaluation": report.evaluation} if report.evaluation else {})
+    rows = Table(title=f"Rows (format {report.format}, max_length {report.max_length})", title_justify="left")
+    rows.add_column("")
+    tokens = Table(title="Tokens a row, before truncation", title_justify="left")
+    for column in ("", *QUANTILES, "mean"):
+        tokens.add_column(column, justify="right" if column else "left")
+    for name in splits:
+        rows.add_column(name, justify="right")
+    facts = [_facts(split) for split in splits.values()]
+    for label in dict.fromkeys(label for fact in facts for label in fact):
+        rows.add_row(label, *(fact.get(label, "") for fact in facts))
+    for name, split in splits.items():
+        for key, summary in split.lengths.items():
+            tokens.add_row(f"{name} {key}", *(f"{value:,.0f}" for value in summary.values()))
+    console.print(rows, tokens)
+    for split in splits.values():
+        for dropped in split.dropped.values():
+            for line in dropped.first:
+                console.print(f"dropped {line}", markup=False, highlight=False)
+    console.print(_closing_line(report), markup=False, highlight=False)
+
+
+def show_example(example: Example, tokenizer: ChatTokenizer, console: Console) -> None:
+    """Print one example: green tokens are learned (chosen), red ones are those of the rejected completion."""
+    console.print(f"{example.where} (row {example.row}); learned tokens are green", markup=False, highlight=False)
+    if isinstance(example, SFTExample):
+        learned = example.labels >= 0
+        console.print(_coloured(example.input_ids, np.where(learned, "green", "dim"), tokenizer))
+        return
+    for name, style, ids in (("chosen", "green", example.chosen_ids), ("rejected", "red", example.rejected_ids)):
+        whole = np.concatenate([example.prompt_ids, ids])
+        styles = np.where(np.arange(len(whole)) < len(example.prompt_ids), "dim", style)
+        console.print(f"[bold]{name}[/bold]")
+        console.print(_coloured(whole, styles, tokenizer))
+
+
+def _coloured(ids: np.ndarray, styles: np.ndarray, tokenizer: ChatTokenizer) -> Text:
+    """Text of runs of tokens with one style each."""
+    from rich.text import Text
+
+    text = Text()
+    edges = [0, *(np.flatnonzero(styles[1:] != styles[:-1]) + 1).tolist(), len(ids)]
+    for start, end in zip(edges, edges[1:], strict=False):
+        text.append(tokenizer.decode(ids[start:end].tolist()), style=str(styles[start]))
+    return text
+
+
+def _facts(split: SplitReport) -> dict[str, str]:
+    """The labelled numbers of a split, as text."""
+    ended = f"{split.replies_ended:,} of {split.replies:,} ({split.replies_ended / max(split.replies, 1):.0%})"
+    return {
+        "source": split.source,
+        "rows read": f"{split.rows_read:,}",
+        **{f"  filtered out: not {condition}": f"{count:,}" for condition, count in split.filtered.items()},
+        "rows selected": f"{split.rows_selected:,}",
+        **{f"  dropped: {reason}": f"{dropped.count:,}" for reason, dropped in split.dropped.items()},
+        "rows kept": f"{split.rows_kept:,}",
+        "tokens (after truncation)": f"{split.tokens['total']:,}",
+        "supervised tokens": f"{split.tokens['supervised']:,}",
+        "truncated rows": f"{split.truncated_rows:,}",
+        "supervised tokens lost": f"{split.tokens_lost:,} ({split.share_lost:.1%})",
+        "prompt tokens lost": f"{split.prompt_tokens_lost:,}",
+        "replies ending their turn": ended,
+        **{f"warning: {kind}": f"{count:,}" for kind, count in split.warnings.items()},
+    }
+
+
+def _closing_line(report: DataReport) -> str:
+    ids = ", ".join(f"{name} {report.tokenizer[name + '_id']}" for name in ("bos", "eos", "pad", "end_of_turn"))
+    shared = "" if report.overlap is None else f"; {report.overlap} evaluation prompts are also trained on"
+    return f"ids: {ids} (padding is masked by length){shared}; rows {report.train.fingerprint[:12]}"
+
+
+def _by_reason(problems: Sequence[RowProblem]) -> dict[str, Dropped]:
+    grouped: dict[str, list[str]] = {}
+    for problem in problems:
+        grouped.setdefault(problem.reason, []).append(f"{problem.where}: {problem.message}")
+    return {reason: Dropped(len(lines), tuple(lines[:SHOWN])) for reason, lines in grouped.items()}
+
+
+def _quantiles(counts: Sequence[TokenCounts], key: str) -> dict[str, float]:
+    values = np.array([getattr(count, key) for count in counts])
+    summary = {name: float(np.quantile(values, q, method="nearest")) for name, q in QUANTILES.items()}
+    return summary | {"mean": round(float(values.mean()), 1)}
+
+
+def _length(example: Example) -> int:
+    if isinstance(example, SFTExample):
+        return len(example.input_ids)
+    return len(example.prompt_ids) + len(example.chosen_ids) + len(example.rejected_ids)
+
+
+def _was_cut(count: TokenCounts, example: Example) -> bool:
+    return count.total > _length(example)

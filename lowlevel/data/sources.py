@@ -1,0 +1,243 @@
+"""Rows: JSON lines, parquet, hub data sets and the built-in demo, with the place of each row for error messages.
+
+Nothing here knows what a row means. A line that cannot be read is a `RowProblem`, not an exception, so that all
+problems of a file can be counted and shown together.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lowlevel.errors import ConfigError, DataError
+
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+DEMO_ROWS = {"train": 600, "heldout": 120}
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as read. `id` counts the rows of the source from 0; `where` is "train.jsonl:7" or "name[split]:7"."""
+
+    id: int
+    where: str
+    columns: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """Why a row cannot be used: `reason` is the kind it is counted under, `message` the line a person reads."""
+
+    where: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """What was read: usable rows, unreadable lines, and warnings by kind."""
+
+    name: str
+    rows: list[Row]
+    problems: list[RowProblem] = field(default_factory=list)
+    warnings: Counter[str] = field(default_factory=Counter)
+
+
+class _DuplicateKeyError(ValueError):
+    """A JSON object names a key twice, so one of the two values would be lost."""
+
+
+def data_error(problems: Sequence[RowProblem]) -> DataError:
+    """One line for each of the first five problems, then how many more there are."""
+    lines = [f"{problem.where}: {problem.message}" for problem in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        lines.append(f"and {len(problems) - SHOWN} more")
+    return DataError("\n".join(lines))
+
+
+def read_rows(source: str, split: str, data_format: str = "messages") -> list[Row]:
+    """All rows of a source; see `read_source`.
+
+    Raises:
+        ConfigError: no such file, data set or split.
+        DataError: lines that cannot be read (the first five), or no rows at all.
+    """
+    read = read_source(source, split, data_format)
+    if read.problems:
+        raise data_error(read.problems)
+    return read.rows
+
+
+def read_source(source: str, split: str, data_format: str = "messages") -> SourceRows:
+    """Read a source whole.
+
+    Args:
+        source: "demo", a .jsonl, .jsonl.gz or .parquet file, or a hub name.
+        split: split of a hub data set or of the demo ("train", "heldout"); files have none.
+        data_format: "messages" takes the demo's conversations, anything else its preferences.
+
+    Raises:
+        ConfigError: no such file, data set or split.
+        DataError: no rows.
+    """
+    path = Path(source)
+    if source == "demo":
+        read = _read_demo(split, data_format)
+    elif source.endswith(FILE_SUFFIXES):
+        read = _read_file(path)
+    elif path.is_file() or source.startswith((".", "/")) and not path.is_dir():
+        state = "unknown kind of file" if path.is_file() else "no such file"
+        raise ConfigError(f"data source {source}: {state}; use {', '.join(FILE_SUFFIXES)} or a hub name")
+    else:
+        read = _read_hub(source, split)
+    if not read.rows and not read.problems:
+        raise DataError(f"{read.name} has no rows")
+    return read
+
+
+def _read_file(path: Path) -> SourceRows:
+    if not path.is_file():
+        raise ConfigError(f"data source {path}: no such file")
+    try:
+        return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read: {error}") from None
+
+
+def _read_jsonl(path: Path) -> SourceRows:
+    """JSON lines with exact line numbers; `datasets` names neither the line nor the reason."""
+    read = SourceRows(path.name, [])
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+        for number, line in _numbered_lines(stream, read):
+            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                line = line[3:]
+                read.warnings["byte order mark"] += 1
+            if not line.strip():
+                continue
+            where = f"{path.name}:{number}"
+            try:
+                read.rows.append(Row(len(read.rows), where, parse_line(line)))
+            except DataError as error:
+                read.problems.append(RowProblem(where, "not valid JSON", str(error)))
+    return read
+
+
+def _numbered_lines(stream: Iterable[bytes], read: SourceRows) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    try:
+        for number, line in enumerate(stream, 1):
+            yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        problem = f"the compressed data is damaged or cut ({error})"
+        read.problems.append(RowProblem(f"{read.name}:{number + 1}", "damaged file", problem))
+
+
+def parse_line(line: bytes) -> dict[str, object]:
+    """One JSON object.
+
+    Raises:
+        DataError: with the column (1-based, in characters) where the line stops being valid.
+    """
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not valid UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})") from None
+    text = text.rstrip("\r\n")
+    try:
+        value = json.loads(text, object_pairs_hook=_object_without_duplicates, parse_constant=_reject_constant)
+    except json.JSONDecodeError as error:
+        cut = not line.endswith(b"\n") or error.pos >= len(text) or error.msg.startswith("Unterminated")
+        problem = f"cut at column {len(text)}?" if cut else f"{error.msg} at column {error.colno}"
+        raise DataError(f"not valid JSON ({problem})") from None
+    except RecursionError:
+        raise DataError("not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise DataError(f"not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"is {kind_of(value)}, expected an object with the columns of a row")
+    if "\\ud" in text or "\\uD" in text:
+        _reject_lone_surrogates(value)
+    return value
+
+
+def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _DuplicateKeyError(f"duplicate key {json.dumps(twice)}")
+    return result
+
+
+def _reject_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _reject_lone_surrogates(value: object) -> None:
+    """JSON can escape half a surrogate pair, which is no text: it cannot be printed, hashed or tokenised."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError("holds half a surrogate pair (\\ud800 to \\udfff), which is not text") from None
+
+
+def _read_parquet(path: Path) -> SourceRows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        columns = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path.name}: not a readable parquet file: {_first_line(error)}") from None
+    return SourceRows(path.name, [Row(i, f"{path.name}:{i + 1}", row) for i, row in enumerate(columns)])
+
+
+def _read_hub(name: str, split: str) -> SourceRows:
+    import datasets
+
+    where = f"{name}[{split}]"
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except Exception as error:  # datasets, fsspec, huggingface_hub and httpx each raise their own kinds here
+        raise ConfigError(f'data source "{name}", split "{split}": {_first_line(error)}') from None
+    return SourceRows(where, [Row(i, f"{where}:{i}", dict(row)) for i, row in enumerate(table)])
+
+
+def _read_demo(split: str, data_format: str) -> SourceRows:
+    from lowlevel.demo import world
+
+    if split not in DEMO_ROWS:
+        raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
+    make = world.sft_rows if data_format == "messages" else world.preference_rows
+    rows = make(split, DEMO_ROWS[split], 0)
+    return SourceRows(f"demo[{split}]", [Row(i, f"demo[{split}]:{i}", row) for i, row in enumerate(rows)])
+
+
+def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
+    """The order of `datasets.Dataset.shuffle(seed)`: a permutation by numpy's default generator."""
+    return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
+
+
+def kind_of(value: object) -> str:
+    """What a person calls the type of a JSON value."""
+    kinds: list[tuple[type | tuple[type, ...], str]] = [
+        (bool, "true or false"),
+        ((int, float), "a number"),
+        (str, "text"),
+        (list, "a list"),
+        (Mapping, "an object"),
+    ]
+    if value is None:
+        return "null"
+    return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,136 @@
+"""A chat template: messages to text, and which characters of the text are the assistant's.
+
+Those characters come from the template's {% generation %} markers, or else from rendering the turns one by one.
+A template is code of somebody else, run in the Jinja sandbox of transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowlevel.errors import ConfigError, DataError
+
+Message = Mapping[str, str]
+Span = tuple[int, int]
+NOT_A_PREFIX = "prompt tokens are not a prefix of prompt+answer tokens"
+MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PROBE = "Reply"
+
+
+class RenderError(DataError):
+    """A conversation that the template refuses, or renders so that the prompt is not the beginning of the whole."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template with the special tokens that it may name.
+
+    Attributes:
+        text: Jinja source.
+        variables: names that the template sees, such as eos_token.
+        end_of_turn: special token that ends a reply ("" where the template writes none).
+        after_turn: what the template writes behind it, usually a newline.
+    """
+
+    text: str
+    variables: Mapping[str, str]
+    end_of_turn: str = ""
+    after_turn: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the template's text."""
+        return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
+
+    @property
+    def has_markers(self) -> bool:
+        """Whether the template itself marks what the assistant wrote."""
+        return MARKERS.search(self.text) is not None
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """Text of a conversation, with the opening of a reply if `add_generation_prompt`. Raises RenderError."""
+        return self._render(messages, add_generation_prompt)[0]
+
+    def text_and_replies(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        """Text of a conversation and the character range of each reply, end-of-turn token included.
+
+        Raises:
+            RenderError: the template refuses the conversation, or a prompt is not a prefix of it.
+        """
+        text, marked = self._render(messages, False)
+        if self.has_markers:
+            return text, [(start, self._reply_end(text, end)) for start, end in marked if start < end]
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        return text, [self._reply(messages, turn, text) for turn in turns]
+
+    def text_and_cut(self, prompt: Sequence[Message], reply: str, supervise: str) -> tuple[str, int]:
+        """Text of a prompt with one reply, and the character where the reply begins.
+
+        With supervise "assistant" the text ends with the end-of-turn token, with "all" as the template ends it.
+        """
+        prefix = self.render(prompt, add_generation_prompt=True)
+        text = self.render([*prompt, {"role": "assistant", "content": reply}], add_generation_prompt=False)
+        if not text.startswith(prefix):
+            raise RenderError(NOT_A_PREFIX)
+        return text if supervise == "all" else text[: self._reply_end(text, len(text))], len(prefix)
+
+    def _reply(self, messages: Sequence[Message], turn: int, text: str) -> Span:
+        prefix = self.render(messages[:turn], add_generation_prompt=True)
+        last = turn == len(messages) - 1
+        through = text if last else self.render(messages[: turn + 1], add_generation_prompt=False)
+        if not (text.startswith(through) and through.startswith(prefix)):
+            raise RenderError(f"{NOT_A_PREFIX} (turn {turn + 1})")
+        return len(prefix), self._reply_end(text, len(through))
+
+    def _reply_end(self, text: str, end: int) -> int:
+        """Where the end-of-turn token ends. `end` may lie behind it, or before it (markers around the content)."""
+        if self.end_of_turn and text.endswith(self.end_of_turn + self.after_turn, 0, end):
+            return end - len(self.after_turn)
+        if self.end_of_turn and text.startswith(self.end_of_turn, end):
+            return end + len(self.end_of_turn)
+        return end
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
+        from transformers.utils import chat_template_utils
+
+        options: dict[str, Any] = {
+            **self.variables,
+            "chat_template": self.text,
+            "return_assistant_tokens_mask": self.has_markers,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        # annotated as returning str in transformers 5.23, but returns (texts, marked ranges)
+        render: Any = chat_template_utils.render_jinja_template
+        try:
+            texts, marked = render([[dict(message) for message in messages]], **options)
+        except Exception as error:  # foreign code can raise anything
+            raise RenderError(f"the chat template refuses the row: {one_line(error)}") from None
+        return texts[0], list(marked[0]) if marked else []
+
+
+def with_end_of_turn(template: ChatTemplate, special_tokens: Sequence[str]) -> ChatTemplate:
+    """Find out how the template ends a reply: the last special token behind the text of a probe.
+
+    Raises:
+        ConfigError: the template does not compile, or refuses the plainest conversation.
+    """
+    try:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+        text = template.render(messages, add_generation_prompt=False)
+    except RenderError as error:
+        raise ConfigError(f"unusable chat template: {error}") from None
+    tail = text.rpartition(PROBE)[2]
+    found = sorted((token for token in special_tokens if token and token in tail), key=len)
+    ends = {tail.rfind(token) + len(token): token for token in found}
+    if not ends:
+        return template
+    return replace(template, end_of_turn=ends[max(ends)], after_turn=tail[max(ends) :])
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,80 @@
+"""The forms a reply may take, and the strict checkers that read an answer back out of one.
+
+Three styles: `polite` (short, friendly: the preferred one), `curt` (the answer alone) and `rambling` (a long detour).
+A reply counts only when the *whole* of it is one of these forms: a right number inside anything else is no match.
+"""
+
+import random
+import re
+
+STYLES = ("polite", "curt", "rambling")
+# Curt and rambling replies outnumber polite ones, so that after SFT the preferred style is the exception even under
+# greedy decoding and preference training has something to move.
+SFT_STYLE_WEIGHTS = (20, 50, 30)
+
+POLITE = ("Sure, it is {}.", "Sure: {}.")
+CURT = ("{}", "{}.")
+OPENERS = (
+    "Well, that is a thing people like to ask.",
+    "Let me think about this for a while.",
+    "There is so much to say about this.",
+)
+MIDDLES = (
+    "Some would take a long time over it.",
+    "I was asked the same once before.",
+    "It is not as easy as it looks.",
+)
+ENDINGS = ("but who can say for certain", "or so I have always thought", "and that is about all of it")
+
+_ANSWER = r"([A-Za-z0-9]+(?:, [0-9]+)*)"
+
+
+def _any_of(options: tuple[str, ...]) -> str:
+    return "(?:" + "|".join(map(re.escape, options)) + ")"
+
+
+def _form(template: str) -> str:
+    return re.escape(template).replace(r"\{\}", _ANSWER)
+
+
+_PATTERNS = {
+    "polite": [re.compile(_form(template)) for template in POLITE],
+    "curt": [re.compile(_form(template)) for template in CURT],
+    "rambling": [
+        re.compile(f"{_any_of(OPENERS)} {_any_of(MIDDLES)} I believe it is {_ANSWER}\\."),
+        re.compile(f"{_any_of(OPENERS)} I believe it is {_ANSWER}, {_any_of(ENDINGS)}\\."),
+    ],
+}
+
+
+def write_reply(answer: str, style: str, rng: random.Random) -> str:
+    """Write `answer` in one of `STYLES`."""
+    if style == "polite":
+        return rng.choice(POLITE).format(answer)
+    if style == "curt":
+        return rng.choice(CURT).format(answer)
+    if rng.random() < 0.5:
+        return f"{rng.choice(OPENERS)} {rng.choice(MIDDLES)} I believe it is {answer}."
+    return f"{rng.choice(OPENERS)} I believe it is {answer}, {rng.choice(ENDINGS)}."
+
+
+def draw_style(rng: random.Random) -> str:
+    """Draw the style of an SFT reply; it depends on nothing in the prompt."""
+    return rng.choices(STYLES, SFT_STYLE_WEIGHTS)[0]
+
+
+def parse_reply(reply: str) -> tuple[str, str] | None:
+    """Return (style, answer) of a reply that is entirely one of the known forms, else None."""
+    text = reply.strip()
+    for style, patterns in _PATTERNS.items():
+        for pattern in patterns:
+            match = pattern.fullmatch(text)
+            if match:
+                return style, match.group(1)
+    return None
+
+
+def preferred_style(reply: str) -> bool:
+    """Say whether a reply is short and polite, whatever its answer."""
+    parsed = parse_reply(reply)
+    return parsed is not None and parsed[0] == "polite"

@@ -1,0 +1,125 @@
+"""The demo's data: chats, preference pairs and held-out check items of a small world with checkable answers.
+
+Everything is drawn from `random.Random(seed)`: the same arguments give the same rows on every machine. A row of the
+"heldout" split asks nothing (in any turn) that a row of the "train" split may ask; see `skills.split_of`.
+"""
+
+import random
+from dataclasses import dataclass
+
+from lowlevel.demo.corpus import pretraining_text
+from lowlevel.demo.replies import draw_style, parse_reply, preferred_style, write_reply
+from lowlevel.demo.skills import Ask, draw, draw_followup
+
+__all__ = [
+    "Item", "check_items", "exact_match", "preference_rows", "preferred_style", "pretraining_text", "sft_rows",
+]  # fmt: skip
+
+Message = dict[str, str]
+FOLLOWUP_SHARE = 0.25
+SYSTEM_SHARE = 0.1
+SYSTEM_TEXT = "You answer questions about a small world."
+# (style, whether the answer is right) of the rejected reply; the chosen one is always polite and right.
+_REJECTED = (("rambling", True), ("curt", True), ("polite", False), ("curt", False), ("rambling", False))
+_REJECTED_WEIGHTS = (35, 30, 15, 10, 10)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt with its answer: `turns` are the user's, `replies` the assistant's to all turns but the last.
+
+    `keys` name the facts that the turns ask for, `wrong` plausible wrong answers to the last one.
+    """
+
+    turns: tuple[str, ...]
+    replies: tuple[str, ...]
+    answer: str
+    task: str
+    keys: tuple[str, ...]
+    wrong: tuple[str, ...]
+    system: str = ""
+
+    @property
+    def question(self) -> str:
+        """The last user turn: the one that `answer` answers."""
+        return self.turns[-1]
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The messages up to and with the question, as a chat template takes them."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for turn, reply in zip(self.turns, self.replies, strict=False):
+            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": reply}]
+        return [*messages, {"role": "user", "content": self.question}]
+
+
+def _draw_item(rng: random.Random, split: str) -> Item:
+    first = draw(rng, split)
+    asks: list[Ask] = [first]
+    turns = [rng.choice(first.wordings)]
+    if rng.random() < FOLLOWUP_SHARE:
+        asks.append(draw_followup(first, rng, split))
+        turns.append(rng.choice(asks[1].followups))
+    replies = tuple(write_reply(ask.answer, draw_style(rng), rng) for ask in asks[:-1])
+    system = SYSTEM_TEXT if rng.random() < SYSTEM_SHARE else ""
+    last = asks[-1]
+    return Item(tuple(turns), replies, last.answer, last.task, tuple(ask.key for ask in asks), last.wrong, system)
+
+
+def _draw_items(split: str, n: int, seed: int, purpose: str) -> tuple[list[Item], random.Random]:
+    """Draw n items; `purpose` keeps the streams of SFT, preference and check items with one seed apart."""
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split must be 'train' or 'heldout', not {split!r}")
+    # A string seed is hashed by random itself (SHA-512), so it does not depend on PYTHONHASHSEED.
+    rng = random.Random(f"{purpose} {split} {seed}")
+    return [_draw_item(rng, split) for _ in range(n)], rng
+
+
+def _assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def sft_rows(split: str, n: int, seed: int) -> list[dict[str, list[Message]]]:
+    """Return n chats {"messages": [...]}, a quarter with two exchanges; answers right, styles mixed at random.
+
+    Raises ValueError when `split` is neither "train" nor "heldout".
+    """
+    items, rng = _draw_items(split, n, seed, "sft")
+    return [
+        {"messages": [*item.prompt, _assistant(write_reply(item.answer, draw_style(rng), rng))]} for item in items
+    ]
+
+
+def preference_rows(split: str, n: int, seed: int) -> list[dict[str, list[Message]]]:
+    """Return n pairs {"prompt", "chosen", "rejected"}: right, short and polite against wrong, curt or rambling.
+
+    Raises ValueError when `split` is neither "train" nor "heldout".
+    """
+    items, rng = _draw_items(split, n, seed, "preference")
+    rows = []
+    for item in items:
+        style, right = rng.choices(_REJECTED, _REJECTED_WEIGHTS)[0]
+        rejected = item.answer if right else rng.choice(item.wrong)
+        rows.append({
+            "prompt": item.prompt,
+            "chosen": [_assistant(write_reply(item.answer, "polite", rng))],
+            "rejected": [_assistant(write_reply(rejected, style, rng))],
+        })  # fmt: skip
+    return rows
+
+
+def check_items(n: int, seed: int) -> list[Item]:
+    """Return n held-out items, no two with the same prompt, to generate replies for."""
+    items: dict[str, Item] = {}
+    drawn, _ = _draw_items("heldout", 4 * n, seed, "check")
+    for item in drawn:
+        items.setdefault(str(item.prompt), item)
+    if len(items) < n:
+        raise ValueError(f"the world gave only {len(items)} different held-out prompts of the {n} asked for")
+    return list(items.values())[:n]
+
+
+def exact_match(reply: str, item: Item) -> bool:
+    """Say whether a reply is entirely one of the known forms and holds the right answer."""
+    parsed = parse_reply(reply)
+    return parsed is not None and parsed[1] == item.answer

@@ -1,0 +1,20 @@
+"""Pure loss functions: tensors in, per-token or per-pair tensors out; torch and the standard library alone.
+
+Nothing here averages. Cross-entropy gives ``(sum, count)``, the preference losses one value a pair; the loop divides
+once by the count of the whole optimizer step, so that 1x8, 8x1 and 2 ranks x 4 give the same gradient for ragged
+lengths.
+"""
+
+from lowlevel.losses.cross_entropy import masked_cross_entropy, sequence_logps
+from lowlevel.losses.dpo import LOSSES, DPOOutput, dpo_loss
+from lowlevel.losses.token_logps import token_logps, token_logps_reference
+
+__all__ = [
+    "LOSSES",
+    "DPOOutput",
+    "dpo_loss",
+    "masked_cross_entropy",
+    "sequence_logps",
+    "token_logps",
+    "token_logps_reference",
+]

@@ -1,0 +1,189 @@
+"""Every preference loss by name, and the one call that checks what it was asked for before it computes it.
+
+A hyper-parameter that the chosen loss does not use is an error: a run must not report cDPO and train DPO (TRL 1.16
+ignores ``label_smoothing`` for ``sigmoid``). Which parameters a loss uses is read from its signature, so that no list
+can go stale.
+"""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from lowlevel.losses import preference
+from lowlevel.losses.preference import PairLogps
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss: its function, formula and source as text, the hyper-parameters it reads, and whether it reads lengths."""
+
+    name: str
+    function: Callable[..., Tensor]
+    formula: str
+    paper: str
+    parameters: tuple[str, ...]
+    needs_lengths: bool
+
+
+@dataclass(frozen=True)
+class DPOOutput:
+    """What :func:`dpo_loss` returns; each (P,) fp32, float64 if a log-probability was. Only ``losses`` has a gradient.
+
+    ``chosen_rewards``, ``rejected_rewards`` = beta * log-ratio (arXiv 2305.18290 eq 5); ``margins`` their difference.
+    """
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    margins: Tensor
+
+
+def _spec(function: Callable[..., Tensor], formula: str, paper: str, *, needs_lengths: bool = False) -> LossSpec:
+    keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return LossSpec(function.__name__, function, formula, paper, tuple(keywords), needs_lengths)
+
+
+_SPECS = (
+    _spec(preference.sigmoid, "-ls(x)", "arXiv 2305.18290 eq 7"),
+    _spec(preference.cdpo, "-(1-eps) ls(x) - eps ls(-x)", "ericmitchell.ai/cdpo.pdf eq 3"),
+    _spec(preference.robust, "(-(1-eps) ls(x) + eps ls(-x)) / (1-2 eps)", "arXiv 2403.00409"),
+    _spec(preference.hinge, "max(0, 1 - x)", "arXiv 2305.10425"),
+    _spec(preference.ipo, "(a/n+ - b/n- - 1/(2 beta))^2", "arXiv 2310.12036 eq 17", needs_lengths=True),
+    _spec(preference.ipo_sum, "(d - 1/(2 beta))^2", "arXiv 2310.12036 eq 17"),
+    _spec(preference.exo_pair, "s(x)(ls(x) - log(1-eps)) + s(-x)(ls(-x) - log eps)", "arXiv 2402.00856 eq 16"),
+    _spec(preference.nca_pair, "-ls(beta a) - ls(-beta a)/2 - ls(-beta b)/2", "arXiv 2402.05369"),
+    _spec(preference.bco_pair, "-ls(beta a) - ls(-beta b)", "arXiv 2404.04656"),
+    _spec(preference.sppo_hard, "(a - 1/(2 beta))^2 + (b + 1/(2 beta))^2", "arXiv 2405.00675 eq 4.7"),
+    _spec(
+        preference.aot,
+        "cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))",
+        "arXiv 2406.05882",
+    ),
+    _spec(preference.aot_unpaired, "cdpo on sort(a) - sort(b)", "arXiv 2406.05882"),
+    _spec(preference.apo_zero, "1 - s(beta a) + s(beta b)", "arXiv 2408.06266 eq 7"),
+    _spec(preference.apo_down, "s(beta a) + 1 - s(x)", "arXiv 2408.06266 eq 8"),
+    _spec(preference.discopop, "-(1-m) ls(x) + m exp(-x), m = s(x/tau)", "arXiv 2406.08414 eq 5"),
+    _spec(preference.sigmoid_norm, "-ls(beta (a/n+ - b/n-))", "arXiv 2411.15124 eq 6", needs_lengths=True),
+    _spec(preference.dpop, "-ls(x - beta lambda max(0, -a))", "arXiv 2402.13228"),
+    _spec(preference.rpo, "-ls(x) - alpha log pi(y+) / n+", "arXiv 2404.19733", needs_lengths=True),
+)
+
+LOSSES: Mapping[str, LossSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
+
+
+def dpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    loss_type: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    discopop_tau: float | None = None,
+    dpop_lambda: float | None = None,
+    rpo_alpha: float | None = None,
+) -> DPOOutput:
+    """Loss and rewards of P preference pairs; the formulas are in :mod:`lowlevel.losses.preference`.
+
+    Args:
+        chosen_logps: (P,) log-probability of each chosen completion under the policy, summed over its tokens. This and
+            the next three: any floating dtype, upcast to fp32 at least.
+        rejected_logps: (P,) likewise, rejected completion.
+        ref_chosen_logps: (P,) chosen completion under the reference.
+        ref_rejected_logps: (P,) rejected completion under the reference.
+        loss_type: a key of ``LOSSES``.
+        beta: the KL temperature, finite and above 0.
+        label_smoothing: share of flipped labels, in [0, 0.5); 0 means none. ``exo_pair`` needs it above 0.
+        chosen_lengths: (P,) tokens in each chosen completion. Data, not a setting: always welcome, read by losses with
+            ``needs_lengths``.
+        rejected_lengths: (P,) likewise, rejected completion.
+        discopop_tau: ``discopop`` alone, in (0, 1]; None means 0.05. Above 1 the loss grows exponentially as x falls.
+        dpop_lambda: ``dpop`` alone, finite, at least 0; None means 50.
+        rpo_alpha: ``rpo`` alone, weight of the NLL term, finite, at least 0; None means 1.
+
+    Returns:
+        :class:`DPOOutput`. ``losses`` are per pair, in order (``aot`` and ``aot_unpaired``: per quantile of the batch).
+
+    Raises:
+        ValueError: unknown loss, a hyper-parameter that this loss does not use or out of range, missing lengths, or
+            shapes that differ. Values of tensors are not looked at: that would be a host sync.
+    """
+    given = _given(label_smoothing, discopop_tau, dpop_lambda, rpo_alpha)
+    spec = _find(loss_type)
+    _check_parameters(spec, beta, label_smoothing, given)
+    pairs = _pairs(
+        (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps), chosen_lengths, rejected_lengths, spec
+    )
+    settings = {"beta": beta, "label_smoothing": label_smoothing} | given
+    used = {name: settings[name] for name in spec.parameters if name in settings}  # absent: the function's own default
+    chosen_rewards = beta * pairs.chosen_logratios.detach()
+    rejected_rewards = beta * pairs.rejected_logratios.detach()
+    return DPOOutput(
+        losses=spec.function(pairs, **used),
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        margins=chosen_rewards - rejected_rewards,
+    )
+
+
+def _given(
+    label_smoothing: float, discopop_tau: float | None, dpop_lambda: float | None, rpo_alpha: float | None
+) -> dict[str, float]:
+    """Return the hyper-parameters that the caller set: not None, and for label_smoothing not 0."""
+    values = {"discopop_tau": discopop_tau, "dpop_lambda": dpop_lambda, "rpo_alpha": rpo_alpha}
+    values["label_smoothing"] = None if label_smoothing == 0 else label_smoothing
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _find(loss_type: str) -> LossSpec:
+    if loss_type in LOSSES:
+        return LOSSES[loss_type]
+    nearest = difflib.get_close_matches(loss_type.lower(), LOSSES, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise ValueError(f"unknown loss_type {loss_type!r}: {hint}Known: {', '.join(LOSSES)} ('sigmoid' is plain DPO)")
+
+
+def _check_parameters(spec: LossSpec, beta: float, label_smoothing: float, given: Mapping[str, float]) -> None:
+    for name, value in given.items():
+        if name not in spec.parameters:
+            users = ", ".join(repr(other.name) for other in LOSSES.values() if name in other.parameters)
+            smoothed_dpo = name == "label_smoothing" and spec.name == "sigmoid"
+            hint = "; DPO with label smoothing is 'cdpo'" if smoothed_dpo else ""
+            raise ValueError(f"loss_type {spec.name!r} does not use {name} (got {value}); used by {users}{hint}")
+    if not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"beta must be finite and above 0, got {beta}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is a share of flipped labels and must be in [0, 0.5), got {label_smoothing}")
+    if spec.name == "exo_pair" and label_smoothing == 0:
+        raise ValueError("loss_type 'exo_pair' takes log(label_smoothing) and needs it above 0: try 0.001, as TRL does")
+    if not 0 < given.get("discopop_tau", 1.0) <= 1:
+        raise ValueError(f"discopop_tau must be in (0, 1], got {given['discopop_tau']}")
+    for name in ("dpop_lambda", "rpo_alpha"):
+        if not 0 <= given.get(name, 0.0) < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {given[name]}")
+
+
+def _pairs(
+    logps: tuple[Tensor, Tensor, Tensor, Tensor],
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    spec: LossSpec,
+) -> PairLogps:
+    if spec.needs_lengths and (chosen_lengths is None or rejected_lengths is None):
+        raise ValueError(f"loss_type {spec.name!r} averages over tokens: pass chosen_lengths and rejected_lengths")
+    tensors = [*logps, *(lengths for lengths in (chosen_lengths, rejected_lengths) if lengths is not None)]
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 1:
+        raise ValueError(f"log-probabilities and lengths must all be (P,), got {', '.join(map(str, shapes))}")
+    dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in logps} else torch.float32
+    chosen, rejected, ref_chosen, ref_rejected = (tensor.to(dtype) for tensor in logps)
+    return PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)

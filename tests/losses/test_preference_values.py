@@ -1,0 +1,149 @@
+"""Every preference loss against numbers that were worked out elsewhere, to 1e-12 in float64.
+
+Three sources that know nothing of the implementation: the table below (by hand in float64, and by running TRL 1.16's
+`_compute_loss` where it has the loss), `tests/references/losses.json` (closed forms in Python floats, gradients too,
+written by `make_losses.py`), and torchtune's published test vector.
+"""
+
+import json
+import math
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowlevel.losses import LOSSES, DPOOutput, dpo_loss
+
+REFERENCES = Path(__file__).parents[1] / "references"
+DOCUMENT = json.loads((REFERENCES / "losses.json").read_text(encoding="utf-8"))
+POINTS = DOCUMENT["points"]
+CASES = DOCUMENT["cases"]
+
+LOG2 = 0.6931471805599453
+# loss, parameters, values at Z, P, R (beta = 0.1). exo_pair: TRL's own value differs by 5e-8, its log(eps) being fp32.
+TABLE: list[tuple[str, dict[str, float], float, float, float]] = [
+    ("sigmoid", {}, LOG2, 0.6209570477895321, 0.7709570477895320),
+    ("cdpo", {"label_smoothing": 0.1}, LOG2, 0.6359570477895321, 0.7559570477895320),
+    ("robust", {"label_smoothing": 0.1}, LOG2, 0.6022070477895320, 0.7897070477895319),
+    ("hinge", {}, 1.0, 0.85, 1.15),
+    ("ipo_sum", {}, 25.0, 12.25, 42.25),
+    ("ipo", {}, 25.0, 21.6225, 28.355625),
+    ("exo_pair", {"label_smoothing": 1e-3}, 2.761230709097915, 2.505516555477872, 3.022554081861909),
+    ("nca_pair", {}, 1.3862943611198906, 1.3508248141169994, 1.4248878020567148),
+    ("bco_pair", {}, 1.3862943611198906, 1.3128563080868572, 1.4628563080868573),
+    ("sppo_hard", {}, 50.0, 36.25, 66.25),
+    ("aot", {}, LOG2, 0.6209570477895321, 0.7709570477895320),
+    ("aot_unpaired", {}, LOG2, 0.6209570477895321, 0.7709570477895320),
+    ("apo_zero", {}, 1.0, 0.9625234160368497, 1.0374765839631503),
+    ("apo_down", {}, 1.0, 0.9875493421351904, 1.0249324488595393),
+    ("discopop", {"discopop_tau": 0.05}, 0.8465735902799727, 0.8493375792893855, 0.7894947400647002),
+    ("sigmoid_norm", {}, LOG2, 0.6758002977448283, 0.7095292059996041),
+    ("rpo", {"rpo_alpha": 1.0}, 3.1931471805599454, 3.1209570477895320, 3.7709570477895320),
+    ("dpop", {"dpop_lambda": 50.0}, LOG2, 0.6209570477895321, 2.7182670736825040),
+]
+
+# loss, point, parameters, dL/da = dL/dchosen_logps, dL/db
+GRADIENTS: list[tuple[str, str, dict[str, float], float, float]] = [
+    ("sigmoid", "Z", {}, -0.05, 0.05),
+    ("sigmoid", "P", {}, -0.04625701546562505, 0.04625701546562505),
+    ("sigmoid", "R", {}, -0.05374298453437496, 0.05374298453437496),
+    ("robust", "Z", {"label_smoothing": 0.1}, -0.0625, 0.0625),
+    ("ipo_sum", "Z", {}, -10.0, 10.0),
+    ("hinge", "Z", {}, -0.1, 0.1),
+    ("apo_zero", "Z", {}, -0.025, 0.025),
+    ("apo_down", "Z", {}, 0.0, 0.025),
+    ("sppo_hard", "Z", {}, -10.0, 10.0),
+    ("discopop", "Z", {}, 0.07842640972002735, -0.07842640972002735),  # beta * 0.784: the first step lowers the margin
+]
+
+
+def evaluate(point: dict[str, list[float]], loss: str, parameters: dict[str, Any]) -> tuple[DPOOutput, Any, Any]:
+    """dpo_loss in float64 and the gradients of the sum of losses in chosen_logps and rejected_logps."""
+    logps = [torch.tensor(point[key], dtype=torch.float64) for key in ("chosen", "rejected")]
+    references = [torch.tensor(point[key], dtype=torch.float64) for key in ("ref_chosen", "ref_rejected")]
+    lengths = {"chosen_lengths": torch.tensor(point["n"]), "rejected_lengths": torch.tensor(point["m"])}
+    policy = [tensor.requires_grad_() for tensor in logps]
+    output = dpo_loss(*policy, *references, loss_type=loss, **parameters, **lengths)
+    return output, *torch.autograd.grad(output.losses.sum(), policy)
+
+
+def close(actual: torch.Tensor, expected: list[float], tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+
+
+def case_name(case: dict[str, Any]) -> str:
+    return f"{case['loss']}-{case['point']}-{list(case['parameters'].values())}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_values_and_gradients_from_the_reference_file(case: dict[str, Any]) -> None:
+    output, grad_chosen, grad_rejected = evaluate(POINTS[case["point"]], case["loss"], case["parameters"])
+    close(output.losses, case["losses"])
+    close(grad_chosen, case["grad_chosen_logps"])
+    close(grad_rejected, case["grad_rejected_logps"])
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0])
+def test_values_of_the_table(row: tuple[str, dict[str, float], float, float, float]) -> None:
+    loss, parameters, *values = row
+    for name, value in zip("ZPR", values, strict=True):
+        close(evaluate(POINTS[name], loss, parameters)[0].losses, [value])
+
+
+@pytest.mark.parametrize("row", GRADIENTS, ids=lambda row: f"{row[0]}-{row[1]}")
+def test_closed_form_gradients(row: tuple[str, str, dict[str, float], float, float]) -> None:
+    loss, point, parameters, grad_a, grad_b = row
+    _, grad_chosen, grad_rejected = evaluate(POINTS[point], loss, parameters)
+    close(grad_chosen, [grad_a])
+    close(grad_rejected, [grad_b])
+
+
+def test_every_loss_is_in_the_table_and_in_the_file() -> None:
+    assert {row[0] for row in TABLE} == set(LOSSES)
+    for loss in LOSSES:
+        assert {case["point"] for case in CASES if case["loss"] == loss} == {"Z", "P", "R", "B"}
+
+
+def test_the_file_is_what_the_generator_writes() -> None:
+    fresh = json.loads(runpy.run_path(str(REFERENCES / "make_losses.py"))["text"]())
+    assert fresh["points"] == POINTS
+    numbers = ("losses", "grad_chosen_logps", "grad_rejected_logps")
+    for new, stored in zip(fresh["cases"], CASES, strict=True):
+        assert new.keys() == stored.keys()
+        for key, value in new.items():  # approx: exp and log1p may differ in the last bit between C libraries
+            assert stored[key] == (pytest.approx(value, rel=1e-14, abs=1e-15) if key in numbers else value)
+
+
+def test_torchtune_vector() -> None:
+    point = {
+        "chosen": [-0.5, -10.0, -1.0],
+        "rejected": [-0.1, -30.0, -21.0],
+        "ref_chosen": [-0.5, -10.1, -0.1],
+        "ref_rejected": [-0.1, -20.1, -0.1],
+        "n": [1, 1, 1],
+        "m": [1, 1, 1],
+    }
+    output, *_ = evaluate(point, "sigmoid", {})
+    close(output.margins, [0.0, 1.0, 2.0])
+    close(output.losses, [LOG2, 0.3132616875182229, 0.1269280110429725])
+    close(evaluate(point, "hinge", {})[0].losses, [1.0, 0.0, 0.0])
+
+
+def test_rewards_and_margins_are_detached_and_beta_times_the_logratios() -> None:
+    output, *_ = evaluate(POINTS["B"], "sigmoid", {"beta": 0.2})
+    close(output.chosen_rewards, [0.2, -0.1, -0.05])
+    close(output.rejected_rewards, [-0.1, 0.2, -0.3])
+    close(output.margins, [0.3, -0.3, 0.25])
+    assert output.losses.requires_grad
+    assert not any(t.requires_grad for t in (output.chosen_rewards, output.rejected_rewards, output.margins))
+
+
+def test_cdpo_gradient_vanishes_at_its_optimum() -> None:
+    """The slope eps - s(-x) is zero where s(x) = 1 - eps: x = log((1-eps)/eps)."""
+    gap = math.log(0.9 / 0.1) / 0.1
+    point = {"chosen": [gap], "rejected": [0.0], "ref_chosen": [0.0], "ref_rejected": [0.0], "n": [1], "m": [1]}
+    _, grad_chosen, grad_rejected = evaluate(point, "cdpo", {"label_smoothing": 0.1})
+    close(grad_chosen, [0.0])
+    close(grad_rejected, [0.0])
