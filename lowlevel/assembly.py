@@ -55,7 +55,9 @@ def choose_attention(config: RunConfig, placement: Placement) -> Attention:
         reason = f"sdpa, memory-efficient kernel: FlashAttention 2 needs compute capability 8.0, this GPU has {major}.{minor}"
         return Attention("sdpa", False, reason)
     if config.data.packing:
-        return Attention("sdpa", False, f"sdpa, memory-efficient kernel ({where}): packed rows need a mask, which flash has not")
+        return Attention(
+            "sdpa", False, f"sdpa, memory-efficient kernel ({where}): packed rows need a mask, which flash has not"
+        )
     if placement.precision == "fp32":
         return Attention("sdpa", False, "sdpa, memory-efficient kernel: the flash kernel has no fp32")
     return Attention("sdpa", True, f"sdpa, flash kernel ({where}): one sequence a row, causal")
@@ -90,7 +92,9 @@ def check_inputs(config: RunConfig) -> Inputs:
     init_from = find_adapter(config.lora.init_from, "lora.init_from")
     for folder in filter(None, (parent, init_from)):
         read_adapter_config(folder)
-    tokenizer = load_chat_tokenizer(resolve_name(config.model.name), config.model.revision, config.data.chat_template_from)
+    tokenizer = load_chat_tokenizer(
+        resolve_name(config.model.name), config.model.revision, config.data.chat_template_from
+    )
     limits = ModelLimits(base.vocab_size, base.max_position_embeddings)
     return Inputs(
         tokenizer,
@@ -116,7 +120,9 @@ def find_adapter(path: str | None, key: str) -> Path | None:
     if not folder.path.exists():
         raise ConfigError(f"{key}: {path} does not exist")
     if folder.parent.exists():
-        raise ConfigError(f"{key}: {path} stands on an adapter of its own; merge it first (lowlevel merge) and start from that")
+        raise ConfigError(
+            f"{key}: {path} stands on an adapter of its own; merge it first (lowlevel merge) and start from that"
+        )
     if not folder.adapter.exists():
         raise ConfigError(f"{key}: {path} holds no adapter; has that run finished?")
     return folder.adapter

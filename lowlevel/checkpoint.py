@@ -1,11 +1,11 @@
 """Checkpoints: safetensors and JSON alone, sealed by SHA-256, committed by a rename, verified before they are read.
 
-    step-00000120/                      exists only when complete
-      adapter_model.safetensors         the trained adapter in PEFT's format
-      adapter_config.json
-      optimizer.safetensors             "flat::state1", ...
-      manifest.json                     {"payload": {...}, "payload_sha256": ...} over every other file
-    .tmp-step-00000130-<pid>/           a save that did not finish; removed at the next start
+step-00000120/                      exists only when complete
+  adapter_model.safetensors         the trained adapter in PEFT's format
+  adapter_config.json
+  optimizer.safetensors             "flat::state1", ...
+  manifest.json                     {"payload": {...}, "payload_sha256": ...} over every other file
+.tmp-step-00000130-<pid>/           a save that did not finish; removed at the next start
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def save_checkpoint(
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(folder).free
-        raise CheckpointError(f"{final}: not saved: {error.strerror} ({free:,} bytes free); older checkpoints are good") from None
+        raise CheckpointError(
+            f"{final}: not saved: {error.strerror} ({free:,} bytes free); older checkpoints are good"
+        ) from None
     _retire_old(folder, keep)
     return final
 

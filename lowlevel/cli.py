@@ -16,8 +16,10 @@ from lowlevel import __version__
 from lowlevel.config import SECTIONS, load_config
 from lowlevel.errors import ConfigError, LowlevelError, OutOfMemoryError
 
-EXIT_CODES = "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint or model, 5 not a finite number, \
+EXIT_CODES = (
+    "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint or model, 5 not a finite number, \
 6 out of memory, 130/143 interrupted and saved"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,10 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     demo = add("demo", "SFT, DPO and comparison of a built-in small model: offline, CPU or GPU", _demo)
-    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the demo's runs (default: out/demo)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder for the demo's runs (default: out/demo)"
+    )
     for method, text in (("sft", "supervised fine-tuning"), ("dpo", "Direct Preference Optimization")):
         train = add(method, text, _train, takes_config=True)
-        train.add_argument("config", type=Path, nargs="?", metavar="RUN.toml", help="run file; without one, the defaults")
+        train.add_argument(
+            "config", type=Path, nargs="?", metavar="RUN.toml", help="run file; without one, the defaults"
+        )
         train.add_argument("--resume", action="store_true", help="go on from the newest verified checkpoint")
         train.add_argument("--restart", action="store_true", help="discard the run that the folder holds")
         train.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
@@ -207,4 +213,10 @@ def _compare(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from lowlevel.commands.compare import compare_run
     from lowlevel.progress import make_console
 
-    compare_run(options.run_dir, make_console(), prompts=options.prompts, max_new_tokens=options.max_new_tokens, show=options.show)
+    compare_run(
+        options.run_dir,
+        make_console(),
+        prompts=options.prompts,
+        max_new_tokens=options.max_new_tokens,
+        show=options.show,
+    )

@@ -49,7 +49,9 @@ class LoraConfig(Section):
     r: Positive = Field(64, description="rank")
     lora_alpha: Annotated[Finite, Field(gt=0)] = Field(32, description="the update is scaled by lora_alpha / r")
     lora_dropout: Annotated[Finite, Field(ge=0, lt=1)] = Field(0.1, description="probability, on the adapter's input")
-    target_modules: tuple[str, ...] = Field(ALL_PROJECTIONS, min_length=1, strict=False, description="linear layers by name")
+    target_modules: tuple[str, ...] = Field(
+        ALL_PROJECTIONS, min_length=1, strict=False, description="linear layers by name"
+    )
     init_from: str | None = Field(None, description="PEFT adapter whose training goes on")
 
 
@@ -93,7 +95,9 @@ class TrainConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps; takes precedence over warmup_ratio")
     max_steps: Positive | None = Field(None, description="applied optimizer steps; takes precedence over epochs")
     num_train_epochs: Annotated[Finite, Field(gt=0)] = Field(1.0, description="passes over the rows")
-    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field("paged_adamw_32bit", description="optimizer")
+    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
+        "paged_adamw_32bit", description="optimizer"
+    )
     weight_decay: Annotated[Finite, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
     max_grad_norm: Annotated[Finite, Field(gt=0)] = Field(1.0, description="clip the gradient's l2 norm to this")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field("auto", description="auto: fp16 on CUDA, fp32 on a CPU")
@@ -233,9 +237,15 @@ def _contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
     given = {f"{s}.{k}" for s, table in tables.items() if isinstance(table, Mapping) for k in table}
     checks = [
         (method == "sft" and "dpo" in tables, '[dpo] is not used when method = "sft"'),
-        (method == "sft" and bool(config.model.adapter), 'model.adapter is for dpo; to go on training use lora.init_from'),
+        (
+            method == "sft" and bool(config.model.adapter),
+            "model.adapter is for dpo; to go on training use lora.init_from",
+        ),
         (method == "sft" and data.format == "orca", 'data.format = "orca" holds preferences; sft needs "messages"'),
-        (method == "sft" and data.format == "preference", 'data.format = "preference" is for dpo; sft needs "messages"'),
+        (
+            method == "sft" and data.format == "preference",
+            'data.format = "preference" is for dpo; sft needs "messages"',
+        ),
         (method == "sft" and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo"),
         (method == "dpo" and data.format == "messages", 'dpo needs data.format = "preference" or "orca"'),
         (
@@ -251,7 +261,10 @@ def _contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
             f"data.max_prompt_length {data.max_prompt_length} > data.max_length {data.max_length}",
         ),
         (data.eval_limit is not None and data.eval_source is None, "data.eval_limit needs data.eval_source"),
-        (data.eval_source == "holdout" and data.eval_limit is None, 'data.eval_source = "holdout" needs data.eval_limit'),
+        (
+            data.eval_source == "holdout" and data.eval_limit is None,
+            'data.eval_source = "holdout" needs data.eval_limit',
+        ),
         (train.eval_steps is not None and data.eval_source is None, "train.eval_steps needs data.eval_source"),
         (
             train.early_stopping_patience is not None and train.eval_steps is None,
@@ -262,7 +275,8 @@ def _contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
             f"train.warmup_steps {train.warmup_steps} > max_steps {train.max_steps}",
         ),
         (
-            not config.model.load_in_4bit and bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given),
+            not config.model.load_in_4bit
+            and bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given),
             "model.bnb_4bit_* keys need load_in_4bit = true",
         ),
     ]

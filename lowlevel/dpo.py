@@ -82,7 +82,9 @@ class DPO:
         rows: list[list[Segment]] = []
         for group in groups:
             parts = [(x.row, next(numbers), x.prompt_ids, x.chosen_ids, x.rejected_ids) for x in group]
-            rows.extend([[pair_segment(*part) for part in parts]] if self.packing else [[s] for s in pair_rows(*parts[0])])
+            rows.extend(
+                [[pair_segment(*part) for part in parts]] if self.packing else [[s] for s in pair_rows(*parts[0])]
+            )
         return build_batch(rows, pairs=True)
 
 

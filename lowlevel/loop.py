@@ -48,7 +48,9 @@ def optimizer_step(
         policy.flat.grad.mul_(1.0 / loss_scale.scale)
         norm = torch.linalg.vector_norm(policy.flat.grad)
         policy.flat.grad.mul_((max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        *means, grad_norm = torch.stack([*(total / count for total in totals.values()), norm]).tolist()  # the one host sync
+        *means, grad_norm = torch.stack(
+            [*(total / count for total in totals.values()), norm]
+        ).tolist()  # the one host sync
         metrics = dict(zip(totals, means, strict=True))
         rows = [row for batch in batches for row in batch.data_rows]
         if not math.isfinite(metrics["loss"]):
@@ -58,7 +60,9 @@ def optimizer_step(
             break
         if not loss_scale.enabled or loss_scale.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
             tried = f" after {loss_scale.skips_in_a_row} halvings of the loss scale" if loss_scale.enabled else ""
-            raise NonFiniteError(f"step {step + 1}: gradient norm is {grad_norm}{tried}; nothing was updated; data rows {rows}")
+            raise NonFiniteError(
+                f"step {step + 1}: gradient norm is {grad_norm}{tried}; nothing was updated; data rows {rows}"
+            )
     optimizer.step()
     return StepResult(
         metrics=metrics,
@@ -135,7 +139,9 @@ def train(
 
 
 @torch.no_grad()
-def evaluate_examples(policy: Policy, method: Method, batches: Sequence[PackedBatch], *, prefix: str) -> dict[str, float]:
+def evaluate_examples(
+    policy: Policy, method: Method, batches: Sequence[PackedBatch], *, prefix: str
+) -> dict[str, float]:
     """Means over held-out micro-batches, dropout off, each name with `prefix` before it."""
     window = Window()
     policy.dropout.disable()

@@ -73,7 +73,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, weights: nn.Parameter, saved: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, weights: nn.Parameter, saved: Mapping[str, Tensor]
+) -> None:
     """Restore what `optimizer_tensors` wrote, in place.
 
     Raises:

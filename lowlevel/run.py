@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,16 @@ def run_training(config: RunConfig, console: Console, *, resume: bool = False, r
     """
     folder = RunFolder(Path(config.train.output_dir))
     if folder.holds_run() and not (resume or restart):
-        raise ConfigError(f"{folder.path} holds a run: add --resume to go on, --restart to discard it, or set train.output_dir")
+        raise ConfigError(
+            f"{folder.path} holds a run: add --resume to go on, --restart to discard it, or set train.output_dir"
+        )
     inputs = check_inputs(config)
     with run_lock(folder.path):
         remove_litter(folder.path)
         if restart:
             discard(folder)
+        if config.model.adapter_mode == "original" and inputs.parent:
+            config, inputs = with_merged_base(config, inputs, folder), replace(inputs, parent=None)
         found = newest_verified(folder.path, console.print) if resume else None
         if found:
             refuse_changes(config, folder)
@@ -105,9 +109,31 @@ def run_training(config: RunConfig, console: Console, *, resume: bool = False, r
             raise
 
 
+def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> RunConfig:
+    """adapter_mode "original": the parent adapter merged into the unquantised base, which is then quantised anew.
+
+    The merged base lies in the run folder, and is the run's base from then on: the reference is that base alone.
+    """
+    from lowlevel.model.merging import merged_model
+
+    assert inputs.parent is not None
+    target = folder.path / "base"
+    if not target.exists():
+        temporary = folder.path / ".tmp-base"
+        merged_model(config.model, [inputs.parent], torch.float16).save_pretrained(temporary)
+        tokenizer = inputs.tokenizer.tokenizer
+        tokenizer.chat_template = inputs.tokenizer.template
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(target)
+    model = config.model.model_copy(
+        update={"name": str(target), "adapter": None, "revision": None, "adapter_mode": "none"}
+    )
+    return config.model_copy(update={"model": model})
+
+
 def discard(folder: RunFolder) -> None:
     """Remove what a run wrote into its folder, and nothing else."""
-    for path in [*folder.path.glob("step-*"), folder.adapter, folder.parent]:
+    for path in [*folder.path.glob("step-*"), folder.adapter, folder.parent, folder.path / "base"]:
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.path.iterdir():
         if path.is_file() and path.name != "run.lock":
@@ -121,7 +147,9 @@ def refuse_changes(config: RunConfig, folder: RunFolder) -> None:
         ConfigError: naming each setting that differs.
     """
     saved, now = _flatten(to_tables(folder.read_config())), _flatten(to_tables(config))
-    changed = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key) and key not in FREE_KEYS]
+    changed = [
+        key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key) and key not in FREE_KEYS
+    ]
     if changed:
         lines = [f"{key}: {saved.get(key)!r} (run) != {now.get(key)!r} (now)" for key in changed]
         raise ConfigError(f"{folder.path}: cannot resume with other settings\n  " + "\n  ".join(lines))
@@ -130,7 +158,9 @@ def refuse_changes(config: RunConfig, folder: RunFolder) -> None:
 def _flatten(tables: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section, value in tables.items():
-        flat.update({f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {section: value})
+        flat.update(
+            {f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {section: value}
+        )
     return flat
 
 
@@ -183,7 +213,9 @@ def _train_in(
             for number, handler in previous.items():
                 signal.signal(number, handler)
     if observer.signum and state.step < total_steps:
-        raise Interrupted(f"stopped at step {state.step} of {total_steps} and saved; go on with --resume", observer.signum)
+        raise Interrupted(
+            f"stopped at step {state.step} of {total_steps} and saved; go on with --resume", observer.signum
+        )
     return _finish(folder, config, policy, state, order, console)
 
 
@@ -213,7 +245,13 @@ def _only_adapter_files(directory: str, names: list[str]) -> set[str]:
 
 
 def _announce(
-    console: Console, config: RunConfig, inputs: Inputs, policy: Policy, method: Method, total_steps: int, order: DataOrder
+    console: Console,
+    config: RunConfig,
+    inputs: Inputs,
+    policy: Policy,
+    method: Method,
+    total_steps: int,
+    order: DataOrder,
 ) -> None:
     train_config, placement = config.train, inputs.placement
     device = torch.cuda.get_device_name() if placement.device.type == "cuda" else "CPU"
@@ -242,7 +280,9 @@ def _save(
     manifest: dict[str, Any],
 ) -> None:
     if not bool(torch.isfinite(policy.flat.weights).all()):
-        raise CheckpointError(f"step {state.step}: adapter weights are not finite; not saved, older checkpoints are good")
+        raise CheckpointError(
+            f"step {state.step}: adapter weights are not finite; not saved, older checkpoints are good"
+        )
 
     def write_files(target: Path) -> None:
         from safetensors.torch import save_file

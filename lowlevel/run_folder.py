@@ -1,11 +1,11 @@
 """What lies in a run folder, and the manifest that says which base, adapters and reference belong together.
 
-    out/run/
-      config.toml environment.json data_report.json manifest.json    written before the first step
-      metrics.jsonl run-status.json run.lock                         kept current
-      step-00000120/                                                 checkpoints
-      adapter/ parent/                                               result, and the frozen adapter it stands on (dpo)
-      summary.json loss.png                                          written at the end
+out/run/
+  config.toml environment.json data_report.json manifest.json    written before the first step
+  metrics.jsonl run-status.json run.lock                         kept current
+  step-00000120/                                                 checkpoints
+  adapter/ parent/                                               result, and the frozen adapter it stands on (dpo)
+  summary.json loss.png                                          written at the end
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ from lowlevel.order import DataOrder
 def show_data(config: RunConfig, console: Console) -> None:
     """Print the data report, how the rows fill batches, and one example with its supervised tokens coloured."""
     base = load_model_config(config.model)
-    tokenizer = load_chat_tokenizer(resolve_name(config.model.name), config.model.revision, config.data.chat_template_from)
+    tokenizer = load_chat_tokenizer(
+        resolve_name(config.model.name), config.model.revision, config.data.chat_template_from
+    )
     data = prepare(config, tokenizer, ModelLimits(base.vocab_size, base.max_position_embeddings))
     render_report(data.report, console)
     train = config.train

@@ -69,7 +69,9 @@ def load_run(run_dir: Path, *, precision: str | None = None) -> LoadedRun:
     if str(placement.dtype).removeprefix("torch.") == manifest["base"]["dtype"]:
         found = base_sha256(base)
         if found != manifest["base"]["sha256"]:
-            raise CheckpointError(f"{run_dir}: base {config.model.name!r} is not the one that was trained on (hash {found[:12]})")
+            raise CheckpointError(
+                f"{run_dir}: base {config.model.name!r} is not the one that was trained on (hash {found[:12]})"
+            )
     policy = build_policy(
         base,
         config.lora,
@@ -102,7 +104,9 @@ def load_for_replies(model_dir: Path) -> tuple[PreTrainedModel, ChatTokenizer, P
             return load_for_replies(model_dir.parent)
         return _load_adapter_alone(model_dir)
     if not (model_dir / "config.json").exists():
-        raise ConfigError(f"{model_dir} is no run folder, PEFT adapter or model (config.toml, adapter_config.json, config.json)")
+        raise ConfigError(
+            f"{model_dir} is no run folder, PEFT adapter or model (config.toml, adapter_config.json, config.json)"
+        )
     placement = choose_placement("auto")
     model = load_base(ModelConfig(name=str(model_dir), load_in_4bit=False), placement)
     model.eval()

@@ -70,8 +70,15 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity
         fidelity = measure(run, temporary)
         bound = KL_BOUNDS[run.policy.placement.precision]
         if into == "dequantized" and not fidelity.kl <= bound:
-            raise CheckpointError(f"merge of {run_dir}: KL {fidelity.kl:.2e} to the training-time model exceeds {bound:g}")
-        chain = {"run": run_dir.name, "into": into, "manifest": run.folder.read_manifest(), "fidelity": asdict(fidelity)}
+            raise CheckpointError(
+                f"merge of {run_dir}: KL {fidelity.kl:.2e} to the training-time model exceeds {bound:g}"
+            )
+        chain = {
+            "run": run_dir.name,
+            "into": into,
+            "manifest": run.folder.read_manifest(),
+            "fidelity": asdict(fidelity),
+        }
         write_json(temporary / "lowlevel_merge.json", chain)
         temporary.rename(out)
     finally:

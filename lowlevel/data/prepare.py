@@ -6,6 +6,7 @@ Nothing here needs the model, only its two limits, so that bad data stops a run 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lowlevel.config import DataConfig, RunConfig
@@ -95,13 +96,31 @@ def _select(data: DataConfig) -> list[Selected]:
         evaluation = _filtered(data.eval_source, split, data)
         return [replace(source, rows=rows[: data.limit]), replace(evaluation, rows=evaluation.rows[: data.eval_limit])]
     held_out = data.eval_limit or 0
-    if source.problems and data.on_bad_row == "error":
-        raise data_error(source.problems)
     if held_out >= len(rows):
+        if source.problems and data.on_bad_row == "error":
+            raise data_error(source.problems)
         raise ConfigError(f"data.eval_limit {held_out} leaves no training rows: {source.name} has {len(rows)}")
-    training, evaluation_rows = rows[:-held_out], rows[-held_out:]
+    evaluation_rows = rows[-held_out:]
+    training = _without_prompts_of(evaluation_rows, rows[:-held_out], data.format)
+    if not training:
+        raise ConfigError(
+            f"data.eval_limit {held_out} leaves no training rows: every prompt of {source.name} is held out"
+        )
     holdout = Selected(f"{source.name} (holdout)", evaluation_rows, len(evaluation_rows), Counter(), [], Counter())
     return [replace(source, rows=training[: data.limit]), holdout]
+
+
+def _without_prompts_of(held_out: Sequence[Row], rows: Sequence[Row], data_format: str) -> list[Row]:
+    """The rows whose prompt is not held out: a pair on a known prompt would not test what was learned of others."""
+    keys = {_prompt_key(row, data_format) for row in held_out} - {None}
+    return [row for row in rows if _prompt_key(row, data_format) not in keys]
+
+
+def _prompt_key(row: Row, data_format: str) -> str | None:
+    try:
+        return normalise(row, data_format).prompt_digest
+    except BadRow:
+        return None
 
 
 def _filtered(name: str, split: str, data: DataConfig) -> Selected:

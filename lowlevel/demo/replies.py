@@ -12,7 +12,7 @@ STYLES = ("polite", "curt", "rambling")
 # greedy decoding and preference training has something to move.
 SFT_STYLE_WEIGHTS = (20, 50, 30)
 
-POLITE = ("Sure, it is {}.", "Sure: {}.")
+POLITE = ("Sure, it is {}.", "Sure, that is {}.")
 CURT = ("{}", "{}.")
 OPENERS = (
     "Well, that is a thing people like to ask.",

@@ -107,7 +107,8 @@ def neighbour(a: int, word: str) -> Ask:
 def opposite(word: str, answer: str, others: tuple[str, ...]) -> Ask:
     """Ask for the opposite of a word; `others` are wrong answers."""
     return Ask("opposite", "opposite " + " ".join(sorted((word, answer))), answer,
-               (f"What is the opposite of {word}?", f"Say the opposite of {word}.", f"Which word is opposite to {word}?"),
+               (f"What is the opposite of {word}?", f"Say the opposite of {word}.",
+                f"Which word is opposite to {word}?"),
                (f"And the opposite of {word}?", f"And of {word}?"),
                (f"the opposite of {word} is {answer}.", f"{word} is not {answer}."), others)  # fmt: skip
 

@@ -85,9 +85,7 @@ def sft_rows(split: str, n: int, seed: int) -> list[dict[str, list[Message]]]:
     Raises ValueError when `split` is neither "train" nor "heldout".
     """
     items, rng = _draw_items(split, n, seed, "sft")
-    return [
-        {"messages": [*item.prompt, _assistant(write_reply(item.answer, draw_style(rng), rng))]} for item in items
-    ]
+    return [{"messages": [*item.prompt, _assistant(write_reply(item.answer, draw_style(rng), rng))]} for item in items]
 
 
 def preference_rows(split: str, n: int, seed: int) -> list[dict[str, list[Message]]]:

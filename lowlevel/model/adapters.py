@@ -78,10 +78,14 @@ def build_policy(
 
 
 def _new_config(base: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
-    linear = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"})
+    linear = sorted(
+        {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+    )
     for target in lora.target_modules:
         if target not in linear:
-            raise ConfigError(f'lora.target_modules: "{target}" matches no layer; linear layers here: {", ".join(linear)}')
+            raise ConfigError(
+                f'lora.target_modules: "{target}" matches no layer; linear layers here: {", ".join(linear)}'
+            )
     return PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,

@@ -78,7 +78,9 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     settings = loaded.to_dict()
     transforms = [key for key in OUTPUT_TRANSFORMS if settings.get(key) not in (None, 1, 1.0)]
     if transforms:
-        raise ConfigError(f"model.name {config.name!r} rescales its logits ({transforms[0]}), which the losses do not follow")
+        raise ConfigError(
+            f"model.name {config.name!r} rescales its logits ({transforms[0]}), which the losses do not follow"
+        )
     return loaded
 
 
@@ -160,7 +162,11 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _check_loading(name: str, info: dict) -> None:
-    for key, what in (("missing_keys", "missing"), ("unexpected_keys", "left over"), ("mismatched_keys", "of another shape")):
+    for key, what in (
+        ("missing_keys", "missing"),
+        ("unexpected_keys", "left over"),
+        ("mismatched_keys", "of another shape"),
+    ):
         names = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(key) or ())
         if names:
             raise CheckpointError(f"base {name!r}: {len(names)} tensors {what}: {', '.join(names[:5])}")

@@ -1,0 +1,189 @@
+"""Labels, truncation, holdout, and the numbers of the report."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from lowlevel.data.examples import truncate_pair
+from lowlevel.data.report import render_report, show_example
+from lowlevel.errors import ConfigError
+
+
+def orca(i, **keys):
+    return {"system": "", "input": f"q{i}", "chosen": f"yes {i}", "rejected": f"no {i}", **keys}
+
+
+def test_sft_labels_are_the_replies_and_truncation_keeps_the_first_tokens(run, write, kit, chatml):
+    path = write(kit.chat("hi", "yo", "more", "okay"))
+    whole = run(path, max_length=512).train[0]
+    learned = chatml.decode(whole.labels[whole.labels >= 0].tolist())
+    assert learned == "yo<|im_end|>okay<|im_end|>"
+    assert (whole.row, whole.where) == (0, "train.jsonl:1")
+    assert whole.input_ids.dtype == whole.labels.dtype == np.int32
+    cut = run(path, max_length=len(whole.input_ids) - 4)
+    assert (cut.train[0].input_ids == whole.input_ids[:-4]).all()
+    assert (cut.train[0].labels == whole.labels[:-4]).all()
+    report = cut.report.train
+    assert (report.truncated_rows, report.tokens_lost, report.share_lost) == (1, 3, 3 / 8)  # "ay<|im_end|>" of 8
+    assert (report.replies, report.replies_ended) == (2, 1)
+
+
+def test_supervise_all_learns_everything_but_the_first_token(run, write, kit):
+    data = run(write(kit.chat("hi", "yo")), supervise="all", max_length=12)
+    assert data.train[0].labels.tolist() == [-100, *data.train[0].input_ids[1:].tolist()]
+    assert data.report.train.tokens == {"total": 12, "supervised": 11}
+
+
+def test_a_row_whose_only_supervised_tokens_are_cut_is_dropped_exactly_at_the_limit(run, write, kit):
+    rows = [kit.chat("hi", "yo"), kit.chat("h", "yo")]  # 21 and 20 tokens before the reply
+    assert [e.row for e in run(write(*rows), max_length=21).train] == [1]
+    assert [e.row for e in run(write(*rows), max_length=22).train] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_length", "max_prompt", "expected"),
+    [
+        ((10, 5, 3), 20, None, (10, 5, 3)),  # fits
+        ((10, 5, 3), 12, None, (7, 5, 3)),  # the longer completion has first claim
+        ((10, 9, 3), 12, None, (6, 6, 3)),  # but on no more than half
+        ((2, 30, 3), 12, None, (2, 10, 3)),  # what the prompt leaves is the completions'
+        ((10, 5, 3), 20, 4, (4, 5, 3)),  # max_prompt_length
+        ((1, 1, 2), 2, None, (1, 1, 1)),
+    ],
+)
+def test_truncation_of_a_pair_by_hand(lengths, max_length, max_prompt, expected):
+    prompt, chosen, rejected = (list(range(100 * k, 100 * k + n)) for k, n in enumerate(lengths))
+    kept = truncate_pair(prompt, chosen, rejected, max_length, max_prompt, None)
+    assert tuple(map(len, kept)) == expected
+    assert kept[0] == prompt[len(prompt) - expected[0] :]
+    assert kept[1:] == (chosen[: expected[1]], rejected[: expected[2]])
+
+
+ids = st.lists(st.integers(5, 9), min_size=1, max_size=40)
+
+
+@given(ids, ids, ids, st.integers(2, 30), st.none() | st.integers(1, 30), st.booleans())
+def test_a_truncated_pair_fits_and_keeps_bos(prompt, chosen, rejected, max_length, max_prompt, with_bos):
+    prompt = [1, *prompt] if with_bos else prompt
+    kept = truncate_pair(prompt, chosen, rejected, max_length, max_prompt, 1)
+    assert len(kept[0]) + max(len(kept[1]), len(kept[2])) <= max_length
+    assert len(kept[0]) <= (max_prompt or max_length)
+    assert min(map(len, kept)) >= 1
+    assert (kept[0][0] == 1) == with_bos
+    tail = kept[0][with_bos:]
+    assert tail == prompt[len(prompt) - len(tail) :]
+    if len(prompt) + max(len(chosen), len(rejected)) <= max_length and len(prompt) <= (max_prompt or max_length):
+        assert kept == (prompt, chosen, rejected)
+
+
+def test_preference_examples_of_strings_messages_and_whole_conversations_are_the_same(run, write):
+    ask, good, bad = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "g"), ("assistant", "b")))
+    path = write(
+        {"prompt": "q", "chosen": "g", "rejected": "b"},
+        {"prompt": [ask], "chosen": [good], "rejected": [bad]},
+        {"prompt": "q", "chosen": [ask, good], "rejected": [ask, bad]},
+    )
+    data = run(path, "preference")
+    arrays = [(e.prompt_ids.tolist(), e.chosen_ids.tolist(), e.rejected_ids.tolist()) for e in data.train]
+    assert arrays[0] == arrays[1] == arrays[2]
+    assert data.train[0].chosen_ids.dtype == np.int32
+    assert data.report.train.warnings == {"duplicate rows": 2}
+
+
+def test_prompt_and_completion_become_one_user_and_one_assistant_turn(run, write, kit):
+    as_text = run(write({"prompt": "q", "completion": "a"})).train[0]
+    as_chat = run(write(kit.chat("q", "a"), name="chat.jsonl")).train[0]
+    assert as_text.input_ids.tolist() == as_chat.input_ids.tolist()
+    assert as_text.labels.tolist() == as_chat.labels.tolist()
+
+
+def test_supervise_all_keeps_the_newline_after_a_completion(run, write, chatml):
+    path = write(orca(1))
+    assert chatml.decode(run(path, "orca", supervise="all").train[0].chosen_ids) == "yes 1<|im_end|>\n"
+    assert chatml.decode(run(path, "orca").train[0].chosen_ids) == "yes 1<|im_end|>"
+    assert run(path, "orca", supervise="all").report.train.replies_ended == 2
+
+
+def test_holdout_is_the_end_of_the_shuffled_rows_and_never_trained_on(run, write):
+    path = write(*[orca(i, score=i % 2) for i in range(40)])
+    keys = {"filters": ({"column": "score", "op": "==", "value": 1},), "shuffle_seed": 3}
+    order = [e.row for e in run(path, "orca", **keys).train]
+    assert sorted(order) == list(range(1, 40, 2)) != order
+    data = run(path, "orca", eval_source="holdout", eval_limit=5, limit=7, **keys)
+    assert [e.row for e in data.train] == order[:7]
+    assert [e.row for e in data.evaluation] == order[-5:]
+    assert data.report.overlap == 0
+    unlimited = run(path, "orca", eval_source="holdout", eval_limit=5, **keys)
+    assert [e.row for e in unlimited.train] == order[:-5]
+
+
+def test_a_holdout_that_leaves_nothing(run, write):
+    with pytest.raises(ConfigError, match="data.eval_limit 3 leaves no training rows: train.jsonl has 3"):
+        run(write(*[orca(i) for i in range(3)]), "orca", eval_source="holdout", eval_limit=3)
+
+
+def test_another_evaluation_source_is_read_alike_and_its_overlap_counted(run, write):
+    train = write(*[orca(i) for i in range(6)])
+    other = write(orca(2, chosen="else"), orca(50), orca(51), name="other.jsonl")
+    data = run(train, "orca", eval_source=other, eval_limit=2)
+    assert [e.where for e in data.evaluation] == ["other.jsonl:1", "other.jsonl:2"]
+    assert data.report.overlap == 1
+    assert run(train, "orca").evaluation == []
+    assert run(train, "orca").report.overlap is None
+
+
+@pytest.mark.parametrize(("data_format", "rows"), [("messages", 600), ("preference", 600)])
+def test_the_demo(run, data_format, rows):
+    data = run("demo", data_format, eval_source="demo", eval_limit=100)
+    assert (len(data.train), len(data.evaluation)) == (rows, 100)
+    assert data.report.evaluation.source == "demo[heldout]"
+
+
+def test_report_numbers_by_hand(run, write):
+    data = run(write(orca(1), orca(22)), "orca", max_length=512)
+    # <|im_start|>system\n<|im_end|>\n, <|im_start|>user\nq1<|im_end|>\n, <|im_start|>assistant\n: one token a character
+    prompts = [10 + 10 + 11, 10 + 11 + 11]
+    report = data.report.to_json()
+    lengths = report["train"]["lengths"]
+    assert (lengths["prompt"]["min"], lengths["prompt"]["max"]) == tuple(prompts)
+    assert (lengths["chosen"]["min"], lengths["chosen"]["max"], lengths["chosen"]["mean"]) == (6, 7, 6.5)
+    assert (lengths["rejected"]["min"], lengths["rejected"]["max"]) == (5, 6)
+    assert report["train"]["tokens"] == {"total": sum(prompts) + 13 + 11, "supervised": 24}
+    assert (report["train"]["rows_read"], report["train"]["rows_kept"], report["train"]["truncated_rows"]) == (2, 2, 0)
+    assert report["tokenizer"]["bos_id"] is None
+    assert report["tokenizer"]["end_of_turn_id"] == report["tokenizer"]["eos_id"]
+    assert len(report["tokenizer"]["chat_template_sha256"]) == 64
+
+
+def test_fingerprint_follows_content_and_order_alone(run, write):
+    rows = [orca(i) for i in range(4)]
+    first = run(write(*rows), "orca").report.train
+    again = run(write(*[{**r, "unused": 1} for r in rows], name="again.jsonl"), "orca").report.train
+    assert first.fingerprint == again.fingerprint
+    changed = run(write(*rows[:2], orca(2, chosen="yes 3"), rows[3]), "orca").report.train
+    assert changed.fingerprint != first.fingerprint
+    assert [a == b for a, b in zip(first.row_digests, changed.row_digests, strict=True)] == [True, True, False, True]
+    assert run(write(*rows[::-1]), "orca").report.train.fingerprint != first.fingerprint
+
+
+def test_report_and_example_on_a_terminal(run, write, kit, chatml):
+    data = run(write(kit.chat("hi", "yo [b]"), kit.chat("x" * 99, "y")), max_length=40, eval_source="demo")
+    text = io.StringIO()
+    console = Console(file=text, width=120, force_terminal=True, color_system="standard", legacy_windows=False)
+    render_report(data.report, console)
+    show_example(data.train[0], chatml, console)
+    shown = text.getvalue()
+    assert "dropped train.jsonl:2: prompt has 118 tokens, max_length 40 leaves no completion token" in shown
+    assert "\x1b[32myo [b]<|im_end|>\x1b[0m" in shown
+
+
+def test_preference_example_on_a_terminal(run, write, chatml):
+    text = io.StringIO()
+    console = Console(file=text, width=120, force_terminal=True, color_system="standard", legacy_windows=False)
+    show_example(run(write(orca(1)), "orca").train[0], chatml, console)
+    assert "\x1b[32myes 1<|im_end|>\x1b[0m" in text.getvalue()
+    assert "\x1b[31mno 1<|im_end|>\x1b[0m" in text.getvalue()

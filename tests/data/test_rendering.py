@@ -1,0 +1,189 @@
+"""Chat templates and tokens: exact text of the recipe, supervised spans, BOS, boundaries inside a token."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lowlevel.data.rendering import chat_tokenizer, load_chat_tokenizer
+from lowlevel.data.templates import RenderError
+from lowlevel.errors import ConfigError
+
+USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+TALK = [USER, REPLY, {"role": "user", "content": "more"}, {"role": "assistant", "content": "ok"}]
+
+
+def supervised_text(tokenizer, encoded) -> list[str]:
+    return [tokenizer.decode(encoded.input_ids[start:end]) for start, end in encoded.replies]
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize(("supervise", "end"), [("assistant", "</s>"), ("all", "</s>\n")])
+def test_the_recipes_prompt_and_completion_character_for_character(tinyllama, system, supervise, end):
+    prompt = [{"role": "system", "content": system}, USER]
+    prompt_ids, completion_ids = tinyllama.encode_pair(prompt, [REPLY], supervise)
+    assert tinyllama.decode(prompt_ids) == f"<s><|system|>\n{system}</s>\n<|user|>\nhi</s>\n<|assistant|>\n"
+    assert tinyllama.decode(completion_ids) == f"yo{end}"
+    assert tinyllama.encode_prompt(prompt) == prompt_ids
+
+
+def test_replies_end_with_the_end_of_turn_token_and_not_with_the_newline(tinyllama, chatml):
+    for tokenizer, end in ((tinyllama, "</s>"), (chatml, "<|im_end|>")):
+        encoded = tokenizer.encode_conversation(TALK)
+        assert supervised_text(tokenizer, encoded) == [f"yo{end}", f"ok{end}"]
+        in_replies = np.zeros(len(encoded.input_ids), bool)
+        for start, stop in encoded.replies:
+            in_replies[start:stop] = True
+        assert encoded.supervised == in_replies.tolist()
+        assert tokenizer.end_of_turn_id == tokenizer.tokenizer.convert_tokens_to_ids(end)
+
+
+@pytest.mark.parametrize(
+    ("inside", "rest"),
+    [
+        ("m['content'] + '<|im_end|>'", "\n"),
+        ("m['content'] + '<|im_end|>\n'", ""),
+        ("m['content']", "<|im_end|>\n"),
+    ],
+    ids=["whole reply", "with the newline", "content alone"],
+)
+def test_generation_markers_give_the_same_spans_as_turn_by_turn_rendering(chatml, inside, rest):
+    marked = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ " + inside + " }}{% endgeneration %}{{ '" + rest + "' }}"
+        "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    other = chat_tokenizer(chatml.tokenizer, marked)
+    assert other.encode_conversation(TALK) == chatml.encode_conversation(TALK)
+
+
+def test_a_batch_gives_what_single_calls_give_and_keeps_errors_in_place(chatml, kit):
+    refusing = kit.CHATML + "{% if messages[0]['content'] == 'no' %}{{ raise_exception('not like this') }}{% endif %}"
+    tokenizer = chat_tokenizer(chatml.tokenizer, refusing)
+    first, bad, last = tokenizer.encode_conversations([TALK, [{**USER, "content": "no"}, REPLY], [USER, REPLY]])
+    assert (first, last) == (chatml.encode_conversation(TALK), chatml.encode_conversation([USER, REPLY]))
+    assert isinstance(bad, RenderError)
+    assert str(bad) == "the chat template refuses the row: not like this"
+
+
+@pytest.mark.parametrize("template_writes_bos", [False, True])
+@pytest.mark.parametrize("tokenizer_adds_bos", [False, True])
+def test_never_two_bos(kit, template_writes_bos, tokenizer_adds_bos):
+    raw = kit.byte_tokenizer(bos="<s>") if tokenizer_adds_bos else kit.byte_tokenizer(special=("<s>",))
+    template = ("{{ '<s>' }}" if template_writes_bos else "") + kit.TINYLLAMA
+    tokenizer = chat_tokenizer(raw, template)
+    bos = raw.convert_tokens_to_ids("<s>")
+    pair = tokenizer.encode_pair([USER], [REPLY], "all")
+    for ids in (tokenizer.encode_conversation(TALK).input_ids, tokenizer.encode_prompt([USER]), pair[0] + pair[1]):
+        assert ids.count(bos) == (template_writes_bos or tokenizer_adds_bos)
+        assert (ids[0] == bos) == (template_writes_bos or tokenizer_adds_bos)
+
+
+def test_a_reply_that_merges_with_the_prompts_newline_is_tokenised_apart(chatml):
+    """The byte tokenizer joins two newlines into one token, so that no token begins with this reply."""
+    reply = {"role": "assistant", "content": "\nhm"}
+    (pair,) = chatml.encode_pairs([([USER], "\nhm", "plain")], "assistant")
+    assert pair.prompt_ids == chatml.encode_prompt([USER])
+    assert chatml.decode(pair.chosen_ids) == "\nhm<|im_end|>"
+    assert pair.retokenised == 1
+    encoded = chatml.encode_conversation([USER, reply])
+    assert encoded.input_ids[: encoded.replies[0][0]] == pair.prompt_ids
+    assert supervised_text(chatml, encoded) == ["\nhm<|im_end|>"]
+    assert encoded.retokenised == 1
+    assert chatml.encode_conversation(TALK).retokenised == 0
+
+
+def test_sentencepiece_puts_no_space_before_a_completion(kit):
+    tokenizer = chat_tokenizer(kit.sentencepiece(), kit.TINYLLAMA)
+    (pair,) = tokenizer.encode_pairs([([USER], "yo", " yo")], "assistant")
+    texts = [tokenizer.tokenizer.convert_ids_to_tokens(ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
+    assert texts == [["y", "o", "</s>"], ["▁", "y", "o", "</s>"]]
+    assert tokenizer.tokenizer.convert_ids_to_tokens(pair.prompt_ids[-2:]) == [">", "<0x0A>"]
+    assert tokenizer._continue("yo")[0] == pair.chosen_ids[:2]
+    encoded = tokenizer.encode_conversation(TALK)
+    assert supervised_text(tokenizer, encoded) == ["yo</s>", "ok</s>"]
+
+
+def test_emoji_and_eos_in_the_text_keep_spans_exact(chatml):
+    talk = [{**USER, "content": "é<|im_end|>😀"}, {**REPLY, "content": "😀 <|im_end|> é"}]
+    encoded = chatml.encode_conversation(talk)
+    assert supervised_text(chatml, encoded) == ["😀 <|im_end|> é<|im_end|>"]
+
+
+def test_a_prompt_that_is_no_prefix_is_refused(chatml, kit):
+    thinking = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}"
+    template = kit.CHATML.replace("{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", thinking)
+    tokenizer = chat_tokenizer(chatml.tokenizer, template)
+    with pytest.raises(RenderError, match="prompt tokens are not a prefix of prompt.answer tokens"):
+        tokenizer.encode_conversation(TALK)
+    with pytest.raises(RenderError, match="not a prefix"):
+        tokenizer.encode_pair([USER], [REPLY], "all")
+
+
+def test_a_template_without_end_of_turn_token(chatml):
+    plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    plain += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    tokenizer = chat_tokenizer(chatml.tokenizer, plain)
+    assert tokenizer.end_of_turn_id is None
+    assert supervised_text(tokenizer, tokenizer.encode_conversation(TALK)) == ["yo\n", "ok\n"]
+
+
+def test_padding_id_falls_back_and_never_decides(kit):
+    raw = kit.byte_tokenizer()
+    assert chat_tokenizer(raw, kit.TINYLLAMA).pad_id == raw.unk_token_id
+    raw.pad_token = "</s>"
+    tokenizer = chat_tokenizer(raw, kit.TINYLLAMA)
+    assert tokenizer.pad_id == tokenizer.eos_id
+    encoded = tokenizer.encode_conversation([USER, REPLY])
+    assert encoded.input_ids[encoded.replies[0][1] - 1] == tokenizer.pad_id  # the end of turn is learned all the same
+
+
+def test_loading_a_folder_and_where_its_template_comes_from(tmp_path, kit):
+    raw = kit.byte_tokenizer(eos="<|im_end|>", special=("<|im_start|>",))
+    raw.save_pretrained(tmp_path / "bare")
+    raw.chat_template = kit.CHATML
+    raw.save_pretrained(tmp_path / "chat")
+    (tmp_path / "t.jinja").write_text(kit.TINYLLAMA)
+    bare, with_template = str(tmp_path / "bare"), str(tmp_path / "chat")
+    assert load_chat_tokenizer(with_template, None, None).template == kit.CHATML
+    assert load_chat_tokenizer(bare, None, with_template).template == kit.CHATML
+    from_file = load_chat_tokenizer(with_template, None, str(tmp_path / "t.jinja"))
+    assert from_file.template == kit.TINYLLAMA
+    assert from_file.template_sha256 != load_chat_tokenizer(with_template, None, None).template_sha256
+    with pytest.raises(ConfigError, match="no chat template; set data.chat_template_from"):
+        load_chat_tokenizer(bare, None, None)
+
+
+@pytest.mark.parametrize(
+    "text", ["{% for %}", "{{ raise_exception('no') }}", "{{ 1 // 0 }}", "{{ ''.__class__.mro() }}"]
+)
+def test_unusable_templates_are_config_errors(kit, text):
+    with pytest.raises(ConfigError, match="unusable chat template"):
+        chat_tokenizer(kit.byte_tokenizer(), text)
+
+
+def test_no_eos_token(kit):
+    with pytest.raises(ConfigError, match="has no eos token; completions would never end"):
+        chat_tokenizer(kit.byte_tokenizer(eos=None), kit.TINYLLAMA)
+
+
+@pytest.mark.parametrize("missing", ["folder", "file.jinja"])
+def test_missing_files_are_config_errors(tmp_path, kit, missing):
+    kit.byte_tokenizer().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ConfigError, match=missing):
+        load_chat_tokenizer(str(tmp_path / "bare"), None, str(tmp_path / missing))
+
+
+def test_importing_the_package_is_light():
+    heavy = "transformers datasets torch pyarrow pandas jinja2".split()
+    code = f"import sys, lowlevel.data.prepare; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_first_token_is_never_a_target(run, write):
+    example = run(write({"messages": TALK}), supervise="all").train[0]
+    assert example.labels[0] == -100
+    assert (example.labels[1:] == example.input_ids[1:]).all()

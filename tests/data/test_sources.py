@@ -1,0 +1,226 @@
+"""Reading rows: exact lines and reasons, the order of `datasets`, filters."""
+
+import gzip
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lowlevel.config import Filter
+from lowlevel.data.filters import apply_filters
+from lowlevel.data.sources import Row, data_error, read_rows, read_source, shuffled
+from lowlevel.errors import ConfigError, DataError, LowlevelError
+
+GOOD = b'{"a": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"a": 1, "b": "cut in the mid', "not valid JSON (cut at column 29?)"),
+        (b'{"a": 1', "not valid JSON (cut at column 7?)"),
+        (b'{"a": nope}\n', "not valid JSON (Expecting value at column 7)"),
+        (b'{"a": "x\ty"}\n', "not valid JSON (Invalid control character at at column 9)"),
+        (b'{"a": "\xff"}\n', "not valid UTF-8 (byte 0xff at column 8)"),
+        (b'{"a": 1, "a": 2}\n', 'not valid JSON (duplicate key "a")'),
+        (b'{"a": {"b": 1, "b": 1}}\n', 'not valid JSON (duplicate key "b")'),
+        (b'{"a": NaN}\n', "not valid JSON (NaN is not a JSON value)"),
+        (b"[1, 2]\n", "is a list, expected an object with the columns of a row"),
+        (b"7\n", "is a number, expected an object with the columns of a row"),
+        (b'{"a": "\\ud800"}\n', "holds half a surrogate pair (\\ud800 to \\udfff), which is not text"),
+        (b"[" * 100_000 + b"\n", "not valid JSON (nested too deeply)"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_reason(write, line, message):
+    with pytest.raises(DataError) as caught:
+        read_rows(write(GOOD, b"\n", b"  \r\n", line), "train")
+    assert str(caught.value) == f"train.jsonl:4: {message}"
+
+
+def test_rows_keep_their_line_numbers_through_blank_lines_bom_and_crlf(write):
+    read = read_source(write(b'\xef\xbb\xbf{"a": 1}\r\n', b"\n", b'{"a": "\\ud83d\\ude00"}'), "train")
+    assert [(row.id, row.where, row.columns) for row in read.rows] == [
+        (0, "train.jsonl:1", {"a": 1}),
+        (1, "train.jsonl:3", {"a": "😀"}),
+    ]
+    assert read.warnings == {"byte order mark": 1}
+
+
+def test_a_byte_order_mark_inside_the_file_is_an_error(write):
+    with pytest.raises(DataError, match=r"^train.jsonl:2: not valid JSON"):
+        read_rows(write(GOOD, b"\xef\xbb\xbf" + GOOD), "train")
+
+
+def test_five_problems_are_shown_and_the_rest_counted(write):
+    with pytest.raises(DataError) as caught:
+        read_rows(write(*[b"?\n"] * 8), "train")
+    lines = str(caught.value).splitlines()
+    assert [line.partition(": ")[0] for line in lines[:5]] == [f"train.jsonl:{n}" for n in range(1, 6)]
+    assert lines[5:] == ["and 3 more"]
+
+
+def test_gzip_is_read_and_a_cut_archive_is_an_error(write, tmp_path):
+    rows = [{"a": f"{i} {i * 7919 % 1009}"} for i in range(5000)]
+    path = write(*rows, name="train.jsonl.gz")
+    assert [row.columns for row in read_rows(path, "train")] == rows
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(b"".join(json.dumps(r).encode() + b"\n" for r in rows))[:-2000])
+    with pytest.raises(DataError, match=r"cut.jsonl.gz:\d+: the compressed data is damaged or cut"):
+        read_rows(str(cut), "train")
+    cut.write_bytes(b"not gzip at all")
+    with pytest.raises(DataError, match="cut.jsonl.gz:1: the compressed data is damaged or cut"):
+        read_rows(str(cut), "train")
+
+
+def test_parquet(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "x"}], "n": 1}, {"messages": None, "n": 2}]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert [(row.where, row.columns) for row in read_rows(str(path), "train")] == [
+        ("rows.parquet:1", rows[0]),
+        ("rows.parquet:2", rows[1]),
+    ]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="rows.parquet: not a readable parquet file"):
+        read_rows(str(path), "train")
+
+
+def test_hub_rows_come_through_datasets_and_its_failures_are_one_line(monkeypatch):
+    def load(name, split):
+        if split != "test_sft":
+            raise ValueError(f'Unknown split "{split}".\nA long story')
+        return datasets.Dataset.from_list([{"a": 1}, {"a": 2}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = read_rows("owner/name", "test_sft")
+    assert [(row.id, row.where, row.columns) for row in rows] == [
+        (0, "owner/name[test_sft]:0", {"a": 1}),
+        (1, "owner/name[test_sft]:1", {"a": 2}),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        read_rows("owner/name", "nope")
+    assert str(caught.value) == 'data source "owner/name", split "nope": Unknown split "nope".'
+
+
+@pytest.mark.parametrize("source", ["./nowhere.jsonl", "nowhere.parquet", "./nowhere", "/nowhere/at/all"])
+def test_a_missing_file_is_a_config_error(source):
+    with pytest.raises(ConfigError, match="no such file"):
+        read_rows(source, "train")
+
+
+def test_a_file_of_another_kind_is_a_config_error(write):
+    with pytest.raises(ConfigError, match="unknown kind of file; use .jsonl, .jsonl.gz, .parquet or a hub name"):
+        read_rows(write(GOOD, name="train.csv"), "train")
+
+
+@pytest.mark.parametrize("content", [(), (b"\n", b" \n")])
+def test_no_rows(write, content):
+    with pytest.raises(DataError, match=r"^train.jsonl has no rows$"):
+        read_rows(write(*content), "train")
+
+
+def test_demo_rows_by_format_and_split():
+    assert len(read_rows("demo", "train")) == 600
+    assert "messages" in read_rows("demo", "train", "messages")[0].columns
+    pairs = read_rows("demo", "heldout", "preference")
+    assert len(pairs) == 120
+    assert {"prompt", "chosen", "rejected"} <= set(pairs[0].columns)
+    with pytest.raises(ConfigError, match='"demo" has the splits train, heldout, not "test"'):
+        read_rows("demo", "test")
+
+
+@pytest.mark.parametrize(("n", "seed"), [(1, 0), (7, 3), (3000, 42)])
+def test_shuffle_is_that_of_datasets(n, seed):
+    expected = datasets.Dataset.from_dict({"i": range(n)}).shuffle(seed=seed)["i"]
+    rows = [Row(i, f"x:{i}", {}) for i in range(n)]
+    assert [row.id for row in shuffled(rows, seed)] == list(expected)
+
+
+ORCA = [
+    {"status": "tie", "chosen_score": None, "gsm": False},
+    {"status": "ok", "chosen_score": 8.0, "gsm": False},
+    {"status": "ok", "chosen_score": 7.5, "gsm": False},
+    {"status": None, "chosen_score": 9, "gsm": True},
+]
+
+
+def keep(rows, *conditions):
+    filters = [Filter(column=c, op=op, value=v) for c, op, v in conditions]
+    return apply_filters([Row(i, f"f.jsonl:{i + 1}", row) for i, row in enumerate(rows)], filters, "f.jsonl")
+
+
+def test_the_recipes_filter_and_the_count_of_what_each_condition_drops():
+    kept = keep(ORCA, ("status", "!=", "tie"), ("chosen_score", ">=", 8), ("gsm", "==", False))
+    assert [row.id for row in kept.rows] == [1]
+    assert kept.dropped == {'status != "tie"': 1, "chosen_score >= 8": 1, "gsm == false": 1}
+    assert kept.problems == []  # the tie without a score never reaches the second condition
+
+
+@pytest.mark.parametrize(
+    ("op", "value", "ids"),
+    [
+        ("==", 2, [1]),
+        ("!=", 2, [0, 2]),
+        (">", 2, [2]),
+        (">=", 2, [1, 2]),
+        ("<", 2, [0]),
+        ("<=", 2.0, [0, 1]),
+        ("in", [1, 3], [0, 2]),
+        ("not in", [1, 3], [1]),
+    ],
+)
+def test_every_operator(op, value, ids):
+    assert [row.id for row in keep([{"n": 1}, {"n": 2}, {"n": 3}], ("n", op, value)).rows] == ids
+
+
+@pytest.mark.parametrize(
+    ("row", "condition", "message"),
+    [
+        ({"n": "8"}, ("n", ">=", 8), '"n" is text; n >= 8 compares it to a number'),
+        ({"n": None}, ("n", ">=", 8), '"n" is null; n >= 8 compares it to a number'),
+        ({"n": False}, ("n", "==", "False"), '"n" is true or false; n == "False" compares it to text'),
+        ({"n": 1}, ("n", "in", ["a", "b"]), '"n" is a number; n in ["a", "b"] compares it to text'),
+    ],
+)
+def test_incomparable_values_name_their_row(row, condition, message):
+    error = data_error(keep([{"n": condition[2]}, row], condition).problems[-1:])
+    assert str(error) == f"f.jsonl:2: {message}"
+
+
+def test_a_filter_on_a_missing_column_names_those_found():
+    with pytest.raises(ConfigError, match='f.jsonl has no column "score"; found: chosen_score, gsm, status'):
+        keep(ORCA, ("score", ">=", 8))
+
+
+@pytest.mark.parametrize("condition", [("n", "in", 1), ("n", ">=", [1])])
+def test_lists_go_with_in_only(condition):
+    with pytest.raises(ConfigError, match="takes"):
+        keep([{"n": 1}], condition)
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=5)
+lines = st.one_of(
+    st.binary(max_size=40),
+    st.dictionaries(st.text(max_size=5), json_values, max_size=3).map(lambda row: json.dumps(row).encode()),
+    st.sampled_from(
+        [b'{"a": "\\ud83d"}', b'{"a": 1e999}', b"\xef\xbb\xbf{}", b'{"a":' + b"9" * 5000 + b"}", b"[" * 9999]
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(lines, max_size=6), st.booleans())
+def test_any_bytes_are_rows_or_a_typed_error(tmp_path, content, final_newline):
+    path = tmp_path / "fuzz.jsonl"
+    path.write_bytes(b"\n".join(content) + b"\n" * final_newline)
+    try:
+        rows = read_rows(str(path), "train")
+    except LowlevelError as error:
+        str(error).encode("utf-8")
+    else:
+        assert all(isinstance(row.columns, dict) for row in rows)
+        json.dumps([row.columns for row in rows], ensure_ascii=False).encode("utf-8")

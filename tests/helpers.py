@@ -1,0 +1,187 @@
+"""A tiny Llama with random weights, ragged examples, and one optimizer step whose gradient can be looked at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lowlevel.config import DPOConfig, LoraConfig, ModelConfig
+from lowlevel.dpo import DPO
+from lowlevel.loop import optimizer_step
+from lowlevel.loss_scale import LossScale
+from lowlevel.method import Method
+from lowlevel.metrics import StepResult
+from lowlevel.model.adapters import build_policy, save_adapter
+from lowlevel.model.base import Placement, load_base
+from lowlevel.model.policy import TRAINED, Policy
+from lowlevel.sft import SFT
+
+VOCABULARY = 320
+CPU = Placement(torch.device("cpu"), "fp32")
+ZEPHYR = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """An SFT example as the layout takes it."""
+
+    row: int
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference pair as the layout takes it."""
+
+    row: int
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+
+
+def write_tiny_base(folder: Path) -> None:
+    """Save a 2-layer Llama (hidden 64, GQA 4/2, no tied head) and a byte-level tokenizer with a Zephyr-like template."""
+    torch.manual_seed(1234)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.15,  # the usual 0.02 gives logits so flat that a wrong mask hardly shows
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True) for token in tokens[:3]])
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=ZEPHYR
+    ).save_pretrained(folder)
+
+
+def ragged_examples(count: int = 8, *, seed: int = 0, longest: int = 40) -> list[Tokens]:
+    """SFT examples of 5 to `longest` tokens, the first 1 to 4 of them a prompt."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for row in range(count):
+        ids = rng.integers(3, VOCABULARY, rng.integers(5, longest + 1))
+        prompt = rng.integers(1, 5)
+        examples.append(Tokens(10 + 7 * row, ids, np.where(np.arange(len(ids)) < prompt, -100, ids)))
+    return examples
+
+
+def ragged_pairs(count: int = 8, *, seed: int = 0, longest: int = 18) -> list[Pair]:
+    """Preference pairs; the first one has a prompt of one token, so that nothing of it is shared."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for row in range(count):
+        sizes = [1 if row == 0 else rng.integers(2, longest + 1), *rng.integers(1, longest + 1, 2)]
+        pairs.append(Pair(3 + 5 * row, *(rng.integers(3, VOCABULARY, size) for size in sizes)))
+    return pairs
+
+
+def make_policy(
+    base: Path,
+    *,
+    quantised: bool = False,
+    dropout: float = 0.0,
+    checkpointing: bool = False,
+    randomize: bool = True,
+    seed: int = 0,
+    parent: Path | None = None,
+    placement: Placement = CPU,
+) -> Policy:
+    """A policy over the tiny base. `randomize` fills B, so that the adapter has an effect and A a gradient."""
+    model = load_base(ModelConfig(name=str(base), load_in_4bit=quantised), placement)
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout)
+    policy = build_policy(model, lora, placement, seed=seed, parent=parent, gradient_checkpointing=checkpointing)
+    if randomize:
+        fill_lora_b(policy, seed)
+    return policy
+
+
+def fill_lora_b(policy: Policy, seed: int = 0) -> None:
+    """Random values into every B of the trained adapter."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    with torch.no_grad():
+        for name, view in policy.flat.views.items():
+            if ".lora_B." in name:
+                view.copy_(0.1 * torch.randn(view.shape, generator=generator))
+
+
+def save_random_adapter(base: Path, folder: Path, seed: int = 5) -> Path:
+    """A PEFT folder with an adapter that has an effect, to stand on."""
+    save_adapter(make_policy(base, seed=seed).model, TRAINED, folder, str(base))
+    return folder
+
+
+def sft(batch_size: int = 8, *, packing: bool = False, row_length: int = 64) -> SFT:
+    return SFT(batch_size, row_length, packing)
+
+
+def dpo(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **config: Any) -> DPO:
+    return DPO(DPOConfig(**config), batch_size, row_length, packing)
+
+
+def step(
+    policy: Policy,
+    method: Method,
+    examples: Sequence[Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    scale: LossScale | None = None,
+    seed: int = 1,
+    number: int = 0,
+    max_grad_norm: float = float("inf"),
+) -> StepResult:
+    """One optimizer step; without an optimizer nothing is updated and the gradient stays in `policy.flat.grad`."""
+    return optimizer_step(
+        policy,
+        method,
+        optimizer or torch.optim.SGD([policy.flat.weights], lr=0.0),
+        method.micro_batches(examples),
+        scale or LossScale.for_precision("fp32"),
+        seed=seed,
+        step=number,
+        max_grad_norm=max_grad_norm,
+    )
+
+
+def loss_and_gradient(policy: Policy, method: Method, examples: Sequence[Any], **keys: Any) -> tuple[float, Tensor]:
+    result = step(policy, method, examples, **keys)
+    return result.metrics["loss"], policy.flat.grad.clone()
+
+
+def drifts(value: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Largest and mean absolute difference, each relative to the same of `expected`: a bias hides from the first."""
+    difference = (value.double() - expected.double()).abs()
+    scale = expected.double().abs()
+    return (difference.max() / scale.max()).item(), (difference.mean() / scale.mean()).item()
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,95 @@
+"""The order of rows: a permutation an epoch, and the same one on every machine and in every version."""
+
+import numpy as np
+import pytest
+
+from lowlevel.hashing import splitmix64
+from lowlevel.order import DataOrder
+
+MASK = 2**64 - 1
+
+
+def plain_splitmix64(value: int) -> int:
+    """SplitMix64 in Python's own integers, from Steele, Lea and Flood (OOPSLA 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+def epochs(order: DataOrder, count: int) -> list[list[int]]:
+    return [order.epoch_order(epoch).tolist() for epoch in range(count)]
+
+
+def test_splitmix64_gives_the_published_stream_of_seed_0():
+    states = np.array([0, 0x9E3779B97F4A7C15, (2 * 0x9E3779B97F4A7C15) & MASK], np.uint64)
+    assert [hex(v) for v in splitmix64(states).tolist()] == [
+        "0xe220a8397b1dcdaf",
+        "0x6e789e6aa1b965f4",
+        "0x6c45d188009454f",
+    ]
+
+
+def test_the_order_is_a_sort_by_hash_in_plain_integers():
+    for seed, epoch in ((0, 0), (42, 3), (2**40, 1)):
+        salt = plain_splitmix64((plain_splitmix64(seed) + epoch) & MASK)
+        expected = sorted(range(50), key=lambda i: plain_splitmix64(i ^ salt))
+        assert DataOrder(50, 8, seed, True).epoch_order(epoch).tolist() == expected
+
+
+def test_golden_order():
+    """A change of algorithm must change ORDER_VERSION, or resumed runs would see rows twice or never."""
+    order = DataOrder(10, 4, 42, True)
+    assert [order.step_rows(step).tolist() for step in range(6)] == [
+        [4, 3, 5, 8],
+        [0, 9, 7, 6],
+        [1, 2],
+        [0, 9, 1, 8],
+        [5, 7, 3, 4],
+        [2, 6],
+    ]
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_each_epoch_takes_every_row_once(shuffled):
+    order = DataOrder(37, 8, 5, shuffled)
+    assert order.steps_per_epoch == 5
+    for epoch in range(4):
+        steps = [order.step_rows(epoch * 5 + i) for i in range(5)]
+        assert [len(rows) for rows in steps] == [8, 8, 8, 8, 5]  # the last step is short, not filled up or dropped
+        assert sorted(np.concatenate(steps).tolist()) == list(range(37))
+
+
+def test_epochs_and_seeds_differ():
+    orders = epochs(DataOrder(37, 8, 5, True), 5) + epochs(DataOrder(37, 8, 6, True), 5)
+    assert len({tuple(order) for order in orders}) == 10
+    # epoch 1 of seed 5 must not be epoch 0 of seed 6, nor a rotation: compare the places of neighbours
+    for a in orders:
+        for b in orders:
+            if a is not b:
+                assert sum(x == y for x, y in zip(a, b, strict=True)) < 9
+
+
+def test_a_step_is_a_pure_function_of_its_number():
+    order = DataOrder(37, 8, 5, True)
+    forwards = [order.step_rows(step).tolist() for step in range(15)]
+    backwards = [DataOrder(37, 8, 5, True).step_rows(step).tolist() for step in reversed(range(15))]
+    assert forwards == backwards[::-1]
+
+
+def test_the_order_does_not_depend_on_the_batch_size():
+    whole = DataOrder(37, 37, 5, True).step_rows(0).tolist()
+    assert np.concatenate([DataOrder(37, 8, 5, True).step_rows(step) for step in range(5)]).tolist() == whole
+
+
+def test_sequential_is_the_order_of_the_rows():
+    order = DataOrder(5, 2, 42, False)
+    assert [order.step_rows(step).tolist() for step in range(4)] == [[0, 1], [2, 3], [4], [0, 1]]
+
+
+def test_rows_are_spread_evenly():
+    """Where row i lands must not depend on i: mean place of each row over many epochs within 5 sigma."""
+    order, rows, count = DataOrder(16, 4, 1, True), 16, 600
+    places = np.array([np.argsort(order.epoch_order(epoch)) for epoch in range(count)])
+    sigma = np.sqrt((rows**2 - 1) / 12 / count)
+    assert np.abs(places.mean(0) - (rows - 1) / 2).max() < 5 * sigma
