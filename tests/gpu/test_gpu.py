@@ -1,0 +1,160 @@
+"""What only a GPU can show. Run on one with `pytest tests/gpu`; elsewhere these tests say why they did not run."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lowlevel.config import DPOConfig, LoraConfig, ModelConfig, TrainConfig
+from lowlevel.dpo import DPO
+from lowlevel.loop import optimizer_step
+from lowlevel.loss_scale import LossScale
+from lowlevel.losses import token_logps, token_logps_reference
+from lowlevel.model.adapters import build_policy
+from lowlevel.model.base import Placement, base_sha256, load_base
+from lowlevel.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from lowlevel.sft import SFT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
+                         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def examples(pairs: bool):
+    rng = np.random.default_rng(0)
+
+    def ids(low, high):
+        return rng.integers(3, 1000, rng.integers(low, high))
+
+    if pairs:
+        return [SimpleNamespace(row=i, prompt_ids=ids(2, 60), chosen_ids=ids(2, 60), rejected_ids=ids(2, 60)) for i in range(8)]
+    return [SimpleNamespace(row=i, input_ids=(x := ids(8, 120)), labels=np.where(np.arange(len(x)) > 4, x, -100)) for i in range(8)]
+
+
+def policy(model_dir, precision, quantised=True, p=0.1, **kwargs):
+    placement = Placement(CUDA, precision)
+    base = load_base(ModelConfig(name=model_dir, load_in_4bit=quantised), placement)
+    return build_policy(base, LoraConfig(r=16, lora_dropout=p), placement, seed=0, **kwargs)
+
+
+def one_step(policy, method, rows, *, precision="fp16", step=0):
+    optimizer = build_optimizer(policy.flat.weights, TrainConfig(optim="adamw", learning_rate=1e-3))
+    batches = [batch.to(CUDA) for batch in method.micro_batches(rows)]
+    result = optimizer_step(policy, method, optimizer, batches, LossScale.for_precision(precision), seed=1, step=step, max_grad_norm=1e9)
+    return result, policy.flat.grad.clone()
+
+
+METHODS = {
+    "sft": (SFT(2, 256, True), False),
+    "dpo": (DPO(DPOConfig(disable_dropout=False), 2, 256, True), True),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_fp16_step_equals_fp32_step(model_dir, name):
+    method, pairs = METHODS[name]
+    reference, exact = one_step(policy(model_dir, "fp32", quantised=False), method, examples(pairs), precision="fp32")
+    result, grad = one_step(policy(model_dir, "fp16", quantised=False), method, examples(pairs))
+    assert result.metrics["loss"] == pytest.approx(reference.metrics["loss"], rel=2e-3)
+    error = (grad - exact).norm() / exact.norm()
+    assert error < 5e-3, f"relative error of the fp16 gradient {error:.2e}"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_layout_and_checkpointing_do_not_change_the_step(model_dir, name):
+    method, pairs = METHODS[name]
+    padded = copy.copy(method)
+    object.__setattr__(padded, "packing", False)
+    _, packed_grad = one_step(policy(model_dir, "fp32"), method, examples(pairs), precision="fp32")
+    for other, kwargs in ((padded, {}), (method, {"gradient_checkpointing": False}), (padded, {"causal_kernel": True})):
+        _, grad = one_step(policy(model_dir, "fp32", **kwargs), other, examples(pairs), precision="fp32")
+        assert (grad - packed_grad).norm() / packed_grad.norm() < 1e-4
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_reference_equals_policy_at_step_0_bit_for_bit(model_dir, packing):
+    method = DPO(DPOConfig(), 2, 256, packing)
+    one = policy(model_dir, "fp16", causal_kernel=not packing)
+    before = base_sha256(one.model)
+    result, _ = one_step(one, method, examples(True))
+    assert result.metrics["loss"] == np.float32(np.log(2))
+    assert result.metrics["rewards/margins"] == 0.0 and result.metrics["rewards/accuracies"] == 0.5
+    assert base_sha256(one.model) == before
+
+
+class NoBfloat16(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in (*args, *(out if isinstance(out, tuple) else (out,))):
+            assert not (isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16), func
+        return out
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_bf16_tensor_in_an_fp16_step(model_dir, name):
+    method, pairs = METHODS[name]
+    one = policy(model_dir, "fp16")
+    with NoBfloat16():
+        _, grad = one_step(one, method, examples(pairs))
+    assert grad.dtype == one.flat.weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_optimizer_state_is_paged_also_after_restoring(optim):
+    weights = torch.nn.Parameter(torch.randn(1_000_003, device=CUDA))
+    config = TrainConfig(optim=optim)
+    optimizer = build_optimizer(weights, config)
+    for _ in range(3):
+        weights.grad = torch.randn_like(weights)
+        optimizer.step()
+    saved = optimizer_tensors(optimizer)
+    again = build_optimizer(weights, config)
+    load_optimizer_tensors(again, weights, saved)
+    state = again.state[weights]
+    assert state["state1"].is_paged and state["state2"].is_paged
+    restored = optimizer_tensors(again)
+    assert saved.keys() == restored.keys() and all(torch.equal(saved[k], restored[k]) for k in saved)
+
+
+def test_paged_adamw_equals_torch_adamw():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 300_007, device=CUDA)) for _ in range(2))
+    config = TrainConfig(learning_rate=1e-3)
+    paged, plain = build_optimizer(ours, config), torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.0)
+    for _ in range(10):
+        ours.grad = torch.randn_like(ours)
+        theirs.grad = ours.grad.clone()
+        paged.step()
+        plain.step()
+    torch.cuda.synchronize()
+    assert (ours - theirs).abs().max() < 1e-6
+
+
+def test_token_logps_fp16_against_the_twin():
+    torch.manual_seed(0)
+    hidden = torch.randn(777, 256, device=CUDA, dtype=torch.float16, requires_grad=True)
+    weight = torch.randn(1003, 256, device=CUDA, dtype=torch.float16) / 16
+    targets = torch.randint(0, 1003, (777,), device=CUDA)
+    upstream = torch.full((777,), 65536.0 / 777, device=CUDA)
+    results = []
+    for function in (token_logps, token_logps_reference):
+        logps = function(hidden, weight, targets)
+        (grad,) = torch.autograd.grad(logps, hidden, upstream)
+        results.append((logps.detach(), grad.float()))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-4)
+    assert (results[0][1] - results[1][1]).norm() / results[1][1].norm() < 2e-3
