@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lowlevel.errors import CheckpointError, ConfigError
 
 FORMAT = "lowlevel-checkpoint"
@@ -98,11 +100,11 @@ def save_checkpoint(
             shutil.rmtree(final)
         os.rename(temporary, final)
         _sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors 0.8 raises its own error where a disk is full
         shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(folder).free
+        free, reason = shutil.disk_usage(folder).free, error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(
-            f"{final}: not saved: {error.strerror} ({free:,} bytes free); older checkpoints are good"
+            f"{final}: not saved: {reason} ({free:,} bytes free); older checkpoints are good"
         ) from None
     _retire_old(folder, keep)
     return final

@@ -6,6 +6,8 @@ names the token and not its place in the batch, packing, batch size and accumula
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -47,17 +49,26 @@ class _Dropout(torch.autograd.Function):
     """Saves the keys alone; the mask is made again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, token_keys: Tensor, keys: Tensor, p: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor, token_keys: Tensor, keys: Tensor, p: float) -> Tensor:
         ctx.save_for_backward(token_keys, keys)
         ctx.p = p
-        return x * keep_scale(token_keys, keys, p, x.dtype)
+        return drop(x, token_keys, keys, p)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN001
-        return grad * keep_scale(*ctx.saved_tensors, ctx.p, grad.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return drop(grad, *ctx.saved_tensors, ctx.p), None, None, None
 
 
-def keep_scale(token_keys: Tensor, keys: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """0 where dropped, 1 / (1 - p) where kept, (rows, T, features); 31 bits of the hash decide."""
-    bits = mix32(token_keys.unsqueeze(-1) ^ keys).bitwise_and_(0x7FFFFFFF)
-    return (bits >= int(p * 2**31)).to(dtype).mul_(1 / (1 - p))
+def drop(x: Tensor, token_keys: Tensor, keys: Tensor, p: float) -> Tensor:
+    """x (rows, T, features) times 0 where dropped and 1 / (1 - p) where kept.
+
+    Token keys (rows, T) and feature keys (features,) are hashes already, so two multiplications mix each pair of them well
+    enough (the tests bound rate and correlations); every further operation would be one more kernel over all elements. The
+    comparison is signed: an int32 is below -2**31 + p * 2**32 with probability p.
+    """
+    bits = token_keys.unsqueeze(-1) ^ keys
+    bits.mul_(0x7FEB352D)
+    bits.bitwise_xor_(bits >> 16)
+    bits.mul_(0x846CA68B - 2**32)
+    keep = bits >= int(p * 2**32) - 2**31
+    return x.mul(keep).mul_(1 / (1 - p))

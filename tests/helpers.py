@@ -55,7 +55,7 @@ class Pair:
 
 
 def write_tiny_base(folder: Path) -> None:
-    """Save a 2-layer Llama (hidden 64, GQA 4/2, no tied head) and a byte-level tokenizer with a Zephyr-like template."""
+    """Save a 2-layer Llama (hidden 64, GQA 4/2, untied head) and a byte-level tokenizer with a Zephyr-like template."""
     torch.manual_seed(1234)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

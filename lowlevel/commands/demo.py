@@ -18,42 +18,32 @@ from lowlevel.run import run_training
 
 CHECK_ITEMS = 120
 SHOWN_REPLIES = 4
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+BATCH = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "gradient_checkpointing": False, "seed": 0}
 
 
 def demo_configs(out: Path) -> tuple[RunConfig, RunConfig]:
     """The demo's SFT run, and the DPO run that stands on its adapter."""
-    common = {"source": "demo", "max_length": 128, "eval_source": "demo"}
+    data = {"source": "demo", "max_length": 128, "eval_source": "demo", "eval_limit": 100}
     sft = {
         "method": "sft",
         "model": {"name": "demo"},
         "lora": LORA,
-        "data": {**common, "format": "messages", "limit": 600, "eval_limit": 96},
-        "train": {
-            "output_dir": str(out / "sft"),
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "learning_rate": 2e-3,
-            "num_train_epochs": 2,
-            "warmup_ratio": 0.05,
-            "gradient_checkpointing": False,
-        },
+        "data": {**data, "format": "messages", "limit": 2400},
+        "train": {**BATCH, "output_dir": str(out / "sft"), "learning_rate": 2e-3, "warmup_ratio": 0.05},
     }
     dpo = {
         "method": "dpo",
         "model": {"name": "demo", "adapter": str(out / "sft")},
         "lora": LORA,
-        "data": {**common, "format": "preference", "limit": 400, "eval_limit": 96},
+        "data": {**data, "format": "preference", "limit": 640},
         "train": {
+            **BATCH,
             "output_dir": str(out / "dpo"),
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "learning_rate": 3e-4,
-            "warmup_ratio": 0.1,
-            "num_train_epochs": 2,
-            "gradient_checkpointing": False,
+            "learning_rate": 2.5e-4,
+            "warmup_ratio": 0.05,
+            "max_steps": 60,
         },
-        "dpo": {"beta": 0.1},
     }
     return config_from_tables(sft, "demo"), config_from_tables(dpo, "demo")
 

@@ -56,6 +56,7 @@ def build_policy(
         ConfigError: target modules that match no layer, or that match the LM head.
         CheckpointError: an adapter folder that is damaged or does not fit.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # leaves the kernels that choose_attention names: flash, memory-efficient, math
     torch.manual_seed(seed)
     config = read_adapter_config(init_from) if init_from else _new_config(base, lora)
     model = get_peft_model(base, config, adapter_name=TRAINED, autocast_adapter_dtype=True)

@@ -45,11 +45,19 @@ class Policy:
         with self.placement.autocast():
             hidden = decoder(
                 input_ids=batch.input_ids,
-                attention_mask=None if plain else attention_mask(batch),
+                attention_mask=None if plain else self.attention_mask(batch),
                 position_ids=None if plain else batch.position_ids,
                 use_cache=False,
             ).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.scored_positions)
+
+    def attention_mask(self, batch: PackedBatch) -> Tensor:
+        """The layout's mask as the attention implementation takes it: boolean for sdpa, added to the scores for eager."""
+        visible = attention_mask(batch)
+        if self.model.config._attn_implementation != "eager":
+            return visible
+        lowest = torch.finfo(self.placement.dtype).min
+        return torch.zeros_like(visible, dtype=self.placement.dtype).masked_fill_(~visible, lowest)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

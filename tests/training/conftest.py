@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
-
-import helpers
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
-"""One step is one number: however its examples are split, packed and recomputed, and however transformers computes it."""
+"""One step is one number, however its examples are split, packed and recomputed; and it is transformers' number."""
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,6 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForCausalLM
 
-import helpers
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.policy import TRAINED
 
@@ -19,8 +19,10 @@ def layouts(kind: str):
     if kind == "sft":
         make = helpers.sft
     else:
+
         def make(*args, **keys):  # dropout stays on, or there would be nothing to keep the same
             return helpers.dpo(*args, disable_dropout=False, **keys)
+
     for size in (8, 4, 2, 1):
         yield f"{size}x{8 // size}", make(size)
     yield "packed, one batch", make(8, packing=True)

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from itertools import product
 
+import helpers
 import numpy as np
 import pytest
 import torch
 
-import helpers
 from lowlevel.dpo import completion_logps
 from lowlevel.layout import (
     IGNORED,

@@ -1,5 +1,6 @@
 """The optimizer on the flat buffer against torch's on separate parameters, the schedules, and the saved state."""
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,6 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-import helpers
 from lowlevel.config import TrainConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.model.adapters import save_adapter
@@ -37,7 +37,7 @@ def random_parameters(seed: int = 0) -> dict[str, nn.Parameter]:
 
 
 def train_both(kind: str, steps: int = 10, weight_decay: float = 0.1):
-    """Train the flat buffer with `kind` and separate parameters with torch's AdamW; returns both and the start, flat."""
+    """Train the flat buffer with `kind`, separate parameters with torch's AdamW; returns both and the start, flat."""
     flat, plain = flatten(random_parameters()), random_parameters()
     start = flat.weights.detach().clone()
     config = TrainConfig(optim=kind, learning_rate=1e-2, weight_decay=weight_decay)
@@ -67,14 +67,20 @@ def test_the_flat_buffer_trains_as_separate_parameters_do(kind, weight_decay):
 
 
 def test_8_bit_state_is_close():
-    """Dynamic 8-bit quantisation keeps about 2 significant digits of each moment, so updates agree to a few per cent."""
+    """Moments in 8 bits (arXiv 2110.02861: a sign, a power of ten and the rest a fraction, over the largest of a block)
+    are off by a few per cent each, and by more where an element is small beside its block's largest. Measured over ten
+    steps: 1.2 % of the movement in the mean, 17 % of the largest movement at worst."""
     ours, theirs, start = train_both("paged_adamw_8bit")
     largest, mean = helpers.drifts(ours - start, theirs - start)
-    assert mean < BOUND_8BIT_MEAN and largest < BOUND_8BIT_MAX
-    assert not torch.equal(ours, theirs), "8 bits cannot be exact: this was another optimizer"
+    assert 1e-3 < mean < 0.02 and largest < 0.25  # below 1e-3 it would be the 32-bit optimizer
 
 
-BOUND_8BIT_MEAN, BOUND_8BIT_MAX = 0.05, 0.2
+def test_8_bit_state_is_8_bits_wide():
+    for kind, dtype in (("paged_adamw_8bit", torch.uint8), ("paged_adamw_32bit", torch.float32)):
+        flat = flatten(random_parameters())
+        saved = optimizer_tensors(build_optimizer(flat.weights, TrainConfig(optim=kind)))
+        for name in ("flat::state1", "flat::state2"):
+            assert saved[name].dtype == dtype and saved[name].numel() == flat.weights.numel()
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
@@ -161,7 +167,9 @@ def test_views_are_views(tiny_base, tmp_path):
     flat, start = policy.flat, 0
     for view in flat.views.values():
         span = slice(start, start + view.numel())
-        assert view.data_ptr() == flat.weights[start:].data_ptr() and view.grad.data_ptr() == flat.grad[start:].data_ptr()
+        assert (
+            view.data_ptr() == flat.weights[start:].data_ptr() and view.grad.data_ptr() == flat.grad[start:].data_ptr()
+        )
         assert torch.equal(view.flatten(), flat.weights[span])
         start = span.stop
     assert start == flat.weights.numel()

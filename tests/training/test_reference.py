@@ -2,12 +2,12 @@
 
 import math
 
+import helpers
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
-import helpers
 from lowlevel.config import ModelConfig, TrainConfig
 from lowlevel.dpo import completion_logps
 from lowlevel.layout import attention_mask
@@ -59,7 +59,9 @@ def test_training_leaves_base_and_parent_as_they_were(tiny_base, parent_adapter,
     before, digest, names = weights_of(policy, PARENT), base_sha256(policy.model), policy.trainable_names()
     assert bool(before) == stacked
     results = [
-        helpers.step(policy, helpers.dpo(4, packing=True), helpers.ragged_pairs(), optimizer, number=n, max_grad_norm=1.0)
+        helpers.step(
+            policy, helpers.dpo(4, packing=True), helpers.ragged_pairs(), optimizer, number=n, max_grad_norm=1.0
+        )
         for n in range(20)
     ]
     assert results[-1].metrics["loss"] < 0.3 < LN2, "trained, so that there was something to leave alone"

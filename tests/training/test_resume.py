@@ -1,0 +1,353 @@
+"""A run that was stopped and resumed in a new process is the uninterrupted run, bit for bit.
+
+The uninterrupted and the stopped runs happen here, all resumed ones in one other process (`resume_worker.py`), which
+shares nothing with this one but the files. One run is stopped by a real SIGTERM to `python -m lowlevel`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import helpers
+import pytest
+import tomli_w
+from rich.console import Console
+from safetensors.torch import load_file
+
+from lowlevel.checkpoint import checkpoints, verify
+from lowlevel.cli import main
+from lowlevel.config import load_config
+from lowlevel.errors import ConfigError, Interrupted
+from lowlevel.order import ORDER_VERSION
+from lowlevel.run import RunObserver, run_training
+
+ROWS = 11  # batch 2 x accumulation 1: 6 steps an epoch, the last of one row; 2 x 3: 2 steps, of 6 and of 5 rows
+QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(Path(sys.modules["lowlevel"].__file__).parents[1]),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of run, and the steps after which it is stopped, each time from the start."""
+
+    method: str
+    accumulation: int
+    stops: tuple[int, ...]
+    steps: int  # all of them
+    train: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.accumulation}"
+
+
+HOLDOUT = {"eval_source": "holdout", "eval_limit": 2}  # leaves 9 rows: 5 steps an epoch, or 2
+CASES = (
+    Case("sft", 1, stops=(4, 12), steps=18, train={"logging_steps": 1}),  # in the first epoch; at the second's end
+    Case("sft", 3, stops=(3, 4), steps=6, train={"logging_steps": 2}),  # also with a half-full logging window
+    Case("dpo", 1, stops=(7,), steps=15, train={"logging_steps": 1, "eval_steps": 4}, data=HOLDOUT),
+    Case("dpo", 3, stops=(1, 2), steps=6, train={"logging_steps": 1}),
+)
+STOPPED = [(case, stop) for case in CASES for stop in case.stops]
+
+
+def write_config(folder: Path, case: Case, workspace: dict, **train) -> Path:
+    """A run file for `folder`."""
+    data = {"source": str(workspace[case.method]), "max_length": 128, **case.data}
+    tables = {
+        "method": case.method,
+        "model": {"name": str(workspace["base"])},
+        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+        "data": {**data, "format": "messages" if case.method == "sft" else "preference"},
+        "train": {
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": case.accumulation,
+            "learning_rate": 5e-3,
+            "warmup_ratio": 0.2,
+            "num_train_epochs": 3,
+            **case.train,
+            **train,
+        },
+    }
+    if case.method == "dpo":
+        tables["model"]["adapter"] = str(workspace["parent"])
+        tables["dpo"] = {"disable_dropout": False}
+    path = folder.with_suffix(".toml")
+    path.write_text(tomli_w.dumps(tables))
+    return path
+
+
+def run_and_stop(config: Path, step: int) -> Interrupted:
+    """Run until a signal arrives in step `step`."""
+    original = RunObserver.progress
+
+    def progress(self, state, result):
+        original(self, state, result)
+        if state.step == step:
+            self.on_signal(signal.SIGTERM, None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunObserver, "progress", progress)
+        with pytest.raises(Interrupted) as caught:
+            run_training(load_config(config), QUIET)
+    return caught.value
+
+
+def stop_by_sigterm(config: Path, folder: Path, lines: int) -> subprocess.CompletedProcess:
+    """`python -m lowlevel sft`, with a SIGTERM once it has logged `lines` lines."""
+    command = [sys.executable, "-m", "lowlevel", "sft", str(config), "--train.save_steps", "1"]
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and process.poll() is None:
+            if (folder / "metrics.jsonl").exists() and len(metrics(folder)) >= lines:
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.01)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def workspace(tiny_base, parent_adapter, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("resume")
+    texts = [f"{'very ' * (i % 4)}short text number {i}" for i in range(ROWS)]
+    chats = [{"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": t[::-1]}]} for t in texts]
+    pairs = [{"prompt": t, "chosen": t[::-1], "rejected": "no " * (1 + i % 3)} for i, t in enumerate(texts)]
+    return {
+        "folder": folder,
+        "base": tiny_base,
+        "parent": parent_adapter,
+        "sft": helpers.write_jsonl(folder / "sft.jsonl", chats),
+        "dpo": helpers.write_jsonl(folder / "dpo.jsonl", pairs),
+    }
+
+
+@pytest.fixture(scope="module")
+def outcome(workspace) -> dict:
+    """All runs of this file: uninterrupted ones, stopped ones, and those resumed in another process."""
+    folder = workspace["folder"]
+    jobs, errors, status = [], {}, {}
+    for case in CASES:
+        run_training(load_config(write_config(folder / case.name, case, workspace)), QUIET)
+        for stop in case.stops:
+            name = f"{case.name}-at-{stop}"
+            config = write_config(folder / name, case, workspace)
+            errors[name] = run_and_stop(config, stop)
+            status[name] = json.loads((folder / name / "run-status.json").read_text())
+            jobs.append({"config": str(config), "resume": True})
+    jobs.append({"config": str(write_config(folder / "again", CASES[0], workspace)), "resume": False})
+
+    # the newest of three checkpoints has a flipped bit
+    damaged = write_config(folder / "damaged", CASES[0], workspace, save_steps=1, save_total_limit=3)
+    run_and_stop(damaged, 4)
+    file = folder / "damaged" / "step-00000004" / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    jobs.append({"config": str(damaged), "resume": True})
+
+    killed = write_config(folder / "killed", CASES[0], workspace)
+    process = stop_by_sigterm(killed, folder / "killed", lines=2)
+    shutil.copytree(folder / "killed", folder / "killed-before")
+    jobs.append({"config": str(killed), "resume": True})
+
+    worker = Path(__file__).with_name("resume_worker.py")
+    command, told = [sys.executable, str(worker)], json.dumps(jobs)
+    done = subprocess.run(command, input=told, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    printed = {Path(job["config"]).stem: text for job, text in zip(jobs, json.loads(done.stdout), strict=True)}
+    return {"folder": folder, "errors": errors, "status": status, "printed": printed, "process": process}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Logged lines, without what a clock or an allocator says."""
+    free = ("tokens_per_second", "peak_allocated_gib", "peak_reserved_gib")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a line may be in the making
+    return [{key: value for key, value in record.items() if key not in free} for record in records]
+
+
+def assert_same_run(run: Path, expected: Path, steps: int) -> None:
+    last = f"step-{steps:08d}"
+    assert metrics(run) == metrics(expected)
+    for file in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json",
+                 f"{last}/adapter_model.safetensors", f"{last}/optimizer.safetensors"):  # fmt: skip
+        assert sha256(run / file) == sha256(expected / file), file
+    states = [verify(folder / last)["state"] for folder in (run, expected)]
+    for state in states:
+        assert state.pop("seconds") > 0
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize(("case", "stop"), STOPPED, ids=[f"{case.name}-at-{stop}" for case, stop in STOPPED])
+def test_a_resumed_run_is_the_uninterrupted_run(outcome, case, stop):
+    name = f"{case.name}-at-{stop}"
+    assert f"resumed from step-{stop:08d}" in outcome["printed"][name]
+    assert_same_run(outcome["folder"] / name, outcome["folder"] / case.name, case.steps)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_runs_learned_and_dropout_was_on(outcome, case, workspace):
+    """Or there would be little to compare: the loss falls, weights move, and every step is logged as configured."""
+    run = outcome["folder"] / case.name
+    logged = [record for record in metrics(run) if "loss" in record]
+    assert [r["step"] for r in logged] == list(
+        range(case.train["logging_steps"], case.steps + 1, case.train["logging_steps"])
+    )
+    assert logged[-1]["loss"] < logged[0]["loss"] - (0.1 if case.method == "sft" else 0.02)
+    assert len({r["grad_norm"] for r in logged}) == len(logged)
+    final = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(t.abs().max() > 1e-4 for name, t in final.items() if "lora_B" in name)
+    if case.method == "dpo":
+        parent = "parent/adapter_model.safetensors"
+        assert sha256(run / parent) == sha256(workspace["parent"] / "adapter_model.safetensors")
+    if case.data:
+        assert [r["step"] for r in metrics(run) if "eval_loss" in r] == [0, 4, 8, 12, 15]
+
+
+def test_a_stopped_run_says_so_and_how_to_go_on(outcome):
+    for case, stop in STOPPED:
+        error = outcome["errors"][f"{case.name}-at-{stop}"]
+        assert error.exit_code == 143
+        assert str(error) == f"stopped at step {stop} of {case.steps} and saved; go on with --resume"
+        status = outcome["status"][f"{case.name}-at-{stop}"]
+        assert (status["state"], status["exit"], status["checkpoint"]) == ("preempted", 143, f"step-{stop:08d}")
+
+
+def test_running_again_gives_the_same_run(outcome):
+    assert_same_run(outcome["folder"] / "again", outcome["folder"] / CASES[0].name, CASES[0].steps)
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_message(outcome):
+    printed = outcome["printed"]["damaged"]
+    assert "skipped a damaged checkpoint" in printed and "step-00000004/optimizer.safetensors" in printed
+    assert "resumed from step-00000003" in printed
+    assert_same_run(outcome["folder"] / "damaged", outcome["folder"] / CASES[0].name, CASES[0].steps)
+
+
+def test_a_real_sigterm_saves_and_the_run_goes_on(outcome):
+    process, before = outcome["process"], outcome["folder"] / "killed-before"
+    assert process.returncode == 143, process.stderr
+    status = json.loads((before / "run-status.json").read_text())
+    assert (status["state"], status["exit"]) == ("preempted", 143)
+    newest = checkpoints(before)[0]
+    step = int(newest.name.removeprefix("step-"))
+    assert 2 <= step < CASES[0].steps and verify(newest)["state"]["step"] == step
+    assert process.stderr.startswith(f"error: stopped at step {step} of {CASES[0].steps} and saved")
+    assert not [path for path in before.iterdir() if path.name.startswith(".")]
+    assert f"resumed from step-{step:08d}" in outcome["printed"]["killed"]
+    assert_same_run(outcome["folder"] / "killed", outcome["folder"] / CASES[0].name, CASES[0].steps)
+
+
+def test_the_status_of_a_stopped_run_names_its_step(outcome):
+    for case, stop in STOPPED:
+        assert outcome["status"][f"{case.name}-at-{stop}"]["step"] == stop
+
+
+def test_resuming_a_finished_run_changes_nothing(outcome, workspace, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(outcome["folder"] / CASES[1].name, run)
+    run_training(load_config(write_config(run, CASES[1], workspace)), QUIET, resume=True)
+    assert_same_run(run, outcome["folder"] / CASES[1].name, CASES[1].steps)
+
+
+def test_resuming_before_the_first_checkpoint_starts_over(outcome, workspace, tmp_path):
+    """As after a SIGKILL: lines of the lost steps must not stay beside those of the same steps taken again."""
+    run = tmp_path / "run"
+    config = write_config(run, CASES[3], workspace)
+    run_and_stop(config, 2)
+    shutil.rmtree(run / "step-00000002")
+    run_training(load_config(config), QUIET, resume=True)
+    assert_same_run(run, outcome["folder"] / CASES[3].name, CASES[3].steps)
+
+
+def test_a_torn_last_line_of_the_metrics_does_not_stop_a_resume(outcome, workspace, tmp_path):
+    """As a power cut leaves it; the line belongs to a step that is taken again, or is the only thing lost."""
+    run = tmp_path / "run"
+    config = write_config(run, CASES[3], workspace)
+    run_and_stop(config, 2)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    run_training(load_config(config), QUIET, resume=True)
+    assert_same_run(run, outcome["folder"] / CASES[3].name, CASES[3].steps)
+
+
+def test_a_checkpoint_names_the_order_that_it_was_made_with(outcome):
+    """So that a later version with another ORDER_VERSION refuses to resume it."""
+    payload = verify(checkpoints(outcome["folder"] / CASES[0].name)[0])
+    assert payload["identity"]["order_version"] == ORDER_VERSION
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("train.learning_rate", "1e-3"), ("train.seed", "7"), ("lora.lora_dropout", "0.2"), ("data.max_length", "64"),
+     ("train.gradient_accumulation_steps", "2"), ("train.num_train_epochs", "4")],
+)  # fmt: skip
+def test_other_settings_are_refused_by_name(outcome, workspace, tmp_path, capsys, flag, value):
+    run = tmp_path / "run"
+    shutil.copytree(outcome["folder"] / CASES[1].name, run)
+    config = write_config(run, CASES[1], workspace)
+    before = {path: sha256(path) for path in run.rglob("*") if path.is_file() and path.name != "run.lock"}
+    assert main(["sft", str(config), "--resume", f"--{flag}", value]) == 2
+    error = capsys.readouterr().err
+    assert "cannot resume with other settings" in error and f"  {flag}: " in error
+    assert error.count("!=") == 1, "one line for the one key that differs"
+    assert before == {path: sha256(path) for path in before}
+
+
+def test_other_data_weights_or_parents_are_refused(outcome, workspace, tmp_path):
+    """The same settings over files that changed meanwhile."""
+    run = tmp_path / "run"
+    shutil.copytree(outcome["folder"] / CASES[3].name, run)
+    shutil.copytree(workspace["parent"], tmp_path / "parent")
+    rows = workspace["dpo"].read_text()
+    (tmp_path / "dpo.jsonl").write_text(rows)
+    places = {**workspace, "parent": tmp_path / "parent", "dpo": tmp_path / "dpo.jsonl"}
+    config = write_config(run, CASES[3], places)
+    shutil.copy(config, run / "config.toml")  # as if it had always named these files
+
+    def refused(what):
+        with pytest.raises(ConfigError, match=f"cannot resume, these differ from the checkpoint: {what}"):
+            run_training(load_config(config), QUIET, resume=True)
+
+    run_training(load_config(config), QUIET, resume=True)
+    (tmp_path / "dpo.jsonl").write_text(rows.replace("number 3", "number 4", 1))
+    refused("data_sha256")
+    (tmp_path / "dpo.jsonl").write_text(rows)
+    helpers.save_random_adapter(workspace["base"], tmp_path / "parent", seed=6)
+    refused("parent_adapter")
+
+
+def test_a_run_is_not_overwritten_by_accident(outcome, workspace, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(outcome["folder"] / CASES[1].name, run)
+    config = write_config(run, CASES[1], workspace)
+    assert main(["sft", str(config)]) == 2
+    assert "holds a run: add --resume to go on, --restart to discard it" in capsys.readouterr().err
+    (run / "notes.d").mkdir()
+    run_training(load_config(config), QUIET, restart=True)
+    assert_same_run(run, outcome["folder"] / CASES[1].name, CASES[1].steps)
+    assert (run / "notes.d").exists()
