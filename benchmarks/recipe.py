@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 import random
 import statistics
@@ -125,6 +126,7 @@ def peer_tokens(config: RunConfig, steps: int) -> list[int]:
 def measure(name: str, folder: Path, out: Path, steps: int) -> dict:
     """Run one case and return its row of the table."""
     config = case_config(name, folder, out, steps)
+    gc.collect()  # PEFT's model is full of reference cycles: the last case would still be on the device
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

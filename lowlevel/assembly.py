@@ -14,6 +14,7 @@ from lowlevel.errors import ConfigError
 from lowlevel.method import Method
 from lowlevel.model.base import Placement, base_sha256, choose_placement, load_base, load_model_config, resolve_name
 from lowlevel.model.policy import Policy
+from lowlevel.order import ORDER_VERSION
 from lowlevel.run_folder import RunFolder
 from lowlevel.sft import SFT
 
@@ -155,6 +156,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy) -> dict[str, Any
     parent = adapter_sha256(inputs.parent) if inputs.parent else None
     return {
         "method": config.method,
+        "order_version": ORDER_VERSION,
         "base": {
             "name": Path(model.name).name if Path(model.name).exists() else model.name,
             "revision": model.revision,

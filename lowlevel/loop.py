@@ -104,8 +104,8 @@ def train(
     steps_per_epoch: int,
 ) -> None:
     """Run steps `state.step` to `total_steps`, or until a signal or early stopping ends them. `state` is kept current."""
-    window_start = time.perf_counter()
     while state.step < total_steps and not state.stopped_early:
+        started = time.perf_counter()
         rate = learning_rate(state.step, total_steps, config)
         set_learning_rate(optimizer, rate)
         batches = [batch.to(policy.placement.device) for batch in step_batches(state.step)]
@@ -119,18 +119,15 @@ def train(
             step=state.step,
             max_grad_norm=config.max_grad_norm,
         )
-        state.record(result)
+        state.record(result, time.perf_counter() - started)
         observer.progress(state, result)
         last = state.step == total_steps
         if state.step % config.logging_steps == 0 or last:
-            seconds = time.perf_counter() - window_start
-            observer.log(state.close_window(rate, seconds, state.step / steps_per_epoch))
-            window_start = time.perf_counter()
+            observer.log(state.close_window(rate, state.step / steps_per_epoch))
         if evaluate and (last or (config.eval_steps and state.step % config.eval_steps == 0)):
             scores = evaluate()
             observer.log({"step": state.step, "epoch": state.step / steps_per_epoch, **scores})
             state.judge(scores["eval_loss"], config.early_stopping_patience)
-            window_start = time.perf_counter()
         stop = observer.stop_requested()
         if stop or last or state.stopped_early or (config.save_steps and state.step % config.save_steps == 0):
             observer.save(state)

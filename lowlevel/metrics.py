@@ -51,6 +51,7 @@ class TrainState:
     examples: int = 0
     window: Window = field(default_factory=Window)
     window_tokens: int = 0
+    window_seconds: float = 0.0
     total: Window = field(default_factory=Window)
     grad_norm: float = 0.0
     seconds: float = 0.0  # spent in training steps, over all resumes
@@ -58,18 +59,20 @@ class TrainState:
     evals_without_gain: int = 0
     stopped_early: bool = False
 
-    def record(self, result: StepResult) -> None:
+    def record(self, result: StepResult, seconds: float) -> None:
         """Count one applied step; its means become sums again, so that steps weigh by their count."""
         self.step += 1
         self.num_tokens += result.num_tokens
         self.supervised_tokens += result.supervised_tokens
         self.examples += result.examples
         self.window_tokens += result.num_tokens
+        self.window_seconds += seconds
+        self.seconds += seconds
         self.grad_norm = result.grad_norm
         self.window.add({name: value * result.count for name, value in result.metrics.items()}, result.count)
         self.total.add({"loss": result.metrics["loss"] * result.count}, result.count)
 
-    def close_window(self, rate: float, seconds: float, epoch: float) -> dict[str, Any]:
+    def close_window(self, rate: float, epoch: float) -> dict[str, Any]:
         """The record of a logged step; starts the next window."""
         record = {
             "step": self.step,
@@ -81,11 +84,10 @@ class TrainState:
             "epoch": epoch,
             "num_tokens": self.num_tokens,
             "supervised_tokens": self.supervised_tokens,
-            "tokens_per_second": self.window_tokens / seconds,
+            "tokens_per_second": self.window_tokens / self.window_seconds,
             **peak_memory(),
         }
-        self.window, self.window_tokens = Window(), 0
-        self.seconds += seconds
+        self.window, self.window_tokens, self.window_seconds = Window(), 0, 0.0
         return record
 
     def judge(self, eval_loss: float, patience: int | None) -> None:

@@ -101,11 +101,11 @@ def run_training(config: RunConfig, console: Console, *, resume: bool = False, r
                 f"out of memory at {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB with {rows} rows of {length} tokens; "
                 "halve train.per_device_train_batch_size and double gradient_accumulation_steps, or lower data.max_length"
             )
-            folder.write_status("failed", 0, exit_code=error.exit_code, error=str(error))
+            folder.write_status("failed", exit_code=error.exit_code, error=str(error))
             raise error from None
         except LowlevelError as failure:
             state = "preempted" if isinstance(failure, Interrupted) else "failed"
-            folder.write_status(state, 0, exit_code=failure.exit_code, error=str(failure))
+            folder.write_status(state, exit_code=failure.exit_code, error=str(failure))
             raise
 
 
@@ -180,6 +180,7 @@ def _train_in(
         folder.drop_metrics_after(state.step)
         console.print(f"resumed from {found[0].name}")
     else:
+        folder.drop_metrics_after(-1)  # of a run that ended before its first checkpoint
         _write_start(folder, config, inputs, manifest)
     _announce(console, config, inputs, policy, method, total_steps, order)
 

@@ -86,19 +86,24 @@ class RunFolder:
             raise CheckpointError(f"{self.path / 'manifest.json'} cannot be read: {error}") from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Logged records, oldest first."""
+        """Logged records, oldest first; a last line without its end, which a power cut leaves, is not one."""
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget lines of steps that a resumed run will take again."""
         kept = [json.dumps(record) for record in self.read_metrics() if record["step"] <= step]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
 
-    def write_status(self, state: str, step: int, *, exit_code: int | None = None, error: str | None = None) -> None:
-        """run-status.json: running, finished, preempted or failed."""
+    def write_status(
+        self, state: str, step: int | None = None, *, exit_code: int | None = None, error: str | None = None
+    ) -> None:
+        """run-status.json: running, finished, preempted or failed; without `step`, that of the newest checkpoint."""
         newest = next((path.name for path in checkpoints(self.path)), None)
+        if step is None:
+            step = int(newest.removeprefix("step-")) if newest else 0
         status = {"state": state, "step": step, "checkpoint": newest, "exit": exit_code, "error": error}
         write_json(self.path / "run-status.json", status)
 

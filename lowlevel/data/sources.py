@@ -19,7 +19,7 @@ import numpy as np
 from lowlevel.errors import ConfigError, DataError
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-DEMO_ROWS = {"train": 600, "heldout": 120}
+DEMO_ROWS = {"train": 2400, "heldout": 240}
 SHOWN = 5
 
 
