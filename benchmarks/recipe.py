@@ -2,9 +2,9 @@
 
     python benchmarks/recipe.py --out out/recipe [--steps 24] [--cap-gib 15] [--cases tinyllama_sft tinyllama_dpo]
 
-Weights are random and text is made here, with the length profile of the recipe's data: speed and memory depend on shapes
-alone. Writes recipe.csv: a row a run file, medians over the steps after the warm-up. Tokens are counted as TRL and Unsloth
-count them (both completions with their prompt), padding left out.
+Weights are random and text is made here, with the length profile of the recipe's data: speed and memory depend on
+shapes alone. Writes recipe.csv: a row a run file, medians over the steps after the warm-up. Tokens are counted as TRL
+and Unsloth count them (both completions with their prompt), padding left out.
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ def measure(name: str, folder: Path, out: Path, steps: int) -> dict:
 
 def provenance(cap_gib: float) -> dict:
     """Machine, versions and commit, for every row."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RUNS, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RUNS, check=False
+    )
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)",
         "cap_gib": cap_gib,

@@ -53,8 +53,8 @@ def choose_attention(config: RunConfig, placement: Placement) -> Attention:
     major, minor = torch.cuda.get_device_capability(placement.device)
     where = f"compute capability {major}.{minor}"
     if major < 8:
-        reason = f"sdpa, memory-efficient kernel: FlashAttention 2 needs compute capability 8.0, this GPU has {major}.{minor}"
-        return Attention("sdpa", False, reason)
+        why = f"FlashAttention 2 needs compute capability 8.0, this GPU has {major}.{minor}"
+        return Attention("sdpa", False, f"sdpa, memory-efficient kernel: {why}")
     if config.data.packing:
         return Attention(
             "sdpa", False, f"sdpa, memory-efficient kernel ({where}): packed rows need a mask, which flash has not"

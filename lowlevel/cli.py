@@ -93,8 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--into",
         choices=("dequantized", "original", "requantized"),
         default="dequantized",
-        help="dequantized: the 4-bit base that was trained against, in 16 bits (default); original: the unquantised base; "
-        "requantized: the merged original, quantised anew",
+        help="dequantized: the 4-bit base that was trained against, in 16 bits (default); original: the unquantised "
+        "base; requantized: the merged original, quantised anew",
     )
     merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the merged model")
     generate = add("generate", "reply to a prompt with a run, an adapter or a merged model", _generate)
@@ -154,7 +154,7 @@ def _quiet() -> None:
 
     disable_progress_bar()
     disable_loading_bar()
-    # transformers 5.23 renamed gradient_checkpointing_enable, which 5.17 still needs, and PEFT 0.21 calls the old name too.
+    # transformers 5.23 renamed gradient_checkpointing_enable; 5.17 has only the old name, and PEFT 0.21 calls it too.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 

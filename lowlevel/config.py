@@ -38,8 +38,8 @@ class ModelConfig(Section):
     adapter: str | None = Field(None, description="dpo: run folder or PEFT folder to start from")
     adapter_mode: Literal["stack", "original", "none"] = Field(
         "stack",
-        description="stack: keep the adapter, frozen, under the new one; original: merge it into the 16-bit weights, then "
-        "quantise anew; none: there is no adapter to start from",
+        description="stack: keep the adapter, frozen, under the new one; original: merge it into the 16-bit weights, "
+        "then quantise anew; none: there is no adapter to start from",
     )
 
 
@@ -178,7 +178,7 @@ def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
 
 
 def to_tables(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration as plain tables that `config_from_tables` takes: unset and unused keys are left out."""
+    """The resolved configuration as tables that `config_from_tables` takes: unset and unused keys are left out."""
     tables = config.model_dump(mode="json", exclude_none=True)
     if config.method == "sft":
         del tables["dpo"]

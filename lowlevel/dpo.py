@@ -1,5 +1,5 @@
-"""Direct Preference Optimization (arXiv 2305.18290): the policy against a frozen reference, the same weights without the
-trained adapter.
+"""Direct Preference Optimization (arXiv 2305.18290): the policy against a frozen reference, the same weights without
+the trained adapter.
 
     L = -log sigmoid( beta * [ (log pi(y+) - log ref(y+)) - (log pi(y-) - log ref(y-)) ] )        (eq. 7)
 """
@@ -103,7 +103,7 @@ def loss_arguments(config: DPOConfig) -> dict[str, float | str]:
 
 
 def check_loss(config: DPOConfig) -> None:
-    """Raise ValueError for an unknown loss, or a hyper-parameter that the loss does not use, before anything is loaded."""
+    """Raise ValueError for an unknown loss, or a hyper-parameter that the loss does not use; needs no model."""
     zero, lengths = torch.zeros(1), torch.ones(1)
     needs = config.loss_type in LOSSES and LOSSES[config.loss_type].needs_lengths
     chosen_lengths, rejected_lengths = (lengths, lengths) if needs else (None, None)

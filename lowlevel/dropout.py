@@ -1,7 +1,7 @@
 """Dropout by counter: the mask is a hash of (seed, step, data row, branch, position, module, feature).
 
-It stores nothing and has no generator state, so a recompute, a replay and a resumed run draw the same mask. Because the key
-names the token and not its place in the batch, packing, batch size and accumulation do not change it either.
+It stores nothing and has no generator state, so a recompute, a replay and a resumed run draw the same mask. Because
+the key names the token and not its place in the batch, packing, batch size and accumulation do not change it either.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class DropoutState:
     """The keys of the micro-batch in flight, shared by all dropout modules of a model; None switches dropout off."""
 
     def __init__(self) -> None:
+        """Off until a micro-batch is set."""
         self.token_keys: Tensor | None = None  # (rows, T) int32
 
     def set_micro_batch(self, dropout_keys: Tensor, seed: int, step: int) -> None:
@@ -33,6 +34,7 @@ class CounterDropout(nn.Module):
     """Takes the place of an adapter's `lora_dropout`: zero with probability p, else scale by 1 / (1 - p)."""
 
     def __init__(self, p: float, salt: int, features: int, state: DropoutState, device: torch.device) -> None:
+        """`salt` tells the modules of a model apart."""
         super().__init__()
         self.p = p
         self.state = state
@@ -62,9 +64,9 @@ class _Dropout(torch.autograd.Function):
 def drop(x: Tensor, token_keys: Tensor, keys: Tensor, p: float) -> Tensor:
     """x (rows, T, features) times 0 where dropped and 1 / (1 - p) where kept.
 
-    Token keys (rows, T) and feature keys (features,) are hashes already, so two multiplications mix each pair of them well
-    enough (the tests bound rate and correlations); every further operation would be one more kernel over all elements. The
-    comparison is signed: an int32 is below -2**31 + p * 2**32 with probability p.
+    Token keys (rows, T) and feature keys (features,) are hashes already, so two multiplications mix each pair of them
+    well enough (the tests bound rate and correlations); every further operation would be one more kernel over all
+    elements. The comparison is signed: an int32 is below -2**31 + p * 2**32 with probability p.
     """
     bits = token_keys.unsqueeze(-1) ^ keys
     bits.mul_(0x7FEB352D)

@@ -39,9 +39,10 @@ class OutOfMemoryError(LowlevelError):
     exit_code = 6
 
 
-class Interrupted(LowlevelError):
+class InterruptedRunError(LowlevelError):
     """The run was stopped by a signal; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, signum: int) -> None:
+        """`signum` is the signal that asked the run to stop."""
         super().__init__(message)
         self.exit_code = 128 + signum

@@ -38,6 +38,7 @@ class Segment:
     targets: np.ndarray  # already shifted; IGNORED where nothing is learned
 
     def __len__(self) -> int:
+        """Positions in the row."""
         return len(self.input_ids)
 
 
@@ -86,7 +87,7 @@ def attention_mask(batch: PackedBatch) -> Tensor:
 
 
 def sft_segment(row: int, number: int, input_ids: np.ndarray, labels: np.ndarray) -> Segment:
-    """An example of L tokens as L-1 positions: position t predicts token t+1. `number` is its place in the micro-batch."""
+    """An example of L tokens as L-1 positions: position t predicts token t+1. `number`: its place in the batch."""
     size = len(input_ids) - 1
     return Segment(row, number, input_ids[:-1], np.arange(size), np.zeros(size, int), labels[1:])
 

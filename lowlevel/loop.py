@@ -30,7 +30,8 @@ def optimizer_step(
     step: int,
     max_grad_norm: float,
 ) -> StepResult:
-    """Forward and backward over the micro-batches, then one update. An fp16 overflow repeats the step at half the scale.
+    """Forward and backward over the micro-batches, then one update. An fp16 overflow repeats the step at half the
+    scale.
 
     Raises:
         NonFiniteError: the loss is not finite, or the gradient is not at any scale tried; nothing was updated.
@@ -103,7 +104,7 @@ def train(
     total_steps: int,
     steps_per_epoch: int,
 ) -> None:
-    """Run steps `state.step` to `total_steps`, or until a signal or early stopping ends them. `state` is kept current."""
+    """Run steps `state.step` to `total_steps`, or until a signal or early stopping. `state` is kept current."""
     while state.step < total_steps and not state.stopped_early:
         started = time.perf_counter()
         rate = learning_rate(state.step, total_steps, config)

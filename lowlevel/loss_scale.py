@@ -1,7 +1,7 @@
 """Dynamic loss scaling for fp16 (arXiv 1710.03740, section 3.3), with torch.amp.GradScaler's rule and a plain state.
 
-The scale is a host number: the loop reads one device value a step anyway (was the gradient finite?), and a number that is
-logged, saved and compared should not hide in a device tensor.
+The scale is a host number: the loop reads one device value a step anyway (was the gradient finite?), and a number that
+is logged, saved and compared should not hide in a device tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the loop needs to know of a training method: how examples become micro-batches, and their loss as (sum, count)."""
+"""What the loop needs of a training method: how examples become micro-batches, and their loss as (sum, count)."""
 
 from __future__ import annotations
 

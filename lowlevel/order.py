@@ -14,7 +14,7 @@ ORDER_VERSION = 1  # recorded in checkpoints: another algorithm would train on o
 
 @dataclass(frozen=True)
 class DataOrder:
-    """The order of `num_rows` examples over epochs, `rows_per_step` of them a step; an epoch's last step may hold fewer."""
+    """The order of `num_rows` examples over epochs, `rows_per_step` a step; an epoch's last step may hold fewer."""
 
     num_rows: int
     rows_per_step: int

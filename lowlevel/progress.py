@@ -25,7 +25,8 @@ HIDE_AT_ZERO = ("peak_allocated_gib", "skipped_steps")
 
 def make_console() -> Console:
     """Standard output; a plain stream gets long lines instead of lines wrapped at 80 columns."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    terminal = sys.stdout.isatty()
+    return Console(highlight=False, soft_wrap=not terminal, width=None if terminal else 140)
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -42,6 +43,7 @@ class TrainingProgress:
     """A bar over optimizer steps with time left, and the newest record beside it."""
 
     def __init__(self, console: Console, name: str, total_steps: int, start: int) -> None:
+        """A bar from `start` to `total_steps`; drawn only in a terminal."""
         self.console, self.total_steps = console, total_steps
         self.live = console.is_terminal
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -49,11 +51,13 @@ class TrainingProgress:
         self.task = self.bar.add_task(name, total=total_steps, completed=start, last="")
 
     def __enter__(self) -> TrainingProgress:
+        """Start drawing."""
         if self.live:
             self.bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """Stop drawing, and leave the last state on the screen."""
         if self.live:
             self.bar.stop()
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from lowlevel.assembly import Inputs, build_method, build_run_policy, check_inputs, identity
 from lowlevel.checkpoint import newest_verified, remove_litter, run_lock, save_checkpoint, write_json
 from lowlevel.config import RunConfig, to_tables
-from lowlevel.errors import CheckpointError, ConfigError, Interrupted, LowlevelError, OutOfMemoryError
+from lowlevel.errors import CheckpointError, ConfigError, InterruptedRunError, LowlevelError, OutOfMemoryError
 from lowlevel.layout import PackedBatch
 from lowlevel.loop import evaluate_examples, train
 from lowlevel.loss_scale import LossScale
@@ -45,18 +45,22 @@ class RunObserver:
     signum: int = 0
 
     def log(self, record: dict[str, Any]) -> None:
+        """Append to metrics.jsonl and show."""
         with open(self.folder.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.progress_bar.record(record)
 
     def progress(self, state: TrainState, result: StepResult) -> None:
+        """Move the bar."""
         self.progress_bar.step(state.step)
 
     def save(self, state: TrainState) -> None:
+        """Write a checkpoint, then the status that names it."""
         self.write_checkpoint(state)
         self.folder.write_status("running", state.step)
 
     def stop_requested(self) -> int:
+        """The first signal that came, or 0."""
         return self.signum
 
     def on_signal(self, signum: int, frame: object) -> None:
@@ -98,13 +102,14 @@ def run_training(config: RunConfig, console: Console, *, resume: bool = False, r
         except torch.cuda.OutOfMemoryError:
             rows, length = config.train.per_device_train_batch_size, config.data.max_length
             error: LowlevelError = OutOfMemoryError(
-                f"out of memory at {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB with {rows} rows of {length} tokens; "
-                "halve train.per_device_train_batch_size and double gradient_accumulation_steps, or lower data.max_length"
+                f"out of memory at {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB with {rows} rows of {length} "
+                "tokens; halve train.per_device_train_batch_size and double gradient_accumulation_steps, or lower "
+                "data.max_length"
             )
             folder.write_status("failed", exit_code=error.exit_code, error=str(error))
             raise error from None
         except LowlevelError as failure:
-            state = "preempted" if isinstance(failure, Interrupted) else "failed"
+            state = "preempted" if isinstance(failure, InterruptedRunError) else "failed"
             folder.write_status(state, exit_code=failure.exit_code, error=str(failure))
             raise
 
@@ -214,7 +219,7 @@ def _train_in(
             for number, handler in previous.items():
                 signal.signal(number, handler)
     if observer.signum and state.step < total_steps:
-        raise Interrupted(
+        raise InterruptedRunError(
             f"stopped at step {state.step} of {total_steps} and saved; go on with --resume", observer.signum
         )
     return _finish(folder, config, policy, state, order, console)
@@ -259,10 +264,10 @@ def _announce(
     batch, accumulation = train_config.per_device_train_batch_size, train_config.gradient_accumulation_steps
     p = config.lora.lora_dropout
     off = config.method == "dpo" and config.dpo.disable_dropout
+    base = f"4-bit {config.model.bnb_4bit_quant_type}" if config.model.load_in_4bit else "unquantised"
     dropout = "off (dpo.disable_dropout)" if off else f"{p:g}"
     console.print(
-        f"{config.method}: {config.model.name}, {'4-bit ' + config.model.bnb_4bit_quant_type if config.model.load_in_4bit else '16/32-bit'}"
-        f" base, {placement.precision} on {device}\n"
+        f"{config.method}: {config.model.name}, {base} base, {placement.precision} on {device}\n"
         f"  attention  {inputs.attention.reason}\n"
         f"  adapter    {policy.flat.weights.numel():,} trainable parameters, dropout {dropout}\n"
         f"  data       {order.num_rows:,} examples, {total_steps:,} steps of {batch} x {accumulation}"

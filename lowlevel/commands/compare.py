@@ -73,7 +73,7 @@ def compare_stages(
     console: Console,
     judges: Mapping[str, Callable[[int, str], float]] = {},
 ) -> dict[str, Any]:
-    """Score held-out rows and reply to prompts with every stage; `judges` score reply i, and their means become columns."""
+    """Score held-out rows and reply to prompts with every stage; the means of `judges` over replies become columns."""
     pairs = run.config.method == "dpo"
     scores: dict[str, dict[str, float]] = {}
     replies: dict[str, list[Reply]] = {}
@@ -130,7 +130,8 @@ def sft_scores(scored: Scored) -> dict[str, float]:
 def pair_scores(scored: Scored, reference: Scored | None) -> dict[str, float]:
     """Loss on the chosen completions, and how often the chosen one is preferred.
 
-    pair_accuracy: log pi(y+) > log pi(y-). reward_accuracy: the same for log-ratios to the reference; a tie counts one half.
+    pair_accuracy: log pi(y+) > log pi(y-). reward_accuracy: the same for log-ratios to the reference; a tie counts one
+        half.
     """
     chosen, rejected = scored.logps.chunk(2)
     scores = {

@@ -19,7 +19,12 @@ from lowlevel.run import run_training
 CHECK_ITEMS = 120
 SHOWN_REPLIES = 4
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
-BATCH = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "gradient_checkpointing": False, "seed": 0}
+BATCH = {
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "seed": 0,
+}
 
 
 def demo_configs(out: Path) -> tuple[RunConfig, RunConfig]:

@@ -56,7 +56,9 @@ def build_policy(
         ConfigError: target modules that match no layer, or that match the LM head.
         CheckpointError: an adapter folder that is damaged or does not fit.
     """
-    torch.backends.cuda.enable_cudnn_sdp(False)  # leaves the kernels that choose_attention names: flash, memory-efficient, math
+    # torch 2.11's cuDNN attention, which it prefers on an H100, gives NaN gradients for masked rows whose length is no
+    # multiple of 128 when scores are large (benchmarks/attention_nan.py). Flash, memory-efficient and math remain.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(seed)
     config = read_adapter_config(init_from) if init_from else _new_config(base, lora)
     model = get_peft_model(base, config, adapter_name=TRAINED, autocast_adapter_dtype=True)
@@ -89,7 +91,7 @@ def _new_config(base: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
             )
     return PeftLoraConfig(
         r=lora.r,
-        lora_alpha=lora.lora_alpha,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides
         lora_dropout=lora.lora_dropout,
         target_modules=list(lora.target_modules),
         bias="none",

@@ -65,7 +65,8 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     """The base's own configuration (config.json), without its weights.
 
     Raises:
-        ConfigError: the folder or hub repository cannot be read, or transforms its logits in a way the losses do not know.
+        ConfigError: the folder or hub repository cannot be read, or transforms its logits in a way the losses do not
+            know.
     """
     from transformers import AutoConfig
 
@@ -87,8 +88,8 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 def load_base(config: ModelConfig, placement: Placement, *, attention: str = "sdpa") -> PreTrainedModel:
     """Load the frozen base onto the device.
 
-    Quantised linear layers compute in the placement's dtype; every other weight is stored in it. No gradient reaches any of
-    them.
+    Quantised linear layers compute in the placement's dtype; every other weight is stored in it. No gradient reaches
+    any of them.
 
     Raises:
         CheckpointError: a tensor is missing, left over or of another shape: nothing is ever initialised at random.
@@ -139,7 +140,7 @@ def refuse_pickles(folder: Path, what: str) -> None:
 
 
 def base_sha256(model: nn.Module) -> str:
-    """SHA-256 over every frozen weight, buffer and quantisation constant of the base, by name (adapters left out)."""
+    """SHA-256 over every frozen weight and quantisation constant of the base, by name (adapters left out)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(_base_tensors(model).items()):
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()

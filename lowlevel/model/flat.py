@@ -1,7 +1,8 @@
-"""One flat buffer for all trainable weights, another for all their gradients; the adapter's parameters are views of both.
+"""One flat buffer for all trainable weights, another for all their gradients; the adapter's parameters are views of
+both.
 
-The optimizer, clipping and unscaling then are single kernels over one tensor (measured for paged AdamW on an H100 with 308
-adapter tensors: 1.2 ms instead of 28 ms).
+The optimizer, clipping and unscaling then are single kernels over one tensor (measured for paged AdamW on an H100 with
+308 adapter tensors: 1.2 ms instead of 28 ms).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def flatten(parameters: Mapping[str, nn.Parameter]) -> FlatParameters:
     """Move parameters into one buffer and make them views of it.
 
     Raises:
-        ValueError: nothing to train, or a parameter that is not fp32 (fp16 weights cannot be unscaled or updated exactly).
+        ValueError: nothing to train, or a parameter that is not fp32 (fp16 weights cannot be unscaled or updated
+            exactly).
     """
     if not parameters:
         raise ValueError("no trainable parameters")

@@ -1,5 +1,5 @@
-"""The policy: a frozen base, an optional frozen adapter, and the adapter in training; and its reference, the same weights
-with the training adapter switched off."""
+"""The policy: a frozen base, an optional frozen adapter, and the adapter in training; and its reference, the same
+weights with the training adapter switched off."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Policy:
         return hidden.flatten(0, 1).index_select(0, batch.scored_positions)
 
     def attention_mask(self, batch: PackedBatch) -> Tensor:
-        """The layout's mask as the attention implementation takes it: boolean for sdpa, added to the scores for eager."""
+        """The layout's mask as the implementation takes it: boolean for sdpa, added to the scores for eager."""
         visible = attention_mask(batch)
         if self.model.config._attn_implementation != "eager":
             return visible
@@ -63,8 +63,8 @@ class Policy:
     def reference(self) -> Iterator[None]:
         """The frozen reference: training adapter off, dropout off, no gradient.
 
-        PEFT 0.21's `disable_adapter()` would also turn the frozen adapter off, and on leaving turn `requires_grad` on for
-        every adapter weight; this switch touches the active set alone and puts the trainable set back as it was.
+        PEFT 0.21's `disable_adapter()` would also turn the frozen adapter off, and on leaving turn `requires_grad` on
+        for every adapter weight; this switch touches the active set alone and puts the trainable set back as it was.
         """
         keys, self.dropout.token_keys = self.dropout.token_keys, None
         self.activate(parent=True, trained=False)
@@ -101,7 +101,8 @@ def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, d
 def check_lm_head(policy: Policy) -> None:
     """Raise ValueError unless the model's own logits are `hidden @ lm_head.T`, as every loss here assumes.
 
-    A model may scale, cap or shift its logits after the LM head; training would then follow another distribution silently.
+    A model may scale, cap or shift its logits after the LM head; training would then follow another distribution
+    silently.
     """
     weight = policy.lm_head_weight
     tokens = torch.arange(8, device=weight.device).unsqueeze(0) % weight.shape[0]

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from lowlevel.config import DPOConfig, LoraConfig, ModelConfig, TrainConfig
 from lowlevel.dpo import DPO
 from lowlevel.loop import optimizer_step
@@ -17,7 +19,6 @@ from lowlevel.model.adapters import build_policy
 from lowlevel.model.base import Placement, base_sha256, load_base
 from lowlevel.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from lowlevel.sft import SFT
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = torch.device("cuda")
@@ -42,8 +43,14 @@ def examples(pairs: bool):
         return rng.integers(3, 1000, rng.integers(low, high))
 
     if pairs:
-        return [SimpleNamespace(row=i, prompt_ids=ids(2, 60), chosen_ids=ids(2, 60), rejected_ids=ids(2, 60)) for i in range(8)]
-    return [SimpleNamespace(row=i, input_ids=(x := ids(8, 120)), labels=np.where(np.arange(len(x)) > 4, x, -100)) for i in range(8)]
+        return [
+            SimpleNamespace(row=i, prompt_ids=ids(2, 60), chosen_ids=ids(2, 60), rejected_ids=ids(2, 60))
+            for i in range(8)
+        ]
+    return [
+        SimpleNamespace(row=i, input_ids=(x := ids(8, 120)), labels=np.where(np.arange(len(x)) > 4, x, -100))
+        for i in range(8)
+    ]
 
 
 def policy(model_dir, precision, quantised=True, p=0.1, **kwargs):
@@ -55,7 +62,9 @@ def policy(model_dir, precision, quantised=True, p=0.1, **kwargs):
 def one_step(policy, method, rows, *, precision="fp16", step=0):
     optimizer = build_optimizer(policy.flat.weights, TrainConfig(optim="adamw", learning_rate=1e-3))
     batches = [batch.to(CUDA) for batch in method.micro_batches(rows)]
-    result = optimizer_step(policy, method, optimizer, batches, LossScale.for_precision(precision), seed=1, step=step, max_grad_norm=1e9)
+    result = optimizer_step(
+        policy, method, optimizer, batches, LossScale.for_precision(precision), seed=1, step=step, max_grad_norm=1e9
+    )
     return result, policy.flat.grad.clone()
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from lowlevel.checkpoint import checkpoints, verify
 from lowlevel.cli import main
 from lowlevel.config import load_config
-from lowlevel.errors import ConfigError, Interrupted
+from lowlevel.errors import ConfigError, InterruptedRunError
 from lowlevel.order import ORDER_VERSION
 from lowlevel.run import RunObserver, run_training
 
@@ -91,7 +91,7 @@ def write_config(folder: Path, case: Case, workspace: dict, **train) -> Path:
     return path
 
 
-def run_and_stop(config: Path, step: int) -> Interrupted:
+def run_and_stop(config: Path, step: int) -> InterruptedRunError:
     """Run until a signal arrives in step `step`."""
     original = RunObserver.progress
 
@@ -102,7 +102,7 @@ def run_and_stop(config: Path, step: int) -> Interrupted:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunObserver, "progress", progress)
-        with pytest.raises(Interrupted) as caught:
+        with pytest.raises(InterruptedRunError) as caught:
             run_training(load_config(config), QUIET)
     return caught.value
 

@@ -1,0 +1,56 @@
+"""A tiny base, and one SFT and one DPO run through the command line, made once for all tests of this folder."""
+
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent))
+
+from workspace import CHATS, HELD_OUT, PAIRS, Runs, Workspace, run  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def cli():
+    return run
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory) -> Workspace:
+    folder = tmp_path_factory.mktemp("commands")
+    helpers.write_tiny_base(folder / "tiny")
+    sft_rows = helpers.write_jsonl(folder / "chats.jsonl", CHATS)
+    return Workspace(folder, folder / "tiny", sft_rows, helpers.write_jsonl(folder / "pairs.jsonl", PAIRS))
+
+
+@pytest.fixture(scope="session")
+def runs(space) -> Runs:
+    held_out = {"eval_source": "holdout", "eval_limit": HELD_OUT}
+    train = {"logging_steps": 2, "eval_steps": 3, "save_steps": 3}
+    files = {
+        "sft": space.write("sft", "sft", data=held_out, train=train),
+        "dpo": space.write("dpo", "dpo", data=held_out, train=train, model={"adapter": str(space.folder / "sft")}),
+    }
+    said = {method: run(method, path) for method, path in files.items()}
+    for result in said.values():
+        assert result.code == 0, result.err
+    return Runs(space, space.folder / "sft", space.folder / "dpo", said)
+
+
+@pytest.fixture(scope="session")
+def merged(runs) -> Path:
+    """The DPO run, merged into the dequantised base."""
+    out = runs.space.folder / "merged"
+    result = run("merge", runs.dpo, "--out", out)
+    assert result.code == 0, result.err
+    return out

@@ -1,0 +1,392 @@
+"""The command line: help that answers at once, one line and one exit code for each kind of mistake, nothing half-written."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lowlevel
+import lowlevel.commands.data
+from lowlevel.cli import build_parser, main
+from lowlevel.config import SECTIONS
+
+COMMANDS = ("demo", "sft", "dpo", "data", "merge", "generate", "compare")
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(Path(lowlevel.__file__).parents[1]),
+}
+# With what it imports: libraries that take seconds must not be among them.
+HELP = """
+import sys
+from lowlevel.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    heavy = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "rich", "accelerate", "matplotlib"}
+    print("imported:", sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def process(*arguments: object, timeout: float = 100) -> subprocess.CompletedProcess:
+    words = [str(argument) for argument in arguments]
+    return subprocess.run([sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+
+
+def refused(said, code: int, *texts: str, lines: int = 1) -> None:
+    """Nothing on stdout, one line on stderr that holds the texts, and the exit code."""
+    assert said.code == code, said.err
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == lines, said.err
+    assert "Traceback" not in said.err
+    for text in texts:
+        assert text in said.err
+
+
+# Help
+
+
+def test_help_names_the_commands_and_the_exit_codes(cli):
+    said = cli("--help")
+    assert (said.code, said.err) == (0, "")
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command} ", said.out, re.MULTILINE)
+    for code in ("2 usage or configuration", "3 data", "4 checkpoint or model"):
+        assert code in " ".join(said.out.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(cli, command):
+    said = cli(command, "--help")
+    assert (said.code, said.err) == (0, "")
+    assert "--debug" in said.out
+    keys = {f"--{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields}
+    named = set(re.findall(r"--[a-z]+\.\w+", said.out))
+    assert named == (keys if command in ("sft", "dpo", "data") else set())
+
+
+def test_every_key_has_its_description_and_default_in_the_help(cli):
+    out = cli("sft", "--help").out
+    for section, model in SECTIONS.items():
+        for key, field in model.model_fields.items():
+            (line,) = re.findall(rf"^  --{section}\.{key} +(.*)$", out, re.MULTILINE)
+            assert field.description in line
+            assert (f"(default: {field.default})" in line) == (field.default is not None)
+
+
+def test_help_imports_nothing_heavy_and_answers_at_once():
+    fastest = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        done = process("-c", HELP, "--help")
+        fastest = min(fastest, time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+        assert "imported: []" in done.stderr
+    assert fastest < 1.5
+    assert "imported: []" in process("-c", HELP, "sft", "--help").stderr
+    assert "imported: []" in process("-c", HELP, "sft", "--train.seed", "x").stderr  # a typo answers at once, too
+
+
+def test_the_version(cli):
+    done = process("-m", "lowlevel", "--version")
+    assert (done.returncode, done.stdout.strip()) == (0, lowlevel.__version__)
+    assert cli("--version").out.strip() == lowlevel.__version__
+
+
+def test_the_console_script_is_the_same_function():
+    (script,) = entry_points(group="console_scripts", name="lowlevel")
+    assert script.load() is main
+
+
+def test_the_commands_are_those_of_the_list_above():
+    (actions,) = [action for action in build_parser()._actions if action.dest == "command"]
+    assert tuple(actions.choices) == COMMANDS
+
+
+# Where flags stand
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("RUN", "--train.seed", "7", "--data.packing=false"),
+        ("--train.seed", "7", "RUN", "--data.packing", "false"),
+        ("--train.seed=7", "--data.packing", "false", "RUN"),
+        ("--on-bad-row", "skip", "--train.seed", "7", "--data.packing", "false", "RUN"),
+    ],
+)
+def test_flags_may_stand_before_and_after_the_run_file(cli, space, tmp_path, monkeypatch, words):
+    seen = []
+    monkeypatch.setattr(lowlevel.commands.data, "show_data", lambda config, console: seen.append(config))
+    config = space.write("run", "sft", folder=tmp_path)
+    said = cli("data", *(config if word == "RUN" else word for word in words))
+    assert (said.code, said.err) == (0, "")
+    assert (seen[0].train.seed, seen[0].data.packing, seen[0].train.max_steps) == (7, False, 6)
+    assert seen[0].data.on_bad_row == ("skip" if "skip" in words else "error")
+
+
+def test_flags_alone_make_a_run(cli, tmp_path):
+    """Without a run file the flags are not taken for one."""
+    source = ("--data.source", tmp_path / "x.jsonl")
+    refused(cli("sft", "--data.max_length", 128, *source), 2, "x.jsonl: no such file")
+    refused(cli("sft", "--train.seed", -1), 2, "train.seed", "got -1")
+
+
+# 2: usage and configuration
+
+
+def test_usage(cli, space, tmp_path):
+    config = space.write("run", "sft", folder=tmp_path)
+    refused(cli("sft", config, "--unknown"), 2, "'--unknown'")
+    refused(cli("sft", config, "more"), 2, "'more'")
+    refused(cli("sft", config, "--train.seed"), 2, "--train.seed needs a value")
+    refused(cli("merge", tmp_path, "--out", tmp_path / "o", "--train.seed", 1), 2, "--train.seed")
+    refused(cli("demo", "--train.seed=1"), 2, "--train.seed")
+    for words in ((), ("no-such-command",), ("merge", "x"), ("generate", "x"), ("merge", "x", "--into", "y", "--out", "z"),
+                  ("sft", config, "--res")):  # fmt: skip
+        said = cli(*words)
+        assert said.code == 2, words
+        assert "Traceback" not in said.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "x", "--prompt", "a", "--max-new-tokens", 0),
+        ("generate", "x", "--prompt", "a", "--temperature", -1),
+        ("generate", "x", "--prompt", "a", "--temperature", "nan"),
+        ("compare", "x", "--prompts", 0),
+        ("compare", "x", "--max-new-tokens", -5),
+    ],
+)
+def test_numbers_out_of_range(cli, words):
+    said = cli(*words)
+    assert said.code == 2
+    assert f"argument {words[-2]}: invalid" in said.err
+
+
+def test_configuration(cli, space, tmp_path):
+    config = space.write("run", "sft", folder=tmp_path)
+    refused(cli("sft", tmp_path / "none.toml"), 2, "none.toml: no such run file")
+    refused(
+        cli("sft", config, "--train.learning_rat", "1e-4"), 2, 'unknown key "train.learning_rat"', '"learning_rate"'
+    )
+    refused(cli("sft", config, "--trian.seed", 1), 2, 'unknown key "trian"; did you mean "train"?')
+    refused(cli("sft", config, "--train.learning_rate", "abc"), 2, "train.learning_rate: expected a number, got 'abc'")
+    refused(cli("dpo", config), 2, 'method = "sft", but the command is "dpo"')
+    refused(cli("sft", config, "--data.eval_limit", 3), 2, "data.eval_limit needs data.eval_source")
+    refused(cli("sft", config, "--train.seed", "x", "--lora.r", 0), 2, "train.seed", "lora.r", lines=2)
+    refused(cli("sft", config, "--data.max_length", 400), 2, "data.max_length 400 > model limit 256")
+    refused(cli("sft", config, "--data.source", tmp_path / "none.jsonl"), 2, "none.jsonl: no such file")
+    refused(cli("sft", config, "--model.name", tmp_path / "none"), 2, "model.name")
+    refused(cli("sft", config, "--train.precision", "fp16"), 2, "needs a GPU")
+    refused(cli("sft", config, "--resume", "--restart"), 2, "give one of them")
+    refused(cli("sft", config, "--lora.init_from", tmp_path / "none"), 2, "lora.r comes from lora.init_from", lines=2)
+    refused(cli("sft", config, "--lora.target_modules", "qproj"), 2, '"qproj" matches no layer', "q_proj", "down_proj")
+    refused(cli("sft", config, "--lora.target_modules", "lm_head"), 2, '"lm_head" matches no layer')
+    config = space.write("run", "sft", folder=tmp_path, lora={"r": None, "lora_alpha": None})
+    refused(cli("sft", config, "--lora.init_from", tmp_path / "none"), 2, "lora.init_from: ", "none does not exist")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+def test_configuration_of_dpo(cli, runs, tmp_path):
+    config = runs.space.write("run", "dpo", folder=tmp_path, model={"adapter": str(runs.sft)})
+    refused(cli("dpo", config, "--model.adapter", tmp_path / "none"), 2, "model.adapter", "does not exist")
+    refused(cli("dpo", config, "--model.adapter", runs.dpo), 2, "stands on an adapter of its own; merge it first")
+    refused(cli("dpo", config, "--dpo.loss_type", "sigmod"), 2, "[dpo]", "sigmod", "sigmoid")
+    refused(cli("dpo", config, "--dpo.rpo_alpha", 1.0), 2, "[dpo]", "rpo_alpha")
+    (tmp_path / "empty").mkdir()
+    refused(cli("dpo", config, "--model.adapter", tmp_path / "empty"), 2, "holds no adapter; has that run finished?")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "run.toml"]
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(cli, runs):
+    before = {path: path.stat().st_mtime_ns for path in runs.sft.rglob("*")}
+    said = cli("sft", runs.space.folder / "sft.toml")
+    refused(said, 2, "holds a run: add --resume to go on, --restart to discard it, or set train.output_dir")
+    assert {path: path.stat().st_mtime_ns for path in runs.sft.rglob("*")} == before
+
+
+def test_restart_discards_the_run_and_nothing_else(cli, runs, tmp_path):
+    copy = runs.space.copy("sft", tmp_path)
+    (copy / "notes").mkdir()
+    config = runs.space.write("sft", "sft", folder=tmp_path, train={"max_steps": 1})
+    said = cli("sft", config, "--restart")
+    assert said.code == 0, said.err
+    assert (copy / "notes").exists()
+    assert [path.name for path in sorted(copy.glob("step-*"))] == ["step-00000001"]
+    assert json.loads((copy / "metrics.jsonl").read_text())["step"] == 1
+
+
+# 3: data
+
+
+@pytest.mark.parametrize("command", ["sft", "data"])
+def test_bad_rows(cli, space, tmp_path, command):
+    good = space.sft_rows.read_text().splitlines()
+    bad = ["{", '{"messages": []}', '{"messages": [{"role": "usr", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+           '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}']  # fmt: skip
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join([*good, *bad]) + "\n")
+    config = space.write("run", "sft", folder=tmp_path, data={"source": str(rows)}, train={"max_steps": 1})
+    said = cli(command, config)
+    refused(said, 3, *(f"rows.jsonl:{25 + i}: " for i in range(4)), 'role "usr"', lines=4)
+    assert said.out == ""
+    assert not (tmp_path / "run").exists()
+    said = cli(command, config, "--on-bad-row", "skip")
+    assert said.code == 0, said.err
+    if command == "sft":
+        report = json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]
+        assert (report["rows_read"], report["rows_kept"]) == (28, 24)
+        assert sum(reason["count"] for reason in report["dropped"].values()) == 4
+
+
+def test_data_that_is_of_another_kind(cli, space, tmp_path):
+    config = space.write("run", "dpo", folder=tmp_path, data={"source": str(space.sft_rows)})
+    refused(cli("dpo", config), 3, "DPO needs")
+    (tmp_path / "empty.jsonl").write_text("")
+    refused(cli("dpo", config, "--data.source", tmp_path / "empty.jsonl"), 3, "empty.jsonl has no rows")
+    assert not (tmp_path / "run").exists()
+
+
+# 4: adapters and bases
+
+
+def change(folder: Path, file: str, edit) -> None:
+    tensors = load_file(folder / file)
+    edit(tensors)
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+def first(tensors: dict) -> str:
+    return min(tensors)
+
+
+ADAPTERS = {
+    "not finite": lambda t: t[first(t)].view(-1)[0].fill_(float("nan")),
+    "infinite": lambda t: t[first(t)].view(-1)[0].fill_(float("inf")),
+    "missing": lambda t: t.pop(first(t)),
+    "left over": lambda t: t.update({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.zeros(4, 64)}),
+    "of another shape": lambda t: t.update({first(t): torch.zeros(5, 128)}),
+}
+
+
+@pytest.mark.parametrize("key", ["model.adapter", "lora.init_from"])
+@pytest.mark.parametrize("problem", ADAPTERS)
+def test_damaged_adapters(cli, runs, tmp_path, key, problem):
+    adapter = Path(shutil.copytree(runs.sft / "adapter", tmp_path / "adapter"))
+    name = first(load_file(adapter / "adapter_model.safetensors"))
+    change(adapter, "adapter_model.safetensors", ADAPTERS[problem])
+    lora = {"r": None, "lora_alpha": None} if key == "lora.init_from" else {}
+    config = runs.space.write("run", "dpo", folder=tmp_path, lora=lora, train={"max_steps": 1})
+    expected = "not finite" if problem == "infinite" else problem
+    tensor = "layers.7.mlp.up_proj.lora_A" if problem == "left over" else name
+    refused(cli("dpo", config, f"--{key}", adapter), 4, expected, tensor, "1 " if problem != "not finite" else "")
+    written = {path.name for path in (tmp_path / "run").iterdir()} if (tmp_path / "run").exists() else set()
+    assert written <= {"run.lock"}
+    said = cli("dpo", config, f"--{key}", runs.sft)  # the mistake mended, the same command runs
+    assert said.code == 0, said.err
+
+
+def test_adapters_of_other_kinds(cli, runs, tmp_path):
+    config = runs.space.write("run", "dpo", folder=tmp_path, train={"max_steps": 1})
+    for edit, text in (
+        ({"peft_type": "IA3"}, "'IA3'"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"r": 10**9}, "out of bounds"),
+        ({"r": 8}, "of another shape"),
+        ({"target_modules": ["q_proj"]}, "left over"),
+    ):
+        adapter = Path(shutil.copytree(runs.sft / "adapter", tmp_path / f"a{len(text)}", dirs_exist_ok=True))
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **edit}))
+        refused(cli("dpo", config, "--model.adapter", adapter), 4, text)
+
+
+def damaged_base(space, folder: Path, edit) -> Path:
+    base = Path(shutil.copytree(space.base, folder / "base"))
+    change(base, "model.safetensors", edit)
+    return base
+
+
+BASES = {
+    "missing": lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+    "left over": lambda t: t.update({"model.layers.1.mlp.other.weight": torch.zeros(2)}),
+    "of another shape": lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 64)}),
+}
+
+
+@pytest.mark.parametrize("quantised", ["true", "false"])
+@pytest.mark.parametrize("problem", BASES)
+def test_damaged_bases(cli, space, tmp_path, problem, quantised):
+    base = damaged_base(space, tmp_path, BASES[problem])
+    config = space.write("run", "sft", folder=tmp_path, train={"max_steps": 1})
+    said = cli("sft", config, "--model.name", base, "--model.load_in_4bit", quantised)
+    lines = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert (said.code, len(lines)) == (4, 1), said.err
+    assert "Traceback" not in said.err
+    if (problem, quantised) != ("of another shape", "false"):  # transformers refuses that one by itself
+        assert f"1 tensors {problem}: model.layers.1.mlp." in lines[0]
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_pickles_are_refused_by_name_and_not_opened(cli, runs, tmp_path, monkeypatch):
+    """The payload would make a file when it is unpickled."""
+    payload = b"cposix\nsystem\n(S'touch " + str(tmp_path / "opened").encode() + b"'\ntR."
+    base = Path(shutil.copytree(runs.space.base, tmp_path / "base"))
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").write_bytes(payload)
+    adapter = Path(shutil.copytree(runs.sft / "adapter", tmp_path / "adapter"))
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(payload)
+    config = runs.space.write("run", "dpo", folder=tmp_path)
+    refused(cli("dpo", config, "--model.name", base), 4, "pytorch_model.bin is a pickle")
+    refused(cli("dpo", config, "--model.adapter", adapter), 4, "adapter_model.bin is a pickle")
+    monkeypatch.chdir(runs.space.folder)  # where the adapter's base is found by its name
+    refused(cli("generate", adapter, "--prompt", "a"), 4, "adapter_model.bin is a pickle")
+    refused(cli("generate", base, "--prompt", "a"), 4, "pytorch_model.bin is a pickle")
+    assert not (tmp_path / "opened").exists()
+
+
+# --debug, and a process of its own
+
+
+def test_debug_shows_where(tmp_path):
+    one, debug = (process("-m", "lowlevel", "sft", tmp_path / "none.toml", *more) for more in ((), ("--debug",)))
+    assert (one.returncode, one.stdout, one.stderr.count("\n")) == (2, "", 1)
+    assert one.stderr.startswith("error: ")
+    assert debug.returncode != 0
+    assert "Traceback" in debug.stderr
+    assert "none.toml: no such run file" in debug.stderr
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_too(cli, space, tmp_path, monkeypatch):
+    def fail(config, console):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(lowlevel.commands.data, "show_data", fail)
+    config = space.write("run", "sft", folder=tmp_path)
+    refused(cli("data", config), 1, "ZeroDivisionError: by zero (--debug shows where)")
+    with pytest.raises(ZeroDivisionError):
+        main(["data", str(config), "--debug"])
+
+
+def test_a_run_in_its_own_process_says_only_what_it_should(space, tmp_path):
+    """No progress bars, warnings or advice of libraries; standard output is plain lines."""
+    config = space.write("run", "sft", folder=tmp_path, train={"max_steps": 2, "logging_steps": 1})
+    done = process("-m", "lowlevel", "sft", config)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")] == ["1/2", "2/2"]

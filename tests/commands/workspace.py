@@ -1,0 +1,93 @@
+"""Rows, run files and the command line in this process, for the tests of this folder."""
+
+import io
+import json
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+
+from lowlevel.cli import main
+
+HELD_OUT = 6
+PROMPTS = [f"{'please ' * (i % 3)}write {i} backwards" for i in range(24)]
+CHATS = [
+    {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": f"{p[::-1]}!"[: 5 + i % 9]}]}
+    for i, p in enumerate(PROMPTS)
+]
+PAIRS = [{"prompt": p, "chosen": p[::-1][: 4 + i % 7], "rejected": "no " * (1 + i % 4)} for i, p in enumerate(PROMPTS)]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(*arguments: object) -> Said:
+    """`lowlevel ARGUMENTS`, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as end:  # argparse
+            code = end.code
+    return Said(code, out.getvalue(), err.getvalue())
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where the runs of these tests lie."""
+
+    folder: Path
+    base: Path
+    sft_rows: Path
+    dpo_rows: Path
+
+    def write(self, name: str, method: str, *, folder: Path | None = None, **sections: dict) -> Path:
+        """A run file, whose run folder is `name` beside it; `sections` go over what is here."""
+        folder = folder or self.folder
+        rows, kind = (self.sft_rows, "messages") if method == "sft" else (self.dpo_rows, "preference")
+        data = {"source": str(rows), "format": kind, "max_length": 128}
+        tables = {
+            "method": method,
+            "model": {"name": str(self.base)},
+            "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+            "data": data,
+            "train": {
+                "output_dir": str(folder / name),
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "learning_rate": 1e-2,
+                "max_steps": 6,
+            },
+        }
+        for section, values in sections.items():
+            tables[section] = {**tables.get(section, {}), **values}
+            tables[section] = {key: value for key, value in tables[section].items() if value is not None}
+        path = folder / f"{name}.toml"
+        path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+        return path
+
+    def copy(self, name: str, to: Path) -> Path:
+        """A copy of a run folder, to be damaged."""
+        return Path(shutil.copytree(self.folder / name, to / name))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The two runs: their folders and what was printed."""
+
+    space: Workspace
+    sft: Path
+    dpo: Path
+    said: dict[str, Said]
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
