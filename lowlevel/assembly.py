@@ -12,7 +12,15 @@ from lowlevel.config import RunConfig
 from lowlevel.dpo import DPO, check_loss
 from lowlevel.errors import ConfigError
 from lowlevel.method import Method
-from lowlevel.model.base import Placement, base_sha256, choose_placement, load_base, load_model_config, resolve_name
+from lowlevel.model.base import (
+    Placement,
+    base_sha256,
+    choose_placement,
+    empty_model,
+    load_base,
+    load_model_config,
+    resolve_name,
+)
 from lowlevel.model.policy import Policy
 from lowlevel.order import ORDER_VERSION
 from lowlevel.run_folder import RunFolder
@@ -33,6 +41,7 @@ class Inputs:
     attention: Attention
     parent: Path | None  # PEFT folder of the frozen adapter
     init_from: Path | None  # PEFT folder to go on from
+    merged_adapter: str | None = None  # SHA-256 of the adapter that the base holds (adapter_mode "original")
 
 
 @dataclass(frozen=True)
@@ -78,9 +87,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     Raises:
         ConfigError, DataError, CheckpointError: with what to do about it.
     """
-    from lowlevel.data.prepare import ModelLimits, prepare
-    from lowlevel.data.rendering import load_chat_tokenizer
-    from lowlevel.model.adapters import read_adapter_config
+    from lowlevel.model.adapters import check_target_modules, read_adapter_config
 
     if config.method == "dpo":
         try:
@@ -93,18 +100,31 @@ def check_inputs(config: RunConfig) -> Inputs:
     init_from = find_adapter(config.lora.init_from, "lora.init_from")
     for folder in filter(None, (parent, init_from)):
         read_adapter_config(folder)
-    tokenizer = load_chat_tokenizer(
-        resolve_name(config.model.name), config.model.revision, config.data.chat_template_from
-    )
-    limits = ModelLimits(base.vocab_size, base.max_position_embeddings)
+    if init_from is None:
+        check_target_modules(empty_model(base), config.lora.target_modules)
+    tokenizer, data = prepare_data(config)
     return Inputs(
         tokenizer,
-        prepare(config, tokenizer, limits),
+        data,
         placement,
         choose_attention(config, placement),
         parent,
         init_from,
     )
+
+
+def prepare_data(config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:
+    """The tokenizer and the rows of a configuration; its adapters need not exist any more.
+
+    Raises:
+        ConfigError, DataError: with what to do about it.
+    """
+    from lowlevel.data.prepare import ModelLimits, prepare
+    from lowlevel.data.rendering import load_chat_tokenizer
+
+    model, base = config.model, load_model_config(config.model)
+    tokenizer = load_chat_tokenizer(resolve_name(model.name), model.revision, config.data.chat_template_from)
+    return tokenizer, prepare(config, tokenizer, ModelLimits(base.vocab_size, base.max_position_embeddings))
 
 
 def find_adapter(path: str | None, key: str) -> Path | None:
@@ -163,6 +183,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy) -> dict[str, Any
             "sha256": base_sha256(policy.model),
             "dtype": str(inputs.placement.dtype).removeprefix("torch."),
             **quantisation,
+            **({"merged_adapter": inputs.merged_adapter} if inputs.merged_adapter else {}),
         },
         "parent_adapter": parent,
         "reference": None if config.method == "sft" else ("base + parent adapter" if parent else "base"),

@@ -26,9 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
     try:
-        overrides = read_overrides(rest, allowed=options.takes_config)
+        words, overrides = split_overrides(arguments)
+        options, unknown = parser.parse_known_args(words)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    try:
+        if unknown or (overrides and not options.takes_config):
+            word = unknown[0] if unknown else f"--{next(iter(overrides))}"
+            raise ConfigError(f"unknown argument {word!r}; lowlevel {options.command} --help lists what there is")
         options.run(options, overrides)
     except LowlevelError as error:
         if options.debug:
@@ -101,15 +108,29 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("model_dir", type=Path, metavar="DIR", help="run folder, PEFT adapter or merged model")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--system", metavar="TEXT", help="system message")
-    generate.add_argument("--max-new-tokens", type=int, default=256)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    generate.add_argument("--max-new-tokens", type=_positive, default=256)
+    generate.add_argument("--temperature", type=_temperature, default=0.0, help="0 takes the likeliest token (default)")
     generate.add_argument("--seed", type=int, default=0)
     compare = add("compare", "base, SFT and DPO side by side on the run's held-out rows", _compare)
     compare.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    compare.add_argument("--prompts", type=int, default=16, help="held-out prompts to reply to (default: 16)")
-    compare.add_argument("--max-new-tokens", type=int, default=128)
+    compare.add_argument("--prompts", type=_positive, default=16, help="held-out prompts to reply to (default: 16)")
+    compare.add_argument("--max-new-tokens", type=_positive, default=128)
     compare.add_argument("--show", type=int, default=3, help="replies to print side by side (default: 3)")
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)  # argparse names the option and ends with exit code 2
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError(text)
+    return value
 
 
 def describe_keys() -> str:
@@ -123,25 +144,27 @@ def describe_keys() -> str:
     return "\n".join(lines)
 
 
-def read_overrides(rest: Sequence[str], *, allowed: bool) -> dict[str, str]:
-    """`--section.key value` and `--section.key=value` pairs.
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take `--section.key value` and `--section.key=value` out of the arguments, wherever they stand.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: a key without a value.
     """
+    rest: list[str] = []
     overrides: dict[str, str] = {}
-    words = list(rest)
+    words = list(arguments)
     while words:
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in name or not allowed:
-            raise ConfigError(f"unknown argument {word!r}; lowlevel --help lists what there is")
+        if not word.startswith("--") or "." not in name:
+            rest.append(word)
+            continue
         if not equals:
             if not words:
                 raise ConfigError(f"{word} needs a value")
             value = words.pop(0)
         overrides[name] = value
-    return overrides
+    return rest, overrides
 
 
 def _quiet() -> None:

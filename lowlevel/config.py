@@ -18,6 +18,7 @@ from lowlevel.errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules")  # an adapter that is trained on brings its own
 
 
 class Section(BaseModel):
@@ -161,7 +162,10 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
             raise ConfigError(f'{where}: method = "{tables["method"]}", but the command is "{method}"')
     for dotted, text in overrides.items():
         section, _, key = dotted.partition(".")
-        tables.setdefault(section, {})[key] = _parse_flag(section, key, text)
+        table = tables.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{where}: --{dotted}: {section} is {table!r}, which is no section")
+        table[key] = _parse_flag(section, key, text)
     return config_from_tables(tables, where)
 
 
@@ -170,7 +174,8 @@ def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
     try:
         config = RunConfig.model_validate(tables)
     except ValidationError as error:
-        raise ConfigError("\n".join(_describe(problem, where) for problem in error.errors())) from None
+        lines = [_describe(problem, where) for problem in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
     problems = list(_contradictions(config, tables))
     if problems:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
@@ -184,6 +189,9 @@ def to_tables(config: RunConfig) -> dict[str, Any]:
         del tables["dpo"]
     if config.model.adapter is None:
         del tables["model"]["adapter_mode"]
+    if config.lora.init_from is not None:
+        for key in ADAPTER_SHAPE:
+            del tables["lora"][key]
     if not config.model.load_in_4bit:
         del tables["model"]["bnb_4bit_quant_type"], tables["model"]["bnb_4bit_use_double_quant"]
     return tables
@@ -219,6 +227,11 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}"
         return f'{where}: unknown key "{name}"; {hint}'
+    if problem["type"] == "missing":
+        return f"{where}: {name}: is missing"
+    if location[:2] == ["data", "filters"] and "value" in location:  # pydantic reports each type that it is not
+        name = ".".join(location[: location.index("value") + 1])
+        return f"{where}: {name}: expected text, a number, true or false, or a list of them"
     expected = problem["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
     return f"{where}: {name}: expected {expected}, got {problem['input']!r}"
 
@@ -273,6 +286,10 @@ def _contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
         (
             train.max_steps is not None and train.warmup_steps > train.max_steps,
             f"train.warmup_steps {train.warmup_steps} > max_steps {train.max_steps}",
+        ),
+        *(
+            (config.lora.init_from is not None and f"lora.{key}" in given, f"lora.{key} comes from lora.init_from")
+            for key in ADAPTER_SHAPE
         ),
         (
             not config.model.load_in_4bit

@@ -22,8 +22,13 @@ from lowlevel.loop import evaluate_examples, train
 from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
 from lowlevel.metrics import StepResult, TrainState
-from lowlevel.model.adapters import WEIGHTS, load_adapter_weights, read_adapter_weights, save_adapter
-from lowlevel.model.base import resolve_name
+from lowlevel.model.adapters import (
+    WEIGHTS,
+    adapter_sha256,
+    load_adapter_weights,
+    read_adapter_weights,
+    save_adapter,
+)
 from lowlevel.model.policy import TRAINED, Policy
 from lowlevel.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from lowlevel.order import DataOrder
@@ -93,7 +98,7 @@ def run_training(config: RunConfig, console: Console, *, resume: bool = False, r
         if restart:
             discard(folder)
         if config.model.adapter_mode == "original" and inputs.parent:
-            config, inputs = with_merged_base(config, inputs, folder), replace(inputs, parent=None)
+            config, inputs = with_merged_base(config, inputs, folder)
         found = newest_verified(folder.path, console.print) if resume else None
         if found:
             refuse_changes(config, folder)
@@ -106,34 +111,42 @@ def run_training(config: RunConfig, console: Console, *, resume: bool = False, r
                 "tokens; halve train.per_device_train_batch_size and double gradient_accumulation_steps, or lower "
                 "data.max_length"
             )
-            folder.write_status("failed", exit_code=error.exit_code, error=str(error))
+            folder.write_end("failed", error)
             raise error from None
         except LowlevelError as failure:
             state = "preempted" if isinstance(failure, InterruptedRunError) else "failed"
-            folder.write_status(state, exit_code=failure.exit_code, error=str(failure))
+            folder.write_end(state, failure)
             raise
 
 
-def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> RunConfig:
+def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tuple[RunConfig, Inputs]:
     """adapter_mode "original": the parent adapter merged into the unquantised base, which is then quantised anew.
 
     The merged base lies in the run folder, and is the run's base from then on: the reference is that base alone.
+
+    Raises:
+        ConfigError: the folder holds a base of another adapter.
     """
     from lowlevel.model.merging import merged_model
 
     assert inputs.parent is not None
-    target = folder.path / "base"
-    if not target.exists():
+    target, sha256 = folder.path / "base", adapter_sha256(inputs.parent)
+    record = target / "lowlevel_base.json"
+    if target.exists():
+        if not record.exists() or json.loads(record.read_text(encoding="utf-8"))["merged_adapter"] != sha256:
+            raise ConfigError(f"{target} is not the base with {config.model.adapter} merged in: --restart removes it")
+    else:
         temporary = folder.path / ".tmp-base"
         merged_model(config.model, [inputs.parent], torch.float16).save_pretrained(temporary)
         tokenizer = inputs.tokenizer.tokenizer
         tokenizer.chat_template = inputs.tokenizer.template
         tokenizer.save_pretrained(temporary)
+        write_json(temporary / record.name, {"merged_adapter": sha256})
         temporary.rename(target)
     model = config.model.model_copy(
         update={"name": str(target), "adapter": None, "revision": None, "adapter_mode": "none"}
     )
-    return config.model_copy(update={"model": model})
+    return config.model_copy(update={"model": model}), replace(inputs, parent=None, merged_adapter=sha256)
 
 
 def discard(folder: RunFolder) -> None:
@@ -316,7 +329,7 @@ def _restore(
 def _finish(
     folder: RunFolder, config: RunConfig, policy: Policy, state: TrainState, order: DataOrder, console: Console
 ) -> dict[str, Any]:
-    save_adapter(policy.model, TRAINED, folder.adapter, resolve_name(config.model.name))
+    save_adapter(policy.model, TRAINED, folder.adapter, config.model.name)
     summary = {
         "train_runtime": state.seconds,
         "train_samples_per_second": state.examples / state.seconds,

@@ -23,7 +23,7 @@ import tomli_w
 from lowlevel import __version__
 from lowlevel.checkpoint import checkpoints, write_json, write_text
 from lowlevel.config import RunConfig, config_from_tables, to_tables
-from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.errors import CheckpointError, ConfigError, LowlevelError
 from lowlevel.order import ORDER_VERSION
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
@@ -96,6 +96,11 @@ class RunFolder:
         """Forget lines of steps that a resumed run will take again."""
         kept = [json.dumps(record) for record in self.read_metrics() if record["step"] <= step]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def write_end(self, state: str, error: LowlevelError) -> None:
+        """The status of a run that an error ended; nothing where it ended before it had written anything."""
+        if self.holds_run():
+            self.write_status(state, exit_code=error.exit_code, error=str(error))
 
     def write_status(
         self, state: str, step: int | None = None, *, exit_code: int | None = None, error: str | None = None

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowlevel.assembly import check_inputs
+from lowlevel.assembly import prepare_data
 from lowlevel.checkpoint import write_json
 from lowlevel.commands.generate import Reply, Sampling, generate_replies
 from lowlevel.commands.loading import LoadedRun, load_run
@@ -42,10 +42,9 @@ def compare_run(run_dir: Path, console: Console, *, prompts: int, max_new_tokens
     Raises:
         ConfigError: the run kept no held-out rows.
     """
-    folder_config = load_held_out(run_dir)
+    rows, texts = load_held_out(run_dir)
+    texts = texts[:prompts]
     run = load_run(run_dir)
-    rows = folder_config.data.evaluation
-    texts = [prompt_ids(row) for row in rows[:prompts]]
     sampling = Sampling(max_new_tokens=max_new_tokens)
     result = compare_stages(run, rows, texts, sampling, console=console)
     print_replies(run, texts[:show], result, console)
@@ -54,14 +53,23 @@ def compare_run(run_dir: Path, console: Console, *, prompts: int, max_new_tokens
     return result
 
 
-def load_held_out(run_dir: Path):  # noqa: ANN201
-    """The run's inputs, with the held-out rows that its configuration names."""
+def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
+    """The held-out rows that the run's configuration names, and their prompts.
+
+    Raises:
+        ConfigError: it names none.
+    """
     from lowlevel.run_folder import RunFolder
 
     config = RunFolder(run_dir).read_config()
     if config.data.eval_source is None:
         raise ConfigError(f"{run_dir}: compare needs held-out rows, and the run has no data.eval_source")
-    return check_inputs(config)
+    rows = prepare_data(config)[1].evaluation
+    if config.method == "sft" and config.data.supervise == "all":  # labels do not say where the first reply starts
+        replies = config.data.model_copy(update={"supervise": "assistant"})
+        marked = prepare_data(config.model_copy(update={"data": replies}))[1].evaluation
+        return rows, [prompt_ids(row) for row in marked]
+    return rows, [prompt_ids(row) for row in rows]
 
 
 def compare_stages(

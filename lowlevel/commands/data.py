@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from lowlevel.assembly import build_method
+from lowlevel.assembly import build_method, prepare_data
 from lowlevel.config import RunConfig
-from lowlevel.data.prepare import ModelLimits, prepare
-from lowlevel.data.rendering import load_chat_tokenizer
 from lowlevel.data.report import render_report, show_example
-from lowlevel.model.base import load_model_config, resolve_name
 from lowlevel.order import DataOrder
 
 
 def show_data(config: RunConfig, console: Console) -> None:
     """Print the data report, how the rows fill batches, and one example with its supervised tokens coloured."""
-    base = load_model_config(config.model)
-    tokenizer = load_chat_tokenizer(
-        resolve_name(config.model.name), config.model.revision, config.data.chat_template_from
-    )
-    data = prepare(config, tokenizer, ModelLimits(base.vocab_size, base.max_position_embeddings))
+    tokenizer, data = prepare_data(config)
     render_report(data.report, console)
     train = config.train
     size = train.per_device_train_batch_size * train.gradient_accumulation_steps

@@ -68,7 +68,7 @@ def run_demo(out: Path, console: Console) -> dict[str, Any]:
         "exact_match": lambda i, text: float(exact_match(text, items[i])),
         "preferred_style": lambda i, text: float(preferred_style(text)),
     }
-    rows = load_held_out(run.folder.path).data.evaluation
+    rows, _ = load_held_out(run.folder.path)
     result = compare_stages(run, rows, prompts, Sampling(max_new_tokens=48), console=console, judges=judges)
     print_replies(run, prompts[:SHOWN_REPLIES], result, console)
     seconds = time.perf_counter() - started

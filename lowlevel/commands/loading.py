@@ -45,8 +45,12 @@ class LoadedRun:
         self.policy.activate(parent=stage.parent, trained=stage.trained)
 
 
-def load_run(run_dir: Path, *, precision: str | None = None) -> LoadedRun:
+def load_run(run_dir: Path, *, adapter: Path | None = None) -> LoadedRun:
     """Load a finished run's base and adapters as they were trained.
+
+    Args:
+        run_dir: the run folder.
+        adapter: one of its checkpoints, in the place of the final adapter.
 
     Raises:
         ConfigError: not a run folder, or not finished.
@@ -55,12 +59,13 @@ def load_run(run_dir: Path, *, precision: str | None = None) -> LoadedRun:
     folder = RunFolder(run_dir)
     config = folder.read_config()
     manifest = folder.read_manifest()
-    if not folder.adapter.exists():
+    trained = adapter or folder.adapter
+    if not trained.exists():
         raise ConfigError(f"{run_dir} has no adapter yet; has the run finished?")
     parent = folder.parent if folder.parent.exists() else None
     if parent and adapter_sha256(parent) != manifest["parent_adapter"]:
         raise CheckpointError(f"{parent}: not the adapter that this run stands on (its hash is not the manifest's)")
-    placement = choose_placement(precision or config.train.precision)
+    placement = _placement(config.train.precision)
     tokenizer = load_chat_tokenizer(
         resolve_name(config.model.name), config.model.revision, config.data.chat_template_from
     )
@@ -78,7 +83,7 @@ def load_run(run_dir: Path, *, precision: str | None = None) -> LoadedRun:
         placement,
         seed=config.train.seed,
         parent=parent,
-        init_from=folder.adapter,
+        init_from=trained,
         gradient_checkpointing=False,
         causal_kernel=attention.causal_kernel,
     )
@@ -88,6 +93,14 @@ def load_run(run_dir: Path, *, precision: str | None = None) -> LoadedRun:
         stages.append(Stage("sft", True, False))
     stages.append(Stage(config.method, True, True))
     return LoadedRun(folder, config, tokenizer, policy, build_method(config), tuple(stages))
+
+
+def _placement(precision: str) -> Placement:
+    """The run's own precision, or this machine's where it has not got that: a run may move to another machine."""
+    try:
+        return choose_placement(precision)
+    except ConfigError:
+        return choose_placement("auto")
 
 
 def load_for_replies(model_dir: Path) -> tuple[PreTrainedModel, ChatTokenizer, Placement]:
@@ -101,7 +114,7 @@ def load_for_replies(model_dir: Path) -> tuple[PreTrainedModel, ChatTokenizer, P
         return run.policy.model, run.tokenizer, run.policy.placement
     if (model_dir / "adapter_config.json").exists():
         if (model_dir.parent / "config.toml").exists():
-            return load_for_replies(model_dir.parent)
+            return _load_adapter_of_run(model_dir)
         return _load_adapter_alone(model_dir)
     if not (model_dir / "config.json").exists():
         raise ConfigError(
@@ -111,6 +124,15 @@ def load_for_replies(model_dir: Path) -> tuple[PreTrainedModel, ChatTokenizer, P
     model = load_base(ModelConfig(name=str(model_dir), load_in_4bit=False), placement)
     model.eval()
     return model, load_chat_tokenizer(str(model_dir), None, None), placement
+
+
+def _load_adapter_of_run(adapter: Path) -> tuple[PreTrainedModel, ChatTokenizer, Placement]:
+    """An adapter inside a run folder: the final one, a checkpoint's, or the parent alone."""
+    folder = RunFolder(adapter.parent)
+    run = load_run(folder.path, adapter=None if adapter.name == folder.parent.name else adapter)
+    if adapter.name == folder.parent.name:
+        run.policy.activate(parent=True, trained=False)
+    return run.policy.model, run.tokenizer, run.policy.placement
 
 
 def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel, ChatTokenizer, Placement]:

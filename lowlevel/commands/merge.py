@@ -13,14 +13,15 @@ import torch
 from rich.console import Console
 from torch.nn.functional import log_softmax
 
-from lowlevel.assembly import check_inputs
+from lowlevel.assembly import prepare_data
 from lowlevel.checkpoint import write_json
 from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.config import ModelConfig
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.layout import PackedBatch, attention_mask
+from lowlevel.layout import PackedBatch
 from lowlevel.model.base import Placement, load_base
 from lowlevel.model.merging import merged_model
+from lowlevel.model.policy import model_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,7 +122,8 @@ def measure(run: LoadedRun, merged_dir: Path) -> Fidelity:
     batches = probe_batches(run)
     run.activate(run.stages[-1])
     device = run.policy.placement.device
-    before = [_logps(run.policy.model.get_base_model(), batch, run.policy.placement) for batch in batches]
+    eager = run.policy.model.config._attn_implementation == "eager"
+    before = [_logps(run.policy.model.get_base_model(), batch, run.policy.placement, eager=eager) for batch in batches]
     merged = load_base(ModelConfig(name=str(merged_dir), load_in_4bit=False), run.policy.placement)
     merged.eval()
     kl = loss = reference_loss = same = 0.0
@@ -138,23 +140,18 @@ def measure(run: LoadedRun, merged_dir: Path) -> Fidelity:
 
 def probe_batches(run: LoadedRun) -> Sequence[PackedBatch]:
     """A few held-out rows, or training rows where the run kept none out."""
-    data = check_inputs(run.config.model_copy(update={"model": _without_adapter(run.config.model)})).data
+    _, data = prepare_data(run.config)
     rows = (data.evaluation or data.train)[:PROBE_ROWS]
     return [batch for row in rows for batch in run.method.micro_batches([row])]
 
 
-def _without_adapter(model: ModelConfig) -> ModelConfig:
-    """The run carries its parent adapter with it; where it came from need not exist any more."""
-    return model.model_copy(update={"adapter": None})
-
-
-def _logps(model: Any, batch: PackedBatch, placement: Placement) -> torch.Tensor:
+def _logps(model: Any, batch: PackedBatch, placement: Placement, *, eager: bool = False) -> torch.Tensor:
     """Log-probabilities of the whole vocabulary at the scored positions, (N, V) float64."""
     moved = batch.to(placement.device)
     with placement.autocast():
         hidden = model.get_decoder()(
             input_ids=moved.input_ids,
-            attention_mask=attention_mask(moved),
+            attention_mask=model_mask(moved, placement.dtype, eager=eager),
             position_ids=moved.position_ids,
             use_cache=False,
         ).last_hidden_state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,15 +81,20 @@ def build_policy(
     return policy
 
 
-def _new_config(base: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
+def check_target_modules(base: nn.Module, targets: Sequence[str]) -> None:
+    """Raise ConfigError where a name is that of no linear layer, or of the LM head."""
     linear = sorted(
         {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
     )
-    for target in lora.target_modules:
+    for target in targets:
         if target not in linear:
             raise ConfigError(
                 f'lora.target_modules: "{target}" matches no layer; linear layers here: {", ".join(linear)}'
             )
+
+
+def _new_config(base: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
+    check_target_modules(base, lora.target_modules)
     return PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides

@@ -85,6 +85,15 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     return loaded
 
 
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The base's modules without memory for their weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def load_base(config: ModelConfig, placement: Placement, *, attention: str = "sdpa") -> PreTrainedModel:
     """Load the frozen base onto the device.
 
@@ -97,9 +106,9 @@ def load_base(config: ModelConfig, placement: Placement, *, attention: str = "sd
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     load_model_config(config)
-    quantisation = None
+    quantisation = {}  # transformers 5.23 takes `quantization_config=None` for "ignore that the folder is quantised"
     if config.load_in_4bit:
-        quantisation = BitsAndBytesConfig(
+        quantisation["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=config.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
@@ -111,15 +120,16 @@ def load_base(config: ModelConfig, placement: Placement, *, attention: str = "sd
             revision=config.revision,
             dtype=placement.dtype,
             device_map={"": placement.device},
-            quantization_config=quantisation,
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **quantisation,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"base {config.name!r} cannot be loaded: {_first_line(error)}") from None
     _check_loading(config.name, info)
+    _check_quantised_shapes(config.name, model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
@@ -171,6 +181,19 @@ def _check_loading(name: str, info: dict) -> None:
         names = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(key) or ())
         if names:
             raise CheckpointError(f"base {name!r}: {len(names)} tensors {what}: {', '.join(names[:5])}")
+
+
+def _check_quantised_shapes(name: str, model: nn.Module) -> None:
+    """transformers 5.23 reports a mis-shaped weight, but not where it quantises the weight on loading."""
+    import bitsandbytes as bnb
+
+    for module_name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            found, expected = tuple(module.weight.quant_state.shape), (module.out_features, module.in_features)
+            if found != expected:
+                raise CheckpointError(
+                    f"base {name!r}: 1 tensors of another shape: {module_name}.weight {found}, not {expected}"
+                )
 
 
 def _first_line(error: Exception) -> str:

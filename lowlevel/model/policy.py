@@ -53,11 +53,7 @@ class Policy:
 
     def attention_mask(self, batch: PackedBatch) -> Tensor:
         """The layout's mask as the implementation takes it: boolean for sdpa, added to the scores for eager."""
-        visible = attention_mask(batch)
-        if self.model.config._attn_implementation != "eager":
-            return visible
-        lowest = torch.finfo(self.placement.dtype).min
-        return torch.zeros_like(visible, dtype=self.placement.dtype).masked_fill_(~visible, lowest)
+        return model_mask(batch, self.placement.dtype, eager=self.model.config._attn_implementation == "eager")
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -86,6 +82,14 @@ class Policy:
     def trainable_names(self) -> list[str]:
         """Names of the parameters that receive gradients."""
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+
+def model_mask(batch: PackedBatch, dtype: torch.dtype, *, eager: bool) -> Tensor:
+    """The layout's mask (rows, 1, T, T): boolean for sdpa; for eager attention numbers that are added to the scores."""
+    visible = attention_mask(batch)
+    if not eager:
+        return visible
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from workspace import CHATS, HELD_OUT, PAIRS, PROMPTS, metrics
 
 import lowlevel.commands.compare
 import lowlevel.commands.generate
+from lowlevel.commands.compare import Scored, pair_scores, sft_scores
 from lowlevel.commands.loading import load_run
 from lowlevel.config import load_config
 from lowlevel.data.rendering import ChatTokenizer
@@ -193,7 +194,7 @@ def test_no_path_of_this_machine_leaves_with_the_adapter(runs, merged):
 
 def test_the_run_says_what_it_trains(runs):
     out = runs.said["dpo"].out
-    for text in (f"4-bit nf4 base, fp32 on CPU", "sdpa with an explicit mask: the run is on a CPU", "dropout off",
+    for text in ("4-bit nf4 base, fp32 on CPU", "sdpa with an explicit mask: the run is on a CPU", "dropout off",
                  "18 examples, 6 steps of 2 x 2", "(frozen); loss sigmoid, beta 0.1"):  # fmt: skip
         assert text in out
     assert "dropout 0.1" in runs.said["sft"].out
@@ -288,6 +289,35 @@ def test_compare_scores_are_those_of_plain_peft(compared, stages):
     assert scores["dpo"]["reward_accuracy"] == share(ratios["chosen"] - ratios["rejected"])
     assert "reward_accuracy" not in scores["base"]
     assert scores["dpo"]["eval_loss"] != scores["sft"]["eval_loss"] != scores["base"]["eval_loss"]
+
+
+def test_compare_measures_rewards_against_the_stage_before(runs, cli, tmp_path, monkeypatch, stages):
+    """Accuracies are shares of few pairs and may agree by chance; the log-probabilities behind them do not."""
+    copy, seen = runs.space.copy("dpo", tmp_path), []
+    monkeypatch.setattr(
+        lowlevel.commands.compare,
+        "pair_scores",
+        lambda scored, reference: seen.append((scored, reference)) or pair_scores(scored, reference),
+    )
+    said = cli("compare", copy, "--prompts", 1, "--max-new-tokens", 1, "--show", 0)
+    assert said.code == 0, said.err
+    expected = [torch.cat([stages[name]["chosen"], stages[name]["rejected"]]) for name in ("base", "sft", "dpo")]
+    for (scored, _), logps in zip(seen, expected, strict=True):
+        torch.testing.assert_close(scored.logps, logps, rtol=1e-5, atol=1e-4)
+    assert seen[0][1] is None
+    for (_, reference), logps in zip(seen[1:], expected[:-1], strict=True):
+        torch.testing.assert_close(reference.logps, logps, rtol=1e-5, atol=1e-4)
+
+
+def test_pair_scores_by_hand():
+    """Three pairs: one preferred, one not, one a tie, by log-probability; by ratio to the reference all three."""
+    lengths = torch.tensor([2, 2, 4, 1, 1, 1])
+    scored = Scored(torch.tensor([-1.0, -5.0, -2.0, -3.0, -4.0, -2.0]), lengths)
+    reference = Scored(torch.tensor([-2.0, -6.0, -2.0, -3.0, -4.0, -1.5]), lengths)
+    assert pair_scores(scored, None) == {"eval_loss": 1.0, "pair_accuracy": 0.5}
+    assert pair_scores(scored, reference)["reward_accuracy"] == 1.0
+    assert pair_scores(scored, scored)["reward_accuracy"] == 0.5
+    assert sft_scores(scored) == {"eval_loss": pytest.approx(17 / 11)}
 
 
 def test_compare_replies_are_those_of_plain_generate(runs, compared, tokenizer):
@@ -568,8 +598,9 @@ def test_a_base_that_is_not_the_runs_own_is_refused(runs, cli, tmp_path):
 
 def test_a_folder_that_is_no_run(runs, cli, tmp_path):
     (tmp_path / "empty").mkdir()
-    for command in (("merge", tmp_path / "empty", "--out", tmp_path / "x"), ("compare", tmp_path / "empty"),
-                    ("generate", tmp_path / "empty", "--prompt", "a"), ("generate", tmp_path / "none", "--prompt", "a")):  # fmt: skip
+    empty, none = tmp_path / "empty", tmp_path / "none"
+    generate = [("generate", folder, "--prompt", "a") for folder in (empty, none)]
+    for command in (("merge", empty, "--out", tmp_path / "x"), ("compare", empty), *generate):
         said = cli(*command)
         assert (said.code, said.err.count("\n")) == (2, 1), said.err
     unfinished = runs.space.copy("dpo", tmp_path)
@@ -649,7 +680,7 @@ def test_the_prompt_is_rendered_as_in_training(runs, cli, monkeypatch):
 
 @pytest.fixture(scope="module")
 def original_mode(runs, cli, tmp_path_factory) -> dict:
-    """adapter_mode "original": stopped at step 2, resumed, after that compared; the SFT run is a copy that then goes."""
+    """adapter_mode "original": stopped at step 2, resumed, after that compared; the SFT run is a copy."""
     folder = tmp_path_factory.mktemp("original")
     runs.space.copy("sft", folder)
     model = {"adapter": str(folder / "sft"), "adapter_mode": "original"}
@@ -703,6 +734,18 @@ def test_original_mode_refuses_another_adapter(original_mode, cli, tmp_path):
     said = cli("dpo", original_mode["config"], "--resume", "--model.adapter", copy)
     assert said.code == 2, said.out
     assert (original_mode["folder"] / "metrics.jsonl").read_bytes() == before
+
+
+def test_original_mode_does_not_take_over_a_base_of_another_adapter(original_mode, cli, tmp_path):
+    """What a run leaves that was killed before its first step: a merged base, and no run."""
+    left = Path(shutil.copytree(original_mode["folder"] / "base", tmp_path / "run" / "base"))
+    adapter = Path(shutil.copytree(original_mode["sft"], tmp_path / "sft"))
+    flip(adapter / "adapter")
+    command = ("dpo", original_mode["config"], "--train.output_dir", left.parent, "--train.max_steps", 1)
+    said = cli(*command, "--model.adapter", adapter)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "is not the base with" in said.err
+    assert cli(*command).code == 0
 
 
 def test_original_mode_can_be_compared_and_used(original_mode, cli):

@@ -1,4 +1,4 @@
-"""The run file: every key arrives, every mistake is one line that names the key, and the recipe's files say the recipe."""
+"""The run file: every key arrives, every mistake is one line that names the key, the recipe's files hold the recipe."""
 
 import ast
 import math
