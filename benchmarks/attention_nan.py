@@ -1,8 +1,8 @@
 """Which attention kernels give NaN gradients for packed rows? Run on a GPU: python benchmarks/attention_nan.py
 
-Two segments a row, fp16, head size 64; large scores are what a model with massive activations makes. Seen with torch 2.11
-on an H100 (results/attention_nan_h100.log): cuDNN's backward gives NaN at lengths 448 and 960, which are no multiple of
-128, the memory-efficient and math kernels never.
+Two segments a row, fp16, head size 64; large scores are what a model with massive activations makes. Seen with torch
+2.11 on an H100 (results/attention_nan_h100.log): cuDNN's backward gives NaN at lengths 448 and 960, which are no
+multiple of 128, the memory-efficient and math kernels never.
 """
 
 import torch

@@ -136,7 +136,7 @@ def test_another_evaluation_source_is_read_alike_and_its_overlap_counted(run, wr
     assert run(train, "orca").report.overlap is None
 
 
-@pytest.mark.parametrize(("data_format", "rows"), [("messages", 600), ("preference", 600)])
+@pytest.mark.parametrize(("data_format", "rows"), [("messages", 2400), ("preference", 2400)])
 def test_the_demo(run, data_format, rows):
     data = run("demo", data_format, eval_source="demo", eval_limit=100)
     assert (len(data.train), len(data.evaluation)) == (rows, 100)

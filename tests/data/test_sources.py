@@ -124,10 +124,10 @@ def test_no_rows(write, content):
 
 
 def test_demo_rows_by_format_and_split():
-    assert len(read_rows("demo", "train")) == 600
+    assert len(read_rows("demo", "train")) == 2400
     assert "messages" in read_rows("demo", "train", "messages")[0].columns
     pairs = read_rows("demo", "heldout", "preference")
-    assert len(pairs) == 120
+    assert len(pairs) == 240
     assert {"prompt", "chosen", "rejected"} <= set(pairs[0].columns)
     with pytest.raises(ConfigError, match='"demo" has the splits train, heldout, not "test"'):
         read_rows("demo", "test")
