@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor
     return chosen, rejected
 
 
-def loss_arguments(config: DPOConfig) -> dict[str, float | str]:
+def loss_arguments(config: DPOConfig) -> dict[str, Any]:
     """`dpo_loss` arguments of a configuration: those that were set."""
     names = ("loss_type", "beta", "label_smoothing", "discopop_tau", "dpop_lambda", "rpo_alpha")
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}

@@ -58,7 +58,8 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return drop(grad, *ctx.saved_tensors, ctx.p), None, None, None
+        token_keys, keys = ctx.saved_tensors
+        return drop(grad, token_keys, keys, ctx.p), None, None, None
 
 
 def drop(x: Tensor, token_keys: Tensor, keys: Tensor, p: float) -> Tensor:

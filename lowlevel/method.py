@@ -23,7 +23,9 @@ class LossSums:
 class Method(Protocol):
     """SFT or DPO."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The method's name."""
 
     def micro_batches(self, examples: Sequence[Any]) -> list[PackedBatch]:
         """Lay the examples of one optimizer step out, on the CPU."""

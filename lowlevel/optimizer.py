@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,12 @@ def build_optimizer(weights: nn.Parameter, config: TrainConfig) -> torch.optim.O
 
     The state of a paged optimizer lives in CUDA managed memory, which `torch.cuda.max_memory_allocated` does not count.
     """
-    settings = {"lr": config.learning_rate, "betas": BETAS, "eps": EPSILON, "weight_decay": config.weight_decay}
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": BETAS,
+        "eps": EPSILON,
+        "weight_decay": config.weight_decay,
+    }
     if config.optim == "adamw":
         return torch.optim.AdamW([weights], **settings)
     import bitsandbytes as bnb
@@ -34,7 +40,7 @@ def build_optimizer(weights: nn.Parameter, config: TrainConfig) -> torch.optim.O
     return optimizer
 
 
-def _allocate_state(optimizer: torch.optim.Optimizer, weights: nn.Parameter) -> None:
+def _allocate_state(optimizer: Any, weights: nn.Parameter) -> None:
     """Allocate bitsandbytes' state now, so that restoring is a copy into it and paged memory stays paged.
 
     bitsandbytes 0.50's own `load_state_dict` replaces the state by ordinary device tensors.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -13,6 +13,7 @@ from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.model.base import Placement
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -48,7 +49,7 @@ def stream_reply(model_dir: Path, prompt: str, system: str | None, sampling: Sam
 
 
 def generate_replies(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: ChatTokenizer,
     placement: Placement,
     prompts: Sequence[Sequence[int]],
@@ -64,7 +65,7 @@ def generate_replies(
         for row in _generate(model, tokenizer, placement, group, sampling):
             end = next((i for i, token in enumerate(row) if token in stops), None)
             kept = row[:end]
-            text = tokenizer.tokenizer.decode(kept, skip_special_tokens=True)
+            text = str(tokenizer.tokenizer.decode(kept, skip_special_tokens=True))
             replies.append(Reply(text, len(kept), end is not None))
     return replies
 
@@ -76,7 +77,7 @@ def stop_ids(tokenizer: ChatTokenizer) -> list[int]:
 
 @torch.no_grad()
 def _generate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: ChatTokenizer,
     placement: Placement,
     prompts: Sequence[Sequence[int]],
@@ -102,7 +103,7 @@ def _generate(
     )
     torch.manual_seed(sampling.seed)
     with placement.autocast():
-        output = model.generate(
+        output = cast(Any, model).generate(
             input_ids=ids.to(placement.device),
             attention_mask=mask.to(placement.device),
             generation_config=config,

@@ -17,6 +17,7 @@ from lowlevel.model.policy import Policy
 from lowlevel.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -103,7 +104,7 @@ def _placement(precision: str) -> Placement:
         return choose_placement("auto")
 
 
-def load_for_replies(model_dir: Path) -> tuple[PreTrainedModel, ChatTokenizer, Placement]:
+def load_for_replies(model_dir: Path) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
     """A model that can reply, from a run folder, a PEFT adapter or a merged model.
 
     Raises:
@@ -126,7 +127,7 @@ def load_for_replies(model_dir: Path) -> tuple[PreTrainedModel, ChatTokenizer, P
     return model, load_chat_tokenizer(str(model_dir), None, None), placement
 
 
-def _load_adapter_of_run(adapter: Path) -> tuple[PreTrainedModel, ChatTokenizer, Placement]:
+def _load_adapter_of_run(adapter: Path) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
     """An adapter inside a run folder: the final one, a checkpoint's, or the parent alone."""
     folder = RunFolder(adapter.parent)
     run = load_run(folder.path, adapter=None if adapter.name == folder.parent.name else adapter)
@@ -135,7 +136,7 @@ def _load_adapter_of_run(adapter: Path) -> tuple[PreTrainedModel, ChatTokenizer,
     return run.policy.model, run.tokenizer, run.policy.placement
 
 
-def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel, ChatTokenizer, Placement]:
+def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
     """An adapter from elsewhere, on its base in 4 bits (nf4, double quantisation), as QLoRA trains it."""
     import json
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -115,7 +115,7 @@ def load_base(config: ModelConfig, placement: Placement, *, attention: str = "sd
             bnb_4bit_compute_dtype=placement.dtype,
         )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_name(config.name),
             revision=config.revision,
             dtype=placement.dtype,
@@ -128,6 +128,7 @@ def load_base(config: ModelConfig, placement: Placement, *, attention: str = "sd
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"base {config.name!r} cannot be loaded: {_first_line(error)}") from None
+    model, info = loaded
     _check_loading(config.name, info)
     _check_quantised_shapes(config.name, model)
     for parameter in model.parameters():
@@ -160,7 +161,7 @@ def base_sha256(model: nn.Module) -> str:
 
 
 def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
@@ -183,13 +184,18 @@ def _check_loading(name: str, info: dict) -> None:
             raise CheckpointError(f"base {name!r}: {len(names)} tensors {what}: {', '.join(names[:5])}")
 
 
+def quantised_state(module: Any) -> Any:
+    """The quantisation state of a bitsandbytes Linear4bit, which its types leave out."""
+    return module.weight.quant_state
+
+
 def _check_quantised_shapes(name: str, model: nn.Module) -> None:
     """transformers 5.23 reports a mis-shaped weight, but not where it quantises the weight on loading."""
     import bitsandbytes as bnb
 
     for module_name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            found, expected = tuple(module.weight.quant_state.shape), (module.out_features, module.in_features)
+            found, expected = tuple(quantised_state(module).shape), (module.out_features, module.in_features)
             if found != expected:
                 raise CheckpointError(
                     f"base {name!r}: 1 tensors of another shape: {module_name}.weight {found}, not {expected}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowlevel.config import ModelConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.model.adapters import read_adapter_config, read_adapter_weights
-from lowlevel.model.base import Placement, load_base
+from lowlevel.model.base import Placement, load_base, quantised_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
     weights = {}
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            weight = bnb.functional.dequantize_4bit(module.weight.data, quantised_state(module))
             weights[name.removeprefix(PREFIX).removesuffix(".base_layer")] = weight.float().cpu()
     return weights
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import PeftModel
@@ -16,6 +17,9 @@ from lowlevel.dropout import CounterDropout, DropoutState
 from lowlevel.layout import PackedBatch, attention_mask
 from lowlevel.model.base import Placement
 from lowlevel.model.flat import FlatParameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TRAINED = "trained"  # the adapter in training
 PARENT = "parent"  # the frozen adapter under it: what DPO started from
@@ -34,13 +38,20 @@ class Policy:
     causal_kernel: bool  # plain rows may leave the mask to the attention kernel
 
     @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The model under the adapters: Hugging Face's own class."""
+        return cast("PreTrainedModel", self.model.get_base_model())
+
+    @property
     def lm_head_weight(self) -> Tensor:
         """(V, D)."""
-        return self.model.get_base_model().get_output_embeddings().weight
+        head = self.causal_lm.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        return head.weight
 
     def scored_hidden_states(self, batch: PackedBatch) -> Tensor:
         """Final hidden states at the scored positions alone, (N, D): the LM head is applied to nothing else."""
-        decoder = self.model.get_base_model().get_decoder()
+        decoder = self.causal_lm.get_decoder()
         plain = self.causal_kernel and batch.plain
         with self.placement.autocast():
             hidden = decoder(
@@ -96,7 +107,8 @@ def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, d
     """Put counter dropout in the place of the trained adapter's `lora_dropout`; the frozen adapter has none."""
     for salt, name in enumerate(sorted(layers)):
         layer = layers[name]
-        replacement = CounterDropout(p, salt, layer.in_features, state, device) if p > 0 else nn.Identity()
+        features = cast(int, layer.in_features)
+        replacement = CounterDropout(p, salt, features, state, device) if p > 0 else nn.Identity()
         layer.lora_dropout[TRAINED] = replacement
         if PARENT in layer.lora_dropout:
             layer.lora_dropout[PARENT] = nn.Identity()
@@ -111,7 +123,7 @@ def check_lm_head(policy: Policy) -> None:
     weight = policy.lm_head_weight
     tokens = torch.arange(8, device=weight.device).unsqueeze(0) % weight.shape[0]
     with policy.reference(), policy.placement.autocast():
-        base = policy.model.get_base_model()
+        base = policy.causal_lm
         logits = base(input_ids=tokens, use_cache=False).logits.float()
         hidden = base.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
         expected = (hidden.to(weight.dtype) @ weight.T).float()
