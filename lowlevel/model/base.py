@@ -71,6 +71,8 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     name = resolve_name(config.name)
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
+        raise ConfigError(f"model.name {config.name!r}: no such folder")
     refuse_pickles(Path(name), "model.name")
     try:
         loaded = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)

@@ -179,6 +179,7 @@ def test_numbers_out_of_range(cli, words):
 def test_configuration(cli, space, tmp_path):
     config = space.write("run", "sft", folder=tmp_path)
     refused(cli("sft", tmp_path / "none.toml"), 2, "none.toml: no such run file")
+    refused(cli("sft", config, "--model.name", "./no/model"), 2, "'./no/model': no such folder")
     refused(
         cli("sft", config, "--train.learning_rat", "1e-4"), 2, 'unknown key "train.learning_rat"', '"learning_rate"'
     )
