@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowlevel.checkpoint import write_json
 from lowlevel.config import RunConfig
 from lowlevel.dpo import DPO, check_loss
 from lowlevel.errors import ConfigError
@@ -147,6 +149,37 @@ def find_adapter(path: str | None, key: str) -> Path | None:
     if not folder.adapter.exists():
         raise ConfigError(f"{key}: {path} holds no adapter; has that run finished?")
     return folder.adapter
+
+
+def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tuple[RunConfig, Inputs]:
+    """adapter_mode "original": the parent adapter merged into the unquantised base, which is then quantised anew.
+
+    The merged base lies in the run folder, and is the run's base from then on: the reference is that base alone.
+
+    Raises:
+        ConfigError: the folder holds a base of another adapter.
+    """
+    from lowlevel.model.adapters import adapter_sha256
+    from lowlevel.model.merging import merged_model
+
+    assert inputs.parent is not None
+    target, sha256 = folder.base, adapter_sha256(inputs.parent)
+    record = target / "lowlevel_base.json"
+    if target.exists():
+        if not record.exists() or json.loads(record.read_text(encoding="utf-8"))["merged_adapter"] != sha256:
+            raise ConfigError(f"{target} is not the base with {config.model.adapter} merged in: --restart removes it")
+    else:
+        temporary = folder.path / ".tmp-base"
+        merged_model(config.model, [inputs.parent], torch.float16).save_pretrained(temporary)
+        tokenizer = inputs.tokenizer.tokenizer
+        tokenizer.chat_template = inputs.tokenizer.template
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / record.name, {"merged_adapter": sha256})
+        temporary.rename(target)
+    model = config.model.model_copy(
+        update={"name": str(target), "adapter": None, "revision": None, "adapter_mode": "none"}
+    )
+    return config.model_copy(update={"model": model}), replace(inputs, parent=None, merged_adapter=sha256)
 
 
 def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lowlevel import __version__
@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     for method, text in (("sft", "supervised fine-tuning"), ("dpo", "Direct Preference Optimization")):
         train = add(method, text, _train, takes_config=True)
         train.add_argument(
-            "config", type=Path, nargs="?", metavar="RUN.toml", help="run file; without one, the defaults"
+            "config", type=Path, nargs="?", metavar="RUN.toml", help="run file; without one, flags alone"
         )
         train.add_argument("--resume", action="store_true", help="go on from the newest verified checkpoint")
         train.add_argument("--restart", action="store_true", help="discard the run that the folder holds")
@@ -94,6 +94,12 @@ def build_parser() -> argparse.ArgumentParser:
     data = add("data", "what a run will train on, without a GPU and without the model", _data, takes_config=True)
     data.add_argument("config", type=Path, metavar="RUN.toml")
     data.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
+    _add_model_commands(add)
+    return parser
+
+
+def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that use a finished run."""
     merge = add("merge", "merge a run's adapters into its base, and measure what that changes", _merge)
     merge.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     merge.add_argument(
@@ -116,7 +122,6 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--prompts", type=_positive, default=16, help="held-out prompts to reply to (default: 16)")
     compare.add_argument("--max-new-tokens", type=_positive, default=128)
     compare.add_argument("--show", type=int, default=3, help="replies to print side by side (default: 3)")
-    return parser
 
 
 def _positive(text: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowlevel.config import DPOConfig
 from lowlevel.layout import PackedBatch, Segment, build_batch, pack, pair_rows, pair_segment
-from lowlevel.losses import LOSSES, dpo_loss, token_logps
+from lowlevel.losses import dpo_loss, token_logps
 from lowlevel.method import LossSums
 from lowlevel.model.policy import Policy
 
@@ -41,14 +41,13 @@ class DPO:
             policy.dropout.disable()
         chosen_logps, rejected_logps = completion_logps(policy, batch)  # (P,) fp32 each
         chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
-        needs_lengths = LOSSES[self.config.loss_type].needs_lengths
         output = dpo_loss(
             chosen_logps,
             rejected_logps,
             ref_chosen_logps,
             ref_rejected_logps,
-            chosen_lengths=chosen_lengths if needs_lengths else None,
-            rejected_lengths=rejected_lengths if needs_lengths else None,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
             **loss_arguments(self.config),
         )
         metrics = {
@@ -104,8 +103,5 @@ def loss_arguments(config: DPOConfig) -> dict[str, Any]:
 
 def check_loss(config: DPOConfig) -> None:
     """Raise ValueError for an unknown loss, or a hyper-parameter that the loss does not use; needs no model."""
-    zero, lengths = torch.zeros(1), torch.ones(1)
-    needs = config.loss_type in LOSSES and LOSSES[config.loss_type].needs_lengths
-    chosen_lengths, rejected_lengths = (lengths, lengths) if needs else (None, None)
-    arguments = loss_arguments(config)
-    dpo_loss(zero, zero, zero, zero, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, **arguments)
+    zero, one = torch.zeros(1), torch.ones(1)
+    dpo_loss(zero, zero, zero, zero, chosen_lengths=one, rejected_lengths=one, **loss_arguments(config))

@@ -6,38 +6,30 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from lowlevel.assembly import Inputs, build_method, build_run_policy, check_inputs, identity
-from lowlevel.checkpoint import newest_verified, remove_litter, run_lock, save_checkpoint, write_json
-from lowlevel.config import RunConfig, to_tables
-from lowlevel.errors import CheckpointError, ConfigError, InterruptedRunError, LowlevelError, OutOfMemoryError
+from lowlevel.assembly import Inputs, build_method, build_run_policy, check_inputs, identity, with_merged_base
+from lowlevel.checkpoint import newest_verified, remove_litter, run_lock, write_json
+from lowlevel.config import RunConfig
+from lowlevel.errors import ConfigError, InterruptedRunError, LowlevelError, OutOfMemoryError
 from lowlevel.layout import PackedBatch
 from lowlevel.loop import evaluate_examples, train
 from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
 from lowlevel.metrics import StepResult, TrainState
-from lowlevel.model.adapters import (
-    WEIGHTS,
-    adapter_sha256,
-    load_adapter_weights,
-    read_adapter_weights,
-    save_adapter,
-)
+from lowlevel.model.adapters import save_adapter
 from lowlevel.model.policy import TRAINED, Policy
-from lowlevel.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from lowlevel.optimizer import build_optimizer
 from lowlevel.order import DataOrder
 from lowlevel.plots import plot_loss
 from lowlevel.progress import TrainingProgress
-from lowlevel.run_folder import RunFolder, environment
-
-# Settings that may differ between a checkpoint and the run that resumes it: they do not change what is learned.
-FREE_KEYS = ("train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit")
+from lowlevel.run_folder import RunFolder, environment, refuse_changes
+from lowlevel.training_state import restore_state, save_state
 
 
 @dataclass
@@ -96,7 +88,7 @@ def run_training(config: RunConfig, console: Console, *, resume: bool = False, r
     with run_lock(folder.path):
         remove_litter(folder.path)
         if restart:
-            discard(folder)
+            folder.discard()
         if config.model.adapter_mode == "original" and inputs.parent:
             config, inputs = with_merged_base(config, inputs, folder)
         found = newest_verified(folder.path, console.print) if resume else None
@@ -119,69 +111,6 @@ def run_training(config: RunConfig, console: Console, *, resume: bool = False, r
             raise
 
 
-def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tuple[RunConfig, Inputs]:
-    """adapter_mode "original": the parent adapter merged into the unquantised base, which is then quantised anew.
-
-    The merged base lies in the run folder, and is the run's base from then on: the reference is that base alone.
-
-    Raises:
-        ConfigError: the folder holds a base of another adapter.
-    """
-    from lowlevel.model.merging import merged_model
-
-    assert inputs.parent is not None
-    target, sha256 = folder.path / "base", adapter_sha256(inputs.parent)
-    record = target / "lowlevel_base.json"
-    if target.exists():
-        if not record.exists() or json.loads(record.read_text(encoding="utf-8"))["merged_adapter"] != sha256:
-            raise ConfigError(f"{target} is not the base with {config.model.adapter} merged in: --restart removes it")
-    else:
-        temporary = folder.path / ".tmp-base"
-        merged_model(config.model, [inputs.parent], torch.float16).save_pretrained(temporary)
-        tokenizer = inputs.tokenizer.tokenizer
-        tokenizer.chat_template = inputs.tokenizer.template
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / record.name, {"merged_adapter": sha256})
-        temporary.rename(target)
-    model = config.model.model_copy(
-        update={"name": str(target), "adapter": None, "revision": None, "adapter_mode": "none"}
-    )
-    return config.model_copy(update={"model": model}), replace(inputs, parent=None, merged_adapter=sha256)
-
-
-def discard(folder: RunFolder) -> None:
-    """Remove what a run wrote into its folder, and nothing else."""
-    for path in [*folder.path.glob("step-*"), folder.adapter, folder.parent, folder.path / "base"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.path.iterdir():
-        if path.is_file() and path.name != "run.lock":
-            path.unlink()
-
-
-def refuse_changes(config: RunConfig, folder: RunFolder) -> None:
-    """A resumed run must be the run that was started.
-
-    Raises:
-        ConfigError: naming each setting that differs.
-    """
-    saved, now = _flatten(to_tables(folder.read_config())), _flatten(to_tables(config))
-    changed = [
-        key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key) and key not in FREE_KEYS
-    ]
-    if changed:
-        lines = [f"{key}: {saved.get(key)!r} (run) != {now.get(key)!r} (now)" for key in changed]
-        raise ConfigError(f"{folder.path}: cannot resume with other settings\n  " + "\n  ".join(lines))
-
-
-def _flatten(tables: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for section, value in tables.items():
-        flat.update(
-            {f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {section: value}
-        )
-    return flat
-
-
 def _train_in(
     folder: RunFolder, config: RunConfig, inputs: Inputs, console: Console, found: tuple[Path, dict[str, Any]] | None
 ) -> dict[str, Any]:
@@ -194,7 +123,7 @@ def _train_in(
     state = TrainState(LossScale.for_precision(inputs.placement.precision))
     manifest = identity(config, inputs, policy)
     if found:
-        state = _restore(policy, optimizer, *found, manifest)
+        state = restore_state(policy, optimizer, *found, manifest)
         folder.drop_metrics_after(state.step)
         console.print(f"resumed from {found[0].name}")
     else:
@@ -206,7 +135,7 @@ def _train_in(
         return method.micro_batches([examples[i] for i in order.step_rows(step)])
 
     def write_checkpoint(state: TrainState) -> None:
-        _save(folder, policy, optimizer, state, config, manifest)
+        save_state(folder.path, policy, optimizer, state, config, manifest)
 
     held_out = evaluation_batches(method, config, inputs)
     evaluate = (lambda: evaluate_examples(policy, method, held_out, prefix="eval_")) if held_out else None
@@ -288,42 +217,6 @@ def _announce(
     if config.method == "dpo":
         reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
         console.print(f"  reference  {reference}; loss {config.dpo.loss_type}, beta {config.dpo.beta:g}")
-
-
-def _save(
-    folder: RunFolder,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    config: RunConfig,
-    manifest: dict[str, Any],
-) -> None:
-    if not bool(torch.isfinite(policy.flat.weights).all()):
-        raise CheckpointError(
-            f"step {state.step}: adapter weights are not finite; not saved, older checkpoints are good"
-        )
-
-    def write_files(target: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_adapter(policy.model, TRAINED, target, config.model.name)
-        save_file(optimizer_tensors(optimizer), target / "optimizer.safetensors")
-
-    payload = {"state": state.to_json(), "identity": manifest}
-    save_checkpoint(folder.path, state.step, write_files, payload, keep=config.train.save_total_limit)
-
-
-def _restore(
-    policy: Policy, optimizer: torch.optim.Optimizer, path: Path, payload: dict[str, Any], manifest: dict[str, Any]
-) -> TrainState:
-    from safetensors.torch import load_file
-
-    changed = [key for key in manifest if key != "attention" and payload["identity"].get(key) != manifest[key]]
-    if changed:
-        raise ConfigError(f"{path}: cannot resume, these differ from the checkpoint: {', '.join(changed)}")
-    load_adapter_weights(policy.model, TRAINED, read_adapter_weights(path), str(path / WEIGHTS))
-    load_optimizer_tensors(optimizer, policy.flat.weights, load_file(path / "optimizer.safetensors"))
-    return TrainState.from_json(payload["state"])
 
 
 def _finish(

@@ -4,6 +4,7 @@ out/run/
   config.toml environment.json data_report.json manifest.json    written before the first step
   metrics.jsonl run-status.json run.lock                         kept current
   step-00000120/                                                 checkpoints
+  base/                                                          adapter_mode "original": the merged base
   adapter/ parent/                                               result, and the frozen adapter it stands on (dpo)
   summary.json loss.png                                          written at the end
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import tomllib
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,6 +29,8 @@ from lowlevel.errors import CheckpointError, ConfigError, LowlevelError
 from lowlevel.order import ORDER_VERSION
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
+# Settings that may differ between a run and its resumption: they do not change what is learned.
+FREE_KEYS = ("train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit")
 OWN_FILES = ("config.toml", "manifest.json", "metrics.jsonl", "data_report.json", "environment.json", "run-status.json")
 
 
@@ -47,6 +51,11 @@ class RunFolder:
         return self.path / "parent"
 
     @property
+    def base(self) -> Path:
+        """adapter_mode "original": the base with the parent adapter merged in."""
+        return self.path / "base"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a logged step."""
         return self.path / "metrics.jsonl"
@@ -54,6 +63,14 @@ class RunFolder:
     def holds_run(self) -> bool:
         """Whether a run has written here."""
         return any((self.path / name).exists() for name in OWN_FILES) or bool(checkpoints(self.path))
+
+    def discard(self) -> None:
+        """Remove what a run wrote into its folder, and nothing else."""
+        for path in [*self.path.glob("step-*"), self.adapter, self.parent, self.base]:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self.path.iterdir():
+            if path.is_file() and path.name != "run.lock":
+                path.unlink()
 
     def write_config(self, config: RunConfig) -> None:
         """The resolved configuration."""
@@ -123,3 +140,27 @@ def environment(device: dict[str, Any]) -> dict[str, Any]:
         "order_version": ORDER_VERSION,
         **device,
     }
+
+
+def refuse_changes(config: RunConfig, folder: RunFolder) -> None:
+    """A resumed run must be the run that was started.
+
+    Raises:
+        ConfigError: naming each setting that differs.
+    """
+    saved, now = _flatten(to_tables(folder.read_config())), _flatten(to_tables(config))
+    changed = [
+        key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key) and key not in FREE_KEYS
+    ]
+    if changed:
+        lines = [f"{key}: {saved.get(key)!r} (run) != {now.get(key)!r} (now)" for key in changed]
+        raise ConfigError(f"{folder.path}: cannot resume with other settings\n  " + "\n  ".join(lines))
+
+
+def _flatten(tables: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section, value in tables.items():
+        flat.update(
+            {f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {section: value}
+        )
+    return flat

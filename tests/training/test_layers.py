@@ -12,7 +12,17 @@ LAYERS = (
     ("__init__", "config", "errors"),
     ("losses/", "layout", "hashing", "dropout", "order", "loss_scale"),
     ("data/", "demo/"),
-    ("model/", "optimizer", "checkpoint", "metrics", "method", "plots", "progress", "run_folder"),
+    (
+        "model/",
+        "optimizer",
+        "checkpoint",
+        "metrics",
+        "method",
+        "plots",
+        "progress",
+        "run_folder",
+        "training_state",
+    ),  # fmt: skip
     ("sft", "dpo"),
     ("loop",),
     ("assembly", "run", "commands/", "cli", "__main__"),

@@ -1,0 +1,63 @@
+"""What a checkpoint holds of a run: the trained adapter, the optimizer's state, the counters, and what they stand on.
+
+No generator state is among them: data order and dropout are pure functions of the seed and the step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowlevel.checkpoint import save_checkpoint
+from lowlevel.config import RunConfig
+from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.metrics import TrainState
+from lowlevel.model.adapters import WEIGHTS, load_adapter_weights, read_adapter_weights, save_adapter
+from lowlevel.model.policy import TRAINED, Policy
+from lowlevel.optimizer import load_optimizer_tensors, optimizer_tensors
+
+
+def save_state(
+    run_dir: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    config: RunConfig,
+    manifest: dict[str, Any],
+) -> None:
+    """Write a checkpoint of everything that training changes, and `manifest` beside it.
+
+    Raises:
+        CheckpointError: weights that are not finite, or a disk that refuses.
+    """
+    if not bool(torch.isfinite(policy.flat.weights).all()):
+        raise CheckpointError(
+            f"step {state.step}: adapter weights are not finite; not saved, older checkpoints are good"
+        )
+
+    def write_files(target: Path) -> None:
+        save_adapter(policy.model, TRAINED, target, config.model.name)
+        save_file(optimizer_tensors(optimizer), target / "optimizer.safetensors")
+
+    payload = {"state": state.to_json(), "identity": manifest}
+    save_checkpoint(run_dir, state.step, write_files, payload, keep=config.train.save_total_limit)
+
+
+def restore_state(
+    policy: Policy, optimizer: torch.optim.Optimizer, path: Path, payload: dict[str, Any], manifest: dict[str, Any]
+) -> TrainState:
+    """Load weights and optimizer state from a verified checkpoint, and return its counters.
+
+    Raises:
+        ConfigError: the checkpoint stands on another base, adapter or data than `manifest` says.
+        CheckpointError: tensors that do not fit.
+    """
+    changed = [key for key in manifest if key != "attention" and payload["identity"].get(key) != manifest[key]]
+    if changed:
+        raise ConfigError(f"{path}: cannot resume, these differ from the checkpoint: {', '.join(changed)}")
+    load_adapter_weights(policy.model, TRAINED, read_adapter_weights(path), str(path / WEIGHTS))
+    load_optimizer_tensors(optimizer, policy.flat.weights, load_file(path / "optimizer.safetensors"))
+    return TrainState.from_json(payload["state"])
