@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
 from lowlevel.metrics import StepResult, TrainState
 from lowlevel.model.adapters import save_adapter
+from lowlevel.model.merging import write_stacked_adapter
 from lowlevel.model.policy import TRAINED, Policy
 from lowlevel.optimizer import build_optimizer
 from lowlevel.order import DataOrder
@@ -117,7 +119,7 @@ def _train_in(
     examples, method = inputs.data.train, build_method(config)
     rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     order = DataOrder(len(examples), rows_per_step, config.train.seed, config.train.data_order == "shuffled")
-    total_steps = config.train.max_steps or max(1, round(order.steps_per_epoch * config.train.num_train_epochs))
+    total_steps = config.train.max_steps or math.ceil(order.steps_per_epoch * config.train.num_train_epochs - 1e-9)
     policy = build_run_policy(config, inputs)
     optimizer = build_optimizer(policy.flat.weights, config.train)
     state = TrainState(LossScale.for_precision(inputs.placement.precision))
@@ -223,6 +225,8 @@ def _finish(
     folder: RunFolder, config: RunConfig, policy: Policy, state: TrainState, order: DataOrder, console: Console
 ) -> dict[str, Any]:
     save_adapter(policy.model, TRAINED, folder.adapter, config.model.name)
+    if folder.parent.exists():
+        write_stacked_adapter(folder.parent, folder.adapter, folder.stacked)
     summary = {
         "train_runtime": state.seconds,
         "train_samples_per_second": state.examples / state.seconds,

@@ -6,6 +6,7 @@ out/run/
   step-00000120/                                                 checkpoints
   base/                                                          adapter_mode "original": the merged base
   adapter/ parent/                                               result, and the frozen adapter it stands on (dpo)
+  stacked/                                                       both as one PEFT adapter, for use without this package
   summary.json loss.png                                          written at the end
 """
 
@@ -51,6 +52,11 @@ class RunFolder:
         return self.path / "parent"
 
     @property
+    def stacked(self) -> Path:
+        """Parent and trained adapter as one PEFT adapter."""
+        return self.path / "stacked"
+
+    @property
     def base(self) -> Path:
         """adapter_mode "original": the base with the parent adapter merged in."""
         return self.path / "base"
@@ -66,7 +72,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove what a run wrote into its folder, and nothing else."""
-        for path in [*self.path.glob("step-*"), self.adapter, self.parent, self.base]:
+        for path in [*self.path.glob("step-*"), self.adapter, self.parent, self.stacked, self.base]:
             shutil.rmtree(path, ignore_errors=True)
         for path in self.path.iterdir():
             if path.is_file() and path.name != "run.lock":

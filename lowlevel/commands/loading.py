@@ -128,9 +128,9 @@ def load_for_replies(model_dir: Path) -> tuple[PreTrainedModel | PeftModel, Chat
 
 
 def _load_adapter_of_run(adapter: Path) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
-    """An adapter inside a run folder: the final one, a checkpoint's, or the parent alone."""
+    """An adapter inside a run folder: the final one (also as stacked/), a checkpoint's, or the parent alone."""
     folder = RunFolder(adapter.parent)
-    run = load_run(folder.path, adapter=None if adapter.name == folder.parent.name else adapter)
+    run = load_run(folder.path, adapter=adapter if adapter.name.startswith("step-") else None)
     if adapter.name == folder.parent.name:
         run.policy.activate(parent=True, trained=False)
     return run.policy.model, run.tokenizer, run.policy.placement

@@ -123,12 +123,15 @@ def measure(run: LoadedRun, merged_dir: Path) -> Fidelity:
     run.activate(run.stages[-1])
     device = run.policy.placement.device
     eager = run.policy.model.config._attn_implementation == "eager"
-    before = [_logps(run.policy.model.get_base_model(), batch, run.policy.placement, eager=eager) for batch in batches]
+    before = [
+        vocabulary_logps(run.policy.model.get_base_model(), batch, run.policy.placement, eager=eager)
+        for batch in batches
+    ]
     merged = load_base(ModelConfig(name=str(merged_dir), load_in_4bit=False), run.policy.placement)
     merged.eval()
     kl = loss = reference_loss = same = 0.0
     for batch, old in zip(batches, before, strict=True):
-        new = _logps(merged, batch, run.policy.placement)
+        new = vocabulary_logps(merged, batch, run.policy.placement)
         targets = batch.scored_targets.to(device).unsqueeze(-1)
         kl += float((old.exp() * (old - new)).sum())
         loss -= float(new.gather(-1, targets).sum())
@@ -145,7 +148,7 @@ def probe_batches(run: LoadedRun) -> Sequence[PackedBatch]:
     return [batch for row in rows for batch in run.method.micro_batches([row])]
 
 
-def _logps(model: Any, batch: PackedBatch, placement: Placement, *, eager: bool = False) -> torch.Tensor:
+def vocabulary_logps(model: Any, batch: PackedBatch, placement: Placement, *, eager: bool = False) -> torch.Tensor:
     """Log-probabilities of the whole vocabulary at the scored positions, (N, V) float64."""
     moved = batch.to(placement.device)
     with placement.autocast():

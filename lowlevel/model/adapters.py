@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -174,14 +174,17 @@ def save_adapter(model: PeftModel, adapter: str, folder: Path, base_name: str) -
 
     `base_name` goes into the config; for a local base only its last part, so no path of this machine leaves it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in adapter_parameters(model, adapter).items()}
+    public_name = Path(base_name).name if Path(base_name).exists() else base_name
+    write_adapter(folder, tensors, {**model.peft_config[adapter].to_dict(), "base_model_name_or_path": public_name})
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write PEFT's two files: tensors by PEFT's keys, and the configuration, for inference."""
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = model.peft_config[adapter].to_dict()
-    config["base_model_name_or_path"] = Path(base_name).name if Path(base_name).exists() else base_name
-    config["inference_mode"] = True
-    config["target_modules"] = sorted(config["target_modules"])
-    text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
+    settings = {**config, "inference_mode": True, "target_modules": sorted(config["target_modules"])}
+    text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 

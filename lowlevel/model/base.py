@@ -96,11 +96,13 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def load_base(config: ModelConfig, placement: Placement, *, attention: str = "sdpa") -> PreTrainedModel:
+def load_base(
+    config: ModelConfig, placement: Placement, *, attention: str = "sdpa", dtype: torch.dtype | str | None = None
+) -> PreTrainedModel:
     """Load the frozen base onto the device.
 
-    Quantised linear layers compute in the placement's dtype; every other weight is stored in it. No gradient reaches
-    any of them.
+    Quantised linear layers compute in the placement's dtype; every other weight is stored in it, or in `dtype`
+    ("auto": as the file has it). No gradient reaches any of them.
 
     Raises:
         CheckpointError: a tensor is missing, left over or of another shape: nothing is ever initialised at random.
@@ -120,7 +122,7 @@ def load_base(config: ModelConfig, placement: Placement, *, attention: str = "sd
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_name(config.name),
             revision=config.revision,
-            dtype=placement.dtype,
+            dtype=dtype or placement.dtype,
             device_map={"": placement.device},
             attn_implementation=attention,
             use_safetensors=True,

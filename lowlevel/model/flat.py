@@ -1,8 +1,7 @@
 """One flat buffer for all trainable weights, another for all their gradients; the adapter's parameters are views of
 both.
 
-The optimizer, clipping and unscaling then are single kernels over one tensor (measured for paged AdamW on an H100 with
-308 adapter tensors: 1.2 ms instead of 28 ms).
+The optimizer, clipping and unscaling then are single kernels over one tensor, instead of some for each of 308.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lowlevel.dropout import CounterDropout, DropoutState
+from lowlevel.errors import ConfigError
 from lowlevel.layout import PackedBatch, attention_mask
 from lowlevel.model.base import Placement
 from lowlevel.model.flat import FlatParameters
@@ -115,7 +116,7 @@ def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, d
 
 
 def check_lm_head(policy: Policy) -> None:
-    """Raise ValueError unless the model's own logits are `hidden @ lm_head.T`, as every loss here assumes.
+    """Raise ConfigError unless the model's own logits are `hidden @ lm_head.T`, as every loss here assumes.
 
     A model may scale, cap or shift its logits after the LM head; training would then follow another distribution
     silently.
@@ -129,4 +130,4 @@ def check_lm_head(policy: Policy) -> None:
         expected = (hidden.to(weight.dtype) @ weight.T).float()
     error = (logits - expected).abs().max().item()
     if not error <= 1e-2 * expected.abs().max().item():
-        raise ValueError(f"the model's logits are not hidden @ lm_head.T (largest difference {error:.3g})")
+        raise ConfigError(f"model.name: the model's logits are not hidden @ lm_head.T (largest difference {error:.3g})")

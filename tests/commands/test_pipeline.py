@@ -115,7 +115,7 @@ def share(margins: torch.Tensor) -> float:
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_the_run_folder(runs, method):
     folder: Path = getattr(runs, method)
-    parent = {"parent"} if method == "dpo" else set()
+    parent = {"parent", "stacked"} if method == "dpo" else set()
     assert {path.name for path in folder.iterdir()} == RUN_FILES | parent
     assert {path.name for path in (folder / "adapter").iterdir()} == {
         "adapter_config.json",
@@ -225,6 +225,44 @@ def test_the_dpo_adapter_on_its_parent_is_what_was_evaluated(runs, stages):
     assert last["eval_rewards/accuracies"] == share(margins)
     assert last["eval_loss"] == pytest.approx(float(-torch.nn.functional.logsigmoid(margins).mean()), rel=1e-5)
     assert last["eval_loss"] < 0.9 * math.log(2)
+
+
+def test_the_stacked_adapter_alone_is_the_policy_in_plain_peft(runs):
+    both = plain_stack(plain_base(runs.space.base), runs.dpo / "parent", runs.dpo / "adapter")
+    one = PeftModel.from_pretrained(plain_base(runs.space.base), runs.dpo / "stacked").eval()
+    upper = PeftModel.from_pretrained(plain_base(runs.space.base), runs.dpo / "adapter").eval()
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        expected = both(input_ids=ids).logits
+        torch.testing.assert_close(one(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+        assert (upper(input_ids=ids).logits - expected).abs().max() > 1e-3  # what loading adapter/ alone would give
+    assert not (runs.sft / "stacked").exists()
+
+
+def test_stacked_adapters_may_differ_in_rank_scaling_and_layers(tmp_path):
+    from lowlevel.model.adapters import write_adapter
+    from lowlevel.model.merging import adapter_updates, write_stacked_adapter
+
+    def adapter(name: str, r: int, alpha: int, layers: list[str], **kwargs) -> Path:
+        tensors = {}
+        for layer in layers:
+            tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(r, 6)
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(5, r)
+        config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": layers, **kwargs}
+        write_adapter(tmp_path / name, tensors, config)
+        return tmp_path / name
+
+    torch.manual_seed(0)
+    lower, upper = adapter("lower", 2, 8, ["q", "k"]), adapter("upper", 3, 5, ["k", "v"], use_rslora=True)
+    write_stacked_adapter(lower, upper, tmp_path / "both")
+    sums: dict[str, torch.Tensor] = {}
+    for updates in (adapter_updates(lower), adapter_updates(upper)):
+        for layer, update in updates.items():
+            sums[layer] = sums.get(layer, torch.zeros(5, 6)) + update
+    stacked = adapter_updates(tmp_path / "both")
+    assert stacked.keys() == sums.keys() == {"q", "k", "v"}
+    for layer, update in sums.items():
+        torch.testing.assert_close(stacked[layer], update)
 
 
 def test_a_loaded_run_gives_the_logits_of_plain_peft(runs):
@@ -415,8 +453,8 @@ def dequantized(model) -> dict[str, torch.Tensor]:
 
 
 def peft_merge(base: Path, *adapters: Path) -> dict[str, torch.Tensor]:
-    """PEFT's own merge in fp32, one adapter after the other, into the base's weights in 16 bits."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16).float()
+    """PEFT's own merge in fp32, one adapter after the other, into the weights as they are stored."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for adapter in adapters:
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model.state_dict()

@@ -121,6 +121,15 @@ def test_holdout_is_the_end_of_the_shuffled_rows_and_never_trained_on(run, write
     assert [e.row for e in unlimited.train] == order[:-5]
 
 
+def test_a_holdout_keeps_its_prompts_out_of_training(run, write):
+    path = write(*[{**orca(i), "input": f"question {i // 4}"} for i in range(40)])
+    data = run(path, "orca", eval_source="holdout", eval_limit=5, shuffle_seed=1)
+    asked = {e.row // 4 for e in data.evaluation}
+    assert len(data.evaluation) == 5 and len(asked) > 1
+    assert sorted(e.row for e in data.train) == [i for i in range(40) if i // 4 not in asked]
+    assert data.report.overlap == 0
+
+
 def test_a_holdout_that_leaves_nothing(run, write):
     with pytest.raises(ConfigError, match="data.eval_limit 3 leaves no training rows: train.jsonl has 3"):
         run(write(*[orca(i) for i in range(3)]), "orca", eval_source="holdout", eval_limit=3)
