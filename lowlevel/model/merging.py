@@ -1,8 +1,8 @@
 """Merging adapters into 16-bit weights. Never into 4-bit ones: small updates snap back to the same quantisation grid.
 
-Measured with benchmarks/merge.py on a CPU (SmolLM2-135M after 8 steps of SFT on GSM8K): `merge_and_unload` into the 4-bit
-model keeps -0.2 % of what SFT gained on held-out loss, the dequantised base 100 %, the merged original quantised anew 94 %.
-Large updates do survive: after the demo's SFT it is 99.8 %.
+Measured with benchmarks/merge.py on a CPU (SmolLM2-135M after 8 steps of SFT on GSM8K): `merge_and_unload` into the
+4-bit model keeps -0.2 % of what SFT gained on held-out loss, the dequantised base 100 %, the merged original quantised
+anew 94 %. Large updates do survive: after the demo's SFT it is 99.8 %.
 """
 
 from __future__ import annotations
