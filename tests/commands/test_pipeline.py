@@ -667,6 +667,8 @@ def test_run_adapter_and_merged_model_reply_alike(runs, merged, cli):
 
 def test_each_adapter_in_a_run_folder_replies_as_itself(runs, cli, tmp_path):
     assert reply(cli, runs.dpo / "parent") == reply(cli, runs.sft)
+    for name in ("adapter", "stacked"):  # not on top of the parent once more
+        assert reply(cli, runs.dpo / name) == reply(cli, runs.dpo) != reply(cli, runs.sft)
     copy = runs.space.copy("dpo", tmp_path)
     shutil.rmtree(copy / "adapter")
     shutil.copytree(copy / "step-00000003", copy / "adapter")
