@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowlevel.checkpoint import write_json
-from lowlevel.config import RunConfig
+from lowlevel.config import RunConfig, parse_size
 from lowlevel.dpo import DPO, check_loss
 from lowlevel.errors import ConfigError
+from lowlevel.layout import Shape
+from lowlevel.losses import LOSSES
 from lowlevel.method import Method
+from lowlevel.model.attention import Attention, choose_attention
 from lowlevel.model.base import (
     Placement,
     base_sha256,
@@ -46,41 +49,39 @@ class Inputs:
     merged_adapter: str | None = None  # SHA-256 of the adapter that the base holds (adapter_mode "original")
 
 
-@dataclass(frozen=True)
-class Attention:
-    """The attention kernels that a run uses, and why."""
+def build_method(config: RunConfig, attention: Attention) -> Method:
+    """The method of a configuration. A pair's row has room for a prompt and two completions.
 
-    implementation: str  # as transformers names it
-    causal_kernel: bool  # plain rows go without an explicit mask
-    reason: str
-
-
-def choose_attention(config: RunConfig, placement: Placement) -> Attention:
-    """The best attention that the device has for the run's layout; FlashAttention 2 needs compute capability 8.0."""
-    if config.model.attn_implementation == "eager":
-        return Attention("eager", False, "eager attention: model.attn_implementation asks for it")
-    if placement.device.type != "cuda":
-        return Attention("sdpa", False, "sdpa with an explicit mask: the run is on a CPU")
-    major, minor = torch.cuda.get_device_capability(placement.device)
-    where = f"compute capability {major}.{minor}"
-    if major < 8:
-        why = f"FlashAttention 2 needs compute capability 8.0, this GPU has {major}.{minor}"
-        return Attention("sdpa", False, f"sdpa, memory-efficient kernel: {why}")
-    if config.data.packing:
-        return Attention(
-            "sdpa", False, f"sdpa, memory-efficient kernel ({where}): packed rows need a mask, which flash has not"
-        )
-    if placement.precision == "fp32":
-        return Attention("sdpa", False, "sdpa, memory-efficient kernel: the flash kernel has no fp32")
-    return Attention("sdpa", True, f"sdpa, flash kernel ({where}): one sequence a row, causal")
-
-
-def build_method(config: RunConfig) -> Method:
-    """The method of a configuration. A pair's row has room for a prompt and two completions."""
+    Attention over spans makes rows of any length cheap, so batches are filled up to few shapes: by at most a 32nd.
+    """
     batch, data = config.train.per_device_train_batch_size, config.data
+    examples = batch * config.train.gradient_accumulation_steps if data.packing else batch
+    length = data.max_length if config.method == "sft" else 2 * data.max_length
+    capacity = config.train.micro_batch_positions or batch * length
+    granule = max(8, capacity // 32 // 8 * 8) if data.packing else 64
+    if config.method == "dpo" and LOSSES[config.dpo.loss_type].mixes_pairs:
+        examples = 1  # no pairs that only fill up: they would take part in the sort
+    shape = Shape(granule, min(8, examples), length, capacity) if attention.kernel else None
     if config.method == "sft":
-        return SFT(batch, data.max_length, data.packing)
-    return DPO(config.dpo, batch, 2 * data.max_length, data.packing)
+        return SFT(batch, length, data.packing, shape)
+    return DPO(config.dpo, batch, length, data.packing, shape)
+
+
+def choose_execution(config: RunConfig, inputs: Inputs) -> str:
+    """The mode that train.execution stands for: graphs on a GPU, plain calls on a CPU, where nothing is launched.
+
+    Raises:
+        ConfigError: a mode that needs what the run has not got.
+    """
+    asked, on_gpu = config.train.execution, inputs.placement.device.type == "cuda"
+    spans = inputs.attention.kernel is not None
+    if asked == "auto":
+        return "graphed" if on_gpu and spans else "eager"
+    if asked == "graphed" and not on_gpu:
+        raise ConfigError('train.execution = "graphed" needs a GPU, and none is visible: use "eager" or "compiled"')
+    if asked != "eager" and not spans:
+        raise ConfigError(f'train.execution = "{asked}" needs attention over spans: {inputs.attention.reason}')
+    return asked
 
 
 def check_inputs(config: RunConfig) -> Inputs:
@@ -109,7 +110,7 @@ def check_inputs(config: RunConfig) -> Inputs:
         tokenizer,
         data,
         placement,
-        choose_attention(config, placement),
+        choose_attention(config.model, base, placement),
         parent,
         init_from,
     )
@@ -182,6 +183,25 @@ def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tu
     return config.model_copy(update={"model": model}), replace(inputs, parent=None, merged_adapter=sha256)
 
 
+def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
+    """train.memory_budget: the settings of the fastest plan that fits, in the place of the budget.
+
+    Raises:
+        ConfigError: nothing fits, or the run is one that a plan cannot change.
+    """
+    from lowlevel.model.memory import best_plan, model_shape, planned
+
+    budget = parse_size(config.train.memory_budget or "")
+    assert budget is not None  # checked with the configuration
+    if inputs.placement.device.type != "cuda":
+        raise ConfigError("train.memory_budget is for a GPU, and none is visible")
+    if inputs.attention.kernel is None:
+        raise ConfigError(f"train.memory_budget needs attention over spans: {inputs.attention.reason}")
+    shape = model_shape(load_model_config(config.model), config.lora.target_modules)
+    hopper = torch.cuda.get_device_capability()[0] >= 9
+    return planned(config, best_plan(shape, config, inputs.placement, budget, hopper=hopper))
+
+
 def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
     """Load the base and attach the adapters."""
     from lowlevel.model.adapters import build_policy
@@ -195,7 +215,8 @@ def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
         parent=inputs.parent,
         init_from=inputs.init_from,
         gradient_checkpointing=config.train.gradient_checkpointing,
-        causal_kernel=inputs.attention.causal_kernel,
+        recomputed=config.train.recomputed_layers,
+        attention=inputs.attention,
     )
 
 

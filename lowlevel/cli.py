@@ -6,6 +6,7 @@ Heavy imports sit inside the commands, so `lowlevel --help` answers at once.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -22,13 +23,28 @@ EXIT_CODES = (
 )
 
 
+LOSS_FLAGS = {
+    "chosen": "log-probability of the chosen completion under the policy (default: -10)",
+    "rejected": "of the rejected completion (default: -12)",
+    "ref_chosen": "of the chosen completion under the reference (default: -11)",
+    "ref_rejected": "of the rejected completion under the reference (default: -11.5)",
+    "chosen_length": "tokens in the chosen completion: ipo, sigmoid_norm, rpo (default: 4)",
+    "rejected_length": "tokens in the rejected completion (default: 5)",
+    "beta": "temperature (default: 0.1)",
+    "label_smoothing": "share of flipped labels, for cdpo, robust, exo_pair and both aot (default: 0; exo_pair 0.001)",
+    "discopop_tau": "discopop's temperature (default: 0.05)",
+    "dpop_lambda": "dpop's penalty (default: 50)",
+    "rpo_alpha": "weight of rpo's NLL term (default: 1)",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     try:
         words, overrides = split_overrides(arguments)
-        options, unknown = parser.parse_known_args(words)
+        options, unknown = parser.parse_known_args(join_negative_numbers(words))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -94,8 +110,21 @@ def build_parser() -> argparse.ArgumentParser:
     data = add("data", "what a run will train on, without a GPU and without the model", _data, takes_config=True)
     data.add_argument("config", type=Path, metavar="RUN.toml")
     data.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
+    _add_losses(add)
     _add_model_commands(add)
     return parser
+
+
+def _add_losses(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The numbers are checked by the command, which has one line for whatever is wrong with them."""
+    losses = add("losses", "preference losses: formula, paper, value and gradient at a point, curves", _losses)
+    for name, text in LOSS_FLAGS.items():
+        losses.add_argument(f"--{name.replace('_', '-')}", metavar="NUMBER", help=text)
+    losses.add_argument(
+        "--loss", metavar="NAME", help="this loss alone, every digit; an option it does not use is an error"
+    )
+    losses.add_argument("--plot", type=Path, metavar="FILE.png", help="draw loss and slope over the margin")
+    losses.add_argument("--json", action="store_true", help="JSON with every digit")
 
 
 def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -149,6 +178,26 @@ def describe_keys() -> str:
     return "\n".join(lines)
 
 
+def join_negative_numbers(words: Sequence[str]) -> list[str]:
+    """`--flag -1e3` as `--flag=-1e3`: argparse takes -10 for a value, but -1e3 and -inf for flags of their own."""
+    joined: list[str] = []
+    for word in words:
+        after_flag = bool(joined) and joined[-1].startswith("--") and "=" not in joined[-1]
+        if after_flag and word.startswith("-") and _is_number(word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Take `--section.key value` and `--section.key=value` out of the arguments, wherever they stand.
 
@@ -182,6 +231,8 @@ def _quiet() -> None:
 
     disable_progress_bar()
     disable_loading_bar()
+    # bitsandbytes 0.50 advises on CPUs with AVX512-BF16 to download a kernel from the hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers 5.23 renamed gradient_checkpointing_enable; 5.17 has only the old name, and PEFT 0.21 calls it too.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
@@ -210,6 +261,17 @@ def _data(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from lowlevel.progress import make_console
 
     show_data(config, make_console())
+
+
+def _losses(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from rich.console import Console
+
+    from lowlevel.commands.losses import show_losses
+
+    given = {name: value for name in LOSS_FLAGS if (value := vars(options)[name]) is not None}
+    fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+    console = Console(highlight=False, width=fixed)
+    show_losses(given, console, name=options.loss, plot=options.plot, as_json=options.json)
 
 
 def _demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:

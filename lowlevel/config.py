@@ -6,6 +6,7 @@ Names are those of transformers, PEFT and TRL where they have one. `load_config`
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from lowlevel.errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PLANNED = ("recomputed_layers", "micro_batch_positions", "dequantize_once")  # what a memory budget chooses
 ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules")  # an adapter that is trained on brings its own
 
 
@@ -35,7 +37,9 @@ class ModelConfig(Section):
     load_in_4bit: bool = Field(True, description="quantise the base's linear layers with bitsandbytes")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
     bnb_4bit_use_double_quant: bool = Field(True, description="quantise the quantisation constants too")
-    attn_implementation: Literal["auto", "sdpa", "eager"] = Field("auto", description="attention kernel family")
+    attn_implementation: Literal["auto", "flash", "efficient", "sdpa", "eager"] = Field(
+        "auto", description="attention; auto: flash or efficient (without a mask) on a GPU, sdpa with a mask on a CPU"
+    )
     adapter: str | None = Field(None, description="dpo: run folder or PEFT folder to start from")
     adapter_mode: Literal["stack", "original", "none"] = Field(
         "stack",
@@ -103,6 +107,19 @@ class TrainConfig(Section):
     max_grad_norm: Annotated[Finite, Field(gt=0)] = Field(1.0, description="clip the gradient's l2 norm to this")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field("auto", description="auto: fp16 on CUDA, fp32 on a CPU")
     gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
+    execution: Literal["auto", "eager", "compiled", "graphed"] = Field(
+        "auto", description="how a step runs: layers as they are, compiled, or in a CUDA graph; auto: the fastest here"
+    )
+    recomputed_layers: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="with gradient_checkpointing: layers, from the first, that are recomputed; default: all"
+    )
+    micro_batch_positions: Positive | None = Field(
+        None, description="packed positions computed at once, on a GPU; default: per_device_train_batch_size rows"
+    )
+    dequantize_once: bool = Field(False, description="dequantise the 4-bit weights once: faster, 4 times as large")
+    memory_budget: str | None = Field(
+        None, description='GPU memory to fit, like "15GiB"; chooses the three keys above for speed'
+    )
     seed: int = Field(42, ge=0, description="adapter initialisation, dropout, data order")
     data_order: Literal["shuffled", "sequential"] = Field("shuffled", description="order of rows within an epoch")
     logging_steps: Positive = Field(10, description="steps between logged lines")
@@ -197,6 +214,15 @@ def to_tables(config: RunConfig) -> dict[str, Any]:
     return tables
 
 
+def parse_size(text: str) -> int | None:
+    """Bytes of "15GiB", "15GB", "800MiB" or "800MB"; None for another form."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(i?)B\s*", text)
+    if not found:
+        return None
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** {"M": 2, "G": 3}[prefix])
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -273,6 +299,29 @@ def _contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
             data.max_prompt_length is not None and data.max_prompt_length > data.max_length,
             f"data.max_prompt_length {data.max_prompt_length} > data.max_length {data.max_length}",
         ),
+        (
+            train.recomputed_layers is not None and train.recomputed_layers > 0 and not train.gradient_checkpointing,
+            "train.recomputed_layers needs gradient_checkpointing = true",
+        ),
+        (
+            train.micro_batch_positions is not None and not data.packing,
+            "train.micro_batch_positions needs data.packing = true",
+        ),
+        (
+            train.micro_batch_positions is not None
+            and train.micro_batch_positions < data.max_length * (2 if method == "dpo" else 1),
+            f"train.micro_batch_positions {train.micro_batch_positions} is less than one sequence "
+            f"({data.max_length * (2 if method == 'dpo' else 1)})",
+        ),
+        (
+            train.memory_budget is not None and not parse_size(train.memory_budget),
+            f'train.memory_budget: expected a size like "15GiB" or "800MiB", got {train.memory_budget!r}',
+        ),
+        *(
+            (train.memory_budget is not None and f"train.{key}" in given, f"train.{key} is chosen by memory_budget")
+            for key in PLANNED
+        ),
+        (train.memory_budget is not None and not data.packing, "train.memory_budget needs data.packing = true"),
         (data.eval_limit is not None and data.eval_source is None, "data.eval_limit needs data.eval_source"),
         (
             data.eval_source == "holdout" and data.eval_limit is None,

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lowlevel.config import DPOConfig
-from lowlevel.layout import PackedBatch, Segment, build_batch, pack, pair_rows, pair_segment
-from lowlevel.losses import dpo_loss, token_logps
+from lowlevel.kernels import token_logps
+from lowlevel.layout import PackedBatch, Segment, Shape, build_batch, micro_batch_rows, pair_rows, pair_segment
+from lowlevel.losses import dpo_loss
 from lowlevel.method import LossSums
 from lowlevel.model.policy import Policy
 
@@ -31,6 +32,7 @@ class DPO:
     batch_size: int  # pairs a micro-batch without packing; rows a micro-batch with it
     row_length: int
     packing: bool
+    shape: Shape | None = None  # fill batches up to few shapes; a packed micro-batch is then one long row
     name: str = "dpo"
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
@@ -50,6 +52,7 @@ class DPO:
             rejected_lengths=rejected_lengths,
             **loss_arguments(self.config),
         )
+        losses = torch.where(batch.real, output.losses, 0.0)  # a filled-up batch holds pairs that are none
         metrics = {
             "rewards/chosen": output.chosen_rewards,
             "rewards/rejected": output.rejected_rewards,
@@ -60,7 +63,7 @@ class DPO:
             "logps/ref_chosen": ref_chosen_logps,
             "logps/ref_rejected": ref_rejected_logps,
         }
-        return LossSums(loss=output.losses.sum(), metrics={k: v.detach().sum() for k, v in metrics.items()})
+        return LossSums(losses.sum(), {k: torch.where(batch.real, v.detach(), 0.0).sum() for k, v in metrics.items()})
 
     def count(self, batch: PackedBatch) -> int:
         """Preference pairs."""
@@ -68,13 +71,9 @@ class DPO:
 
     def micro_batches(self, examples: Sequence[PreferenceExample]) -> list[PackedBatch]:
         """Pairs of one step in rows; each pair counts once wherever it lies."""
-        if self.packing:
-            sizes = [len(x.prompt_ids) - 1 + len(x.chosen_ids) + len(x.rejected_ids) for x in examples]
-            groups = [[examples[i] for i in row] for row in pack(sizes, self.row_length)]
-        else:
-            groups = [[example] for example in examples]
-        starts = range(0, len(groups), self.batch_size)
-        return [self._batch(groups[start : start + self.batch_size]) for start in starts]
+        sizes = [len(x.prompt_ids) - 1 + len(x.chosen_ids) + len(x.rejected_ids) for x in examples]
+        groups = micro_batch_rows(sizes, self.batch_size, self.row_length, self.packing, self.shape)
+        return [self._batch([[examples[i] for i in row] for row in rows]) for rows in groups]
 
     def _batch(self, groups: list[list[PreferenceExample]]) -> PackedBatch:
         numbers = iter(range(sum(map(len, groups))))
@@ -84,7 +83,7 @@ class DPO:
             rows.extend(
                 [[pair_segment(*part) for part in parts]] if self.packing else [[s] for s in pair_rows(*parts[0])]
             )
-        return build_batch(rows, pairs=True)
+        return build_batch(rows, pairs=True, shape=self.shape)
 
 
 def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:

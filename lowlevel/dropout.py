@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowlevel.hashing import feature_keys, key32, mix32
+from lowlevel.hashing import feature_keys, mix32
 
 
 class DropoutState:
@@ -21,9 +21,9 @@ class DropoutState:
         """Off until a micro-batch is set."""
         self.token_keys: Tensor | None = None  # (rows, T) int32
 
-    def set_micro_batch(self, dropout_keys: Tensor, seed: int, step: int) -> None:
-        """Key the coming passes by the batch's tokens (rows, T), the run's seed and the step."""
-        self.token_keys = mix32(dropout_keys ^ key32(seed, step))
+    def set_micro_batch(self, dropout_keys: Tensor, key: int | Tensor) -> None:
+        """Key the coming passes by the batch's tokens (rows, T) and the step: `key32(seed, step)`."""
+        self.token_keys = mix32(dropout_keys ^ key)
 
     def disable(self) -> None:
         """No dropout in the coming passes."""
@@ -38,12 +38,17 @@ class CounterDropout(nn.Module):
         super().__init__()
         self.p = p
         self.state = state
+        self.feature_keys: Tensor
         self.register_buffer("feature_keys", feature_keys(salt, features, device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (rows, T, features) in any floating dtype."""
         if self.state.token_keys is None:
             return x
+        if torch.compiler.is_compiling():
+            # torch 2.11 compiles _Dropout's gradient to zero, without a word (2.13 does not); compiled, the plain
+            # formula keeps no mask either: it is made again from the keys.
+            return drop(x, self.state.token_keys, self.feature_keys, self.p)
         return _Dropout.apply(x, self.state.token_keys, self.feature_keys, self.p)
 
 

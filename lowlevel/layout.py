@@ -9,12 +9,14 @@ computed once. Its last token is repeated at the head of each branch, because it
     target     -         | chosen ......... | rejected .........
 
 Rule: a query sees a key iff key <= query, same segment, and the key is in branch 0 or in the query's own branch.
+
+The rule has two forms: `attention_mask`, the readable one, and spans (spans.py), for kernels that take no mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.hashing import mix32_array
+from lowlevel.spans import build_spans
 
 IGNORED = -100
 PADDING = -1
@@ -45,7 +48,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A micro-batch. S sequences are scored: one an SFT example, two a pair (all chosen first, then all rejected)."""
+    """A micro-batch. S sequences are scored: one an SFT example, two a pair (all chosen first, then all rejected).
+
+    A batch that was filled up to a fixed shape (`Shape`) scores some positions that belong to no sequence, and holds
+    examples that are not `real`: they reach no sum.
+    """
 
     input_ids: Tensor  # (rows, T) int64
     position_ids: Tensor  # (rows, T) int64
@@ -56,25 +63,54 @@ class PackedBatch:
     scored_positions: Tensor  # (N,) int64, into the flattened rows
     scored_targets: Tensor  # (N,) int64
     sequence_index: Tensor  # (S, L) int64, into the N scored tokens; N itself stands for "none"
+    sequence_ids: Tensor  # (N,) int64, the sequence of a scored token; S stands for "none"
     lengths: Tensor  # (S,) int64, scored tokens
-    data_rows: tuple[int, ...]  # host: data row of each example
+    real: Tensor  # (examples,) bool
+    span_queries: Tensor  # (G + 1,) int32: span g's queries are positions span_queries[g] to span_queries[g + 1]
+    span_keys: Tensor  # (G + 1,) int32: its keys are those numbers of the list of keys
+    key_index: Tensor | None  # (K,) int64: position of each listed key; None: the positions themselves
+    key_uses: Tensor | None  # (2, rows * T) int64: where a position is listed; K stands for "nowhere"
+    longest: int  # host: no span has more queries or keys
+    data_rows: tuple[int, ...]  # host: data row of each real example
     num_tokens: int  # host: tokens that are not padding
-    num_scored: int  # host: N
-    plain: bool  # host: each row is one sequence from position 0, so a causal mask alone is enough
+    num_scored: int  # host: scored tokens that belong to a sequence
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on a device; copies do not wait for the device."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for field in fields(self)
-            for value in [getattr(self, field.name)]
-        }
-        return PackedBatch(**moved)
+        """The same batch on a device; copies to a GPU do not wait for it."""
+        if self.input_ids.device == device:
+            return self
+        pin = device.type == "cuda"
+        return self.with_tensors(
+            {n: (t.pin_memory() if pin else t).to(device, non_blocking=True) for n, t in self.tensors().items()}
+        )
+
+    def with_tensors(self, tensors: dict[str, Any]) -> PackedBatch:
+        """The same batch with other tensors, by field name."""
+        return replace(self, **tensors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by field name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def sequence_sums(self, token_values: Tensor) -> Tensor:
         """Sum values of the N scored tokens by sequence: (N,) -> (S,). Order of addition is fixed on every device."""
-        padded = torch.cat([token_values, token_values.new_zeros(1)])
-        return padded[self.sequence_index].sum(-1)
+        sums: Tensor = _SequenceSums.apply(token_values, self.sequence_index, self.sequence_ids)  # type: ignore[no-untyped-call]
+        return sums
+
+
+class _SequenceSums(torch.autograd.Function):
+    """Two gathers: autograd's own gradient of the indexing would sort the whole index."""
+
+    @staticmethod
+    def forward(ctx: Any, token_values: Tensor, sequence_index: Tensor, sequence_ids: Tensor) -> Tensor:
+        ctx.save_for_backward(sequence_ids)
+        return torch.cat([token_values, token_values.new_zeros(1)])[sequence_index].sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (sequence_ids,) = ctx.saved_tensors
+        return torch.cat([grad, grad.new_zeros(1)])[sequence_ids], None, None
 
 
 def attention_mask(batch: PackedBatch) -> Tensor:
@@ -153,19 +189,48 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sorted(sorted(row) for row in rows)
 
 
-def build_batch(rows: Sequence[Sequence[Segment]], *, pairs: bool, length: int | None = None) -> PackedBatch:
-    """Lay segments out in rows of `length` positions (default: the longest row, rounded up to a multiple of 8).
+def micro_batch_rows(
+    sizes: Sequence[int], batch_size: int, row_length: int, packing: bool, shape: Shape | None
+) -> list[list[list[int]]]:
+    """Item numbers by micro-batch and row. Without packing each item is a row of its own.
+
+    Packed batches of fixed shape are one long row: attention over spans costs the same in a long row as in short ones,
+    and fewer ends of rows stay empty.
+    """
+    if packing and shape:
+        return [[row] for row in pack(sizes, shape.capacity)]
+    rows = pack(sizes, row_length) if packing else [[i] for i in range(len(sizes))]
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a batch is filled up, so that few different shapes occur and each can be captured once.
+
+    Every size is rounded up: positions to a multiple of `positions`, scored tokens to three quarters of them or all,
+    examples to a multiple of `examples`; `longest` bounds a sequence.
+    """
+
+    positions: int
+    examples: int
+    longest: int
+    capacity: int  # most positions of a packed micro-batch
+
+
+def build_batch(rows: Sequence[Sequence[Segment]], *, pairs: bool, shape: Shape | None = None) -> PackedBatch:
+    """Lay segments out in rows as long as the longest, rounded up to a multiple of 8 (of `shape.positions`).
 
     Segment numbers must run from 0 over the whole batch; the two branches of a pair share one number.
     """
-    longest = max(sum(map(len, row)) for row in rows)
-    width = length or -(-longest // 8) * 8
+    used = [sum(map(len, row)) for row in rows]
+    width = _round_up(max(used), shape.positions if shape else 8)
     grids = {name: np.zeros((len(rows), width), np.int64) for name in ("input_ids", "position_ids", "branch_ids")}
     segment_ids = np.full((len(rows), width), PADDING, np.int64)
     targets = np.full((len(rows), width), IGNORED, np.int64)
     sequence_ids = np.full((len(rows), width), PADDING, np.int64)
     data_rows = np.zeros((len(rows), width), np.uint32)
     number = {segment.pair: segment.row for row in rows for segment in row}
+    examples = _round_up(len(number), shape.examples) if shape else len(number)
     for r, row in enumerate(rows):
         start = 0
         for s, segment in enumerate(row):
@@ -173,32 +238,53 @@ def build_batch(rows: Sequence[Sequence[Segment]], *, pairs: bool, length: int |
             for name, grid in grids.items():
                 grid[r, span] = getattr(segment, name)
             segment_ids[r, span], targets[r, span], data_rows[r, span] = s, segment.targets, segment.row
-            sequence_ids[r, span] = segment.pair + (segment.branch_ids == 2) * len(number)
+            sequence_ids[r, span] = segment.pair + (segment.branch_ids == 2) * examples
             start += len(segment)
     scored = np.flatnonzero(targets.ravel() != IGNORED)
-    index, lengths = _sequence_index(sequence_ids.ravel()[scored], len(number) * (2 if pairs else 1))
+    num_scored, sequences = len(scored), examples * (2 if pairs else 1)
+    owners = sequence_ids.ravel()[scored]
+    if shape:
+        wanted = targets.size if num_scored > targets.size * 3 // 4 else targets.size * 3 // 4
+        idle = np.flatnonzero(targets.ravel() == IGNORED)[: wanted - num_scored]
+        scored, owners = np.concatenate([scored, idle]), np.concatenate([owners, np.full(len(idle), sequences)])
+    index, lengths = _sequence_index(owners, sequences, shape.longest if shape else None)
     keys = mix32_array(data_rows) + grids["branch_ids"].astype(np.uint32) * np.uint32(0x632BE5AB)
     keys = mix32_array(mix32_array(keys) + grids["position_ids"].astype(np.uint32))
+    branches = [[segment.branch_ids for segment in row] for row in rows]
+    spans = build_spans(branches, width, count=sequences + len(rows) if shape else None)
+    arrays = {
+        **grids,
+        "segment_ids": segment_ids,
+        "targets": targets,
+        "dropout_keys": keys.view(np.int32),
+        "scored_positions": scored,
+        "scored_targets": np.maximum(targets.ravel()[scored], 0),
+        "sequence_index": index,
+        "sequence_ids": owners,
+        "lengths": lengths,
+        "real": np.arange(examples) < len(number),
+        "span_queries": spans.queries,
+        "span_keys": spans.keys,
+        "key_index": spans.key_index,
+        "key_uses": spans.key_uses,
+    }
     return PackedBatch(
-        **{name: torch.from_numpy(grid) for name, grid in grids.items()},
-        segment_ids=torch.from_numpy(segment_ids),
-        targets=torch.from_numpy(targets),
-        dropout_keys=torch.from_numpy(keys.view(np.int32)),
-        scored_positions=torch.from_numpy(scored),
-        scored_targets=torch.from_numpy(targets.ravel()[scored]),
-        sequence_index=torch.from_numpy(index),
-        lengths=torch.from_numpy(lengths),
+        **{name: None if array is None else torch.from_numpy(array) for name, array in arrays.items()},  # type: ignore[arg-type]
+        longest=shape.longest if shape else spans.longest,
         data_rows=tuple(number[i] for i in range(len(number))),
-        num_tokens=int((segment_ids != PADDING).sum()),
-        num_scored=len(scored),
-        plain=all(len(row) == 1 and bool((np.diff(row[0].position_ids) == 1).all()) for row in rows),
+        num_tokens=sum(used),
+        num_scored=num_scored,
     )
 
 
-def _sequence_index(owners: np.ndarray, sequences: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scored tokens by sequence, (S, L) padded with N, and the number of tokens of each, (S,)."""
-    lengths = np.bincount(owners, minlength=sequences)
-    index = np.full((sequences, max(1, lengths.max(initial=0))), len(owners), np.int64)
-    for sequence in range(sequences):
+def _sequence_index(owners: np.ndarray, sequences: int, longest: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Scored tokens by sequence, (S, L) filled with N, and the number of tokens of each, (S,); a filler has one."""
+    lengths = np.bincount(owners, minlength=sequences)[:sequences]
+    index = np.full((sequences, longest or max(1, lengths.max(initial=0))), len(owners), np.int64)
+    for sequence in np.flatnonzero(lengths):
         index[sequence, : lengths[sequence]] = np.flatnonzero(owners == sequence)
-    return index, lengths.astype(np.int64)
+    return index, np.maximum(lengths, 1 if longest else 0).astype(np.int64)  # losses by length divide by it
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -11,6 +11,7 @@ import torch
 
 from lowlevel.config import TrainConfig
 from lowlevel.errors import NonFiniteError
+from lowlevel.execution import Eager, Execution, ExecutionFailedError
 from lowlevel.layout import PackedBatch
 from lowlevel.loss_scale import MAX_SKIPS_IN_A_ROW, LossScale
 from lowlevel.method import Method
@@ -29,6 +30,7 @@ def optimizer_step(
     seed: int,
     step: int,
     max_grad_norm: float,
+    execution: Execution | None = None,
 ) -> StepResult:
     """Forward and backward over the micro-batches, then one update. An fp16 overflow repeats the step at half the
     scale.
@@ -36,19 +38,18 @@ def optimizer_step(
     Raises:
         NonFiniteError: the loss is not finite, or the gradient is not at any scale tried; nothing was updated.
     """
-    count = sum(method.count(batch) for batch in batches)
+    execution = execution or Eager(policy, method)
+    grad, count = policy.flat.grad, sum(method.count(batch) for batch in batches)
     while True:
-        policy.flat.grad.zero_()
-        totals: dict[str, torch.Tensor] = {}
-        for batch in batches:
-            policy.dropout.set_micro_batch(batch.dropout_keys, seed, step)
-            sums = method.loss(policy, batch)
-            (sums.loss * (loss_scale.scale / count)).backward()
-            for name, value in {"loss": sums.loss.detach(), **sums.metrics}.items():
-                totals[name] = totals[name] + value if name in totals else value
-        policy.flat.grad.mul_(1.0 / loss_scale.scale)
-        norm = torch.linalg.vector_norm(policy.flat.grad)
-        policy.flat.grad.mul_((max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        grad.zero_()
+        try:
+            moved = (batch.to(policy.placement.device) for batch in batches)  # one by one: the GPU starts on the first
+            sums = [execution.run(batch, loss_scale.scale / count, seed, step) for batch in moved]
+        except ExecutionFailedError:
+            continue
+        norm = torch.linalg.vector_norm(grad) / loss_scale.scale
+        grad.mul_((max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / loss_scale.scale)  # clip and unscale at once
+        totals = {name: torch.stack([one[name] for one in sums]).sum() for name in sums[0]}
         *means, grad_norm = torch.stack(
             [*(total / count for total in totals.values()), norm]
         ).tolist()  # the one host sync
@@ -72,6 +73,7 @@ def optimizer_step(
         examples=len(rows),
         num_tokens=sum(batch.num_tokens for batch in batches),
         supervised_tokens=sum(batch.num_scored for batch in batches),
+        positions=sum(batch.input_ids.numel() for batch in batches),
     )
 
 
@@ -103,22 +105,23 @@ def train(
     *,
     total_steps: int,
     steps_per_epoch: int,
+    execution: Execution | None = None,
 ) -> None:
     """Run steps `state.step` to `total_steps`, or until a signal or early stopping. `state` is kept current."""
     while state.step < total_steps and not state.stopped_early:
         started = time.perf_counter()
         rate = learning_rate(state.step, total_steps, config)
         set_learning_rate(optimizer, rate)
-        batches = [batch.to(policy.placement.device) for batch in step_batches(state.step)]
         result = optimizer_step(
             policy,
             method,
             optimizer,
-            batches,
+            step_batches(state.step),
             state.loss_scale,
             seed=config.seed,
             step=state.step,
             max_grad_norm=config.max_grad_norm,
+            execution=execution,
         )
         state.record(result, time.perf_counter() - started)
         observer.progress(state, result)

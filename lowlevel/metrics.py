@@ -38,6 +38,7 @@ class StepResult:
     examples: int
     num_tokens: int
     supervised_tokens: int
+    positions: int  # computed: num_tokens and padding
 
 
 @dataclass
@@ -51,6 +52,7 @@ class TrainState:
     examples: int = 0
     window: Window = field(default_factory=Window)
     window_tokens: int = 0
+    window_positions: int = 0
     window_seconds: float = 0.0
     total: Window = field(default_factory=Window)
     grad_norm: float = 0.0
@@ -66,6 +68,7 @@ class TrainState:
         self.supervised_tokens += result.supervised_tokens
         self.examples += result.examples
         self.window_tokens += result.num_tokens
+        self.window_positions += result.positions
         self.window_seconds += seconds
         self.seconds += seconds
         self.grad_norm = result.grad_norm
@@ -85,9 +88,10 @@ class TrainState:
             "num_tokens": self.num_tokens,
             "supervised_tokens": self.supervised_tokens,
             "tokens_per_second": self.window_tokens / self.window_seconds,
+            "padding_share": 1.0 - self.window_tokens / self.window_positions,
             **peak_memory(),
         }
-        self.window, self.window_tokens, self.window_seconds = Window(), 0, 0.0
+        self.window, self.window_tokens, self.window_positions, self.window_seconds = Window(), 0, 0, 0.0
         return record
 
     def judge(self, eval_loss: float, patience: int | None) -> None:

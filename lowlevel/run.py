@@ -14,10 +14,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lowlevel.assembly import Inputs, build_method, build_run_policy, check_inputs, identity, with_merged_base
+from lowlevel.assembly import (
+    Inputs,
+    build_method,
+    build_run_policy,
+    check_inputs,
+    choose_execution,
+    identity,
+    with_merged_base,
+    with_plan,
+)
 from lowlevel.checkpoint import newest_verified, remove_litter, run_lock, write_json
 from lowlevel.config import RunConfig
 from lowlevel.errors import ConfigError, InterruptedRunError, LowlevelError, OutOfMemoryError
+from lowlevel.execution import WithFallback
 from lowlevel.layout import PackedBatch
 from lowlevel.loop import evaluate_examples, train
 from lowlevel.loss_scale import LossScale
@@ -25,10 +35,11 @@ from lowlevel.method import Method
 from lowlevel.metrics import StepResult, TrainState
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.merging import write_stacked_adapter
-from lowlevel.model.policy import TRAINED, Policy
+from lowlevel.model.policy import TRAINED, Policy, dequantize_once
 from lowlevel.optimizer import build_optimizer
 from lowlevel.order import DataOrder
 from lowlevel.plots import plot_loss
+from lowlevel.prefetch import Prefetched
 from lowlevel.progress import TrainingProgress
 from lowlevel.run_folder import RunFolder, environment, refuse_changes
 from lowlevel.training_state import restore_state, save_state
@@ -87,6 +98,8 @@ def run_training(config: RunConfig, console: Console, *, resume: bool = False, r
             f"{folder.path} holds a run: add --resume to go on, --restart to discard it, or set train.output_dir"
         )
     inputs = check_inputs(config)
+    if config.train.memory_budget is not None:
+        config = with_plan(config, inputs)
     with run_lock(folder.path):
         remove_litter(folder.path)
         if restart:
@@ -116,7 +129,7 @@ def run_training(config: RunConfig, console: Console, *, resume: bool = False, r
 def _train_in(
     folder: RunFolder, config: RunConfig, inputs: Inputs, console: Console, found: tuple[Path, dict[str, Any]] | None
 ) -> dict[str, Any]:
-    examples, method = inputs.data.train, build_method(config)
+    examples, method = inputs.data.train, build_method(config, inputs.attention)
     rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     order = DataOrder(len(examples), rows_per_step, config.train.seed, config.train.data_order == "shuffled")
     total_steps = config.train.max_steps or math.ceil(order.steps_per_epoch * config.train.num_train_epochs - 1e-9)
@@ -131,14 +144,16 @@ def _train_in(
     else:
         folder.drop_metrics_after(-1)  # of a run that ended before its first checkpoint
         _write_start(folder, config, inputs, manifest)
+    if config.train.dequantize_once:
+        dequantize_once(policy)
     _announce(console, config, inputs, policy, method, total_steps, order)
 
-    def step_batches(step: int) -> list[PackedBatch]:
-        return method.micro_batches([examples[i] for i in order.step_rows(step)])
+    batches = Prefetched(lambda step: method.micro_batches([examples[i] for i in order.step_rows(step)]), total_steps)
 
     def write_checkpoint(state: TrainState) -> None:
         save_state(folder.path, policy, optimizer, state, config, manifest)
 
+    execution = WithFallback(policy, method, choose_execution(config, inputs), console.print)
     held_out = evaluation_batches(method, config, inputs)
     evaluate = (lambda: evaluate_examples(policy, method, held_out, prefix="eval_")) if held_out else None
     with TrainingProgress(console, config.method, total_steps, state.step) as bar:
@@ -152,12 +167,13 @@ def _train_in(
                 method,
                 optimizer,
                 state,
-                step_batches,
+                batches,
                 evaluate,
                 observer,
                 config.train,
                 total_steps=total_steps,
                 steps_per_epoch=order.steps_per_epoch,
+                execution=execution,
             )
         finally:
             for number, handler in previous.items():

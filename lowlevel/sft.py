@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowlevel.layout import PackedBatch, build_batch, pack, sft_segment
-from lowlevel.losses import token_logps
+from lowlevel.kernels import token_logps
+from lowlevel.layout import PackedBatch, Shape, build_batch, micro_batch_rows, sft_segment
 from lowlevel.method import LossSums
 from lowlevel.model.policy import Policy
 
@@ -22,13 +22,14 @@ class SFT:
     batch_size: int  # examples a micro-batch without packing; rows a micro-batch with it
     row_length: int
     packing: bool
+    shape: Shape | None = None  # fill batches up to few shapes; a packed micro-batch is then one long row
     name: str = "sft"
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """Cross-entropy in nats, summed over the batch's supervised tokens."""
         hidden = policy.scored_hidden_states(batch)  # (N, D)
         logps = token_logps(hidden, policy.lm_head_weight, batch.scored_targets)  # (N,) fp32
-        return LossSums(loss=-logps.sum(), metrics={})
+        return LossSums(loss=-batch.sequence_sums(logps).sum(), metrics={})
 
     def count(self, batch: PackedBatch) -> int:
         """Supervised tokens."""
@@ -36,14 +37,11 @@ class SFT:
 
     def micro_batches(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
         """Examples of one step in rows; each example counts once wherever it lies."""
-        if self.packing:
-            rows = pack([len(example.input_ids) - 1 for example in examples], self.row_length)
-        else:
-            rows = [[i] for i in range(len(examples))]
-        starts = range(0, len(rows), self.batch_size)
-        return [self._batch([[examples[i] for i in row] for row in rows[s : s + self.batch_size]]) for s in starts]
+        sizes = [len(example.input_ids) - 1 for example in examples]
+        groups = micro_batch_rows(sizes, self.batch_size, self.row_length, self.packing, self.shape)
+        return [self._batch([[examples[i] for i in row] for row in rows]) for rows in groups]
 
     def _batch(self, rows: list[list[SFTExample]]) -> PackedBatch:
         numbers = iter(range(sum(map(len, rows))))
         segments = [[sft_segment(x.row, next(numbers), x.input_ids, x.labels) for x in row] for row in rows]
-        return build_batch(segments, pairs=False)
+        return build_batch(segments, pairs=False, shape=self.shape)

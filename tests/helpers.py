@@ -16,11 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lowlevel.config import DPOConfig, LoraConfig, ModelConfig
 from lowlevel.dpo import DPO
+from lowlevel.execution import Execution
 from lowlevel.loop import optimizer_step
 from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
 from lowlevel.metrics import StepResult
 from lowlevel.model.adapters import build_policy, save_adapter
+from lowlevel.model.attention import Attention
 from lowlevel.model.base import Placement, load_base
 from lowlevel.model.policy import TRAINED, Policy
 from lowlevel.sft import SFT
@@ -113,11 +115,20 @@ def make_policy(
     seed: int = 0,
     parent: Path | None = None,
     placement: Placement = CPU,
+    attention: str = "sdpa",
 ) -> Policy:
     """A policy over the tiny base. `randomize` fills B, so that the adapter has an effect and A a gradient."""
-    model = load_base(ModelConfig(name=str(base), load_in_4bit=quantised), placement)
+    model = load_base(ModelConfig(name=str(base), load_in_4bit=quantised), placement, attention=attention)
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout)
-    policy = build_policy(model, lora, placement, seed=seed, parent=parent, gradient_checkpointing=checkpointing)
+    policy = build_policy(
+        model,
+        lora,
+        placement,
+        seed=seed,
+        parent=parent,
+        gradient_checkpointing=checkpointing,
+        attention=Attention(attention, "for a test"),
+    )
     if randomize:
         fill_lora_b(policy, seed)
     return policy
@@ -156,6 +167,7 @@ def step(
     seed: int = 1,
     number: int = 0,
     max_grad_norm: float = float("inf"),
+    execution: Execution | None = None,
 ) -> StepResult:
     """One optimizer step; without an optimizer nothing is updated and the gradient stays in `policy.flat.grad`."""
     return optimizer_step(
@@ -167,6 +179,7 @@ def step(
         seed=seed,
         step=number,
         max_grad_norm=max_grad_norm,
+        execution=execution,
     )
 
 

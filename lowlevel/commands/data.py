@@ -7,6 +7,7 @@ from rich.console import Console
 from lowlevel.assembly import build_method, prepare_data
 from lowlevel.config import RunConfig
 from lowlevel.data.report import render_report, show_example
+from lowlevel.model.attention import MASKED
 from lowlevel.order import DataOrder
 
 
@@ -17,7 +18,7 @@ def show_data(config: RunConfig, console: Console) -> None:
     train = config.train
     size = train.per_device_train_batch_size * train.gradient_accumulation_steps
     order = DataOrder(len(data.train), size, train.seed, train.data_order == "shuffled")
-    method = build_method(config)
+    method = build_method(config, MASKED)
     batches = method.micro_batches([data.train[i] for i in order.step_rows(0)])
     positions = sum(batch.input_ids.numel() for batch in batches)
     tokens = sum(batch.num_tokens for batch in batches)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft import PeftModel
 
 from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.model.attention import NAMES
 from lowlevel.model.base import Placement
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -102,7 +104,7 @@ def _generate(
         **(sample if sampling.temperature > 0 else {"do_sample": False}),
     )
     torch.manual_seed(sampling.seed)
-    with placement.autocast():
+    with plain_attention(model), placement.autocast():
         output = cast(Any, model).generate(
             input_ids=ids.to(placement.device),
             attention_mask=mask.to(placement.device),
@@ -110,3 +112,15 @@ def _generate(
             streamer=streamer,
         )
     return output[:, width:].tolist()
+
+
+@contextmanager
+def plain_attention(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Attention with a mask and a cache of keys: attention over spans is for whole rows alone."""
+    base = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
+    before = base.config._attn_implementation
+    base.set_attn_implementation("sdpa" if before in NAMES.values() else before)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)

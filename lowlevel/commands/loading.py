@@ -6,13 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowlevel.assembly import build_method, choose_attention
+from lowlevel.assembly import build_method
 from lowlevel.config import ModelConfig, RunConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.method import Method
 from lowlevel.model.adapters import adapter_sha256, build_policy, read_adapter_config
-from lowlevel.model.base import Placement, base_sha256, choose_placement, load_base, resolve_name
+from lowlevel.model.attention import choose_attention
+from lowlevel.model.base import (
+    Placement,
+    base_sha256,
+    choose_placement,
+    load_base,
+    load_model_config,
+    resolve_name,
+)
 from lowlevel.model.policy import Policy
 from lowlevel.run_folder import RunFolder
 
@@ -70,7 +78,7 @@ def load_run(run_dir: Path, *, adapter: Path | None = None) -> LoadedRun:
     tokenizer = load_chat_tokenizer(
         resolve_name(config.model.name), config.model.revision, config.data.chat_template_from
     )
-    attention = choose_attention(config, placement)
+    attention = choose_attention(config.model, load_model_config(config.model), placement)
     base = load_base(config.model, placement, attention=attention.implementation)
     if str(placement.dtype).removeprefix("torch.") == manifest["base"]["dtype"]:
         found = base_sha256(base)
@@ -86,14 +94,14 @@ def load_run(run_dir: Path, *, adapter: Path | None = None) -> LoadedRun:
         parent=parent,
         init_from=trained,
         gradient_checkpointing=False,
-        causal_kernel=attention.causal_kernel,
+        attention=attention,
     )
     policy.model.eval()
     stages = [Stage("base", False, False)]
     if parent:
         stages.append(Stage("sft", True, False))
     stages.append(Stage(config.method, True, True))
-    return LoadedRun(folder, config, tokenizer, policy, build_method(config), tuple(stages))
+    return LoadedRun(folder, config, tokenizer, policy, build_method(config, attention), tuple(stages))
 
 
 def _placement(precision: str) -> Placement:

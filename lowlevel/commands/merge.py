@@ -19,9 +19,9 @@ from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.config import ModelConfig
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.layout import PackedBatch
+from lowlevel.model.attention import MASKED, Attention
 from lowlevel.model.base import Placement, load_base
 from lowlevel.model.merging import merged_model
-from lowlevel.model.policy import model_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,11 +122,8 @@ def measure(run: LoadedRun, merged_dir: Path) -> Fidelity:
     batches = probe_batches(run)
     run.activate(run.stages[-1])
     device = run.policy.placement.device
-    eager = run.policy.model.config._attn_implementation == "eager"
-    before = [
-        vocabulary_logps(run.policy.model.get_base_model(), batch, run.policy.placement, eager=eager)
-        for batch in batches
-    ]
+    policy = run.policy
+    before = [vocabulary_logps(policy.causal_lm, batch, policy.placement, policy.attention) for batch in batches]
     merged = load_base(ModelConfig(name=str(merged_dir), load_in_4bit=False), run.policy.placement)
     merged.eval()
     kl = loss = reference_loss = same = 0.0
@@ -148,15 +145,17 @@ def probe_batches(run: LoadedRun) -> Sequence[PackedBatch]:
     return [batch for row in rows for batch in run.method.micro_batches([row])]
 
 
-def vocabulary_logps(model: Any, batch: PackedBatch, placement: Placement, *, eager: bool = False) -> torch.Tensor:
+def vocabulary_logps(
+    model: Any, batch: PackedBatch, placement: Placement, attention: Attention = MASKED
+) -> torch.Tensor:
     """Log-probabilities of the whole vocabulary at the scored positions, (N, V) float64."""
     moved = batch.to(placement.device)
     with placement.autocast():
         hidden = model.get_decoder()(
             input_ids=moved.input_ids,
-            attention_mask=model_mask(moved, placement.dtype, eager=eager),
             position_ids=moved.position_ids,
             use_cache=False,
+            **attention.arguments(moved, placement.dtype),
         ).last_hidden_state
         logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, moved.scored_positions))
     return log_softmax(logits.double(), -1)

@@ -29,6 +29,7 @@ class LossSpec:
     paper: str
     parameters: tuple[str, ...]
     needs_lengths: bool
+    mixes_pairs: bool  # a pair's loss depends on the other pairs of its micro-batch
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ class DPOOutput:
     margins: Tensor
 
 
-def _spec(function: Callable[..., Tensor], formula: str, paper: str, *, needs_lengths: bool = False) -> LossSpec:
+def _spec(
+    function: Callable[..., Tensor], formula: str, paper: str, *, needs_lengths: bool = False, mixes_pairs: bool = False
+) -> LossSpec:
     keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return LossSpec(function.__name__, function, formula, paper, tuple(keywords), needs_lengths)
+    return LossSpec(function.__name__, function, formula, paper, tuple(keywords), needs_lengths, mixes_pairs)
 
 
 _SPECS = (
@@ -64,8 +67,9 @@ _SPECS = (
         preference.aot,
         "cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))",
         "arXiv 2406.05882",
+        mixes_pairs=True,
     ),
-    _spec(preference.aot_unpaired, "cdpo on sort(a) - sort(b)", "arXiv 2406.05882"),
+    _spec(preference.aot_unpaired, "cdpo on sort(a) - sort(b)", "arXiv 2406.05882", mixes_pairs=True),
     _spec(preference.apo_zero, "1 - s(beta a) + s(beta b)", "arXiv 2408.06266 eq 7"),
     _spec(preference.apo_down, "s(beta a) + 1 - s(x)", "arXiv 2408.06266 eq 8"),
     _spec(preference.discopop, "-(1-m) ls(x) + m exp(-x), m = s(x/tau)", "arXiv 2406.08414 eq 5"),

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from lowlevel.config import LoraConfig
 from lowlevel.dropout import DropoutState
 from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.model.attention import MASKED, Attention
 from lowlevel.model.base import Placement, refuse_pickles
 from lowlevel.model.flat import flatten
+from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.policy import PARENT, TRAINED, Policy, check_lm_head, place_dropout
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ def build_policy(
     parent: Path | None = None,
     init_from: Path | None = None,
     gradient_checkpointing: bool = True,
-    causal_kernel: bool = False,
+    attention: Attention = MASKED,
+    recomputed: int | None = None,
 ) -> Policy:
     """Attach the adapter to train, and under it the frozen adapter `parent`, if any.
 
@@ -51,7 +54,8 @@ def build_policy(
         parent: PEFT folder of an adapter that stays frozen under the new one.
         init_from: PEFT folder whose weights the trained adapter starts from.
         gradient_checkpointing: recompute activations layer by layer (never re-entrant).
-        causal_kernel: let plain rows use the attention kernel's own causal mask.
+        attention: what the base was loaded with.
+        recomputed: with checkpointing, how many layers are recomputed; None: all of them.
 
     Raises:
         ConfigError: target modules that match no layer, or that match the LM head.
@@ -72,10 +76,11 @@ def build_policy(
     state = DropoutState()
     place_dropout(layers, lora.lora_dropout, state, placement.device)
     flat = flatten({name: p for name, p in model.named_parameters() if f".{TRAINED}." in name})
-    model.train()  # checkpointing is inert in eval mode; no module of the base draws random numbers (load_base)
-    if gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    policy = Policy(model, flat, placement, state, tuple(layers.values()), parent is not None, causal_kernel)
+    model.train()  # no module of the base draws random numbers (load_base)
+    decoder_layers = DecoderLayers(base, recomputed if gradient_checkpointing else 0, state)
+    policy = Policy(
+        model, flat, placement, state, tuple(layers.values()), parent is not None, attention, decoder_layers
+    )
     policy.activate(parent=True, trained=True)
     check_lm_head(policy)
     return policy

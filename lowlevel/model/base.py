@@ -107,8 +107,12 @@ def load_base(
     Raises:
         CheckpointError: a tensor is missing, left over or of another shape: nothing is ever initialised at random.
     """
+    import bitsandbytes as bnb
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from lowlevel.model.attention import register
+
+    register()
     load_model_config(config)
     quantisation = {}  # transformers 5.23 takes `quantization_config=None` for "ignore that the folder is quantised"
     if config.load_in_4bit:
@@ -140,6 +144,9 @@ def load_base(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(module, bnb.nn.Linear4bit):
+            # bitsandbytes 0.50, on CPUs with AVX512-BF16: an eval-mode pass repacks the weights and computes in bf16.
+            module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     model.config.attention_dropout = 0.0
     return model

@@ -1,13 +1,15 @@
 """Which attention kernel a run gets, what it says about it, and that the choice does not change a step."""
 
+from types import SimpleNamespace
+
 import helpers
 import pytest
 import torch
 
-from lowlevel.assembly import choose_attention
-from lowlevel.config import DataConfig, LoraConfig, ModelConfig, RunConfig
+from lowlevel.config import LoraConfig, ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.model.adapters import build_policy
+from lowlevel.model.attention import Attention, choose_attention
 from lowlevel.model.base import Placement, choose_placement, load_base
 
 
@@ -18,27 +20,27 @@ def on_a_gpu(monkeypatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
 
 
-def choose(implementation: str = "auto", *, packing: bool = True, precision: str = "auto"):
-    config = RunConfig(model=ModelConfig(attn_implementation=implementation), data=DataConfig(packing=packing))
-    return choose_attention(config, choose_placement(precision))
+def choose(implementation: str = "auto", *, precision: str = "auto", head_dim: int = 64):
+    base = SimpleNamespace(to_dict=lambda: {"hidden_size": 8 * head_dim, "num_attention_heads": 8})
+    return choose_attention(ModelConfig(attn_implementation=implementation), base, choose_placement(precision))
 
 
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("implementation", ["auto", "sdpa"])
-def test_on_a_cpu(implementation, packing):
-    chosen = choose(implementation, packing=packing)
-    assert (chosen.implementation, chosen.causal_kernel) == ("sdpa", False)
+def test_on_a_cpu():
+    chosen = choose()
+    assert (chosen.implementation, chosen.kernel) == ("sdpa", None)
     assert chosen.reason == "sdpa with an explicit mask: the run is on a CPU"
+    for kernel in ("flash", "efficient"):
+        with pytest.raises(ConfigError, match=f'attn_implementation = "{kernel}" needs a GPU, and none is visible'):
+            choose(kernel)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_on_a_t4(monkeypatch, packing):
+def test_on_a_t4(monkeypatch):
     on_a_gpu(monkeypatch, (7, 5))
-    chosen = choose(packing=packing)
-    assert (chosen.implementation, chosen.causal_kernel) == ("sdpa", False)
-    assert chosen.reason == (
-        "sdpa, memory-efficient kernel: FlashAttention 2 needs compute capability 8.0, this GPU has 7.5"
-    )
+    lacks = "FlashAttention 2 needs compute capability 8.0, this GPU has 7.5"
+    assert choose() == Attention("lowlevel_efficient", f"spans, memory-efficient kernel: {lacks}")
+    assert choose().kernel == "efficient"
+    with pytest.raises(ConfigError, match=f'model.attn_implementation = "flash": {lacks}'):
+        choose("flash")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
@@ -46,29 +48,36 @@ def test_on_a_t4(monkeypatch, packing):
 def test_on_a_gpu_with_flash_attention(monkeypatch, capability, precision):
     on_a_gpu(monkeypatch, capability)
     where = "compute capability {}.{}".format(*capability)
-    plain, packed = (choose(packing=packing, precision=precision) for packing in (False, True))
-    assert (plain.implementation, plain.causal_kernel) == ("sdpa", True)
-    assert plain.reason == f"sdpa, flash kernel ({where}): one sequence a row, causal"
-    assert (packed.implementation, packed.causal_kernel) == ("sdpa", False)
-    assert packed.reason == f"sdpa, memory-efficient kernel ({where}): packed rows need a mask, which flash has not"
+    for asked in ("auto", "flash"):
+        assert choose(asked, precision=precision) == Attention("lowlevel_fa2", f"spans, flash kernel ({where})")
+    assert choose("efficient", precision=precision).kernel == "efficient"
+    assert choose("efficient").reason == "spans, memory-efficient kernel: asked for"
 
 
-def test_flash_has_no_fp32(monkeypatch):
+@pytest.mark.parametrize(
+    ("precision", "head_dim", "lacks"),
+    [("fp32", 64, "has no fp32"), ("fp16", 512, "takes heads of up to 256 features, these have 512")],
+)
+def test_what_flash_lacks(monkeypatch, precision, head_dim, lacks):
     on_a_gpu(monkeypatch, (8, 0))
-    chosen = choose(packing=False, precision="fp32")
-    assert (chosen.causal_kernel, chosen.reason) == (
-        False,
-        "sdpa, memory-efficient kernel: the flash kernel has no fp32",
-    )
+    chosen = choose(precision=precision, head_dim=head_dim)
+    assert (chosen.kernel, chosen.reason) == ("efficient", f"spans, memory-efficient kernel: FlashAttention 2 {lacks}")
+
+
+def test_heads_that_no_kernel_takes(monkeypatch):
+    on_a_gpu(monkeypatch, (9, 0))
+    chosen = choose(head_dim=12)
+    assert chosen == Attention("sdpa", "sdpa with an explicit mask: heads have 12 features, not a multiple of 8")
 
 
 @pytest.mark.parametrize("capability", [None, (7, 5), (8, 0)])
-def test_eager_is_taken_at_its_word(monkeypatch, capability):
+@pytest.mark.parametrize("asked", ["eager", "sdpa"])
+def test_masked_attention_is_taken_at_its_word(monkeypatch, capability, asked):
     if capability:
         on_a_gpu(monkeypatch, capability)
-    chosen = choose("eager", packing=False)
-    assert (chosen.implementation, chosen.causal_kernel) == ("eager", False)
-    assert chosen.reason == "eager attention: model.attn_implementation asks for it"
+    chosen = choose(asked)
+    assert (chosen.implementation, chosen.kernel) == (asked, None)
+    assert chosen.reason.endswith("model.attn_implementation asks for it")
 
 
 def test_precisions_of_a_gpu(monkeypatch):
@@ -99,7 +108,12 @@ def test_eager_and_sdpa_take_the_same_step(space, kind):
         base = load_base(ModelConfig(name=str(space.base), load_in_4bit=False), helpers.CPU, attention=implementation)
         assert base.config._attn_implementation == implementation
         policy = build_policy(
-            base, LoraConfig(r=4, lora_dropout=0.0), helpers.CPU, seed=0, gradient_checkpointing=False
+            base,
+            LoraConfig(r=4, lora_dropout=0.0),
+            helpers.CPU,
+            seed=0,
+            gradient_checkpointing=False,
+            attention=Attention(implementation, "for a test"),
         )
         helpers.fill_lora_b(policy)
         results.append(helpers.loss_and_gradient(policy, method, examples))

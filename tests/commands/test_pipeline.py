@@ -11,6 +11,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, pipeline
@@ -27,7 +28,8 @@ from lowlevel.model.base import base_sha256
 from lowlevel.run import RunObserver
 
 BASE_KEYS = ["step", "loss", "grad_norm", "learning_rate", "loss_scale", "skipped_steps", "epoch", "num_tokens",
-             "supervised_tokens", "tokens_per_second", "peak_allocated_gib", "peak_reserved_gib"]  # fmt: skip
+             "supervised_tokens", "tokens_per_second", "padding_share", "peak_allocated_gib",
+             "peak_reserved_gib"]  # fmt: skip
 DPO_KEYS = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")] + [
     f"logps/{name}" for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")
 ]
@@ -46,7 +48,11 @@ NF4 = BitsAndBytesConfig(
 
 def plain_base(folder: Path, *, quantised: bool = True):
     settings = {"quantization_config": NF4} if quantised else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cpu"}, **settings).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cpu"}, **settings)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # where the CPU has AVX512-BF16, eval mode would compute in bf16
+    return model.eval()
 
 
 def plain_stack(base, parent: Path | None, adapter: Path):

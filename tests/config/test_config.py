@@ -10,7 +10,16 @@ import pytest
 import tomli_w
 
 import lowlevel.config
-from lowlevel.config import ALL_PROJECTIONS, SECTIONS, Filter, RunConfig, config_from_tables, load_config, to_tables
+from lowlevel.config import (
+    ALL_PROJECTIONS,
+    SECTIONS,
+    Filter,
+    RunConfig,
+    config_from_tables,
+    load_config,
+    parse_size,
+    to_tables,
+)
 from lowlevel.errors import ConfigError
 
 PACKAGE = Path(lowlevel.config.__file__).parent
@@ -62,6 +71,11 @@ KEYS = {
     "train.max_grad_norm": (0.5, {}),
     "train.precision": ("bf16", {}),
     "train.gradient_checkpointing": (False, {}),
+    "train.execution": ("eager", {}),
+    "train.recomputed_layers": (4, {}),
+    "train.micro_batch_positions": (2048, {}),
+    "train.dequantize_once": (True, {}),
+    "train.memory_budget": ("15GiB", {}),
     "train.seed": (7, {}),
     "train.data_order": ("sequential", {}),
     "train.logging_steps": (1, {}),
@@ -305,6 +319,34 @@ CONTRADICTIONS = [
     (
         merged(HOLDOUT, {"train": {"early_stopping_patience": 2}}),
         "train.early_stopping_patience needs train.eval_steps",
+    ),
+    (
+        {"train": {"gradient_checkpointing": False, "recomputed_layers": 2}},
+        "train.recomputed_layers needs gradient_checkpointing = true",
+    ),
+    (
+        {"data": {"packing": False}, "train": {"micro_batch_positions": 2048}},
+        "train.micro_batch_positions needs data.packing = true",
+    ),
+    (
+        {"train": {"micro_batch_positions": 511}},
+        "train.micro_batch_positions 511 is less than one sequence (512)",
+    ),
+    (
+        merged(PREFERENCES, {"train": {"micro_batch_positions": 1023}}),
+        "train.micro_batch_positions 1023 is less than one sequence (1024)",
+    ),
+    *(
+        ({"train": {"memory_budget": "15GiB", key: value}}, f"train.{key} is chosen by memory_budget")
+        for key, value in (("recomputed_layers", 2), ("micro_batch_positions", 2048), ("dequantize_once", True))
+    ),
+    (
+        {"train": {"memory_budget": "15 apples"}},
+        'train.memory_budget: expected a size like "15GiB" or "800MiB", got \'15 apples\'',
+    ),
+    (
+        {"data": {"packing": False}, "train": {"memory_budget": "15GiB"}},
+        "train.memory_budget needs data.packing = true",
     ),
     ({"train": {"warmup_steps": 11, "max_steps": 10}}, "train.warmup_steps 11 > max_steps 10"),
     ({"lora": {"init_from": "a", "r": 8}}, "lora.r comes from lora.init_from"),
@@ -602,3 +644,12 @@ def test_every_key_is_read_outside_the_configuration():
     expected = {tuple(key.split(".")) for key in KEYS} | {("filter", key) for key in Filter.model_fields}
     assert expected - read == set()
     assert ("run", "method") in read
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("15GiB", 15 * 2**30), ("1.5 GB", 1_500_000_000), ("800MiB", 800 * 2**20), ("7MB", 7_000_000), ("15", None),
+     ("-1GiB", None), ("GiB", None), ("1e3GiB", None), ("0GiB", 0)],
+)  # fmt: skip
+def test_sizes(text, size):
+    assert parse_size(text) == size

@@ -10,12 +10,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowlevel.attention import list_keys, span_attention
 from lowlevel.config import DPOConfig, LoraConfig, ModelConfig, TrainConfig
 from lowlevel.dpo import DPO
+from lowlevel.execution import Eager, WithFallback, signature_of
+from lowlevel.layout import Shape
 from lowlevel.loop import optimizer_step
 from lowlevel.loss_scale import LossScale
 from lowlevel.losses import token_logps, token_logps_reference
 from lowlevel.model.adapters import build_policy
+from lowlevel.model.attention import Attention
 from lowlevel.model.base import Placement, base_sha256, load_base
 from lowlevel.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from lowlevel.sft import SFT
@@ -53,9 +57,10 @@ def examples(pairs: bool):
     ]
 
 
-def policy(model_dir, precision, quantised=True, p=0.1, **kwargs):
+def policy(model_dir, precision, quantised=True, p=0.1, attention="sdpa", **kwargs):
     placement = Placement(CUDA, precision)
-    base = load_base(ModelConfig(name=model_dir, load_in_4bit=quantised), placement)
+    base = load_base(ModelConfig(name=model_dir, load_in_4bit=quantised), placement, attention=attention)
+    kwargs["attention"] = Attention(attention, "for a test")
     return build_policy(base, LoraConfig(r=16, lora_dropout=p), placement, seed=0, **kwargs)
 
 
@@ -68,6 +73,7 @@ def one_step(policy, method, rows, *, precision="fp16", step=0):
     return result, policy.flat.grad.clone()
 
 
+SHAPE = Shape(positions=32, examples=8, longest=256, capacity=512)
 METHODS = {
     "sft": (SFT(2, 256, True), False),
     "dpo": (DPO(DPOConfig(disable_dropout=False), 2, 256, True), True),
@@ -90,15 +96,22 @@ def test_layout_and_checkpointing_do_not_change_the_step(model_dir, name):
     padded = copy.copy(method)
     object.__setattr__(padded, "packing", False)
     _, packed_grad = one_step(policy(model_dir, "fp32"), method, examples(pairs), precision="fp32")
-    for other, kwargs in ((padded, {}), (method, {"gradient_checkpointing": False}), (padded, {"causal_kernel": True})):
+    for other, kwargs in (
+        (padded, {}),
+        (method, {"gradient_checkpointing": False}),
+        (padded, {"attention": "lowlevel_efficient"}),
+        (method, {"attention": "lowlevel_efficient"}),
+        (method, {"attention": "lowlevel_math"}),
+    ):
         _, grad = one_step(policy(model_dir, "fp32", **kwargs), other, examples(pairs), precision="fp32")
         assert (grad - packed_grad).norm() / packed_grad.norm() < 1e-4
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "lowlevel_efficient", "lowlevel_fa2"])
 @pytest.mark.parametrize("packing", [True, False])
-def test_reference_equals_policy_at_step_0_bit_for_bit(model_dir, packing):
-    method = DPO(DPOConfig(), 2, 256, packing)
-    one = policy(model_dir, "fp16", causal_kernel=not packing)
+def test_reference_equals_policy_at_step_0_bit_for_bit(model_dir, packing, attention):
+    method = DPO(DPOConfig(), 2, 256, packing, SHAPE)
+    one = policy(model_dir, "fp16", attention=attention)
     before = base_sha256(one.model)
     result, _ = one_step(one, method, examples(True))
     assert result.metrics["loss"] == np.float32(np.log(2))
@@ -167,3 +180,68 @@ def test_token_logps_fp16_against_the_twin():
         results.append((logps.detach(), grad.float()))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-4)
     assert (results[0][1] - results[1][1]).norm() / results[1][1].norm() < 2e-3
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("kernel", "dtype", "bound"), [
+    ("flash", torch.float16, 4e-3), ("efficient", torch.float16, 4e-3), ("efficient", torch.float32, 2e-5),
+])  # fmt: skip
+def test_span_attention_kernels_equal_their_twin(kernel, dtype, bound, groups):
+    method = DPO(DPOConfig(), 4, 256, True, SHAPE)
+    batch = method.micro_batches(examples(True))[0].to(CUDA)
+    positions = batch.input_ids.numel()
+    torch.manual_seed(0)
+    shapes = (positions, 2 * groups, 64), (positions, 2, 64), (positions, 2, 64)
+    results = []
+    inputs = [torch.randn(shape, device=CUDA, dtype=dtype) for shape in shapes]
+    direction = torch.randn(shapes[0], device=CUDA, dtype=dtype)
+    for name, kind in ((kernel, dtype), ("math", torch.float64)):
+        query, key, value = (part.to(kind).requires_grad_() for part in inputs)
+        listed = [list_keys(part, batch.key_index, batch.key_uses) for part in (key, value)]
+        output = span_attention(query, *listed, batch.span_queries, batch.span_keys, batch.longest, 0.125, name)
+        results.append([output, *torch.autograd.grad(output, (query, key, value), direction.to(kind))])
+    for found, expected in zip(*results, strict=True):
+        assert torch.isfinite(found).all()
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < bound, f"{kernel} {dtype}: {error:.2e}"
+
+
+def steps(one, method, rows, execution, *, scale, count):
+    """Flat gradients and losses of `count` steps, nothing updated between them."""
+    found = []
+    for step in range(count):
+        one.flat.grad.zero_()
+        batches = [batch.to(CUDA) for batch in method.micro_batches(rows)]
+        sums = [execution.run(batch, scale, 1, step) for batch in batches]
+        found.append((sum(float(s["loss"]) for s in sums), one.flat.grad.clone()))
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(("precision", "attention", "bound"), [
+    ("fp32", "lowlevel_efficient", 1e-5), ("fp16", "lowlevel_efficient", 2e-3), ("fp16", "lowlevel_fa2", 2e-3),
+])  # fmt: skip
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled_and_graphed_steps_equal_eager_ones(model_dir, name, precision, attention, bound, checkpointing):
+    method, pairs = METHODS[name]
+    method = copy.copy(method)
+    object.__setattr__(method, "shape", SHAPE)
+    one = policy(model_dir, precision, attention=attention, gradient_checkpointing=checkpointing)
+    with torch.no_grad():
+        for key, view in one.flat.views.items():
+            if ".lora_B." in key:
+                view.normal_(std=0.02)
+    scale = 1024.0 if precision == "fp16" else 1.0
+    expected = steps(one, method, examples(pairs), Eager(one, method), scale=scale, count=4)
+    for mode in ("compiled", "graphed"):
+        execution = WithFallback(one, method, mode, pytest.fail)
+        found = steps(one, method, examples(pairs), execution, scale=scale, count=4)
+        for (loss, grad), (wanted_loss, wanted) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(wanted_loss, rel=bound)
+            error = (grad - wanted).norm() / wanted.norm()
+            assert error < bound, f"{mode}: {error:.2e}"
+        if mode == "graphed":
+            signatures = {signature_of(batch.to(CUDA)) for batch in method.micro_batches(examples(pairs))}
+            assert set(execution.execution.captured) == signatures
+        one.layers.use(compiled=False)
+    assert not torch.equal(expected[0][1], expected[1][1])  # the step's dropout key reached the graph

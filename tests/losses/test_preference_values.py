@@ -20,6 +20,8 @@ REFERENCES = Path(__file__).parents[1] / "references"
 DOCUMENT = json.loads((REFERENCES / "losses.json").read_text(encoding="utf-8"))
 POINTS = DOCUMENT["points"]
 CASES = DOCUMENT["cases"]
+LOGPS = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+GRADIENT_KEYS = tuple(f"grad_{key}_logps" for key in LOGPS)
 
 LOG2 = 0.6931471805599453
 # loss, parameters, values at Z, P, R (beta = 0.1). exo_pair: TRL's own value differs by 5e-8, its log(eps) being fp32.
@@ -59,14 +61,15 @@ GRADIENTS: list[tuple[str, str, dict[str, float], float, float]] = [
 ]
 
 
-def evaluate(point: dict[str, list[float]], loss: str, parameters: dict[str, Any]) -> tuple[DPOOutput, Any, Any]:
-    """dpo_loss in float64 and the gradients of the sum of losses in chosen_logps and rejected_logps."""
-    logps = [torch.tensor(point[key], dtype=torch.float64) for key in ("chosen", "rejected")]
-    references = [torch.tensor(point[key], dtype=torch.float64) for key in ("ref_chosen", "ref_rejected")]
+def evaluate(
+    point: dict[str, list[float]], loss: str, parameters: dict[str, Any]
+) -> tuple[DPOOutput, dict[str, torch.Tensor]]:
+    """dpo_loss in float64 and the gradients of the sum of losses in the four log-probabilities, by their key."""
+    logps = [torch.tensor(point[key], dtype=torch.float64, requires_grad=True) for key in LOGPS]
     lengths = {"chosen_lengths": torch.tensor(point["n"]), "rejected_lengths": torch.tensor(point["m"])}
-    policy = [tensor.requires_grad_() for tensor in logps]
-    output = dpo_loss(*policy, *references, loss_type=loss, **parameters, **lengths)
-    return output, *torch.autograd.grad(output.losses.sum(), policy)
+    output = dpo_loss(*logps, loss_type=loss, **parameters, **lengths)
+    gradients = torch.autograd.grad(output.losses.sum(), logps)
+    return output, dict(zip(GRADIENT_KEYS, gradients, strict=True))
 
 
 def close(actual: torch.Tensor, expected: list[float], tolerance: float = 1e-12) -> None:
@@ -79,10 +82,10 @@ def case_name(case: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_values_and_gradients_from_the_reference_file(case: dict[str, Any]) -> None:
-    output, grad_chosen, grad_rejected = evaluate(POINTS[case["point"]], case["loss"], case["parameters"])
+    output, gradients = evaluate(POINTS[case["point"]], case["loss"], case["parameters"])
     close(output.losses, case["losses"])
-    close(grad_chosen, case["grad_chosen_logps"])
-    close(grad_rejected, case["grad_rejected_logps"])
+    for key, gradient in gradients.items():
+        close(gradient, case[key])
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0])
@@ -95,21 +98,39 @@ def test_values_of_the_table(row: tuple[str, dict[str, float], float, float, flo
 @pytest.mark.parametrize("row", GRADIENTS, ids=lambda row: f"{row[0]}-{row[1]}")
 def test_closed_form_gradients(row: tuple[str, str, dict[str, float], float, float]) -> None:
     loss, point, parameters, grad_a, grad_b = row
-    _, grad_chosen, grad_rejected = evaluate(POINTS[point], loss, parameters)
-    close(grad_chosen, [grad_a])
-    close(grad_rejected, [grad_b])
+    _, gradients = evaluate(POINTS[point], loss, parameters)
+    for key, expected in zip(GRADIENT_KEYS, (grad_a, grad_b, -grad_a, -grad_b), strict=True):
+        close(gradients[key], [expected])
 
 
 def test_every_loss_is_in_the_table_and_in_the_file() -> None:
     assert {row[0] for row in TABLE} == set(LOSSES)
-    for loss in LOSSES:
-        assert {case["point"] for case in CASES if case["loss"] == loss} == {"Z", "P", "R", "B"}
+    assert {case["loss"] for case in CASES} == set(LOSSES)
+    for loss, spec in LOSSES.items():
+        cases = [case for case in CASES if case["loss"] == loss]
+        places = {(point, 0.1) for point in ("Z", "P", "R", "B", "E")} | {("B", 0.5)}
+        assert {(case["point"], case["parameters"]["beta"]) for case in cases} == places
+        for name in spec.parameters:  # at two values at least, so that a constant in its place is noticed
+            assert len({case["parameters"][name] for case in cases}) > 1
+
+
+def test_every_case_has_its_inputs_outputs_four_gradients_and_provenance() -> None:
+    for case in CASES:
+        pairs = len(POINTS[case["point"]]["chosen"])
+        assert set(case) == {"loss", "point", "parameters", "losses", *GRADIENT_KEYS, "how"}
+        assert set(case["parameters"]) == set(LOSSES[case["loss"]].parameters)
+        assert [len(case[key]) for key in ("losses", *GRADIENT_KEYS)] == [pairs] * 5
+        assert case["how"].startswith("by hand in Python floats, tests/references/make_losses.py: ")
+    for point in POINTS.values():
+        assert set(point) == {*LOGPS, "n", "m"}
+        assert len({len(column) for column in point.values()}) == 1
 
 
 def test_the_file_is_what_the_generator_writes() -> None:
     fresh = json.loads(runpy.run_path(str(REFERENCES / "make_losses.py"))["text"]())
     assert fresh["points"] == POINTS
-    numbers = ("losses", "grad_chosen_logps", "grad_rejected_logps")
+    assert fresh["format"] == DOCUMENT["format"]
+    numbers = ("losses", *GRADIENT_KEYS)
     for new, stored in zip(fresh["cases"], CASES, strict=True):
         assert new.keys() == stored.keys()
         for key, value in new.items():  # approx: exp and log1p may differ in the last bit between C libraries
@@ -125,14 +146,14 @@ def test_torchtune_vector() -> None:
         "n": [1, 1, 1],
         "m": [1, 1, 1],
     }
-    output, *_ = evaluate(point, "sigmoid", {})
+    output, _ = evaluate(point, "sigmoid", {})
     close(output.margins, [0.0, 1.0, 2.0])
     close(output.losses, [LOG2, 0.3132616875182229, 0.1269280110429725])
     close(evaluate(point, "hinge", {})[0].losses, [1.0, 0.0, 0.0])
 
 
 def test_rewards_and_margins_are_detached_and_beta_times_the_logratios() -> None:
-    output, *_ = evaluate(POINTS["B"], "sigmoid", {"beta": 0.2})
+    output, _ = evaluate(POINTS["B"], "sigmoid", {"beta": 0.2})
     close(output.chosen_rewards, [0.2, -0.1, -0.05])
     close(output.rejected_rewards, [-0.1, 0.2, -0.3])
     close(output.margins, [0.3, -0.3, 0.25])
@@ -144,6 +165,5 @@ def test_cdpo_gradient_vanishes_at_its_optimum() -> None:
     """The slope eps - s(-x) is zero where s(x) = 1 - eps: x = log((1-eps)/eps)."""
     gap = math.log(0.9 / 0.1) / 0.1
     point = {"chosen": [gap], "rejected": [0.0], "ref_chosen": [0.0], "ref_rejected": [0.0], "n": [1], "m": [1]}
-    _, grad_chosen, grad_rejected = evaluate(point, "cdpo", {"label_smoothing": 0.1})
-    close(grad_chosen, [0.0])
-    close(grad_rejected, [0.0])
+    for gradient in evaluate(point, "cdpo", {"label_smoothing": 0.1})[1].values():
+        close(gradient, [0.0])

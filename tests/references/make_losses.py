@@ -12,7 +12,8 @@ from pathlib import Path
 
 PATH = Path(__file__).with_name("losses.json")
 
-# Points Z (policy = reference), P (better than it), R (worse), and B, a batch whose order sorting changes.
+# Points Z (policy = reference), P (better than it), R (worse), B, a batch whose order sorting changes, and E, extremes:
+# at beta = 0.1 its margins are 1000, -1000 and 2.
 POINTS: dict[str, dict[str, list[float]]] = {
     "Z": {"chosen": [-10], "rejected": [-12], "ref_chosen": [-10], "ref_rejected": [-12], "n": [4], "m": [5]},
     "P": {"chosen": [-10], "rejected": [-12], "ref_chosen": [-11], "ref_rejected": [-11.5], "n": [4], "m": [5]},
@@ -25,7 +26,16 @@ POINTS: dict[str, dict[str, list[float]]] = {
         "n": [4, 4, 7],
         "m": [5, 5, 3],
     },
+    "E": {
+        "chosen": [-100, -6200, -100],
+        "rejected": [-5200, -100, -200],
+        "ref_chosen": [-5100, -200, -4100],
+        "ref_rejected": [-200, -4100, -4180],
+        "n": [40, 40, 40],
+        "m": [50, 50, 50],
+    },
 }
+LOGPS = ("chosen", "rejected", "ref_chosen", "ref_rejected")
 
 Triple = tuple[float, float, float]  # loss, dL/da, dL/db
 
@@ -108,21 +118,23 @@ def sppo_hard(a: float, b: float, beta: float) -> Triple:
 def apo_zero(a: float, b: float, beta: float) -> Triple:
     """1 - s(beta a) + s(beta b)."""
     u, v = s(beta * a), s(beta * b)
-    return 1 - u + v, -beta * u * (1 - u), beta * v * (1 - v)
+    return s(-beta * a) + v, -beta * u * s(-beta * a), beta * v * s(-beta * b)
 
 
 def apo_down(a: float, b: float, beta: float) -> Triple:
     """s(beta a) + 1 - s(x)."""
-    u, w = s(beta * a), s(beta * (a - b))
-    return u + 1 - w, beta * (u * (1 - u) - w * (1 - w)), beta * w * (1 - w)
+    x = beta * (a - b)
+    bend_a, bend_x = s(beta * a) * s(-beta * a), s(x) * s(-x)
+    return s(beta * a) + s(-x), beta * (bend_a - bend_x), beta * bend_x
 
 
 def discopop(a: float, b: float, beta: float, tau: float) -> Triple:
     """-(1-m) ls(x) + m e^-x, m = s(x/tau), m' = m (1-m) / tau; slope m' (ls(x) + e^-x) - (1-m) s(-x) - m e^-x."""
     x = beta * (a - b)
-    m, e = s(x / tau), exp(-x)
-    slope = m * (1 - m) / tau * (ls(x) + e) - (1 - m) * s(-x) - m * e
-    return of_x(-(1 - m) * ls(x) + m * e, slope, beta)
+    m, rest = s(x / tau), s(-x / tau)  # rest = 1 - m
+    me = exp(ls(x / tau) - x)  # m e^-x as one exponential: e^1000 is above what a float holds
+    slope = rest / tau * (m * ls(x) + me) - rest * s(-x) - me
+    return of_x(-rest * ls(x) + me, slope, beta)
 
 
 def sigmoid_norm(a: float, b: float, beta: float, n: float, m: float) -> Triple:
@@ -148,93 +160,120 @@ def order(values: list[float]) -> list[int]:
     return sorted(range(len(values)), key=values.__getitem__)
 
 
-def sorted_logistic(kind: str, point: dict[str, list[float]], beta: float, eps: float) -> list[list[float]]:
+Result = dict[str, list[float]]  # "losses" and the four "grad_*_logps", each one number a pair
+
+
+def four_gradients(name: str, parameters: dict[str, float], triples: list[Triple], lengths: list[float]) -> Result:
+    """From (loss, dL/da, dL/db) a pair: a = chosen - ref_chosen, so the reference's slope is minus the policy's.
+
+    Not for RPO: its NLL term -alpha log pi(y+) / n is in dL/da here, and the reference is not in it.
+    """
+    nll = [parameters["rpo_alpha"] / n if name == "rpo" else 0.0 for n in lengths]
+    return {
+        "losses": [loss for loss, _, _ in triples],
+        "grad_chosen_logps": [da for _, da, _ in triples],
+        "grad_rejected_logps": [db for _, _, db in triples],
+        "grad_ref_chosen_logps": [-(da + share) for (_, da, _), share in zip(triples, nll, strict=True)],
+        "grad_ref_rejected_logps": [-db for _, _, db in triples],
+    }
+
+
+def sorted_logistic(kind: str, point: dict[str, list[float]], beta: float, eps: float) -> Result:
     """AOT: cDPO of matched quantiles. A quantile's slope goes to the pair that holds it: a swap of places, no more."""
-    chosen, rejected, ref_chosen, ref_rejected = (
-        point[key] for key in ("chosen", "rejected", "ref_chosen", "ref_rejected")
-    )
+    chosen, rejected, ref_chosen, ref_rejected = (point[key] for key in LOGPS)
     pairs = range(len(chosen))
     if kind == "aot":
         upper, lower = [chosen[i] - rejected[i] for i in pairs], [ref_chosen[i] - ref_rejected[i] for i in pairs]
     else:
         upper, lower = [chosen[i] - ref_chosen[i] for i in pairs], [rejected[i] - ref_rejected[i] for i in pairs]
-    losses, grad_chosen, grad_rejected = [], [0.0 for _ in pairs], [0.0 for _ in pairs]
+    losses, grads = [], {key: [0.0 for _ in pairs] for key in LOGPS}
     for i, j in zip(order(upper), order(lower), strict=True):
         loss, da, db = cdpo(upper[i], lower[j], beta, eps)
         losses.append(loss)
-        grad_chosen[i] = da
-        grad_rejected[i if kind == "aot" else j] = db  # paired: both policy terms sit in `upper`
-    return [losses, grad_chosen, grad_rejected]
+        # paired: upper is chosen - rejected, lower ref_chosen - ref_rejected; unpaired: chosen - ref_chosen and so on
+        second, third = ("rejected", "ref_chosen") if kind == "aot" else ("ref_chosen", "rejected")
+        grads["chosen"][i], grads[second][i] = da, -da
+        grads[third][j], grads["ref_rejected"][j] = db, -db
+    return {"losses": losses, **{f"grad_{key}_logps": grads[key] for key in LOGPS}}
 
 
-# name, parameters, function of (a, b, chosen, n, m); beta = 0.1 throughout, as in the table
-BETA = 0.1
+# name, parameters, function of (a, b, beta, chosen, n, m)
 FORMULAS: list[tuple[str, dict[str, float], Callable[..., Triple]]] = [
-    ("sigmoid", {}, lambda a, b, c, n, m: sigmoid(a, b, BETA)),
-    ("cdpo", {"label_smoothing": 0.1}, lambda a, b, c, n, m: cdpo(a, b, BETA, 0.1)),
-    ("cdpo", {"label_smoothing": 0.2}, lambda a, b, c, n, m: cdpo(a, b, BETA, 0.2)),
-    ("robust", {"label_smoothing": 0.1}, lambda a, b, c, n, m: robust(a, b, BETA, 0.1)),
-    ("hinge", {}, lambda a, b, c, n, m: hinge(a, b, BETA)),
-    ("ipo", {}, lambda a, b, c, n, m: ipo(a, b, BETA, n, m)),
-    ("ipo_sum", {}, lambda a, b, c, n, m: ipo_sum(a, b, BETA)),
-    ("exo_pair", {"label_smoothing": 0.001}, lambda a, b, c, n, m: exo_pair(a, b, BETA, 0.001)),
-    ("nca_pair", {}, lambda a, b, c, n, m: nca_pair(a, b, BETA)),
-    ("bco_pair", {}, lambda a, b, c, n, m: bco_pair(a, b, BETA)),
-    ("sppo_hard", {}, lambda a, b, c, n, m: sppo_hard(a, b, BETA)),
-    ("apo_zero", {}, lambda a, b, c, n, m: apo_zero(a, b, BETA)),
-    ("apo_down", {}, lambda a, b, c, n, m: apo_down(a, b, BETA)),
-    ("discopop", {"discopop_tau": 0.05}, lambda a, b, c, n, m: discopop(a, b, BETA, 0.05)),
-    ("sigmoid_norm", {}, lambda a, b, c, n, m: sigmoid_norm(a, b, BETA, n, m)),
-    ("dpop", {"dpop_lambda": 50.0}, lambda a, b, c, n, m: dpop(a, b, BETA, 50.0)),
-    ("rpo", {"rpo_alpha": 1.0}, lambda a, b, c, n, m: rpo(a, b, BETA, 1.0, c, n)),
-    ("rpo", {"rpo_alpha": 0.3}, lambda a, b, c, n, m: rpo(a, b, BETA, 0.3, c, n)),
+    ("sigmoid", {}, lambda a, b, beta, c, n, m: sigmoid(a, b, beta)),
+    ("cdpo", {"label_smoothing": 0.1}, lambda a, b, beta, c, n, m: cdpo(a, b, beta, 0.1)),
+    ("cdpo", {"label_smoothing": 0.2}, lambda a, b, beta, c, n, m: cdpo(a, b, beta, 0.2)),
+    ("robust", {"label_smoothing": 0.1}, lambda a, b, beta, c, n, m: robust(a, b, beta, 0.1)),
+    ("robust", {"label_smoothing": 0.3}, lambda a, b, beta, c, n, m: robust(a, b, beta, 0.3)),
+    ("hinge", {}, lambda a, b, beta, c, n, m: hinge(a, b, beta)),
+    ("ipo", {}, lambda a, b, beta, c, n, m: ipo(a, b, beta, n, m)),
+    ("ipo_sum", {}, lambda a, b, beta, c, n, m: ipo_sum(a, b, beta)),
+    ("exo_pair", {"label_smoothing": 0.001}, lambda a, b, beta, c, n, m: exo_pair(a, b, beta, 0.001)),
+    ("exo_pair", {"label_smoothing": 0.1}, lambda a, b, beta, c, n, m: exo_pair(a, b, beta, 0.1)),
+    ("nca_pair", {}, lambda a, b, beta, c, n, m: nca_pair(a, b, beta)),
+    ("bco_pair", {}, lambda a, b, beta, c, n, m: bco_pair(a, b, beta)),
+    ("sppo_hard", {}, lambda a, b, beta, c, n, m: sppo_hard(a, b, beta)),
+    ("apo_zero", {}, lambda a, b, beta, c, n, m: apo_zero(a, b, beta)),
+    ("apo_down", {}, lambda a, b, beta, c, n, m: apo_down(a, b, beta)),
+    ("discopop", {"discopop_tau": 0.05}, lambda a, b, beta, c, n, m: discopop(a, b, beta, 0.05)),
+    ("discopop", {"discopop_tau": 0.5}, lambda a, b, beta, c, n, m: discopop(a, b, beta, 0.5)),
+    ("sigmoid_norm", {}, lambda a, b, beta, c, n, m: sigmoid_norm(a, b, beta, n, m)),
+    ("dpop", {"dpop_lambda": 50.0}, lambda a, b, beta, c, n, m: dpop(a, b, beta, 50.0)),
+    ("dpop", {"dpop_lambda": 5.0}, lambda a, b, beta, c, n, m: dpop(a, b, beta, 5.0)),
+    ("rpo", {"rpo_alpha": 1.0}, lambda a, b, beta, c, n, m: rpo(a, b, beta, 1.0, c, n)),
+    ("rpo", {"rpo_alpha": 0.3}, lambda a, b, beta, c, n, m: rpo(a, b, beta, 0.3, c, n)),
 ]
+PLACES = [*((name, 0.1) for name in POINTS), ("B", 0.5)]  # points and betas at which every loss is worked out
 
 
 def cases() -> list[dict[str, object]]:
-    """Every loss at every point."""
+    """Every loss at every place."""
     rows: list[dict[str, object]] = []
-    for point_name, point in POINTS.items():
+    for point_name, beta in PLACES:
+        point = POINTS[point_name]
         columns = list(zip(*point.values(), strict=True))
         for name, parameters, function in FORMULAS:
-            triples = [function(c - rc, r - rr, c, n, m) for c, r, rc, rr, n, m in columns]
-            expected = [list(column) for column in zip(*triples, strict=True)]
-            rows.append(case(name, point_name, parameters, expected, str(globals()[name].__doc__)))
+            triples = [function(c - rc, r - rr, beta, c, n, m) for c, r, rc, rr, n, m in columns]
+            result = four_gradients(name, parameters, triples, point["n"])
+            rows.append(case(name, point_name, {"beta": beta, **parameters}, result, str(globals()[name].__doc__)))
         for name in ("aot", "aot_unpaired"):
             for eps in (0.0, 0.1):
-                expected = sorted_logistic(name, point, BETA, eps)
-                rows.append(case(name, point_name, {"label_smoothing": eps}, expected, str(sorted_logistic.__doc__)))
+                result = sorted_logistic(name, point, beta, eps)
+                parameters = {"beta": beta, "label_smoothing": eps}
+                rows.append(case(name, point_name, parameters, result, str(sorted_logistic.__doc__)))
     return rows
 
 
-def case(
-    name: str, point: str, parameters: dict[str, float], expected: list[list[float]], formula: str
-) -> dict[str, object]:
+def case(name: str, point: str, parameters: dict[str, float], result: Result, formula: str) -> dict[str, object]:
     """One row of the file."""
-    return {
-        "loss": name,
-        "point": point,
-        "parameters": {"beta": BETA, **parameters},
-        "losses": expected[0],
-        "grad_chosen_logps": expected[1],
-        "grad_rejected_logps": expected[2],
-        "obtained_by": f"by hand in Python floats, tests/references/make_losses.py: {formula}",
-    }
+    how = f"by hand in Python floats, tests/references/make_losses.py: {formula}"
+    numbers = {key: [value + 0.0 for value in values] for key, values in result.items()}  # + 0.0 makes -0.0 plain 0
+    return {"loss": name, "point": point, "parameters": parameters, **numbers, "how": how}
 
 
-ABOUT = (
-    "Preference losses in float64. n, m: chosen and rejected lengths. losses: one a pair (aot: one a quantile). "
-    "grad_*: gradient of the sum of losses. tests/losses also holds points Z, P, R to an independent table and "
-    "to TRL 1.16."
-)
+FORMAT = {
+    "version": 2,
+    "about": "Preference losses and their gradients in float64; the code that is tested had no part in them.",
+    "points.NAME": "Inputs, each a list with one number a pair. chosen, rejected, ref_chosen, ref_rejected: "
+    "log-probability (natural log, <= 0) of the chosen and rejected completion under policy and reference, summed over "
+    "its tokens. n, m: tokens in the chosen and in the rejected completion.",
+    "cases[].loss": "name, as in lowlevel.losses.LOSSES (lowlevel losses prints formulas and papers)",
+    "cases[].point": "key of points: the inputs",
+    "cases[].parameters": "every hyper-parameter that the loss reads, by the name that dpo_loss gives it",
+    "cases[].losses": "one number a pair, not averaged (aot, aot_unpaired: one a quantile, ascending)",
+    "cases[].grad_*_logps": "derivative of the SUM of losses in each pair's log-probability, one number a pair. "
+    "At the kink of dpop (a = 0) the slope is that of a > 0.",
+    "cases[].how": "how the case's numbers were obtained",
+    "tolerance": "1e-12 relative and absolute in float64",
+    "see also": "trl.json: what TRL computes at the same points. token_losses.json: cross-entropy and token_logps.",
+}
 
 
 def text() -> str:
     """The file as text, one point or case a line."""
     points = ",\n".join(f"  {json.dumps(name)}: {json.dumps(point)}" for name, point in POINTS.items())
     rows = ",\n".join("  " + json.dumps(row) for row in cases())
-    about = json.dumps(ABOUT)
-    return f'{{\n "about": {about},\n "points": {{\n{points}\n }},\n "cases": [\n{rows}\n ]\n}}\n'
+    about = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in FORMAT.items())
+    return f'{{\n "format": {{\n{about}\n }},\n "points": {{\n{points}\n }},\n "cases": [\n{rows}\n ]\n}}\n'
 
 
 if __name__ == "__main__":

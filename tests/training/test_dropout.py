@@ -51,7 +51,7 @@ def masks(seed: int, step: int, *, salt: int = 0, p: float = 0.1, tokens: int = 
     state = DropoutState()
     ids = np.arange(tokens + 1)
     batch = build_batch([[sft_segment(3, 0, ids, ids)]], pairs=False)
-    state.set_micro_batch(batch.dropout_keys, seed, step)
+    state.set_micro_batch(batch.dropout_keys, key32(seed, step))
     ones = torch.ones(1, batch.input_ids.shape[1], FEATURES)
     return CounterDropout(p, salt, FEATURES, state, CPU)(ones)[0, :tokens] > 0  # all padding has the same mask
 
@@ -88,7 +88,7 @@ def test_a_mask_in_plain_integers():
     segment = pair_segment(1000, 0, np.arange(3), np.arange(2), np.arange(3))
     batch = build_batch([[segment]], pairs=True)
     state = DropoutState()
-    state.set_micro_batch(batch.dropout_keys, seed, step)
+    state.set_micro_batch(batch.dropout_keys, key32(seed, step))
     kept = CounterDropout(p, salt, 16, state, CPU)(torch.ones(1, batch.input_ids.shape[1], 16))[0] > 0
     for place, (branch, position) in enumerate(zip(segment.branch_ids, segment.position_ids, strict=True)):
         key = lowbias32((lowbias32(1000) + int(branch) * 0x632BE5AB) & MASK)
@@ -143,7 +143,7 @@ def test_no_two_features_and_no_two_tokens_go_together(p):
 
 def test_backward_uses_the_mask_of_the_forward_pass():
     state = DropoutState()
-    state.set_micro_batch(torch.arange(10, dtype=torch.int32)[None], 1, 2)
+    state.set_micro_batch(torch.arange(10, dtype=torch.int32)[None], key32(1, 2))
     layer = CounterDropout(0.3, 4, 6, state, CPU)
     x = torch.randn(1, 10, 6, dtype=torch.float64, requires_grad=True)
     out = layer(x)
@@ -158,7 +158,7 @@ def masks_by_token(method, examples) -> dict[tuple, torch.Tensor]:
     found = {}
     for batch in method.micro_batches(examples):
         state = DropoutState()
-        state.set_micro_batch(batch.dropout_keys, 1, 2)
+        state.set_micro_batch(batch.dropout_keys, key32(1, 2))
         kept = CounterDropout(0.3, 0, 64, state, CPU)(torch.ones(*batch.input_ids.shape, 64)) > 0
         for r, t in (batch.segment_ids >= 0).nonzero().tolist():
             name = (int(batch.input_ids[r, t]), int(batch.branch_ids[r, t]), int(batch.position_ids[r, t]))
@@ -224,7 +224,7 @@ def test_no_dropout_in_evaluation(tiny_base):
     for method, examples in ((helpers.sft(), helpers.ragged_examples()),
                              (helpers.dpo(disable_dropout=False), helpers.ragged_pairs())):  # fmt: skip
         batches = method.micro_batches(examples)
-        policy.dropout.set_micro_batch(batches[0].dropout_keys, 1, 2)  # as a training step leaves it
+        policy.dropout.set_micro_batch(batches[0].dropout_keys, key32(1, 2))  # as a training step leaves it
         scores = evaluate_examples(policy, method, batches, prefix="eval_")
         assert scores == evaluate_examples(plain, method, batches, prefix="eval_")
 
@@ -233,7 +233,7 @@ def test_no_dropout_in_the_reference_and_the_same_keys_after_it(tiny_base, paren
     policy = helpers.make_policy(tiny_base, dropout=0.4, parent=parent_adapter)
     plain = helpers.make_policy(tiny_base, parent=parent_adapter)
     (batch,) = helpers.dpo().micro_batches(helpers.ragged_pairs())
-    policy.dropout.set_micro_batch(batch.dropout_keys, 1, 2)
+    policy.dropout.set_micro_batch(batch.dropout_keys, key32(1, 2))
     keys = policy.dropout.token_keys.clone()
     with torch.no_grad():
         before = completion_logps(policy, batch)

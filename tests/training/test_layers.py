@@ -10,8 +10,8 @@ import lowlevel
 ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
     ("__init__", "config", "errors"),
-    ("losses/", "layout", "hashing", "dropout", "order", "loss_scale"),
-    ("data/", "demo/"),
+    ("losses/", "layout", "spans", "attention", "hashing", "dropout", "order", "loss_scale", "prefetch"),
+    ("data/", "demo/", "kernels/"),
     (
         "model/",
         "optimizer",
@@ -23,11 +23,11 @@ LAYERS = (
         "run_folder",
         "training_state",
     ),  # fmt: skip
-    ("sft", "dpo"),
+    ("sft", "dpo", "execution"),
     ("loop",),
     ("assembly", "run", "commands/", "cli", "__main__"),
 )
-TRITON_FILES: tuple[str, ...] = ()  # files that may import triton or torch.distributed
+TRITON_FILES = ("kernels/vocabulary",)  # files that may import triton or torch.distributed
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -12,6 +12,7 @@ from lowlevel.dpo import completion_logps
 from lowlevel.layout import (
     IGNORED,
     PADDING,
+    Shape,
     attention_mask,
     build_batch,
     pack,
@@ -51,7 +52,7 @@ def mixed_rows():
 
 def test_the_mask_is_the_rule_written_out_as_loops():
     rows = mixed_rows()
-    batch = build_batch(rows, pairs=True, length=48)
+    batch = build_batch(rows, pairs=True, shape=Shape(48, 1, 48, 96))
     mask = attention_mask(batch)[:, 0]
     for r, row in enumerate(rows):
         places = [(s, branch) for s, segment in enumerate(row) for branch in segment.branch_ids]
@@ -77,7 +78,7 @@ def test_a_pair_by_hand():
     assert batch.scored_targets.tolist() == [8, 9, 10, 11, 12]
     assert batch.lengths.tolist() == [2, 3]
     assert batch.sequence_sums(torch.tensor([1.0, 2.0, 10.0, 20.0, 30.0])).tolist() == [3.0, 60.0]
-    assert (batch.num_tokens, batch.num_scored, batch.data_rows, batch.plain) == (7, 5, (7,), False)
+    assert (batch.num_tokens, batch.num_scored, batch.data_rows) == (7, 5, (7,))
 
 
 def test_the_same_pair_as_two_rows_by_hand():
@@ -86,7 +87,7 @@ def test_the_same_pair_as_two_rows_by_hand():
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 0, 0, 0, 0], [5, 6, 7, 10, 11, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 0, 0, 0], [0, 1, 2, 3, 4, 0, 0, 0]]
     assert batch.targets.tolist() == [[no, no, 8, 9, no, no, no, no], [no, no, 10, 11, 12, no, no, no]]
-    assert batch.lengths.tolist() == [2, 3] and batch.data_rows == (7,) and batch.plain
+    assert batch.lengths.tolist() == [2, 3] and batch.data_rows == (7,)
 
 
 def test_examples_by_hand():
@@ -98,7 +99,7 @@ def test_examples_by_hand():
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 0, 0, 0]]
     assert batch.segment_ids.tolist() == [[0, 0, 0, 1] + [PADDING] * 4]
     assert batch.targets.tolist() == [[no, 7, 8, 21, no, no, no, no]]
-    assert batch.lengths.tolist() == [2, 1] and batch.data_rows == (4, 9) and not batch.plain
+    assert batch.lengths.tolist() == [2, 1] and batch.data_rows == (4, 9)
     assert batch.sequence_sums(torch.tensor([1.0, 2.0, 4.0])).tolist() == [3.0, 4.0]
 
 

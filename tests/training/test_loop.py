@@ -42,7 +42,13 @@ def go(monkeypatch):
         clock.now += 2
         count = step + 1
         return StepResult(
-            {"loss": 10.0 * step}, 1.0 + step, count, examples=2, num_tokens=count, supervised_tokens=count
+            {"loss": 10.0 * step},
+            1.0 + step,
+            count,
+            examples=2,
+            num_tokens=count,
+            supervised_tokens=count,
+            positions=2 * count,
         )
 
     monkeypatch.setattr(loop, "optimizer_step", step)

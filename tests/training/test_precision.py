@@ -1,15 +1,16 @@
 """fp16 means fp16: a T4 has no bfloat16, so none may appear in a step; and weights and gradients stay fp32."""
 
+import bitsandbytes as bnb
 import helpers
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowlevel.config import TrainConfig
+from lowlevel.config import ModelConfig, TrainConfig
 from lowlevel.loop import evaluate_examples
 from lowlevel.loss_scale import LossScale
-from lowlevel.model.base import Placement
+from lowlevel.model.base import Placement, load_base
 from lowlevel.optimizer import build_optimizer
 
 FP16 = Placement(torch.device("cpu"), "fp16")
@@ -88,3 +89,11 @@ def test_fp16_gradients_are_near_those_of_fp32(tiny_base):
     tiny = LossScale(scale=2.0**-14)  # as a loss divided by many tokens would be
     _, lost = helpers.loss_and_gradient(policy, helpers.sft(), examples, scale=tiny)
     assert max(helpers.drifts(lost, expected)) > 5e-2
+
+
+def test_eval_mode_on_a_cpu_with_bf16_instructions_computes_in_fp32(tiny_base, monkeypatch):
+    """bitsandbytes 0.50 would repack 4-bit weights for bf16 products there, in eval mode alone."""
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+    model = load_base(ModelConfig(name=str(tiny_base)), helpers.CPU)
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)

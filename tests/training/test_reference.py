@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from lowlevel.config import ModelConfig, TrainConfig
 from lowlevel.dpo import completion_logps
+from lowlevel.hashing import key32
 from lowlevel.layout import attention_mask
 from lowlevel.losses import token_logps
 from lowlevel.model.adapters import read_adapter_weights
@@ -34,7 +35,7 @@ def test_step_0_is_exactly_ln_2(tiny_base, parent_adapter, quantised, packing, s
     for disable_dropout in (True, False):
         method = helpers.dpo(4, packing=packing, disable_dropout=disable_dropout)
         batch = method.micro_batches(helpers.ragged_pairs())[0]
-        policy.dropout.set_micro_batch(batch.dropout_keys, 1, 0)
+        policy.dropout.set_micro_batch(batch.dropout_keys, key32(1, 0))
         with policy.reference():
             reference = completion_logps(policy, batch)
         assert all(map(torch.equal, completion_logps(policy, batch), reference))
@@ -132,7 +133,7 @@ def test_the_reference_is_what_plain_peft_loads(tiny_base, parent_adapter, quant
         tiny_base, quantised=quantised, dropout=0.1, parent=parent_adapter if stacked else None
     )
     (batch,) = helpers.dpo(packing=packing, row_length=256).micro_batches(helpers.ragged_pairs())
-    policy.dropout.set_micro_batch(batch.dropout_keys, 1, 0)
+    policy.dropout.set_micro_batch(batch.dropout_keys, key32(1, 0))
     with policy.reference():
         reference = torch.cat(completion_logps(policy, batch))
     plain = load_base(ModelConfig(name=str(tiny_base), load_in_4bit=quantised), helpers.CPU)

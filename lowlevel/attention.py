@@ -1,0 +1,220 @@
+"""Attention over packed rows without a mask: each span of queries sees its own list of keys, causally.
+
+The idea. A (T, T) mask makes a kernel compute all scores and throw most of them away, and it costs memory. But every
+rule of the layout is causal attention of a span of neighbouring positions over a list of keys: an SFT example over
+itself; of a pair, prompt and chosen completion over themselves, and the rejected completion over prompt and itself.
+So the kernels for sequences of different lengths in one row ("varlen") do it all: they take cumulative lengths of
+queries and keys, align the causal triangle to the bottom right, and compute nothing that is thrown away.
+
+Kernels. `flash` (FlashAttention 2, compute capability 8.0 and up, fp16 and bf16), `efficient` (CUTLASS, from 5.0 up:
+what a T4 has) and `math` (plain torch, span by span: the twin that tests hold the others to, on any device). All are
+torch's own; the operator below only gives them one signature, a gradient and a shape rule for the compiler.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+KERNELS = ("flash", "efficient", "math")
+CAUSAL_BOTTOM_RIGHT = 2  # `custom_mask_type` of torch's efficient attention
+
+
+def span_attention(
+    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int, scale: float, kernel: str
+) -> Tensor:
+    """Causal attention of each span of queries over its list of keys.
+
+    Args:
+        query: (M, H, D); span g holds rows queries[g] to queries[g + 1].
+        key, value: (K, H_kv, D), H a multiple of H_kv; span g sees rows keys[g] to keys[g + 1]. With q queries and k
+            keys, query i sees the first k - q + i + 1 keys.
+        queries, keys: (G + 1,) int32, cumulative. Empty spans are allowed; every query must lie in a span.
+        longest: no span has more queries or keys than this.
+        scale: factor on the scores.
+        kernel: one of KERNELS.
+
+    Returns:
+        (M, H, D), in the dtype of `query`. Differentiable once in query, key and value.
+    """
+    output, _ = _attend(query, key, value, queries, keys, longest, scale, kernel)
+    return output
+
+
+@torch.library.custom_op("lowlevel::list_keys", mutates_args=())
+def list_keys(values: Tensor, key_index: Tensor, key_uses: Tensor) -> Tensor:
+    """Keys or values as the spans list them: (M, H_kv, D) -> (K, H_kv, D).
+
+    `key_uses` (2, M) says where each position is listed, so that the gradient is a sum of two gathers: an `index_add`
+    would add in an order that changes from run to run. (An operator and no autograd.Function: see CounterDropout.)
+    """
+    return values.index_select(0, key_index)
+
+
+@list_keys.register_fake
+def _(values: Tensor, key_index: Tensor, key_uses: Tensor) -> Tensor:
+    return values.new_empty(key_index.shape[0], values.shape[1], values.shape[2])
+
+
+@torch.library.custom_op("lowlevel::list_keys_backward", mutates_args=())
+def _list_keys_backward(grad: Tensor, key_uses: Tensor) -> Tensor:
+    padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])  # row K: listed nowhere
+    return padded.index_select(0, key_uses[0]) + padded.index_select(0, key_uses[1])
+
+
+@_list_keys_backward.register_fake
+def _(grad: Tensor, key_uses: Tensor) -> Tensor:
+    return grad.new_empty(key_uses.shape[1], grad.shape[1], grad.shape[2])
+
+
+def _save_uses(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _sum_uses(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _list_keys_backward(grad, ctx.saved_tensors[0]), None, None
+
+
+list_keys.register_autograd(_sum_uses, setup_context=_save_uses)
+
+
+@torch.library.custom_op("lowlevel::span_attention", mutates_args=())
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """Output (M, H, D) and logsumexp, whose shape is the kernel's own."""
+    if kernel == "flash":
+        output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
+            query, key, value, queries, keys, longest, longest, 0.0, True, False, scale=scale
+        )
+        return output, logsumexp
+    if kernel == "efficient":
+        groups = query.shape[1] // key.shape[1]
+        bounds = min(longest, len(query)), min(longest, len(key))  # torch 2.11 refuses larger ones than the row
+        output, logsumexp, *_ = torch.ops.aten._efficient_attention_forward(
+            query[None], _expand(key, groups)[None], _expand(value, groups)[None], None, queries, keys, *bounds, 0.0,
+            CAUSAL_BOTTOM_RIGHT, True, scale=scale,
+        )  # fmt: skip
+        return output[0].contiguous(), pad(logsumexp, (0, _aligned(longest) - logsumexp.shape[-1]))
+    output = torch.zeros_like(query)
+    for q, k in _spans(queries, keys):
+        output[q] = _math(query[q], key[k], value[k], scale)
+    return output, query.new_zeros(query.shape[1], query.shape[0], dtype=torch.float32)
+
+
+@_attend.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int, scale: float, kernel: str
+):  # type: ignore[no-untyped-def]  # noqa: ANN202, E501
+    heads, positions = query.shape[1], query.shape[0]
+    shape = (queries.shape[0] - 1, heads, _aligned(longest)) if kernel == "efficient" else (heads, positions)
+    return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("lowlevel::span_attention_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, queries: Tensor,
+    keys: Tensor, longest: int, scale: float, kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query (M, H, D), key and value (K, H_kv, D)."""
+    unused = torch.zeros(2, dtype=torch.uint64, device=query.device) if kernel == "flash" else None
+    if kernel == "flash":
+        return torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), query, key, value, output, logsumexp, queries, keys, longest, longest, 0.0, True, unused,
+            torch.empty(0, device=query.device), scale=scale,
+        )  # fmt: skip
+    if kernel == "efficient":
+        groups = query.shape[1] // key.shape[1]
+        zero = torch.zeros((), dtype=torch.int64, device=query.device)
+        bounds = min(longest, len(query)), min(longest, len(key))
+        grad_query, grad_key, grad_value, _ = torch.ops.aten._efficient_attention_backward(
+            grad.contiguous()[None], query[None], _expand(key, groups)[None], _expand(value, groups)[None], None,
+            output[None], queries, keys, *bounds, logsumexp[..., : _aligned(bounds[0])].contiguous(), 0.0, zero, zero,
+            CAUSAL_BOTTOM_RIGHT, False, scale=scale,
+        )  # fmt: skip
+        return grad_query[0].contiguous(), _reduce(grad_key[0], groups), _reduce(grad_value[0], groups)
+    grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for q, k in _spans(queries, keys):
+        parts = _math_backward(grad[q], query[q], key[k], value[k], scale)
+        for total, span, part in zip(grads, (q, k, k), parts, strict=True):
+            total[span] = part
+    return grads
+
+
+@_attend_backward.register_fake
+def _(grad, query, key, value, output, logsumexp, queries, keys, longest, scale, kernel):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    return tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (query, key, value))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, queries, keys, ctx.longest, ctx.scale, ctx.kernel = inputs
+    ctx.save_for_backward(query, key, value, *output, queries, keys)
+
+
+def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, output, logsumexp, queries, keys = ctx.saved_tensors
+    grads = _attend_backward(
+        grad, query, key, value, output, logsumexp, queries, keys, ctx.longest, ctx.scale, ctx.kernel
+    )
+    return *grads, None, None, None, None, None
+
+
+_attend.register_autograd(_gradient, setup_context=_save)
+
+
+def _math(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """One span in plain torch: (q, H, D) over (k, H_kv, D), softmax in fp32 or better."""
+    value = _expand(value, query.shape[1] // value.shape[1])
+    weights = _weights(query, key, scale)
+    return torch.einsum("hqk,khd->qhd", weights, value.to(weights.dtype)).to(query.dtype)
+
+
+def _weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """P = softmax(scale Q K^T) under the causal triangle, (H, q, k)."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    key = _expand(key, query.shape[1] // key.shape[1])
+    scores = torch.einsum("qhd,khd->hqk", query.to(dtype), key.to(dtype)) * scale
+    q, k = scores.shape[-2:]
+    hidden = torch.ones(q, k, dtype=torch.bool, device=query.device).triu(k - q + 1)
+    return scores.masked_fill(hidden, float("-inf")).softmax(-1)
+
+
+def _math_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dV = P^T dO; dP = dO V^T; dS = P (dP - rowsum(P dP)); dQ = scale dS K; dK = scale dS^T Q."""
+    groups = query.shape[1] // key.shape[1]
+    weights = _weights(query, key, scale)
+    q, k, v, g = (part.to(weights.dtype) for part in (query, _expand(key, groups), _expand(value, groups), grad))
+    grad_value = torch.einsum("hqk,qhd->khd", weights, g)
+    grad_weights = torch.einsum("qhd,khd->hqk", g, v)
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+    grad_query = torch.einsum("hqk,khd->qhd", grad_scores, k)
+    grad_key = torch.einsum("hqk,qhd->khd", grad_scores, q)
+    grads = grad_query, _reduce(grad_key, groups), _reduce(grad_value, groups)
+    return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(key.dtype)
+
+
+def _aligned(longest: int) -> int:
+    """Length of a row of the efficient kernel's logsumexp."""
+    return -(-longest // 32) * 32
+
+
+def _expand(values: Tensor, groups: int) -> Tensor:
+    """(K, H_kv, D) -> (K, H, D): each head once for every query head of its group."""
+    return values if groups == 1 else values.repeat_interleave(groups, dim=1)
+
+
+def _reduce(grad: Tensor, groups: int) -> Tensor:
+    """(K, H, D) -> (K, H_kv, D): the gradient of `_expand`."""
+    return grad.contiguous() if groups == 1 else grad.unflatten(1, (-1, groups)).sum(2)
+
+
+def _spans(queries: Tensor, keys: Tensor) -> list[tuple[slice, slice]]:
+    starts = zip(queries.tolist(), keys.tolist(), strict=True)
+    bounds = list(starts)
+    pairs = zip(bounds, bounds[1:], strict=False)
+    return [(slice(q0, q1), slice(k0, k1)) for (q0, k0), (q1, k1) in pairs if q1 > q0]

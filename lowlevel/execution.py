@@ -1,0 +1,170 @@
+"""How a micro-step runs: forward, loss and backward of one micro-batch, added into the flat gradient.
+
+    eager      every operation launched from Python: the truth that the others are tested against
+    compiled   the same, with each decoder layer compiled (model/layers.py)
+    graphed    the compiled micro-step captured once a batch shape in a CUDA graph, and replayed
+
+A small model's step is thousands of short kernels, and a CPU needs longer to launch one than a GPU to run it; a graph
+is launched as one. It replays with the addresses of its capture, so batch, loss factor and dropout key are copied into
+buffers of the graph first, and sums are copied out. All graphs share one memory pool: they never run at the same time,
+and nothing but their sums stays in the pool between two of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowlevel.hashing import key32
+from lowlevel.layout import PackedBatch
+from lowlevel.method import Method
+from lowlevel.model.policy import Policy
+
+MODES = ("eager", "compiled", "graphed")
+Signature = tuple[object, ...]
+
+
+class ExecutionFailedError(Exception):
+    """A mode failed and a simpler one is in use now; the step's gradient is spoilt and the step must start anew."""
+
+
+class Execution(Protocol):
+    """Runs micro-steps."""
+
+    def run(self, batch: PackedBatch, factor: float, seed: int, step: int) -> dict[str, Tensor]:
+        """Add the gradient of `factor` times the summed loss into the flat gradient; return detached sums by name."""
+
+
+@dataclass(frozen=True)
+class Eager:
+    """Launches every operation; also runs compiled layers."""
+
+    policy: Policy
+    method: Method
+
+    def run(self, batch: PackedBatch, factor: float, seed: int, step: int) -> dict[str, Tensor]:
+        """See Execution."""
+        return micro_step(self.policy, self.method, batch, factor, key32(seed, step))
+
+
+def micro_step(
+    policy: Policy, method: Method, batch: PackedBatch, factor: float | Tensor, key: int | Tensor
+) -> dict[str, Tensor]:
+    """Forward, loss and backward. `key` is that of dropout: hash of seed and step."""
+    policy.dropout.set_micro_batch(batch.dropout_keys, key)
+    sums = method.loss(policy, batch)
+    (sums.loss * factor).backward()
+    return {"loss": sums.loss.detach(), **sums.metrics}
+
+
+@dataclass
+class Captured:
+    """One graph with its buffers."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: PackedBatch
+    factor: Tensor
+    key: Tensor
+    names: tuple[str, ...]
+    sums: Tensor
+
+
+class Graphed:
+    """Captures each batch shape when it comes first, and replays it from then on."""
+
+    def __init__(self, policy: Policy, method: Method) -> None:
+        """Captures nothing yet."""
+        self.policy, self.method = policy, method
+        self.captured: dict[Signature, Captured] = {}
+        self._ready: set[frozenset[str]] = set()
+        self._pool: Any = None
+        self._stream = torch.cuda.Stream()
+
+    def run(self, batch: PackedBatch, factor: float, seed: int, step: int) -> dict[str, Tensor]:
+        """See Execution."""
+        key, signature = key32(seed, step), signature_of(batch)
+        kind = frozenset(batch.tensors())  # batches of other tensors run other operations
+        if kind not in self._ready:
+            self._ready.add(kind)
+            return self._warm_up(batch, factor, key)
+        if signature not in self.captured:
+            self.captured[signature] = self._capture(batch)
+        return self._replay(self.captured[signature], batch, factor, key)
+
+    def _warm_up(self, batch: PackedBatch, factor: float, key: int) -> dict[str, Tensor]:
+        """The first micro-step of all is not captured: compilers and libraries set themselves up in it."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            sums = micro_step(self.policy, self.method, batch, factor, key)
+        current.wait_stream(self._stream)
+        return sums
+
+    def _capture(self, batch: PackedBatch) -> Captured:
+        device = batch.input_ids.device
+        own = batch.with_tensors({name: tensor.clone() for name, tensor in batch.tensors().items()})
+        factor = torch.zeros((), device=device)
+        key = torch.zeros((), dtype=torch.int32, device=device)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        if not self.captured:
+            torch.cuda.empty_cache()  # the warm-up's blocks would stay cached beside the pool
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            named = micro_step(self.policy, self.method, own, factor, key)
+            sums = torch.stack([value.float() for value in named.values()])
+        self._pool = self._pool or graph.pool()
+        return Captured(graph, own, factor, key, tuple(named), sums)
+
+    def _replay(self, captured: Captured, batch: PackedBatch, factor: float, key: int) -> dict[str, Tensor]:
+        own = captured.batch.tensors()
+        new = batch.tensors()
+        torch._foreach_copy_(list(own.values()), [new[name] for name in own], non_blocking=True)
+        captured.factor.fill_(factor)
+        captured.key.fill_(key)
+        captured.graph.replay()
+        return dict(zip(captured.names, captured.sums.clone().unbind(), strict=True))
+
+
+def signature_of(batch: PackedBatch) -> Signature:
+    """What a captured graph depends on: the shape of every tensor, and the bound on spans."""
+    return (batch.longest, *((name, tuple(tensor.shape)) for name, tensor in batch.tensors().items()))
+
+
+class WithFallback:
+    """A mode, and the simpler ones after it: a failure to compile or capture prints one line and goes on with those."""
+
+    def __init__(self, policy: Policy, method: Method, mode: str, note: Callable[[str], None]) -> None:
+        """`note` prints the line."""
+        self.policy, self.method, self.note = policy, method, note
+        self.use(mode)
+
+    def use(self, mode: str) -> None:
+        """Switch to a mode of MODES."""
+        self.mode = mode
+        self.policy.layers.use(compiled=mode != "eager")
+        self.execution: Execution = (
+            Graphed(self.policy, self.method) if mode == "graphed" else Eager(self.policy, self.method)
+        )
+
+    def run(self, batch: PackedBatch, factor: float, seed: int, step: int) -> dict[str, Tensor]:
+        """See Execution.
+
+        Raises:
+            ExecutionFailedError: the mode failed; a simpler one is in use now.
+        """
+        try:
+            return self.execution.run(batch, factor, seed, step)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.mode == "eager":
+                raise
+            simpler = MODES[MODES.index(self.mode) - 1]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.note(f"execution: {self.mode} failed ({reason[:200]}); going on {simpler}")
+            self.use(simpler)
+            raise ExecutionFailedError(simpler) from error

@@ -1,0 +1,110 @@
+"""`lowlevel.losses.token_logps` on a CUDA GPU with a frozen LM head, without any fp32 buffer of logits.
+
+The idea and the equations are those of `lowlevel.losses.token_logps`; here a chunk's logits stay in the weight's dtype,
+from the product that makes them to the product that reads their gradient::
+
+    forward, a chunk     z = h W^T (cuBLAS)     lse, z_y = one read of z      logp = z_y - lse
+    backward, a chunk    z = h W^T (cuBLAS)     dz over z, in place           dh = dz W (cuBLAS)
+
+so a logit is written once and read once in the forward pass, and written twice and read twice in the backward pass, at
+2 bytes each; in `lowlevel.losses` the same takes several passes at 4 bytes over a buffer of twice the size. Kept for
+the backward pass: hidden (N, D), weight (V, D), targets (N,), lse (N,).
+
+Which calls are fast: all tensors on one CUDA device, a weight in fp16, bf16 or fp32 that does not require a gradient
+(QLoRA's LM head), at least one row, and a Triton that compiles for the GPU. Every other call is the losses' own, with
+its results and errors. The choice looks at the weight's flag and not at the grad mode, so that a policy pass and a
+reference pass under `no_grad` run the same kernels and agree bit for bit where the weights do.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from lowlevel import losses
+from lowlevel.kernels import vocabulary as ops
+
+CHUNK_BYTES = 32 * 2**20  # of logits: they stay in an H100's L2 (50 MB), and the products still fill the GPU
+ROW_STEP = 64  # rows of a cuBLAS tile
+
+
+def chunk_rows(vocabulary: int, itemsize: int) -> int:
+    """Rows a chunk, so that its logits take about 32 MiB: 512 for 32,000 words in fp16.
+
+    Args:
+        vocabulary: V, words.
+        itemsize: bytes a logit.
+
+    Returns:
+        A multiple of 64 (rows of a matrix product's tile), the largest within the budget, but at least 64: with fewer,
+        a product would be bound by reading the weight.
+    """
+    return max(CHUNK_BYTES // (max(vocabulary, 1) * itemsize) // ROW_STEP, 1) * ROW_STEP
+
+
+def token_logps(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int | None = None) -> Tensor:
+    """``log softmax(hidden @ lm_head_weight.T)[targets]``, row by row; fused where the module's conditions hold.
+
+    Args:
+        hidden: (N, D), floating; any strides.
+        lm_head_weight: (V, D), floating; its dtype is the dtype of the matrix products.
+        targets: (N,) int64 in [0, V), already shifted. One outside raises on CPU and gives NaN on the fast path.
+        chunk_size: rows a chunk; None is `chunk_rows` on the fast path and the losses' default elsewhere.
+
+    Returns:
+        (N,) in fp32; float64 if the weight is float64. Differentiable once. No host sync; after one call as a warm-up
+        it can be captured in a CUDA graph. Autocast changes nothing.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or ``chunk_size < 1``.
+        RuntimeError: a target is outside [0, V) (on CPU).
+    """
+    if not _is_fast(hidden, lm_head_weight, targets, chunk_size):
+        options = {} if chunk_size is None else {"chunk_size": chunk_size}
+        return losses.token_logps(hidden, lm_head_weight, targets, **options)
+    rows = chunk_size or chunk_rows(lm_head_weight.shape[0], lm_head_weight.element_size())
+    logps: Tensor = _FusedTokenLogps.apply(hidden, lm_head_weight, targets, rows)  # type: ignore[no-untyped-call]
+    return logps
+
+
+def _is_fast(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None) -> bool:
+    """Whether the arguments are right, so that the losses need not name the error, and the kernels take them."""
+    shapes = hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1]
+    shapes = shapes and targets.shape == hidden.shape[:1] and hidden.shape[0] > 0 and weight.shape[0] > 0
+    dtypes = hidden.is_floating_point() and weight.dtype in ops.DTYPES and targets.dtype == torch.int64
+    placed = hidden.is_cuda and hidden.device == weight.device == targets.device and not weight.requires_grad
+    fits = shapes and dtypes and placed and (chunk_size is None or chunk_size >= 1)
+    return fits and ops.usable(weight.device, weight.dtype, weight.shape[0])
+
+
+class _FusedTokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
+        pairs = [
+            ops.logsumexp_and_target(_logits(part, weight), part_targets)  # the logits die here, before the next chunk
+            for part, part_targets in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+        ]
+        lse, target_logit = (torch.cat(parts) for parts in zip(*pairs, strict=True))  # (N,) each
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.chunk_size = chunk_size
+        return target_logit.sub_(lse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None, None, None]:
+        hidden, weight, targets, lse = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        vectors = (part.split(ctx.chunk_size) for part in (targets, lse, grad_logps.contiguous()))
+        parts = zip(hidden.split(ctx.chunk_size), grad_hidden.split(ctx.chunk_size), *vectors, strict=True)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part, part_grad, *part_vectors in parts:
+                part_grad.copy_(ops.grad_logits_(_logits(part, weight), *part_vectors) @ weight)
+        return grad_hidden, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """``hidden @ weight.T`` in the weight's dtype, (chunk, V), a buffer of its own."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return linear(hidden.to(weight.dtype), weight)

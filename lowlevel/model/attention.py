@@ -1,0 +1,120 @@
+"""Which attention a run uses, and how span attention is plugged into transformers (its own AttentionInterface)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lowlevel.attention import list_keys, span_attention
+from lowlevel.config import ModelConfig
+from lowlevel.errors import ConfigError
+from lowlevel.layout import PackedBatch, attention_mask
+from lowlevel.model.base import Placement
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# What transformers knows span attention by; a name with "flash" in it would send it to look for a kernel on the hub.
+NAMES = {"flash": "lowlevel_fa2", "efficient": "lowlevel_efficient", "math": "lowlevel_math"}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of a run, and why it is this one."""
+
+    implementation: str  # as transformers names it: sdpa, eager, or one of NAMES
+    reason: str
+
+    @property
+    def kernel(self) -> str | None:
+        """The kernel of span attention; None where a mask says what a query sees."""
+        return next((kernel for kernel, name in NAMES.items() if name == self.implementation), None)
+
+    def arguments(self, batch: PackedBatch, dtype: torch.dtype) -> dict[str, Any]:
+        """What the decoder gets: spans, or a mask (rows, 1, T, T): boolean for sdpa, added to scores for eager."""
+        if self.kernel:
+            spans = (batch.span_queries, batch.span_keys, batch.key_index, batch.key_uses)
+            return {"attention_mask": None, "spans": spans, "longest": batch.longest}
+        visible = attention_mask(batch)
+        if self.implementation == "eager":
+            visible = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        return {"attention_mask": visible}
+
+
+MASKED = Attention("sdpa", "sdpa with an explicit mask: the run is on a CPU")
+
+
+def choose_attention(config: ModelConfig, base: PretrainedConfig, placement: Placement) -> Attention:
+    """The fastest attention that the device has; FlashAttention 2 needs compute capability 8.0.
+
+    Raises:
+        ConfigError: a kernel that this device or precision has not.
+    """
+    asked, on_gpu = config.attn_implementation, placement.device.type == "cuda"
+    if asked == "eager":
+        return Attention("eager", "eager attention: model.attn_implementation asks for it")
+    if asked == "sdpa":
+        return Attention("sdpa", "sdpa with an explicit mask: model.attn_implementation asks for it")
+    if not on_gpu:
+        if asked == "flash" or asked == "efficient":
+            raise ConfigError(f'model.attn_implementation = "{asked}" needs a GPU, and none is visible')
+        return MASKED
+    head = _head_dim(base)
+    if head % 8:
+        return Attention("sdpa", f"sdpa with an explicit mask: heads have {head} features, not a multiple of 8")
+    major, minor = torch.cuda.get_device_capability(placement.device)
+    where = f"compute capability {major}.{minor}"
+    lacks = ""
+    if major < 8:
+        lacks = f"FlashAttention 2 needs compute capability 8.0, this GPU has {major}.{minor}"
+    elif placement.precision == "fp32":
+        lacks = "FlashAttention 2 has no fp32"
+    elif head > 256:
+        lacks = f"FlashAttention 2 takes heads of up to 256 features, these have {head}"
+    if asked == "flash" and lacks:
+        raise ConfigError(f'model.attn_implementation = "flash": {lacks}')
+    if asked == "efficient" or lacks:
+        return Attention(NAMES["efficient"], f"spans, memory-efficient kernel: {lacks or 'asked for'}")
+    return Attention(NAMES["flash"], f"spans, flash kernel ({where})")
+
+
+def _head_dim(base: PretrainedConfig) -> int:
+    settings = base.to_dict()
+    return settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+
+
+def register() -> None:
+    """Make span attention known to transformers, under one name a kernel."""
+    from transformers import AttentionInterface
+
+    for kernel, name in NAMES.items():
+        AttentionInterface.register(name, partial(_forward, kernel=kernel))
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,  # (rows, H, T, D)
+    key: Tensor,  # (rows, H_kv, T, D)
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    kernel: str,
+    spans: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
+    longest: int = 0,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """What transformers calls in the place of its own attention; (rows, T, H, D)."""
+    if spans is None:
+        raise RuntimeError("span attention needs the spans of a PackedBatch; for plain calls set sdpa attention")
+    queries, keys, key_index, key_uses = spans
+    rows, heads, width, features = query.shape
+    flat = [part.transpose(1, 2).reshape(rows * width, -1, features) for part in (query, key, value)]
+    if key_index is not None and key_uses is not None:
+        flat[1:] = [list_keys(part, key_index, key_uses) for part in flat[1:]]
+    output = span_attention(flat[0], flat[1], flat[2], queries, keys, longest, scaling, kernel)
+    return output.view(rows, width, heads, features), None

@@ -1,0 +1,88 @@
+"""How decoder layers run: recomputed in the backward pass or not, compiled or not, their inputs on the host or not.
+
+All layers of a model are the same function with other weights. So one compiled function serves them all: torch lifts a
+module's weights to inputs of the graph, and the second layer finds the graph of the first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lowlevel.dropout import DropoutState
+
+Forward = Callable[..., Tensor]
+
+
+class DecoderLayers:
+    """The decoder layers of a model. Their `forward` is ours: the original one, checkpointed, compiled, or both."""
+
+    def __init__(self, base: nn.Module, recomputed: int | None, dropout: DropoutState) -> None:
+        """`recomputed`: how many layers, from the first, keep only their input for the backward pass; None: all."""
+        self.dropout = dropout
+        self.layers: Sequence[nn.Module] = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.recomputed = len(self.layers) if recomputed is None else recomputed
+        self.compiled = False
+        self._hook: Any = None
+        self._base = base
+        self.use(compiled=False)
+
+    def use(self, *, compiled: bool) -> None:
+        """Run the layers compiled, or as they are."""
+        if compiled:  # every model of this process shares the graphs' limit of 8, also those that are gone
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for number, layer in enumerate(self.layers):
+            forward = inspect.unwrap(type(layer).forward)  # transformers 5.23 wraps it in a checkpoint of its own
+            if compiled:  # torch keeps compiled graphs by code object: all layers share them
+                forward = torch.compile(forward, fullgraph=True)
+            bound = _bind(forward, layer, number < self.recomputed)
+            layer.forward = self._with_marks(bound) if compiled else bound  # type: ignore[method-assign]
+        self._require_input_grads(compiled)
+        self.compiled = compiled
+
+    def _with_marks(self, forward: Forward) -> Forward:
+        """Tell the compiler which sizes change from batch to batch, so that one graph serves every shape."""
+        mark = torch._dynamo.maybe_mark_dynamic
+
+        def run(hidden_states: Tensor, **arguments: Any) -> Tensor:
+            rotary, spans = arguments["position_embeddings"], arguments["spans"]
+            wide = [hidden_states, *rotary, arguments["position_ids"], self.dropout.token_keys, spans[3]]
+            for tensor in wide:
+                if tensor is not None:
+                    mark(tensor, 1)
+            if spans[2] is not None:
+                mark(spans[2], 0)
+            return forward(hidden_states, **arguments)
+
+        return run
+
+    def _require_input_grads(self, wanted: bool) -> None:
+        """Let the first layer's input ask for a gradient as every other layer's does: else it needs its own graph."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        embeddings = self._base.get_input_embeddings()  # type: ignore[operator]
+        if wanted and isinstance(embeddings, nn.Module):
+            self._hook = embeddings.register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+def _bind(forward: Forward, layer: nn.Module, recompute: bool) -> Forward:
+    """`layer.forward`, recomputed in the backward pass or not."""
+
+    def run(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        if recompute and torch.is_grad_enabled():
+            # No module of the base draws random numbers (load_base), and dropout is a hash: nothing to restore.
+            return checkpoint(forward, layer, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return forward(layer, hidden_states, **kwargs)
+
+    return run

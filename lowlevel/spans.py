@@ -1,0 +1,72 @@
+"""The layout's mask as spans: queries that lie side by side, each span with the list of keys that it sees, causally.
+
+    row          | prompt chosen | rejected | prompt chosen | rejected | padding |
+    spans        |       1       |     2    |       3       |     4    |    5    |
+    keys of 1    prompt chosen                 keys of 2    prompt rejected
+
+Prompt and chosen completion are neighbours: one causal span. The rejected completion is a second one, whose keys are
+the prompt's, listed again, and its own. Padding is a span of its own, so that no position is left without a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Spans:
+    """G spans over M positions, with K listed keys."""
+
+    queries: np.ndarray  # (G + 1,) int32: span g is positions queries[g] to queries[g + 1]
+    keys: np.ndarray  # (G + 1,) int32: its keys are the listed keys keys[g] to keys[g + 1]
+    key_index: np.ndarray | None  # (K,) int64: position of each listed key; None: the positions themselves
+    key_uses: np.ndarray | None  # (2, M) int64: where a position is listed; K stands for "nowhere"
+    longest: int  # most queries or keys of a span
+
+
+def build_spans(rows: Sequence[Sequence[np.ndarray]], width: int, *, count: int | None = None) -> Spans:
+    """Spans of flattened rows of `width` positions, given the branch_ids of each row's segments.
+
+    For a fixed shape, `count` fills up with empty spans, and the list of keys is filled up to twice the positions.
+    """
+    ends, listed = [0], []
+    for r, row in enumerate(rows):
+        start = r * width
+        for branches in row:
+            end = start + len(branches)
+            shares_prompt = {1, 2} <= set(branches)
+            split = start + int(np.count_nonzero(branches < 2)) if shares_prompt else end
+            prompt = start + int(np.count_nonzero(branches == 0))
+            ends.append(split)
+            listed.append(np.arange(start, split))
+            if shares_prompt:
+                ends.append(end)
+                listed.append(np.concatenate([np.arange(start, prompt), np.arange(split, end)]))
+            start = end
+        if start < (r + 1) * width:
+            ends.append((r + 1) * width)
+            listed.append(np.arange(start, (r + 1) * width))
+    missing = count - len(listed) if count else 0
+    key_index, positions = np.concatenate(listed), len(rows) * width
+    size = 2 * positions if count else len(key_index)
+    shared = len(key_index) > positions
+    return Spans(
+        queries=np.pad(np.array(ends, np.int32), (0, missing), mode="edge"),
+        keys=np.pad(np.cumsum([0, *map(len, listed)], dtype=np.int32), (0, missing), mode="edge"),
+        key_index=np.pad(key_index, (0, size - len(key_index))) if shared else None,
+        key_uses=_uses(key_index, positions, size) if shared else None,
+        longest=max(map(len, listed)),
+    )
+
+
+def _uses(key_index: np.ndarray, positions: int, nowhere: int) -> np.ndarray:
+    """Where each position is listed first, and where last if that is another place: (2, positions)."""
+    uses = np.full((2, positions), nowhere)
+    places = np.arange(len(key_index))
+    uses[1, key_index] = places  # of several assignments to one element the last one stays
+    uses[0, key_index[::-1]] = places[::-1]
+    uses[1, uses[0] == uses[1]] = nowhere
+    return uses

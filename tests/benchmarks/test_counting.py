@@ -1,0 +1,105 @@
+"""Counted operations against torch's own flop counter, the layout's mask, and numbers worked out by hand."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.cases import Case
+from benchmarks.counting import ModelShape, Op, Settings, Work, dequantise, step_ops, totals, visible_pairs
+from benchmarks.t4 import Counted, fit, t4_ceilings
+from benchmarks.timing import Ceilings
+from benchmarks.workload import case_config, llama_config
+
+PRODUCTS = ("base products", "adapter products", "LM head")
+SMALL = ModelShape(hidden=4, intermediate=8, layers=1, heads=2, kv_heads=1, vocabulary=10, rank=1)
+
+
+def flops(ops, names):
+    return sum(totals(ops)[name][0] for name in names)
+
+
+def test_one_layer_by_hand():
+    # q, o: 4 x 4; k, v: 4 x 2; gate, up: 4 x 8; down: 8 x 4. Weights: 16 + 8 + 8 + 16 + 32 + 32 + 32 = 144.
+    # Adapters: in + out = 8 + 6 + 6 + 8 + 12 + 12 + 12 = 64. LM head: 4 x 10.
+    settings = Settings("sft", checkpointing=False, dropout=True, input_gradient=True)
+    ops = step_ops(SMALL, [Work(positions=5, scored=3, pairs=15)], settings)
+    assert flops(ops, ["base products"]) == 2 * 5 * 144 * 2  # forward, backward
+    assert flops(ops, ["adapter products"]) == 2 * 5 * 64 * 3  # forward, gradient of weights, of inputs
+    assert flops(ops, ["LM head"]) == 2 * 3 * 40 * 3
+    assert flops(ops, ["attention"]) == 14 * 15 * 4
+    assert SMALL.trainable == 64
+    assert totals(ops)["optimizer"][1] == 64 * (4 + 4 + 8 + 28)
+
+
+def test_dequantised_bytes_by_hand():
+    ops = list(dequantise(64 * 64))  # 64 scales: a byte each, then 4 in and 4 out, then 4 in
+    assert sum(op.bytes for op in ops) == pytest.approx(64 * 64 * 2.5 + 64 * (1 + 4) + 64 * 8 + 64 * 4)
+
+
+@pytest.fixture(scope="module")
+def run(out):
+    """Build a method's parts as a run would, on an unquantised base that the flop counter can see through."""
+    from lowlevel.assembly import build_method, build_run_policy, check_inputs
+
+    def build(method, checkpointing):
+        case = Case("x", "lowlevel", method, checkpointing=checkpointing)
+        config = case_config(case, out / "workload", out / "unused", 24)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"load_in_4bit": False})})
+        inputs = check_inputs(config)
+        built = build_method(config, inputs.attention)
+        return build_run_policy(config, inputs), built, built.micro_batches(inputs.data.train[:8])
+
+    return build
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_step_against_the_flop_counter(run, method, checkpointing):
+    from lowlevel.loop import optimizer_step
+    from lowlevel.loss_scale import LossScale
+
+    policy, built, batches = run(method, checkpointing)
+    asks = []
+    policy.causal_lm.get_decoder().layers[0].register_forward_pre_hook(lambda m, x: asks.append(x[0].requires_grad))
+    with FlopCounterMode(display=False) as counter:
+        optimizer_step(policy, built, torch.optim.SGD([policy.flat.weights], 0.1), batches,
+                       LossScale.for_precision("fp32"), seed=0, step=0, max_grad_norm=1.0)  # fmt: skip
+    settings = Settings(method, checkpointing, dropout=True, compiled=False, input_gradient=any(asks))
+    ops = step_ops(ModelShape.of(llama_config("tiny"), 64), [Work.of(batch) for batch in batches], settings)
+    assert flops(ops, PRODUCTS) == counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_visible_pairs_are_those_of_the_mask(run, method):
+    from lowlevel.layout import attention_mask
+
+    for batch in run(method, False)[2]:
+        counted = visible_pairs(batch.segment_ids.numpy(), batch.branch_ids.numpy())
+        assert counted == int(attention_mask(batch).sum())
+
+
+HERE = Ceilings("NVIDIA H100 80GB HBM3", 700e12, 3e12, 2e-6, 5e-6, 50e9)
+
+
+def test_model_time_by_hand():
+    ops = (Op("a", flops=7e9, bytes=3e6, count=2), Op("b", flops=7e6, bytes=3e9), Op("c", link_bytes=50e6))
+    counted = Counted(Case("x", "lowlevel", "sft"), 1, ops)
+    expected = 2 * (7e9 / 350e12) + 3e9 / 1.5e12 + 4 * 2e-6 + 1e-3  # halves of both ceilings, 4 kernels, 50 MB
+    assert counted.seconds(HERE, (0.5, 0.5)) == pytest.approx(expected)
+
+
+def test_fit_finds_the_fractions():
+    shape = ModelShape(2048, 5632, 22, 32, 4, 32000, 64)
+    counted = [
+        Counted.of(Case("x", "lowlevel", "sft"), 1, step_ops(shape, works, Settings("sft", free, True)))
+        for free in (False, True)
+        for works in ([Work(4096, 4088, 10**6)], [Work(512, 511, 10**5)] * 8)
+    ]
+    measured = [c.seconds(HERE, (0.6, 0.45)) for c in counted]
+    assert fit(counted, measured, HERE) == pytest.approx((0.6, 0.45), abs=0.011)
+
+
+def test_ceilings_of_a_t4():
+    t4 = t4_ceilings(HERE)
+    assert t4.matmul_flops == pytest.approx(65e12 * 700 / 989.4)
+    assert t4.copy_bytes == pytest.approx(320e9 * 3 / 3.35)

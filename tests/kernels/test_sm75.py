@@ -1,0 +1,83 @@
+"""What a T4 (compute capability 7.5) would run: each kernel compiled for it, without a GPU, and its PTX read.
+
+Triton 3.6 (with torch 2.11) and 3.9 (with 2.13) take the same `ASTSource`; both were tried.
+"""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lowlevel.kernels
+from lowlevel.kernels import vocabulary as ops
+
+T4 = 75
+SHARED_MEMORY = 64 * 1024  # bytes a block may have on compute capability 7.5
+FILES = sorted(Path(lowlevel.kernels.__file__).parent.glob("*.py"))
+
+
+def compile_for(capability: int, name: str, dtype: str, vocabulary: int) -> Any:
+    """One of the kernels, for logits of a dtype at 16-byte addresses, as torch allocates them."""
+    triton = pytest.importorskip("triton", reason="compiles the kernels ahead of time")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(ops.kernels(), name)
+    constants = {"vocabulary": vocabulary, "block": ops.LAUNCH["block"]}
+    types = {"logits": f"*{dtype}", "targets": "*i64", **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(
+        fn=function,
+        signature={argument: types.get(argument, "*fp32") for argument in function.arg_names},
+        constexprs=constants,
+        attrs={(function.arg_names.index("logits"),): [["tt.divisibility", 16]]},
+    )
+    options = {key: value for key, value in ops.LAUNCH.items() if key != "block"}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def ptxas(ptx: str, folder: Path) -> tuple[int, int]:
+    """Registers a thread, and bytes that did not fit into registers, by the assembler that comes with Triton."""
+    from triton import knobs
+
+    (folder / "kernel.ptx").write_text(ptx)
+    command = [knobs.nvidia.ptxas.path, "-v", "-arch=sm_75", "kernel.ptx", "-o", "kernel.cubin"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    registers, spilled = (re.findall(p, result.stderr) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+    return int(registers[0]), int(spilled[0])
+
+
+@pytest.mark.parametrize("vocabulary", [1, 32000, 32003])
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("name", ops.Kernels._fields)
+def test_compiles_for_a_t4_without_what_a_t4_lacks(name: str, dtype: str, vocabulary: int, tmp_path: Path) -> None:
+    compiled = compile_for(T4, name, dtype, vocabulary)
+    ptx = compiled.asm["ptx"]
+    assert re.findall(r"^\.target (\w+)", ptx, re.MULTILINE) == ["sm_75"]
+    assert "bf16" not in ptx
+    assert not re.findall(r"\bmma\.|wgmma|ldmatrix|cp\.async", ptx)  # no product, and no copy that 7.5 has to emulate
+    assert compiled.metadata.shared <= SHARED_MEMORY
+    registers, spilled = ptxas(ptx, tmp_path)
+    assert registers * 32 * ops.WARPS * 4 <= 65536 and spilled == 0  # 4 programs fill a multiprocessor's 1,024 threads
+    # the vocabulary is moved 16 bytes at a time where alignment allows
+    aligned = vocabulary % 16 == 0
+    assert ("ld.global.v4" in ptx) == aligned
+    assert ("st.global.v4" in ptx) == (aligned and name == "grad_logits")
+    assert len(set(re.findall(r"ex2\.approx\S*", ptx))) == 1  # exponentials are one instruction, not a call
+
+
+def test_the_check_sees_bf16() -> None:
+    """bf16 logits compile for a T4 as well, through integer shifts: no bf16 instruction; an H100 has and uses them."""
+    assert "bf16" not in compile_for(T4, "grad_logits", "bf16", vocabulary=32000).asm["ptx"]
+    assert "bf16" in compile_for(90, "grad_logits", "bf16", vocabulary=32000).asm["ptx"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_no_matrix_product_in_triton(file: Path) -> None:
+    """`tl.dot` leaves a T4's tensor cores idle: products belong to cuBLAS. Docstrings may name it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Attribute, ast.alias)):
+            name = node.attr if isinstance(node, ast.Attribute) else node.name
+            assert name not in ("dot", "dot_scaled"), f"{file.name}:{node.lineno}"

@@ -1,0 +1,236 @@
+"""Spans against the mask, batches of fixed shape against plain ones, and compiled layers against eager ones."""
+
+import copy
+from dataclasses import replace
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from lowlevel.assembly import build_method
+from lowlevel.attention import list_keys, span_attention
+from lowlevel.config import DataConfig, DPOConfig, RunConfig
+from lowlevel.dpo import DPO
+from lowlevel.execution import MODES, Eager, WithFallback, signature_of
+from lowlevel.layout import Shape, attention_mask, build_batch, pair_rows, pair_segment, sft_segment
+from lowlevel.losses import LOSSES
+from lowlevel.model.attention import MASKED, NAMES, Attention
+from lowlevel.sft import SFT
+
+SHAPE = Shape(positions=16, examples=4, longest=64, capacity=96)
+SPANS = "lowlevel_math"
+
+
+def methods(shape=None):
+    return {
+        "sft": (SFT(2, 48, True, shape), helpers.ragged_examples()),
+        "dpo": (DPO(DPOConfig(disable_dropout=False), 2, 64, True, shape), helpers.ragged_pairs()),
+        "sft, a row each": (SFT(2, 48, False, shape), helpers.ragged_examples()),
+        "dpo, a row each": (DPO(DPOConfig(disable_dropout=False), 2, 64, False, shape), helpers.ragged_pairs()),
+    }
+
+
+def mask_from_spans(batch):
+    """The mask that the spans stand for, (M, M), built one query at a time."""
+    positions = batch.input_ids.numel()
+    index = torch.arange(positions) if batch.key_index is None else batch.key_index
+    mask = torch.zeros(positions, positions, dtype=torch.bool)
+    queries, keys = batch.span_queries.tolist(), batch.span_keys.tolist()
+    for g in range(len(queries) - 1):
+        count, listed = queries[g + 1] - queries[g], index[keys[g] : keys[g + 1]]
+        for i in range(count):
+            mask[queries[g] + i, listed[: len(listed) - count + i + 1]] = True
+    return mask
+
+
+@pytest.mark.parametrize("shape", [None, SHAPE])
+@pytest.mark.parametrize("name", methods())
+def test_spans_are_the_mask(name, shape):
+    method, examples = methods(shape)[name]
+    for batch in method.micro_batches(examples):
+        rows, width = batch.input_ids.shape
+        expected = torch.block_diag(*attention_mask(batch)[:, 0].int()).bool()
+        found = mask_from_spans(batch)
+        tokens = batch.segment_ids.flatten() >= 0
+        assert torch.equal(found[tokens], expected[tokens])
+        assert not found[:, ~tokens][tokens].any()  # no token sees padding
+        assert found.any(1).all() and batch.span_queries[-1] == rows * width  # every position has something to see
+        spans = batch.span_queries.diff().max(), batch.span_keys.diff().max()
+        assert max(spans) <= batch.longest
+
+
+def test_key_uses_say_where_each_position_is_listed():
+    batch = methods()["dpo"][0].micro_batches(helpers.ragged_pairs())[0]
+    listed = [[] for _ in range(batch.input_ids.numel())]
+    for place, position in enumerate(batch.key_index.tolist()):
+        listed[position].append(place)
+    nowhere = len(batch.key_index)
+    assert max(map(len, listed)) == 2
+    for position, places in enumerate(listed):
+        assert sorted(p for p in batch.key_uses[:, position].tolist() if p != nowhere) == places
+
+
+def random_attention(seed=0, groups=2):
+    generator = torch.Generator().manual_seed(seed)
+    batch = methods()["dpo"][0].micro_batches(helpers.ragged_pairs())[0]
+    positions = batch.input_ids.numel()
+    shapes = (positions, 2 * groups, 8), (positions, 2, 8), (positions, 2, 8)
+    return batch, [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_span_attention_equals_attention_with_the_mask_forward_and_gradient(groups):
+    batch, (query, key, value) = random_attention(groups=groups)
+    listed = [list_keys(part, batch.key_index, batch.key_uses) for part in (key, value)]
+    output = span_attention(query, *listed, batch.span_queries, batch.span_keys, batch.longest, 0.3, "math")
+    scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(groups, 1)) * 0.3
+    scores = scores.masked_fill(~mask_from_spans(batch), float("-inf"))
+    expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value.repeat_interleave(groups, 1))
+    assert torch.allclose(output, expected, rtol=0, atol=1e-13)
+    direction = torch.randn_like(output)
+    grads = torch.autograd.grad(output, (query, key, value), direction)
+    for found, wanted in zip(grads, torch.autograd.grad(expected, (query, key, value), direction), strict=True):
+        assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_the_operator_obeys_torchs_rules_for_custom_operators():
+    batch, (query, key, value) = random_attention()
+    listed = [list_keys(part, batch.key_index, batch.key_uses).detach().requires_grad_() for part in (key, value)]
+    arguments = (query, *listed, batch.span_queries, batch.span_keys, batch.longest, 0.3, "math")
+    torch.library.opcheck(torch.ops.lowlevel.span_attention.default, arguments)
+
+
+def gradient(policy, method, examples, *, dropout_seed=1):
+    """Loss, metrics and flat gradient of one step, summed over its micro-batches."""
+    policy.flat.grad.zero_()
+    execution = Eager(policy, method)
+    sums = [execution.run(batch, 1.0, dropout_seed, 0) for batch in method.micro_batches(examples)]
+    return {name: sum(float(one[name]) for one in sums) for name in sums[0]}, policy.flat.grad.clone()
+
+
+@pytest.mark.parametrize("name", methods())
+def test_spans_and_fixed_shapes_give_the_same_step(tiny_base, name):
+    method, examples = methods()[name]
+    expected, wanted = gradient(helpers.make_policy(tiny_base, dropout=0.3), method, examples)
+    policy = helpers.make_policy(tiny_base, dropout=0.3, attention=SPANS)
+    for shape in (None, SHAPE):
+        method, examples = methods(shape)[name]
+        found, grad = gradient(policy, method, examples)
+        for metric, value in expected.items():
+            assert found[metric] == pytest.approx(value, rel=1e-5, abs=1e-5), (metric, shape)
+        assert (grad - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sigmoid_norm", "rpo"])
+def test_examples_that_fill_a_shape_reach_no_sum(tiny_base, loss_type):
+    policy = helpers.make_policy(tiny_base)
+    pairs = helpers.ragged_pairs(3)
+    results = []
+    for shape in (None, SHAPE):
+        method = DPO(DPOConfig(loss_type=loss_type), 4, 64, True, shape)
+        results.append(gradient(policy, method, pairs))
+    (expected, wanted), (found, grad) = results
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert torch.isfinite(grad).all() and (grad - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_build_method_fills_up_no_batch_of_a_loss_that_mixes_pairs(loss_type):
+    data = DataConfig(format="preference")
+    config = RunConfig(method="dpo", data=data, dpo=DPOConfig(loss_type=loss_type))
+    shape = build_method(config, Attention(NAMES["math"], "")).shape
+    batch = DPO(config.dpo, 2, 64, True, replace(shape, longest=64)).micro_batches(helpers.ragged_pairs(3))[0]
+    assert batch.real.all() == LOSSES[loss_type].mixes_pairs
+    assert build_method(config, MASKED).shape is None
+
+
+def test_a_fixed_shape_is_the_same_for_batches_of_about_the_same_size():
+    method = SFT(2, 48, True, SHAPE)
+    batches = [b for seed in range(12) for b in method.micro_batches(helpers.ragged_examples(seed=seed))]
+    assert len({signature_of(batch) for batch in batches}) < len(batches) / 2
+    for batch in batches:
+        assert batch.input_ids.shape[1] % SHAPE.positions == 0
+        positions = batch.input_ids.numel()
+        assert len(batch.scored_positions) == (
+            positions if batch.num_scored > positions * 3 // 4 else positions * 3 // 4
+        )
+        assert batch.scored_positions.unique().numel() == len(batch.scored_positions)
+
+
+def test_changing_one_example_leaves_the_others_bit_equal(tiny_base):
+    policy = helpers.make_policy(tiny_base, attention=SPANS)
+    method, examples = methods(SHAPE)["sft"]
+    changed = copy.deepcopy(examples)
+    changed[0].input_ids[1:] = 3 + (changed[0].input_ids[1:] + 1) % 20
+    results = []
+    for rows in (examples, changed):
+        logps = {}
+        for batch in SFT(8, 48, True, SHAPE).micro_batches(rows):
+            hidden = policy.scored_hidden_states(batch).detach()
+            for number, row in enumerate(batch.data_rows):
+                index = batch.sequence_index[number]
+                logps[row] = hidden[index[index < len(hidden)]]
+        results.append(logps)
+    first = examples[0].row
+    assert not torch.equal(results[0][first], results[1][first])
+    assert all(torch.equal(results[0][row], results[1][row]) for row in results[0] if row != first)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_compiled_layers_give_the_same_step_from_one_graph_a_mode(tiny_base, name, checkpointing):
+    torch._dynamo.reset()
+    counters.clear()
+    policy = helpers.make_policy(tiny_base, dropout=0.3, attention=SPANS, checkpointing=checkpointing)
+    method, examples = methods(SHAPE)[name]
+    expected, wanted = gradient(policy, method, examples)
+    notes = []
+    execution = WithFallback(policy, method, "compiled", notes.append)
+    assert policy.layers.compiled
+    policy.flat.grad.zero_()
+    sums = [execution.run(batch, 1.0, 1, 0) for batch in method.micro_batches(examples)]
+    assert not notes
+    assert sum(float(one["loss"]) for one in sums) == pytest.approx(expected["loss"], rel=1e-5)
+    assert (policy.flat.grad - wanted).norm() / wanted.norm() < 1e-5
+    shapes = {batch.input_ids.shape for batch in method.micro_batches(examples)}
+    assert len(shapes) > 1 and len(policy.layers.layers) > 1
+    modes = 1 if name == "sft" else 2  # dpo: the policy's pass and the reference's
+    assert counters["stats"]["unique_graphs"] == modes
+    assert sum(counters["graph_break"].values()) == 0
+
+
+def test_a_mode_that_fails_falls_back_with_one_line(tiny_base):
+    policy = helpers.make_policy(tiny_base, attention=SPANS)
+    method, examples = methods(SHAPE)["sft"]
+    notes = []
+    execution = WithFallback(policy, method, "compiled", notes.append)
+
+    class Broken:
+        def run(self, *arguments):
+            raise RuntimeError("no compiler here\nand a long traceback")
+
+    execution.execution = Broken()
+    result = helpers.step(policy, method, examples, execution=execution)
+    assert notes == ["execution: compiled failed (no compiler here); going on eager"]
+    assert execution.mode == MODES[0] and not policy.layers.compiled
+    expected = helpers.step(helpers.make_policy(tiny_base, attention=SPANS), method, examples)
+    assert result.metrics["loss"] == expected.metrics["loss"] and result.grad_norm == expected.grad_norm
+
+
+def test_a_failure_of_the_eager_mode_is_an_error(tiny_base):
+    policy = helpers.make_policy(tiny_base, attention=SPANS)
+    method, examples = methods(SHAPE)["sft"]
+    execution = WithFallback(policy, method, "eager", pytest.fail)
+    broken = replace(method.micro_batches(examples)[0], longest=None, span_queries=None)
+    with pytest.raises(Exception, match="."):
+        execution.run(broken, 1.0, 1, 0)
+
+
+def test_rows_of_pairs_need_no_listed_keys():
+    prompt, chosen, rejected = np.arange(5), np.arange(3), np.arange(4)
+    rows = [[segment] for segment in pair_rows(0, 0, prompt, chosen, rejected)]
+    assert build_batch(rows, pairs=True).key_index is None
+    assert build_batch([[sft_segment(0, 0, prompt, prompt)]], pairs=False).key_index is None
+    assert build_batch([[pair_segment(0, 0, prompt, chosen, rejected)]], pairs=True).key_index is not None
