@@ -111,6 +111,12 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("config", type=Path, metavar="RUN.toml")
     data.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
     _add_losses(add)
+    plan = add("plan", "forecast a run's GPU memory and find the fastest way to fit a budget", _plan, takes_config=True)
+    plan.add_argument("config", type=Path, metavar="RUN.toml")
+    plan.add_argument("--budget", metavar="SIZE", help='like "15GiB" (default: train.memory_budget, or 15GiB)')
+    memory = add("memory", "what a run's largest micro-batch took of the GPU's memory, by component and phase", _memory)
+    memory.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    memory.add_argument("--plot", type=Path, metavar="FILE.png")
     _add_model_commands(add)
     return parser
 
@@ -252,6 +258,21 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from lowlevel.run import run_training
 
     run_training(config, make_console(), resume=options.resume, restart=options.restart)
+
+
+def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    _quiet()
+    from lowlevel.commands.plan import show_plan
+    from lowlevel.progress import make_console
+
+    show_plan(load_config(options.config, overrides), make_console(), options.budget)
+
+
+def _memory(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from lowlevel.commands.plan import show_memory
+    from lowlevel.progress import make_console
+
+    show_memory(options.run_dir, make_console(), options.plot)
 
 
 def _data(options: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -69,9 +69,13 @@ class DPO:
         """Preference pairs."""
         return len(batch.data_rows)
 
+    def size(self, example: PreferenceExample) -> int:
+        """Positions of a pair with its prompt shared."""
+        return len(example.prompt_ids) - 1 + len(example.chosen_ids) + len(example.rejected_ids)
+
     def micro_batches(self, examples: Sequence[PreferenceExample]) -> list[PackedBatch]:
         """Pairs of one step in rows; each pair counts once wherever it lies."""
-        sizes = [len(x.prompt_ids) - 1 + len(x.chosen_ids) + len(x.rejected_ids) for x in examples]
+        sizes = [self.size(example) for example in examples]
         groups = micro_batch_rows(sizes, self.batch_size, self.row_length, self.packing, self.shape)
         return [self._batch([[examples[i] for i in row] for row in rows]) for rows in groups]
 

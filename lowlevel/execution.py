@@ -24,6 +24,7 @@ from lowlevel.layout import PackedBatch
 from lowlevel.method import Method
 from lowlevel.model.policy import Policy
 
+MAX_GRAPHS = 32  # a graph of 5,000 kernels takes the driver some 25 MB, which no allocator counts
 MODES = ("eager", "compiled", "graphed")
 Signature = tuple[object, ...]
 
@@ -91,9 +92,12 @@ class Graphed:
         if kind not in self._ready:
             self._ready.add(kind)
             return self._warm_up(batch, factor, key)
-        if signature not in self.captured:
-            self.captured[signature] = self._capture(batch)
-        return self._replay(self.captured[signature], batch, factor, key)
+        captured = self.captured.pop(signature, None) or self._capture(batch)
+        self.captured[signature] = captured  # the last one is the one used last
+        if len(self.captured) > MAX_GRAPHS:
+            torch.cuda.synchronize()  # the oldest may still be running
+            del self.captured[next(iter(self.captured))]
+        return self._replay(captured, batch, factor, key)
 
     def _warm_up(self, batch: PackedBatch, factor: float, key: int) -> dict[str, Tensor]:
         """The first micro-step of all is not captured: compilers and libraries set themselves up in it."""

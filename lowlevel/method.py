@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lowlevel.layout import PackedBatch
+from lowlevel.layout import PackedBatch, Shape
 from lowlevel.model.policy import Policy
 
 
@@ -26,6 +26,17 @@ class Method(Protocol):
     @property
     def name(self) -> str:
         """The method's name."""
+
+    @property
+    def packing(self) -> bool:
+        """Whether examples share rows."""
+
+    @property
+    def shape(self) -> Shape | None:
+        """How batches are filled up, if they are."""
+
+    def size(self, example: Any) -> int:
+        """Positions that an example takes."""
 
     def micro_batches(self, examples: Sequence[Any]) -> list[PackedBatch]:
         """Lay the examples of one optimizer step out, on the CPU."""

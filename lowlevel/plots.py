@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,4 +30,25 @@ def plot_loss(records: list[dict[str, Any]], path: Path, *, title: str) -> None:
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def plot_memory(report: Mapping[str, Any], path: Path, *, title: str) -> None:
+    """A PNG of memory by phase, stacked by component; `report` as in a run's memory.json."""
+    from matplotlib.figure import Figure
+
+    paged = "optimizer state"
+    parts = {name: size / 2**20 for name, size in report["components"].items() if name != paged}
+    names = list(report["phases"])
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(names)
+    for number, (part, size) in enumerate(parts.items()):
+        axes.barh(names, size, left=left, label=part, color=f"C{number}")
+        left = [value + size for value in left]
+    rest = [report["phases"][name] / 2**20 - start for name, start in zip(names, left, strict=True)]
+    axes.barh(names, rest, left=left, label="activations and workspaces", color="0.75")
+    axes.invert_yaxis()
+    axes.set(xlabel="MiB allocated at the phase's peak (paged optimizer state apart)", title=title)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)

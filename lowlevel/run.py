@@ -41,6 +41,7 @@ from lowlevel.order import DataOrder
 from lowlevel.plots import plot_loss
 from lowlevel.prefetch import Prefetched
 from lowlevel.progress import TrainingProgress
+from lowlevel.rehearsal import largest_batch, rehearse
 from lowlevel.run_folder import RunFolder, environment, refuse_changes
 from lowlevel.training_state import restore_state, save_state
 
@@ -154,6 +155,9 @@ def _train_in(
         save_state(folder.path, policy, optimizer, state, config, manifest)
 
     execution = WithFallback(policy, method, choose_execution(config, inputs), console.print)
+    if inputs.placement.device.type == "cuda":
+        largest = largest_batch(method, examples, rows_per_step)
+        write_json(folder.path / "memory.json", rehearse(policy, method, execution, optimizer, largest))
     held_out = evaluation_batches(method, config, inputs)
     evaluate = (lambda: evaluate_examples(policy, method, held_out, prefix="eval_")) if held_out else None
     with TrainingProgress(console, config.method, total_steps, state.step) as bar:

@@ -35,9 +35,13 @@ class SFT:
         """Supervised tokens."""
         return batch.num_scored
 
+    def size(self, example: SFTExample) -> int:
+        """Positions: all tokens but the last."""
+        return len(example.input_ids) - 1
+
     def micro_batches(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
         """Examples of one step in rows; each example counts once wherever it lies."""
-        sizes = [len(example.input_ids) - 1 for example in examples]
+        sizes = [self.size(example) for example in examples]
         groups = micro_batch_rows(sizes, self.batch_size, self.row_length, self.packing, self.shape)
         return [self._batch([[examples[i] for i in row] for row in rows]) for rows in groups]
 

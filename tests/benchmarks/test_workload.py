@@ -70,4 +70,4 @@ def test_settings_reach_the_run(out):
     assert (train.gradient_checkpointing, train.execution, config.lora.r) == (False, "compiled", 16)
     assert config.model.adapter == str(folder / "adapter") and config.data.max_length == 64
     fast = case_config(select(["lowlevel_sft_fast"])[0], folder, folder / "unused", 5)
-    assert (fast.train.per_device_train_batch_size, fast.data.packing, fast.data.max_length) == (4, False, 512)
+    assert (fast.train.per_device_train_batch_size, fast.data.packing, fast.data.max_length) == (4, True, 512)

@@ -19,7 +19,7 @@ import lowlevel.commands.data
 from lowlevel.cli import build_parser, main
 from lowlevel.config import SECTIONS
 
-COMMANDS = ("demo", "sft", "dpo", "data", "losses", "merge", "generate", "compare")
+COMMANDS = ("demo", "sft", "dpo", "data", "losses", "plan", "memory", "merge", "generate", "compare")
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",

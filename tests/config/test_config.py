@@ -17,9 +17,9 @@ from lowlevel.config import (
     RunConfig,
     config_from_tables,
     load_config,
-    parse_size,
     to_tables,
 )
+from lowlevel.contradictions import parse_size
 from lowlevel.errors import ConfigError
 
 PACKAGE = Path(lowlevel.config.__file__).parent
@@ -371,8 +371,8 @@ def test_settings_that_exclude_each_other(tables, message):
 def test_every_contradiction_is_in_the_list_above():
     (function,) = [
         node
-        for node in ast.parse((PACKAGE / "config.py").read_text()).body
-        if isinstance(node, ast.FunctionDef) and node.name == "_contradictions"
+        for node in ast.parse((PACKAGE / "contradictions.py").read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == "contradictions"
     ]
     (checks,) = [
         node.value.elts
@@ -525,9 +525,9 @@ LOW_VRAM = {
 FAST = {
     "train.per_device_train_batch_size": 4,
     "train.gradient_accumulation_steps": 2,
-    "train.gradient_checkpointing": False,
+    "train.memory_budget": "15GiB",
     "model.attn_implementation": "auto",
-    "data.packing": False,
+    "data.packing": True,
 }
 RECIPE = {
     "tinyllama_sft": RECIPE_SFT,

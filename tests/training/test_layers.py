@@ -9,7 +9,7 @@ import lowlevel
 
 ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
-    ("__init__", "config", "errors"),
+    ("__init__", "config", "contradictions", "errors"),
     ("losses/", "layout", "spans", "attention", "hashing", "dropout", "order", "loss_scale", "prefetch"),
     ("data/", "demo/", "kernels/"),
     (
@@ -24,7 +24,7 @@ LAYERS = (
         "training_state",
     ),  # fmt: skip
     ("sft", "dpo", "execution"),
-    ("loop",),
+    ("loop", "rehearsal"),
     ("assembly", "run", "commands/", "cli", "__main__"),
 )
 TRITON_FILES = ("kernels/vocabulary",)  # files that may import triton or torch.distributed

@@ -1,0 +1,73 @@
+"""One case in lowlevel, as `lowlevel sft` and `lowlevel dpo` run it: `python -m benchmarks.lowlevel_case JOB.json`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import lowlevel.run
+from benchmarks.cases import Job
+from benchmarks.meter import Measured, Meter, work
+from benchmarks.workload import by_step, case_config, peer_tokens
+from lowlevel import __version__
+from lowlevel.assembly import build_method, check_inputs, with_plan
+from lowlevel.config import RunConfig
+from lowlevel.order import DataOrder
+from lowlevel.progress import make_console
+from lowlevel.run_folder import RunFolder
+
+
+def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], str]:
+    """Run with the meter beside the loop: it is read at each step's end, before the step is logged.
+
+    Returns:
+        The logged records, and the mode of execution that the run ended in.
+    """
+    train, progress = lowlevel.run.train, lowlevel.run.RunObserver.progress
+    modes = []
+
+    def metered_train(*args: Any, **kwargs: Any) -> None:
+        meter.begin()
+        train(*args, **kwargs)
+        modes.append(kwargs["execution"].mode)
+
+    def metered_progress(self: Any, *args: Any) -> None:
+        meter.end_step()
+        progress(self, *args)
+
+    with patch("lowlevel.run.train", metered_train), patch("lowlevel.run.RunObserver.progress", metered_progress):
+        lowlevel.run.run_training(config, make_console(), restart=True)
+    return [r for r in RunFolder(Path(config.train.output_dir)).read_metrics() if "loss" in r], modes[0]
+
+
+def count(config: RunConfig, steps: int) -> tuple[list[int], int, int]:
+    """Tokens of each step as the peers count them; positions of all steps without and with padding."""
+    inputs = check_inputs(config)
+    if config.train.memory_budget is not None:
+        config = with_plan(config, inputs)
+    examples, method = inputs.data.train, build_method(config, inputs.attention)
+    per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    order = DataOrder(len(examples), per_step, config.train.seed, config.train.data_order == "shuffled")
+    rows = [[examples[i] for i in order.step_rows(step)] for step in range(steps)]
+    batches = [batch for step in rows for batch in method.micro_batches(step)]
+    tokens = by_step([n for step in rows for n in peer_tokens(step, config.method)], per_step)
+    return tokens, sum(b.num_tokens for b in batches), sum(b.input_ids.numel() for b in batches)
+
+
+def measure(job: Job, meter: Meter) -> Measured:
+    """Run the case and count what it did."""
+    config = case_config(job.case, Path(job.workload), Path(job.scratch) / job.case.name, job.steps)
+    records, mode = run_metered(config, meter)
+    tokens, computed, positions = count(config, job.steps)
+    if records[-1]["num_tokens"] != computed:
+        raise ValueError(f"the run computed {records[-1]['num_tokens']} tokens, {computed} were counted")
+    asked = job.case.execution
+    trouble = "" if asked in (mode, "auto") else f"ran {mode}, not {asked}; see the log"
+    return Measured(__version__, tokens, [r["loss"] for r in records], computed, positions, trouble)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    work(measure)

@@ -1,0 +1,88 @@
+"""The largest micro-batch of a run, computed before the first step: out of memory shows at once, and where it goes.
+
+It also makes the largest graph the first to be captured: the smaller ones then live in the memory that it leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Params4bit
+
+from lowlevel.execution import Execution, ExecutionFailedError
+from lowlevel.layout import PackedBatch
+from lowlevel.method import Method
+from lowlevel.model.policy import Policy
+
+PASSES = 2  # a mode may set itself up in its first micro-step and be itself from the second on
+
+
+def largest_batch(method: Method, examples: Sequence[Any], count: int) -> PackedBatch:
+    """The largest micro-batch that a step of `count` examples can have, filled up to the method's capacity."""
+    longest = sorted(examples, key=method.size, reverse=True)[:count]
+    if method.packing and method.shape:
+        method = replace(method, shape=replace(method.shape, positions=method.shape.capacity))  # type: ignore[type-var]
+    return max(method.micro_batches(longest), key=lambda batch: (batch.input_ids.numel(), batch.num_scored))
+
+
+def rehearse(
+    policy: Policy, method: Method, execution: Execution, optimizer: torch.optim.Optimizer, batch: PackedBatch
+) -> dict[str, Any]:
+    """Run a micro-batch forward and backward, as a step would, and say what took how much memory.
+
+    Changes no weight and leaves the gradient at zero. The optimizer's state is listed apart: it is paged, and the
+    allocator does not count it.
+    """
+    moved = batch.to(policy.placement.device)
+    report: dict[str, Any] = {"positions": batch.input_ids.numel(), "components": components(policy, optimizer)}
+    policy.dropout.set_micro_batch(moved.dropout_keys, 0)
+    phases = report["phases"] = {}
+    report["allocated"] = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    sums = method.loss(policy, moved)
+    report["kept_for_backward"] = torch.cuda.memory_allocated() - report["allocated"]
+    phases["forward and loss"] = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    sums.loss.backward()
+    phases["backward"] = torch.cuda.max_memory_allocated()
+    del sums
+    # The workspaces of this stream: the step runs in another one. Nothing is captured yet that would use them.
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(PASSES):
+        while True:
+            try:
+                execution.run(moved, 0.0, 0, 0)
+                break
+            except ExecutionFailedError:
+                continue
+    torch.cuda.synchronize()
+    phases["a whole micro-step"] = torch.cuda.max_memory_allocated()
+    policy.flat.grad.zero_()
+    free, total = torch.cuda.mem_get_info()
+    return {**report, "reserved": torch.cuda.memory_reserved(), "device_used": total - free}
+
+
+def components(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of what is there before and after a step, by kind."""
+    sizes = {"base weights": 0, "quantisation constants": 0, "embeddings, LM head, norms": 0, "frozen adapter": 0}
+    for name, parameter in policy.model.named_parameters():
+        if isinstance(parameter, Params4bit):
+            sizes["base weights"] += parameter.nbytes
+            constants = parameter.quant_state.as_dict(packed=False).values()
+            sizes["quantisation constants"] += sum(c.nbytes for c in constants if isinstance(c, torch.Tensor))
+        elif ".lora_" in name:
+            sizes["frozen adapter"] += 0 if name in policy.flat.views else parameter.nbytes
+        elif ".base_layer." in name:
+            sizes["base weights"] += parameter.nbytes
+        else:
+            sizes["embeddings, LM head, norms"] += parameter.nbytes
+    sizes["trained adapter"] = policy.flat.weights.nbytes
+    sizes["gradient"] = policy.flat.grad.nbytes
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    sizes["optimizer state"] = sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
+    return {name: size for name, size in sizes.items() if size}
