@@ -157,12 +157,36 @@ def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     compare.add_argument("--prompts", type=_positive, default=16, help="held-out prompts to reply to (default: 16)")
     compare.add_argument("--max-new-tokens", type=_positive, default=128)
     compare.add_argument("--show", type=int, default=3, help="replies to print side by side (default: 3)")
+    _add_inspect(add)
+
+
+def _add_inspect(add: Callable[..., argparse.ArgumentParser]) -> None:
+    inspect = add("inspect", "a step or a row of a run, token by token, down to the numbers of the loss", _inspect)
+    inspect.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    what = inspect.add_mutually_exclusive_group(required=True)
+    what.add_argument("--step", type=_positive, metavar="N", help="the examples of optimizer step N, as the log counts")
+    what.add_argument("--example", type=_not_negative, metavar="I", help="data row I, as data report and errors say")
+    inspect.add_argument(
+        "--checkpoint",
+        type=_not_negative,
+        metavar="K",
+        help="weights of checkpoint step-K, 0: before the first step (default: for a step the newest checkpoint before "
+        "it, for a row the final adapter)",
+    )
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of the tables of tokens")
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise ValueError(text)  # argparse names the option and ends with exit code 2
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
     return value
 
 
@@ -309,6 +333,21 @@ def _merge(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from lowlevel.progress import make_console
 
     merge_run(options.run_dir, options.into, options.out, make_console())
+
+
+def _inspect(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    _quiet()
+    from lowlevel.commands.inspect import inspect_run
+    from lowlevel.progress import make_console
+
+    inspect_run(
+        options.run_dir,
+        make_console(),
+        step=options.step,
+        example=options.example,
+        checkpoint=options.checkpoint,
+        html=options.html,
+    )
 
 
 def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowlevel.assembly import build_method
+from lowlevel.assembly import build_method, find_adapter
 from lowlevel.config import ModelConfig, RunConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import CheckpointError, ConfigError
@@ -54,12 +54,13 @@ class LoadedRun:
         self.policy.activate(parent=stage.parent, trained=stage.trained)
 
 
-def load_run(run_dir: Path, *, adapter: Path | None = None) -> LoadedRun:
+def load_run(run_dir: Path, *, adapter: Path | None = None, initial: bool = False) -> LoadedRun:
     """Load a finished run's base and adapters as they were trained.
 
     Args:
         run_dir: the run folder.
         adapter: one of its checkpoints, in the place of the final adapter.
+        initial: the adapter as the run began, before its first step, in the place of either.
 
     Raises:
         ConfigError: not a run folder, or not finished.
@@ -68,8 +69,8 @@ def load_run(run_dir: Path, *, adapter: Path | None = None) -> LoadedRun:
     folder = RunFolder(run_dir)
     config = folder.read_config()
     manifest = folder.read_manifest()
-    trained = adapter or folder.adapter
-    if not trained.exists():
+    trained = find_adapter(config.lora.init_from, "lora.init_from") if initial else adapter or folder.adapter
+    if trained and not trained.exists():
         raise ConfigError(f"{run_dir} has no adapter yet; has the run finished?")
     parent = folder.parent if folder.parent.exists() else None
     if parent and adapter_sha256(parent) != manifest["parent_adapter"]:

@@ -19,7 +19,7 @@ import lowlevel.commands.data
 from lowlevel.cli import build_parser, main
 from lowlevel.config import SECTIONS
 
-COMMANDS = ("demo", "sft", "dpo", "data", "losses", "plan", "memory", "merge", "generate", "compare")
+COMMANDS = ("demo", "sft", "dpo", "data", "losses", "plan", "memory", "merge", "generate", "compare", "inspect")
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -72,7 +72,7 @@ def test_help_of_a_command(cli, command):
     assert "--debug" in said.out
     keys = {f"--{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields}
     named = set(re.findall(r"--[a-z]+\.\w+", said.out))
-    assert named == (keys if command in ("sft", "dpo", "data") else set())
+    assert named == (keys if command in ("sft", "dpo", "data", "plan") else set())
 
 
 def test_every_key_has_its_description_and_default_in_the_help(cli):

@@ -25,7 +25,7 @@ LAYERS = (
     ),  # fmt: skip
     ("sft", "dpo", "execution"),
     ("loop", "rehearsal"),
-    ("assembly", "run", "commands/", "cli", "__main__"),
+    ("assembly", "run", "inspection/", "commands/", "cli", "__main__"),
 )
 TRITON_FILES = ("kernels/vocabulary",)  # files that may import triton or torch.distributed
 FILES = sorted(ROOT.rglob("*.py"))

@@ -1,0 +1,26 @@
+"""Looking into a loss: each scored token of a step or a row, and the path from log-probabilities to the loss.
+
+records = inspect_pairs(policy, method, examples)     # or inspect_sequences, for SFT
+records[0].chosen.contributions                       # (n,): beta * log-ratio of every token, they add up to
+records[0].margin                                     # the margin
+"""
+
+from lowlevel.inspection.distribution import Distribution
+from lowlevel.inspection.records import (
+    CompletionRecord,
+    PairRecord,
+    SequenceRecord,
+    TokenRecord,
+    inspect_pairs,
+    inspect_sequences,
+)
+
+__all__ = [
+    "CompletionRecord",
+    "Distribution",
+    "PairRecord",
+    "SequenceRecord",
+    "TokenRecord",
+    "inspect_pairs",
+    "inspect_sequences",
+]

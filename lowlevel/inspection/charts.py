@@ -1,0 +1,150 @@
+"""Geometry of the page's charts in percent of their box: a stair of running sums, and histograms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowlevel.inspection.figures import plain, signed, typographic
+
+BINS = 14  # about as many as a histogram of margins has
+NEAR = 0.16  # of an axis: about a label's width on a phone
+LOSS_EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, math.inf)  # nats a token
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A label on an axis, `at` percent from its start.
+
+    Attributes:
+        last: it names where a stair ends.
+        near: it is so near to zero's that a narrow page has no room for both.
+    """
+
+    at: float
+    label: str
+    last: bool = False
+    near: bool = False
+
+
+@dataclass(frozen=True)
+class Stair:
+    """A running sum: one step a token; SVG paths in a box of 100 x 100, y downwards."""
+
+    line: str
+    area: str
+    rises: str  # the vertical parts that go up, and those that go down
+    falls: str
+    zero: float
+    heights: tuple[float, ...]  # y after each token
+    end: float  # y after the last
+    ticks: tuple[Tick, ...]
+
+
+def stair(sums: Sequence[float]) -> Stair:
+    """The stair of running sums; token i takes the i-th of equally wide columns and steps in its middle."""
+    low, high, end = min([0.0, *sums]), max([0.0, *sums]), [0.0, *sums][-1]
+    room = 0.08 * (high - low) or 1.0
+    bottom, top = low - room, high + room
+
+    def y(value: float) -> float:
+        return round(100 * (top - value) / (top - bottom), 2)
+
+    heights = [y(value) for value in sums]
+    middles = [round(100 * (i + 0.5) / len(sums), 3) for i in range(len(sums))]
+    steps = list(zip(middles, [y(0.0), *heights], heights, strict=False))
+    line = f"M0 {y(0.0)}" + "".join(f"H{x}V{after}" for x, _, after in steps) + "H100"
+    return Stair(
+        line=line,
+        area=f"{line}V{y(0.0)}H0Z",
+        rises="".join(f"M{x} {before}V{after}" for x, before, after in steps if after < before),
+        falls="".join(f"M{x} {before}V{after}" for x, before, after in steps if after > before),
+        zero=y(0.0),
+        heights=tuple(heights),
+        end=y(end),
+        ticks=_apart([Tick(y(value), _level(value), value == end) for value in (end, 0.0, high, low)]),
+    )
+
+
+def _level(value: float) -> str:
+    return typographic(f"{value:+.3g}") if value else "0"
+
+
+def _apart(ticks: Sequence[Tick]) -> tuple[Tick, ...]:
+    """Those that do not lie on an earlier one."""
+    kept: list[Tick] = []
+    for tick in ticks:
+        if all(abs(tick.at - other.at) > 12 for other in kept):
+            kept.append(tick)
+    return tuple(kept)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """A bin of a histogram of margins and the items in it, in ascending order of their value."""
+
+    low: float
+    items: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Equally wide bins, zero among their edges."""
+
+    bins: tuple[Bin, ...]
+    tallest: int
+    ticks: tuple[Tick, ...]
+
+
+def histogram(values: Sequence[float]) -> Histogram:
+    """Which values fall between round numbers."""
+    low, high = min([0.0, *values]), max([0.0, *values])
+    width = _round_width((high - low) / BINS) if high > low else 1.0
+    first, last = math.floor(low / width), max(math.floor(high / width), math.floor(low / width))
+    columns: dict[int, list[int]] = {column: [] for column in range(min(first, -1), max(last, 0) + 1)}
+    for item in sorted(range(len(values)), key=lambda i: values[i]):
+        columns[math.floor(values[item] / width)].append(item)
+    edges = [column * width for column in [*columns, max(columns) + 1]]
+    zero = edges.index(0.0)
+    ticks = [
+        Tick(100 * i / len(columns), _edge(edges[i], width), near=0 < abs(i - zero) < NEAR * len(columns))
+        for i in sorted({0, zero, len(edges) - 1})
+    ]
+    return Histogram(
+        tuple(Bin(column * width, tuple(items)) for column, items in columns.items()),
+        max(map(len, columns.values())),
+        tuple(ticks),
+    )
+
+
+def _edge(value: float, width: float) -> str:
+    digits = max(0, 1 - math.floor(math.log10(width)))
+    return typographic(signed(value, digits)) if value else "0"
+
+
+def _round_width(width: float) -> float:
+    """The smallest of 1, 2, 5 times a power of ten that is at least `width`."""
+    power: float = 10.0 ** math.floor(math.log10(width))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width * (1 - 1e-9))
+
+
+@dataclass(frozen=True)
+class LossBand:
+    """Tokens whose loss lies in a band: how many of all, and their part of the loss, as shares."""
+
+    label: str
+    count: int
+    tokens: float
+    loss: float
+
+
+def loss_bands(losses: Sequence[float]) -> list[LossBand]:
+    """Tokens by their loss in nats."""
+    total = sum(losses) or 1.0
+    bands = []
+    for low, high in zip(LOSS_EDGES, LOSS_EDGES[1:], strict=False):
+        inside = [loss for loss in losses if low <= loss < high or (loss < 0 and low == 0)]
+        label = f"{plain(low, 0)} and more" if high == math.inf else f"{low:g} to {high:g}"
+        bands.append(LossBand(label, len(inside), len(inside) / max(1, len(losses)), sum(inside) / total))
+    return bands

@@ -1,0 +1,68 @@
+"""One line a token: its position, its text, its numbers by name, and what the model would rather have written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowlevel.inspection.figures import percent, plain, signed
+from lowlevel.inspection.pieces import TokenPieces
+from lowlevel.inspection.records import CompletionRecord, SequenceRecord, TokenRecord
+
+
+@dataclass(frozen=True)
+class TokenLine:
+    """One token as texts; `others` are the likeliest tokens besides it, each with its probability."""
+
+    position: str
+    token: str
+    numbers: dict[str, str]
+    others: tuple[str, ...]
+
+
+def sequence_lines(record: SequenceRecord, pieces: TokenPieces) -> list[TokenLine]:
+    """The learned tokens of a conversation; log-probabilities in nats, shares of the conversation's loss."""
+    numbers = [
+        {"logp": plain(logp), **common, "share": percent(share)}
+        for logp, common, share in zip(
+            record.tokens.logps.tolist(), _common(record.tokens), record.shares.tolist(), strict=True
+        )
+    ]
+    return _lines(record.tokens, numbers, pieces)
+
+
+def completion_lines(side: CompletionRecord, running: Sequence[float], pieces: TokenPieces) -> list[TokenLine]:
+    """The tokens of a completion; `running` is the sum of contributions after each."""
+    columns = (side.tokens.logps, side.ref_token_logps, side.token_logratios, side.contributions)
+    rows = zip(*(column.tolist() for column in columns), running, _common(side.tokens), strict=True)
+    numbers = [
+        {
+            "policy": plain(logp),
+            "reference": plain(ref_logp),
+            "log-ratio": signed(logratio),
+            "adds": signed(adds),
+            "sum": signed(total),
+            **common,
+        }
+        for logp, ref_logp, logratio, adds, total, common in rows
+    ]
+    return _lines(side.tokens, numbers, pieces)
+
+
+def _common(tokens: TokenRecord) -> list[dict[str, str]]:
+    columns = (tokens.logps, tokens.predicted.ranks, tokens.predicted.entropies)
+    return [
+        {"prob": percent(math.exp(logp)), "rank": str(rank), "entropy": plain(entropy, 2)}
+        for logp, rank, entropy in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+
+
+def _lines(tokens: TokenRecord, numbers: Sequence[dict[str, str]], pieces: TokenPieces) -> list[TokenLine]:
+    predicted = tokens.predicted
+    others = [
+        tuple(f"{text} {percent(share)}" for text, share in zip(pieces.texts(ids), shares, strict=True))
+        for ids, shares in zip(predicted.alternative_ids, predicted.alternative_logps.exp().tolist(), strict=True)
+    ]
+    columns = (map(str, tokens.positions.tolist()), pieces.texts(tokens.ids), numbers, others)
+    return [TokenLine(*line) for line in zip(*columns, strict=True)]

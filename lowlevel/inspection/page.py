@@ -1,0 +1,133 @@
+"""An inspection as one HTML file that needs no network: heat maps, running sums, and the batch at a glance."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from lowlevel.errors import ConfigError
+from lowlevel.inspection.charts import histogram, loss_bands
+from lowlevel.inspection.figures import percent, plain, signed, typographic
+from lowlevel.inspection.inspection import Inspection
+from lowlevel.inspection.path import loss_path, source
+from lowlevel.inspection.pieces import VISIBLE
+from lowlevel.inspection.reading import READINGS, formula
+from lowlevel.inspection.view import Article, Scales, pair_article, scales, sequence_article
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to colour the tokens: its name, what it means, and the values at the ends of its scale."""
+
+    key: str
+    label: str
+    meaning: str
+    low: str
+    high: str
+
+
+def write_page(inspection: Inspection, path: Path) -> None:
+    """Write the page.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        path.write_text(render_page(inspection), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--html {path}: {error.strerror}") from None
+
+
+def render_page(inspection: Inspection) -> str:
+    """The page as HTML. Every text in it is escaped, and its policy forbids any script but its own."""
+    folder = files("lowlevel.inspection")
+    template, style, script = ((folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"inked": _inked, "signed": _signed, "number": _number}
+    view = _pairs_view(inspection) if inspection.pairs else _sequences_view(inspection)
+    return environment.from_string(template).render(
+        inspection=inspection,
+        style=Markup(style),  # noqa: S704 - a file of this package
+        script=Markup(script),  # noqa: S704
+        script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **view,
+    )
+
+
+def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
+    config, pairs = inspection.dpo, inspection.pairs
+    sides = [side for record in pairs for side in (record.chosen, record.rejected)]
+    scale = scales([side.tokens for side in sides], [side.contributions for side in sides])
+    averaged = READINGS[config.loss_type] == "averages"
+    sums = "averaged margin" if averaged else "margin"
+    adds = f"β · log-ratio{' / n' if averaged else ''} of each token, minus it for the rejected"
+    end = typographic(f"{scale.contribution:.2g}")
+    contribution = Mode("contribution", f"adds to the {sums}", adds, f"≤ −{end}", f"≥ +{end}")
+    margins = [float(record.margin) for record in pairs]
+    return {
+        "modes": [contribution, *_modes(scale)],
+        "articles": [pair_article(r, loss_path(r, config), inspection.pieces, scale, sums) for r in pairs],
+        "histogram": histogram(margins),
+        "batch": [
+            {"row": record.row, "margin": margin, "width": abs(margin) / (max(map(abs, margins)) or 1.0),
+             "weight": plain(float(record.chosen.weight)), "loss": plain(float(record.loss))}
+            for record, margin in zip(pairs, margins, strict=True)
+        ],
+        "bands": [],
+        "formula": formula(config.loss_type),
+        "paper": source(config),
+    }  # fmt: skip
+
+
+def _sequences_view(inspection: Inspection) -> Mapping[str, Any]:
+    records = inspection.sequences
+    scale = scales([record.tokens for record in records], [])
+    total = inspection.loss * inspection.count
+    articles: list[Article] = [sequence_article(r, inspection.pieces, scale, total) for r in records]
+    losses = [-float(logp) for record in records for logp in record.tokens.logps]
+    largest = max(float(record.loss) for record in records) or 1.0
+    return {
+        "modes": _modes(scale),
+        "articles": articles,
+        "histogram": None,
+        "batch": [
+            {"row": r.row, "tokens": len(r.tokens), "loss": plain(float(r.loss)), "width": float(r.loss) / largest,
+             "mean": plain(float(r.loss) / max(1, len(r.tokens))), "share": percent(float(r.loss) / (total or 1.0))}
+            for r in records
+        ],
+        "bands": loss_bands(losses),
+        "formula": "−Σ log π(token | what stands before it)",
+        "paper": "cross-entropy",
+    }  # fmt: skip
+
+
+def _modes(scale: Scales) -> list[Mode]:
+    loss, entropy = f"{scale.loss:.2g}", f"{scale.entropy:.2g}"
+    return [
+        Mode("loss", "surprise", "−log-probability of the token, in nats", "0", f"≥ {loss}"),
+        Mode("entropy", "entropy", "how undecided the model was before the token, in nats", "0", f"≥ {entropy}"),
+    ]
+
+
+def _inked(text: str) -> Markup:
+    """Escaped text, with its signs for whitespace set back."""
+    marked = escape(text)
+    for sign in VISIBLE.values():
+        marked = marked.replace(sign, Markup("<i>{}</i>").format(sign))
+    return marked
+
+
+def _signed(value: float) -> str:
+    return typographic(signed(value))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else typographic(plain(value, 5))

@@ -1,0 +1,106 @@
+"""How a token looks on a screen: whitespace visible, control characters by number, bytes that are no text as <0x..>.
+
+" the" is ·the      a newline is ⏎      a tab is ⇥      half an emoji is <0xF0><0x9F>      </s> is </s>
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lowlevel.data.rendering import ChatTokenizer
+
+SPACE, NEWLINE = "·", "⏎"
+VISIBLE = {" ": SPACE, "\n": NEWLINE, "\t": "⇥", "\r": "␍"}
+HIDDEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs")  # Unicode categories that leave no ink, or move other ink
+MARKS = ("Mc", "Me", "Mn")  # they would sit on the character before the token
+METASPACE = "▁"  # SentencePiece's space
+
+
+@dataclass(frozen=True)
+class TokenPieces:
+    """Token ids as the texts that are shown."""
+
+    tokenizer: ChatTokenizer
+
+    def text(self, token: int) -> str:
+        """One token alone: never empty, never a line break, never a control character."""
+        if token in self._special:
+            return self._special[token]
+        if token in self._added:
+            return visible(self._added[token])
+        piece: Any = self.tokenizer.tokenizer.convert_ids_to_tokens(token)
+        if piece is None:  # an embedding may have more rows than the tokenizer has tokens
+            return f"<id={token}>"
+        if _is_byte(piece):
+            return piece
+        return visible(_decoded(piece) if self._byte_level else piece.replace(METASPACE, " "))
+
+    def texts(self, tokens: Iterable[int]) -> list[str]:
+        """Many tokens."""
+        return [self.text(int(token)) for token in tokens]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The plain text of many tokens, special tokens included."""
+        return self.tokenizer.decode([int(token) for token in tokens])
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        return {number: token.content for number, token in self.tokenizer.tokenizer.added_tokens_decoder.items()}
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        return {number: text for number, text in self._added.items() if text in self.tokenizer.special_tokens}
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        """Whether pieces spell bytes, as GPT-2's do (Ġthe), and not text, as SentencePiece's do (▁the)."""
+        fast: Any = self.tokenizer.tokenizer
+        decoder = json.loads(fast.backend_tokenizer.to_str())["decoder"] or {}
+        return "ByteLevel" in {step["type"] for step in [decoder, *decoder.get("decoders", ())] if step}
+
+
+def visible(text: str) -> str:
+    """Text with every character seen, on one line."""
+    shown = [VISIBLE.get(char) or _seen(char) for char in text]
+    if text and unicodedata.category(text[0]) in MARKS:
+        shown.insert(0, "◌")
+    return "".join(shown) or "∅"
+
+
+def breaks_line(shown: str) -> bool:
+    """Whether the text after this token begins on a new line."""
+    return NEWLINE in shown or shown == "<0x0A>"
+
+
+def _seen(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # Python's surrogateescape: a byte that is no text
+        return f"<0x{ord(char) - 0xDC00:02X}>"
+    return f"<U+{ord(char):04X}>" if unicodedata.category(char) in HIDDEN else char
+
+
+def _is_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+
+def _decoded(piece: str) -> str:
+    """The text of a byte-level piece; bytes that are no UTF-8, as in half a character, are surrogates in it."""
+    known = [BYTES.get(char) for char in piece]
+    if None in known:  # a piece that was added as text
+        return piece
+    raw = bytes(byte for byte in known if byte is not None)
+    return raw.decode("utf-8", errors="surrogateescape")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the others for the code points from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTES = _byte_alphabet()

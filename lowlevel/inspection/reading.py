@@ -1,0 +1,60 @@
+"""What each preference loss reads of a pair: which sum its tokens' contributions add up to, and which weights it has.
+
+margin     the margin alone, x = beta a - beta b: one weight a pair, -dL/dx
+averages   the margin of averages alone, beta (a/n+ - b/n-): a token counts less in a longer completion
+both       the two log-ratios, or the chosen log-probability, apart: a weight for each completion
+quantiles  sorted over the micro-batch: element i of the loss belongs to the i-th quantile, not to pair i
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+from lowlevel.config import DPOConfig
+from lowlevel.losses import LOSSES
+
+Reading = Literal["margin", "averages", "both", "quantiles"]
+
+_BY_READING: dict[Reading, tuple[str, ...]] = {
+    "margin": ("sigmoid", "cdpo", "robust", "hinge", "ipo_sum", "exo_pair", "discopop"),
+    "averages": ("ipo", "sigmoid_norm"),
+    "both": ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "dpop", "rpo"),
+    "quantiles": ("aot", "aot_unpaired"),
+}
+READINGS: Mapping[str, Reading] = MappingProxyType(
+    {name: reading for reading, names in _BY_READING.items() for name in names}
+)
+SYMBOLS = (
+    (r"\bls\(", "log σ("),
+    (r"\bs\(", "σ("),
+    (r"\blog pi\(", "log π("),
+    (r"\bbeta\b", "β"),
+    (r"\beps\b", "ε"),
+    (r"\btau\b", "τ"),
+    (r"\blambda\b", "λ"),
+    (r"\balpha\b", "α"),
+    (r"\^2", "²"),
+    (r"\bn\+", "n₊"),
+    (r"\bn-", "n₋"),
+    (r"\by\+", "y₊"),
+    (r"\by-", "y₋"),
+)
+
+
+def formula(loss_type: str) -> str:
+    """The loss as its `LossSpec` writes it, in mathematical signs."""
+    text = LOSSES[loss_type].formula
+    for pattern, sign in SYMBOLS:
+        text = re.sub(pattern, sign, text)
+    return text.replace("-", "−")
+
+
+def settings(config: DPOConfig) -> str:
+    """Loss and hyper-parameters as one phrase: those that the loss reads."""
+    names = {"beta": "β", "label_smoothing": "ε", "discopop_tau": "τ", "dpop_lambda": "λ", "rpo_alpha": "α"}
+    values = config.model_dump()
+    given = [f"{names[key]} {values[key]:g}" for key in LOSSES[config.loss_type].parameters if values[key] is not None]
+    return ", ".join([config.loss_type, *given])

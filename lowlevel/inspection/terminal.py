@@ -1,0 +1,166 @@
+"""An inspection in a terminal: a table of the batch, then every example token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from lowlevel.inspection.figures import percent, plain, signed
+from lowlevel.inspection.inspection import Inspection
+from lowlevel.inspection.lines import TokenLine, completion_lines, sequence_lines
+from lowlevel.inspection.path import loss_path, source
+from lowlevel.inspection.pieces import TokenPieces
+from lowlevel.inspection.reading import READINGS
+from lowlevel.inspection.records import PairRecord, SequenceRecord
+
+WIDE = 110  # columns from which a pair's tables have room for what the policy would rather have written
+RAISES, LOWERS = "blue", "dark_orange"
+PAIR_COLUMNS = ("policy", "reference", "log-ratio", "adds", "sum")
+SHOWN_PROMPT = 400  # characters, the last ones
+
+
+def print_inspection(inspection: Inspection, console: Console, *, details: bool = True) -> None:
+    """Print the batch, and with `details` each example after it."""
+    for line in (inspection.headline, inspection.conditions, inspection.result):
+        console.print(line, markup=False, highlight=False)
+    if len(inspection.pairs or inspection.sequences) > 1:
+        table = _pairs_table if inspection.pairs else _sequences_table
+        console.print(table(inspection, console.width))
+    if not details:
+        return
+    for sequence in inspection.sequences:
+        _print_sequence(sequence, inspection.pieces, console)
+    for pair in inspection.pairs:
+        _print_pair(pair, inspection, console)
+
+
+def _table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str | Text]],
+    width: int,
+    *,
+    caption: str | None = None,
+    wrap: bool = False,
+) -> Table:
+    """Numbers in full, to the right; texts, whose heading begins with "<", to the left in what room they leave."""
+    cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]  # str: read for markup
+    names = [heading.removeprefix("<") for heading in headings]
+    widths = [max([cell_len(name), *(row[i].cell_len for row in cells)]) for i, name in enumerate(names)]
+    texts = [i for i, heading in enumerate(headings) if heading.startswith("<")]
+    room = width - 2 * (len(headings) + 1) - sum(w for i, w in enumerate(widths) if i not in texts)
+    for number, i in enumerate(texts):
+        widths[i] = max(3, min(widths[i], room if number + 1 == len(texts) else room // 2))
+        room -= widths[i]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left", pad_edge=False)
+    for i, name in enumerate(names):
+        left = i in texts or i == 0
+        overflow: Any = "fold" if wrap else "ellipsis"
+        table.add_column(
+            name, justify="left" if left else "right", width=widths[i], no_wrap=not wrap, overflow=overflow
+        )
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def _sequences_table(inspection: Inspection, width: int) -> Table:
+    rows, total = [], inspection.loss * inspection.count or 1.0
+    for record in inspection.sequences:
+        loss, tokens = float(record.loss), len(record.tokens)
+        numbers = (plain(loss), plain(loss / max(1, tokens)), percent(loss / total))
+        rows.append((str(record.row), str(tokens), *numbers, record.where))
+    return _table(("row", "learned", "loss", "loss/token", "share of the step", "<from"), rows, width)
+
+
+def _pairs_table(inspection: Inspection, width: int) -> Table:
+    """One line a pair; a loss that weighs the completions apart has two weights."""
+    apart = READINGS[inspection.dpo.loss_type] in ("both", "quantiles")
+    weights = ("weight+", "weight-") if apart else ("weight",)
+    rows: list[Sequence[str | Text]] = []
+    for record in inspection.pairs:
+        sides, margin = (record.chosen, record.rejected), signed(float(record.margin))
+        rows.append(
+            (
+                str(record.row),
+                *(str(len(side.tokens)) for side in sides),
+                *(signed(float(side.reward)) for side in sides),
+                Text(margin, style=_style("margin", margin)),
+                *(plain(float(side.weight)) for side in sides[: len(weights)]),
+                plain(float(record.loss)),
+            )
+        )
+    return _table(("row", "tokens+", "tokens-", "reward+", "reward-", "margin", *weights, "loss"), rows, width)
+
+
+def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Console) -> None:
+    _print_title(record.row, record.where, record.input_ids[: int(record.tokens.positions[0])], pieces, console)
+    lines = sequence_lines(record, pieces)
+    caption = f"loss {plain(float(record.loss))} = sum of -logp; share: of this loss; entropy in nats"
+    console.print(_tokens_table(lines, tuple(lines[0].numbers), console.width, others=True, caption=caption))
+
+
+def _print_pair(record: PairRecord, inspection: Inspection, console: Console) -> None:
+    _print_title(record.row, record.where, record.prompt_ids, inspection.pieces, console)
+    running, split = record.running_sums.tolist(), len(record.chosen.tokens)
+    averaged = READINGS[inspection.dpo.loss_type] == "averages"
+    per_token, sums = ("beta x log-ratio / n", "averaged margin") if averaged else ("beta x log-ratio", "margin")
+    wide = console.width >= WIDE
+    for name, side, sign, part in (
+        ("chosen", record.chosen, "", running[:split]),
+        ("rejected", record.rejected, "-", running[split:]),
+    ):
+        end = f"; the last sum is the {sums}" if side is record.rejected else ""
+        console.print(f"{name}: to the {sums} each token adds {sign}{per_token}{end}", markup=False, highlight=False)
+        lines = completion_lines(side, part, inspection.pieces)
+        console.print(_tokens_table(lines, PAIR_COLUMNS + ("prob", "rank") * wide, console.width, others=wide))
+    console.print(_path_table(record, inspection, console.width))
+
+
+def _tokens_table(
+    lines: Sequence[TokenLine], columns: Sequence[str], width: int, *, others: bool, caption: str | None = None
+) -> Table:
+    """One line a token with the numbers named; what adds is coloured by its sign."""
+    rows: list[Sequence[str | Text]] = [
+        (
+            line.position,
+            line.token,
+            *(Text(line.numbers[name], style=_style(name, line.numbers[name])) for name in columns),
+            *(["  ".join(line.others)] * others),
+        )
+        for line in lines
+    ]
+    return _table(("#", "<token", *columns, *(["<likeliest others"] * others)), rows, width, caption=caption)
+
+
+def _path_table(record: PairRecord, inspection: Inspection, width: int) -> Table:
+    rows = [
+        (
+            step.name,
+            step.formula,
+            *("" if number is None else plain(number, 5) for number in (step.chosen, step.rejected, step.pair)),
+        )
+        for step in loss_path(record, inspection.dpo)
+    ]
+    caption = f"{inspection.dpo.loss_type}: {source(inspection.dpo)}; σ sigmoid, x margin, a, b log-ratios, d = a − b"
+    return _table(("quantity", "<formula", "chosen", "rejected", "pair"), rows, width, caption=caption, wrap=True)
+
+
+def _print_title(row: int, where: str, prompt: Tensor, pieces: TokenPieces, console: Console) -> None:
+    console.print(f"\nrow {row}  {where}", style="bold", markup=False, highlight=False)
+    text = pieces.decode(prompt).strip()
+    cut = f"… {text[-SHOWN_PROMPT:]}" if len(text) > SHOWN_PROMPT else text
+    console.print(cut, style="dim", markup=False, highlight=False)
+
+
+def _style(name: str, number: str) -> str:
+    """Colour for what is added to the margin."""
+    if name not in ("adds", "margin"):
+        return ""
+    return LOWERS if number.startswith("-") else RAISES if number.startswith("+") else ""

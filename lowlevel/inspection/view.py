@@ -1,0 +1,190 @@
+"""What the page shows of an inspection, as texts and percentages: the template only puts them in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowlevel.inspection.charts import Stair, stair
+from lowlevel.inspection.figures import percent, plain, signed, typographic
+from lowlevel.inspection.lines import TokenLine, completion_lines, sequence_lines
+from lowlevel.inspection.path import PathStep
+from lowlevel.inspection.pieces import TokenPieces, breaks_line
+from lowlevel.inspection.records import PairRecord, SequenceRecord, TokenRecord
+
+CLIPPED = 0.98  # quantile at which a colour scale ends: one outlier must not pale all others
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The value at which each colour is full, for the whole page."""
+
+    contribution: float
+    loss: float
+    entropy: float
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One token of a heat map. The three strengths lie in [0, 1]; `height` is where the chart is after it."""
+
+    text: str
+    breaks: bool
+    scored: bool
+    tip: str = ""  # lines of "label, tab, value"
+    sign: str = ""  # "up" or "down": what its contribution does to the margin
+    contribution: float = 0.0
+    loss: float = 0.0
+    entropy: float = 0.0
+    height: float = 0.0
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """The tokens of a sequence, and the same in numbers."""
+
+    name: str
+    summary: str
+    tokens: tuple[TokenView, ...]
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Article:
+    """One example: a pair, or a conversation."""
+
+    anchor: str
+    title: str
+    where: str
+    facts: tuple[tuple[str, str], ...]
+    prompt: str
+    steps: tuple[PathStep, ...]
+    chart: Stair
+    chart_name: str
+    split: float | None  # percent: where the rejected completion begins
+    maps: tuple[HeatMap, ...]
+
+
+def scales(tokens: Sequence[TokenRecord], contributions: Sequence[Tensor]) -> Scales:
+    """Where the colours end, over all tokens of the page."""
+    return Scales(
+        contribution=_high([float(c) for values in contributions for c in values.abs()]) or 1.0,
+        loss=_high([-float(logp) for record in tokens for logp in record.logps]) or 1.0,
+        entropy=_high([float(value) for record in tokens for value in record.predicted.entropies]) or 1.0,
+    )
+
+
+def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Scales, total: float) -> Article:
+    """An SFT example; `total` is the loss of the whole batch."""
+    tokens, loss = record.tokens, float(record.loss)
+    chart = stair((-tokens.logps).double().cumsum(0).tolist())
+    lines = sequence_lines(record, pieces)
+    views = _token_views(tokens, lines, scale, [0.0] * len(tokens), chart.heights)
+    learned = dict(zip(tokens.positions.tolist(), views, strict=True))
+    whole = [learned.get(i) or _unscored(int(token), pieces) for i, token in enumerate(record.input_ids)]
+    summary = f"{len(tokens)} of {len(record.input_ids)} tokens learned"
+    each, share = plain(loss / max(1, len(tokens))), percent(loss / (total or 1.0))
+    return Article(
+        anchor=f"row-{record.row}",
+        title=f"Row {record.row}",
+        where=record.where,
+        facts=(("loss", plain(loss)), ("a token", each), ("of the step", share)),
+        prompt="",
+        steps=(),
+        chart=chart,
+        chart_name="loss, summed along the learned tokens",
+        split=None,
+        maps=(_heat_map("conversation", summary, whole, lines),),
+    )
+
+
+def pair_article(
+    record: PairRecord, steps: Sequence[PathStep], pieces: TokenPieces, scale: Scales, sums: str
+) -> Article:
+    """A pair; `sums` names what its contributions add up to."""
+    running = record.running_sums.tolist()
+    chart, split = stair(running), len(record.chosen.tokens)
+    maps = []
+    for name, side, part in (
+        ("chosen", record.chosen, slice(0, split)),
+        ("rejected", record.rejected, slice(split, None)),
+    ):
+        lines = completion_lines(side, running[part], pieces)
+        views = _token_views(side.tokens, lines, scale, side.contributions.tolist(), chart.heights[part])
+        summary = f"{len(side.tokens)} tokens, reward {typographic(signed(float(side.reward)))}"
+        maps.append(_heat_map(name, summary, views, lines))
+    weights = dict.fromkeys(plain(float(side.weight)) for side in (record.chosen, record.rejected))
+    facts = (
+        ("margin", signed(float(record.margin))),
+        *([(sums, signed(float(record.argument)))] if sums != "margin" else []),
+        ("weight", " / ".join(weights)),
+        ("loss", plain(float(record.loss))),
+    )
+    return Article(
+        anchor=f"row-{record.row}",
+        title=f"Row {record.row}",
+        where=record.where,
+        facts=tuple((name, typographic(value)) for name, value in facts),
+        prompt=pieces.decode(record.prompt_ids).strip(),
+        steps=tuple(steps),
+        chart=chart,
+        chart_name=f"{sums}, summed along the tokens",
+        split=100 * split / max(1, len(running)),
+        maps=tuple(maps),
+    )
+
+
+def _heat_map(name: str, summary: str, tokens: Sequence[TokenView], lines: Sequence[TokenLine]) -> HeatMap:
+    """Numbers get minus signs; tokens keep their hyphens."""
+    columns = ("#", "token", *(lines[0].numbers if lines else ()), "others")
+    rows = tuple(
+        (line.position, line.token, *map(typographic, line.numbers.values()), ", ".join(line.others)) for line in lines
+    )
+    return HeatMap(name, summary, tuple(tokens), columns, rows)
+
+
+def _token_views(
+    tokens: TokenRecord,
+    lines: Sequence[TokenLine],
+    scale: Scales,
+    contributions: Sequence[float],
+    heights: Sequence[float],
+) -> list[TokenView]:
+    columns = (lines, tokens.logps.tolist(), tokens.predicted.entropies.tolist(), contributions, heights)
+    return [
+        TokenView(
+            text=line.token,
+            breaks=breaks_line(line.token),
+            scored=True,
+            tip=_tip(line),
+            sign="up" if adds > 0 else "down" if adds < 0 else "",
+            contribution=_strength(abs(adds), scale.contribution),
+            loss=_strength(-logp, scale.loss),
+            entropy=_strength(entropy, scale.entropy),
+            height=height,
+        )
+        for line, logp, entropy, adds, height in zip(*columns, strict=True)
+    ]
+
+
+def _tip(line: TokenLine) -> str:
+    numbers = [f"{name}\t{typographic(number)}" for name, number in line.numbers.items()]
+    others = [f"{'instead' if i == 0 else ''}\t{other}" for i, other in enumerate(line.others)]
+    return "\n".join([line.token, *numbers, *others])
+
+
+def _unscored(token: int, pieces: TokenPieces) -> TokenView:
+    text = pieces.text(token)
+    return TokenView(text, breaks_line(text), scored=False)
+
+
+def _strength(value: float, full: float) -> float:
+    return round(min(1.0, max(0.0, value / full)), 3)
+
+
+def _high(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(CLIPPED * len(ordered)))] if ordered else 0.0

@@ -1,0 +1,225 @@
+"""Records of tokens and pairs: against plain forward passes, against the training losses, and against themselves."""
+
+from dataclasses import fields, replace
+
+import helpers
+import pytest
+import torch
+from samples import chats, pairs
+
+from lowlevel.config import DPOConfig
+from lowlevel.dpo import loss_arguments
+from lowlevel.inspection import PairRecord, inspect_pairs, inspect_sequences
+from lowlevel.inspection.reading import READINGS
+from lowlevel.loop import evaluate_examples
+from lowlevel.losses import LOSSES, dpo_loss
+from lowlevel.losses.preference import PairLogps
+from lowlevel.model.policy import Policy
+
+LAYOUTS = [{"packing": True}, {"packing": False}, {"packing": False, "batch_size": 3}]
+EXTRA = {"cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.2}, "exo_pair": {"label_smoothing": 0.01}}
+
+
+def logits_of(policy, ids, *, trained: bool = True) -> torch.Tensor:
+    """Hugging Face's own logits of one unpadded sequence, (L, V) in float64."""
+    policy.dropout.disable()
+    policy.activate(parent=True, trained=trained)
+    with torch.no_grad():
+        logits = policy.model(input_ids=torch.as_tensor(ids, dtype=torch.int64)[None]).logits[0].double()
+    policy.activate(parent=True, trained=True)
+    return logits
+
+
+def check_tokens(record, logits: torch.Tensor, ids: list[int], start: int) -> None:
+    """The tokens from position `start` on, from the logits of the whole sequence."""
+    assert record.ids.tolist() == ids[start:]
+    assert record.positions.tolist() == list(range(start, len(ids)))
+    logps = logits[start - 1 : -1].log_softmax(1)
+    for i, token in enumerate(ids[start:]):
+        order = logps[i].argsort(descending=True).tolist()
+        assert float(record.logps[i]) == pytest.approx(float(logps[i, token]), abs=1e-4)
+        assert float(record.predicted.entropies[i]) == pytest.approx(
+            float(-(logps[i].exp() * logps[i]).sum()), abs=1e-4
+        )
+        assert int(record.predicted.ranks[i]) == order.index(token) + 1
+        assert record.predicted.alternative_ids[i].tolist() == [other for other in order if other != token][:3]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_token_of_a_conversation_is_what_a_plain_forward_gives(policy, layout):
+    examples = chats()
+    records = inspect_sequences(policy, helpers.sft(**layout), examples)
+    assert [record.row for record in records] == [example.row for example in examples]
+    for record, example in zip(records, examples, strict=True):
+        start = int((example.labels != -100).argmax())
+        check_tokens(record.tokens, logits_of(policy, example.input_ids), example.input_ids.tolist(), start)
+        assert record.input_ids.tolist() == example.input_ids.tolist()
+        assert float(record.loss) == pytest.approx(-float(record.tokens.logps.sum()), rel=1e-6)
+        assert float(record.shares.sum()) == pytest.approx(1, abs=1e-5)
+        assert torch.allclose(record.shares * record.loss, -record.tokens.logps)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_token_of_a_pair_is_what_plain_forwards_give(policy, layout):
+    examples = pairs()
+    records = inspect_pairs(policy, helpers.dpo(**layout), examples)
+    assert [record.row for record in records] == [example.row for example in examples]
+    for record, example in zip(records, examples, strict=True):
+        prompt = example.prompt_ids.tolist()
+        assert record.prompt_ids.tolist() == prompt
+        for side, completion in ((record.chosen, example.chosen_ids), (record.rejected, example.rejected_ids)):
+            ids = [*prompt, *completion.tolist()]
+            check_tokens(side.tokens, logits_of(policy, ids), ids, len(prompt))
+            reference = logits_of(policy, ids, trained=False)[len(prompt) - 1 : -1].log_softmax(1)
+            expected = reference.gather(1, torch.tensor(ids[len(prompt) :])[:, None])[:, 0]
+            assert torch.allclose(side.ref_token_logps.double(), expected, atol=1e-4)
+            assert float(side.ref_logp) == pytest.approx(float(expected.sum()), abs=1e-4)
+            assert float(side.reward) == pytest.approx(0.1 * float(side.tokens.logps.sum() - expected.sum()), abs=1e-5)
+
+
+def every_loss() -> list[DPOConfig]:
+    return [DPOConfig(loss_type=name, beta=0.3, **EXTRA.get(name, {})) for name in LOSSES]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("config", every_loss(), ids=lambda config: config.loss_type)
+def test_losses_are_those_of_training(policy, config, layout):
+    method = replace(helpers.dpo(**layout), config=config)
+    records = inspect_pairs(policy, method, pairs())
+    logged = evaluate_examples(policy, method, method.micro_batches(pairs()), prefix="")
+    mean = {
+        "loss": [record.loss for record in records],
+        "rewards/margins": [record.margin for record in records],
+        "rewards/chosen": [record.chosen.reward for record in records],
+        "rewards/rejected": [record.rejected.reward for record in records],
+        "logps/chosen": [record.chosen.logp for record in records],
+        "logps/ref_rejected": [record.rejected.ref_logp for record in records],
+    }
+    for name, values in mean.items():
+        assert float(torch.stack(values).mean()) == pytest.approx(logged[name], abs=1e-5), name
+
+
+def test_the_loss_of_a_conversation_is_that_of_training(policy):
+    method = helpers.sft(packing=True)
+    records = inspect_sequences(policy, method, chats())
+    logged = evaluate_examples(policy, method, method.micro_batches(chats()), prefix="")
+    tokens = sum(len(record.tokens) for record in records)
+    assert float(sum(record.loss for record in records)) / tokens == pytest.approx(logged["loss"], abs=1e-5)
+
+
+def logps_of(records: list[PairRecord]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The four log-probabilities and two lengths, (P,) float64 each."""
+    sides = [[record.chosen for record in records], [record.rejected for record in records]]
+    logps = [torch.stack([side.logp for side in part]).double() for part in sides]
+    ref_logps = [torch.stack([side.ref_logp for side in part]).double() for part in sides]
+    return logps + ref_logps, [torch.tensor([len(side.tokens) for side in part]).double() for part in sides]
+
+
+@pytest.mark.parametrize("config", every_loss(), ids=lambda config: config.loss_type)
+def test_contributions_add_up_and_weights_are_slopes(policy, config):
+    """A weight is minus the slope of the summed loss in one completion's contributions: by finite differences."""
+    records = inspect_pairs(policy, replace(helpers.dpo(), config=config), pairs())
+    (chosen, rejected, *reference), lengths = logps_of(records)
+    averages = config.loss_type in ("ipo", "sigmoid_norm")
+
+    def total(plus: torch.Tensor, minus: torch.Tensor) -> float:
+        keys = dict(zip(("chosen_lengths", "rejected_lengths"), lengths, strict=True))
+        return float(dpo_loss(plus, minus, *reference, **keys, **loss_arguments(config)).losses.sum())
+
+    for i, record in enumerate(records):
+        added = float(record.chosen.contributions.sum() + record.rejected.contributions.sum())
+        assert added == pytest.approx(float(record.argument), abs=1e-5)
+        assert float(record.running_sums[-1]) == pytest.approx(added, abs=1e-6)
+        scales = [config.beta / (float(n[i]) if averages else 1) for n in lengths]
+        sums = scales[0] * (chosen - reference[0])[i] - scales[1] * (rejected - reference[1])[i]
+        assert float(record.argument) == pytest.approx(float(sums), abs=1e-5)
+        margin = config.beta * float((chosen - reference[0] - rejected + reference[1])[i])
+        assert float(record.margin) == pytest.approx(margin, abs=1e-5)
+        nudge = torch.zeros(len(records), dtype=torch.float64)
+        nudge[i] = 1e-4
+        up = total(chosen + nudge / scales[0], rejected) - total(chosen - nudge / scales[0], rejected)
+        down = total(chosen, rejected - nudge / scales[1]) - total(chosen, rejected + nudge / scales[1])
+        assert float(record.chosen.weight) == pytest.approx(-up / 2e-4, abs=2e-3, rel=2e-3)
+        assert float(record.rejected.weight) == pytest.approx(-down / 2e-4, abs=2e-3, rel=2e-3)
+
+
+def test_the_weight_of_a_pair_is_the_sigmoid_of_minus_its_margin(policy):
+    for record in inspect_pairs(policy, helpers.dpo(), pairs()):
+        expected = float(torch.sigmoid(-record.margin))
+        assert float(record.chosen.weight) == pytest.approx(expected, abs=1e-6)
+        assert float(record.rejected.weight) == pytest.approx(expected, abs=1e-6)
+        assert float(record.loss) == pytest.approx(-float(torch.log(torch.sigmoid(record.margin.double()))), abs=1e-6)
+
+
+def of(name: str, a: float, b: float, lengths=(4.0, 5.0), *, reference: float = -10.0) -> torch.Tensor:
+    """A loss of log-ratios a, b, as the second of two pairs, in float64."""
+    values = [torch.tensor([first, reference + d], dtype=torch.float64) for first, d in ((5.0, a), (0.2, b))]
+    base = torch.tensor([0.0, reference], dtype=torch.float64)
+    sizes = [torch.tensor([3.0, n], dtype=torch.float64) for n in lengths]
+    keys = {"beta": 0.3, **({"label_smoothing": 0.1} if "label_smoothing" in LOSSES[name].parameters else {})}
+    return LOSSES[name].function(PairLogps(*values, base, base, *sizes), **keys)[1]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_a_loss_reads_is_in_the_table(name):
+    assert READINGS.keys() == LOSSES.keys()
+    point = of(name, 1.0, -0.5)
+    same_margin = [of(name, -1.0, -2.5), of(name, 1.0, -0.5, (8.0, 2.0)), of(name, 1.0, -0.5, reference=-20.0)]
+    same_averages = [of(name, 2.0, -0.25, (8.0, 2.5)), of(name, 1.4, 0.0), of(name, 1.0, -0.5, reference=-20.0)]
+    by_margin, by_averages = (
+        all(torch.allclose(point, other) for other in others) for others in (same_margin, same_averages)
+    )
+    alone = LOSSES[name].function(
+        PairLogps(*(torch.tensor([value]) for value in (-9.0, -10.5, -10.0, -10.0, 4.0, 5.0))),
+        **({"beta": 0.3} | ({"label_smoothing": 0.1} if "label_smoothing" in LOSSES[name].parameters else {})),
+    )
+    by_batch = not torch.allclose(alone.double(), point[None], atol=1e-5)
+    found = "quantiles" if by_batch else "margin" if by_margin else "averages" if by_averages else "both"
+    assert READINGS[name] == found
+
+
+def test_one_forward_pass_of_the_policy_and_one_of_the_reference(policy, monkeypatch):
+    passes = []
+    forward = Policy.scored_hidden_states
+
+    def counted(self, batch):
+        passes.append(self.lora_layers[0].active_adapters)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Policy, "scored_hidden_states", counted)
+    inspect_pairs(policy, helpers.dpo(), pairs())
+    inspect_sequences(policy, helpers.sft(), chats())
+    assert passes == [[], ["trained"], ["trained"]]
+
+
+def test_dropout_is_off(policy):
+    """Whatever the step before has left behind; of one key all tokens of any shape draw the same mask."""
+    methods = ((inspect_sequences, helpers.sft(), chats()), (inspect_pairs, helpers.dpo(), pairs()))
+    for inspect, method, examples in methods:
+        policy.dropout.disable()
+        off = inspect(policy, method, examples)
+        policy.dropout.token_keys = torch.zeros(1, 1, dtype=torch.int32)
+        on = inspect(policy, method, examples)
+        assert [record.loss for record in on] == [record.loss for record in off]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_changes_in_the_policy(policy, training):
+    policy.model.train(training)
+    policy.dropout.token_keys = torch.zeros(1, 1, dtype=torch.int32)
+    before, weights = policy.trainable_names(), policy.flat.weights.clone()
+    records = inspect_pairs(policy, helpers.dpo(), pairs())
+    assert policy.model.training is training
+    assert policy.trainable_names() == before
+    assert torch.equal(policy.flat.weights, weights) and not policy.flat.grad.any()
+    for record in records:
+        for field in fields(record):
+            value = getattr(record, field.name)
+            assert not (isinstance(value, torch.Tensor) and value.requires_grad)
+
+
+def test_a_row_that_comes_twice_is_refused(policy):
+    with pytest.raises(ValueError, match="9 examples come from 8 data rows"):
+        inspect_sequences(policy, helpers.sft(), [*chats(), chats()[0]])
+    with pytest.raises(ValueError, match="inspect each row once"):
+        inspect_pairs(policy, helpers.dpo(), [*pairs(), pairs()[3]])
