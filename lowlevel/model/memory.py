@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
-WORKSPACE = 2 * 33_554_432  # cuBLAS keeps one on Hopper for each stream that multiplies: the step's and the capture's
-LOWER_WORKSPACE = 2 * 8_519_680  # below compute capability 9.0
+WORKSPACE = 33_554_432  # what cuBLAS keeps on Hopper for the stream that multiplies
+LOWER_WORKSPACE = 8_519_680  # below compute capability 9.0
 BACKWARD_VALUES = 1.6  # gradients alive in a layer's backward pass, as a multiple of its widest activation (3 F)
 DEQUANTISE_POSITIONS = 500  # dequantising a layer takes as long as this many positions' products
 
@@ -89,6 +89,9 @@ def model_shape(base: PretrainedConfig, targets: tuple[str, ...]) -> ModelShape:
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in embeddings}
     adapted = [m for n, m in linear.items() if n.rsplit(".", 1)[-1] in targets]
     values = sum(m.weight.numel() for m in linear.values())
+    parameters = {id(p): p.numel() for p in model.parameters()}
+    if settings.get("tie_word_embeddings"):  # without weights nothing is tied
+        parameters.pop(id(model.get_output_embeddings().weight), None)
     return ModelShape(
         layers=settings["num_hidden_layers"],
         hidden=settings["hidden_size"],
@@ -98,7 +101,7 @@ def model_shape(base: PretrainedConfig, targets: tuple[str, ...]) -> ModelShape:
         vocabulary=settings["vocab_size"],
         linear=values,
         largest=max(m.weight.numel() for m in linear.values()),
-        other=sum({id(p): p.numel() for p in model.parameters()}.values()) - values,
+        other=sum(parameters.values()) - values,
         adapter=sum(m.in_features + m.out_features for m in adapted),
     )
 
