@@ -107,6 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
         train.add_argument("--resume", action="store_true", help="go on from the newest verified checkpoint")
         train.add_argument("--restart", action="store_true", help="discard the run that the folder holds")
         train.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
+        train.add_argument(
+            "--as-t4", action="store_true", help="on a larger GPU: fp16, 15 GiB, and only the attention that a T4 has"
+        )
     data = add("data", "what a run will train on, without a GPU and without the model", _data, takes_config=True)
     data.add_argument("config", type=Path, metavar="RUN.toml")
     data.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
@@ -273,7 +276,16 @@ def _load(options: argparse.Namespace, overrides: dict[str, str], method: str | 
     return load_config(options.config, overrides, method=method)
 
 
+# What a T4 has not got: bf16, FlashAttention 2 (compute capability 8.0), more than 15 GiB that a process can use.
+AS_T4 = {"train.precision": "fp16", "model.attn_implementation": "efficient"}
+T4_BYTES = 15 * 2**30
+
+
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    if options.as_t4:
+        if AS_T4.keys() & overrides.keys():
+            raise ConfigError(f"--as-t4 sets {' and '.join(AS_T4)}: leave them out")
+        overrides = {**overrides, **AS_T4}
     config = _load(options, overrides, options.command)
     if options.resume and options.restart:
         raise ConfigError("--resume goes on with a run and --restart discards it: give one of them")
@@ -281,7 +293,17 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from lowlevel.progress import make_console
     from lowlevel.run import run_training
 
+    if options.as_t4:
+        _cap_gpu_memory(T4_BYTES)
     run_training(config, make_console(), resume=options.resume, restart=options.restart)
+
+
+def _cap_gpu_memory(size: int) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size / total))
 
 
 def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import lowlevel
 import lowlevel.commands.data
+import lowlevel.run
 from lowlevel.cli import build_parser, main
 from lowlevel.config import SECTIONS
 
@@ -396,3 +398,23 @@ def test_a_run_in_its_own_process_says_only_what_it_should(space, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")] == ["1/2", "2/2"]
+
+
+def test_as_t4_sets_what_a_t4_has(cli, space, monkeypatch, tmp_path):
+    config = space.write("run", "sft", folder=tmp_path)
+    said = cli("sft", config, "--as-t4")
+    assert (said.code, said.err) == (
+        2,
+        'error: train.precision = "fp16" needs a GPU, and none is visible: use --train.precision fp32\n',
+    )
+    said = cli("sft", config, "--as-t4", "--train.precision", "fp32")
+    assert said.code == 2 and "--as-t4 sets train.precision and model.attn_implementation" in said.err
+    seen = {}
+    monkeypatch.setattr(lowlevel.run, "run_training", lambda config, *_, **__: seen.update(config=config))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=60 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: seen.update(share=share))
+    assert cli("sft", config, "--as-t4").code == 0
+    assert (seen["config"].train.precision, seen["config"].model.attn_implementation) == ("fp16", "efficient")
+    assert seen["share"] == 0.25
