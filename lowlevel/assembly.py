@@ -99,6 +99,7 @@ def check_inputs(config: RunConfig) -> Inputs:
             check_loss(config.dpo)
         except ValueError as error:
             raise ConfigError(f"[dpo]: {error}") from None
+        _make_folder(config.dpo.reference_cache, "dpo.reference_cache")
     placement = choose_placement(config.train.precision)
     base = load_model_config(config.model)
     parent = find_adapter(config.model.adapter, "model.adapter")
@@ -116,6 +117,15 @@ def check_inputs(config: RunConfig) -> Inputs:
         parent,
         init_from,
     )
+
+
+def _make_folder(path: str | None, key: str) -> None:
+    if path is None:
+        return
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} cannot be made: {error.strerror}") from None
 
 
 def prepare_data(config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:

@@ -161,6 +161,7 @@ def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     compare.add_argument("--max-new-tokens", type=_positive, default=128)
     compare.add_argument("--show", type=int, default=3, help="replies to print side by side (default: 3)")
     _add_inspect(add)
+    _add_verify(add)
 
 
 def _add_inspect(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -177,6 +178,24 @@ def _add_inspect(add: Callable[..., argparse.ArgumentParser]) -> None:
         "it, for a row the final adapter)",
     )
     inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of the tables of tokens")
+
+
+def _add_verify(add: Callable[..., argparse.ArgumentParser]) -> None:
+    verify = add(
+        "verify", "recompute a step of a run in float64: errors and bounds, exit code 1 where one fails", _verify
+    )
+    verify.add_argument("path", type=Path, metavar="RUN_DIR|RUN.toml", help="run folder, or run file for a run's start")
+    verify.add_argument("--batch", type=_positive, default=1, metavar="N", help="optimizer step to take (default: 1)")
+    verify.add_argument(
+        "--json", type=Path, metavar="FILE", help="where to write the result (default: in the run folder)"
+    )
+    verify.add_argument(
+        "--exact-parameters",
+        type=_not_negative,
+        default=500_000_000,
+        metavar="N",
+        help="a base of up to N weights is also run in float64, on the CPU (default: 500,000,000)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -369,6 +388,20 @@ def _inspect(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         example=options.example,
         checkpoint=options.checkpoint,
         html=options.html,
+    )
+
+
+def _verify(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    _quiet()
+    from lowlevel.commands.verify import verify_run
+    from lowlevel.progress import make_console
+
+    verify_run(
+        options.path,
+        make_console(),
+        batch=options.batch,
+        json_file=options.json,
+        exact_parameters=options.exact_parameters,
     )
 
 

@@ -137,6 +137,9 @@ class DPOConfig(Section):
     dpop_lambda: Annotated[Finite, Field(ge=0)] | None = Field(None, description="dpop only")
     rpo_alpha: Annotated[Finite, Field(ge=0)] | None = Field(None, description="rpo only: weight of the SFT term")
     disable_dropout: bool = Field(True, description="no dropout in the policy pass, as TRL and the original code do")
+    reference_cache: str | None = Field(
+        None, description="folder that keeps reference log-probabilities for later epochs and runs with another beta"
+    )
 
 
 class RunConfig(Section):

@@ -37,8 +37,8 @@ class DPO:
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The preference loss, summed over the batch's pairs."""
-        with policy.reference():  # the same batch, layout and kernels: equal weights give equal bits
-            ref_chosen_logps, ref_rejected_logps = completion_logps(policy, batch)
+        ref_logps = reference_logps(policy, batch) if batch.reference_logps is None else batch.reference_logps
+        ref_chosen_logps, ref_rejected_logps = ref_logps.chunk(2)
         if self.config.disable_dropout:
             policy.dropout.disable()
         chosen_logps, rejected_logps = completion_logps(policy, batch)  # (P,) fp32 each
@@ -96,6 +96,12 @@ def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor
     logps = token_logps(hidden, policy.lm_head_weight, batch.scored_targets)  # (N,)
     chosen, rejected = batch.sequence_sums(logps).chunk(2)
     return chosen, rejected
+
+
+def reference_logps(policy: Policy, batch: PackedBatch) -> Tensor:
+    """The same of the reference, chosen then rejected, (S,): no dropout, no gradient."""
+    with policy.reference():  # the same batch, layout and kernels: equal weights give equal bits
+        return torch.cat(completion_logps(policy, batch))
 
 
 def loss_arguments(config: DPOConfig) -> dict[str, Any]:

@@ -74,6 +74,8 @@ class PackedBatch:
     data_rows: tuple[int, ...]  # host: data row of each real example
     num_tokens: int  # host: tokens that are not padding
     num_scored: int  # host: scored tokens that belong to a sequence
+    reference_logps: Tensor | None = None  # (S,) fp32, where a cache knows them (reference_cache.py); fillers 0
+    content: str = ""  # host: hash of what the reference pass sees, where there is a cache
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device; copies to a GPU do not wait for it."""

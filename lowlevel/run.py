@@ -6,7 +6,8 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from lowlevel.order import DataOrder
 from lowlevel.plots import plot_loss
 from lowlevel.prefetch import Prefetched
 from lowlevel.progress import TrainingProgress
+from lowlevel.reference_cache import CachedReference, reference_identity, with_blanks, with_content
 from lowlevel.rehearsal import largest_batch, rehearse
 from lowlevel.run_folder import RunFolder, environment, refuse_changes
 from lowlevel.training_state import restore_state, save_state
@@ -73,6 +75,16 @@ class RunObserver:
     def stop_requested(self) -> int:
         """The first signal that came, or 0."""
         return self.signum
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Receive SIGTERM and SIGINT; afterwards they do what they did before."""
+        previous = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def on_signal(self, signum: int, frame: object) -> None:
         """Ask the loop to stop at the next step boundary; a second signal ends the process at once."""
@@ -149,21 +161,24 @@ def _train_in(
         dequantize_once(policy)
     _announce(console, config, inputs, policy, method, total_steps, order)
 
-    batches = Prefetched(lambda step: method.micro_batches([examples[i] for i in order.step_rows(step)]), total_steps)
+    execution, cached = _execution(policy, method, config, inputs, manifest, console)
+    lay_out = with_content(method.micro_batches) if cached else method.micro_batches
+    batches = Prefetched(lambda step: lay_out([examples[i] for i in order.step_rows(step)]), total_steps)
 
     def write_checkpoint(state: TrainState) -> None:
         save_state(folder.path, policy, optimizer, state, config, manifest)
+        if cached:
+            cached.flush()
 
-    execution = WithFallback(policy, method, choose_execution(config, inputs), console.print)
     if inputs.placement.device.type == "cuda":
         largest = largest_batch(method, examples, rows_per_step)
+        largest = with_blanks(largest) if cached else largest
         write_json(folder.path / "memory.json", rehearse(policy, method, execution, optimizer, largest))
     held_out = evaluation_batches(method, config, inputs)
     evaluate = (lambda: evaluate_examples(policy, method, held_out, prefix="eval_")) if held_out else None
     with TrainingProgress(console, config.method, total_steps, state.step) as bar:
         observer = RunObserver(folder, bar, write_checkpoint)
-        previous = {number: signal.signal(number, observer.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with observer.signals(), cached or nullcontext():
             if evaluate and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **evaluate()})
             train(
@@ -177,16 +192,25 @@ def _train_in(
                 config.train,
                 total_steps=total_steps,
                 steps_per_epoch=order.steps_per_epoch,
-                execution=execution,
+                execution=cached or execution,
             )
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
     if observer.signum and state.step < total_steps:
         raise InterruptedRunError(
             f"stopped at step {state.step} of {total_steps} and saved; go on with --resume", observer.signum
         )
     return _finish(folder, config, policy, state, order, console)
+
+
+def _execution(
+    policy: Policy, method: Method, config: RunConfig, inputs: Inputs, manifest: dict[str, Any], console: Console
+) -> tuple[WithFallback, CachedReference | None]:
+    """How micro-steps run, and the same behind a cache of reference numbers, if there is one."""
+    execution = WithFallback(policy, method, choose_execution(config, inputs), console.print)
+    if config.dpo.reference_cache is None:
+        return execution, None
+    reference = reference_identity(policy, manifest["base"]["sha256"], manifest["parent_adapter"])
+    folder = Path(config.dpo.reference_cache)
+    return execution, CachedReference(execution, policy, folder, reference, console.print)
 
 
 def evaluation_batches(method: Method, config: RunConfig, inputs: Inputs) -> list[PackedBatch]:

@@ -31,7 +31,13 @@ from lowlevel.order import ORDER_VERSION
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 # Settings that may differ between a run and its resumption: they do not change what is learned.
-FREE_KEYS = ("train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit")
+FREE_KEYS = (
+    "train.output_dir",
+    "train.logging_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "dpo.reference_cache",
+)
 OWN_FILES = ("config.toml", "manifest.json", "metrics.jsonl", "data_report.json", "environment.json", "run-status.json")
 
 

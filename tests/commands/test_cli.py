@@ -21,7 +21,20 @@ import lowlevel.run
 from lowlevel.cli import build_parser, main
 from lowlevel.config import SECTIONS
 
-COMMANDS = ("demo", "sft", "dpo", "data", "losses", "plan", "memory", "merge", "generate", "compare", "inspect")
+COMMANDS = (
+    "demo",
+    "sft",
+    "dpo",
+    "data",
+    "losses",
+    "plan",
+    "memory",
+    "merge",
+    "generate",
+    "compare",
+    "inspect",
+    "verify",
+)
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",

@@ -90,6 +90,7 @@ KEYS = {
     "dpo.dpop_lambda": (50.0, PREFERENCES),
     "dpo.rpo_alpha": (1.0, PREFERENCES),
     "dpo.disable_dropout": (False, PREFERENCES),
+    "dpo.reference_cache": ("out/reference", PREFERENCES),
 }
 
 

@@ -23,9 +23,9 @@ LAYERS = (
         "run_folder",
         "training_state",
     ),  # fmt: skip
-    ("sft", "dpo", "execution"),
+    ("sft", "dpo", "execution", "reference_cache"),
     ("loop", "rehearsal"),
-    ("assembly", "run", "inspection/", "commands/", "cli", "__main__"),
+    ("assembly", "run", "inspection/", "verification/", "commands/", "cli", "__main__"),
 )
 TRITON_FILES = ("kernels/vocabulary",)  # files that may import triton or torch.distributed
 FILES = sorted(ROOT.rglob("*.py"))

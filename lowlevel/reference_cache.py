@@ -1,0 +1,295 @@
+"""Reference log-probabilities on disk: later epochs, and runs with another beta, go without the reference pass.
+
+The reference is frozen, so a micro-batch gives the same numbers in every epoch and every run. Bit for bit that holds
+for the micro-batch as a whole: kernels add in an order that depends on its shape, and a pair in other company differs
+in the last bits. So an entry is a micro-batch with its layout, not a pair, and what is saved depends on what recurs:
+
+    another beta, learning rate or loss; same rows, seed, batch sizes     every micro-batch is found
+    more epochs with train.data_order = "sequential"                      every micro-batch after the first epoch
+    more epochs with "shuffled"                                           almost none: the pairs mix anew
+
+DIR/<SHA-256 of identity.json>/    all that the numbers depend on beside the micro-batch
+  identity.json                    base, parent adapter, dtype, attention, layers, device, versions
+  <SHA-256>.safetensors            a shard: SHA-256 of a micro-batch -> (S,) fp32, all chosen, then all rejected
+  <SHA-256>.json                   size and SHA-256 of the shard, written after it: without it a shard is not read
+
+Of the entries from disk that a run uses, the first two and then one in a hundred are computed anew and must have the
+same bits; the others are taken on the word of hashes and identity. One that differs switches the cache off, and the
+step in hand starts anew. Processes may share a folder: a file in it never changes once it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lowlevel import __version__
+from lowlevel.checkpoint import write_bytes, write_json
+from lowlevel.dpo import reference_logps
+from lowlevel.errors import CheckpointError
+from lowlevel.execution import Execution, ExecutionFailedError
+from lowlevel.layout import PackedBatch
+from lowlevel.model.policy import PARENT, Policy
+
+LAYOUT_VERSION = 1  # raise it when the same tensors of a PackedBatch come to give other reference numbers
+FORMAT = "lowlevel-reference-cache"
+IDENTITY = "identity.json"
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+ENTRIES_PER_SHARD = 256  # computed ones are written no later than this
+ALWAYS_VERIFIED, VERIFIED_ONE_IN = 2, 100  # entries from disk
+UNUSED = ("dropout_keys", "reference_logps")  # tensors that the reference pass does not see
+PLACES = ("_name_or_path", "transformers_version")  # in a base's configuration: where it came from, not what it is
+
+
+def content_sha256(batch: PackedBatch) -> str:
+    """SHA-256 of all that the reference pass sees of a micro-batch; waits for the device if it lies on one."""
+    digest = hashlib.sha256(f"longest {batch.longest}\n".encode())
+    for name, tensor in sorted(batch.tensors().items()):
+        if name not in UNUSED:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def with_content(lay_out: Callable[[Any], list[PackedBatch]]) -> Callable[[Any], list[PackedBatch]]:
+    """The same function; its micro-batches know their hash, taken on the CPU before they move to a device."""
+    return lambda rows: [replace(batch, content=content_sha256(batch)) for batch in lay_out(rows)]
+
+
+def with_blanks(batch: PackedBatch) -> PackedBatch:
+    """The same micro-batch with zeros for reference numbers, for a rehearsal: it takes what one of the run takes."""
+    return replace(batch, reference_logps=torch.zeros(len(batch.lengths)))
+
+
+def reference_identity(policy: Policy, base_sha256: str, parent_sha256: str | None) -> dict[str, Any]:
+    """All that the reference's numbers depend on, beside the micro-batch and how layers run.
+
+    The hashes cover weights alone; a base's configuration (rotary angles, epsilons) and the factor on the parent
+    adapter stand in files of their own.
+    """
+    settings = {k: v for k, v in policy.causal_lm.config.to_dict().items() if k not in PLACES}
+    scaling = {layer.scaling[PARENT] for layer in policy.lora_layers} if policy.has_parent else set()
+    return {
+        "base": base_sha256,
+        "base_config": _json_sha256(settings),
+        "parent_adapter": parent_sha256,
+        "parent_scaling": sorted(scaling),
+        "dtype": str(policy.placement.dtype).removeprefix("torch."),
+        "attention": policy.attention.implementation,
+        "linear": sorted({type(layer.get_base_layer()).__name__ for layer in policy.lora_layers}),
+        "device": _device_kind(policy.placement.device),
+        "versions": {"lowlevel": __version__, **{name: version(name) for name in LIBRARIES}},
+        "layout_version": LAYOUT_VERSION,
+    }
+
+
+class ReferenceCache:
+    """The entries of one identity: those on disk when it was opened, and those computed since."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], note: Callable[[str], None]) -> None:
+        """Read every shard; `note` prints a line for each that is damaged and left out."""
+        self.identity, self.note = identity, note
+        self.folder = folder / _json_sha256(identity)
+        self.entries: dict[str, Tensor] = {}
+        self._unwritten: list[str] = []
+        self._writable = True
+        for manifest in sorted(self.folder.glob("*.json")):
+            if manifest.name != IDENTITY:
+                try:
+                    self.entries |= read_shard(manifest)
+                except CheckpointError as error:
+                    note(f"reference cache: ignored {error}")
+        self.from_disk = frozenset(self.entries)
+
+    def add(self, key: str, logps: Tensor) -> None:
+        """Keep the reference numbers of a micro-batch, (S,) fp32, and write them later."""
+        self.entries[key] = logps
+        self._unwritten.append(key)
+        if len(self._unwritten) >= ENTRIES_PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was computed since the last time; a disk that refuses costs one line and no run."""
+        keys, self._unwritten = self._unwritten, []
+        if not keys or not self._writable:
+            return
+        together = torch.cat([self.entries[key] for key in keys]).cpu()  # one wait for the device
+        parts = together.split([len(self.entries[key]) for key in keys])
+        host = {key: part.clone() for key, part in zip(keys, parts, strict=True)}
+        self.entries |= host
+        finite = {key: part for key, part in host.items() if bool(part.isfinite().all())}
+        try:
+            if finite:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if not (self.folder / IDENTITY).exists():
+                    write_json(self.folder / IDENTITY, self.identity)
+                write_shard(self.folder, finite)
+        except OSError as error:
+            self._writable = False
+            self.note(f"reference cache: {self.folder} is not written any more: {error.strerror}")
+
+
+class CachedReference:
+    """An Execution that gives each micro-batch its reference numbers before it runs."""
+
+    def __init__(
+        self,
+        execution: Execution,
+        policy: Policy,
+        folder: Path,
+        identity: Mapping[str, Any],
+        note: Callable[[str], None],
+    ) -> None:
+        """`identity` is that of `reference_identity`; `note` prints a line."""
+        self.execution, self.policy, self.note = execution, policy, note
+        self.folder, self.identity = folder, identity
+        self.hits = self.computed = 0
+        self.refused = False
+        self._hits_from_disk = 0
+        self._caches: dict[bool, ReferenceCache] = {}
+        self._cache()
+
+    def __enter__(self) -> CachedReference:
+        """Nothing: it is ready."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Say what it was good for."""
+        off = ", then refused" if self.refused else ""
+        counts = f"{self.hits:,} micro-batches found, {self.computed:,} computed{off}"
+        self.note(f"reference cache: {counts} ({self.folder})")
+
+    def run(self, batch: PackedBatch, factor: float, seed: int, step: int) -> dict[str, Tensor]:
+        """See Execution.
+
+        Raises:
+            ExecutionFailedError: an entry was refused; the cache is off now. Or that of the execution itself.
+        """
+        return self.execution.run(batch if self.refused else self._with_logps(batch), factor, seed, step)
+
+    def flush(self) -> None:
+        """Write what was computed; nothing once an entry was refused."""
+        for cache in self._caches.values() if not self.refused else ():
+            cache.flush()
+
+    def _with_logps(self, batch: PackedBatch) -> PackedBatch:
+        cache, key = self._cache(), batch.content or content_sha256(batch)
+        found = cache.entries.get(key)
+        trusted = found is not None and not self._to_verify(key in cache.from_disk)
+        logps = found if trusted else self._live(batch)
+        if logps is None:
+            return batch
+        if found is None:
+            cache.add(key, logps)
+            self.computed += 1
+        else:
+            self._refuse_unless_equal(found, logps, batch)
+            self.hits += 1
+        return replace(batch, reference_logps=_move(logps, batch.input_ids.device))
+
+    def _live(self, batch: PackedBatch) -> Tensor | None:
+        """The reference pass, (S,); None where it fails: the execution fails in the same way, and can fall back."""
+        try:
+            return reference_logps(self.policy, batch)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception:
+            return None
+
+    def _to_verify(self, from_disk: bool) -> bool:
+        """Whether an entry that was found is to be computed anew."""
+        number = self._hits_from_disk
+        self._hits_from_disk += from_disk
+        return from_disk and (number < ALWAYS_VERIFIED or number % VERIFIED_ONE_IN == 0)
+
+    def _cache(self) -> ReferenceCache:
+        """That of the way layers run now: an execution may fall back from compiled layers to eager ones."""
+        compiled = self.policy.layers.compiled
+        if compiled not in self._caches:
+            identity = {**self.identity, "layers": "compiled" if compiled else "eager"}
+            self._caches[compiled] = ReferenceCache(self.folder, identity, self.note)
+        return self._caches[compiled]
+
+    def _refuse_unless_equal(self, found: Tensor, live: Tensor, batch: PackedBatch) -> None:
+        problem = None
+        if found.shape != batch.lengths.shape:
+            problem = f"an entry has shape {tuple(found.shape)}, not {tuple(batch.lengths.shape)}"
+        elif live is not found:
+            problem = _difference(found, live.cpu(), batch.data_rows)
+        if problem:
+            self.refused = True
+            self.note(f"reference cache: refused: {problem}, in {self._cache().folder}; going on with the live pass")
+            raise ExecutionFailedError("live reference pass")
+
+
+def _difference(found: Tensor, live: Tensor, rows: tuple[int, ...]) -> str | None:
+    """Where two (S,) tensors differ most; None if they agree bit for bit."""
+    if torch.equal(found.view(torch.int32), live.view(torch.int32)):
+        return None
+    apart = (found.double() - live.double()).abs()
+    place = int(apart.argmax())
+    side, pair = divmod(place, len(live) // 2)
+    where = f"data row {rows[pair]}" if pair < len(rows) else "a pair that only fills up"
+    name = ("chosen", "rejected")[side]
+    return f"largest difference {apart[place]:.3g} ({name}, {where}: {found[place]:.9g}, live {live[place]:.9g})"
+
+
+def write_shard(folder: Path, entries: Mapping[str, Tensor]) -> None:
+    """Write entries under a name that no other entries have: first the file, then what says that it is complete."""
+    data = save({key: entries[key] for key in sorted(entries)}, metadata={"format": "pt"})
+    described = {"format": FORMAT, "entries": len(entries), "bytes": len(data), "sha256": _sha256(data)}
+    path = folder / f"{described['sha256']}.safetensors"
+    write_bytes(path, data)
+    write_json(path.with_suffix(".json"), described)
+
+
+def read_shard(manifest: Path) -> dict[str, Tensor]:
+    """The entries of the shard that a manifest describes.
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, differs from its description, or holds what is no entry.
+    """
+    path = manifest.with_suffix(".safetensors")
+    try:
+        described = json.loads(manifest.read_bytes())
+        data = path.read_bytes()
+        if (described["format"], described["bytes"], described["sha256"]) != (FORMAT, len(data), _sha256(data)):
+            raise CheckpointError(f"{path}: its content does not match {manifest.name}")
+        entries = load(data)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}") from None
+    for key, logps in entries.items():
+        if logps.dtype != torch.float32 or logps.ndim != 1 or not bool(logps.isfinite().all()):
+            raise CheckpointError(f"{path}: entry {key[:12]} holds no finite fp32 numbers")
+    return entries
+
+
+def _move(logps: Tensor, device: torch.device) -> Tensor:
+    if logps.device == device:
+        return logps
+    return logps.pin_memory().to(device, non_blocking=True)
+
+
+def _device_kind(device: torch.device) -> str:
+    """What decides the order of additions: the GPU, or a CPU's instructions and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
+
+
+def _json_sha256(value: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,77 @@
+"""A check, and the bounds by precision that checks are held to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table. A bound of 0 asks for equality, of bits or of counts."""
+
+    group: str
+    name: str
+    measured: float
+    bound: float
+    ok: bool
+    note: str = ""
+
+
+def check(group: str, name: str, measured: float, bound: float, note: str = "") -> Check:
+    """A check that holds iff measured <= bound; NaN never does."""
+    return Check(group, name, measured, bound, math.isfinite(measured) and measured <= bound, note)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What rounding may do.
+
+    fp32: 4 to 100 times what was seen on a CPU (demo after training, and at its start). bf16: 4 to 2,500 times what was
+    seen there. fp16: estimated from the error known of its logits, 5e-3 a token; not measured yet.
+
+    Attributes:
+        forward: one token's log-probability, nats: hidden states in the run's precision against a float64 forward.
+        closed: relative, gradient of a loss formula in fp32 against its closed form.
+        hidden: relative, largest element of the gradient of the hidden states from `token_logps`.
+        gradient: relative l2, the gradient of a whole step against float64.
+        layout_loss, layout_gradient: relative, and relative l2: the same step in another layout.
+    """
+
+    forward: float
+    closed: float
+    hidden: float
+    gradient: float
+    layout_loss: float
+    layout_gradient: float
+
+
+BOUNDS = {
+    "fp32": Bounds(1e-4, 1e-5, 1e-5, 1e-4, 1e-5, 1e-4),
+    "fp16": Bounds(5e-2, 1e-5, 5e-3, 3e-2, 2e-3, 3e-2),
+    "bf16": Bounds(5e-1, 1e-5, 4e-2, 2e-1, 2e-2, 2e-1),
+}
+
+
+def head_bound(largest_logit: float, dtype: torch.dtype) -> float:
+    """Bound on a token's log-probability from hidden states that are given: nats.
+
+    A logit is rounded once to `dtype`; its product and the log-sum-exp are accumulated in fp32.
+    """
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
+    return max(1.0, largest_logit) * (rounding + 8 * torch.finfo(torch.float32).eps)
+
+
+def largest(values: Tensor) -> float:
+    """Largest absolute value; 0 for none."""
+    return float(values.detach().abs().max()) if values.numel() else 0.0
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    """|value - expected| / |expected| in the l2 norm, float64; the plain difference where `expected` is 0."""
+    expected = expected.detach().double().cpu()
+    difference = float(torch.linalg.vector_norm(value.detach().double().cpu() - expected))
+    return difference / (float(torch.linalg.vector_norm(expected)) or 1.0)

@@ -1,0 +1,148 @@
+"""The whole model in float64: dequantised weights with the adapters merged in by arithmetic, one plain row at a time.
+
+No packing, no mask of ours, no PEFT, no kernel of ours: W + s B A in the place of each adapted layer, on the CPU.
+Rotary angles stay in fp32, as the model defines them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lowlevel.config import ModelConfig
+from lowlevel.model.base import empty_model, load_model_config, quantised_state
+from lowlevel.model.policy import PARENT, TRAINED, Policy
+from lowlevel.verification.truth import Scored, log_softmax64
+
+PREFIX = "base_model.model."
+
+
+class KeepDouble(TorchFunctionMode):
+    """Norms and softmaxes of transformers cast to fp32 on the way; in here a float64 tensor stays one."""
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Leave casts of float64 tensors to a shorter floating dtype out."""
+        kwargs = kwargs or {}
+        double = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
+        if double and func is Tensor.float:
+            return args[0]
+        if double and func is Tensor.to and any(_shorter(v) for v in (*args[1:], *kwargs.values())):
+            return args[0]
+        if double and _shorter(kwargs.get("dtype")):
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+def _shorter(value: object) -> bool:
+    return isinstance(value, torch.dtype) and value.is_floating_point and value != torch.float64
+
+
+@dataclass(frozen=True)
+class Update:
+    """One adapter's part of one layer: scaling * B A, from where A and B lie in the flat weights, or as they are."""
+
+    a: Tensor | slice
+    b: Tensor | slice
+    a_shape: torch.Size
+    b_shape: torch.Size
+    scaling: float
+
+    def of(self, flat: Tensor) -> Tensor:
+        """(out, in) float64."""
+        a = flat[self.a] if isinstance(self.a, slice) else self.a
+        b = flat[self.b] if isinstance(self.b, slice) else self.b
+        return self.scaling * (b.reshape(self.b_shape) @ a.reshape(self.a_shape))
+
+
+@dataclass(frozen=True)
+class ExactModel:
+    """float64 on the CPU. `trained`, `parent`: updates by weight name."""
+
+    model: Any
+    fixed: dict[str, Tensor]
+    trained: dict[str, Update]
+    parent: dict[str, Update]
+
+    def weights(self, flat: Tensor | None) -> dict[str, Tensor]:
+        """Merged weights by name: with the trained adapter at `flat` (n,) float64, or without it (the reference)."""
+        merged = dict(self.fixed)
+        for updates in (self.parent, self.trained if flat is not None else {}):
+            for name, update in updates.items():
+                merged[name] = merged[name] + update.of(flat if flat is not None else torch.empty(0))
+        return merged
+
+    def token_logps(self, weights: dict[str, Tensor], sequence: Scored) -> Tensor:
+        """Log-probability of each scored token, (n,) float64."""
+        ids = torch.as_tensor(sequence.ids, dtype=torch.int64)[None]
+        places = torch.as_tensor(sequence.places, dtype=torch.int64)
+        decoder = {n.partition(".")[2]: w for n, w in weights.items() if n.startswith(self._decoder_name)}
+        with KeepDouble():
+            output = torch.func.functional_call(
+                self.model.get_decoder(),
+                decoder,
+                kwargs={"input_ids": ids[:, : int(places.max()) + 1], "use_cache": False},
+            )
+        hidden = output.last_hidden_state[0, places - 1]
+        assert hidden.dtype == torch.float64
+        return log_softmax64(hidden, weights["lm_head"], ids[0, places])[0]
+
+    @property
+    def _decoder_name(self) -> str:
+        return f"{self.model.base_model_prefix}."
+
+    def examples(self, flat: Tensor | None, examples: Sequence[Sequence[Scored]]) -> list[list[Tensor]]:
+        """Token log-probabilities [example][sequence]."""
+        weights = self.weights(flat)
+        return [[self.token_logps(weights, sequence) for sequence in sequences] for sequences in examples]
+
+
+def base_parameters(policy: Policy) -> int:
+    """Weights of the base, each 4-bit one counted."""
+    total = 0
+    for name, parameter in policy.model.named_parameters():
+        state = getattr(parameter, "quant_state", None)  # bitsandbytes.nn.Params4bit carries it
+        total += 0 if ".lora_" in name else (state.shape.numel() if state is not None else parameter.numel())
+    return total
+
+
+def exact_model(policy: Policy, config: ModelConfig) -> ExactModel:
+    """Read every weight that the policy computes with, in float64."""
+    model = empty_model(load_model_config(config)).eval()
+    model.set_attn_implementation("eager")
+    fixed = {"lm_head": policy.lm_head_weight.detach().double().cpu()}
+    for name, parameter in policy.model.named_parameters():
+        if ".lora_" not in name:
+            plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+            fixed[plain] = _dequantised(policy.model, name, parameter).detach().double().cpu()
+    start, spans = 0, {}
+    for name, view in policy.flat.views.items():
+        spans[name] = slice(start, start + view.numel())
+        start += view.numel()
+    updates: dict[str, dict[str, Update]] = {TRAINED: {}, PARENT: {}}
+    names = {id(module): name for name, module in policy.model.named_modules()}
+    for layer in policy.lora_layers:
+        stem = names[id(layer)]
+        for adapter in [PARENT] * policy.has_parent + [TRAINED]:
+            if adapter not in layer.lora_A:
+                continue
+            factors: list[Any] = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
+            own = [f"{stem}.lora_{which}.{adapter}.weight" for which in "AB"]
+            parts = [spans.get(key, w.detach().double().cpu()) for key, w in zip(own, factors, strict=True)]
+            update = Update(parts[0], parts[1], factors[0].shape, factors[1].shape, float(layer.scaling[adapter]))
+            updates[adapter][f"{stem.removeprefix(PREFIX)}.weight"] = update
+    return ExactModel(model, fixed, updates[TRAINED], updates[PARENT])
+
+
+def _dequantised(model: nn.Module, name: str, parameter: nn.Parameter) -> Tensor:
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, bnb.nn.Linear4bit) and name.endswith(".weight"):
+        return bnb.functional.dequantize_4bit(module.weight.data, quantised_state(module))
+    return parameter

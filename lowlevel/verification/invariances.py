@@ -1,0 +1,112 @@
+"""Group 3, invariances: one step is one number, however its examples are laid out, recomputed or executed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from torch import Tensor
+
+from lowlevel.layout import IGNORED, PackedBatch, Segment, build_batch, pair_rows, sft_segment
+from lowlevel.losses import LOSSES
+from lowlevel.verification.check import Check, check, relative
+from lowlevel.verification.subject import Method, Subject, packed, with_batches_of
+
+GROUP = "invariances"
+
+
+def invariance_checks(subject: Subject) -> list[Check]:
+    """Loss and gradient of the same step, pairwise; dropout as the run has it, since its mask must not change."""
+    expected = _step(subject, with_batches_of(subject.method, len(subject.examples)))
+    checks = []
+    for name, method in _layouts(subject):
+        checks += _compare(subject, name, _step(subject, method), expected)
+    checks += _compare(
+        subject, "left padding = right padding", _step(subject, batches=[left_padded(subject)]), expected
+    )
+    with _checkpointing(subject, on=False):
+        without = _step(subject)
+    with _checkpointing(subject, on=True):
+        checks += _compare(subject, "recomputed layers = kept", _step(subject), without)
+    if subject.mode != "eager":
+        checks += _execution_checks(subject)
+    return checks
+
+
+def _layouts(subject: Subject) -> Iterator[tuple[str, Method]]:
+    """Against all examples in one padded micro-batch. Losses that sort a micro-batch's pairs must have them in one."""
+    method, number = subject.method, len(subject.examples)
+    yield "as the run has it", method
+    if not (subject.preference and LOSSES[subject.config.dpo.loss_type].mixes_pairs):
+        yield f"{number} x 1 = 1 x {number}", with_batches_of(method, 1)
+        yield f"3 a micro-batch = 1 x {number}", with_batches_of(method, 3)
+    yield "shared prompt = two rows" if subject.preference else "packed = padded", packed(method, number)
+
+
+def _step(
+    subject: Subject, method: Method | None = None, batches: list[PackedBatch] | None = None
+) -> tuple[float, Tensor]:
+    result, gradient = subject.run_step(method, batches=batches)
+    return result.metrics["loss"], gradient
+
+
+def _compare(subject: Subject, name: str, found: tuple[float, Tensor], expected: tuple[float, Tensor]) -> list[Check]:
+    bounds = subject.bounds
+    loss = abs(found[0] - expected[0]) / (abs(expected[0]) or 1.0)
+    return [
+        check(GROUP, f"{name}: loss", loss, bounds.layout_loss, "relative"),
+        check(GROUP, f"{name}: gradient", relative(found[1], expected[1]), bounds.layout_gradient, "relative l2"),
+    ]
+
+
+def left_padded(subject: Subject) -> PackedBatch:
+    """All examples in one micro-batch, one sequence a row, with the padding before it instead of behind it.
+
+    The padding is a segment of its own, of tokens 0 that nobody looks at and that no loss is taken over.
+    """
+    rows: list[Segment] = []
+    for number, example in enumerate(subject.examples):
+        if subject.preference:
+            ids = (example.prompt_ids, example.chosen_ids, example.rejected_ids)
+            rows += pair_rows(example.row, number, *ids)
+        else:
+            rows.append(sft_segment(example.row, number, example.input_ids, example.labels))
+    width = max(map(len, rows)) + 3  # so that the longest one is moved too
+    padded = [[_padding(row, width - len(row)), row] for row in rows]
+    return build_batch(padded, pairs=subject.preference).to(subject.policy.placement.device)
+
+
+def _padding(row: Segment, size: int) -> Segment:
+    zeros = np.zeros(size, np.int64)
+    return Segment(row.row, row.pair, zeros, zeros, zeros, np.full(size, IGNORED))
+
+
+@contextmanager
+def _checkpointing(subject: Subject, *, on: bool) -> Iterator[None]:
+    layers = subject.policy.layers
+    before, compiled = layers.recomputed, layers.compiled
+    layers.recomputed = len(layers.layers) if on else 0
+    layers.use(compiled=False)
+    try:
+        yield
+    finally:
+        layers.recomputed = before
+        layers.use(compiled=compiled)
+
+
+def _execution_checks(subject: Subject) -> list[Check]:
+    """The run's own execution, three times: it warms up, captures, and replays."""
+    expected = _step(subject)
+    notes: list[str] = []
+    execution = subject.execution(notes)
+    for _ in range(3):
+        result, gradient = subject.run_step(execution=execution)
+    mode = execution.mode
+    execution.use("eager")
+    checks = _compare(subject, f"{subject.mode} = eager", (result.metrics["loss"], gradient), expected)
+    fell_back = "; ".join(notes) or f"ran {mode}"
+    return [
+        *checks,
+        Check(GROUP, f"runs {subject.mode}", float(mode != subject.mode), 0, mode == subject.mode, fell_back),
+    ]

@@ -1,0 +1,192 @@
+"""Group 5, masking: what is learned, read from the batches as they are, against the rows rendered anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowlevel.layout import IGNORED, PADDING, PackedBatch
+from lowlevel.verification.check import Check, check
+from lowlevel.verification.rendered import Expected, expected_sequences, truncated
+from lowlevel.verification.subject import Subject
+
+GROUP = "masking"
+
+
+@dataclass(frozen=True)
+class Read:
+    """One scored sequence as a micro-batch holds it.
+
+    Attributes:
+        row, side: data row, and 0 sft or chosen, 1 rejected.
+        columns: (L,) places in the flattened rows of the tokens that its last token sees, in order.
+        inputs: (L,) tokens there.
+        targets: (L,) what is scored there, IGNORED elsewhere.
+    """
+
+    row: int
+    side: int
+    columns: np.ndarray
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+def masking_checks(subject: Subject) -> list[Check]:
+    """Dropout must be off."""
+    expected = expected_sequences(subject.config.data, subject.tokenizer, subject.examples)
+    batches = subject.batches()
+    reads = [read_sequences(batch) for batch in batches]
+    flat = [read for of_batch in reads for read in of_batch]
+    by_row = {example.row: example for example in subject.examples}
+    targets = {
+        row: truncated(by_row[row], wholes, subject.preference) if all(w.sure for w in wholes) else None
+        for row, wholes in expected.items()
+    }
+    checks = [_supervised(subject, batches, flat), _targets(flat, targets, len(subject.examples), subject.preference)]
+    checks += [_first(flat, targets), _ends(subject, flat, expected, by_row), _bos(subject, flat)]
+    return [*checks, _gradient(subject, batches, reads, targets)]
+
+
+def read_sequences(batch: PackedBatch) -> list[Read]:
+    """Every sequence that the batch's sums run over, by the index that they use."""
+    width, examples = batch.input_ids.shape[1], len(batch.real)
+    ids, segments, branches = (
+        t.flatten().cpu().numpy() for t in (batch.input_ids, batch.segment_ids, batch.branch_ids)
+    )
+    scored, wanted = batch.scored_positions.cpu().numpy(), batch.scored_targets.cpu().numpy()
+    found = []
+    for sequence, index in enumerate(batch.sequence_index.cpu().numpy()):
+        taken = index[index < len(scored)]
+        if not len(taken) or sequence % examples >= len(batch.data_rows):
+            continue
+        places = scored[taken]
+        last = places.max()
+        row = slice(last // width * width, last + 1)
+        seen = (segments[row] == segments[last]) & ((branches[row] == 0) | (branches[row] == branches[last]))
+        columns = np.flatnonzero(seen) + row.start
+        targets = np.full(len(columns), IGNORED)
+        inside = np.isin(places, columns)
+        targets[np.searchsorted(columns, places[inside])] = wanted[taken][inside]
+        side = int(sequence >= examples)
+        found.append(Read(batch.data_rows[sequence % examples], side, columns, ids[columns], targets))
+    return found
+
+
+Targets = dict[int, list[tuple[np.ndarray, np.ndarray]] | None]
+
+
+def _supervised(subject: Subject, batches: list[PackedBatch], reads: list[Read]) -> Check:
+    """As many scored tokens as the sums run over, and as `count` and the log say."""
+    summed = sum(int((read.targets != IGNORED).sum()) for read in reads)
+    counted = sum(batch.num_scored for batch in batches)
+    marked = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+    tokens = sum(batch.num_tokens for batch in batches)
+    share = f"{counted:,} of {tokens:,} tokens are supervised ({counted / tokens:.0%})"
+    return check(GROUP, "supervised tokens", float(abs(summed - counted) + abs(marked - counted)), 0, share)
+
+
+def _targets(reads: list[Read], expected: Targets, number: int, preference: bool) -> Check:
+    """Sequences whose inputs or targets are not those of the row, or that are missing or there twice."""
+    wrong, known = 0, 0
+    for read in reads:
+        of_row = expected.get(read.row)
+        if of_row is None:
+            continue
+        known += 1
+        inputs, targets = of_row[read.side]
+        size = int(np.flatnonzero(targets != IGNORED)[-1]) + 1  # what follows the last scored token is not seen
+        same = np.array_equal(read.inputs, inputs[:size]) and np.array_equal(read.targets, targets[:size])
+        wrong += not same
+    keys = {(read.row, read.side) for read in reads}
+    wrong += len(reads) - len(keys) + abs(len(keys) - number * (2 if preference else 1))
+    left = f", {len(reads) - known} cut or split rows left out" if known < len(reads) else ""
+    return check(GROUP, "targets as the rows say", float(wrong), 0, f"{known} sequences rendered anew{left}")
+
+
+def _first(reads: list[Read], expected: Targets) -> Check:
+    """Sequences whose first token to learn is not scored, or in which an earlier one is."""
+    wrong = 0
+    for read in reads:
+        of_row = expected.get(read.row)
+        if of_row is None:
+            continue
+        wanted, found = (np.flatnonzero(t != IGNORED) for t in (of_row[read.side][1], read.targets))
+        wrong += not len(found) or found[0] != wanted[0]
+    return check(GROUP, "first reply token is scored", float(wrong), 0)
+
+
+def _ends(subject: Subject, reads: list[Read], expected: dict[int, list[Expected]], by_row: dict[int, Any]) -> Check:
+    """Replies, cut ones left out, whose end-of-turn token is not the last of them that is scored."""
+    end, wrong, number, cut = subject.tokenizer.end_of_turn_id, 0, 0, 0
+    if end is None:
+        return check(GROUP, "replies end with end of turn", float("nan"), 0, "the template writes no end-of-turn token")
+    for read in reads:
+        whole = expected[read.row][read.side]
+        example = by_row[read.row]
+        left = 0
+        if subject.preference:
+            left = int(whole.learned.argmax()) - len(example.prompt_ids)  # tokens cut from the prompt's left
+        for place in whole.ends:
+            position = place - left - 1
+            sizes = (
+                (len(example.prompt_ids), len((example.chosen_ids, example.rejected_ids)[read.side]))
+                if (subject.preference)
+                else (len(example.input_ids),)
+            )
+            if position >= sum(sizes) - 1:
+                cut += 1
+                continue
+            number += 1
+            wrong += position >= len(read.targets) or read.targets[position] != end
+    note = f"{number} replies, id {end}" + (f"; {cut} cut by max_length" if cut else "")
+    return check(GROUP, "replies end with end of turn", float(wrong), 0, note)
+
+
+def _bos(subject: Subject, reads: list[Read]) -> Check:
+    bos = subject.tokenizer.bos_id
+    if bos is None:
+        return check(GROUP, "exactly one BOS", 0, 0, "the tokenizer puts none")
+    wrong = sum(int((read.inputs == bos).sum()) != 1 or read.inputs[0] != bos for read in reads)
+    return check(GROUP, "exactly one BOS", float(wrong), 0, f"{len(reads)} sequences, id {bos}")
+
+
+def _gradient(subject: Subject, batches: list[PackedBatch], reads: list[list[Read]], expected: Targets) -> Check:
+    """Largest gradient of a final hidden state where the rows say that nothing is learned: prompts and padding."""
+    worst, quiet = 0.0, 0
+    for batch, of_batch in zip(batches, reads, strict=True):
+        allowed = np.zeros(batch.input_ids.numel(), bool)
+        for read in of_batch:
+            of_row = expected.get(read.row)
+            targets = read.targets if of_row is None else of_row[read.side][1]
+            size = min(len(targets), len(read.columns))
+            allowed[read.columns[:size][targets[:size] != IGNORED]] = True
+        allowed &= batch.segment_ids.flatten().cpu().numpy() != PADDING
+        sizes = hidden_gradients(subject, batch).abs().amax(-1).flatten().cpu().numpy()
+        worst = max(worst, float(sizes[~allowed].max(initial=0)))
+        quiet += int((~allowed).sum())
+    return check(GROUP, "no gradient in prompts and padding", worst, 0, f"{quiet:,} positions")
+
+
+def hidden_gradients(subject: Subject, batch: PackedBatch) -> Tensor:
+    """Gradient of `method.loss` in the final hidden states, (rows, T, D)."""
+    kept: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: object, output: Any) -> None:
+        if output.last_hidden_state.requires_grad:
+            output.last_hidden_state.retain_grad()
+            kept.append(output.last_hidden_state)
+
+    decoder: Any = subject.policy.causal_lm.get_decoder()
+    hook = decoder.register_forward_hook(keep)
+    subject.set_dropout(batch)
+    try:
+        subject.method.loss(subject.policy, batch).loss.backward()
+    finally:
+        hook.remove()
+        subject.policy.flat.grad.zero_()
+    grads = [states.grad for states in kept if states.grad is not None]
+    return torch.stack([grad.abs().float() for grad in grads]).sum(0)

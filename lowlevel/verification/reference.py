@@ -1,0 +1,165 @@
+"""Group 4, the reference's certificate: the same weights without the trained adapter, and nothing else that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowlevel import dpo
+from lowlevel.dropout import CounterDropout
+from lowlevel.layout import PackedBatch
+from lowlevel.verification.check import Check, check, largest
+from lowlevel.verification.subject import Subject, fill_b, kept_weights, zero_b
+
+GROUP = "reference"
+
+
+@dataclass
+class Kernels(TorchDispatchMode):
+    """Names of the attention operators that run inside."""
+
+    names: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Set torch's own part up."""
+        super().__init__()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator and remember it."""
+        name = str(func).removeprefix("aten.").removesuffix(".default")
+        if "attention" in name or "softmax" in name:
+            self.names.add(name.lstrip("_"))
+        return func(*args, **(kwargs or {}))
+
+
+def reference_checks(subject: Subject) -> list[Check]:
+    """Dropout as the run has it: it must not reach the reference."""
+    if not subject.preference:
+        return []
+    batches = subject.batches()
+    return [
+        *_log_ratios(subject),
+        *_passes(subject, batches),
+        _dropout(subject, batches[0]),
+        *_kernels(subject, batches[0]),
+    ]
+
+
+def _log_ratios(subject: Subject) -> list[Check]:
+    """With B = 0 policy and reference are the same function: equal bits, through `method.loss` and in each pass."""
+    ratios = []
+    with kept_weights(subject.policy), torch.no_grad():
+        zero_b(subject.policy)
+        for example in subject.examples:
+            (batch,) = subject.batches(examples=[example])
+            sums = subject.sums(batch)
+            ratios += [sums[f"logps/{side}"] - sums[f"logps/ref_{side}"] for side in ("chosen", "rejected")]
+            ratios += [sums[f"rewards/{name}"] for name in ("chosen", "rejected", "margins")]
+        for batch in subject.batches():
+            ratios.append(
+                largest_of(torch.cat(_logps(subject, batch, False)) - torch.cat(_logps(subject, batch, True)))
+            )
+    note = f"{2 * len(subject.examples)} completions, B = 0, log-ratios and rewards"
+    return [check(GROUP, "log-ratios at step 0", largest(torch.stack([r.cpu() for r in ratios])), 0, note)]
+
+
+def largest_of(values: Tensor) -> Tensor:
+    """Largest absolute value, scalar."""
+    return values.abs().max()
+
+
+def _logps(subject: Subject, batch: PackedBatch, reference: bool) -> tuple[Tensor, Tensor]:
+    subject.set_dropout(batch)
+    with torch.no_grad(), subject.policy.reference() if reference else nullcontext():
+        return dpo.completion_logps(subject.policy, batch)
+
+
+def _passes(subject: Subject, batches: list[PackedBatch]) -> list[Check]:
+    """Two passes are equal; the trained adapter's weights and the step's dropout key do not reach them."""
+    policy = subject.policy
+    first = [torch.cat(_logps(subject, batch, True)) for batch in batches]
+    second = [torch.cat(_logps(subject, batch, True)) for batch in batches]
+    with kept_weights(policy):
+        fill_b(policy, seed=7)
+        blind = [torch.cat(_logps(subject, batch, True)) for batch in batches]
+    keyed = []
+    for batch in batches:
+        policy.dropout.set_micro_batch(batch.dropout_keys, 12345)
+        with policy.reference():
+            keyed.append(torch.cat(dpo.completion_logps(policy, batch)))
+    pairs = {"two passes": second, "another trained adapter": blind, "another dropout key": keyed}
+    return [
+        check(GROUP, f"unchanged by: {name}", max(largest(a - b) for a, b in zip(first, other, strict=True)), 0, "nats")
+        for name, other in pairs.items()
+    ]
+
+
+def _dropout(subject: Subject, batch: PackedBatch) -> Check:
+    """No dropout module has a key in the reference pass, and each that runs returns its input itself."""
+    policy, dropping = subject.policy, []
+    modules = [module for module in policy.model.modules() if isinstance(module, CounterDropout)]
+
+    def look(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if output is not inputs[0]:
+            dropping.append(module)
+
+    hooks = [module.register_forward_hook(look) for module in modules]
+    subject.set_dropout(batch)
+    with policy.reference():
+        keyed = policy.dropout.token_keys is not None
+        dpo.completion_logps(policy, batch)
+    for hook in hooks:
+        hook.remove()
+    note = f"{len(modules)} dropout modules, key {'set' if keyed else 'off'}, {len(dropping)} dropped"
+    return check(GROUP, "dropout off", float(len(dropping) + keyed), 0, note)
+
+
+def _kernels(subject: Subject, batch: PackedBatch) -> list[Check]:
+    """Attention operators and dtype of the hidden states, in a policy pass with gradients and in the reference's."""
+    policy, seen = subject.policy, []
+    compiled = policy.layers.compiled
+    policy.layers.use(compiled=False)
+    for reference in (False, True):
+        subject.set_dropout(batch)
+        with Kernels() as kernels, policy.reference() if reference else nullcontext():
+            hidden = policy.scored_hidden_states(batch)
+        seen.append((kernels.names, hidden.dtype))
+    policy.layers.use(compiled=compiled)
+    names, dtype = ", ".join(sorted(seen[0][0])), str(seen[0][1]).removeprefix("torch.")
+    return [
+        check(GROUP, "same attention kernel", float(len(seen[0][0] ^ seen[1][0])), 0, names or "none seen"),
+        check(GROUP, "same dtype", float(seen[0][1] != seen[1][1]), 0, dtype),
+    ]
+
+
+def frozen_checks(subject: Subject, names: list[str], before: Tensor, base: tuple[str, str]) -> list[Check]:
+    """What must be as it was after all the other checks, which ran steps and reference passes.
+
+    Args:
+        subject: what was verified.
+        names: trainable parameters before.
+        before: the trained adapter's weights before, (n,).
+        base: hash of the base before and now.
+    """
+    now = subject.policy.trainable_names()
+    views = list(subject.policy.flat.views)
+    checks = [
+        check("weights", f"{what} as in the manifest", float(found != expected), 0, found[:12])
+        for what, (found, expected) in subject.hashes.items()
+    ]
+    return [
+        *checks,
+        check("weights", "base unchanged by steps", float(base[0] != base[1]), 0, base[1][:12]),
+        check(
+            "weights", "trainable set", float(len({*now} ^ {*names}) + len({*now} ^ {*views})), 0, f"{len(now)} tensors"
+        ),
+        check("weights", "adapter unchanged by checks", float(not torch.equal(before, subject.policy.flat.weights)), 0),
+    ]

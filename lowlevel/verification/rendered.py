@@ -1,0 +1,110 @@
+"""Which tokens a row is to teach, derived anew from the row itself by transformers' own template and offsets.
+
+Nothing of `data.rendering` or `data.examples` takes part: prefix and whole are rendered by `apply_chat_template`, and a
+token is the assistant's if it begins in the text between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lowlevel.config import DataConfig
+from lowlevel.data.messages import normalise
+from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.data.sources import read_source
+from lowlevel.layout import IGNORED
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A whole sequence before truncation: ids (L,), and which tokens are learned (L,).
+
+    `sure` is False where a token lies across the boundary of prompt and reply: such rows are tokenised in parts.
+    """
+
+    ids: np.ndarray
+    learned: np.ndarray
+    ends: tuple[int, ...]  # index of the last learned token of each reply
+    sure: bool
+
+
+def expected_sequences(
+    config: DataConfig, tokenizer: ChatTokenizer, examples: tuple[Any, ...]
+) -> dict[int, list[Expected]]:
+    """By data row: one sequence of a conversation, chosen and rejected of a pair."""
+    wanted = {example.row for example in examples}
+    rows = [row for row in read_source(config.source, config.split, config.format).rows if row.id in wanted]
+    found = {}
+    for row in rows:
+        normalised = normalise(row, config.format)
+        messages: list[Any] = [dict(message) for message in normalised.messages]
+        if normalised.completions:
+            wholes = [[*messages, {"role": "assistant", "content": text}] for text in normalised.completions]
+            turns = [[len(messages)]] * 2
+        else:
+            wholes = [messages]
+            turns = [[i for i, message in enumerate(messages) if message["role"] == "assistant"]]
+        found[row.id] = [
+            _expected(tokenizer, config, w, t, pair=len(wholes) > 1) for w, t in zip(wholes, turns, strict=True)
+        ]
+    return found
+
+
+def _expected(
+    tokenizer: ChatTokenizer, config: DataConfig, messages: list[Any], turns: list[int], *, pair: bool
+) -> Expected:
+    own: Any = tokenizer.tokenizer
+
+    def render(upto: int, prompt: bool) -> str:
+        return own.apply_chat_template(
+            messages[:upto], chat_template=tokenizer.template, tokenize=False, add_generation_prompt=prompt
+        )
+
+    text = render(len(messages), False)
+    spans = [(len(render(turn, True)), _reply_end(tokenizer, render(turn + 1, False))) for turn in turns]
+    if pair and config.supervise == "assistant":
+        text = text[: spans[-1][1]]
+    encoded = own(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+    ids = np.asarray(encoded["input_ids"], np.int64)
+    replies = [(starts >= start) & (starts < end) for start, end in spans]
+    learned = np.logical_or.reduce(replies)
+    if config.supervise == "all":
+        learned = starts >= spans[-1][0] if pair else np.ones(len(ids), bool)
+    sure = not any(bool(np.any((starts < cut) & (cut < ends))) for span in spans for cut in span)
+    shift = 0
+    if tokenizer.bos_id is not None and (not len(ids) or ids[0] != tokenizer.bos_id):
+        ids, learned, shift = np.concatenate([[tokenizer.bos_id], ids]), np.concatenate([[False], learned]), 1
+    learned[:1] = False
+    return Expected(
+        ids, learned, tuple(int(np.flatnonzero(reply)[-1]) + shift for reply in replies if reply.any()), sure
+    )
+
+
+def _reply_end(tokenizer: ChatTokenizer, text: str) -> int:
+    """Where the last end-of-turn token of a rendered conversation ends, what the template writes after it left out."""
+    if tokenizer.end_of_turn_id is None:
+        return len(text)
+    token = str(tokenizer.tokenizer.convert_ids_to_tokens(tokenizer.end_of_turn_id))
+    place = text.rfind(token)
+    return place + len(token) if place >= 0 and not text[place + len(token) :].strip() else len(text)
+
+
+def truncated(example: Any, expected: list[Expected], preference: bool) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """Inputs (L-1,) and targets (L-1,) of each sequence as a batch must hold them, or None where the row was cut so
+    that the cut itself decides (a prompt from the left).
+    """
+    results = []
+    for side, whole in enumerate(expected):
+        if preference:
+            size = len(example.prompt_ids) + len((example.chosen_ids, example.rejected_ids)[side])
+            if int(whole.learned.argmax()) != len(example.prompt_ids):
+                return None
+        else:
+            size = len(example.input_ids)
+        ids, learned = whole.ids[:size], whole.learned[:size]
+        results.append((ids[:-1], np.where(learned, ids, IGNORED)[1:]))
+    return results

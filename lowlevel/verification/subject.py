@@ -1,0 +1,170 @@
+"""What is verified: a policy, its method, and the examples of one step; and how a step of them is run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowlevel import loop
+from lowlevel.config import RunConfig
+from lowlevel.dpo import DPO
+from lowlevel.dropout import CounterDropout
+from lowlevel.execution import Execution, WithFallback
+from lowlevel.hashing import key32
+from lowlevel.layout import PackedBatch
+from lowlevel.loss_scale import LossScale
+from lowlevel.metrics import StepResult
+from lowlevel.model.policy import Policy
+from lowlevel.sft import SFT
+from lowlevel.verification.check import BOUNDS, Bounds
+
+if TYPE_CHECKING:
+    from lowlevel.data.rendering import ChatTokenizer
+
+Method = SFT | DPO
+SGD_NOTHING = 0.0  # a learning rate: the gradient stays in the flat buffer and no weight moves
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything a check reads."""
+
+    config: RunConfig
+    tokenizer: ChatTokenizer
+    policy: Policy
+    method: Method
+    examples: tuple[Any, ...]  # of one optimizer step
+    step: int  # counted from 0
+    mode: str  # how the run's steps are executed: eager, compiled or graphed
+    hashes: dict[str, tuple[str, str]]  # what -> (found, expected)
+    exact_parameters: int  # a base up to this size is also run in float64
+
+    @property
+    def bounds(self) -> Bounds:
+        """By the run's precision."""
+        return BOUNDS[self.policy.placement.precision]
+
+    @property
+    def preference(self) -> bool:
+        """DPO."""
+        return isinstance(self.method, DPO)
+
+    def batches(self, method: Method | None = None, examples: Sequence[Any] | None = None) -> list[PackedBatch]:
+        """Micro-batches of the training path, on the device."""
+        made = (method or self.method).micro_batches(self.examples if examples is None else examples)
+        return [batch.to(self.policy.placement.device) for batch in made]
+
+    def set_dropout(self, batch: PackedBatch) -> None:
+        """Key the coming passes as the step does."""
+        self.policy.dropout.set_micro_batch(batch.dropout_keys, key32(self.config.train.seed, self.step))
+
+    def sums(self, batch: PackedBatch, method: Method | None = None) -> dict[str, Tensor]:
+        """`method.loss` without a gradient: loss and metrics, scalars in the path's own precision."""
+        self.set_dropout(batch)
+        with torch.no_grad():
+            sums = (method or self.method).loss(self.policy, batch)
+        return {"loss": sums.loss, **sums.metrics}
+
+    def run_step(
+        self,
+        method: Method | None = None,
+        examples: Sequence[Any] | None = None,
+        *,
+        scale: float | None = None,
+        execution: Execution | None = None,
+        batches: Sequence[PackedBatch] | None = None,
+    ) -> tuple[StepResult, Tensor]:
+        """`optimizer_step` without an update: its result, and the flat gradient (n,) fp32.
+
+        Args:
+            method: in the place of the run's.
+            examples: in the place of the step's.
+            scale: loss scale; None is what a run of this precision starts with.
+            execution: None is eager.
+            batches: in the place of the method's own.
+        """
+        method = method or self.method
+        made = batches or method.micro_batches(self.examples if examples is None else examples)
+        loss_scale = LossScale.for_precision(self.policy.placement.precision)
+        if scale is not None:
+            loss_scale = replace(loss_scale, scale=scale)
+        result = loop.optimizer_step(
+            self.policy,
+            method,
+            torch.optim.SGD([self.policy.flat.weights], lr=SGD_NOTHING),
+            made,
+            loss_scale,
+            seed=self.config.train.seed,
+            step=self.step,
+            max_grad_norm=math.inf,
+            execution=execution,
+        )
+        return result, self.policy.flat.grad.clone()
+
+    def execution(self, note: list[str]) -> WithFallback:
+        """The run's own way to execute a step; what falls back is noted."""
+        return WithFallback(self.policy, self.method, self.mode, note.append)
+
+
+def with_batches_of(method: Method, size: int) -> Method:
+    """The method with `size` examples a micro-batch, each in a row of its own (a pair: two rows)."""
+    return replace(method, batch_size=size, packing=False, shape=None)
+
+
+def packed(method: Method, rows: int) -> Method:
+    """The method with examples packed, `rows` rows a micro-batch, no batch filled up; pairs share their prompt."""
+    return replace(method, batch_size=rows, packing=True, shape=None)
+
+
+@contextmanager
+def kept_weights(policy: Policy) -> Iterator[None]:
+    """Put the adapter's weights back afterwards, bit for bit, whatever happened to them."""
+    before = policy.flat.weights.detach().clone()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            policy.flat.weights.copy_(before)
+        policy.flat.grad.zero_()
+
+
+@contextmanager
+def without_dropout(policy: Policy) -> Iterator[None]:
+    """Probability 0 in every dropout module: what float64 recomputes has none."""
+    modules = [module for module in policy.model.modules() if isinstance(module, CounterDropout)]
+    before = [module.p for module in modules]
+    for module in modules:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, p in zip(modules, before, strict=True):
+            module.p = p
+
+
+def zero_b(policy: Policy) -> None:
+    """The adapter as one begins: B = 0, no effect."""
+    with torch.no_grad():
+        for name, view in policy.flat.views.items():
+            if ".lora_B." in name:
+                view.zero_()
+
+
+def fill_b(policy: Policy, seed: int = 0, size: float = 0.05) -> None:
+    """Random B, so that each layer's update is about `size` times 0.6 of its input: an effect that cannot be missed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, view in policy.flat.views.items():
+            if ".lora_B." in name:
+                view.copy_(torch.randn(view.shape, generator=generator) * (size / math.sqrt(view.shape[1])))
+
+
+def has_effect(policy: Policy) -> bool:
+    """Whether any B is not 0."""
+    return any(bool(view.any()) for name, view in policy.flat.views.items() if ".lora_B." in name)

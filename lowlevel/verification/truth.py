@@ -1,0 +1,105 @@
+"""Examples as plain sequences, and their log-probabilities in float64 from the model's own hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowlevel.config import DPOConfig
+from lowlevel.layout import IGNORED, PackedBatch
+from lowlevel.model.policy import Policy
+from lowlevel.verification.formulas import Logps, pair_losses
+
+ROWS = 256  # of float64 logits at once: 65 MB for 32,000 words
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A sequence of L tokens, and which of them are scored."""
+
+    ids: np.ndarray  # (L,)
+    places: np.ndarray  # (n,) index of each scored token; token t is predicted from the tokens before it
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Scored tokens of one example's micro-batch, in float64 from hidden states in the run's precision.
+
+    Attributes:
+        path: (n,) what the training path's `token_logps` gives.
+        exact: (n,) float64 log-softmax of the upcast hidden states and LM head.
+        sides: (n,) branch of each token: 0 sft, 1 chosen, 2 rejected.
+        largest_logit: in absolute value.
+    """
+
+    path: Tensor
+    exact: Tensor
+    sides: Tensor
+    largest_logit: float
+
+    def total(self, side: int) -> Tensor:
+        """Sum over a branch, scalar."""
+        return self.exact[self.sides == side].sum()
+
+
+def sequences_of(example: Any, preference: bool) -> list[Scored]:
+    """One sequence of a conversation; two of a pair, chosen and rejected."""
+    if not preference:
+        scored = np.flatnonzero(example.labels != IGNORED)
+        return [Scored(example.input_ids, scored[scored > 0])]
+    first = len(example.prompt_ids)
+    wholes = [np.concatenate([example.prompt_ids, ids]) for ids in (example.chosen_ids, example.rejected_ids)]
+    return [Scored(ids, np.arange(first, len(ids))) for ids in wholes]
+
+
+def head_scores(policy: Policy, batch: PackedBatch) -> HeadScores:
+    """Score a micro-batch's tokens twice from the same hidden states: by the training path, and in float64.
+
+    Which position is scored with which target is read from `batch.targets`; filled-up positions are left out.
+    """
+    from lowlevel import kernels
+
+    policy.dropout.disable()
+    with torch.no_grad():
+        hidden = policy.scored_hidden_states(batch)
+        path = kernels.token_logps(hidden, policy.lm_head_weight, batch.scored_targets)
+        targets = batch.targets.flatten()[batch.scored_positions]
+        real = targets != IGNORED
+        exact, largest_logit = log_softmax64(hidden[real], policy.lm_head_weight, targets[real])
+    sides = batch.branch_ids.flatten()[batch.scored_positions][real]
+    return HeadScores(path[real].double().cpu(), exact.cpu(), sides.cpu(), largest_logit)
+
+
+def log_softmax64(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+    """log softmax(h W^T)[target] in float64: hidden (N, D), weight (V, D), targets (N,) -> (N,), and max |logit|."""
+    head = weight.detach().double()
+    parts, largest_logit = [], 0.0
+    for states, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
+        logits = states.double() @ head.T  # (rows, V)
+        largest_logit = max(largest_logit, float(logits.detach().abs().max()))
+        top = logits.max(-1, keepdim=True).values.detach()
+        normaliser = (logits - top).exp().sum(-1).log() + top.squeeze(-1)
+        parts.append(logits[torch.arange(len(wanted), device=wanted.device), wanted] - normaliser)
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float64), largest_logit
+
+
+def pairs_of(policy: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]]) -> Logps:
+    """Token log-probabilities [example][chosen, rejected] (n,) under both models -> the four sums of P pairs."""
+    sums = [torch.stack([tokens[side].sum() for tokens in model]) for model in (policy, reference) for side in (0, 1)]
+    lengths = [torch.tensor([len(tokens[side]) for tokens in policy]) for side in (0, 1)]
+    return Logps(*sums, *lengths)
+
+
+def exact_loss(
+    policy: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]] | None, config: DPOConfig
+) -> tuple[Tensor, int]:
+    """The step's summed loss in float64 and what it is divided by: tokens without a reference, else pairs."""
+    if reference is None:
+        tokens = torch.cat([part for example in policy for part in example])
+        return -tokens.sum(), len(tokens)
+    return pair_losses(pairs_of(policy, reference), config).sum(), len(policy)

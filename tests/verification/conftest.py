@@ -1,0 +1,58 @@
+"""Subjects on the tiny base: a step of SFT, and one of DPO on a frozen adapter with a smoothed loss."""
+
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "commands")]
+
+from workspace import CHATS, PAIRS, Workspace  # noqa: E402
+
+from lowlevel.commands.verify import EXACT_PARAMETERS, _from_file, _subject, step_of  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory) -> Workspace:
+    folder = tmp_path_factory.mktemp("verification")
+    helpers.write_tiny_base(folder / "tiny")
+    helpers.save_random_adapter(folder / "tiny", folder / "parent")
+    sft_rows = helpers.write_jsonl(folder / "chats.jsonl", CHATS)
+    return Workspace(folder, folder / "tiny", sft_rows, helpers.write_jsonl(folder / "pairs.jsonl", PAIRS))
+
+
+@pytest.fixture(scope="session")
+def make(space):
+    """A subject from a run file; `examples`: as many of the step's."""
+
+    def subject(method, examples=4, exact=EXACT_PARAMETERS, **sections):
+        name = f"{method}-{len(list(space.folder.glob('*.toml')))}"
+        loaded = _from_file(space.write(name, method, **sections), space.folder)
+        rows = step_of(loaded.config, loaded.inputs.data, 1)[:examples]
+        return _subject(loaded, None, tuple(rows), 0, exact)
+
+    return subject
+
+
+@pytest.fixture(scope="session")
+def sft(make):
+    return make("sft")
+
+
+@pytest.fixture(scope="session")
+def dpo(make, space):
+    sections = {
+        "model": {"adapter": str(space.folder / "parent")},
+        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3},
+    }
+    return make("dpo", dpo={"loss_type": "cdpo", "label_smoothing": 0.1}, **sections)

@@ -1,0 +1,104 @@
+"""`verify` on run files and folders: which weights, what is written, and how it ends."""
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from lowlevel.commands.verify import VerificationError, verify_run
+from lowlevel.config import load_config
+from lowlevel.errors import ConfigError
+from lowlevel.run import run_training
+from lowlevel.verification import run_checks
+from lowlevel.verification.check import Check
+from lowlevel.verification.report import print_checks
+
+
+def verify(path, **keys) -> str:
+    out = io.StringIO()
+    verify_run(path, Console(file=out, width=80, highlight=False), **keys)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def finished(space):
+    for method in ("sft", "dpo"):
+        more = {} if method == "sft" else {"model": {"adapter": str(space.folder / "run-sft")}}
+        file = space.write(f"run-{method}", method, **more)
+        run_training(load_config(file), Console(file=io.StringIO()))
+    return space.folder
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_finished_run(finished, method):
+    folder = finished / f"run-{method}"
+    said = verify(folder, batch=2)
+    written = json.loads((folder / "verify.json").read_text())
+    assert written["ok"] and written["step"] == 2 and written["weights"] == "final adapter"
+    assert all(check["name"][:40] in said for check in written["checks"])
+    assert max(map(len, said.splitlines())) <= 80
+    names = {check["name"] for check in written["checks"]}
+    assert "base as in the manifest" in names and ("frozen adapter as in the manifest" in names) == (method == "dpo")
+
+
+def test_an_unfinished_run_takes_its_start_and_says_so(finished, space):
+    import shutil
+
+    folder = space.copy("run-sft", space.folder / "copies")
+    shutil.rmtree(folder / "adapter")
+    assert "the newest checkpoint" in verify(folder)
+    for checkpoint in folder.glob("step-*"):
+        shutil.rmtree(checkpoint)
+    assert "it has not finished and saved none" in verify(folder)
+
+
+def test_a_run_file_and_a_step_that_is_not_there(finished, tmp_path):
+    verify(finished / "run-dpo.toml", json_file=tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["ok"]
+    with pytest.raises(ConfigError, match="--batch 99: the run has the steps 1 to 6"):
+        verify(finished / "run-sft.toml", batch=99)
+    with pytest.raises(ConfigError, match="no such folder"):
+        verify(finished / "run-sft.toml", json_file=tmp_path / "missing" / "result.json")
+
+
+def test_a_failed_check_is_one_line_and_is_written(finished, monkeypatch, tmp_path):
+    import lowlevel.commands.verify as command
+
+    monkeypatch.setattr(command, "run_checks", lambda subject: [Check("loss", "token", float("nan"), 1e-3, False)])
+    with pytest.raises(VerificationError, match="1 of 1 checks failed: loss: token nan > 0.001") as caught:
+        verify(finished / "run-sft.toml", json_file=tmp_path / "result.json")
+    assert caught.value.exit_code == 1
+    (check,) = json.loads((tmp_path / "result.json").read_text())["checks"]
+    assert check["measured"] is None and not check["ok"]
+
+
+def test_a_base_too_large_for_float64_is_checked_in_its_own_precision(dpo):
+    checks = run_checks(replace(dpo, exact_parameters=0))
+    assert all(check.ok for check in checks), [check for check in checks if not check.ok]
+    assert not any("forward pass" in check.name for check in checks)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "dpop", "rpo", "discopop", "exo_pair", "aot"])
+def test_other_losses(make, loss_type):
+    more = {"label_smoothing": 0.1} if loss_type in ("exo_pair", "aot") else {}
+    checks = run_checks(make("dpo", dpo={"loss_type": loss_type, **more}, train={"per_device_train_batch_size": 4}))
+    assert all(check.ok for check in checks), [check for check in checks if not check.ok]
+
+
+def test_the_policy_is_left_as_it_was(dpo):
+    before = dpo.policy.flat.weights.detach().clone()
+    run_checks(dpo)
+    assert torch.equal(before, dpo.policy.flat.weights)
+    assert not dpo.policy.flat.grad.any()
+    assert {module.p for layer in dpo.policy.lora_layers for module in layer.lora_dropout.values()
+            if hasattr(module, "salt") or hasattr(module, "state")} == {0.3}  # fmt: skip
+
+
+def test_the_table_fits_80_columns():
+    out = io.StringIO()
+    checks = [Check("loss", "a name " * 12, 1.5, float("inf"), False, "a note"), Check("loss", "x", 0, 0, True)]
+    print_checks(checks, Console(file=out, width=80))
+    assert max(map(len, out.getvalue().splitlines())) <= 80 and "FAIL" in out.getvalue()

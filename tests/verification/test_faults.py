@@ -1,0 +1,195 @@
+"""Faults planted in the training path, one by one: `verify` must fail, and on the check that is about it."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import lowlevel.dpo
+import lowlevel.loop
+import lowlevel.sft
+from lowlevel.data.examples import SFTExample
+from lowlevel.dropout import CounterDropout
+from lowlevel.layout import IGNORED, PackedBatch
+from lowlevel.method import LossSums
+from lowlevel.model.policy import PARENT, Policy
+from lowlevel.verification import run_checks
+
+
+def failures(subject) -> set[str]:
+    return {f"{check.group}: {check.name}" for check in run_checks(subject) if not check.ok}
+
+
+@pytest.fixture(params=["sft", "dpo"])
+def subject(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_without_a_fault_every_check_holds(subject):
+    assert failures(subject) == set()
+
+
+def change_segments(monkeypatch, change):
+    """`change(segment)` on every segment that the methods lay out."""
+    for module, name in ((lowlevel.sft, "sft_segment"), (lowlevel.dpo, "pair_segment")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, plain=plain: change(plain(*a)))
+    plain_rows = lowlevel.dpo.pair_rows
+    monkeypatch.setattr(lowlevel.dpo, "pair_rows", lambda *a: tuple(map(change, plain_rows(*a))))
+
+
+def test_labels_shifted_twice(subject, monkeypatch):
+    change_segments(monkeypatch, lambda s: replace(s, targets=np.append(s.targets[1:], IGNORED)))
+    assert {"masking: targets as the rows say", "masking: first reply token is scored"} <= failures(subject)
+
+
+def test_prompt_tokens_in_the_loss(subject, monkeypatch):
+    def learn_prompt(segment):
+        targets = segment.targets.copy()
+        targets[:2] = segment.input_ids[1:3]
+        return replace(segment, targets=targets)
+
+    change_segments(monkeypatch, learn_prompt)
+    found = failures(subject)
+    assert {"masking: targets as the rows say", "masking: no gradient in prompts and padding"} <= found
+
+
+def test_padding_in_the_loss(subject, monkeypatch):
+    def learn_padding(segment):
+        ids = np.append(segment.input_ids, [0, 0])
+        positions = np.append(segment.position_ids, segment.position_ids[-1] + np.arange(1, 3))
+        branches = np.append(segment.branch_ids, segment.branch_ids[[-1, -1]])
+        return replace(
+            segment,
+            input_ids=ids,
+            position_ids=positions,
+            branch_ids=branches,
+            targets=np.append(segment.targets, [0, 0]),
+        )
+
+    change_segments(monkeypatch, learn_padding)
+    found = failures(subject)
+    assert {"masking: targets as the rows say", "masking: no gradient in prompts and padding"} <= found
+
+
+def test_eos_masked_in_the_layout(subject, monkeypatch):
+    def forget_end(segment):
+        return replace(segment, targets=np.where(segment.targets == 2, IGNORED, segment.targets))
+
+    change_segments(monkeypatch, forget_end)
+    assert {"masking: replies end with end of turn", "masking: targets as the rows say"} <= failures(subject)
+
+
+def test_eos_masked_in_the_examples(sft):
+    examples = [
+        SFTExample(x.row, x.where, x.input_ids, np.where(x.labels == 2, IGNORED, x.labels)) for x in sft.examples
+    ]
+    found = failures(replace(sft, examples=tuple(examples)))
+    assert {"masking: replies end with end of turn", "masking: targets as the rows say"} <= found
+
+
+def test_mean_in_the_place_of_the_sum(dpo, monkeypatch):
+    plain = PackedBatch.sequence_sums
+    monkeypatch.setattr(PackedBatch, "sequence_sums", lambda batch, values: plain(batch, values) / batch.lengths)
+    found = failures(dpo)
+    assert {"loss: completion log-probability, policy", "gradients: step, float64 autograd"} <= found
+
+
+def test_dropout_on_in_the_reference(dpo, monkeypatch):
+    """In the frozen adapter too, where it has an effect: the trained one is off in a reference pass."""
+
+    @contextmanager
+    def noisy(policy):
+        policy.activate(parent=True, trained=False)
+        with torch.no_grad():
+            yield
+        policy.activate(parent=True, trained=True)
+
+    monkeypatch.setattr(Policy, "reference", noisy)
+    assert failures(dpo) == {"reference: dropout off"}, "no number changes where the frozen adapter has no dropout"
+    for salt, layer in enumerate(dpo.policy.lora_layers):
+        module = CounterDropout(0.3, salt, layer.in_features, dpo.policy.dropout, torch.device("cpu"))
+        monkeypatch.setitem(layer.lora_dropout._modules, PARENT, module)
+    assert {"reference: dropout off", "reference: unchanged by: another dropout key"} <= failures(dpo)
+
+
+@pytest.mark.parametrize(
+    "parent, trained, caught",
+    [
+        (False, False, {"reference: log-ratios at step 0", "loss: forward pass, reference"}),
+        (True, True, {"reference: unchanged by: another trained adapter", "loss: forward pass, reference"}),
+    ],
+    ids=["base", "policy"],
+)
+def test_the_wrong_adapter_as_reference(dpo, monkeypatch, parent, trained, caught):
+    @contextmanager
+    def wrong(policy):
+        keys, policy.dropout.token_keys = policy.dropout.token_keys, None
+        policy.activate(parent=parent, trained=trained)
+        with torch.no_grad():
+            yield
+        policy.activate(parent=True, trained=True)
+        policy.dropout.token_keys = keys
+
+    monkeypatch.setattr(Policy, "reference", wrong)
+    assert caught <= failures(dpo)
+
+
+def test_label_smoothing_ignored(dpo, monkeypatch):
+    plain = lowlevel.dpo.loss_arguments
+    monkeypatch.setattr(lowlevel.dpo, "loss_arguments", lambda config: plain(config) | {"label_smoothing": 0.0})
+    found = failures(dpo)
+    assert {"loss: loss of a pair", "accounting: label_smoothing reaches the loss"} <= found
+    assert "gradients: loss in the four log-probabilities" in found
+
+
+def test_a_gradient_that_is_not_unscaled(subject, monkeypatch):
+    plain = lowlevel.loop.optimizer_step
+
+    def scaled(policy, method, optimizer, batches, loss_scale, **keys):
+        result = plain(policy, method, optimizer, batches, loss_scale, **keys)
+        policy.flat.grad.mul_(loss_scale.scale)
+        return result
+
+    monkeypatch.setattr(lowlevel.loop, "optimizer_step", scaled)
+    assert failures(subject) == {"accounting: loss scale divided out"}
+
+
+def test_accumulation_as_a_mean_of_means(sft, monkeypatch):
+    plain = lowlevel.sft.SFT.loss
+
+    def mean(method, policy, batch):
+        return LossSums(plain(method, policy, batch).loss / batch.num_scored, {})
+
+    monkeypatch.setattr(lowlevel.sft.SFT, "loss", mean)
+    monkeypatch.setattr(lowlevel.sft.SFT, "count", lambda method, batch: 1)
+    found = failures(sft)
+    assert {"accounting: step loss", "accounting: counts of the step"} <= found
+    assert "invariances: 4 x 1 = 1 x 4: gradient" in found
+
+
+def test_accumulation_as_a_mean_of_means_in_pairs(dpo, monkeypatch):
+    plain = lowlevel.dpo.DPO.loss
+
+    def mean(method, policy, batch):
+        sums, count = plain(method, policy, batch), len(batch.data_rows)
+        return LossSums(sums.loss / count, {name: value / count for name, value in sums.metrics.items()})
+
+    monkeypatch.setattr(lowlevel.dpo.DPO, "loss", mean)
+    monkeypatch.setattr(lowlevel.dpo.DPO, "count", lambda method, batch: 1)
+    assert {"accounting: step loss", "accounting: counts of the step"} <= failures(dpo)
+
+
+def test_chosen_and_rejected_swapped_in_one_row(dpo, monkeypatch):
+    row = dpo.examples[1].row
+    for name in ("pair_segment", "pair_rows"):
+        plain = getattr(lowlevel.dpo, name)
+
+        def swapped(number, place, prompt, chosen, rejected, plain=plain):
+            sides = (rejected, chosen) if number == row else (chosen, rejected)
+            return plain(number, place, prompt, *sides)
+
+        monkeypatch.setattr(lowlevel.dpo, name, swapped)
+    assert "masking: targets as the rows say" in failures(dpo)
