@@ -162,6 +162,13 @@ def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     compare.add_argument("--show", type=int, default=3, help="replies to print side by side (default: 3)")
     _add_inspect(add)
     _add_verify(add)
+    report = add(
+        "report", "a run as one page: curves, its best and worst pairs, alarms; and the charts as PNG", _report
+    )
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="RUN_DIR", help="draw these runs into the same charts"
+    )
 
 
 def _add_inspect(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -403,6 +410,14 @@ def _verify(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         json_file=options.json,
         exact_parameters=options.exact_parameters,
     )
+
+
+def _report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    _quiet()
+    from lowlevel.commands.report import report_run
+    from lowlevel.progress import make_console
+
+    report_run(options.run_dir, make_console(), compare=options.compare)
 
 
 def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -142,6 +142,19 @@ class DPOConfig(Section):
     )
 
 
+class TraceConfig(Section):
+    """What is kept of single examples and steps, as parquet in the run folder's trace/ (lowlevel/tracing)."""
+
+    every: Positive | None = Field(None, description="trace steps N, 2N, 3N, ...; default: none")
+    steps: tuple[Positive, ...] = Field((), strict=False, description="trace these steps, counted from 1 as the log")
+    level: Literal["pair", "token"] = Field(
+        "pair", description="token: also ids and log-probabilities of each completion's tokens"
+    )
+    gradients: bool = Field(
+        False, description="also the gradient's norms, zeros and terms; one more backward pass a traced dpo step"
+    )
+
+
 class RunConfig(Section):
     """One run, as resolved from a TOML file and flags."""
 
@@ -151,6 +164,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     dpo: DPOConfig = DPOConfig()
+    trace: TraceConfig = TraceConfig()
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -159,6 +173,7 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataConfig,
     "train": TrainConfig,
     "dpo": DPOConfig,
+    "trace": TraceConfig,
 }
 
 
@@ -205,6 +220,8 @@ def to_tables(config: RunConfig) -> dict[str, Any]:
     tables = config.model_dump(mode="json", exclude_none=True)
     if config.method == "sft":
         del tables["dpo"]
+    if not (config.trace.every or config.trace.steps):
+        del tables["trace"]
     if config.model.adapter is None:
         del tables["model"]["adapter_mode"]
     if config.lora.init_from is not None:

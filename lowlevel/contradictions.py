@@ -87,6 +87,17 @@ def contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
             and bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given),
             "model.bnb_4bit_* keys need load_in_4bit = true",
         ),
+        *(
+            (
+                f"trace.{key}" in given and not (config.trace.every or config.trace.steps),
+                f"trace.{key} needs trace.every or trace.steps",
+            )
+            for key in ("level", "gradients")
+        ),
+        (
+            config.trace.level == "token" and config.dpo.reference_cache is not None,
+            'trace.level = "token" needs the reference\'s tokens, of which dpo.reference_cache holds sums alone',
+        ),
     ]
     return [message for wrong, message in checks if wrong]
 

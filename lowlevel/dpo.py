@@ -37,11 +37,18 @@ class DPO:
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The preference loss, summed over the batch's pairs."""
-        ref_logps = reference_logps(policy, batch) if batch.reference_logps is None else batch.reference_logps
+        ref_tokens = None
+        if batch.reference_logps is None:
+            with policy.reference():  # the same batch, layout and kernels: equal weights give equal bits
+                ref_tokens = scored_logps(policy, batch)  # (N,)
+            ref_logps = batch.sequence_sums(ref_tokens)
+        else:
+            ref_logps = batch.reference_logps
         ref_chosen_logps, ref_rejected_logps = ref_logps.chunk(2)
         if self.config.disable_dropout:
             policy.dropout.disable()
-        chosen_logps, rejected_logps = completion_logps(policy, batch)  # (P,) fp32 each
+        tokens = scored_logps(policy, batch)
+        chosen_logps, rejected_logps = batch.sequence_sums(tokens).chunk(2)  # (P,) fp32 each
         chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
         output = dpo_loss(
             chosen_logps,
@@ -63,7 +70,12 @@ class DPO:
             "logps/ref_chosen": ref_chosen_logps,
             "logps/ref_rejected": ref_rejected_logps,
         }
-        return LossSums(losses.sum(), {k: torch.where(batch.real, v.detach(), 0.0).sum() for k, v in metrics.items()})
+        return LossSums(
+            losses.sum(),
+            {name: torch.where(batch.real, value.detach(), 0.0).sum() for name, value in metrics.items()},
+            examples={"loss": losses.detach(), **{name: value.detach() for name, value in metrics.items()}},
+            tokens={"logps": tokens.detach()} | ({} if ref_tokens is None else {"ref_logps": ref_tokens}),
+        )
 
     def count(self, batch: PackedBatch) -> int:
         """Preference pairs."""
@@ -92,9 +104,7 @@ class DPO:
 
 def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """log pi(y+ | x) and log pi(y- | x), summed over the tokens of each completion: two (P,) fp32 tensors."""
-    hidden = policy.scored_hidden_states(batch)  # (N, D)
-    logps = token_logps(hidden, policy.lm_head_weight, batch.scored_targets)  # (N,)
-    chosen, rejected = batch.sequence_sums(logps).chunk(2)
+    chosen, rejected = batch.sequence_sums(scored_logps(policy, batch)).chunk(2)
     return chosen, rejected
 
 
@@ -102,6 +112,11 @@ def reference_logps(policy: Policy, batch: PackedBatch) -> Tensor:
     """The same of the reference, chosen then rejected, (S,): no dropout, no gradient."""
     with policy.reference():  # the same batch, layout and kernels: equal weights give equal bits
         return torch.cat(completion_logps(policy, batch))
+
+
+def scored_logps(policy: Policy, batch: PackedBatch) -> Tensor:
+    """Log-probability of each of the N scored tokens, (N,) fp32."""
+    return token_logps(policy.scored_hidden_states(batch), policy.lm_head_weight, batch.scored_targets)
 
 
 def loss_arguments(config: DPOConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowlevel.hashing import key32
 from lowlevel.layout import PackedBatch
-from lowlevel.method import Method
+from lowlevel.method import LossSums, Method
 from lowlevel.model.policy import Policy
 
 MAX_GRAPHS = 32  # a graph of 5,000 kernels takes the driver some 25 MB, which no allocator counts
@@ -33,11 +33,34 @@ class ExecutionFailedError(Exception):
     """A mode failed and a simpler one is in use now; the step's gradient is spoilt and the step must start anew."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a micro-step computed of each example, (P,), and of each scored token, (N,), by name; on the device."""
+
+    examples: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, sums: LossSums) -> Kept:
+        """The same tensors, without the loss and its graph."""
+        return cls(dict(sums.examples), dict(sums.tokens))
+
+    def clone(self) -> Kept:
+        """Copies: a graph writes its tensors anew with each replay."""
+        examples, tokens = ({k: v.clone() for k, v in part.items()} for part in (self.examples, self.tokens))
+        return Kept(examples, tokens)
+
+
 class Execution(Protocol):
     """Runs micro-steps."""
 
-    def run(self, batch: PackedBatch, factor: float, seed: int, step: int) -> dict[str, Tensor]:
-        """Add the gradient of `factor` times the summed loss into the flat gradient; return detached sums by name."""
+    def run(
+        self, batch: PackedBatch, factor: float, seed: int, step: int, kept: list[Kept] | None = None
+    ) -> dict[str, Tensor]:
+        """Add the gradient of `factor` times the summed loss into the flat gradient; return detached sums by name.
+
+        `kept`, on a traced step, gets what this micro-step computed of each example.
+        """
 
 
 @dataclass(frozen=True)
@@ -47,18 +70,27 @@ class Eager:
     policy: Policy
     method: Method
 
-    def run(self, batch: PackedBatch, factor: float, seed: int, step: int) -> dict[str, Tensor]:
+    def run(
+        self, batch: PackedBatch, factor: float, seed: int, step: int, kept: list[Kept] | None = None
+    ) -> dict[str, Tensor]:
         """See Execution."""
-        return micro_step(self.policy, self.method, batch, factor, key32(seed, step))
+        return micro_step(self.policy, self.method, batch, factor, key32(seed, step), kept)
 
 
 def micro_step(
-    policy: Policy, method: Method, batch: PackedBatch, factor: float | Tensor, key: int | Tensor
+    policy: Policy,
+    method: Method,
+    batch: PackedBatch,
+    factor: float | Tensor,
+    key: int | Tensor,
+    kept: list[Kept] | None = None,
 ) -> dict[str, Tensor]:
-    """Forward, loss and backward. `key` is that of dropout: hash of seed and step."""
+    """Forward, loss and backward. `key` is that of dropout: hash of seed and step. `kept`: see Execution."""
     policy.dropout.set_micro_batch(batch.dropout_keys, key)
     sums = method.loss(policy, batch)
     (sums.loss * factor).backward()
+    if kept is not None:
+        kept.append(Kept.of(sums))
     return {"loss": sums.loss.detach(), **sums.metrics}
 
 
@@ -72,6 +104,7 @@ class Captured:
     key: Tensor
     names: tuple[str, ...]
     sums: Tensor
+    kept: Kept  # as the last replay left it
 
 
 class Graphed:
@@ -85,26 +118,31 @@ class Graphed:
         self._pool: Any = None
         self._stream = torch.cuda.Stream()
 
-    def run(self, batch: PackedBatch, factor: float, seed: int, step: int) -> dict[str, Tensor]:
+    def run(
+        self, batch: PackedBatch, factor: float, seed: int, step: int, kept: list[Kept] | None = None
+    ) -> dict[str, Tensor]:
         """See Execution."""
         key, signature = key32(seed, step), signature_of(batch)
         kind = frozenset(batch.tensors())  # batches of other tensors run other operations
         if kind not in self._ready:
             self._ready.add(kind)
-            return self._warm_up(batch, factor, key)
+            return self._warm_up(batch, factor, key, kept)
         captured = self.captured.pop(signature, None) or self._capture(batch)
         self.captured[signature] = captured  # the last one is the one used last
         if len(self.captured) > MAX_GRAPHS:
             torch.cuda.synchronize()  # the oldest may still be running
             del self.captured[next(iter(self.captured))]
-        return self._replay(captured, batch, factor, key)
+        sums = self._replay(captured, batch, factor, key)
+        if kept is not None:
+            kept.append(captured.kept.clone())
+        return sums
 
-    def _warm_up(self, batch: PackedBatch, factor: float, key: int) -> dict[str, Tensor]:
+    def _warm_up(self, batch: PackedBatch, factor: float, key: int, kept: list[Kept] | None) -> dict[str, Tensor]:
         """The first micro-step of all is not captured: compilers and libraries set themselves up in it."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            sums = micro_step(self.policy, self.method, batch, factor, key)
+            sums = micro_step(self.policy, self.method, batch, factor, key, kept)
         current.wait_stream(self._stream)
         return sums
 
@@ -118,10 +156,11 @@ class Graphed:
         if not self.captured:
             torch.cuda.empty_cache()  # the warm-up's blocks would stay cached beside the pool
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            named = micro_step(self.policy, self.method, own, factor, key)
+            kept: list[Kept] = []
+            named = micro_step(self.policy, self.method, own, factor, key, kept)
             sums = torch.stack([value.float() for value in named.values()])
         self._pool = self._pool or graph.pool()
-        return Captured(graph, own, factor, key, tuple(named), sums)
+        return Captured(graph, own, factor, key, tuple(named), sums, kept[0])
 
     def _replay(self, captured: Captured, batch: PackedBatch, factor: float, key: int) -> dict[str, Tensor]:
         own = captured.batch.tensors()
@@ -154,14 +193,16 @@ class WithFallback:
             Graphed(self.policy, self.method) if mode == "graphed" else Eager(self.policy, self.method)
         )
 
-    def run(self, batch: PackedBatch, factor: float, seed: int, step: int) -> dict[str, Tensor]:
+    def run(
+        self, batch: PackedBatch, factor: float, seed: int, step: int, kept: list[Kept] | None = None
+    ) -> dict[str, Tensor]:
         """See Execution.
 
         Raises:
             ExecutionFailedError: the mode failed; a simpler one is in use now.
         """
         try:
-            return self.execution.run(batch, factor, seed, step)
+            return self.execution.run(batch, factor, seed, step, kept)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:

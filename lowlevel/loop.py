@@ -11,13 +11,14 @@ import torch
 
 from lowlevel.config import TrainConfig
 from lowlevel.errors import NonFiniteError
-from lowlevel.execution import Eager, Execution, ExecutionFailedError
+from lowlevel.execution import Eager, Execution, ExecutionFailedError, Kept
 from lowlevel.layout import PackedBatch
 from lowlevel.loss_scale import MAX_SKIPS_IN_A_ROW, LossScale
 from lowlevel.method import Method
 from lowlevel.metrics import StepResult, TrainState, Window
 from lowlevel.model.policy import Policy
 from lowlevel.optimizer import learning_rate, set_learning_rate
+from lowlevel.tracing import Tracer
 
 
 def optimizer_step(
@@ -31,9 +32,10 @@ def optimizer_step(
     step: int,
     max_grad_norm: float,
     execution: Execution | None = None,
+    tracer: Tracer | None = None,
 ) -> StepResult:
     """Forward and backward over the micro-batches, then one update. An fp16 overflow repeats the step at half the
-    scale.
+    scale. `tracer` is given for a step that is to be traced.
 
     Raises:
         NonFiniteError: the loss is not finite, or the gradient is not at any scale tried; nothing was updated.
@@ -42,11 +44,14 @@ def optimizer_step(
     grad, count = policy.flat.grad, sum(method.count(batch) for batch in batches)
     while True:
         grad.zero_()
+        kept: list[Kept] | None = None if tracer is None else []
         try:
             moved = (batch.to(policy.placement.device) for batch in batches)  # one by one: the GPU starts on the first
-            sums = [execution.run(batch, loss_scale.scale / count, seed, step) for batch in moved]
+            sums = [execution.run(batch, loss_scale.scale / count, seed, step, kept) for batch in moved]
         except ExecutionFailedError:
             continue
+        if tracer is not None and kept is not None:
+            tracer.take(step, batches, kept, loss_scale.scale, seed)
         norm = torch.linalg.vector_norm(grad) / loss_scale.scale
         grad.mul_((max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / loss_scale.scale)  # clip and unscale at once
         totals = {name: torch.stack([one[name] for one in sums]).sum() for name in sums[0]}
@@ -106,6 +111,7 @@ def train(
     total_steps: int,
     steps_per_epoch: int,
     execution: Execution | None = None,
+    tracer: Tracer | None = None,
 ) -> None:
     """Run steps `state.step` to `total_steps`, or until a signal or early stopping. `state` is kept current."""
     while state.step < total_steps and not state.stopped_early:
@@ -122,6 +128,7 @@ def train(
             step=state.step,
             max_grad_norm=config.max_grad_norm,
             execution=execution,
+            tracer=tracer if tracer is not None and tracer.wants(state.step) else None,
         )
         state.record(result, time.perf_counter() - started)
         observer.progress(state, result)

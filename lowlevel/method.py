@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -18,6 +18,9 @@ class LossSums:
 
     loss: Tensor  # scalar, differentiable
     metrics: Mapping[str, Tensor]  # scalars, detached, by the name they are logged under
+    # What a trace keeps, detached: (P,) by example, fillers among them, and (N,) by scored token.
+    examples: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Method(Protocol):

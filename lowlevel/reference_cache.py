@@ -37,7 +37,7 @@ from lowlevel import __version__
 from lowlevel.checkpoint import write_bytes, write_json
 from lowlevel.dpo import reference_logps
 from lowlevel.errors import CheckpointError
-from lowlevel.execution import Execution, ExecutionFailedError
+from lowlevel.execution import Execution, ExecutionFailedError, Kept
 from lowlevel.layout import PackedBatch
 from lowlevel.model.policy import PARENT, Policy
 
@@ -169,13 +169,15 @@ class CachedReference:
         counts = f"{self.hits:,} micro-batches found, {self.computed:,} computed{off}"
         self.note(f"reference cache: {counts} ({self.folder})")
 
-    def run(self, batch: PackedBatch, factor: float, seed: int, step: int) -> dict[str, Tensor]:
+    def run(
+        self, batch: PackedBatch, factor: float, seed: int, step: int, kept: list[Kept] | None = None
+    ) -> dict[str, Tensor]:
         """See Execution.
 
         Raises:
             ExecutionFailedError: an entry was refused; the cache is off now. Or that of the execution itself.
         """
-        return self.execution.run(batch if self.refused else self._with_logps(batch), factor, seed, step)
+        return self.execution.run(batch if self.refused else self._with_logps(batch), factor, seed, step, kept)
 
     def flush(self) -> None:
         """Write what was computed; nothing once an entry was refused."""

@@ -45,6 +45,7 @@ from lowlevel.progress import TrainingProgress
 from lowlevel.reference_cache import CachedReference, reference_identity, with_blanks, with_content
 from lowlevel.rehearsal import largest_batch, rehearse
 from lowlevel.run_folder import RunFolder, environment, refuse_changes
+from lowlevel.tracing import Tracer, drop_after
 from lowlevel.training_state import restore_state, save_state
 
 
@@ -153,9 +154,11 @@ def _train_in(
     if found:
         state = restore_state(policy, optimizer, *found, manifest)
         folder.drop_metrics_after(state.step)
+        drop_after(folder.trace, state.step)
         console.print(f"resumed from {found[0].name}")
     else:
         folder.drop_metrics_after(-1)  # of a run that ended before its first checkpoint
+        drop_after(folder.trace, -1)
         _write_start(folder, config, inputs, manifest)
     if config.train.dequantize_once:
         dequantize_once(policy)
@@ -165,7 +168,11 @@ def _train_in(
     lay_out = with_content(method.micro_batches) if cached else method.micro_batches
     batches = Prefetched(lambda step: lay_out([examples[i] for i in order.step_rows(step)]), total_steps)
 
+    tracer = Tracer(config, policy, method, folder.trace) if config.trace.every or config.trace.steps else None
+
     def write_checkpoint(state: TrainState) -> None:
+        if tracer:
+            tracer.flush()
         save_state(folder.path, policy, optimizer, state, config, manifest)
         if cached:
             cached.flush()
@@ -178,7 +185,7 @@ def _train_in(
     evaluate = (lambda: evaluate_examples(policy, method, held_out, prefix="eval_")) if held_out else None
     with TrainingProgress(console, config.method, total_steps, state.step) as bar:
         observer = RunObserver(folder, bar, write_checkpoint)
-        with observer.signals(), cached or nullcontext():
+        with observer.signals(), cached or nullcontext(), tracer or nullcontext():
             if evaluate and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **evaluate()})
             train(
@@ -193,6 +200,7 @@ def _train_in(
                 total_steps=total_steps,
                 steps_per_epoch=order.steps_per_epoch,
                 execution=cached or execution,
+                tracer=tracer,
             )
     if observer.signum and state.step < total_steps:
         raise InterruptedRunError(

@@ -7,6 +7,8 @@ out/run/
   base/                                                          adapter_mode "original": the merged base
   adapter/ parent/                                               result, and the frozen adapter it stands on (dpo)
   stacked/                                                       both as one PEFT adapter, for use without this package
+  trace/                                                         [trace]: parquet files (lowlevel/tracing)
+  report.html report/                                            lowlevel report: the page, and its charts as PNG
   summary.json loss.png                                          written at the end
 """
 
@@ -37,6 +39,7 @@ FREE_KEYS = (
     "train.save_steps",
     "train.save_total_limit",
     "dpo.reference_cache",
+    *("trace.every", "trace.steps", "trace.level", "trace.gradients"),
 )
 OWN_FILES = ("config.toml", "manifest.json", "metrics.jsonl", "data_report.json", "environment.json", "run-status.json")
 
@@ -68,6 +71,16 @@ class RunFolder:
         return self.path / "base"
 
     @property
+    def trace(self) -> Path:
+        """What [trace] kept."""
+        return self.path / "trace"
+
+    @property
+    def report(self) -> Path:
+        """The report's charts."""
+        return self.path / "report"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a logged step."""
         return self.path / "metrics.jsonl"
@@ -78,7 +91,8 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove what a run wrote into its folder, and nothing else."""
-        for path in [*self.path.glob("step-*"), self.adapter, self.parent, self.stacked, self.base]:
+        made = (self.adapter, self.parent, self.stacked, self.base, self.trace, self.report)
+        for path in [*self.path.glob("step-*"), *made]:
             shutil.rmtree(path, ignore_errors=True)
         for path in self.path.iterdir():
             if path.is_file() and path.name != "run.lock":

@@ -29,7 +29,8 @@ class SFT:
         """Cross-entropy in nats, summed over the batch's supervised tokens."""
         hidden = policy.scored_hidden_states(batch)  # (N, D)
         logps = token_logps(hidden, policy.lm_head_weight, batch.scored_targets)  # (N,) fp32
-        return LossSums(loss=-batch.sequence_sums(logps).sum(), metrics={})
+        sums = batch.sequence_sums(logps)  # (S,)
+        return LossSums(-sums.sum(), {}, examples={"logps": sums.detach()}, tokens={"logps": logps.detach()})
 
     def count(self, batch: PackedBatch) -> int:
         """Supervised tokens."""

@@ -34,6 +34,7 @@ COMMANDS = (
     "compare",
     "inspect",
     "verify",
+    "report",
 )
 ENVIRONMENT = {
     **os.environ,

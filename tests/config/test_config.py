@@ -91,6 +91,10 @@ KEYS = {
     "dpo.rpo_alpha": (1.0, PREFERENCES),
     "dpo.disable_dropout": (False, PREFERENCES),
     "dpo.reference_cache": ("out/reference", PREFERENCES),
+    "trace.every": (5, {}),
+    "trace.steps": ([1, 8], {}),
+    "trace.level": ("token", {"trace": {"every": 1}}),
+    "trace.gradients": (True, {"trace": {"every": 1}}),
 }
 
 
@@ -361,6 +365,14 @@ CONTRADICTIONS = [
         {"model": {"load_in_4bit": False, "bnb_4bit_use_double_quant": True}},
         "model.bnb_4bit_* keys need load_in_4bit = true",
     ),
+    *(
+        ({"trace": {key: value}}, f"trace.{key} needs trace.every or trace.steps")
+        for key, value in (("level", "pair"), ("gradients", True))
+    ),
+    (
+        merged(PREFERENCES, {"dpo": {"reference_cache": "a"}, "trace": {"every": 1, "level": "token"}}),
+        'trace.level = "token" needs the reference\'s tokens, of which dpo.reference_cache holds sums alone',
+    ),
 ]
 
 
@@ -422,6 +434,7 @@ ROUND_TRIPS = {
     ),
     "sft continued": {"lora": {"init_from": "out/older", "lora_dropout": 0.2}},
     "dpo alone": PREFERENCES,
+    "sft traced": {"trace": {"every": 5, "steps": [1], "level": "token", "gradients": True}},
     "dpo none": merged(PREFERENCES, {"model": {"adapter_mode": "none"}}),
     "dpo stack": merged(PREFERENCES, {"model": {"adapter": "out/sft"}, "dpo": {"label_smoothing": 0.1}}),
     "dpo original": merged(

@@ -69,7 +69,7 @@ class Recorder:
     def __init__(self):
         self.batches = []
 
-    def run(self, batch, factor, seed, step):
+    def run(self, batch, factor, seed, step, kept=None):
         self.batches.append(batch)
         return {}
 

@@ -1,0 +1,1 @@
+"""`lowlevel report`: what a run folder holds, as curves and tables. Reads files alone: no model, no data, no GPU."""

@@ -1,0 +1,113 @@
+"""What the report draws: panels of curves over optimizer steps, from the records of one or several runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart. `run` chooses its colour, or `kind` where there is one run; `kind` chooses its dashes."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+    run: int
+    kind: int
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart.
+
+    Attributes:
+        name: of its PNG file.
+        level: a horizontal line and what it means, such as where every run starts.
+        alarm: what the curves say that a person must not miss.
+    """
+
+    name: str
+    title: str
+    unit: str
+    note: str
+    curves: tuple[Curve, ...]
+    level: tuple[float, str] | None = None
+    alarm: str | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    name: str
+    title: str
+    unit: str
+    note: str
+    keys: tuple[tuple[str, str], ...]
+
+
+PLANS = (
+    _Plan("loss", "Loss", "nats", "", (("loss", "training"), ("eval_loss", "held out"))),
+    _Plan("margin", "Margin", "", "chosen reward minus rejected reward: what the loss sees.",
+          (("rewards/margins", "training"), ("eval_rewards/margins", "held out"))),
+    _Plan("rewards", "Rewards", "", "beta times the log-ratio of policy to reference; both start at 0.",
+          (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
+    _Plan("accuracy", "Pairs ranked right", "share", "margin above 0; a tie counts one half.",
+          (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out"))),
+    _Plan("chosen_logps", "Log-probability of the chosen", "nats", "",
+          (("logps/chosen", "policy"), ("logps/ref_chosen", "reference"))),
+    _Plan("rejected_logps", "Log-probability of the rejected", "nats", "",
+          (("logps/rejected", "policy"), ("logps/ref_rejected", "reference"))),
+    _Plan("grad_norm", "Gradient norm", "", "before clipping.", (("grad_norm", "norm"),)),
+    _Plan("learning_rate", "Learning rate", "", "", (("learning_rate", "rate"),)),
+    _Plan("loss_scale", "Loss scale", "", "fp16 alone; each halving is a step that overflowed and was repeated.",
+          (("loss_scale", "scale"),)),
+    _Plan("skipped_steps", "Repeated steps", "so far", "steps that an fp16 overflow made the run take again.",
+          (("skipped_steps", "steps"),)),
+    _Plan("tokens_per_second", "Speed", "tokens/s", "real tokens, padding not counted.",
+          (("tokens_per_second", "speed"),)),
+    _Plan("padding_share", "Padding", "share", "positions computed that hold no token.", (("padding_share", "share"),)),
+    _Plan("memory", "GPU memory", "GiB", "peaks of the allocator so far; paged optimizer state is not in them.",
+          (("peak_allocated_gib", "allocated"), ("peak_reserved_gib", "reserved"))),
+)  # fmt: skip
+ZERO_SAYS_NOTHING = ("memory", "skipped_steps")  # on a CPU; in a run without an overflow
+LEVELS = {"accuracy": (0.5, "chance"), "margin": (0.0, "start"), "rewards": (0.0, "start")}
+
+
+def panels(runs: Sequence[tuple[str, Sequence[Record]]]) -> list[Panel]:
+    """The charts that the runs have something for.
+
+    Args:
+        runs: name and logged records of each; the first one is the report's own.
+    """
+    made = []
+    for plan in PLANS:
+        curves = [
+            Curve(f"{name}: {label}" if len(runs) > 1 else label, points, number, kind)
+            for number, (name, records) in enumerate(runs)
+            for kind, (key, label) in enumerate(plan.keys)
+            if (points := _points(records, key))
+        ]
+        empty = plan.name in ZERO_SAYS_NOTHING and all(y == 0 for curve in curves for _, y in curve.points)
+        constant = plan.name == "loss_scale" and all(y == 1 for curve in curves for _, y in curve.points)
+        if curves and not empty and not constant:
+            level = LEVELS.get(plan.name)
+            alarm = fallen(runs[0][1]) if plan.name == "chosen_logps" else None
+            made.append(Panel(plan.name, plan.title, plan.unit, plan.note, tuple(curves), level, alarm))
+    return made
+
+
+def fallen(records: Sequence[Record]) -> str | None:
+    """Since when the chosen completions are less likely than under the reference, in the mean, up to the end."""
+    pairs = [(r["step"], r["logps/chosen"] - r["logps/ref_chosen"]) for r in records if "logps/ref_chosen" in r]
+    above = [i for i, (_, change) in enumerate(pairs) if change >= 0]
+    since = above[-1] + 1 if above else 0
+    if since == len(pairs):
+        return None
+    return f"The chosen lie below their reference from step {pairs[since][0]:g} on, by {-pairs[-1][1]:.3g} at the end."
+
+
+def _points(records: Sequence[Record], key: str) -> tuple[tuple[float, float], ...]:
+    return tuple((r["step"], r[key]) for r in records if key in r and math.isfinite(r[key]))

@@ -1,0 +1,88 @@
+"""The files of a trace: written whole or not at all, named by the steps in them, forgotten from a step on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowlevel.checkpoint import write_bytes
+from lowlevel.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_NAME = re.compile(r"(pairs|examples|steps)-(\d{8})-(\d{8})\.parquet")
+
+
+def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -> Path:
+    """Write the rows of some steps as one parquet file, on disk before its name appears.
+
+    Args:
+        folder: the run's trace folder.
+        kind: "pairs", "examples" or "steps".
+        columns: values by column; "step" ascends.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    steps = columns["step"]
+    path = folder / f"{kind}-{steps[0]:08d}-{steps[-1]:08d}.parquet"
+    content = pa.BufferOutputStream()
+    pq.write_table(_table(columns), content)
+    try:
+        folder.mkdir(exist_ok=True)
+        write_bytes(path, content.getvalue().to_pybytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: not written: {error.strerror or error}") from None
+    return path
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Forget the steps after `step`, which a resumed run will take again, and what an interrupted write left.
+
+    A checkpoint is written after the rows up to it, so no file holds steps on both sides of one.
+    """
+    for path in folder.glob(".tmp-*"):
+        path.unlink()
+    for path in folder.glob("*.parquet"):
+        found = _NAME.fullmatch(path.name)
+        if found and int(found[3]) > step:
+            path.unlink()
+
+
+def read_trace(folder: Path, kind: str) -> pa.Table | None:
+    """All rows of a kind, by step; None where there are none.
+
+    Raises:
+        CheckpointError: a file that is no parquet.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = []
+    for path in sorted(folder.glob(f"{kind}-*.parquet")):
+        try:
+            tables.append(pq.read_table(path))
+        except (OSError, pa.ArrowException) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return pa.concat_tables(tables, promote_options="default") if tables else None  # trace.level may change on resume
+
+
+def _table(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
+    """Typed by name, so that every file of a kind has the same types; fp32 stays fp32."""
+    import pyarrow as pa
+
+    def kind(name: str) -> pa.DataType:
+        if name.endswith("token_ids"):
+            return pa.list_(pa.int32())
+        if name.endswith(("token_logps", "layer_norms")):
+            return pa.list_(pa.float32())
+        whole = name in ("step", "row", "micro_batch", "pairs", "tokens") or name.endswith("length")
+        return pa.int64() if whole else pa.float64() if name == "loss_scale" else pa.float32()
+
+    return pa.table({name: pa.array(values, kind(name)) for name, values in columns.items()})

@@ -1,0 +1,156 @@
+"""Takes over what a step computed of its examples, and writes it at checkpoints.
+
+At pair level a step costs one copy of some hundred bytes to the host, just before the loop's own host sync. Arrow is
+touched at checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowlevel.config import RunConfig
+from lowlevel.dpo import DPO
+from lowlevel.errors import CheckpointError
+from lowlevel.execution import Kept
+from lowlevel.layout import PackedBatch
+from lowlevel.method import Method
+from lowlevel.model.policy import Policy
+from lowlevel.tracing.files import write_table
+from lowlevel.tracing.gradients import measure
+from lowlevel.tracing.weights import pair_weights
+
+FLUSH_VALUES = 2**22  # numbers held on the host before they are written between two checkpoints
+LOGPS = {
+    "chosen_logps": "logps/chosen",
+    "rejected_logps": "logps/rejected",
+    "ref_chosen_logps": "logps/ref_chosen",
+    "ref_rejected_logps": "logps/ref_rejected",
+}
+REWARDS = {"chosen_reward": "rewards/chosen", "rejected_reward": "rewards/rejected", "margin": "rewards/margins"}
+Columns = dict[str, Any]  # sequences or (n,) arrays by column
+
+
+class Tracer:
+    """The rows of traced steps: collected step by step, written by `flush`."""
+
+    def __init__(self, config: RunConfig, policy: Policy, method: Method, folder: Path) -> None:
+        """`folder` is the run's trace folder; it is made with the first file."""
+        trace = config.trace
+        self.every, self.steps = trace.every, frozenset(trace.steps)
+        self.token_level, self.with_gradients = trace.level == "token", trace.gradients
+        self.policy, self.method, self.folder = policy, method, folder
+        self._taken: dict[int, dict[str, list[Columns]]] = {}  # by step and kind
+        self._values = 0
+
+    def wants(self, steps_done: int) -> bool:
+        """Whether the next step, `steps_done + 1` as the log counts, is traced."""
+        step = steps_done + 1
+        return step in self.steps or (self.every is not None and step % self.every == 0)
+
+    def take(
+        self, steps_done: int, batches: Sequence[PackedBatch], kept: Sequence[Kept], scale: float, seed: int
+    ) -> None:
+        """Copy what the backward passes left. A step that an fp16 overflow repeats replaces what it gave before.
+
+        Args:
+            steps_done: applied steps before this one.
+            batches: the step's micro-batches, on the CPU.
+            kept: what each of them computed.
+            scale: loss scale of the gradient in `policy.flat.grad`, which is neither unscaled nor clipped yet.
+            seed: of dropout, for the one more backward pass of trace.gradients.
+        """
+        step, host = steps_done + 1, _to_host(kept)
+        if step not in self._taken and self._values > FLUSH_VALUES:
+            self.flush()
+        kind = "pairs" if isinstance(self.method, DPO) else "examples"
+        rows = [self._rows(step, number, *part) for number, part in enumerate(zip(batches, host, strict=True))]
+        counted, count = ("pairs" if kind == "pairs" else "tokens"), sum(map(self.method.count, batches))
+        loss = sum(float(np.sum(part["loss"], dtype=np.float64)) for part in rows) / count
+        line: Columns = {"step": [step], "loss": [loss], counted: [count], "loss_scale": [scale]}
+        if self.with_gradients:
+            pairs = rows if kind == "pairs" else None
+            line |= measure(self.policy, self.method, batches, pairs, scale, seed, steps_done)
+        self._taken[step] = {kind: rows, "steps": [line]}
+        self._values += sum(part.numel() for one in host for part in (*one.examples.values(), *one.tokens.values()))
+
+    def __enter__(self) -> Tracer:
+        """Nothing is written yet."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Write what is left; of a run that failed, that includes the step that failed."""
+        with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
+            self.flush()  # its error would hide the run's own
+
+    def flush(self) -> None:
+        """Write what was taken since the last flush, each kind in one file.
+
+        Raises:
+            CheckpointError: the disk is full or refuses.
+        """
+        parts: dict[str, list[Columns]] = {}
+        for step in sorted(self._taken):
+            for kind, rows in self._taken[step].items():
+                parts.setdefault(kind, []).extend(rows)
+        for kind, rows in parts.items():
+            columns = {name: [value for part in rows for value in part[name]] for name in rows[0]}
+            write_table(self.folder, kind, columns)
+        self._taken, self._values = {}, 0
+
+    def _rows(self, step: int, number: int, batch: PackedBatch, kept: Kept) -> Columns:
+        size = len(batch.data_rows)
+        head: Columns = {"step": [step] * size, "row": batch.data_rows, "micro_batch": [number] * size}
+        if isinstance(self.method, DPO):
+            return head | self._pair_columns(self.method, batch, kept)
+        logps = kept.examples["logps"][:size].numpy()
+        columns: Columns = {"length": _lengths(batch, 0), "logps": logps, "loss": -logps}
+        return head | columns | (_token_columns(batch, kept, "", 0) if self.token_level else {})
+
+    def _pair_columns(self, method: DPO, batch: PackedBatch, kept: Kept) -> Columns:
+        size, half = len(batch.data_rows), len(batch.lengths) // 2  # a batch filled up to a shape has room for more
+        logps = {name: kept.examples[source][:size] for name, source in LOGPS.items()}
+        chosen, rejected = _lengths(batch, 0), _lengths(batch, half)
+        weights = pair_weights(method.config, logps, torch.tensor(chosen), torch.tensor(rejected))
+        columns: Columns = {name: values.numpy() for name, values in logps.items()}
+        columns |= {
+            "chosen_length": chosen,
+            "rejected_length": rejected,
+            "chosen_logratio": (logps["chosen_logps"] - logps["ref_chosen_logps"]).numpy(),
+            "rejected_logratio": (logps["rejected_logps"] - logps["ref_rejected_logps"]).numpy(),
+            **{name: kept.examples[source][:size].numpy() for name, source in REWARDS.items()},
+            **weights,
+            "loss": kept.examples["loss"][:size].numpy(),
+        }
+        if self.token_level:
+            columns |= _token_columns(batch, kept, "chosen_", 0) | _token_columns(batch, kept, "rejected_", half)
+        return columns
+
+
+def _to_host(kept: Sequence[Kept]) -> list[Kept]:
+    """The same on the CPU, by one copy."""
+    tensors = [tensor for one in kept for part in (one.examples, one.tokens) for tensor in part.values()]
+    flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors]).cpu()
+    pieces = iter(flat.split([tensor.numel() for tensor in tensors]))
+    return [Kept(*({name: next(pieces) for name in part} for part in (one.examples, one.tokens))) for one in kept]
+
+
+def _lengths(batch: PackedBatch, first: int) -> list[int]:
+    """Scored tokens of the real examples' sequences, which start at sequence `first`."""
+    lengths: list[int] = batch.lengths[first : first + len(batch.data_rows)].tolist()
+    return lengths
+
+
+def _token_columns(batch: PackedBatch, kept: Kept, prefix: str, first: int) -> Columns:
+    """Ids and log-probabilities of each sequence's scored tokens, in order."""
+    sources: Mapping[str, Tensor] = {"token_ids": batch.scored_targets} | {
+        name.replace("logps", "token_logps"): values for name, values in kept.tokens.items()
+    }
+    index = [np.asarray(batch.sequence_index[first + i, :length]) for i, length in enumerate(_lengths(batch, first))]
+    return {prefix + name: [values.numpy()[where] for where in index] for name, values in sources.items()}

@@ -1,0 +1,45 @@
+"""Runs to report on: with a trace of tokens, without one, and sft."""
+
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent / "commands"))
+
+from workspace import CHATS, PAIRS, Workspace, run  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory) -> Workspace:
+    folder = tmp_path_factory.mktemp("reporting")
+    helpers.write_tiny_base(folder / "tiny")
+    sft_rows = helpers.write_jsonl(folder / "chats.jsonl", CHATS)
+    return Workspace(folder, folder / "tiny", sft_rows, helpers.write_jsonl(folder / "pairs.jsonl", PAIRS))
+
+
+@pytest.fixture(scope="session")
+def runs(space) -> dict[str, Path]:
+    train = {"max_steps": 6, "logging_steps": 1}
+    held_out = {"eval_source": "holdout", "eval_limit": 4}
+    files = {
+        "sft": space.write("sft", "sft", train=train),
+        "dpo": space.write(
+            "dpo", "dpo", train={**train, "learning_rate": 0.05}, data=held_out, trace={"every": 1, "level": "token"}
+        ),
+        "plain": space.write("plain", "dpo", train=train),
+    }
+    for name, file in files.items():
+        said = run("sft" if name == "sft" else "dpo", file)
+        assert said.code == 0, said.err
+    return {name: space.folder / name for name in files}

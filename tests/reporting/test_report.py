@@ -1,0 +1,233 @@
+"""The report: curves as logged, pairs as traced, the alarm, and a page that a browser shows without a complaint."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from workspace import metrics, run
+
+from lowlevel.reporting.charts import chart, number, ticks
+from lowlevel.reporting.page import Report, render
+from lowlevel.reporting.pairs import pair_tables, token_falls
+from lowlevel.reporting.series import Curve, Panel, fallen, panels
+from lowlevel.tracing.files import write_table
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")
+LOOKS = {"light": (1280, False), "dark": (1280, True), "phone": (390, False)}
+
+
+def rows_of(*margins, step=1, **columns):
+    """Columns of a pairs table: chosen log-ratio 10 times the margin, rejected 0, unless given."""
+    size = len(margins)
+    made = {
+        "step": [step] * size,
+        "row": list(range(size)),
+        "margin": list(margins),
+        "chosen_logratio": [10 * margin for margin in margins],
+        "rejected_logratio": [0.0] * size,
+        "weight": [0.5] * size,
+        "loss": [0.7] * size,
+    }
+    return made | columns
+
+
+def test_curves_are_what_was_logged(runs):
+    logged = metrics(runs["dpo"])
+    made = {panel.name: panel for panel in panels([("dpo", logged)])}
+    training, held_out = made["loss"].curves
+    assert training.points == tuple((r["step"], r["loss"]) for r in logged if "loss" in r)
+    assert held_out.points == tuple((r["step"], r["eval_loss"]) for r in logged if "eval_loss" in r)
+    assert [curve.label for curve in made["chosen_logps"].curves] == ["policy", "reference"]
+    assert {"learning_rate", "tokens_per_second", "padding_share"} <= set(made)
+    assert not {"memory", "skipped_steps", "loss_scale"} & set(made)  # a CPU in fp32 has none of them
+
+
+@pytest.mark.parametrize(
+    ("changes", "alarm"),
+    [
+        ([0.1, -0.2, 0.0], None),
+        ([0.1, -0.2, -0.5], "from step 2 on, by 0.5 at the end"),
+        ([-0.1, -0.2, -0.5], "from step 1 on"),
+        ([], None),
+    ],
+)
+def test_an_alarm_where_the_chosen_stay_below_their_reference(changes, alarm):
+    records = [
+        {"step": i + 1, "logps/chosen": change - 7, "logps/ref_chosen": -7.0} for i, change in enumerate(changes)
+    ]
+    said = fallen([*records, {"step": 9, "eval_loss": 1.0}])
+    assert said is None if alarm is None else alarm in said
+
+
+def test_memory_and_loss_scale_of_an_fp16_run_and_no_number_that_is_not_finite():
+    records = [
+        {"step": i, "loss": loss, "loss_scale": 65536.0 / i, "skipped_steps": i, "peak_allocated_gib": 1.5}
+        for i, loss in ((1, 0.5), (2, float("nan")), (3, 0.25))
+    ]
+    made = {panel.name: panel for panel in panels([("run", records)])}
+    assert {"memory", "loss_scale", "skipped_steps"} <= set(made)
+    assert made["loss"].curves[0].points == ((1, 0.5), (3, 0.25))
+
+
+def test_a_chart_puts_points_where_they_belong():
+    made = chart(Panel("x", "X", "", "", (Curve("a", ((0, 0.0), (10, 1.0)), 0, 0),), level=(0.5, "middle")))
+    (x0, y0), (x1, y1) = re.findall(r"([\d.]+) ([\d.]+)", made.lines[0].path)
+    assert (x0, x1) == ("0.0", "100.0")
+    assert float(y0) == pytest.approx(100 * 1.06 / 1.12, abs=0.01) and float(y1) == pytest.approx(
+        100 - float(y0), abs=0.02
+    )
+    assert made.level == 50.0
+    assert [tick.at for tick in made.y_ticks] == sorted((tick.at for tick in made.y_ticks), reverse=True)
+    assert ticks(0, 60) == [0, 20, 40, 60] and ticks(-0.4, 0.2)[-1] == pytest.approx(0.2)
+    assert (number(-0.5), number(12345.6), number(2e-5)) == ("−0.5", "12,346", "2e−05")
+
+
+@pytest.mark.parametrize("points", [((1, 0.5),), ((1, 0.5), (2, 0.5))])
+def test_one_point_and_a_constant_can_be_drawn(points):
+    made = chart(Panel("x", "X", "", "", (Curve("a", points, 0, 0),)))
+    assert made.y_ticks and "nan" not in made.lines[0].path
+
+
+def test_colours_are_of_curves_in_one_run_and_of_runs_in_several():
+    curves = tuple(Curve("a", ((0, 1.0), (1, 2.0)), run, kind) for run in (0, 1) for kind in (0, 1))
+    assert [(line.colour, line.dash) for line in chart(Panel("x", "X", "", "", curves)).lines] == [
+        (0, 0), (0, 1), (1, 0), (1, 1)
+    ]  # fmt: skip
+    assert [line.colour for line in chart(Panel("x", "X", "", "", curves[:2])).lines] == [0, 1]
+
+
+def test_best_and_worst_and_who_fell_below_the_reference(tmp_path):
+    columns = rows_of(
+        *(0.3, -0.2, 0.1, -0.4, 0.5, 0.0),
+        chosen_logratio=[-1.0, 1.0, 1.0, -1.0, -2.0, 1.0],
+        rejected_logratio=[-4.0, 3.0, 0.0, 3.0, -7.0, -1.0],
+    )
+    write_table(tmp_path, "pairs", columns)
+    tables = pair_tables(tmp_path)
+    assert [row["row"] for row in tables.worst] == [3, 1, 5] and [row["row"] for row in tables.best] == [4, 0, 2]
+    assert (tables.below, tables.both_fell, tables.count, tables.alarm) == (3, 2, 6, False)
+
+
+def test_only_the_last_traced_steps_count_and_a_row_as_it_was_last_seen(tmp_path):
+    write_table(tmp_path, "pairs", rows_of(*[-1.0] * 70, step=1))
+    write_table(tmp_path, "pairs", rows_of(*[1.0] * 40, step=5))
+    write_table(tmp_path, "pairs", rows_of(*[-0.5] * 50, step=9))
+    tables = pair_tables(tmp_path)
+    assert (tables.first, tables.last, tables.count, tables.below) == (1, 9, 70, 70) and tables.alarm
+    assert (tables.worst[0]["margin"], tables.best[0]["margin"], tables.best[0]["step"]) == (-1.0, -0.5, 9)
+    write_table(tmp_path, "pairs", rows_of(*[1.0] * 64, step=10))
+    assert (pair_tables(tmp_path).first, pair_tables(tmp_path).below) == (10, 0)
+
+
+def test_tokens_that_lost_most():
+    rows = [
+        {
+            "chosen_token_ids": [7, 8, 7],
+            "chosen_token_logps": [-2.0, -1.0, -4.0],
+            "chosen_ref_token_logps": [-1.0, -1.5, -1.0],
+        },
+        {"chosen_token_ids": [9], "chosen_token_logps": [-2.0], "chosen_ref_token_logps": [-1.5]},
+        {"chosen_token_ids": None},
+    ]  # fmt: skip
+    assert [(fall.token, fall.change, fall.count) for fall in token_falls(rows)] == [(7, -4.0, 2), (9, -0.5, 1)]
+
+
+def test_a_report_names_the_commands_and_agrees_with_the_trace(runs):
+    said = run("report", runs["dpo"])
+    assert said.code == 0, said.err
+    page = (runs["dpo"] / "report.html").read_text()
+    rows = [row for path in (runs["dpo"] / "trace").glob("pairs-*") for row in pq.read_table(path).to_pylist()]
+    newest = {row["row"]: row for row in sorted(rows, key=lambda row: row["step"])}
+    worst = min(newest.values(), key=lambda row: row["margin"])
+    assert f"lowlevel inspect {runs['dpo']} --example {worst['row']}" in page
+    assert (
+        "not less" not in page
+        and f"{sum(r['chosen_logratio'] < 0 for r in newest.values())} of {len(newest)} pairs" in page
+    )
+    pngs = {path.stem for path in (runs["dpo"] / "report").glob("*.png")}
+    assert {"loss", "rewards", "margin", "accuracy", "chosen_logps", "rejected_logps", "learning_rate"} <= pngs
+    assert "http" not in re.sub(r"http-equiv", "", page) and "<script" not in page
+
+
+def test_without_a_trace_it_says_what_one_would_add(runs):
+    assert run("report", runs["plain"]).code == 0
+    page = (runs["plain"] / "report.html").read_text()
+    assert "trace.every" in page and "Likelihood displacement" not in page
+    assert run("report", runs["sft"]).code == 0
+    assert "No trace" not in (runs["sft"] / "report.html").read_text()
+
+
+def test_runs_beside_each_other(runs):
+    assert run("report", runs["plain"], "--compare", runs["dpo"], runs["sft"]).code == 0
+    page = (runs["plain"] / "report.html").read_text()
+    assert "plain: training" in page and "dpo: training" in page and "sft: training" in page
+    said = run("report", runs["plain"], "--compare", runs["plain"].parent / "none")
+    assert said.code == 2 and "is not a run folder" in said.err
+    assert run("report", runs["plain"].parent).code == 2
+
+
+def test_an_inspection_page_in_the_run_folder_is_linked(runs, tmp_path):
+    folder = Path(shutil.copytree(runs["dpo"], tmp_path / "dpo"))
+    row = pair_tables(folder / "trace").worst[0]["row"]
+    (folder / "row.html").write_text(f'<p>lowlevel inspect</p><article id="row-{row}">')
+    assert run("report", folder).code == 0
+    assert f'<a href="row.html#row-{row}">{row}</a>' in (folder / "report.html").read_text()
+
+
+def test_a_damaged_trace_is_one_line(runs, tmp_path):
+    folder = Path(shutil.copytree(runs["dpo"], tmp_path / "dpo"))
+    (folder / "trace/pairs-00000009-00000009.parquet").write_text("no parquet")
+    said = run("report", folder)
+    assert said.code == 4 and "pairs-00000009" in said.err and len(said.err.splitlines()) == 1
+
+
+def test_texts_are_escaped():
+    bad = "<img src=x onerror=alert(1)>"
+    panel = Panel("x", bad, bad, bad, (Curve(bad, ((0, 1.0), (1, 2.0)), 0, 0),))
+    page = render(Report(bad, bad, [(bad, bad)], [panel], None, bad, {}, {}))
+    assert "<img" not in page
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not (BROWSER and DRIVER):
+        pytest.skip("no chromium and chromedriver here: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here: pip install lowlevel[dev]")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
+    for flag in ("--headless", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-first-run", profile):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_the_page_in_a_browser(browser, runs, look):
+    width, dark = LOOKS[look]
+    assert run("report", runs["dpo"], "--compare", runs["plain"]).code == 0
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": look == "phone"}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    browser.get((runs["dpo"] / "report.html").as_uri())
+    ask = browser.execute_script
+    assert browser.get_log("browser") == []
+    assert ask("return performance.getEntriesByType('resource').length") == 0
+    assert ask("return document.documentElement.scrollWidth <= innerWidth")
+    paper = ask("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 3 * 128) == dark
+    strokes = ask("return [...document.querySelectorAll('.curve')].map(e => getComputedStyle(e).stroke)")
+    keys = ask("return [...document.querySelectorAll('.keys i')].map(e => getComputedStyle(e).borderTopColor)")
+    assert strokes == keys and len(set(strokes)) == 2
+    boxes = ask("return [...document.querySelectorAll('.curve')].map(e => [e.getBBox().y, e.getBBox().height])")
+    assert all(top >= 0 and top + height <= 100 for top, height in boxes)
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    assert browser.save_screenshot(str(SCREENSHOTS / f"report-{look}.png"))
