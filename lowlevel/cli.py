@@ -169,6 +169,7 @@ def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     report.add_argument(
         "--compare", type=Path, nargs="+", default=[], metavar="RUN_DIR", help="draw these runs into the same charts"
     )
+    _add_replay(add)
 
 
 def _add_inspect(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -202,6 +203,28 @@ def _add_verify(add: Callable[..., argparse.ArgumentParser]) -> None:
         default=500_000_000,
         metavar="N",
         help="a base of up to N weights is also run in float64, on the CPU (default: 500,000,000)",
+    )
+
+
+def _add_replay(add: Callable[..., argparse.ArgumentParser]) -> None:
+    replay = add("replay", "take a step of a run again and hold it against what was logged and saved", _replay)
+    replay.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    replay.add_argument("--step", type=_positive, required=True, metavar="N", help="optimizer step, as the log counts")
+    replay.add_argument(
+        "--from",
+        type=_not_negative,
+        dest="start",
+        metavar="K",
+        help="start from checkpoint step-K, 0: the start of the run (default: the newest checkpoint before the step)",
+    )
+    replay.add_argument("--dump", type=Path, metavar="DIR", help="write every intermediate of the step as safetensors")
+    replay.add_argument("--dump-layers", action="store_true", help="with --dump: outputs of the decoder layers, too")
+    replay.add_argument(
+        "--what-if",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="the step under another beta, loss_type (dpo), learning_rate or max_grad_norm; repeatable, a comma joins",
     )
 
 
@@ -418,6 +441,24 @@ def _report(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from lowlevel.progress import make_console
 
     report_run(options.run_dir, make_console(), compare=options.compare)
+
+
+def _replay(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    if options.dump_layers and not options.dump:
+        raise ConfigError("--dump-layers needs --dump DIR")
+    _quiet()
+    from lowlevel.commands.replay import replay_run
+    from lowlevel.progress import make_console
+
+    replay_run(
+        options.run_dir,
+        make_console(),
+        step=options.step,
+        start=options.start,
+        dump=options.dump,
+        layers=options.dump_layers,
+        settings=options.what_if,
+    )
 
 
 def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class LowlevelError(Exception):
     """Base of all errors that the command line prints as one line, without a traceback."""
@@ -31,6 +34,22 @@ class NonFiniteError(LowlevelError):
     """A loss or gradient that is not a finite number."""
 
     exit_code = 5
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        quantity: str = "",
+        value: float = float("nan"),
+        step: int = 0,
+        seed: int = 0,
+        batches: Sequence[Any] = (),
+        attempts: Sequence[dict[str, float]] = (),
+    ) -> None:
+        """What the loop knows, for `lowlevel.forensics`: `step` from 0, `batches` of the step, scales tried so far."""
+        super().__init__(message)
+        self.quantity, self.value, self.step, self.seed = quantity, value, step, seed
+        self.batches, self.attempts = batches, attempts
 
 
 class OutOfMemoryError(LowlevelError):

@@ -42,6 +42,7 @@ def optimizer_step(
     """
     execution = execution or Eager(policy, method)
     grad, count = policy.flat.grad, sum(method.count(batch) for batch in batches)
+    attempts: list[dict[str, float]] = []
     while True:
         grad.zero_()
         kept: list[Kept] | None = None if tracer is None else []
@@ -60,15 +61,25 @@ def optimizer_step(
         ).tolist()  # the one host sync
         metrics = dict(zip(totals, means, strict=True))
         rows = [row for batch in batches for row in batch.data_rows]
+        attempts.append({"loss_scale": loss_scale.scale, "loss": metrics["loss"], "grad_norm": grad_norm})
+        evidence: dict[str, Any] = {"step": step, "seed": seed, "batches": batches, "attempts": attempts}
         if not math.isfinite(metrics["loss"]):
-            raise NonFiniteError(f"step {step + 1}: loss is {metrics['loss']}; nothing was updated; data rows {rows}")
+            raise NonFiniteError(
+                f"step {step + 1}: loss is {metrics['loss']}; nothing was updated; data rows {rows}",
+                quantity="loss",
+                value=metrics["loss"],
+                **evidence,
+            )
         loss_scale.update(math.isfinite(grad_norm))
         if math.isfinite(grad_norm):
             break
         if not loss_scale.enabled or loss_scale.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
             tried = f" after {loss_scale.skips_in_a_row} halvings of the loss scale" if loss_scale.enabled else ""
             raise NonFiniteError(
-                f"step {step + 1}: gradient norm is {grad_norm}{tried}; nothing was updated; data rows {rows}"
+                f"step {step + 1}: gradient norm is {grad_norm}{tried}; nothing was updated; data rows {rows}",
+                quantity="gradient norm",
+                value=grad_norm,
+                **evidence,
             )
     optimizer.step()
     return StepResult(

@@ -29,6 +29,7 @@ from lowlevel.checkpoint import newest_verified, remove_litter, run_lock, write_
 from lowlevel.config import RunConfig
 from lowlevel.errors import ConfigError, InterruptedRunError, LowlevelError, OutOfMemoryError
 from lowlevel.execution import WithFallback
+from lowlevel.failure_folder import explaining
 from lowlevel.layout import PackedBatch
 from lowlevel.loop import evaluate_examples, train
 from lowlevel.loss_scale import LossScale
@@ -160,6 +161,7 @@ def _train_in(
         folder.drop_metrics_after(-1)  # of a run that ended before its first checkpoint
         drop_after(folder.trace, -1)
         _write_start(folder, config, inputs, manifest)
+    folder.drop_failure()
     if config.train.dequantize_once:
         dequantize_once(policy)
     _announce(console, config, inputs, policy, method, total_steps, order)
@@ -185,7 +187,8 @@ def _train_in(
     evaluate = (lambda: evaluate_examples(policy, method, held_out, prefix="eval_")) if held_out else None
     with TrainingProgress(console, config.method, total_steps, state.step) as bar:
         observer = RunObserver(folder, bar, write_checkpoint)
-        with observer.signals(), cached or nullcontext(), tracer or nullcontext():
+        explained = explaining(policy, method, folder.path)
+        with observer.signals(), explained, cached or nullcontext(), tracer or nullcontext():
             if evaluate and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **evaluate()})
             train(

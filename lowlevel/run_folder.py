@@ -10,6 +10,7 @@ out/run/
   trace/                                                         [trace]: parquet files (lowlevel/tracing)
   report.html report/                                            lowlevel report: the page, and its charts as PNG
   summary.json loss.png                                          written at the end
+  failure/                                                       where a loss or gradient was not finite
 """
 
 from __future__ import annotations
@@ -81,6 +82,11 @@ class RunFolder:
         return self.path / "report"
 
     @property
+    def failure(self) -> Path:
+        """What `lowlevel.forensics` found when a loss or gradient was not finite."""
+        return self.path / "failure"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a logged step."""
         return self.path / "metrics.jsonl"
@@ -91,7 +97,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove what a run wrote into its folder, and nothing else."""
-        made = (self.adapter, self.parent, self.stacked, self.base, self.trace, self.report)
+        made = (self.adapter, self.parent, self.stacked, self.base, self.trace, self.report, self.failure)
         for path in [*self.path.glob("step-*"), *made]:
             shutil.rmtree(path, ignore_errors=True)
         for path in self.path.iterdir():
@@ -139,6 +145,10 @@ class RunFolder:
         """Forget lines of steps that a resumed run will take again."""
         kept = [json.dumps(record) for record in self.read_metrics() if record["step"] <= step]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def drop_failure(self) -> None:
+        """Forget the report of a failure that this start may not meet again."""
+        shutil.rmtree(self.failure, ignore_errors=True)
 
     def write_end(self, state: str, error: LowlevelError) -> None:
         """The status of a run that an error ended; nothing where it ended before it had written anything."""

@@ -35,6 +35,7 @@ COMMANDS = (
     "inspect",
     "verify",
     "report",
+    "replay",
 )
 ENVIRONMENT = {
     **os.environ,

@@ -24,8 +24,18 @@ LAYERS = (
         "training_state",
     ),  # fmt: skip
     ("sft", "dpo", "execution", "reference_cache"),
-    ("loop", "rehearsal", "tracing/"),
-    ("assembly", "run", "inspection/", "reporting/", "verification/", "commands/", "cli", "__main__"),
+    ("loop", "rehearsal", "tracing/", "forensics", "failure_folder"),
+    (
+        "assembly",
+        "run",
+        "inspection/",
+        "reporting/",
+        "verification/",
+        "replaying/",
+        "commands/",
+        "cli",
+        "__main__",
+    ),
 )
 TRITON_FILES = ("kernels/vocabulary",)  # files that may import triton or torch.distributed
 FILES = sorted(ROOT.rglob("*.py"))

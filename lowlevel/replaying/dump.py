@@ -1,0 +1,198 @@
+"""Every intermediate of one step as safetensors, with an index that says what each tensor is.
+
+DIR/index.json               what each file and tensor is, and the step's numbers
+DIR/step.safetensors         weights before and after, their difference, gradients, optimizer state
+DIR/micro-0.safetensors      a micro-batch: its tensors, hidden states, log-probabilities, losses
+DIR/layers-0.safetensors     outputs of its decoder layers, where they are asked for
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowlevel.checkpoint import write_json
+from lowlevel.dpo import DPO, loss_arguments
+from lowlevel.errors import ConfigError
+from lowlevel.execution import micro_step
+from lowlevel.hashing import key32
+from lowlevel.kernels import token_logps
+from lowlevel.layout import PackedBatch
+from lowlevel.losses import dpo_loss
+from lowlevel.optimizer import optimizer_tensors
+from lowlevel.replaying.session import Session
+
+Tensors = dict[str, Tensor]
+MEANINGS = {
+    "batch": "the micro-batch as it is laid out: lowlevel.layout.PackedBatch says what each tensor is",
+    "policy.hidden": "(N, D) final hidden states at the scored positions",
+    "policy.token_logps": "(N,) log-probability of each scored target",
+    "policy.logps": "(S,) token_logps summed by sequence: for pairs all chosen, then all rejected",
+    "reference": "the same without the trained adapter and without dropout",
+    "losses": "(P,) loss of each pair (dpo), (S,) of each example (sft); their sum is the micro-batch's loss",
+    "layer": "(rows, T, D) output of a decoder layer",
+    "gradient": "of the step's mean loss, without loss scale and before clipping",
+    "before": "adapter weights before the step",
+    "after": "adapter weights after the step",
+    "update": "after - before",
+    "optimizer": "the optimizer's state over the flat buffer, before and after",
+}
+
+
+def check_target(folder: Path) -> None:
+    """Raise ConfigError for a folder that holds anything, or cannot be made."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--dump {folder}: exists and is not an empty folder")
+    if not folder.absolute().parent.is_dir():
+        raise ConfigError(f"--dump {folder}: {folder.absolute().parent} is no folder")
+
+
+@dataclass
+class Dump:
+    """What was seen of a step; `write` puts it down."""
+
+    step: int
+    files: dict[str, Tensors] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """All of it or nothing: a temporary folder beside, renamed at the end.
+
+        Raises:
+            ConfigError: the disk refuses.
+        """
+        check_target(folder)
+        temporary = folder.absolute().parent / f".tmp-{folder.name}-{os.getpid()}"
+        try:
+            temporary.mkdir()
+            for name, tensors in self.files.items():
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
+            write_json(temporary / "index.json", self.index())
+            if folder.exists():
+                folder.rmdir()
+            os.rename(temporary, folder)
+        except OSError as error:
+            raise ConfigError(f"--dump {folder}: {error.strerror}") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def index(self) -> dict[str, Any]:
+        """What each tensor is."""
+        described = {
+            file: {
+                name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+                for name, tensor in tensors.items()
+            }
+            for file, tensors in self.files.items()
+        }
+        return {"step": self.step, **self.numbers, "meanings": MEANINGS, "files": described}
+
+    def add_update(self, session: Session) -> None:
+        """After the step: weights, update and optimizer state."""
+        step = self.files["step.safetensors"]
+        for name, view in session.policy.flat.views.items():
+            after = _copy(view)
+            step |= {f"after.{name}": after, f"update.{name}": after - step[f"before.{name}"]}
+        step |= {f"optimizer.after.{name}": value for name, value in optimizer_tensors(session.optimizer).items()}
+
+
+def observe(session: Session, *, layers: bool) -> Dump:
+    """Forward and backward over the coming step's micro-batches, eagerly and under hooks; updates nothing."""
+    policy, state, dump = session.policy, session.state, Dump(session.state.step + 1)
+    batches = session.batches(state.step)
+    count, scale = sum(session.method.count(batch) for batch in batches), state.loss_scale.scale
+    policy.layers.use(compiled=False)
+    policy.flat.grad.zero_()
+    sums: list[dict[str, float]] = []
+    try:
+        for number, batch in enumerate(batches):
+            moved = batch.to(policy.placement.device)
+            with _watched(session, layers) as seen:
+                key = key32(session.config.train.seed, state.step)
+                parts = micro_step(policy, session.method, moved, scale / count, key)
+            sums.append({name: float(value) for name, value in parts.items()})
+            dump.files[f"micro-{number}.safetensors"] = _micro_tensors(session, moved, seen)
+            if layers:
+                dump.files[f"layers-{number}.safetensors"] = {k: v for k, v in seen.items() if k.startswith("layer.")}
+        step = {f"gradient.{name}": _copy(grad) / scale for name, grad in policy.flat.named_grads().items()}
+    finally:
+        policy.flat.grad.zero_()
+        policy.layers.use(compiled=session.compiled)
+    step |= {f"before.{name}": _copy(view) for name, view in policy.flat.views.items()}
+    step |= {f"optimizer.before.{name}": value for name, value in optimizer_tensors(session.optimizer).items()}
+    dump.files["step.safetensors"] = step
+    dump.numbers = {"method": session.method.name, "count": count, "loss_scale": scale, "micro_batches": []}
+    for batch, parts_sums in zip(batches, sums, strict=True):
+        dump.numbers["micro_batches"].append({"data_rows": list(batch.data_rows), "sums": parts_sums})
+    return dump
+
+
+@contextmanager
+def _watched(session: Session, layers: bool) -> Iterator[Tensors]:
+    """Outputs of the decoder, "hidden.policy" and "hidden.reference", and of its layers.
+
+    A layer that is recomputed in the backward pass is recomputed inside its `forward`, under its hooks' feet: each hook
+    sees one output a pass.
+    """
+    seen: Tensors = {}
+    decoder: Any = session.policy.causal_lm.get_decoder()
+    watched = [(decoder, "hidden")]
+    if layers:
+        watched += [(layer, f"layer.{number}") for number, layer in enumerate(session.policy.layers.layers)]
+    handles = [module.register_forward_hook(_keep(seen, name)) for module, name in watched]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep(seen: Tensors, name: str) -> Callable[..., None]:
+    def hook(module: object, arguments: object, output: Any) -> None:
+        tensor = output if isinstance(output, Tensor) else output[0]
+        seen[f"{name}.{'policy' if torch.is_grad_enabled() else 'reference'}"] = _copy(tensor)
+
+    return hook
+
+
+@torch.no_grad()
+def _micro_tensors(session: Session, batch: PackedBatch, seen: Tensors) -> Tensors:
+    tensors = {f"batch.{name}": _copy(tensor) for name, tensor in batch.tensors().items()}
+    logps: Tensors = {}
+    for name in ("policy", "reference"):
+        if f"hidden.{name}" not in seen:
+            continue
+        decoded = seen[f"hidden.{name}"].to(batch.input_ids.device)
+        hidden = decoded.flatten(0, 1).index_select(0, batch.scored_positions)
+        by_token = token_logps(hidden, session.policy.lm_head_weight, batch.scored_targets)
+        logps[name] = batch.sequence_sums(by_token)
+        parts = {"hidden": hidden, "token_logps": by_token, "logps": logps[name]}
+        tensors |= {f"{name}.{part}": _copy(value) for part, value in parts.items()}
+    return tensors | {"losses": _copy(_losses(session.method, batch, logps))}
+
+
+def _losses(method: Any, batch: PackedBatch, logps: Tensors) -> Tensor:
+    if not isinstance(method, DPO):
+        return -logps["policy"]
+    chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
+    output = dpo_loss(
+        *logps["policy"].chunk(2),
+        *logps["reference"].chunk(2),
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        **loss_arguments(method.config),
+    )
+    return torch.where(batch.real, output.losses, 0.0)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

@@ -1,0 +1,230 @@
+"""A run, set up again as `lowlevel.run` sets it up, at a checkpoint; and one step of it at a time.
+
+Nothing is written and no lock is taken: a run may be going on in the same folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowlevel.assembly import (
+    Inputs,
+    build_method,
+    build_run_policy,
+    choose_execution,
+    find_adapter,
+    identity,
+    prepare_data,
+)
+from lowlevel.checkpoint import checkpoints, verify
+from lowlevel.config import RunConfig
+from lowlevel.errors import CheckpointError, ConfigError, DataError
+from lowlevel.execution import Execution, WithFallback
+from lowlevel.layout import PackedBatch
+from lowlevel.loop import optimizer_step
+from lowlevel.loss_scale import LossScale
+from lowlevel.method import Method
+from lowlevel.metrics import StepResult, TrainState
+from lowlevel.model.attention import choose_attention
+from lowlevel.model.base import Placement, choose_placement, load_model_config
+from lowlevel.model.policy import Policy, dequantize_once
+from lowlevel.optimizer import build_optimizer, learning_rate, set_learning_rate
+from lowlevel.order import DataOrder
+from lowlevel.run_folder import RunFolder
+from lowlevel.training_state import restore_state
+
+Note = Callable[[str], None]
+
+
+@dataclass
+class Session:
+    """A run at a step boundary. `state.step` updates were applied to the policy's weights."""
+
+    folder: RunFolder
+    config: RunConfig
+    inputs: Inputs
+    policy: Policy
+    method: Method
+    optimizer: torch.optim.Optimizer
+    execution: Execution
+    order: DataOrder
+    total_steps: int
+    state: TrainState
+    start: str  # the checkpoint's name, or "the start"
+    moved: str | None  # why numbers need not be the run's bit for bit, or None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the layers run compiled in this session's steps."""
+        return isinstance(self.execution, WithFallback) and self.execution.mode != "eager"
+
+    def batches(self, step: int, method: Method | None = None) -> list[PackedBatch]:
+        """The micro-batches of the step after `step` updates."""
+        rows = self.inputs.data.train
+        return (method or self.method).micro_batches([rows[i] for i in self.order.step_rows(step)])
+
+    def rate(self, config: RunConfig | None = None) -> float:
+        """The learning rate of the coming step."""
+        return learning_rate(self.state.step, self.total_steps, (config or self.config).train)
+
+    def advance(self) -> StepResult:
+        """Take one step, as `lowlevel.loop.train` does.
+
+        Raises:
+            NonFiniteError: as in training.
+        """
+        started = time.perf_counter()
+        result = take_step(self, self.config, self.method, self.execution, self.state.loss_scale)
+        self.state.record(result, time.perf_counter() - started)
+        return result
+
+    def close_window(self, rate: float) -> dict[str, Any]:
+        """The record that the loop would log now."""
+        return self.state.close_window(rate, self.state.step / self.order.steps_per_epoch)
+
+
+def take_step(
+    session: Session, config: RunConfig, method: Method, execution: Execution | None, scale: LossScale
+) -> StepResult:
+    """One update with `config`'s learning rate and clipping and `method`'s loss; counts nothing."""
+    set_learning_rate(session.optimizer, session.rate(config))
+    return optimizer_step(
+        session.policy,
+        method,
+        session.optimizer,
+        session.batches(session.state.step, method),
+        scale,
+        seed=config.train.seed,
+        step=session.state.step,
+        max_grad_norm=config.train.max_grad_norm,
+        execution=execution,
+    )
+
+
+def open_session(run_dir: Path, step: int, note: Note, *, start: int | None = None) -> Session:
+    """Set a run up at the newest verified checkpoint before step `step`, or at its start.
+
+    Args:
+        run_dir: the run folder.
+        step: the optimizer step to be replayed, counted from 1 as the log does.
+        note: takes lines for people: checkpoints that were skipped.
+        start: applied steps of the checkpoint to start from instead; 0 for the start of the run.
+
+    Raises:
+        ConfigError: not a run folder, no such step or checkpoint.
+        DataError: the rows are not those of the run.
+        CheckpointError: base, adapters or checkpoint are not those of the run, or damaged.
+    """
+    folder = RunFolder(run_dir)
+    config, manifest = folder.read_config(), folder.read_manifest()
+    if start is not None and start >= step:
+        raise ConfigError(f"--from {start}: a replay of step {step} starts before it")
+    inputs, moved = _inputs(folder, config, manifest)
+    train = config.train
+    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    order = DataOrder(len(inputs.data.train), rows_per_step, train.seed, train.data_order == "shuffled")
+    total = train.max_steps or math.ceil(order.steps_per_epoch * train.num_train_epochs - 1e-9)
+    if step > total:
+        raise ConfigError(f"--step {step}: the run has {total} steps")
+    policy = build_run_policy(config, inputs)
+    _check_identity(folder, manifest, identity(config, inputs, policy))
+    optimizer = build_optimizer(policy.flat.weights, train)
+    state = TrainState(LossScale.for_precision(inputs.placement.precision))
+    found = choose_start(folder, step, note, start)
+    if found:
+        try:
+            state = restore_state(policy, optimizer, *found, {})
+        except OSError as error:  # a run that goes on deletes old checkpoints
+            raise CheckpointError(f"{found[0]} went away while it was read ({error.strerror}); try again") from None
+        _check_identity(folder, manifest, found[1]["identity"])
+    if train.dequantize_once:
+        dequantize_once(policy)
+    method = build_method(config, inputs.attention)
+    return Session(
+        folder=folder,
+        config=config,
+        inputs=inputs,
+        policy=policy,
+        method=method,
+        optimizer=optimizer,
+        execution=WithFallback(policy, method, choose_execution(config, inputs), note),
+        order=order,
+        total_steps=total,
+        state=state,
+        start=found[0].name if found else "the start of the run",
+        moved=moved,
+    )
+
+
+def choose_start(folder: RunFolder, step: int, note: Note, start: int | None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest verified checkpoint of less than `step` updates, or the one of `start`; None for the run's start.
+
+    Raises:
+        ConfigError: there is no checkpoint of `start` updates.
+        CheckpointError: it is damaged.
+    """
+    saved = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder.path)}
+    if start is not None:
+        if start and start not in saved:
+            known = ", ".join(map(str, sorted(saved))) or "none"
+            raise ConfigError(f"--from {start}: {folder.path} has no such checkpoint; there are: {known}, and 0")
+        return (saved[start], verify(saved[start])) if start else None
+    for number in sorted((number for number in saved if number < step), reverse=True):
+        try:
+            return saved[number], verify(saved[number])
+        except CheckpointError as error:
+            note(f"skipped a damaged checkpoint: {error}")
+    return None
+
+
+def _inputs(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) -> tuple[Inputs, str | None]:
+    """The run's inputs from its own folder, and why this machine's numbers may differ from the run's."""
+    tokenizer, data = prepare_data(config)
+    if data.report.train.fingerprint != manifest["data_sha256"]:
+        raise DataError(f"{config.data.source}: not the rows that {folder.path} trained on: its steps are lost")
+    placement, moved = _placement(folder, config)
+    attention = choose_attention(config.model, load_model_config(config.model), placement)
+    parent = folder.parent if folder.parent.exists() else None
+    init_from = find_adapter(config.lora.init_from, "lora.init_from")
+    merged = manifest["base"].get("merged_adapter")
+    return Inputs(tokenizer, data, placement, attention, parent, init_from, merged), moved
+
+
+def _placement(folder: RunFolder, config: RunConfig) -> tuple[Placement, str | None]:
+    try:
+        was = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+        device, precision = was["device"], was["precision"]
+    except (OSError, ValueError, KeyError):
+        device, precision = "a device that environment.json does not name", None
+    try:
+        placement = choose_placement(precision or config.train.precision)
+    except ConfigError:
+        placement = choose_placement("auto")
+    on_gpu = placement.device.type == "cuda"
+    here = torch.cuda.get_device_name() if on_gpu else "cpu"
+    if (device, precision) != (here, placement.precision):
+        return placement, f"the run computed in {precision} on {device}, this replay in {placement.precision} on {here}"
+    if on_gpu and not torch.are_deterministic_algorithms_enabled():
+        return placement, "a GPU adds in no fixed order outside deterministic mode"
+    return placement, None
+
+
+def _check_identity(folder: RunFolder, manifest: dict[str, Any], found: dict[str, Any]) -> None:
+    """Refuse a base, parent or order that is not the run's; a base in another precision has another hash."""
+    expected, other = dict(manifest), dict(found)
+    for side in (expected, other):
+        side.pop("attention", None)
+    if manifest["base"]["dtype"] != found["base"]["dtype"]:
+        for side in (expected, other):
+            side["base"] = {key: value for key, value in side["base"].items() if key not in ("sha256", "dtype")}
+    changed = [key for key in expected if expected[key] != other.get(key)]
+    if changed:
+        raise CheckpointError(f"{folder.path}: {', '.join(changed)} differ from what its manifest says")

@@ -1,0 +1,83 @@
+"""Runs of 24 steps, dropout on, packed, a checkpoint every 5 steps; one thread, as bit-for-bit comparisons need."""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "commands")]
+
+from workspace import CHATS, PAIRS, Workspace, run  # noqa: E402
+
+from lowlevel.run import RunObserver  # noqa: E402
+
+STEPS = 24
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Run folders by name."""
+
+    space: Workspace
+    folder: Path
+
+    def copy(self, name: str, to: Path) -> Path:
+        return Path(shutil.copytree(self.folder / name, to / name))
+
+
+def stop_after(step: int):
+    """The run is asked to stop once it has taken `step` steps."""
+    original = RunObserver.progress
+
+    def progress(self, state, result):
+        original(self, state, result)
+        if state.step == step:
+            self.on_signal(15, None)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(RunObserver, "progress", progress)
+    return patch
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Runs:
+    folder = tmp_path_factory.mktemp("replayed")
+    helpers.write_tiny_base(folder / "base")
+    chats, pairs = helpers.write_jsonl(folder / "sft.jsonl", CHATS), helpers.write_jsonl(folder / "dpo.jsonl", PAIRS)
+    space = Workspace(folder, folder / "base", chats, pairs)
+    parent = helpers.save_random_adapter(folder / "base", folder / "parent-adapter")
+    train = {"max_steps": STEPS, "save_steps": 5, "save_total_limit": 9, "logging_steps": 1, "warmup_steps": 3}
+    data = {"packing": True, "max_length": 96}
+    stand = {"model": {"adapter": str(parent)}, "dpo": {"disable_dropout": False}}
+
+    def make(name: str, method: str, **sections: dict) -> None:
+        sections = {**(stand if method == "dpo" else {}), **sections}
+        given = {"train": {**train, **sections.pop("train", {})}, "data": {**data, **sections.pop("data", {})}}
+        said = run(method, space.write(name, method, **given, **sections))
+        assert said.code in (0, 143), said.err
+
+    make("sft", "sft", train={"optim": "paged_adamw_32bit"})
+    make("dpo", "dpo", train={"optim": "paged_adamw_32bit"})
+    make("dpo8", "dpo", train={"optim": "paged_adamw_8bit"}, lora={"r": 16})
+    cache = {"disable_dropout": False, "reference_cache": str(folder / "cache")}
+    make("cached", "dpo", dpo=cache, train={"max_steps": 14})  # the third epoch begins with step 13
+    make("thirds", "sft", train={"logging_steps": 3, "max_steps": 12})
+    held_out = {"eval_source": "holdout", "eval_limit": 4}
+    patch = stop_after(8)
+    make("stopped", "dpo", train={"eval_steps": 4, "max_steps": 15}, data=held_out)
+    patch.undo()
+    said = run("dpo", folder / "stopped.toml", "--resume")
+    assert said.code == 0, said.err
+    return Runs(space, folder)
