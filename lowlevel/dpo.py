@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lowlevel.config import DPOConfig
-from lowlevel.kernels import token_logps
 from lowlevel.layout import PackedBatch, Segment, Shape, build_batch, micro_batch_rows, pair_rows, pair_segment
 from lowlevel.losses import dpo_loss
 from lowlevel.method import LossSums
@@ -37,18 +36,15 @@ class DPO:
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The preference loss, summed over the batch's pairs."""
-        ref_tokens = None
-        if batch.reference_logps is None:
-            with policy.reference():  # the same batch, layout and kernels: equal weights give equal bits
-                ref_tokens = scored_logps(policy, batch)  # (N,)
+        ref_tokens, ref_logps = None, batch.reference_logps
+        if ref_logps is None:  # no cache knows them
+            ref_tokens = reference_token_logps(policy, batch)
             ref_logps = batch.sequence_sums(ref_tokens)
-        else:
-            ref_logps = batch.reference_logps
         ref_chosen_logps, ref_rejected_logps = ref_logps.chunk(2)
         if self.config.disable_dropout:
             policy.dropout.disable()
-        tokens = scored_logps(policy, batch)
-        chosen_logps, rejected_logps = batch.sequence_sums(tokens).chunk(2)  # (P,) fp32 each
+        tokens = policy.scored_logps(batch)  # (N,) fp32
+        chosen_logps, rejected_logps = batch.sequence_sums(tokens).chunk(2)  # (P,) each
         chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
         output = dpo_loss(
             chosen_logps,
@@ -104,19 +100,14 @@ class DPO:
 
 def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """log pi(y+ | x) and log pi(y- | x), summed over the tokens of each completion: two (P,) fp32 tensors."""
-    chosen, rejected = batch.sequence_sums(scored_logps(policy, batch)).chunk(2)
+    chosen, rejected = batch.sequence_sums(policy.scored_logps(batch)).chunk(2)
     return chosen, rejected
 
 
-def reference_logps(policy: Policy, batch: PackedBatch) -> Tensor:
-    """The same of the reference, chosen then rejected, (S,): no dropout, no gradient."""
+def reference_token_logps(policy: Policy, batch: PackedBatch) -> Tensor:
+    """Log-probability of each scored token under the reference, (N,) fp32: no dropout, no gradient."""
     with policy.reference():  # the same batch, layout and kernels: equal weights give equal bits
-        return torch.cat(completion_logps(policy, batch))
-
-
-def scored_logps(policy: Policy, batch: PackedBatch) -> Tensor:
-    """Log-probability of each of the N scored tokens, (N,) fp32."""
-    return token_logps(policy.scored_hidden_states(batch), policy.lm_head_weight, batch.scored_targets)
+        return policy.scored_logps(batch)
 
 
 def loss_arguments(config: DPOConfig) -> dict[str, Any]:

@@ -79,9 +79,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device; copies to a GPU do not wait for it."""
-        if self.input_ids.device == device:
-            return self
-        pin = device.type == "cuda"
+        pin = device.type == "cuda" and not self.input_ids.is_cuda
         return self.with_tensors(
             {n: (t.pin_memory() if pin else t).to(device, non_blocking=True) for n, t in self.tensors().items()}
         )

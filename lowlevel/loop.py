@@ -42,7 +42,15 @@ def optimizer_step(
     """
     execution = execution or Eager(policy, method)
     grad, count = policy.flat.grad, sum(method.count(batch) for batch in batches)
+    rows = [row for batch in batches for row in batch.data_rows]
     attempts: list[dict[str, float]] = []
+
+    def not_finite(quantity: str, value: float, tried: str) -> NonFiniteError:
+        message = f"step {step + 1}: {quantity} is {value}{tried}; nothing was updated; data rows {rows}"
+        return NonFiniteError(
+            message, quantity=quantity, value=value, step=step, seed=seed, batches=batches, attempts=attempts
+        )
+
     while True:
         grad.zero_()
         kept: list[Kept] | None = None if tracer is None else []
@@ -60,27 +68,15 @@ def optimizer_step(
             [*(total / count for total in totals.values()), norm]
         ).tolist()  # the one host sync
         metrics = dict(zip(totals, means, strict=True))
-        rows = [row for batch in batches for row in batch.data_rows]
         attempts.append({"loss_scale": loss_scale.scale, "loss": metrics["loss"], "grad_norm": grad_norm})
-        evidence: dict[str, Any] = {"step": step, "seed": seed, "batches": batches, "attempts": attempts}
         if not math.isfinite(metrics["loss"]):
-            raise NonFiniteError(
-                f"step {step + 1}: loss is {metrics['loss']}; nothing was updated; data rows {rows}",
-                quantity="loss",
-                value=metrics["loss"],
-                **evidence,
-            )
+            raise not_finite("loss", metrics["loss"], "")
         loss_scale.update(math.isfinite(grad_norm))
         if math.isfinite(grad_norm):
             break
         if not loss_scale.enabled or loss_scale.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
             tried = f" after {loss_scale.skips_in_a_row} halvings of the loss scale" if loss_scale.enabled else ""
-            raise NonFiniteError(
-                f"step {step + 1}: gradient norm is {grad_norm}{tried}; nothing was updated; data rows {rows}",
-                quantity="gradient norm",
-                value=grad_norm,
-                **evidence,
-            )
+            raise not_finite("gradient norm", grad_norm, tried)
     optimizer.step()
     return StepResult(
         metrics=metrics,

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from lowlevel import __version__
 from lowlevel.checkpoint import write_bytes, write_json
-from lowlevel.dpo import reference_logps
+from lowlevel.dpo import reference_token_logps
 from lowlevel.errors import CheckpointError
 from lowlevel.execution import Execution, ExecutionFailedError, Kept
 from lowlevel.layout import PackedBatch
@@ -202,7 +202,7 @@ class CachedReference:
     def _live(self, batch: PackedBatch) -> Tensor | None:
         """The reference pass, (S,); None where it fails: the execution fails in the same way, and can fall back."""
         try:
-            return reference_logps(self.policy, batch)
+            return batch.sequence_sums(reference_token_logps(self.policy, batch))
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception:

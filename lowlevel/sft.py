@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowlevel.kernels import token_logps
 from lowlevel.layout import PackedBatch, Shape, build_batch, micro_batch_rows, sft_segment
 from lowlevel.method import LossSums
 from lowlevel.model.policy import Policy
@@ -27,8 +26,7 @@ class SFT:
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """Cross-entropy in nats, summed over the batch's supervised tokens."""
-        hidden = policy.scored_hidden_states(batch)  # (N, D)
-        logps = token_logps(hidden, policy.lm_head_weight, batch.scored_targets)  # (N,) fp32
+        logps = policy.scored_logps(batch)  # (N,) fp32
         sums = batch.sequence_sums(logps)  # (S,)
         return LossSums(-sums.sum(), {}, examples={"logps": sums.detach()}, tokens={"logps": logps.detach()})
 

@@ -17,7 +17,6 @@ from lowlevel.commands.generate import Reply, Sampling, generate_replies
 from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.errors import ConfigError
 from lowlevel.layout import PackedBatch
-from lowlevel.losses import token_logps
 
 COLUMNS = {
     "eval_loss": ("held-out loss", "{:.4f}"),
@@ -125,9 +124,7 @@ def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
 
 def _score_batch(run: LoadedRun, batch: PackedBatch) -> Scored:
     moved = batch.to(run.policy.placement.device)
-    hidden = run.policy.scored_hidden_states(moved)
-    logps = token_logps(hidden, run.policy.lm_head_weight, moved.scored_targets)
-    return Scored(moved.sequence_sums(logps).cpu(), batch.lengths)
+    return Scored(moved.sequence_sums(run.policy.scored_logps(moved)).cpu(), batch.lengths)
 
 
 def sft_scores(scored: Scored) -> dict[str, float]:

@@ -17,8 +17,9 @@ from lowlevel.config import DPOConfig
 from lowlevel.dpo import DPO, loss_arguments
 from lowlevel.inspection.distribution import Distribution, distribution
 from lowlevel.inspection.reading import READINGS
+from lowlevel.kernels import token_logps
 from lowlevel.layout import PackedBatch
-from lowlevel.losses import dpo_loss, token_logps
+from lowlevel.losses import dpo_loss
 from lowlevel.model.policy import Policy
 from lowlevel.sft import SFT
 

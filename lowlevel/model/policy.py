@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowlevel.dropout import CounterDropout, DropoutState
 from lowlevel.errors import ConfigError
+from lowlevel.kernels import token_logps
 from lowlevel.layout import PackedBatch, build_batch, sft_segment
 from lowlevel.model.attention import Attention
 from lowlevel.model.base import Placement, quantised_state
@@ -67,6 +68,10 @@ class Policy:
             ).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.scored_positions)
 
+    def scored_logps(self, batch: PackedBatch) -> Tensor:
+        """Log-probability of each of the N scored tokens, (N,) fp32: what every loss here is made of."""
+        return token_logps(self.scored_hidden_states(batch), self.lm_head_weight, batch.scored_targets)
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The frozen reference: training adapter off, dropout off, no gradient.
@@ -99,7 +104,8 @@ class Policy:
 def dequantize_once(policy: Policy) -> None:
     """Keep the dequantised weights of the adapted layers, in the place of their 4-bit ones: 2 bytes a weight for 0.5.
 
-    The products see the same numbers; dequantising them anew in each pass takes as long as 500 tokens' products.
+    The products see the same numbers; on an H100 dequantising them anew in each pass takes as long as the products of
+    some 500 positions.
     """
     for layer in policy.lora_layers:
         quantised = cast(Any, layer).base_layer

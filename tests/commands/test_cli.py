@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import lowlevel
 import lowlevel.commands.data
 import lowlevel.run
-from lowlevel.cli import build_parser, main
+from lowlevel.arguments import build_parser
+from lowlevel.cli import main
 from lowlevel.config import SECTIONS
 
 COMMANDS = (

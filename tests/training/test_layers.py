@@ -33,6 +33,8 @@ LAYERS = (
         "verification/",
         "replaying/",
         "commands/",
+        "arguments",
+        "dispatch",
         "cli",
         "__main__",
     ),

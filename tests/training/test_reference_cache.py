@@ -5,6 +5,7 @@ Whole runs are compared by every logged number and by the adapter's hash; single
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -510,7 +511,9 @@ def test_a_disk_that_refuses_costs_one_line(filled, monkeypatch):
 
 def test_numbers_that_are_not_finite_are_not_written(filled, monkeypatch):
     policy, method, folder = filled
-    monkeypatch.setattr(reference_cache, "reference_logps", lambda policy, batch: batch.lengths / 0.0)
+    monkeypatch.setattr(
+        reference_cache, "reference_token_logps", lambda policy, batch: torch.full(batch.scored_targets.shape, math.nan)
+    )
     cache, _ = recording(policy, folder / "new")
     cache.run(method.micro_batches(PAIRS)[0], 1.0, 1, 0)
     cache.flush()
@@ -520,7 +523,7 @@ def test_numbers_that_are_not_finite_are_not_written(filled, monkeypatch):
 def test_a_pass_that_cannot_be_compiled_is_the_executions_to_mend(filled, monkeypatch):
     policy, method, folder = filled
     live = helpers.loss_and_gradient(policy, method, PAIRS)
-    original = reference_cache.reference_logps
+    original = reference_cache.reference_token_logps
 
     def broken(policy, batch):
         if policy.layers.compiled:
@@ -535,7 +538,7 @@ def test_a_pass_that_cannot_be_compiled_is_the_executions_to_mend(filled, monkey
     notes = []
     execution = WithFallback(policy, method, "compiled", notes.append)
     execution.execution = Broken()
-    monkeypatch.setattr(reference_cache, "reference_logps", broken)
+    monkeypatch.setattr(reference_cache, "reference_token_logps", broken)
     cache = CachedReference(execution, policy, folder, identity_of(policy), pytest.fail)
     found = helpers.loss_and_gradient(policy, method, PAIRS, execution=cache)
     assert notes == ["execution: compiled failed (no compiler here); going on eager"]

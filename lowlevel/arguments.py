@@ -1,0 +1,215 @@
+"""What can be typed: the commands with their options. No heavy imports here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from lowlevel import __version__
+from lowlevel.config import SECTIONS
+
+EXIT_CODES = (
+    "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint or model, 5 not a finite number, \
+6 out of memory, 130/143 interrupted and saved"
+)
+
+
+LOSS_FLAGS = {
+    "chosen": "log-probability of the chosen completion under the policy (default: -10)",
+    "rejected": "of the rejected completion (default: -12)",
+    "ref_chosen": "of the chosen completion under the reference (default: -11)",
+    "ref_rejected": "of the rejected completion under the reference (default: -11.5)",
+    "chosen_length": "tokens in the chosen completion: ipo, sigmoid_norm, rpo (default: 4)",
+    "rejected_length": "tokens in the rejected completion (default: 5)",
+    "beta": "temperature (default: 0.1)",
+    "label_smoothing": "share of flipped labels, for cdpo, robust, exo_pair and both aot (default: 0; exo_pair 0.001)",
+    "discopop_tau": "discopop's temperature (default: 0.05)",
+    "dpop_lambda": "dpop's penalty (default: 50)",
+    "rpo_alpha": "weight of rpo's NLL term (default: 1)",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    parser = argparse.ArgumentParser(
+        prog="lowlevel",
+        description="QLoRA SFT and DPO on one small GPU, from hand-written loops whose every number can be checked.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help_text: str, *, takes_config: bool = False) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=describe_keys() if takes_config else None,
+        )
+        command.set_defaults(takes_config=takes_config)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return command
+
+    demo = add("demo", "SFT, DPO and comparison of a built-in small model: offline, CPU or GPU")
+    demo.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder for the demo's runs (default: out/demo)"
+    )
+    for method, text in (("sft", "supervised fine-tuning"), ("dpo", "Direct Preference Optimization")):
+        train = add(method, text, takes_config=True)
+        train.add_argument(
+            "config", type=Path, nargs="?", metavar="RUN.toml", help="run file; without one, flags alone"
+        )
+        train.add_argument("--resume", action="store_true", help="go on from the newest verified checkpoint")
+        train.add_argument("--restart", action="store_true", help="discard the run that the folder holds")
+        train.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
+        train.add_argument(
+            "--as-t4", action="store_true", help="on a larger GPU: fp16, 15 GiB, and only the attention that a T4 has"
+        )
+    data = add("data", "what a run will train on, without a GPU and without the model", takes_config=True)
+    data.add_argument("config", type=Path, metavar="RUN.toml")
+    data.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
+    _add_losses(add)
+    plan = add("plan", "forecast a run's GPU memory and find the fastest way to fit a budget", takes_config=True)
+    plan.add_argument("config", type=Path, metavar="RUN.toml")
+    plan.add_argument("--budget", metavar="SIZE", help='like "15GiB" (default: train.memory_budget, or 15GiB)')
+    memory = add("memory", "what a run's largest micro-batch took of the GPU's memory, by component and phase")
+    memory.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    memory.add_argument("--plot", type=Path, metavar="FILE.png")
+    _add_model_commands(add)
+    return parser
+
+
+def _add_losses(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The numbers are checked by the command, which has one line for whatever is wrong with them."""
+    losses = add("losses", "preference losses: formula, paper, value and gradient at a point, curves")
+    for name, text in LOSS_FLAGS.items():
+        losses.add_argument(f"--{name.replace('_', '-')}", metavar="NUMBER", help=text)
+    losses.add_argument(
+        "--loss", metavar="NAME", help="this loss alone, every digit; an option it does not use is an error"
+    )
+    losses.add_argument("--plot", type=Path, metavar="FILE.png", help="draw loss and slope over the margin")
+    losses.add_argument("--json", action="store_true", help="JSON with every digit")
+
+
+def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that use a finished run."""
+    merge = add("merge", "merge a run's adapters into its base, and measure what that changes")
+    merge.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    merge.add_argument(
+        "--into",
+        choices=("dequantized", "original", "requantized"),
+        default="dequantized",
+        help="dequantized: the 4-bit base that was trained against, in 16 bits (default); original: the unquantised "
+        "base; requantized: the merged original, quantised anew",
+    )
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the merged model")
+    generate = add("generate", "reply to a prompt with a run, an adapter or a merged model")
+    generate.add_argument("model_dir", type=Path, metavar="DIR", help="run folder, PEFT adapter or merged model")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--system", metavar="TEXT", help="system message")
+    generate.add_argument("--max-new-tokens", type=_positive, default=256)
+    generate.add_argument("--temperature", type=_temperature, default=0.0, help="0 takes the likeliest token (default)")
+    generate.add_argument("--seed", type=int, default=0)
+    compare = add("compare", "base, SFT and DPO side by side on the run's held-out rows")
+    compare.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    compare.add_argument("--prompts", type=_positive, default=16, help="held-out prompts to reply to (default: 16)")
+    compare.add_argument("--max-new-tokens", type=_positive, default=128)
+    compare.add_argument("--show", type=int, default=3, help="replies to print side by side (default: 3)")
+    _add_inspect(add)
+    _add_verify(add)
+    report = add("report", "a run as one page: curves, its best and worst pairs, alarms; and the charts as PNG")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="RUN_DIR", help="draw these runs into the same charts"
+    )
+    _add_replay(add)
+
+
+def _add_inspect(add: Callable[..., argparse.ArgumentParser]) -> None:
+    inspect = add("inspect", "a step or a row of a run, token by token, down to the numbers of the loss")
+    inspect.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    what = inspect.add_mutually_exclusive_group(required=True)
+    what.add_argument("--step", type=_positive, metavar="N", help="the examples of optimizer step N, as the log counts")
+    what.add_argument("--example", type=_not_negative, metavar="I", help="data row I, as data report and errors say")
+    inspect.add_argument(
+        "--checkpoint",
+        type=_not_negative,
+        metavar="K",
+        help="weights of checkpoint step-K, 0: before the first step (default: for a step the newest checkpoint before "
+        "it, for a row the final adapter)",
+    )
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of the tables of tokens")
+
+
+def _add_verify(add: Callable[..., argparse.ArgumentParser]) -> None:
+    verify = add("verify", "recompute a step of a run in float64: errors and bounds, exit code 1 where one fails")
+    verify.add_argument("path", type=Path, metavar="RUN_DIR|RUN.toml", help="run folder, or run file for a run's start")
+    verify.add_argument("--batch", type=_positive, default=1, metavar="N", help="optimizer step to take (default: 1)")
+    verify.add_argument(
+        "--json", type=Path, metavar="FILE", help="where to write the result (default: in the run folder)"
+    )
+    verify.add_argument(
+        "--exact-parameters",
+        type=_not_negative,
+        default=500_000_000,
+        metavar="N",
+        help="a base of up to N weights is also run in float64, on the CPU (default: 500,000,000)",
+    )
+
+
+def _add_replay(add: Callable[..., argparse.ArgumentParser]) -> None:
+    replay = add("replay", "take a step of a run again and hold it against what was logged and saved")
+    replay.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    replay.add_argument("--step", type=_positive, required=True, metavar="N", help="optimizer step, as the log counts")
+    replay.add_argument(
+        "--from",
+        type=_not_negative,
+        dest="start",
+        metavar="K",
+        help="start from checkpoint step-K, 0: the start of the run (default: the newest checkpoint before the step)",
+    )
+    replay.add_argument("--dump", type=Path, metavar="DIR", help="write every intermediate of the step as safetensors")
+    replay.add_argument("--dump-layers", action="store_true", help="with --dump: outputs of the decoder layers, too")
+    replay.add_argument(
+        "--what-if",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="the step under another beta, loss_type (dpo), learning_rate or max_grad_norm; repeatable, a comma joins",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)  # argparse names the option and ends with exit code 2
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+def describe_keys() -> str:
+    """Every key of a run file as a flag, with its default."""
+    lines = ["every key of the run file is also a flag:"]
+    for section, model in SECTIONS.items():
+        lines.append("")
+        for key, field in model.model_fields.items():
+            default = "" if field.default is None else f" (default: {field.default})"
+            lines.append(f"  --{section}.{key:<30} {field.description}{default}")
+    return "\n".join(lines)
