@@ -7,7 +7,7 @@
 A small model's step is thousands of short kernels, and a CPU needs longer to launch one than a GPU to run it; a graph
 is launched as one. It replays with the addresses of its capture, so batch, loss factor and dropout key are copied into
 buffers of the graph first, and sums are copied out. All graphs share one memory pool: they never run at the same time,
-and nothing but their sums stays in the pool between two of them.
+and nothing but their sums, and what a trace would keep, stays in the pool between two of them.
 """
 
 from __future__ import annotations

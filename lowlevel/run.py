@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +30,11 @@ from lowlevel.layout import PackedBatch
 from lowlevel.loop import evaluate_examples, train
 from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
-from lowlevel.metrics import StepResult, TrainState
+from lowlevel.metrics import TrainState
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.merging import write_stacked_adapter
 from lowlevel.model.policy import TRAINED, Policy, dequantize_once
+from lowlevel.observer import RunObserver
 from lowlevel.optimizer import build_optimizer
 from lowlevel.order import DataOrder
 from lowlevel.plots import plot_loss
@@ -48,51 +45,6 @@ from lowlevel.rehearsal import largest_batch, rehearse
 from lowlevel.run_folder import RunFolder, environment, refuse_changes
 from lowlevel.tracing import Tracer, drop_after
 from lowlevel.training_state import restore_state, save_state
-
-
-@dataclass
-class RunObserver:
-    """Receives what the loop reports: writes metrics, checkpoints and status, and remembers signals."""
-
-    folder: RunFolder
-    progress_bar: TrainingProgress
-    write_checkpoint: Callable[[TrainState], None]
-    signum: int = 0
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Append to metrics.jsonl and show."""
-        with open(self.folder.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        self.progress_bar.record(record)
-
-    def progress(self, state: TrainState, result: StepResult) -> None:
-        """Move the bar."""
-        self.progress_bar.step(state.step)
-
-    def save(self, state: TrainState) -> None:
-        """Write a checkpoint, then the status that names it."""
-        self.write_checkpoint(state)
-        self.folder.write_status("running", state.step)
-
-    def stop_requested(self) -> int:
-        """The first signal that came, or 0."""
-        return self.signum
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Receive SIGTERM and SIGINT; afterwards they do what they did before."""
-        previous = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def on_signal(self, signum: int, frame: object) -> None:
-        """Ask the loop to stop at the next step boundary; a second signal ends the process at once."""
-        if self.signum:
-            raise SystemExit(128 + signum)
-        self.signum = signum
 
 
 def run_training(config: RunConfig, console: Console, *, resume: bool = False, restart: bool = False) -> dict[str, Any]:
@@ -127,18 +79,27 @@ def run_training(config: RunConfig, console: Console, *, resume: bool = False, r
         try:
             return _train_in(folder, config, inputs, console, found)
         except torch.cuda.OutOfMemoryError:
-            rows, length = config.train.per_device_train_batch_size, config.data.max_length
-            error: LowlevelError = OutOfMemoryError(
-                f"out of memory at {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB with {rows} rows of {length} "
-                "tokens; halve train.per_device_train_batch_size and double gradient_accumulation_steps, or lower "
-                "data.max_length"
-            )
+            error: LowlevelError = OutOfMemoryError(_out_of_memory(config))
             folder.write_end("failed", error)
             raise error from None
         except LowlevelError as failure:
             state = "preempted" if isinstance(failure, InterruptedRunError) else "failed"
             folder.write_end(state, failure)
             raise
+
+
+def _out_of_memory(config: RunConfig) -> str:
+    train, peak = config.train, torch.cuda.max_memory_allocated() / 2**30
+    if train.micro_batch_positions is not None:
+        return (
+            f"out of memory at {peak:.2f} GiB with {train.micro_batch_positions:,} positions at once; give a smaller "
+            "train.memory_budget, or lower train.micro_batch_positions"
+        )
+    return (
+        f"out of memory at {peak:.2f} GiB with {train.per_device_train_batch_size} rows of {config.data.max_length} "
+        "tokens; halve train.per_device_train_batch_size and double gradient_accumulation_steps, or lower "
+        "data.max_length"
+    )
 
 
 def _train_in(
@@ -154,14 +115,10 @@ def _train_in(
     manifest = identity(config, inputs, policy)
     if found:
         state = restore_state(policy, optimizer, *found, manifest)
-        folder.drop_metrics_after(state.step)
-        drop_after(folder.trace, state.step)
         console.print(f"resumed from {found[0].name}")
     else:
-        folder.drop_metrics_after(-1)  # of a run that ended before its first checkpoint
-        drop_after(folder.trace, -1)
         _write_start(folder, config, inputs, manifest)
-    folder.drop_failure()
+    _drop_later(folder, state.step if found else -1)  # -1: of a run that ended before its first checkpoint
     if config.train.dequantize_once:
         dequantize_once(policy)
     _announce(console, config, inputs, policy, method, total_steps, order)
@@ -210,6 +167,13 @@ def _train_in(
             f"stopped at step {state.step} of {total_steps} and saved; go on with --resume", observer.signum
         )
     return _finish(folder, config, policy, state, order, console)
+
+
+def _drop_later(folder: RunFolder, step: int) -> None:
+    """Remove what an earlier attempt wrote of steps after `step`."""
+    folder.drop_metrics_after(step)
+    drop_after(folder.trace, step)
+    folder.drop_failure()
 
 
 def _execution(

@@ -24,6 +24,7 @@ from lowlevel.checkpoint import newest_verified, write_json
 from lowlevel.config import RunConfig, load_config
 from lowlevel.data.prepare import PreparedData
 from lowlevel.errors import CheckpointError, ConfigError, DataError, LowlevelError
+from lowlevel.losses import LOSSES
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
 from lowlevel.model.base import base_sha256
 from lowlevel.model.policy import PARENT, Policy, dequantize_once
@@ -81,6 +82,7 @@ def verify_run(
         loaded = _from_folder(folder, console) if folder else _from_file(path, Path(scratch))
         examples = step_of(loaded.config, loaded.inputs.data, batch)
         subject = _subject(loaded, folder, tuple(examples), batch - 1, exact_parameters)
+        examples = list(subject.examples)
         console.print(
             f"verify {path}: {loaded.config.method}, step {batch}, {len(examples)} examples, "
             f"{subject.policy.placement.precision} on {subject.policy.placement.device}, {subject.mode}",
@@ -159,7 +161,17 @@ def _subject(
     method: Any = build_method(config, inputs.attention)
     chosen: Method = method
     mode = choose_execution(config, inputs)
+    examples = _checkable(config, chosen, examples)
     return Subject(config, inputs.tokenizer, policy, chosen, examples, step, mode, hashes, exact_parameters)
+
+
+def _checkable(config: RunConfig, method: Method, examples: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The examples; for a loss that sorts the pairs of a micro-batch those of the step's first micro-batch alone, since
+    the float64 formulas see all pairs at once."""
+    if config.method == "sft" or not LOSSES[config.dpo.loss_type].mixes_pairs:
+        return examples
+    rows = set(method.micro_batches(examples)[0].data_rows)
+    return tuple(example for example in examples if example.row in rows)
 
 
 def _hashes(folder: RunFolder, inputs: Inputs, policy: Policy) -> dict[str, tuple[str, str]]:

@@ -7,8 +7,9 @@ backward pass (D: hidden size, F: MLP size, H: query width, K: key width, dropou
     norms and residuals 4 D, q and output of attention 2 H, k and v 2 K, gate and up and their product 3 F,
     dropped inputs of q, k, v, gate and up 5 D, of o H, of down F
 
-A recomputed layer keeps its input alone (D). The constants were measured on an H100 (benchmarks/memory.py compares
-forecast and measurement); optimizer state is paged and outside the allocator: it is listed apart.
+A recomputed layer keeps its input alone (D). The constants were fitted to runs on an H100, three of which
+tests/training/test_memory.py holds the forecast to. Optimizer state is paged and outside the allocator: it is listed
+apart.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' d
 WORKSPACE = 33_554_432  # what cuBLAS keeps on Hopper for the stream that multiplies
 LOWER_WORKSPACE = 8_519_680  # below compute capability 9.0
 BACKWARD_VALUES = 1.6  # gradients alive in a layer's backward pass, as a multiple of its widest activation (3 F)
-DEQUANTISE_POSITIONS = 500  # dequantising a layer takes as long as this many positions' products
+DEQUANTISE_POSITIONS = 500  # on an H100 dequantising a layer takes as long as this many positions' products
 
 
 @dataclass(frozen=True)

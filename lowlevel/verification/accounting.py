@@ -76,7 +76,6 @@ def _parameter(subject: Subject, evidence: Evidence, name: str) -> Check:
         for batch in batches
     )
     logps = evidence.logps()
-    # Sorting losses see the pairs of a micro-batch alone: with several of them the formula is not that of the step.
     losses = [pair_losses(logps, config) for config in (changed, subject.config.dpo)]
     expected = float((losses[0] - losses[1]).sum())
     size = float(losses[0].abs().sum())

@@ -3,21 +3,11 @@
 import sys
 from pathlib import Path
 
-import helpers
 import pytest
-import torch
 
 sys.path.append(str(Path(__file__).parent))
 
-from workspace import CHATS, HELD_OUT, PAIRS, Runs, Workspace, run  # noqa: E402
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from workspace import HELD_OUT, Runs, Workspace, make_workspace, run  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +18,7 @@ def cli():
 @pytest.fixture(scope="session")
 def space(tmp_path_factory) -> Workspace:
     folder = tmp_path_factory.mktemp("commands")
-    helpers.write_tiny_base(folder / "tiny")
-    sft_rows = helpers.write_jsonl(folder / "chats.jsonl", CHATS)
-    return Workspace(folder, folder / "tiny", sft_rows, helpers.write_jsonl(folder / "pairs.jsonl", PAIRS))
+    return make_workspace(folder)
 
 
 @pytest.fixture(scope="session")

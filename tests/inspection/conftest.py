@@ -5,26 +5,10 @@ from pathlib import Path
 
 import helpers
 import pytest
-import torch
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "commands")]
+sys.path.append(str(Path(__file__).parent))
 
 from samples import Runs, hostile_pieces, make_runs  # noqa: E402
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    helpers.write_tiny_base(folder)
-    return folder
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Runs of 24 steps, dropout on, packed, a checkpoint every 5 steps; one thread, as bit-for-bit comparisons need."""
+"""Runs of 24 steps, dropout on, packed, a checkpoint every 5 steps."""
 
 import shutil
 import sys
@@ -7,23 +7,14 @@ from pathlib import Path
 
 import helpers
 import pytest
-import torch
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "commands")]
+sys.path.append(str(Path(__file__).parent))
 
-from workspace import CHATS, PAIRS, Workspace, run  # noqa: E402
+from workspace import Workspace, make_workspace, run  # noqa: E402
 
 from lowlevel.run import RunObserver  # noqa: E402
 
 STEPS = 24
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -54,10 +45,8 @@ def stop_after(step: int):
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Runs:
     folder = tmp_path_factory.mktemp("replayed")
-    helpers.write_tiny_base(folder / "base")
-    chats, pairs = helpers.write_jsonl(folder / "sft.jsonl", CHATS), helpers.write_jsonl(folder / "dpo.jsonl", PAIRS)
-    space = Workspace(folder, folder / "base", chats, pairs)
-    parent = helpers.save_random_adapter(folder / "base", folder / "parent-adapter")
+    space = make_workspace(folder)
+    parent = helpers.save_random_adapter(space.base, folder / "parent-adapter")
     train = {"max_steps": STEPS, "save_steps": 5, "save_total_limit": 9, "logging_steps": 1, "warmup_steps": 3}
     data = {"packing": True, "max_length": 96}
     stand = {"model": {"adapter": str(parent)}, "dpo": {"disable_dropout": False}}

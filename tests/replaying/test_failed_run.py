@@ -19,7 +19,7 @@ BAD = 17  # the only row that has the letter whose embedding is damaged
 def failed(request, runs, tmp_path_factory):
     """A run folder, its run file and what the run said; packed, with a checkpoint a step."""
     folder, method = tmp_path_factory.mktemp("failed"), request.param
-    base = shutil.copytree(runs.folder / "base", folder / "base")
+    base = shutil.copytree(runs.space.base, folder / "tiny")
     letter = load_chat_tokenizer(str(base), None, None).tokenizer.encode("Q", add_special_tokens=False)[0]
     tensors = load_file(base / "model.safetensors")
     tensors["model.embed_tokens.weight"][letter, 5] = float("nan")

@@ -1,31 +1,15 @@
 """Runs to report on: with a trace of tokens, without one, and sft."""
 
-import sys
 from pathlib import Path
 
-import helpers
 import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parent.parent / "commands"))
-
-from workspace import CHATS, PAIRS, Workspace, run  # noqa: E402
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from workspace import Workspace, make_workspace, run
 
 
 @pytest.fixture(scope="session")
 def space(tmp_path_factory) -> Workspace:
     folder = tmp_path_factory.mktemp("reporting")
-    helpers.write_tiny_base(folder / "tiny")
-    sft_rows = helpers.write_jsonl(folder / "chats.jsonl", CHATS)
-    return Workspace(folder, folder / "tiny", sft_rows, helpers.write_jsonl(folder / "pairs.jsonl", PAIRS))
+    return make_workspace(folder)
 
 
 @pytest.fixture(scope="session")

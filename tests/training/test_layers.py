@@ -28,6 +28,7 @@ LAYERS = (
     (
         "assembly",
         "run",
+        "observer",
         "inspection/",
         "reporting/",
         "verification/",

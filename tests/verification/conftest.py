@@ -5,30 +5,20 @@ from pathlib import Path
 
 import helpers
 import pytest
-import torch
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "commands")]
+sys.path.append(str(Path(__file__).parent))
 
-from workspace import CHATS, PAIRS, Workspace  # noqa: E402
+from workspace import Workspace, make_workspace  # noqa: E402
 
 from lowlevel.commands.verify import EXACT_PARAMETERS, _from_file, _subject, step_of  # noqa: E402
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
 def space(tmp_path_factory) -> Workspace:
     folder = tmp_path_factory.mktemp("verification")
-    helpers.write_tiny_base(folder / "tiny")
+    space = make_workspace(folder)
     helpers.save_random_adapter(folder / "tiny", folder / "parent")
-    sft_rows = helpers.write_jsonl(folder / "chats.jsonl", CHATS)
-    return Workspace(folder, folder / "tiny", sft_rows, helpers.write_jsonl(folder / "pairs.jsonl", PAIRS))
+    return space
 
 
 @pytest.fixture(scope="session")

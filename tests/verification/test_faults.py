@@ -193,3 +193,11 @@ def test_chosen_and_rejected_swapped_in_one_row(dpo, monkeypatch):
 
         monkeypatch.setattr(lowlevel.dpo, name, swapped)
     assert "masking: targets as the rows say" in failures(dpo)
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
+def test_a_loss_that_sorts_pairs_holds_with_several_micro_batches_a_step(make, loss_type):
+    subject = make("dpo", examples=8, train={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+                   data={"packing": False}, dpo={"loss_type": loss_type})  # fmt: skip
+    assert len(subject.examples) == 2 and len(subject.batches()) == 1
+    assert not [one.name for one in run_checks(subject) if not one.ok]

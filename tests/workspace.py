@@ -1,4 +1,4 @@
-"""Rows, run files and the command line in this process, for the tests of this folder."""
+"""Rows, run files and the command line in this process, for tests of whole runs."""
 
 import io
 import json
@@ -7,6 +7,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import helpers
 import tomli_w
 
 from lowlevel.cli import main
@@ -91,3 +92,10 @@ class Runs:
 
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def make_workspace(folder: Path) -> Workspace:
+    """A tiny base, chats and pairs, in a new folder."""
+    helpers.write_tiny_base(folder / "tiny")
+    sft_rows = helpers.write_jsonl(folder / "chats.jsonl", CHATS)
+    return Workspace(folder, folder / "tiny", sft_rows, helpers.write_jsonl(folder / "pairs.jsonl", PAIRS))
