@@ -111,6 +111,7 @@ def load_base(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from lowlevel.model.attention import register
+    from lowlevel.model.linear import with_one_kernel
 
     register()
     load_model_config(config)
@@ -147,6 +148,7 @@ def load_base(
         if isinstance(module, bnb.nn.Linear4bit):
             # bitsandbytes 0.50, on CPUs with AVX512-BF16: an eval-mode pass repacks the weights and computes in bf16.
             module.support_avx512bf16_for_cpu = False
+    with_one_kernel(model)
     model.config.use_cache = False
     model.config.attention_dropout = 0.0
     return model

@@ -1,0 +1,82 @@
+"""4-bit weights: the twin against bitsandbytes' own numbers, bit for bit, and the compiled layer's gradient."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from lowlevel.kernels.dequantize import Quantised, dequantize, dequantize_reference
+from lowlevel.model.linear import FrozenLinear4bit, linear_4bit, with_one_kernel
+
+SHAPES = [(64, 64), (3, 64), (2, 2), (5, 66), (257, 192), (512, 1024)]
+kinds = pytest.mark.parametrize("kind", ["nf4", "fp4"])
+nesting = pytest.mark.parametrize("nested", [True, False])
+
+
+def quantised(shape: tuple[int, int], kind: str, nested: bool, dtype: torch.dtype, blocksize: int = 64):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float32)
+    values[0] *= 100  # constants of many sizes
+    return bnb.functional.quantize_4bit(
+        values.to(dtype), quant_type=kind, compress_statistics=nested, blocksize=blocksize
+    )
+
+
+@kinds
+@nesting
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_twin_gives_bitsandbytes_numbers_bit_for_bit(shape, dtype, nested, kind):
+    packed, state = quantised(shape, kind, nested, dtype)
+    expected = bnb.functional.dequantize_4bit(packed, state)
+    found = dequantize_reference(Quantised.of(packed, state), dtype)
+    assert found.shape == shape and torch.equal(found, expected)
+    assert torch.equal(dequantize(Quantised.of(packed, state), dtype), expected)  # on a CPU, the twin
+
+
+@pytest.mark.parametrize("blocksize", [64, 128, 4096])
+def test_blocks_of_other_sizes(blocksize):
+    packed, state = quantised((40, 4096), "nf4", True, torch.float32, blocksize)
+    found = dequantize(Quantised.of(packed, state), torch.float32)
+    assert torch.equal(found, bnb.functional.dequantize_4bit(packed, state))
+
+
+def layer(nested: bool, bias: bool = False) -> bnb.nn.Linear4bit:
+    torch.manual_seed(0)
+    made = bnb.nn.Linear4bit(
+        128, 40, bias=bias, compute_dtype=torch.float32, compress_statistics=nested, quant_type="nf4"
+    ).to("cpu")
+    made.support_avx512bf16_for_cpu = False
+    return made.requires_grad_(False)
+
+
+@nesting
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_compiled_layer_equals_bitsandbytes_own_in_output_and_gradient(nested, bias):
+    own = layer(nested, bias)
+    x = torch.randn(2, 7, 128, requires_grad=True)
+    expected = own(x)
+    direction = torch.randn_like(expected)
+    (wanted,) = torch.autograd.grad(expected, x, direction)
+    model = torch.nn.Sequential(own)
+    with_one_kernel(model)
+    assert type(model[0]) is FrozenLinear4bit and isinstance(model[0], bnb.nn.Linear4bit)
+    assert torch.equal(model(x), expected)  # uncompiled: the same code
+
+    calls = []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: calls.append(str(graph.code)) or graph)
+    found = compiled(x)
+    (grad,) = torch.autograd.grad(found, x, direction)
+    assert "lowlevel.linear_4bit" in calls[0]  # the compiled layer is ours
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)
+
+
+@nesting
+def test_the_operator_obeys_torchs_rules_for_custom_operators(nested):
+    packed, state = quantised((16, 64), "nf4", nested, torch.float32)
+    weight = Quantised.of(packed, state)
+    x = torch.randn(3, 64, requires_grad=True)
+    arguments = (x, packed, weight.code, weight.absmax, weight.code2, weight.absmax2, weight.offset, [16, 64], 64,
+                 weight.blocksize2)  # fmt: skip
+    torch.library.opcheck(torch.ops.lowlevel.linear_4bit.default, arguments)
+    expected = x @ bnb.functional.dequantize_4bit(packed, state).T
+    torch.testing.assert_close(linear_4bit(*arguments), expected)
