@@ -217,8 +217,11 @@ def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
 def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
     """Load the base and attach the adapters."""
     from lowlevel.model.adapters import build_policy
+    from lowlevel.model.embedding import move_embeddings_to_host
 
     base = load_base(config.model, inputs.placement, attention=inputs.attention.implementation)
+    if config.model.embeddings_on_host:
+        move_embeddings_to_host(base)
     return build_policy(
         base,
         config.lora,

@@ -38,6 +38,9 @@ class ModelConfig(Section):
     attn_implementation: Literal["auto", "flash", "efficient", "sdpa", "eager"] = Field(
         "auto", description="attention; auto: flash or efficient (without a mask) on a GPU, sdpa with a mask on a CPU"
     )
+    embeddings_on_host: bool = Field(
+        False, description="keep the input embedding in pinned host memory: less GPU memory, the same numbers"
+    )
     adapter: str | None = Field(None, description="dpo: run folder or PEFT folder to start from")
     adapter_mode: Literal["stack", "original", "none"] = Field(
         "stack",

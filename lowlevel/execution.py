@@ -30,7 +30,7 @@ Signature = tuple[object, ...]
 
 
 class ExecutionFailedError(Exception):
-    """A mode failed and a simpler one is in use now; the step's gradient is spoilt and the step must start anew."""
+    """A mode failed and it, or a simpler one, is ready to try again: the step's gradient is spoilt, start it anew."""
 
 
 @dataclass(frozen=True)
@@ -115,19 +115,26 @@ class Graphed:
         self.policy, self.method = policy, method
         self.captured: dict[Signature, Captured] = {}
         self._ready: set[frozenset[str]] = set()
+        self._failed: set[Signature] = set()  # shapes whose capture failed once
+        self._plain: set[Signature] = set()  # of these, the ones that have not run since
         self._pool: Any = None
         self._stream = torch.cuda.Stream()
 
     def run(
         self, batch: PackedBatch, factor: float, seed: int, step: int, kept: list[Kept] | None = None
     ) -> dict[str, Tensor]:
-        """See Execution."""
+        """See Execution.
+
+        Raises:
+            ExecutionFailedError: this shape cannot be captured yet: the step must start anew, and runs it uncaptured.
+        """
         key, signature = key32(seed, step), signature_of(batch)
         kind = frozenset(batch.tensors())  # batches of other tensors run other operations
-        if kind not in self._ready:
+        if kind not in self._ready or signature in self._plain:
             self._ready.add(kind)
+            self._plain.discard(signature)
             return self._warm_up(batch, factor, key, kept)
-        captured = self.captured.pop(signature, None) or self._capture(batch)
+        captured = self.captured.pop(signature, None) or self._capture_once_more(batch, signature)
         self.captured[signature] = captured  # the last one is the one used last
         if len(self.captured) > MAX_GRAPHS:
             torch.cuda.synchronize()  # the oldest may still be running
@@ -145,6 +152,22 @@ class Graphed:
             sums = micro_step(self.policy, self.method, batch, factor, key, kept)
         current.wait_stream(self._stream)
         return sums
+
+    def _capture_once_more(self, batch: PackedBatch, signature: Signature) -> Captured:
+        """Capture, and where that fails for the first time let the shape run uncaptured before the next try.
+
+        A compiler that finds that it must compile anew for this shape cannot do so within a capture.
+        """
+        try:
+            return self._capture(batch)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if signature in self._failed:
+                raise
+            self._failed.add(signature)
+            self._plain.add(signature)
+            raise ExecutionFailedError("the shape runs uncaptured once") from error
 
     def _capture(self, batch: PackedBatch) -> Captured:
         device = batch.input_ids.device
@@ -199,11 +222,11 @@ class WithFallback:
         """See Execution.
 
         Raises:
-            ExecutionFailedError: the mode failed; a simpler one is in use now.
+            ExecutionFailedError: the mode failed; it or a simpler one is ready to try the step again.
         """
         try:
             return self.execution.run(batch, factor, seed, step, kept)
-        except torch.cuda.OutOfMemoryError:
+        except (torch.cuda.OutOfMemoryError, ExecutionFailedError):
             raise
         except Exception as error:
             if self.mode == "eager":

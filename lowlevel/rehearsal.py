@@ -79,7 +79,7 @@ def components(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, in
             sizes["frozen adapter"] += 0 if name in policy.flat.views else parameter.nbytes
         elif ".base_layer." in name:
             sizes["base weights"] += parameter.nbytes
-        else:
+        elif parameter.device == policy.placement.device:
             sizes["embeddings, LM head, norms"] += parameter.nbytes
     sizes["trained adapter"] = policy.flat.weights.nbytes
     sizes["gradient"] = policy.flat.grad.nbytes

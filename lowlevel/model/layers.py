@@ -7,7 +7,7 @@ module's weights to inputs of the graph, and the second layer finds the graph of
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lowlevel.dropout import DropoutState
 
 Forward = Callable[..., Tensor]
+# Inductor's settings. combo_kernels: independent small kernels (the 14 casts of a layer's adapter weights) in one
+# launch. emulate_precision_casts: round where the eager layers do, so that fusing more or less changes no number, and
+# the policy of a fresh adapter equals its reference, which is compiled without one.
+COMPILER: Mapping[str, Any] = {"combo_kernels": True, "emulate_precision_casts": True}
 
 
 class DecoderLayers:
@@ -40,7 +44,7 @@ class DecoderLayers:
         for number, layer in enumerate(self.layers):
             forward = inspect.unwrap(type(layer).forward)  # transformers 5.23 wraps it in a checkpoint of its own
             if compiled:  # torch keeps compiled graphs by code object: all layers share them
-                forward = torch.compile(forward, fullgraph=True)
+                forward = torch.compile(forward, fullgraph=True, options=dict(COMPILER))
             bound = _bind(forward, layer, number < self.recomputed)
             layer.forward = self._with_marks(bound) if compiled else bound  # type: ignore[method-assign]
         self._require_input_grads(compiled)
@@ -56,8 +60,9 @@ class DecoderLayers:
             for tensor in wide:
                 if tensor is not None:
                     mark(tensor, 1)
-            if spans[2] is not None:
-                mark(spans[2], 0)
+            for index in spans[:3]:
+                if index is not None:
+                    mark(index, 0)
             return forward(hidden_states, **arguments)
 
         return run

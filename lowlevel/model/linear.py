@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lowlevel.kernels.dequantize import Quantised, dequantize
+from lowlevel.model.base import quantised_state
 
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):
@@ -25,7 +26,7 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
         """x (..., in_features) -> (..., out_features), in the dtype of x; products in the layer's compute dtype."""
         if not torch.compiler.is_compiling():
             return super().forward(x)
-        state: Any = self.weight.quant_state
+        state = quantised_state(self)
         compute = self.compute_dtype or x.dtype
         nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (None, None, None)
         inner = state.state2.blocksize if state.nested else 1

@@ -130,12 +130,13 @@ def forecast(
     weights = 0 if plan.dequantize_once or not quantised else 2 * shape.largest * size
     stored = plan.recomputed * shape.hidden + (shape.layers - plan.recomputed) * kept
     in_flight = transient + (kept if plan.recomputed else 0)
+    other = shape.other - (shape.vocabulary * shape.hidden if config.model.embeddings_on_host else 0)
     chunk = chunk_rows(shape.vocabulary, size) * shape.vocabulary * size
     return Forecast(
         static={
             "base weights": base,
             "quantisation constants": constants,
-            "embeddings, LM head, norms": shape.other * size,
+            "embeddings, LM head, norms": other * size,
             "adapters": adapter * 4 * (1 + parents),
             "gradient": adapter * 4,
             "cuBLAS workspaces": WORKSPACE if hopper else LOWER_WORKSPACE,

@@ -35,6 +35,7 @@ KEYS = {
     "model.bnb_4bit_quant_type": ("fp4", {}),
     "model.bnb_4bit_use_double_quant": (False, {}),
     "model.attn_implementation": ("eager", {}),
+    "model.embeddings_on_host": (True, {}),
     "model.adapter": ("out/sft", PREFERENCES),
     "model.adapter_mode": ("original", {**PREFERENCES, "model": {"adapter": "out/sft"}}),
     "lora.r": (8, {}),

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowlevel.attention import list_keys, span_attention
 from lowlevel.config import DPOConfig, LoraConfig, ModelConfig, TrainConfig
 from lowlevel.dpo import DPO
-from lowlevel.execution import Eager, WithFallback, signature_of
+from lowlevel.execution import Eager, ExecutionFailedError, WithFallback, signature_of
 from lowlevel.layout import Shape
 from lowlevel.loop import optimizer_step
 from lowlevel.loss_scale import LossScale
@@ -245,3 +245,63 @@ def test_compiled_and_graphed_steps_equal_eager_ones(model_dir, name, precision,
             assert set(execution.execution.captured) == signatures
         one.layers.use(compiled=False)
     assert not torch.equal(expected[0][1], expected[1][1])  # the step's dropout key reached the graph
+
+
+def shaped(name):
+    method, pairs = METHODS[name]
+    method = copy.copy(method)
+    object.__setattr__(method, "shape", SHAPE)
+    return method, examples(pairs)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_of_fewer_examples_is_captured_too(model_dir, name):
+    """The last step of an epoch may have fewer rows: other numbers of spans and sequences."""
+    method, rows = shaped(name)
+    one = policy(model_dir, "fp16", attention="lowlevel_fa2")
+    execution = WithFallback(one, method, "graphed", pytest.fail)
+    for count in (8, 8, 3, 3, 1, 1, 8):
+        expected = steps(one, method, rows[:count], Eager(one, method), scale=1024.0, count=1)[0]
+        found = steps(one, method, rows[:count], execution, scale=1024.0, count=1)[0]
+        assert found[0] == pytest.approx(expected[0], rel=2e-3)
+        assert (found[1] - expected[1]).norm() / expected[1].norm() < 2e-3
+    assert execution.mode == "graphed"
+
+
+def test_a_shape_that_cannot_be_captured_at_once_runs_uncaptured_once(model_dir, monkeypatch):
+    method, rows = shaped("sft")
+    one = policy(model_dir, "fp16", attention="lowlevel_fa2")
+    execution = WithFallback(one, method, "graphed", pytest.fail)
+    steps(one, method, rows, execution, scale=1024.0, count=2)
+    capture, failures = execution.execution._capture, []
+
+    def fail_once(batch):
+        if not failures:
+            failures.append(batch)
+            raise RuntimeError("compiles anew")
+        return capture(batch)
+
+    monkeypatch.setattr(execution.execution, "_capture", fail_once)
+    expected = steps(one, method, rows[:3], Eager(one, method), scale=1024.0, count=3)
+    with pytest.raises(ExecutionFailedError, match="runs uncaptured once"):
+        steps(one, method, rows[:3], execution, scale=1024.0, count=1)
+    found = steps(one, method, rows[:3], execution, scale=1024.0, count=3)
+    assert failures and execution.mode == "graphed"
+    for (loss, grad), (wanted_loss, wanted) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(wanted_loss, rel=2e-3) and (grad - wanted).norm() / wanted.norm() < 2e-3
+
+
+@pytest.mark.parametrize("mode", ["compiled", "graphed"])
+def test_a_fresh_adapter_equals_its_reference_bit_for_bit_compiled_too(model_dir, mode):
+    method, rows = shaped("dpo")
+    method = DPO(DPOConfig(), 2, 256, True, method.shape)  # dropout off
+    one = policy(model_dir, "fp16", attention="lowlevel_fa2")
+    execution = WithFallback(one, method, mode, pytest.fail)
+    for _ in range(2):
+        one.flat.grad.zero_()
+        for batch in method.micro_batches(rows):
+            kept = []
+            execution.run(batch.to(CUDA), 1.0, 1, 0, kept)
+            numbers = kept[0].examples
+            for side in ("chosen", "rejected"):
+                assert torch.equal(numbers[f"logps/{side}"], numbers[f"logps/ref_{side}"])

@@ -40,7 +40,11 @@ LAYERS = (
         "__main__",
     ),
 )
-TRITON_FILES = ("kernels/vocabulary", "kernels/dequantize")  # files that may import triton or torch.distributed
+TRITON_FILES = (
+    "kernels/vocabulary",
+    "kernels/dequantize",
+    "kernels/host_rows",
+)  # files that may import triton or torch.distributed
 FILES = sorted(ROOT.rglob("*.py"))
 
 
