@@ -42,6 +42,8 @@ class Case:
     stacked: bool = False  # lowlevel's dpo on a frozen SFT adapter, as the recipe's second step
     rank: int = 64
     variant: str = ""  # lowlevel only: "fast" or "low_vram", with that run file's own settings
+    budget: str = ""  # lowlevel only: train.memory_budget
+    on_host: bool = False  # lowlevel only: model.embeddings_on_host
     core: bool = True  # part of the table; the others are run by name
 
     @property
@@ -55,6 +57,8 @@ class Case:
         parts += [self.precision] * (self.precision != "auto")
         parts += ["on a frozen adapter"] * self.stacked
         parts += [f"r={self.rank}"] * (self.rank != 64)
+        parts += [f"memory_budget {self.budget}"] * bool(self.budget)
+        parts += ["embeddings on the host"] * self.on_host
         return ", ".join(parts)
 
     @property
@@ -67,13 +71,17 @@ class Case:
 
 FULL: dict[str, Any] = {"batch": 8, "accumulation": 1}  # one micro-batch a step
 NOCKPT: dict[str, Any] = {**FULL, "checkpointing": False}  # the fastest setting that a 16 GB card holds
+TWO_GB = "1.86GiB"  # 2 GB: the memory class in which the recipe runs as it is written
 CASES = (
     Case("lowlevel_sft_2x4_eager", "lowlevel", "sft"),
     Case("lowlevel_sft_2x4_compiled", "lowlevel", "sft", execution="compiled"),
     Case("lowlevel_sft_2x4_graphed", "lowlevel", "sft", execution="graphed"),
+    Case("lowlevel_sft_2x4_host_graphed", "lowlevel", "sft", execution="graphed", on_host=True),
+    Case("lowlevel_sft_2gb_graphed", "lowlevel", "sft", execution="graphed", budget=TWO_GB),
     Case("lowlevel_sft_8x1_nockpt_graphed", "lowlevel", "sft", execution="graphed", **NOCKPT),
     Case("lowlevel_dpo_2x4_eager", "lowlevel", "dpo"),
     Case("lowlevel_dpo_2x4_graphed", "lowlevel", "dpo", execution="graphed"),
+    Case("lowlevel_dpo_2gb_graphed", "lowlevel", "dpo", execution="graphed", budget=TWO_GB),
     Case("lowlevel_dpo_8x1_nockpt_graphed", "lowlevel", "dpo", execution="graphed", **NOCKPT),
     Case("lowlevel_dpo_2x4_stacked_graphed", "lowlevel", "dpo", execution="graphed", stacked=True),
     Case("trl_sft_2x4", "trl", "sft"),

@@ -173,7 +173,8 @@ def case_config(case: Case, folder: Path, output: Path, steps: int) -> RunConfig
             "per_device_train_batch_size": case.batch,
             "gradient_accumulation_steps": case.accumulation,
             "gradient_checkpointing": case.checkpointing,
-        }
+        } | ({"memory_budget": case.budget} if case.budget else {})
+        tables["model"] |= {"embeddings_on_host": True} if case.on_host else {}
     if case.stacked:
         tables["model"]["adapter"] = str(folder / "adapter")
     elif case.method == "dpo":

@@ -1,0 +1,145 @@
+"""Training steps of a large Llama shape with random weights, quantised layer by layer on the GPU, under a memory cap.
+
+    python -m benchmarks.largest --hidden 6144 --intermediate 16384 --layers 50 --heads 48 --kv-heads 8
+
+One row of 512 tokens a step, r = 16 on all seven projections, every layer recomputed, embeddings on the host, paged
+8-bit AdamW, fp16. Prints one CSV line: parameters, forecast, measured peak, seconds a step, losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import bitsandbytes as bnb
+import numpy as np
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from benchmarks.meter import limit_memory, machine, synchronize
+from benchmarks.runner import commit
+from lowlevel.assembly import build_method, choose_execution
+from lowlevel.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from lowlevel.execution import WithFallback
+from lowlevel.loop import optimizer_step
+from lowlevel.loss_scale import LossScale
+from lowlevel.model.adapters import build_policy
+from lowlevel.model.attention import NAMES, Attention, choose_attention, register
+from lowlevel.model.base import Placement, choose_placement, empty_model
+from lowlevel.model.embedding import move_embeddings_to_host
+from lowlevel.model.linear import with_one_kernel
+from lowlevel.model.memory import default_plan, forecast, model_shape
+from lowlevel.optimizer import build_optimizer
+
+
+def random_base(config: LlamaConfig, placement: Placement, attention: Attention) -> Any:
+    """A quantised base that never exists in 16 bits: each weight is drawn, quantised and dropped."""
+    register()
+    model: Any = empty_model(config)
+    model.set_attn_implementation(attention.implementation)
+    device, dtype = placement.device, placement.dtype
+    for name, module in list(model.named_modules()):
+        for child_name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and child_name != "lm_head":
+                setattr(module, child_name, quantised_linear(child, dtype, device))
+        if name and not list(module.children()):
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.is_meta:
+                    values = torch.ones if "norm" in name else lambda *s, **k: torch.randn(*s, **k) * 0.02
+                    made = values(*parameter.shape, dtype=dtype, device=device)
+                    setattr(module, key, nn.Parameter(made, requires_grad=False))
+    with_one_kernel(model.to(device))
+    model.config.use_cache = False
+    return model
+
+
+def quantised_linear(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> bnb.nn.Linear4bit:
+    """A 4-bit layer of the same size, NF4 with double quantisation."""
+    made = bnb.nn.Linear4bit(
+        layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    weight = torch.randn(layer.out_features, layer.in_features, dtype=dtype, device=device) * 0.02
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    made.weight = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=made)
+    made.support_avx512bf16_for_cpu = False
+    return made
+
+
+def measure(shape: dict[str, int], steps: int, cap_gib: float) -> dict[str, Any]:
+    """Train and say what it took."""
+    limit_memory(cap_gib)
+    placement = choose_placement("auto")
+    settings = LlamaConfig(**shape, vocab_size=32000, tie_word_embeddings=False, max_position_embeddings=2048)
+    run = RunConfig(
+        model=ModelConfig(embeddings_on_host=True),
+        lora=LoraConfig(r=16, lora_alpha=32),
+        data=DataConfig(max_length=512),
+        train=TrainConfig(per_device_train_batch_size=1, gradient_accumulation_steps=1, optim="paged_adamw_8bit"),
+    )
+    cuda = placement.device.type == "cuda"
+    attention = choose_attention(run.model, settings, placement) if cuda else Attention(NAMES["math"], "no GPU")
+    base = random_base(settings, placement, attention)
+    parameters = sum(p.numel() * (2 if isinstance(p, bnb.nn.Params4bit) else 1) for p in base.parameters())
+    move_embeddings_to_host(base)
+    policy = build_policy(base, run.lora, placement, seed=0, attention=attention)
+    optimizer = build_optimizer(policy.flat.weights, run.train)
+    method = build_method(run, attention)
+    inputs: Any = SimpleNamespace(placement=placement, attention=attention)
+    execution = WithFallback(policy, method, choose_execution(run, inputs), lambda line: print(line, file=sys.stderr))
+    ids = np.random.default_rng(0).integers(3, 32000, 512)
+    batches = method.micro_batches([SimpleNamespace(row=0, input_ids=ids, labels=ids)])  # type: ignore[list-item]
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    losses, seconds, scale = [], [], LossScale.for_precision(placement.precision)
+    for step in range(steps):
+        began = time.perf_counter()
+        result = optimizer_step(policy, method, optimizer, batches, scale, seed=0, step=step, max_grad_norm=1.0,
+                                execution=execution)  # fmt: skip
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+        losses.append(result.metrics["loss"])
+    sizes = model_shape(settings, run.lora.target_modules)
+    return {
+        "parameters": parameters,
+        **shape,
+        "forecast_gb": round(forecast(sizes, run, default_plan(sizes, run), placement).peak / 1e9, 3),
+        "peak_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if cuda else "",
+        "seconds_per_step": round(statistics.median(seconds[steps // 2 :]), 4),
+        "execution": execution.mode,
+        "loss_first": round(losses[0], 4),
+        "loss_last": round(losses[-1], 4),
+        "cap_gib": cap_gib,
+        **machine(),
+        "commit": commit(),
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("hidden", 6144), ("intermediate", 16384), ("layers", 50), ("heads", 48), ("kv-heads", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--cap-gib", type=float, default=15e9 / 2**30, help="limit of the CUDA allocator")
+    options = parser.parse_args()
+    shape = {
+        "hidden_size": options.hidden,
+        "intermediate_size": options.intermediate,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": options.heads,
+        "num_key_value_heads": options.kv_heads,
+    }
+    row = measure(shape, options.steps, options.cap_gib)
+    writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
