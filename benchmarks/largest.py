@@ -44,16 +44,16 @@ def random_base(config: LlamaConfig, placement: Placement, attention: Attention)
     model: Any = empty_model(config)
     model.set_attn_implementation(attention.implementation)
     device, dtype = placement.device, placement.dtype
-    for name, module in list(model.named_modules()):
-        for child_name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and child_name != "lm_head":
-                setattr(module, child_name, quantised_linear(child, dtype, device))
-        if name and not list(module.children()):
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.is_meta:
-                    values = torch.ones if "norm" in name else lambda *s, **k: torch.randn(*s, **k) * 0.02
-                    made = values(*parameter.shape, dtype=dtype, device=device)
-                    setattr(module, key, nn.Parameter(made, requires_grad=False))
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and name != "lm_head":
+                setattr(module, name, quantised_linear(child, dtype, device))
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:  # norms, embeddings, LM head
+            made = torch.ones(parameter.shape, dtype=dtype, device=device)
+            values = made if "norm" in name else made.normal_(std=0.02)
+            owner, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            setattr(owner, key, nn.Parameter(values, requires_grad=False))
     with_one_kernel(model.to(device))
     model.config.use_cache = False
     return model

@@ -7,7 +7,7 @@ backward pass (D: hidden size, F: MLP size, H: query width, K: key width, dropou
     norms and residuals 4 D, q and output of attention 2 H, k and v 2 K, gate and up and their product 3 F,
     dropped inputs of q, k, v, gate and up 5 D, of o H, of down F
 
-A recomputed layer keeps its input alone (D). The constants were fitted to runs on an H100, three of which
+A recomputed layer keeps its input alone (D). The constants were fitted to runs on an H100, six of which
 tests/training/test_memory.py holds the forecast to. Optimizer state is paged and outside the allocator: it is listed
 apart.
 """

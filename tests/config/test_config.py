@@ -538,7 +538,7 @@ LOW_VRAM = {
 FAST = {
     "train.per_device_train_batch_size": 4,
     "train.gradient_accumulation_steps": 2,
-    "train.memory_budget": "15GiB",
+    "train.memory_budget": "12GiB",
     "model.attn_implementation": "auto",
     "data.packing": True,
 }
