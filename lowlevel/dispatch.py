@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lowlevel.arguments import LOSS_FLAGS
 from lowlevel.config import RunConfig, load_config
 from lowlevel.errors import ConfigError
+from lowlevel.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,12 +63,19 @@ def _train(options: Options, overrides: Overrides) -> None:
     config = _config(options, overrides, options.command)
     if options.resume and options.restart:
         raise ConfigError("--resume goes on with a run and --restart discards it: give one of them")
-    console = _quiet_console()
-    from lowlevel.run import run_training
+    if options.allow_change and not options.resume:
+        raise ConfigError("--allow-change is for --resume, which compares a run with its checkpoint")
+    with Interrupts() as interrupts:
+        try:
+            console = _quiet_console()
+            from lowlevel.run import run_training
 
-    if options.as_t4:
-        _cap_gpu_memory(T4_BYTES)
-    run_training(config, console, resume=options.resume, restart=options.restart)
+            if options.as_t4:
+                _cap_gpu_memory(T4_BYTES)
+            resume = {"resume": options.resume, "allow_change": options.allow_change}
+            run_training(config, console, restart=options.restart, **resume)
+        except KeyboardInterrupt:
+            raise interrupts.error() from None
 
 
 def _cap_gpu_memory(size: int) -> None:
