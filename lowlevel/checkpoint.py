@@ -140,9 +140,7 @@ def _seal(folder: Path, payload: dict[str, Any]) -> None:
     sealed = {**payload, "files": files}
     text = json.dumps({"payload": sealed, "payload_sha256": _payload_sha256(sealed)}, indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
-    for path in folder.iterdir():
-        sync(path)
-    sync(folder)
+    settle(folder)
 
 
 def _room_needed(folder: Path) -> int:
@@ -274,6 +272,16 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def _payload_sha256(payload: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(payload, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def settle(folder: Path) -> None:
+    """Have a folder's files on disk, with the modes that the umask says: safetensors 0.8 makes them all 0600."""
+    mode = folder.stat().st_mode & 0o666  # mkdir went by the umask
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(mode)
+        sync(path)
+    sync(folder)
 
 
 def sync(path: Path) -> None:

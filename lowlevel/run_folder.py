@@ -32,7 +32,7 @@ from typing import Any
 import tomli_w
 
 from lowlevel import __version__
-from lowlevel.checkpoint import checkpoints, sync, verify, write_json, write_text
+from lowlevel.checkpoint import checkpoints, settle, sync, verify, write_json, write_text
 from lowlevel.config import RunConfig, config_from_tables, to_tables
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.order import ORDER_VERSION
@@ -231,9 +231,7 @@ class RunFolder:
         try:
             temporary.mkdir()
             write(temporary)
-            for path in temporary.iterdir():
-                sync(path)
-            sync(temporary)
+            settle(temporary)
             if target.exists():
                 os.rename(target, old)
             os.rename(temporary, target)
