@@ -65,6 +65,14 @@ def build_parser() -> argparse.ArgumentParser:
         )
         train.add_argument("--resume", action="store_true", help="go on from the newest verified checkpoint")
         train.add_argument("--restart", action="store_true", help="discard the run that the folder holds")
+        train.add_argument(
+            "--allow-change",
+            action="append",
+            default=[],
+            metavar="KEY",
+            help="with --resume: go on although KEY differs from the checkpoint (train.learning_rate, data_sha256, "
+            "base, versions.torch, ...: as the refusal names it); repeatable",
+        )
         train.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
         train.add_argument(
             "--as-t4", action="store_true", help="on a larger GPU: fp16, 15 GiB, and only the attention that a T4 has"

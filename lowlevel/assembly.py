@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,22 +178,32 @@ def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tu
 
     assert inputs.parent is not None
     target, sha256 = folder.base, adapter_sha256(inputs.parent)
-    record = target / "lowlevel_base.json"
     if target.exists():
-        if not record.exists() or json.loads(record.read_text(encoding="utf-8"))["merged_adapter"] != sha256:
+        if read_merged_adapter(folder) != sha256:
             raise ConfigError(f"{target} is not the base with {config.model.adapter} merged in: --restart removes it")
     else:
-        temporary = folder.path / ".tmp-base"
-        merged_model(config.model, [inputs.parent], torch.float16).save_pretrained(temporary)
+        merged = merged_model(config.model, [inputs.parent], torch.float16)
         tokenizer = inputs.tokenizer.tokenizer
         tokenizer.chat_template = inputs.tokenizer.template
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / record.name, {"merged_adapter": sha256})
-        temporary.rename(target)
+
+        def write(temporary: Path) -> None:
+            merged.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            write_json(temporary / folder.base_record.name, {"merged_adapter": sha256})
+
+        folder.write_folder(target, write)
     model = config.model.model_copy(
         update={"name": str(target), "adapter": None, "revision": None, "adapter_mode": "none"}
     )
     return config.model_copy(update={"model": model}), replace(inputs, parent=None, merged_adapter=sha256)
+
+
+def read_merged_adapter(folder: RunFolder) -> str | None:
+    """SHA-256 of the adapter that the base in a run folder holds; None where there is no such base, or no record."""
+    try:
+        return str(json.loads(folder.base_record.read_text(encoding="utf-8"))["merged_adapter"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
@@ -243,6 +254,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy) -> dict[str, Any
     keys = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     quantisation = {key: getattr(model, key) for key in keys} if model.load_in_4bit else {"load_in_4bit": False}
     parent = adapter_sha256(inputs.parent) if inputs.parent else None
+    evaluation = inputs.data.report.evaluation
     return {
         "method": config.method,
         "order_version": ORDER_VERSION,
@@ -258,6 +270,8 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy) -> dict[str, Any
         "reference": None if config.method == "sft" else ("base + parent adapter" if parent else "base"),
         "trainable_parameters": policy.flat.weights.numel(),
         "data_sha256": inputs.data.report.train.fingerprint,
+        "evaluation_sha256": evaluation.fingerprint if evaluation else None,
+        "tokenizer_sha256": hashlib.sha256(inputs.tokenizer.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "chat_template_sha256": inputs.tokenizer.template_sha256,
         "attention": inputs.attention.reason,
     }

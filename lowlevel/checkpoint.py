@@ -6,18 +6,26 @@ step-00000120/                      exists only when complete
   optimizer.safetensors             "flat::state1", ...
   manifest.json                     {"payload": {...}, "payload_sha256": ...} over every other file
 .tmp-step-00000130-<pid>/           a save that did not finish; removed at the next start
+.old-step-00000120/                 the one that a save of the same step takes the place of, between two renames
+.del-step-00000110/                 one that retention deletes
+
+A save of a step that has a folder already moves that aside, moves the new one in, and only then deletes the old one. A
+process killed between the two moves leaves `.old-step-*` alone, and the next start moves it back (`remove_litter`): at
+no point are there fewer good checkpoints than before the save.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +39,7 @@ MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8})")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|json)")
 _MAX_MANIFEST_BYTES = 16 * 2**20
+_ROOM = 1.2  # a save needs this many times the size of the newest checkpoint
 
 
 @contextmanager
@@ -72,10 +81,10 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def save_checkpoint(
@@ -91,32 +100,70 @@ def save_checkpoint(
         keep: verified checkpoints to keep, this one included.
 
     Raises:
-        CheckpointError: the disk is full or refuses; nothing of this checkpoint stays, older ones are untouched.
+        CheckpointError: the disk is full, too small for a checkpoint like the newest, or refuses; nothing of this
+            checkpoint stays, older ones are untouched.
     """
     final = folder / f"step-{step:08d}"
-    temporary = folder / f".tmp-{final.name}-{os.getpid()}"
+    temporary, old = folder / f".tmp-{final.name}-{os.getpid()}", folder / f".old-{final.name}"
+    needed, moved = 0, False
     try:
+        needed = _room_needed(folder)
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         temporary.mkdir()
         write_files(temporary)
-        files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
-        sealed = {"format": FORMAT, "version": VERSION, "step": step, "files": files, **payload}
-        text = json.dumps({"payload": sealed, "payload_sha256": _payload_sha256(sealed)}, indent=1)
-        (temporary / MANIFEST).write_text(text, encoding="utf-8")
-        for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
+        _seal(temporary, {"format": FORMAT, "version": VERSION, "step": step, **payload})
         if final.exists():
-            shutil.rmtree(final)
+            os.rename(final, old)
         os.rename(temporary, final)
-        _sync(folder)
-    except (OSError, SafetensorError) as error:  # safetensors 0.8 raises its own error where a disk is full
+        moved = True
+        sync(folder)
+    except BaseException as error:
+        with suppress(OSError):  # what a disk refuses to move back, the next start does
+            if moved:
+                os.rename(final, temporary)
+            if old.exists():
+                os.rename(old, final)
         shutil.rmtree(temporary, ignore_errors=True)
-        free, reason = shutil.disk_usage(folder).free, error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(
-            f"{final}: not saved: {reason} ({free:,} bytes free); older checkpoints are good"
-        ) from None
+        if not isinstance(error, OSError | SafetensorError):  # safetensors 0.8's own error where a disk is full
+            raise
+        raise CheckpointError(_not_saved(final, error, needed)) from None
+    if old.exists():
+        shutil.rmtree(old)
     _retire_old(folder, keep)
     return final
+
+
+def _seal(folder: Path, payload: dict[str, Any]) -> None:
+    """Write the manifest over a folder's files, and have all of it on disk."""
+    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    sealed = {**payload, "files": files}
+    text = json.dumps({"payload": sealed, "payload_sha256": _payload_sha256(sealed)}, indent=1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    settle(folder)
+
+
+def _room_needed(folder: Path) -> int:
+    """Bytes that a save may take: a checkpoint like the newest, and a fifth more; 0 where there is none."""
+    newest = next(iter(checkpoints(folder)), None)
+    return math.ceil(_ROOM * sum(path.stat().st_size for path in newest.iterdir())) if newest else 0
+
+
+def _not_saved(path: Path, error: Exception, needed: int) -> str:
+    reason = error.strerror if isinstance(error, OSError) else error
+    room = f"{needed:,} bytes needed, " if needed else ""
+    with suppress(OSError):
+        room += f"{shutil.disk_usage(path.parent).free:,} bytes free"
+    return f"{path}: not saved: {reason} ({room}); {last_good(path.parent)}"
+
+
+def last_good(folder: Path) -> str:
+    """What is left of a run after an error, as half a sentence."""
+    for path in checkpoints(folder):
+        with suppress(CheckpointError):
+            verify(path)
+            return f"the last good checkpoint is {path.name}"
+    return "there is no checkpoint before it"
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
@@ -125,7 +172,29 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file and what is wrong with it.
     """
-    path = checkpoint / MANIFEST
+    payload = _read_manifest(checkpoint / MANIFEST)
+    try:
+        step, files = payload["step"], payload["files"]
+        if checkpoint.name.startswith("step-") and checkpoint.name != f"step-{step:08d}":
+            raise CheckpointError(f"{checkpoint}: holds step {step}")
+        present = {entry.name for entry in checkpoint.iterdir()} - {MANIFEST}
+        if present != set(files):
+            raise CheckpointError(f"{checkpoint}: files differ: {', '.join(sorted(present ^ set(files)))}")
+        for name, expected in files.items():
+            file = checkpoint / name
+            if not _PLAIN_NAME.fullmatch(name) or file.is_symlink():
+                raise CheckpointError(f"{checkpoint}: {name!r} is not a plain file name")
+            if file.stat().st_size != expected["bytes"] or _describe(file) != expected:
+                raise CheckpointError(f"{file}: its content does not match the manifest")
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or checkpoint} cannot be read: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint / MANIFEST}: not a manifest: {type(error).__name__}") from None
+    return payload
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The payload, if its hash is the one beside it."""
     try:
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
             raise CheckpointError(f"{path} is too large to be a manifest")
@@ -137,21 +206,13 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: its content does not match its own hash")
     if payload.get("format") != FORMAT or payload.get("version") != VERSION:
         raise CheckpointError(f"{path}: format {payload.get('format')} {payload.get('version')} is not known here")
-    present = {entry.name for entry in checkpoint.iterdir()} - {MANIFEST}
-    if present != set(payload["files"]):
-        raise CheckpointError(f"{checkpoint}: files differ: {', '.join(sorted(present ^ set(payload['files'])))}")
-    for name, expected in payload["files"].items():
-        file = checkpoint / name
-        if not _PLAIN_NAME.fullmatch(name) or file.is_symlink():
-            raise CheckpointError(f"{checkpoint}: {name!r} is not a plain file name")
-        if file.stat().st_size != expected["bytes"] or _describe(file) != expected:
-            raise CheckpointError(f"{file}: its content does not match the manifest")
     return payload
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first, verified or not."""
-    return sorted((p for p in folder.glob("step-*") if _STEP.fullmatch(p.name)), key=lambda p: p.name, reverse=True)
+    found = (path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=lambda path: path.name, reverse=True)
 
 
 def newest_verified(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
@@ -173,8 +234,16 @@ def newest_verified(folder: Path, warn: Callable[[str], None]) -> tuple[Path, di
 
 
 def remove_litter(folder: Path) -> None:
-    """Remove what an interrupted save or delete left behind. Call it while holding the run's lock."""
-    for path in [*folder.glob(".tmp-*"), *folder.glob(".del-*")]:
+    """Put back what a save was about to replace, and remove what an interrupted save or delete left behind.
+
+    Call it while holding the run's lock.
+    """
+    for path in folder.glob(".old-step-*"):
+        place = folder / path.name.removeprefix(".old-")
+        if not place.exists():
+            os.rename(path, place)
+            sync(folder)
+    for path in [*folder.glob(".tmp-*"), *folder.glob(".old-step-*"), *folder.glob(".del-*")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -205,7 +274,18 @@ def _payload_sha256(payload: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(payload, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def settle(folder: Path) -> None:
+    """Have a folder's files on disk, with the modes that the umask says: safetensors 0.8 makes them all 0600."""
+    mode = folder.stat().st_mode & 0o666  # mkdir went by the umask
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(mode)
+        sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk before returning."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

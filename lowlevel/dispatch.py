@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from lowlevel.arguments import LOSS_FLAGS
 from lowlevel.config import RunConfig, load_config
 from lowlevel.errors import ConfigError
+from lowlevel.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +41,8 @@ def _quiet_console() -> Console:
 
     from lowlevel.progress import make_console
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show must not end a run
     disable_progress_bar()
     disable_loading_bar()
     # bitsandbytes 0.50 advises on CPUs with AVX512-BF16 to download a kernel from the hub.
@@ -62,12 +66,19 @@ def _train(options: Options, overrides: Overrides) -> None:
     config = _config(options, overrides, options.command)
     if options.resume and options.restart:
         raise ConfigError("--resume goes on with a run and --restart discards it: give one of them")
-    console = _quiet_console()
-    from lowlevel.run import run_training
+    if options.allow_change and not options.resume:
+        raise ConfigError("--allow-change is for --resume, which compares a run with its checkpoint")
+    with Interrupts() as interrupts:
+        try:
+            console = _quiet_console()
+            from lowlevel.run import run_training
 
-    if options.as_t4:
-        _cap_gpu_memory(T4_BYTES)
-    run_training(config, console, resume=options.resume, restart=options.restart)
+            if options.as_t4:
+                _cap_gpu_memory(T4_BYTES)
+            resume = {"resume": options.resume, "allow_change": options.allow_change}
+            run_training(config, console, restart=options.restart, **resume)
+        except KeyboardInterrupt:
+            raise interrupts.error() from None
 
 
 def _cap_gpu_memory(size: int) -> None:

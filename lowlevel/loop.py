@@ -146,11 +146,11 @@ def train(
             scores = evaluate()
             observer.log({"step": state.step, "epoch": state.step / steps_per_epoch, **scores})
             state.judge(scores["eval_loss"], config.early_stopping_patience)
-        stop = observer.stop_requested()
-        if stop or last or state.stopped_early or (config.save_steps and state.step % config.save_steps == 0):
+        due = last or state.stopped_early or (config.save_steps and state.step % config.save_steps == 0)
+        if due or observer.stop_requested():
             observer.save(state)
-        if stop:
-            return
+            if observer.stop_requested():  # it may have come during the save
+                return
 
 
 @torch.no_grad()

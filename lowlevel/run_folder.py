@@ -2,6 +2,8 @@
 
 out/run/
   config.toml environment.json data_report.json manifest.json    written before the first step
+  data_rows.safetensors                                          SHA-256 of each row (lowlevel/row_digests.py)
+  changes.json                                                   what --allow-change let through, and from which step on
   metrics.jsonl run-status.json run.lock                         kept current
   step-00000120/                                                 checkpoints
   base/                                                          adapter_mode "original": the merged base
@@ -16,9 +18,12 @@ out/run/
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import tomllib
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,21 +32,13 @@ from typing import Any
 import tomli_w
 
 from lowlevel import __version__
-from lowlevel.checkpoint import checkpoints, write_json, write_text
+from lowlevel.checkpoint import checkpoints, settle, sync, verify, write_json, write_text
 from lowlevel.config import RunConfig, config_from_tables, to_tables
-from lowlevel.errors import CheckpointError, ConfigError, LowlevelError
+from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.order import ORDER_VERSION
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
-# Settings that may differ between a run and its resumption: they do not change what is learned.
-FREE_KEYS = (
-    "train.output_dir",
-    "train.logging_steps",
-    "train.save_steps",
-    "train.save_total_limit",
-    "dpo.reference_cache",
-    *("trace.every", "trace.steps", "trace.level", "trace.gradients"),
-)
+OWN_BASE = "./base"  # model.name in config.toml where the base lies in the run folder, which may move
 OWN_FILES = ("config.toml", "manifest.json", "metrics.jsonl", "data_report.json", "environment.json", "run-status.json")
 
 
@@ -70,6 +67,11 @@ class RunFolder:
     def base(self) -> Path:
         """adapter_mode "original": the base with the parent adapter merged in."""
         return self.path / "base"
+
+    @property
+    def base_record(self) -> Path:
+        """Which adapter was merged into that base."""
+        return self.base / "lowlevel_base.json"
 
     @property
     def trace(self) -> Path:
@@ -105,8 +107,11 @@ class RunFolder:
                 path.unlink()
 
     def write_config(self, config: RunConfig) -> None:
-        """The resolved configuration."""
-        write_text(self.path / "config.toml", tomli_w.dumps(to_tables(config)))
+        """The resolved configuration; a base inside this folder by its place in it."""
+        tables = to_tables(config)
+        if Path(config.model.name) == self.base:
+            tables["model"]["name"] = OWN_BASE
+        write_text(self.path / "config.toml", tomli_w.dumps(tables))
 
     def read_config(self) -> RunConfig:
         """The configuration that the run resolved.
@@ -121,7 +126,13 @@ class RunFolder:
             raise ConfigError(f"{self.path} is not a run folder (config.toml is missing)") from None
         except (ValueError, OSError) as error:
             raise ConfigError(f"{file} cannot be read: {error}") from None
-        return config_from_tables(tables, str(file))
+        return self.resolved(config_from_tables(tables, str(file)))
+
+    def resolved(self, config: RunConfig) -> RunConfig:
+        """A configuration from this folder's config.toml, whose base is found from every working folder."""
+        if config.model.name != OWN_BASE or not self.base_record.exists():
+            return config
+        return config.model_copy(update={"model": config.model.model_copy(update={"name": str(self.base)})})
 
     def read_manifest(self) -> dict[str, Any]:
         """manifest.json.
@@ -135,35 +146,118 @@ class RunFolder:
             raise CheckpointError(f"{self.path / 'manifest.json'} cannot be read: {error}") from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Logged records, oldest first; a last line without its end, which a power cut leaves, is not one."""
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """Logged records, oldest first; a last line without its end, which a power cut leaves, is not one.
+
+        Raises:
+            CheckpointError: a line that is no record.
+        """
+        records = [(number, _record(line)) for number, line in self._metrics_lines()]
+        for number, record in records:
+            if record is None:
+                raise CheckpointError(f"{self.metrics}:{number}: not a record; --resume drops it")
+        return [record for _, record in records if record is not None]
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add a line: all of it or, where the disk refuses, nothing."""
+        line = (json.dumps(record) + "\n").encode()
+        with open(self.metrics, "ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except BaseException as error:
+                file.truncate(before)
+                if isinstance(error, OSError):
+                    error.filename = str(self.metrics)
+                raise
+
+    def sync_metrics(self) -> None:
+        """Have all lines on disk: a checkpoint must not outlive the lines of the steps before it."""
+        if self.metrics.exists():
+            sync(self.metrics)
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget lines of steps that a resumed run will take again."""
-        kept = [json.dumps(record) for record in self.read_metrics() if record["step"] <= step]
+        """Forget lines of steps that a resumed run will take again, and what a power cut left instead of lines."""
+        records = [_record(line) for _, line in self._metrics_lines()]
+        kept = [json.dumps(record) for record in records if record is not None and record["step"] <= step]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def _metrics_lines(self) -> list[tuple[int, bytes]]:
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        return [(number, line) for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
 
     def drop_failure(self) -> None:
         """Forget the report of a failure that this start may not meet again."""
         shutil.rmtree(self.failure, ignore_errors=True)
 
-    def write_end(self, state: str, error: LowlevelError) -> None:
-        """The status of a run that an error ended; nothing where it ended before it had written anything."""
-        if self.holds_run():
-            self.write_status(state, exit_code=error.exit_code, error=str(error))
+    def read_state(self) -> str | None:
+        """The state in run-status.json; None where there is none to be read."""
+        try:
+            return str(json.loads((self.path / "run-status.json").read_text(encoding="utf-8"))["state"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
-    def write_status(
-        self, state: str, step: int | None = None, *, exit_code: int | None = None, error: str | None = None
+    def write_end(self, state: str, exit_code: int, error: str) -> None:
+        """The status of a run that an error ended, with the newest good checkpoint.
+
+        Nothing where it ended before it had written anything; and what ended it must not be hidden by a disk that has
+        no room for the status either.
+        """
+        with suppress(OSError):
+            if self.holds_run():
+                good = next((path for path in checkpoints(self.path) if _is_good(path)), None)
+                step = int(good.name.removeprefix("step-")) if good else 0
+                self._write_status(state, step, good, exit_code, error)
+
+    def write_status(self, state: str, step: int, *, exit_code: int | None = None) -> None:
+        """run-status.json: running or finished, after `step` steps, with the newest checkpoint."""
+        self._write_status(state, step, next(iter(checkpoints(self.path)), None), exit_code, None)
+
+    def _write_status(
+        self, state: str, step: int, checkpoint: Path | None, exit_code: int | None, error: str | None
     ) -> None:
-        """run-status.json: running, finished, preempted or failed; without `step`, that of the newest checkpoint."""
-        newest = next((path.name for path in checkpoints(self.path)), None)
-        if step is None:
-            step = int(newest.removeprefix("step-")) if newest else 0
-        status = {"state": state, "step": step, "checkpoint": newest, "exit": exit_code, "error": error}
+        name = checkpoint.name if checkpoint else None
+        status = {"state": state, "step": step, "checkpoint": name, "exit": exit_code, "error": error}
         write_json(self.path / "run-status.json", status)
+
+    def write_folder(self, target: Path, write: Callable[[Path], None]) -> None:
+        """Let `write` fill a folder, and have it take the place of `target`: all of it or nothing.
+
+        A process killed in between leaves the old folder, the new one, or none; never a part.
+        """
+        temporary, old = self.path / f".tmp-{target.name}-{os.getpid()}", self.path / f".del-{target.name}"
+        try:
+            temporary.mkdir()
+            write(temporary)
+            settle(temporary)
+            if target.exists():
+                os.rename(target, old)
+            os.rename(temporary, target)
+            sync(self.path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if old.exists():
+            shutil.rmtree(old)
+
+
+def _is_good(checkpoint: Path) -> bool:
+    try:
+        verify(checkpoint)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line's record; None where it is none."""
+    try:
+        record = json.loads(line)
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def environment(device: dict[str, Any]) -> dict[str, Any]:
@@ -176,27 +270,3 @@ def environment(device: dict[str, Any]) -> dict[str, Any]:
         "order_version": ORDER_VERSION,
         **device,
     }
-
-
-def refuse_changes(config: RunConfig, folder: RunFolder) -> None:
-    """A resumed run must be the run that was started.
-
-    Raises:
-        ConfigError: naming each setting that differs.
-    """
-    saved, now = _flatten(to_tables(folder.read_config())), _flatten(to_tables(config))
-    changed = [
-        key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key) and key not in FREE_KEYS
-    ]
-    if changed:
-        lines = [f"{key}: {saved.get(key)!r} (run) != {now.get(key)!r} (now)" for key in changed]
-        raise ConfigError(f"{folder.path}: cannot resume with other settings\n  " + "\n  ".join(lines))
-
-
-def _flatten(tables: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for section, value in tables.items():
-        flat.update(
-            {f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {section: value}
-        )
-    return flat

@@ -5,6 +5,7 @@ No generator state is among them: data order and dropout are pure functions of t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lowlevel.checkpoint import save_checkpoint
 from lowlevel.config import RunConfig
-from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.errors import CheckpointError
 from lowlevel.metrics import TrainState
 from lowlevel.model.adapters import WEIGHTS, load_adapter_weights, read_adapter_weights, save_adapter
 from lowlevel.model.policy import TRAINED, Policy
@@ -26,9 +27,10 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     config: RunConfig,
-    manifest: dict[str, Any],
+    origin: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint of everything that training changes, and `manifest` beside it.
+    """Write a checkpoint of everything that training changes, and of what it stands on: `origin` ("identity" and
+    "versions") goes into the manifest.
 
     Raises:
         CheckpointError: weights that are not finite, or a disk that refuses.
@@ -43,22 +45,21 @@ def save_state(
         save_adapter(policy.model, TRAINED, target, config.model.name)
         save_file(optimizer_tensors(optimizer), target / "optimizer.safetensors")
 
-    payload = {"state": state.to_json(), "identity": manifest}
+    payload = {"state": state.to_json(), **origin}
     save_checkpoint(run_dir, state.step, write_files, payload, keep=config.train.save_total_limit)
 
 
 def restore_state(
-    policy: Policy, optimizer: torch.optim.Optimizer, path: Path, payload: dict[str, Any], manifest: dict[str, Any]
+    policy: Policy, optimizer: torch.optim.Optimizer, path: Path, payload: Mapping[str, Any]
 ) -> TrainState:
     """Load weights and optimizer state from a verified checkpoint, and return its counters.
 
     Raises:
-        ConfigError: the checkpoint stands on another base, adapter or data than `manifest` says.
-        CheckpointError: tensors that do not fit.
+        CheckpointError: tensors or counters that do not fit.
     """
-    changed = [key for key in manifest if key != "attention" and payload["identity"].get(key) != manifest[key]]
-    if changed:
-        raise ConfigError(f"{path}: cannot resume, these differ from the checkpoint: {', '.join(changed)}")
     load_adapter_weights(policy.model, TRAINED, read_adapter_weights(path), str(path / WEIGHTS))
     load_optimizer_tensors(optimizer, policy.flat.weights, load_file(path / "optimizer.safetensors"))
-    return TrainState.from_json(payload["state"])
+    try:
+        return TrainState.from_json(payload["state"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its counters are those of another version: {error}") from None

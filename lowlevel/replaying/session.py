@@ -141,7 +141,7 @@ def open_session(run_dir: Path, step: int, note: Note, *, start: int | None = No
     found = choose_start(folder, step, note, start)
     if found:
         try:
-            state = restore_state(policy, optimizer, *found, {})
+            state = restore_state(policy, optimizer, *found)
         except OSError as error:  # a run that goes on deletes old checkpoints
             raise CheckpointError(f"{found[0]} went away while it was read ({error.strerror}); try again") from None
         _check_identity(folder, manifest, found[1]["identity"])

@@ -34,7 +34,8 @@ DPO_KEYS = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "acc
     f"logps/{name}" for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")
 ]
 RUN_FILES = {"config.toml", "environment.json", "data_report.json", "manifest.json", "metrics.jsonl", "run-status.json",
-             "run.lock", "summary.json", "loss.png", "adapter", "step-00000003", "step-00000006"}  # fmt: skip
+             "run.lock", "summary.json", "loss.png", "data_rows.safetensors", "adapter",
+             "step-00000003", "step-00000006"}  # fmt: skip
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",

@@ -1,10 +1,13 @@
 """Checkpoints against damage, full disks and second writers."""
 
 import errno
+import hashlib
 import json
+import math
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -190,7 +193,142 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     verify(path)
 
 
-def fail_with(error: OSError):
+class Killed(BaseException):
+    """A kill: nothing of the program runs after it."""
+
+
+CALLS = ("mkdir", "open", "fsync", "rename", "unlink", "rmdir")
+
+
+def kill_before(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Every file operation from the `number`-th on fails as if the process were gone, those of cleaning up too."""
+    count = 0
+
+    def counted(original):
+        def call(*arguments, **keywords):
+            nonlocal count
+            count += 1
+            if count > number:
+                raise Killed
+            return original(*arguments, **keywords)
+
+        return call
+
+    for name in CALLS:
+        patch.setattr(os, name, counted(getattr(os, name)))
+
+
+def good(folder: Path) -> set[str]:
+    """Names of the checkpoints that verify."""
+    found = set()
+    for path in checkpoints(folder):
+        try:
+            verify(path)
+            found.add(path.name)
+        except CheckpointError:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["a step again", "a new step"])
+def test_a_kill_at_every_point_of_a_save_loses_no_checkpoint(tmp_path, step):
+    """Between any two file operations of a save, the older one's retirement included, and again at the start after."""
+    kills = 0
+    while True:
+        folder = tmp_path / str(kills)
+        save(folder, 1)
+        save(folder, 2)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                kill_before(patch, kills)
+                save(folder, step, keep=2)
+        except Killed:
+            pass
+        else:
+            break
+        remove_litter(folder)
+        assert len(good(folder)) >= 2 and "step-00000002" in good(folder), f"killed before operation {kills + 1}"
+        assert not [name for name in names(folder) if name.startswith(".")]
+        kills += 1
+    assert kills > 15
+    assert good(folder) == ({"step-00000001", "step-00000002"} if step == 2 else {"step-00000002", "step-00000003"})
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt])
+def test_a_save_that_is_interrupted_leaves_no_part(tmp_path, end):
+    old = save(tmp_path, 1)
+    with pytest.raises(end):
+        save_checkpoint(tmp_path, 2, fail_with(end()), PAYLOAD, keep=1)
+    assert names(tmp_path) == [old.name]
+
+
+def test_a_disk_that_cannot_promise_the_move_has_saved_nothing(tmp_path, monkeypatch):
+    """The folder's own fsync, after the rename: what was there for this step is there again."""
+    old = save(tmp_path, 1)
+    before = {path: path.read_bytes() for path in old.iterdir()}
+    original = os.fsync
+    folder_id = tmp_path.stat().st_ino
+
+    def fail(descriptor):
+        if os.fstat(descriptor).st_ino == folder_id:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(descriptor)
+
+    for step in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(CheckpointError, match="not saved: Input/output error"):
+                save(tmp_path, step, keep=1)
+        assert names(tmp_path) == [old.name]
+        assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_save_needs_a_fifth_more_room_than_the_newest_checkpoint(tmp_path, monkeypatch):
+    old = save(tmp_path, 1)
+    size = sum(path.stat().st_size for path in old.iterdir())
+    usage = type(shutil.disk_usage(tmp_path))
+    needed = math.ceil(1.2 * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - needed + 1, needed - 1))
+    with pytest.raises(CheckpointError) as caught:
+        save_checkpoint(tmp_path, 2, pytest.fail, PAYLOAD, keep=1)
+    assert str(caught.value) == (
+        f"{tmp_path / 'step-00000002'}: not saved: No space left on device ({needed:,} bytes needed, {needed - 1:,} "
+        "bytes free); the last good checkpoint is step-00000001"
+    )
+    assert names(tmp_path) == [old.name]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - needed, needed))
+    save(tmp_path, 2)
+
+
+def test_the_last_good_one_is_named_not_the_newest(tmp_path):
+    save(tmp_path, 1)
+    flip(save(tmp_path, 2) / "adapter_config.json", 3)
+    error = OSError(errno.EIO, os.strerror(errno.EIO))
+    with pytest.raises(CheckpointError, match="the last good checkpoint is step-00000001$"):
+        save_checkpoint(tmp_path, 3, fail_with(error), PAYLOAD, keep=1)
+    with pytest.raises(CheckpointError, match="there is no checkpoint before it$"):
+        (tmp_path / "other").mkdir()
+        save_checkpoint(tmp_path / "other", 3, fail_with(error), PAYLOAD, keep=1)
+
+
+def test_a_checkpoint_under_another_step_is_refused(tmp_path):
+    save(tmp_path, 1).rename(tmp_path / "step-00000007")
+    with pytest.raises(CheckpointError, match="holds step 1"):
+        verify(tmp_path / "step-00000007")
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    path = save(tmp_path, 1)
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path / FILES[0]))
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors cannot be read: Input/output error"):
+        verify(path)
+
+
+def fail_with(error: BaseException):
     def write(folder: Path) -> None:
         (folder / "adapter_config.json").write_text("{}")
         raise error

@@ -9,7 +9,7 @@ import lowlevel
 
 ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
-    ("__init__", "config", "contradictions", "errors"),
+    ("__init__", "config", "contradictions", "errors", "interrupts"),
     ("losses/", "layout", "spans", "attention", "hashing", "dropout", "order", "loss_scale", "prefetch"),
     ("data/", "demo/", "kernels/"),
     (
@@ -21,6 +21,9 @@ LAYERS = (
         "plots",
         "progress",
         "run_folder",
+        "row_digests",
+        "resuming",
+        "endings",
         "training_state",
     ),  # fmt: skip
     ("sft", "dpo", "execution", "reference_cache"),
@@ -28,6 +31,7 @@ LAYERS = (
     (
         "assembly",
         "run",
+        "run_record",
         "observer",
         "inspection/",
         "reporting/",

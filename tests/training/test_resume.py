@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from lowlevel.checkpoint import checkpoints, verify
 from lowlevel.cli import main
 from lowlevel.config import load_config
-from lowlevel.errors import ConfigError, InterruptedRunError
+from lowlevel.errors import ConfigError, DataError, InterruptedRunError
 from lowlevel.order import ORDER_VERSION
 from lowlevel.run import RunObserver, run_training
 
@@ -329,16 +329,16 @@ def test_other_data_weights_or_parents_are_refused(outcome, workspace, tmp_path)
     config = write_config(run, CASES[3], places)
     shutil.copy(config, run / "config.toml")  # as if it had always named these files
 
-    def refused(what):
-        with pytest.raises(ConfigError, match=f"cannot resume, these differ from the checkpoint: {what}"):
+    def refused(kind, what):
+        with pytest.raises(kind, match=what):
             run_training(load_config(config), QUIET, resume=True)
 
     run_training(load_config(config), QUIET, resume=True)
     (tmp_path / "dpo.jsonl").write_text(rows.replace("number 3", "number 4", 1))
-    refused("data_sha256")
+    refused(DataError, r"cannot resume: train rows differ: row 3 differs \(dpo.jsonl:4\)$")
     (tmp_path / "dpo.jsonl").write_text(rows)
     helpers.save_random_adapter(workspace["base"], tmp_path / "parent", seed=6)
-    refused("parent_adapter")
+    refused(ConfigError, r"\n  parent_adapter: '\w{64}' \(checkpoint\) != '\w{64}' \(now\)$")
 
 
 def test_a_run_is_not_overwritten_by_accident(outcome, workspace, tmp_path, capsys):

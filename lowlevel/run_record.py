@@ -1,0 +1,114 @@
+"""What a run says and writes before its first step and after its last."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lowlevel.assembly import Inputs
+from lowlevel.checkpoint import write_json
+from lowlevel.config import RunConfig
+from lowlevel.method import Method
+from lowlevel.metrics import TrainState
+from lowlevel.model.adapters import save_adapter
+from lowlevel.model.merging import write_stacked_adapter
+from lowlevel.model.policy import TRAINED, Policy
+from lowlevel.order import DataOrder
+from lowlevel.plots import plot_loss
+from lowlevel.row_digests import write_row_digests
+from lowlevel.run_folder import RunFolder, environment
+
+
+def write_start(folder: RunFolder, config: RunConfig, inputs: Inputs, identity: dict[str, Any], step: int) -> None:
+    """Write the files that say what a run is: before its first step, and where --allow-change made it another one."""
+    device: dict[str, Any] = {"device": "cpu", "precision": inputs.placement.precision}
+    if inputs.placement.device.type == "cuda":
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        device |= {"device": torch.cuda.get_device_name(), "compute_capability": capability, "cuda": torch.version.cuda}
+    folder.write_config(config)
+    write_json(folder.path / "environment.json", environment(device))
+    write_json(folder.path / "data_report.json", inputs.data.report.to_json())
+    write_row_digests(folder.path, inputs.data)
+    write_json(folder.path / "manifest.json", identity)
+    if inputs.parent:
+        _copy_adapter(folder, inputs.parent)
+    folder.write_status("running", step)
+
+
+def _copy_adapter(folder: RunFolder, source: Path) -> None:
+    files = [path for path in sorted(source.iterdir()) if path.name.startswith("adapter_") and path.is_file()]
+
+    def write(target: Path) -> None:
+        for path in files:
+            shutil.copyfile(path, target / path.name)
+
+    folder.write_folder(folder.parent, write)
+
+
+def announce(
+    console: Console,
+    config: RunConfig,
+    inputs: Inputs,
+    policy: Policy,
+    method: Method,
+    total_steps: int,
+    order: DataOrder,
+) -> None:
+    """Print what is about to be trained, on what."""
+    train_config, placement = config.train, inputs.placement
+    device = torch.cuda.get_device_name() if placement.device.type == "cuda" else "CPU"
+    batch, accumulation = train_config.per_device_train_batch_size, train_config.gradient_accumulation_steps
+    p = config.lora.lora_dropout
+    off = config.method == "dpo" and config.dpo.disable_dropout
+    base = f"4-bit {config.model.bnb_4bit_quant_type}" if config.model.load_in_4bit else "unquantised"
+    dropout = "off (dpo.disable_dropout)" if off else f"{p:g}"
+    console.print(
+        f"{config.method}: {config.model.name}, {base} base, {placement.precision} on {device}\n"
+        f"  attention  {inputs.attention.reason}\n"
+        f"  adapter    {policy.flat.weights.numel():,} trainable parameters, dropout {dropout}\n"
+        f"  data       {order.num_rows:,} examples, {total_steps:,} steps of {batch} x {accumulation}",
+        markup=False,
+    )
+    if config.method == "dpo":
+        reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
+        console.print(f"  reference  {reference}; loss {config.dpo.loss_type}, beta {config.dpo.beta:g}", markup=False)
+
+
+def write_finish(
+    folder: RunFolder, config: RunConfig, policy: Policy, state: TrainState, order: DataOrder, console: Console
+) -> dict[str, Any]:
+    """Write the trained adapter, summary, curve and status of a run that has taken its steps; return the summary."""
+    folder.write_folder(folder.adapter, lambda to: save_adapter(policy.model, TRAINED, to, config.model.name))
+    if folder.parent.exists():
+        folder.write_folder(folder.stacked, lambda to: write_stacked_adapter(folder.parent, folder.adapter, to))
+    summary = {
+        "train_runtime": state.seconds,
+        "train_samples_per_second": state.examples / state.seconds,
+        "train_steps_per_second": state.step / state.seconds,
+        "train_loss": state.total.means()["loss"],
+        "epoch": state.step / order.steps_per_epoch,
+        "num_tokens": state.num_tokens,
+        "skipped_steps": state.loss_scale.skipped_steps,
+    }
+    write_json(folder.path / "summary.json", summary)
+    _write_curve(folder, f"{config.method}: {folder.path.name}")
+    folder.write_status("finished", state.step, exit_code=0)
+    shown = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "epoch")
+    console.print("{" + ", ".join(f"'{key}': {summary[key]:.4f}" for key in shown) + "}")
+    console.print(f"adapter saved to {folder.adapter}", markup=False)
+    return summary
+
+
+def _write_curve(folder: RunFolder, title: str) -> None:
+    temporary = folder.path / f".tmp-{os.getpid()}-loss.png"
+    try:
+        plot_loss(folder.read_metrics(), temporary, title=title)
+        os.replace(temporary, folder.path / "loss.png")
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
