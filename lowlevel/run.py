@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from lowlevel.prefetch import Prefetched
 from lowlevel.progress import TrainingProgress
 from lowlevel.reference_cache import CachedReference, reference_identity, with_blanks, with_content
 from lowlevel.rehearsal import largest_batch, rehearse
-from lowlevel.resuming import Difference, check_differences, differences, record_changes, versions
+from lowlevel.resuming import check_differences, differences, record_changes, versions
 from lowlevel.run_folder import RunFolder
 from lowlevel.run_record import announce, write_finish, write_start
 from lowlevel.tracing import Tracer, drop_after
@@ -87,7 +87,7 @@ def run_training(
                 config, inputs = with_merged_base(config, inputs, folder)
             found = _checkpoint(folder, console, allow_change) if resume else None
             try:
-                return _train_in(folder, config, inputs, console, found, allow_change, interrupts)
+                return _train_in(folder, _build(config, inputs), console, found, allow_change, interrupts)
             except torch.cuda.OutOfMemoryError:
                 raise OutOfMemoryError(_out_of_memory(config)) from None
 
@@ -127,115 +127,114 @@ def _out_of_memory(config: RunConfig) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Job:
+    """The parts of a run. `origin` is what its checkpoints say of where they come from."""
+
+    config: RunConfig
+    inputs: Inputs
+    method: Method
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    order: DataOrder
+    total_steps: int
+    origin: dict[str, dict[str, Any]]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Base, adapters, data and reference by hash."""
+        return self.origin["identity"]
+
+
+def _build(config: RunConfig, inputs: Inputs) -> Job:
+    """Load the model and put everything together."""
+    rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    order = DataOrder(len(inputs.data.train), rows_per_step, config.train.seed, config.train.data_order == "shuffled")
+    total_steps = config.train.max_steps or math.ceil(order.steps_per_epoch * config.train.num_train_epochs - 1e-9)
+    policy = build_run_policy(config, inputs)
+    optimizer = build_optimizer(policy.flat.weights, config.train)
+    origin = {"identity": identity(config, inputs, policy), "versions": versions(inputs.placement)}
+    return Job(config, inputs, build_method(config, inputs.attention), policy, optimizer, order, total_steps, origin)
+
+
+def _begin(
+    folder: RunFolder,
+    job: Job,
+    found: tuple[Path, dict[str, Any]] | None,
+    allow_change: Sequence[str],
+    console: Console,
+) -> TrainState:
+    """The state of a new run, or of the checkpoint `found`; the folder says which.
+
+    Raises:
+        ConfigError, DataError: the run is not the checkpoint's, and that was not allowed.
+    """
+    if found is None:
+        write_start(folder, job.config, job.inputs, job.manifest, 0)
+        _drop_later(folder, -1)  # of a run that ended before its first checkpoint
+        return TrainState(LossScale.for_precision(job.inputs.placement.precision))
+    changes = differences(folder.read_config(), found[1], job.config, job.manifest, job.origin["versions"])
+    check_differences(changes, allow_change, folder, job.inputs.data)
+    state = restore_state(job.policy, job.optimizer, *found)
+    for change in changes:
+        console.print(f"allowed: {change}", markup=False)
+    record_changes(folder, state.step, changes)
+    if changes:
+        write_start(folder, job.config, job.inputs, job.manifest, state.step)
+    else:
+        folder.write_status("running", state.step)
+    _drop_later(folder, state.step)
+    console.print(f"resumed from {found[0].name}")
+    return state
+
+
 def _train_in(
     folder: RunFolder,
-    config: RunConfig,
-    inputs: Inputs,
+    job: Job,
     console: Console,
     found: tuple[Path, dict[str, Any]] | None,
     allow_change: Sequence[str],
     interrupts: Interrupts,
 ) -> dict[str, Any]:
-    examples, method = inputs.data.train, build_method(config, inputs.attention)
-    rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
-    order = DataOrder(len(examples), rows_per_step, config.train.seed, config.train.data_order == "shuffled")
-    total_steps = config.train.max_steps or math.ceil(order.steps_per_epoch * config.train.num_train_epochs - 1e-9)
-    policy = build_run_policy(config, inputs)
-    optimizer = build_optimizer(policy.flat.weights, config.train)
-    manifest = identity(config, inputs, policy)
-    origin = {"identity": manifest, "versions": versions(inputs.placement)}
-    if found:
-        changes = _allowed_changes(folder, found[1], config, inputs, origin, allow_change)
-        state = restore_state(policy, optimizer, *found)
-        _go_on(folder, config, inputs, manifest, changes, state.step, console)
-        console.print(f"resumed from {found[0].name}")
-    else:
-        state = TrainState(LossScale.for_precision(inputs.placement.precision))
-        write_start(folder, config, inputs, manifest, 0)
-    _drop_later(folder, state.step if found else -1)  # -1: of a run that ended before its first checkpoint
+    config, policy, method, order = job.config, job.policy, job.method, job.order
+    state = _begin(folder, job, found, allow_change, console)
     if config.train.dequantize_once:
         dequantize_once(policy)
-    announce(console, config, inputs, policy, method, total_steps, order)
-
-    execution, cached = _execution(policy, method, config, inputs, manifest, console)
+    announce(console, config, job.inputs, policy, method, job.total_steps, order)
+    execution, cached = _execution(job, console)
+    examples = job.inputs.data.train
     lay_out = with_content(method.micro_batches) if cached else method.micro_batches
-    batches = Prefetched(lambda step: lay_out([examples[i] for i in order.step_rows(step)]), total_steps)
-
+    batches = Prefetched(lambda step: lay_out([examples[i] for i in order.step_rows(step)]), job.total_steps)
     tracer = Tracer(config, policy, method, folder.trace) if config.trace.every or config.trace.steps else None
 
     def write_checkpoint(state: TrainState) -> None:
         if tracer:
             tracer.flush()
-        save_state(folder.path, policy, optimizer, state, config, origin)
+        save_state(folder.path, policy, job.optimizer, state, config, job.origin)
         if cached:
             cached.flush()
 
-    if inputs.placement.device.type == "cuda":
-        largest = largest_batch(method, examples, rows_per_step)
+    if job.inputs.placement.device.type == "cuda":
+        largest = largest_batch(method, examples, order.rows_per_step)
         largest = with_blanks(largest) if cached else largest
-        write_json(folder.path / "memory.json", rehearse(policy, method, execution, optimizer, largest))
-    held_out = evaluation_batches(method, config, inputs)
+        write_json(folder.path / "memory.json", rehearse(policy, method, execution, job.optimizer, largest))
+    held_out = evaluation_batches(method, config, job.inputs)
     evaluate = (lambda: evaluate_examples(policy, method, held_out, prefix="eval_")) if held_out else None
-    with TrainingProgress(console, config.method, total_steps, state.step) as bar:
+    with TrainingProgress(console, config.method, job.total_steps, state.step) as bar:
         observer = RunObserver(folder, bar, write_checkpoint, interrupts)
-        explained = explaining(policy, method, folder.path)
-        with explained, cached or nullcontext(), tracer or nullcontext():
+        with explaining(policy, method, folder.path), cached or nullcontext(), tracer or nullcontext():
             if evaluate and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **evaluate()})
             with interrupts.deferred():
-                train(
-                    policy,
-                    method,
-                    optimizer,
-                    state,
-                    batches,
-                    evaluate,
-                    observer,
-                    config.train,
-                    total_steps=total_steps,
-                    steps_per_epoch=order.steps_per_epoch,
-                    execution=cached or execution,
-                    tracer=tracer,
-                )
-    if interrupts.signum and state.step < total_steps:
+                train(policy, method, job.optimizer, state, batches, evaluate, observer, config.train,
+                      total_steps=job.total_steps, steps_per_epoch=order.steps_per_epoch,
+                      execution=cached or execution, tracer=tracer)  # fmt: skip
+    if interrupts.signum and state.step < job.total_steps:
         raise InterruptedRunError(
-            f"stopped at step {state.step} of {total_steps} and saved; go on with --resume", interrupts.signum
+            f"stopped at step {state.step} of {job.total_steps} and saved; go on with --resume", interrupts.signum
         )
     with interrupts.deferred():
         return write_finish(folder, config, policy, state, order, console)
-
-
-def _allowed_changes(
-    folder: RunFolder,
-    payload: dict[str, Any],
-    config: RunConfig,
-    inputs: Inputs,
-    origin: dict[str, dict[str, Any]],
-    allow_change: Sequence[str],
-) -> list[Difference]:
-    """Raises ConfigError or DataError where the run is not the checkpoint's and that was not allowed."""
-    changes = differences(folder.read_config(), payload, config, origin["identity"], origin["versions"])
-    check_differences(changes, allow_change, folder, inputs.data)
-    return changes
-
-
-def _go_on(
-    folder: RunFolder,
-    config: RunConfig,
-    inputs: Inputs,
-    manifest: dict[str, Any],
-    changes: list[Difference],
-    step: int,
-    console: Console,
-) -> None:
-    """Have the folder say that the run goes on, and as what."""
-    for change in changes:
-        console.print(f"allowed: {change}", markup=False)
-    record_changes(folder, step, changes)
-    if changes:
-        write_start(folder, config, inputs, manifest, step)
-    else:
-        folder.write_status("running", step)
 
 
 def _drop_later(folder: RunFolder, step: int) -> None:
@@ -245,16 +244,15 @@ def _drop_later(folder: RunFolder, step: int) -> None:
     folder.drop_failure()
 
 
-def _execution(
-    policy: Policy, method: Method, config: RunConfig, inputs: Inputs, manifest: dict[str, Any], console: Console
-) -> tuple[WithFallback, CachedReference | None]:
+def _execution(job: Job, console: Console) -> tuple[WithFallback, CachedReference | None]:
     """How micro-steps run, and the same behind a cache of reference numbers, if there is one."""
-    execution = WithFallback(policy, method, choose_execution(config, inputs), console.print)
-    if config.dpo.reference_cache is None:
+    mode = choose_execution(job.config, job.inputs)
+    execution = WithFallback(job.policy, job.method, mode, console.print)
+    if job.config.dpo.reference_cache is None:
         return execution, None
-    reference = reference_identity(policy, manifest["base"]["sha256"], manifest["parent_adapter"])
-    folder = Path(config.dpo.reference_cache)
-    return execution, CachedReference(execution, policy, folder, reference, console.print)
+    reference = reference_identity(job.policy, job.manifest["base"]["sha256"], job.manifest["parent_adapter"])
+    folder = Path(job.config.dpo.reference_cache)
+    return execution, CachedReference(execution, job.policy, folder, reference, console.print)
 
 
 def evaluation_batches(method: Method, config: RunConfig, inputs: Inputs) -> list[PackedBatch]:
