@@ -38,14 +38,18 @@ def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
     placement = Placement(torch.device("cuda"), precision)
     shape = model_shape(load_model_config(config.model), config.lora.target_modules)
     asked = default_plan(shape, config)
-    best = best_plan(shape, config, placement, size)
-    plans = {"as configured": asked, f"fastest in {text}": best}
+    plans = {"as configured": asked}
+    if config.data.packing:
+        plans[f"fastest in {text}"] = best_plan(shape, config, placement, size)
     forecasts = {name: forecast(shape, config, plan, placement) for name, plan in plans.items()}
     console.print(_plan_table(shape, config, plans, forecasts))
     paged = forecasts["as configured"].paged
     console.print(f"optimizer state: {paged / MIB:,.0f} MiB more, paged (outside the allocator's peak)")
+    if not config.data.packing:
+        console.print("data.packing = false: rows of one example each; a plan for a budget needs data.packing = true")
+        return
     console.print(f"to use it: --train.memory_budget {text}, or in \\[train]:")
-    for line in _settings(best):
+    for line in _settings(plans[f"fastest in {text}"]):
         console.print(f"  {line}", markup=False, highlight=False)
 
 

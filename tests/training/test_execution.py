@@ -223,9 +223,14 @@ def test_a_failure_of_the_eager_mode_is_an_error(tiny_base):
     policy = helpers.make_policy(tiny_base, attention=SPANS)
     method, examples = methods(SHAPE)["sft"]
     execution = WithFallback(policy, method, "eager", pytest.fail)
-    broken = replace(method.micro_batches(examples)[0], longest=None, span_queries=None)
-    with pytest.raises(Exception, match="."):
-        execution.run(broken, 1.0, 1, 0)
+
+    class Broken:
+        def run(self, *arguments):
+            raise RuntimeError("the model itself is wrong")
+
+    execution.execution = Broken()
+    with pytest.raises(RuntimeError, match="the model itself is wrong"):
+        execution.run(method.micro_batches(examples)[0], 1.0, 1, 0)
 
 
 def test_rows_of_pairs_need_no_listed_keys():

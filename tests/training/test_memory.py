@@ -1,5 +1,6 @@
 """Forecast, plans, the rehearsal's batch and its list of components; the figures of an H100 are in it as measured."""
 
+import io
 import json
 import threading
 import time
@@ -180,6 +181,15 @@ def test_the_plan_command(tmp_path, capsys):
     assert "micro_batch_positions = 2048" in said and "dequantize_once = false" in said
     with pytest.raises(ConfigError, match="--budget: expected a size like .15GiB. or .800MiB., got 'much'"):
         show_plan(config, console, "much")
+
+
+def test_a_plan_without_packing_forecasts_what_is_configured_and_says_what_a_budget_needs(tmp_path):
+    model = ModelConfig(name=write_config(tmp_path / "model"))
+    config = run_config().model_copy(update={"model": model, "data": DataConfig(packing=False)})
+    console = Console(file=io.StringIO(), width=100)
+    show_plan(config, console, "2GB")
+    said = console.file.getvalue()
+    assert "as configured" in said and "fastest" not in said and "needs data.packing = true" in said
 
 
 def test_the_memory_command(tmp_path, capsys):
