@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lowlevel.errors import ConfigError, DataError
+from lowlevel.errors import ConfigError, DataError, one_line
 
 Message = Mapping[str, str]
 Span = tuple[int, int]
@@ -129,8 +129,3 @@ def with_end_of_turn(template: ChatTemplate, special_tokens: Sequence[str]) -> C
     if not ends:
         return template
     return replace(template, end_of_turn=ends[max(ends)], after_turn=tail[max(ends) :])
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

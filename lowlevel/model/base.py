@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowlevel.config import ModelConfig
-from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.errors import CheckpointError, ConfigError, one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -77,7 +77,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     try:
         loaded = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name {config.name!r} cannot be read: {_first_line(error)}") from None
+        raise ConfigError(f"model.name {config.name!r} cannot be read: {one_line(error)}") from None
     settings = loaded.to_dict()
     transforms = [key for key in OUTPUT_TRANSFORMS if settings.get(key) not in (None, 1, 1.0)]
     if transforms:
@@ -135,7 +135,7 @@ def load_base(
             **quantisation,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"base {config.name!r} cannot be loaded: {_first_line(error)}") from None
+        raise CheckpointError(f"base {config.name!r} cannot be loaded: {one_line(error)}") from None
     model, info = loaded
     _check_loading(config.name, info)
     _check_quantised_shapes(config.name, model)
@@ -211,7 +211,3 @@ def _check_quantised_shapes(name: str, model: nn.Module) -> None:
                 raise CheckpointError(
                     f"base {name!r}: 1 tensors of another shape: {module_name}.weight {found}, not {expected}"
                 )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -9,7 +9,7 @@ import lowlevel
 
 ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
-    ("__init__", "config", "contradictions", "errors"),
+    ("__init__", "config", "contradictions", "errors", "redaction"),
     ("losses/", "layout", "spans", "attention", "hashing", "dropout", "order", "loss_scale", "prefetch"),
     ("data/", "demo/", "kernels/"),
     (
