@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lowlevel.data.sources import Row, kind_of
-from lowlevel.errors import DataError, quoted
+from lowlevel.errors import DataError, printable, quoted
+from lowlevel.redaction import redact
 
 ROLES = ("system", "user", "assistant", "tool")
 TextMessage = dict[str, str]
@@ -36,8 +37,8 @@ class BadRow(Exception):  # noqa: N818 - a verdict on a row, never seen by a use
     """A row that cannot be used; `reason` is the kind it is counted under."""
 
     def __init__(self, reason: str, message: str) -> None:
-        """Both the kind and the line that a person reads."""
-        super().__init__(message)
+        """Both the kind and the line that a person reads, which data_report.json keeps: no secrets in it."""
+        super().__init__(redact(printable(message)))
         self.reason = reason
 
 
@@ -98,7 +99,7 @@ def _conversation(row: Row) -> Normalised:
 def _normalised(row: Row, messages: list[TextMessage], completions: Completions, ignored: set[str]) -> Normalised:
     first_reply = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     prompt = messages if completions else messages[:first_reply]
-    warnings = [f'message key "{quoted(key)}" ignored' for key in sorted(ignored)]
+    warnings = [f'message key "{quoted(redact(printable(key)))}" ignored' for key in sorted(ignored)]
     spoken = [m["role"] for m in messages if m["role"] in ("user", "assistant")] + ["assistant"] * bool(completions)
     late_system = any(m["role"] == "system" for m in messages[1:])
     if late_system or any(a == b for a, b in zip(spoken, spoken[1:], strict=False)) or spoken[0] != "user":

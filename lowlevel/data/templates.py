@@ -1,7 +1,8 @@
 """A chat template: messages to text, and which characters of the text are the assistant's.
 
 Those characters come from the template's {% generation %} markers, or else from rendering the turns one by one.
-A template is code of somebody else, run in the Jinja sandbox of transformers.
+A template is code of somebody else, run in the Jinja sandbox of transformers: it reaches no attribute that leads out of
+its values, and no range() longer than 100,000. Loops within loops are not bounded: such a template can be slow.
 """
 
 from __future__ import annotations
