@@ -1,6 +1,8 @@
 """The locks hold what pyproject.toml asks for, in exact versions with hashes, and nothing of torch's own."""
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -57,3 +59,22 @@ def test_the_two_locks_agree():
     plain, dev = versions("lock.txt"), versions("lock-dev.txt")
     assert {name: dev[name] for name in plain} == plain
     assert dev.keys() > plain.keys()
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "message"),
+    [
+        ("echo 'Found 1 known vulnerability in 1 package'; exit 1", 1, "Found 1 known vulnerability"),
+        ("echo 'ERROR: ConnectionError: no route to host' >&2; exit 1", 0, "audit skipped: ERROR: ConnectionError"),
+        ("sed 's/.*/& could not be audited/' ${!#}", 0, "knows none of the"),
+        ("grep torch ${!#} | sed 's/.*/& could not be audited/'; exit 0", 0, "audit: no known vulnerability in "),
+    ],
+)
+def test_the_audit_fails_on_a_finding_alone(tmp_path, script, code, message):
+    """pip-audit's exit code is 1 for a vulnerability and for a service out of reach."""
+    stand_in = tmp_path / "pip-audit"
+    stand_in.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    stand_in.chmod(0o755)
+    command = ["bash", str(ROOT / "runs/audit.sh")]
+    said = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PIP_AUDIT": str(stand_in)})
+    assert (said.returncode, message in said.stdout + said.stderr) == (code, True), said.stdout + said.stderr

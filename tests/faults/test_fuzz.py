@@ -32,6 +32,7 @@ fuzzed = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
+PIECES = [b"\0", b"\xef\xbb\xbf", b"\n", b'"', b"\\", b"[" * 3000, b"9" * 5000]
 KEYS = [(section, key) for section, model in SECTIONS.items() for key in model.model_fields]
 texts = st.text(max_size=12) | st.sampled_from(
     [
@@ -85,9 +86,7 @@ def damaged(draw, data: bytes) -> bytes:
             case "double":
                 data[at:at] = data[at : at + 40]
             case _:
-                data[at:at] = draw(
-                    st.binary(max_size=4) | st.sampled_from([b"\0", b"\xef\xbb\xbf", b"\n", b'"', b"\\"])
-                )
+                data[at:at] = draw(st.binary(max_size=4) | st.sampled_from(PIECES))
     return bytes(data)
 
 
