@@ -7,44 +7,54 @@ so `lowlevel --help` answers at once.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from typing import TextIO, cast
 
 from lowlevel.arguments import build_parser
 from lowlevel.dispatch import run_command
-from lowlevel.errors import ConfigError, LowlevelError, OutOfMemoryError
+from lowlevel.errors import ConfigError, LowlevelError, OutOfMemoryError, printable
+from lowlevel.redaction import RedactedStream
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
+    """Run the command line and return the exit code; no secret reaches either of its streams."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
-    try:
-        words, overrides = split_overrides(arguments)
-        options, unknown = parser.parse_known_args(join_negative_numbers(words))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    try:
-        if unknown or (overrides and not options.takes_config):
-            word = unknown[0] if unknown else f"--{next(iter(overrides))}"
-            raise ConfigError(f"unknown argument {word!r}; lowlevel {options.command} --help lists what there is")
-        run_command(options, overrides)
-    except LowlevelError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except (KeyboardInterrupt, BrokenPipeError):
-        return 130
-    except Exception as error:
-        if options.debug:
-            raise
-        if type(error).__name__ == "OutOfMemoryError":  # torch.cuda's; torch may not be imported here
-            print(f"error: out of memory: {error}", file=sys.stderr)
-            return OutOfMemoryError.exit_code
-        print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
-        return 1
+    with redirect_stdout(_redacted(sys.stdout)), redirect_stderr(_redacted(sys.stderr)):
+        try:
+            words, overrides = split_overrides(arguments)
+            options, unknown = build_parser().parse_known_args(join_negative_numbers(words))
+        except ConfigError as error:
+            return _failed(error, debug=False)
+        try:
+            if unknown or (overrides and not options.takes_config):
+                word = unknown[0] if unknown else f"--{next(iter(overrides))}"
+                raise ConfigError(f"unknown argument {word!r}; lowlevel {options.command} --help lists what there is")
+            run_command(options, overrides)
+        except (KeyboardInterrupt, BrokenPipeError):
+            return 130
+        except Exception as error:
+            return _failed(error, options.debug)
     return 0
+
+
+def _redacted(stream: TextIO) -> TextIO:
+    return cast("TextIO", RedactedStream(stream))
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    """Say what went wrong, with --debug also where, and return the exit code."""
+    if debug:
+        sys.stderr.write(traceback.format_exc())
+    if isinstance(error, LowlevelError):
+        code, line = error.exit_code, str(error)
+    elif type(error).__name__ == "OutOfMemoryError":  # torch.cuda's; torch may not be imported here
+        code, line = OutOfMemoryError.exit_code, f"out of memory: {error}"
+    else:
+        code, line = 1, printable(f"{type(error).__name__}: {error}{'' if debug else ' (--debug shows where)'}")
+    print(f"error: {line}", file=sys.stderr)
+    return code
 
 
 def join_negative_numbers(words: Sequence[str]) -> list[str]:

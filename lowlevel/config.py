@@ -13,10 +13,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lowlevel.contradictions import ADAPTER_SHAPE, contradictions
-from lowlevel.errors import ConfigError
+from lowlevel.contradictions import ADAPTER_SHAPE, contradictions, secrets_in
+from lowlevel.errors import ConfigError, one_line, quoted
 
-Positive = Annotated[int, Field(gt=0)]
+LARGEST = 2**31 - 1  # counts are also tensors' sizes and int32 indices
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
+Length = Annotated[int, Field(gt=1, le=LARGEST)]
+Batch = Annotated[int, Field(gt=0, le=65_536)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -74,13 +79,15 @@ class DataConfig(Section):
 
     source: str = Field("demo", description='hub name, .jsonl, .jsonl.gz or .parquet file, or "demo"')
     split: str = Field("train", description="split of a hub data set")
-    shuffle_seed: int | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
+    shuffle_seed: Seed | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
     limit: Positive | None = Field(None, description="rows to keep after shuffling and filtering")
     format: Literal["messages", "orca", "preference"] = Field("messages", description="columns of a row")
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions that a row must meet")
     chat_template_from: str | None = Field(None, description="model or .jinja file whose chat template is used")
     supervise: Literal["assistant", "all"] = Field("assistant", description="tokens that the loss is taken over")
-    max_length: Annotated[int, Field(gt=1)] = Field(512, description="tokens of a sequence (prompt and completion)")
+    max_length: Annotated[int, Field(gt=1, le=LARGEST)] = Field(
+        512, description="tokens of a sequence (prompt and completion)"
+    )
     max_prompt_length: Positive | None = Field(None, description="dpo: tokens of a prompt, cut from the left")
     packing: bool = Field(True, description="several examples share a row; the loss is the same either way")
     on_bad_row: Literal["error", "skip"] = Field("error", description="what an unusable row does")
@@ -93,12 +100,12 @@ class TrainConfig(Section):
     """Optimisation, precision, logging and checkpoints."""
 
     output_dir: str = Field("out/run", description="run folder")
-    per_device_train_batch_size: Positive = Field(2, description="examples (sft) or pairs (dpo) a micro-batch")
-    gradient_accumulation_steps: Positive = Field(4, description="micro-batches a step")
+    per_device_train_batch_size: Batch = Field(2, description="examples (sft) or pairs (dpo) a micro-batch")
+    gradient_accumulation_steps: Batch = Field(4, description="micro-batches a step")
     learning_rate: Annotated[Finite, Field(gt=0)] = Field(2e-4, description="peak learning rate")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after warm-up")
     warmup_ratio: Annotated[Finite, Field(ge=0, le=1)] = Field(0.0, description="share of the steps")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps; takes precedence over warmup_ratio")
+    warmup_steps: Natural = Field(0, description="steps; takes precedence over warmup_ratio")
     max_steps: Positive | None = Field(None, description="applied optimizer steps; takes precedence over epochs")
     num_train_epochs: Annotated[Finite, Field(gt=0)] = Field(1.0, description="passes over the rows")
     optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
@@ -111,7 +118,7 @@ class TrainConfig(Section):
     execution: Literal["auto", "eager", "compiled", "graphed"] = Field(
         "auto", description="how a step runs: layers as they are, compiled, or in a CUDA graph; auto: the fastest here"
     )
-    recomputed_layers: Annotated[int, Field(ge=0)] | None = Field(
+    recomputed_layers: Natural | None = Field(
         None, description="with gradient_checkpointing: layers, from the first, that are recomputed; default: all"
     )
     micro_batch_positions: Positive | None = Field(
@@ -121,7 +128,7 @@ class TrainConfig(Section):
     memory_budget: str | None = Field(
         None, description='GPU memory to fit, like "15GiB"; chooses the three keys above for speed'
     )
-    seed: int = Field(42, ge=0, description="adapter initialisation, dropout, data order")
+    seed: Seed = Field(42, description="adapter initialisation, dropout, data order")
     data_order: Literal["shuffled", "sequential"] = Field("shuffled", description="order of rows within an epoch")
     logging_steps: Positive = Field(10, description="steps between logged lines")
     eval_steps: Positive | None = Field(None, description="steps between evaluations; default: only at the end")
@@ -200,7 +207,7 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
         section, _, key = dotted.partition(".")
         table = tables.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"{where}: --{dotted}: {section} is {table!r}, which is no section")
+            raise ConfigError(f"{where}: --{dotted}: {section} is {quoted(repr(table))}, which is no section")
         table[key] = _parse_flag(section, key, text)
     return config_from_tables(tables, where)
 
@@ -212,7 +219,7 @@ def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
     except ValidationError as error:
         lines = [_describe(problem, where) for problem in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
-    problems = contradictions(config, tables)
+    problems = [*secrets_in(tables), *contradictions(config, tables)]
     if problems:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
     return config
@@ -240,8 +247,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such run file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not a readable TOML file: nested too deeply") from None
+    except (ValueError, OSError) as error:  # ValueError: bad TOML, bad UTF-8, an endless number, a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise ConfigError(f"{path}: not a readable TOML file: {reason}") from None
 
 
 def _parse_flag(section: str, key: str, text: str) -> object:
@@ -271,7 +281,7 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
         name = ".".join(location[: location.index("value") + 1])
         return f"{where}: {name}: expected text, a number, true or false, or a list of them"
     expected = problem["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
-    return f"{where}: {name}: expected {expected}, got {problem['input']!r}"
+    return f"{where}: {name}: expected {expected}, got {quoted(repr(problem['input']))}"
 
 
 def _known_keys(location: list[str]) -> list[str]:

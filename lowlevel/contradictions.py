@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from lowlevel.redaction import holds_secret
 
 if TYPE_CHECKING:
     from lowlevel.config import RunConfig
 
+LARGEST_BATCH = 1_048_576  # examples a step
 ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules")  # an adapter that is trained on brings its own
 TRACE_DETAILS = ("level", "gradients")
 PLANNED = ("recomputed_layers", "micro_batch_positions", "dequantize_once")  # what a memory budget chooses
@@ -23,6 +26,24 @@ def contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
     given |= {key for key in tables if key == "dpo"}
     checks = [*_method_and_model(config, given), *_data(config), *_train(config, given), *_trace(config, given)]
     return [message for wrong, message in checks if wrong]
+
+
+def secrets_in(tables: Mapping[str, Any]) -> list[str]:
+    """One line for each value that holds a password or token: the run folder would keep it in config.toml."""
+    hint = "holds a password or token; set HF_TOKEN or log in with `hf auth login` instead"
+    return [f"{key}: {hint}" for key, text in _texts(tables, "") if holds_secret(text)]
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every text in nested tables and lists, with the key under which it stands."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _texts(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item, key)
 
 
 def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
@@ -76,8 +97,14 @@ def _data(config: RunConfig) -> list[Check]:
 
 def _train(config: RunConfig, given: set[str]) -> list[Check]:
     train, packing = config.train, config.data.packing
+    examples = train.per_device_train_batch_size * train.gradient_accumulation_steps
     sequence = config.data.max_length * (2 if config.method == "dpo" else 1)
     return [
+        (
+            examples > LARGEST_BATCH,
+            f"train.per_device_train_batch_size * gradient_accumulation_steps = {examples:,} examples a step; "
+            f"at most {LARGEST_BATCH:,}",
+        ),
         (
             train.max_steps is not None and train.warmup_steps > train.max_steps,
             f"train.warmup_steps {train.warmup_steps} > max_steps {train.max_steps}",

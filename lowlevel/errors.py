@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from lowlevel.redaction import redact
+
+_UNPRINTABLE = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
+LONGEST_QUOTE = 80  # characters of a foreign value that a message quotes
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def quoted(text: str) -> str:
+    """A value for a message: whole if it is short, else its beginning and its length."""
+    return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}... ({len(text):,} characters)"
+
+
+def printable(text: str) -> str:
+    """The text with control characters (but line feeds) and halves of surrogate pairs escaped.
+
+    A name from a data file must not move a terminal's cursor, nor keep its own error from being written.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 class LowlevelError(Exception):
-    """Base of all errors that the command line prints as one line, without a traceback."""
+    """Base of all errors that the command line prints as one line, without a traceback.
+
+    Its text also goes into run-status.json, so secrets are taken out where it is made.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        """`message` is what a person reads."""
+        super().__init__(redact(printable(message)))
 
 
 class ConfigError(LowlevelError):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowlevel.config import Filter
+from lowlevel.data.messages import listed
 from lowlevel.data.sources import Row, RowProblem, kind_of
 from lowlevel.errors import ConfigError
 
@@ -52,7 +53,7 @@ def describe(condition: Filter) -> str:
 def _check_filter(condition: Filter, rows: Sequence[Row], name: str) -> None:
     found = {column for row in rows for column in row.columns}
     if condition.column not in found:
-        known = ", ".join(sorted(found))
+        known = listed(sorted(found))
         raise ConfigError(f'data.filters: {name} has no column "{condition.column}"; found: {known}')
     if isinstance(condition.value, list) != (condition.op in ("in", "not in")):
         expected = "a list" if condition.op in ("in", "not in") else "one value"

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lowlevel.data.sources import Row, kind_of
-from lowlevel.errors import DataError
+from lowlevel.errors import DataError, printable, quoted
+from lowlevel.redaction import redact
 
 ROLES = ("system", "user", "assistant", "tool")
 TextMessage = dict[str, str]
@@ -36,8 +37,8 @@ class BadRow(Exception):  # noqa: N818 - a verdict on a row, never seen by a use
     """A row that cannot be used; `reason` is the kind it is counted under."""
 
     def __init__(self, reason: str, message: str) -> None:
-        """Both the kind and the line that a person reads."""
-        super().__init__(message)
+        """Both the kind and the line that a person reads, which data_report.json keeps: no secrets in it."""
+        super().__init__(redact(printable(message)))
         self.reason = reason
 
 
@@ -46,13 +47,19 @@ def check_columns(rows: Sequence[Row], data_format: str, name: str) -> None:
     found = sorted({column for row in rows for column in row.columns})
     if data_format == "messages":
         if "messages" not in found and not {"prompt", "completion"} <= set(found):
-            raise DataError(f'{name}: SFT needs "messages" or "prompt"+"completion"; found: {", ".join(found)}')
+            raise DataError(f'{name}: SFT needs "messages" or "prompt"+"completion"; found: {listed(found)}')
         return
     needed = ("system", "input", "chosen", "rejected") if data_format == "orca" else ("prompt", "chosen", "rejected")
     missing = [column for column in needed if column not in found]
     if missing:
-        listed = f"missing: {', '.join(missing)}; found: {', '.join(found)}"
-        raise DataError(f"{name}: DPO needs {', '.join(needed)}; {listed}")
+        detail = f"missing: {', '.join(missing)}; found: {listed(found)}"
+        raise DataError(f"{name}: DPO needs {', '.join(needed)}; {detail}")
+
+
+def listed(columns: Sequence[str], shown: int = 20) -> str:
+    """Names of columns for a message: the first 20, and how many more there are."""
+    more = f" and {len(columns) - shown:,} more" if len(columns) > shown else ""
+    return ", ".join(quoted(column) for column in columns[:shown]) + more
 
 
 def normalise(row: Row, data_format: str) -> Normalised:
@@ -92,7 +99,7 @@ def _conversation(row: Row) -> Normalised:
 def _normalised(row: Row, messages: list[TextMessage], completions: Completions, ignored: set[str]) -> Normalised:
     first_reply = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     prompt = messages if completions else messages[:first_reply]
-    warnings = [f'message key "{key}" ignored' for key in sorted(ignored)]
+    warnings = [f'message key "{quoted(redact(printable(key)))}" ignored' for key in sorted(ignored)]
     spoken = [m["role"] for m in messages if m["role"] in ("user", "assistant")] + ["assistant"] * bool(completions)
     late_system = any(m["role"] == "system" for m in messages[1:])
     if late_system or any(a == b for a, b in zip(spoken, spoken[1:], strict=False)) or spoken[0] != "user":
@@ -136,7 +143,7 @@ def _messages(value: object, name: str) -> tuple[list[TextMessage], set[str]]:
             raise BadRow("wrong type", f'"{name}"{place} is {kind_of(item)}, expected an object with role and content')
         role = _text(item, "role", place)
         if role not in ROLES:
-            raise BadRow("unknown role", f"role {json.dumps(role)}{place}; known: {', '.join(ROLES)}")
+            raise BadRow("unknown role", f"role {quoted(json.dumps(role))}{place}; known: {', '.join(ROLES)}")
         content = _text(item, "content", place)
         if role == "assistant" and not content.strip():
             what = "completion" if name == "messages" else name

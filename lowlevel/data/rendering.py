@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowlevel.data.templates import ChatTemplate, Message, RenderError, Span, one_line, with_end_of_turn
-from lowlevel.errors import ConfigError
+from lowlevel.data.templates import ChatTemplate, Message, RenderError, Span, with_end_of_turn
+from lowlevel.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

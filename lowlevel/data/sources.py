@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lowlevel.errors import ConfigError, DataError
+from lowlevel.errors import ConfigError, DataError, one_line, quoted
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 DEMO_ROWS = {"train": 2400, "heldout": 240}
@@ -89,6 +89,8 @@ def read_source(source: str, split: str, data_format: str = "messages") -> Sourc
         DataError: no rows.
     """
     path = Path(source)
+    if not source.strip() or "\0" in source:
+        raise ConfigError(f"data source {source!r} is no name: use {', '.join(FILE_SUFFIXES)} or a hub name")
     if source == "demo":
         read = _read_demo(split, data_format)
     elif source.endswith(FILE_SUFFIXES):
@@ -104,12 +106,12 @@ def read_source(source: str, split: str, data_format: str = "messages") -> Sourc
 
 
 def _read_file(path: Path) -> SourceRows:
-    if not path.is_file():
-        raise ConfigError(f"data source {path}: no such file")
     try:
+        if not path.is_file():
+            raise ConfigError(f"data source {quoted(str(path))}: no such file")
         return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
-    except OSError as error:
-        raise DataError(f"{path.name}: cannot be read: {error}") from None
+    except OSError as error:  # also what pyarrow raises for damaged pages
+        raise DataError(f"{quoted(path.name)}: cannot be read: {error.strerror or one_line(error)}") from None
 
 
 def _read_jsonl(path: Path) -> SourceRows:
@@ -159,8 +161,11 @@ def parse_line(line: bytes) -> dict[str, object]:
         raise DataError(f"not valid JSON ({problem})") from None
     except RecursionError:
         raise DataError("not valid JSON (nested too deeply)") from None
-    except ValueError as error:
+    except _DuplicateKeyError as error:
         raise DataError(f"not valid JSON ({error})") from None
+    except ValueError as error:
+        problem = "a number of more than 4,300 digits" if "digits" in str(error) else one_line(error)
+        raise DataError(f"not valid JSON ({problem})") from None
     if not isinstance(value, dict):
         raise DataError(f"is {kind_of(value)}, expected an object with the columns of a row")
     if "\\ud" in text or "\\uD" in text:
@@ -172,7 +177,7 @@ def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, obj
     result = dict(pairs)
     if len(result) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise _DuplicateKeyError(f"duplicate key {json.dumps(twice)}")
+        raise _DuplicateKeyError(f"duplicate key {quoted(json.dumps(twice))}")
     return result
 
 
@@ -193,9 +198,10 @@ def _read_parquet(path: Path) -> SourceRows:
     import pyarrow.parquet
 
     try:
-        columns = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path.name}: not a readable parquet file: {_first_line(error)}") from None
+        columns = pyarrow.parquet.read_table(path, page_checksum_verification=True).to_pylist()
+    except (pyarrow.ArrowException, ValueError, OSError, RecursionError, OverflowError) as error:
+        reason = one_line(error).replace(str(path), path.name)
+        raise DataError(f"{path.name}: not a readable parquet file: {quoted(reason)}") from None
     return SourceRows(path.name, [Row(i, f"{path.name}:{i + 1}", row) for i, row in enumerate(columns)])
 
 
@@ -206,7 +212,7 @@ def _read_hub(name: str, split: str) -> SourceRows:
     try:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets, fsspec, huggingface_hub and httpx each raise their own kinds here
-        raise ConfigError(f'data source "{name}", split "{split}": {_first_line(error)}') from None
+        raise ConfigError(f'data source "{name}", split "{split}": {one_line(error)}') from None
     return SourceRows(where, [Row(i, f"{where}:{i}", dict(row)) for i, row in enumerate(table)])
 
 
@@ -237,7 +243,3 @@ def kind_of(value: object) -> str:
     if value is None:
         return "null"
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,8 @@
 """A chat template: messages to text, and which characters of the text are the assistant's.
 
 Those characters come from the template's {% generation %} markers, or else from rendering the turns one by one.
-A template is code of somebody else, run in the Jinja sandbox of transformers.
+A template is code of somebody else, run in the Jinja sandbox of transformers: it reaches no attribute that leads out of
+its values, and no range() longer than 100,000. Loops within loops are not bounded: such a template can be slow.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lowlevel.errors import ConfigError, DataError
+from lowlevel.errors import ConfigError, DataError, one_line
 
 Message = Mapping[str, str]
 Span = tuple[int, int]
@@ -129,8 +130,3 @@ def with_end_of_turn(template: ChatTemplate, special_tokens: Sequence[str]) -> C
     if not ends:
         return template
     return replace(template, end_of_turn=ends[max(ends)], after_turn=tail[max(ends) :])
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

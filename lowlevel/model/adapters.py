@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from lowlevel.config import LoraConfig
 from lowlevel.dropout import DropoutState
-from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.errors import CheckpointError, ConfigError, one_line, quoted
 from lowlevel.model.attention import MASKED, Attention
-from lowlevel.model.base import Placement, refuse_pickles
+from lowlevel.model.base import Placement
+from lowlevel.model.files import read_json_object, refuse_pickles
 from lowlevel.model.flat import flatten
 from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.policy import PARENT, TRAINED, Policy, check_lm_head, place_dropout
@@ -30,6 +31,24 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+MAX_RANK, MAX_ALPHA = 4096, 1_048_576
+STORED = (torch.float32, torch.float16, torch.bfloat16)
+# What would change the adapter's effect or name code to run, and the value that means "not used".
+UNSUPPORTED: dict[str, Any] = {
+    "bias": "none",
+    "use_dora": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "auto_map": None,
+    "auto_mapping": None,
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "megatron_config": None,
+    "layer_replication": None,
+}
 
 
 def build_policy(
@@ -66,11 +85,14 @@ def build_policy(
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(seed)
     config = read_adapter_config(init_from) if init_from else _new_config(base, lora)
-    model = get_peft_model(base, config, adapter_name=TRAINED, autocast_adapter_dtype=True)
+    model = _attach(base, config, init_from)
     if init_from:
         load_adapter_weights(model, TRAINED, read_adapter_weights(init_from), str(init_from))
     if parent:
-        model.add_adapter(PARENT, read_adapter_config(parent))
+        try:
+            model.add_adapter(PARENT, read_adapter_config(parent))
+        except ValueError as error:  # its target modules match no layer
+            raise CheckpointError(f"{parent} does not fit the base: {one_line(error)}") from None
         load_adapter_weights(model, PARENT, read_adapter_weights(parent), str(parent))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     state = DropoutState()
@@ -84,6 +106,13 @@ def build_policy(
     policy.activate(parent=True, trained=True)
     check_lm_head(policy)
     return policy
+
+
+def _attach(base: PreTrainedModel, config: PeftLoraConfig, init_from: Path | None) -> PeftModel:
+    try:
+        return get_peft_model(base, config, adapter_name=TRAINED, autocast_adapter_dtype=True)  # type: ignore[return-value]
+    except ValueError as error:  # target modules of `init_from` match no layer; others were checked
+        raise CheckpointError(f"{init_from} does not fit the base: {one_line(error)}") from None
 
 
 def check_target_modules(base: nn.Module, targets: Sequence[str]) -> None:
@@ -118,21 +147,38 @@ def read_adapter_config(folder: Path) -> PeftLoraConfig:
     """
     path = folder / CONFIG
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json_object(path)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no adapter ({CONFIG} is missing)") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}, expected 'LORA'")
-    unsupported = {"bias": "none", "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
-    for key, plain in unsupported.items():
+    for key, plain in UNSUPPORTED.items():
         if raw.get(key) not in (plain, None):
-            raise CheckpointError(f"{path}: {key} = {raw[key]!r} is not supported, expected {plain!r}")
+            raise CheckpointError(f"{path}: {key} = {quoted(repr(raw[key]))} is not supported, expected {plain!r}")
+    _check_settings(raw, path)
     keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
-    if not (isinstance(raw.get("r"), int) and 0 < raw["r"] <= 4096 and raw.get("lora_alpha", 0) > 0):
-        raise CheckpointError(f"{path}: r = {raw.get('r')!r}, lora_alpha = {raw.get('lora_alpha')!r} are out of bounds")
     return PeftLoraConfig(**{k: raw[k] for k in keys if k in raw}, bias="none", task_type="CAUSAL_LM")
+
+
+def _check_settings(raw: dict[str, Any], path: Path) -> None:
+    """Types and bounds of what is taken from an adapter's configuration. Raises CheckpointError."""
+    r, alpha, dropout, targets = (raw.get(k) for k in ("r", "lora_alpha", "lora_dropout", "target_modules"))
+    if not (_within(r, 1, MAX_RANK) and isinstance(r, int) and _within(alpha, 0, MAX_ALPHA) and alpha):
+        values = f"r = {quoted(repr(r))}, lora_alpha = {quoted(repr(alpha))}"
+        raise CheckpointError(f"{path}: {values} are out of bounds (r to {MAX_RANK:,}, lora_alpha to {MAX_ALPHA:,})")
+    if not (dropout is None or _within(dropout, 0, 1) and dropout < 1):
+        raise CheckpointError(f"{path}: lora_dropout = {quoted(repr(dropout))}, expected a number in [0, 1)")
+    if not (isinstance(targets, list) and targets and all(isinstance(t, str) and t for t in targets)):
+        raise CheckpointError(f"{path}: target_modules = {quoted(repr(targets))}, expected a list of names")
+    if not isinstance(raw.get("use_rslora", False), bool):
+        raise CheckpointError(f"{path}: use_rslora = {quoted(repr(raw['use_rslora']))}, expected true or false")
+    name = raw.get("base_model_name_or_path")
+    if not (name is None or isinstance(name, str) and "://" not in name):
+        raise CheckpointError(f"{path}: base_model_name_or_path = {quoted(repr(name))}, expected a name or a folder")
+
+
+def _within(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
@@ -143,6 +189,9 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (FileNotFoundError, SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    odd = sorted(f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in STORED)
+    if odd:
+        raise CheckpointError(f"{path}: {len(odd)} tensors are not fp32, fp16 or bf16: {', '.join(odd[:5])}")
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise CheckpointError(f"{path}: {len(bad)} tensors are not finite: {', '.join(sorted(bad)[:5])}")

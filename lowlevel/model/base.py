@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lowlevel.config import ModelConfig
-from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.errors import CheckpointError, ConfigError, one_line
+from lowlevel.model.files import check_weight_files, read_json_object, refuse_pickles
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 DEMO_BASE = Path(__file__).parent.parent / "demo" / "base"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Output transforms that `hidden @ lm_head.T` would miss: Gemma 2, Cohere, Granite.
 OUTPUT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -70,6 +71,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     """The base's own configuration (config.json), without its weights.
 
     Raises:
+        CheckpointError: pickles, or a config.json that is no JSON object of sane size.
         ConfigError: the folder or hub repository cannot be read, or transforms its logits in a way the losses do not
             know.
     """
@@ -79,10 +81,12 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
         raise ConfigError(f"model.name {config.name!r}: no such folder")
     refuse_pickles(Path(name), "model.name")
+    if (Path(name) / "config.json").is_file():
+        read_json_object(Path(name) / "config.json")
     try:
         loaded = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name {config.name!r} cannot be read: {_first_line(error)}") from None
+    except Exception as error:  # transformers, huggingface_hub and httpx each raise their own kinds here
+        raise ConfigError(f"model.name {config.name!r} cannot be read: {one_line(error)}") from None
     settings = loaded.to_dict()
     transforms = [key for key in OUTPUT_TRANSFORMS if settings.get(key) not in (None, 1, 1.0)]
     if transforms:
@@ -93,12 +97,15 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The base's modules without memory for their weights."""
+    """The base's modules without memory for their weights. Raises ConfigError where it is no decoder."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with init_empty_weights():
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ConfigError(f"model.name: cannot be trained as a decoder: {one_line(error)}") from None
 
 
 def load_base(
@@ -120,6 +127,7 @@ def load_base(
 
     register()
     load_model_config(config)
+    check_weight_files(Path(resolve_name(config.name)))
     quantisation = {}  # transformers 5.23 takes `quantization_config=None` for "ignore that the folder is quantised"
     if config.load_in_4bit:
         quantisation["quantization_config"] = BitsAndBytesConfig(
@@ -138,10 +146,13 @@ def load_base(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # _check_loading refuses them, by name
             **quantisation,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"base {config.name!r} cannot be loaded: {_first_line(error)}") from None
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"base {config.name!r} cannot be loaded: {one_line(error)}") from None
     model, info = loaded
     _check_loading(config.name, info)
     _check_quantised_shapes(config.name, model)
@@ -157,15 +168,6 @@ def load_base(
     model.config.use_cache = False
     model.config.attention_dropout = 0.0
     return model
-
-
-def refuse_pickles(folder: Path, what: str) -> None:
-    """A pickle runs code when it is opened, so a folder whose weights are pickles is refused by file name."""
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise CheckpointError(f"{what}: {folder / pickles[0]} is a pickle; convert the weights to safetensors first")
 
 
 def base_sha256(model: nn.Module) -> str:
@@ -218,7 +220,3 @@ def _check_quantised_shapes(name: str, model: nn.Module) -> None:
                 raise CheckpointError(
                     f"base {name!r}: 1 tensors of another shape: {module_name}.weight {found}, not {expected}"
                 )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -47,6 +47,9 @@ def scaled_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for stem in stems:
         if stem + SUFFIX_B not in weights:
             raise CheckpointError(f"{folder}: {stem + SUFFIX_B} is missing")
+        ranks = (weights[stem + SUFFIX_A].shape[0], weights[stem + SUFFIX_B].shape[1])
+        if ranks != (config.r, config.r):
+            raise CheckpointError(f"{folder}: {stem} has rank {ranks[0]} and {ranks[1]}, {CONFIG} says r = {config.r}")
     return {stem: (weights[stem + SUFFIX_A].float(), scaling * weights[stem + SUFFIX_B].float()) for stem in stems}
 
 

@@ -9,7 +9,7 @@ import lowlevel
 
 ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
-    ("__init__", "config", "contradictions", "errors", "interrupts"),
+    ("__init__", "config", "contradictions", "errors", "interrupts", "redaction"),
     ("losses/", "layout", "spans", "attention", "hashing", "dropout", "order", "loss_scale", "prefetch"),
     ("data/", "demo/", "kernels/"),
     (
@@ -126,6 +126,10 @@ def test_nothing_opens_a_pickle(file):
             assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, f"line {node.lineno}"
             assert not (node.value.id in ("np", "numpy") and node.attr == "load"), f"line {node.lineno}"
         if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
+            assert isinstance(node.value, ast.Constant) and node.value.value is False, f"line {node.value.lineno}"
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("read_pickle", "to_pickle"), f"line {node.lineno}"
+        if isinstance(node, ast.keyword) and node.arg == "shell":
             assert isinstance(node.value, ast.Constant) and node.value.value is False, f"line {node.value.lineno}"
         if isinstance(node, ast.keyword) and node.arg == "use_safetensors":
             assert isinstance(node.value, ast.Constant) and node.value.value is True, f"line {node.value.lineno}"

@@ -1,0 +1,103 @@
+"""Files from elsewhere, looked at before any library opens them: no pickles, no paths out of the folder, bounded JSON.
+
+Only local folders can be looked at; what the hub's client downloads is read with `use_safetensors` alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from lowlevel.errors import CheckpointError, one_line, quoted
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 16 * 2**20
+MAX_JSON_DEPTH = 64
+SHOWN = 5
+FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object of at most 16 MiB and 64 levels.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: too large, too deep, no JSON, or no object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except RecursionError:
+        raise CheckpointError(f"{path} cannot be read: nested too deeply") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds no JSON object")
+    if _deeper(value, MAX_JSON_DEPTH):
+        raise CheckpointError(f"{path} cannot be read: nested deeper than {MAX_JSON_DEPTH} levels")
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return levels == 0 or any(_deeper(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value))
+
+
+def refuse_pickles(folder: Path, what: str) -> None:
+    """A pickle runs code when it is opened, so a folder whose weights are pickles is refused by file name.
+
+    Beside safetensors they may lie (`training_args.bin`): nothing here opens them.
+    """
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(f"{what}: {folder / pickles[0]} is a pickle; convert the weights to safetensors first")
+
+
+def check_weight_files(folder: Path) -> None:
+    """The shards of a local model: inside the folder, whole, and of floating-point numbers unless it is quantised.
+
+    Raises:
+        CheckpointError: naming up to five files or tensors.
+    """
+    quantised = (folder / "config.json").is_file() and "quantization_config" in read_json_object(folder / "config.json")
+    for shard in _shards(folder):
+        try:
+            with safe_open(shard, framework="numpy") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{shard} is damaged or cut: {one_line(error)}") from None
+        wrong = [f"{name} ({kind})" for name, kind in sorted(kinds.items()) if kind not in FLOATS]
+        if wrong and not quantised:
+            raise CheckpointError(f"{shard}: {len(wrong)} tensors of no floating-point type: {_first(wrong)}")
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Weight files as transformers would choose them: model.safetensors, or else those of the index."""
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map is no table of file names")
+    names = sorted(set(weight_map.values()))
+    strange = [quoted(repr(n)) for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+    if strange:
+        raise CheckpointError(f"{index} names {_first(strange)}: shards are plain names ending in .safetensors")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{index}: {len(missing)} of {len(names)} shards missing: {_first(missing)}")
+    return [folder / name for name in names]
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN])
