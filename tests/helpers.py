@@ -56,24 +56,27 @@ class Pair:
     rejected_ids: np.ndarray
 
 
-def write_tiny_base(folder: Path) -> None:
-    """Save a 2-layer Llama (hidden 64, GQA 4/2, untied head) and a byte-level tokenizer with a Zephyr-like template."""
+def write_tiny_base(folder: Path, **settings: object) -> None:
+    """Save a 2-layer Llama (hidden 64, GQA 4/2, untied head) and a byte-level tokenizer with a Zephyr-like template.
+
+    `settings` change the model.
+    """
     torch.manual_seed(1234)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.15,  # the usual 0.02 gives logits so flat that a wrong mask hardly shows
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=None,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    usual = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,  # the usual 0.02 gives logits so flat that a wrong mask hardly shows
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**usual, **settings})).save_pretrained(folder)
     tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -43,15 +43,6 @@ def test_a_run_with_embeddings_on_the_host_is_the_same_run(space):
 
 
 def test_tied_embeddings_cannot_move(space, tmp_path):
-    import json
-    import shutil
-
-    tied = shutil.copytree(space.base, tmp_path / "tied")
-    settings = json.loads((tied / "config.json").read_text())
-    (tied / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(tied / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if k != "lm_head.weight"}, tied / "model.safetensors", {"format": "pt"})
-    said = run("sft", space.write("tied", "sft", model={"name": str(tied), "embeddings_on_host": True}))
+    helpers.write_tiny_base(tmp_path / "tied", tie_word_embeddings=True)
+    said = run("sft", space.write("tied", "sft", model={"name": str(tmp_path / "tied"), "embeddings_on_host": True}))
     assert said.code == 2 and "embeddings_on_host: this model's input embedding is its LM head too" in said.err

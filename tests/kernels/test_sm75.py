@@ -38,6 +38,62 @@ def compile_for(capability: int, name: str, dtype: str, vocabulary: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def compile_plainly(function: Any, types: dict[str, str], constants: dict[str, Any], launch: dict[str, Any]) -> Any:
+    """A kernel whose pointers lie at 16-byte addresses and whose sizes are multiples of 16, as of every real model."""
+    triton = pytest.importorskip("triton", reason="compiles the kernels ahead of time")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = function.arg_names
+    source = ASTSource(
+        fn=function,
+        signature={name: "constexpr" if name in constants else types[name] for name in names},
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants},
+    )
+    options = {key: value for key, value in launch.items() if key != "size"}
+    return triton.compile(source, target=GPUTarget("cuda", T4, 32), options=options)
+
+
+def dequantize_kernel(nested: bool, dtype: str) -> Any:
+    from lowlevel.kernels import dequantize as module
+
+    types = {"packed": "*u8", "code": "*fp32", "absmax": "*u8" if nested else "*fp32", "code2": "*fp32"}
+    types |= {"absmax2": "*fp32", "offset": "*fp32", "out": f"*{dtype}", "count": "i32"}
+    constants = {"blocksize": 64, "blocksize2": 256, "nested": nested, "size": module.BYTES}
+    return compile_plainly(module.kernel(), types, constants, module.LAUNCH)
+
+
+def host_rows_kernel(dtype: str) -> Any:
+    from lowlevel.kernels import host_rows as module
+
+    types = {"table": f"*{dtype}", "index": "*i64", "out": f"*{dtype}", "width": "i32"}
+    return compile_plainly(module.kernel(), types, {"size": module.COLUMNS}, module.LAUNCH)
+
+
+MOVERS = {
+    "4-bit, double quantisation": lambda dtype: dequantize_kernel(True, dtype),
+    "4-bit": lambda dtype: dequantize_kernel(False, dtype),
+    "host rows": host_rows_kernel,
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("name", MOVERS)
+def test_kernels_that_move_weights_compile_for_a_t4(name: str, dtype: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="compiles the kernels ahead of time")
+    compiled = MOVERS[name](dtype)
+    ptx = compiled.asm["ptx"]
+    assert re.findall(r"^\.target (\w+)", ptx, re.MULTILINE) == ["sm_75"]
+    assert "bf16" not in ptx and not re.findall(r"\bmma\.|wgmma|cp\.async", ptx)  # ldmatrix moves bytes, 7.5 has it
+    assert compiled.metadata.shared <= SHARED_MEMORY
+    registers, spilled = ptxas(ptx, tmp_path)
+    assert registers * 32 * 4 * 2 <= 65536 and spilled == 0  # at least two programs of 4 warps a multiprocessor
+    if name != "host rows":
+        assert dtype == "fp32" or "st.global.v4" in ptx  # 16-bit weights, which a T4 runs on: 16 bytes at a time
+        assert "fma.rn" not in ptx  # a fused multiply-add would round once where bitsandbytes rounds twice
+
+
 def ptxas(ptx: str, folder: Path) -> tuple[int, int]:
     """Registers a thread, and bytes that did not fit into registers, by the assembler that comes with Triton."""
     from triton import knobs
