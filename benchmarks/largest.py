@@ -31,10 +31,11 @@ from lowlevel.loop import optimizer_step
 from lowlevel.loss_scale import LossScale
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention import NAMES, Attention, choose_attention, register
-from lowlevel.model.base import Placement, choose_placement, empty_model
+from lowlevel.model.base import empty_model
 from lowlevel.model.embedding import move_embeddings_to_host
 from lowlevel.model.linear import with_one_kernel
 from lowlevel.model.memory import default_plan, forecast, model_shape
+from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.optimizer import build_optimizer
 
 

@@ -19,15 +19,8 @@ from lowlevel.layout import Shape
 from lowlevel.losses import LOSSES
 from lowlevel.method import Method
 from lowlevel.model.attention import Attention, choose_attention
-from lowlevel.model.base import (
-    Placement,
-    base_sha256,
-    choose_placement,
-    empty_model,
-    load_base,
-    load_model_config,
-    resolve_name,
-)
+from lowlevel.model.base import base_sha256, empty_model, load_base, load_model_config, resolve_name
+from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.model.policy import Policy
 from lowlevel.order import ORDER_VERSION
 from lowlevel.run_folder import RunFolder

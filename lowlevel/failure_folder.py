@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from lowlevel.checkpoint import write_json
+from lowlevel.checkpoint import settle, write_json
 from lowlevel.errors import NonFiniteError
 from lowlevel.forensics import FailureReport, examine_error, first_line
 from lowlevel.method import Method
@@ -28,6 +28,7 @@ def write_failure(report: FailureReport, run_dir: Path) -> Path:
     write_json(temporary / "failure.json", report.to_json(run_dir))
     if report.batch is not None:
         save_file({k: t.contiguous() for k, t in report.batch.tensors().items()}, temporary / "micro-batch.safetensors")
+    settle(temporary)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)
     return target

@@ -22,7 +22,7 @@ from lowlevel.checkpoint import write_json
 from lowlevel.config import RunConfig, to_tables
 from lowlevel.data.prepare import PreparedData
 from lowlevel.errors import CheckpointError, ConfigError, DataError
-from lowlevel.model.base import Placement
+from lowlevel.model.placement import Placement
 from lowlevel.row_digests import SPLITS, describe_change
 from lowlevel.run_folder import LIBRARIES, RunFolder
 

@@ -35,6 +35,7 @@ from lowlevel import __version__
 from lowlevel.checkpoint import checkpoints, settle, sync, verify, write_json, write_text
 from lowlevel.config import RunConfig, config_from_tables, to_tables
 from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.model.files import read_json_object
 from lowlevel.order import ORDER_VERSION
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
@@ -141,9 +142,9 @@ class RunFolder:
             CheckpointError: missing or unreadable.
         """
         try:
-            return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path / 'manifest.json'} cannot be read: {error}") from None
+            return read_json_object(self.path / "manifest.json")
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path / 'manifest.json'} cannot be read: it is missing") from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Logged records, oldest first; a last line without its end, which a power cut leaves, is not one.

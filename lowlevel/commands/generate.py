@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.model.attention import NAMES
-from lowlevel.model.base import Placement
+from lowlevel.model.placement import Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,14 +13,9 @@ from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.method import Method
 from lowlevel.model.adapters import adapter_sha256, build_policy, read_adapter_config
 from lowlevel.model.attention import choose_attention
-from lowlevel.model.base import (
-    Placement,
-    base_sha256,
-    choose_placement,
-    load_base,
-    load_model_config,
-    resolve_name,
-)
+from lowlevel.model.base import base_sha256, load_base, load_model_config, resolve_name
+from lowlevel.model.files import read_json_object
+from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.model.policy import Policy
 from lowlevel.run_folder import RunFolder
 
@@ -147,12 +142,10 @@ def _load_adapter_of_run(adapter: Path) -> tuple[PreTrainedModel | PeftModel, Ch
 
 def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
     """An adapter from elsewhere, on its base in 4 bits (nf4, double quantisation), as QLoRA trains it."""
-    import json
-
     from lowlevel.config import LoraConfig
 
     read_adapter_config(adapter)
-    name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    name = read_json_object(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not name:
         raise ConfigError(f"{adapter}/adapter_config.json names no base model")
     placement = choose_placement("auto")

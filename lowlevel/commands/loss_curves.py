@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from lowlevel.commands.losses import LossAtPoint, Point, evaluate
+from lowlevel.commands.loss_points import LossAtPoint, Point, evaluate
 from lowlevel.errors import ConfigError
 
 # Okabe and Ito's colours, told apart with every kind of colour blindness; the line style tells apart what shares one.

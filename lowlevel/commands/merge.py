@@ -14,14 +14,15 @@ from rich.console import Console
 from torch.nn.functional import log_softmax
 
 from lowlevel.assembly import prepare_data
-from lowlevel.checkpoint import write_json
+from lowlevel.checkpoint import settle, write_json
 from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.config import ModelConfig
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.layout import PackedBatch
 from lowlevel.model.attention import MASKED, Attention
-from lowlevel.model.base import Placement, load_base
+from lowlevel.model.base import load_base
 from lowlevel.model.merging import merged_model
+from lowlevel.model.placement import Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +82,7 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity
             "fidelity": asdict(fidelity),
         }
         write_json(temporary / "lowlevel_merge.json", chain)
+        settle(temporary)
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

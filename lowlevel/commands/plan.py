@@ -14,8 +14,9 @@ from rich.table import Table
 from lowlevel.config import RunConfig
 from lowlevel.contradictions import parse_size
 from lowlevel.errors import ConfigError
-from lowlevel.model.base import Placement, load_model_config
+from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import Forecast, ModelShape, Plan, best_plan, cost, default_plan, forecast, model_shape
+from lowlevel.model.placement import Placement
 from lowlevel.plots import plot_memory
 
 if TYPE_CHECKING:

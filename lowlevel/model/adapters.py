@@ -20,10 +20,10 @@ from lowlevel.config import LoraConfig
 from lowlevel.dropout import DropoutState
 from lowlevel.errors import CheckpointError, ConfigError, one_line, quoted
 from lowlevel.model.attention import MASKED, Attention
-from lowlevel.model.base import Placement
 from lowlevel.model.files import read_json_object, refuse_pickles
 from lowlevel.model.flat import flatten
 from lowlevel.model.layers import DecoderLayers
+from lowlevel.model.placement import Placement
 from lowlevel.model.policy import PARENT, TRAINED, Policy, check_lm_head, place_dropout
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from lowlevel.attention import list_keys, span_attention
 from lowlevel.config import ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.layout import PackedBatch, attention_mask
-from lowlevel.model.base import Placement
+from lowlevel.model.placement import Placement
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,53 +12,16 @@ from torch import nn
 
 from lowlevel.config import ModelConfig
 from lowlevel.errors import CheckpointError, ConfigError, one_line
+from lowlevel.model.attention import register
 from lowlevel.model.files import check_weight_files, read_json_object, refuse_pickles
+from lowlevel.model.placement import Placement
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 DEMO_BASE = Path(__file__).parent.parent / "demo" / "base"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Output transforms that `hidden @ lm_head.T` would miss: Gemma 2, Cohere, Granite.
 OUTPUT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a model runs and in which precision."""
-
-    device: torch.device
-    precision: str  # fp16, bf16 or fp32
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype of activations and matrix products."""
-        return DTYPES[self.precision]
-
-    def autocast(self) -> torch.autocast:
-        """The autocast region of a forward pass (disabled in fp32).
-
-        Without its cache of 16-bit copies: each adapter weight is used once a pass, so the cache would save no cast
-        and hold a copy of the whole adapter (100 MB for the recipe) until the pass ends.
-        """
-        enabled = self.precision != "fp32"
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False)
-
-
-def choose_placement(precision: str) -> Placement:
-    """Pick the device, and check that it has the precision asked for.
-
-    Raises:
-        ConfigError: bf16 on a GPU below compute capability 8.0; fp16 without a GPU.
-    """
-    if not torch.cuda.is_available():
-        if precision == "fp16":
-            raise ConfigError('train.precision = "fp16" needs a GPU, and none is visible: use --train.precision fp32')
-        return Placement(torch.device("cpu"), "fp32" if precision == "auto" else precision)
-    major, minor = torch.cuda.get_device_capability()
-    if precision == "bf16" and major < 8:
-        raise ConfigError(f'bf16 needs compute capability 8.0; this GPU has {major}.{minor}: use precision = "fp16"')
-    return Placement(torch.device("cuda", torch.cuda.current_device()), "fp16" if precision == "auto" else precision)
 
 
 def resolve_name(name: str) -> str:
@@ -122,7 +84,6 @@ def load_base(
     import bitsandbytes as bnb
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from lowlevel.model.attention import register
     from lowlevel.model.linear import with_one_kernel
 
     register()
@@ -204,11 +165,6 @@ def _check_loading(name: str, info: dict) -> None:
             raise CheckpointError(f"base {name!r}: {len(names)} tensors {what}: {', '.join(names[:5])}")
 
 
-def quantised_state(module: Any) -> Any:
-    """The quantisation state of a bitsandbytes Linear4bit, which its types leave out."""
-    return module.weight.quant_state
-
-
 def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -> None:
     """transformers 5.23 reports a mis-shaped weight, but not where it quantises the weight on loading.
 
@@ -216,6 +172,8 @@ def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -
     the block get the constants of other rows (error of a weight 0.21 to 0.33 of its norm, not 0.09).
     """
     import bitsandbytes as bnb
+
+    from lowlevel.model.linear import quantised_state
 
     for module_name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):

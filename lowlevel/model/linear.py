@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lowlevel.kernels.dequantize import Quantised, dequantize
-from lowlevel.model.base import quantised_state
 
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):
@@ -41,6 +40,11 @@ def with_one_kernel(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is bnb.nn.Linear4bit:
             module.__class__ = FrozenLinear4bit
+
+
+def quantised_state(module: Any) -> Any:
+    """The quantisation state of a bitsandbytes Linear4bit, which its types leave out."""
+    return module.weight.quant_state
 
 
 @torch.library.custom_op("lowlevel::linear_4bit", mutates_args=())

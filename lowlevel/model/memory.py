@@ -22,7 +22,8 @@ from torch import nn
 from lowlevel.config import RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.kernels import chunk_rows
-from lowlevel.model.base import DTYPES, Placement, empty_model
+from lowlevel.model.base import empty_model
+from lowlevel.model.placement import DTYPES, Placement
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from lowlevel.config import ModelConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.model.adapters import CONFIG, read_adapter_config, read_adapter_weights, write_adapter
-from lowlevel.model.base import Placement, load_base, quantised_state
+from lowlevel.model.base import load_base
+from lowlevel.model.linear import quantised_state
+from lowlevel.model.placement import Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,9 +20,10 @@ from lowlevel.errors import ConfigError
 from lowlevel.kernels import token_logps
 from lowlevel.layout import PackedBatch, build_batch, sft_segment
 from lowlevel.model.attention import Attention
-from lowlevel.model.base import Placement, quantised_state
 from lowlevel.model.flat import FlatParameters
 from lowlevel.model.layers import DecoderLayers
+from lowlevel.model.linear import quantised_state
+from lowlevel.model.placement import Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

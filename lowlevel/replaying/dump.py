@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowlevel.checkpoint import write_json
+from lowlevel.checkpoint import settle, write_json
 from lowlevel.dpo import DPO, loss_arguments
 from lowlevel.errors import ConfigError
 from lowlevel.execution import micro_step
@@ -77,6 +77,7 @@ class Dump:
             for name, tensors in self.files.items():
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
             write_json(temporary / "index.json", self.index())
+            settle(temporary)
             if folder.exists():
                 folder.rmdir()
             os.rename(temporary, folder)

@@ -34,7 +34,8 @@ from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
 from lowlevel.metrics import StepResult, TrainState
 from lowlevel.model.attention import choose_attention
-from lowlevel.model.base import Placement, choose_placement, load_model_config
+from lowlevel.model.base import load_model_config
+from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.model.policy import Policy, dequantize_once
 from lowlevel.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lowlevel.order import DataOrder

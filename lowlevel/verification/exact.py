@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lowlevel.config import ModelConfig
-from lowlevel.model.base import empty_model, load_model_config, quantised_state
+from lowlevel.model.base import empty_model, load_model_config
+from lowlevel.model.linear import quantised_state
 from lowlevel.model.policy import PARENT, TRAINED, Policy
 from lowlevel.verification.truth import Scored, log_softmax64
 

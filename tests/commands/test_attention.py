@@ -10,7 +10,8 @@ from lowlevel.config import LoraConfig, ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention import Attention, choose_attention
-from lowlevel.model.base import Placement, choose_placement, load_base
+from lowlevel.model.base import load_base
+from lowlevel.model.placement import Placement, choose_placement
 
 
 def on_a_gpu(monkeypatch, capability: tuple[int, int]) -> None:

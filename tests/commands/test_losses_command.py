@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import lowlevel
 from lowlevel.cli import join_negative_numbers
 from lowlevel.commands.loss_curves import curve, make_figure
-from lowlevel.commands.losses import Point, evaluate
+from lowlevel.commands.loss_points import Point, evaluate
 from lowlevel.losses import LOSSES, dpo_loss
 
 REFERENCES = json.loads((Path(__file__).parents[1] / "references" / "losses.json").read_text(encoding="utf-8"))

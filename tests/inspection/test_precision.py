@@ -7,7 +7,7 @@ from samples import chats, pairs
 
 from lowlevel.inspection import inspect_pairs, inspect_sequences
 from lowlevel.loop import evaluate_examples
-from lowlevel.model.base import Placement
+from lowlevel.model.placement import Placement
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PLACEMENTS = [

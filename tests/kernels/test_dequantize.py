@@ -8,8 +8,9 @@ import torch
 from lowlevel.config import ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.kernels.dequantize import Quantised, dequantize, dequantize_reference
-from lowlevel.model.base import Placement, load_base
+from lowlevel.model.base import load_base
 from lowlevel.model.linear import FrozenLinear4bit, linear_4bit, with_one_kernel
+from lowlevel.model.placement import Placement
 
 SHAPES = [(64, 64), (3, 64), (2, 2), (5, 66), (257, 192), (512, 1024)]
 kinds = pytest.mark.parametrize("kind", ["nf4", "fp4"])

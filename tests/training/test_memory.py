@@ -15,7 +15,7 @@ from lowlevel.config import DataConfig, DPOConfig, LoraConfig, ModelConfig, RunC
 from lowlevel.dpo import DPO
 from lowlevel.errors import ConfigError
 from lowlevel.layout import Shape
-from lowlevel.model.base import Placement, load_model_config
+from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import (
     ModelShape,
     Plan,
@@ -27,6 +27,7 @@ from lowlevel.model.memory import (
     planned,
     plans,
 )
+from lowlevel.model.placement import Placement
 from lowlevel.model.policy import dequantize_once
 from lowlevel.optimizer import build_optimizer
 from lowlevel.prefetch import Prefetched

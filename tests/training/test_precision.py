@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 from lowlevel.config import ModelConfig, TrainConfig
 from lowlevel.loop import evaluate_examples
 from lowlevel.loss_scale import LossScale
-from lowlevel.model.base import Placement, load_base
+from lowlevel.model.base import load_base
+from lowlevel.model.placement import Placement
 from lowlevel.optimizer import build_optimizer
 
 FP16 = Placement(torch.device("cpu"), "fp16")
