@@ -62,7 +62,8 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
     """
     data = config.data
     if data.max_length > limits.max_position_embeddings:
-        raise ConfigError(f"data.max_length {data.max_length} > model limit {limits.max_position_embeddings}")
+        limit = limits.max_position_embeddings
+        raise ConfigError(f"data.max_length {data.max_length} > model limit {limit}: lower data.max_length")
     selections = _select(data)
     finished = [_build(selected, data, tokenizer, limits.vocab_size) for selected in selections]
     problems = [problem for built, _ in finished for problem in built.problems]
