@@ -6,6 +6,7 @@ so `lowlevel --help` answers at once.
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _redacted(stream: TextIO) -> TextIO:
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show must not end a run
     return cast("TextIO", RedactedStream(stream))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import os
 import sys
@@ -41,8 +40,6 @@ def _quiet_console() -> Console:
 
     from lowlevel.progress import make_console
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show must not end a run
     disable_progress_bar()
     disable_loading_bar()
     # bitsandbytes 0.50 advises on CPUs with AVX512-BF16 to download a kernel from the hub.
