@@ -56,14 +56,14 @@ class Pair:
     rejected_ids: np.ndarray
 
 
-def write_tiny_base(folder: Path) -> None:
-    """Save a 2-layer Llama (hidden 64, GQA 4/2, untied head) and a byte-level tokenizer with a Zephyr-like template."""
+def write_tiny_base(folder: Path, *, layers: int = 2) -> None:
+    """Save a Llama of few layers (hidden 64, GQA 4/2, untied head) and a byte-level tokenizer with a Zephyr-like template."""
     torch.manual_seed(1234)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
