@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.faulting.actions import Action
 
 WRITES = frozenset("wax+")
-TEMPORARY = re.compile(r"(\.tmp-[^/]+)-\d+(?=/|$)")  # ends with the process's id
+TEMPORARY = re.compile(r"\.tmp-[^/]+")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,12 @@ class _Inside:
         absolute = os.path.abspath(os.fsdecode(path))
         if absolute != str(self.folder) and not absolute.startswith(f"{self.folder}/"):
             return None
-        return TEMPORARY.sub(r"\1", os.path.relpath(absolute, self.folder))
+        return TEMPORARY.sub(_without_pid, os.path.relpath(absolute, self.folder))
+
+
+def _without_pid(match: re.Match[str]) -> str:
+    pid = str(os.getpid())
+    return match[0].replace(f"-{pid}-", "-").removesuffix(f"-{pid}")
 
 
 def _before(call: Callable[..., Any], name: str, inside: _Inside, act: Callable[[str], object]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Protocol
@@ -56,7 +57,7 @@ class Started:
 
     def __init__(self, arguments: Sequence[str], folder: Path, faults: Sequence[Fault]) -> None:
         """Start it; its output goes to files beside the run folder, so that nothing of it is lost in a kill."""
-        _start_server()
+        start_server()
         self._out, self._err = (folder.parent / f".{folder.name}.{stream}" for stream in ("out", "err"))
         context = multiprocessing.get_context("forkserver")
         told = (list(arguments), folder, tuple(faults), self._out, self._err)
@@ -98,14 +99,18 @@ def lowlevel(arguments: Sequence[str], folder: Path, *faults: Fault) -> Ended:
     return Started(arguments, folder, faults).wait()
 
 
-def _start_server() -> None:
-    """Start the fork server once, in ENVIRONMENT; this process's own environment stays as it is."""
+@cache
+def start_server() -> None:
+    """Start the fork server once, in ENVIRONMENT, and wait for its imports; the environment here stays as it is."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.faulting.preload"])
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
     try:
         forkserver.ensure_running()
+        first = context.Process(target=os.getpid)
+        first.start()
+        first.join()
     finally:
         for name, value in before.items():
             if value is None:
