@@ -8,6 +8,7 @@ import resource
 import signal
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from safetensors import SafetensorError
@@ -70,6 +71,18 @@ class LimitFileSize:
         """Python ignores SIGXFSZ, so the write fails with EFBIG."""
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, hard))
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Nothing happens any more; `mark` is there once it does not."""
+
+    mark: Path
+
+    def __call__(self, where: str) -> None:
+        """Does not return."""
+        self.mark.touch()
+        threading.Event().wait()
 
 
 @dataclass(frozen=True)

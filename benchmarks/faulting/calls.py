@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import importlib
+import io
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,3 +142,42 @@ class NotFinite:
 
         replace(MICRO_BATCH, make)
         replace(STEP, count)
+
+
+@dataclass(frozen=True)
+class ClockJumps:
+    """Each reading of the wall clock is years away from the last one."""
+
+    def install(self, folder: Path) -> None:
+        """See Fault."""
+        counter, real = iter(range(1, 10**9)), time.time
+        time.time = lambda: real() + (-1) ** next(counter) * 3e8
+
+
+@dataclass(frozen=True)
+class Umask:
+    """The process's umask."""
+
+    mask: int
+
+    def install(self, folder: Path) -> None:
+        """See Fault."""
+        os.umask(self.mask)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Reading files under the run folder whose path ends so fails with EIO: a bad sector."""
+
+    ending: str
+
+    def install(self, folder: Path) -> None:
+        """See Fault."""
+        real = io.open
+
+        def opened(file: Any, mode: str = "r", *rest: Any, **keys: Any) -> Any:
+            if str(file).startswith(str(folder)) and str(file).endswith(self.ending) and "r" in mode:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+            return real(file, mode, *rest, **keys)
+
+        io.open = builtins.open = opened

@@ -153,6 +153,8 @@ def _before(call: Callable[..., Any], name: str, inside: _Inside, act: Callable[
         # shutil.rmtree names what it deletes relative to an open folder
         at = keys.get("dir_fd")
         first = paths[0] if at is None else os.path.join(os.readlink(f"/proc/self/fd/{at}"), os.fsdecode(paths[0]))
+        if name == "mkdir" and os.path.isdir(first):
+            return call(*paths, **keys)  # changes nothing: pathlib asks for folders that may be there
         names = [inside.name(first), *(inside.name(path) for path in paths[1:] if isinstance(path, (str, Path)))]
         if names[0]:
             act(" ".join([name, *(found for found in names if found)]))

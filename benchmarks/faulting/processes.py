@@ -76,6 +76,17 @@ class Started:
         """Whether it still runs."""
         return self._process.is_alive()
 
+    def wait_for(self, mark: Path) -> None:
+        """Wait until a file is there that the process makes.
+
+        Raises:
+            RuntimeError: it ended before, or takes too long.
+        """
+        while not mark.exists():
+            if not self.alive or time.perf_counter() - self._began > LIMIT:
+                raise RuntimeError(f"{mark.name} was not made: {self.wait().said}")
+            time.sleep(0.005)
+
     def kill(self) -> None:
         """SIGKILL."""
         self._process.kill()

@@ -11,13 +11,14 @@ import signal
 import time
 from pathlib import Path
 
-from benchmarks.faulting.actions import Action, Kill, LimitFileSize, OutOfMemory, Refuse, Signal
-from benchmarks.faulting.calls import AtCall, NotFinite
-from benchmarks.faulting.comparison import damaged, litter, newest_good, status, tensor_hashes
-from benchmarks.faulting.damage import damage
+from benchmarks.faulting.actions import Kill, LimitFileSize, OutOfMemory, Refuse, Signal
+from benchmarks.faulting.calls import STEP, AtCall, NotFinite
+from benchmarks.faulting.comparison import litter, newest_good, status, tensor_hashes
+from benchmarks.faulting.damage import FILES, damage, flip
 from benchmarks.faulting.operations import AtFile, AtOperation
 from benchmarks.faulting.processes import Ended, Fault
 from benchmarks.faulting.stage import Play
+from lowlevel.checkpoint import checkpoints
 
 
 def expect(ended: Ended, *codes: int) -> list[str]:
@@ -26,11 +27,14 @@ def expect(ended: Ended, *codes: int) -> list[str]:
     return problems + (["a traceback was printed"] if "Traceback (most recent" in ended.said else [])
 
 
-def killed_at(play: Play, change: int, *, of: Path | None = None) -> list[str]:
-    """SIGKILL before change number `change` of a new run, or of one that goes on from the folder `of`."""
+def killed_at(play: Play, change: int, *, of: Path | None = None, damage: bool = False) -> list[str]:
+    """SIGKILL before change number `change` of a new run, or of one that goes on from the folder `of`.
+
+    `damage`: `of` holds a damaged checkpoint, so that more than one step may have to be taken again.
+    """
     folder = play.copy(of) if of else play.new()
     ended = play.run(folder, AtOperation(change, Kill()))
-    return expect(ended, -9) + play.lost(folder) + play.resumed(folder)
+    return expect(ended, -9) + play.lost(folder, damage=damage) + play.resumed(folder)
 
 
 def killed_at_random(play: Play, rng: random.Random, kills: int) -> tuple[int, list[str]]:
@@ -38,9 +42,11 @@ def killed_at_random(play: Play, rng: random.Random, kills: int) -> tuple[int, l
     folder, hits, problems = play.new(), 0, []
     for _ in range(kills):
         started = play.start(folder)
-        time.sleep(rng.uniform(0.0, 1.1 * play.whole.ended.seconds))
+        time.sleep(rng.uniform(0.0, play.whole.ended.seconds))
         started.kill()
-        hits += started.wait().code == -signal.SIGKILL
+        code = started.wait().code
+        hits += code == -signal.SIGKILL
+        problems += [] if code in (0, -signal.SIGKILL) else [f"ended with {code} by itself"]
         problems += play.lost(folder)
     return hits, problems + play.resumed(folder)
 
@@ -76,7 +82,8 @@ def hurt(play: Play, stopped: Path, number: int, rng: random.Random) -> tuple[st
     folder = play.copy(stopped)
     newest = f"step-{newest_good(folder):08d}"
     what = damage(folder / newest, number, rng)
-    noticed = newest_good(folder) < int(newest.removeprefix("step-"))
+    # A file of a checkpoint's name is no checkpoint, so nothing has to be said of it.
+    noticed = newest_good(folder) < int(newest.removeprefix("step-")) and (folder / newest).is_dir()
     ended = play.run(folder)
     problems = expect(ended, 0)
     if noticed and ("skipped a damaged checkpoint" not in ended.out or newest not in ended.out):
@@ -98,12 +105,7 @@ def signalled(play: Play, fault: Fault, number: int, *, twice: bool = False) -> 
     return problems + play.resumed(folder)
 
 
-def at_call(target: str, number: int, action: Action) -> AtCall:
-    """One call."""
-    return AtCall(target, (number,), action)
-
-
-def not_finite(play: Play, fault: NotFinite, rows: bool = True) -> list[str]:
+def not_finite(play: Play, fault: NotFinite) -> list[str]:
     """A number that is none: exit 5 (4 where weights are to be saved), the last good checkpoint untouched."""
     folder = play.stopped_at(fault.step - 1)
     last = folder / f"step-{fault.step - 1:08d}"
@@ -115,6 +117,35 @@ def not_finite(play: Play, fault: NotFinite, rows: bool = True) -> list[str]:
     if newest_good(folder) != fault.step - 1 or any(tensor_hashes(last / file) != before[file] for file in before):
         problems.append("the last good checkpoint has changed")
     return problems + play.resumed(folder)
+
+
+def stopped_after_each_step(play: Play) -> list[str]:
+    """SIGTERM in every step of one run, each time resumed in a new process: a resume at every step there is."""
+    folder, problems = play.new(), []
+    for step in range(1, play.whole.steps):
+        ended = play.run(folder, AtCall(STEP, (1,), Signal(signal.SIGTERM)))
+        problems += expect(ended, 128 + signal.SIGTERM) + _status(folder, "preempted", 128 + signal.SIGTERM)
+        if newest_good(folder) != step:
+            problems.append(f"stopped in step {step}, newest checkpoint is of step {newest_good(folder)}")
+    return problems + play.resumed(folder)
+
+
+def stopped_once(play: Play, step: int) -> list[str]:
+    """SIGTERM in one step, then resumed to the end."""
+    return play.resumed(play.stopped_at(step))
+
+
+def all_damaged(play: Play, stopped: Path, number: int, rng: random.Random) -> list[str]:
+    """Damage to every checkpoint: exit 4 with each of them named, nothing trained, nothing lost."""
+    folder = play.copy(stopped)
+    names = [path.name for path in checkpoints(folder)]
+    for name in names:
+        flip(folder / name / FILES[number % len(FILES)], rng)
+    ended = play.run(folder)
+    problems = expect(ended, 4) + [f"{name} is not named" for name in names if name not in ended.err]
+    if [path.name for path in checkpoints(folder)] != names:
+        problems.append("checkpoints were deleted or written")
+    return problems
 
 
 def out_of_memory(play: Play, target: str, number: int) -> list[str]:
@@ -134,12 +165,3 @@ def _status(folder: Path, state: str, code: int) -> list[str]:
         return []
     return [f"status is {found['state']}, exit {found['exit']}; expected {state}, {code}"]
 
-
-def good(folder: Path) -> bool:
-    """No checkpoint of the folder is damaged."""
-    return not damaged(folder)
-
-
-def repeated(number: int) -> Signal:
-    """A signal by its number."""
-    return Signal(number)
