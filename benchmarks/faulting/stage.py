@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Stage:
 
     folder: Path
     _plays: dict[Case, Play] = field(default_factory=dict)
-    _names: int = 0
+    _names: Iterator[int] = field(default_factory=count)  # also for threads
 
     @cached_property
     def workspace(self) -> Any:
@@ -96,8 +97,7 @@ class Stage:
 
     def place(self) -> Path:
         """A new run folder's path."""
-        self._names += 1
-        return self.folder / "runs" / f"{self._names:05d}" / "run"
+        return self.folder / "runs" / f"{next(self._names):05d}" / "run"
 
 
 @dataclass
@@ -168,6 +168,10 @@ class Play:
         ended = self.run(folder)
         if ended.code != 0:
             return [f"resume ended with {ended.code}: {ended.said.strip()[-400:]}"]
+        return self.compared(folder)
+
+    def compared(self, folder: Path) -> list[str]:
+        """What is not as in the uninterrupted run, and what was left lying."""
         return [f"differs: {name}" for name in differences(folder, self.whole.print)] + [
             f"left over: {name}" for name in litter(folder)
         ]

@@ -32,7 +32,7 @@ def test_another_seed_is_another_run(sft):
     ("method", "accumulation", "optim"),
     [
         ("sft", 3, "paged_adamw_8bit"),
-        ("dpo", 1, "paged_adamw_32bit"),
+        pytest.param("dpo", 1, "paged_adamw_32bit", marks=pytest.mark.slow),
         pytest.param("sft", 1, "paged_adamw_32bit", marks=pytest.mark.slow),
         pytest.param("dpo", 3, "paged_adamw_8bit", marks=pytest.mark.slow),
     ],
@@ -42,6 +42,12 @@ def test_stopped_in_every_step(stage, method, accumulation, optim):
     assert play.whole.steps == 18
     state = load_file(checkpoints(play.whole.folder)[0] / "optimizer.safetensors")
     assert state["flat::state1"].dtype == ("uint8" if optim.endswith("8bit") else "float32")
+    assert stopped_after_each_step(play) == []
+
+
+def test_stopped_in_every_step_of_a_short_run(stage):
+    play = stage.play(Case("dpo", evaluates=True, rows=5, epochs=3.0))
+    assert play.whole.steps == 6 and any("eval_loss" in line for line in logged(play.whole.folder))
     assert stopped_after_each_step(play) == []
 
 
