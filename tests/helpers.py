@@ -57,7 +57,7 @@ class Pair:
 
 
 def write_tiny_base(folder: Path, *, layers: int = 2) -> None:
-    """Save a Llama of few layers (hidden 64, GQA 4/2, untied head) and a byte-level tokenizer with a Zephyr-like template."""
+    """Save a small Llama (hidden 64, GQA 4/2, untied head) and a byte-level tokenizer with a Zephyr-like template."""
     torch.manual_seed(1234)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

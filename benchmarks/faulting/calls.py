@@ -7,7 +7,6 @@ import errno
 import importlib
 import io
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,27 +141,6 @@ class NotFinite:
 
         replace(MICRO_BATCH, make)
         replace(STEP, count)
-
-
-@dataclass(frozen=True)
-class ClockJumps:
-    """Each reading of the wall clock is years away from the last one."""
-
-    def install(self, folder: Path) -> None:
-        """See Fault."""
-        counter, real = iter(range(1, 10**9)), time.time
-        time.time = lambda: real() + (-1) ** next(counter) * 3e8
-
-
-@dataclass(frozen=True)
-class Umask:
-    """The process's umask."""
-
-    mask: int
-
-    def install(self, folder: Path) -> None:
-        """See Fault."""
-        os.umask(self.mask)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Whether two runs are the same one: SHA-256 of every tensor, every logged number, the counters, and what lies about."""
+"""Whether two runs are the same one: SHA-256 of every tensor, logged numbers, counters, and what lies about."""
 
 from __future__ import annotations
 

@@ -178,9 +178,10 @@ def _watch_opens(inside: _Inside, act: Callable[[str], object]) -> None:
 
 def _watch_tensors(inside: _Inside, act: Callable[[str], object]) -> None:
     """safetensors writes from Rust: its file is cut to half for the moment in the middle."""
+    from safetensors.torch import save_file
+
     import lowlevel.model.adapters
     import lowlevel.training_state
-    from safetensors.torch import save_file
 
     def saved(tensors: Any, file: Path, metadata: Any = None) -> None:
         path = inside.name(file)

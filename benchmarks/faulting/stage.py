@@ -1,4 +1,4 @@
-"""The runs that faults are tried on: a 1-layer Llama in 4 bits, a few rows, dropout 0.1, a checkpoint after each step."""
+"""The runs that faults are tried on: a 1-layer Llama in 4 bits, a few rows, dropout 0.1, a checkpoint a step."""
 
 from __future__ import annotations
 
@@ -88,9 +88,7 @@ class Stage:
         """A case with its uninterrupted run."""
         if case not in self._plays:
             name = f"{case.method}-{len(self._plays)}"
-            model = {"name": str(self.workspace.base)} | (
-                {"adapter": str(self.parent)} if case.method == "dpo" else {}
-            )
+            model = {"name": str(self.workspace.base)} | ({"adapter": str(self.parent)} if case.method == "dpo" else {})
             config = self.workspace.write(name, case.method, model=model, **case.sections)
             self._plays[case] = Play(self, case, config)
         return self._plays[case]

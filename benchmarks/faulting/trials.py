@@ -165,4 +165,3 @@ def _status(folder: Path, state: str, code: int) -> list[str]:
     if not found or (found["state"], found["exit"]) == (state, code):
         return []
     return [f"status is {found['state']}, exit {found['exit']}; expected {state}, {code}"]
-
