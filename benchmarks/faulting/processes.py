@@ -59,6 +59,8 @@ class Started:
         """Start it; its output goes to files beside the run folder, so that nothing of it is lost in a kill."""
         start_server()
         self._out, self._err = (folder.parent / f".{folder.name}.{stream}" for stream in ("out", "err"))
+        for path in (self._out, self._err):
+            path.touch()  # a process may be killed before it has opened them
         context = multiprocessing.get_context("forkserver")
         told = (list(arguments), folder, tuple(faults), self._out, self._err)
         self._process = context.Process(target=_run, args=told, daemon=True)

@@ -5,10 +5,12 @@ Every trial returns what is wrong, a line each; an empty list is a run that surv
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.faulting.actions import Kill, LimitFileSize, OutOfMemory, Refuse, Signal
@@ -82,11 +84,15 @@ def hurt(play: Play, stopped: Path, number: int, rng: random.Random) -> tuple[st
     """Damage the newest checkpoint of a copy of `stopped`: what was done, and what is wrong after a resume."""
     folder = play.copy(stopped)
     newest = f"step-{newest_good(folder):08d}"
+    before = _content(folder / newest)
     what = damage(folder / newest, number, rng)
     # A file of a checkpoint's name is no checkpoint, so nothing has to be said of it.
     noticed = newest_good(folder) < int(newest.removeprefix("step-")) and (folder / newest).is_dir()
+    harmless = _content(folder / newest) == before
     ended = play.run(folder)
     problems = expect(ended, 0)
+    if not (noticed or harmless) and (folder / newest).is_dir():
+        problems.append("not noticed")
     if noticed and ("skipped a damaged checkpoint" not in ended.out or newest not in ended.out):
         problems.append("no word of the damage")
     if ended.code == 0:
@@ -165,3 +171,15 @@ def _status(folder: Path, state: str, code: int) -> list[str]:
     if not found or (found["state"], found["exit"]) == (state, code):
         return []
     return [f"status is {found['state']}, exit {found['exit']}; expected {state}, {code}"]
+
+
+def _content(checkpoint: Path) -> dict[str, object]:
+    """What a checkpoint's files hold: a manifest by its values, since "1e-05" and "1E-05" are one number."""
+    found: dict[str, object] = {}
+    for path in checkpoint.iterdir() if checkpoint.is_dir() else ():
+        plain = path.is_file() and not path.is_symlink()
+        found[path.name] = path.read_bytes() if plain else None
+        if plain and path.name == "manifest.json":
+            with suppress(ValueError):
+                found[path.name] = json.loads(path.read_bytes())
+    return found
