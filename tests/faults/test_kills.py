@@ -93,10 +93,11 @@ def test_a_second_process_is_refused_until_the_first_is_dead(sft):
     folder = sft.new()
     mark = folder.parent / "hangs"
     first = sft.start(folder, AtCall(MICRO_BATCH, (3,), Hang(mark)))
-    first.wait_for(mark)
-    arguments = sft.arguments(folder, "--resume")
-    second = lowlevel(arguments, folder.parent / "second")
-    assert second.code == 2 and f"in use by pid {first.pid}" in second.err
-    first.kill()
+    try:
+        first.wait_for(mark)
+        second = lowlevel(sft.arguments(folder, "--resume"), folder.parent / "second")
+        assert second.code == 2 and f"in use by pid {first.pid}" in second.err
+    finally:
+        first.kill()  # it hangs, and would hold pytest at its end
     assert first.wait().code == -9
     assert sft.lost(folder) + sft.resumed(folder) == []
