@@ -1,0 +1,65 @@
+"""The same run twice, and one that is stopped in every step it has: equal, tensor by tensor and line by line."""
+
+import pytest
+from safetensors.numpy import load_file
+
+from benchmarks.faulting.calls import Overflows
+from benchmarks.faulting.comparison import differences, logged
+from benchmarks.faulting.stage import Case
+from benchmarks.faulting.trials import stopped_after_each_step
+from lowlevel.checkpoint import checkpoints
+
+# 18 steps in 3 epochs, the last step of an epoch with fewer rows
+LONG = {1: {"rows": 11, "epochs": 3.0}, 3: {"accumulation": 3, "rows": 33, "epochs": 3.0}}
+
+
+def test_the_same_run_twice(play):
+    folder = play.new()
+    assert play.run(folder, more=()).code == 0
+    assert differences(folder, play.whole.print) == []
+
+
+def test_another_seed_is_another_run(sft):
+    """Or the comparison would compare nothing."""
+    folder = sft.new()
+    assert sft.run(folder, more=("--train.seed", "7")).code == 0
+    different = differences(folder, sft.whole.print)
+    assert any("lora_A" in name for name in different) and any("state1" in name for name in different)
+    assert {"logged line 1", "state"} <= set(different)
+
+
+@pytest.mark.parametrize(
+    ("method", "accumulation", "optim"),
+    [
+        ("sft", 3, "paged_adamw_8bit"),
+        pytest.param("dpo", 1, "paged_adamw_32bit", marks=pytest.mark.slow),
+        pytest.param("sft", 1, "paged_adamw_32bit", marks=pytest.mark.slow),
+        pytest.param("dpo", 3, "paged_adamw_8bit", marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_in_every_step(stage, method, accumulation, optim):
+    play = stage.play(Case(method, optim=optim, **LONG[accumulation]))
+    assert play.whole.steps == 18
+    state = load_file(checkpoints(play.whole.folder)[0] / "optimizer.safetensors")
+    assert state["flat::state1"].dtype == ("uint8" if optim.endswith("8bit") else "float32")
+    assert stopped_after_each_step(play) == []
+
+
+def test_stopped_in_every_step_of_a_short_run(stage):
+    play = stage.play(Case("dpo", evaluates=True, rows=5, epochs=3.0))
+    assert play.whole.steps == 6 and any("eval_loss" in line for line in logged(play.whole.folder))
+    assert stopped_after_each_step(play) == []
+
+
+OVERFLOWS = Overflows(limits=((0, 2.0**16), (1, 2.0**15), (5, 2.0**13)))
+
+
+@pytest.mark.parametrize("method", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_a_loss_scale_that_falls_and_grows_between_stops(stage, method):
+    play = stage.play(Case(method, rows=9, epochs=2.0, always=(OVERFLOWS,)))
+    scales = [line["loss_scale"] for line in logged(play.whole.folder)]
+    assert scales[0] == 2.0**16 and len(set(scales)) > 2, "it fell"
+    assert any(later > earlier for earlier, later in zip(scales, scales[1:], strict=False)), "it grew"
+    skipped = [line["skipped_steps"] for line in logged(play.whole.folder)]
+    assert skipped[2] > 0 and skipped[-1] > skipped[4], "overflows early and late"
+    assert stopped_after_each_step(play) == []

@@ -1,0 +1,64 @@
+"""SIGTERM and SIGINT wherever they may come: saved at a step's end, or nothing to save; a second one ends at once."""
+
+import signal
+
+import pytest
+
+from benchmarks.faulting.actions import Signal
+from benchmarks.faulting.calls import EVALUATION, LOADING, MICRO_BATCH, PREPARATION, AtCall
+from benchmarks.faulting.comparison import newest_good
+from benchmarks.faulting.operations import AtFile, AtOperation
+from benchmarks.faulting.stage import Case
+from benchmarks.faulting.trials import expect, signalled
+
+TERM, INT = signal.SIGTERM, signal.SIGINT
+
+
+@pytest.fixture(scope="module", params=["sft", "dpo"])
+def evaluating(request, stage):
+    """3 micro-batches a step, 3 steps, an evaluation before, after step 2 and at the end."""
+    return stage.play(Case(request.param, accumulation=3, rows=16, evaluates=True))
+
+
+def test_at_each_micro_batch(evaluating):
+    assert evaluating.whole.steps == 3
+    dpo = evaluating.case.method == "dpo"
+    for number in range(1, 8, 3 if dpo else 1):
+        kind = INT if number % 2 else TERM
+        assert signalled(evaluating, AtCall(MICRO_BATCH, (number,), Signal(kind)), kind) == [], number
+
+
+def test_the_step_that_was_begun_is_saved(sft):
+    folder = sft.new()
+    ended = sft.run(folder, AtCall(MICRO_BATCH, (3,), Signal(TERM)), more=())
+    assert expect(ended, 143) == [] and newest_good(folder) == 3
+
+
+@pytest.mark.parametrize("number", [TERM, INT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("target", [PREPARATION, LOADING])
+def test_before_the_first_step(sft, target, number):
+    assert signalled(sft, AtCall(target, (1,), Signal(number)), number) == []
+
+
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_in_an_evaluation(evaluating, which):
+    assert signalled(evaluating, AtCall(EVALUATION, (which,), Signal(TERM)), TERM) == []
+
+
+@pytest.mark.parametrize(
+    "place", [r"tensors write .*/optimizer\.safetensors", r"rename \.tmp-step-00000002 .*", r"unlink \.del-step-.*"]
+)
+def test_in_a_save(sft, place):
+    assert signalled(sft, AtFile(place, Signal(TERM)), TERM) == []
+
+
+def test_twice_in_training(evaluating):
+    fault = AtCall(MICRO_BATCH, (2, 3), Signal(TERM))
+    assert signalled(evaluating, fault, TERM, twice=True) == []
+
+
+@pytest.mark.parametrize("offset", [2, 8, 14])
+def test_twice_in_a_save(sft, offset):
+    """The second one ends the process in the middle of the save, of which nothing is to be seen."""
+    first = sft.whole.saves()[1][0] + offset
+    assert signalled(sft, AtOperation(first, Signal(INT), first + 1), INT, twice=True) == []
