@@ -113,7 +113,7 @@ def save_checkpoint(
         temporary.mkdir()
         write_files(temporary)
         _seal(temporary, {"format": FORMAT, "version": VERSION, "step": step, **payload})
-        if final.exists():
+        if os.path.lexists(final):
             os.rename(final, old)
         os.rename(temporary, final)
         moved = True
@@ -122,14 +122,14 @@ def save_checkpoint(
         with suppress(OSError):  # what a disk refuses to move back, the next start does
             if moved:
                 os.rename(final, temporary)
-            if old.exists():
+            if os.path.lexists(old):
                 os.rename(old, final)
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, OSError | SafetensorError):  # safetensors 0.8's own error where a disk is full
             raise
         raise CheckpointError(_not_saved(final, error, needed)) from None
-    if old.exists():
-        shutil.rmtree(old)
+    if os.path.lexists(old):
+        _remove(old)
     _retire_old(folder, keep)
     return final
 
@@ -146,7 +146,8 @@ def _seal(folder: Path, payload: dict[str, Any]) -> None:
 def _room_needed(folder: Path) -> int:
     """Bytes that a save may take: a checkpoint like the newest, and a fifth more; 0 where there is none."""
     newest = next(iter(checkpoints(folder)), None)
-    return math.ceil(_ROOM * sum(path.stat().st_size for path in newest.iterdir())) if newest else 0
+    files = newest.iterdir() if newest and newest.is_dir() else ()
+    return math.ceil(_ROOM * sum(path.lstat().st_size for path in files))
 
 
 def _not_saved(path: Path, error: Exception, needed: int) -> str:
@@ -172,6 +173,8 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file and what is wrong with it.
     """
+    for link in filter(Path.is_symlink, (checkpoint, checkpoint / MANIFEST)):
+        raise CheckpointError(f"{link} is a link, not the checkpoint's own")
     payload = _read_manifest(checkpoint / MANIFEST)
     try:
         step, files = payload["step"], payload["files"]
@@ -240,14 +243,19 @@ def remove_litter(folder: Path) -> None:
     """
     for path in folder.glob(".old-step-*"):
         place = folder / path.name.removeprefix(".old-")
-        if not place.exists():
+        if not os.path.lexists(place):
             os.rename(path, place)
             sync(folder)
     for path in [*folder.glob(".tmp-*"), *folder.glob(".old-step-*"), *folder.glob(".del-*")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is: damage can put a file or a link in a folder's place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _retire_old(folder: Path, keep: int) -> None:
