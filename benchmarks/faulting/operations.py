@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faulting.actions import Action
+from benchmarks.faulting.actions import Action, mark
 
 WRITES = frozenset("wax+")
 TEMPORARY = re.compile(r"\.tmp-[^/]+")
@@ -37,6 +37,7 @@ class AtOperation:
 
         def act(where: str) -> None:
             if self.first <= next(counter) <= last:
+                mark(folder)
                 self.action(where)
 
         watch(folder, act)
@@ -57,6 +58,7 @@ class AtFile:
         def act(where: str) -> None:
             if re.fullmatch(self.pattern, where) and (self.always or not done):
                 done.append(where)
+                mark(folder)
                 self.action(where)
 
         watch(folder, act)

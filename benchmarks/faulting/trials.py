@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.faulting.actions import Kill, LimitFileSize, OutOfMemory, Refuse, Signal
+from benchmarks.faulting.actions import Kill, LimitFileSize, OutOfMemory, Refuse, Signal, came
 from benchmarks.faulting.calls import STEP, AtCall, NotFinite
 from benchmarks.faulting.comparison import litter, newest_good, status, tensor_hashes
 from benchmarks.faulting.damage import FILES, damage, flip
@@ -106,6 +106,10 @@ def signalled(play: Play, fault: Fault, number: int, *, twice: bool = False) -> 
     folder = play.new()
     ended = play.run(folder, fault)
     problems = expect(ended, 128 + number, *(() if twice else (0,))) + play.lost(folder)
+    if came(folder) < 1 + twice:
+        problems.append(f"only {came(folder)} signals came")
+    if twice and "stopped at step" in ended.err:
+        problems.append("the second signal did not end the process at once")
     if not twice:
         problems += [f"left over: {name}" for name in litter(folder)]
         problems += _status(folder, "finished" if ended.code == 0 else "preempted", ended.code)
