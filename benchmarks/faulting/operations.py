@@ -83,7 +83,7 @@ class Record:
 class Halves:
     """A file that is written in halves, with a moment in between."""
 
-    def __init__(self, file: Any, moment: Callable[[], None]) -> None:
+    def __init__(self, file: Any, moment: Callable[[], object]) -> None:
         """`file` is an open one."""
         self._file, self._moment = file, moment
 
@@ -126,7 +126,7 @@ def watch(folder: Path, act: Callable[[str], object]) -> None:
             act(f"fsync {path}")
         fsync(descriptor)
 
-    os.fsync = synced
+    os.fsync = synced  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -198,5 +198,5 @@ def _watch_tensors(inside: _Inside, act: Callable[[str], object]) -> None:
         os.write(descriptor, data)
         os.close(descriptor)
 
-    lowlevel.model.adapters.save_file = saved
-    lowlevel.training_state.save_file = saved
+    lowlevel.model.adapters.save_file = saved  # type: ignore[assignment]
+    lowlevel.training_state.save_file = saved  # type: ignore[assignment]

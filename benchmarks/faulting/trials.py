@@ -87,13 +87,14 @@ def hurt(play: Play, stopped: Path, number: int, rng: random.Random) -> tuple[st
     before = _content(folder / newest)
     what = damage(folder / newest, number, rng)
     # A file of a checkpoint's name is no checkpoint, so nothing has to be said of it.
-    noticed = newest_good(folder) < int(newest.removeprefix("step-")) and (folder / newest).is_dir()
+    is_one = (folder / newest).is_dir()
+    noticed = newest_good(folder) < int(newest.removeprefix("step-"))
     harmless = _content(folder / newest) == before
     ended = play.run(folder)
     problems = expect(ended, 0)
-    if not (noticed or harmless) and (folder / newest).is_dir():
+    if not (noticed or harmless):
         problems.append("not noticed")
-    if noticed and ("skipped a damaged checkpoint" not in ended.out or newest not in ended.out):
+    if is_one and noticed and ("skipped a damaged checkpoint" not in ended.out or newest not in ended.out):
         problems.append("no word of the damage")
     if ended.code == 0:
         problems += play.compared(folder)
