@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faulting.actions import Action
+from benchmarks.faulting.actions import Action, mark
 
 MICRO_BATCH = "lowlevel.execution:Eager.run"
 EVALUATION = "lowlevel.run:evaluate_examples"
@@ -48,6 +48,8 @@ class AtCall:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
             def called(*arguments: Any, **keys: Any) -> Any:
                 due = next(counter) in self.numbers
+                if due:
+                    mark(folder)
                 if due and not self.after:
                     self.action(self.target)
                 result = original(*arguments, **keys)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faulting.actions import Action
+from benchmarks.faulting.actions import Action, mark
 
 WRITES = frozenset("wax+")
 TEMPORARY = re.compile(r"\.tmp-[^/]+")
@@ -37,6 +37,7 @@ class AtOperation:
 
         def act(where: str) -> None:
             if self.first <= next(counter) <= last:
+                mark(folder)
                 self.action(where)
 
         watch(folder, act)
@@ -57,6 +58,7 @@ class AtFile:
         def act(where: str) -> None:
             if re.fullmatch(self.pattern, where) and (self.always or not done):
                 done.append(where)
+                mark(folder)
                 self.action(where)
 
         watch(folder, act)
@@ -81,7 +83,7 @@ class Record:
 class Halves:
     """A file that is written in halves, with a moment in between."""
 
-    def __init__(self, file: Any, moment: Callable[[], None]) -> None:
+    def __init__(self, file: Any, moment: Callable[[], object]) -> None:
         """`file` is an open one."""
         self._file, self._moment = file, moment
 
@@ -124,7 +126,7 @@ def watch(folder: Path, act: Callable[[str], object]) -> None:
             act(f"fsync {path}")
         fsync(descriptor)
 
-    os.fsync = synced
+    os.fsync = synced  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -196,5 +198,5 @@ def _watch_tensors(inside: _Inside, act: Callable[[str], object]) -> None:
         os.write(descriptor, data)
         os.close(descriptor)
 
-    lowlevel.model.adapters.save_file = saved
-    lowlevel.training_state.save_file = saved
+    lowlevel.model.adapters.save_file = saved  # type: ignore[assignment]
+    lowlevel.training_state.save_file = saved  # type: ignore[assignment]

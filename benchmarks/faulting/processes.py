@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ ENVIRONMENT = {
     "MPLBACKEND": "agg",
     "PYTHONPATH": str(ROOT),
 }
+# Every start looks at the ends of all other processes, and an end can be read only once: not by two threads at a time.
+ONE = threading.Lock()
 LIMIT = 120.0  # seconds for one trial; a run takes half of one
 
 
@@ -65,7 +68,8 @@ class Started:
         told = (list(arguments), folder, tuple(faults), self._out, self._err)
         self._process = context.Process(target=_run, args=told, daemon=True)
         self._began = time.perf_counter()
-        self._process.start()
+        with ONE:
+            self._process.start()
 
     @property
     def pid(self) -> int:
@@ -76,7 +80,8 @@ class Started:
     @property
     def alive(self) -> bool:
         """Whether it still runs."""
-        return self._process.is_alive()
+        with ONE:
+            return self._process.exitcode is None
 
     def wait_for(self, mark: Path) -> None:
         """Wait until a file is there that the process makes.
@@ -94,11 +99,11 @@ class Started:
         self._process.kill()
 
     def wait(self, seconds: float = LIMIT) -> Ended:
-        """Its end; a process that takes longer than `seconds` is killed, and that shows in the exit code."""
-        self._process.join(seconds)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        """Its end; a process older than `seconds` is killed, and that shows in the exit code."""
+        while self.alive:
+            if time.perf_counter() - self._began > seconds:
+                self._process.kill()
+            time.sleep(0.003)
         took = time.perf_counter() - self._began
         code = self._process.exitcode
         assert code is not None

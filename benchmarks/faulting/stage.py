@@ -29,13 +29,18 @@ class Case:
     epochs: float = 1.0
     optim: str = "paged_adamw_32bit"
     evaluates: bool = False
+    packing: bool = True  # without, a micro-batch has exactly 2 rows
     train: tuple[tuple[str, Any], ...] = ()
     always: tuple[Fault, ...] = ()
 
     @property
     def sections(self) -> dict[str, dict[str, Any]]:
         """What goes over the workspace's own run file."""
-        data = {"limit": self.rows, **({"eval_source": "holdout", "eval_limit": 2} if self.evaluates else {})}
+        data = {
+            "limit": self.rows,
+            "packing": self.packing,
+            **({"eval_source": "holdout", "eval_limit": 2} if self.evaluates else {}),
+        }
         train = {
             "gradient_accumulation_steps": self.accumulation,
             "num_train_epochs": self.epochs,

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.faulting.actions import Kill, LimitFileSize, OutOfMemory, Refuse, Signal
+from benchmarks.faulting.actions import Kill, LimitFileSize, OutOfMemory, Refuse, Signal, came
 from benchmarks.faulting.calls import STEP, AtCall, NotFinite
 from benchmarks.faulting.comparison import litter, newest_good, status, tensor_hashes
 from benchmarks.faulting.damage import FILES, damage, flip
@@ -87,13 +87,14 @@ def hurt(play: Play, stopped: Path, number: int, rng: random.Random) -> tuple[st
     before = _content(folder / newest)
     what = damage(folder / newest, number, rng)
     # A file of a checkpoint's name is no checkpoint, so nothing has to be said of it.
-    noticed = newest_good(folder) < int(newest.removeprefix("step-")) and (folder / newest).is_dir()
+    is_one = (folder / newest).is_dir()
+    noticed = newest_good(folder) < int(newest.removeprefix("step-"))
     harmless = _content(folder / newest) == before
     ended = play.run(folder)
     problems = expect(ended, 0)
-    if not (noticed or harmless) and (folder / newest).is_dir():
+    if not (noticed or harmless):
         problems.append("not noticed")
-    if noticed and ("skipped a damaged checkpoint" not in ended.out or newest not in ended.out):
+    if is_one and noticed and ("skipped a damaged checkpoint" not in ended.out or newest not in ended.out):
         problems.append("no word of the damage")
     if ended.code == 0:
         problems += play.compared(folder)
@@ -106,6 +107,10 @@ def signalled(play: Play, fault: Fault, number: int, *, twice: bool = False) -> 
     folder = play.new()
     ended = play.run(folder, fault)
     problems = expect(ended, 128 + number, *(() if twice else (0,))) + play.lost(folder)
+    if came(folder) < 1 + twice:
+        problems.append(f"only {came(folder)} signals came")
+    if twice and "stopped at step" in ended.err:
+        problems.append("the second signal did not end the process at once")
     if not twice:
         problems += [f"left over: {name}" for name in litter(folder)]
         problems += _status(folder, "finished" if ended.code == 0 else "preempted", ended.code)

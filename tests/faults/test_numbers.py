@@ -10,7 +10,7 @@ from benchmarks.faulting.trials import not_finite, out_of_memory
 @pytest.fixture(scope="module", params=["sft", "dpo"])
 def accumulating(request, stage):
     """3 micro-batches a step, 8-bit optimizer state."""
-    return stage.play(Case(request.param, accumulation=3, rows=18, optim="paged_adamw_8bit"))
+    return stage.play(Case(request.param, accumulation=3, rows=18, optim="paged_adamw_8bit", packing=False))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ TERM, INT = signal.SIGTERM, signal.SIGINT
 @pytest.fixture(scope="module", params=["sft", "dpo"])
 def evaluating(request, stage):
     """3 micro-batches a step, 3 steps, an evaluation before, after step 2 and at the end."""
-    return stage.play(Case(request.param, accumulation=3, rows=16, evaluates=True))
+    return stage.play(Case(request.param, accumulation=3, rows=16, evaluates=True, packing=False))
 
 
 def test_at_each_micro_batch(evaluating):
