@@ -46,7 +46,7 @@ def test_stopped_in_every_step(stage, method, accumulation, optim):
 
 
 def test_stopped_in_every_step_of_a_short_run(stage):
-    play = stage.play(Case("dpo", evaluates=True, rows=5, epochs=3.0))
+    play = stage.play(Case("dpo", evaluates=True, rows=3, epochs=3.0))
     assert play.whole.steps == 6 and any("eval_loss" in line for line in logged(play.whole.folder))
     assert stopped_after_each_step(play) == []
 
