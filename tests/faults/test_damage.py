@@ -10,45 +10,43 @@ from benchmarks.faulting.stage import Case
 from benchmarks.faulting.trials import all_damaged, expect, hurt
 
 
-@pytest.fixture(scope="module", params=["sft", "dpo"])
-def three(request, stage):
-    """A run with three checkpoints, stopped at the third step of four."""
-    play = stage.play(Case(request.param, train=(("save_total_limit", 3),)))
-    return play, play.stopped_at(3)
+@pytest.fixture(scope="module")
+def stopped(stage):
+    """By method: a run with three checkpoints, stopped at the third step of four."""
+    plays = {method: stage.play(Case(method, train=(("save_total_limit", 3),))) for method in ("sft", "dpo")}
+    return {method: (play, play.stopped_at(3)) for method, play in plays.items()}
 
 
-@pytest.mark.parametrize("number", range(len(DAMAGES)), ids=lambda number: DAMAGES[number].__name__)
-def test_each_kind_of_damage(stage, three, number):
-    play, stopped = three
-    rng = random.Random(number)
+# The benchmark has all kinds of damage to all files for both.
+KINDS = [("sft", n) for n in range(len(DAMAGES))] + [("dpo", n) for n in range(0, len(DAMAGES), 4)]
+
+
+@pytest.mark.parametrize(("method", "number"), KINDS, ids=[f"{m}-{DAMAGES[n].__name__}" for m, n in KINDS])
+def test_each_kind_of_damage(stopped, method, number):
     file = (number + 2) % len(FILES)  # a flipped bit in the optimizer's state, and so on
-    if play.case.method == "dpo" and number % 4:
-        pytest.skip("the benchmark has all kinds for both")
-    what, problems = hurt(play, stopped, number + len(DAMAGES) * file, rng)
+    what, problems = hurt(*stopped[method], number + len(DAMAGES) * file, random.Random(number))
     assert problems == []
     assert DAMAGES[number].__name__ in what
 
 
 @pytest.mark.slow
-def test_more_damage(three):
-    play, stopped = three
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_more_damage(stopped, method):
     for number in range(0, len(DAMAGES) * len(FILES), 5):
-        what, problems = hurt(play, stopped, number, random.Random(number))
+        what, problems = hurt(*stopped[method], number, random.Random(number))
         assert problems == [], what
 
 
-@pytest.mark.parametrize("number", range(len(FILES)), ids=FILES)
-def test_no_good_one_left(three, number):
-    play, stopped = three
-    if play.case.method == "dpo" and number:
-        pytest.skip("sft has each file")
-    assert all_damaged(play, stopped, number, random.Random(number)) == []
+@pytest.mark.parametrize(("method", "number"), [*(("sft", n) for n in range(len(FILES))), ("dpo", 0)])
+def test_no_good_one_left(stopped, method, number):
+    assert all_damaged(*stopped[method], number, random.Random(number)) == []
 
 
-def test_a_bad_sector(three):
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_bad_sector(stopped, method):
     """A file that is there and cannot be read is damage too."""
-    play, stopped = three
-    folder = play.copy(stopped)
+    play, before = stopped[method]
+    folder = play.copy(before)
     ended = play.run(folder, Unreadable("step-00000003/optimizer.safetensors"))
     assert expect(ended, 0) == []
     assert "skipped a damaged checkpoint" in ended.out and "resumed from step-00000002" in ended.out

@@ -80,7 +80,7 @@ def test_a_disk_that_refuses_once_in_a_save(sft):
 
 @pytest.mark.slow
 def test_a_disk_that_refuses_once_in_a_run(play):
-    for change in range(2, len(play.whole.operations) + 1, 9):
+    for change in range(2, len(play.whole.operations) + 1, 14):
         assert refused(play, change, "EIO") == [], play.whole.operations[change - 1]
 
 
