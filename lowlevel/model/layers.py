@@ -1,4 +1,4 @@
-"""How decoder layers run: recomputed in the backward pass or not, compiled or not, their inputs on the host or not.
+"""How decoder layers run: recomputed in the backward pass or not, compiled or not.
 
 All layers of a model are the same function with other weights. So one compiled function serves them all: torch lifts a
 module's weights to inputs of the graph, and the second layer finds the graph of the first.
