@@ -134,7 +134,7 @@ class Graphed:
             self._ready.add(kind)
             self._plain.discard(signature)
             return self._warm_up(batch, factor, key, kept)
-        captured = self.captured.pop(signature, None) or self._capture_once_more(batch, signature)
+        captured = self.captured.pop(signature, None) or self._try_capture(batch, signature)
         self.captured[signature] = captured  # the last one is the one used last
         if len(self.captured) > MAX_GRAPHS:
             torch.cuda.synchronize()  # the oldest may still be running
@@ -153,7 +153,7 @@ class Graphed:
         current.wait_stream(self._stream)
         return sums
 
-    def _capture_once_more(self, batch: PackedBatch, signature: Signature) -> Captured:
+    def _try_capture(self, batch: PackedBatch, signature: Signature) -> Captured:
         """Capture, and where that fails for the first time let the shape run uncaptured before the next try.
 
         A compiler that finds that it must compile anew for this shape cannot do so within a capture.
