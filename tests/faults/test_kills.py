@@ -41,7 +41,7 @@ def test_between_any_two_file_operations_of_a_save(sft):
 
 @pytest.mark.slow
 def test_between_file_operations_of_a_whole_run(play):
-    changes = {*range(1, len(play.whole.operations) + 1, 8), *last_save(play)[1::2]}
+    changes = {*range(1, len(play.whole.operations) + 1, 16), *last_save(play)[1::4]}  # the benchmark takes all
     for change in sorted(changes):
         assert killed_at(play, change) == [], play.whole.operations[change - 1]
 
