@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import helpers
+import pytest
 import tomli_w
 
 from lowlevel.cli import main
+from lowlevel.observer import RunObserver
 
 HELD_OUT = 6
 PROMPTS = [f"{'please ' * (i % 3)}write {i} backwards" for i in range(24)]
@@ -99,3 +101,15 @@ def make_workspace(folder: Path) -> Workspace:
     helpers.write_tiny_base(folder / "tiny")
     sft_rows = helpers.write_jsonl(folder / "chats.jsonl", CHATS)
     return Workspace(folder, folder / "tiny", sft_rows, helpers.write_jsonl(folder / "pairs.jsonl", PAIRS))
+
+
+def at_step(patch: pytest.MonkeyPatch, step: int, do) -> None:
+    """Call `do` at the end of a step of the runs to come, counted from 1."""
+    original = RunObserver.progress
+
+    def progress(self, state, result):
+        original(self, state, result)
+        if state.step == step:
+            do()
+
+    patch.setattr(RunObserver, "progress", progress)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import helpers
 import pytest
-from workspace import Said, Workspace, make_workspace, metrics, run
+from workspace import Said, Workspace, at_step, make_workspace, metrics, run
 
 import lowlevel.checkpoint
 import lowlevel.run
@@ -20,7 +20,6 @@ import lowlevel.run_folder
 import lowlevel.run_record
 import lowlevel.training_state
 from lowlevel.checkpoint import checkpoints, run_lock, verify
-from lowlevel.observer import RunObserver
 
 STOP = 3
 EVERY = {"logging_steps": 1, "save_steps": 1, "eval_steps": 2}
@@ -51,17 +50,6 @@ def resume(space, copied):
         return run("sft", space.folder / "stopped.toml", "--train.output_dir", copied, "--resume", *arguments)
 
     return go
-
-
-def at_step(patch: pytest.MonkeyPatch, step: int, do) -> None:
-    original = RunObserver.progress
-
-    def progress(self, state, result):
-        original(self, state, result)
-        if state.step == step:
-            do()
-
-    patch.setattr(RunObserver, "progress", progress)
 
 
 def before(patch: pytest.MonkeyPatch, module, name: str, do, *, times: int = 1) -> None:

@@ -1,6 +1,7 @@
 """What may differ between a checkpoint and the run that goes on from it, and what is said where it may not."""
 
 import json
+import os
 import shutil
 import signal
 import tomllib
@@ -8,11 +9,10 @@ from pathlib import Path
 
 import helpers
 import pytest
-from workspace import CHATS, Said, Workspace, make_workspace, metrics, run
+from workspace import CHATS, Said, Workspace, at_step, make_workspace, metrics, run
 
 import lowlevel.resuming
 from lowlevel.checkpoint import _payload_sha256, checkpoints, verify, write_json
-from lowlevel.observer import RunObserver
 
 STOP = 3
 
@@ -23,15 +23,8 @@ def space(tmp_path_factory) -> Workspace:
     space = make_workspace(tmp_path_factory.mktemp("resuming"))
     data = {"eval_source": "holdout", "eval_limit": 4}
     path = space.write("stopped", "sft", train={"logging_steps": 1, "save_steps": 1}, data=data)
-    original = RunObserver.progress
-
-    def progress(self, state, result):
-        original(self, state, result)
-        if state.step == STOP:
-            self.on_signal(signal.SIGTERM, None)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunObserver, "progress", progress)
+        at_step(patch, STOP, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run("sft", path).code == 143
     return space
 
