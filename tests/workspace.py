@@ -6,13 +6,16 @@ import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import helpers
-import pytest
 import tomli_w
 
 from lowlevel.cli import main
 from lowlevel.observer import RunObserver
+
+if TYPE_CHECKING:
+    import pytest
 
 HELD_OUT = 6
 PROMPTS = [f"{'please ' * (i % 3)}write {i} backwards" for i in range(24)]
@@ -103,7 +106,7 @@ def make_workspace(folder: Path) -> Workspace:
     return Workspace(folder, folder / "tiny", sft_rows, helpers.write_jsonl(folder / "pairs.jsonl", PAIRS))
 
 
-def at_step(patch: pytest.MonkeyPatch, step: int, do) -> None:
+def at_step(patch: "pytest.MonkeyPatch", step: int, do) -> None:
     """Call `do` at the end of a step of the runs to come, counted from 1."""
     original = RunObserver.progress
 
