@@ -128,6 +128,9 @@ class TrainConfig(Section):
     memory_budget: str | None = Field(
         None, description='GPU memory to fit, like "15GiB"; chooses the three keys above for speed'
     )
+    deterministic: bool = Field(
+        False, description="a GPU gives the same bits each time, as a CPU does anyway; slower (lowlevel/determinism.py)"
+    )
     seed: Seed = Field(42, description="adapter initialisation, dropout, data order")
     data_order: Literal["shuffled", "sequential"] = Field("shuffled", description="order of rows within an epoch")
     logging_steps: Positive = Field(10, description="steps between logged lines")

@@ -25,6 +25,7 @@ from lowlevel.assembly import (
 )
 from lowlevel.checkpoint import newest_verified, remove_litter, run_lock, write_json
 from lowlevel.config import RunConfig
+from lowlevel.determinism import deterministic_mode
 from lowlevel.endings import one_error, recorded_end
 from lowlevel.errors import ConfigError, InterruptedRunError, OutOfMemoryError
 from lowlevel.execution import WithFallback
@@ -71,7 +72,7 @@ def run_training(
         LowlevelError: of the kind whose exit code fits.
     """
     folder = RunFolder(Path(config.train.output_dir))
-    with Interrupts() as interrupts, one_error(folder, interrupts):
+    with deterministic_mode(config.train.deterministic), Interrupts() as interrupts, one_error(folder, interrupts):
         goes_on = folder.holds_run() and resume
         if folder.holds_run() and not (resume or restart):
             raise ConfigError(

@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table, box
 
+from lowlevel.config import RunConfig
+from lowlevel.determinism import deterministic_mode
 from lowlevel.errors import NonFiniteError
 from lowlevel.forensics import examine_error
 from lowlevel.replaying.compare import NUMBERS, TENSORS, Row
@@ -50,6 +52,19 @@ def replay_run(
         check_target(dump)
     config = RunFolder(run_dir).read_config()
     others = [(text, parse_settings(config, text)) for text in settings]
+    with deterministic_mode(config.train.deterministic):
+        return _replay(run_dir, console, step, start, dump, layers, others)
+
+
+def _replay(
+    run_dir: Path,
+    console: Console,
+    step: int,
+    start: int | None,
+    dump: Path | None,
+    layers: bool,
+    others: Sequence[tuple[str, RunConfig]],
+) -> Replay:
     session = open_session(run_dir, step, console.print, start=start)
     seen: list[Dump] = []
     outcomes: list[Outcome] = []

@@ -23,6 +23,7 @@ from lowlevel.assembly import (
 from lowlevel.checkpoint import newest_verified, write_json
 from lowlevel.config import RunConfig, load_config
 from lowlevel.data.prepare import PreparedData
+from lowlevel.determinism import deterministic_mode
 from lowlevel.errors import CheckpointError, ConfigError, DataError, LowlevelError
 from lowlevel.losses import LOSSES
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
@@ -81,15 +82,10 @@ def verify_run(
     with tempfile.TemporaryDirectory() as scratch:
         loaded = _from_folder(folder, console) if folder else _from_file(path, Path(scratch))
         examples = step_of(loaded.config, loaded.inputs.data, batch)
-        subject = _subject(loaded, folder, tuple(examples), batch - 1, exact_parameters)
-        examples = list(subject.examples)
-        console.print(
-            f"verify {path}: {loaded.config.method}, step {batch}, {len(examples)} examples, "
-            f"{subject.policy.placement.precision} on {subject.policy.placement.device}, {subject.mode}",
-            markup=False,
-        )
-        console.print(f"weights: {loaded.weights}", markup=False)
-        checks = run_checks(subject)
+        with deterministic_mode(loaded.config.train.deterministic):
+            subject = _subject(loaded, folder, tuple(examples), batch - 1, exact_parameters)
+            _announce(path, loaded, batch, subject, console)
+            checks = run_checks(subject)
     print_checks(checks, console)
     target = json_file or (folder.path / "verify.json" if folder else None)
     if target:
@@ -101,6 +97,15 @@ def verify_run(
         raise VerificationError(f"{len(failed)} of {len(checks)} checks failed: {names}{more}")
     console.print(f"all {len(checks)} checks hold")
     return checks
+
+
+def _announce(path: Path, loaded: Loaded, batch: int, subject: Subject, console: Console) -> None:
+    placement = subject.policy.placement
+    console.print(
+        f"verify {path}: {loaded.config.method}, step {batch}, {len(subject.examples)} examples, "
+        f"{placement.precision} on {placement.device}, {subject.mode}\nweights: {loaded.weights}",
+        markup=False,
+    )
 
 
 def step_of(config: RunConfig, data: PreparedData, step: int) -> list[Any]:

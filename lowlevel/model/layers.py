@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lowlevel.determinism import compiler_options
 from lowlevel.dropout import DropoutState
 
 Forward = Callable[..., Tensor]
@@ -44,7 +45,7 @@ class DecoderLayers:
         for number, layer in enumerate(self.layers):
             forward = inspect.unwrap(type(layer).forward)  # transformers 5.23 wraps it in a checkpoint of its own
             if compiled:  # torch keeps compiled graphs by code object: all layers share them
-                forward = torch.compile(forward, fullgraph=True, options=dict(COMPILER))
+                forward = torch.compile(forward, fullgraph=True, options={**COMPILER, **compiler_options()})
             bound = _bind(forward, layer, number < self.recomputed)
             layer.forward = self._with_marks(bound) if compiled else bound  # type: ignore[method-assign]
         self._require_input_grads(compiled)

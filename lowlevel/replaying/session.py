@@ -214,7 +214,7 @@ def _placement(folder: RunFolder, config: RunConfig) -> tuple[Placement, str | N
     if (device, precision) != (here, placement.precision):
         return placement, f"the run computed in {precision} on {device}, this replay in {placement.precision} on {here}"
     if on_gpu and not torch.are_deterministic_algorithms_enabled():
-        return placement, "a GPU adds in no fixed order outside deterministic mode"
+        return placement, "a GPU adds in no fixed order, unless the run has train.deterministic = true"
     return placement, None
 
 

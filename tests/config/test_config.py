@@ -77,6 +77,7 @@ KEYS = {
     "train.micro_batch_positions": (2048, {}),
     "train.dequantize_once": (True, {}),
     "train.memory_budget": ("15GiB", {}),
+    "train.deterministic": (True, {}),
     "train.seed": (7, {}),
     "train.data_order": ("sequential", {}),
     "train.logging_steps": (1, {}),
