@@ -49,6 +49,7 @@ def parts(shape: ModelShape, positions: int, device: torch.device, dtype: torch.
     for size_in, size_out in sizes:
         yield from linear_parts(size_in, size_out, positions, device, dtype)
     yield from dropout_parts(shape.hidden, positions, device, dtype)
+    yield embedding_part(shape, positions, device, dtype)
     yield from attention_parts(shape, positions, device, dtype)
     yield from head_parts(shape, positions, device, dtype)
     yield from optimizer_parts(shape.trainable, device)
@@ -57,9 +58,12 @@ def parts(shape: ModelShape, positions: int, device: torch.device, dtype: torch.
 def linear_parts(
     size_in: int, size_out: int, positions: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Part]:
-    """A weight's dequantisation; the product alone; both, as a 4-bit layer does them; an adapter's two products."""
+    """A weight's dequantisation, bitsandbytes' and ours; the product alone; both, as a 4-bit layer does them; an
+    adapter's two products."""
     import bitsandbytes as bnb
     import bitsandbytes.functional as quantisation
+
+    from lowlevel.kernels.dequantize import Quantised, dequantize
 
     weights, name = size_in * size_out, f"{size_out}x{size_in}"
     packed = weights * (0.5 + 1 / 64)
@@ -67,9 +71,16 @@ def linear_parts(
     def random(*size: int) -> Tensor:
         return torch.randn(*size, device=device, dtype=dtype)
 
+    def quantised() -> tuple[Tensor, Any]:
+        return quantisation.quantize_4bit(random(size_out, size_in), quant_type="nf4", compress_statistics=True)
+
     def dequantise() -> Callable[[], Tensor]:
-        data, state = quantisation.quantize_4bit(random(size_out, size_in), quant_type="nf4", compress_statistics=True)
+        data, state = quantised()
         return lambda: quantisation.dequantize_4bit(data, state)
+
+    def in_one_kernel() -> Callable[[], Tensor]:
+        weight = Quantised.of(*quantised())
+        return lambda: dequantize(weight, dtype)
 
     def layer() -> Callable[[], Tensor]:
         module = bnb.nn.Linear4bit(size_in, size_out, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)
@@ -85,7 +96,8 @@ def linear_parts(
         return lambda: x @ a.T @ b.T
 
     flops, moved = 2.0 * positions * weights, 2 * positions * (size_in + size_out)
-    yield Part("dequantise nf4", name, 0, packed + 2 * weights, dequantise)
+    yield Part("dequantise nf4, bitsandbytes", name, 0, packed + 2 * weights, dequantise)
+    yield Part("dequantise nf4, one kernel", name, 0, packed + 2 * weights, in_one_kernel)
     name = f"{positions} rows, {name}"
     yield Part("linear fp16", name, flops, moved + 2 * weights, product)
     yield Part("linear nf4", name, flops, moved + packed, layer)
@@ -113,6 +125,19 @@ def dropout_parts(features: int, positions: int, device: torch.device, dtype: to
     yield Part("dropout, eager", size, 0, 4 * positions * features, eager)
     if device.type == "cuda":
         yield Part("dropout, compiled", size, 0, 4 * positions * features, compiled)
+
+
+def embedding_part(shape: ModelShape, positions: int, device: torch.device, dtype: torch.dtype) -> Part:
+    """Rows of an input embedding that lies in pinned host memory; the fraction is of a device copy."""
+    from lowlevel.kernels.host_rows import host_rows
+
+    def call() -> Callable[[], Tensor]:
+        table = torch.randn(shape.vocabulary, shape.hidden, dtype=dtype)
+        table = table.pin_memory() if device.type == "cuda" else table
+        index = torch.randint(0, shape.vocabulary, (positions,), device=device)
+        return lambda: host_rows(table, index)
+
+    return Part("embedding on the host", f"{positions}x{shape.hidden}", 0, 4 * positions * shape.hidden, call)
 
 
 def attention_parts(shape: ModelShape, positions: int, device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
@@ -241,7 +266,7 @@ def line(row: dict[str, Any]) -> str:
     """A row as one line: microseconds, TFLOP/s, GB/s, and the fractions of both ceilings."""
     names = ("median_us", "tflops", "gb_per_s", "fraction_of_product", "fraction_of_copy")
     numbers = "".join(f"{row[name]:>10.5g}" if name in row else " " * 10 for name in names)
-    return f"{row['component']:<28}{row.get('size', ''):<28}{numbers}  {row['status']}"
+    return f"{row['component']:<30}{row.get('size', ''):<28}{numbers}  {row['status']}"
 
 
 def main() -> None:
