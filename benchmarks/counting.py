@@ -24,6 +24,7 @@ import numpy as np
 
 HALF, FULL = 2, 4  # bytes
 QUANT_BLOCK = 64  # weights that share a scale
+CAST_KERNELS = 2  # Inductor joins at most 8 kernels, and a layer has 14 casts
 HEAD_CHUNK = 1024  # rows of logits at a time
 # Bytes a logit and kernels a chunk, forward and backward. torch: product, cast, the passes of logsumexp; and product,
 # cast, subtract, exp, multiply, cast, product. Fused: product, one read; and product, one read and write, product.
@@ -155,9 +156,10 @@ def forward(shape: ModelShape, work: Work, *, adapters: int, dropout: bool) -> I
         yield from dequantise(size_in * size_out)
         yield product("base products", m, size_in, size_out)
         for _ in range(adapters):
-            yield from adapter_casts(shape.rank, size_in, size_out)
             yield product("adapter products", m, size_in, shape.rank)
             yield product("adapter products", m, shape.rank, size_out)
+    for _ in range(adapters):
+        yield adapter_casts(shape)
     extra = adapters  # outputs to add to each base product's
     yield elementwise(m, (4 + extra) * d + 3 * d * dropout)  # residual, norm, the inputs of q, k, v
     yield elementwise(m, (2 + extra) * (d + 2 * kv), count=3)  # sums, rotary embedding
@@ -178,7 +180,6 @@ def backward(shape: ModelShape, work: Work, *, first: bool, stacked: bool) -> It
     m, d, f, kv, r = work.positions, shape.hidden, shape.intermediate, shape.kv, shape.rank
     for name, (size_in, size_out) in shape.linears.items():
         to_input = not (first and name in "qkv")
-        yield from adapter_casts(r, size_in, size_out)
         yield product("adapter products", m, size_out, r)  # gradient of A's output
         yield product("adapter products", r, m, size_out)  # gradient of B
         yield product("adapter products", r, m, size_in)  # gradient of A
@@ -188,9 +189,10 @@ def backward(shape: ModelShape, work: Work, *, first: bool, stacked: bool) -> It
             yield product("base products", m, size_out, size_in)
             yield product("adapter products", m, r, size_in)
         if stacked and to_input:
-            yield from adapter_casts(r, size_in, size_out)
             yield product("adapter products", m, size_out, r)
             yield product("adapter products", m, r, size_in)
+    for _ in range(1 + stacked):
+        yield adapter_casts(shape)
     parts = 2 + stacked  # gradients to add for each projection's input
     outputs = 3 * d + 2 * kv + 2 * f
     yield elementwise(m, outputs, count=7)  # gradients times lora_alpha / r
@@ -209,17 +211,13 @@ def product(component: str, rows: int, inner: int, columns: int) -> Op:
 
 
 def dequantise(weights: int) -> Iterator[Op]:
-    """NF4 with double quantisation to fp16: the scales (two kernels), then the weights."""
-    blocks = weights / QUANT_BLOCK
-    yield Op("dequantise", bytes=blocks * (1 + FULL))
-    yield Op("dequantise", bytes=blocks * 2 * FULL)
-    yield Op("dequantise", bytes=weights * (0.5 + HALF) + blocks * FULL)
+    """NF4 with double quantisation to fp16, in one kernel: codes and 8-bit constants in, weights out."""
+    yield Op("dequantise", bytes=weights * (0.5 + HALF) + weights / QUANT_BLOCK)
 
 
-def adapter_casts(rank: int, size_in: int, size_out: int) -> Iterator[Op]:
-    """Autocast's fp16 copies of fp32 adapter weights."""
-    for size in (size_in, size_out):
-        yield Op("adapter casts", bytes=rank * size * (FULL + HALF))
+def adapter_casts(shape: ModelShape) -> Op:
+    """Autocast's fp16 copies of a layer's fp32 adapter weights: small kernels that the compiler joins to a few."""
+    return Op("adapter casts", bytes=shape.trainable / shape.layers * (FULL + HALF) / CAST_KERNELS, count=CAST_KERNELS)
 
 
 def elementwise(positions: int, features: float, count: int = 1) -> Op:

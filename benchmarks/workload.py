@@ -227,11 +227,12 @@ def make_workload(
 ) -> None:
     """Write a workload, unless the folder holds it already.
 
-    Without `weights` it holds what counting needs. With a `model` folder it uses that one, and has rows for SFT alone.
+    A folder with more rows will do: the first ones are the same. Without `weights` it holds what counting needs. With a `model` folder it uses that one, and has rows for SFT alone.
     """
-    wanted = {"shape": shape, "length": length, "rows": rows, "weights": weights, "model": str(model or "")}
+    wanted = {"shape": shape, "length": length, "weights": weights, "model": str(model or "")}
     record = folder / "workload.json"
-    if record.exists() and json.loads(record.read_text()).items() >= wanted.items():
+    found = json.loads(record.read_text()) if record.exists() else {}
+    if found.items() >= wanted.items() and found["rows"] >= rows:
         return
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = SHAPES[shape][5]
@@ -248,7 +249,7 @@ def make_workload(
     for method in ("sft", "dpo") if model is None else ("sft",):
         write_lines(folder / f"{method}.jsonl", made[method](rows, length, vocabulary))
         tokens[method] = write_peer_text(folder, method, rows)
-    record.write_text(json.dumps({**wanted, "tokens": tokens}))
+    record.write_text(json.dumps({**wanted, "rows": rows, "tokens": tokens}))
 
 
 def workload_process(folder: Path, shape: str, length: int, rows: int, timeout: float) -> None:

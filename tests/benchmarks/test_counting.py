@@ -32,8 +32,13 @@ def test_one_layer_by_hand():
 
 
 def test_dequantised_bytes_by_hand():
-    ops = list(dequantise(64 * 64))  # 64 scales: a byte each, then 4 in and 4 out, then 4 in
-    assert sum(op.bytes for op in ops) == pytest.approx(64 * 64 * 2.5 + 64 * (1 + 4) + 64 * 8 + 64 * 4)
+    (op,) = dequantise(64 * 64)  # half a byte in and two out a weight, and a byte for each of 64 constants
+    assert op.bytes == pytest.approx(64 * 64 * 2.5 + 64)
+
+
+def test_adapter_casts_by_hand():
+    ops = step_ops(SMALL, [Work(5, 3, 15)], Settings("sft", checkpointing=False, dropout=True))
+    assert totals(ops)["adapter casts"][1] == 2 * 64 * (4 + 2)  # forward and backward, fp32 in and fp16 out
 
 
 @pytest.fixture(scope="module")
