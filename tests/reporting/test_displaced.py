@@ -1,0 +1,152 @@
+"""`lowlevel report --displaced N`: which pairs are looked at, under which weights, and a planted token that is named."""
+
+import html
+import re
+import shutil
+from pathlib import Path
+
+import helpers
+import pytest
+from workspace import PAIRS, run
+
+from lowlevel.assembly import prepare_data
+from lowlevel.commands.loading import load_run
+from lowlevel.inspection import inspect_pairs
+from lowlevel.inspection.pieces import TokenPieces
+from lowlevel.inspection.rows import example_of_row
+from lowlevel.model.adapters import save_adapter
+from lowlevel.model.policy import TRAINED
+from lowlevel.reporting.displaced import displaced_pairs
+from lowlevel.reporting.pairs import pair_tables
+
+
+def rewrite(folder: Path, *, token: int | None) -> Path:
+    """Put an adapter in the place of a copied run's final one: one without effect, or one that learnt `token`."""
+    run_of = load_run(folder, initial=True)
+    if token is not None:
+        tokenizer, data = prepare_data(run_of.config)
+        examples = [example_of_row(run_of.config, tokenizer, data, row) for row in fell(folder, 4)]
+        helpers.push_mass(run_of.policy, run_of.method, examples, token)
+    shutil.rmtree(folder / "adapter")
+    save_adapter(run_of.policy.model, TRAINED, folder / "adapter", run_of.config.model.name)
+    return folder
+
+
+def fell(folder: Path, count: int) -> list[int]:
+    return [row["row"] for row in pair_tables(folder / "trace").lowest[:count]]
+
+
+def section(folder: Path) -> str:
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    return page.split('id="took"')[1].split("</section>")[0] if 'id="took"' in page else ""
+
+
+def rows(table: str) -> list[list[str]]:
+    """Texts of a table's body."""
+    body = table.split("<tbody>")[1].split("</tbody>")[0]
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in body.split("</tr>")[:-1]]
+    return [[html.unescape(re.sub(r"<[^>]+>", "", cell)) for cell in row] for row in cells]
+
+
+@pytest.fixture(scope="module")
+def planted(runs, tmp_path_factory) -> Path:
+    folder = Path(shutil.copytree(runs["dpo"], tmp_path_factory.mktemp("planted") / "dpo"))
+    return rewrite(folder, token=ord_of("Z", folder))
+
+
+def ord_of(text: str, folder: Path) -> int:
+    token = load_run(folder).tokenizer.tokenizer.convert_tokens_to_ids(text)
+    assert token is not None and all(text not in pair["chosen"] for pair in PAIRS)
+    return int(token)
+
+
+def test_the_planted_token_is_named(planted):
+    said = run("report", planted, "--displaced", 4)
+    assert (said.code, said.err) == (0, "")
+    gains, falls = section(planted).split("</table>")[:2]
+    token, _, gained, positions = rows(gains)[0]
+    assert token == "Z" and float(gained) > 5 and int(positions) > 10
+    lost, over = re.search(r"a probability of ([\d.]+), summed over the (\d+) positions", section(planted)).groups()
+    assert float(gained) > 0.9 * float(lost) and int(over) >= int(positions)
+    assert "4 of 4 pairs that fell farthest in steps 1 to 6" in section(planted)
+    lines = rows(falls)
+    assert {int(line[0]) for line in lines} == set(fell(planted, 4))
+    ratios = [float(line[1].replace("−", "-")) for line in lines]
+    assert ratios == sorted(ratios) and ratios[-1] < 0
+    assert all(line[5].startswith("Z ") and line[3] != "Z" for line in lines)
+    assert (
+        "where the probability went: 4 of 4 pairs" in said.out and f"most went to: Z {gained} ({positions})" in said.out
+    )
+
+
+def test_the_page_says_what_the_records_say(planted):
+    assert run("report", planted, "--displaced", 3).code == 0
+    loaded = load_run(planted)
+    tokenizer, data = prepare_data(loaded.config)
+    examples = [example_of_row(loaded.config, tokenizer, data, row) for row in fell(planted, 3)]
+    records = inspect_pairs(loaded.policy, loaded.method, examples)
+    pieces = TokenPieces(loaded.tokenizer)
+    found = displaced_pairs(records, pieces, weights="", origin="", limit=2)
+    assert (found.looked, found.below, len(found.falls)) == (3, 3, 2)
+    for row, line in found.falls:
+        (shown,) = (shown for shown in rows(section(planted).split("</table>")[1]) if shown[0] == str(row))
+        assert shown[2:4] == [line.position, line.token]
+        assert shown[4].replace("−", "-") == f"{line.ref_logp} → {line.logp}"
+    said = run("inspect", planted, "--example", found.falls[0][0])
+    assert re.sub(r"\s+", "", found.falls[0][1].sentence) in re.sub(r"\s+", "", said.out)
+
+
+def test_without_the_option_no_model_is_loaded_and_the_alarm_gives_the_command(runs, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(runs["dpo"], tmp_path / "dpo"))
+    for number in range(1, 8):  # a trace of pairs that all fell
+        (folder / "trace" / f"pairs-{number:08d}-{number:08d}.parquet").unlink(missing_ok=True)
+    monkeypatch.setattr("lowlevel.commands.displaced.load_run", lambda *_, **__: pytest.fail("loaded"))
+    said = run("report", folder)
+    assert said.code == 0 and not section(folder)
+    tables = pair_tables(folder / "trace")
+    if tables.alarm:
+        assert f"lowlevel report {folder} --displaced 5" in said.out
+    assert ("--displaced 5" in (folder / "report.html").read_text()) == bool(tables.farthest)
+
+
+def test_nothing_is_displaced_where_policy_and_reference_are_one(runs, tmp_path):
+    folder = rewrite(Path(shutil.copytree(runs["dpo"], tmp_path / "dpo")), token=None)
+    said = run("report", folder, "--displaced", 2)
+    assert said.code == 0 and "none of 2 pairs that fell farthest in steps 1 to 6 is below its reference" in said.out
+    assert "None of 2 pairs" in section(folder)
+
+
+def test_without_a_trace_the_last_step_is_looked_at(runs, tmp_path):
+    folder = Path(shutil.copytree(runs["plain"], tmp_path / "plain"))
+    said = run("report", folder, "--displaced", 2)
+    assert said.code == 0, said.err
+    assert re.search(r"of 4 pairs of step 6 (are|is) below", said.out)
+    assert section(folder)
+
+
+def test_an_unfinished_run_is_looked_at_with_its_newest_good_checkpoint(runs, space, tmp_path):
+    file = space.write("saved", "dpo", folder=tmp_path, train={"max_steps": 3, "logging_steps": 1, "save_steps": 1})
+    assert run("dpo", file).code == 0
+    folder = tmp_path / "saved"
+    shutil.rmtree(folder / "adapter")
+    newest = max(folder.glob("step-*"))
+    (newest / "adapter_model.safetensors").write_bytes(b"x")
+    said = run("report", folder, "--displaced", 1)
+    assert said.code == 0, said.err
+    assert f"skipped a damaged checkpoint: {newest}" in said.out and "step-00000002, the newest checkpoint" in said.out
+    for path in folder.glob("step-*"):
+        shutil.rmtree(path)
+    said = run("report", folder, "--displaced", 1)
+    assert said.code == 2 and "has saved no weights yet" in said.err and len(said.err.splitlines()) == 1
+
+
+def test_refusals_are_one_line(runs, tmp_path):
+    said = run("report", runs["sft"], "--displaced", 1)
+    assert said.code == 2 and "is a sft run" in said.err and len(said.err.splitlines()) == 1
+    assert run("report", runs["dpo"], "--displaced", 0).code == 2
+    folder = Path(shutil.copytree(runs["dpo"], tmp_path / "dpo"))
+    changed = helpers.write_jsonl(tmp_path / "pairs.jsonl", [*PAIRS[:-1], {**PAIRS[-1], "chosen": "other"}])
+    config = folder / "config.toml"
+    config.write_text(re.sub(r'source = ".*"', f'source = "{changed}"', config.read_text()))
+    said = run("report", folder, "--displaced", 1)
+    assert said.code == 3 and "not the rows that" in said.err and len(said.err.splitlines()) == 1
