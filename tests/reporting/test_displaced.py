@@ -1,4 +1,4 @@
-"""`lowlevel report --displaced N`: which pairs are looked at, under which weights, and a planted token that is named."""
+"""`lowlevel report --displaced N`: which pairs are looked at, under which weights, and a planted token."""
 
 import html
 import re
@@ -18,6 +18,11 @@ from lowlevel.model.adapters import save_adapter
 from lowlevel.model.policy import TRAINED
 from lowlevel.reporting.displaced import displaced_pairs
 from lowlevel.reporting.pairs import pair_tables
+from lowlevel.tracing.files import write_table
+
+
+def copied(run_dir: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run_dir, to / run_dir.name))
 
 
 def rewrite(folder: Path, *, token: int | None) -> Path:
@@ -50,14 +55,10 @@ def rows(table: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def planted(runs, tmp_path_factory) -> Path:
-    folder = Path(shutil.copytree(runs["dpo"], tmp_path_factory.mktemp("planted") / "dpo"))
-    return rewrite(folder, token=ord_of("Z", folder))
-
-
-def ord_of(text: str, folder: Path) -> int:
-    token = load_run(folder).tokenizer.tokenizer.convert_tokens_to_ids(text)
-    assert token is not None and all(text not in pair["chosen"] for pair in PAIRS)
-    return int(token)
+    """A run whose adapter learnt to write Z, which no chosen completion does."""
+    assert all("Z" not in pair["chosen"] for pair in PAIRS)
+    folder = copied(runs["dpo"], tmp_path_factory.mktemp("planted"))
+    return rewrite(folder, token=load_run(folder).tokenizer.tokenizer.convert_tokens_to_ids("Z"))
 
 
 def test_the_planted_token_is_named(planted):
@@ -74,9 +75,8 @@ def test_the_planted_token_is_named(planted):
     ratios = [float(line[1].replace("−", "-")) for line in lines]
     assert ratios == sorted(ratios) and ratios[-1] < 0
     assert all(line[5].startswith("Z ") and line[3] != "Z" for line in lines)
-    assert (
-        "where the probability went: 4 of 4 pairs" in said.out and f"most went to: Z {gained} ({positions})" in said.out
-    )
+    assert "where the probability went: 4 of 4 pairs" in said.out
+    assert f"most went to: Z {gained} ({positions})" in said.out
 
 
 def test_the_page_says_what_the_records_say(planted):
@@ -97,27 +97,32 @@ def test_the_page_says_what_the_records_say(planted):
 
 
 def test_without_the_option_no_model_is_loaded_and_the_alarm_gives_the_command(runs, tmp_path, monkeypatch):
-    folder = Path(shutil.copytree(runs["dpo"], tmp_path / "dpo"))
-    for number in range(1, 8):  # a trace of pairs that all fell
-        (folder / "trace" / f"pairs-{number:08d}-{number:08d}.parquet").unlink(missing_ok=True)
+    folder = copied(runs["dpo"], tmp_path)
+    shutil.rmtree(folder / "trace")
+    columns = {"step": [6] * 4, "row": [2, 3, 5, 7], "chosen_logratio": [-1.0, -3.0, 0.5, -2.0]}
+    zeros = dict.fromkeys(("margin", "rejected_logratio", "weight", "loss"), [0.0] * 4)
+    write_table(folder / "trace", "pairs", columns | zeros)
     monkeypatch.setattr("lowlevel.commands.displaced.load_run", lambda *_, **__: pytest.fail("loaded"))
     said = run("report", folder)
     assert said.code == 0 and not section(folder)
-    tables = pair_tables(folder / "trace")
-    if tables.alarm:
-        assert f"lowlevel report {folder} --displaced 5" in said.out
-    assert ("--displaced 5" in (folder / "report.html").read_text()) == bool(tables.farthest)
+    assert (
+        "likelihood displacement: 3 of 4 chosen completions are below the reference, farthest those of rows 3, 7, 2; "
+        f"which tokens took their probability: lowlevel report {folder} --displaced 5\n" in said.out
+    )
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"<code>lowlevel report {folder} --displaced 5</code>" in page
+    assert [row[0] for row in rows(page.split("Chosen completions that fell farthest</h3>")[1])] == ["3", "7", "2"]
 
 
 def test_nothing_is_displaced_where_policy_and_reference_are_one(runs, tmp_path):
-    folder = rewrite(Path(shutil.copytree(runs["dpo"], tmp_path / "dpo")), token=None)
+    folder = rewrite(copied(runs["dpo"], tmp_path), token=None)
     said = run("report", folder, "--displaced", 2)
     assert said.code == 0 and "none of 2 pairs that fell farthest in steps 1 to 6 is below its reference" in said.out
     assert "None of 2 pairs" in section(folder)
 
 
 def test_without_a_trace_the_last_step_is_looked_at(runs, tmp_path):
-    folder = Path(shutil.copytree(runs["plain"], tmp_path / "plain"))
+    folder = copied(runs["plain"], tmp_path)
     said = run("report", folder, "--displaced", 2)
     assert said.code == 0, said.err
     assert re.search(r"of 4 pairs of step 6 (are|is) below", said.out)
@@ -144,7 +149,7 @@ def test_refusals_are_one_line(runs, tmp_path):
     said = run("report", runs["sft"], "--displaced", 1)
     assert said.code == 2 and "is a sft run" in said.err and len(said.err.splitlines()) == 1
     assert run("report", runs["dpo"], "--displaced", 0).code == 2
-    folder = Path(shutil.copytree(runs["dpo"], tmp_path / "dpo"))
+    folder = copied(runs["dpo"], tmp_path)
     changed = helpers.write_jsonl(tmp_path / "pairs.jsonl", [*PAIRS[:-1], {**PAIRS[-1], "chosen": "other"}])
     config = folder / "config.toml"
     config.write_text(re.sub(r'source = ".*"', f'source = "{changed}"', config.read_text()))
