@@ -45,7 +45,7 @@ def look_at_displaced(
     else:
         rows = [row["row"] for row in tables.lowest[:limit]]
         examples = [example_of_row(config, tokenizer, data, row) for row in rows]
-        origin = f"that fell farthest in steps {tables.first} to {tables.last}"
+        origin = f"with the lowest chosen log-ratios of steps {tables.first} to {tables.last}"
     run = load_run(folder.path, adapter=weights.adapter)
     method: Any = run.method
     records = inspect_pairs(run.policy, method, examples)

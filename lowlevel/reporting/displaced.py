@@ -38,7 +38,7 @@ class DisplacedPairs:
         falls: data row and line of the displaced pairs that are shown, farthest first.
         lost: probability that their chosen tokens lost, summed over the positions where they lost any.
         positions: how many those are.
-        gains: the tokens that took it, largest gain first.
+        gains: the tokens that gained most there, from the chosen tokens and from others.
     """
 
     weights: str
@@ -57,8 +57,9 @@ class DisplacedPairs:
             return f"none of {self.looked} pairs {self.origin} is below its reference ({self.weights})"
         tokens = ", ".join(f"{gain.token} {gain.gained} ({gain.positions})" for gain in self.gains[:NAMED]) or "none"
         return (
-            f"{self.below} of {self.looked} pairs {self.origin} are below their reference ({self.weights}); chosen "
-            f"tokens of {len(self.falls)} lost {self.lost:.3f} over {self.positions} positions, most went to: {tokens}"
+            f"{self.below} of {self.looked} pairs {self.origin} are below their reference ({self.weights}); at the "
+            f"{self.positions} positions where chosen tokens of {len(self.falls)} fell, by {self.lost:.3f} in all, "
+            f"gained most: {tokens}"
         )
 
 

@@ -147,8 +147,9 @@ def test_a_planted_token_is_named(tiny_base, pieces):
     assert len(found) == len(records)
     best = largest_gains(found, 5)[0]
     positions = sum(len(example.chosen_ids) for example in examples)
-    assert best.token == PLANTED and best.gained > 0.9 * sum(one.lost for one in found)
-    assert best.positions > 0.9 * sum(int((one.losses > 0).sum()) for one in found) > 0.8 * positions
+    fell = sum(int((one.losses > 0).sum()) for one in found)
+    assert best.token == PLANTED and fell > 0.8 * positions
+    assert best.gained > 0.8 * fell and best.positions > 0.9 * fell
     inspection = inspection_of_pairs(policy, pieces, examples)
     text, page = said(inspection), render_page(inspection)
     assert text.count("displaced: the chosen is ") == page.count("<strong>Displaced:</strong>") == len(records)

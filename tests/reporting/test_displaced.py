@@ -1,6 +1,7 @@
 """`lowlevel report --displaced N`: which pairs are looked at, under which weights, and a planted token."""
 
 import html
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,9 @@ from lowlevel.model.policy import TRAINED
 from lowlevel.reporting.displaced import displaced_pairs
 from lowlevel.reporting.pairs import pair_tables
 from lowlevel.tracing.files import write_table
+
+SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")
+LOOKS = {"light": (1280, False), "dark": (1280, True), "phone": (390, False), "phone-dark": (390, True)}
 
 
 def copied(run_dir: Path, to: Path) -> Path:
@@ -66,17 +70,18 @@ def test_the_planted_token_is_named(planted):
     assert (said.code, said.err) == (0, "")
     gains, falls = section(planted).split("</table>")[:2]
     token, _, gained, positions = rows(gains)[0]
-    assert token == "Z" and float(gained) > 5 and int(positions) > 10
-    lost, over = re.search(r"a probability of ([\d.]+), summed over the (\d+) positions", section(planted)).groups()
-    assert float(gained) > 0.9 * float(lost) and int(over) >= int(positions)
-    assert "4 of 4 pairs that fell farthest in steps 1 to 6" in section(planted)
+    assert token == "Z"
+    over, lost = re.search(r"At the (\d+) positions .* a probability of ([\d.]+) in all", section(planted)).groups()
+    assert int(over) >= int(positions) > 0.9 * int(over) and float(gained) > 0.8 * int(over) and float(lost) > 0
+    assert "4 of 4 pairs with the lowest chosen log-ratios of steps 1 to 6" in section(planted)
     lines = rows(falls)
     assert {int(line[0]) for line in lines} == set(fell(planted, 4))
     ratios = [float(line[1].replace("−", "-")) for line in lines]
     assert ratios == sorted(ratios) and ratios[-1] < 0
     assert all(line[5].startswith("Z ") and line[3] != "Z" for line in lines)
     assert "where the probability went: 4 of 4 pairs" in said.out
-    assert f"most went to: Z {gained} ({positions})" in said.out
+    assert f"at the {over} positions where chosen tokens of 4 fell, by {lost} in all" in said.out
+    assert f"gained most: Z {gained} ({positions}), " in said.out
 
 
 def test_the_page_says_what_the_records_say(planted):
@@ -117,7 +122,10 @@ def test_without_the_option_no_model_is_loaded_and_the_alarm_gives_the_command(r
 def test_nothing_is_displaced_where_policy_and_reference_are_one(runs, tmp_path):
     folder = rewrite(copied(runs["dpo"], tmp_path), token=None)
     said = run("report", folder, "--displaced", 2)
-    assert said.code == 0 and "none of 2 pairs that fell farthest in steps 1 to 6 is below its reference" in said.out
+    assert (
+        said.code == 0
+        and "none of 2 pairs with the lowest chosen log-ratios of steps 1 to 6 is below its reference" in said.out
+    )
     assert "None of 2 pairs" in section(folder)
 
 
@@ -155,3 +163,27 @@ def test_refusals_are_one_line(runs, tmp_path):
     config.write_text(re.sub(r'source = ".*"', f'source = "{changed}"', config.read_text()))
     said = run("report", folder, "--displaced", 1)
     assert said.code == 3 and "not the rows that" in said.err and len(said.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_the_tables_in_a_browser(browser, planted, look):
+    width, dark = LOOKS[look]
+    assert run("report", planted, "--displaced", 4).code == 0
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    scheme.append({"name": "prefers-reduced-motion", "value": "reduce"})  # at the anchor at once
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    browser.get((planted / "report.html").as_uri() + "#took")
+    ask = browser.execute_script
+    assert browser.get_log("browser") == []
+    assert ask("return performance.getEntriesByType('resource').length") == 0
+    assert ask("return document.documentElement.scrollWidth <= innerWidth")
+    assert ask("return [...document.querySelectorAll('#took .scroll')].every(e => e.tabIndex == 0 && e.ariaLabel)")
+    text, back = ask(
+        "const token = getComputedStyle(document.querySelector('#took .token'));"
+        "return [token.color, token.backgroundColor].map(c => c.match(/\\d+/g).slice(0, 3).map(Number))"
+    )
+    assert abs(sum(text) - sum(back)) > 3 * 100 and (sum(back) < sum(text)) == dark
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    assert browser.save_screenshot(str(SCREENSHOTS / f"report-displaced-{look}.png"))
