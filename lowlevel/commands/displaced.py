@@ -36,7 +36,9 @@ def look_at_displaced(
         CheckpointError: no good checkpoint, or a base or adapter that is not the run's.
     """
     if config.method != "dpo":
-        raise ConfigError(f"--displaced: {folder.path} is a {config.method} run; the pairs of a dpo run are displaced")
+        raise ConfigError(
+            f"--displaced: {folder.path} is an sft run; only the pairs of a dpo run have a reference to fall below"
+        )
     weights = last_weights(folder, warn)
     tokenizer, data = trained_data(folder, config)
     if tables is None:

@@ -122,10 +122,8 @@ def test_without_the_option_no_model_is_loaded_and_the_alarm_gives_the_command(r
 def test_nothing_is_displaced_where_policy_and_reference_are_one(runs, tmp_path):
     folder = rewrite(copied(runs["dpo"], tmp_path), token=None)
     said = run("report", folder, "--displaced", 2)
-    assert (
-        said.code == 0
-        and "none of 2 pairs with the lowest chosen log-ratios of steps 1 to 6 is below its reference" in said.out
-    )
+    assert said.code == 0, said.err
+    assert "none of 2 pairs with the lowest chosen log-ratios of steps 1 to 6 is below its reference" in said.out
     assert "None of 2 pairs" in section(folder)
 
 
@@ -155,7 +153,7 @@ def test_an_unfinished_run_is_looked_at_with_its_newest_good_checkpoint(runs, sp
 
 def test_refusals_are_one_line(runs, tmp_path):
     said = run("report", runs["sft"], "--displaced", 1)
-    assert said.code == 2 and "is a sft run" in said.err and len(said.err.splitlines()) == 1
+    assert said.code == 2 and "is an sft run" in said.err and len(said.err.splitlines()) == 1
     assert run("report", runs["dpo"], "--displaced", 0).code == 2
     folder = copied(runs["dpo"], tmp_path)
     changed = helpers.write_jsonl(tmp_path / "pairs.jsonl", [*PAIRS[:-1], {**PAIRS[-1], "chosen": "other"}])
