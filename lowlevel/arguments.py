@@ -134,6 +134,13 @@ def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     report.add_argument(
         "--compare", type=Path, nargs="+", default=[], metavar="RUN_DIR", help="draw these runs into the same charts"
     )
+    report.add_argument(
+        "--displaced",
+        type=_positive,
+        metavar="N",
+        help="load the model, and say which tokens took the probability of the N pairs whose chosen completions fell "
+        "farthest below the reference",
+    )
     _add_replay(add)
 
 

@@ -180,7 +180,7 @@ def _report(options: Options, overrides: Overrides) -> None:
     console = _quiet_console()
     from lowlevel.commands.report import report_run
 
-    report_run(options.run_dir, console, compare=options.compare)
+    report_run(options.run_dir, console, compare=options.compare, displaced=options.displaced)
 
 
 def _replay(options: Options, overrides: Overrides) -> None:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lowlevel.config import DPOConfig, LoraConfig, ModelConfig
 from lowlevel.dpo import DPO
 from lowlevel.execution import Execution
+from lowlevel.kernels import token_logps
 from lowlevel.loop import optimizer_step
 from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
@@ -190,6 +191,19 @@ def step(
 def loss_and_gradient(policy: Policy, method: Method, examples: Sequence[Any], **keys: Any) -> tuple[float, Tensor]:
     result = step(policy, method, examples, **keys)
     return result.metrics["loss"], policy.flat.grad.clone()
+
+
+def push_mass(policy: Policy, method: Method, examples: Sequence[Any], token: int, *, steps: int = 25) -> None:
+    """Train the adapter to predict `token` at every scored position: a displacement whose gainer is known."""
+    optimizer = torch.optim.Adam([policy.flat.weights], lr=0.03)
+    for _ in range(steps):
+        policy.flat.grad.zero_()
+        for batch in method.micro_batches(examples):
+            policy.dropout.disable()
+            hidden = policy.scored_hidden_states(batch)
+            targets = torch.full_like(batch.scored_targets, token)
+            (-token_logps(hidden, policy.lm_head_weight, targets).mean()).backward()
+        optimizer.step()
 
 
 def drifts(value: Tensor, expected: Tensor) -> tuple[float, float]:

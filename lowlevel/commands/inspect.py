@@ -9,7 +9,10 @@ from rich.console import Console
 
 from lowlevel.assembly import prepare_data
 from lowlevel.commands.loading import LoadedRun, load_run
+from lowlevel.config import RunConfig
 from lowlevel.data.examples import Example
+from lowlevel.data.prepare import PreparedData
+from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.dpo import DPO
 from lowlevel.errors import ConfigError, DataError
 from lowlevel.inspection import inspect_pairs, inspect_sequences
@@ -52,9 +55,7 @@ def inspect_run(
     weights = choose_weights(folder, step, checkpoint)
     if html and not html.parent.is_dir():
         raise ConfigError(f"--html {html}: no such folder")
-    tokenizer, data = prepare_data(config)
-    if data.report.train.fingerprint != folder.read_manifest()["data_sha256"]:
-        raise DataError(f"{config.data.source}: not the rows that {run_dir} trained on, so its steps cannot be found")
+    tokenizer, data = trained_data(folder, config)
     if step is not None:
         examples, subject = step_examples(config, data, step), f"step {step}"
     else:
@@ -75,6 +76,18 @@ def inspect_run(
         write_page(inspection, html)
         console.print(f"page written to {html}", markup=False)
     return inspection
+
+
+def trained_data(folder: RunFolder, config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:
+    """The run's tokenizer and examples.
+
+    Raises:
+        DataError: data that changed since the run.
+    """
+    tokenizer, data = prepare_data(config)
+    if data.report.train.fingerprint != folder.read_manifest()["data_sha256"]:
+        raise DataError(f"{config.data.source}: not the rows that {folder.path} trained on, so its steps are not known")
+    return tokenizer, data
 
 
 def _records(run: LoadedRun, examples: list[Example]) -> dict[str, Any]:

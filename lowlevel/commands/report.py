@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lowlevel.commands.displaced import look_at_displaced
 from lowlevel.config import RunConfig
 from lowlevel.data.rendering import load_chat_tokenizer
 from lowlevel.errors import ConfigError, LowlevelError
@@ -26,17 +27,19 @@ NO_TRACE = (
 )
 
 
-def report_run(run_dir: Path, console: Console, *, compare: Sequence[Path] = ()) -> Path:
+def report_run(run_dir: Path, console: Console, *, compare: Sequence[Path] = (), displaced: int | None = None) -> Path:
     """Write RUN_DIR/report.html and RUN_DIR/report/*.png.
 
     Args:
         run_dir: the run folder.
         console: says where the files are, and the alarm if there is one.
         compare: other run folders, drawn into the same charts.
+        displaced: pairs to look at with the run's model: which tokens took what their chosen completions lost.
 
     Raises:
         ConfigError: not a run folder, nothing logged yet, or a file that cannot be written.
-        CheckpointError: a damaged trace.
+        CheckpointError: a damaged trace; with `displaced`, no good weights, or a base that is not the run's.
+        DataError: with `displaced`, data that changed since the run.
     """
     folder = RunFolder(run_dir)
     config = folder.read_config()
@@ -49,6 +52,9 @@ def report_run(run_dir: Path, console: Console, *, compare: Sequence[Path] = ())
             raise ConfigError(f"{path}: nothing is logged yet")
     made = panels(list(zip(names, records, strict=True)))
     tables = pair_tables(folder.trace) if config.method == "dpo" else None
+    moved = None
+    if displaced is not None:
+        moved = look_at_displaced(folder, config, tables, displaced, lambda text: _say(console, text))
     report = Report(
         name=names[0],
         folder=str(run_dir),
@@ -58,6 +64,7 @@ def report_run(run_dir: Path, console: Console, *, compare: Sequence[Path] = ())
         missing=NO_TRACE if config.method == "dpo" and tables is None else None,
         tokens=_token_texts(config, tables),
         pages=_inspection_pages(folder.path),
+        displaced=moved,
     )
     try:
         write_pngs(made, folder.report, title=" / ".join(names))
@@ -65,12 +72,24 @@ def report_run(run_dir: Path, console: Console, *, compare: Sequence[Path] = ())
         raise ConfigError(f"{folder.report}: {error.strerror}") from None
     page = folder.path / "report.html"
     write_report(report, page)
-    console.print(f"page written to {page}, {len(made)} charts to {folder.report}", markup=False)
+    _say(console, f"page written to {page}, {len(made)} charts to {folder.report}")
     if tables and tables.alarm:
-        console.print(
-            f"likelihood displacement: {tables.below} of {tables.count} chosen completions are below the reference"
-        )
+        _say(console, _alarm(tables, report.command))
+    if moved:
+        _say(console, f"where the probability went: {moved.sentence}")
     return page
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _alarm(tables: PairTables, command: str) -> str:
+    rows = ", ".join(str(row["row"]) for row in tables.farthest)
+    return (
+        f"likelihood displacement: {tables.below} of {tables.count} chosen completions are below the reference, "
+        f"farthest those of rows {rows}; which tokens took their probability: {command}"
+    )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -3,8 +3,10 @@
 records = inspect_pairs(policy, method, examples)     # or inspect_sequences, for SFT
 records[0].chosen.contributions                       # (n,): beta * log-ratio of every token, they add up to
 records[0].margin                                     # the margin
+records[0].displacement                               # which tokens took what the chosen completion lost, or None
 """
 
+from lowlevel.inspection.displacement import Displacement, TokenGain, displacement_of, largest_gains
 from lowlevel.inspection.distribution import Distribution
 from lowlevel.inspection.records import (
     CompletionRecord,
@@ -17,10 +19,14 @@ from lowlevel.inspection.records import (
 
 __all__ = [
     "CompletionRecord",
+    "Displacement",
     "Distribution",
     "PairRecord",
     "SequenceRecord",
+    "TokenGain",
     "TokenRecord",
+    "displacement_of",
     "inspect_pairs",
     "inspect_sequences",
+    "largest_gains",
 ]

@@ -47,8 +47,7 @@ def distribution(
     ids, logps = torch.empty(count, kept, dtype=torch.int64), torch.empty(count, kept, dtype=dtype)
     for start in range(0, count, chunk_size):
         rows = slice(start, start + chunk_size)
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = linear(hidden[rows].to(lm_head_weight.dtype), lm_head_weight).to(dtype)  # (chunk, V)
+        logits = head_logits(hidden[rows], lm_head_weight)  # (chunk, V)
         target = targets[rows, None]
         ranks[rows] = (logits > logits.gather(1, target)).sum(1).cpu() + 1
         log_probabilities = logits.log_softmax(1)
@@ -56,3 +55,10 @@ def distribution(
         others = log_probabilities.scatter(1, target, -torch.inf).topk(kept, dim=1)
         ids[rows], logps[rows] = others.indices.cpu(), others.values.cpu()
     return Distribution(entropies, ranks, ids, logps)
+
+
+def head_logits(hidden: Tensor, lm_head_weight: Tensor) -> Tensor:
+    """The LM head's product in its own dtype, as fp32 (float64 stays float64): (n, D), (V, D) -> (n, V)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = linear(hidden.to(lm_head_weight.dtype), lm_head_weight)
+    return logits.to(torch.promote_types(lm_head_weight.dtype, torch.float32))

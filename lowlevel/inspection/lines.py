@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lowlevel.inspection.figures import percent, plain, signed
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.records import CompletionRecord, SequenceRecord, TokenRecord
+from lowlevel.inspection.records import CompletionRecord, PairRecord, SequenceRecord, TokenRecord
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,27 @@ class TokenLine:
     token: str
     numbers: dict[str, str]
     others: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FallLine:
+    """Of a displaced pair the chosen token that fell farthest, and `gainers`: each with its probability's change."""
+
+    fell: str  # nats that the whole chosen completion lost
+    position: str
+    token: str
+    ref_logp: str
+    logp: str
+    gainers: tuple[tuple[str, str], ...]
+
+    @property
+    def sentence(self) -> str:
+        """For a terminal."""
+        gainers = ", ".join(f"{token} {change}" for token, change in self.gainers) or "no token in particular"
+        return (
+            f"displaced: the chosen is {self.fell} nats below its reference, most at {self.position} {self.token} "
+            f"(log-probability {self.ref_logp} → {self.logp}); gained there: {gainers}"
+        )
 
 
 def sequence_lines(record: SequenceRecord, pieces: TokenPieces) -> list[TokenLine]:
@@ -48,6 +69,28 @@ def completion_lines(side: CompletionRecord, running: Sequence[float], pieces: T
         for logp, ref_logp, logratio, adds, total, common in rows
     ]
     return _lines(side.tokens, numbers, pieces)
+
+
+def fall_line(record: PairRecord, pieces: TokenPieces) -> FallLine | None:
+    """None where the chosen completion is no less likely than under the reference."""
+    found, side = record.displacement, record.chosen
+    if found is None:
+        return None
+    i = int(side.token_logratios.argmin())
+    columns = (found.gainer_ids[i], found.gainer_ref_probs[i], found.gainer_probs[i])
+    gainers = tuple(
+        (pieces.text(token), f"{percent(before)} → {percent(after)}")
+        for token, before, after in zip(*(column.tolist() for column in columns), strict=True)
+        if after > before
+    )
+    return FallLine(
+        fell=plain(-float(side.logratio)),
+        position=str(int(side.tokens.positions[i])),
+        token=pieces.text(int(side.tokens.ids[i])),
+        ref_logp=plain(float(side.ref_token_logps[i])),
+        logp=plain(float(side.tokens.logps[i])),
+        gainers=gainers,
+    )
 
 
 def _common(tokens: TokenRecord) -> list[dict[str, str]]:

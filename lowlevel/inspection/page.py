@@ -51,7 +51,7 @@ def render_page(inspection: Inspection) -> str:
     folder = files("lowlevel.inspection")
     template, style, script = ((folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"inked": _inked, "signed": _signed, "number": _number}
+    environment.filters |= {"inked": inked, "signed": _signed, "number": _number}
     view = _pairs_view(inspection) if inspection.pairs else _sequences_view(inspection)
     return environment.from_string(template).render(
         inspection=inspection,
@@ -117,8 +117,8 @@ def _modes(scale: Scales) -> list[Mode]:
     ]
 
 
-def _inked(text: str) -> Markup:
-    """Escaped text, with its signs for whitespace set back."""
+def inked(text: str) -> Markup:
+    """Escaped text of a token, with its signs for whitespace set back."""
     marked = escape(text)
     for sign in VISIBLE.values():
         marked = marked.replace(sign, Markup("<i>{}</i>").format(sign))

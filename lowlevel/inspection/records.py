@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowlevel.config import DPOConfig
 from lowlevel.dpo import DPO, loss_arguments
+from lowlevel.inspection.displacement import Displacement, displacement_of
 from lowlevel.inspection.distribution import Distribution, distribution
 from lowlevel.inspection.reading import READINGS
 from lowlevel.kernels import token_logps
@@ -89,6 +90,8 @@ class PairRecord:
             averages, beta (a/n+ - b/n-).
         margin: () fp32, chosen reward minus rejected reward, as it is logged whatever the loss.
         loss: () fp32; for `aot` that of the quantile with this pair's number.
+        displacement: which tokens took the chosen completion's probability, where it is less likely than under the
+            reference; else None.
     """
 
     row: int
@@ -99,6 +102,7 @@ class PairRecord:
     argument: Tensor
     margin: Tensor
     loss: Tensor
+    displacement: Displacement | None
 
     @property
     def running_sums(self) -> Tensor:
@@ -115,7 +119,8 @@ def inspect_sequences(policy: Policy, method: SFT, examples: Sequence[SFTExample
     by_row, found = _by_row(examples), {}
     for batch in method.micro_batches(examples):
         policy.dropout.disable()
-        logps, predicted = _predict(policy, batch.to(policy.placement.device))
+        moved = batch.to(policy.placement.device)
+        logps, predicted = _predict(policy, policy.scored_hidden_states(moved), moved)
         for number, row in enumerate(batch.data_rows):
             tokens = _tokens(batch, _index(batch, number), logps.cpu(), predicted)
             ids = torch.as_tensor(by_row[row].input_ids, dtype=torch.int64)
@@ -142,10 +147,11 @@ def _pairs_of(
 ) -> list[PairRecord]:
     moved = batch.to(policy.placement.device)
     with policy.reference():
-        hidden = policy.scored_hidden_states(moved)
-        ref_logps = token_logps(hidden, policy.lm_head_weight, moved.scored_targets)
+        ref_hidden = policy.scored_hidden_states(moved)
+        ref_logps = token_logps(ref_hidden, policy.lm_head_weight, moved.scored_targets)
     policy.dropout.disable()
-    logps, predicted = _predict(policy, moved)
+    hidden = policy.scored_hidden_states(moved)
+    logps, predicted = _predict(policy, hidden, moved)
     pairs, half = len(batch.data_rows), len(batch.lengths) // 2  # a batch filled up to a shape has room for more pairs
     sequences = torch.cat([torch.arange(pairs), half + torch.arange(pairs)])
     sums, ref_sums = (moved.sequence_sums(values).cpu()[sequences] for values in (logps, ref_logps))  # (2P,) each
@@ -165,6 +171,12 @@ def _pairs_of(
             weight=scored.weights[i],
         )
 
+    def displaced(i: int) -> Displacement | None:
+        if sums[i] >= ref_sums[i]:
+            return None
+        index = _index(batch, int(sequences[i])).to(hidden.device)
+        return displacement_of(hidden[index], ref_hidden[index], policy.lm_head_weight, moved.scored_targets[index])
+
     return [
         PairRecord(
             row,
@@ -175,6 +187,7 @@ def _pairs_of(
             scored.arguments[i],
             scored.margins[i],
             scored.losses[i],
+            displaced(i),
         )
         for i, row in enumerate(batch.data_rows)
     ]
@@ -227,9 +240,8 @@ def contribution_factors(config: DPOConfig, lengths: Tensor) -> Tensor:
     return torch.cat([factors.chunk(2)[0], -factors.chunk(2)[1]])
 
 
-def _predict(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Distribution]:
-    """One forward pass: log-probabilities of the N scored tokens, (N,) fp32, and the predictions they come from."""
-    hidden = policy.scored_hidden_states(batch)  # (N, D)
+def _predict(policy: Policy, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Distribution]:
+    """Of (N, D): log-probabilities of the N scored tokens, (N,) fp32, and the predictions they come from."""
     logps = token_logps(hidden, policy.lm_head_weight, batch.scored_targets)
     return logps, distribution(hidden, policy.lm_head_weight, batch.scored_targets)
 

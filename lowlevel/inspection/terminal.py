@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowlevel.inspection.figures import percent, plain, signed
 from lowlevel.inspection.inspection import Inspection
-from lowlevel.inspection.lines import TokenLine, completion_lines, sequence_lines
+from lowlevel.inspection.lines import TokenLine, completion_lines, fall_line, sequence_lines
 from lowlevel.inspection.path import loss_path, source
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import READINGS
@@ -120,6 +120,8 @@ def _print_pair(record: PairRecord, inspection: Inspection, console: Console) ->
         console.print(f"{name}: to the {sums} each token adds {sign}{per_token}{end}", markup=False, highlight=False)
         lines = completion_lines(side, part, inspection.pieces)
         console.print(_tokens_table(lines, PAIR_COLUMNS + ("prob", "rank") * wide, console.width, others=wide))
+    if fall := fall_line(record, inspection.pieces):
+        console.print(fall.sentence, markup=False, highlight=False)
     console.print(_path_table(record, inspection, console.width))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowlevel.inspection.charts import Stair, stair
 from lowlevel.inspection.figures import percent, plain, signed, typographic
-from lowlevel.inspection.lines import TokenLine, completion_lines, sequence_lines
+from lowlevel.inspection.lines import FallLine, TokenLine, completion_lines, fall_line, sequence_lines
 from lowlevel.inspection.path import PathStep
 from lowlevel.inspection.pieces import TokenPieces, breaks_line
 from lowlevel.inspection.records import PairRecord, SequenceRecord, TokenRecord
@@ -66,6 +66,7 @@ class Article:
     chart_name: str
     split: float | None  # percent: where the rejected completion begins
     maps: tuple[HeatMap, ...]
+    fall: FallLine | None = None  # of a displaced pair
 
 
 def scales(tokens: Sequence[TokenRecord], contributions: Sequence[Tensor]) -> Scales:
@@ -134,6 +135,7 @@ def pair_article(
         chart_name=f"{sums}, summed along the tokens",
         split=100 * split / max(1, len(running)),
         maps=tuple(maps),
+        fall=fall_line(record, pieces),
     )
 
 

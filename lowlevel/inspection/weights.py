@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowlevel.checkpoint import checkpoints, verify
+from lowlevel.checkpoint import checkpoints, newest_verified, verify
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.run_folder import RunFolder
 
@@ -45,6 +46,21 @@ def choose_weights(folder: RunFolder, step: int | None, checkpoint: int | None) 
         newest = _of_checkpoint(folder, saved, max(saved), step)
         return Weights(newest.adapter, f"{newest.line}, the newest checkpoint (the run has no final adapter yet)")
     raise ConfigError(f"{folder.path} has saved no weights to inspect yet; --checkpoint 0 takes those it began with")
+
+
+def last_weights(folder: RunFolder, warn: Callable[[str], None]) -> Weights:
+    """The final adapter, or of an unfinished run its newest checkpoint that verifies; `warn` hears of damaged ones.
+
+    Raises:
+        ConfigError: nothing saved yet.
+        CheckpointError: every checkpoint is damaged.
+    """
+    if folder.adapter.exists():
+        return Weights(folder.adapter, "final adapter")
+    found = newest_verified(folder.path, warn)
+    if found is None:
+        raise ConfigError(f"{folder.path} has saved no weights yet: set train.save_steps, or wait until the run ends")
+    return Weights(found[0], f"{found[0].name}, the newest checkpoint (the run has no final adapter yet)")
 
 
 def _of_checkpoint(folder: RunFolder, saved: dict[int, Path], number: int, step: int | None) -> Weights:

@@ -12,8 +12,10 @@ from markupsafe import Markup
 
 from lowlevel.errors import ConfigError
 from lowlevel.inspection.figures import plain, signed, typographic
+from lowlevel.inspection.page import inked
 from lowlevel.reporting.charts import chart
-from lowlevel.reporting.pairs import PairTables
+from lowlevel.reporting.displaced import NOTICED_TEXT, DisplacedPairs
+from lowlevel.reporting.pairs import SHOWN, PairTables
 from lowlevel.reporting.series import Panel
 
 
@@ -28,6 +30,7 @@ class Report:
         missing: what a trace would add, where there is none.
         tokens: text of token ids in `tables.falls`, where a tokenizer was at hand.
         pages: inspection pages in the run folder, by data row.
+        displaced: which tokens took the probability of displaced pairs, where that was asked for.
     """
 
     name: str
@@ -38,6 +41,12 @@ class Report:
     missing: str | None
     tokens: dict[int, str]
     pages: dict[int, str]
+    displaced: DisplacedPairs | None = None
+
+    @property
+    def command(self) -> str:
+        """Says which tokens took the probability of displaced pairs."""
+        return f"lowlevel report {self.folder} --displaced {SHOWN}"
 
 
 def render(report: Report) -> str:
@@ -45,9 +54,10 @@ def render(report: Report) -> str:
     own, look = files("lowlevel.reporting"), files("lowlevel.inspection")
     style = (look / "page.css").read_text(encoding="utf-8") + (own / "report.css").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"signed": lambda x: typographic(signed(x, 3)), "plain": lambda x: typographic(plain(x, 3))}
+    environment.filters |= {"signed": _signed, "plain": _plain, "typographic": typographic, "inked": inked}
     return environment.from_string((own / "report.html").read_text(encoding="utf-8")).render(
         report=report,
+        noticed=NOTICED_TEXT,
         charts=[chart(panel) for panel in report.panels],
         style=Markup(style),  # noqa: S704 - files of this package
     )
@@ -63,3 +73,11 @@ def write_report(report: Report, path: Path) -> None:
         path.write_text(render(report), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
+
+
+def _signed(value: float) -> str:
+    return typographic(signed(value, 3))
+
+
+def _plain(value: float) -> str:
+    return typographic(plain(value, 3))

@@ -36,6 +36,7 @@ class PairTables:
     Attributes:
         below: pairs of the last traced steps whose chosen completion is less likely than under the reference.
         both_fell: those of them whose rejected completion fell, too: the loss is content, the probability is elsewhere.
+        lowest: all pairs, the lowest log-ratio of a chosen completion first.
     """
 
     first: int
@@ -43,6 +44,7 @@ class PairTables:
     count: int
     below: int
     both_fell: int
+    lowest: tuple[Row, ...]
     best: tuple[Row, ...]
     worst: tuple[Row, ...]
     falls: tuple[TokenFall, ...]
@@ -51,6 +53,11 @@ class PairTables:
     def alarm(self) -> bool:
         """Whether most pairs are displaced."""
         return self.below > ALARM * self.count
+
+    @property
+    def farthest(self) -> tuple[Row, ...]:
+        """The pairs, up to `SHOWN`, whose chosen completions fell farthest below the reference."""
+        return self.lowest[: min(SHOWN, self.below)]
 
 
 def pair_tables(trace: Path) -> PairTables | None:
@@ -76,6 +83,7 @@ def pair_tables(trace: Path) -> PairTables | None:
         last=steps[0],
         count=len(ranked),
         below=len(below),
+        lowest=tuple(sorted(ranked, key=lambda row: row["chosen_logratio"])),
         both_fell=sum(row["rejected_logratio"] < 0 for row in below),
         best=tuple(reversed(ranked[-shown:])),
         worst=tuple(ranked[:shown]),

@@ -15,8 +15,6 @@ from lowlevel.reporting.pairs import pair_tables, token_falls
 from lowlevel.reporting.series import Curve, Panel, fallen, panels
 from lowlevel.tracing.files import write_table
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-DRIVER = shutil.which("chromedriver")
 SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")
 LOOKS = {"light": (1280, False), "dark": (1280, True), "phone": (390, False)}
 
@@ -191,22 +189,6 @@ def test_texts_are_escaped():
     panel = Panel("x", bad, bad, bad, (Curve(bad, ((0, 1.0), (1, 2.0)), 0, 0),))
     page = render(Report(bad, bad, [(bad, bad)], [panel], None, bad, {}, {}))
     assert "<img" not in page
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not (BROWSER and DRIVER):
-        pytest.skip("no chromium and chromedriver here: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here: pip install lowlevel[dev]")
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
-    for flag in ("--headless", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-first-run", profile):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.mark.parametrize("look", LOOKS)

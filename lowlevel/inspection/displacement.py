@@ -1,0 +1,104 @@
+"""Likelihood displacement: which other tokens took the probability that a chosen completion lost.
+
+A pair is displaced where log pi(y+ | x) < log ref(y+ | x), which the loss allows as long as y- falls faster (Razin et
+al., arXiv 2410.08847). Probabilities of a position sum to 1, so there what y+ lost is what all other tokens gained:
+
+    delta_t(v) = pi(v | x, y+_<t) - ref(v | x, y+_<t)        sum over v != y+_t of delta_t(v) = -delta_t(y+_t)
+
+Positions whose chosen token became likelier are left out of sums over positions: nothing was lost there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowlevel.inspection.distribution import head_logits
+
+CHUNK_SIZE = 128  # rows, under policy and reference: V = 32,000 makes 16 MiB of fp32 a buffer
+GAINERS = 3
+NOTICED = 1e-3  # a gain of a tenth of a percent counts as a position where a token gained
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """Where the probability of n target tokens went from reference to policy; on the CPU.
+
+    Attributes:
+        losses: (n,) fp32, ref(target) - pi(target); negative where the target became likelier.
+        gainer_ids: (n, K) int64, the K tokens besides the target that gained most, largest gain first.
+        gainer_ref_probs: (n, K) fp32.
+        gainer_probs: (n, K) fp32, under the policy.
+        gained: (V,) float64, each token's gain as another than the target, summed over positions whose target fell.
+        noticed: (V,) int64, at how many of those positions it gained `NOTICED` or more.
+    """
+
+    losses: Tensor
+    gainer_ids: Tensor
+    gainer_ref_probs: Tensor
+    gainer_probs: Tensor
+    gained: Tensor
+    noticed: Tensor
+
+    @property
+    def lost(self) -> float:
+        """What the targets that fell lost in all; `gained` adds up to it."""
+        return float(self.losses.double().clamp(min=0).sum())
+
+
+@dataclass(frozen=True)
+class TokenGain:
+    """A token that took probability, over all positions that were looked at."""
+
+    token: int
+    gained: float
+    positions: int  # where it gained `NOTICED` or more
+
+
+@torch.no_grad()
+def displacement_of(
+    hidden: Tensor, ref_hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_SIZE
+) -> Displacement:
+    """Compare the predictions of policy and reference; never more than chunk_size x V numbers of each are held.
+
+    Args:
+        hidden: (n, D), floating, of the policy.
+        ref_hidden: (n, D), of the reference at the same positions.
+        lm_head_weight: (V, D), of both; dtypes as in :func:`lowlevel.inspection.distribution.distribution`.
+        targets: (n,) int64, the tokens of the completion.
+        chunk_size: rows a chunk.
+    """
+    vocabulary, device = lm_head_weight.shape[0], hidden.device
+    gained = torch.zeros(vocabulary, dtype=torch.float64, device=device)
+    noticed = torch.zeros(vocabulary, dtype=torch.int64, device=device)
+    parts: list[tuple[Tensor, ...]] = []
+    for start in range(0, max(1, len(hidden)), chunk_size):
+        rows = slice(start, start + chunk_size)
+        target = targets[rows, None]  # (chunk, 1)
+        probs, ref_probs = (head_logits(states[rows], lm_head_weight).softmax(1) for states in (hidden, ref_hidden))
+        gains = probs - ref_probs  # (chunk, V)
+        losses = -gains.gather(1, target)[:, 0]
+        top = gains.scatter_(1, target, -torch.inf).topk(min(GAINERS, vocabulary - 1), dim=1).indices
+        parts.append((losses.cpu(), top.cpu(), ref_probs.gather(1, top).cpu(), probs.gather(1, top).cpu()))
+        taken = gains.scatter_(1, target, 0.0)[losses > 0]
+        gained += taken.sum(0, dtype=torch.float64)
+        noticed += (taken >= NOTICED).sum(0)
+    losses, ids, ref_probs, probs = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Displacement(losses, ids, ref_probs, probs, gained.cpu(), noticed.cpu())
+
+
+def largest_gains(found: Sequence[Displacement], count: int) -> tuple[TokenGain, ...]:
+    """The up to `count` tokens that gained most over several completions, largest first; none that gained nothing."""
+    if not found:
+        return ()
+    gained = torch.stack([one.gained for one in found]).sum(0)
+    noticed = torch.stack([one.noticed for one in found]).sum(0)
+    best = gained.topk(min(count, len(gained)))
+    return tuple(
+        TokenGain(token, gain, int(noticed[token]))
+        for token, gain in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        if gain > 0
+    )

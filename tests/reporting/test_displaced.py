@@ -1,0 +1,187 @@
+"""`lowlevel report --displaced N`: which pairs are looked at, under which weights, and a planted token."""
+
+import html
+import os
+import re
+import shutil
+from pathlib import Path
+
+import helpers
+import pytest
+from workspace import PAIRS, run
+
+from lowlevel.assembly import prepare_data
+from lowlevel.commands.loading import load_run
+from lowlevel.inspection import inspect_pairs
+from lowlevel.inspection.pieces import TokenPieces
+from lowlevel.inspection.rows import example_of_row
+from lowlevel.model.adapters import save_adapter
+from lowlevel.model.policy import TRAINED
+from lowlevel.reporting.displaced import displaced_pairs
+from lowlevel.reporting.pairs import pair_tables
+from lowlevel.tracing.files import write_table
+
+SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")
+LOOKS = {"light": (1280, False), "dark": (1280, True), "phone": (390, False), "phone-dark": (390, True)}
+
+
+def copied(run_dir: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run_dir, to / run_dir.name))
+
+
+def rewrite(folder: Path, *, token: int | None) -> Path:
+    """Put an adapter in the place of a copied run's final one: one without effect, or one that learnt `token`."""
+    run_of = load_run(folder, initial=True)
+    if token is not None:
+        tokenizer, data = prepare_data(run_of.config)
+        examples = [example_of_row(run_of.config, tokenizer, data, row) for row in fell(folder, 4)]
+        helpers.push_mass(run_of.policy, run_of.method, examples, token)
+    shutil.rmtree(folder / "adapter")
+    save_adapter(run_of.policy.model, TRAINED, folder / "adapter", run_of.config.model.name)
+    return folder
+
+
+def fell(folder: Path, count: int) -> list[int]:
+    return [row["row"] for row in pair_tables(folder / "trace").lowest[:count]]
+
+
+def section(folder: Path) -> str:
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    return page.split('id="took"')[1].split("</section>")[0] if 'id="took"' in page else ""
+
+
+def rows(table: str) -> list[list[str]]:
+    """Texts of a table's body."""
+    body = table.split("<tbody>")[1].split("</tbody>")[0]
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in body.split("</tr>")[:-1]]
+    return [[html.unescape(re.sub(r"<[^>]+>", "", cell)) for cell in row] for row in cells]
+
+
+@pytest.fixture(scope="module")
+def planted(runs, tmp_path_factory) -> Path:
+    """A run whose adapter learnt to write Z, which no chosen completion does."""
+    assert all("Z" not in pair["chosen"] for pair in PAIRS)
+    folder = copied(runs["dpo"], tmp_path_factory.mktemp("planted"))
+    return rewrite(folder, token=load_run(folder).tokenizer.tokenizer.convert_tokens_to_ids("Z"))
+
+
+def test_the_planted_token_is_named(planted):
+    said = run("report", planted, "--displaced", 4)
+    assert (said.code, said.err) == (0, "")
+    gains, falls = section(planted).split("</table>")[:2]
+    token, _, gained, positions = rows(gains)[0]
+    assert token == "Z"
+    over, lost = re.search(r"At the (\d+) positions .* a probability of ([\d.]+) in all", section(planted)).groups()
+    assert int(over) >= int(positions) > 0.9 * int(over) and float(gained) > 0.8 * int(over) and float(lost) > 0
+    assert "4 of 4 pairs with the lowest chosen log-ratios of steps 1 to 6" in section(planted)
+    lines = rows(falls)
+    assert {int(line[0]) for line in lines} == set(fell(planted, 4))
+    ratios = [float(line[1].replace("−", "-")) for line in lines]
+    assert ratios == sorted(ratios) and ratios[-1] < 0
+    assert all(line[5].startswith("Z ") and line[3] != "Z" for line in lines)
+    assert "where the probability went: 4 of 4 pairs" in said.out
+    assert f"at the {over} positions where chosen tokens of 4 fell, by {lost} in all" in said.out
+    assert f"gained most: Z {gained} ({positions}), " in said.out
+
+
+def test_the_page_says_what_the_records_say(planted):
+    assert run("report", planted, "--displaced", 3).code == 0
+    loaded = load_run(planted)
+    tokenizer, data = prepare_data(loaded.config)
+    examples = [example_of_row(loaded.config, tokenizer, data, row) for row in fell(planted, 3)]
+    records = inspect_pairs(loaded.policy, loaded.method, examples)
+    pieces = TokenPieces(loaded.tokenizer)
+    found = displaced_pairs(records, pieces, weights="", origin="", limit=2)
+    assert (found.looked, found.below, len(found.falls)) == (3, 3, 2)
+    for row, line in found.falls:
+        (shown,) = (shown for shown in rows(section(planted).split("</table>")[1]) if shown[0] == str(row))
+        assert shown[2:4] == [line.position, line.token]
+        assert shown[4].replace("−", "-") == f"{line.ref_logp} → {line.logp}"
+    said = run("inspect", planted, "--example", found.falls[0][0])
+    assert re.sub(r"\s+", "", found.falls[0][1].sentence) in re.sub(r"\s+", "", said.out)
+
+
+def test_without_the_option_no_model_is_loaded_and_the_alarm_gives_the_command(runs, tmp_path, monkeypatch):
+    folder = copied(runs["dpo"], tmp_path)
+    shutil.rmtree(folder / "trace")
+    columns = {"step": [6] * 4, "row": [2, 3, 5, 7], "chosen_logratio": [-1.0, -3.0, 0.5, -2.0]}
+    zeros = dict.fromkeys(("margin", "rejected_logratio", "weight", "loss"), [0.0] * 4)
+    write_table(folder / "trace", "pairs", columns | zeros)
+    monkeypatch.setattr("lowlevel.commands.displaced.load_run", lambda *_, **__: pytest.fail("loaded"))
+    said = run("report", folder)
+    assert said.code == 0 and not section(folder)
+    assert (
+        "likelihood displacement: 3 of 4 chosen completions are below the reference, farthest those of rows 3, 7, 2; "
+        f"which tokens took their probability: lowlevel report {folder} --displaced 5\n" in said.out
+    )
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"<code>lowlevel report {folder} --displaced 5</code>" in page
+    assert [row[0] for row in rows(page.split("Chosen completions that fell farthest</h3>")[1])] == ["3", "7", "2"]
+
+
+def test_nothing_is_displaced_where_policy_and_reference_are_one(runs, tmp_path):
+    folder = rewrite(copied(runs["dpo"], tmp_path), token=None)
+    said = run("report", folder, "--displaced", 2)
+    assert said.code == 0, said.err
+    assert "none of 2 pairs with the lowest chosen log-ratios of steps 1 to 6 is below its reference" in said.out
+    assert "None of 2 pairs" in section(folder)
+
+
+def test_without_a_trace_the_last_step_is_looked_at(runs, tmp_path):
+    folder = copied(runs["plain"], tmp_path)
+    said = run("report", folder, "--displaced", 2)
+    assert said.code == 0, said.err
+    assert re.search(r"of 4 pairs of step 6 (are|is) below", said.out)
+    assert section(folder)
+
+
+def test_an_unfinished_run_is_looked_at_with_its_newest_good_checkpoint(runs, space, tmp_path):
+    file = space.write("saved", "dpo", folder=tmp_path, train={"max_steps": 3, "logging_steps": 1, "save_steps": 1})
+    assert run("dpo", file).code == 0
+    folder = tmp_path / "saved"
+    shutil.rmtree(folder / "adapter")
+    newest = max(folder.glob("step-*"))
+    (newest / "adapter_model.safetensors").write_bytes(b"x")
+    said = run("report", folder, "--displaced", 1)
+    assert said.code == 0, said.err
+    assert f"skipped a damaged checkpoint: {newest}" in said.out and "step-00000002, the newest checkpoint" in said.out
+    for path in folder.glob("step-*"):
+        shutil.rmtree(path)
+    said = run("report", folder, "--displaced", 1)
+    assert said.code == 2 and "has saved no weights yet" in said.err and len(said.err.splitlines()) == 1
+
+
+def test_refusals_are_one_line(runs, tmp_path):
+    said = run("report", runs["sft"], "--displaced", 1)
+    assert said.code == 2 and "is an sft run" in said.err and len(said.err.splitlines()) == 1
+    assert run("report", runs["dpo"], "--displaced", 0).code == 2
+    folder = copied(runs["dpo"], tmp_path)
+    changed = helpers.write_jsonl(tmp_path / "pairs.jsonl", [*PAIRS[:-1], {**PAIRS[-1], "chosen": "other"}])
+    config = folder / "config.toml"
+    config.write_text(re.sub(r'source = ".*"', f'source = "{changed}"', config.read_text()))
+    said = run("report", folder, "--displaced", 1)
+    assert said.code == 3 and "not the rows that" in said.err and len(said.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_the_tables_in_a_browser(browser, planted, look):
+    width, dark = LOOKS[look]
+    assert run("report", planted, "--displaced", 4).code == 0
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    scheme.append({"name": "prefers-reduced-motion", "value": "reduce"})  # at the anchor at once
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    browser.get((planted / "report.html").as_uri() + "#took")
+    ask = browser.execute_script
+    assert browser.get_log("browser") == []
+    assert ask("return performance.getEntriesByType('resource').length") == 0
+    assert ask("return document.documentElement.scrollWidth <= innerWidth")
+    assert ask("return [...document.querySelectorAll('#took .scroll')].every(e => e.tabIndex == 0 && e.ariaLabel)")
+    text, back = ask(
+        "const token = getComputedStyle(document.querySelector('#took .token'));"
+        "return [token.color, token.backgroundColor].map(c => c.match(/\\d+/g).slice(0, 3).map(Number))"
+    )
+    assert abs(sum(text) - sum(back)) > 3 * 100 and (sum(back) < sum(text)) == dark
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    assert browser.save_screenshot(str(SCREENSHOTS / f"report-displaced-{look}.png"))
