@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lowlevel.config import DPOConfig, LoraConfig, ModelConfig
+from lowlevel.determinism import deterministic_mode
 from lowlevel.dpo import DPO
 from lowlevel.execution import ExecutionFailedError, WithFallback
 from lowlevel.layout import Shape
@@ -43,10 +44,9 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def deterministic():
-    """Attention's backward pass adds in a fixed order; what has no such order warns and is not used here."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    """Attention's backward pass adds in a fixed order."""
+    with deterministic_mode(True):
+        yield
 
 
 def policy(model_dir, *, offload, recomputed=None):
