@@ -44,6 +44,7 @@ class Case:
     variant: str = ""  # lowlevel only: "fast" or "low_vram", with that run file's own settings
     budget: str = ""  # lowlevel only: train.memory_budget
     on_host: bool = False  # lowlevel only: model.embeddings_on_host
+    offload: bool = False  # lowlevel only: train.offload_activations
     core: bool = True  # part of the table; the others are run by name
 
     @property
@@ -59,6 +60,7 @@ class Case:
         parts += [f"r={self.rank}"] * (self.rank != 64)
         parts += [f"memory_budget {self.budget}"] * bool(self.budget)
         parts += ["embeddings on the host"] * self.on_host
+        parts += ["layer inputs on the host"] * self.offload
         return ", ".join(parts)
 
     @property
@@ -71,6 +73,7 @@ class Case:
 
 FULL: dict[str, Any] = {"batch": 8, "accumulation": 1}  # one micro-batch a step
 NOCKPT: dict[str, Any] = {**FULL, "checkpointing": False}  # the fastest setting that a 16 GB card holds
+HOST: dict[str, Any] = {"on_host": True, "offload": True}  # all that may lie there
 TWO_GB = "1.86GiB"  # 2 GB: the memory class in which the recipe runs as it is written
 CASES = (
     Case("lowlevel_sft_2x4_eager", "lowlevel", "sft"),
@@ -96,6 +99,7 @@ CASES = (
     Case("liger_sft_2x4", "liger", "sft"),
     Case("liger_sft_8x1_nockpt", "liger", "sft", **NOCKPT),
     # Not in the table: more points for t4.py, and what a reader may want to check.
+    Case("lowlevel_sft_2x4_host_offload_graphed", "lowlevel", "sft", execution="graphed", core=False, **HOST),
     Case("lowlevel_sft_4x2_graphed", "lowlevel", "sft", 4, 2, execution="graphed", core=False),
     Case("lowlevel_sft_8x1_graphed", "lowlevel", "sft", execution="graphed", core=False, **FULL),
     Case("lowlevel_sft_4x2_nockpt_graphed", "lowlevel", "sft", 4, 2, False, "graphed", core=False),

@@ -235,6 +235,7 @@ def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
         init_from=inputs.init_from,
         gradient_checkpointing=config.train.gradient_checkpointing,
         recomputed=config.train.recomputed_layers,
+        offload=config.train.offload_activations,
         attention=inputs.attention,
     )
 

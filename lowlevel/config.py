@@ -121,6 +121,9 @@ class TrainConfig(Section):
     recomputed_layers: Natural | None = Field(
         None, description="with gradient_checkpointing: layers, from the first, that are recomputed; default: all"
     )
+    offload_activations: bool = Field(
+        False, description="keep the inputs of recomputed layers in pinned host memory: the same numbers"
+    )
     micro_batch_positions: Positive | None = Field(
         None, description="packed positions computed at once, on a GPU; default: per_device_train_batch_size rows"
     )

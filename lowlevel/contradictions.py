@@ -114,6 +114,10 @@ def _train(config: RunConfig, given: set[str]) -> list[Check]:
             "train.recomputed_layers needs gradient_checkpointing = true",
         ),
         (
+            train.offload_activations and not train.gradient_checkpointing,
+            "train.offload_activations needs gradient_checkpointing = true",
+        ),
+        (
             train.micro_batch_positions is not None and not packing,
             "train.micro_batch_positions needs data.packing = true",
         ),

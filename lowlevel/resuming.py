@@ -28,7 +28,7 @@ from lowlevel.run_folder import LIBRARIES, RunFolder
 
 # Settings that may differ: they do not change what is learned.
 FREE = (
-    "model.embeddings_on_host",
+    *("model.embeddings_on_host", "train.offload_activations"),
     *("train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit", "dpo.reference_cache"),
     *("trace.every", "trace.steps", "trace.level", "trace.gradients"),
     *("attention", "versions.lowlevel", "versions.python", "versions.safetensors", "versions.numpy"),

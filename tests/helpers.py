@@ -121,6 +121,8 @@ def make_policy(
     parent: Path | None = None,
     placement: Placement = CPU,
     attention: str = "sdpa",
+    recomputed: int | None = None,
+    offload: bool = False,
 ) -> Policy:
     """A policy over the tiny base. `randomize` fills B, so that the adapter has an effect and A a gradient."""
     model = load_base(ModelConfig(name=str(base), load_in_4bit=quantised), placement, attention=attention)
@@ -133,6 +135,8 @@ def make_policy(
         parent=parent,
         gradient_checkpointing=checkpointing,
         attention=Attention(attention, "for a test"),
+        recomputed=recomputed,
+        offload=offload,
     )
     if randomize:
         fill_lora_b(policy, seed)

@@ -15,7 +15,17 @@ from lowlevel.config import RunConfig
 from lowlevel.contradictions import parse_size
 from lowlevel.errors import ConfigError
 from lowlevel.model.base import load_model_config
-from lowlevel.model.memory import Forecast, ModelShape, Plan, best_plan, cost, default_plan, forecast, model_shape
+from lowlevel.model.memory import (
+    Forecast,
+    ModelShape,
+    Plan,
+    best_plan,
+    cost,
+    default_plan,
+    forecast,
+    model_shape,
+    planned,
+)
 from lowlevel.model.placement import Placement
 from lowlevel.plots import plot_memory
 
@@ -50,13 +60,14 @@ def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
         console.print("data.packing = false: rows of one example each; a plan for a budget needs data.packing = true")
         return
     console.print(f"to use it: --train.memory_budget {text}, or in \\[train]:")
-    for line in _settings(plans[f"fastest in {text}"]):
+    for line in _settings(config, plans[f"fastest in {text}"]):
         console.print(f"  {line}", markup=False, highlight=False)
 
 
-def _settings(plan: Plan) -> list[str]:
-    values = {"gradient_checkpointing": plan.recomputed > 0, **plan.settings()}
-    return [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+def _settings(config: RunConfig, plan: Plan) -> list[str]:
+    keys = ["gradient_checkpointing", *plan.settings(), *["offload_activations"] * config.train.offload_activations]
+    train = planned(config, plan).train
+    return [f"{key} = {json.dumps(getattr(train, key))}" for key in keys]
 
 
 def _plan_table(
@@ -73,6 +84,8 @@ def _plan_table(
         table.add_row(f"activations: {phase}", *(f"{f.phases[phase] / MIB:,.0f}" for f in forecasts.values()))
     table.add_section()
     table.add_row("peak allocated", *(f"{f.peak / MIB:,.0f}" for f in forecasts.values()))
+    if config.train.offload_activations:
+        table.add_row("inputs of recomputed layers, on the host", *(f"{f.host / MIB:,.0f}" for f in forecasts.values()))
     table.add_section()
     table.add_row("positions a micro-batch", *(f"{plan.positions:,}" for plan in plans.values()))
     table.add_row("layers recomputed", *(f"{plan.recomputed} of {shape.layers}" for plan in plans.values()))

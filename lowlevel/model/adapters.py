@@ -23,6 +23,7 @@ from lowlevel.model.attention import MASKED, Attention
 from lowlevel.model.files import read_json_object, refuse_pickles
 from lowlevel.model.flat import flatten
 from lowlevel.model.layers import DecoderLayers
+from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import PARENT, TRAINED, Policy, check_lm_head, place_dropout
 
@@ -62,6 +63,7 @@ def build_policy(
     gradient_checkpointing: bool = True,
     attention: Attention = MASKED,
     recomputed: int | None = None,
+    offload: bool = False,
 ) -> Policy:
     """Attach the adapter to train, and under it the frozen adapter `parent`, if any.
 
@@ -75,6 +77,7 @@ def build_policy(
         gradient_checkpointing: recompute activations layer by layer (never re-entrant).
         attention: what the base was loaded with.
         recomputed: with checkpointing, how many layers are recomputed; None: all of them.
+        offload: keep their inputs in host memory.
 
     Raises:
         ConfigError: target modules that match no layer, or that match the LM head.
@@ -99,7 +102,8 @@ def build_policy(
     place_dropout(layers, lora.lora_dropout, state, placement.device)
     flat = flatten({name: p for name, p in model.named_parameters() if f".{TRAINED}." in name})
     model.train()  # no module of the base draws random numbers (load_base)
-    decoder_layers = DecoderLayers(base, recomputed if gradient_checkpointing else 0, state)
+    host = HostInputs(placement.device) if offload else None
+    decoder_layers = DecoderLayers(base, recomputed if gradient_checkpointing else 0, state, host)
     policy = Policy(
         model, flat, placement, state, tuple(layers.values()), parent is not None, attention, decoder_layers
     )

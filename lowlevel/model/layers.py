@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowlevel.determinism import compiler_options
 from lowlevel.dropout import DropoutState
+from lowlevel.model.offload import HostInputs
 
 Forward = Callable[..., Tensor]
 # Inductor's settings. combo_kernels: independent small kernels (the 14 casts of a layer's adapter weights) in one
@@ -28,9 +31,15 @@ COMPILER: Mapping[str, Any] = {"combo_kernels": True, "emulate_precision_casts":
 class DecoderLayers:
     """The decoder layers of a model. Their `forward` is ours: the original one, checkpointed, compiled, or both."""
 
-    def __init__(self, base: nn.Module, recomputed: int | None, dropout: DropoutState) -> None:
-        """`recomputed`: how many layers, from the first, keep only their input for the backward pass; None: all."""
+    def __init__(
+        self, base: nn.Module, recomputed: int | None, dropout: DropoutState, host: HostInputs | None = None
+    ) -> None:
+        """`recomputed`: how many layers, from the first, keep only their input for the backward pass; None: all.
+
+        `host` is where they keep it; None: on the device.
+        """
         self.dropout = dropout
+        self.host = host
         self.layers: Sequence[nn.Module] = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.recomputed = len(self.layers) if recomputed is None else recomputed
         self.compiled = False
@@ -46,7 +55,8 @@ class DecoderLayers:
             forward = inspect.unwrap(type(layer).forward)  # transformers 5.23 wraps it in a checkpoint of its own
             if compiled:  # torch keeps compiled graphs by code object: all layers share them
                 forward = torch.compile(forward, fullgraph=True, options={**COMPILER, **compiler_options()})
-            bound = _bind(forward, layer, number < self.recomputed)
+            keep = partial(self.host.keeping, number) if self.host else nullcontext
+            bound = _bind(forward, layer, number < self.recomputed, keep)
             layer.forward = self._with_marks(bound) if compiled else bound  # type: ignore[method-assign]
         self._require_input_grads(compiled)
         self.compiled = compiled
@@ -82,13 +92,18 @@ def _require_grad(module: nn.Module, arguments: object, output: Tensor) -> Tenso
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
-def _bind(forward: Forward, layer: nn.Module, recompute: bool) -> Forward:
-    """`layer.forward`, recomputed in the backward pass or not."""
+def _bind(
+    forward: Forward, layer: nn.Module, recompute: bool, keep: Callable[[], AbstractContextManager[None]]
+) -> Forward:
+    """`layer.forward`, recomputed in the backward pass or not; `keep` decides where its input lies until then."""
 
     def run(hidden_states: Tensor, **kwargs: Any) -> Tensor:
         if recompute and torch.is_grad_enabled():
             # No module of the base draws random numbers (load_base), and dropout is a hash: nothing to restore.
-            return checkpoint(forward, layer, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            with keep():
+                return checkpoint(
+                    forward, layer, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs
+                )
         return forward(layer, hidden_states, **kwargs)
 
     return run

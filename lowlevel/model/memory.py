@@ -7,7 +7,8 @@ backward pass (D: hidden size, F: MLP size, H: query width, K: key width, dropou
     norms and residuals 4 D, q and output of attention 2 H, k and v 2 K, gate and up and their product 3 F,
     dropped inputs of q, k, v, gate and up 5 D, of o H, of down F
 
-A recomputed layer keeps its input alone (D). The constants were fitted to runs on an H100, six of which
+A recomputed layer keeps its input alone (D), with train.offload_activations on the host, from where it comes back one
+layer ahead: two lie on the device. The constants were fitted to runs on an H100, six of which
 tests/training/test_memory.py holds the forecast to. Optimizer state is paged and outside the allocator: it is listed
 apart.
 """
@@ -75,6 +76,7 @@ class Forecast:
     static: dict[str, int]
     phases: dict[str, int]
     paged: int  # optimizer state, in managed memory
+    host: int  # inputs of recomputed layers, in pinned host memory
 
     @property
     def peak(self) -> int:
@@ -129,7 +131,9 @@ def forecast(
         kept += 5 * shape.hidden + shape.query + shape.intermediate
     transient = int(BACKWARD_VALUES * 3 * shape.intermediate) + 2 * shape.hidden
     weights = 0 if plan.dequantize_once or not quantised else 2 * shape.largest * size
-    stored = plan.recomputed * shape.hidden + (shape.layers - plan.recomputed) * kept
+    inputs = plan.recomputed * shape.hidden
+    on_device = min(inputs, 2 * shape.hidden) if config.train.offload_activations else inputs
+    stored = on_device + (shape.layers - plan.recomputed) * kept
     in_flight = transient + (kept if plan.recomputed else 0)
     other = shape.other - (shape.vocabulary * shape.hidden if config.model.embeddings_on_host else 0)
     chunk = chunk_rows(shape.vocabulary, size) * shape.vocabulary * size
@@ -147,6 +151,7 @@ def forecast(
             "LM head and loss": plan.positions * (stored + 4 * shape.hidden) * size + 2 * chunk,
         },
         paged=adapter * (8 if config.train.optim != "paged_adamw_8bit" else 2),
+        host=plan.positions * inputs * size if config.train.offload_activations else 0,
     )
 
 
@@ -205,6 +210,12 @@ def best_plan(shape: ModelShape, config: RunConfig, placement: Placement, budget
 
 def planned(config: RunConfig, plan: Plan) -> RunConfig:
     """The configuration with a plan's settings in it."""
-    settings = {**plan.settings(), "gradient_checkpointing": plan.recomputed > 0, "memory_budget": None}
+    recomputes = plan.recomputed > 0
+    settings = {
+        **plan.settings(),
+        "gradient_checkpointing": recomputes,
+        "offload_activations": config.train.offload_activations and recomputes,
+        "memory_budget": None,
+    }
     train = config.train.model_copy(update=settings)
     return config.model_copy(update={"train": train})

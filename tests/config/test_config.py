@@ -74,6 +74,7 @@ KEYS = {
     "train.gradient_checkpointing": (False, {}),
     "train.execution": ("eager", {}),
     "train.recomputed_layers": (4, {}),
+    "train.offload_activations": (True, {}),
     "train.micro_batch_positions": (2048, {}),
     "train.dequantize_once": (True, {}),
     "train.memory_budget": ("15GiB", {}),
@@ -332,6 +333,10 @@ CONTRADICTIONS = [
         "train.recomputed_layers needs gradient_checkpointing = true",
     ),
     (
+        {"train": {"gradient_checkpointing": False, "offload_activations": True}},
+        "train.offload_activations needs gradient_checkpointing = true",
+    ),
+    (
         {"data": {"packing": False}, "train": {"micro_batch_positions": 2048}},
         "train.micro_batch_positions needs data.packing = true",
     ),
@@ -541,6 +546,7 @@ LOW_VRAM = {
     "train.optim": "paged_adamw_8bit",
     "data.max_length": 256,
     "train.gradient_checkpointing": True,
+    "train.offload_activations": True,
 }
 FAST = {
     "train.per_device_train_batch_size": 4,

@@ -18,6 +18,7 @@ CONFIG_TESTS = runpy.run_path(str(Path(__file__).parents[1] / "config" / "test_c
 KEYS, merged = CONFIG_TESTS["KEYS"], CONFIG_TESTS["merged"]
 FREE = {
     "model.embeddings_on_host": "the same numbers from another memory",
+    "train.offload_activations": "the same numbers from another memory",
     "train.output_dir": "where, not what",
     "train.logging_steps": "only what is said",
     "train.save_steps": "only what is kept",

@@ -89,6 +89,17 @@ def test_the_forecast_is_within_5_percent_of_what_was_measured(tmp_path, case):
     assert abs(found / MEASURED[case] - 1) < 0.05
 
 
+@pytest.mark.parametrize(("recomputed", "left"), [(22, 2), (1, 1), (0, 0)])
+def test_inputs_on_the_host_leave_the_forecast_of_the_gpu(recomputed, left):
+    """Two are on the device: that of the layer in work, and the next one, on its way."""
+    plan = Plan(1024, recomputed, False)
+    plain, offloaded = (forecast(TINYLLAMA, run_config(offload_activations=on), plan, FP16) for on in (False, True))
+    each = 1024 * 2048 * 2
+    assert (plain.host, offloaded.host) == (0, recomputed * each)
+    assert plain.peak - offloaded.peak == (recomputed - left) * each
+    assert plain.static == offloaded.static
+
+
 def test_static_parts_are_exact(tmp_path):
     """The components that the same runs listed, byte for byte where the format leaves no choice."""
     base = load_model_config(ModelConfig(name=write_config(tmp_path / "model")))
@@ -130,6 +141,9 @@ def test_a_plan_becomes_settings_and_the_budget_goes():
     assert train.gradient_checkpointing and train.memory_budget is None
     assert default_plan(TINYLLAMA, config) == Plan(2048, 7, True)
     assert not planned(config, Plan(2048, 0, True)).train.gradient_checkpointing
+    offloads = run_config(memory_budget="15GiB", offload_activations=True)
+    for recomputed in (7, 0):  # without layers to recompute it would be a contradiction in the run's config.toml
+        assert planned(offloads, Plan(2048, recomputed, True)).train.offload_activations == (recomputed > 0)
     assert default_plan(TINYLLAMA, run_config("dpo")) == Plan(2048, 22, False)
     assert default_plan(TINYLLAMA, run_config(gradient_checkpointing=False)) == Plan(1024, 0, False)
 
@@ -182,6 +196,19 @@ def test_the_plan_command(tmp_path, capsys):
     assert "micro_batch_positions = 2048" in said and "dequantize_once = false" in said
     with pytest.raises(ConfigError, match="--budget: expected a size like .15GiB. or .800MiB., got 'much'"):
         show_plan(config, console, "much")
+
+
+def test_the_plan_command_says_what_goes_to_the_host(tmp_path):
+    model = ModelConfig(name=write_config(tmp_path / "model"))
+    config = run_config(offload_activations=True).model_copy(update={"model": model})
+    said = {}
+    for budget in ("2GB", "15GiB"):
+        console = Console(file=io.StringIO(), width=100)
+        show_plan(config, console, budget)
+        said[budget] = console.file.getvalue()
+    row = next(line for line in said["15GiB"].splitlines() if "on the host" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["inputs of recomputed layers, on the host", "88", "0"]
+    assert "offload_activations = true" in said["2GB"] and "offload_activations = false" in said["15GiB"]
 
 
 def test_a_plan_without_packing_forecasts_what_is_configured_and_says_what_a_budget_needs(tmp_path):
