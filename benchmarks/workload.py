@@ -228,7 +228,8 @@ def make_workload(
 ) -> None:
     """Write a workload, unless the folder holds it already.
 
-    A folder with more rows will do: the first ones are the same. Without `weights` it holds what counting needs. With a `model` folder it uses that one, and has rows for SFT alone.
+    A folder with more rows will do: the first ones are the same. Without `weights` it holds what counting needs. With a
+    `model` folder it uses that one, and has rows for SFT alone.
     """
     wanted = {"shape": shape, "length": length, "weights": weights, "model": str(model or "")}
     record = folder / "workload.json"

@@ -34,14 +34,15 @@ def deterministic_mode(wanted: bool) -> Iterator[None]:
     if os.environ.get(WORKSPACE) not in FIXED_WORKSPACES:
         os.environ[WORKSPACE] = FIXED_WORKSPACES[0]
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # no kernel here reads what it has not written
+    settings.fill_uninitialized_memory = False  # no kernel here reads what it has not written
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 def compiler_options() -> Mapping[str, Any]:

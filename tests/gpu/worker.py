@@ -1,4 +1,4 @@
-"""`python worker.py STEP ARGUMENTS...`: the command line in a process of its own, with SIGTERM at the end of step STEP."""
+"""`python worker.py STEP ARGUMENTS...`: the command line in a process of its own; SIGTERM at the end of step STEP."""
 
 import os
 import signal
