@@ -83,12 +83,15 @@ def _forward_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     for name, flat, scores in models:
         with torch.no_grad():
             exact = evidence.model.examples(flat, sequences)
-        errors = [_difference(torch.cat(tokens), one.exact) for tokens, one in zip(exact, scores, strict=False)]
-        note = f"the whole model in float64, {len(sequences)} of {len(subject.examples)} examples"
-        checks.append(check(GROUP, f"forward pass, {name}", max(errors), subject.bounds.forward, note))
+        errors = torch.cat([_errors(torch.cat(tokens), one.exact) for tokens, one in zip(exact, scores, strict=False)])
+        note = f"the whole model in float64, {len(sequences)} of {len(subject.examples)} examples, rms of tokens"
+        rms = float(errors.square().mean().sqrt())
+        checks.append(check(GROUP, f"forward pass, {name}", rms, subject.bounds.forward, note))
+        worst = f"{len(errors):,} tokens"
+        checks.append(check(GROUP, f"its worst token, {name}", largest(errors), subject.bounds.worst_token, worst))
     return checks
 
 
-def _difference(expected: Tensor, found: Tensor) -> float:
-    """Largest absolute difference; infinite where other tokens are scored than the example says."""
-    return largest(found - expected) if found.shape == expected.shape else math.inf
+def _errors(expected: Tensor, found: Tensor) -> Tensor:
+    """By token; infinite where other tokens are scored than the example says."""
+    return found - expected if found.shape == expected.shape else torch.full_like(expected, math.inf)
