@@ -26,8 +26,9 @@ LOSSES = ("eager", "compiled", "graphed")
 
 
 def label(row: Row) -> str:
-    """A row's tool and setting."""
-    return f"{NAMES[row['tool']]} {row['setting']}"
+    """A row's tool and setting; TRL's precision, where a case leaves it open, is bf16 (peers/trl_peer.py)."""
+    bf16 = row["tool"] == "trl" and "fp16" not in row["setting"] and row["gpu"].startswith("NVIDIA")
+    return f"{NAMES[row['tool']]} {row['setting']}{', bf16' if bf16 else ''}"
 
 
 def ok(rows: Sequence[Row], method: str) -> list[Row]:
@@ -60,6 +61,7 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         axis.bar_label(bars, texts, fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.18)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_title(method.upper(), loc="left")
         axis.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("real tokens/s (x: beside TRL at 2x4)")
