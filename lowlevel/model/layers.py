@@ -85,11 +85,23 @@ class DecoderLayers:
             self._hook = None
         embeddings = self._base.get_input_embeddings()  # type: ignore[operator]
         if wanted and isinstance(embeddings, nn.Module):
-            self._hook = embeddings.register_forward_hook(_require_grad)
+            anchor = torch.zeros((), requires_grad=True)
+            self._hook = embeddings.register_forward_hook(lambda _, __, output: _AskForGrad.apply(output, anchor))
 
 
-def _require_grad(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
-    return output.requires_grad_() if torch.is_grad_enabled() else output
+class _AskForGrad(torch.autograd.Function):
+    """The same numbers as a tensor that asks for a gradient and drops it; `anchor` is there to ask.
+
+    `requires_grad_()` would make it a leaf, and a leaf and its gradient stay in memory until the step's end.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, anchor: Tensor) -> Tensor:
+        return hidden_states.clone()  # and no view, which the compiler would tell from other layers' inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _bind(
