@@ -82,7 +82,6 @@ def load_base(
         CheckpointError: a tensor is missing, left over, of another shape (nothing is ever initialised at random), or
             not finite, in the file or in the dtype that it is loaded in.
     """
-    import bitsandbytes as bnb
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from lowlevel.model.linear import with_one_kernel
@@ -119,6 +118,15 @@ def load_base(
     _check_loading(config.name, info)
     _check_quantised_layers(config.name, model, placement.device)
     _check_finite(config.name, model)
+    _freeze(model)
+    with_one_kernel(model)
+    return model
+
+
+def _freeze(model: Any) -> None:
+    """No gradient, no random numbers, no cache, and no repacked weights."""
+    import bitsandbytes as bnb
+
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
@@ -127,10 +135,8 @@ def load_base(
         if isinstance(module, bnb.nn.Linear4bit):
             # bitsandbytes 0.50, on CPUs with AVX512-BF16: an eval-mode pass repacks the weights and computes in bf16.
             module.support_avx512bf16_for_cpu = False
-    with_one_kernel(model)
     model.config.use_cache = False
     model.config.attention_dropout = 0.0
-    return model
 
 
 def base_sha256(model: nn.Module) -> str:
