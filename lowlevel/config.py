@@ -132,7 +132,8 @@ class TrainConfig(Section):
         None, description='GPU memory to fit, like "15GiB"; chooses the three keys above for speed'
     )
     deterministic: bool = Field(
-        False, description="a GPU gives the same bits each time, as a CPU does anyway; slower (lowlevel/determinism.py)"
+        False,
+        description="the same bits each time on a GPU, as on a CPU anyway; may be slower (lowlevel/determinism.py)",
     )
     seed: Seed = Field(42, description="adapter initialisation, dropout, data order")
     data_order: Literal["shuffled", "sequential"] = Field("shuffled", description="order of rows within an epoch")

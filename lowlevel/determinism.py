@@ -26,7 +26,8 @@ FIXED_WORKSPACES = (":4096:8", ":16:8")  # the two that NVIDIA documents as dete
 def deterministic_mode(wanted: bool) -> Iterator[None]:
     """Switch torch to deterministic algorithms within the block; do nothing if not `wanted`.
 
-    To be entered before the process first multiplies on a GPU: cuBLAS reads its setting once.
+    To be entered before the process first multiplies on a GPU: cuBLAS reads its setting once, so that one stays in the
+    environment. A workspace that is set there and not deterministic is replaced.
     """
     if not wanted:
         yield

@@ -15,8 +15,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from lowlevel.checkpoint import settle, write_json
-from lowlevel.errors import NonFiniteError
-from lowlevel.forensics import FailureReport, examine_error, first_line
+from lowlevel.errors import NonFiniteError, one_line
+from lowlevel.forensics import FailureReport, examine_error
 from lowlevel.method import Method
 from lowlevel.model.policy import Policy
 
@@ -40,7 +40,7 @@ def explained(error: NonFiniteError, policy: Policy, method: Method, run_dir: Pa
     try:
         end = f"{report.sentence}; see {write_failure(report, run_dir)}"
     except Exception as problem:  # a full disk must not hide what stopped the run
-        end = f"{report.sentence}; no report written ({first_line(problem) or type(problem).__name__})"
+        end = f"{report.sentence}; no report written ({one_line(problem)})"
     return NonFiniteError(f"{error}; {end}")
 
 

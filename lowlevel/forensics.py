@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowlevel.errors import NonFiniteError
+from lowlevel.errors import NonFiniteError, one_line
 from lowlevel.hashing import key32
 from lowlevel.kernels import token_logps
 from lowlevel.layout import PADDING, PackedBatch
@@ -97,7 +97,7 @@ def examine_error(error: NonFiniteError, policy: Policy, method: Method) -> Fail
         scale = error.attempts[-1]["loss_scale"] if error.attempts else 1.0
         return examine(report, policy, method, error.batches, seed=error.seed, scale=scale)
     except Exception as problem:  # whatever it is, it is not what stopped the run
-        return replace(report, notes=(f"not examined: {type(problem).__name__}: {first_line(problem)}",))
+        return replace(report, notes=(f"not examined: {type(problem).__name__}: {one_line(problem)}",))
 
 
 def examine(
@@ -282,8 +282,3 @@ def _plain_name(name: str) -> str:
 
 def _plain(value: Any) -> Any:
     return value if not isinstance(value, float) or abs(value) < float("inf") else str(value)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, cut to one line; empty where it says nothing."""
-    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def report_run(run_dir: Path, console: Console, *, compare: Sequence[Path] = (),
         moved = look_at_displaced(folder, config, tables, displaced, lambda text: _say(console, text))
     report = Report(
         name=names[0],
-        folder=str(run_dir),
+        folder=shlex.quote(str(run_dir)),
         facts=_facts(folder, config, names[1:]),
         panels=made,
         tables=tables,

@@ -20,7 +20,7 @@ from lowlevel.config import LoraConfig
 from lowlevel.dropout import DropoutState
 from lowlevel.errors import CheckpointError, ConfigError, one_line, quoted
 from lowlevel.model.attention import MASKED, Attention
-from lowlevel.model.files import read_json_object, refuse_pickles
+from lowlevel.model.files import is_finite, read_json_object, refuse_pickles
 from lowlevel.model.flat import flatten
 from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.offload import HostInputs
@@ -196,7 +196,7 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     odd = sorted(f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in STORED)
     if odd:
         raise CheckpointError(f"{path}: {len(odd)} tensors are not fp32, fp16 or bf16: {', '.join(odd[:5])}")
-    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         raise CheckpointError(f"{path}: {len(bad)} tensors are not finite: {', '.join(sorted(bad)[:5])}")
     return tensors

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from lowlevel.config import ModelConfig
 from lowlevel.errors import CheckpointError, ConfigError, one_line
 from lowlevel.model.attention import register
-from lowlevel.model.files import check_weight_files, read_json_object, refuse_pickles
+from lowlevel.model.files import SHOWN, check_weight_files, is_finite, read_json_object, refuse_pickles
 from lowlevel.model.placement import Placement
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ def load_base(
     ("auto": as the file has it). No gradient reaches any of them.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or of another shape: nothing is ever initialised at random.
+        CheckpointError: a tensor is missing, left over, of another shape (nothing is ever initialised at random), or
+            not finite, in the file or in the dtype that it is loaded in.
     """
-    import bitsandbytes as bnb
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from lowlevel.model.linear import with_one_kernel
@@ -117,6 +117,16 @@ def load_base(
     model, info = loaded
     _check_loading(config.name, info)
     _check_quantised_layers(config.name, model, placement.device)
+    _check_finite(config.name, model)
+    _freeze(model)
+    with_one_kernel(model)
+    return model
+
+
+def _freeze(model: Any) -> None:
+    """No gradient, no random numbers, no cache, and no repacked weights."""
+    import bitsandbytes as bnb
+
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
@@ -125,10 +135,8 @@ def load_base(
         if isinstance(module, bnb.nn.Linear4bit):
             # bitsandbytes 0.50, on CPUs with AVX512-BF16: an eval-mode pass repacks the weights and computes in bf16.
             module.support_avx512bf16_for_cpu = False
-    with_one_kernel(model)
     model.config.use_cache = False
     model.config.attention_dropout = 0.0
-    return model
 
 
 def base_sha256(model: nn.Module) -> str:
@@ -188,3 +196,19 @@ def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -
                     f"model.load_in_4bit: {module_name} has {module.in_features} inputs, no multiple of "
                     f"{state.blocksize}, which bitsandbytes reads wrongly on a CPU; set load_in_4bit = false"
                 )
+
+
+def _check_finite(name: str, model: nn.Module) -> None:
+    """What a file on the hub holds, and what overflows in the dtype: 1e5 of an fp32 file is infinite in fp16."""
+    bad = sorted(n for n, parameter in model.named_parameters() if not all(map(is_finite, _float_values(parameter))))
+    if bad:
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise CheckpointError(f"base {name!r}: {len(bad)} tensors are not finite in {dtype}: {', '.join(bad[:SHOWN])}")
+
+
+def _float_values(parameter: Any) -> list[Tensor]:
+    """A parameter's values; of one in 4 bits its quantisation constants, which scale every value of their blocks."""
+    state = getattr(parameter, "quant_state", None)  # as in _base_tensors
+    if state is None:
+        return [parameter]
+    return [state.offset, state.state2.absmax] if state.nested else [state.absmax]

@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from lowlevel.errors import CheckpointError, one_line, quoted
 
@@ -64,7 +66,10 @@ def refuse_pickles(folder: Path, what: str) -> None:
 
 
 def check_weight_files(folder: Path) -> None:
-    """The shards of a local model: inside the folder, whole, and of floating-point numbers unless it is quantised.
+    """The shards of a local model: inside the folder, whole, finite, and of floats unless the model is quantised.
+
+    Finite here, since quantising hides it: bitsandbytes 0.50 on a GPU takes a block's largest value by fmaxf, which
+    passes over a NaN, and stores it as an ordinary number.
 
     Raises:
         CheckpointError: naming up to five files or tensors.
@@ -72,13 +77,22 @@ def check_weight_files(folder: Path) -> None:
     quantised = (folder / "config.json").is_file() and "quantization_config" in read_json_object(folder / "config.json")
     for shard in _shards(folder):
         try:
-            with safe_open(shard, framework="numpy") as file:
+            with safe_open(shard, framework="pt") as file:
                 kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+                floats = sorted(name for name, kind in kinds.items() if kind in FLOATS)
+                bad = [name for name in floats if not is_finite(file.get_tensor(name))]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{shard} is damaged or cut: {one_line(error)}") from None
         wrong = [f"{name} ({kind})" for name, kind in sorted(kinds.items()) if kind not in FLOATS]
         if wrong and not quantised:
             raise CheckpointError(f"{shard}: {len(wrong)} tensors of no floating-point type: {_first(wrong)}")
+        if bad:
+            raise CheckpointError(f"{shard}: {len(bad)} tensors are not finite: {_first(bad)}")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite; of any floating dtype. Needs no buffer, as torch.isfinite would."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
 def _shards(folder: Path) -> list[Path]:

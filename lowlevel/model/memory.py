@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
 WORKSPACE = 33_554_432  # what cuBLAS keeps on Hopper for the stream that multiplies
-LOWER_WORKSPACE = 8_519_680  # below compute capability 9.0
+LOWER_WORKSPACE = 8_519_680  # below compute capability 9.0, unless determinism.py asks for a fixed one
 BACKWARD_VALUES = 1.6  # gradients alive in a layer's backward pass, as a multiple of its widest activation (3 F)
 DEQUANTISE_POSITIONS = 500  # on an H100 dequantising a layer takes as long as this many positions' products
 
@@ -144,7 +144,7 @@ def forecast(
             "embeddings, LM head, norms": other * size,
             "adapters": adapter * 4 * (1 + parents),
             "gradient": adapter * 4,
-            "cuBLAS workspaces": WORKSPACE if hopper else LOWER_WORKSPACE,
+            "cuBLAS workspaces": WORKSPACE if hopper or config.train.deterministic else LOWER_WORKSPACE,
         },
         phases={
             "layers": plan.positions * (stored + in_flight) * size + weights,

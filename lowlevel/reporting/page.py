@@ -24,7 +24,7 @@ class Report:
     """What the page says.
 
     Attributes:
-        folder: the run folder as commands name it.
+        folder: the run folder as a shell takes it.
         facts: name and value, in the head.
         tables: of a dpo run with a trace.
         missing: what a trace would add, where there is none.

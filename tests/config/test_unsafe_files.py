@@ -9,6 +9,7 @@ import helpers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from workspace import make_workspace, run
 
 from lowlevel.checkpoint import save_checkpoint, verify
 from lowlevel.config import ModelConfig
@@ -18,6 +19,7 @@ from lowlevel.model.adapters import CONFIG, WEIGHTS, build_policy, read_adapter_
 from lowlevel.model.base import empty_model, load_base, load_model_config
 from lowlevel.model.files import MAX_JSON_BYTES, read_json_object
 from lowlevel.model.merging import scaled_pairs
+from lowlevel.model.placement import Placement
 
 MODEL = "model.safetensors"
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -59,8 +61,8 @@ def adapter(good_adapter, tmp_path) -> Path:
     return Path(shutil.copytree(good_adapter, tmp_path / "adapter"))
 
 
-def load(base: Path):
-    return load_base(ModelConfig(name=str(base), load_in_4bit=False), helpers.CPU)
+def load(base: Path, **keys):
+    return load_base(ModelConfig(name=str(base), **{"load_in_4bit": False, **keys}), helpers.CPU)
 
 
 def refusal(call, *args, kind=CheckpointError) -> str:
@@ -112,6 +114,39 @@ def test_a_base_with_other_tensors(base, change, message):
     said = refusal(load, base)
     assert message in said
     assert said.count("model.layers.1") <= 5
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_base_that_is_not_finite(base, quantised, value):
+    names = sorted(load_file(base / MODEL))[:6]
+
+    def spoil(tensors):
+        for name in names:
+            tensors[name].view(-1)[3] = value
+
+    change_tensors(base / MODEL, spoil)
+    said = refusal(lambda: load(base, load_in_4bit=quantised))
+    assert f"{MODEL}: 6 tensors are not finite: {', '.join(names[:5])}" in said and names[5] not in said
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"load_in_4bit": True}, {"load_in_4bit": True, "bnb_4bit_use_double_quant": False}]
+)
+@pytest.mark.parametrize("name", [Q, "lm_head.weight", "model.norm.weight"])
+def test_a_weight_that_overflows_in_the_runs_precision(base, name, keys):
+    change_tensors(base / MODEL, lambda t: t[name].view(-1)[-1:].fill_(1e5))
+    load(base, **keys)
+    config = ModelConfig(name=str(base), **{"load_in_4bit": False, **keys})
+    said = refusal(load_base, config, Placement(torch.device("cpu"), "fp16"))
+    assert f"base {str(base)!r}: 1 tensors are not finite in float16: {name}" in said
+
+
+def test_a_run_on_a_base_that_is_not_finite_ends_with_the_tensors_name(tmp_path):
+    space = make_workspace(tmp_path)
+    change_tensors(space.base / MODEL, lambda t: t[Q].view(-1)[:1].fill_(torch.nan))
+    said = run("sft", space.write("run", "sft"))
+    assert said.code == 4 and f"1 tensors are not finite: {Q}" in said.err and len(said.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("kept", [0, 50, -9])

@@ -253,9 +253,9 @@ def test_a_page_takes_the_place_of_the_tables(runs, tmp_path):
     [
         (("--step", "1", "--example", "2"), "not allowed with"),
         ((), "one of the arguments --step --example is required"),
-        (("--step", "0"), "invalid _positive value"),
-        (("--example", "-1"), "invalid _not_negative value"),
-        (("--step", "1", "--checkpoint", "-2"), "invalid _not_negative value"),
+        (("--step", "0"), "'0' is no whole number from 1 on"),
+        (("--example", "-1"), "'-1' is no whole number from 0 on"),
+        (("--step", "1", "--checkpoint", "-2"), "'-2' is no whole number from 0 on"),
     ],
 )
 def test_arguments_that_make_no_sense(runs, words, text):

@@ -3,6 +3,7 @@
 import html
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -119,6 +120,13 @@ def test_without_the_option_no_model_is_loaded_and_the_alarm_gives_the_command(r
     assert [row[0] for row in rows(page.split("Chosen completions that fell farthest</h3>")[1])] == ["3", "7", "2"]
 
 
+def test_the_page_quotes_a_folder_for_the_shell(runs, tmp_path):
+    folder = Path(shutil.copytree(runs["dpo"], tmp_path / "my run"))
+    assert run("report", folder).code == 0
+    commands = re.findall(r"<code>(lowlevel [^<]*)</code>", html.unescape((folder / "report.html").read_text()))
+    assert commands and all(shlex.split(command)[2] == str(folder) for command in commands)
+
+
 def test_nothing_is_displaced_where_policy_and_reference_are_one(runs, tmp_path):
     folder = rewrite(copied(runs["dpo"], tmp_path), token=None)
     said = run("report", folder, "--displaced", 2)
@@ -154,7 +162,8 @@ def test_an_unfinished_run_is_looked_at_with_its_newest_good_checkpoint(runs, sp
 def test_refusals_are_one_line(runs, tmp_path):
     said = run("report", runs["sft"], "--displaced", 1)
     assert said.code == 2 and "is an sft run" in said.err and len(said.err.splitlines()) == 1
-    assert run("report", runs["dpo"], "--displaced", 0).code == 2
+    said = run("report", runs["dpo"], "--displaced", 0)
+    assert said.code == 2 and "argument --displaced: '0' is no whole number from 1 on" in said.err
     folder = copied(runs["dpo"], tmp_path)
     changed = helpers.write_jsonl(tmp_path / "pairs.jsonl", [*PAIRS[:-1], {**PAIRS[-1], "chosen": "other"}])
     config = folder / "config.toml"

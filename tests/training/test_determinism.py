@@ -2,10 +2,13 @@
 
 import os
 
+import helpers
 import pytest
 import torch
+from workspace import make_workspace, run
 
 from lowlevel.determinism import FIXED_WORKSPACES, WORKSPACE, compiler_options, deterministic_mode
+from lowlevel.model.policy import Policy
 
 
 def modes():
@@ -55,3 +58,31 @@ def test_the_compiler_chooses_nothing_by_timing():
         options = compiler_options()
     assert options == {"deterministic": True}
     torch.compile(lambda x: x + 1, options=dict(options))  # an unknown option would raise
+
+
+def test_the_layers_are_compiled_with_it(tiny_base, monkeypatch):
+    options = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **keys: options.append(keys["options"]) or forward)
+    layers = helpers.make_policy(tiny_base, attention="lowlevel_math").layers
+    for wanted in (True, False):
+        with deterministic_mode(wanted):
+            layers.use(compiled=True)
+        assert options and all(one.get("deterministic", False) is wanted for one in options)
+        options.clear()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_run_its_replay_and_its_verification_compute_in_the_mode(tmp_path, monkeypatch, wanted):
+    space, seen, scored = make_workspace(tmp_path), [], Policy.scored_hidden_states
+
+    def spy(self, batch):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return scored(self, batch)
+
+    monkeypatch.setattr(Policy, "scored_hidden_states", spy)
+    file = space.write("run", "sft", train={"deterministic": wanted, "max_steps": 1})
+    for command in (("sft", file), ("replay", tmp_path / "run", "--step", 1), ("verify", tmp_path / "run")):
+        said = run(*command)
+        assert said.code == 0 and set(seen) == {wanted}, (command, said.err)
+        seen.clear()
+    assert not torch.are_deterministic_algorithms_enabled()

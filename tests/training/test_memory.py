@@ -117,6 +117,16 @@ def test_static_parts_are_exact(tmp_path):
     assert forecast(shape, stacked, Plan(1024, 22, False), FP16).static["adapters"] == 2 * 201_850_880
 
 
+@pytest.mark.parametrize(("hopper", "more"), [(True, 0), (False, 33_554_432 - 8_519_680)])
+def test_deterministic_mode_fixes_the_workspace_of_older_gpus_at_the_size_of_hoppers(hopper, more):
+    config = run_config()
+    plan = default_plan(TINYLLAMA, config)
+    usual, fixed = (
+        forecast(TINYLLAMA, one, plan, FP16, hopper=hopper).peak for one in (config, run_config(deterministic=True))
+    )
+    assert fixed - usual == more
+
+
 def test_the_best_plan_fits_and_none_that_fits_is_faster():
     config = run_config()
     previous = float("inf")

@@ -143,9 +143,13 @@ def test_a_backward_pass_that_ended_early_is_forgotten():
         middle = checkpoint(torch.sin, x, use_reentrant=False, preserve_rng_state=False)
     with host.keeping(1):
         end = checkpoint(torch.sin, middle, use_reentrant=False, preserve_rng_state=False)
-    torch.autograd.grad(end.sum(), middle)  # what comes ahead for layer 0 is never asked for
+    once, twice = (torch.autograd.grad(end.sum(), middle, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, twice)  # layer 1's input anew, not what came ahead
+    assert host._ahead[0].number == 0  # which is never asked for
     y = torch.randn(2, 3, 4, requires_grad=True)
-    assert torch.equal(torch.autograd.grad(chain(host, y).sum(), y)[0], plain_gradient(y))
+    end = chain(host, y)
+    assert host._ahead is None
+    assert torch.equal(torch.autograd.grad(end.sum(), y)[0], plain_gradient(y))
 
 
 def test_the_empty_tensor_that_torch_2_11_saves_beside_the_input_passes_through():
