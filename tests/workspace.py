@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import helpers
 import tomli_w
+from safetensors.torch import load_file, save_file
 
 from lowlevel.cli import main
 from lowlevel.observer import RunObserver
@@ -104,6 +105,21 @@ def make_workspace(folder: Path) -> Workspace:
     helpers.write_tiny_base(folder / "tiny")
     sft_rows = helpers.write_jsonl(folder / "chats.jsonl", CHATS)
     return Workspace(folder, folder / "tiny", sft_rows, helpers.write_jsonl(folder / "pairs.jsonl", PAIRS))
+
+
+def reply(cli, folder: Path, *options: object) -> str:
+    """What `lowlevel generate` says to one prompt."""
+    said = cli("generate", folder, "--prompt", PROMPTS[1], "--max-new-tokens", 16, *options)
+    assert said.code == 0, said.err
+    return said.out
+
+
+def alter_adapter(folder: Path) -> None:
+    """One adapter weight changed, the file otherwise well-formed."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[min(tensors)].view(-1)[0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def at_step(patch: "pytest.MonkeyPatch", step: int, do) -> None:

@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 sys.path.append(str(Path(__file__).parent))
 
+from plain_models import held_out_logps, plain_base, plain_stack  # noqa: E402
 from workspace import HELD_OUT, Runs, Workspace, make_workspace, run  # noqa: E402
 
 
@@ -33,6 +36,23 @@ def runs(space) -> Runs:
     for result in said.values():
         assert result.code == 0, result.err
     return Runs(space, space.folder / "sft", space.folder / "dpo", said)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(space):
+    return AutoTokenizer.from_pretrained(space.base)
+
+
+@pytest.fixture(scope="session")
+def stages(runs, tokenizer) -> dict[str, dict[str, torch.Tensor]]:
+    """Held-out log-probabilities of base, SFT and DPO, by plain PEFT."""
+    model = plain_stack(plain_base(runs.space.base), runs.dpo / "parent", runs.dpo / "adapter")
+    with model.disable_adapter():
+        scores = {"base": held_out_logps(model, tokenizer)}
+    model.base_model.set_adapter(["parent", "dpo"])
+    scores["dpo"] = held_out_logps(model, tokenizer)
+    model.base_model.set_adapter("parent")
+    return {**scores, "sft": held_out_logps(model, tokenizer)}
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,17 @@
 """Going on with another setting: every key of the configuration is either refused by name, or known to be free.
 
-The keys come from the configuration's own list of examples, which must be complete (tests/config/test_config.py): a new
+The keys come from the configuration's own list of examples, which must be complete (tests/config_keys.py): a new
 key is refused on a resume until somebody adds it here to the free ones, with a reason.
 """
 
-import runpy
-from pathlib import Path
-
 import pytest
+from config_keys import KEYS, merged
 
 from benchmarks.faulting.comparison import differences as run_differences
 from benchmarks.faulting.comparison import fingerprint
 from lowlevel.config import RunConfig, config_from_tables
 from lowlevel.resuming import differences
 
-CONFIG_TESTS = runpy.run_path(str(Path(__file__).parents[1] / "config" / "test_config.py"))
-KEYS, merged = CONFIG_TESTS["KEYS"], CONFIG_TESTS["merged"]
 FREE = {
     "model.embeddings_on_host": "the same numbers from another memory",
     "train.offload_activations": "the same numbers from another memory",

@@ -4,10 +4,11 @@
 """
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
+import make_token_losses
+import make_trl
 import pytest
 import torch
 from torch import Tensor
@@ -122,11 +123,11 @@ def same(new: Any, stored: Any) -> bool:
 
 
 def test_the_file_of_tokens_is_what_its_generator_writes() -> None:
-    assert same(json.loads(runpy.run_path(str(REFERENCES / "make_token_losses.py"))["text"]()), FILES["token_losses"])
+    assert same(json.loads(make_token_losses.text()), FILES["token_losses"])
 
 
 def test_the_file_of_trl_is_what_trl_computes_now() -> None:
     pytest.importorskip("trl.trainer.dpo_trainer")
-    fresh = runpy.run_path(str(REFERENCES / "make_trl.py"))["cases"]()
+    fresh = make_trl.cases()
     for new, stored in zip(fresh, FILES["trl"]["cases"], strict=True):
         assert same({**new, "how": ""}, {**stored, "how": ""})  # the installed torch may be another

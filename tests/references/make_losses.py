@@ -5,10 +5,11 @@ Nothing of the project is imported: `math` alone, and derivatives taken by hand.
     python tests/references/make_losses.py
 """
 
-import json
 from collections.abc import Callable
 from math import exp, log, log1p
 from pathlib import Path
+
+from reference_file import as_text
 
 PATH = Path(__file__).with_name("losses.json")
 
@@ -270,10 +271,7 @@ FORMAT = {
 
 def text() -> str:
     """The file as text, one point or case a line."""
-    points = ",\n".join(f"  {json.dumps(name)}: {json.dumps(point)}" for name, point in POINTS.items())
-    rows = ",\n".join("  " + json.dumps(row) for row in cases())
-    about = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in FORMAT.items())
-    return f'{{\n "format": {{\n{about}\n }},\n "points": {{\n{points}\n }},\n "cases": [\n{rows}\n ]\n}}\n'
+    return as_text(format=FORMAT, points=POINTS, cases=cases())
 
 
 if __name__ == "__main__":

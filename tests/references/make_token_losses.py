@@ -10,10 +10,11 @@ and everything below is sums of these. Run it to write the file anew::
     python tests/references/make_token_losses.py
 """
 
-import json
 from math import exp, fsum, log
 from pathlib import Path
 from typing import Any
+
+from reference_file import as_text
 
 PATH = Path(__file__).with_name("token_losses.json")
 IGNORED = -100
@@ -132,9 +133,7 @@ FORMAT = {
 
 def text() -> str:
     """The file as text, one case a line."""
-    about = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in FORMAT.items())
-    rows = ",\n".join("  " + json.dumps(row) for row in cases())
-    return f'{{\n "format": {{\n{about}\n }},\n "cases": [\n{rows}\n ]\n}}\n'
+    return as_text(format=FORMAT, cases=cases())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reference_file import as_text
 
 HERE = Path(__file__).parent
 PATH = HERE / "trl.json"
@@ -97,9 +98,7 @@ FORMAT = {
 
 def text() -> str:
     """The file as text, one case a line."""
-    about = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in FORMAT.items())
-    rows = ",\n".join("  " + json.dumps(row) for row in cases())
-    return f'{{\n "format": {{\n{about}\n }},\n "cases": [\n{rows}\n ]\n}}\n'
+    return as_text(format=FORMAT, cases=cases())
 
 
 if __name__ == "__main__":

@@ -16,17 +16,7 @@ from lowlevel.dpo import DPO
 from lowlevel.errors import ConfigError
 from lowlevel.layout import Shape
 from lowlevel.model.base import load_model_config
-from lowlevel.model.memory import (
-    ModelShape,
-    Plan,
-    best_plan,
-    cost,
-    default_plan,
-    forecast,
-    model_shape,
-    planned,
-    plans,
-)
+from lowlevel.model.memory import ModelShape, Plan, best_plan, cost, default_plan, forecast, model_shape, planned, plans
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import dequantize_once
 from lowlevel.optimizer import build_optimizer

@@ -1,0 +1,77 @@
+"""`lowlevel generate`: runs, adapters and merged models reply alike, to prompts rendered as in training."""
+
+import shutil
+
+from workspace import reply
+
+import lowlevel.commands.compare
+import lowlevel.commands.generate
+from lowlevel.config import load_config
+from lowlevel.data.rendering import ChatTokenizer
+
+
+def test_run_adapter_and_merged_model_reply_alike(runs, merged, cli):
+    texts = [reply(cli, folder) for folder in (runs.dpo, runs.dpo / "adapter", merged)]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0].strip()
+    assert texts[0] != reply(cli, runs.sft)
+
+
+def test_each_adapter_in_a_run_folder_replies_as_itself(runs, cli, tmp_path):
+    assert reply(cli, runs.dpo / "parent") == reply(cli, runs.sft)
+    for name in ("adapter", "stacked"):  # not on top of the parent once more
+        assert reply(cli, runs.dpo / name) == reply(cli, runs.dpo) != reply(cli, runs.sft)
+    copy = runs.space.copy("dpo", tmp_path)
+    shutil.rmtree(copy / "adapter")
+    shutil.copytree(copy / "step-00000003", copy / "adapter")
+    earlier = reply(cli, copy)
+    assert reply(cli, runs.dpo / "step-00000003") == earlier != reply(cli, runs.dpo)
+
+
+def test_an_adapter_from_elsewhere_on_its_base(runs, cli, tmp_path, monkeypatch):
+    """It names its base without a folder, so it is found where that name is one."""
+    shutil.copytree(runs.sft / "adapter", tmp_path / "taken")
+    monkeypatch.chdir(runs.space.folder)
+    assert reply(cli, tmp_path / "taken") == reply(cli, runs.sft)
+
+
+def test_the_same_seed_gives_the_same_text(runs, cli):
+    first, again, other, greedy = (
+        reply(cli, runs.dpo, "--temperature", heat, "--seed", seed) for heat, seed in ((1, 3), (1, 3), (1, 4), (0, 3))
+    )
+    assert first == again
+    assert len({first, other, greedy}) == 3
+
+
+def test_the_prompt_is_rendered_as_in_training(runs, cli, monkeypatch):
+    from lowlevel.assembly import check_inputs
+
+    seen, encoded, calls = [], [], []
+    original, encode = lowlevel.commands.generate._generate, ChatTokenizer.encode_prompt
+    monkeypatch.setattr(
+        ChatTokenizer, "encode_prompt", lambda self, messages: encoded.append(encode(self, messages)) or encoded[-1]
+    )
+
+    def spy(model, tokenizer, placement, prompts, *rest):
+        seen.extend(prompts)
+        calls.append(encoded[-1] == prompts[0])
+        return original(model, tokenizer, placement, prompts, *rest)
+
+    monkeypatch.setattr(lowlevel.commands.generate, "_generate", spy)
+    reply(cli, runs.dpo)
+    inputs = check_inputs(load_config(runs.dpo / "config.toml"))
+    assert seen[0] == inputs.data.train[1].prompt_ids.tolist()  # row 1 of the file: not shuffled
+    said = cli("generate", runs.sft, "--prompt", "hi", "--system", "short", "--max-new-tokens", 1)
+    assert said.code == 0
+    assert calls == [True, True]
+    assert inputs.tokenizer.decode(seen[1]) == "<|system|>\nshort</s>\n<|user|>\nhi</s>\n<|assistant|>\n"
+
+
+def test_a_run_trained_in_fp16_on_a_gpu_can_be_used_without_one(runs, cli, tmp_path):
+    copy = runs.space.copy("dpo", tmp_path)
+    config, manifest = copy / "config.toml", copy / "manifest.json"
+    config.write_text(config.read_text().replace('precision = "auto"', 'precision = "fp16"'))
+    manifest.write_text(manifest.read_text().replace('"float32"', '"float16"'))
+    assert reply(cli, copy) == reply(cli, runs.dpo)
+    said = cli("compare", copy, "--prompts", 1, "--max-new-tokens", 2)
+    assert said.code == 0, said.err

@@ -1,0 +1,114 @@
+"""What a run leaves in its folder and says while it trains."""
+
+import json
+import math
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from plain_models import plain_base
+from safetensors.torch import load_file
+from workspace import HELD_OUT, metrics
+
+from lowlevel.config import load_config
+from lowlevel.model.base import base_sha256
+
+BASE_KEYS = ["step", "loss", "grad_norm", "learning_rate", "loss_scale", "skipped_steps", "epoch", "num_tokens",
+             "supervised_tokens", "tokens_per_second", "padding_share", "peak_allocated_gib",
+             "peak_reserved_gib"]  # fmt: skip
+DPO_KEYS = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")] + [
+    f"logps/{name}" for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")
+]
+RUN_FILES = {"config.toml", "environment.json", "data_report.json", "manifest.json", "metrics.jsonl", "run-status.json",
+             "run.lock", "summary.json", "loss.png", "data_rows.safetensors", "adapter",
+             "step-00000003", "step-00000006"}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_the_run_folder(runs, method):
+    folder: Path = getattr(runs, method)
+    parent = {"parent", "stacked"} if method == "dpo" else set()
+    assert {path.name for path in folder.iterdir()} == RUN_FILES | parent
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert load_config(folder / "config.toml") == load_config(folder.with_suffix(".toml"))
+    status = json.loads((folder / "run-status.json").read_text())
+    assert status == {"state": "finished", "step": 6, "checkpoint": "step-00000006", "exit": 0, "error": None}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "epoch"} <= set(
+        summary
+    )
+    assert summary["train_samples_per_second"] == pytest.approx(summary["train_steps_per_second"] * 22 / 6)  # 5 x 4 + 2
+    assert summary["epoch"] == pytest.approx(6 / 5)  # 18 rows: 5 steps an epoch
+    for key in ("train_runtime", "train_samples_per_second", "train_loss", "epoch"):
+        assert f"'{key}': {summary[key]:.4f}" in runs.said[method].out
+    png = (folder / "loss.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert min(struct.unpack(">II", png[16:24])) > 200
+    environment = json.loads((folder / "environment.json").read_text())
+    assert {"python", "torch", "transformers", "peft", "bitsandbytes", "device", "precision"} <= set(environment)
+    assert (environment["torch"].split("+")[0], environment["device"]) == (torch.__version__.split("+")[0], "cpu")
+    report = json.loads((folder / "data_report.json").read_text())
+    assert (report["train"]["rows_kept"], report["evaluation"]["rows_kept"]) == (18, HELD_OUT)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_the_manifest(runs, method):
+    folder: Path = getattr(runs, method)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    base = {"name": "tiny", "revision": None, "dtype": "float32", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True}  # fmt: skip
+    assert {key: manifest["base"][key] for key in base} == base
+    assert manifest["base"]["sha256"] == base_sha256(plain_base(runs.space.base))
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert manifest["trainable_parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert manifest["reference"] == {"sft": None, "dpo": "base + parent adapter"}[method]
+    if method == "dpo":
+        names = ("parent/adapter_model.safetensors", "../sft/adapter/adapter_model.safetensors")
+        first, second = ((folder / name).read_bytes() for name in names)
+        assert first == second
+        assert len(manifest["parent_adapter"]) == 64
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_the_metrics(runs, method):
+    folder: Path = getattr(runs, method)
+    names = ["loss"] + DPO_KEYS * (method == "dpo")
+    logged = [record for record in metrics(folder) if "loss" in record]
+    evaluated = [record for record in metrics(folder) if "eval_loss" in record]
+    assert [record["step"] for record in logged] == [2, 4, 6]
+    assert [record["step"] for record in evaluated] == [0, 3, 6]
+    for record in logged:
+        assert set(record) == set(BASE_KEYS) | set(names)
+        assert all(math.isfinite(value) for value in record.values())
+    for record in evaluated:
+        assert set(record) == {"step", "epoch"} | {f"eval_{name}" for name in names}
+    assert (logged[0]["learning_rate"], logged[0]["loss_scale"]) == (
+        pytest.approx(1e-2 * math.cos(math.pi / 12) ** 2),
+        1,
+    )
+    assert logged[-1]["num_tokens"] > logged[-1]["supervised_tokens"] > 0
+    for step in (2, 4, 6):
+        assert f"step {step}/6  loss " in runs.said[method].out
+
+
+def test_no_path_of_this_machine_leaves_with_the_adapter(runs, merged):
+    for folder in (runs.sft / "adapter", runs.dpo / "adapter", runs.dpo / "parent", merged):
+        for file in [*folder.glob("*.json"), *folder.glob("*.toml"), *folder.glob("*.jinja")]:
+            text = file.read_text(encoding="utf-8")
+            for path in (str(runs.space.folder), str(Path.home()) + "/", os.getcwd() + "/", "/tmp/"):
+                assert path not in text, file
+        for file in folder.glob("*.safetensors"):
+            assert str(runs.space.folder).encode() not in file.read_bytes()
+
+
+def test_the_run_says_what_it_trains(runs):
+    out = runs.said["dpo"].out
+    for text in ("4-bit nf4 base, fp32 on CPU", "sdpa with an explicit mask: the run is on a CPU", "dropout off",
+                 "18 examples, 6 steps of 2 x 2", "(frozen); loss sigmoid, beta 0.1"):  # fmt: skip
+        assert text in out
+    assert "dropout 0.1" in runs.said["sft"].out

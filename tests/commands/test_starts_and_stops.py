@@ -1,0 +1,48 @@
+"""A run that starts from an adapter, and one that ends before its last step."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+from workspace import HELD_OUT, metrics
+
+
+def test_training_goes_on_from_an_adapter(runs, cli, tmp_path):
+    """The first step has rate 0 (warm-up), so after it the adapter is what it started from."""
+    config = runs.space.write(
+        "more",
+        "sft",
+        folder=tmp_path,
+        lora={"init_from": str(runs.sft), "r": None, "lora_alpha": None},
+        data={"eval_source": "holdout", "eval_limit": HELD_OUT},
+        train={"max_steps": 2, "warmup_steps": 1, "save_steps": 1},
+    )
+    said = cli("sft", config)
+    assert said.code == 0, said.err
+    start = load_file(runs.sft / "adapter" / "adapter_model.safetensors")
+    first, second = (load_file(tmp_path / "more" / f"step-0000000{n}" / "adapter_model.safetensors") for n in (1, 2))
+    assert all(torch.equal(start[name], first[name]) for name in start)
+    assert not any(torch.equal(start[name], second[name]) for name in start)
+    last = [record["eval_loss"] for record in metrics(runs.sft) if "eval_loss" in record][-1]
+    assert metrics(tmp_path / "more")[0]["eval_loss"] == last
+    before, after = (
+        json.loads((folder / "adapter" / "adapter_config.json").read_text()) for folder in (runs.sft, tmp_path / "more")
+    )
+    assert (after["r"], after["lora_alpha"]) == (before["r"], before["lora_alpha"]) == (4, 8)
+
+
+def test_early_stopping_ends_a_run_that_does_not_get_better(runs, cli, tmp_path):
+    """At a rate of 1e-30 no loss changes: the first evaluation is the best, the next two have no gain."""
+    config = runs.space.write(
+        "early",
+        "sft",
+        folder=tmp_path,
+        data={"eval_source": "holdout", "eval_limit": 2},
+        train={"learning_rate": 1e-30, "eval_steps": 1, "early_stopping_patience": 2, "max_steps": 10},
+    )
+    said = cli("sft", config)
+    assert said.code == 0, said.err
+    assert [record["step"] for record in metrics(tmp_path / "early") if "eval_loss" in record] == [0, 1, 2, 3]
+    status = json.loads((tmp_path / "early" / "run-status.json").read_text())
+    assert (status["state"], status["step"], status["checkpoint"]) == ("finished", 3, "step-00000003")
+    assert (tmp_path / "early" / "adapter" / "adapter_model.safetensors").exists()

@@ -1,0 +1,143 @@
+"""Every mistake in a run file or a flag is one line that names the key and the value."""
+
+import math
+import re
+
+import pytest
+from config_keys import PREFERENCES, merged, refused, write
+
+from lowlevel.config import SECTIONS, load_config
+from lowlevel.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("tables", "line"),
+    [
+        ({"metod": "sft"}, 'run.toml: unknown key "metod"; did you mean "method"?'),
+        ({"trian": {"seed": 1}}, 'run.toml: unknown key "trian"; did you mean "train"?'),
+        (
+            {"train": {"learning_rat": 1e-4}},
+            'run.toml: unknown key "train.learning_rat"; did you mean "learning_rate"?',
+        ),
+        ({"lora": {"alpha": 32}}, 'run.toml: unknown key "lora.alpha"; did you mean "lora_alpha"?'),
+        (
+            {"data": {"filters": [{"colum": "a", "column": "a", "op": "==", "value": 1}]}},
+            'run.toml: unknown key "data.filters.0.colum"; did you mean "column"?',
+        ),
+        (
+            {"lora": {"zzzzzz": 1}},
+            f'run.toml: unknown key "lora.zzzzzz"; known: {", ".join(SECTIONS["lora"].model_fields)}',
+        ),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(tables, line):
+    assert refused(tables) == [line]
+
+
+def test_an_unknown_flag_names_the_nearest():
+    with pytest.raises(ConfigError, match=r'unknown key "train\.learning_rat"; did you mean "learning_rate"\?'):
+        load_config(None, {"train.learning_rat": "1e-4"})
+    with pytest.raises(ConfigError, match=r'unknown key "trian"; did you mean "train"\?'):
+        load_config(None, {"trian.seed": "1"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("train.learning_rate", "abc", "expected a number, got 'abc'"),
+        ("train.learning_rate", True, "expected a number, got True"),
+        ("train.learning_rate", 0.0, "expected greater than 0, got 0.0"),
+        ("train.learning_rate", -1e-4, "expected greater than 0, got -0.0001"),
+        ("train.learning_rate", math.nan, "got nan"),
+        ("train.learning_rate", math.inf, "expected a finite number, got inf"),
+        ("train.max_grad_norm", math.inf, "expected a finite number, got inf"),
+        ("train.weight_decay", -0.1, "expected greater than or equal to 0, got -0.1"),
+        ("train.seed", -1, "expected greater than or equal to 0, got -1"),
+        ("train.seed", 1.0, "expected a integer, got 1.0"),
+        ("train.max_steps", 0, "expected greater than 0, got 0"),
+        ("train.warmup_ratio", 1.5, "expected less than or equal to 1, got 1.5"),
+        ("train.optim", "adam", "got 'adam'"),
+        ("train.gradient_checkpointing", 1, "expected a boolean, got 1"),
+        ("lora.r", 0, "expected greater than 0, got 0"),
+        ("lora.r", "8", "expected a integer, got '8'"),
+        ("lora.lora_alpha", 0, "expected greater than 0, got 0"),
+        ("lora.lora_dropout", 1.0, "expected less than 1, got 1.0"),
+        ("lora.lora_dropout", -0.1, "expected greater than or equal to 0, got -0.1"),
+        ("lora.target_modules", [], "got []"),
+        ("data.max_length", 1, "expected greater than 1, got 1"),
+        ("data.limit", 0, "expected greater than 0, got 0"),
+        ("data.source", 3, "expected a string, got 3"),
+        ("data.supervise", "user", "expected 'assistant' or 'all', got 'user'"),
+        ("dpo.beta", -1.0, "expected greater than 0, got -1.0"),
+        ("dpo.beta", 0, "expected greater than 0, got 0"),
+        ("dpo.beta", math.nan, "got nan"),
+        ("dpo.label_smoothing", 0.5, "expected less than 0.5, got 0.5"),
+    ],
+)
+def test_wrong_types_and_values_are_one_line_with_the_value(tmp_path, key, value, expected):
+    section, name = key.split(".")
+    tables = merged(PREFERENCES if section == "dpo" else {}, {section: {name: value}})
+    (line,) = refused(tables)
+    assert line.startswith(f"run.toml: {key}: expected ")
+    assert line.endswith(expected)
+    with pytest.raises(ConfigError, match=re.escape(key)):  # TOML writes nan and inf as well
+        load_config(write(tmp_path, tables))
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "abc", "", "true", "[1]"])
+def test_a_flag_that_is_no_number(text):
+    with pytest.raises(ConfigError, match=r"flags: train\.learning_rate: expected "):
+        load_config(None, {"train.learning_rate": text})
+
+
+def test_all_problems_are_reported_at_once_a_line_each():
+    lines = refused({"train": {"lr": 1, "seed": -1}, "dpo": {"beta": "x"}, "extra": 1})
+    assert sorted(line.split(": ", 1)[1].split("; ")[0] for line in lines) == [
+        "dpo.beta: expected a number, got 'x'",
+        "train.seed: expected greater than or equal to 0, got -1",
+        'unknown key "extra"',
+        'unknown key "train.lr"',
+    ]
+
+
+def test_a_filter_without_its_operator_is_one_readable_line():
+    (line,) = refused({"data": {"filters": [{"column": "a", "value": 1}]}})
+    assert line == "run.toml: data.filters.0.op: is missing"
+
+
+def test_a_filter_value_of_another_kind_is_one_line():
+    (line,) = refused({"data": {"filters": [{"column": "a", "op": "==", "value": {"b": 1}}]}})
+    assert line.startswith("run.toml: data.filters.0.value: expected ")
+
+
+@pytest.mark.parametrize(("table", "flag"), [({"train": 3}, "train.seed"), ({}, "method.x")])
+def test_a_section_that_is_no_table(tmp_path, table, flag):
+    path = write(tmp_path, table)
+    for overrides in ({}, {flag: "1"})[not table :]:
+        with pytest.raises(ConfigError, match=flag.split(".")[0]):
+            load_config(path, overrides, method="sft")
+
+
+@pytest.mark.parametrize("content", [b"[train\nseed = 1", b"\xff\xfe", b"seed = 1\nseed = 2"])
+def test_a_file_that_is_no_toml_names_itself(tmp_path, content):
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run\.toml: not a readable TOML file") as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.toml: no such run file"):
+        load_config(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="not a readable TOML file"):
+        load_config(tmp_path)
+
+
+def test_the_command_and_the_file_must_agree(tmp_path):
+    path = write(tmp_path, PREFERENCES)
+    with pytest.raises(ConfigError, match='method = "dpo", but the command is "sft"'):
+        load_config(path, method="sft")
+    assert load_config(path, method="dpo").method == "dpo"
+    assert load_config(path).method == "dpo"
+    assert load_config(write(tmp_path, {"data": {"format": "orca"}}), method="dpo").method == "dpo"

@@ -1,0 +1,118 @@
+"""An example of every key of the run file, and what a configuration says or refuses."""
+
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+import lowlevel.config
+from lowlevel.config import Filter, RunConfig, config_from_tables
+from lowlevel.errors import ConfigError
+
+PACKAGE = Path(lowlevel.config.__file__).parent
+
+# A value other than the default for each key, and the other settings without which it would contradict something.
+PREFERENCES = {"method": "dpo", "data": {"format": "orca"}}
+HOLDOUT = {"data": {"eval_source": "holdout", "eval_limit": 5}}
+KEYS = {
+    "model.name": ("some/base", {}),
+    "model.revision": ("5e1f", {}),
+    "model.load_in_4bit": (False, {}),
+    "model.bnb_4bit_quant_type": ("fp4", {}),
+    "model.bnb_4bit_use_double_quant": (False, {}),
+    "model.attn_implementation": ("eager", {}),
+    "model.embeddings_on_host": (True, {}),
+    "model.adapter": ("out/sft", PREFERENCES),
+    "model.adapter_mode": ("original", {**PREFERENCES, "model": {"adapter": "out/sft"}}),
+    "lora.r": (8, {}),
+    "lora.lora_alpha": (12.5, {}),
+    "lora.lora_dropout": (0.25, {}),
+    "lora.target_modules": (["q_proj", "v_proj"], {}),
+    "lora.init_from": ("out/older", {}),
+    "data.source": ("rows.jsonl", {}),
+    "data.split": ("test_sft", {}),
+    "data.shuffle_seed": (42, {}),
+    "data.limit": (3000, {}),
+    "data.format": ("orca", {"method": "dpo"}),
+    "data.filters": ([{"column": "score", "op": ">=", "value": 8}], {}),
+    "data.chat_template_from": ("some/chat.jinja", {}),
+    "data.supervise": ("all", {}),
+    "data.max_length": (64, {}),
+    "data.max_prompt_length": (32, PREFERENCES),
+    "data.packing": (False, {}),
+    "data.on_bad_row": ("skip", {}),
+    "data.eval_source": ("heldout.jsonl", {}),
+    "data.eval_split": ("validation", {}),
+    "data.eval_limit": (7, {"data": {"eval_source": "heldout.jsonl"}}),
+    "train.output_dir": ("out/3", {}),  # text, though it could be read as something else
+    "train.per_device_train_batch_size": (1, {}),
+    "train.gradient_accumulation_steps": (8, {}),
+    "train.learning_rate": (1e-5, {}),
+    "train.lr_scheduler_type": ("linear", {}),
+    "train.warmup_ratio": (0.1, {}),
+    "train.warmup_steps": (3, {}),
+    "train.max_steps": (200, {}),
+    "train.num_train_epochs": (2.5, {}),
+    "train.optim": ("paged_adamw_8bit", {}),
+    "train.weight_decay": (0.01, {}),
+    "train.max_grad_norm": (0.5, {}),
+    "train.precision": ("bf16", {}),
+    "train.gradient_checkpointing": (False, {}),
+    "train.execution": ("eager", {}),
+    "train.recomputed_layers": (4, {}),
+    "train.offload_activations": (True, {}),
+    "train.micro_batch_positions": (2048, {}),
+    "train.dequantize_once": (True, {}),
+    "train.memory_budget": ("15GiB", {}),
+    "train.deterministic": (True, {}),
+    "train.seed": (7, {}),
+    "train.data_order": ("sequential", {}),
+    "train.logging_steps": (1, {}),
+    "train.eval_steps": (4, HOLDOUT),
+    "train.early_stopping_patience": (3, {**HOLDOUT, "train": {"eval_steps": 2}}),
+    "train.save_steps": (50, {}),
+    "train.save_total_limit": (5, {}),
+    "dpo.loss_type": ("ipo", PREFERENCES),
+    "dpo.beta": (0.5, PREFERENCES),
+    "dpo.label_smoothing": (0.1, PREFERENCES),
+    "dpo.discopop_tau": (0.05, PREFERENCES),
+    "dpo.dpop_lambda": (50.0, PREFERENCES),
+    "dpo.rpo_alpha": (1.0, PREFERENCES),
+    "dpo.disable_dropout": (False, PREFERENCES),
+    "dpo.reference_cache": ("out/reference", PREFERENCES),
+    "trace.every": (5, {}),
+    "trace.steps": ([1, 8], {}),
+    "trace.level": ("token", {"trace": {"every": 1}}),
+    "trace.gradients": (True, {"trace": {"every": 1}}),
+}
+
+
+def merged(*parts: dict) -> dict:
+    """Tables of tables, later ones over earlier ones."""
+    tables: dict = {}
+    for part in parts:
+        for section, value in part.items():
+            tables[section] = {**tables.get(section, {}), **value} if isinstance(value, dict) else value
+    return tables
+
+
+def write(folder: Path, tables: dict) -> Path:
+    path = folder / "run.toml"
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    return path
+
+
+def value_of(config: RunConfig, key: str) -> object:
+    section, name = key.split(".")
+    value = getattr(getattr(config, section), name)
+    if isinstance(value, tuple):
+        value = [item.model_dump() if isinstance(item, Filter) else item for item in value]
+    return value
+
+
+def refused(tables: dict) -> list[str]:
+    """The lines that these tables give."""
+    with pytest.raises(ConfigError) as caught:
+        config_from_tables(tables, "run.toml")
+    assert caught.value.exit_code == 2
+    return str(caught.value).splitlines()
