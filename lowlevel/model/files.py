@@ -68,8 +68,8 @@ def refuse_pickles(folder: Path, what: str) -> None:
 def check_weight_files(folder: Path) -> None:
     """The shards of a local model: inside the folder, whole, finite, and of floats unless the model is quantised.
 
-    Finite here, since quantising hides it: bitsandbytes 0.50 on a GPU takes a block's largest value by fmaxf, which
-    passes over a NaN, and stores it as an ordinary number.
+    Finite here, since quantising may hide it: a block's largest value taken by fmaxf, as bitsandbytes' GPU kernels are
+    said to do, passes over a NaN, which is then stored as an ordinary number.
 
     Raises:
         CheckpointError: naming up to five files or tensors.
