@@ -118,6 +118,10 @@ def _train(config: RunConfig, given: set[str]) -> list[Check]:
             "train.offload_activations needs gradient_checkpointing = true",
         ),
         (
+            train.offload_activations and train.recomputed_layers == 0,
+            "train.offload_activations needs recomputed layers, and recomputed_layers = 0 leaves none",
+        ),
+        (
             train.micro_batch_positions is not None and not packing,
             "train.micro_batch_positions needs data.packing = true",
         ),

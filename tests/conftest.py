@@ -1,6 +1,7 @@
 """Helpers are imported by name (with importlib import mode no test folder is on the path by itself), and one thread:
 bit-for-bit comparisons need the same number on both sides."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,20 @@ import torch
 sys.path.append(str(Path(__file__).parent))
 
 import helpers  # noqa: E402
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-dev-shm-usage",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,3 +40,19 @@ def tiny_base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "tiny"
     helpers.write_tiny_base(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless chromium, whose console can be read."""
+    if not (BROWSER and DRIVER):
+        pytest.skip("no chromium and chromedriver here: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here: pip install lowlevel[dev]")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    yield driver
+    driver.quit()

@@ -57,7 +57,7 @@ class DisplacedPairs:
             return f"none of {self.looked} pairs {self.origin} is below its reference ({self.weights})"
         tokens = ", ".join(f"{gain.token} {gain.gained} ({gain.positions})" for gain in self.gains[:NAMED]) or "none"
         return (
-            f"{self.below} of {self.looked} pairs {self.origin} are below their reference ({self.weights}); at the "
+            f"{self.below} of {self.looked} pairs {self.origin} below their reference ({self.weights}); at the "
             f"{self.positions} positions where chosen tokens of {len(self.falls)} fell, by {self.lost:.3f} in all, "
             f"gained most: {tokens}"
         )

@@ -44,6 +44,10 @@ CONTRADICTIONS = [
         "train.offload_activations needs gradient_checkpointing = true",
     ),
     (
+        {"train": {"recomputed_layers": 0, "offload_activations": True}},
+        "train.offload_activations needs recomputed layers, and recomputed_layers = 0 leaves none",
+    ),
+    (
         {"data": {"packing": False}, "train": {"micro_batch_positions": 2048}},
         "train.micro_batch_positions needs data.packing = true",
     ),

@@ -1,13 +1,9 @@
-"""Runs to report on: with a trace of tokens, without one, and sft; and a browser."""
+"""Runs to report on: with a trace of tokens, without one, and sft."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 from workspace import Workspace, make_workspace, run
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-DRIVER = shutil.which("chromedriver")
 
 
 @pytest.fixture(scope="session")
@@ -31,19 +27,3 @@ def runs(space) -> dict[str, Path]:
         said = run("sft" if name == "sft" else "dpo", file)
         assert said.code == 0, said.err
     return {name: space.folder / name for name in files}
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    if not (BROWSER and DRIVER):
-        pytest.skip("no chromium and chromedriver here: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here: pip install lowlevel[dev]")
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
-    for flag in ("--headless", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-first-run", profile):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()

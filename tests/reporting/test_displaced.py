@@ -102,6 +102,17 @@ def test_the_page_says_what_the_records_say(planted):
     assert re.sub(r"\s+", "", found.falls[0][1].sentence) in re.sub(r"\s+", "", said.out)
 
 
+def test_the_pairs_looked_at_are_those_that_fell_farthest_whatever_their_margins(planted, tmp_path):
+    folder = copied(planted, tmp_path)
+    shutil.rmtree(folder / "trace")
+    columns = {"step": [6] * 4, "row": fell(planted, 4), "chosen_logratio": [-1.0, -2.0, -3.0, -4.0]}
+    zeros = dict.fromkeys(("rejected_logratio", "weight", "loss"), [0.0] * 4)
+    write_table(folder / "trace", "pairs", columns | zeros | {"margin": [-4.0, -3.0, -2.0, -1.0]})
+    assert run("report", folder, "--displaced", 2).code == 0
+    shown = rows(section(folder).split("</table>")[1])
+    assert {int(line[0]) for line in shown} == set(columns["row"][2:])
+
+
 def test_without_the_option_no_model_is_loaded_and_the_alarm_gives_the_command(runs, tmp_path, monkeypatch):
     folder = copied(runs["dpo"], tmp_path)
     shutil.rmtree(folder / "trace")
