@@ -126,13 +126,12 @@ def text(rng: random.Random, words: int, vocabulary: int) -> str:
 
 def sft_rows(n: int, length: int, vocabulary: int) -> list[dict[str, Any]]:
     """UltraChat's profile: 85 % of the conversations reach the limit of 512 tokens, the others lie evenly below."""
-    rng = random.Random(0)
-    sizes = [length if rng.random() < 0.85 else rng.randint(length // 5, length - 1) for _ in range(n)]
-    turns = [
-        (("user", text(rng, size // 4, vocabulary)), ("assistant", text(rng, size - size // 4, vocabulary)))
-        for size in sizes
-    ]
-    return [{"messages": [{"role": role, "content": content} for role, content in pair]} for pair in turns]
+    rng, rows = random.Random(0), []
+    for _ in range(n):  # row by row, so that the first ones are the same however many there are
+        size = length if rng.random() < 0.85 else rng.randint(length // 5, length - 1)
+        asked, answered = text(rng, size // 4, vocabulary), text(rng, size - size // 4, vocabulary)
+        rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]})
+    return rows
 
 
 def pair_rows(n: int, length: int, vocabulary: int) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.cases import Case, select
 from benchmarks.peers.common import tokens_of
-from benchmarks.workload import by_step, case_config, pair_rows, peer_tokens, sft_rows
+from benchmarks.workload import by_step, case_config, make_workload, pair_rows, peer_tokens, sft_rows
 
 
 def test_tokens_by_hand():
@@ -50,6 +50,22 @@ def test_peers_get_the_same_tokens(out, method):
             assert tokenizer.tokenizer(line[column])["input_ids"] == getattr(example, attribute).tolist()
     counted = json.loads((folder / "workload.json").read_text())["tokens"][method]
     assert counted == peer_tokens(data.train, method)
+
+
+def test_a_folder_with_more_rows_is_used_as_it_is(tmp_path):
+    folder = tmp_path / "workload"
+
+    def lines():
+        return (folder / "sft.jsonl").read_text().splitlines()
+
+    make_workload(folder, "tiny", 64, 24, weights=False)
+    first = lines()
+    make_workload(folder, "tiny", 64, 16, weights=False)
+    assert lines() == first and len(first) == 24
+    make_workload(folder, "tiny", 64, 32, weights=False)
+    assert len(lines()) == 32 and lines()[:24] == first  # the first rows are the same
+    make_workload(folder, "tiny", 32, 16, weights=False)
+    assert len(lines()) == 16
 
 
 def test_profiles():

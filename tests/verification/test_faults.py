@@ -16,6 +16,8 @@ from lowlevel.layout import IGNORED, PackedBatch
 from lowlevel.method import LossSums
 from lowlevel.model.policy import PARENT, Policy
 from lowlevel.verification import run_checks
+from lowlevel.verification.exact import ExactModel
+from lowlevel.verification.truth import sequences_of
 
 
 def failures(subject) -> set[str]:
@@ -29,6 +31,21 @@ def subject(request):
 
 def test_without_a_fault_every_check_holds(subject):
     assert failures(subject) == set()
+
+
+def test_one_token_off_in_the_forward_pass(sft, monkeypatch):
+    """Too little for the mean of all tokens: the worst one is held apart."""
+    plain = ExactModel.token_logps
+
+    def off(self, weights, sequence):
+        logps = plain(self, weights, sequence).clone()
+        if len(logps) == longest:
+            logps[0] += 1.05e-4  # the bound is 1e-4
+        return logps
+
+    longest = max(len(one.places) for example in sft.examples for one in sequences_of(example, False))
+    monkeypatch.setattr(ExactModel, "token_logps", off)
+    assert failures(sft) == {"loss: its worst token, policy"}
 
 
 def change_segments(monkeypatch, change):
