@@ -45,6 +45,7 @@ class Case:
     budget: str = ""  # lowlevel only: train.memory_budget
     on_host: bool = False  # lowlevel only: model.embeddings_on_host
     offload: bool = False  # lowlevel only: train.offload_activations
+    deterministic: bool = False  # lowlevel only: train.deterministic
     core: bool = True  # part of the table; the others are run by name
 
     @property
@@ -61,6 +62,7 @@ class Case:
         parts += [f"memory_budget {self.budget}"] * bool(self.budget)
         parts += ["embeddings on the host"] * self.on_host
         parts += ["layer inputs on the host"] * self.offload
+        parts += ["deterministic"] * self.deterministic
         return ", ".join(parts)
 
     @property
@@ -81,10 +83,12 @@ CASES = (
     Case("lowlevel_sft_2x4_graphed", "lowlevel", "sft", execution="graphed"),
     Case("lowlevel_sft_2x4_host_graphed", "lowlevel", "sft", execution="graphed", on_host=True),
     Case("lowlevel_sft_2gb_graphed", "lowlevel", "sft", execution="graphed", budget=TWO_GB),
+    Case("lowlevel_sft_2gb_host_graphed", "lowlevel", "sft", execution="graphed", budget=TWO_GB, **HOST),
     Case("lowlevel_sft_8x1_nockpt_graphed", "lowlevel", "sft", execution="graphed", **NOCKPT),
     Case("lowlevel_dpo_2x4_eager", "lowlevel", "dpo"),
     Case("lowlevel_dpo_2x4_graphed", "lowlevel", "dpo", execution="graphed"),
     Case("lowlevel_dpo_2gb_graphed", "lowlevel", "dpo", execution="graphed", budget=TWO_GB),
+    Case("lowlevel_dpo_2gb_host_graphed", "lowlevel", "dpo", execution="graphed", budget=TWO_GB, **HOST),
     Case("lowlevel_dpo_8x1_nockpt_graphed", "lowlevel", "dpo", execution="graphed", **NOCKPT),
     Case("lowlevel_dpo_2x4_stacked_graphed", "lowlevel", "dpo", execution="graphed", stacked=True),
     Case("trl_sft_2x4", "trl", "sft"),
@@ -100,6 +104,9 @@ CASES = (
     Case("liger_sft_8x1_nockpt", "liger", "sft", **NOCKPT),
     # Not in the table: more points for t4.py, and what a reader may want to check.
     Case("lowlevel_sft_2x4_host_offload_graphed", "lowlevel", "sft", execution="graphed", core=False, **HOST),
+    Case(
+        "lowlevel_sft_2x4_deterministic_graphed", "lowlevel", "sft", execution="graphed", deterministic=True, core=False
+    ),
     Case("lowlevel_sft_4x2_graphed", "lowlevel", "sft", 4, 2, execution="graphed", core=False),
     Case("lowlevel_sft_8x1_graphed", "lowlevel", "sft", execution="graphed", core=False, **FULL),
     Case("lowlevel_sft_4x2_nockpt_graphed", "lowlevel", "sft", 4, 2, False, "graphed", core=False),

@@ -175,6 +175,7 @@ def case_config(case: Case, folder: Path, output: Path, steps: int) -> RunConfig
         } | ({"memory_budget": case.budget} if case.budget else {})
         tables["model"] |= {"embeddings_on_host": True} if case.on_host else {}
         tables["train"] |= {"offload_activations": True} if case.offload else {}
+        tables["train"] |= {"deterministic": True} if case.deterministic else {}
     if case.stacked:
         tables["model"]["adapter"] = str(folder / "adapter")
     elif case.method == "dpo":

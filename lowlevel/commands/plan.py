@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,10 +31,8 @@ from lowlevel.model.memory import (
 from lowlevel.model.placement import Placement
 from lowlevel.plots import plot_memory
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 MIB = 2**20
+ON_HOST = ("model.embeddings_on_host", "train.offload_activations")  # what may lie there, for a longer way to the GPU
 
 
 def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
@@ -48,50 +48,69 @@ def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
     precision = "fp16" if config.train.precision == "auto" else config.train.precision
     placement = Placement(torch.device("cuda"), precision)
     shape = model_shape(load_model_config(config.model), config.lora.target_modules)
-    asked = default_plan(shape, config)
-    plans = {"as configured": asked}
+    columns = [Column("as configured", config, default_plan(shape, config))]
     if config.data.packing:
-        plans[f"fastest in {text}"] = best_plan(shape, config, placement, size)
-    forecasts = {name: forecast(shape, config, plan, placement) for name, plan in plans.items()}
-    console.print(_plan_table(shape, config, plans, forecasts))
-    paged = forecasts["as configured"].paged
-    console.print(f"optimizer state: {paged / MIB:,.0f} MiB more, paged (outside the allocator's peak)")
+        columns.append(Column(f"fastest in {text}", config, best_plan(shape, config, placement, size)))
+        columns += _with_host(columns[-1], shape, placement, size)
+    forecasts = [forecast(shape, column.config, column.plan, placement) for column in columns]
+    console.print(_plan_table(shape, columns, forecasts))
+    console.print(f"optimizer state: {forecasts[0].paged / MIB:,.0f} MiB more, paged (outside the allocator's peak)")
     if not config.data.packing:
         console.print("data.packing = false: rows of one example each; a plan for a budget needs data.packing = true")
-        return
-    console.print(f"to use it: --train.memory_budget {text}, or in \\[train]:")
-    for line in _settings(config, plans[f"fastest in {text}"]):
-        console.print(f"  {line}", markup=False, highlight=False)
+    for column in columns[1:]:
+        asked = "".join(f" --{key} true" for key in ON_HOST if column.config is not config)
+        console.print(f"{column.name}: --train.memory_budget {text}{asked}; or, as it then says:")
+        for line in _settings(column):
+            console.print(f"  {line}", markup=False, highlight=False)
 
 
-def _settings(config: RunConfig, plan: Plan) -> list[str]:
-    keys = ["gradient_checkpointing", *plan.settings(), *["offload_activations"] * config.train.offload_activations]
-    train = planned(config, plan).train
-    return [f"{key} = {json.dumps(getattr(train, key))}" for key in keys]
+@dataclass(frozen=True)
+class Column:
+    """A plan of the table, and the configuration that it is a plan for."""
+
+    name: str
+    config: RunConfig
+    plan: Plan
 
 
-def _plan_table(
-    shape: ModelShape, config: RunConfig, plans: Mapping[str, Plan], forecasts: Mapping[str, Forecast]
-) -> Table:
+def _with_host(fastest: Column, shape: ModelShape, placement: Placement, size: int) -> list[Column]:
+    """The fastest plan with all on the host that may lie there, if that is faster: room for larger micro-batches."""
+    model = fastest.config.model.model_copy(update={"embeddings_on_host": True})
+    train = fastest.config.train.model_copy(update={"offload_activations": True})
+    config = fastest.config.model_copy(update={"model": model, "train": train})
+    plan = best_plan(shape, config, placement, size)
+    faster = cost(shape, config, plan) < cost(shape, fastest.config, fastest.plan)
+    return [Column("with more on the host", config, plan)] if faster else []
+
+
+def _settings(column: Column) -> list[str]:
+    offload, embeddings = column.config.train.offload_activations, column.config.model.embeddings_on_host
+    keys = ["gradient_checkpointing", *column.plan.settings(), *["offload_activations"] * offload]
+    train = planned(column.config, column.plan).train
+    lines = [f"train.{key} = {json.dumps(getattr(train, key))}" for key in keys]
+    return lines + ["model.embeddings_on_host = true"] * embeddings
+
+
+def _plan_table(shape: ModelShape, columns: Sequence[Column], forecasts: Sequence[Forecast]) -> Table:
     table = Table(title="forecast of a GPU's memory, MiB", title_justify="left")
     table.add_column("")
-    for name in plans:
-        table.add_column(name, justify="right")
-    first = next(iter(forecasts.values()))
-    for part in first.static:
-        table.add_row(part, *(f"{f.static[part] / MIB:,.0f}" for f in forecasts.values()))
-    for phase in first.phases:
-        table.add_row(f"activations: {phase}", *(f"{f.phases[phase] / MIB:,.0f}" for f in forecasts.values()))
+    for column in columns:
+        table.add_column(column.name, justify="right")
+    for part in forecasts[0].static:
+        table.add_row(part, *(f"{f.static[part] / MIB:,.0f}" for f in forecasts))
+    for phase in forecasts[0].phases:
+        table.add_row(f"activations: {phase}", *(f"{f.phases[phase] / MIB:,.0f}" for f in forecasts))
     table.add_section()
-    table.add_row("peak allocated", *(f"{f.peak / MIB:,.0f}" for f in forecasts.values()))
-    if config.train.offload_activations:
-        table.add_row("inputs of recomputed layers, on the host", *(f"{f.host / MIB:,.0f}" for f in forecasts.values()))
+    table.add_row("peak allocated", *(f"{f.peak / MIB:,.0f}" for f in forecasts))
+    if any(column.config.train.offload_activations for column in columns):
+        table.add_row("inputs of recomputed layers, on the host", *(f"{f.host / MIB:,.0f}" for f in forecasts))
     table.add_section()
-    table.add_row("positions a micro-batch", *(f"{plan.positions:,}" for plan in plans.values()))
-    table.add_row("layers recomputed", *(f"{plan.recomputed} of {shape.layers}" for plan in plans.values()))
-    table.add_row("4-bit weights dequantised", *("once" if p.dequantize_once else "each pass" for p in plans.values()))
-    slowest = max(cost(shape, config, plan) for plan in plans.values())
-    table.add_row("speed, relative", *(f"{slowest / cost(shape, config, plan):.2f}" for plan in plans.values()))
+    plans = [column.plan for column in columns]
+    table.add_row("positions a micro-batch", *(f"{plan.positions:,}" for plan in plans))
+    table.add_row("layers recomputed", *(f"{plan.recomputed} of {shape.layers}" for plan in plans))
+    table.add_row("4-bit weights dequantised", *("once" if p.dequantize_once else "each pass" for p in plans))
+    costs = [cost(shape, column.config, column.plan) for column in columns]
+    table.add_row("speed, relative", *(f"{max(costs) / one:.2f}" for one in costs))
     return table
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lowlevel.dpo import DPO
 from lowlevel.losses import LOSSES
-from lowlevel.verification.check import Check, check, relative
+from lowlevel.verification.check import Check, check, head_bound, relative
 from lowlevel.verification.evidence import Evidence
 from lowlevel.verification.formulas import pair_losses
 from lowlevel.verification.subject import Subject, with_batches_of
@@ -37,7 +37,9 @@ def _division(subject: Subject, evidence: Evidence) -> Check:
         losses += [subject.run_step(with_batches_of(subject.method, n))[0].metrics["loss"] for n in (1, 3)]
     error = max(abs(loss - expected) for loss in losses) / (abs(expected) or 1.0)
     note = f"{expected:.7f} = sum / {'pairs' if subject.preference else 'tokens'} of the step, float64"
-    return check(GROUP, "step loss", error, subject.bounds.layout_loss * 5, note)
+    rounding = 0.3 * head_bound(evidence.largest_logit, subject.policy.lm_head_weight.dtype)  # rms of an even spread
+    bound = subject.bounds.layout_loss * 5 + evidence.loss_error(rounding, subject.config.dpo) / (abs(expected) or 1.0)
+    return check(GROUP, "step loss", error, bound, note)
 
 
 def _counts(subject: Subject, evidence: Evidence) -> Check:

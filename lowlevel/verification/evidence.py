@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lowlevel.config import DPOConfig
 from lowlevel.verification.exact import ExactModel, base_parameters, exact_model
-from lowlevel.verification.formulas import Logps
+from lowlevel.verification.formulas import Logps, slopes
 from lowlevel.verification.subject import Subject
 from lowlevel.verification.truth import HeadScores, Scored, exact_loss, head_scores, pairs_of, sequences_of
 
@@ -39,6 +41,24 @@ class Evidence:
     def tokens(self) -> int:
         """Scored tokens of the step."""
         return sum(len(sequence.places) for sequences in self.sequences for sequence in sequences)
+
+    @property
+    def largest_logit(self) -> float:
+        """In absolute value, of policy and reference."""
+        return max(one.largest_logit for one in [*self.policy, *(self.reference or [])])
+
+    def loss_error(self, nats: float, config: DPOConfig) -> float:
+        """Error of the step's loss, rms, where each token's log-probability has one of `nats` of its own; first order.
+
+        SFT: nats / sqrt(tokens). DPO: the four slopes of each pair, each as often as the completion has tokens.
+        """
+        if self.reference is None:
+            return nats / math.sqrt(self.tokens)
+        logps = self.logps()
+        chosen, rejected, ref_chosen, ref_rejected = slopes(logps, config)
+        square = (chosen**2 + ref_chosen**2) * logps.chosen_lengths
+        square += (rejected**2 + ref_rejected**2) * logps.rejected_lengths
+        return nats * math.sqrt(float(square.sum())) / len(logps.chosen)
 
     def logps(self) -> Logps:
         """Of all pairs, float64."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowlevel import dpo, kernels
 from lowlevel.losses import token_logps_reference
-from lowlevel.verification.check import Check, check, largest, relative
+from lowlevel.verification.check import Check, check, head_bound, largest, relative
 from lowlevel.verification.evidence import Evidence, flat64
 from lowlevel.verification.formulas import slopes
 from lowlevel.verification.subject import Subject
@@ -25,7 +25,7 @@ COARSE_BOUND = {"fp32": 1e-2, "fp16": 1e-1, "bf16": 5e-1}
 def gradient_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """Dropout must be off."""
     checks = [_formula_check(subject, evidence)] if evidence.reference is not None else []
-    checks.append(_hidden_check(subject))
+    checks.append(_hidden_check(subject, evidence))
     if evidence.model is None:
         return [*checks, _coarse_check(subject)]
     return checks + _exact_checks(subject, evidence)
@@ -55,8 +55,11 @@ def _formula_check(subject: Subject, evidence: Evidence) -> Check:
     return check(GROUP, "loss in the four log-probabilities", error, subject.bounds.closed, f"against {form}, relative")
 
 
-def _hidden_check(subject: Subject) -> Check:
-    """d sum(g logp) / d hidden of `token_logps`, against autograd on full float64 logits."""
+def _hidden_check(subject: Subject, evidence: Evidence) -> Check:
+    """d sum(g logp) / d hidden of `token_logps`, against autograd on full float64 logits.
+
+    A logit that is rounded by d moves its token's probability, which is what the gradient is made of, by a factor e^d.
+    """
     policy, errors = subject.policy, []
     generator = torch.Generator().manual_seed(0)
     policy.dropout.disable()
@@ -73,7 +76,8 @@ def _hidden_check(subject: Subject) -> Check:
         assert own.grad is not None and exact.grad is not None
         errors.append(largest(own.grad.double() - exact.grad) / largest(exact.grad))
     note = "token_logps against full float64 logits, relative"
-    return check(GROUP, "token log-probability in the hidden state", max(errors), subject.bounds.hidden, note)
+    bound = max(subject.bounds.hidden, head_bound(evidence.largest_logit, policy.lm_head_weight.dtype))
+    return check(GROUP, "token log-probability in the hidden state", max(errors), bound, note)
 
 
 def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:

@@ -23,7 +23,7 @@ def loss_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """Token, completion, example; then the forward pass. Dropout must be off."""
     scores = [*evidence.policy, *(evidence.reference or [])]
     tokens = max(largest(one.path - one.exact) for one in scores)
-    bound = head_bound(max(one.largest_logit for one in scores), subject.policy.lm_head_weight.dtype)
+    bound = head_bound(evidence.largest_logit, subject.policy.lm_head_weight.dtype)
     note = f"{evidence.tokens:,} tokens, nats, from the same hidden states"
     checks = [check(GROUP, "token log-probability", tokens, bound, note)]
     longest = max(len(sequence.places) for example in evidence.sequences for sequence in example)

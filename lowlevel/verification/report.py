@@ -50,7 +50,7 @@ def run_checks(subject: Subject, progress: Progress = lambda text: None) -> list
             progress("accounting")
             checks += accounting_checks(subject, evidence)
         progress("invariances")
-        checks += invariance_checks(subject)
+        checks += invariance_checks(subject, evidence)
     progress("reference")
     checks += reference_checks(subject)
     return checks + frozen_checks(subject, names, before, (base, base_sha256(policy.model)))

@@ -192,8 +192,8 @@ def test_the_plan_command(tmp_path, capsys):
     console = Console(width=100)
     show_plan(config, console, "2GB")
     said = capsys.readouterr().out
-    assert "fastest in 2GB" in said and "--train.memory_budget 2GB, or in [train]:" in said
-    assert "micro_batch_positions = 2048" in said and "dequantize_once = false" in said
+    assert "fastest in 2GB" in said and "fastest in 2GB: --train.memory_budget 2GB; or" in said
+    assert "train.micro_batch_positions = 2048" in said and "train.dequantize_once = false" in said
     with pytest.raises(ConfigError, match="--budget: expected a size like .15GiB. or .800MiB., got 'much'"):
         show_plan(config, console, "much")
 
@@ -209,6 +209,25 @@ def test_the_plan_command_says_what_goes_to_the_host(tmp_path):
     row = next(line for line in said["15GiB"].splitlines() if "on the host" in line)
     assert [cell.strip() for cell in row.split("│")[1:-1]] == ["inputs of recomputed layers, on the host", "88", "0"]
     assert "offload_activations = true" in said["2GB"] and "offload_activations = false" in said["15GiB"]
+
+
+def test_the_plan_command_says_when_room_on_the_host_would_make_it_faster(tmp_path):
+    """In 2 GB twice as many positions fit at once; in 15 GiB everything fits as it is."""
+    model = ModelConfig(name=write_config(tmp_path / "model"))
+    config = run_config().model_copy(update={"model": model})
+    said = {}
+    for budget in ("2GB", "15GiB"):
+        console = Console(file=io.StringIO(), width=140)
+        show_plan(config, console, budget)
+        said[budget] = console.file.getvalue()
+    row = next(line for line in said["2GB"].splitlines() if "positions a micro-batch" in line)
+    assert [cell.strip() for cell in row.split("│")[2:-1]] == ["1,024", "2,048", "4,096"]
+    flags = "--train.memory_budget 2GB --model.embeddings_on_host true --train.offload_activations true;"
+    assert f"with more on the host: {flags}" in said["2GB"]
+    settings = said["2GB"].split("with more on the host:")[1]
+    assert "train.micro_batch_positions = 4096" in settings and "train.offload_activations = true" in settings
+    assert "model.embeddings_on_host = true" in settings
+    assert "on the host" not in said["15GiB"]
 
 
 def test_a_plan_without_packing_forecasts_what_is_configured_and_says_what_a_budget_needs(tmp_path):

@@ -1,0 +1,41 @@
+"""What errors of single tokens do to a step's loss: the rule that bounds are made from, against random errors."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lowlevel.verification.evidence import gather
+from lowlevel.verification.report import fill_b
+from lowlevel.verification.subject import kept_weights, without_dropout
+
+NATS = 1e-3
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_the_losss_error_is_that_of_random_errors(name, request):
+    subject = request.getfixturevalue(name)
+    with kept_weights(subject.policy), without_dropout(subject.policy):
+        fill_b(subject.policy)
+        evidence = gather(subject)
+    expected = evidence.loss_error(NATS, subject.config.dpo)
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(scores):
+        noise = NATS * torch.randn(len(scores.exact), generator=generator, dtype=torch.float64)
+        return replace(scores, exact=scores.exact + noise)
+
+    errors = []
+    for _ in range(400):
+        policy = [moved(one) for one in evidence.policy]
+        reference = None if evidence.reference is None else [moved(one) for one in evidence.reference]
+        errors.append(replace(evidence, policy=policy, reference=reference).step_loss(subject))
+    found = (torch.tensor(errors) - evidence.step_loss(subject)).square().mean().sqrt()
+    assert found == pytest.approx(expected, rel=0.15)  # 400 draws: 3.5 % of chance
+
+
+def test_twice_the_error_of_tokens_is_twice_that_of_the_loss(sft):
+    evidence = gather(sft)
+    once = evidence.loss_error(NATS, sft.config.dpo)
+    assert evidence.loss_error(2 * NATS, sft.config.dpo) == pytest.approx(2 * once)
+    assert once == pytest.approx(NATS / evidence.tokens**0.5)
