@@ -105,9 +105,10 @@ class Settings:
     """What else the count depends on."""
 
     method: str  # sft or dpo
-    checkpointing: bool
+    recomputed: int  # layers
     dropout: bool  # in SFT; DPO's policy has none
     stacked: bool = False  # a frozen adapter under the trained one
+    dequantised_once: bool = False  # at the run's start
     head: str = "fused"  # a key of HEAD_TRAFFIC
     compiled: bool = True  # a compiled layer is recomputed to its end; an eager one to the last tensor needed
     input_gradient: bool = True  # the first layer's input asks for a gradient, as compiled layers' does
@@ -135,14 +136,13 @@ def step_ops(shape: ModelShape, works: Sequence[Work], settings: Settings) -> li
             ops += head_forward(shape, work, settings.head)
         once = list(forward(shape, work, adapters=1 + settings.stacked, dropout=dropout))
         ops += _layers(shape, once)
-        if settings.checkpointing:
-            ops += _layers(shape, once if settings.compiled else recompute(once))
+        ops += (once if settings.compiled else recompute(once)) * settings.recomputed
         ops += head_forward(shape, work, settings.head)
         ops += head_backward(shape, work, settings.head)
         for layer in range(shape.layers):
             ops += backward(shape, work, first=layer == 0 and not settings.input_gradient,
                             stacked=settings.stacked)  # fmt: skip
-    return ops
+    return [op for op in ops if not (settings.dequantised_once and op.component == "dequantise")]
 
 
 def _layers(shape: ModelShape, ops: Iterable[Op]) -> list[Op]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 import lowlevel.run
 from benchmarks.cases import Job
 from benchmarks.meter import Measured, Meter, work
@@ -63,8 +65,9 @@ def measure(job: Job, meter: Meter) -> Measured:
     tokens, computed, positions = count(config, job.steps)
     if records[-1]["num_tokens"] != computed:
         raise ValueError(f"the run computed {records[-1]['num_tokens']} tokens, {computed} were counted")
-    asked = job.case.execution
-    trouble = "" if asked in (mode, "auto") else f"ran {mode}, not {asked}; see the log"
+    automatic = "graphed" if torch.cuda.is_available() else "eager"
+    asked = automatic if job.case.execution == "auto" else job.case.execution
+    trouble = "" if mode == asked else f"ran {mode}, not {asked}; see the log"
     return Measured(__version__, tokens, [r["loss"] for r in records], computed, positions, trouble)
 
 

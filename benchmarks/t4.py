@@ -78,19 +78,28 @@ def count_case(case: Case, shape: str, folder: Path, head: str) -> Counted:
     """Count the case's step of median size, from the same rows as were measured; needs no weights."""
     from benchmarks.workload import case_config, llama_config, make_workload, peer_tokens
     from lowlevel.assembly import build_method, prepare_data
+    from lowlevel.contradictions import parse_size
     from lowlevel.model.attention import NAMES, Attention
+    from lowlevel.model.memory import best_plan, default_plan, model_shape, planned
+    from lowlevel.model.placement import Placement
 
     steps = 24
     make_workload(folder, shape, _length(shape), steps * ROWS_PER_STEP, weights=False)
     config = case_config(case, folder, folder / "unused", steps)
+    model = llama_config(shape)
+    sizes = model_shape(model, config.lora.target_modules)
+    if budget := parse_size(config.train.memory_budget or ""):
+        config = planned(config, best_plan(sizes, config, Placement(torch.device("cuda"), "fp16"), budget))
+    plan = default_plan(sizes, config)
     examples = prepare_data(config)[1].train
     parts = [examples[i : i + ROWS_PER_STEP] for i in range(0, len(examples), ROWS_PER_STEP)]
     tokens = [sum(peer_tokens(part, case.method)) for part in parts]
     median = tokens.index(statistics.median_low(tokens))
     spans = Attention(NAMES["flash"], "counted for a GPU, whatever this machine is")
     works = [Work.of(batch) for batch in build_method(config, spans).micro_batches(parts[median])]
-    settings = Settings(case.method, case.checkpointing, case.dropout > 0, case.stacked, head)
-    return Counted.of(case, tokens[median], step_ops(ModelShape.of(llama_config(shape), case.rank), works, settings))
+    dropout = config.lora.lora_dropout > 0
+    settings = Settings(case.method, plan.recomputed, dropout, case.stacked, plan.dequantize_once, head)
+    return Counted.of(case, tokens[median], step_ops(ModelShape.of(model, config.lora.r), works, settings))
 
 
 def _length(shape: str) -> int:
@@ -117,7 +126,8 @@ def usable_rows(tables: Sequence[Path], gpu: str) -> list[dict[str, str]]:
     """Measured captured steps of this GPU, in the tables' order."""
     from benchmarks.runner import read_tables
 
-    rows = [r for r in read_tables(tables) if r["status"] == "ok" and r["execution"] == "graphed" and r["gpu"] == gpu]
+    captured = ("graphed", "auto")  # auto is graphed on a GPU, and a row that ran otherwise is not ok
+    rows = [r for r in read_tables(tables) if r["status"] == "ok" and r["execution"] in captured and r["gpu"] == gpu]
     known = {case.name for case in CASES}
     return [row for row in rows if row["case"] in known]
 

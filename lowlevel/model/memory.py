@@ -8,9 +8,9 @@ backward pass (D: hidden size, F: MLP size, H: query width, K: key width, dropou
     dropped inputs of q, k, v, gate and up 5 D, of o H, of down F
 
 A recomputed layer keeps its input alone (D), with train.offload_activations on the host, from where it comes back one
-layer ahead: two lie on the device. The constants were fitted to runs on an H100, six of which
-tests/training/test_memory.py holds the forecast to. Optimizer state is paged and outside the allocator: it is listed
-apart.
+layer ahead: two lie on the device. Recomputed are the first layers: when they are, the others' activations are gone. The
+constants were fitted to runs on an H100, twelve of which tests/training/test_memory.py holds the forecast to. Optimizer
+state is paged and outside the allocator: it is listed apart.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def forecast(
     inputs = plan.recomputed * shape.hidden
     on_device = min(inputs, 2 * shape.hidden) if config.train.offload_activations else inputs
     stored = on_device + (shape.layers - plan.recomputed) * kept
-    in_flight = transient + (kept if plan.recomputed else 0)
+    in_backward = on_device + max(shape.layers - plan.recomputed, 1) * kept  # of the last layers, or of one made anew
     other = shape.other - (shape.vocabulary * shape.hidden if config.model.embeddings_on_host else 0)
     chunk = chunk_rows(shape.vocabulary, size) * shape.vocabulary * size
     return Forecast(
@@ -147,7 +147,7 @@ def forecast(
             "cuBLAS workspaces": WORKSPACE if hopper or config.train.deterministic else LOWER_WORKSPACE,
         },
         phases={
-            "layers": plan.positions * (stored + in_flight) * size + weights,
+            "layers": plan.positions * (in_backward + transient) * size + weights,
             "LM head and loss": plan.positions * (stored + 4 * shape.hidden) * size + 2 * chunk,
         },
         paged=adapter * (8 if config.train.optim != "paged_adamw_8bit" else 2),

@@ -1,12 +1,14 @@
 """Counted operations against torch's own flop counter, the layout's mask, and numbers worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import Case
 from benchmarks.counting import ModelShape, Op, Settings, Work, dequantise, step_ops, totals, visible_pairs
-from benchmarks.t4 import Counted, fit, t4_ceilings
+from benchmarks.t4 import Counted, count_case, fit, t4_ceilings
 from benchmarks.timing import Ceilings
 from benchmarks.workload import case_config, llama_config
 
@@ -21,7 +23,7 @@ def flops(ops, names):
 def test_one_layer_by_hand():
     # q, o: 4 x 4; k, v: 4 x 2; gate, up: 4 x 8; down: 8 x 4. Weights: 16 + 8 + 8 + 16 + 32 + 32 + 32 = 144.
     # Adapters: in + out = 8 + 6 + 6 + 8 + 12 + 12 + 12 = 64. LM head: 4 x 10.
-    settings = Settings("sft", checkpointing=False, dropout=True, input_gradient=True)
+    settings = Settings("sft", recomputed=0, dropout=True, input_gradient=True)
     ops = step_ops(SMALL, [Work(positions=5, scored=3, pairs=15)], settings)
     assert flops(ops, ["base products"]) == 2 * 5 * 144 * 2  # forward, backward
     assert flops(ops, ["adapter products"]) == 2 * 5 * 64 * 3  # forward, gradient of weights, of inputs
@@ -37,8 +39,31 @@ def test_dequantised_bytes_by_hand():
 
 
 def test_adapter_casts_by_hand():
-    ops = step_ops(SMALL, [Work(5, 3, 15)], Settings("sft", checkpointing=False, dropout=True))
+    ops = step_ops(SMALL, [Work(5, 3, 15)], Settings("sft", recomputed=0, dropout=True))
     assert totals(ops)["adapter casts"][1] == 2 * 64 * (4 + 2)  # forward and backward, fp32 in and fp16 out
+
+
+def test_a_plan_by_hand():
+    """Of two layers one is recomputed; dequantised once, no pass does it again."""
+    shape, work = replace(SMALL, layers=2), [Work(5, 3, 15)]
+    ops = step_ops(shape, work, Settings("sft", recomputed=1, dropout=True))
+    assert flops(ops, ["base products"]) == 2 * 5 * 144 * 5  # forward and backward of two, and one forward again
+    once = step_ops(shape, work, Settings("sft", recomputed=1, dropout=True, dequantised_once=True))
+    assert totals(ops)["dequantise"][2] == 7 * 5 and "dequantise" not in totals(once)
+    assert {k: v for k, v in totals(ops).items() if k != "dequantise"} == totals(once)
+
+
+def test_a_budgets_case_is_counted_as_its_plan(tmp_path):
+    """All 8 rows at once in 2 GB, and everything kept in 15 GiB."""
+    common = {"tool": "lowlevel", "method": "sft", "batch": 1, "accumulation": 8}
+    asked = Case("asked", **common)
+    roomy = Case("roomy", budget="15GiB", **common)
+    narrow = Case("narrow", budget="97.3MiB", **common)
+    count = {case.name: count_case(case, "tiny", tmp_path / "counted", "fused") for case in (asked, roomy, narrow)}
+    kernels = {name: totals(one.ops) for name, one in count.items()}
+    assert "dequantise" in kernels["asked"] and "dequantise" not in kernels["roomy"]
+    assert kernels["roomy"]["base products"][2] < kernels["asked"]["base products"][2]
+    assert kernels["roomy"]["base products"][0] < kernels["narrow"]["base products"][0]
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +94,9 @@ def test_a_step_against_the_flop_counter(run, method, checkpointing):
     with FlopCounterMode(display=False) as counter:
         optimizer_step(policy, built, torch.optim.SGD([policy.flat.weights], 0.1), batches,
                        LossScale.for_precision("fp32"), seed=0, step=0, max_grad_norm=1.0)  # fmt: skip
-    settings = Settings(method, checkpointing, dropout=True, compiled=False, input_gradient=any(asks))
-    ops = step_ops(ModelShape.of(llama_config("tiny"), 64), [Work.of(batch) for batch in batches], settings)
+    shape = ModelShape.of(llama_config("tiny"), 64)
+    settings = Settings(method, shape.layers * checkpointing, dropout=True, compiled=False, input_gradient=any(asks))
+    ops = step_ops(shape, [Work.of(batch) for batch in batches], settings)
     assert flops(ops, PRODUCTS) == counter.get_flop_counts()["Global"][torch.ops.aten.mm]
 
 
@@ -96,8 +122,8 @@ def test_model_time_by_hand():
 def test_fit_finds_the_fractions():
     shape = ModelShape(2048, 5632, 22, 32, 4, 32000, 64)
     counted = [
-        Counted.of(Case("x", "lowlevel", "sft"), 1, step_ops(shape, works, Settings("sft", free, True)))
-        for free in (False, True)
+        Counted.of(Case("x", "lowlevel", "sft"), 1, step_ops(shape, works, Settings("sft", layers, True)))
+        for layers in (0, 22)
         for works in ([Work(4096, 4088, 10**6)], [Work(512, 511, 10**5)] * 8)
     ]
     measured = [c.seconds(HERE, (0.6, 0.45)) for c in counted]
