@@ -209,12 +209,14 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
     tables = _read_toml(path) if path else {}
     if method:
         if tables.setdefault("method", method) != method:
-            raise ConfigError(f'{where}: method = "{tables["method"]}", but the command is "{method}"')
+            found = quoted(str(tables["method"]))
+            raise ConfigError(f'{where}: method = "{found}", but the command is "{method}"')
     for dotted, text in overrides.items():
         section, _, key = dotted.partition(".")
         table = tables.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"{where}: --{dotted}: {section} is {quoted(repr(table))}, which is no section")
+            name, value = quoted(section), quoted(repr(table))
+            raise ConfigError(f"{where}: --{quoted(dotted)}: {name} is {value}, which is no section")
         table[key] = _parse_flag(section, key, text)
     return config_from_tables(tables, where)
 
@@ -276,7 +278,7 @@ def _parse_flag(section: str, key: str, text: str) -> object:
 
 def _describe(problem: Mapping[str, Any], where: str) -> str:
     location = [str(part) for part in problem["loc"]]
-    name = ".".join(location)
+    name = quoted(".".join(location))
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
@@ -285,7 +287,7 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
     if problem["type"] == "missing":
         return f"{where}: {name}: is missing"
     if location[:2] == ["data", "filters"] and "value" in location:  # pydantic reports each type that it is not
-        name = ".".join(location[: location.index("value") + 1])
+        name = quoted(".".join(location[: location.index("value") + 1]))
         return f"{where}: {name}: expected text, a number, true or false, or a list of them"
     expected = problem["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
     return f"{where}: {name}: expected {expected}, got {quoted(repr(problem['input']))}"

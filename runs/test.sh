@@ -5,4 +5,4 @@ set -euo pipefail
 ruff check lowlevel tests benchmarks
 ruff format --check lowlevel tests benchmarks
 mypy
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"  # each test takes one thread, and shares what its file made

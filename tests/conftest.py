@@ -1,7 +1,9 @@
 """Helpers are imported by name (with importlib import mode no test folder is on the path by itself), and one thread:
 bit-for-bit comparisons need the same number on both sides."""
 
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +13,10 @@ import torch
 sys.path.append(str(Path(__file__).parent))
 
 import helpers  # noqa: E402
+
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 DRIVER = shutil.which("chromedriver")

@@ -8,7 +8,7 @@ backward pass (D: hidden size, F: MLP size, H: query width, K: key width, dropou
     dropped inputs of q, k, v, gate and up 5 D, of o H, of down F
 
 A recomputed layer keeps its input alone (D), with train.offload_activations on the host, from where it comes back one
-layer ahead: two lie on the device. Recomputed are the first layers: when they are, the others' activations are gone. The
+layer ahead: two lie on the device. Recomputed are the first layers: when they are, those of the others are gone. The
 constants were fitted to runs on an H100, twelve of which tests/training/test_memory.py holds the forecast to. Optimizer
 state is paged and outside the allocator: it is listed apart.
 """

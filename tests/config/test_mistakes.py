@@ -34,6 +34,27 @@ def test_an_unknown_key_names_the_nearest(tables, line):
     assert refused(tables) == [line]
 
 
+LONG = "k" * 5000
+
+
+@pytest.mark.parametrize(
+    ("tables", "overrides"),
+    [
+        ({LONG: 1}, {}),
+        ({"train": {LONG: 1}}, {}),
+        ({"data": {"filters": [{"column": "a", "op": "==", "value": 1, LONG: 2}]}}, {}),
+        ({"method": LONG}, {}),
+        ({}, {f"train.{LONG}": "1"}),
+        ({LONG: 1}, {f"{LONG}.x": "1"}),
+        ({}, {"train.seed": LONG}),
+    ],
+)
+def test_no_name_or_value_makes_a_line_of_thousands(tmp_path, tables, overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, tables), overrides, method="sft")
+    assert max(map(len, str(caught.value).splitlines())) < 1000 and "kkk" in str(caught.value)
+
+
 def test_an_unknown_flag_names_the_nearest():
     with pytest.raises(ConfigError, match=r'unknown key "train\.learning_rat"; did you mean "learning_rate"\?'):
         load_config(None, {"train.learning_rat": "1e-4"})
