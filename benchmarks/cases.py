@@ -18,7 +18,8 @@ WORKERS = {
     "liger": "benchmarks.peers.plain_peer",
 }
 FIELDS = (
-    "case", "method", "tool", "version", "setting", "execution", "tokens_per_second", "computed_tokens_per_second",
+    "case", "method", "tool", "version", "setting", "execution", "plan",
+    "tokens_per_second", "computed_tokens_per_second",
     "seconds_per_step", "seconds_p10", "seconds_p90", "peak_allocated_gib", "peak_reserved_gib", "device_used_gib",
     "loss_first", "loss_last", "losses", "first_step_seconds", "case_seconds", "tokens", "positions_per_step",
     "padding_share", "timed_steps", "status", "shape", "gpu", "torch", "transformers", "peft", "bitsandbytes",

@@ -11,10 +11,11 @@ import torch
 
 import lowlevel.run
 from benchmarks.cases import Job
+from benchmarks.memory import plan_text
 from benchmarks.meter import Measured, Meter, work
 from benchmarks.workload import by_step, case_config, peer_tokens
 from lowlevel import __version__
-from lowlevel.assembly import build_method, check_inputs, with_plan
+from lowlevel.assembly import Inputs, build_method, check_inputs, with_plan
 from lowlevel.config import RunConfig
 from lowlevel.order import DataOrder
 from lowlevel.progress import make_console
@@ -44,11 +45,8 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
     return [r for r in RunFolder(Path(config.train.output_dir)).read_metrics() if "loss" in r], modes[0]
 
 
-def count(config: RunConfig, steps: int) -> tuple[list[int], int, int]:
+def count(config: RunConfig, inputs: Inputs, steps: int) -> tuple[list[int], int, int]:
     """Tokens of each step as the peers count them; positions of all steps without and with padding."""
-    inputs = check_inputs(config)
-    if config.train.memory_budget is not None:
-        config = with_plan(config, inputs)
     examples, method = inputs.data.train, build_method(config, inputs.attention)
     per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     order = DataOrder(len(examples), per_step, config.train.seed, config.train.data_order == "shuffled")
@@ -62,13 +60,17 @@ def measure(job: Job, meter: Meter) -> Measured:
     """Run the case and count what it did."""
     config = case_config(job.case, Path(job.workload), Path(job.scratch) / job.case.name, job.steps)
     records, mode = run_metered(config, meter)
-    tokens, computed, positions = count(config, job.steps)
+    inputs = check_inputs(config)
+    if config.train.memory_budget is not None:
+        config = with_plan(config, inputs)
+    tokens, computed, positions = count(config, inputs, job.steps)
     if records[-1]["num_tokens"] != computed:
         raise ValueError(f"the run computed {records[-1]['num_tokens']} tokens, {computed} were counted")
     automatic = "graphed" if torch.cuda.is_available() else "eager"
     asked = automatic if job.case.execution == "auto" else job.case.execution
     trouble = "" if mode == asked else f"ran {mode}, not {asked}; see the log"
-    return Measured(__version__, tokens, [r["loss"] for r in records], computed, positions, trouble)
+    losses = [r["loss"] for r in records]
+    return Measured(__version__, tokens, losses, computed, positions, trouble, plan_text(config))
 
 
 if __name__ == "__main__":

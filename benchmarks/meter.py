@@ -95,6 +95,7 @@ class Measured:
     computed: float  # positions that are not padding, of all steps; a shared prompt counts once
     positions: float  # with padding
     trouble: str = ""  # it ran, but not as the case says
+    plan: str = ""  # lowlevel only: see benchmarks/memory.py
 
 
 def row(job: Job, meter: Meter, measured: Measured) -> dict[str, Any]:
@@ -115,6 +116,7 @@ def row(job: Job, meter: Meter, measured: Measured) -> dict[str, Any]:
     return {
         **case.identity,
         "version": measured.version,
+        "plan": measured.plan,
         "tokens_per_second": round(speed),
         "computed_tokens_per_second": round(speed * share),
         "seconds_per_step": round(statistics.median(seconds), 5),

@@ -27,7 +27,9 @@ import torch
 
 from benchmarks.cases import CASES, ROWS_PER_STEP, Case
 from benchmarks.counting import ModelShape, Op, Settings, Work, step_ops, totals
+from benchmarks.memory import read_plan
 from benchmarks.timing import Ceilings
+from lowlevel.model.memory import Plan
 
 # Dense fp16 FLOP/s and bytes/s of NVIDIA's data sheets.
 DATASHEETS = {
@@ -74,8 +76,11 @@ class Counted:
         return float((count * kernels).sum())
 
 
-def count_case(case: Case, shape: str, folder: Path, head: str) -> Counted:
-    """Count the case's step of median size, from the same rows as were measured; needs no weights."""
+def count_case(case: Case, shape: str, folder: Path, head: str, plan: Plan | None = None) -> Counted:
+    """Count the case's step of median size, from the same rows as were measured; needs no weights.
+
+    Without a `plan` it is the one that the case would run by now.
+    """
     from benchmarks.workload import case_config, llama_config, make_workload, peer_tokens
     from lowlevel.assembly import build_method, prepare_data
     from lowlevel.contradictions import parse_size
@@ -89,7 +94,8 @@ def count_case(case: Case, shape: str, folder: Path, head: str) -> Counted:
     model = llama_config(shape)
     sizes = model_shape(model, config.lora.target_modules)
     if budget := parse_size(config.train.memory_budget or ""):
-        config = planned(config, best_plan(sizes, config, Placement(torch.device("cuda"), "fp16"), budget))
+        plan = plan or best_plan(sizes, config, Placement(torch.device("cuda"), "fp16"), budget)
+        config = planned(config, plan)
     plan = default_plan(sizes, config)
     examples = prepare_data(config)[1].train
     parts = [examples[i : i + ROWS_PER_STEP] for i in range(0, len(examples), ROWS_PER_STEP)]
@@ -221,7 +227,8 @@ def main() -> None:
         raise SystemExit(f"{', '.join(map(str, options.table))}: no captured step of {here.gpu}")
     cases = {case.name: case for case in CASES}
     folder = options.out / "workload_counted"
-    counted = {name: count_case(cases[name], options.shape, folder, options.head)
+    plans = {row["case"]: read_plan(row["plan"]) for row in rows if row.get("plan")}
+    counted = {name: count_case(cases[name], options.shape, folder, options.head, plans.get(name))
                for name in dict.fromkeys([*(row["case"] for row in rows), *PREDICTED])}  # fmt: skip
     fractions = check(rows, [counted[row["case"]] for row in rows], here)
     t4 = t4_ceilings(here)
