@@ -1,7 +1,13 @@
 """A workspace for tests of whole runs."""
 
+import sys
+from pathlib import Path
+
 import pytest
-from workspace import Workspace, make_workspace
+
+sys.path.append(str(Path(__file__).parent))
+
+from workspace import Workspace, make_workspace  # noqa: E402
 
 
 @pytest.fixture(scope="session")
