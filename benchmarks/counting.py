@@ -22,10 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from lowlevel.kernels import chunk_rows
+from lowlevel.losses.token_logps import DEFAULT_CHUNK_SIZE
+
 HALF, FULL = 2, 4  # bytes
 QUANT_BLOCK = 64  # weights that share a scale
 CAST_KERNELS = 2  # Inductor joins at most 8 kernels, and a layer has 14 casts
-HEAD_CHUNK = 1024  # rows of logits at a time
 # Bytes a logit and kernels a chunk, forward and backward. torch: product, cast, the passes of logsumexp; and product,
 # cast, subtract, exp, multiply, cast, product. Fused: product, one read; and product, one read and write, product.
 HEAD_TRAFFIC = {"torch": ((24, 8), (40, 9)), "fused": ((4, 3), (8, 4))}
@@ -232,17 +234,18 @@ def attention(shape: ModelShape, work: Work, factor: int, *, tensors: int, count
 
 def head_forward(shape: ModelShape, work: Work, kind: str) -> list[Op]:
     """Logits of the scored positions and their log-probabilities, in chunks; the last norm."""
-    return _head(shape, work, *HEAD_TRAFFIC[kind][0], products=1)
+    return _head(shape, work, kind, *HEAD_TRAFFIC[kind][0], products=1)
 
 
 def head_backward(shape: ModelShape, work: Work, kind: str) -> list[Op]:
     """Logits again, their gradient, and the hidden states' gradient."""
-    return _head(shape, work, *HEAD_TRAFFIC[kind][1], products=2)
+    return _head(shape, work, kind, *HEAD_TRAFFIC[kind][1], products=2)
 
 
-def _head(shape: ModelShape, work: Work, traffic: int, kernels: int, *, products: int) -> list[Op]:
+def _head(shape: ModelShape, work: Work, kind: str, traffic: int, kernels: int, *, products: int) -> list[Op]:
     n, d, v = work.scored, shape.hidden, shape.vocabulary
-    chunks = -(-n // HEAD_CHUNK)
+    rows_at_once = chunk_rows(v, HALF) if kind == "fused" else DEFAULT_CHUNK_SIZE
+    chunks = -(-n // rows_at_once)
     rows = n / chunks if chunks else 0
     flops, weight = 2.0 * rows * d * v, HALF * (d * v + 2 * rows * d)
     others = kernels - products

@@ -35,7 +35,7 @@ from lowlevel.model.attention import NAMES, Attention, choose_attention, registe
 from lowlevel.model.base import empty_model
 from lowlevel.model.embedding import move_embeddings_to_host
 from lowlevel.model.linear import with_one_kernel
-from lowlevel.model.memory import default_plan, forecast, model_shape
+from lowlevel.model.memory import AdapterSize, default_plan, forecast, model_shape
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.optimizer import build_optimizer
 
@@ -111,7 +111,7 @@ def measure(shape: dict[str, int], steps: int, cap_gib: float, offload: bool) ->
         synchronize()
         seconds.append(time.perf_counter() - began)
         losses.append(result.metrics["loss"])
-    sizes = model_shape(settings, run.lora.target_modules)
+    sizes = model_shape(settings, AdapterSize(run.lora.r, run.lora.target_modules))
     return {
         "parameters": parameters,
         **shape,

@@ -23,7 +23,7 @@ from benchmarks.runner import read_tables
 from benchmarks.workload import LENGTHS, case_config, llama_config, make_workload
 from lowlevel.config import RunConfig
 from lowlevel.model.base import load_model_config
-from lowlevel.model.memory import Forecast, Plan, default_plan, forecast, model_shape
+from lowlevel.model.memory import AdapterSize, Forecast, Plan, default_plan, forecast, model_shape
 from lowlevel.model.placement import Placement
 
 FP16 = Placement(torch.device("cuda"), "fp16")
@@ -32,7 +32,8 @@ PLAN_KEYS = ("positions", "recomputed", "dequantize_once")
 
 def plan_text(config: RunConfig) -> str:
     """The plan of a run, in a row of the table: positions at once, layers recomputed, dequantised once or not."""
-    plan = default_plan(model_shape(load_model_config(config.model), config.lora.target_modules), config)
+    adapter = AdapterSize(config.lora.r, config.lora.target_modules)
+    plan = default_plan(model_shape(load_model_config(config.model), adapter), config)
     return " ".join(f"{key}={int(getattr(plan, key))}" for key in PLAN_KEYS)
 
 
@@ -45,7 +46,8 @@ def read_plan(text: str) -> Plan:
 def forecast_of(row: dict[str, str], case: Case, folder: Path) -> Forecast:
     """Forecast of a row's own plan, on the kind of GPU that it ran on."""
     config = case_config(case, folder, folder / "unused", 1)
-    shape = model_shape(llama_config(row["shape"]), config.lora.target_modules)
+    adapter = AdapterSize(config.lora.r, config.lora.target_modules)
+    shape = model_shape(llama_config(row["shape"]), adapter, adapter if case.stacked else None)
     hopper = any(name in row["gpu"] for name in ("H100", "H200"))
     return forecast(shape, config, read_plan(row["plan"]), FP16, hopper=hopper)
 

@@ -85,14 +85,15 @@ def count_case(case: Case, shape: str, folder: Path, head: str, plan: Plan | Non
     from lowlevel.assembly import build_method, prepare_data
     from lowlevel.contradictions import parse_size
     from lowlevel.model.attention import NAMES, Attention
-    from lowlevel.model.memory import best_plan, default_plan, model_shape, planned
+    from lowlevel.model.memory import AdapterSize, best_plan, default_plan, model_shape, planned
     from lowlevel.model.placement import Placement
 
     steps = 24
     make_workload(folder, shape, _length(shape), steps * ROWS_PER_STEP, weights=False)
     config = case_config(case, folder, folder / "unused", steps)
     model = llama_config(shape)
-    sizes = model_shape(model, config.lora.target_modules)
+    adapter = AdapterSize(config.lora.r, config.lora.target_modules)
+    sizes = model_shape(model, adapter, adapter if case.stacked else None)
     if budget := parse_size(config.train.memory_budget or ""):
         plan = plan or best_plan(sizes, config, Placement(torch.device("cuda"), "fp16"), budget)
         config = planned(config, plan)

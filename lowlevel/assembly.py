@@ -20,6 +20,7 @@ from lowlevel.losses import LOSSES
 from lowlevel.method import Method
 from lowlevel.model.attention import Attention, choose_attention
 from lowlevel.model.base import base_sha256, empty_model, load_base, load_model_config, resolve_name
+from lowlevel.model.embedding import TIED
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.model.policy import Policy
 from lowlevel.order import ORDER_VERSION
@@ -52,7 +53,7 @@ def build_method(config: RunConfig, attention: Attention) -> Method:
     """
     batch, data = config.train.per_device_train_batch_size, config.data
     examples = batch * config.train.gradient_accumulation_steps if data.packing else batch
-    length = data.max_length if config.method == "sft" else 2 * data.max_length
+    length = config.row_positions
     capacity = config.train.micro_batch_positions or batch * length
     granule = min(max(8, capacity // 16 // 8 * 8), 128 if capacity <= 4096 else 256) if data.packing else 64
     if config.method == "dpo" and LOSSES[config.dpo.loss_type].mixes_pairs:
@@ -93,9 +94,13 @@ def check_inputs(config: RunConfig) -> Inputs:
             check_loss(config.dpo)
         except ValueError as error:
             raise ConfigError(f"[dpo]: {error}") from None
+        if config.train.memory_budget is not None and LOSSES[config.dpo.loss_type].mixes_pairs:
+            raise ConfigError(mixed_by_a_budget(config))
         _make_folder(config.dpo.reference_cache, "dpo.reference_cache")
     placement = choose_placement(config.train.precision)
     base = load_model_config(config.model)
+    if config.model.embeddings_on_host and base.to_dict().get("tie_word_embeddings"):
+        raise ConfigError(TIED)
     parent = find_adapter(config.model.adapter, "model.adapter")
     init_from = find_adapter(config.lora.init_from, "lora.init_from")
     for folder in filter(None, (parent, init_from)):
@@ -110,6 +115,14 @@ def check_inputs(config: RunConfig) -> Inputs:
         choose_attention(config.model, base, placement),
         parent,
         init_from,
+    )
+
+
+def mixed_by_a_budget(config: RunConfig) -> str:
+    """Why a loss that sorts the pairs of a micro-batch cannot have its micro-batches chosen."""
+    return (
+        f'train.memory_budget chooses the micro-batches, and loss_type = "{config.dpo.loss_type}" compares the pairs '
+        "of one: it would be another loss; set train.micro_batch_positions instead"
     )
 
 
@@ -205,6 +218,7 @@ def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
     Raises:
         ConfigError: nothing fits, or the run is one that a plan cannot change.
     """
+    from lowlevel.model.adapters import adapter_sizes
     from lowlevel.model.memory import best_plan, model_shape, planned
 
     budget = parse_size(config.train.memory_budget or "")
@@ -213,7 +227,8 @@ def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
         raise ConfigError("train.memory_budget is for a GPU, and none is visible")
     if inputs.attention.kernel is None:
         raise ConfigError(f"train.memory_budget needs attention over spans: {inputs.attention.reason}")
-    shape = model_shape(load_model_config(config.model), config.lora.target_modules)
+    sizes = adapter_sizes(config, inputs.parent, inputs.init_from)
+    shape = model_shape(load_model_config(config.model), *sizes)
     hopper = torch.cuda.get_device_capability()[0] >= 9
     return planned(config, best_plan(shape, config, inputs.placement, budget, hopper=hopper))
 

@@ -183,6 +183,16 @@ class RunConfig(Section):
     dpo: DPOConfig = DPOConfig()
     trace: TraceConfig = TraceConfig()
 
+    @property
+    def rows_per_step(self) -> int:
+        """Examples of an optimizer step."""
+        return self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps
+
+    @property
+    def row_positions(self) -> int:
+        """Most positions of an example: a pair's row has room for a prompt and two completions."""
+        return self.data.max_length * (1 if self.method == "sft" else 2)
+
 
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,

@@ -97,8 +97,8 @@ def _data(config: RunConfig) -> list[Check]:
 
 def _train(config: RunConfig, given: set[str]) -> list[Check]:
     train, packing = config.train, config.data.packing
-    examples = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    sequence = config.data.max_length * (2 if config.method == "dpo" else 1)
+    examples = config.rows_per_step
+    sequence = config.row_positions
     return [
         (
             examples > LARGEST_BATCH,

@@ -223,7 +223,9 @@ def build_batch(rows: Sequence[Sequence[Segment]], *, pairs: bool, shape: Shape 
     Segment numbers must run from 0 over the whole batch; the two branches of a pair share one number.
     """
     used = [sum(map(len, row)) for row in rows]
-    width = _round_up(max(used), shape.positions if shape else 8)
+    width = _round_up(max(used), 8)
+    if shape:  # no row holds more than the capacity
+        width = min(_round_up(width, shape.positions), max(width, _round_up(shape.capacity, 8)))
     grids = {name: np.zeros((len(rows), width), np.int64) for name in ("input_ids", "position_ids", "branch_ids")}
     segment_ids = np.full((len(rows), width), PADDING, np.int64)
     targets = np.full((len(rows), width), IGNORED, np.int64)

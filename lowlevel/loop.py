@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -42,15 +43,8 @@ def optimizer_step(
     """
     execution = execution or Eager(policy, method)
     grad, count = policy.flat.grad, sum(method.count(batch) for batch in batches)
-    rows = [row for batch in batches for row in batch.data_rows]
     attempts: list[dict[str, float]] = []
-
-    def not_finite(quantity: str, value: float, tried: str) -> NonFiniteError:
-        message = f"step {step + 1}: {quantity} is {value}{tried}; nothing was updated; data rows {rows}"
-        return NonFiniteError(
-            message, quantity=quantity, value=value, step=step, seed=seed, batches=batches, attempts=attempts
-        )
-
+    not_finite = partial(_not_finite, step=step, seed=seed, batches=batches, attempts=attempts)
     while True:
         grad.zero_()
         kept: list[Kept] | None = None if tracer is None else []
@@ -70,7 +64,7 @@ def optimizer_step(
         metrics = dict(zip(totals, means, strict=True))
         attempts.append({"loss_scale": loss_scale.scale, "loss": metrics["loss"], "grad_norm": grad_norm})
         if not math.isfinite(metrics["loss"]):
-            raise not_finite("loss", metrics["loss"], "")
+            raise not_finite("loss", metrics["loss"])
         loss_scale.update(math.isfinite(grad_norm))
         if math.isfinite(grad_norm):
             break
@@ -82,11 +76,19 @@ def optimizer_step(
         metrics=metrics,
         grad_norm=grad_norm,
         count=count,
-        examples=len(rows),
+        examples=sum(len(batch.data_rows) for batch in batches),
         num_tokens=sum(batch.num_tokens for batch in batches),
         supervised_tokens=sum(batch.num_scored for batch in batches),
         positions=sum(batch.input_ids.numel() for batch in batches),
     )
+
+
+def _not_finite(
+    quantity: str, value: float, tried: str = "", *, step: int, batches: Sequence[PackedBatch], **details: Any
+) -> NonFiniteError:
+    rows = [row for batch in batches for row in batch.data_rows]
+    message = f"step {step + 1}: {quantity} is {value}{tried}; nothing was updated; data rows {rows}"
+    return NonFiniteError(message, quantity=quantity, value=value, step=step, batches=batches, **details)
 
 
 class Observer(Protocol):

@@ -100,6 +100,10 @@ class TrainState:
             self.best_eval_loss, self.evals_without_gain = eval_loss, 0
         else:
             self.evals_without_gain += 1
+        self.judge_patience(patience)
+
+    def judge_patience(self, patience: int | None) -> None:
+        """Whether so many evaluations without a gain are too many."""
         self.stopped_early = patience is not None and self.evals_without_gain >= patience
 
     def to_json(self) -> dict[str, Any]:

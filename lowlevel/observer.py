@@ -39,7 +39,3 @@ class RunObserver:
     def stop_requested(self) -> int:
         """The first signal that came, or 0."""
         return self.interrupts.signum
-
-    def on_signal(self, signum: int, frame: object) -> None:
-        """A signal, as from the system."""
-        self.interrupts.on_signal(signum, frame)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lowlevel.config import RunConfig, TrainConfig
 from lowlevel.hashing import splitmix64
 
 ORDER_VERSION = 1  # recorded in checkpoints: another algorithm would train on other rows after a resume
@@ -20,6 +21,15 @@ class DataOrder:
     rows_per_step: int
     seed: int
     shuffled: bool
+
+    @classmethod
+    def of(cls, config: RunConfig, num_rows: int) -> DataOrder:
+        """The order of a run's `num_rows` training examples."""
+        return cls(num_rows, config.rows_per_step, config.train.seed, config.train.data_order == "shuffled")
+
+    def total_steps(self, train: TrainConfig) -> int:
+        """Optimizer steps of a run."""
+        return train.max_steps or math.ceil(self.steps_per_epoch * train.num_train_epochs - 1e-9)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -24,7 +24,8 @@ def largest_batch(method: Method, examples: Sequence[Any], count: int) -> Packed
     """The largest micro-batch that a step of `count` examples can have, filled up to the method's capacity."""
     longest = sorted(examples, key=method.size, reverse=True)[:count]
     if method.packing and method.shape:
-        method = replace(method, shape=replace(method.shape, positions=method.shape.capacity))  # type: ignore[type-var]
+        full = -(-method.shape.capacity // 8) * 8
+        method = replace(method, shape=replace(method.shape, positions=full))  # type: ignore[type-var]
     return max(method.micro_batches(longest), key=lambda batch: (batch.input_ids.numel(), batch.num_scored))
 
 

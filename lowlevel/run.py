@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -149,13 +148,12 @@ class Job:
 
 def _build(config: RunConfig, inputs: Inputs) -> Job:
     """Load the model and put everything together."""
-    rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
-    order = DataOrder(len(inputs.data.train), rows_per_step, config.train.seed, config.train.data_order == "shuffled")
-    total_steps = config.train.max_steps or math.ceil(order.steps_per_epoch * config.train.num_train_epochs - 1e-9)
+    order = DataOrder.of(config, len(inputs.data.train))
     policy = build_run_policy(config, inputs)
     optimizer = build_optimizer(policy.flat.weights, config.train)
     origin = {"identity": identity(config, inputs, policy), "versions": versions(inputs.placement)}
-    return Job(config, inputs, build_method(config, inputs.attention), policy, optimizer, order, total_steps, origin)
+    return Job(config, inputs, build_method(config, inputs.attention), policy, optimizer, order,
+               order.total_steps(config.train), origin)  # fmt: skip
 
 
 def _begin(
@@ -177,6 +175,7 @@ def _begin(
     changes = differences(folder.read_config(), found[1], job.config, job.manifest, job.origin["versions"])
     check_differences(changes, allow_change, folder, job.inputs.data)
     state = restore_state(job.policy, job.optimizer, *found)
+    state.judge_patience(job.config.train.early_stopping_patience)  # which may be another by now
     for change in changes:
         console.print(f"allowed: {change}", markup=False)
     record_changes(folder, state.step, changes)

@@ -123,10 +123,11 @@ def make_policy(
     attention: str = "sdpa",
     recomputed: int | None = None,
     offload: bool = False,
+    targets: tuple[str, ...] = LoraConfig().target_modules,
 ) -> Policy:
     """A policy over the tiny base. `randomize` fills B, so that the adapter has an effect and A a gradient."""
     model = load_base(ModelConfig(name=str(base), load_in_4bit=quantised), placement, attention=attention)
-    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout)
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
     policy = build_policy(
         model,
         lora,

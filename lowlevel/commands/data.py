@@ -15,16 +15,15 @@ def show_data(config: RunConfig, console: Console) -> None:
     """Print the data report, how the rows fill batches, and one example with its supervised tokens coloured."""
     tokenizer, data = prepare_data(config)
     render_report(data.report, console)
-    train = config.train
-    size = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    order = DataOrder(len(data.train), size, train.seed, train.data_order == "shuffled")
+    order = DataOrder.of(config, len(data.train))
     method = build_method(config, MASKED)
     batches = method.micro_batches([data.train[i] for i in order.step_rows(0)])
     positions = sum(batch.input_ids.numel() for batch in batches)
     tokens = sum(batch.num_tokens for batch in batches)
     scored = sum(batch.num_scored for batch in batches)
     console.print(
-        f"\nfirst step: {size} examples in {len(batches)} micro-batches, {positions:,} positions, {tokens:,} tokens "
-        f"({1 - tokens / positions:.1%} padding), {scored:,} supervised; {order.steps_per_epoch:,} steps an epoch\n"
+        f"\nfirst step: {config.rows_per_step} examples in {len(batches)} micro-batches, {positions:,} positions, "
+        f"{tokens:,} tokens ({1 - tokens / positions:.1%} padding), {scored:,} supervised; "
+        f"{order.steps_per_epoch:,} steps an epoch\n"
     )
     show_example(data.train[0], tokenizer, console)

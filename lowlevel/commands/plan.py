@@ -13,11 +13,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lowlevel.assembly import find_adapter, mixed_by_a_budget
 from lowlevel.config import RunConfig
 from lowlevel.contradictions import parse_size
 from lowlevel.errors import ConfigError
+from lowlevel.losses import LOSSES
+from lowlevel.model.adapters import adapter_sizes
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import (
+    AdapterSize,
     Forecast,
     ModelShape,
     Plan,
@@ -40,25 +44,27 @@ def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
 
     Raises:
         ConfigError: a malformed budget, or one that nothing fits.
+        CheckpointError: an adapter that is no LoRA adapter.
     """
     text = budget or config.train.memory_budget or "15GiB"
     size = parse_size(text)
     if not size:
         raise ConfigError(f'--budget: expected a size like "15GiB" or "800MiB", got {text!r}')
-    precision = "fp16" if config.train.precision == "auto" else config.train.precision
-    placement = Placement(torch.device("cuda"), precision)
-    shape = model_shape(load_model_config(config.model), config.lora.target_modules)
-    columns = [Column("as configured", config, default_plan(shape, config))]
-    if config.data.packing:
-        columns.append(Column(f"fastest in {text}", config, best_plan(shape, config, placement, size)))
-        columns += _with_host(columns[-1], shape, placement, size)
-    forecasts = [forecast(shape, column.config, column.plan, placement) for column in columns]
-    console.print(_plan_table(shape, columns, forecasts))
+    target = _target(config)
+    columns = [_as_configured(config, target)]
+    fixed = _why_fixed(config)
+    if not fixed:
+        columns.append(Column(f"fastest in {text}", config, target.fastest(config, size)))
+        columns += _with_host(columns[-1], target, size)
+    forecasts = [target.forecast(column) for column in columns]
+    console.print(_plan_table(target.shape, columns, forecasts))
     console.print(f"optimizer state: {forecasts[0].paged / MIB:,.0f} MiB more, paged (outside the allocator's peak)")
-    if not config.data.packing:
-        console.print("data.packing = false: rows of one example each; a plan for a budget needs data.packing = true")
+    if not torch.cuda.is_available():
+        console.print("no GPU here: forecast for a Hopper GPU; before that generation cuBLAS keeps 24 MiB less")
+    if fixed:
+        console.print(fixed)
     for column in columns[1:]:
-        asked = "".join(f" --{key} true" for key in ON_HOST if column.config is not config)
+        asked = "".join(f" --{key} true" for key in column.on_host)
         console.print(f"{column.name}: --train.memory_budget {text}{asked}; or, as it then says:")
         for line in _settings(column):
             console.print(f"  {line}", markup=False, highlight=False)
@@ -71,16 +77,67 @@ class Column:
     name: str
     config: RunConfig
     plan: Plan
+    on_host: tuple[str, ...] = ()  # keys that were switched on for it
 
 
-def _with_host(fastest: Column, shape: ModelShape, placement: Placement, size: int) -> list[Column]:
+@dataclass(frozen=True)
+class Target:
+    """The model with its adapters, and the kind of GPU."""
+
+    shape: ModelShape
+    placement: Placement
+    hopper: bool
+
+    def fastest(self, config: RunConfig, size: int) -> Plan:
+        """Raises ConfigError where nothing fits."""
+        return best_plan(self.shape, config, self.placement, size, hopper=self.hopper)
+
+    def forecast(self, column: Column) -> Forecast:
+        """Of a column's plan."""
+        return forecast(self.shape, column.config, column.plan, self.placement, hopper=self.hopper)
+
+
+def _target(config: RunConfig) -> Target:
+    """Where there is no GPU, one that cuBLAS takes most memory on. An adapter to be trained first counts as [lora]."""
+    own = AdapterSize(config.lora.r, config.lora.target_modules)
+    init_from = find_adapter(config.lora.init_from, "lora.init_from")
+    try:
+        sizes = adapter_sizes(config, find_adapter(config.model.adapter, "model.adapter"), init_from)
+    except ConfigError:
+        sizes = adapter_sizes(config, None, init_from)[0], own
+    precision = "fp16" if config.train.precision == "auto" else config.train.precision
+    hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
+    shape = model_shape(load_model_config(config.model), *sizes)
+    return Target(shape, Placement(torch.device("cuda"), precision), hopper)
+
+
+def _as_configured(config: RunConfig, target: Target) -> Column:
+    """With the plan that a budget in the run file stands for."""
+    budget = parse_size(config.train.memory_budget or "")
+    if budget and not _why_fixed(config):
+        return Column(f"as configured ({config.train.memory_budget})", config, target.fastest(config, budget))
+    return Column("as configured", config, default_plan(target.shape, config))
+
+
+def _why_fixed(config: RunConfig) -> str:
+    """Why no budget can choose the micro-batches of this run; empty where it can."""
+    if not config.data.packing:
+        return "data.packing = false: rows of one example each; a plan for a budget needs data.packing = true"
+    if config.method == "dpo" and LOSSES[config.dpo.loss_type].mixes_pairs:
+        return mixed_by_a_budget(config)
+    return ""
+
+
+def _with_host(fastest: Column, target: Target, size: int) -> list[Column]:
     """The fastest plan with all on the host that may lie there, if that is faster: room for larger micro-batches."""
-    model = fastest.config.model.model_copy(update={"embeddings_on_host": True})
-    train = fastest.config.train.model_copy(update={"offload_activations": True})
-    config = fastest.config.model_copy(update={"model": model, "train": train})
-    plan = best_plan(shape, config, placement, size)
-    faster = cost(shape, config, plan) < cost(shape, fastest.config, fastest.plan)
-    return [Column("with more on the host", config, plan)] if faster else []
+    config, tied = fastest.config, target.shape.tied
+    model = config.model.model_copy(update={} if tied else {"embeddings_on_host": True})
+    train = config.train.model_copy(update={"offload_activations": True})
+    moved = config.model_copy(update={"model": model, "train": train})
+    plan = target.fastest(moved, size)
+    if cost(target.shape, moved, plan) >= cost(target.shape, config, fastest.plan):
+        return []
+    return [Column("with more on the host", moved, plan, ON_HOST[tied:])]
 
 
 def _settings(column: Column) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,10 +113,8 @@ def step_of(config: RunConfig, data: PreparedData, step: int) -> list[Any]:
     Raises:
         ConfigError: the run has fewer steps.
     """
-    train = config.train
-    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    order = DataOrder(len(data.train), rows_per_step, train.seed, train.data_order == "shuffled")
-    total = train.max_steps or math.ceil(order.steps_per_epoch * train.num_train_epochs - 1e-9)
+    order = DataOrder.of(config, len(data.train))
+    total = order.total_steps(config.train)
     if not 1 <= step <= total:
         raise ConfigError(f"--batch {step}: the run has the steps 1 to {total}")
     return [data.train[i] for i in order.step_rows(step - 1)]

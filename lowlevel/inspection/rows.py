@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from lowlevel.config import RunConfig
@@ -22,10 +21,8 @@ def step_examples(config: RunConfig, data: PreparedData, step: int) -> list[Any]
     Raises:
         ConfigError: the run has fewer steps.
     """
-    train = config.train
-    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    order = DataOrder(len(data.train), rows_per_step, train.seed, train.data_order == "shuffled")
-    total = train.max_steps or math.ceil(order.steps_per_epoch * train.num_train_epochs - 1e-9)
+    order = DataOrder.of(config, len(data.train))
+    total = order.total_steps(config.train)
     if step > total:
         raise ConfigError(f"--step {step}: the run has {total} steps")
     return [data.train[i] for i in order.step_rows(step - 1)]

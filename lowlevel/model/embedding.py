@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lowlevel.errors import ConfigError
 from lowlevel.kernels.host_rows import host_rows
 
+TIED = "model.embeddings_on_host: this model's input embedding is its LM head too; leave it out"
+
 
 class HostEmbedding(nn.Module):
     """Takes the place of a frozen nn.Embedding; the same numbers, read from pinned host memory."""
@@ -34,7 +36,7 @@ def move_embeddings_to_host(model: Any) -> None:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is head.weight or embedding.weight.data_ptr() == head.weight.data_ptr():
-        raise ConfigError("model.embeddings_on_host: this model's input embedding is its LM head too; leave it out")
+        raise ConfigError(TIED)
     model.set_input_embeddings(HostEmbedding(embedding.weight))
     if embedding.weight.is_cuda:
         torch.cuda.empty_cache()

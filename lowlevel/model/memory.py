@@ -37,8 +37,16 @@ DEQUANTISE_POSITIONS = 500  # on an H100 dequantising a layer takes as long as t
 
 
 @dataclass(frozen=True)
+class AdapterSize:
+    """Rank of an adapter, and the layers that it is on."""
+
+    rank: int
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder, in values and bytes."""
+    """Sizes of a decoder with its adapters, in values."""
 
     layers: int
     hidden: int
@@ -49,7 +57,10 @@ class ModelShape:
     linear: int  # values in the layers' linear weights
     largest: int  # values of the largest of them
     other: int  # values in embeddings, LM head and norms
-    adapter: int  # trainable values at rank 1
+    tied: bool  # the input embedding is the LM head
+    adapted: int  # values in the linear weights under an adapter
+    trained: int  # values of the adapter in training
+    frozen: int  # of the one under it
 
 
 @dataclass(frozen=True)
@@ -84,17 +95,25 @@ class Forecast:
         return sum(self.static.values()) + max(self.phases.values())
 
 
-def model_shape(base: PretrainedConfig, targets: tuple[str, ...]) -> ModelShape:
-    """Sizes of a model from its configuration, without its weights."""
+def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSize | None = None) -> ModelShape:
+    """Sizes of a model from its configuration, without its weights, and of its adapters."""
     settings = base.to_dict()
     model: Any = empty_model(base)
     head = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
     embeddings = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in embeddings}
-    adapted = [m for n, m in linear.items() if n.rsplit(".", 1)[-1] in targets]
+
+    def under(*adapters: AdapterSize | None) -> list[nn.Linear]:
+        targets = {target for adapter in adapters if adapter for target in adapter.targets}
+        return [m for n, m in linear.items() if n.rsplit(".", 1)[-1] in targets]
+
+    def size(adapter: AdapterSize | None) -> int:
+        return adapter.rank * sum(m.in_features + m.out_features for m in under(adapter)) if adapter else 0
+
     values = sum(m.weight.numel() for m in linear.values())
     parameters = {id(p): p.numel() for p in model.parameters()}
-    if settings.get("tie_word_embeddings"):  # without weights nothing is tied
+    tied = bool(settings.get("tie_word_embeddings"))
+    if tied:  # without weights nothing is
         parameters.pop(id(model.get_output_embeddings().weight), None)
     return ModelShape(
         layers=settings["num_hidden_layers"],
@@ -106,7 +125,10 @@ def model_shape(base: PretrainedConfig, targets: tuple[str, ...]) -> ModelShape:
         linear=values,
         largest=max(m.weight.numel() for m in linear.values()),
         other=sum(parameters.values()) - values,
-        adapter=sum(m.in_features + m.out_features for m in adapted),
+        tied=tied,
+        adapted=sum(m.weight.numel() for m in under(trained, frozen)),
+        trained=size(trained),
+        frozen=size(frozen),
     )
 
 
@@ -115,53 +137,53 @@ def forecast(
 ) -> Forecast:
     """Predict a run's memory on a GPU, in bytes."""
     size = DTYPES[placement.precision].itemsize
-    parents = 1 if config.model.adapter and config.model.adapter_mode == "stack" else 0
-    adapter = shape.adapter * config.lora.r
-    quantised = config.model.load_in_4bit
-    constants = 0
-    if not quantised or plan.dequantize_once:
-        base = shape.linear * size
-    else:
-        base = shape.linear // 2
-        blocks = shape.linear // ABSMAX_BLOCK
-        constants = blocks + blocks // 64 if config.model.bnb_4bit_use_double_quant else 4 * blocks
+    quantised = _quantised(shape, config, plan)
+    blocks = quantised // ABSMAX_BLOCK
+    constants = blocks + blocks // 64 if config.model.bnb_4bit_use_double_quant else 4 * blocks
     dropped = config.lora.lora_dropout > 0 and not (config.method == "dpo" and config.dpo.disable_dropout)
     kept = 4 * shape.hidden + 2 * shape.query + 2 * shape.key + 3 * shape.intermediate
     if dropped:
         kept += 5 * shape.hidden + shape.query + shape.intermediate
     transient = int(BACKWARD_VALUES * 3 * shape.intermediate) + 2 * shape.hidden
-    weights = 0 if plan.dequantize_once or not quantised else 2 * shape.largest * size
+    weights = 2 * shape.largest * size if quantised else 0
     inputs = plan.recomputed * shape.hidden
     on_device = min(inputs, 2 * shape.hidden) if config.train.offload_activations else inputs
     stored = on_device + (shape.layers - plan.recomputed) * kept
     in_backward = on_device + max(shape.layers - plan.recomputed, 1) * kept  # of the last layers, or of one made anew
-    other = shape.other - (shape.vocabulary * shape.hidden if config.model.embeddings_on_host else 0)
+    on_host = config.model.embeddings_on_host and not shape.tied
+    other = shape.other - (shape.vocabulary * shape.hidden if on_host else 0)
     chunk = chunk_rows(shape.vocabulary, size) * shape.vocabulary * size
     return Forecast(
         static={
-            "base weights": base,
+            "base weights": quantised // 2 + (shape.linear - quantised) * size,
             "quantisation constants": constants,
             "embeddings, LM head, norms": other * size,
-            "adapters": adapter * 4 * (1 + parents),
-            "gradient": adapter * 4,
+            "adapters": (shape.trained + shape.frozen) * 4,
+            "gradient": shape.trained * 4,
             "cuBLAS workspaces": WORKSPACE if hopper or config.train.deterministic else LOWER_WORKSPACE,
         },
         phases={
             "layers": plan.positions * (in_backward + transient) * size + weights,
             "LM head and loss": plan.positions * (stored + 4 * shape.hidden) * size + 2 * chunk,
         },
-        paged=adapter * (8 if config.train.optim != "paged_adamw_8bit" else 2),
+        paged=shape.trained * (8 if config.train.optim != "paged_adamw_8bit" else 2),
         host=plan.positions * inputs * size if config.train.offload_activations else 0,
     )
+
+
+def _quantised(shape: ModelShape, config: RunConfig, plan: Plan) -> int:
+    """Values that stay in 4 bits: dequantised once are the layers under an adapter."""
+    if not config.model.load_in_4bit:
+        return 0
+    return shape.linear - shape.adapted if plan.dequantize_once else shape.linear
 
 
 def default_plan(shape: ModelShape, config: RunConfig) -> Plan:
     """What the configuration asks for without a budget."""
     train = config.train
-    length = config.data.max_length * (1 if config.method == "sft" else 2)
     recomputed = shape.layers if train.recomputed_layers is None else min(train.recomputed_layers, shape.layers)
     return Plan(
-        positions=train.micro_batch_positions or train.per_device_train_batch_size * length,
+        positions=train.micro_batch_positions or train.per_device_train_batch_size * config.row_positions,
         recomputed=recomputed if train.gradient_checkpointing else 0,
         dequantize_once=train.dequantize_once,
     )
@@ -172,22 +194,20 @@ def cost(shape: ModelShape, config: RunConfig, plan: Plan) -> float:
     step = step_positions(config)
     share = plan.recomputed / shape.layers
     passes = 3 + share + (config.method == "dpo")
-    repeated = 0 if plan.dequantize_once or not config.model.load_in_4bit else DEQUANTISE_POSITIONS
+    repeated = DEQUANTISE_POSITIONS * _quantised(shape, config, plan) / shape.linear
     micro_batches = -(-step // plan.positions)
     return step * passes + micro_batches * (2 + share + (config.method == "dpo")) * (repeated + 60)
 
 
 def step_positions(config: RunConfig) -> int:
     """Most positions of an optimizer step."""
-    length = config.data.max_length * (1 if config.method == "sft" else 2)
-    return config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * length
+    return config.rows_per_step * config.row_positions
 
 
 def plans(shape: ModelShape, config: RunConfig) -> list[Plan]:
     """Every plan worth a look: micro-batches from one sequence to a whole step, any number of recomputed layers."""
-    length = config.data.max_length * (1 if config.method == "sft" else 2)
     step = step_positions(config)
-    sizes = sorted({min(step, length * 2**k) for k in range(step.bit_length())})
+    sizes = sorted({min(step, config.row_positions * 2**k) for k in range(step.bit_length())})
     once = (False, True) if config.model.load_in_4bit else (False,)
     return [Plan(n, r, d) for n in sizes for r in range(shape.layers + 1) for d in once]
 
@@ -205,7 +225,9 @@ def best_plan(shape: ModelShape, config: RunConfig, placement: Placement, budget
             f"train.memory_budget: {budget / 2**30:.2f} GiB is too little: the smallest plan needs "
             f"{least / 2**30:.2f} GiB; lower data.max_length or lora.r"
         )
-    return min(fitting, key=lambda p: (cost(shape, config, p), forecast(shape, config, p, placement).peak))
+    return min(
+        fitting, key=lambda p: (cost(shape, config, p), forecast(shape, config, p, placement, hopper=hopper).peak)
+    )
 
 
 def planned(config: RunConfig, plan: Plan) -> RunConfig:

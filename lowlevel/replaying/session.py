@@ -6,7 +6,6 @@ Nothing is written and no lock is taken: a run may be going on in the same folde
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,15 +128,13 @@ def open_session(run_dir: Path, step: int, note: Note, *, start: int | None = No
     if start is not None and start >= step:
         raise ConfigError(f"--from {start}: a replay of step {step} starts before it")
     inputs, moved = _inputs(folder, config, manifest)
-    train = config.train
-    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    order = DataOrder(len(inputs.data.train), rows_per_step, train.seed, train.data_order == "shuffled")
-    total = train.max_steps or math.ceil(order.steps_per_epoch * train.num_train_epochs - 1e-9)
+    order = DataOrder.of(config, len(inputs.data.train))
+    total = order.total_steps(config.train)
     if step > total:
         raise ConfigError(f"--step {step}: the run has {total} steps")
     policy = build_run_policy(config, inputs)
     _check_identity(folder, manifest, identity(config, inputs, policy))
-    optimizer = build_optimizer(policy.flat.weights, train)
+    optimizer = build_optimizer(policy.flat.weights, config.train)
     state = TrainState(LossScale.for_precision(inputs.placement.precision))
     found = choose_start(folder, step, note, start)
     if found:
@@ -146,7 +143,7 @@ def open_session(run_dir: Path, step: int, note: Note, *, start: int | None = No
         except OSError as error:  # a run that goes on deletes old checkpoints
             raise CheckpointError(f"{found[0]} went away while it was read ({error.strerror}); try again") from None
         _check_identity(folder, manifest, found[1]["identity"])
-    if train.dequantize_once:
+    if config.train.dequantize_once:
         dequantize_once(policy)
     method = build_method(config, inputs.attention)
     return Session(

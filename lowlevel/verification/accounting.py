@@ -65,12 +65,7 @@ def _parameter(subject: Subject, evidence: Evidence, name: str) -> Check:
     method = subject.method
     assert isinstance(method, DPO)
     old = getattr(method.config, name)
-    default = {"discopop_tau": 0.05, "dpop_lambda": 50.0, "rpo_alpha": 1.0}
-    new = (
-        {"label_smoothing": 0.25 if old < 0.2 else 0.1}.get(name, 0.5 * (default[name] if old is None else old))
-        if (old is not None)
-        else 0.5 * default[name]
-    )
+    new = _another(name, old)
     changed: Any = method.config.model_copy(update={name: new})
     batches = subject.batches()
     found = sum(
@@ -85,6 +80,16 @@ def _parameter(subject: Subject, evidence: Evidence, name: str) -> Check:
     bound = max(1e-3, subject.bounds.layout_loss * 10 * size / (abs(expected) or 1.0))
     note = f"{_shown(old)} -> {new:g} changes the loss by {expected / len(subject.examples):+.4g}, relative"
     return check(GROUP, f"{name} reaches the loss", error, min(bound, 0.5), note)
+
+
+DEFAULTS = {"discopop_tau": 0.05, "dpop_lambda": 50.0, "rpo_alpha": 1.0}  # of what may be left out
+
+
+def _another(name: str, value: float | None) -> float:
+    """A value that is allowed and gives another loss."""
+    if name == "label_smoothing":
+        return 0.25 if value is None or value < 0.2 else 0.1
+    return 0.5 * (value or DEFAULTS[name])
 
 
 def _shown(value: float | None) -> str:

@@ -149,9 +149,10 @@ def _ends(subject: Subject, reads: list[Read], expected: dict[int, list[Expected
 def _bos(subject: Subject, reads: list[Read]) -> Check:
     bos = subject.tokenizer.bos_id
     if bos is None:
-        return check(GROUP, "exactly one BOS", 0, 0, "the tokenizer puts none")
-    wrong = sum(int((read.inputs == bos).sum()) != 1 or read.inputs[0] != bos for read in reads)
-    return check(GROUP, "exactly one BOS", float(wrong), 0, f"{len(reads)} sequences, id {bos}")
+        return check(GROUP, "one BOS at the start", 0, 0, "the tokenizer puts none")
+    # A template may write more of them before later turns, which "targets as the rows say" compares.
+    wrong = sum(read.inputs[0] != bos or bool((read.inputs[1:2] == bos).any()) for read in reads)
+    return check(GROUP, "one BOS at the start", float(wrong), 0, f"{len(reads)} sequences, id {bos}")
 
 
 def _gradient(subject: Subject, batches: list[PackedBatch], reads: list[list[Read]], expected: Targets) -> Check:

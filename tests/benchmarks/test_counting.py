@@ -33,6 +33,14 @@ def test_one_layer_by_hand():
     assert totals(ops)["optimizer"][1] == 64 * (4 + 4 + 8 + 28)
 
 
+def test_the_lm_heads_chunks_are_those_of_its_path():
+    """1,536 rows of 32,000 words: 3 chunks of 512 in the fused path, 2 of 1,024 in torch's; each reads the weight."""
+    shape, work = ModelShape(2048, 5632, 1, 32, 4, 32000, 1), [Work(2048, 1536, 10)]
+    for head, chunks, kernels in (("fused", 3, 3 + 4), ("torch", 2, 8 + 9)):
+        ops = step_ops(shape, work, Settings("sft", recomputed=0, dropout=False, head=head))
+        assert totals(ops)["LM head"][2] == chunks * kernels
+
+
 def test_dequantised_bytes_by_hand():
     (op,) = dequantise(64 * 64)  # half a byte in and two out a weight, and a byte for each of 64 constants
     assert op.bytes == pytest.approx(64 * 64 * 2.5 + 64)

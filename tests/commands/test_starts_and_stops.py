@@ -46,3 +46,21 @@ def test_early_stopping_ends_a_run_that_does_not_get_better(runs, cli, tmp_path)
     status = json.loads((tmp_path / "early" / "run-status.json").read_text())
     assert (status["state"], status["step"], status["checkpoint"]) == ("finished", 3, "step-00000003")
     assert (tmp_path / "early" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_more_patience_lets_an_early_stopped_run_go_on(runs, cli, tmp_path):
+    """With as much as before, resuming takes no step."""
+    patience = {"learning_rate": 1e-30, "eval_steps": 1, "early_stopping_patience": 1, "max_steps": 6}
+    holdout = {"eval_source": "holdout", "eval_limit": 2}
+    config = runs.space.write("patient", "sft", folder=tmp_path, data=holdout, train=patience)
+    assert cli("sft", config).code == 0
+
+    def last_step() -> int:
+        return json.loads((tmp_path / "patient" / "run-status.json").read_text())["step"]
+
+    assert last_step() == 2
+    assert cli("sft", config, "--resume").code == 0 and last_step() == 2
+    said = cli("sft", config, "--resume", "--train.early_stopping_patience", 3,
+               "--allow-change", "train.early_stopping_patience")  # fmt: skip
+    assert said.code == 0, said.err
+    assert last_step() == 4

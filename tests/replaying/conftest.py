@@ -35,7 +35,7 @@ def stop_after(step: int):
     def progress(self, state, result):
         original(self, state, result)
         if state.step == step:
-            self.on_signal(15, None)
+            self.interrupts.on_signal(15, None)
 
     patch = pytest.MonkeyPatch()
     patch.setattr(RunObserver, "progress", progress)

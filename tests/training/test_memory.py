@@ -4,19 +4,34 @@ import io
 import json
 import threading
 import time
+from dataclasses import replace
 
 import helpers
 import pytest
 import torch
 from rich.console import Console
 
+from lowlevel.assembly import build_method, check_inputs, find_adapter
 from lowlevel.commands.plan import show_memory, show_plan
 from lowlevel.config import DataConfig, DPOConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from lowlevel.dpo import DPO
 from lowlevel.errors import ConfigError
 from lowlevel.layout import Shape
+from lowlevel.model.adapters import adapter_sizes
+from lowlevel.model.attention import NAMES, Attention
 from lowlevel.model.base import load_model_config
-from lowlevel.model.memory import ModelShape, Plan, best_plan, cost, default_plan, forecast, model_shape, planned, plans
+from lowlevel.model.memory import (
+    AdapterSize,
+    ModelShape,
+    Plan,
+    best_plan,
+    cost,
+    default_plan,
+    forecast,
+    model_shape,
+    planned,
+    plans,
+)
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import dequantize_once
 from lowlevel.optimizer import build_optimizer
@@ -25,10 +40,13 @@ from lowlevel.rehearsal import components, largest_batch
 from lowlevel.sft import SFT
 
 FP16 = Placement(torch.device("cuda"), "fp16")
+PAIRS = DataConfig(format="preference")
+RECIPE = AdapterSize(64, LoraConfig().target_modules)
 LAYER = 2048 * (2 * 2048 + 2 * 256) + 3 * 2048 * 5632
 TINYLLAMA = ModelShape(
     layers=22, hidden=2048, intermediate=5632, query=2048, key=256, vocabulary=32000, linear=22 * LAYER,
-    largest=2048 * 5632, other=2 * 32000 * 2048 + 45 * 2048, adapter=22 * (2 * 4096 + 2 * (2048 + 256) + 3 * 7680),
+    largest=2048 * 5632, other=2 * 32000 * 2048 + 45 * 2048, tied=False, adapted=22 * LAYER,
+    trained=64 * 22 * (2 * 4096 + 2 * (2048 + 256) + 3 * 7680), frozen=0,
 )  # fmt: skip
 # Peaks on an H100 (torch 2.11, bitsandbytes 0.50.2) by method, positions, recomputed layers, dequantised once, and what
 # is on the host. The first six: of a whole micro-step, from the runs' memory.json at c15f4aa, 1593aba (sft's 4,096) and
@@ -65,22 +83,24 @@ def write_config(folder, **changes):
 
 def test_the_shape_of_tinyllama_by_hand(tmp_path):
     base = load_model_config(ModelConfig(name=write_config(tmp_path / "model")))
-    shape = model_shape(base, LoraConfig().target_modules)
+    shape = model_shape(base, RECIPE)
     q_and_o, k_and_v, mlp = 2 * 4096, 2 * (2048 + 256), 3 * (2048 + 5632)
-    assert shape.adapter == 22 * (q_and_o + k_and_v + mlp)
-    assert shape.adapter * 64 == 50_462_720  # the recipe's trainable parameters
+    assert shape.trained == 64 * 22 * (q_and_o + k_and_v + mlp) == 50_462_720  # the recipe's trainable parameters
+    assert shape == TINYLLAMA
     assert shape.linear == TINYLLAMA.linear and shape.other == TINYLLAMA.other
     assert (shape.query, shape.key, shape.largest) == (2048, 256, 2048 * 5632)
     tied = load_model_config(ModelConfig(name=write_config(tmp_path / "tied", tie_word_embeddings=True)))
-    assert model_shape(tied, ("q_proj",)).other == shape.other - 32000 * 2048
-    assert model_shape(tied, ("q_proj",)).adapter == 22 * 4096
+    small = model_shape(tied, AdapterSize(2, ("q_proj",)), AdapterSize(3, ("v_proj",)))
+    assert small.other == shape.other - 32000 * 2048 and small.tied
+    assert (small.trained, small.frozen) == (2 * 22 * 4096, 3 * 22 * (2048 + 256))
+    assert small.adapted == 22 * (2048 * 2048 + 2048 * 256)
 
 
 @pytest.mark.parametrize("case", MEASURED, ids=str)
 def test_the_forecast_is_within_5_percent_of_what_was_measured(tmp_path, case):
     method, positions, recomputed, once, on_host = case
     base = load_model_config(ModelConfig(name=write_config(tmp_path / "model")))
-    shape = model_shape(base, LoraConfig().target_modules)
+    shape = model_shape(base, RECIPE)
     config = run_config(method, offload_activations="inputs" in on_host)
     config = config.model_copy(update={"model": ModelConfig(embeddings_on_host="embeddings" in on_host)})
     found = forecast(shape, config, Plan(positions, recomputed, once), FP16).peak
@@ -101,7 +121,7 @@ def test_inputs_on_the_host_leave_the_forecast_of_the_gpu(recomputed, left):
 def test_static_parts_are_exact(tmp_path):
     """The components that the same runs listed, byte for byte where the format leaves no choice."""
     base = load_model_config(ModelConfig(name=write_config(tmp_path / "model")))
-    shape = model_shape(base, LoraConfig().target_modules)
+    shape = model_shape(base, RECIPE)
     static = forecast(shape, run_config(), Plan(1024, 22, False), FP16).static
     assert static["base weights"] == 484_442_112
     assert static["adapters"] == static["gradient"] == 201_850_880
@@ -111,8 +131,8 @@ def test_static_parts_are_exact(tmp_path):
     paged = [forecast(shape, run_config(optim=f"paged_adamw_{bits}bit"), Plan(1024, 22, False), FP16).paged
              for bits in (32, 8)]  # fmt: skip
     assert paged == [403_701_760, 100_925_440]
-    stacked = run_config("dpo").model_copy(update={"model": ModelConfig(adapter="a")})
-    assert forecast(shape, stacked, Plan(1024, 22, False), FP16).static["adapters"] == 2 * 201_850_880
+    stacked = model_shape(base, RECIPE, RECIPE)
+    assert forecast(stacked, run_config("dpo"), Plan(1024, 22, False), FP16).static["adapters"] == 2 * 201_850_880
 
 
 @pytest.mark.parametrize(("hopper", "more"), [(True, 0), (False, 33_554_432 - 8_519_680)])
@@ -183,6 +203,36 @@ def test_the_largest_batch_bounds_every_batch(kind, packing):
             assert batch.input_ids.numel() <= largest.input_ids.numel()
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_no_batch_is_larger_than_the_largest_where_sizes_are_no_multiples(kind):
+    """A micro-batch's positions are rounded up, and never beyond its capacity."""
+    length, pairs = 50, kind == "dpo"
+    config = run_config(kind, per_device_train_batch_size=3)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": length})})
+    method = build_method(config, Attention(NAMES["flash"], "for a test"))
+    assert method.shape.capacity % 8
+    make = helpers.ragged_pairs if pairs else helpers.ragged_examples
+    rows = [row for seed in range(40) for row in make(seed=seed)]
+    largest = largest_batch(method, rows, 12).input_ids.numel()
+    sizes = [batch.input_ids.numel() for start in range(0, len(rows), 12)
+             for batch in method.micro_batches(rows[start : start + 12])]  # fmt: skip
+    assert max(sizes) <= largest < method.shape.capacity + 8
+    assert default_plan(TINYLLAMA, config).positions == method.shape.capacity
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), LoraConfig().target_modules])
+def test_what_is_dequantised_once_is_what_the_forecast_says(tiny_base, targets):
+    policy = helpers.make_policy(tiny_base, quantised=True, targets=targets)
+    dequantize_once(policy)
+    found = components(policy, build_optimizer(policy.flat.weights, TrainConfig()))
+    base = load_model_config(ModelConfig(name=str(tiny_base)))
+    shape = model_shape(base, AdapterSize(8, targets))
+    fp32 = Placement(torch.device("cuda"), "fp32")
+    assert forecast(shape, run_config(), Plan(8, 0, True), fp32).static["base weights"] == found["base weights"]
+    full, part = (cost(s, run_config(), Plan(512, 22, True)) for s in (TINYLLAMA, replace(TINYLLAMA, adapted=0)))
+    assert part == cost(TINYLLAMA, run_config(), Plan(512, 22, False)) > full
+
+
 def test_components_count_every_parameter_once(tiny_base, parent_adapter):
     policy = helpers.make_policy(tiny_base, quantised=True, parent=parent_adapter)
     found = components(policy, build_optimizer(policy.flat.weights, TrainConfig()))
@@ -236,6 +286,66 @@ def test_the_plan_command_says_when_room_on_the_host_would_make_it_faster(tmp_pa
     assert "train.micro_batch_positions = 4096" in settings and "train.offload_activations = true" in settings
     assert "model.embeddings_on_host = true" in settings
     assert "on the host" not in said["15GiB"]
+
+
+def planned_by(config, budget=None):
+    console = Console(file=io.StringIO(), width=160)
+    show_plan(config, console, budget)
+    return console.file.getvalue()
+
+
+def test_a_tied_base_has_its_embedding_on_the_gpu_and_is_not_told_otherwise(tmp_path):
+    model = write_config(tmp_path / "model", tie_word_embeddings=True)
+    config = run_config().model_copy(update={"model": ModelConfig(name=model)})
+    said = planned_by(config, "2GB")
+    assert "--model.embeddings_on_host" not in said and "--train.offload_activations true" in said
+    row = next(line for line in said.splitlines() if "embeddings, LM head, norms" in line)
+    assert len(set(cell.strip() for cell in row.split("│")[2:-1])) == 1
+    asked = config.model_copy(update={"model": ModelConfig(name=model, embeddings_on_host=True)})
+    with pytest.raises(ConfigError, match="model.embeddings_on_host: this model's input embedding is its LM head too"):
+        check_inputs(asked)  # and no weight is there that could have been loaded
+
+
+def test_a_budget_in_the_run_file_is_what_is_configured(tmp_path):
+    model = ModelConfig(name=write_config(tmp_path / "model"))
+    config = run_config(memory_budget="15GiB").model_copy(update={"model": model})
+    said = planned_by(config, "2GB")
+    row = next(line for line in said.splitlines() if "positions a micro-batch" in line)
+    assert "as configured (15GiB)" in said and row.split("│")[2].strip() == "4,096"
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
+def test_a_loss_that_compares_the_pairs_of_a_micro_batch_takes_no_budget(tmp_path, loss_type):
+    """Its micro-batches are part of what is learned."""
+    model = ModelConfig(name=write_config(tmp_path / "model"))
+    update = {"model": model, "dpo": DPOConfig(loss_type=loss_type)}
+    config = run_config("dpo", memory_budget="2GB").model_copy(update=update)
+    with pytest.raises(ConfigError, match=f'memory_budget chooses the micro-batches, and loss_type = "{loss_type}"'):
+        check_inputs(config)
+    said = planned_by(config)
+    assert "as configured" in said and "fastest" not in said and f'loss_type = "{loss_type}" compares the pairs' in said
+
+
+def test_adapters_that_are_there_bring_their_own_size(tmp_path, tiny_base):
+    """One that is gone on from, and one underneath; an adapter that is still to be trained counts as this one."""
+    helpers.save_random_adapter(tiny_base, tmp_path / "other")
+
+    def sizes(**keys):
+        config = RunConfig(**keys)
+        folders = [find_adapter(path, "x") for path in (config.model.adapter, config.lora.init_from)]
+        found = adapter_sizes(config, *folders)
+        return [size and size.rank for size in found]
+
+    other = str(tmp_path / "other")
+    assert sizes() == [64, None]
+    assert sizes(lora=LoraConfig(init_from=other)) == [4, None]
+    assert sizes(method="dpo", data=PAIRS, model=ModelConfig(adapter=other), lora=LoraConfig(r=16)) == [16, 4]
+    merged = ModelConfig(adapter=other, adapter_mode="original")
+    assert sizes(method="dpo", data=PAIRS, model=merged) == [64, None]
+    missing = ModelConfig(name=write_config(tmp_path / "model"), adapter=str(tmp_path / "not yet"))
+    row = next(line for line in planned_by(run_config("dpo").model_copy(update={"model": missing})).splitlines()
+               if "adapters" in line)  # fmt: skip
+    assert row.split("│")[2].strip() == "385"
 
 
 def test_a_plan_without_packing_forecasts_what_is_configured_and_says_what_a_budget_needs(tmp_path):

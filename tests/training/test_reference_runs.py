@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_same_run(workspace, live, keep, monkeypatch):
     def stopping(self, state, result):
         progress(self, state, result)
         if state.step == stop:
-            self.on_signal(signal.SIGTERM, None)
+            self.interrupts.on_signal(signal.SIGTERM, None)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunObserver, "progress", stopping)

@@ -98,7 +98,7 @@ def run_and_stop(config: Path, step: int) -> InterruptedRunError:
     def progress(self, state, result):
         original(self, state, result)
         if state.step == step:
-            self.on_signal(signal.SIGTERM, None)
+            self.interrupts.on_signal(signal.SIGTERM, None)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunObserver, "progress", progress)

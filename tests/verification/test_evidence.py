@@ -1,11 +1,14 @@
-"""What errors of single tokens do to a step's loss: the rule that bounds are made from, against random errors."""
+"""Rules of single checks: what errors of tokens do to a step's loss, against random errors; where a BOS stands."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from lowlevel.verification.evidence import gather
+from lowlevel.verification.masking import Read, _bos
 from lowlevel.verification.report import fill_b
 from lowlevel.verification.subject import kept_weights, without_dropout
 
@@ -39,3 +42,14 @@ def test_twice_the_error_of_tokens_is_twice_that_of_the_loss(sft):
     once = evidence.loss_error(NATS, sft.config.dpo)
     assert evidence.loss_error(2 * NATS, sft.config.dpo) == pytest.approx(2 * once)
     assert once == pytest.approx(NATS / evidence.tokens**0.5)
+
+
+@pytest.mark.parametrize(
+    ("ids", "holds"),
+    [([1, 5, 2], True), ([1, 5, 2, 1, 6, 2], True), ([1, 1, 5], False), ([5, 1, 2], False), ([1], True)],
+)
+def test_one_bos_stands_at_the_start(ids, holds):
+    """Templates like Llama 2's write it before each turn."""
+    read = Read(0, 0, np.arange(len(ids)), np.array(ids), np.array(ids))
+    subject = SimpleNamespace(tokenizer=SimpleNamespace(bos_id=1))
+    assert _bos(subject, [read]).ok == holds
