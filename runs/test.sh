@@ -5,4 +5,5 @@ set -euo pipefail
 ruff check lowlevel tests benchmarks
 ruff format --check lowlevel tests benchmarks
 mypy
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"  # each test takes one thread, and shares what its file made
+export OMP_NUM_THREADS=1  # tests take turns on two cores, each in one thread
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"  # a file's tests share what it made

@@ -4,7 +4,6 @@ import json
 import os
 
 import pytest
-import torch
 from rich.console import Console
 
 from lowlevel.commands.demo import CHECK_ITEMS, run_demo
@@ -13,13 +12,8 @@ from lowlevel.commands.demo import CHECK_ITEMS, run_demo
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            result = run_demo(folder, Console(file=nowhere, width=140))
-    finally:
-        torch.set_num_threads(before)
+    with open(os.devnull, "w") as nowhere:
+        result = run_demo(folder, Console(file=nowhere, width=140))
     return folder, result
 
 
