@@ -5,8 +5,10 @@ import json
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import helpers
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -203,21 +205,17 @@ def test_the_largest_batch_bounds_every_batch(kind, packing):
             assert batch.input_ids.numel() <= largest.input_ids.numel()
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_no_batch_is_larger_than_the_largest_where_sizes_are_no_multiples(kind):
-    """A micro-batch's positions are rounded up, and never beyond its capacity."""
-    length, pairs = 50, kind == "dpo"
-    config = run_config(kind, per_device_train_batch_size=3)
+@pytest.mark.parametrize(("length", "batch"), [(500, 3), (600, 3), (700, 2), (512, 2)])
+def test_no_batch_is_larger_than_the_largest_whatever_the_length(length, batch):
+    """A micro-batch's positions are rounded up, and never beyond its capacity; forecast and rehearsal go by that."""
+    config = run_config(per_device_train_batch_size=batch)
     config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": length})})
     method = build_method(config, Attention(NAMES["flash"], "for a test"))
-    assert method.shape.capacity % 8
-    make = helpers.ragged_pairs if pairs else helpers.ragged_examples
-    rows = [row for seed in range(40) for row in make(seed=seed)]
-    largest = largest_batch(method, rows, 12).input_ids.numel()
-    sizes = [batch.input_ids.numel() for start in range(0, len(rows), 12)
-             for batch in method.micro_batches(rows[start : start + 12])]  # fmt: skip
-    assert max(sizes) <= largest < method.shape.capacity + 8
-    assert default_plan(TINYLLAMA, config).positions == method.shape.capacity
+    ids = np.arange(length + 1) % 90 + 3
+    rows = [SimpleNamespace(row=i, input_ids=ids, labels=ids) for i in range(2 * batch)]  # as long as any
+    sizes = {made.input_ids.numel() for made in method.micro_batches(rows)}
+    assert sizes == {largest_batch(method, rows, len(rows)).input_ids.numel()}
+    assert 0 <= max(sizes) - default_plan(TINYLLAMA, config).positions < 8
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), LoraConfig().target_modules])
@@ -302,6 +300,9 @@ def test_a_tied_base_has_its_embedding_on_the_gpu_and_is_not_told_otherwise(tmp_
     row = next(line for line in said.splitlines() if "embeddings, LM head, norms" in line)
     assert len(set(cell.strip() for cell in row.split("│")[2:-1])) == 1
     asked = config.model_copy(update={"model": ModelConfig(name=model, embeddings_on_host=True)})
+    shape = model_shape(load_model_config(asked.model), RECIPE)
+    static = [forecast(shape, one, Plan(1024, 22, False), FP16).static for one in (config, asked)]
+    assert static[0] == static[1]
     with pytest.raises(ConfigError, match="model.embeddings_on_host: this model's input embedding is its LM head too"):
         check_inputs(asked)  # and no weight is there that could have been loaded
 
