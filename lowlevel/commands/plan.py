@@ -104,7 +104,7 @@ def _target(config: RunConfig) -> Target:
     try:
         sizes = adapter_sizes(config, find_adapter(config.model.adapter, "model.adapter"), init_from)
     except ConfigError:
-        sizes = adapter_sizes(config, None, init_from)[0], own
+        sizes = adapter_sizes(config, None, init_from)[0], own if config.model.adapter_mode == "stack" else None
     precision = "fp16" if config.train.precision == "auto" else config.train.precision
     hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
     shape = model_shape(load_model_config(config.model), *sizes)

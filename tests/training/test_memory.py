@@ -254,14 +254,16 @@ def test_the_plan_command(tmp_path, capsys):
         show_plan(config, console, "much")
 
 
+def planned_by(config, budget=None):
+    console = Console(file=io.StringIO(), width=160)
+    show_plan(config, console, budget)
+    return console.file.getvalue()
+
+
 def test_the_plan_command_says_what_goes_to_the_host(tmp_path):
     model = ModelConfig(name=write_config(tmp_path / "model"))
     config = run_config(offload_activations=True).model_copy(update={"model": model})
-    said = {}
-    for budget in ("2GB", "15GiB"):
-        console = Console(file=io.StringIO(), width=100)
-        show_plan(config, console, budget)
-        said[budget] = console.file.getvalue()
+    said = {budget: planned_by(config, budget) for budget in ("2GB", "15GiB")}
     row = next(line for line in said["15GiB"].splitlines() if "on the host" in line)
     assert [cell.strip() for cell in row.split("│")[1:-1]] == ["inputs of recomputed layers, on the host", "88", "0"]
     assert "offload_activations = true" in said["2GB"] and "offload_activations = false" in said["15GiB"]
@@ -271,11 +273,7 @@ def test_the_plan_command_says_when_room_on_the_host_would_make_it_faster(tmp_pa
     """In 2 GB twice as many positions fit at once; in 15 GiB everything fits as it is."""
     model = ModelConfig(name=write_config(tmp_path / "model"))
     config = run_config().model_copy(update={"model": model})
-    said = {}
-    for budget in ("2GB", "15GiB"):
-        console = Console(file=io.StringIO(), width=140)
-        show_plan(config, console, budget)
-        said[budget] = console.file.getvalue()
+    said = {budget: planned_by(config, budget) for budget in ("2GB", "15GiB")}
     row = next(line for line in said["2GB"].splitlines() if "positions a micro-batch" in line)
     assert [cell.strip() for cell in row.split("│")[2:-1]] == ["1,024", "2,048", "4,096"]
     flags = "--train.memory_budget 2GB --model.embeddings_on_host true --train.offload_activations true;"
@@ -284,12 +282,6 @@ def test_the_plan_command_says_when_room_on_the_host_would_make_it_faster(tmp_pa
     assert "train.micro_batch_positions = 4096" in settings and "train.offload_activations = true" in settings
     assert "model.embeddings_on_host = true" in settings
     assert "on the host" not in said["15GiB"]
-
-
-def planned_by(config, budget=None):
-    console = Console(file=io.StringIO(), width=160)
-    show_plan(config, console, budget)
-    return console.file.getvalue()
 
 
 def test_a_tied_base_has_its_embedding_on_the_gpu_and_is_not_told_otherwise(tmp_path):
@@ -344,9 +336,11 @@ def test_adapters_that_are_there_bring_their_own_size(tmp_path, tiny_base):
     merged = ModelConfig(adapter=other, adapter_mode="original")
     assert sizes(method="dpo", data=PAIRS, model=merged) == [64, None]
     missing = ModelConfig(name=write_config(tmp_path / "model"), adapter=str(tmp_path / "not yet"))
-    row = next(line for line in planned_by(run_config("dpo").model_copy(update={"model": missing})).splitlines()
-               if "adapters" in line)  # fmt: skip
-    assert row.split("│")[2].strip() == "385"
+    for mode, size in (("stack", "385"), ("original", "192")):
+        model = missing.model_copy(update={"adapter_mode": mode})
+        said = planned_by(run_config("dpo").model_copy(update={"model": model}))
+        row = next(line for line in said.splitlines() if "adapters" in line)
+        assert row.split("│")[2].strip() == size
 
 
 def test_a_plan_without_packing_forecasts_what_is_configured_and_says_what_a_budget_needs(tmp_path):
