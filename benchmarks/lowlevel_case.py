@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,14 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
     Returns:
         The logged records, and the mode of execution that the run ended in.
     """
-    train, progress = lowlevel.run.train, lowlevel.run.RunObserver.progress
+    train, rehearse, progress = lowlevel.run.train, lowlevel.run.rehearse, lowlevel.run.RunObserver.progress
     modes = []
+
+    def metered_rehearse(*args: Any) -> dict[str, Any]:
+        began = time.perf_counter()
+        report = rehearse(*args)  # it waits for the device
+        meter.rehearsal = time.perf_counter() - began
+        return report
 
     def metered_train(*args: Any, **kwargs: Any) -> None:
         meter.begin()
@@ -40,7 +47,11 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
         meter.end_step()
         progress(self, *args)
 
-    with patch("lowlevel.run.train", metered_train), patch("lowlevel.run.RunObserver.progress", metered_progress):
+    with (
+        patch("lowlevel.run.rehearse", metered_rehearse),
+        patch("lowlevel.run.train", metered_train),
+        patch("lowlevel.run.RunObserver.progress", metered_progress),
+    ):
         lowlevel.run.run_training(config, make_console(), restart=True)
     return [r for r in RunFolder(Path(config.train.output_dir)).read_metrics() if "loss" in r], modes[0]
 

@@ -28,10 +28,12 @@ class Meter:
 
     The device is waited for at each step's end, in every tool alike. `device_used_gib` is what the driver says is in
     use beyond what was before the process's first allocation: it holds paged optimizer state, cached blocks and graph
-    pools, which `max_memory_allocated` does not all count.
+    pools, which `max_memory_allocated` does not all count. `rehearsal` is what a tool does before its first step and
+    others do in it: compiling, capturing.
     """
 
     seconds: list[float] = field(default_factory=list)
+    rehearsal: float = 0.0
     device_used_gib: float = 0.0
     baseline: int = field(default_factory=lambda: _device_used())
     started: float | None = None
@@ -128,7 +130,7 @@ def row(job: Job, meter: Meter, measured: Measured) -> dict[str, Any]:
         "loss_first": round(measured.losses[0], 4),
         "loss_last": round(measured.losses[-1], 4),
         "losses": ";".join(f"{loss:.5f}" for loss in measured.losses),
-        "first_step_seconds": round(meter.seconds[0], 3),
+        "first_step_seconds": round(meter.rehearsal + meter.seconds[0], 3),
         "tokens": sum(measured.tokens),
         "positions_per_step": round(measured.positions / steps),
         "padding_share": round(1 - measured.computed / measured.positions, 4),
