@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowlevel.adapter_sources import check_frozen_under, find_adapter
 from lowlevel.checkpoint import write_json
 from lowlevel.config import RunConfig
 from lowlevel.contradictions import parse_size
@@ -23,6 +25,7 @@ from lowlevel.model.base import base_sha256, empty_model, load_base, load_model_
 from lowlevel.model.embedding import TIED
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.model.policy import Policy
+from lowlevel.model.suitability import attention_window
 from lowlevel.order import ORDER_VERSION
 from lowlevel.run_folder import RunFolder
 from lowlevel.sft import SFT
@@ -105,6 +108,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     init_from = find_adapter(config.lora.init_from, "lora.init_from")
     for folder in filter(None, (parent, init_from)):
         read_adapter_config(folder)
+    check_frozen_under(parent, init_from)
     if init_from is None:
         check_target_modules(empty_model(base), config.lora.target_modules)
     tokenizer, data = prepare_data(config)
@@ -142,33 +146,20 @@ def prepare_data(config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:
         ConfigError, DataError: with what to do about it.
     """
     from lowlevel.data.prepare import ModelLimits, prepare
+
+    base = load_model_config(config.model)
+    tokenizer = load_run_tokenizer(config)
+    limits = ModelLimits(base.vocab_size, base.max_position_embeddings, attention_window(base))
+    return tokenizer, prepare(config, tokenizer, limits)
+
+
+def load_run_tokenizer(config: RunConfig) -> ChatTokenizer:
+    """The tokenizer and chat template of a configuration. Raises ConfigError."""
     from lowlevel.data.rendering import load_chat_tokenizer
 
-    model, base = config.model, load_model_config(config.model)
-    tokenizer = load_chat_tokenizer(resolve_name(model.name), model.revision, config.data.chat_template_from)
-    return tokenizer, prepare(config, tokenizer, ModelLimits(base.vocab_size, base.max_position_embeddings))
-
-
-def find_adapter(path: str | None, key: str) -> Path | None:
-    """The PEFT folder that a run folder or PEFT folder stands for.
-
-    Raises:
-        ConfigError: nothing there, an unfinished run, or an adapter that itself stands on another one.
-    """
-    if path is None:
-        return None
-    folder = RunFolder(Path(path))
-    if (folder.path / "adapter_config.json").exists():
-        return folder.path
-    if not folder.path.exists():
-        raise ConfigError(f"{key}: {path} does not exist")
-    if folder.parent.exists():
-        raise ConfigError(
-            f"{key}: {path} stands on an adapter of its own; merge it first (lowlevel merge) and start from that"
-        )
-    if not folder.adapter.exists():
-        raise ConfigError(f"{key}: {path} holds no adapter; has that run finished?")
-    return folder.adapter
+    model, data = config.model, config.data
+    date = datetime.date.fromisoformat(data.template_date)
+    return load_chat_tokenizer(resolve_name(model.name), model.revision, data.chat_template_from, date)
 
 
 def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tuple[RunConfig, Inputs]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lowlevel.contradictions import ADAPTER_SHAPE, contradictions, secrets_in
 from lowlevel.errors import ConfigError, one_line, quoted
@@ -24,6 +25,11 @@ Batch = Annotated[int, Field(gt=0, le=65_536)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _iso_date(text: str) -> str:
+    date.fromisoformat(text)
+    return text
 
 
 class Section(BaseModel):
@@ -84,6 +90,9 @@ class DataConfig(Section):
     format: Literal["messages", "orca", "preference"] = Field("messages", description="columns of a row")
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions that a row must meet")
     chat_template_from: str | None = Field(None, description="model or .jinja file whose chat template is used")
+    template_date: Annotated[str, AfterValidator(_iso_date)] = Field(
+        "2024-07-26", description="what a chat template that prints today's date is told"
+    )
     supervise: Literal["assistant", "all"] = Field("assistant", description="tokens that the loss is taken over")
     max_length: Annotated[int, Field(gt=1, le=LARGEST)] = Field(
         512, description="tokens of a sequence (prompt and completion)"

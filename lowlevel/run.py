@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lowlevel.adapter_sources import check_bases
 from lowlevel.assembly import (
     Inputs,
     build_method,
@@ -84,6 +85,8 @@ def run_training(
                 folder.discard()
             config, inputs = prepared or _prepared(config, folder)
             if config.model.adapter_mode == "original" and inputs.parent:
+                for note in check_bases({"model.adapter": inputs.parent}, {"name": config.model.name}):
+                    console.print(f"note: {note}", markup=False)
                 config, inputs = with_merged_base(config, inputs, folder)
             found = _checkpoint(folder, console, allow_change) if resume else None
             try:
@@ -197,6 +200,9 @@ def _train_in(
     interrupts: Interrupts,
 ) -> dict[str, Any]:
     config, policy, method, order = job.config, job.policy, job.method, job.order
+    sources = {"model.adapter": job.inputs.parent, "lora.init_from": job.inputs.init_from}
+    for note in check_bases(sources, job.manifest["base"]):
+        console.print(f"note: {note}", markup=False)
     state = _begin(folder, job, found, allow_change, console)
     if config.train.dequantize_once:
         dequantize_once(policy)

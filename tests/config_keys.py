@@ -36,6 +36,7 @@ KEYS = {
     "data.format": ("orca", {"method": "dpo"}),
     "data.filters": ([{"column": "score", "op": ">=", "value": 8}], {}),
     "data.chat_template_from": ("some/chat.jinja", {}),
+    "data.template_date": ("2026-11-24", {}),
     "data.supervise": ("all", {}),
     "data.max_length": (64, {}),
     "data.max_prompt_length": (32, PREFERENCES),

@@ -117,7 +117,8 @@ def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
             scored = _score_batch(run, batch)
             branches = 2 if run.config.method == "dpo" else 1
             pieces = zip(scored.logps.chunk(branches), scored.lengths.chunk(branches), strict=True)
-            parts.append([Scored(logps, lengths) for logps, lengths in pieces])
+            real = len(batch.data_rows)  # examples that only fill up a shape come behind them
+            parts.append([Scored(logps[:real], lengths[:real]) for logps, lengths in pieces])
     branch_major = [part for branch in zip(*parts, strict=True) for part in branch]
     return Scored(torch.cat([p.logps for p in branch_major]), torch.cat([p.lengths for p in branch_major]))
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.model.attention import NAMES
+from lowlevel.model.attention import plain_attention
 from lowlevel.model.placement import Placement
 
 if TYPE_CHECKING:
@@ -104,23 +103,16 @@ def _generate(
         **(sample if sampling.temperature > 0 else {"do_sample": False}),
     )
     torch.manual_seed(sampling.seed)
-    with plain_attention(model), placement.autocast():
-        output = cast(Any, model).generate(
-            input_ids=ids.to(placement.device),
-            attention_mask=mask.to(placement.device),
-            generation_config=config,
-            streamer=streamer,
-        )
-    return output[:, width:].tolist()
-
-
-@contextmanager
-def plain_attention(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Attention with a mask and a cache of keys: attention over spans is for whole rows alone."""
-    base = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
-    before = base.config._attn_implementation
-    base.set_attn_implementation("sdpa" if before in NAMES.values() else before)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, base.generation_config = base.generation_config, config  # its penalties would fill what is not set here
     try:
-        yield
+        with plain_attention(base), placement.autocast():
+            output = base.generate(
+                input_ids=ids.to(placement.device),
+                attention_mask=mask.to(placement.device),
+                generation_config=config,
+                streamer=streamer,
+            )
     finally:
-        base.set_attn_implementation(before)
+        base.generation_config = own
+    return output[:, width:].tolist()

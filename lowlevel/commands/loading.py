@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowlevel.assembly import build_method, find_adapter
+from lowlevel.adapter_sources import find_adapter
+from lowlevel.assembly import build_method, load_run_tokenizer
 from lowlevel.config import ModelConfig, RunConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import CheckpointError, ConfigError
@@ -71,9 +72,7 @@ def load_run(run_dir: Path, *, adapter: Path | None = None, initial: bool = Fals
     if parent and adapter_sha256(parent) != manifest["parent_adapter"]:
         raise CheckpointError(f"{parent}: not the adapter that this run stands on (its hash is not the manifest's)")
     placement = _placement(config.train.precision)
-    tokenizer = load_chat_tokenizer(
-        resolve_name(config.model.name), config.model.revision, config.data.chat_template_from
-    )
+    tokenizer = load_run_tokenizer(config)
     attention = choose_attention(config.model, load_model_config(config.model), placement)
     base = load_base(config.model, placement, attention=attention.implementation)
     if str(placement.dtype).removeprefix("torch.") == manifest["base"]["dtype"]:

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowlevel.assembly import find_adapter, mixed_by_a_budget
+from lowlevel.adapter_sources import find_adapter
+from lowlevel.assembly import mixed_by_a_budget
 from lowlevel.config import RunConfig
 from lowlevel.contradictions import parse_size
 from lowlevel.errors import ConfigError

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lowlevel.assembly import load_run_tokenizer
 from lowlevel.commands.displaced import look_at_displaced
 from lowlevel.config import RunConfig
-from lowlevel.data.rendering import load_chat_tokenizer
 from lowlevel.errors import ConfigError, LowlevelError
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.model.base import resolve_name
 from lowlevel.reporting.charts import write_pngs
 from lowlevel.reporting.page import Report, write_report
 from lowlevel.reporting.pairs import PairTables, pair_tables
@@ -126,8 +125,7 @@ def _token_texts(config: RunConfig, tables: PairTables | None) -> dict[int, str]
     if not (tables and tables.falls):
         return {}
     try:
-        model, data = config.model, config.data
-        tokenizer = load_chat_tokenizer(resolve_name(model.name), model.revision, data.chat_template_from)
+        tokenizer = load_run_tokenizer(config)
     except LowlevelError:
         return {}
     pieces = TokenPieces(tokenizer)

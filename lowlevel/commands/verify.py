@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
+from lowlevel.adapter_sources import find_adapter
 from lowlevel.assembly import (
     Inputs,
     build_method,
     build_run_policy,
     check_inputs,
     choose_execution,
-    find_adapter,
     with_merged_base,
     with_plan,
 )

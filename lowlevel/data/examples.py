@@ -59,6 +59,7 @@ class TokenCounts:
         lost, prompt_lost: supervised (or completion) tokens and prompt tokens cut away.
         replies, ended: replies in the example, and those whose last token ends the turn.
         retokenised: boundaries between prompt and reply inside a token.
+        left_out: messages that the chat template left out or changed.
     """
 
     total: int
@@ -71,6 +72,7 @@ class TokenCounts:
     replies: int = 0
     ended: int = 0
     retokenised: int = 0
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def sft_example(
         replies=len(replies),
         ended=sum(end <= limit and ids[end - 1] == tokenizer.end_of_turn_id for _, end in replies),
         retokenised=encoded.retokenised,
+        left_out=encoded.left_out,
     )
     ids, learned = ids[:limit], learned[:limit]
     return SFTExample(row.row.id, row.row.where, ids, np.where(learned, ids, IGNORE).astype(np.int32)), counts
@@ -164,6 +167,7 @@ def preference_example(
         replies=2,
         ended=sum(tokenizer.end_of_turn_id in completion[-_tail(tokenizer) :] for completion in kept[1:]),
         retokenised=pair.retokenised,
+        left_out=pair.left_out,
     )
     arrays = [np.asarray(ids, np.int32) for ids in kept]
     return PreferenceExample(row.row.id, row.row.where, arrays[0], arrays[1], arrays[2]), counts

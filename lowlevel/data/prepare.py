@@ -15,16 +15,17 @@ from lowlevel.data.filters import apply_filters
 from lowlevel.data.messages import BadRow, Normalised, check_columns, normalise
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.report import DataReport, SplitReport, count_warnings, overlap, split_report, tokenizer_report
-from lowlevel.data.sources import Row, RowProblem, data_error, read_source, shuffled
-from lowlevel.errors import ConfigError, DataError
+from lowlevel.data.sources import FILE_SUFFIXES, Row, RowProblem, data_error, read_source, shuffled
+from lowlevel.errors import ConfigError, DataError, quoted
 
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What the model's config.json says: rows of the embedding, and positions (tokens of a sequence)."""
+    """What the model's config.json says: rows of the embedding, positions (tokens of a sequence), attention window."""
 
     vocab_size: int
     max_position_embeddings: int
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,19 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
     """Read and tokenise what a run trains and evaluates on.
 
     Raises:
-        ConfigError: max_length beyond the model, a source or column that does not exist, a holdout that leaves nothing.
+        ConfigError: max_length beyond the model or its attention window, a source or column that does not exist, a
+            holdout that leaves nothing.
         DataError: unusable rows (unless data.on_bad_row is "skip"), or no usable row at all.
     """
     data = config.data
     if data.max_length > limits.max_position_embeddings:
         limit = limits.max_position_embeddings
         raise ConfigError(f"data.max_length {data.max_length} > model limit {limit}: lower data.max_length")
+    if limits.window is not None and data.max_length > limits.window:
+        raise ConfigError(
+            f"data.max_length {data.max_length} > {limits.window}, the model's attention window, which a packed row "
+            "does not have: lower data.max_length"
+        )
     selections = _select(data)
     finished = [_build(selected, data, tokenizer, limits.vocab_size) for selected in selections]
     problems = [problem for built, _ in finished for problem in built.problems]
@@ -88,6 +95,11 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
 
 def _select(data: DataConfig) -> list[Selected]:
     """The training split, then the evaluation split if there is one."""
+    same_split = data.source.endswith(FILE_SUFFIXES) or data.split == data.eval_split
+    if data.source == data.eval_source != "demo" and same_split:
+        raise ConfigError(
+            f'data.eval_source {quoted(data.source)} is what is trained on: name other rows, or "holdout" to keep some'
+        )
     source = _filtered(data.source, data.split, data)
     rows = source.rows if data.shuffle_seed is None else shuffled(source.rows, data.shuffle_seed)
     if data.eval_source is None:

@@ -5,6 +5,7 @@ A conversation is rendered to text and tokenised once; which tokens the assistan
 
 from __future__ import annotations
 
+import datetime
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowlevel.data.templates import ChatTemplate, Message, RenderError, Span, with_end_of_turn
+from lowlevel.data.templates import DATE, ChatTemplate, Message, RenderError, Span, left_out, with_end_of_turn
 from lowlevel.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
@@ -32,22 +33,25 @@ class Encoded:
         supervised: (L,) True where the assistant wrote the token, up to and including its end-of-turn token.
         replies: half-open token ranges of the assistant's replies.
         retokenised: boundaries of replies that fell inside a token, so that both sides were tokenised apart.
+        left_out: messages that the template left out or changed.
     """
 
     input_ids: list[int]
     supervised: list[bool]
     replies: list[Span]
     retokenised: int
+    left_out: int
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A prompt, (P,) ids, and its two completions, (C,) and (R,); `retokenised` of them were tokenised apart."""
+    """A prompt, (P,) ids, and its two completions, (C,) and (R,); `retokenised` and `left_out` as above."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     retokenised: int
+    left_out: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,10 @@ class ChatTokenizer:
         """Tokenise a batch; a conversation that cannot be rendered leaves its error in its place."""
         rendered = [_or_error(self.chat_template.text_and_replies, messages) for messages in conversations]
         tokens = iter(self._tokenise([item[0] for item in rendered if not isinstance(item, RenderError)]))
-        return [item if isinstance(item, RenderError) else self._encoded(item, next(tokens)) for item in rendered]
+        return [
+            item if isinstance(item, RenderError) else self._encoded(item, next(tokens), left_out(item[0], messages))
+            for item, messages in zip(rendered, conversations, strict=True)
+        ]
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids that generation starts from: messages, then the opening of a reply. Raises RenderError."""
@@ -127,8 +134,8 @@ class ChatTokenizer:
         texts = [text for item in rendered if not isinstance(item, RenderError) for text in item]
         ids = iter(self._ids(texts))
         return [
-            item if isinstance(item, RenderError) else self._cut_pair(item, (next(ids), next(ids), next(ids)))
-            for item in rendered
+            item if isinstance(item, RenderError) else self._cut_pair(item, (next(ids), next(ids), next(ids)), pair)
+            for item, pair in zip(rendered, pairs, strict=True)
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -141,15 +148,20 @@ class ChatTokenizer:
         with_chosen, cut = self.chat_template.text_and_cut(prompt, chosen, supervise)
         return with_chosen[:cut], with_chosen, self.chat_template.text_and_cut(prompt, rejected, supervise)[0]
 
-    def _cut_pair(self, texts: Sequence[str], ids: Sequence[list[int]]) -> EncodedPair:
-        """Both in the order prompt, prompt + chosen, prompt + rejected."""
+    def _cut_pair(
+        self, texts: Sequence[str], ids: Sequence[list[int]], pair: tuple[Sequence[Message], str, str]
+    ) -> EncodedPair:
+        """Texts and ids in the order prompt, prompt + chosen, prompt + rejected."""
         prefix, prompt = texts[0], ids[0]
         straddles = [whole[: len(prompt)] != prompt for whole in ids[1:]]
         chosen, rejected = (
             self._continue(text[len(prefix) :])[0] if apart else whole[len(prompt) :]
             for text, whole, apart in zip(texts[1:], ids[1:], straddles, strict=True)
         )
-        return EncodedPair(self._with_bos(prompt), chosen, rejected, sum(straddles))
+        lost = left_out(prefix, pair[0]) + sum(
+            left_out(text, [{"content": reply}]) for text, reply in zip(texts[1:], pair[1:], strict=True)
+        )
+        return EncodedPair(self._with_bos(prompt), chosen, rejected, sum(straddles), lost)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without any token that the tokenizer would add."""
@@ -173,7 +185,7 @@ class ChatTokenizer:
             return plain
         return ids[len(newline) :], offsets[len(newline) :] - 1
 
-    def _encoded(self, rendered: tuple[str, list[Span]], tokens: Tokens) -> Encoded:
+    def _encoded(self, rendered: tuple[str, list[Span]], tokens: Tokens, lost: int) -> Encoded:
         text, spans = rendered
         ids, offsets = tokens
         straddled = [cut for span in spans for cut in span if _straddles(offsets, cut)]
@@ -187,7 +199,7 @@ class ChatTokenizer:
         supervised = np.zeros(len(input_ids), bool)
         for start, end in replies:
             supervised[start:end] = True
-        return Encoded(input_ids, supervised.tolist(), replies, len(straddled))
+        return Encoded(input_ids, supervised.tolist(), replies, len(straddled), lost)
 
     def _tokenise_apart(self, text: str, cuts: Sequence[int]) -> Tokens:
         ids, offsets = self._tokenise([text[: cuts[0]]])[0]
@@ -203,28 +215,31 @@ class ChatTokenizer:
         return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
 
-def load_chat_tokenizer(name: str, revision: str | None, chat_template_from: str | None) -> ChatTokenizer:
+def load_chat_tokenizer(
+    name: str, revision: str | None, chat_template_from: str | None, date: datetime.date = DATE
+) -> ChatTokenizer:
     """Load a tokenizer and its chat template; no code of the model's repository is run.
 
     Args:
         name: hub name, local folder, or "demo".
         revision: branch, tag or commit on the hub.
         chat_template_from: model whose template is used instead, or a .jinja file.
+        date: what a template that prints today's date is told.
 
     Raises:
         ConfigError: not loadable, not a fast tokenizer, no eos token, no chat template, or one that does not compile.
     """
     tokenizer = _load_tokenizer(name, revision)
-    return chat_tokenizer(tokenizer, _template_text(tokenizer, name, chat_template_from), name)
+    return chat_tokenizer(tokenizer, _template_text(tokenizer, name, chat_template_from), name, date)
 
 
-def chat_tokenizer(tokenizer: Any, template: str, name: str = "tokenizer") -> ChatTokenizer:
+def chat_tokenizer(tokenizer: Any, template: str, name: str = "tokenizer", date: datetime.date = DATE) -> ChatTokenizer:
     """Put a loaded tokenizer and the text of a template together; `name` is for errors. Raises ConfigError."""
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{name}: tokenizer has no eos token; completions would never end")
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = tuple(sorted({*added, *tokenizer.all_special_tokens}))
-    chat_template = with_end_of_turn(ChatTemplate(template, dict(tokenizer.special_tokens_map)), special)
+    chat_template = with_end_of_turn(ChatTemplate(template, dict(tokenizer.special_tokens_map), date), special)
     end = chat_template.end_of_turn
     bos = tokenizer.bos_token_id
     return ChatTokenizer(

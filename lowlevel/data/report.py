@@ -97,7 +97,12 @@ def split_report(
     examples: list[Example] = [*built.examples]
     supervised, lost = sum(c.supervised for c in counts), sum(c.lost for c in counts)
     total, prompt_lost = sum(map(_length, examples)), sum(c.prompt_lost for c in counts)
-    retokenised = Counter({"prompt and reply tokenised apart": sum(c.retokenised for c in counts)})
+    encoding = Counter(
+        {
+            "prompt and reply tokenised apart": sum(c.retokenised for c in counts),
+            "messages left out or changed by the chat template": sum(c.left_out for c in counts),
+        }
+    )
     digests = tuple(row.digest for row in built.rows)
     return SplitReport(
         source=name,
@@ -106,7 +111,7 @@ def split_report(
         rows_kept=len(built.examples),
         filtered=dict(filtered),
         dropped=_by_reason([*built.problems, *built.too_long]),
-        warnings=dict(warnings + retokenised),
+        warnings=dict(warnings + encoding),
         lengths={key: summary for key in COUNTED if (summary := _quantiles(counts, key))["max"]},
         tokens={"total": total, "supervised": supervised - lost},
         truncated_rows=sum(_was_cut(c, e) for c, e in zip(counts, examples, strict=True)),
@@ -148,6 +153,7 @@ def tokenizer_report(tokenizer: ChatTokenizer) -> dict[str, Any]:
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,
         "end_of_turn_id": tokenizer.end_of_turn_id,
+        "template_date": str(tokenizer.chat_template.date) if tokenizer.chat_template.asks_for_date else None,
     }
 
 
@@ -225,7 +231,9 @@ def _facts(split: SplitReport) -> dict[str, str]:
 def _closing_line(report: DataReport) -> str:
     ids = ", ".join(f"{name} {report.tokenizer[name + '_id']}" for name in ("bos", "eos", "pad", "end_of_turn"))
     shared = "" if report.overlap is None else f"; {report.overlap} evaluation prompts are also trained on"
-    return f"ids: {ids} (padding is masked by length){shared}; rows {report.train.fingerprint[:12]}"
+    date = report.tokenizer["template_date"]
+    told = f"; the chat template prints a date and is told {date} (data.template_date)" if date else ""
+    return f"ids: {ids} (padding is masked by length){shared}{told}; rows {report.train.fingerprint[:12]}"
 
 
 def _by_reason(problems: Sequence[RowProblem]) -> dict[str, Dropped]:

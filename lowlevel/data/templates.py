@@ -7,6 +7,7 @@ its values, and no range() longer than 100,000. Loops within loops are not bound
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ Span = tuple[int, int]
 NOT_A_PREFIX = "prompt tokens are not a prefix of prompt+answer tokens"
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = "Reply"
+DATE_CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "YymdBbAajHMSIpF"))  # of strftime, as templates use them
+DATE = datetime.date(2024, 7, 26)  # what Llama 3.1's template takes where it is told none
 
 
 class RenderError(DataError):
@@ -33,12 +36,14 @@ class ChatTemplate:
     Attributes:
         text: Jinja source.
         variables: names that the template sees, such as eos_token.
+        date: what a template that asks for today's date is told, so that the same rows give the same tokens tomorrow.
         end_of_turn: special token that ends a reply ("" where the template writes none).
         after_turn: what the template writes behind it, usually a newline.
     """
 
     text: str
     variables: Mapping[str, str]
+    date: datetime.date = DATE
     end_of_turn: str = ""
     after_turn: str = ""
 
@@ -46,6 +51,11 @@ class ChatTemplate:
     def sha256(self) -> str:
         """Identity of the template's text."""
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
+
+    @property
+    def asks_for_date(self) -> bool:
+        """Whether the template's text depends on the date."""
+        return "strftime_now" in self.text
 
     @property
     def has_markers(self) -> bool:
@@ -100,7 +110,7 @@ class ChatTemplate:
 
         options: dict[str, Any] = {
             **self.variables,
-            "chat_template": self.text,
+            "chat_template": (_told(self.date) if self.asks_for_date else "") + self.text,
             "return_assistant_tokens_mask": self.has_markers,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -111,6 +121,17 @@ class ChatTemplate:
         except Exception as error:  # foreign code can raise anything
             raise RenderError(f"the chat template refuses the row: {one_line(error)}") from None
         return texts[0], list(marked[0]) if marked else []
+
+
+def _told(date: datetime.date) -> str:
+    """Jinja source that defines `strftime_now` anew, which transformers offers to templates: with a date that stays."""
+    directives = "".join(f" | replace('{code}', '{date.strftime(code)}')" for code in DATE_CODES)
+    return "{%- macro strftime_now(format) -%}{{ format" + directives + " }}{%- endmacro -%}{{ '' }}"
+
+
+def left_out(text: str, messages: Sequence[Message]) -> int:
+    """How many messages the text of a conversation does not hold as they are, but for blanks around them."""
+    return sum(message["content"].strip() not in text for message in messages)
 
 
 def with_end_of_turn(template: ChatTemplate, special_tokens: Sequence[str]) -> ChatTemplate:

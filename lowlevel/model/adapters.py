@@ -26,7 +26,8 @@ from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.memory import AdapterSize
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import PARENT, TRAINED, Policy, check_lm_head, place_dropout
+from lowlevel.model.policy import PARENT, TRAINED, Policy, place_dropout
+from lowlevel.model.suitability import check_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,7 +82,7 @@ def build_policy(
         offload: keep their inputs in host memory.
 
     Raises:
-        ConfigError: target modules that match no layer, or that match the LM head.
+        ConfigError: target modules that match no layer, or that match the LM head; a base that cannot be trained here.
         CheckpointError: an adapter folder that is damaged or does not fit.
     """
     # torch 2.11's cuDNN attention, which it prefers on an H100, gives NaN gradients for masked rows whose length is no
@@ -109,7 +110,7 @@ def build_policy(
         model, flat, placement, state, tuple(layers.values()), parent is not None, attention, decoder_layers
     )
     policy.activate(parent=True, trained=True)
-    check_lm_head(policy)
+    check_base(policy)
     return policy
 
 

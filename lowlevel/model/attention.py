@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 # What transformers knows span attention by; a name with "flash" in it would send it to look for a kernel on the hub.
 NAMES = {"flash": "lowlevel_fa2", "efficient": "lowlevel_efficient", "math": "lowlevel_math"}
+
+# Arguments of attention kernels that span attention does not have: sinks (GPT-OSS), capped scores (Gemma 2).
+MORE_THAN_A_SOFTMAX = ("s_aux", "softcap")
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,17 @@ def register() -> None:
         AttentionInterface.register(name, partial(_forward, kernel=kernel))
 
 
+@contextmanager
+def plain_attention(base: Any) -> Iterator[None]:
+    """A Hugging Face model's attention for calls without a PackedBatch, in which a key may come from a cache."""
+    before = base.config._attn_implementation
+    base.set_attn_implementation("sdpa" if before in NAMES.values() else before)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+
+
 def _forward(
     module: nn.Module,
     query: Tensor,  # (rows, H, T, D)
@@ -111,6 +127,9 @@ def _forward(
     """What transformers calls in the place of its own attention; (rows, T, H, D)."""
     if spans is None:
         raise RuntimeError("span attention needs the spans of a PackedBatch; for plain calls set sdpa attention")
+    unknown = sorted(name for name in MORE_THAN_A_SOFTMAX if kwargs.get(name) is not None)
+    if unknown:
+        raise ConfigError(f'the base\'s attention has {unknown[0]}; set model.attn_implementation = "eager"')
     queries, keys, key_index, key_uses = spans
     rows, heads, width, features = query.shape
     flat = [part.transpose(1, 2).reshape(rows * width, -1, features) for part in (query, key, value)]

@@ -32,9 +32,12 @@ def move_embeddings_to_host(model: Any) -> None:
     """Free the GPU memory of a model's input embedding.
 
     Raises:
-        ConfigError: the table is the LM head as well (tied), which every step multiplies with.
+        ConfigError: the table is the LM head as well (tied), which every step multiplies with; or an embedding that
+            does more than look up a row, as Gemma 3's does.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(embedding) is not nn.Embedding:
+        raise ConfigError(f"model.embeddings_on_host: {type(embedding).__name__} does more than look up; leave it out")
     if embedding.weight is head.weight or embedding.weight.data_ptr() == head.weight.data_ptr():
         raise ConfigError(TIED)
     model.set_input_embeddings(HostEmbedding(embedding.weight))

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import bitsandbytes as bnb
-import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lowlevel.dropout import CounterDropout, DropoutState
-from lowlevel.errors import ConfigError
 from lowlevel.kernels import token_logps
-from lowlevel.layout import PackedBatch, build_batch, sft_segment
+from lowlevel.layout import PackedBatch
 from lowlevel.model.attention import Attention
 from lowlevel.model.flat import FlatParameters
 from lowlevel.model.layers import DecoderLayers
@@ -128,24 +126,3 @@ def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, d
         layer.lora_dropout[TRAINED] = replacement
         if PARENT in layer.lora_dropout:
             layer.lora_dropout[PARENT] = nn.Identity()
-
-
-def check_lm_head(policy: Policy) -> None:
-    """Raise ConfigError unless the model's own logits are `hidden @ lm_head.T`, as every loss here assumes.
-
-    A model may scale, cap or shift its logits after the LM head; training would then follow another distribution
-    silently.
-    """
-    weight = policy.lm_head_weight
-    tokens = np.arange(9) % weight.shape[0]
-    batch = build_batch([[sft_segment(0, 0, tokens, tokens)]], pairs=False).to(weight.device)
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-    inputs |= policy.attention.arguments(batch, policy.placement.dtype)
-    with policy.reference(), policy.placement.autocast():
-        base = policy.causal_lm
-        logits = base(**inputs).logits.float()
-        hidden = base.get_decoder()(**inputs).last_hidden_state
-        expected = (hidden.to(weight.dtype) @ weight.T).float()
-    error = (logits - expected).abs().max().item()
-    if not error <= 1e-2 * expected.abs().max().item():
-        raise ConfigError(f"model.name: the model's logits are not hidden @ lm_head.T (largest difference {error:.3g})")

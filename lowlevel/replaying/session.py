@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from lowlevel.adapter_sources import find_adapter
 from lowlevel.assembly import (
     Inputs,
     build_method,
     build_run_policy,
     choose_execution,
-    find_adapter,
     identity,
     prepare_data,
 )

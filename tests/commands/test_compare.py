@@ -1,6 +1,7 @@
 """`lowlevel compare`: scores and replies of every stage are those of plain transformers and PEFT."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from workspace import HELD_OUT, PROMPTS
 
 import lowlevel.commands.compare
 import lowlevel.commands.generate
-from lowlevel.commands.compare import Scored, pair_scores, sft_scores
+from lowlevel.assembly import build_method
+from lowlevel.commands.compare import Scored, load_held_out, pair_scores, score_rows, sft_scores
+from lowlevel.commands.loading import load_run
+from lowlevel.model.attention import NAMES, Attention
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +69,25 @@ def test_pair_scores_by_hand():
     assert pair_scores(scored, reference)["reward_accuracy"] == 1.0
     assert pair_scores(scored, scored)["reward_accuracy"] == 0.5
     assert sft_scores(scored) == {"eval_loss": pytest.approx(17 / 11)}
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_examples_that_only_fill_up_a_shape_are_not_scored(runs, method):
+    """A GPU's batches are filled up to a few shapes; scores are of the held-out rows alone."""
+    run = load_run(getattr(runs, method))
+    branches = 2 if method == "dpo" else 1
+    rows = load_held_out(runs.space.folder / method)[0][:5]
+    plain = score_rows(run, rows)
+    run.policy.causal_lm.set_attn_implementation(NAMES["math"])
+    spans = Attention(NAMES["math"], "")
+    run = replace(run, policy=replace(run.policy, attention=spans), method=build_method(run.config, spans))
+    filled = score_rows(run, rows)  # in the order of its micro-batches
+    assert len(filled.logps) == len(plain.logps) == 5 * branches
+    for mine, theirs in zip(filled.logps.chunk(branches), plain.logps.chunk(branches), strict=True):
+        torch.testing.assert_close(mine.sort().values, theirs.sort().values, rtol=1e-5, atol=1e-4)
+    assert torch.equal(filled.lengths.sort().values, plain.lengths.sort().values)
+    batch = run.method.micro_batches(rows[:1])[0]
+    assert len(batch.real) > len(batch.data_rows), "the batch is filled up"
 
 
 def test_compare_replies_are_those_of_plain_generate(runs, compared, tokenizer):

@@ -2,10 +2,12 @@
 
 import shutil
 
-from workspace import reply
+from workspace import PROMPTS, reply
 
 import lowlevel.commands.compare
 import lowlevel.commands.generate
+from lowlevel.commands.generate import Sampling, generate_replies
+from lowlevel.commands.loading import load_run
 from lowlevel.config import load_config
 from lowlevel.data.rendering import ChatTokenizer
 
@@ -75,3 +77,18 @@ def test_a_run_trained_in_fp16_on_a_gpu_can_be_used_without_one(runs, cli, tmp_p
     assert reply(cli, copy) == reply(cli, runs.dpo)
     said = cli("compare", copy, "--prompts", 1, "--max-new-tokens", 2)
     assert said.code == 0, said.err
+
+
+def test_settings_of_the_bases_own_generation_change_nothing(runs):
+    """Qwen2.5's generation_config.json has a repetition penalty; temperature 0 takes the likeliest all the same."""
+    run = load_run(runs.sft)
+    prompts = [run.tokenizer.encode_prompt([{"role": "user", "content": prompt}]) for prompt in PROMPTS[:4]]
+
+    def replies():
+        policy = run.policy
+        return [r.text for r in generate_replies(policy.model, run.tokenizer, policy.placement, prompts, Sampling(16))]
+
+    plain, own = replies(), run.policy.causal_lm.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size, own.min_new_tokens = 5.0, 1, 12
+    assert replies() == plain
+    assert run.policy.causal_lm.generation_config is own

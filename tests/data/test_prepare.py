@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from lowlevel.config import DataConfig, RunConfig
 from lowlevel.data.examples import truncate_pair
+from lowlevel.data.prepare import ModelLimits, prepare
+from lowlevel.data.rendering import chat_tokenizer
 from lowlevel.data.report import render_report, show_example
 from lowlevel.errors import ConfigError
 
@@ -196,3 +199,37 @@ def test_preference_example_on_a_terminal(run, write, chatml):
     show_example(run(write(orca(1)), "orca").train[0], chatml, console)
     assert "\x1b[32myes 1<|im_end|>\x1b[0m" in text.getvalue()
     assert "\x1b[31mno 1<|im_end|>\x1b[0m" in text.getvalue()
+
+
+@pytest.mark.parametrize("eval_source", ["same", "hub/set"])
+def test_rows_that_are_trained_on_are_not_held_out(run, write, kit, eval_source):
+    source = write(kit.chat("q", "a")) if eval_source == "same" else "hub/set"
+    with pytest.raises(ConfigError, match=r'is what is trained on: name other rows, or "holdout"'):
+        run(source, split="test", eval_source=source)
+
+
+def test_a_sequence_longer_than_the_attention_window_is_refused(write, kit, chatml):
+    config = RunConfig(data=DataConfig(source=write(kit.chat("q", "a")), max_length=64))
+    assert prepare(config, chatml, ModelLimits(1000, 4096, 64)).train
+    with pytest.raises(ConfigError, match="data.max_length 64 > 63, the model's attention window"):
+        prepare(config, chatml, ModelLimits(1000, 4096, 63))
+
+
+def test_messages_that_the_template_leaves_out_are_counted(run, write, kit, chatml):
+    """TinyLlama's own template has no tool turns: the reply to one would be learned as if it were made up."""
+    tool = {"role": "tool", "content": "it rains in Kalmar"}
+    row = {
+        "messages": [*kit.chat("weather?", "let me look")["messages"], tool, {"role": "assistant", "content": "rain"}]
+    }
+    silent = kit.CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
+    assert silent != kit.CHATML
+    kind = "messages left out or changed by the chat template"
+    rows = write(row, kit.chat("q", "a"))
+    assert kind not in run(rows).report.train.warnings
+    report = run(rows, tokenizer=chat_tokenizer(chatml.tokenizer, silent)).report
+    assert report.train.warnings[kind] == 1
+    pair = {"prompt": row["messages"][:3], "chosen": "rain", "rejected": "sun"}
+    loud = kit.CHATML.replace("m['content']", "m['content'] | replace('sun', 'snow')")
+    for template, count in ((kit.CHATML, 0), (silent, 1), (loud, 1)):
+        tokenizer = chat_tokenizer(chatml.tokenizer, template)
+        assert run(write(pair), "preference", tokenizer=tokenizer).report.train.warnings.get(kind, 0) == count

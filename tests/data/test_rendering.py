@@ -1,5 +1,6 @@
 """Chat templates and tokens: exact text of the recipe, supervised spans, BOS, boundaries inside a token."""
 
+import datetime
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from lowlevel.data.rendering import chat_tokenizer, load_chat_tokenizer
+from lowlevel.data.report import tokenizer_report
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import ConfigError
 
@@ -187,3 +189,19 @@ def test_first_token_is_never_a_target(run, write):
     example = run(write({"messages": TALK}), supervise="all").train[0]
     assert example.labels[0] == -100
     assert (example.labels[1:] == example.input_ids[1:]).all()
+
+
+def test_a_template_that_asks_for_todays_date_is_told_the_run_files(tmp_path, kit, chatml):
+    """Else the same rows would be other tokens tomorrow, in a resumed run or a replay, and no hash would tell."""
+    dated = "{{ strftime_now('%d %b %Y') + '\n' }}" + kit.CHATML
+    (tmp_path / "dated.jinja").write_text(dated)
+    plain, date = chatml.decode(chatml.encode_conversation(TALK).input_ids), datetime.date(2026, 11, 24)
+    for tokenizer, told in (
+        (chat_tokenizer(chatml.tokenizer, dated), "26 Jul 2024"),
+        (chat_tokenizer(chatml.tokenizer, dated, date=date), "24 Nov 2026"),
+        (load_chat_tokenizer("demo", None, str(tmp_path / "dated.jinja"), date), "24 Nov 2026"),
+    ):
+        text = tokenizer.chat_template.render(TALK, add_generation_prompt=False)
+        assert text == f"{told}\n{plain}"
+        assert tokenizer_report(tokenizer)["template_date"] == str(tokenizer.chat_template.date)
+    assert tokenizer_report(chatml)["template_date"] is None

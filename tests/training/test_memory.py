@@ -13,7 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from lowlevel.assembly import build_method, check_inputs, find_adapter
+from lowlevel.adapter_sources import find_adapter
+from lowlevel.assembly import build_method, check_inputs
 from lowlevel.commands.plan import show_memory, show_plan
 from lowlevel.config import DataConfig, DPOConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from lowlevel.dpo import DPO

@@ -1,0 +1,117 @@
+"""Models of other families: either a packed token computes what the model alone computes, or the base is refused."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import CPU
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lowlevel.config import LoraConfig
+from lowlevel.errors import ConfigError
+from lowlevel.layout import build_batch, pair_segment, sft_segment
+from lowlevel.model.adapters import build_policy
+from lowlevel.model.attention import NAMES, Attention, register
+from lowlevel.model.base import _freeze
+from lowlevel.model.suitability import attention_window
+
+SIZES = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+         "pad_token_id": 0}  # fmt: skip
+LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+          "linear_value_head_dim": 16, "head_dim": 16,
+          "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
+FAMILIES = {
+    "llama": SIZES,
+    "qwen2": SIZES,
+    "qwen3": {**SIZES, "head_dim": 16},
+    "gemma": {**SIZES, "head_dim": 16},
+    "mistral": {**SIZES, "sliding_window": 40},
+    "gpt_neox": SIZES,
+    "lfm2": {**SIZES, "full_attn_idxs": [1], "block_ff_dim": 96},
+    "qwen3_5_text": {**SIZES, **LINEAR},
+    "gpt_oss": {**SIZES, "head_dim": 16, "sliding_window": 200, "num_local_experts": 2, "num_experts_per_tok": 1},
+}
+
+
+def model_of(family, attention="sdpa"):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **FAMILIES[family]), attn_implementation=attention
+    )
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.15)
+    _freeze(model.eval())
+    return model
+
+
+def policy_of(family, kernel):
+    register()
+    attention = Attention(NAMES["math"], "") if kernel == "spans" else Attention("sdpa", "")
+    model = model_of(family, attention.implementation)
+    linear = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    targets = tuple(sorted(linear - {"lm_head", "embed_out", "router"}))
+    return build_policy(model, LoraConfig(r=2, target_modules=targets), CPU, seed=0, attention=attention)
+
+
+def own_logps(family, ids):
+    """As the family's own code computes them: (L - 1,)."""
+    with torch.no_grad():
+        logits = model_of(family)(input_ids=torch.tensor(ids)[None], use_cache=False).logits[0]
+    return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("kernel", ["mask", "spans"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "mistral", "gpt_neox"])
+def test_families_that_are_taken_compute_packed_what_they_compute_alone(family, kernel):
+    policy, draw = policy_of(family, kernel), np.random.default_rng(0)
+    first, second = (draw.integers(3, 190, size=n) for n in (40, 29))
+    rows = build_batch([[sft_segment(i, i, ids, ids) for i, ids in enumerate((first, second))]], pairs=False)
+    pair = build_batch([[pair_segment(0, 0, first[:9], first[9:], second[9:])]], pairs=True)
+    with torch.no_grad():
+        packed, shared = policy.scored_logps(rows), policy.scored_logps(pair)
+    torch.testing.assert_close(
+        packed, torch.cat([own_logps(family, ids) for ids in (first, second)]), rtol=0, atol=1e-4
+    )
+    rejected = np.concatenate([first[:9], second[9:]])
+    expected = torch.cat([own_logps(family, ids)[8:] for ids in (first, rejected)])
+    torch.testing.assert_close(shared, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel", "what"),
+    [
+        ("lfm2", "mask", "examples that share a row are not what each is alone"),
+        ("qwen3_5_text", "mask", "examples that share a row are not what each is alone"),
+        ("gpt_oss", "spans", "the base's attention has s_aux"),
+    ],
+)
+def test_families_that_join_tokens_otherwise_are_refused(family, kernel, what):
+    with pytest.raises(ConfigError, match=what):
+        policy_of(family, kernel)
+
+
+def test_a_model_that_draws_random_numbers_is_refused(monkeypatch):
+    """OPT's dropout is a call and no module: freezing does not reach it."""
+    model = model_of("llama")
+    model.model.norm.register_forward_hook(lambda module, args, output: nn.functional.dropout(output, 0.1))
+    with pytest.raises(ConfigError, match="two equal passes differ"):
+        build_policy(model, LoraConfig(r=2), CPU, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "window"),
+    [
+        ("llama", {}, None),
+        ("mistral", {"sliding_window": 4096}, 4096),
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2", {"sliding_window": 512, "use_sliding_window": False}, None),
+        ("qwen2", {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 1}, 512),
+        ("phi3", {"sliding_window": 2047}, 2047),
+        ("gemma3_text", {"sliding_window": 512}, 512),
+        ("llama4_text", {"attention_chunk_size": 8192}, 8192),
+    ],
+)
+def test_the_attention_window_of_a_configuration(family, settings, window):
+    assert attention_window(AutoConfig.for_model(family, **settings)) == window
