@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from lowlevel.errors import ConfigError
-from lowlevel.layout import PackedBatch, build_batch, pair_segment, sft_segment
+from lowlevel.layout import build_batch, pair_segment, sft_segment
 from lowlevel.model.attention import plain_attention
 from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-FIRST, SECOND = 13, 9  # tokens of the examples that are tried
-PROMPT = 5
+FIRST, PROMPT, REJECTED = 13, 5, 8  # tokens that are tried: an example, its prompt, the other completion
 
 
 def attention_window(config: PretrainedConfig) -> int | None:
@@ -44,58 +43,56 @@ def attention_window(config: PretrainedConfig) -> int | None:
 
 def check_base(policy: Policy) -> None:
     """Raise ConfigError unless the base computes what every loss here assumes; see the module."""
-    words = policy.lm_head_weight.shape[0]
-    first, second = (np.arange(start, start + 7 * size, 7) % words for start, size in ((1, FIRST), (2, SECOND)))
-    segments = [sft_segment(0, 0, first, first), sft_segment(1, 1, second, second)]
-    together = build_batch([segments], pairs=False).to(policy.placement.device)
-    prompt, chosen, rejected = first[:PROMPT], first[PROMPT:], second[PROMPT:]
-    pair = build_batch([[pair_segment(0, 0, prompt, chosen, rejected)]], pairs=True).to(policy.placement.device)
+    device, words = policy.placement.device, policy.lm_head_weight.shape[0]
+    first, rejected = (np.arange(start, start + 7 * size, 7) % words for start, size in ((1, FIRST), (2, REJECTED)))
+    prompt, chosen = first[:PROMPT], first[PROMPT:]
+    second = np.concatenate([prompt, rejected])
+    examples = [sft_segment(i, i, ids, ids) for i, ids in enumerate((first, second))]
+    row = build_batch([examples], pairs=False).to(device)
+    pair = build_batch([[pair_segment(0, 0, prompt, chosen, rejected)]], pairs=True).to(device)
     with policy.reference():
-        hidden = policy.scored_hidden_states(together)
-        if not torch.equal(hidden, policy.scored_hidden_states(together)):
-            raise ConfigError(
-                "model.name: two equal passes differ: the model draws random numbers (dropout of its own)"
-            )
-        alone = {name: _alone(policy, ids) for name, ids in (("first", first), ("second", second))}
-        with_rejected = _alone(policy, np.concatenate([prompt, rejected]))
-        _check_lm_head(policy, first)
-        _check_apart(policy, together, [alone["first"][:-1], alone["second"][:-1]], "examples that share a row")
-        completions = [alone["first"][PROMPT - 1 : -1], with_rejected[PROMPT - 1 : -1]]
-        _check_apart(policy, pair, completions, "completions that share a prompt")
+        packed = policy.scored_hidden_states(row)
+        if not torch.equal(packed, policy.scored_hidden_states(row)):
+            raise ConfigError("model.name: two equal passes differ: the model draws random numbers of its own")
+        alone = [_alone(policy, ids) for ids in (first, second)]
+        _check_lm_head(policy, first, alone[0])
+        _check_apart(policy, packed, [h[:-1] for h in alone], "examples that share a row")
+        completions = [h[PROMPT - 1 : -1] for h in alone]
+        _check_apart(policy, policy.scored_hidden_states(pair), completions, "completions that share a prompt")
 
 
 def _alone(policy: Policy, ids: np.ndarray) -> Tensor:
     """Final hidden states of one sequence as the model itself computes them, (L, D)."""
-    base, inputs = policy.causal_lm, torch.from_numpy(ids)[None].to(policy.placement.device)
-    positions = torch.arange(len(ids), device=inputs.device)[None]
+    base = policy.causal_lm
     with plain_attention(base), policy.placement.autocast():
-        output = base.get_decoder()(input_ids=inputs, position_ids=positions, use_cache=False)
+        output = base.get_decoder()(input_ids=_as_row(policy, ids), use_cache=False)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 
 
-def _check_lm_head(policy: Policy, ids: np.ndarray) -> None:
+def _as_row(policy: Policy, ids: np.ndarray) -> Tensor:
+    return torch.from_numpy(ids)[None].to(policy.placement.device)
+
+
+def _check_lm_head(policy: Policy, ids: np.ndarray, hidden: Tensor) -> None:
     """A model may scale, cap or shift its logits after the LM head; training would then follow another distribution."""
     base, weight = policy.causal_lm, policy.lm_head_weight
-    inputs = torch.from_numpy(ids)[None].to(weight.device)
     with plain_attention(base), policy.placement.autocast():
-        logits = base(input_ids=inputs, use_cache=False).logits.float()
-        hidden = base.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
+        logits = base(input_ids=_as_row(policy, ids), use_cache=False).logits[0].float()
         expected = (hidden.to(weight.dtype) @ weight.T).float()
     error = (logits - expected).abs().max().item()
     if not error <= 1e-2 * expected.abs().max().item():
         raise ConfigError(f"model.name: the model's logits are not hidden @ lm_head.T (largest difference {error:.3g})")
 
 
-def _check_apart(policy: Policy, batch: PackedBatch, alone: list[Tensor], what: str) -> None:
-    """Raise ConfigError where a token's hidden state in the batch is not that of its sequence alone.
+def _check_apart(policy: Policy, found: Tensor, alone: list[Tensor], what: str) -> None:
+    """Raise ConfigError where a scored token's hidden state (N, D) is not that of its sequence alone.
 
     Bound: 5 % of a hidden state's norm, and 32 roundings of the dtype (25 % in bf16); another example's token that is
     seen, or one of its own that is not, changes tens of per cent.
     """
     expected = torch.cat(alone).float()
-    found = policy.scored_hidden_states(batch).float()
-    error = ((found - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
+    error = ((found.float() - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
     if not error <= max(0.05, 32 * torch.finfo(policy.placement.dtype).eps):
         raise ConfigError(
             f"model.name: {what} are not what each is alone (a hidden state differs by {error:.0%}): this model joins "
