@@ -117,6 +117,15 @@ CASES = (
         for variant in ("fast", "low_vram")
         for method in ("sft", "dpo")
     ),
+    Case(
+        "lowlevel_sft_8x1_nockpt_dropout0_graphed",
+        "lowlevel",
+        "sft",
+        execution="graphed",
+        dropout=0.0,
+        core=False,
+        **NOCKPT,
+    ),
     Case("lowlevel_sft_8x1_nockpt_eager", "lowlevel", "sft", core=False, **NOCKPT),
     Case("lowlevel_dpo_2x4_compiled", "lowlevel", "dpo", execution="compiled", core=False),
     Case("trl_sft_8x1", "trl", "sft", core=False, **FULL),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from lowlevel import __version__
 from lowlevel.config import SECTIONS
@@ -58,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, default=Path("out/demo"), help="folder for the demo's runs (default: out/demo)"
     )
+    demo.add_argument("--resume", action="store_true", help="go on with the demo that the folder holds")
+    demo.add_argument("--restart", action="store_true", help="discard the demo that the folder holds")
     for method, text in (("sft", "supervised fine-tuning"), ("dpo", "Direct Preference Optimization")):
         train = add(method, text, takes_config=True)
         train.add_argument(
@@ -78,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--as-t4", action="store_true", help="on a larger GPU: fp16, 15 GiB, and only the attention that a T4 has"
         )
     data = add("data", "what a run will train on, without a GPU and without the model", takes_config=True)
-    data.add_argument("config", type=Path, metavar="RUN.toml")
+    data.add_argument("config", type=Path, nargs="?", metavar="RUN.toml", help="run file; without one, flags alone")
     data.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
     _add_losses(add)
     plan = add("plan", "forecast a run's GPU memory and find the fastest way to fit a budget", takes_config=True)
@@ -161,7 +164,12 @@ def _add_inspect(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_verify(add: Callable[..., argparse.ArgumentParser]) -> None:
-    verify = add("verify", "recompute a step of a run in float64: errors and bounds, exit code 1 where one fails")
+    verify = add(
+        "verify",
+        "recompute a step of a run in float64: errors and bounds, exit code 1 where one fails; keys of a run file are "
+        "flags here, too",
+        takes_config=True,
+    )
     verify.add_argument("path", type=Path, metavar="RUN_DIR|RUN.toml", help="run folder, or run file for a run's start")
     verify.add_argument("--batch", type=_positive, default=1, metavar="N", help="optimizer step to take (default: 1)")
     verify.add_argument(
@@ -222,12 +230,17 @@ def _temperature(text: str) -> float:
     return value
 
 
+def _choices(annotation: object) -> str:
+    """The values of a Literal, for its help line."""
+    return f": {', '.join(get_args(annotation))}" if get_origin(annotation) is Literal else ""
+
+
 def describe_keys() -> str:
-    """Every key of a run file as a flag, with its default."""
+    """Every key of a run file as a flag, with its choices and default."""
     lines = ["every key of the run file is also a flag:"]
     for section, model in SECTIONS.items():
         lines.append("")
         for key, field in model.model_fields.items():
             default = "" if field.default is None else f" (default: {field.default})"
-            lines.append(f"  --{section}.{key:<30} {field.description}{default}")
+            lines.append(f"  --{section}.{key:<30} {field.description}{_choices(field.annotation)}{default}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ so `lowlevel --help` answers at once.
 from __future__ import annotations
 
 import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -33,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 word = unknown[0] if unknown else f"--{next(iter(overrides))}"
                 raise ConfigError(f"unknown argument {word!r}; lowlevel {options.command} --help lists what there is")
             run_command(options, overrides)
-        except (KeyboardInterrupt, BrokenPipeError):
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python's own last flush fails aloud
             return 130
         except Exception as error:
             return _failed(error, options.debug)

@@ -87,7 +87,9 @@ class DataConfig(Section):
     split: str = Field("train", description="split of a hub data set")
     shuffle_seed: Seed | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
     limit: Positive | None = Field(None, description="rows to keep after shuffling and filtering")
-    format: Literal["messages", "orca", "preference"] = Field("messages", description="columns of a row")
+    format: Literal["messages", "orca", "preference"] = Field(
+        "messages", description="columns of a row (default for dpo: preference)"
+    )
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions that a row must meet")
     chat_template_from: str | None = Field(None, description="model or .jinja file whose chat template is used")
     template_date: Annotated[str, AfterValidator(_iso_date)] = Field(
@@ -241,7 +243,16 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
 
 
 def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
-    """Validate nested tables into a RunConfig; `where` names their origin in errors."""
+    """Validate nested tables into a RunConfig; `where` names their origin in errors.
+
+    Two defaults depend on other keys: data.format is "preference" for dpo, and data.max_length 256 for the demo's base,
+    which has no more positions.
+    """
+    data, model = tables.get("data", {}), tables.get("model", {})
+    if isinstance(data, Mapping) and isinstance(model, Mapping):
+        usual: dict[str, Any] = {"format": "preference"} if tables.get("method") == "dpo" else {}
+        usual |= {"max_length": 256} if model.get("name", "demo") == "demo" else {}
+        tables = {**tables, "data": {**usual, **data}}
     try:
         config = RunConfig.model_validate(tables)
     except ValidationError as error:
@@ -308,7 +319,9 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
     if location[:2] == ["data", "filters"] and "value" in location:  # pydantic reports each type that it is not
         name = quoted(".".join(location[: location.index("value") + 1]))
         return f"{where}: {name}: expected text, a number, true or false, or a list of them"
-    expected = problem["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
+    expected = (
+        problem["msg"].removeprefix("Input should be ").replace("a valid ", "a ").replace("a integer", "an integer")
+    )
     return f"{where}: {name}: expected {expected}, got {quoted(repr(problem['input']))}"
 
 

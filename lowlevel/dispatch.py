@@ -61,8 +61,7 @@ def _train(options: Options, overrides: Overrides) -> None:
             raise ConfigError(f"--as-t4 sets {' and '.join(AS_T4)}: leave them out")
         overrides = {**overrides, **AS_T4}
     config = _config(options, overrides, options.command)
-    if options.resume and options.restart:
-        raise ConfigError("--resume goes on with a run and --restart discards it: give one of them")
+    _check_one_of(options)
     if options.allow_change and not options.resume:
         raise ConfigError("--allow-change is for --resume, which compares a run with its checkpoint")
     with Interrupts() as interrupts:
@@ -78,6 +77,11 @@ def _train(options: Options, overrides: Overrides) -> None:
             raise interrupts.error() from None
 
 
+def _check_one_of(options: Options) -> None:
+    if options.resume and options.restart:
+        raise ConfigError("--resume goes on with a run and --restart discards it: give one of them")
+
+
 def _cap_gpu_memory(size: int) -> None:
     import torch
 
@@ -87,10 +91,11 @@ def _cap_gpu_memory(size: int) -> None:
 
 
 def _demo(options: Options, overrides: Overrides) -> None:
+    _check_one_of(options)
     console = _quiet_console()
     from lowlevel.commands.demo import run_demo
 
-    run_demo(options.out, console)
+    run_demo(options.out, console, resume=options.resume, restart=options.restart)
 
 
 def _data(options: Options, overrides: Overrides) -> None:
@@ -101,13 +106,12 @@ def _data(options: Options, overrides: Overrides) -> None:
 
 
 def _losses(options: Options, overrides: Overrides) -> None:
-    from rich.console import Console
-
     from lowlevel.commands.losses import show_losses
+    from lowlevel.progress import PipedConsole
 
     given = {name: value for name in LOSS_FLAGS if (value := vars(options)[name]) is not None}
     fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
-    console = Console(highlight=False, width=fixed)
+    console = PipedConsole(highlight=False, width=fixed)
     show_losses(given, console, name=options.loss, plot=options.plot, as_json=options.json)
 
 
@@ -164,12 +168,17 @@ def _inspect(options: Options, overrides: Overrides) -> None:
 
 
 def _verify(options: Options, overrides: Overrides) -> None:
+    if overrides and options.path.is_dir():
+        raise ConfigError(
+            f"--{next(iter(overrides))}: {options.path} has its own config.toml; flags are for a run file"
+        )
     console = _quiet_console()
     from lowlevel.commands.verify import verify_run
 
     verify_run(
         options.path,
         console,
+        overrides=overrides,
         batch=options.batch,
         json_file=options.json,
         exact_parameters=options.exact_parameters,

@@ -36,15 +36,15 @@ class DPO:
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The preference loss, summed over the batch's pairs."""
-        ref_tokens, ref_logps = None, batch.reference_logps
+        ref_token_logps, ref_logps = None, batch.reference_logps
         if ref_logps is None:  # no cache knows them
-            ref_tokens = reference_token_logps(policy, batch)
-            ref_logps = batch.sequence_sums(ref_tokens)
+            ref_token_logps = reference_token_logps(policy, batch)
+            ref_logps = batch.sequence_sums(ref_token_logps)
         ref_chosen_logps, ref_rejected_logps = ref_logps.chunk(2)
         if self.config.disable_dropout:
             policy.dropout.disable()
-        tokens = policy.scored_logps(batch)  # (N,) fp32
-        chosen_logps, rejected_logps = batch.sequence_sums(tokens).chunk(2)  # (P,) each
+        token_logps = policy.token_logps(batch)  # (N,) fp32
+        chosen_logps, rejected_logps = batch.sequence_sums(token_logps).chunk(2)  # (P,) each
         chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
         output = dpo_loss(
             chosen_logps,
@@ -70,7 +70,8 @@ class DPO:
             losses.sum(),
             {name: torch.where(batch.real, value.detach(), 0.0).sum() for name, value in metrics.items()},
             examples={"loss": losses.detach(), **{name: value.detach() for name, value in metrics.items()}},
-            tokens={"logps": tokens.detach()} | ({} if ref_tokens is None else {"ref_logps": ref_tokens}),
+            tokens={"logps": token_logps.detach()}
+            | ({} if ref_token_logps is None else {"ref_logps": ref_token_logps}),
         )
 
     def count(self, batch: PackedBatch) -> int:
@@ -100,14 +101,14 @@ class DPO:
 
 def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """log pi(y+ | x) and log pi(y- | x), summed over the tokens of each completion: two (P,) fp32 tensors."""
-    chosen, rejected = batch.sequence_sums(policy.scored_logps(batch)).chunk(2)
+    chosen, rejected = batch.sequence_sums(policy.token_logps(batch)).chunk(2)
     return chosen, rejected
 
 
 def reference_token_logps(policy: Policy, batch: PackedBatch) -> Tensor:
     """Log-probability of each scored token under the reference, (N,) fp32: no dropout, no gradient."""
     with policy.reference():  # the same batch, layout and kernels: equal weights give equal bits
-        return policy.scored_logps(batch)
+        return policy.token_logps(batch)
 
 
 def loss_arguments(config: DPOConfig) -> dict[str, Any]:

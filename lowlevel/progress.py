@@ -23,10 +23,18 @@ LINE_KEYS = {
 HIDE_AT_ZERO = ("peak_allocated_gib", "skipped_steps")
 
 
+class PipedConsole(Console):
+    """A console whose reader may leave: rich would end the process as if it had failed."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is being handled."""
+        raise  # noqa: PLE0704
+
+
 def make_console() -> Console:
     """Standard output; a plain stream gets long lines instead of lines wrapped at 80 columns."""
     terminal = sys.stdout.isatty()
-    return Console(highlight=False, soft_wrap=not terminal, width=None if terminal else 140)
+    return PipedConsole(highlight=False, soft_wrap=not terminal, width=None if terminal else 140)
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -40,6 +40,12 @@ from lowlevel.order import ORDER_VERSION
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 OWN_BASE = "./base"  # model.name in config.toml where the base lies in the run folder, which may move
+INSPECTED = "lowlevel inspect"  # what every page of that command says of itself
+WRITTEN = (
+    *("config.toml", "environment.json", "data_report.json", "manifest.json", "data_rows.safetensors", "changes.json"),
+    *("metrics.jsonl", "run-status.json", "memory.json", "summary.json", "loss.png", "report.html", "verify.json"),
+    "compare.json",
+)
 OWN_FILES = ("config.toml", "manifest.json", "metrics.jsonl", "data_report.json", "environment.json", "run-status.json")
 
 
@@ -103,9 +109,13 @@ class RunFolder:
         made = (self.adapter, self.parent, self.stacked, self.base, self.trace, self.report, self.failure)
         for path in [*self.path.glob("step-*"), *made]:
             shutil.rmtree(path, ignore_errors=True)
-        for path in self.path.iterdir():
-            if path.is_file() and path.name != "run.lock":
-                path.unlink()
+        for path in [*(self.path / name for name in WRITTEN), *self.inspection_pages()]:
+            path.unlink(missing_ok=True)
+
+    def inspection_pages(self) -> list[Path]:
+        """Pages that `lowlevel inspect --html` left here."""
+        pages = [path for path in sorted(self.path.glob("*.html")) if path.name != "report.html"]
+        return [path for path in pages if INSPECTED in path.read_text(encoding="utf-8", errors="replace")[:40000]]
 
     def write_config(self, config: RunConfig) -> None:
         """The resolved configuration; a base inside this folder by its place in it."""

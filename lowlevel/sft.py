@@ -26,9 +26,9 @@ class SFT:
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """Cross-entropy in nats, summed over the batch's supervised tokens."""
-        logps = policy.scored_logps(batch)  # (N,) fp32
-        sums = batch.sequence_sums(logps)  # (S,)
-        return LossSums(-sums.sum(), {}, examples={"logps": sums.detach()}, tokens={"logps": logps.detach()})
+        token_logps = policy.token_logps(batch)  # (N,) fp32
+        sums = batch.sequence_sums(token_logps)  # (S,)
+        return LossSums(-sums.sum(), {}, examples={"logps": sums.detach()}, tokens={"logps": token_logps.detach()})
 
     def count(self, batch: PackedBatch) -> int:
         """Supervised tokens."""

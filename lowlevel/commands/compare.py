@@ -125,7 +125,7 @@ def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
 
 def _score_batch(run: LoadedRun, batch: PackedBatch) -> Scored:
     moved = batch.to(run.policy.placement.device)
-    return Scored(moved.sequence_sums(run.policy.scored_logps(moved)).cpu(), batch.lengths)
+    return Scored(moved.sequence_sums(run.policy.token_logps(moved)).cpu(), batch.lengths)
 
 
 def sft_scores(scored: Scored) -> dict[str, float]:

@@ -14,7 +14,9 @@ from lowlevel.commands.generate import Sampling
 from lowlevel.commands.loading import load_run
 from lowlevel.config import RunConfig, config_from_tables
 from lowlevel.demo.world import check_items, exact_match, preferred_style
+from lowlevel.errors import ConfigError
 from lowlevel.run import run_training
+from lowlevel.run_folder import RunFolder
 
 CHECK_ITEMS = 120
 SHOWN_REPLIES = 4
@@ -35,7 +37,13 @@ def demo_configs(out: Path) -> tuple[RunConfig, RunConfig]:
         "model": {"name": "demo"},
         "lora": LORA,
         "data": {**data, "format": "messages", "limit": 2400},
-        "train": {**BATCH, "output_dir": str(out / "sft"), "learning_rate": 2e-3, "warmup_ratio": 0.05},
+        "train": {
+            **BATCH,
+            "output_dir": str(out / "sft"),
+            "learning_rate": 2e-3,
+            "warmup_ratio": 0.05,
+            "save_steps": 50,
+        },
     }
     dpo = {
         "method": "dpo",
@@ -48,18 +56,27 @@ def demo_configs(out: Path) -> tuple[RunConfig, RunConfig]:
             "learning_rate": 2.5e-4,
             "warmup_ratio": 0.05,
             "max_steps": 60,
+            "save_steps": 20,
+            "save_total_limit": 3,
         },
+        "trace": {"every": 10},
     }
     return config_from_tables(sft, "demo"), config_from_tables(dpo, "demo")
 
 
-def run_demo(out: Path, console: Console) -> dict[str, Any]:
-    """Train both stages into `out`, compare them on held-out questions, and write demo.json."""
+def run_demo(out: Path, console: Console, *, resume: bool = False, restart: bool = False) -> dict[str, Any]:
+    """Train both stages into `out`, compare them on held-out questions, and write demo.json.
+
+    Raises:
+        ConfigError: `out` holds runs, and neither `resume` nor `restart` says what to do with them.
+    """
     started = time.perf_counter()
     sft, dpo = demo_configs(out)
+    if any(RunFolder(Path(c.train.output_dir)).holds_run() for c in (sft, dpo)) and not (resume or restart):
+        raise ConfigError(f"{out} holds a demo: add --resume to go on, --restart to discard it, or set --out")
     console.print("A 4-bit base that knows a small world, but has never seen a chat.\n")
     for config in (sft, dpo):
-        run_training(config, console, restart=True)
+        run_training(config, console, resume=resume, restart=restart)
         console.print()
     run = load_run(Path(dpo.train.output_dir))
     items = check_items(CHECK_ITEMS, seed=0)

@@ -135,8 +135,7 @@ def _token_texts(config: RunConfig, tables: PairTables | None) -> dict[int, str]
 def _inspection_pages(folder: Path) -> dict[int, str]:
     """Pages that `lowlevel inspect --html` left in the run folder, by data row: their articles are named row-N."""
     found: dict[int, str] = {}
-    for path in sorted(folder.glob("*.html")):
+    for path in RunFolder(folder).inspection_pages():
         text = path.read_text(encoding="utf-8", errors="replace")
-        if path.name != "report.html" and "lowlevel inspect" in text[:40000]:
-            found |= {int(row): f"{path.name}#row-{row}" for row in re.findall(r'id="row-(\d+)"', text)}
+        found |= {int(row): f"{path.name}#row-{row}" for row in re.findall(r'id="row-(\d+)"', text)}
     return found

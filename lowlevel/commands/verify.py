@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def verify_run(
     console: Console,
     *,
     batch: int = 1,
+    overrides: Mapping[str, str],
     json_file: Path | None = None,
     exact_parameters: int = EXACT_PARAMETERS,
 ) -> list[Check]:
@@ -66,6 +68,7 @@ def verify_run(
         path: a run folder (its newest weights), or a run file (the start of the run).
         console: where the table goes.
         batch: optimizer step whose micro-batches are taken, counted from 1.
+        overrides: flags over a run file, "section.key" -> text.
         json_file: where the result is written; None: verify.json in the run folder, nothing for a run file.
         exact_parameters: bases of up to so many weights are also run in float64, on the CPU.
 
@@ -79,7 +82,7 @@ def verify_run(
         raise ConfigError(f"--json {json_file}: no such folder")
     folder = RunFolder(path) if path.is_dir() else None
     with tempfile.TemporaryDirectory() as scratch:
-        loaded = _from_folder(folder, console) if folder else _from_file(path, Path(scratch))
+        loaded = _from_folder(folder, console) if folder else _from_file(path, overrides, Path(scratch))
         examples = step_of(loaded.config, loaded.inputs.data, batch)
         with deterministic_mode(loaded.config.train.deterministic):
             subject = _subject(loaded, folder, tuple(examples), batch - 1, exact_parameters)
@@ -120,8 +123,8 @@ def step_of(config: RunConfig, data: PreparedData, step: int) -> list[Any]:
     return [data.train[i] for i in order.step_rows(step - 1)]
 
 
-def _from_file(path: Path, scratch: Path) -> Loaded:
-    config = load_config(path)
+def _from_file(path: Path, overrides: Mapping[str, str], scratch: Path) -> Loaded:
+    config = load_config(path, overrides)
     inputs = check_inputs(config)
     if config.train.memory_budget is not None:
         config = with_plan(config, inputs)

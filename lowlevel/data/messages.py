@@ -50,7 +50,8 @@ def check_columns(rows: Sequence[Row], data_format: str, name: str) -> None:
             raise DataError(f'{name}: SFT needs "messages" or "prompt"+"completion"; found: {listed(found)}')
         return
     needed = ("system", "input", "chosen", "rejected") if data_format == "orca" else ("prompt", "chosen", "rejected")
-    missing = [column for column in needed if column not in found]
+    implied = {"prompt"} if any(isinstance(row.columns.get("chosen"), list) for row in rows) else set()
+    missing = [column for column in needed if column not in found and column not in implied]
     if missing:
         detail = f"missing: {', '.join(missing)}; found: {listed(found)}"
         raise DataError(f"{name}: DPO needs {', '.join(needed)}; {detail}")
@@ -66,7 +67,7 @@ def normalise(row: Row, data_format: str) -> Normalised:
     """Check a row's content and bring it to messages. Raises BadRow."""
     if data_format == "messages":
         return _conversation(row)
-    columns = row.columns
+    columns = _with_prompt(row.columns) if data_format == "preference" else row.columns
     if data_format == "orca":
         prompt = [_message("system", _text(columns, "system")), _message("user", _text(columns, "input"))]
         ignored: set[str] = set()
@@ -151,6 +152,21 @@ def _messages(value: object, name: str) -> tuple[list[TextMessage], set[str]]:
         messages.append(_message(role, content))
         ignored |= {str(key) for key, other in item.items() if key not in ("role", "content") and other is not None}
     return messages, ignored
+
+
+def _with_prompt(columns: Mapping[str, object]) -> Mapping[str, object]:
+    """A prompt that stands in the conversations alone (TRL's implicit prompt): all before the last message of both.
+
+    A "prompt" that is the text of their last question, as in UltraFeedback's binarised pairs, gives way to it.
+    """
+    chosen, rejected = columns.get("chosen"), columns.get("rejected")
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        return columns
+    if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
+        return columns
+    asked = chosen[-2].get("content") if isinstance(chosen[-2], Mapping) else None
+    given = columns.get("prompt", asked)
+    return {**columns, "prompt": chosen[:-1]} if given == asked else columns
 
 
 def _prompt(columns: Mapping[str, object]) -> tuple[list[TextMessage], set[str]]:

@@ -184,27 +184,37 @@ def render_report(report: DataReport, console: Console) -> None:
 
 
 def show_example(example: Example, tokenizer: ChatTokenizer, console: Console) -> None:
-    """Print one example: green tokens are learned (chosen), red ones are those of the rejected completion."""
-    console.print(f"{example.where} (row {example.row}); learned tokens are green", markup=False, highlight=False)
+    """Print one example: green tokens are learned (chosen), red ones are those of the rejected completion.
+
+    Where there are no colours, such tokens stand between » and «.
+    """
+    how = "green" if _has_colours(console) else "between » and «"
+    console.print(f"{example.where} (row {example.row}); learned tokens are {how}", markup=False, highlight=False)
     if isinstance(example, SFTExample):
         learned = example.labels >= 0
-        console.print(_coloured(example.input_ids, np.where(learned, "green", "dim"), tokenizer))
+        console.print(_coloured(example.input_ids, np.where(learned, "green", "dim"), tokenizer, console))
         return
     for name, style, ids in (("chosen", "green", example.chosen_ids), ("rejected", "red", example.rejected_ids)):
         whole = np.concatenate([example.prompt_ids, ids])
         styles = np.where(np.arange(len(whole)) < len(example.prompt_ids), "dim", style)
         console.print(f"[bold]{name}[/bold]")
-        console.print(_coloured(whole, styles, tokenizer))
+        console.print(_coloured(whole, styles, tokenizer, console))
 
 
-def _coloured(ids: np.ndarray, styles: np.ndarray, tokenizer: ChatTokenizer) -> Text:
+def _has_colours(console: Console) -> bool:
+    return console.is_terminal and not console.no_color
+
+
+def _coloured(ids: np.ndarray, styles: np.ndarray, tokenizer: ChatTokenizer, console: Console) -> Text:
     """Text of runs of tokens with one style each."""
     from rich.text import Text
 
     text = Text()
     edges = [0, *(np.flatnonzero(styles[1:] != styles[:-1]) + 1).tolist(), len(ids)]
     for start, end in zip(edges, edges[1:], strict=False):
-        text.append(tokenizer.decode(ids[start:end].tolist()), style=str(styles[start]))
+        part = tokenizer.decode(ids[start:end].tolist())
+        marked = styles[start] != "dim" and not _has_colours(console)
+        text.append(f"»{part}«" if marked else part, style=str(styles[start]))
     return text
 
 

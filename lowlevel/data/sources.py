@@ -59,7 +59,7 @@ def data_error(problems: Sequence[RowProblem]) -> DataError:
     """One line for each of the first five problems, then how many more there are."""
     lines = [f"{problem.where}: {problem.message}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
-        lines.append(f"and {len(problems) - SHOWN} more")
+        lines.append(f"and {len(problems) - SHOWN} more; --on-bad-row skip goes on without them")
     return DataError("\n".join(lines))
 
 

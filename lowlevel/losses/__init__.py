@@ -1,8 +1,7 @@
 """Pure loss functions: tensors in, per-token or per-pair tensors out; torch and the standard library alone.
 
 Nothing here averages. Cross-entropy gives ``(sum, count)``, the preference losses one value a pair; the loop divides
-once by the count of the whole optimizer step, so that 1x8, 8x1 and 2 ranks x 4 give the same gradient for ragged
-lengths.
+once by the count of the whole optimizer step, so that 1x8, 2x4 and 8x1 give the same gradient for ragged lengths.
 """
 
 from lowlevel.losses.cross_entropy import masked_cross_entropy, sequence_logps

@@ -1,7 +1,7 @@
 """Cross-entropy and sequence log-probabilities on full logits.
 
-The plain way, for tests, inspection and comparisons with other trainers: whoever holds (B, T, V) logits gets the loss
-from them in one readable line. Training goes through :mod:`lowlevel.losses.token_logps`, which never holds them.
+The plain way, for whoever holds (B, T, V) logits, and the reference of the tests. Training goes through
+:func:`lowlevel.kernels.token_logps`, or its twin in :mod:`lowlevel.losses`, which never hold them.
 
 Both functions shift: ``logits[:, t]`` is scored against ``labels[:, t + 1]``. So the first token of a completion is
 scored from the last prompt position, and the first token of a row is never scored.

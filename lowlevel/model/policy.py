@@ -67,7 +67,7 @@ class Policy:
             ).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.scored_positions)
 
-    def scored_logps(self, batch: PackedBatch) -> Tensor:
+    def token_logps(self, batch: PackedBatch) -> Tensor:
         """Log-probability of each of the N scored tokens, (N,) fp32: what every loss here is made of."""
         return token_logps(self.scored_hidden_states(batch), self.lm_head_weight, batch.scored_targets)
 

@@ -19,5 +19,7 @@ def test_data_shows_what_will_be_trained_on(runs, tmp_path, cli):
                           ("rows kept", 20)):  # fmt: skip
         assert str(number) in facts[label].replace(label, ""), label
     assert "rows.jsonl:25: prompt has " in said.out
-    assert f"<|user|>\n{PROMPTS[4]}</s>\n<|assistant|>\n{CHATS[4]['messages'][1]['content']}</s>" in said.out
+    reply = CHATS[4]["messages"][1]["content"]
+    assert f"<|user|>\n{PROMPTS[4]}</s>\n<|assistant|>\n»{reply}</s>«" in said.out, "no colours here: marked by signs"
+    assert "learned tokens are between » and «" in said.out
     assert not (tmp_path / "shown").exists()

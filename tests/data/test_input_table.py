@@ -114,7 +114,7 @@ def test_bad_lines_and_bad_content_are_counted_together(run, write):
     path = write(*[b"{cut\n"] * 3, GOOD, *[chat("q", "")] * 4)
     lines = failure(run, path).splitlines()
     assert [line.partition(": ")[0] for line in lines[:-1]] == [f"train.jsonl:{n}" for n in (1, 2, 3, 5, 6)]
-    assert lines[-1] == "and 2 more"
+    assert lines[-1] == "and 2 more; --on-bad-row skip goes on without them"
     report = run(path, on_bad_row="skip").report.train
     assert (report.rows_read, report.rows_kept) == (8, 1)
     assert {reason: dropped.count for reason, dropped in report.dropped.items()} == {
@@ -247,3 +247,17 @@ def test_oddities_are_warnings_with_a_count(run, write, rows, data_format, warni
     data = run(write(*rows), data_format)
     assert data.report.train.warnings == warning
     assert len(data.train) == len(rows)
+
+
+def test_a_prompt_may_stand_in_the_conversations_alone(run, write):
+    """TRL's implicit prompt, and UltraFeedback's binarised pairs, whose prompt is also there as text."""
+    asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    good, bad = ([*asked, {"role": "assistant", "content": text}] for text in ("good", "bad"))
+    explicit = run(write(pair(prompt=asked)), "preference").train[0]
+    for row in ({"chosen": good, "rejected": bad}, pair("q", good, bad), pair(asked, good, bad)):
+        found = run(write(row), "preference").train[0]
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            assert getattr(found, name).tolist() == getattr(explicit, name).tolist()
+    other = [{"role": "user", "content": "another"}, bad[-1]]
+    assert 'missing "prompt"' in failure(run, write({"chosen": good, "rejected": other}), "preference")
+    assert "is not one assistant message" in failure(run, write(pair("another", good, bad)), "preference")

@@ -70,7 +70,7 @@ def test_families_that_are_taken_compute_packed_what_they_compute_alone(family, 
     rows = build_batch([[sft_segment(i, i, ids, ids) for i, ids in enumerate((first, second))]], pairs=False)
     pair = build_batch([[pair_segment(0, 0, first[:9], first[9:], second[9:])]], pairs=True)
     with torch.no_grad():
-        packed, shared = policy.scored_logps(rows), policy.scored_logps(pair)
+        packed, shared = policy.token_logps(rows), policy.token_logps(pair)
     torch.testing.assert_close(
         packed, torch.cat([own_logps(family, ids) for ids in (first, second)]), rtol=0, atol=1e-4
     )

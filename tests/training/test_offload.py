@@ -95,9 +95,9 @@ def test_a_pass_without_gradient_keeps_nothing(tiny_base, monkeypatch):
     policy = helpers.make_policy(tiny_base, checkpointing=True, recomputed=1, offload=True)
     batch = helpers.sft(2).micro_batches(helpers.ragged_examples(2))[0]
     with policy.reference():
-        policy.scored_logps(batch)
+        policy.token_logps(batch)
     assert kept == []
-    policy.scored_logps(batch)
+    policy.token_logps(batch)
     assert kept == [0]
 
 
