@@ -52,6 +52,8 @@ def check_base(policy: Policy) -> None:
     pair = build_batch([[pair_segment(0, 0, prompt, chosen, rejected)]], pairs=True).to(device)
     with policy.reference():
         packed = policy.scored_hidden_states(row)
+        if not packed.isfinite().all():
+            raise ConfigError(f"model.name: hidden states are not finite in {policy.placement.precision}")
         if not torch.equal(packed, policy.scored_hidden_states(row)):
             raise ConfigError("model.name: two equal passes differ: the model draws random numbers of its own")
         alone = [_alone(policy, ids) for ids in (first, second)]

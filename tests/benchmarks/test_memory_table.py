@@ -1,13 +1,12 @@
 """memory.py on the rows of a table: each by its own plan, beside what was measured."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.cases import FIELDS
-from benchmarks.memory import compare, read_plan
+from benchmarks.memory import compare, main, read_plan
 from benchmarks.runner import read_table, write_table
 from lowlevel.model.memory import Plan
 
@@ -37,16 +36,16 @@ def test_rows_without_numbers_or_a_plan_are_left_out(tmp_path):
     assert doubled["error"] == pytest.approx(-0.5, abs=0.01)
 
 
-def test_the_command(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.memory", "--out", str(tmp_path)]
+def test_the_command(tmp_path, monkeypatch, capsys):
+    command = ["benchmarks.memory", "--out", str(tmp_path), "--table", str(tmp_path / "two.csv")]
+    monkeypatch.setattr(sys, "argv", command)
     rows = read_table(H100)[:2]
     write_table(tmp_path / "two.csv", rows, FIELDS)
-    done = subprocess.run([*command, "--table", str(tmp_path / "two.csv")], cwd=ROOT, capture_output=True, text=True,
-                          check=True)  # fmt: skip
-    assert done.stdout.splitlines()[-1].startswith("largest error ") and done.stdout.count(" GiB, forecast ") == 2
+    main()
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1].startswith("largest error ") and said.count(" GiB, forecast ") == 2
     assert [row["case"] for row in read_table(tmp_path / "memory.csv")] == [row["case"] for row in rows]
     assert (tmp_path / "memory.png").read_bytes()[:4] == b"\x89PNG"
     write_table(tmp_path / "two.csv", [{**rows[0], "plan": ""}], FIELDS)
-    failed = subprocess.run([*command, "--table", str(tmp_path / "two.csv")], cwd=ROOT, capture_output=True, text=True,
-                            check=False)  # fmt: skip
-    assert failed.returncode == 1 and "no measured row says its plan" in failed.stderr
+    with pytest.raises(SystemExit, match="no measured row says its plan"):
+        main()

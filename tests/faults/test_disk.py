@@ -73,14 +73,14 @@ def save_changes(play) -> list[int]:
 
 def test_a_disk_that_refuses_once_in_a_save(sft):
     for number, change in enumerate(save_changes(sft)):
-        if number % 2 == 0:
-            problems = refused(sft, change, ("EIO", "EACCES", "EROFS")[number // 2 % 3])
+        if number % 4 == 0:  # the others in the benchmark
+            problems = refused(sft, change, ("EIO", "EACCES", "EROFS")[number // 4 % 3])
             assert problems == [], sft.whole.operations[change - 1]
 
 
 @pytest.mark.slow
 def test_a_disk_that_refuses_once_in_a_run(play):
-    for change in range(2, len(play.whole.operations) + 1, 14):
+    for change in range(2, len(play.whole.operations) + 1, 28):
         assert refused(play, change, "EIO") == [], play.whole.operations[change - 1]
 
 

@@ -176,9 +176,9 @@ def test_refusals_are_one_line(runs, tmp_path):
     said = run("report", runs["dpo"], "--displaced", 0)
     assert said.code == 2 and "argument --displaced: '0' is no whole number from 1 on" in said.err
     folder = copied(runs["dpo"], tmp_path)
-    changed = helpers.write_jsonl(tmp_path / "pairs.jsonl", [*PAIRS[:-1], {**PAIRS[-1], "chosen": "other"}])
+    changed = helpers.write_jsonl(tmp_path / "pairs.jsonl", [{**PAIRS[0], "chosen": "other"}, *PAIRS[1:]])
     config = folder / "config.toml"
-    config.write_text(re.sub(r'source = ".*"', f'source = "{changed}"', config.read_text()))
+    config.write_text(re.sub(r'(?m)^source = ".*"', f'source = "{changed}"', config.read_text()))
     said = run("report", folder, "--displaced", 1)
     assert said.code == 3 and "not the rows that" in said.err and len(said.err.splitlines()) == 1
 

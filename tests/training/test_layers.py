@@ -28,21 +28,9 @@ LAYERS = (
     ),  # fmt: skip
     ("sft", "dpo", "execution", "reference_cache"),
     ("loop", "rehearsal", "tracing/", "forensics", "failure_folder"),
-    (
-        "assembly",
-        "run",
-        "run_record",
-        "observer",
-        "inspection/",
-        "reporting/",
-        "verification/",
-        "replaying/",
-        "commands/",
-        "arguments",
-        "dispatch",
-        "cli",
-        "__main__",
-    ),
+    ("adapter_sources", "assembly", "run", "run_record", "observer"),
+    ("commands/loading", "commands/generate", "inspection/", "verification/", "replaying/", "reporting/"),
+    ("commands/", "arguments", "dispatch", "cli", "__main__"),
 )
 TRITON_FILES = (
     "kernels/vocabulary",
@@ -58,8 +46,9 @@ def name_of(file: Path) -> str:
 
 
 def layer_of(name: str) -> int:
-    found = [i for i, members in enumerate(LAYERS)
-             if any(name == m or m.endswith("/") and f"{name}/".startswith(m) for m in members)]  # fmt: skip
+    exact = [i for i, members in enumerate(LAYERS) if name in members]
+    found = exact or [i for i, members in enumerate(LAYERS)
+                      if any(m.endswith("/") and f"{name}/".startswith(m) for m in members)]  # fmt: skip
     assert len(found) == 1, f"{name} must be in exactly one layer of the table above, it is in {found}"
     return found[0]
 

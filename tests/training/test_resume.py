@@ -56,10 +56,10 @@ class Case:
 
 HOLDOUT = {"eval_source": "holdout", "eval_limit": 2}  # leaves 9 rows: 5 steps an epoch, or 2
 CASES = (
-    Case("sft", 1, stops=(4, 12), steps=18, train={"logging_steps": 1}),  # in the first epoch; at the second's end
-    Case("sft", 3, stops=(3, 4), steps=6, train={"logging_steps": 2}),  # also with a half-full logging window
+    Case("sft", 1, stops=(12,), steps=18, train={"logging_steps": 1}),  # at the second epoch's end
+    Case("sft", 3, stops=(3,), steps=6, train={"logging_steps": 2}),  # with a half-full logging window
     Case("dpo", 1, stops=(7,), steps=15, train={"logging_steps": 1, "eval_steps": 4}, data=HOLDOUT),
-    Case("dpo", 3, stops=(1, 2), steps=6, train={"logging_steps": 1}),
+    Case("dpo", 3, stops=(2,), steps=6, train={"logging_steps": 1}),
 )
 STOPPED = [(case, stop) for case in CASES for stop in case.stops]
 
