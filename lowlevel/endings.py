@@ -31,7 +31,8 @@ def one_error(folder: RunFolder, interrupts: Interrupts) -> Iterator[None]:
         path, reason = folder.path, str(error)
         if isinstance(error, OSError):
             path, reason = error.filename2 or error.filename or path, error.strerror or reason
-        raise CheckpointError(f"{path}: {reason}; {last_good(folder.path)}") from error
+        lost = f"; {last_good(folder.path)}" if folder.holds_run() else ""
+        raise CheckpointError(f"{path}: {reason}{lost}") from error
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def verify_run(
     console: Console,
     *,
     batch: int = 1,
-    overrides: Mapping[str, str],
+    overrides: Mapping[str, str] | None = None,
     json_file: Path | None = None,
     exact_parameters: int = EXACT_PARAMETERS,
 ) -> list[Check]:
@@ -82,7 +82,7 @@ def verify_run(
         raise ConfigError(f"--json {json_file}: no such folder")
     folder = RunFolder(path) if path.is_dir() else None
     with tempfile.TemporaryDirectory() as scratch:
-        loaded = _from_folder(folder, console) if folder else _from_file(path, overrides, Path(scratch))
+        loaded = _from_folder(folder, console) if folder else _from_file(path, overrides or {}, Path(scratch))
         examples = step_of(loaded.config, loaded.inputs.data, batch)
         with deterministic_mode(loaded.config.train.deterministic):
             subject = _subject(loaded, folder, tuple(examples), batch - 1, exact_parameters)

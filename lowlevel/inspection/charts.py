@@ -10,6 +10,7 @@ from lowlevel.inspection.figures import plain, signed, typographic
 
 BINS = 14  # about as many as a histogram of margins has
 NEAR = 0.16  # of an axis: about a label's width on a phone
+TOO_NEAR = 0.08  # and on a wide page
 LOSS_EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, math.inf)  # nats a token
 
 
@@ -110,6 +111,7 @@ def histogram(values: Sequence[float]) -> Histogram:
     ticks = [
         Tick(100 * i / len(columns), _edge(edges[i], width), near=0 < abs(i - zero) < NEAR * len(columns))
         for i in sorted({0, zero, len(edges) - 1})
+        if i == zero or abs(i - zero) >= TOO_NEAR * len(columns)
     ]
     return Histogram(
         tuple(Bin(column * width, tuple(items)) for column, items in columns.items()),

@@ -15,7 +15,7 @@ CONTRADICTIONS = [
     ({"data": {"format": "orca"}}, 'data.format = "orca" holds preferences; sft needs "messages"'),
     ({"data": {"format": "preference"}}, 'data.format = "preference" is for dpo; sft needs "messages"'),
     ({"data": {"max_prompt_length": 10}}, "data.max_prompt_length is for dpo"),
-    ({"method": "dpo"}, 'dpo needs data.format = "preference" or "orca"'),
+    ({"method": "dpo", "data": {"format": "messages"}}, 'dpo needs data.format = "preference" or "orca"'),
     (
         merged(PREFERENCES, {"model": {"adapter": "a", "adapter_mode": "none"}}),
         'model.adapter is set, but adapter_mode = "none" would ignore it',
@@ -52,12 +52,12 @@ CONTRADICTIONS = [
         "train.micro_batch_positions needs data.packing = true",
     ),
     (
-        {"train": {"micro_batch_positions": 511}},
-        "train.micro_batch_positions 511 is less than one sequence (512)",
+        {"train": {"micro_batch_positions": 255}},
+        "train.micro_batch_positions 255 is less than one sequence (256)",
     ),
     (
-        merged(PREFERENCES, {"train": {"micro_batch_positions": 1023}}),
-        "train.micro_batch_positions 1023 is less than one sequence (1024)",
+        merged(PREFERENCES, {"train": {"micro_batch_positions": 511}}),
+        "train.micro_batch_positions 511 is less than one sequence (512)",
     ),
     *(
         ({"train": {"memory_budget": "15GiB", key: value}}, f"train.{key} is chosen by memory_budget")

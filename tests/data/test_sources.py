@@ -60,7 +60,7 @@ def test_five_problems_are_shown_and_the_rest_counted(write):
         read_rows(write(*[b"?\n"] * 8), "train")
     lines = str(caught.value).splitlines()
     assert [line.partition(": ")[0] for line in lines[:5]] == [f"train.jsonl:{n}" for n in range(1, 6)]
-    assert lines[5:] == ["and 3 more"]
+    assert lines[5:] == ["and 3 more; --on-bad-row skip goes on without them"]
 
 
 def test_gzip_is_read_and_a_cut_archive_is_an_error(write, tmp_path):

@@ -52,6 +52,8 @@ def test_a_label_beside_zero_is_marked():
     """10 bins of 0.1 from -0.1: a narrow page shows "0" and "+0.90" alone."""
     ticks = histogram([-0.05, 0.85, *(0.1 * i for i in range(8))]).ticks
     assert [(tick.label, tick.near) for tick in ticks] == [("−0.10", True), ("0", False), ("+0.90", False)]
+    ticks = histogram([-0.01, *(0.02 * i for i in range(14))]).ticks  # 15 bins, one of them below zero
+    assert [tick.label for tick in ticks] == ["0", "+0.280"], "no page has room for both"
 
 
 def test_items_of_a_bin_ascend():

@@ -27,7 +27,7 @@ def make(space):
 
     def subject(method, examples=4, exact=EXACT_PARAMETERS, **sections):
         name = f"{method}-{len(list(space.folder.glob('*.toml')))}"
-        loaded = _from_file(space.write(name, method, **sections), space.folder)
+        loaded = _from_file(space.write(name, method, **sections), {}, space.folder)
         rows = step_of(loaded.config, loaded.inputs.data, 1)[:examples]
         return _subject(loaded, None, tuple(rows), 0, exact)
 
