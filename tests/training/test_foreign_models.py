@@ -104,6 +104,7 @@ def test_a_model_that_draws_random_numbers_is_refused(monkeypatch):
     ("family", "settings", "window"),
     [
         ("llama", {}, None),
+        ("llama", {"sliding_window": 512, "use_sliding_window": False}, None),  # keys that are left of another family
         ("mistral", {"sliding_window": 4096}, 4096),
         ("mistral", {"sliding_window": None}, None),
         ("qwen2", {"sliding_window": 512, "use_sliding_window": False}, None),
