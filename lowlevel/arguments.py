@@ -55,6 +55,15 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return command
 
+    _add_training(add)
+    _add_forecasts(add)
+    _add_losses(add)
+    _add_model_commands(add)
+    return parser
+
+
+def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that train."""
     demo = add("demo", "SFT, DPO and comparison of a built-in small model: offline, CPU or GPU")
     demo.add_argument(
         "--out", type=Path, default=Path("out/demo"), help="folder for the demo's runs (default: out/demo)"
@@ -80,18 +89,19 @@ def build_parser() -> argparse.ArgumentParser:
         train.add_argument(
             "--as-t4", action="store_true", help="on a larger GPU: fp16, 15 GiB, and only the attention that a T4 has"
         )
+
+
+def _add_forecasts(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """What a run will read and take, and what it took."""
     data = add("data", "what a run will train on, without a GPU and without the model", takes_config=True)
     data.add_argument("config", type=Path, nargs="?", metavar="RUN.toml", help="run file; without one, flags alone")
     data.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
-    _add_losses(add)
     plan = add("plan", "forecast a run's GPU memory and find the fastest way to fit a budget", takes_config=True)
     plan.add_argument("config", type=Path, metavar="RUN.toml")
     plan.add_argument("--budget", metavar="SIZE", help='like "15GiB" (default: train.memory_budget, or 15GiB)')
     memory = add("memory", "what a run's largest micro-batch took of the GPU's memory, by component and phase")
     memory.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     memory.add_argument("--plot", type=Path, metavar="FILE.png")
-    _add_model_commands(add)
-    return parser
 
 
 def _add_losses(add: Callable[..., argparse.ArgumentParser]) -> None:

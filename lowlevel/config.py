@@ -97,7 +97,7 @@ class DataConfig(Section):
     )
     supervise: Literal["assistant", "all"] = Field("assistant", description="tokens that the loss is taken over")
     max_length: Annotated[int, Field(gt=1, le=LARGEST)] = Field(
-        512, description="tokens of a sequence (prompt and completion)"
+        512, description="tokens of a sequence (prompt and completion); for the demo's base 256"
     )
     max_prompt_length: Positive | None = Field(None, description="dpo: tokens of a prompt, cut from the left")
     packing: bool = Field(True, description="several examples share a row; the loss is the same either way")

@@ -92,7 +92,7 @@ def test_families_that_join_tokens_otherwise_are_refused(family, kernel, what):
         policy_of(family, kernel)
 
 
-def test_a_model_that_draws_random_numbers_is_refused(monkeypatch):
+def test_a_model_that_draws_random_numbers_is_refused():
     """OPT's dropout is a call and no module: freezing does not reach it."""
     model = model_of("llama")
     model.model.norm.register_forward_hook(lambda module, args, output: nn.functional.dropout(output, 0.1))
