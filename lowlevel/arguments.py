@@ -56,14 +56,14 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     _add_training(add)
-    _add_forecasts(add)
     _add_losses(add)
+    _add_forecasts(add)
     _add_model_commands(add)
     return parser
 
 
 def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """The commands that train."""
+    """The commands that train, and what shows their rows beforehand."""
     demo = add("demo", "SFT, DPO and comparison of a built-in small model: offline, CPU or GPU")
     demo.add_argument(
         "--out", type=Path, default=Path("out/demo"), help="folder for the demo's runs (default: out/demo)"
@@ -89,13 +89,13 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
         train.add_argument(
             "--as-t4", action="store_true", help="on a larger GPU: fp16, 15 GiB, and only the attention that a T4 has"
         )
-
-
-def _add_forecasts(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """What a run will read and take, and what it took."""
     data = add("data", "what a run will train on, without a GPU and without the model", takes_config=True)
     data.add_argument("config", type=Path, nargs="?", metavar="RUN.toml", help="run file; without one, flags alone")
     data.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
+
+
+def _add_forecasts(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """What a run will take of the GPU's memory, and what it took."""
     plan = add("plan", "forecast a run's GPU memory and find the fastest way to fit a budget", takes_config=True)
     plan.add_argument("config", type=Path, metavar="RUN.toml")
     plan.add_argument("--budget", metavar="SIZE", help='like "15GiB" (default: train.memory_budget, or 15GiB)')
