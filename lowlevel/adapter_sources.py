@@ -104,6 +104,7 @@ def _frozen_under(folder: Path) -> str | None:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Of the run that an adapter's folder lies in; empty where it lies in none."""
+    """Of the run that an adapter's folder lies in; empty where it lies in none. Others have a manifest.json, too."""
     run = RunFolder(folder.resolve().parent)
-    return run.read_manifest() if (run.path / "manifest.json").exists() else {}
+    manifest = run.read_manifest() if (run.path / "manifest.json").exists() else {}
+    return manifest if isinstance(manifest.get("base"), dict) and "parent_adapter" in manifest else {}

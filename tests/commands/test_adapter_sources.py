@@ -85,3 +85,11 @@ def test_a_base_of_another_name_is_said_where_its_weights_cannot_be_told(runs, c
     assert said.code == 0, said.err
     line = next(line for line in said.out.splitlines() if line.startswith("note: "))
     assert "names some/other as its base" in line.replace('"', "").replace("'", "")
+
+
+def test_a_manifest_that_is_not_a_runs_says_nothing(runs, cli, tmp_path):
+    folder = Path(shutil.copytree(runs.sft / "adapter", tmp_path / "site" / "adapter"))
+    for manifest in ({"base": "/", "parent_adapter": "x"}, {"base": {"sha256": "0" * 64}}, {"name": "a web page"}):
+        (tmp_path / "site" / "manifest.json").write_text(json.dumps(manifest))
+        said = train(cli, runs, tmp_path, "--restart", "--model.adapter", folder)
+        assert said.code == 0, said.err
