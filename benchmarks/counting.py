@@ -159,15 +159,14 @@ def forward(shape: ModelShape, work: Work, *, adapters: int, dropout: bool) -> I
         yield product("base products", m, size_in, size_out)
         for _ in range(adapters):
             yield product("adapter products", m, size_in, shape.rank)
-            yield product("adapter products", m, shape.rank, size_out)
+            yield product("adapter products", m, shape.rank, size_out, added=True)
     for _ in range(adapters):
         yield adapter_casts(shape)
-    extra = adapters  # outputs to add to each base product's
-    yield elementwise(m, (4 + extra) * d + 3 * d * dropout)  # residual, norm, the inputs of q, k, v
-    yield elementwise(m, (2 + extra) * (d + 2 * kv), count=3)  # sums, rotary embedding
+    yield elementwise(m, 4 * d + 3 * d * dropout)  # residual, norm, the inputs of q, k, v
+    yield elementwise(m, 2 * (d + 2 * kv), count=3)  # rotary embedding
     yield elementwise(m, 2 * d * dropout, count=int(dropout))  # the input of o
-    yield elementwise(m, (4 + extra) * d + 2 * d * dropout)  # residual, norm, the inputs of gate and up
-    yield elementwise(m, (2 * (1 + extra) + 1) * f + f * dropout)  # SwiGLU, the input of down
+    yield elementwise(m, 4 * d + 2 * d * dropout)  # residual, norm, the inputs of gate and up
+    yield elementwise(m, 3 * f + f * dropout)  # SwiGLU, the input of down
     yield attention(shape, work, 4, tensors=2 * d + 2 * kv, count=1)
 
 
@@ -196,8 +195,6 @@ def backward(shape: ModelShape, work: Work, *, first: bool, stacked: bool) -> It
     for _ in range(1 + stacked):
         yield adapter_casts(shape)
     parts = 2 + stacked  # gradients to add for each projection's input
-    outputs = 3 * d + 2 * kv + 2 * f
-    yield elementwise(m, outputs, count=7)  # gradients times lora_alpha / r
     yield elementwise(m, (parts + 6) * f)  # SwiGLU's gradients from gate and up
     yield elementwise(m, (2 * parts + 3) * d, count=2)  # into the second norm and the residual
     yield elementwise(m, (parts + 1) * d)  # into attention's output
@@ -206,9 +203,9 @@ def backward(shape: ModelShape, work: Work, *, first: bool, stacked: bool) -> It
     yield attention(shape, work, 10, tensors=4 * d + 4 * kv, count=3)
 
 
-def product(component: str, rows: int, inner: int, columns: int) -> Op:
-    """A matrix product in fp16."""
-    traffic = HALF * (rows * inner + inner * columns + rows * columns)
+def product(component: str, rows: int, inner: int, columns: int, *, added: bool = False) -> Op:
+    """A matrix product in fp16, perhaps added to what is there."""
+    traffic = HALF * (rows * inner + inner * columns + (1 + added) * rows * columns)
     return Op(component, 2.0 * rows * inner * columns, traffic)
 
 

@@ -1,38 +1,45 @@
-"""A 4-bit linear layer as compiled steps run it: dequantise in one kernel, multiply in cuBLAS, keep nothing.
+"""Linear layers as compiled steps run them: the base's product, and the adapters' beside it.
 
-    y = x W^T        dx = dy W        W = dequantize(codes), made anew for each product
+    y  = x W^T + h B^T           h = x' A'^T        x' = drop(x)        A' = s A
+    dx = dy W                    dh = dy B          dB = dy^T h         dA' = dh^T x'        dx' = dh A'
 
-Uncompiled, the layer is bitsandbytes' own, which is what the compiled one is tested against. (An operator with a
-registered gradient and no autograd.Function: torch 2.11 compiles the gradient of one to zero in some graphs.)
+W is dequantised anew for each product. PEFT's own layer writes h B^T, its multiple by s = lora_alpha / r and the sum as
+three tensors of y's size; here s goes into A, which is small, and cuBLAS adds h B^T to x W^T where that lies. Products
+of rank r are too small to fill a GPU: they run on a second stream while dequantisation and the large product do on the
+first. Uncompiled, the layers are PEFT's and bitsandbytes' own, which is what the compiled ones are tested against. (An
+operator with a registered gradient and no autograd.Function: torch 2.11 compiles the gradient of one to zero in some
+graphs.)
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
 
 import bitsandbytes as bnb
 import torch
+from peft.tuners.lora import bnb as peft_bnb
+from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from lowlevel.kernels.dequantize import Quantised, dequantize
 
+if TYPE_CHECKING:
+    Adapted = peft_layer.Linear
+else:
+    Adapted = object  # a mixin: the class beside it is PEFT's
+
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):
-    """A bitsandbytes layer that calls `linear_4bit` where it is compiled. Made by `with_one_kernel` alone."""
+    """A bitsandbytes layer whose compiled product is ours. Made by `with_one_kernel` alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in the dtype of x; products in the layer's compute dtype."""
         if not torch.compiler.is_compiling():
             return super().forward(x)
-        state = quantised_state(self)
-        compute = self.compute_dtype or x.dtype
-        nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (None, None, None)
-        inner = state.state2.blocksize if state.nested else 1
-        out = linear_4bit(
-            x.to(compute), self.weight, state.code, state.absmax, *nested, list(state.shape), state.blocksize, inner
-        )
-        return (out if self.bias is None else out + self.bias.to(compute)).to(x.dtype)
+        return product(self, x.to(self.compute_dtype or x.dtype), [], [], []).to(x.dtype)
 
 
 def with_one_kernel(model: nn.Module) -> None:
@@ -42,49 +49,180 @@ def with_one_kernel(model: nn.Module) -> None:
             module.__class__ = FrozenLinear4bit
 
 
+class _SideBySide(Adapted):
+    """An adapted layer of PEFT's whose compiled pass is the module's first line. Made by `with_adapters_beside`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        if not torch.compiler.is_compiling():
+            return super().forward(x, *args, **kwargs)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        dropped = [self.lora_dropout[name](x).to(dtype) for name in names]
+        down = [(cast(Tensor, self.lora_A[name].weight) * self.scaling[name]).to(dtype) for name in names]
+        up = [cast(Tensor, self.lora_B[name].weight).to(dtype) for name in names]
+        return product(cast(nn.Linear, self.base_layer), x.to(dtype), dropped, down, up).to(x.dtype)
+
+
+class _AdaptedLinear4bit(_SideBySide, peft_bnb.Linear4bit):
+    pass
+
+
+class _AdaptedLinear(_SideBySide, peft_layer.Linear):
+    pass
+
+
+def with_adapters_beside(model: nn.Module) -> None:
+    """Let every adapted layer of a model be compiled as above; weights, names and the uncompiled pass stay PEFT's."""
+    for module in model.modules():
+        if type(module) is peft_bnb.Linear4bit:
+            module.__class__ = _AdaptedLinear4bit
+        elif type(module) is peft_layer.Linear:
+            module.__class__ = _AdaptedLinear
+
+
+def product(layer: nn.Linear, x: Tensor, dropped: list[Tensor], down: list[Tensor], up: list[Tensor]) -> Tensor:
+    """x W^T + sum_k (dropped_k down_k^T) up_k^T + bias.
+
+    All in one dtype: x and dropped_k (..., I), down_k (r, I), up_k (O, r) -> (..., O). `layer` is frozen, in 4 bits or
+    in that dtype.
+    """
+    if isinstance(layer, bnb.nn.Linear4bit):
+        state = quantised_state(layer)
+        nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (None, None, None)
+        inner_block = state.state2.blocksize if state.nested else 1
+        constants = (state.code, state.absmax, *nested, list(state.shape), state.blocksize, inner_block)
+    else:
+        constants = (None, None, None, None, None, list(layer.weight.shape), 1, 1)
+    out = adapted_linear(x, dropped, down, up, layer.weight, *constants)[0]
+    return out if layer.bias is None else out + layer.bias.to(out.dtype)
+
+
 def quantised_state(module: Any) -> Any:
     """The quantisation state of a bitsandbytes Linear4bit, which its types leave out."""
     return module.weight.quant_state
 
 
-@torch.library.custom_op("lowlevel::linear_4bit", mutates_args=())
-def linear_4bit(
-    x: Tensor, packed: Tensor, code: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None,
-    offset: Tensor | None, shape: list[int], blocksize: int, blocksize2: int,
-) -> Tensor:  # fmt: skip
-    """x (..., I) in the compute dtype, a weight (O, I) as in `Quantised` -> (..., O). Differentiable once, in x."""
-    weight = Quantised(packed, tuple(shape), code, absmax, blocksize, code2, absmax2, offset, blocksize2)
-    return linear(x, dequantize(weight, x.dtype))
+@torch.library.custom_op("lowlevel::adapted_linear", mutates_args=())
+def adapted_linear(
+    x: Tensor, dropped: list[Tensor], down: list[Tensor], up: list[Tensor], packed: Tensor, code: Tensor | None,
+    absmax: Tensor | None, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None, shape: list[int],
+    blocksize: int, blocksize2: int,
+) -> list[Tensor]:  # fmt: skip
+    """y (..., O) of the module's first line, and of each adapter h (..., r). Arguments as in `product`; W (O, I) as in
+    `Quantised`, or without `code` as it is. Differentiable once, in all but W.
+    """
+    inner = [one.new_empty(*one.shape[:-1], a.shape[0]) for one, a in zip(dropped, down, strict=True)]
+    with _beside(x):
+        for one, a, h in zip(dropped, down, inner, strict=True):
+            torch.mm(_rows(one), a.T, out=_rows(h))
+    y = _rows(x) @ _weight(x, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2).T
+    _wait(x)
+    for h, b in zip(inner, up, strict=True):
+        y.addmm_(_rows(h), b.T)
+    return [y.view(*x.shape[:-1], shape[0]), *inner]
 
 
-@linear_4bit.register_fake
-def _(x, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    return x.new_empty(*x.shape[:-1], shape[0])
-
-
-@torch.library.custom_op("lowlevel::linear_4bit_backward", mutates_args=())
+@torch.library.custom_op("lowlevel::adapted_linear_backward", mutates_args=())
 def _backward(
-    grad: Tensor, packed: Tensor, code: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None,
-    offset: Tensor | None, shape: list[int], blocksize: int, blocksize2: int,
-) -> Tensor:  # fmt: skip
-    """dy (..., O) -> dx (..., I)."""
+    grad: Tensor, dropped: list[Tensor], inner: list[Tensor], down: list[Tensor], up: list[Tensor],
+    trained: list[bool], packed: Tensor, code: Tensor | None, absmax: Tensor | None, code2: Tensor | None,
+    absmax2: Tensor | None, offset: Tensor | None, shape: list[int], blocksize: int, blocksize2: int,
+) -> list[Tensor]:  # fmt: skip
+    """The module's second line: dx; dx' of each adapter; dA' of each in training; dB of each in training."""
+    dy = _rows(grad)
+    of_inner = [h.new_empty(h.shape) for h in inner]
+    of_dropped, of_down, of_up = _empty_gradients(dropped, down, up, trained)
+    learning = [k for k, learns in enumerate(trained) if learns]
+    with _beside(grad):
+        for dh, b, one, a in zip(of_inner, up, of_dropped, down, strict=True):
+            torch.mm(dy, b, out=_rows(dh))
+            torch.mm(_rows(dh), a, out=_rows(one))
+        for k, da, db in zip(learning, of_down, of_up, strict=True):
+            torch.mm(_rows(of_inner[k]).T, _rows(dropped[k]), out=da)
+            torch.mm(dy.T, _rows(inner[k]), out=db)
+    dx = dy @ _weight(grad, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2)
+    _wait(grad)
+    return [dx.view(*grad.shape[:-1], shape[1]), *of_dropped, *of_down, *of_up]
+
+
+def _weight(like: Tensor, packed: Tensor, code: Tensor | None, absmax: Tensor | None, *others: Any) -> Tensor:
+    """(O, I) in the dtype of `like`."""
+    if code is None or absmax is None:
+        return packed
+    code2, absmax2, offset, shape, blocksize, blocksize2 = others
     weight = Quantised(packed, tuple(shape), code, absmax, blocksize, code2, absmax2, offset, blocksize2)
-    return grad @ dequantize(weight, grad.dtype)
+    return dequantize(weight, like.dtype)
+
+
+def _empty_gradients(
+    dropped: list[Tensor], down: list[Tensor], up: list[Tensor], trained: list[bool]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    learning = [k for k, learns in enumerate(trained) if learns]
+    shapes = dropped, [down[k] for k in learning], [up[k] for k in learning]
+    of_dropped, of_down, of_up = ([one.new_empty(one.shape) for one in part] for part in shapes)
+    return of_dropped, of_down, of_up
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., n) -> (rows, n), a view of what is contiguous."""
+    return x.reshape(-1, x.shape[-1])
+
+
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _beside(x: Tensor) -> Iterator[None]:
+    """What is launched inside runs beside what is launched after it, until `_wait`; it must allocate nothing."""
+    if not x.is_cuda:
+        yield
+        return
+    second = _second_stream(x.device)
+    second.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(second):
+        yield
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.current_stream(x.device).wait_stream(_second_stream(x.device))
+
+
+@adapted_linear.register_fake
+def _(x, dropped, down, up, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    sizes = [shape[0], *(a.shape[0] for a in down)]
+    return [x.new_empty(*x.shape[:-1], size) for size in sizes]
 
 
 @_backward.register_fake
-def _(grad, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    return grad.new_empty(*grad.shape[:-1], shape[1])
+def _(
+    grad, dropped, inner, down, up, trained, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2
+):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, E501
+    of_dropped, of_down, of_up = _empty_gradients(dropped, down, up, trained)
+    return [grad.new_empty(*grad.shape[:-1], shape[1]), *of_dropped, *of_down, *of_up]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *tensors, ctx.shape, ctx.blocksize, ctx.blocksize2 = inputs
-    ctx.save_for_backward(*tensors)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, dropped, down, up, *weight, ctx.shape, ctx.blocksize, ctx.blocksize2 = inputs
+    inner = output[1:]
+    ctx.adapters = len(inner)
+    ctx.mark_non_differentiable(*inner)
+    ctx.save_for_backward(*dropped, *inner, *down, *up, *weight)
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dx = _backward(grad, *ctx.saved_tensors, ctx.shape, ctx.blocksize, ctx.blocksize2)
-    return dx, *[None] * 9
+def _gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    n, saved = ctx.adapters, list(ctx.saved_tensors)
+    parts = [saved[i * n : (i + 1) * n] for i in range(4)]  # dropped, inner, down, up
+    trained = list(ctx.needs_input_grad[3])
+    weight = (*saved[4 * n :], ctx.shape, ctx.blocksize, ctx.blocksize2)
+    dx, *found = _backward(grads[0], *parts, trained, *weight)
+    of_dropped, found = found[:n], iter(found[n:])
+    of_down, of_up = ([next(found) if learns else None for learns in trained] for _ in range(2))
+    return dx, of_dropped, of_down, of_up, *[None] * len(weight)
 
 
-linear_4bit.register_autograd(_gradient, setup_context=_save)
+adapted_linear.register_autograd(_gradient, setup_context=_save)

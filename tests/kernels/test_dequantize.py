@@ -12,7 +12,7 @@ from lowlevel.errors import ConfigError
 from lowlevel.kernels.dequantize import Quantised, dequantize, dequantize_reference
 from lowlevel.model import base
 from lowlevel.model.base import load_base
-from lowlevel.model.linear import FrozenLinear4bit, linear_4bit, with_one_kernel
+from lowlevel.model.linear import FrozenLinear4bit, with_one_kernel
 from lowlevel.model.placement import Placement
 
 CPU = Placement(torch.device("cpu"), "fp32")
@@ -76,21 +76,9 @@ def test_the_compiled_layer_equals_bitsandbytes_own_in_output_and_gradient(neste
     compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: calls.append(str(graph.code)) or graph)
     found = compiled(x)
     (grad,) = torch.autograd.grad(found, x, direction)
-    assert "lowlevel.linear_4bit" in calls[0]  # the compiled layer is ours
+    assert "lowlevel.adapted_linear" in calls[0]  # the compiled layer is ours
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)
-
-
-@nesting
-def test_the_operator_obeys_torchs_rules_for_custom_operators(nested):
-    packed, state = quantised((16, 64), "nf4", nested, torch.float32)
-    weight = Quantised.of(packed, state)
-    x = torch.randn(3, 64, requires_grad=True)
-    arguments = (x, packed, weight.code, weight.absmax, weight.code2, weight.absmax2, weight.offset, [16, 64], 64,
-                 weight.blocksize2)  # fmt: skip
-    torch.library.opcheck(torch.ops.lowlevel.linear_4bit.default, arguments)
-    expected = x @ bnb.functional.dequantize_4bit(packed, state).T
-    torch.testing.assert_close(linear_4bit(*arguments), expected)
 
 
 def test_this_cpu_is_asked_whether_it_reads_ragged_rows():
