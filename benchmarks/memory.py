@@ -44,12 +44,11 @@ def read_plan(text: str) -> Plan:
 
 
 def forecast_of(row: dict[str, str], case: Case, folder: Path) -> Forecast:
-    """Forecast of a row's own plan, on the kind of GPU that it ran on."""
+    """Forecast of a row's own plan."""
     config = case_config(case, folder, folder / "unused", 1)
     adapter = AdapterSize(config.lora.r, config.lora.target_modules)
     shape = model_shape(llama_config(row["shape"]), adapter, adapter if case.stacked else None)
-    hopper = any(name in row["gpu"] for name in ("H100", "H200"))
-    return forecast(shape, config, read_plan(row["plan"]), FP16, hopper=hopper)
+    return forecast(shape, config, read_plan(row["plan"]), FP16)
 
 
 def parts(found: Forecast) -> dict[str, float]:

@@ -220,8 +220,7 @@ def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
         raise ConfigError(f"train.memory_budget needs attention over spans: {inputs.attention.reason}")
     sizes = adapter_sizes(config, inputs.parent, inputs.init_from)
     shape = model_shape(load_model_config(config.model), *sizes)
-    hopper = torch.cuda.get_device_capability()[0] >= 9
-    return planned(config, best_plan(shape, config, inputs.placement, budget, hopper=hopper))
+    return planned(config, best_plan(shape, config, inputs.placement, budget))
 
 
 def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:

@@ -83,23 +83,22 @@ class Column:
 
 @dataclass(frozen=True)
 class Target:
-    """The model with its adapters, and the kind of GPU."""
+    """The model with its adapters, and where it runs."""
 
     shape: ModelShape
     placement: Placement
-    hopper: bool
 
     def fastest(self, config: RunConfig, size: int) -> Plan:
         """Raises ConfigError where nothing fits."""
-        return best_plan(self.shape, config, self.placement, size, hopper=self.hopper)
+        return best_plan(self.shape, config, self.placement, size)
 
     def forecast(self, column: Column) -> Forecast:
         """Of a column's plan."""
-        return forecast(self.shape, column.config, column.plan, self.placement, hopper=self.hopper)
+        return forecast(self.shape, column.config, column.plan, self.placement)
 
 
 def _target(config: RunConfig) -> Target:
-    """Where there is no GPU, one that cuBLAS takes most memory on. An adapter to be trained first counts as [lora]."""
+    """An adapter that is yet to be trained counts as [lora]."""
     own = AdapterSize(config.lora.r, config.lora.target_modules)
     init_from = find_adapter(config.lora.init_from, "lora.init_from")
     try:
@@ -107,9 +106,8 @@ def _target(config: RunConfig) -> Target:
     except ConfigError:
         sizes = adapter_sizes(config, None, init_from)[0], own if config.model.adapter_mode == "stack" else None
     precision = "fp16" if config.train.precision == "auto" else config.train.precision
-    hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
     shape = model_shape(load_model_config(config.model), *sizes)
-    return Target(shape, Placement(torch.device("cuda"), precision), hopper)
+    return Target(shape, Placement(torch.device("cuda"), precision))
 
 
 def _as_configured(config: RunConfig, target: Target) -> Column:

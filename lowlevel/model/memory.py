@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
-WORKSPACE = 33_554_432  # what cuBLAS keeps on Hopper for the stream that multiplies
-LOWER_WORKSPACE = 8_519_680  # below compute capability 9.0, unless determinism.py asks for a fixed one
+WORKSPACES = 4  # of cuBLAS: for two streams (linear.py), each in the threads of forward and of backward pass
+WORKSPACE, FIXED_WORKSPACE = 8_519_680, 33_554_432  # as placement.py and determinism.py ask for them
 BACKWARD_VALUES = 1.6  # gradients alive in a layer's backward pass, as a multiple of its widest activation (3 F)
 DEQUANTISE_POSITIONS = 500  # on an H100 dequantising a layer takes as long as this many positions' products
 
@@ -132,9 +132,7 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
     )
 
 
-def forecast(
-    shape: ModelShape, config: RunConfig, plan: Plan, placement: Placement, *, hopper: bool = True
-) -> Forecast:
+def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placement) -> Forecast:
     """Predict a run's memory on a GPU, in bytes."""
     size = DTYPES[placement.precision].itemsize
     quantised = _quantised(shape, config, plan)
@@ -145,7 +143,7 @@ def forecast(
     if dropped:
         kept += 5 * shape.hidden + shape.query + shape.intermediate
     transient = int(BACKWARD_VALUES * 3 * shape.intermediate) + 2 * shape.hidden
-    weights = 2 * shape.largest * size if quantised else 0
+    weights = shape.largest * size if quantised else 0
     inputs = plan.recomputed * shape.hidden
     on_device = min(inputs, 2 * shape.hidden) if config.train.offload_activations else inputs
     stored = on_device + (shape.layers - plan.recomputed) * kept
@@ -160,7 +158,7 @@ def forecast(
             "embeddings, LM head, norms": other * size,
             "adapters": (shape.trained + shape.frozen) * 4,
             "gradient": shape.trained * 4,
-            "cuBLAS workspaces": WORKSPACE if hopper or config.train.deterministic else LOWER_WORKSPACE,
+            "cuBLAS workspaces": WORKSPACES * (FIXED_WORKSPACE if config.train.deterministic else WORKSPACE),
         },
         phases={
             "layers": plan.positions * (in_backward + transient) * size + weights,
@@ -212,22 +210,20 @@ def plans(shape: ModelShape, config: RunConfig) -> list[Plan]:
     return [Plan(n, r, d) for n in sizes for r in range(shape.layers + 1) for d in once]
 
 
-def best_plan(shape: ModelShape, config: RunConfig, placement: Placement, budget: int, *, hopper: bool = True) -> Plan:
+def best_plan(shape: ModelShape, config: RunConfig, placement: Placement, budget: int) -> Plan:
     """The fastest plan whose forecast fits `budget` bytes.
 
     Raises:
         ConfigError: not even the smallest plan fits.
     """
-    fitting = [p for p in plans(shape, config) if forecast(shape, config, p, placement, hopper=hopper).peak <= budget]
+    fitting = [p for p in plans(shape, config) if forecast(shape, config, p, placement).peak <= budget]
     if not fitting:
-        least = min(forecast(shape, config, p, placement, hopper=hopper).peak for p in plans(shape, config))
+        least = min(forecast(shape, config, p, placement).peak for p in plans(shape, config))
         raise ConfigError(
             f"train.memory_budget: {budget / 2**30:.2f} GiB is too little: the smallest plan needs "
             f"{least / 2**30:.2f} GiB; lower data.max_length or lora.r"
         )
-    return min(
-        fitting, key=lambda p: (cost(shape, config, p), forecast(shape, config, p, placement, hopper=hopper).peak)
-    )
+    return min(fitting, key=lambda p: (cost(shape, config, p), forecast(shape, config, p, placement).peak))
 
 
 def planned(config: RunConfig, plan: Plan) -> RunConfig:
