@@ -14,7 +14,7 @@ graphs.)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -114,11 +114,11 @@ def adapted_linear(
     `Quantised`, or without `code` as it is. Differentiable once, in all but W.
     """
     inner = [one.new_empty(*one.shape[:-1], a.shape[0]) for one, a in zip(dropped, down, strict=True)]
-    with _beside(x):
-        for one, a, h in zip(dropped, down, inner, strict=True):
-            torch.mm(_rows(one), a.T, out=_rows(h))
-    y = _rows(x) @ _weight(x, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2).T
-    _wait(x)
+    with _two_streams(dropped) as second:
+        with second:
+            for one, a, h in zip(dropped, down, inner, strict=True):
+                torch.mm(_rows(one), a.T, out=_rows(h))
+        y = _rows(x) @ _weight(x, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2).T
     for h, b in zip(inner, up, strict=True):
         y.addmm_(_rows(h), b.T)
     return [y.view(*x.shape[:-1], shape[0]), *inner]
@@ -135,15 +135,15 @@ def _backward(
     of_inner = [h.new_empty(h.shape) for h in inner]
     of_dropped, of_down, of_up = _empty_gradients(dropped, down, up, trained)
     learning = [k for k, learns in enumerate(trained) if learns]
-    with _beside(grad):
-        for dh, b, one, a in zip(of_inner, up, of_dropped, down, strict=True):
-            torch.mm(dy, b, out=_rows(dh))
-            torch.mm(_rows(dh), a, out=_rows(one))
-        for k, da, db in zip(learning, of_down, of_up, strict=True):
-            torch.mm(_rows(of_inner[k]).T, _rows(dropped[k]), out=da)
-            torch.mm(dy.T, _rows(inner[k]), out=db)
-    dx = dy @ _weight(grad, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2)
-    _wait(grad)
+    with _two_streams(dropped) as second:
+        with second:
+            for dh, b, one, a in zip(of_inner, up, of_dropped, down, strict=True):
+                torch.mm(dy, b, out=_rows(dh))
+                torch.mm(_rows(dh), a, out=_rows(one))
+            for k, da, db in zip(learning, of_down, of_up, strict=True):
+                torch.mm(_rows(of_inner[k]).T, _rows(dropped[k]), out=da)
+                torch.mm(dy.T, _rows(inner[k]), out=db)
+        dx = dy @ _weight(grad, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2)
     return [dx.view(*grad.shape[:-1], shape[1]), *of_dropped, *of_down, *of_up]
 
 
@@ -176,20 +176,21 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextmanager
-def _beside(x: Tensor) -> Iterator[None]:
-    """What is launched inside runs beside what is launched after it, until `_wait`; it must allocate nothing."""
-    if not x.is_cuda:
-        yield
+def _two_streams(dropped: list[Tensor]) -> Iterator[AbstractContextManager[Any]]:
+    """What is launched within the context that this gives runs beside the rest of the block, which ends with both.
+
+    Every tensor that the second stream writes must have been allocated before: the allocator goes by the first.
+    """
+    if not (dropped and dropped[0].is_cuda):
+        yield nullcontext()
         return
-    second = _second_stream(x.device)
-    second.wait_stream(torch.cuda.current_stream(x.device))
-    with torch.cuda.stream(second):
-        yield
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.current_stream(x.device).wait_stream(_second_stream(x.device))
+    device = dropped[0].device
+    first, second = torch.cuda.current_stream(device), _second_stream(device)
+    second.wait_stream(first)
+    try:
+        yield torch.cuda.stream(second)
+    finally:
+        first.wait_stream(second)
 
 
 @adapted_linear.register_fake
@@ -199,9 +200,8 @@ def _(x, dropped, down, up, packed, code, absmax, code2, absmax2, offset, shape,
 
 
 @_backward.register_fake
-def _(
-    grad, dropped, inner, down, up, trained, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2
-):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, E501
+def _(grad, dropped, inner, down, up, trained, *weight):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN202
+    shape = weight[6]
     of_dropped, of_down, of_up = _empty_gradients(dropped, down, up, trained)
     return [grad.new_empty(*grad.shape[:-1], shape[1]), *of_dropped, *of_down, *of_up]
 
