@@ -2,14 +2,14 @@
 
 What the allocator holds at its peak is the sum of what is always there (weights, adapters, gradient) and the largest
 of the step's phases. Activations are counted in values a position and layer, as the compiled layers keep them for the
-backward pass (D: hidden size, F: MLP size, H: query width, K: key width, dropout p > 0 keeps the dropped inputs too):
+backward pass (D: hidden size, F: MLP size, H: query width, K: key width):
 
     norms and residuals 4 D, q and output of attention 2 H, k and v 2 K, gate and up and their product 3 F,
-    dropped inputs of q, k, v, gate and up 5 D, of o H, of down F
+    with dropout the dropped inputs of q, k, v, gate and up 5 D, of o H, of down F; without it D
 
 A recomputed layer keeps its input alone (D), with train.offload_activations on the host, from where it comes back one
 layer ahead: two lie on the device. Recomputed are the first layers: when they are, those of the others are gone. The
-constants were fitted to runs on an H100, twelve of which tests/training/test_memory.py holds the forecast to. Optimizer
+constants were fitted to runs on an H100, nine of which tests/training/test_memory.py holds the forecast to. Optimizer
 state is paged and outside the allocator: it is listed apart.
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
 WORKSPACES = 4  # of cuBLAS: for two streams (linear.py), each in the threads of forward and of backward pass
 WORKSPACE, FIXED_WORKSPACE = 8_519_680, 33_554_432  # as placement.py and determinism.py ask for them
-BACKWARD_VALUES = 1.6  # gradients alive in a layer's backward pass, as a multiple of its widest activation (3 F)
+BACKWARD_VALUES = 1.0  # gradients alive in a layer's backward pass, as a multiple of its widest activation (3 F)
 DEQUANTISE_POSITIONS = 500  # on an H100 dequantising a layer takes as long as this many positions' products
 
 
@@ -142,6 +142,8 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
     kept = 4 * shape.hidden + 2 * shape.query + 2 * shape.key + 3 * shape.intermediate
     if dropped:
         kept += 5 * shape.hidden + shape.query + shape.intermediate
+    else:
+        kept += shape.hidden
     transient = int(BACKWARD_VALUES * 3 * shape.intermediate) + 2 * shape.hidden
     weights = shape.largest * size if quantised else 0
     inputs = plan.recomputed * shape.hidden

@@ -66,7 +66,7 @@ def test_a_budgets_case_is_counted_as_its_plan(tmp_path):
     common = {"tool": "lowlevel", "method": "sft", "batch": 1, "accumulation": 8}
     asked = Case("asked", **common)
     roomy = Case("roomy", budget="15GiB", **common)
-    narrow = Case("narrow", budget="97.3MiB", **common)
+    narrow = Case("narrow", budget="97.74MiB", **common)
     count = {case.name: count_case(case, "tiny", tmp_path / "counted", "fused") for case in (asked, roomy, narrow)}
     kernels = {name: totals(one.ops) for name, one in count.items()}
     assert "dequantise" in kernels["asked"] and "dequantise" not in kernels["roomy"]

@@ -21,9 +21,9 @@ def test_a_plan_is_read_as_written():
 
 def test_the_measured_peaks_of_the_h100(tmp_path):
     rows = compare(read_table(H100), tmp_path)
-    assert len(rows) == len(read_table(H100)) >= 11
+    assert len(rows) == len(read_table(H100)) >= 9
     for row in rows:
-        assert abs(row["error"]) < 0.05, row["case"]
+        assert abs(row["error"]) < 0.02, row["case"]
         named = list(row)[5:-2]
         assert sum(row[name] for name in named) == pytest.approx(row["forecast_gib"], abs=0.005)
 
