@@ -18,9 +18,7 @@ from typing import Any
 
 import torch
 
-WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-# The two that NVIDIA documents as deterministic; the first takes 32 MiB a stream and thread.
-FIXED_WORKSPACES = (":4096:8", ":16:8")
+from lowlevel import workspaces
 
 
 @contextmanager
@@ -33,8 +31,8 @@ def deterministic_mode(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    if os.environ.get(WORKSPACE) not in FIXED_WORKSPACES:
-        os.environ[WORKSPACE] = FIXED_WORKSPACES[0]
+    if os.environ.get(workspaces.ENVIRONMENT) not in workspaces.FIXED:
+        os.environ[workspaces.ENVIRONMENT] = workspaces.FIXED[0]
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     fill = settings.fill_uninitialized_memory

@@ -13,9 +13,10 @@ graphs.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from itertools import compress
 from typing import TYPE_CHECKING, Any, cast
 
 import bitsandbytes as bnb
@@ -54,7 +55,7 @@ class _SideBySide(Adapted):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -132,17 +133,17 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """The module's second line: dx; dx' of each adapter; dA' of each in training; dB of each in training."""
     dy = _rows(grad)
-    of_inner = [h.new_empty(h.shape) for h in inner]
-    of_dropped, of_down, of_up = _empty_gradients(dropped, down, up, trained)
-    learning = [k for k, learns in enumerate(trained) if learns]
+    of_inner, of_dropped = _empty(inner), _empty(dropped)
+    of_down, of_up = _empty(compress(down, trained)), _empty(compress(up, trained))
     with _two_streams(dropped) as second:
         with second:
             for dh, b, one, a in zip(of_inner, up, of_dropped, down, strict=True):
                 torch.mm(dy, b, out=_rows(dh))
                 torch.mm(_rows(dh), a, out=_rows(one))
-            for k, da, db in zip(learning, of_down, of_up, strict=True):
-                torch.mm(_rows(of_inner[k]).T, _rows(dropped[k]), out=da)
-                torch.mm(dy.T, _rows(inner[k]), out=db)
+            learning = (compress(part, trained) for part in (of_inner, dropped, inner))
+            for dh, one, h, da, db in zip(*learning, of_down, of_up, strict=True):
+                torch.mm(_rows(dh).T, _rows(one), out=da)
+                torch.mm(dy.T, _rows(h), out=db)
         dx = dy @ _weight(grad, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2)
     return [dx.view(*grad.shape[:-1], shape[1]), *of_dropped, *of_down, *of_up]
 
@@ -156,13 +157,9 @@ def _weight(like: Tensor, packed: Tensor, code: Tensor | None, absmax: Tensor | 
     return dequantize(weight, like.dtype)
 
 
-def _empty_gradients(
-    dropped: list[Tensor], down: list[Tensor], up: list[Tensor], trained: list[bool]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    learning = [k for k, learns in enumerate(trained) if learns]
-    shapes = dropped, [down[k] for k in learning], [up[k] for k in learning]
-    of_dropped, of_down, of_up = ([one.new_empty(one.shape) for one in part] for part in shapes)
-    return of_dropped, of_down, of_up
+def _empty(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """For their gradients; contiguous."""
+    return [tensor.new_empty(tensor.shape) for tensor in tensors]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -202,8 +199,8 @@ def _(x, dropped, down, up, packed, code, absmax, code2, absmax2, offset, shape,
 @_backward.register_fake
 def _(grad, dropped, inner, down, up, trained, *weight):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN202
     shape = weight[6]
-    of_dropped, of_down, of_up = _empty_gradients(dropped, down, up, trained)
-    return [grad.new_empty(*grad.shape[:-1], shape[1]), *of_dropped, *of_down, *of_up]
+    parts = (dropped, compress(down, trained), compress(up, trained))
+    return [grad.new_empty(*grad.shape[:-1], shape[1]), *(one for part in parts for one in _empty(part))]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -25,13 +25,13 @@ from lowlevel.errors import ConfigError
 from lowlevel.kernels import chunk_rows
 from lowlevel.model.base import empty_model
 from lowlevel.model.placement import DTYPES, Placement
+from lowlevel.workspaces import FIXED, SMALL, workspace_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
 WORKSPACES = 4  # of cuBLAS: for two streams (linear.py), each in the threads of forward and of backward pass
-WORKSPACE, FIXED_WORKSPACE = 8_519_680, 33_554_432  # as placement.py and determinism.py ask for them
 BACKWARD_VALUES = 1.0  # gradients alive in a layer's backward pass, as a multiple of its widest activation (3 F)
 DEQUANTISE_POSITIONS = 500  # on an H100 dequantising a layer takes as long as this many positions' products
 
@@ -160,7 +160,7 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
             "embeddings, LM head, norms": other * size,
             "adapters": (shape.trained + shape.frozen) * 4,
             "gradient": shape.trained * 4,
-            "cuBLAS workspaces": WORKSPACES * (FIXED_WORKSPACE if config.train.deterministic else WORKSPACE),
+            "cuBLAS workspaces": WORKSPACES * workspace_bytes(FIXED[0] if config.train.deterministic else SMALL),
         },
         phases={
             "layers": plan.positions * (in_backward + transient) * size + weights,

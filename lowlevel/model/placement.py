@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lowlevel.determinism import WORKSPACE
+from lowlevel import workspaces
 from lowlevel.errors import ConfigError
 
-SMALL_WORKSPACES = ":4096:2:16:8"  # 8 MiB a stream and thread, cuBLAS' own choice below Hopper, where it is 32 MiB
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -40,7 +39,7 @@ def choose_placement(precision: str) -> Placement:
     """Pick the device, and check that it has the precision asked for.
 
     On a GPU the environment gets cuBLAS' small workspaces, unless it says something else: to be called before the
-    process first multiplies there. With four of them that saves 94 MiB on an H100, and takes no time that was measured.
+    process first multiplies there. On an H100 that saves 96 MiB (benchmarks/results/workspaces_h100.csv).
 
     Raises:
         ConfigError: bf16 on a GPU below compute capability 8.0; fp16 without a GPU.
@@ -49,7 +48,7 @@ def choose_placement(precision: str) -> Placement:
         if precision == "fp16":
             raise ConfigError('train.precision = "fp16" needs a GPU, and none is visible: use --train.precision fp32')
         return Placement(torch.device("cpu"), "fp32" if precision == "auto" else precision)
-    os.environ.setdefault(WORKSPACE, SMALL_WORKSPACES)
+    os.environ.setdefault(workspaces.ENVIRONMENT, workspaces.SMALL)
     major, minor = torch.cuda.get_device_capability()
     if precision == "bf16" and major < 8:
         raise ConfigError(f'bf16 needs compute capability 8.0; this GPU has {major}.{minor}: use precision = "fp16"')

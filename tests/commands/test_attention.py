@@ -1,11 +1,13 @@
 """Which attention kernel a run gets, what it says about it, and that the choice does not change a step."""
 
+import os
 from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
 
+from lowlevel import workspaces
 from lowlevel.config import LoraConfig, ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.model.adapters import build_policy
@@ -19,6 +21,8 @@ def on_a_gpu(monkeypatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setenv(workspaces.ENVIRONMENT, "for its old value to come back")
+    monkeypatch.delenv(workspaces.ENVIRONMENT)
 
 
 def choose(implementation: str = "auto", *, precision: str = "auto", head_dim: int = 64):
@@ -91,6 +95,15 @@ def test_precisions_of_a_gpu(monkeypatch):
     assert str(caught.value) == 'bf16 needs compute capability 8.0; this GPU has 7.5: use precision = "fp16"'
     on_a_gpu(monkeypatch, (8, 0))
     assert choose_placement("bf16").dtype == torch.bfloat16
+
+
+def test_a_gpu_gets_small_workspaces_unless_the_user_has_chosen(monkeypatch):
+    on_a_gpu(monkeypatch, (9, 0))
+    choose_placement("auto")
+    assert os.environ[workspaces.ENVIRONMENT] == workspaces.SMALL
+    monkeypatch.setenv(workspaces.ENVIRONMENT, ":16:8")
+    choose_placement("auto")
+    assert os.environ[workspaces.ENVIRONMENT] == ":16:8"
 
 
 def test_precisions_of_a_cpu():

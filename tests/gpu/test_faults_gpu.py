@@ -15,12 +15,12 @@ import lowlevel.loss_scale
 import lowlevel.run
 from benchmarks.faulting.comparison import differences, fingerprint, logged
 from lowlevel.checkpoint import checkpoints, newest_verified
-from lowlevel.determinism import FIXED_WORKSPACES, WORKSPACE
+from lowlevel.workspaces import ENVIRONMENT, FIXED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 STEPS = 6
 TRAIN = {"deterministic": True, "save_steps": 1, "save_total_limit": 9, "logging_steps": 1, "max_steps": STEPS}
-os.environ.setdefault(WORKSPACE, FIXED_WORKSPACES[0])  # cuBLAS reads it once, and other tests come first
+os.environ.setdefault(ENVIRONMENT, FIXED[0])  # cuBLAS reads it once, and other tests come first
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def in_a_new_process(step: int, *arguments: object) -> subprocess.CompletedProce
     tests = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(step), *map(str, arguments)]
-    environment = {key: value for key, value in os.environ.items() if key != WORKSPACE}
+    environment = {key: value for key, value in os.environ.items() if key != ENVIRONMENT}
     return subprocess.run(
         command, env={**environment, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240, check=False
     )

@@ -116,6 +116,23 @@ def test_fp16_under_autocast_rounds_no_more_than_pefts_own(base):
 
 
 @bases
+@pytest.mark.parametrize("way", ["disabled", "merged"])
+def test_pefts_own_switches_are_obeyed(base, way):
+    """Compiled as uncompiled: an adapter that is switched off, or already in the weights, is not added."""
+    model, layer, _, _ = adapted(base == "nf4")
+    x = torch.randn(2, 7, INPUTS)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        added = compiled(x)
+        if way == "disabled":
+            layer._disable_adapters = True
+        else:
+            layer.merged_adapters.append(TRAINED)  # as `merge` notes; the weights stay, so the adapter is missing
+        assert torch.equal(compiled(x), layer.base_layer(x)) and not torch.allclose(added, compiled(x))
+    torch._dynamo.reset()
+
+
+@bases
 def test_a_fresh_adapter_changes_no_bit(base):
     """B = 0 over a frozen adapter: the policy equals its reference."""
     model, layer, _, trained = adapted(base == "nf4", stacked=True)

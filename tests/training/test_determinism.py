@@ -7,8 +7,9 @@ import pytest
 import torch
 from workspace import make_workspace, run
 
-from lowlevel.determinism import FIXED_WORKSPACES, WORKSPACE, compiler_options, deterministic_mode
+from lowlevel.determinism import compiler_options, deterministic_mode
 from lowlevel.model.policy import Policy
+from lowlevel.workspaces import ENVIRONMENT, FIXED
 
 
 def modes():
@@ -18,15 +19,15 @@ def modes():
 
 @pytest.fixture(autouse=True)
 def workspace(monkeypatch):
-    monkeypatch.setenv(WORKSPACE, "unset")
-    monkeypatch.delenv(WORKSPACE)
+    monkeypatch.setenv(ENVIRONMENT, "unset")
+    monkeypatch.delenv(ENVIRONMENT)
 
 
 def test_it_is_on_within_the_block_and_as_before_after_it():
     before = modes()
     with pytest.raises(RuntimeError, match="stop"), deterministic_mode(True):
         assert modes() == (True, False, False)
-        assert os.environ[WORKSPACE] in FIXED_WORKSPACES
+        assert os.environ[ENVIRONMENT] in FIXED
         raise RuntimeError("stop")
     assert modes() == before
 
@@ -44,13 +45,13 @@ def test_a_callers_own_mode_is_given_back():
 def test_not_wanted_it_does_nothing():
     before = modes()
     with deterministic_mode(False):
-        assert modes() == before and WORKSPACE not in os.environ and compiler_options() == {}
+        assert modes() == before and ENVIRONMENT not in os.environ and compiler_options() == {}
 
 
 def test_a_workspace_that_is_deterministic_is_kept(monkeypatch):
-    monkeypatch.setenv(WORKSPACE, ":16:8")
+    monkeypatch.setenv(ENVIRONMENT, ":16:8")
     with deterministic_mode(True):
-        assert os.environ[WORKSPACE] == ":16:8"
+        assert os.environ[ENVIRONMENT] == ":16:8"
 
 
 def test_the_compiler_chooses_nothing_by_timing():

@@ -10,7 +10,19 @@ import lowlevel
 ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
     ("__init__", "config", "contradictions", "errors", "interrupts", "redaction"),
-    ("losses/", "layout", "spans", "attention", "hashing", "dropout", "determinism", "order", "loss_scale", "prefetch"),
+    (
+        "losses/",
+        "layout",
+        "spans",
+        "attention",
+        "hashing",
+        "dropout",
+        "determinism",
+        "order",
+        "loss_scale",
+        "prefetch",
+        "workspaces",
+    ),
     ("data/", "demo/", "kernels/"),
     (
         "model/",

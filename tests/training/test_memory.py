@@ -41,6 +41,7 @@ from lowlevel.optimizer import build_optimizer
 from lowlevel.prefetch import Prefetched
 from lowlevel.rehearsal import components, largest_batch
 from lowlevel.sft import SFT
+from lowlevel.workspaces import FIXED, SMALL, workspace_bytes
 
 FP16 = Placement(torch.device("cuda"), "fp16")
 PAIRS = DataConfig(format="preference")
@@ -132,6 +133,12 @@ def test_static_parts_are_exact(tmp_path):
     assert paged == [403_701_760, 100_925_440]
     stacked = model_shape(base, RECIPE, RECIPE)
     assert forecast(stacked, run_config("dpo"), Plan(1024, 22, False), FP16).static["adapters"] == 2 * 201_850_880
+
+
+def test_workspaces_by_hand():
+    """4,096 KiB twice and 16 KiB eight times is cuBLAS' documented size below Hopper; eight times 4,096 KiB there."""
+    assert workspace_bytes(SMALL) == 8_519_680
+    assert [workspace_bytes(setting) for setting in FIXED] == [33_554_432, 131_072]
 
 
 def test_deterministic_mode_takes_larger_workspaces():

@@ -1,0 +1,43 @@
+"""Small checkpoints, and how they are damaged."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lowlevel.checkpoint import save_checkpoint
+
+FILES = ("adapter_model.safetensors", "optimizer.safetensors", "adapter_config.json")
+PAYLOAD = {
+    "state": {"step": 3, "loss": 0.1234567890123456, "rate": 1.5e-05, "none": None},
+    "identity": {"method": "sft"},
+}
+
+
+def write_files(folder: Path) -> None:
+    save_file({"a": torch.arange(50.0), "b": torch.ones(3)}, folder / "adapter_model.safetensors")
+    save_file({"flat::state1": torch.arange(70.0)}, folder / "optimizer.safetensors")
+    (folder / "adapter_config.json").write_text('{"r": 4, "peft_type": "LORA"}\n')
+
+
+def save(folder: Path, step: int, keep: int = 9) -> Path:
+    folder.mkdir(exist_ok=True)
+    return save_checkpoint(folder, step, write_files, PAYLOAD, keep=keep)
+
+
+def flip(file: Path, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fail_with(error: BaseException):
+    def write(folder: Path) -> None:
+        (folder / "adapter_config.json").write_text("{}")
+        raise error
+
+    return write
