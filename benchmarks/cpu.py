@@ -25,10 +25,10 @@ from benchmarks.meter import Meter, installed, machine
 from benchmarks.peers.common import Readings, callback
 from benchmarks.runner import commit, write_table
 from lowlevel import __version__
-from lowlevel.assembly import prepare_data
 from lowlevel.commands.demo import demo_configs
 from lowlevel.config import RunConfig, config_from_tables, to_tables
 from lowlevel.model.base import resolve_name
+from lowlevel.running.assembly import prepare_data
 
 WARMUP_STEPS = 2
 FIELDS = ("base", "tool", "version", "seconds_per_step", "ratio_by_round", "loss_first", "loss_last", "threads", "gpu",

@@ -25,7 +25,6 @@ from transformers import LlamaConfig
 
 from benchmarks.meter import limit_memory, machine, synchronize
 from benchmarks.runner import commit
-from lowlevel.assembly import build_method, choose_execution
 from lowlevel.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from lowlevel.execution import WithFallback
 from lowlevel.loop import optimizer_step
@@ -38,6 +37,7 @@ from lowlevel.model.linear import with_one_kernel
 from lowlevel.model.memory import AdapterSize, default_plan, forecast, model_shape
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.optimizer import build_optimizer
+from lowlevel.running.assembly import build_method, choose_execution
 
 
 def random_base(config: LlamaConfig, placement: Placement, attention: Attention) -> Any:

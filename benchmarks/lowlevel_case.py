@@ -10,17 +10,17 @@ from unittest.mock import patch
 
 import torch
 
-import lowlevel.run
+import lowlevel.running.run
 from benchmarks.cases import Job
 from benchmarks.memory import plan_text
 from benchmarks.meter import Measured, Meter, work
 from benchmarks.workload import by_step, case_config, peer_tokens
 from lowlevel import __version__
-from lowlevel.assembly import Inputs, build_method, check_inputs, with_plan
 from lowlevel.config import RunConfig
 from lowlevel.order import DataOrder
-from lowlevel.progress import make_console
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.assembly import Inputs, build_method, check_inputs, with_plan
+from lowlevel.running.progress import make_console
+from lowlevel.running.run_folder import RunFolder
 
 
 def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], str]:
@@ -29,7 +29,11 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
     Returns:
         The logged records, and the mode of execution that the run ended in.
     """
-    train, rehearse, progress = lowlevel.run.train, lowlevel.run.rehearse, lowlevel.run.RunObserver.progress
+    train, rehearse, progress = (
+        lowlevel.running.run.train,
+        lowlevel.running.run.rehearse,
+        lowlevel.running.run.RunObserver.progress,
+    )
     modes = []
 
     def metered_rehearse(*args: Any) -> dict[str, Any]:
@@ -48,11 +52,11 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
         progress(self, *args)
 
     with (
-        patch("lowlevel.run.rehearse", metered_rehearse),
-        patch("lowlevel.run.train", metered_train),
-        patch("lowlevel.run.RunObserver.progress", metered_progress),
+        patch("lowlevel.running.run.rehearse", metered_rehearse),
+        patch("lowlevel.running.run.train", metered_train),
+        patch("lowlevel.running.run.RunObserver.progress", metered_progress),
     ):
-        lowlevel.run.run_training(config, make_console(), restart=True)
+        lowlevel.running.run.run_training(config, make_console(), restart=True)
     return [r for r in RunFolder(Path(config.train.output_dir)).read_metrics() if "loss" in r], modes[0]
 
 

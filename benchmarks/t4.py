@@ -82,11 +82,11 @@ def count_case(case: Case, shape: str, folder: Path, head: str, plan: Plan | Non
     Without a `plan` it is the one that the case would run by now.
     """
     from benchmarks.workload import case_config, llama_config, make_workload, peer_tokens
-    from lowlevel.assembly import build_method, prepare_data
     from lowlevel.contradictions import parse_size
     from lowlevel.model.attention import NAMES, Attention
     from lowlevel.model.memory import AdapterSize, best_plan, default_plan, model_shape, planned
     from lowlevel.model.placement import Placement
+    from lowlevel.running.assembly import build_method, prepare_data
 
     steps = 24
     make_workload(folder, shape, _length(shape), steps * ROWS_PER_STEP, weights=False)

@@ -202,7 +202,7 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def write_peer_text(folder: Path, method: str, rows: int) -> list[int]:
     """Write rows as lowlevel trains on them, as text that splits into the same tokens; return their token counts."""
-    from lowlevel.assembly import prepare_data
+    from lowlevel.running.assembly import prepare_data
 
     case = Case("text", "lowlevel", method)
     tokenizer, prepared = prepare_data(case_config(case, folder, folder / "unused", max(1, rows // ROWS_PER_STEP)))

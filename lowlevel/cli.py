@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import TextIO, cast
 
-from lowlevel.arguments import build_parser
-from lowlevel.dispatch import run_command
+from lowlevel.commands.arguments import build_parser
+from lowlevel.commands.dispatch import run_command
 from lowlevel.errors import ConfigError, LowlevelError, OutOfMemoryError, printable
 from lowlevel.redaction import RedactedStream
 

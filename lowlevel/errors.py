@@ -77,7 +77,7 @@ class NonFiniteError(LowlevelError):
         batches: Sequence[Any] = (),
         attempts: Sequence[dict[str, float]] = (),
     ) -> None:
-        """What the loop knows, for `lowlevel.forensics`: `step` from 0, `batches` of the step, scales tried so far."""
+        """What the loop knows, for running/forensics.py: `step` from 0, `batches` of the step, scales tried so far."""
         super().__init__(message)
         self.quantity, self.value, self.step, self.seed = quantity, value, step, seed
         self.batches, self.attempts = batches, attempts

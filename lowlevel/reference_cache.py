@@ -34,7 +34,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lowlevel import __version__
-from lowlevel.checkpoint import write_bytes, write_json
+from lowlevel.checkpoints.checkpoint import write_bytes, write_json
 from lowlevel.dpo import reference_token_logps
 from lowlevel.errors import CheckpointError
 from lowlevel.execution import Execution, ExecutionFailedError, Kept

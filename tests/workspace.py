@@ -13,7 +13,7 @@ import tomli_w
 from safetensors.torch import load_file, save_file
 
 from lowlevel.cli import main
-from lowlevel.observer import RunObserver
+from lowlevel.running.observer import RunObserver
 
 if TYPE_CHECKING:
     import pytest

@@ -15,10 +15,10 @@ from typing import Any
 from benchmarks.faulting.actions import Action, mark
 
 MICRO_BATCH = "lowlevel.execution:Eager.run"
-EVALUATION = "lowlevel.run:evaluate_examples"
-PREPARATION = "lowlevel.assembly:prepare_data"
-LOADING = "lowlevel.run:build_run_policy"
-SAVE = "lowlevel.run:save_state"
+EVALUATION = "lowlevel.running.run:evaluate_examples"
+PREPARATION = "lowlevel.running.assembly:prepare_data"
+LOADING = "lowlevel.running.run:build_run_policy"
+SAVE = "lowlevel.running.run:save_state"
 STEP = "lowlevel.loop:optimizer_step"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from lowlevel.checkpoint import checkpoints, verify
+from lowlevel.checkpoints.checkpoint import checkpoints, verify
 from lowlevel.errors import CheckpointError
 
 MEASURED = ("tokens_per_second", "peak_allocated_gib", "peak_reserved_gib")  # what a clock or an allocator says

@@ -182,8 +182,8 @@ def _watch_tensors(inside: _Inside, act: Callable[[str], object]) -> None:
     """safetensors writes from Rust: its file is cut to half for the moment in the middle."""
     from safetensors.torch import save_file
 
+    import lowlevel.checkpoints.training_state
     import lowlevel.model.adapters
-    import lowlevel.training_state
 
     def saved(tensors: Any, file: Path, metadata: Any = None) -> None:
         path = inside.name(file)
@@ -199,4 +199,4 @@ def _watch_tensors(inside: _Inside, act: Callable[[str], object]) -> None:
         os.close(descriptor)
 
     lowlevel.model.adapters.save_file = saved  # type: ignore[assignment]
-    lowlevel.training_state.save_file = saved  # type: ignore[assignment]
+    lowlevel.checkpoints.training_state.save_file = saved  # type: ignore[assignment]

@@ -37,8 +37,8 @@ def _save(folder: Path, faults: Sequence[Fault]) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from lowlevel import training_state
-    from lowlevel.checkpoint import save_checkpoint, verify
+    from lowlevel.checkpoints import training_state
+    from lowlevel.checkpoints.checkpoint import save_checkpoint, verify
 
     def write(to: Path) -> None:
         training_state.save_file({"a": torch.arange(5000.0)}, to / "adapter_model.safetensors")
@@ -53,7 +53,7 @@ def _save(folder: Path, faults: Sequence[Fault]) -> None:
 
 
 def _restore(folder: Path, faults: Sequence[Fault]) -> None:
-    from lowlevel.checkpoint import remove_litter, run_lock
+    from lowlevel.checkpoints.checkpoint import remove_litter, run_lock
 
     for fault in faults:
         fault.install(folder)

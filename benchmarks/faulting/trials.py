@@ -20,7 +20,7 @@ from benchmarks.faulting.damage import FILES, damage, flip
 from benchmarks.faulting.operations import AtFile, AtOperation
 from benchmarks.faulting.processes import Ended, Fault
 from benchmarks.faulting.stage import Play
-from lowlevel.checkpoint import checkpoints
+from lowlevel.checkpoints.checkpoint import checkpoints
 
 
 def expect(ended: Ended, *codes: int) -> list[str]:

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowlevel.assembly import prepare_data
-from lowlevel.checkpoint import write_json
+from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.commands.generate import Reply, Sampling, generate_replies
 from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.errors import ConfigError
 from lowlevel.layout import PackedBatch
+from lowlevel.running.assembly import prepare_data
 
 COLUMNS = {
     "eval_loss": ("held-out loss", "{:.4f}"),
@@ -58,7 +58,7 @@ def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
     Raises:
         ConfigError: it names none.
     """
-    from lowlevel.run_folder import RunFolder
+    from lowlevel.running.run_folder import RunFolder
 
     config = RunFolder(run_dir).read_config()
     if config.data.eval_source is None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from lowlevel.assembly import build_method, prepare_data
 from lowlevel.config import RunConfig
 from lowlevel.data.report import render_report, show_example
 from lowlevel.model.attention import MASKED
 from lowlevel.order import DataOrder
+from lowlevel.running.assembly import build_method, prepare_data
 
 
 def show_data(config: RunConfig, console: Console) -> None:

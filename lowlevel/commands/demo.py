@@ -8,15 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
-from lowlevel.checkpoint import write_json
+from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.commands.compare import compare_stages, load_held_out, print_replies
 from lowlevel.commands.generate import Sampling
 from lowlevel.commands.loading import load_run
 from lowlevel.config import RunConfig, config_from_tables
 from lowlevel.demo.world import check_items, exact_match, preferred_style
 from lowlevel.errors import ConfigError
-from lowlevel.run import run_training
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.run import run_training
+from lowlevel.running.run_folder import RunFolder
 
 CHECK_ITEMS = 120
 SHOWN_REPLIES = 4

@@ -15,7 +15,7 @@ from lowlevel.inspection.rows import example_of_row, step_examples
 from lowlevel.inspection.weights import last_weights
 from lowlevel.reporting.displaced import DisplacedPairs, displaced_pairs
 from lowlevel.reporting.pairs import PairTables
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.run_folder import RunFolder
 
 
 def look_at_displaced(

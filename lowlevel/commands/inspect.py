@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 
-from lowlevel.assembly import prepare_data
 from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.config import RunConfig
 from lowlevel.data.examples import Example
@@ -22,7 +21,8 @@ from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.rows import example_of_row, step_examples
 from lowlevel.inspection.terminal import print_inspection
 from lowlevel.inspection.weights import choose_weights
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.assembly import prepare_data
+from lowlevel.running.run_folder import RunFolder
 from lowlevel.sft import SFT
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowlevel.adapter_sources import find_adapter
-from lowlevel.assembly import build_method, load_run_tokenizer
 from lowlevel.config import ModelConfig, RunConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import CheckpointError, ConfigError
@@ -18,7 +16,9 @@ from lowlevel.model.base import base_sha256, load_base, load_model_config, resol
 from lowlevel.model.files import read_json_object
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.model.policy import Policy
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.adapter_sources import find_adapter
+from lowlevel.running.assembly import build_method, load_run_tokenizer
+from lowlevel.running.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -13,8 +13,7 @@ import torch
 from rich.console import Console
 from torch.nn.functional import log_softmax
 
-from lowlevel.assembly import prepare_data
-from lowlevel.checkpoint import settle, write_json
+from lowlevel.checkpoints.checkpoint import settle, write_json
 from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.config import ModelConfig
 from lowlevel.errors import CheckpointError, ConfigError
@@ -23,6 +22,7 @@ from lowlevel.model.attention import MASKED, Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.merging import merged_model
 from lowlevel.model.placement import Placement
+from lowlevel.running.assembly import prepare_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,8 +13,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowlevel.adapter_sources import find_adapter
-from lowlevel.assembly import mixed_by_a_budget
 from lowlevel.config import RunConfig
 from lowlevel.contradictions import parse_size
 from lowlevel.errors import ConfigError
@@ -34,7 +32,9 @@ from lowlevel.model.memory import (
     planned,
 )
 from lowlevel.model.placement import Placement
-from lowlevel.plots import plot_memory
+from lowlevel.running.adapter_sources import find_adapter
+from lowlevel.running.assembly import mixed_by_a_budget
+from lowlevel.running.plots import plot_memory
 
 MIB = 2**20
 ON_HOST = ("model.embeddings_on_host", "train.offload_activations")  # what may lie there, for a longer way to the GPU

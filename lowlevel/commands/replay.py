@@ -13,13 +13,13 @@ from rich.table import Table, box
 from lowlevel.config import RunConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.errors import NonFiniteError
-from lowlevel.forensics import examine_error
 from lowlevel.replaying.compare import NUMBERS, TENSORS, Row
 from lowlevel.replaying.dump import Dump, check_target, observe
 from lowlevel.replaying.replay import Replay, ReplayDiffersError, replay
 from lowlevel.replaying.session import Session, open_session
 from lowlevel.replaying.what_if import Outcome, parse_settings, what_if
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.forensics import examine_error
+from lowlevel.running.run_folder import RunFolder
 
 
 def replay_run(

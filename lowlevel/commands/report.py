@@ -10,7 +10,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lowlevel.assembly import load_run_tokenizer
 from lowlevel.commands.displaced import look_at_displaced
 from lowlevel.config import RunConfig
 from lowlevel.errors import ConfigError, LowlevelError
@@ -19,7 +18,8 @@ from lowlevel.reporting.charts import write_pngs
 from lowlevel.reporting.page import Report, write_report
 from lowlevel.reporting.pairs import PairTables, pair_tables
 from lowlevel.reporting.series import panels
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.assembly import load_run_tokenizer
+from lowlevel.running.run_folder import RunFolder
 
 NO_TRACE = (
     "A trace would add the best and the worst pairs, how many chosen completions fell below the reference, and which "

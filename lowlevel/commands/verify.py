@@ -10,17 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lowlevel.adapter_sources import find_adapter
-from lowlevel.assembly import (
-    Inputs,
-    build_method,
-    build_run_policy,
-    check_inputs,
-    choose_execution,
-    with_merged_base,
-    with_plan,
-)
-from lowlevel.checkpoint import newest_verified, write_json
+from lowlevel.checkpoints.checkpoint import newest_verified, write_json
 from lowlevel.config import RunConfig, load_config
 from lowlevel.data.prepare import PreparedData
 from lowlevel.determinism import deterministic_mode
@@ -30,7 +20,17 @@ from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_ada
 from lowlevel.model.base import base_sha256
 from lowlevel.model.policy import PARENT, Policy, dequantize_once
 from lowlevel.order import DataOrder
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.adapter_sources import find_adapter
+from lowlevel.running.assembly import (
+    Inputs,
+    build_method,
+    build_run_policy,
+    check_inputs,
+    choose_execution,
+    with_merged_base,
+    with_plan,
+)
+from lowlevel.running.run_folder import RunFolder
 from lowlevel.verification.check import Check
 from lowlevel.verification.report import as_json, print_checks, run_checks
 from lowlevel.verification.subject import Method, Subject

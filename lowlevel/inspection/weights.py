@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowlevel.checkpoint import checkpoints, newest_verified, verify
+from lowlevel.checkpoints.checkpoint import checkpoints, newest_verified, verify
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowlevel.checkpoint import settle, write_json
+from lowlevel.checkpoints.checkpoint import settle, write_json
 from lowlevel.dpo import DPO, loss_arguments
 from lowlevel.errors import ConfigError
 from lowlevel.execution import micro_step

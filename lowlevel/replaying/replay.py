@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lowlevel.checkpoint import checkpoints, verify
+from lowlevel.checkpoints.checkpoint import checkpoints, verify
 from lowlevel.errors import CheckpointError, LowlevelError
 from lowlevel.model.adapters import WEIGHTS, adapter_parameters
 from lowlevel.model.policy import TRAINED

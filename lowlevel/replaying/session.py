@@ -1,4 +1,4 @@
-"""A run, set up again as `lowlevel.run` sets it up, at a checkpoint; and one step of it at a time.
+"""A run, set up again as `lowlevel.running.run` sets it up, at a checkpoint; and one step of it at a time.
 
 Nothing is written and no lock is taken: a run may be going on in the same folder.
 """
@@ -14,16 +14,8 @@ from typing import Any
 
 import torch
 
-from lowlevel.adapter_sources import find_adapter
-from lowlevel.assembly import (
-    Inputs,
-    build_method,
-    build_run_policy,
-    choose_execution,
-    identity,
-    prepare_data,
-)
-from lowlevel.checkpoint import checkpoints, verify
+from lowlevel.checkpoints.checkpoint import checkpoints, verify
+from lowlevel.checkpoints.training_state import restore_state
 from lowlevel.config import RunConfig
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.execution import Execution, WithFallback
@@ -38,8 +30,16 @@ from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.model.policy import Policy, dequantize_once
 from lowlevel.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lowlevel.order import DataOrder
-from lowlevel.run_folder import RunFolder
-from lowlevel.training_state import restore_state
+from lowlevel.running.adapter_sources import find_adapter
+from lowlevel.running.assembly import (
+    Inputs,
+    build_method,
+    build_run_policy,
+    choose_execution,
+    identity,
+    prepare_data,
+)
+from lowlevel.running.run_folder import RunFolder
 
 Note = Callable[[str], None]
 

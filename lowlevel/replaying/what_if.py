@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlevel.assembly import build_method
 from lowlevel.config import DPOConfig, RunConfig, config_from_tables, to_tables
 from lowlevel.dpo import check_loss
 from lowlevel.errors import ConfigError
 from lowlevel.execution import Eager
 from lowlevel.optimizer import load_optimizer_tensors, optimizer_tensors
 from lowlevel.replaying.session import Session, take_step
+from lowlevel.running.assembly import build_method
 
 TRAIN_KEYS = ("learning_rate", "max_grad_norm")
 DPO_KEYS = tuple(name for name in DPOConfig.model_fields if name != "reference_cache")

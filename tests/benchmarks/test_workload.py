@@ -38,7 +38,7 @@ def test_tokens_of_a_trainers_dataset(name):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_peers_get_the_same_tokens(out, method):
-    from lowlevel.assembly import prepare_data
+    from lowlevel.running.assembly import prepare_data
 
     folder = out / "workload"
     tokenizer, data = prepare_data(case_config(Case("x", "lowlevel", method), folder, folder / "unused", 24))

@@ -11,10 +11,10 @@ from workspace import HELD_OUT, PROMPTS
 
 import lowlevel.commands.compare
 import lowlevel.commands.generate
-from lowlevel.assembly import build_method
 from lowlevel.commands.compare import Scored, load_held_out, pair_scores, score_rows, sft_scores
 from lowlevel.commands.loading import load_run
 from lowlevel.model.attention import NAMES, Attention
+from lowlevel.running.assembly import build_method
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from workspace import run
 import lowlevel
 from lowlevel.commands.demo import demo_configs
 from lowlevel.config import config_from_tables
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.run_folder import RunFolder
 
 SHORT = ("--train.max_steps", "1", "--train.per_device_train_batch_size", "1", "--data.limit", "4", "--lora.r", "2",
          "--train.gradient_accumulation_steps", "1")  # fmt: skip

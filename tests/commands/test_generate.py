@@ -46,7 +46,7 @@ def test_the_same_seed_gives_the_same_text(runs, cli):
 
 
 def test_the_prompt_is_rendered_as_in_training(runs, cli, monkeypatch):
-    from lowlevel.assembly import check_inputs
+    from lowlevel.running.assembly import check_inputs
 
     seen, encoded, calls = [], [], []
     original, encode = lowlevel.commands.generate._generate, ChatTokenizer.encode_prompt

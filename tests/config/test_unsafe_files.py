@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from workspace import make_workspace, run
 
-from lowlevel.checkpoint import save_checkpoint, verify
+from lowlevel.checkpoints.checkpoint import save_checkpoint, verify
 from lowlevel.config import ModelConfig
 from lowlevel.data.rendering import chat_tokenizer
 from lowlevel.errors import CheckpointError, ConfigError

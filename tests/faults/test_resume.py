@@ -7,7 +7,7 @@ from benchmarks.faulting.calls import Overflows
 from benchmarks.faulting.comparison import differences, logged
 from benchmarks.faulting.stage import Case
 from benchmarks.faulting.trials import stopped_after_each_step
-from lowlevel.checkpoint import checkpoints
+from lowlevel.checkpoints.checkpoint import checkpoints
 
 # 18 steps in 3 epochs, the last step of an epoch with fewer rows
 LONG = {1: {"rows": 11, "epochs": 3.0}, 3: {"accumulation": 3, "rows": 33, "epochs": 3.0}}

@@ -12,9 +12,9 @@ import torch
 from workspace import at_step, make_workspace, metrics, run
 
 import lowlevel.loss_scale
-import lowlevel.run
+import lowlevel.running.run
 from benchmarks.faulting.comparison import differences, fingerprint, logged
-from lowlevel.checkpoint import checkpoints, newest_verified
+from lowlevel.checkpoints.checkpoint import checkpoints, newest_verified
 from lowlevel.workspaces import ENVIRONMENT, FIXED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -121,8 +121,8 @@ def test_a_resumed_runs_state_is_paged(space, optim, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run("sft", file).code == 143
-    build = lowlevel.run.build_optimizer
-    monkeypatch.setattr(lowlevel.run, "build_optimizer", lambda *a: seen.append(build(*a)) or seen[-1])
+    build = lowlevel.running.run.build_optimizer
+    monkeypatch.setattr(lowlevel.running.run, "build_optimizer", lambda *a: seen.append(build(*a)) or seen[-1])
     assert run("sft", file, "--resume").code == 0
     ((state,),) = (optimizer.state.values() for optimizer in seen)
     assert state["state1"].numel() >= 100_000

@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parent))
 
 from workspace import Workspace, make_workspace, run  # noqa: E402
 
-from lowlevel.run import RunObserver  # noqa: E402
+from lowlevel.running.run import RunObserver  # noqa: E402
 
 STEPS = 24
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from workspace import metrics, run
 
-from lowlevel import checkpoint
+from lowlevel.checkpoints import checkpoint
 from lowlevel.commands.replay import replay_run
 from lowlevel.replaying.compare import number_rows, same_bits, tensors_row
 from lowlevel.replaying.replay import ReplayDiffersError

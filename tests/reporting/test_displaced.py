@@ -11,7 +11,6 @@ import helpers
 import pytest
 from workspace import PAIRS, run
 
-from lowlevel.assembly import prepare_data
 from lowlevel.commands.loading import load_run
 from lowlevel.inspection import inspect_pairs
 from lowlevel.inspection.pieces import TokenPieces
@@ -20,6 +19,7 @@ from lowlevel.model.adapters import save_adapter
 from lowlevel.model.policy import TRAINED
 from lowlevel.reporting.displaced import displaced_pairs
 from lowlevel.reporting.pairs import pair_tables
+from lowlevel.running.assembly import prepare_data
 from lowlevel.tracing.files import write_table
 
 SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")

@@ -16,8 +16,8 @@ from workspace import metrics, run
 from lowlevel.config import config_from_tables, load_config
 from lowlevel.errors import InterruptedRunError, NonFiniteError
 from lowlevel.loss_scale import LossScale
-from lowlevel.run import RunObserver, run_training
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.run import RunObserver, run_training
+from lowlevel.running.run_folder import RunFolder
 from lowlevel.tracing import Tracer, drop_after, read_trace
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lowlevel.checkpoint import save_checkpoint
+from lowlevel.checkpoints.checkpoint import save_checkpoint
 
 FILES = ("adapter_model.safetensors", "optimizer.safetensors", "adapter_config.json")
 PAYLOAD = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lowlevel.config import load_config
-from lowlevel.run import run_training
+from lowlevel.running.run import run_training
 
 if __name__ == "__main__":
     said = []

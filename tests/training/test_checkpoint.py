@@ -8,7 +8,7 @@ import random
 import pytest
 from checkpoint_files import FILES, PAYLOAD, flip, names, save
 
-from lowlevel.checkpoint import MANIFEST, checkpoints, newest_verified, verify, write_json
+from lowlevel.checkpoints.checkpoint import MANIFEST, checkpoints, newest_verified, verify, write_json
 from lowlevel.errors import CheckpointError
 
 
@@ -92,7 +92,7 @@ def test_a_link_with_the_right_content_is_refused_too(tmp_path):
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path):
-    from lowlevel.checkpoint import _payload_sha256
+    from lowlevel.checkpoints.checkpoint import _payload_sha256
 
     path = save(tmp_path, 1)
     for key, value in (("version", 2), ("format", "other")):

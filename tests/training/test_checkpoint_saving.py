@@ -15,7 +15,7 @@ import torch
 from checkpoint_files import PAYLOAD, fail_with, flip, names, save
 from safetensors.torch import save_file
 
-from lowlevel.checkpoint import checkpoints, remove_litter, run_lock, save_checkpoint, verify, write_json
+from lowlevel.checkpoints.checkpoint import checkpoints, remove_litter, run_lock, save_checkpoint, verify, write_json
 from lowlevel.errors import CheckpointError, ConfigError
 
 
@@ -192,7 +192,7 @@ def test_litter_of_a_killed_save_is_removed_and_nothing_else(tmp_path):
 def test_a_second_holder_is_refused_and_told_who_holds_it(tmp_path):
     code = (
         "import sys, pathlib\n"
-        "from lowlevel.checkpoint import run_lock\n"
+        "from lowlevel.checkpoints.checkpoint import run_lock\n"
         "from lowlevel.errors import ConfigError\n"
         "try:\n"
         "    with run_lock(pathlib.Path(sys.argv[1])): print('got it')\n"

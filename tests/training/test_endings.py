@@ -14,12 +14,12 @@ import helpers
 import pytest
 from workspace import Said, Workspace, at_step, make_workspace, metrics, run
 
-import lowlevel.checkpoint
-import lowlevel.run
-import lowlevel.run_folder
-import lowlevel.run_record
-import lowlevel.training_state
-from lowlevel.checkpoint import checkpoints, run_lock, verify
+import lowlevel.checkpoints.checkpoint
+import lowlevel.checkpoints.training_state
+import lowlevel.running.run
+import lowlevel.running.run_folder
+import lowlevel.running.run_record
+from lowlevel.checkpoints.checkpoint import checkpoints, run_lock, verify
 
 STOP = 3
 EVERY = {"logging_steps": 1, "save_steps": 1, "eval_steps": 2}
@@ -96,7 +96,7 @@ def assert_whole(folder: Path, space: Workspace) -> None:
 def test_a_signal_before_the_first_step_ends_the_run_at_once(space, tmp_path, monkeypatch, signum, code, place):
     path = space.write("early", "sft", folder=tmp_path, train=EVERY, data=HOLDOUT)
     with monkeypatch.context() as patch:
-        before(patch, lowlevel.run, place, lambda: os.kill(os.getpid(), signum))
+        before(patch, lowlevel.running.run, place, lambda: os.kill(os.getpid(), signum))
         at_step(patch, 1, lambda: pytest.fail("a step was taken"))
         said = run("sft", path)
     name = signal.Signals(signum).name
@@ -116,7 +116,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(space, tmp_path, mo
 def test_a_signal_while_a_run_is_set_up_again_changes_nothing(space, copied, resume, monkeypatch, place):
     held = content(copied)
     with monkeypatch.context() as patch:
-        before(patch, lowlevel.run, place, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        before(patch, lowlevel.running.run, place, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert resume().code == 143
     assert content(copied) == held
     assert (status(copied)["state"], status(copied)["checkpoint"]) == ("preempted", f"step-{STOP:08d}")
@@ -133,7 +133,7 @@ def test_a_second_signal_during_a_save_ends_the_process_and_shows_no_part(
         os.kill(os.getpid(), signum)
 
     with monkeypatch.context() as patch:
-        before(patch, lowlevel.training_state, "save_file", twice)
+        before(patch, lowlevel.checkpoints.training_state, "save_file", twice)
         said = resume()
     assert said.code == code
     assert checkpoints(copied)[0].name == f"step-{STOP:08d}" and verify(checkpoints(copied)[0]) and not litter(copied)
@@ -144,7 +144,10 @@ def test_a_second_signal_during_a_save_ends_the_process_and_shows_no_part(
 
 
 def test_a_signal_during_an_evaluation_or_a_save_stops_after_it(space, copied, resume, monkeypatch):
-    for module, name, step in ((lowlevel.run, "evaluate_examples", 4), (lowlevel.training_state, "save_file", 5)):
+    for module, name, step in (
+        (lowlevel.running.run, "evaluate_examples", 4),
+        (lowlevel.checkpoints.training_state, "save_file", 5),
+    ):
         with monkeypatch.context() as patch:
             before(patch, module, name, lambda: os.kill(os.getpid(), signal.SIGTERM))
             said = resume()
@@ -156,7 +159,7 @@ def test_a_signal_during_an_evaluation_or_a_save_stops_after_it(space, copied, r
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_the_result_is_written_lets_it_be_written(space, copied, resume, monkeypatch, signum):
-    before(monkeypatch, lowlevel.run_record, "save_adapter", lambda: os.kill(os.getpid(), signum))
+    before(monkeypatch, lowlevel.running.run_record, "save_adapter", lambda: os.kill(os.getpid(), signum))
     assert resume().code == 0
     assert_whole(copied, space)
 
@@ -213,7 +216,7 @@ def test_a_line_that_the_disk_refuses_leaves_no_part_of_it(space, copied, resume
             return getattr(self.file, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lowlevel.run_folder, "open", Refusing, raising=False)
+        patch.setattr(lowlevel.running.run_folder, "open", Refusing, raising=False)
         said = resume()
     assert said.code == 4
     assert said.err == (
@@ -234,7 +237,7 @@ def test_an_adapter_that_the_disk_refuses_is_not_there_in_part(space, tmp_path, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[2] / "adapter_model.safetensors"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(lowlevel.run_record, call, fail)
+        patch.setattr(lowlevel.running.run_record, call, fail)
         said = run("dpo", path)
     assert said.code == 4 and said.err.endswith("No space left on device; the last good checkpoint is step-00000001\n")
     assert not (tmp_path / "dpo" / ("adapter" if call == "save_adapter" else "stacked")).exists()
@@ -282,7 +285,7 @@ def test_an_error_of_the_program_is_in_the_status_too(space, copied, resume, mon
     def fail(*_, **__):
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(lowlevel.run, "train", fail)
+    monkeypatch.setattr(lowlevel.running.run, "train", fail)
     assert resume().code == 1
     ended = status(copied)
     assert (ended["state"], ended["exit"], ended["error"]) == ("failed", 1, "RuntimeError: no such thing")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from lowlevel.assembly import build_method
 from lowlevel.attention import list_keys, span_attention
 from lowlevel.config import DataConfig, DPOConfig, RunConfig
 from lowlevel.dpo import DPO
@@ -17,6 +16,7 @@ from lowlevel.execution import MODES, Eager, WithFallback, signature_of
 from lowlevel.layout import Shape, attention_mask, build_batch, pair_rows, pair_segment, sft_segment
 from lowlevel.losses import LOSSES
 from lowlevel.model.attention import MASKED, NAMES, Attention
+from lowlevel.running.assembly import build_method
 from lowlevel.sft import SFT
 
 SHAPE = Shape(positions=16, examples=4, longest=64, capacity=96)

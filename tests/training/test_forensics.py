@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lowlevel.errors import NonFiniteError
-from lowlevel.failure_folder import explained, write_failure
-from lowlevel.forensics import examine_error
 from lowlevel.loss_scale import LossScale
 from lowlevel.method import LossSums
+from lowlevel.running.failure_folder import explained, write_failure
+from lowlevel.running.forensics import examine_error
 
 LAYER = "model.layers.1"
 

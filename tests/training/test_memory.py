@@ -13,8 +13,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from lowlevel.adapter_sources import find_adapter
-from lowlevel.assembly import build_method, check_inputs
 from lowlevel.commands.plan import show_memory, show_plan
 from lowlevel.config import DataConfig, DPOConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from lowlevel.dpo import DPO
@@ -38,8 +36,10 @@ from lowlevel.model.memory import (
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import dequantize_once
 from lowlevel.optimizer import build_optimizer
-from lowlevel.prefetch import Prefetched
-from lowlevel.rehearsal import components, largest_batch
+from lowlevel.running.adapter_sources import find_adapter
+from lowlevel.running.assembly import build_method, check_inputs
+from lowlevel.running.prefetch import Prefetched
+from lowlevel.running.rehearsal import components, largest_batch
 from lowlevel.sft import SFT
 from lowlevel.workspaces import FIXED, SMALL, workspace_bytes
 

@@ -11,12 +11,12 @@ from reference_caching import alter, next_float, only, shards
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lowlevel.assembly import check_inputs
 from lowlevel.cli import main
 from lowlevel.config import load_config
 from lowlevel.errors import InterruptedRunError
 from lowlevel.model.adapters import adapter_sha256
-from lowlevel.run import RunObserver, run_training
+from lowlevel.running.assembly import check_inputs
+from lowlevel.running.run import RunObserver, run_training
 
 ROWS, STEPS_OF_RUN = 7, 8  # batch 2 x accumulation 1: 4 steps an epoch, 2 epochs
 
@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_made_is_one_line_before_the_model_is_loaded(wor
     taken = workspace[0] / "taken"
     taken.write_text("a file")
     config = write_run(workspace, "nowhere", cache=taken)
-    monkeypatch.setattr("lowlevel.run.build_run_policy", pytest.fail)
+    monkeypatch.setattr("lowlevel.running.run.build_run_policy", pytest.fail)
     assert main(["dpo", str(config)]) == 2
     assert capsys.readouterr().err.strip() == f"error: dpo.reference_cache: {taken} cannot be made: File exists"
     assert not (config.with_suffix("") / "run-status.json").exists()

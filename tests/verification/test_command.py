@@ -11,7 +11,7 @@ from rich.console import Console
 from lowlevel.commands.verify import VerificationError, verify_run
 from lowlevel.config import load_config
 from lowlevel.errors import ConfigError
-from lowlevel.run import run_training
+from lowlevel.running.run import run_training
 from lowlevel.verification import run_checks
 from lowlevel.verification.check import Check
 from lowlevel.verification.report import print_checks

@@ -2,7 +2,7 @@
 
 out/run/
   config.toml environment.json data_report.json manifest.json    written before the first step
-  data_rows.safetensors                                          SHA-256 of each row (lowlevel/row_digests.py)
+  data_rows.safetensors                                          SHA-256 of each row (checkpoints/row_digests.py)
   changes.json                                                   what --allow-change let through, and from which step on
   metrics.jsonl run-status.json run.lock                         kept current
   step-00000120/                                                 checkpoints
@@ -32,7 +32,7 @@ from typing import Any
 import tomli_w
 
 from lowlevel import __version__
-from lowlevel.checkpoint import checkpoints, settle, sync, verify, write_json, write_text
+from lowlevel.checkpoints.checkpoint import checkpoints, settle, sync, verify, write_json, write_text
 from lowlevel.config import RunConfig, config_from_tables, to_tables
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.files import read_json_object
@@ -92,7 +92,7 @@ class RunFolder:
 
     @property
     def failure(self) -> Path:
-        """What `lowlevel.forensics` found when a loss or gradient was not finite."""
+        """What `lowlevel.running.forensics` found when a loss or gradient was not finite."""
         return self.path / "failure"
 
     @property

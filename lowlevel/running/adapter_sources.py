@@ -13,7 +13,7 @@ from typing import Any
 
 from lowlevel.errors import ConfigError, quoted
 from lowlevel.model.files import read_json_object
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.run_folder import RunFolder
 
 ADAPTER_CONFIG = "adapter_config.json"
 QUANTISATION = ("dtype", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
@@ -68,7 +68,7 @@ def check_bases(folders: Mapping[str, Path | None], base: Mapping[str, Any]) -> 
 
     Args:
         folders: PEFT folders by the setting that names them.
-        base: the run's, as its manifest has it (`lowlevel.assembly.identity`).
+        base: the run's, as its manifest has it (`lowlevel.running.assembly.identity`).
 
     Returns:
         A line for each that cannot be told by hash and has a base of another name.

@@ -11,8 +11,24 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lowlevel.adapter_sources import check_bases
-from lowlevel.assembly import (
+from lowlevel.checkpoints.checkpoint import newest_verified, remove_litter, run_lock, write_json
+from lowlevel.checkpoints.resuming import check_differences, differences, record_changes, versions
+from lowlevel.checkpoints.training_state import restore_state, save_state
+from lowlevel.config import RunConfig
+from lowlevel.determinism import deterministic_mode
+from lowlevel.errors import ConfigError, InterruptedRunError, OutOfMemoryError
+from lowlevel.execution import WithFallback
+from lowlevel.layout import PackedBatch
+from lowlevel.loop import evaluate_examples, train
+from lowlevel.loss_scale import LossScale
+from lowlevel.method import Method
+from lowlevel.metrics import TrainState
+from lowlevel.model.policy import Policy, dequantize_once
+from lowlevel.optimizer import build_optimizer
+from lowlevel.order import DataOrder
+from lowlevel.reference_cache import CachedReference, reference_identity, with_blanks, with_content
+from lowlevel.running.adapter_sources import check_bases
+from lowlevel.running.assembly import (
     Inputs,
     build_method,
     build_run_policy,
@@ -23,32 +39,16 @@ from lowlevel.assembly import (
     with_merged_base,
     with_plan,
 )
-from lowlevel.checkpoint import newest_verified, remove_litter, run_lock, write_json
-from lowlevel.config import RunConfig
-from lowlevel.determinism import deterministic_mode
-from lowlevel.endings import one_error, recorded_end
-from lowlevel.errors import ConfigError, InterruptedRunError, OutOfMemoryError
-from lowlevel.execution import WithFallback
-from lowlevel.failure_folder import explaining
-from lowlevel.interrupts import Interrupts
-from lowlevel.layout import PackedBatch
-from lowlevel.loop import evaluate_examples, train
-from lowlevel.loss_scale import LossScale
-from lowlevel.method import Method
-from lowlevel.metrics import TrainState
-from lowlevel.model.policy import Policy, dequantize_once
-from lowlevel.observer import RunObserver
-from lowlevel.optimizer import build_optimizer
-from lowlevel.order import DataOrder
-from lowlevel.prefetch import Prefetched
-from lowlevel.progress import TrainingProgress
-from lowlevel.reference_cache import CachedReference, reference_identity, with_blanks, with_content
-from lowlevel.rehearsal import largest_batch, rehearse
-from lowlevel.resuming import check_differences, differences, record_changes, versions
-from lowlevel.run_folder import RunFolder
-from lowlevel.run_record import announce, write_finish, write_start
+from lowlevel.running.endings import one_error, recorded_end
+from lowlevel.running.failure_folder import explaining
+from lowlevel.running.interrupts import Interrupts
+from lowlevel.running.observer import RunObserver
+from lowlevel.running.prefetch import Prefetched
+from lowlevel.running.progress import TrainingProgress
+from lowlevel.running.rehearsal import largest_batch, rehearse
+from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.run_record import announce, write_finish, write_start
 from lowlevel.tracing import Tracer, drop_after
-from lowlevel.training_state import restore_state, save_state
 
 
 def run_training(
@@ -66,7 +66,7 @@ def run_training(
         console: where progress goes.
         resume: go on from the newest verified checkpoint.
         restart: discard the run that the folder holds.
-        allow_change: keys that may differ from that checkpoint (lowlevel/resuming.py).
+        allow_change: keys that may differ from that checkpoint (lowlevel/checkpoints/resuming.py).
 
     Raises:
         LowlevelError: of the kind whose exit code fits.

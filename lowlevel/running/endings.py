@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
-from lowlevel.checkpoint import last_good
+from lowlevel.checkpoints.checkpoint import last_good
 from lowlevel.errors import CheckpointError, ConfigError, InterruptedRunError, LowlevelError
-from lowlevel.interrupts import Interrupts
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.interrupts import Interrupts
+from lowlevel.running.run_folder import RunFolder
 
 
 @contextmanager

@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from lowlevel.arguments import LOSS_FLAGS
+from lowlevel.commands.arguments import LOSS_FLAGS
 from lowlevel.config import RunConfig, load_config
 from lowlevel.errors import ConfigError
-from lowlevel.interrupts import Interrupts
+from lowlevel.running.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +38,7 @@ def _quiet_console() -> Console:
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_loading_bar
 
-    from lowlevel.progress import make_console
+    from lowlevel.running.progress import make_console
 
     disable_progress_bar()
     disable_loading_bar()
@@ -67,7 +67,7 @@ def _train(options: Options, overrides: Overrides) -> None:
     with Interrupts() as interrupts:
         try:
             console = _quiet_console()
-            from lowlevel.run import run_training
+            from lowlevel.running.run import run_training
 
             if options.as_t4:
                 _cap_gpu_memory(T4_BYTES)
@@ -107,7 +107,7 @@ def _data(options: Options, overrides: Overrides) -> None:
 
 def _losses(options: Options, overrides: Overrides) -> None:
     from lowlevel.commands.losses import show_losses
-    from lowlevel.progress import PipedConsole
+    from lowlevel.running.progress import PipedConsole
 
     given = {name: value for name in LOSS_FLAGS if (value := vars(options)[name]) is not None}
     fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120

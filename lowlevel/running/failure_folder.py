@@ -14,11 +14,11 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from lowlevel.checkpoint import settle, write_json
+from lowlevel.checkpoints.checkpoint import settle, write_json
 from lowlevel.errors import NonFiniteError, one_line
-from lowlevel.forensics import FailureReport, examine_error
 from lowlevel.method import Method
 from lowlevel.model.policy import Policy
+from lowlevel.running.forensics import FailureReport, examine_error
 
 
 def write_failure(report: FailureReport, run_dir: Path) -> Path:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowlevel.adapter_sources import check_frozen_under, find_adapter
-from lowlevel.checkpoint import write_json
+from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.config import RunConfig
 from lowlevel.contradictions import parse_size
 from lowlevel.dpo import DPO, check_loss
@@ -27,7 +26,8 @@ from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.model.policy import Policy
 from lowlevel.model.suitability import attention_window
 from lowlevel.order import ORDER_VERSION
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
+from lowlevel.running.run_folder import RunFolder
 from lowlevel.sft import SFT
 
 if TYPE_CHECKING:

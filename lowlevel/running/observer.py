@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lowlevel.interrupts import Interrupts
 from lowlevel.metrics import StepResult, TrainState
-from lowlevel.progress import TrainingProgress
-from lowlevel.run_folder import RunFolder
+from lowlevel.running.interrupts import Interrupts
+from lowlevel.running.progress import TrainingProgress
+from lowlevel.running.run_folder import RunFolder
 
 
 @dataclass

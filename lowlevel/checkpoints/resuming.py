@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from lowlevel import __version__
-from lowlevel.checkpoint import write_json
+from lowlevel.checkpoints.checkpoint import write_json
+from lowlevel.checkpoints.row_digests import SPLITS, describe_change
 from lowlevel.config import RunConfig, to_tables
 from lowlevel.data.prepare import PreparedData
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.model.placement import Placement
-from lowlevel.row_digests import SPLITS, describe_change
-from lowlevel.run_folder import LIBRARIES, RunFolder
+from lowlevel.running.run_folder import LIBRARIES, RunFolder
 
 # Settings that may differ: they do not change what is learned.
 FREE = (

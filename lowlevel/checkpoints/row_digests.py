@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from lowlevel.checkpoint import write_bytes
+from lowlevel.checkpoints.checkpoint import write_bytes
 from lowlevel.data.prepare import PreparedData
 
 FILE = "data_rows.safetensors"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lowlevel.assembly import Inputs
-from lowlevel.checkpoint import write_json
+from lowlevel.checkpoints.checkpoint import write_json
+from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config import RunConfig
 from lowlevel.method import Method
 from lowlevel.metrics import TrainState
@@ -19,9 +19,9 @@ from lowlevel.model.adapters import save_adapter
 from lowlevel.model.merging import write_stacked_adapter
 from lowlevel.model.policy import TRAINED, Policy
 from lowlevel.order import DataOrder
-from lowlevel.plots import plot_loss
-from lowlevel.row_digests import write_row_digests
-from lowlevel.run_folder import RunFolder, environment
+from lowlevel.running.assembly import Inputs
+from lowlevel.running.plots import plot_loss
+from lowlevel.running.run_folder import RunFolder, environment
 
 
 def write_start(folder: RunFolder, config: RunConfig, inputs: Inputs, identity: dict[str, Any], step: int) -> None:

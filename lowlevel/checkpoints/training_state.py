@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowlevel.checkpoint import save_checkpoint
+from lowlevel.checkpoints.checkpoint import save_checkpoint
 from lowlevel.config import RunConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.metrics import TrainState
