@@ -205,6 +205,27 @@ class RunConfig(Section):
         return self.data.max_length * (1 if self.method == "sft" else 2)
 
 
+# What other programs and papers call a key, where that is too far from its name to be guessed.
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "optimizer": "optim",
+    "clip": "max_grad_norm",
+    "fp16": "precision",
+    "bf16": "precision",
+    "dtype": "precision",
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "dataset": "source",
+    "dataset_name": "source",
+    "path": "source",
+    "seq_len": "max_length",
+    "model_name_or_path": "name",
+    "loss": "loss_type",
+}
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "lora": LoraConfig,
@@ -319,7 +340,8 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
     name = quoted(".".join(location))
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        near = [OTHER_NAMES[location[-1]]] if OTHER_NAMES.get(location[-1]) in known else []
+        near = near or difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}"
         return f'{where}: unknown key "{name}"; {hint}'
     if problem["type"] == "missing":

@@ -69,6 +69,7 @@ def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
         for line in _settings(column):
             console.print(f"  {line}", markup=False, highlight=False)
 
+
 # benchmarks/results/step_h100.csv and peers_h100.csv: device_used_gib less peak_allocated_gib.
 OUTSIDE = "the driver, captured graphs and the allocator's gaps: 0.9 to 1.9 GiB more, as measured on an H100"
 

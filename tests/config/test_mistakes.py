@@ -6,7 +6,7 @@ import re
 import pytest
 from config_keys import PREFERENCES, merged, refused, write
 
-from lowlevel.config import SECTIONS, load_config
+from lowlevel.config import OTHER_NAMES, SECTIONS, load_config
 from lowlevel.errors import ConfigError
 
 
@@ -20,6 +20,8 @@ from lowlevel.errors import ConfigError
             'run.toml: unknown key "train.learning_rat"; did you mean "learning_rate"?',
         ),
         ({"lora": {"alpha": 32}}, 'run.toml: unknown key "lora.alpha"; did you mean "lora_alpha"?'),
+        ({"train": {"lr": 1e-4}}, 'run.toml: unknown key "train.lr"; did you mean "learning_rate"?'),
+        ({"train": {"fp16": True}}, 'run.toml: unknown key "train.fp16"; did you mean "precision"?'),
         (
             {"data": {"filters": [{"colum": "a", "column": "a", "op": "==", "value": 1}]}},
             'run.toml: unknown key "data.filters.0.colum"; did you mean "column"?',
@@ -53,6 +55,12 @@ def test_no_name_or_value_makes_a_line_of_thousands(tmp_path, tables, overrides)
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, tables), overrides, method="sft")
     assert max(map(len, str(caught.value).splitlines())) < 1000 and "kkk" in str(caught.value)
+
+
+def test_names_of_other_programs_are_of_keys_that_exist():
+    for other, name in OTHER_NAMES.items():
+        sections = [model.model_fields for model in SECTIONS.values() if name in model.model_fields]
+        assert sections and not any(other in fields for fields in sections), other
 
 
 def test_an_unknown_flag_names_the_nearest():
