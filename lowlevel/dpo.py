@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lowlevel.config import DPOConfig
 from lowlevel.layout import PackedBatch, Segment, Shape, build_batch, micro_batch_rows, pair_rows, pair_segment
+from lowlevel.loss_sums import LossSums
 from lowlevel.losses import dpo_loss
-from lowlevel.method import LossSums
 from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowlevel.layout import PackedBatch, Shape, build_batch, micro_batch_rows, sft_segment
-from lowlevel.method import LossSums
+from lowlevel.loss_sums import LossSums
 from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:

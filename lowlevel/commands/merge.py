@@ -143,7 +143,7 @@ def measure(run: LoadedRun, merged_dir: Path) -> Fidelity:
 def probe_batches(run: LoadedRun) -> Sequence[PackedBatch]:
     """A few held-out rows, or training rows where the run kept none out."""
     _, data = prepare_data(run.config)
-    rows = (data.evaluation or data.train)[:PROBE_ROWS]
+    rows: Sequence[Any] = (data.evaluation or data.train)[:PROBE_ROWS]
     return [batch for row in rows for batch in run.method.micro_batches([row])]
 
 

@@ -16,6 +16,7 @@ from lowlevel.data.prepare import PreparedData
 from lowlevel.determinism import deterministic_mode
 from lowlevel.errors import CheckpointError, ConfigError, DataError, LowlevelError
 from lowlevel.losses import LOSSES
+from lowlevel.method import Method
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
 from lowlevel.model.base import base_sha256
 from lowlevel.model.policy import PARENT, Policy, dequantize_once
@@ -33,7 +34,7 @@ from lowlevel.running.assembly import (
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.verification.check import Check
 from lowlevel.verification.report import as_json, print_checks, run_checks
-from lowlevel.verification.subject import Method, Subject
+from lowlevel.verification.subject import Subject
 
 EXACT_PARAMETERS = 500_000_000
 
@@ -163,11 +164,10 @@ def _subject(
     hashes = _hashes(folder, inputs, policy) if folder else {}
     if config.train.dequantize_once:
         dequantize_once(policy)
-    method: Any = build_method(config, inputs.attention)
-    chosen: Method = method
+    method = build_method(config, inputs.attention)
     mode = choose_execution(config, inputs)
-    examples = _checkable(config, chosen, examples)
-    return Subject(config, inputs.tokenizer, policy, chosen, examples, step, mode, hashes, exact_parameters)
+    examples = _checkable(config, method, examples)
+    return Subject(config, inputs.tokenizer, policy, method, examples, step, mode, hashes, exact_parameters)
 
 
 def _checkable(config: RunConfig, method: Method, examples: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -28,6 +28,7 @@ from lowlevel.hashing import key32
 from lowlevel.kernels import token_logps
 from lowlevel.layout import PackedBatch
 from lowlevel.losses import dpo_loss
+from lowlevel.method import Method
 from lowlevel.optimizer import optimizer_tensors
 from lowlevel.replaying.session import Session
 
@@ -181,7 +182,7 @@ def _micro_tensors(session: Session, batch: PackedBatch, seen: Tensors) -> Tenso
     return tensors | {"losses": _copy(_losses(session.method, batch, logps))}
 
 
-def _losses(method: Any, batch: PackedBatch, logps: Tensors) -> Tensor:
+def _losses(method: Method, batch: PackedBatch, logps: Tensors) -> Tensor:
     if not isinstance(method, DPO):
         return -logps["policy"]
     chosen_lengths, rejected_lengths = batch.lengths.chunk(2)

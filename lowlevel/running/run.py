@@ -264,5 +264,5 @@ def _execution(job: Job, console: Console) -> tuple[WithFallback, CachedReferenc
 def evaluation_batches(method: Method, config: RunConfig, inputs: Inputs) -> list[PackedBatch]:
     """Held-out rows as micro-batches, in their own order."""
     size = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
-    rows = inputs.data.evaluation
+    rows: Sequence[Any] = inputs.data.evaluation
     return [batch for start in range(0, len(rows), size) for batch in method.micro_batches(rows[start : start + size])]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -33,7 +31,8 @@ def gradient_checks(subject: Subject, evidence: Evidence) -> list[Check]:
 
 def _formula_check(subject: Subject, evidence: Evidence) -> Check:
     """`dpo_loss` as `method.loss` calls it, at the real log-probabilities in fp32, against closed form or float64."""
-    method: Any = subject.method
+    method = subject.method
+    assert isinstance(method, dpo.DPO)
     logps = evidence.logps()
     leaves = [
         value.float().requires_grad_() for value in (logps.chosen, logps.rejected, logps.ref_chosen, logps.ref_rejected)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lowlevel.layout import IGNORED, PackedBatch, Segment, build_batch, pair_rows, sft_segment
 from lowlevel.losses import LOSSES
+from lowlevel.method import Method
 from lowlevel.verification.check import Check, check, relative
 from lowlevel.verification.evidence import Evidence
-from lowlevel.verification.subject import Method, Subject, packed, with_batches_of
+from lowlevel.verification.subject import Subject, packed, with_batches_of
 
 GROUP = "invariances"
 

@@ -16,10 +16,10 @@ LAYERS = (
     ),
     ("data/", "demo/", "kernels/"),
     (
-        *("model/", "optimizer", "metrics", "method", "checkpoints/"),
+        *("model/", "optimizer", "metrics", "loss_sums", "checkpoints/"),
         *("running/plots", "running/progress", "running/run_folder", "running/endings"),
     ),
-    ("sft", "dpo", "execution", "reference_cache"),
+    ("sft", "dpo", "method", "execution", "reference_cache"),
     ("loop", "tracing/", "running/rehearsal", "running/forensics", "running/failure_folder"),
     ("running/",),
     ("commands/loading", "commands/generate", "inspection/", "verification/", "replaying/", "reporting/"),
