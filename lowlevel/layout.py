@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from lowlevel.hashing import mix32_array
+from lowlevel.labels import IGNORED
 from lowlevel.spans import build_spans
 
-IGNORED = -100
 PADDING = -1
 
 

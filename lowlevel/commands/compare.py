@@ -15,6 +15,7 @@ from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.commands.generate import Reply, Sampling, generate_replies
 from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.errors import ConfigError
+from lowlevel.labels import IGNORED
 from lowlevel.layout import PackedBatch
 from lowlevel.running.assembly import prepare_data
 
@@ -110,7 +111,7 @@ def compare_stages(
 def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
     """Summed log-probability and number of scored tokens of every held-out sequence, dropout off."""
     run.policy.dropout.disable()
-    size = run.config.train.per_device_train_batch_size * run.config.train.gradient_accumulation_steps
+    size = run.config.rows_per_step
     parts: list[list[Scored]] = []
     for start in range(0, len(rows), size):
         for batch in run.method.micro_batches(rows[start : start + size]):
@@ -160,7 +161,7 @@ def prompt_ids(row: Any) -> list[int]:
 
     if isinstance(row, PreferenceExample):
         return row.prompt_ids.tolist()
-    first = int((row.labels != -100).argmax())
+    first = int((row.labels != IGNORED).argmax())
     return row.input_ids[: max(1, first)].tolist()
 
 

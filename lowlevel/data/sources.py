@@ -63,19 +63,6 @@ def data_error(problems: Sequence[RowProblem]) -> DataError:
     return DataError("\n".join(lines))
 
 
-def read_rows(source: str, split: str, data_format: str = "messages") -> list[Row]:
-    """All rows of a source; see `read_source`.
-
-    Raises:
-        ConfigError: no such file, data set or split.
-        DataError: lines that cannot be read (the first five), or no rows at all.
-    """
-    read = read_source(source, split, data_format)
-    if read.problems:
-        raise data_error(read.problems)
-    return read.rows
-
-
 def read_source(source: str, split: str, data_format: str = "messages") -> SourceRows:
     """Read a source whole.
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 MAX_RANK, MAX_ALPHA = 4096, 1_048_576
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 # What would change the adapter's effect or name code to run, and the value that means "not used".
@@ -170,11 +170,11 @@ def read_adapter_config(folder: Path) -> PeftLoraConfig:
     Raises:
         CheckpointError: no such folder, no LoRA adapter, or one with parts that this trainer does not train.
     """
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG
     try:
         raw = read_json_object(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no adapter ({CONFIG} is missing)") from None
+        raise CheckpointError(f"{folder} holds no adapter ({ADAPTER_CONFIG} is missing)") from None
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}, expected 'LORA'")
     for key, plain in UNSUPPORTED.items():
@@ -264,7 +264,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     settings = {**config, "inference_mode": True, "target_modules": sorted(config["target_modules"])}
     text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def adapter_sha256(folder: Path) -> str:

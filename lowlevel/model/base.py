@@ -12,15 +12,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lowlevel.config import ModelConfig
+from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import CheckpointError, ConfigError, one_line
 from lowlevel.model.attention import register
 from lowlevel.model.files import SHOWN, check_weight_files, is_finite, read_json_object, refuse_pickles
-from lowlevel.model.placement import Placement
+from lowlevel.model.placement import Placement, dtype_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-DEMO_BASE = Path(__file__).parent.parent / "demo" / "base"
 # Output transforms that `hidden @ lm_head.T` would miss: Gemma 2, Cohere, Granite.
 OUTPUT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -215,12 +215,13 @@ def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -
                 )
 
 
-def _check_finite(name: str, model: nn.Module) -> None:
+def _check_finite(name: str, model: PreTrainedModel) -> None:
     """What a file on the hub holds, and what overflows in the dtype: 1e5 of an fp32 file is infinite in fp16."""
     bad = sorted(n for n, parameter in model.named_parameters() if not all(map(is_finite, _float_values(parameter))))
     if bad:
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise CheckpointError(f"base {name!r}: {len(bad)} tensors are not finite in {dtype}: {', '.join(bad[:SHOWN])}")
+        raise CheckpointError(
+            f"base {name!r}: {len(bad)} tensors are not finite in {dtype_name(model.dtype)}: {', '.join(bad[:SHOWN])}"
+        )
 
 
 def _float_values(parameter: Any) -> list[Tensor]:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
 WORKSPACES = 4  # of cuBLAS: for two streams (linear.py), each in the threads of forward and of backward pass
-BACKWARD_VALUES = 1.0  # gradients alive in a layer's backward pass, as a multiple of its widest activation (3 F)
 DEQUANTISE_POSITIONS = 500  # on an H100 dequantising a layer takes as long as this many positions' products
 
 
@@ -144,7 +143,7 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
         kept += 5 * shape.hidden + shape.query + shape.intermediate
     else:
         kept += shape.hidden
-    transient = int(BACKWARD_VALUES * 3 * shape.intermediate) + 2 * shape.hidden
+    transient = 3 * shape.intermediate + 2 * shape.hidden  # gradients alive in a layer's backward pass
     weights = shape.largest * size if quantised else 0
     inputs = plan.recomputed * shape.hidden
     on_device = min(inputs, 2 * shape.hidden) if config.train.offload_activations else inputs

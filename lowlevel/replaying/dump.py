@@ -29,6 +29,7 @@ from lowlevel.kernels import token_logps
 from lowlevel.layout import PackedBatch
 from lowlevel.losses import dpo_loss
 from lowlevel.method import Method
+from lowlevel.model.placement import dtype_name
 from lowlevel.optimizer import optimizer_tensors
 from lowlevel.replaying.session import Session
 
@@ -91,7 +92,7 @@ class Dump:
         """What each tensor is."""
         described = {
             file: {
-                name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+                name: {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
                 for name, tensor in tensors.items()
             }
             for file, tensors in self.files.items()

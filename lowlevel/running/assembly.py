@@ -22,7 +22,7 @@ from lowlevel.method import Method
 from lowlevel.model.attention import Attention, choose_attention
 from lowlevel.model.base import base_sha256, empty_model, load_base, load_model_config, resolve_name
 from lowlevel.model.embedding import TIED
-from lowlevel.model.placement import Placement, choose_placement
+from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
 from lowlevel.model.suitability import attention_window
 from lowlevel.order import ORDER_VERSION
@@ -261,7 +261,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy) -> dict[str, Any
             "name": Path(model.name).name if Path(model.name).exists() else model.name,
             "revision": model.revision,
             "sha256": base_sha256(policy.model),
-            "dtype": str(inputs.placement.dtype).removeprefix("torch."),
+            "dtype": dtype_name(inputs.placement.dtype),
             **quantisation,
             **({"merged_adapter": inputs.merged_adapter} if inputs.merged_adapter else {}),
         },

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 from torch import Tensor
 
-from lowlevel.layout import IGNORED, PackedBatch, Segment, build_batch, pair_rows, sft_segment
+from lowlevel.labels import IGNORED
+from lowlevel.layout import PackedBatch, Segment, build_batch, pair_rows, sft_segment
 from lowlevel.losses import LOSSES
 from lowlevel.method import Method
 from lowlevel.verification.check import Check, check, relative

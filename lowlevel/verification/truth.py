@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lowlevel.config import DPOConfig
-from lowlevel.layout import IGNORED, PackedBatch
+from lowlevel.labels import IGNORED
+from lowlevel.layout import PackedBatch
 from lowlevel.model.policy import Policy
 from lowlevel.verification.formulas import Logps, pair_losses
 
@@ -41,10 +42,6 @@ class HeadScores:
     exact: Tensor
     sides: Tensor
     largest_logit: float
-
-    def total(self, side: int) -> Tensor:
-        """Sum over a branch, scalar."""
-        return self.exact[self.sides == side].sum()
 
 
 def sequences_of(example: Any, preference: bool) -> list[Scored]:

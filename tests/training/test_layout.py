@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lowlevel.dpo import completion_logps
+from lowlevel.labels import IGNORED
 from lowlevel.layout import (
-    IGNORED,
     PADDING,
     Shape,
     attention_mask,
