@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowlevel.config import ModelConfig, RunConfig
+from lowlevel.config import LoraConfig, ModelConfig, RunConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.method import Method
@@ -141,8 +141,6 @@ def _load_adapter_of_run(adapter: Path) -> tuple[PreTrainedModel | PeftModel, Ch
 
 def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
     """An adapter from elsewhere, on its base in 4 bits (nf4, double quantisation), as QLoRA trains it."""
-    from lowlevel.config import LoraConfig
-
     read_adapter_config(adapter)
     name = read_json_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not name:

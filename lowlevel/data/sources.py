@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lowlevel.demo import world
 from lowlevel.errors import ConfigError, DataError, one_line, quoted
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -204,8 +205,6 @@ def _read_hub(name: str, split: str) -> SourceRows:
 
 
 def _read_demo(split: str, data_format: str) -> SourceRows:
-    from lowlevel.demo import world
-
     if split not in DEMO_ROWS:
         raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
     make = world.sft_rows if data_format == "messages" else world.preference_rows

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -15,8 +15,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from lowlevel.config import LoraConfig, RunConfig
+from lowlevel.config import LoraConfig
 from lowlevel.dropout import DropoutState
 from lowlevel.errors import CheckpointError, ConfigError, one_line, quoted
 from lowlevel.model.attention import MASKED, Attention
@@ -24,14 +25,10 @@ from lowlevel.model.files import is_finite, read_json_object, refuse_pickles
 from lowlevel.model.flat import flatten
 from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.linear import with_adapters_beside
-from lowlevel.model.memory import AdapterSize
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import PARENT, TRAINED, Policy, place_dropout
 from lowlevel.model.suitability import check_base
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -145,23 +142,6 @@ def _new_config(base: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
-
-
-def adapter_sizes(
-    config: RunConfig, parent: Path | None, init_from: Path | None
-) -> tuple[AdapterSize, AdapterSize | None]:
-    """Sizes of the adapter in training and of the one under it; a PEFT folder that is gone on from brings its own.
-
-    Raises:
-        CheckpointError: see `read_adapter_config`.
-    """
-
-    def of(folder: Path) -> AdapterSize:
-        found = read_adapter_config(folder)
-        return AdapterSize(found.r, tuple(found.target_modules or ()))
-
-    trained = of(init_from) if init_from else AdapterSize(config.lora.r, config.lora.target_modules)
-    return trained, of(parent) if parent and config.model.adapter_mode == "stack" else None
 
 
 def read_adapter_config(folder: Path) -> PeftLoraConfig:

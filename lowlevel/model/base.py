@@ -5,21 +5,23 @@ from __future__ import annotations
 import functools
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import bitsandbytes as bnb
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from lowlevel.config import ModelConfig
 from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import CheckpointError, ConfigError, one_line
+from lowlevel.kernels.dequantize import Quantised, dequantize_reference
 from lowlevel.model.attention import register
 from lowlevel.model.files import SHOWN, check_weight_files, is_finite, read_json_object, refuse_pickles
+from lowlevel.model.linear import quantised_state, with_one_kernel
 from lowlevel.model.placement import Placement, dtype_name
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 # Output transforms that `hidden @ lm_head.T` would miss: Gemma 2, Cohere, Granite.
 OUTPUT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -38,8 +40,6 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         ConfigError: the folder or hub repository cannot be read, or transforms its logits in a way the losses do not
             know.
     """
-    from transformers import AutoConfig
-
     name = resolve_name(config.name)
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
         raise ConfigError(f"model.name {config.name!r}: no such folder")
@@ -61,9 +61,6 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The base's modules without memory for their weights. Raises ConfigError where it is no decoder."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     try:
         with init_empty_weights():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -83,10 +80,6 @@ def load_base(
         CheckpointError: a tensor is missing, left over, of another shape (nothing is ever initialised at random), or
             not finite, in the file or in the dtype that it is loaded in.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from lowlevel.model.linear import with_one_kernel
-
     register()
     load_model_config(config)
     check_weight_files(Path(resolve_name(config.name)))
@@ -126,8 +119,6 @@ def load_base(
 
 def _freeze(model: Any) -> None:
     """No gradient, no random numbers, no cache, and no repacked weights."""
-    import bitsandbytes as bnb
-
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
@@ -181,10 +172,6 @@ def _reads_ragged_rows() -> bool:
     Version 0.50 with AVX-512 gives such rows the constants of other blocks (error of a weight 0.21 to 0.33 of its norm,
     not 0.09); with AVX2 it does not.
     """
-    import bitsandbytes as bnb
-
-    from lowlevel.kernels.dequantize import Quantised, dequantize_reference
-
     values = torch.arange(1.0, 4 * 96 + 1).view(4, 96)
     packed, state = bnb.functional.quantize_4bit(values, quant_type="nf4", blocksize=64)
     expected = dequantize_reference(Quantised.of(packed, state), torch.float32)
@@ -196,10 +183,6 @@ def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -
 
     And bitsandbytes may read rows that are no multiple of the block wrongly, see `_reads_ragged_rows`.
     """
-    import bitsandbytes as bnb
-
-    from lowlevel.model.linear import quantised_state
-
     for module_name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             state = quantised_state(module)

@@ -16,19 +16,19 @@ state is paged and outside the allocator: it is listed apart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from lowlevel.config import RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.kernels import chunk_rows
+from lowlevel.model.adapters import read_adapter_config
 from lowlevel.model.base import empty_model
 from lowlevel.model.placement import DTYPES, Placement
 from lowlevel.workspaces import FIXED, SMALL, workspace_bytes
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
 WORKSPACES = 4  # of cuBLAS: for two streams (linear.py), each in the threads of forward and of backward pass
@@ -92,6 +92,23 @@ class Forecast:
     def peak(self) -> int:
         """What torch.cuda.max_memory_allocated will say."""
         return sum(self.static.values()) + max(self.phases.values())
+
+
+def adapter_sizes(
+    config: RunConfig, parent: Path | None, init_from: Path | None
+) -> tuple[AdapterSize, AdapterSize | None]:
+    """Sizes of the adapter in training and of the one under it; a PEFT folder that is gone on from brings its own.
+
+    Raises:
+        CheckpointError: see `read_adapter_config`.
+    """
+
+    def of(folder: Path) -> AdapterSize:
+        found = read_adapter_config(folder)
+        return AdapterSize(found.r, tuple(found.target_modules or ()))
+
+    trained = of(init_from) if init_from else AdapterSize(config.lora.r, config.lora.target_modules)
+    return trained, of(parent) if parent and config.model.adapter_mode == "stack" else None
 
 
 def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSize | None = None) -> ModelShape:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lowlevel.config import ModelConfig
 from lowlevel.errors import CheckpointError
@@ -21,9 +22,6 @@ from lowlevel.model.adapters import ADAPTER_CONFIG, read_adapter_config, read_ad
 from lowlevel.model.base import load_base
 from lowlevel.model.linear import quantised_state
 from lowlevel.model.placement import Placement
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PREFIX, SUFFIX_A, SUFFIX_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 

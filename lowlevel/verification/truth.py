@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowlevel import kernels
 from lowlevel.config import DPOConfig
 from lowlevel.labels import IGNORED
 from lowlevel.layout import PackedBatch
@@ -59,8 +60,6 @@ def head_scores(policy: Policy, batch: PackedBatch) -> HeadScores:
 
     Which position is scored with which target is read from `batch.targets`; filled-up positions are left out.
     """
-    from lowlevel import kernels
-
     policy.dropout.disable()
     with torch.no_grad():
         hidden = policy.scored_hidden_states(batch)
