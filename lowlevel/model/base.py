@@ -148,9 +148,9 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             continue
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         tensors[plain] = parameter
-        state = getattr(parameter, "quant_state", None)  # bitsandbytes.nn.Params4bit carries it; other weights do not
-        if state is not None:
-            tensors.update({f"{plain}.{key}": value for key, value in state.as_dict(packed=True).items()})
+        if isinstance(parameter, bnb.nn.Params4bit):
+            state = parameter.quant_state.as_dict(packed=True)
+            tensors.update({f"{plain}.{key}": value for key, value in state.items()})
     return tensors
 
 
@@ -207,9 +207,9 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
         )
 
 
-def _float_values(parameter: Any) -> list[Tensor]:
+def _float_values(parameter: nn.Parameter) -> list[Tensor]:
     """A parameter's values; of one in 4 bits its quantisation constants, which scale every value of their blocks."""
-    state = getattr(parameter, "quant_state", None)  # as in _base_tensors
-    if state is None:
+    if not isinstance(parameter, bnb.nn.Params4bit):
         return [parameter]
+    state: Any = parameter.quant_state
     return [state.offset, state.state2.absmax] if state.nested else [state.absmax]
