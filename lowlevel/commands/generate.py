@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 from lowlevel.commands.loading import load_for_replies
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.model.attention import plain_attention
+from lowlevel.model.attention_choice import plain_attention
 from lowlevel.model.placement import Placement
 
 

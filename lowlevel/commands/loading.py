@@ -11,7 +11,7 @@ from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.method import Method
 from lowlevel.model.adapters import ADAPTER_CONFIG, adapter_sha256, build_policy, read_adapter_config
-from lowlevel.model.attention import choose_attention
+from lowlevel.model.attention_choice import choose_attention
 from lowlevel.model.base import base_sha256, load_base, load_model_config, resolve_name
 from lowlevel.model.files import read_json_object
 from lowlevel.model.placement import Placement, choose_placement, dtype_name

@@ -20,7 +20,7 @@ from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.config import ModelConfig
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.layout import PackedBatch
-from lowlevel.model.attention import MASKED, Attention
+from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.merging import merged_model
 from lowlevel.model.placement import Placement

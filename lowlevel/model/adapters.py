@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from lowlevel.config import LoraConfig
 from lowlevel.dropout import DropoutState
 from lowlevel.errors import CheckpointError, ConfigError, one_line, quoted
-from lowlevel.model.attention import MASKED, Attention
+from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.files import is_finite, read_json_object, refuse_pickles
 from lowlevel.model.flat import flatten
 from lowlevel.model.layers import DecoderLayers
-from lowlevel.model.linear import with_adapters_beside
+from lowlevel.model.linear import install_side_by_side
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import PARENT, TRAINED, Policy, place_dropout
@@ -97,7 +97,7 @@ def build_policy(
         except ValueError as error:  # its target modules match no layer
             raise CheckpointError(f"{parent} does not fit the base: {one_line(error)}") from None
         load_adapter_weights(model, PARENT, read_adapter_weights(parent), str(parent))
-    with_adapters_beside(model)
+    install_side_by_side(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     state = DropoutState()
     place_dropout(layers, lora.lora_dropout, state, placement.device)

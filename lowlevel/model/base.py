@@ -18,9 +18,9 @@ from lowlevel.config import ModelConfig
 from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import CheckpointError, ConfigError, one_line
 from lowlevel.kernels.dequantize import Quantised, dequantize_reference
-from lowlevel.model.attention import register
+from lowlevel.model.attention_choice import register
 from lowlevel.model.files import SHOWN, check_weight_files, is_finite, read_json_object, refuse_pickles
-from lowlevel.model.linear import quantised_state, with_one_kernel
+from lowlevel.model.linear import install_dequantising_products, quantised_state
 from lowlevel.model.placement import Placement, dtype_name
 
 # Output transforms that `hidden @ lm_head.T` would miss: Gemma 2, Cohere, Granite.
@@ -113,7 +113,7 @@ def load_base(
     _check_quantised_layers(config.name, model, placement.device)
     _check_finite(config.name, model)
     _freeze(model)
-    with_one_kernel(model)
+    install_dequantising_products(model)
     return model
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lowlevel.dropout import CounterDropout, DropoutState
 from lowlevel.kernels import token_logps
 from lowlevel.layout import PackedBatch
-from lowlevel.model.attention import Attention
+from lowlevel.model.attention_choice import Attention
 from lowlevel.model.flat import FlatParameters
 from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.linear import quantised_state

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from lowlevel.errors import ConfigError
 from lowlevel.layout import build_batch, pair_segment, sft_segment
-from lowlevel.model.attention import plain_attention
+from lowlevel.model.attention_choice import plain_attention
 from lowlevel.model.policy import Policy
 
 FIRST, PROMPT, REJECTED = 13, 5, 8  # tokens that are tried: an example, its prompt, the other completion

@@ -22,7 +22,7 @@ from lowlevel.layout import Shape
 from lowlevel.losses import LOSSES
 from lowlevel.method import Method
 from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
-from lowlevel.model.attention import Attention, choose_attention
+from lowlevel.model.attention_choice import Attention, choose_attention
 from lowlevel.model.base import base_sha256, empty_model, load_base, load_model_config, resolve_name
 from lowlevel.model.embedding import TIED, move_embeddings_to_host
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
