@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from lowlevel.config import DPOConfig
-from lowlevel.layout import PackedBatch, Segment, Shape, build_batch, micro_batch_rows, pair_rows, pair_segment
+from lowlevel.layout import PackedBatch, Segment, Shape, build_batch, pair_rows, pair_segment
 from lowlevel.loss_sums import LossSums
 from lowlevel.losses import dpo_loss
 from lowlevel.model.policy import Policy
+from lowlevel.packing import micro_batch_rows
 
 if TYPE_CHECKING:
     from lowlevel.data.examples import PreferenceExample

@@ -11,7 +11,7 @@ ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
     ("__init__", "config", "contradictions", "errors", "redaction", "running/__init__", "running/interrupts"),
     (
-        *("losses/", "labels", "layout", "spans", "attention", "hashing", "dropout", "order"),
+        *("losses/", "labels", "layout", "packing", "spans", "attention", "hashing", "dropout", "order"),
         *("determinism", "workspaces", "loss_scale", "running/prefetch"),
     ),
     ("data/", "demo/", "kernels/"),

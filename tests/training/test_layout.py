@@ -15,12 +15,12 @@ from lowlevel.layout import (
     Shape,
     attention_mask,
     build_batch,
-    pack,
     pair_rows,
     pair_segment,
     sft_segment,
 )
 from lowlevel.losses import token_logps
+from lowlevel.packing import pack
 
 
 def ints(*values):
