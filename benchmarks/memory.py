@@ -28,6 +28,8 @@ from lowlevel.model.placement import Placement
 
 FP16 = Placement(torch.device("cuda"), "fp16")
 PLAN_KEYS = ("positions", "recomputed", "dequantize_once")
+# Okabe and Ito's, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#999999", "#CC79A7")
 
 
 def plan_text(config: RunConfig) -> str:
@@ -71,6 +73,7 @@ def compare(rows: Iterable[dict[str, str]], out: Path) -> list[dict[str, Any]]:
         compared.append(
             {
                 "case": row["case"],
+                "setting": f"{row['method'].upper()} {row['setting']}",
                 "plan": row["plan"],
                 "measured_gib": measured,
                 "forecast_gib": round(predicted, 3),
@@ -92,14 +95,20 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     left = [0.0] * len(rows)
     for number, name in enumerate(names):
         sizes = [row[name] for row in rows]
-        axes.barh(y, sizes, left=left, label=name, color=f"C{number}")
+        axes.barh(y, sizes, left=left, label=name, color=COLOURS[number])
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     axes.plot([row["measured_gib"] for row in rows], y, "k|", markersize=14, markeredgewidth=2, label="measured peak")
-    axes.set_yticks(y, [row["case"] for row in rows], fontsize=8)
+    axes.set_yticks(y, [_short(row["setting"]) for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="GiB allocated at the step's peak (paged optimizer state apart)", title=rows[0]["gpu"])
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _short(setting: str) -> str:
+    """As a label: all are captured graphs."""
+    both = "embeddings on the host, layer inputs on the host"
+    return setting.replace(", graphed", "").replace(both, "both on the host")
 
 
 def main() -> None:

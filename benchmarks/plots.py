@@ -23,6 +23,8 @@ HATCHES = {"lowlevel": "", "trl": "//", "unsloth": "..", "liger": "xx", "plain":
 NAMES = {"lowlevel": "lowlevel", "trl": "TRL", "unsloth": "Unsloth", "liger": "PEFT + Liger", "plain": "PEFT by hand"}
 BASELINE = "trl_{}_2x4"
 LOSSES = ("eager", "compiled", "graphed")
+AXES = {"length": "tokens of the one row", "batch": "rows of 512, nothing recomputed", "rank": "rank, 2 rows of 512",
+        "model": "model, 2 rows of 512"}  # fmt: skip
 
 
 def label(row: Row) -> str:
@@ -64,8 +66,9 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_title(method.upper(), loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("real tokens/s (x: beside TRL at 2x4)")
-    figure.suptitle(f"{rows[0]['gpu']}, {rows[0]['shape']}, r = 64, allocator capped at {rows[0]['cap_gib']} GiB")
+    panels[-1].set_xlabel("real tokens/s (x: times TRL at 2x4)")
+    shape = f"{rows[0]['shape']} shape with random weights, r = 64"
+    figure.suptitle(f"{rows[0]['gpu']}: {shape}, allocator capped at {rows[0]['cap_gib']} GiB", fontsize=11)
     figure.savefig(path, dpi=130)
 
 
@@ -102,18 +105,22 @@ def plot_scaling(rows: Sequence[Row], path: Path) -> None:
     axes = list(dict.fromkeys(row["axis"] for row in good))
     if not axes:
         return
-    figure = Figure(figsize=(3.6 * len(axes), 3.4), layout="constrained")
-    for panel, name in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes, strict=True):
+    figure = Figure(figsize=(3.6 * len(axes), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(axes), squeeze=False)[0]
+    for panel, name in zip(panels, axes, strict=True):
         chosen = [row for row in good if row["axis"] == name]
         values = [row["value"] for row in chosen]
         speed = panel.plot(values, [float(r["tokens_per_second"]) for r in chosen], "o-", color="#0072B2")[0]
         memory = panel.twinx()
         used = memory.plot(values, [float(r["device_used_gib"]) for r in chosen], "s--", color="#D55E00")[0]
-        panel.set(xlabel=name, ylabel="tokens/s", ylim=(0, None))
-        memory.set(ylabel="device memory (GiB)", ylim=(0, None))
+        panel.set(xlabel=AXES.get(name, name), ylim=(0, 1.08 * panel.get_ylim()[1]))
+        panel.yaxis.set_major_formatter("{x:,.0f}")
+        memory.set(ylim=(0, 1.08 * memory.get_ylim()[1]))
         panel.tick_params(axis="x", labelrotation=30 if name == "model" else 0)
-        panel.legend([speed, used], ["tokens/s", "GiB"], frameon=False, fontsize=8)
-    figure.suptitle(f"{good[0]['gpu']}: one SFT micro-batch, {good[0]['execution']}")
+        if panel is panels[0]:
+            keys = ["tokens/s (left)", "GiB of the device in use (right)"]
+            figure.legend([speed, used], keys, loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(f"{good[0]['gpu']}: one SFT micro-batch per step, {good[0]['execution']}")
     figure.savefig(path, dpi=130)
 
 

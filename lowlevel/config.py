@@ -69,7 +69,7 @@ class LoraConfig(Section):
     target_modules: tuple[str, ...] = Field(
         ALL_PROJECTIONS, min_length=1, strict=False, description="linear layers by name"
     )
-    init_from: str | None = Field(None, description="PEFT adapter whose training goes on")
+    init_from: str | None = Field(None, description="run folder or PEFT adapter to continue training")
 
 
 class Filter(Section):
@@ -88,7 +88,7 @@ class DataConfig(Section):
     shuffle_seed: Seed | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
     limit: Positive | None = Field(None, description="rows to keep after shuffling and filtering")
     format: Literal["messages", "orca", "preference"] = Field(
-        "messages", description="columns of a row (default for dpo: preference)"
+        "messages", description="columns of a row; orca: system, input, chosen, rejected"
     )
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions that a row must meet")
     chat_template_from: str | None = Field(None, description="model or .jinja file whose chat template is used")
@@ -96,9 +96,7 @@ class DataConfig(Section):
         "2024-07-26", description="what a chat template that prints today's date is told"
     )
     supervise: Literal["assistant", "all"] = Field("assistant", description="tokens that the loss is taken over")
-    max_length: Annotated[int, Field(gt=1, le=LARGEST)] = Field(
-        512, description="tokens of a sequence (prompt and completion); for the demo's base 256"
-    )
+    max_length: Length = Field(512, description="tokens of a sequence (prompt and completion); for the demo's base 256")
     max_prompt_length: Positive | None = Field(None, description="dpo: tokens of a prompt, cut from the left")
     packing: bool = Field(True, description="several examples share a row; the loss is the same either way")
     on_bad_row: Literal["error", "skip"] = Field("error", description="what an unusable row does")
@@ -115,8 +113,8 @@ class TrainConfig(Section):
     gradient_accumulation_steps: Batch = Field(4, description="micro-batches a step")
     learning_rate: Annotated[Finite, Field(gt=0)] = Field(2e-4, description="peak learning rate")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after warm-up")
-    warmup_ratio: Annotated[Finite, Field(ge=0, le=1)] = Field(0.0, description="share of the steps")
-    warmup_steps: Natural = Field(0, description="steps; takes precedence over warmup_ratio")
+    warmup_ratio: Annotated[Finite, Field(ge=0, le=1)] = Field(0.0, description="share of the steps spent warming up")
+    warmup_steps: Natural = Field(0, description="steps spent warming up; takes precedence over warmup_ratio")
     max_steps: Positive | None = Field(None, description="applied optimizer steps; takes precedence over epochs")
     num_train_epochs: Annotated[Finite, Field(gt=0)] = Field(1.0, description="passes over the rows")
     optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
@@ -140,7 +138,9 @@ class TrainConfig(Section):
     )
     dequantize_once: bool = Field(False, description="dequantise the 4-bit weights once: faster, 4 times as large")
     memory_budget: str | None = Field(
-        None, description='GPU memory to fit, like "15GiB"; chooses the three keys above for speed'
+        None,
+        description='GPU memory to fit, like "15GiB": chooses recomputed_layers, micro_batch_positions and '
+        "dequantize_once for speed",
     )
     deterministic: bool = Field(
         False,
@@ -158,9 +158,9 @@ class TrainConfig(Section):
 class DPOConfig(Section):
     """The preference loss (arXiv 2305.18290) and its hyper-parameters."""
 
-    loss_type: str = Field("sigmoid", description="see lowlevel.losses.LOSSES")
+    loss_type: str = Field("sigmoid", description="preference loss; `lowlevel losses` lists them")
     beta: Annotated[Finite, Field(gt=0)] = Field(0.1, description="temperature of the implicit reward")
-    label_smoothing: Annotated[Finite, Field(ge=0, lt=0.5)] = Field(0.0, description="share of flipped labels assumed")
+    label_smoothing: Annotated[Finite, Field(ge=0, lt=0.5)] = Field(0.0, description="assumed share of flipped labels")
     discopop_tau: Annotated[Finite, Field(gt=0)] | None = Field(None, description="discopop only")
     dpop_lambda: Annotated[Finite, Field(ge=0)] | None = Field(None, description="dpop only")
     rpo_alpha: Annotated[Finite, Field(ge=0)] | None = Field(None, description="rpo only: weight of the SFT term")
@@ -213,6 +213,8 @@ SECTIONS: dict[str, type[Section]] = {
     "dpo": DPOConfig,
     "trace": TraceConfig,
 }
+# Where dpo's default differs from sft's. 1e-5 is the recipe's: the rate that SFT wants drives DPO off its reference.
+DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"data": {"format": "preference"}, "train": {"learning_rate": 1e-5}}
 
 
 def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method: str | None = None) -> RunConfig:
@@ -245,14 +247,15 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
 def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
     """Validate nested tables into a RunConfig; `where` names their origin in errors.
 
-    Two defaults depend on other keys: data.format is "preference" for dpo, and data.max_length 256 for the demo's base,
-    which has no more positions.
+    Some defaults depend on other keys: those of `DPO_DEFAULTS` on the method, and data.max_length is 256 for the demo's
+    base, which has no more positions.
     """
-    data, model = tables.get("data", {}), tables.get("model", {})
-    if isinstance(data, Mapping) and isinstance(model, Mapping):
-        usual: dict[str, Any] = {"format": "preference"} if tables.get("method") == "dpo" else {}
-        usual |= {"max_length": 256} if model.get("name", "demo") == "demo" else {}
-        tables = {**tables, "data": {**usual, **data}}
+    model = tables.get("model", {})
+    if isinstance(model, Mapping) and model.get("name", "demo") == "demo":
+        tables = _with_defaults(tables, "data", {"max_length": 256})
+    if tables.get("method") == "dpo":
+        for section, defaults in DPO_DEFAULTS.items():
+            tables = _with_defaults(tables, section, defaults)
     try:
         config = RunConfig.model_validate(tables)
     except ValidationError as error:
@@ -262,6 +265,11 @@ def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
     if problems:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
     return config
+
+
+def _with_defaults(tables: Mapping[str, Any], section: str, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = tables.get(section, {})
+    return {**tables, section: {**defaults, **given}} if isinstance(given, Mapping) else tables
 
 
 def to_tables(config: RunConfig) -> dict[str, Any]:

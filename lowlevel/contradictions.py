@@ -138,6 +138,10 @@ def _train(config: RunConfig, given: set[str]) -> list[Check]:
             (train.memory_budget is not None and f"train.{key}" in given, f"train.{key} is chosen by memory_budget")
             for key in PLANNED
         ),
+        (
+            train.memory_budget is not None and not train.gradient_checkpointing,
+            "train.memory_budget chooses how many layers are recomputed: leave out gradient_checkpointing = false",
+        ),
     ]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from lowlevel.model.policy import Policy
 MAX_GRAPHS = 32  # a graph of 5,000 kernels takes the driver some 25 MB, which no allocator counts
 MODES = ("eager", "compiled", "graphed")
 Signature = tuple[object, ...]
+Result = TypeVar("Result")
 
 
 class ExecutionFailedError(Exception):
@@ -149,10 +150,11 @@ class Graphed:
         """The first micro-step of all is not captured: compilers and libraries set themselves up in it."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            sums = micro_step(self.policy, self.method, batch, factor, key, kept)
-        current.wait_stream(self._stream)
-        return sums
+        try:
+            with torch.cuda.stream(self._stream):
+                return micro_step(self.policy, self.method, batch, factor, key, kept)
+        finally:  # what a failed step launched must be over before the next attempt zeroes the gradient
+            current.wait_stream(self._stream)
 
     def _try_capture(self, batch: PackedBatch, signature: Signature) -> Captured:
         """Capture, and where that fails for the first time let the shape run uncaptured before the next try.
@@ -211,6 +213,8 @@ class WithFallback:
 
     def use(self, mode: str) -> None:
         """Switch to a mode of MODES."""
+        if self.policy.placement.device.type == "cuda":
+            torch.cuda.synchronize()  # the graphs that are dropped here may still be running
         self.mode = mode
         self.policy.layers.use(compiled=mode != "eager")
         self.execution: Execution = (
@@ -225,8 +229,21 @@ class WithFallback:
         Raises:
             ExecutionFailedError: the mode failed; it or a simpler one is ready to try the step again.
         """
+        return self._attempt(lambda: self.execution.run(batch, factor, seed, step, kept))
+
+    def until_it_runs(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns, which runs the layers in this mode outside of a step (a rehearsal, an evaluation): it
+        is called again after each fallback, so it must be able to start anew.
+        """
+        while True:
+            try:
+                return self._attempt(work)
+            except ExecutionFailedError:
+                continue
+
+    def _attempt(self, work: Callable[[], Result]) -> Result:
         try:
-            return self.execution.run(batch, factor, seed, step, kept)
+            return work()
         except (torch.cuda.OutOfMemoryError, ExecutionFailedError):
             raise
         except Exception as error:

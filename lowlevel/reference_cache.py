@@ -15,7 +15,9 @@ DIR/<SHA-256 of identity.json>/    all that the numbers depend on beside the mic
 
 Of the entries from disk that a run uses, the first two and then one in a hundred are computed anew and must have the
 same bits; the others are taken on the word of hashes and identity. One that differs switches the cache off, and the
-step in hand starts anew. Processes may share a folder: a file in it never changes once it is complete.
+step in hand starts anew. (Without train.deterministic the compiler picks some kernels by timing them, so on a GPU
+another process may have other bits, and be refused.) Processes may share a folder: a file in it never changes once it
+is complete.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from lowlevel.layout import PackedBatch
 from lowlevel.model.policy import PARENT, Policy
 
 LAYOUT_VERSION = 1  # raise it when the same tensors of a PackedBatch come to give other reference numbers
+KERNELS_VERSION = 1  # raise it when a change of kernels/, model/linear.py or attention.py changes any bit
 FORMAT = "lowlevel-reference-cache"
 IDENTITY = "identity.json"
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -90,6 +93,8 @@ def reference_identity(policy: Policy, base_sha256: str, parent_sha256: str | No
         "device": _device_kind(policy.placement.device),
         "versions": {"lowlevel": __version__, **{name: version(name) for name in LIBRARIES}},
         "layout_version": LAYOUT_VERSION,
+        "kernels_version": KERNELS_VERSION,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
 
 

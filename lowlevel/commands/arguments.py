@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from lowlevel import __version__
-from lowlevel.config import SECTIONS
+from lowlevel.config import DPO_DEFAULTS, SECTIONS
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint or model, 5 not a finite number, \
@@ -101,7 +101,7 @@ def _add_forecasts(add: Callable[..., argparse.ArgumentParser]) -> None:
     plan.add_argument("--budget", metavar="SIZE", help='like "15GiB" (default: train.memory_budget, or 15GiB)')
     memory = add("memory", "what a run's largest micro-batch took of the GPU's memory, by component and phase")
     memory.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    memory.add_argument("--plot", type=Path, metavar="FILE.png")
+    memory.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it, by phase and component")
 
 
 def _add_losses(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -130,19 +130,21 @@ def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the merged model")
     generate = add("generate", "reply to a prompt with a run, an adapter or a merged model")
     generate.add_argument("model_dir", type=Path, metavar="DIR", help="run folder, PEFT adapter or merged model")
-    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says")
     generate.add_argument("--system", metavar="TEXT", help="system message")
-    generate.add_argument("--max-new-tokens", type=_positive, default=256)
+    generate.add_argument("--max-new-tokens", type=_positive, default=256, help="length of the reply (default: 256)")
     generate.add_argument("--temperature", type=_temperature, default=0.0, help="0 takes the likeliest token (default)")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling, where temperature > 0 (default: 0)")
     compare = add("compare", "base, SFT and DPO side by side on the run's held-out rows")
     compare.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     compare.add_argument("--prompts", type=_positive, default=16, help="held-out prompts to reply to (default: 16)")
-    compare.add_argument("--max-new-tokens", type=_positive, default=128)
+    compare.add_argument("--max-new-tokens", type=_positive, default=128, help="length of a reply (default: 128)")
     compare.add_argument("--show", type=int, default=3, help="replies to print side by side (default: 3)")
     _add_inspect(add)
     _add_verify(add)
-    report = add("report", "a run as one page: curves, its best and worst pairs, alarms; and the charts as PNG")
+    report = add(
+        "report", "a run as one page, RUN_DIR/report.html: curves, best and worst pairs, alarms; and the charts as PNG"
+    )
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report.add_argument(
         "--compare", type=Path, nargs="+", default=[], metavar="RUN_DIR", help="draw these runs into the same charts"
@@ -162,7 +164,7 @@ def _add_inspect(add: Callable[..., argparse.ArgumentParser]) -> None:
     inspect.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     what = inspect.add_mutually_exclusive_group(required=True)
     what.add_argument("--step", type=_positive, metavar="N", help="the examples of optimizer step N, as the log counts")
-    what.add_argument("--example", type=_not_negative, metavar="I", help="data row I, as data report and errors say")
+    what.add_argument("--example", type=_not_negative, metavar="ROW", help="data row, as data report and errors say")
     inspect.add_argument(
         "--checkpoint",
         type=_not_negative,
@@ -176,12 +178,13 @@ def _add_inspect(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_verify(add: Callable[..., argparse.ArgumentParser]) -> None:
     verify = add(
         "verify",
-        "recompute a step of a run in float64: errors and bounds, exit code 1 where one fails; keys of a run file are "
-        "flags here, too",
+        "check one step of a run against its formula in float64; exit code 1 where a check fails",
         takes_config=True,
     )
     verify.add_argument("path", type=Path, metavar="RUN_DIR|RUN.toml", help="run folder, or run file for a run's start")
-    verify.add_argument("--batch", type=_positive, default=1, metavar="N", help="optimizer step to take (default: 1)")
+    verify.add_argument(
+        "--step", "--batch", type=_positive, default=1, metavar="N", help="optimizer step to check (default: 1)"
+    )
     verify.add_argument(
         "--json", type=Path, metavar="FILE", help="where to write the result (default: in the run folder)"
     )
@@ -242,7 +245,7 @@ def _temperature(text: str) -> float:
 
 def _choices(annotation: object) -> str:
     """The values of a Literal, for its help line."""
-    return f": {', '.join(get_args(annotation))}" if get_origin(annotation) is Literal else ""
+    return f" [{' | '.join(get_args(annotation))}]" if get_origin(annotation) is Literal else ""
 
 
 def describe_keys() -> str:
@@ -251,6 +254,7 @@ def describe_keys() -> str:
     for section, model in SECTIONS.items():
         lines.append("")
         for key, field in model.model_fields.items():
-            default = "" if field.default is None else f" (default: {field.default})"
+            for_dpo = f"; for dpo: {DPO_DEFAULTS[section][key]}" if key in DPO_DEFAULTS.get(section, {}) else ""
+            default = "" if field.default is None else f" (default: {field.default}{for_dpo})"
             lines.append(f"  --{section}.{key:<30} {field.description}{_choices(field.annotation)}{default}")
     return "\n".join(lines)

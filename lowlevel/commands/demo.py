@@ -15,6 +15,7 @@ from lowlevel.commands.loading import load_run
 from lowlevel.config import RunConfig, config_from_tables
 from lowlevel.demo.world import check_items, exact_match, preferred_style
 from lowlevel.errors import ConfigError
+from lowlevel.model.policy import dequantize_once
 from lowlevel.running.run import run_training
 from lowlevel.running.run_folder import RunFolder
 
@@ -25,6 +26,7 @@ BATCH = {
     "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1,
     "gradient_checkpointing": False,
+    "dequantize_once": True,  # the same numbers; the base is small
     "seed": 0,
 }
 
@@ -79,6 +81,7 @@ def run_demo(out: Path, console: Console, *, resume: bool = False, restart: bool
         run_training(config, console, resume=resume, restart=restart)
         console.print()
     run = load_run(Path(dpo.train.output_dir))
+    dequantize_once(run.policy)
     items = check_items(CHECK_ITEMS, seed=0)
     prompts = [run.tokenizer.encode_prompt(item.prompt) for item in items]
     judges = {

@@ -179,7 +179,7 @@ def _verify(options: Options, overrides: Overrides) -> None:
         options.path,
         console,
         overrides=overrides,
-        batch=options.batch,
+        batch=options.step,
         json_file=options.json,
         exact_parameters=options.exact_parameters,
     )

@@ -20,6 +20,7 @@ from lowlevel.demo import world
 from lowlevel.errors import ConfigError, DataError, one_line, quoted
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz")  # no hub name ends so
 DEMO_ROWS = {"train": 2400, "heldout": 240}
 SHOWN = 5
 
@@ -83,8 +84,8 @@ def read_source(source: str, split: str, data_format: str = "messages") -> Sourc
         read = _read_demo(split, data_format)
     elif source.endswith(FILE_SUFFIXES):
         read = _read_file(path)
-    elif path.is_file() or source.startswith((".", "/")) and not path.is_dir():
-        state = "unknown kind of file" if path.is_file() else "no such file"
+    elif path.is_file() or source.endswith(OTHER_SUFFIXES) or source.startswith((".", "/")) and not path.is_dir():
+        state = "unknown kind of file" if path.is_file() or source.endswith(OTHER_SUFFIXES) else "no such file"
         raise ConfigError(f"data source {source}: {state}; use {', '.join(FILE_SUFFIXES)} or a hub name")
     else:
         read = _read_hub(source, split)

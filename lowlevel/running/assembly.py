@@ -98,7 +98,6 @@ def check_inputs(config: RunConfig) -> Inputs:
             raise ConfigError(f"[dpo]: {error}") from None
         if config.train.memory_budget is not None and LOSSES[config.dpo.loss_type].mixes_pairs:
             raise ConfigError(mixed_by_a_budget(config))
-        _make_folder(config.dpo.reference_cache, "dpo.reference_cache")
     placement = choose_placement(config.train.precision)
     base = load_model_config(config.model)
     if config.model.embeddings_on_host and base.to_dict().get("tie_word_embeddings"):
@@ -127,15 +126,6 @@ def mixed_by_a_budget(config: RunConfig) -> str:
         f'train.memory_budget chooses the micro-batches, and loss_type = "{config.dpo.loss_type}" compares the pairs '
         "of one: it would be another loss; set train.micro_batch_positions instead"
     )
-
-
-def _make_folder(path: str | None, key: str) -> None:
-    if path is None:
-        return
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{key}: {path} cannot be made: {error.strerror}") from None
 
 
 def prepare_data(config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:

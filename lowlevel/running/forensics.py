@@ -144,7 +144,7 @@ def _first_in(policy: Policy, method: Method, batch: PackedBatch, factor: float,
         return None
     first = findings[0]
     if first.where == BACKWARD and not first.inputs:
-        return replace(first, inputs=_inputs_of(policy, batch, first.module, key))
+        return replace(first, inputs=_inputs_of(policy, method, batch, first.module, key))
     return first
 
 
@@ -219,17 +219,21 @@ def _after_the_decoder(policy: Policy, batch: PackedBatch, decoded: dict[str, Te
     return Finding("forward of the policy", "the loss", "the loss alone: all modules and log-probabilities are finite")
 
 
-@torch.no_grad()
-def _inputs_of(policy: Policy, batch: PackedBatch, module: str, key: int) -> tuple[dict[str, Any], ...]:
-    """Largest inputs of a module in the policy's forward pass."""
+def _inputs_of(policy: Policy, method: Method, batch: PackedBatch, module: str, key: int) -> tuple[dict[str, Any], ...]:
+    """Largest inputs of a module in the policy's forward pass: the one with gradients, the reference's has none."""
     found: list[tuple[dict[str, Any], ...]] = []
     named = {_plain_name(name): m for name, m in policy.model.named_modules()}
     if module not in named:
         return ()
-    handle = named[module].register_forward_hook(lambda _, inputs, __: found.append(_largest(_tensor(inputs))))
+
+    def record(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+        if torch.is_grad_enabled():
+            found.append(_largest(_tensor(inputs)))
+
+    handle = named[module].register_forward_hook(record)
     policy.dropout.set_micro_batch(batch.dropout_keys, key)
     try:
-        policy.scored_hidden_states(batch)
+        method.loss(policy, batch)
     finally:
         handle.remove()
     return found[0] if found else ()

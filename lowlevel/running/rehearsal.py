@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Params4bit
 
-from lowlevel.execution import Execution, ExecutionFailedError
+from lowlevel.execution import WithFallback
 from lowlevel.layout import PackedBatch
 from lowlevel.method import Method
 from lowlevel.model.policy import Policy
@@ -30,7 +30,7 @@ def largest_batch(method: Method, examples: Sequence[Any], count: int) -> Packed
 
 
 def rehearse(
-    policy: Policy, method: Method, execution: Execution, optimizer: torch.optim.Optimizer, batch: PackedBatch
+    policy: Policy, method: Method, execution: WithFallback, optimizer: torch.optim.Optimizer, batch: PackedBatch
 ) -> dict[str, Any]:
     """Run a micro-batch forward and backward, as a step would, and say what took how much memory.
 
@@ -39,33 +39,31 @@ def rehearse(
     """
     moved = batch.to(policy.placement.device)
     report: dict[str, Any] = {"positions": batch.input_ids.numel(), "components": components(policy, optimizer)}
-    policy.dropout.set_micro_batch(moved.dropout_keys, 0)
-    phases = report["phases"] = {}
-    report["allocated"] = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    sums = method.loss(policy, moved)
-    report["kept_for_backward"] = torch.cuda.memory_allocated() - report["allocated"]
-    phases["forward and loss"] = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    sums.loss.backward()
-    phases["backward"] = torch.cuda.max_memory_allocated()
-    del sums
+    report |= execution.until_it_runs(lambda: _phases(policy, method, moved))
     # The workspaces of this stream: the step runs in another one. Nothing is captured yet that would use them.
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(PASSES):
-        while True:
-            try:
-                execution.run(moved, 0.0, 0, 0)
-                break
-            except ExecutionFailedError:
-                continue
+        execution.until_it_runs(lambda: execution.run(moved, 0.0, 0, 0))
     torch.cuda.synchronize()
-    phases["a whole micro-step"] = torch.cuda.max_memory_allocated()
+    report["phases"]["a whole micro-step"] = torch.cuda.max_memory_allocated()
     policy.flat.grad.zero_()
     free, total = torch.cuda.mem_get_info()
     return {**report, "reserved": torch.cuda.memory_reserved(), "device_used": total - free}
+
+
+def _phases(policy: Policy, method: Method, batch: PackedBatch) -> dict[str, Any]:
+    """Bytes allocated before a forward and backward pass, after the forward, and at the peak of each."""
+    policy.dropout.set_micro_batch(batch.dropout_keys, 0)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = method.loss(policy, batch).loss
+    kept, forward = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss.backward()
+    phases = {"forward and loss": forward, "backward": torch.cuda.max_memory_allocated()}
+    return {"phases": phases, "allocated": before, "kept_for_backward": kept}
 
 
 def components(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, int]:

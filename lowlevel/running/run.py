@@ -98,6 +98,7 @@ def run_training(
 def _prepared(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, Inputs]:
     """The configuration with its plan in it, and the inputs, with all that can be checked without the model."""
     config = folder.resolved(config)
+    _make_folder(config.dpo.reference_cache, "dpo.reference_cache")
     inputs = check_inputs(config)
     if config.train.memory_budget is not None:
         config = with_plan(config, inputs)
@@ -105,6 +106,15 @@ def _prepared(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, Inputs]:
     if Path(config.model.name) == folder.base:
         inputs = replace(inputs, merged_adapter=read_merged_adapter(folder))
     return config, inputs
+
+
+def _make_folder(path: str | None, key: str) -> None:
+    if path is None:
+        return
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} cannot be made: {error.strerror}") from None
 
 
 def _checkpoint(folder: RunFolder, console: Console, allow_change: Sequence[str]) -> tuple[Path, dict[str, Any]] | None:
@@ -225,15 +235,18 @@ def _train_in(
         largest = with_blanks(largest) if cached else largest
         write_json(folder.path / "memory.json", rehearse(policy, method, execution, job.optimizer, largest))
     held_out = evaluation_batches(method, config, job.inputs)
-    evaluate = (lambda: evaluate_examples(policy, method, held_out, prefix="eval_")) if held_out else None
+
+    def evaluate() -> dict[str, float]:
+        return execution.until_it_runs(lambda: evaluate_examples(policy, method, held_out, prefix="eval_"))
+
     with TrainingProgress(console, config.method, job.total_steps, state.step) as bar:
         observer = RunObserver(folder, bar, write_checkpoint, interrupts)
         with explaining(policy, method, folder.path), cached or nullcontext(), tracer or nullcontext():
-            if evaluate and state.step == 0:
+            if held_out and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **evaluate()})
             with interrupts.deferred():
-                train(policy, method, job.optimizer, state, batches, evaluate, observer, config.train,
-                      total_steps=job.total_steps, steps_per_epoch=order.steps_per_epoch,
+                train(policy, method, job.optimizer, state, batches, evaluate if held_out else None, observer,
+                      config.train, total_steps=job.total_steps, steps_per_epoch=order.steps_per_epoch,
                       execution=cached or execution, tracer=tracer)  # fmt: skip
     if interrupts.signum and state.step < job.total_steps:
         raise InterruptedRunError(
@@ -263,6 +276,6 @@ def _execution(job: Job, console: Console) -> tuple[WithFallback, CachedReferenc
 
 def evaluation_batches(method: Method, config: RunConfig, inputs: Inputs) -> list[PackedBatch]:
     """Held-out rows as micro-batches, in their own order."""
-    size = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    size = config.rows_per_step
     rows: Sequence[Any] = inputs.data.evaluation
     return [batch for start in range(0, len(rows), size) for batch in method.micro_batches(rows[start : start + size])]

@@ -75,7 +75,7 @@ def test_verify_takes_the_keys_of_a_run_file(runs, cli, tmp_path):
 
 def test_help_names_the_choices(cli):
     said = run("sft", "--help")
-    for choices in ("messages, orca, preference", "assistant, all", "paged_adamw_32bit"):
+    for choices in ("messages | orca | preference", "assistant | all", "paged_adamw_32bit"):
         assert choices in said.out
 
 

@@ -64,6 +64,10 @@ CONTRADICTIONS = [
         for key, value in (("recomputed_layers", 2), ("micro_batch_positions", 2048), ("dequantize_once", True))
     ),
     (
+        {"train": {"memory_budget": "15GiB", "gradient_checkpointing": False}},
+        "train.memory_budget chooses how many layers are recomputed: leave out gradient_checkpointing = false",
+    ),
+    (
         {"train": {"memory_budget": "15 apples"}},
         'train.memory_budget: expected a size like "15GiB" or "800MiB", got \'15 apples\'',
     ),

@@ -120,6 +120,12 @@ def test_a_missing_file_is_a_config_error(source):
         read_rows(source, "train")
 
 
+@pytest.mark.parametrize("source", ["chats.csv", "data/chats.json", "chats.jsonl.zip"])
+def test_a_missing_file_of_another_kind_is_not_asked_of_the_hub(source):
+    with pytest.raises(ConfigError, match="unknown kind of file"):
+        read_rows(source, "train")
+
+
 def test_a_file_of_another_kind_is_a_config_error(write):
     with pytest.raises(ConfigError, match="unknown kind of file; use .jsonl, .jsonl.gz, .parquet or a hub name"):
         read_rows(write(GOOD, name="train.csv"), "train")

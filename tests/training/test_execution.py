@@ -14,6 +14,7 @@ from lowlevel.config import DataConfig, DPOConfig, RunConfig
 from lowlevel.dpo import DPO
 from lowlevel.execution import MODES, Eager, WithFallback, signature_of
 from lowlevel.layout import Shape, attention_mask, build_batch, pair_rows, pair_segment, sft_segment
+from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
 from lowlevel.running.assembly import build_method
@@ -217,6 +218,28 @@ def test_a_mode_that_fails_falls_back_with_one_line(tiny_base):
     assert execution.mode == MODES[0] and not policy.layers.compiled
     expected = helpers.step(helpers.make_policy(tiny_base, attention=SPANS), method, examples)
     assert result.metrics["loss"] == expected.metrics["loss"] and result.grad_norm == expected.grad_norm
+
+
+def test_an_evaluation_that_cannot_be_compiled_falls_back_too(tiny_base, monkeypatch):
+    """It comes before the first step, and so does what a rehearsal measures: both go through `until_it_runs`."""
+
+    def no_compiler(forward, **_):
+        def broken(*arguments, **named):
+            raise RuntimeError("no compiler here")
+
+        return broken
+
+    policy = helpers.make_policy(tiny_base, attention=SPANS)
+    method, examples = methods(SHAPE)["sft"]
+    batches, notes = method.micro_batches(examples), []
+    wanted = evaluate_examples(policy, method, batches, prefix="eval_")
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    execution = WithFallback(policy, method, "compiled", notes.append)
+    with pytest.raises(RuntimeError, match="no compiler here"):
+        evaluate_examples(policy, method, batches, prefix="eval_")
+    found = execution.until_it_runs(lambda: evaluate_examples(policy, method, batches, prefix="eval_"))
+    assert found == wanted and not policy.layers.compiled
+    assert notes == ["execution: compiled failed (no compiler here); going on eager"]
 
 
 def test_a_failure_of_the_eager_mode_is_an_error(tiny_base):

@@ -125,6 +125,27 @@ def test_a_gradient_that_is_bad_from_the_start(tiny_base):
     assert len(report.finding.inputs) == 8
 
 
+@pytest.mark.parametrize("disable_dropout", [False, True])
+def test_the_inputs_shown_are_those_of_the_policys_pass(tiny_base, disable_dropout):
+    """Not the reference's, which comes first, nor those of another dropout; the adapter's effect tells them apart."""
+    policy = helpers.make_policy(tiny_base, dropout=0.5)
+    method = helpers.dpo(4, disable_dropout=disable_dropout)
+    with torch.no_grad():
+        for name, view in policy.flat.views.items():
+            view.add_(0.05 * (".lora_B." in name))
+    gate, seen = module(policy, f"{LAYER}.mlp.gate_proj"), []
+
+    def poison(_, inputs, output):
+        if output.requires_grad:
+            seen.append(inputs[0].detach().abs().max().item())
+            output.register_hook(lambda gradient: gradient * float("inf"))
+
+    gate.register_forward_hook(poison)
+    found = report_of(policy, method, helpers.ragged_pairs()).finding
+    assert found.module.startswith("layers.1.mlp.gate_proj")
+    assert abs(found.inputs[0]["value"]) == pytest.approx(seen[0], rel=1e-6)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_gradient_that_breaks_in_a_layer(tiny_base, checkpointing):
     """The gradient is finite down to a layer's output, and not below."""

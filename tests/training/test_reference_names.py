@@ -11,6 +11,7 @@ import torch
 from reference_caching import PAIRS, SPANS, cached, identity_of, recording, shards
 
 from lowlevel import reference_cache
+from lowlevel.determinism import deterministic_mode
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.reference_cache import content_sha256, with_content
 
@@ -84,10 +85,18 @@ def test_an_identity_names_all_that_the_numbers_depend_on(tiny_base, parent_adap
     }
     for name, settings in kinds.items():
         others[name] = identity_of(helpers.make_policy(tiny_base, parent=parent_adapter, **settings), parent_adapter)
-    for name, value in (("LAYOUT_VERSION", 10**6), ("__version__", "0"), ("version", lambda name: f"{name} 0")):
+    versions = {
+        "LAYOUT_VERSION": 10**6,
+        "KERNELS_VERSION": 10**6,
+        "__version__": "0",
+        "version": lambda name: f"{name} 0",
+    }
+    for name, value in versions.items():
         with monkeypatch.context() as patch:
             patch.setattr(reference_cache, name, value)
             others[name] = identity_of(again, same_parent)
+    with deterministic_mode(True):
+        others["deterministic"] = identity_of(again, same_parent)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     others["threads"] = identity_of(again, same_parent)
