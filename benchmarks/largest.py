@@ -30,10 +30,10 @@ from lowlevel.execution import WithFallback
 from lowlevel.loop import optimizer_step
 from lowlevel.loss_scale import LossScale
 from lowlevel.model.adapters import build_policy
-from lowlevel.model.attention import NAMES, Attention, choose_attention, register
+from lowlevel.model.attention_choice import NAMES, Attention, choose_attention, register
 from lowlevel.model.base import empty_model
 from lowlevel.model.embedding import move_embeddings_to_host
-from lowlevel.model.linear import with_one_kernel
+from lowlevel.model.linear import install_dequantising_products
 from lowlevel.model.memory import AdapterSize, default_plan, forecast, model_shape
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.optimizer import build_optimizer
@@ -56,7 +56,7 @@ def random_base(config: LlamaConfig, placement: Placement, attention: Attention)
             values = made if "norm" in name else made.normal_(std=0.02)
             owner, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             setattr(owner, key, nn.Parameter(values, requires_grad=False))
-    with_one_kernel(model.to(device))
+    install_dequantising_products(model.to(device))
     model.config.use_cache = False
     return model
 

@@ -63,7 +63,7 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
 def count(config: RunConfig, inputs: Inputs, steps: int) -> tuple[list[int], int, int]:
     """Tokens of each step as the peers count them; positions of all steps without and with padding."""
     examples, method = inputs.data.train, build_method(config, inputs.attention)
-    per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    per_step = config.rows_per_step
     order = DataOrder(len(examples), per_step, config.train.seed, config.train.data_order == "shuffled")
     rows = [[examples[i] for i in order.step_rows(step)] for step in range(steps)]
     batches = [batch for step in rows for batch in method.micro_batches(step)]

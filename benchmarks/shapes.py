@@ -20,7 +20,7 @@ from benchmarks.workload import LENGTHS, case_config, make_workload
 from lowlevel.config import RunConfig
 from lowlevel.execution import signature_of
 from lowlevel.layout import PackedBatch
-from lowlevel.model.attention import NAMES, Attention
+from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.order import DataOrder
 from lowlevel.running.assembly import build_method, prepare_data
 

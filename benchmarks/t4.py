@@ -83,7 +83,7 @@ def count_case(case: Case, shape: str, folder: Path, head: str, plan: Plan | Non
     """
     from benchmarks.workload import case_config, llama_config, make_workload, peer_tokens
     from lowlevel.contradictions import parse_size
-    from lowlevel.model.attention import NAMES, Attention
+    from lowlevel.model.attention_choice import NAMES, Attention
     from lowlevel.model.memory import AdapterSize, best_plan, default_plan, model_shape, planned
     from lowlevel.model.placement import Placement
     from lowlevel.running.assembly import build_method, prepare_data

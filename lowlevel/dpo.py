@@ -7,17 +7,19 @@ the trained adapter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lowlevel.config import DPOConfig
-from lowlevel.layout import PackedBatch, Segment, Shape, build_batch, micro_batch_rows, pair_rows, pair_segment
-from lowlevel.losses import dpo_loss
-from lowlevel.method import LossSums
+from lowlevel.layout import PackedBatch, Segment, Shape, build_batch, pair_rows, pair_segment
+from lowlevel.loss_sums import LossSums
+from lowlevel.losses import DPOOutput, dpo_loss
+from lowlevel.losses.preference import PairLogps
 from lowlevel.model.policy import Policy
+from lowlevel.packing import micro_batch_rows
 
 if TYPE_CHECKING:
     from lowlevel.data.examples import PreferenceExample
@@ -45,16 +47,8 @@ class DPO:
             policy.dropout.disable()
         token_logps = policy.token_logps(batch)  # (N,) fp32
         chosen_logps, rejected_logps = batch.sequence_sums(token_logps).chunk(2)  # (P,) each
-        chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
-        output = dpo_loss(
-            chosen_logps,
-            rejected_logps,
-            ref_chosen_logps,
-            ref_rejected_logps,
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-            **loss_arguments(self.config),
-        )
+        pairs = PairLogps(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *batch.lengths.chunk(2))
+        output = configured_loss(self.config, pairs)
         losses = torch.where(batch.real, output.losses, 0.0)  # a filled-up batch holds pairs that are none
         metrics = {
             "rewards/chosen": output.chosen_rewards,
@@ -109,6 +103,32 @@ def reference_token_logps(policy: Policy, batch: PackedBatch) -> Tensor:
     """Log-probability of each scored token under the reference, (N,) fp32: no dropout, no gradient."""
     with policy.reference():  # the same batch, layout and kernels: equal weights give equal bits
         return policy.token_logps(batch)
+
+
+def configured_loss(config: DPOConfig, pairs: PairLogps) -> DPOOutput:
+    """`dpo_loss` of P pairs under a configuration."""
+    return dpo_loss(
+        pairs.chosen_logps,
+        pairs.rejected_logps,
+        pairs.ref_chosen_logps,
+        pairs.ref_rejected_logps,
+        chosen_lengths=pairs.chosen_lengths,
+        rejected_lengths=pairs.rejected_lengths,
+        **loss_arguments(config),
+    )
+
+
+def reward_slopes(config: DPOConfig, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+    """Slopes of the summed loss in the chosen and in the rejected rewards, (P,) each, by autograd.
+
+    A reward is beta times a log-ratio, whatever the loss reads of it; for the sigmoid loss the slopes are -sigma(-x)
+    and sigma(-x). `aot` sorts the pairs that it is given: they must be those of one micro-batch.
+    """
+    chosen, rejected = (logps.detach().clone().requires_grad_() for logps in (pairs.chosen_logps, pairs.rejected_logps))
+    with torch.enable_grad():
+        losses = configured_loss(config, replace(pairs, chosen_logps=chosen, rejected_logps=rejected)).losses
+        for_chosen, for_rejected = torch.autograd.grad(losses.sum(), (chosen, rejected))
+    return for_chosen / config.beta, for_rejected / config.beta
 
 
 def loss_arguments(config: DPOConfig) -> dict[str, Any]:

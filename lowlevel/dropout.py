@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowlevel.hashing import feature_keys, mix32
+from lowlevel.hashing import MULTIPLIER_1, MULTIPLIER_2, feature_keys, mix32
 
 
 class DropoutState:
@@ -75,8 +75,8 @@ def drop(x: Tensor, token_keys: Tensor, keys: Tensor, p: float) -> Tensor:
     elements. The comparison is signed: an int32 is below -2**31 + p * 2**32 with probability p.
     """
     bits = token_keys.unsqueeze(-1) ^ keys
-    bits.mul_(0x7FEB352D)
+    bits.mul_(MULTIPLIER_1)
     bits.bitwise_xor_(bits >> 16)
-    bits.mul_(0x846CA68B - 2**32)
+    bits.mul_(MULTIPLIER_2 - 2**32)
     keep = bits >= int(p * 2**32) - 2**31
     return x.mul(keep).mul_(1 / (1 - p))

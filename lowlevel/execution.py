@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lowlevel.hashing import key32
 from lowlevel.layout import PackedBatch
-from lowlevel.method import LossSums, Method
+from lowlevel.loss_sums import LossSums
+from lowlevel.method import Method
 from lowlevel.model.policy import Policy
 
 MAX_GRAPHS = 32  # a graph of 5,000 kernels takes the driver some 25 MB, which no allocator counts

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 # lowbias32 (C. Wellons, "Prospecting for Hash Functions", 2018): avalanche bias 0.17 of the ideal, two multiplications.
-_MULTIPLIER_1 = 0x7FEB352D
-_MULTIPLIER_2 = 0x846CA68B
+MULTIPLIER_1 = 0x7FEB352D
+MULTIPLIER_2 = 0x846CA68B
 
 
 def mix32(values: Tensor) -> Tensor:
@@ -21,9 +21,9 @@ def mix32(values: Tensor) -> Tensor:
     because it would carry the sign bit down.
     """
     values.bitwise_xor_((values >> 16) & 0xFFFF)
-    values.mul_(_MULTIPLIER_1)
+    values.mul_(MULTIPLIER_1)
     values.bitwise_xor_((values >> 15) & 0x1FFFF)
-    values.mul_(_MULTIPLIER_2 - 2**32)
+    values.mul_(MULTIPLIER_2 - 2**32)
     values.bitwise_xor_((values >> 16) & 0xFFFF)
     return values
 
@@ -31,8 +31,8 @@ def mix32(values: Tensor) -> Tensor:
 def mix32_array(values: np.ndarray) -> np.ndarray:
     """The same hash for a uint32 array; returns a new uint32 array."""
     mixed = values.astype(np.uint32)
-    mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(_MULTIPLIER_1)
-    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(_MULTIPLIER_2)
+    mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(MULTIPLIER_1)
+    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(MULTIPLIER_2)
     return mixed ^ (mixed >> np.uint32(16))
 
 

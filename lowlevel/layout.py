@@ -24,10 +24,13 @@ import torch
 from torch import Tensor
 
 from lowlevel.hashing import mix32_array
+from lowlevel.labels import IGNORED
 from lowlevel.spans import build_spans
 
-IGNORED = -100
 PADDING = -1
+# Puts a row's branches at three places of the hash. Any odd number far from 0 would do, but another one would be other
+# dropout masks, so that no run could be resumed or replayed.
+BRANCH_STEP = 0x632BE5AB
 
 
 @dataclass(frozen=True)
@@ -169,40 +172,6 @@ def _branch(prompt: np.ndarray, completion: np.ndarray) -> tuple[np.ndarray, np.
     return np.concatenate([prompt[-1:], completion[:-1]]), np.arange(first, first + len(completion))
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: item numbers by row, rows and items in ascending order. No row exceeds `capacity`.
-
-    Uses at most 11/9 of the fewest possible rows plus one (Johnson et al., SIAM J. Computing 3, 1974).
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[item] > capacity:
-            raise ValueError(f"a segment of {lengths[item]} positions does not fit a row of {capacity}")
-        fit = next((r for r, free in enumerate(room) if free >= lengths[item]), None)
-        if fit is None:
-            rows.append([])
-            room.append(capacity)
-            fit = len(rows) - 1
-        rows[fit].append(item)
-        room[fit] -= lengths[item]
-    return sorted(sorted(row) for row in rows)
-
-
-def micro_batch_rows(
-    sizes: Sequence[int], batch_size: int, row_length: int, packing: bool, shape: Shape | None
-) -> list[list[list[int]]]:
-    """Item numbers by micro-batch and row. Without packing each item is a row of its own.
-
-    Packed batches of fixed shape are one long row: attention over spans costs the same in a long row as in short ones,
-    and fewer ends of rows stay empty.
-    """
-    if packing and shape:
-        return [[row] for row in pack(sizes, shape.capacity)]
-    rows = pack(sizes, row_length) if packing else [[i] for i in range(len(sizes))]
-    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-
-
 @dataclass(frozen=True)
 class Shape:
     """How a batch is filled up, so that few different shapes occur and each can be captured once.
@@ -223,48 +192,25 @@ def build_batch(rows: Sequence[Sequence[Segment]], *, pairs: bool, shape: Shape 
     Segment numbers must run from 0 over the whole batch; the two branches of a pair share one number.
     """
     used = [sum(map(len, row)) for row in rows]
-    width = _round_up(max(used), 8)
-    if shape:  # no row holds more than the capacity
-        width = min(_round_up(width, shape.positions), max(width, _round_up(shape.capacity, 8)))
-    grids = {name: np.zeros((len(rows), width), np.int64) for name in ("input_ids", "position_ids", "branch_ids")}
-    segment_ids = np.full((len(rows), width), PADDING, np.int64)
-    targets = np.full((len(rows), width), IGNORED, np.int64)
-    sequence_ids = np.full((len(rows), width), PADDING, np.int64)
-    data_rows = np.zeros((len(rows), width), np.uint32)
-    number = {segment.pair: segment.row for row in rows for segment in row}
-    examples = _round_up(len(number), shape.examples) if shape else len(number)
-    for r, row in enumerate(rows):
-        start = 0
-        for s, segment in enumerate(row):
-            span = slice(start, start + len(segment))
-            for name, grid in grids.items():
-                grid[r, span] = getattr(segment, name)
-            segment_ids[r, span], targets[r, span], data_rows[r, span] = s, segment.targets, segment.row
-            sequence_ids[r, span] = segment.pair + (segment.branch_ids == 2) * examples
-            start += len(segment)
-    scored = np.flatnonzero(targets.ravel() != IGNORED)
-    num_scored, sequences = len(scored), examples * (2 if pairs else 1)
-    owners = sequence_ids.ravel()[scored]
-    if shape:
-        wanted = targets.size if num_scored > targets.size * 3 // 4 else targets.size * 3 // 4
-        idle = np.flatnonzero(targets.ravel() == IGNORED)[: wanted - num_scored]
-        scored, owners = np.concatenate([scored, idle]), np.concatenate([owners, np.full(len(idle), sequences)])
-    index, lengths = _sequence_index(owners, sequences, shape.longest if shape else None)
-    keys = mix32_array(data_rows) + grids["branch_ids"].astype(np.uint32) * np.uint32(0x632BE5AB)
-    keys = mix32_array(mix32_array(keys) + grids["position_ids"].astype(np.uint32))
+    width = _row_width(max(used), shape)
+    row_of = {segment.pair: segment.row for row in rows for segment in row}
+    examples = _round_up(len(row_of), shape.examples) if shape else len(row_of)
+    sequences = examples * (2 if pairs else 1)
+    grids = _fill_grids(rows, width, examples)
+    owners, data_rows = grids.pop("owners"), grids.pop("data_rows")
+    scored, sequence_ids, num_scored = _scored_tokens(grids["targets"], owners, sequences, shape)
+    index, lengths = _sequence_index(sequence_ids, sequences, shape.longest if shape else None)
     branches = [[segment.branch_ids for segment in row] for row in rows]
     spans = build_spans(branches, width, count=sequences + len(rows) if shape else None)
     arrays = {
         **grids,
-        "segment_ids": segment_ids,
-        "targets": targets,
-        "dropout_keys": keys.view(np.int32),
+        "dropout_keys": _dropout_keys(data_rows, grids["branch_ids"], grids["position_ids"]),
         "scored_positions": scored,
-        "scored_targets": np.maximum(targets.ravel()[scored], 0),
+        "scored_targets": np.maximum(grids["targets"].ravel()[scored], 0),
         "sequence_index": index,
-        "sequence_ids": owners,
+        "sequence_ids": sequence_ids,
         "lengths": lengths,
-        "real": np.arange(examples) < len(number),
+        "real": np.arange(examples) < len(row_of),
         "span_queries": spans.queries,
         "span_keys": spans.keys,
         "key_index": spans.key_index,
@@ -273,10 +219,68 @@ def build_batch(rows: Sequence[Sequence[Segment]], *, pairs: bool, shape: Shape 
     return PackedBatch(
         **{name: None if array is None else torch.from_numpy(array) for name, array in arrays.items()},  # type: ignore[arg-type]
         longest=shape.longest if shape else spans.longest,
-        data_rows=tuple(number[i] for i in range(len(number))),
+        data_rows=tuple(row_of[i] for i in range(len(row_of))),
         num_tokens=sum(used),
         num_scored=num_scored,
     )
+
+
+def _row_width(longest: int, shape: Shape | None) -> int:
+    """Positions of a row whose fullest one has `longest`."""
+    width = _round_up(longest, 8)
+    if shape is None:
+        return width
+    return min(_round_up(width, shape.positions), max(width, _round_up(shape.capacity, 8)))  # no row exceeds it
+
+
+def _fill_grids(rows: Sequence[Sequence[Segment]], width: int, examples: int) -> dict[str, np.ndarray]:
+    """What lies at each position, (rows, width) by name; "owners" are sequence numbers, scored or not."""
+    size = len(rows), width
+    grids = {name: np.zeros(size, np.int64) for name in ("input_ids", "position_ids", "branch_ids")}
+    grids |= {"segment_ids": np.full(size, PADDING, np.int64), "targets": np.full(size, IGNORED, np.int64)}
+    grids |= {"owners": np.full(size, PADDING, np.int64), "data_rows": np.zeros(size, np.uint32)}
+    for r, row in enumerate(rows):
+        start = 0
+        for s, segment in enumerate(row):
+            values = {
+                "input_ids": segment.input_ids,
+                "position_ids": segment.position_ids,
+                "branch_ids": segment.branch_ids,
+                "segment_ids": s,
+                "targets": segment.targets,
+                "owners": segment.pair + (segment.branch_ids == 2) * examples,
+                "data_rows": segment.row,
+            }
+            for name, value in values.items():
+                grids[name][r, start : start + len(segment)] = value
+            start += len(segment)
+    return grids
+
+
+def _scored_tokens(
+    targets: np.ndarray, owners: np.ndarray, sequences: int, shape: Shape | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Positions (N,) that are scored, the sequence of each, (N,), and how many belong to one.
+
+    For a fixed shape, positions without a target fill N up to three quarters of all positions, or to all; their
+    sequence is `sequences`, which stands for "none".
+    """
+    marked = targets.ravel() != IGNORED
+    scored = np.flatnonzero(marked)
+    sequence_ids, num_scored = owners.ravel()[scored], len(scored)
+    if shape:
+        part = targets.size * 3 // 4
+        idle = np.flatnonzero(~marked)[: (targets.size if num_scored > part else part) - num_scored]
+        scored = np.concatenate([scored, idle])
+        sequence_ids = np.concatenate([sequence_ids, np.full(len(idle), sequences)])
+    return scored, sequence_ids, num_scored
+
+
+def _dropout_keys(data_rows: np.ndarray, branch_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
+    """A hash of each position's data row, branch and position, (rows, width) int32."""
+    by_row = mix32_array(data_rows)
+    by_branch = mix32_array(by_row + branch_ids.astype(np.uint32) * np.uint32(BRANCH_STEP))
+    return mix32_array(by_branch + position_ids.astype(np.uint32)).view(np.int32)
 
 
 def _sequence_index(owners: np.ndarray, sequences: int, longest: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -43,10 +44,15 @@ class DataOrder:
         return self.epoch_order(epoch)[start : start + self.rows_per_step]
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """A permutation of the examples: sorted by a 64-bit hash of (seed, epoch, index)."""
-        index = np.arange(self.num_rows, dtype=np.uint64)
-        if not self.shuffled:
-            return index.astype(np.int64)
-        seeded = splitmix64(np.array([self.seed], np.uint64))
-        salt = splitmix64(seeded + np.uint64(epoch))
-        return np.argsort(splitmix64(index ^ salt), kind="stable")
+        """A permutation of the examples, (num_rows,) int64: sorted by a 64-bit hash of (seed, epoch, index)."""
+        return _shuffled(self.num_rows, self.seed, epoch) if self.shuffled else np.arange(self.num_rows)
+
+
+@lru_cache(maxsize=2)  # every step of an epoch asks for its order, around an epoch's end for two
+def _shuffled(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """See `epoch_order`; read-only, since it is shared."""
+    seeded = splitmix64(np.array([seed], np.uint64))
+    salt = splitmix64(seeded + np.uint64(epoch))
+    order = np.argsort(splitmix64(np.arange(num_rows, dtype=np.uint64) ^ salt), kind="stable")
+    order.setflags(write=False)
+    return order

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowlevel.layout import PackedBatch, Shape, build_batch, micro_batch_rows, sft_segment
-from lowlevel.method import LossSums
+from lowlevel.layout import PackedBatch, Shape, build_batch, sft_segment
+from lowlevel.loss_sums import LossSums
 from lowlevel.model.policy import Policy
+from lowlevel.packing import micro_batch_rows
 
 if TYPE_CHECKING:
     from lowlevel.data.examples import SFTExample

@@ -37,7 +37,7 @@ def build_spans(rows: Sequence[Sequence[np.ndarray]], width: int, *, count: int 
         start = r * width
         for branches in row:
             end = start + len(branches)
-            shares_prompt = {1, 2} <= set(branches)
+            shares_prompt = bool(np.any(branches == 1) and np.any(branches == 2))
             split = start + int(np.count_nonzero(branches < 2)) if shares_prompt else end
             prompt = start + int(np.count_nonzero(branches == 0))
             ends.append(split)

@@ -23,7 +23,7 @@ from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
 from lowlevel.metrics import StepResult
 from lowlevel.model.adapters import build_policy, save_adapter
-from lowlevel.model.attention import Attention
+from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import TRAINED, Policy

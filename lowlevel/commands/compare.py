@@ -14,9 +14,12 @@ from rich.table import Table
 from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.commands.generate import Reply, Sampling, generate_replies
 from lowlevel.commands.loading import LoadedRun, load_run
+from lowlevel.data.examples import PreferenceExample
 from lowlevel.errors import ConfigError
+from lowlevel.labels import IGNORED
 from lowlevel.layout import PackedBatch
 from lowlevel.running.assembly import prepare_data
+from lowlevel.running.run_folder import RunFolder
 
 COLUMNS = {
     "eval_loss": ("held-out loss", "{:.4f}"),
@@ -58,8 +61,6 @@ def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
     Raises:
         ConfigError: it names none.
     """
-    from lowlevel.running.run_folder import RunFolder
-
     config = RunFolder(run_dir).read_config()
     if config.data.eval_source is None:
         raise ConfigError(f"{run_dir}: compare needs held-out rows, and the run has no data.eval_source")
@@ -110,7 +111,7 @@ def compare_stages(
 def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
     """Summed log-probability and number of scored tokens of every held-out sequence, dropout off."""
     run.policy.dropout.disable()
-    size = run.config.train.per_device_train_batch_size * run.config.train.gradient_accumulation_steps
+    size = run.config.rows_per_step
     parts: list[list[Scored]] = []
     for start in range(0, len(rows), size):
         for batch in run.method.micro_batches(rows[start : start + size]):
@@ -156,11 +157,9 @@ def _share_positive(margins: torch.Tensor) -> float:
 
 def prompt_ids(row: Any) -> list[int]:
     """The tokens before the first reply of a held-out row."""
-    from lowlevel.data.examples import PreferenceExample
-
     if isinstance(row, PreferenceExample):
         return row.prompt_ids.tolist()
-    first = int((row.labels != -100).argmax())
+    first = int((row.labels != IGNORED).argmax())
     return row.input_ids[: max(1, first)].tolist()
 
 

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from lowlevel.config import RunConfig
 from lowlevel.data.report import render_report, show_example
-from lowlevel.model.attention import MASKED
+from lowlevel.model.attention_choice import MASKED
 from lowlevel.order import DataOrder
 from lowlevel.running.assembly import build_method, prepare_data
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from lowlevel.commands.inspect import trained_data
 from lowlevel.commands.loading import load_run
 from lowlevel.config import RunConfig
+from lowlevel.dpo import DPO
 from lowlevel.errors import ConfigError
 from lowlevel.inspection import inspect_pairs
 from lowlevel.inspection.pieces import TokenPieces
@@ -49,6 +49,6 @@ def look_at_displaced(
         examples = [example_of_row(config, tokenizer, data, row) for row in rows]
         origin = f"with the lowest chosen log-ratios of steps {tables.first} to {tables.last}"
     run = load_run(folder.path, adapter=weights.adapter)
-    method: Any = run.method
-    records = inspect_pairs(run.policy, method, examples)
+    assert isinstance(run.method, DPO)
+    records = inspect_pairs(run.policy, run.method, examples)
     return displaced_pairs(records, TokenPieces(run.tokenizer), weights=weights.line, origin=origin, limit=limit)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
+from lowlevel.commands.loading import load_for_replies
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.model.attention import plain_attention
+from lowlevel.model.attention_choice import plain_attention
 from lowlevel.model.placement import Placement
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,6 @@ class Reply:
 
 def stream_reply(model_dir: Path, prompt: str, system: str | None, sampling: Sampling) -> None:
     """Load DIR and print its reply to one user message as it is made."""
-    from transformers import TextStreamer
-
-    from lowlevel.commands.loading import load_for_replies
-
     model, tokenizer, placement = load_for_replies(model_dir)
     messages = [{"role": "system", "content": system}] if system is not None else []
     ids = tokenizer.encode_prompt([*messages, {"role": "user", "content": prompt}])
@@ -86,8 +81,6 @@ def _generate(
     streamer: Any = None,
 ) -> list[list[int]]:
     """New tokens of each prompt; prompts are padded on the left, and the padding is masked by length."""
-    from transformers import GenerationConfig
-
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), tokenizer.pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)

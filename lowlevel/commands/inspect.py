@@ -9,7 +9,6 @@ from rich.console import Console
 
 from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.config import RunConfig
-from lowlevel.data.examples import Example
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.dpo import DPO
@@ -23,7 +22,6 @@ from lowlevel.inspection.terminal import print_inspection
 from lowlevel.inspection.weights import choose_weights
 from lowlevel.running.assembly import prepare_data
 from lowlevel.running.run_folder import RunFolder
-from lowlevel.sft import SFT
 
 
 def inspect_run(
@@ -90,9 +88,7 @@ def trained_data(folder: RunFolder, config: RunConfig) -> tuple[ChatTokenizer, P
     return tokenizer, data
 
 
-def _records(run: LoadedRun, examples: list[Example]) -> dict[str, Any]:
-    method: Any = run.method
-    if isinstance(method, DPO):
-        return {"pairs": tuple(inspect_pairs(run.policy, method, examples))}  # type: ignore[arg-type]
-    assert isinstance(method, SFT)
-    return {"sequences": tuple(inspect_sequences(run.policy, method, examples))}  # type: ignore[arg-type]
+def _records(run: LoadedRun, examples: list[Any]) -> dict[str, Any]:
+    if isinstance(run.method, DPO):
+        return {"pairs": tuple(inspect_pairs(run.policy, run.method, examples))}
+    return {"sequences": tuple(inspect_sequences(run.policy, run.method, examples))}

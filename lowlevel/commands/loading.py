@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowlevel.config import ModelConfig, RunConfig
+from lowlevel.config import LoraConfig, ModelConfig, RunConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.method import Method
-from lowlevel.model.adapters import adapter_sha256, build_policy, read_adapter_config
-from lowlevel.model.attention import choose_attention
+from lowlevel.model.adapters import ADAPTER_CONFIG, adapter_sha256, build_policy, read_adapter_config
+from lowlevel.model.attention_choice import choose_attention
 from lowlevel.model.base import base_sha256, load_base, load_model_config, resolve_name
 from lowlevel.model.files import read_json_object
-from lowlevel.model.placement import Placement, choose_placement
+from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
 from lowlevel.running.adapter_sources import find_adapter
 from lowlevel.running.assembly import build_method, load_run_tokenizer
@@ -75,7 +75,7 @@ def load_run(run_dir: Path, *, adapter: Path | None = None, initial: bool = Fals
     tokenizer = load_run_tokenizer(config)
     attention = choose_attention(config.model, load_model_config(config.model), placement)
     base = load_base(config.model, placement, attention=attention.implementation)
-    if str(placement.dtype).removeprefix("torch.") == manifest["base"]["dtype"]:
+    if dtype_name(placement.dtype) == manifest["base"]["dtype"]:
         found = base_sha256(base)
         if found != manifest["base"]["sha256"]:
             raise CheckpointError(
@@ -116,13 +116,13 @@ def load_for_replies(model_dir: Path) -> tuple[PreTrainedModel | PeftModel, Chat
     if (model_dir / "config.toml").exists():
         run = load_run(model_dir)
         return run.policy.model, run.tokenizer, run.policy.placement
-    if (model_dir / "adapter_config.json").exists():
+    if (model_dir / ADAPTER_CONFIG).exists():
         if (model_dir.parent / "config.toml").exists():
             return _load_adapter_of_run(model_dir)
         return _load_adapter_alone(model_dir)
     if not (model_dir / "config.json").exists():
         raise ConfigError(
-            f"{model_dir} is no run folder, PEFT adapter or model (config.toml, adapter_config.json, config.json)"
+            f"{model_dir} is no run folder, PEFT adapter or model (config.toml, {ADAPTER_CONFIG}, config.json)"
         )
     placement = choose_placement("auto")
     model = load_base(ModelConfig(name=str(model_dir), load_in_4bit=False), placement)
@@ -141,12 +141,10 @@ def _load_adapter_of_run(adapter: Path) -> tuple[PreTrainedModel | PeftModel, Ch
 
 def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
     """An adapter from elsewhere, on its base in 4 bits (nf4, double quantisation), as QLoRA trains it."""
-    from lowlevel.config import LoraConfig
-
     read_adapter_config(adapter)
-    name = read_json_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    name = read_json_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not name:
-        raise ConfigError(f"{adapter}/adapter_config.json names no base model")
+        raise ConfigError(f"{adapter}/{ADAPTER_CONFIG} names no base model")
     placement = choose_placement("auto")
     base = load_base(ModelConfig(name=name), placement)
     policy = build_policy(base, LoraConfig(), placement, seed=0, init_from=adapter, gradient_checkpointing=False)

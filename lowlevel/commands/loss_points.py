@@ -1,6 +1,6 @@
 """One preference pair and what each loss makes of it: value and derivatives in float64, by autograd.
 
-Each number comes out of :func:`lowlevel.losses.dpo_loss`, the function that training uses.
+Each number comes out of `lowlevel.losses.dpo_loss`, the function that training uses.
 """
 
 from __future__ import annotations

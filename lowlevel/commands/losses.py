@@ -1,7 +1,7 @@
 """`lowlevel losses`: every preference loss with its formula, its paper, its value and its gradient at one point.
 
-Each number comes out of :func:`lowlevel.losses.dpo_loss` in float64 and out of autograd: the function that training
-uses. No formula is written here a second time; what is printed as text is what :data:`lowlevel.losses.LOSSES` holds.
+Each number comes out of `lowlevel.losses.dpo_loss` in float64 and out of autograd: the function that training
+uses. No formula is written here a second time; what is printed as text is what `lowlevel.losses.LOSSES` holds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def show_losses(
     """Print the table of losses, or one of them in detail, or both as JSON; draw the curves if `plot` is a path.
 
     Args:
-        flags: what the user typed, by field of :class:`Point` or hyper-parameter; the rest has its default.
+        flags: what the user typed, by field of `Point` or hyper-parameter; the rest has its default.
         console: where to print.
         name: show this loss alone; a hyper-parameter that it does not use is then an error.
         plot: PNG file to write.
@@ -162,7 +162,7 @@ def print_formulas(rows: Sequence[LossAtPoint], console: Console) -> None:
 
 def print_detail(row: LossAtPoint, console: Console) -> None:
     """One loss with every digit, and what its docstring says of it."""
-    console.print((inspect.getdoc(LOSSES[row.name].function) or "").replace("``", ""), markup=False)
+    console.print((inspect.getdoc(LOSSES[row.name].function) or "").replace("`", ""), markup=False)
     table = Table(box=box.SIMPLE_HEAD, show_header=False)
     numbers = (row.margin, row.loss, *row.gradients.values(), row.slope)
     labels = (*(heading.replace("\n", " ") for heading in HEADINGS[1:]), "d loss / d margin (a up, b down)")

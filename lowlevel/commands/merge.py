@@ -7,25 +7,24 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch.nn.functional import log_softmax
+from transformers import PreTrainedModel
 
 from lowlevel.checkpoints.checkpoint import settle, write_json
+from lowlevel.commands.generate import stop_ids
 from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.config import ModelConfig
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.layout import PackedBatch
-from lowlevel.model.attention import MASKED, Attention
+from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.merging import merged_model
 from lowlevel.model.placement import Placement
 from lowlevel.running.assembly import prepare_data
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PROBE_ROWS = 8
 # The dequantised target is the same function up to rounding, so a larger divergence means a wrong merge.
@@ -97,8 +96,6 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity
 
 def _write_model(model: PreTrainedModel, run: LoadedRun, folder: Path) -> None:
     """An ordinary Hugging Face folder: weights, tokenizer with the run's chat template, end-of-reply tokens."""
-    from lowlevel.commands.generate import stop_ids
-
     model.config.use_cache = True
     model.generation_config.eos_token_id = stop_ids(run.tokenizer)
     model.generation_config.pad_token_id = run.tokenizer.pad_id
@@ -143,7 +140,7 @@ def measure(run: LoadedRun, merged_dir: Path) -> Fidelity:
 def probe_batches(run: LoadedRun) -> Sequence[PackedBatch]:
     """A few held-out rows, or training rows where the run kept none out."""
     _, data = prepare_data(run.config)
-    rows = (data.evaluation or data.train)[:PROBE_ROWS]
+    rows: Sequence[Any] = (data.evaluation or data.train)[:PROBE_ROWS]
     return [batch for row in rows for batch in run.method.micro_batches([row])]
 
 

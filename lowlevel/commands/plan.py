@@ -17,13 +17,13 @@ from lowlevel.config import RunConfig
 from lowlevel.contradictions import parse_size
 from lowlevel.errors import ConfigError
 from lowlevel.losses import LOSSES
-from lowlevel.model.adapters import adapter_sizes
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import (
     AdapterSize,
     Forecast,
     ModelShape,
     Plan,
+    adapter_sizes,
     best_plan,
     cost,
     default_plan,

@@ -16,8 +16,10 @@ from lowlevel.data.prepare import PreparedData
 from lowlevel.determinism import deterministic_mode
 from lowlevel.errors import CheckpointError, ConfigError, DataError, LowlevelError
 from lowlevel.losses import LOSSES
+from lowlevel.method import Method
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
 from lowlevel.model.base import base_sha256
+from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import PARENT, Policy, dequantize_once
 from lowlevel.order import DataOrder
 from lowlevel.running.adapter_sources import find_adapter
@@ -33,9 +35,7 @@ from lowlevel.running.assembly import (
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.verification.check import Check
 from lowlevel.verification.report import as_json, print_checks, run_checks
-from lowlevel.verification.subject import Method, Subject
-
-EXACT_PARAMETERS = 500_000_000
+from lowlevel.verification.subject import Subject
 
 
 class VerificationError(LowlevelError):
@@ -57,20 +57,20 @@ def verify_run(
     path: Path,
     console: Console,
     *,
+    exact_parameters: int,
     batch: int = 1,
     overrides: Mapping[str, str] | None = None,
     json_file: Path | None = None,
-    exact_parameters: int = EXACT_PARAMETERS,
 ) -> list[Check]:
     """Verify one step of a run folder or run file, and print and write the result.
 
     Args:
         path: a run folder (its newest weights), or a run file (the start of the run).
         console: where the table goes.
+        exact_parameters: bases of up to so many weights are also run in float64, on the CPU.
         batch: optimizer step whose micro-batches are taken, counted from 1.
         overrides: flags over a run file, "section.key" -> text.
         json_file: where the result is written; None: verify.json in the run folder, nothing for a run file.
-        exact_parameters: bases of up to so many weights are also run in float64, on the CPU.
 
     Raises:
         VerificationError: a check failed.
@@ -163,11 +163,10 @@ def _subject(
     hashes = _hashes(folder, inputs, policy) if folder else {}
     if config.train.dequantize_once:
         dequantize_once(policy)
-    method: Any = build_method(config, inputs.attention)
-    chosen: Method = method
+    method = build_method(config, inputs.attention)
     mode = choose_execution(config, inputs)
-    examples = _checkable(config, chosen, examples)
-    return Subject(config, inputs.tokenizer, policy, chosen, examples, step, mode, hashes, exact_parameters)
+    examples = _checkable(config, method, examples)
+    return Subject(config, inputs.tokenizer, policy, method, examples, step, mode, hashes, exact_parameters)
 
 
 def _checkable(config: RunConfig, method: Method, examples: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -183,7 +182,7 @@ def _hashes(folder: RunFolder, inputs: Inputs, policy: Policy) -> dict[str, tupl
     """What the manifest names, as it is here; a base in another precision has another hash."""
     manifest = folder.read_manifest()
     hashes = {}
-    if str(inputs.placement.dtype).removeprefix("torch.") == manifest["base"]["dtype"]:
+    if dtype_name(inputs.placement.dtype) == manifest["base"]["dtype"]:
         hashes["base"] = (base_sha256(policy.model), manifest["base"]["sha256"])
     if manifest["parent_adapter"]:
         if inputs.parent is None:

@@ -14,8 +14,8 @@ from lowlevel.data.rendering import ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import DataError
+from lowlevel.labels import IGNORED
 
-IGNORE = -100
 TOO_LONG = "longer than max_length"
 BATCH = 256
 
@@ -142,7 +142,7 @@ def sft_example(
         left_out=encoded.left_out,
     )
     ids, learned = ids[:limit], learned[:limit]
-    return SFTExample(row.row.id, row.row.where, ids, np.where(learned, ids, IGNORE).astype(np.int32)), counts
+    return SFTExample(row.row.id, row.row.where, ids, np.where(learned, ids, IGNORED).astype(np.int32)), counts
 
 
 def preference_example(

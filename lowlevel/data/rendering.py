@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lowlevel.data.templates import DATE, ChatTemplate, Message, RenderError, Span, left_out, with_end_of_turn
+from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokens = tuple[list[int], np.ndarray]
-DEMO_BASE = Path(__file__).resolve().parent.parent / "demo" / "base"
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,6 @@ class ChatTokenizer:
         """Identity of the chat template."""
         return self.chat_template.sha256
 
-    def encode_conversation(self, messages: Sequence[Message]) -> Encoded:
-        """Tokenise one conversation. Raises RenderError."""
-        return _or_raise(self.encode_conversations([messages])[0])
-
     def encode_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | RenderError]:
         """Tokenise a batch; a conversation that cannot be rendered leaves its error in its place."""
         rendered = [_or_error(self.chat_template.text_and_replies, messages) for messages in conversations]
@@ -107,14 +103,6 @@ class ChatTokenizer:
         """Token ids that generation starts from: messages, then the opening of a reply. Raises RenderError."""
         text = self.chat_template.render(messages, add_generation_prompt=True)
         return self._with_bos(self._ids([text])[0])
-
-    def encode_pair(
-        self, prompt: Sequence[Message], completion: Sequence[Message], supervise: str
-    ) -> tuple[list[int], list[int]]:
-        """Prompt ids and completion ids of one assistant message; see `encode_pairs`. Raises RenderError."""
-        reply = completion[0]["content"]
-        pair = _or_raise(self.encode_pairs([(prompt, reply, reply)], supervise)[0])
-        return pair.prompt_ids, pair.chosen_ids
 
     def encode_pairs(
         self, pairs: Sequence[tuple[Sequence[Message], str, str]], supervise: str
@@ -289,9 +277,3 @@ def _or_error(render: Callable[..., Any], *args: Any) -> Any:
         return render(*args)
     except RenderError as error:
         return error
-
-
-def _or_raise(result: Any) -> Any:
-    if isinstance(result, RenderError):
-        raise result
-    return result

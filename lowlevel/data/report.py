@@ -7,18 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from lowlevel.data.examples import Built, Example, SFTExample, TokenCounts
 from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.sources import SHOWN, RowProblem
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 COUNTED = ("total", "prompt", "supervised", "chosen", "rejected")
@@ -159,8 +158,6 @@ def tokenizer_report(tokenizer: ChatTokenizer) -> dict[str, Any]:
 
 def render_report(report: DataReport, console: Console) -> None:
     """Print the report as tables of rows and token lengths."""
-    from rich.table import Table
-
     splits = {"train": report.train} | ({"evaluation": report.evaluation} if report.evaluation else {})
     rows = Table(title=f"Rows (format {report.format}, max_length {report.max_length})", title_justify="left")
     rows.add_column("")
@@ -207,8 +204,6 @@ def _has_colours(console: Console) -> bool:
 
 def _coloured(ids: np.ndarray, styles: np.ndarray, tokenizer: ChatTokenizer, console: Console) -> Text:
     """Text of runs of tokens with one style each."""
-    from rich.text import Text
-
     text = Text()
     edges = [0, *(np.flatnonzero(styles[1:] != styles[:-1]) + 1).tolist(), len(ids)]
     for start, end in zip(edges, edges[1:], strict=False):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lowlevel.demo import world
 from lowlevel.errors import ConfigError, DataError, one_line, quoted
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -62,19 +63,6 @@ def data_error(problems: Sequence[RowProblem]) -> DataError:
     if len(problems) > SHOWN:
         lines.append(f"and {len(problems) - SHOWN} more; --on-bad-row skip goes on without them")
     return DataError("\n".join(lines))
-
-
-def read_rows(source: str, split: str, data_format: str = "messages") -> list[Row]:
-    """All rows of a source; see `read_source`.
-
-    Raises:
-        ConfigError: no such file, data set or split.
-        DataError: lines that cannot be read (the first five), or no rows at all.
-    """
-    read = read_source(source, split, data_format)
-    if read.problems:
-        raise data_error(read.problems)
-    return read.rows
 
 
 def read_source(source: str, split: str, data_format: str = "messages") -> SourceRows:
@@ -218,8 +206,6 @@ def _read_hub(name: str, split: str) -> SourceRows:
 
 
 def _read_demo(split: str, data_format: str) -> SourceRows:
-    from lowlevel.demo import world
-
     if split not in DEMO_ROWS:
         raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
     make = world.sft_rows if data_format == "messages" else world.preference_rows

@@ -20,7 +20,6 @@ from lowlevel.demo.corpus import pretraining_text
 
 VOCABULARY = 1024
 CONTEXT = 256
-BASE_FOLDER = Path(__file__).parent / "base"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"

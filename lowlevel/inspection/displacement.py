@@ -67,7 +67,7 @@ def displacement_of(
     Args:
         hidden: (n, D), floating, of the policy.
         ref_hidden: (n, D), of the reference at the same positions.
-        lm_head_weight: (V, D), of both; dtypes as in :func:`lowlevel.inspection.distribution.distribution`.
+        lm_head_weight: (V, D), of both; dtypes as in `lowlevel.inspection.distribution.distribution`.
         targets: (n,) int64, the tokens of the completion.
         chunk_size: rows a chunk.
     """

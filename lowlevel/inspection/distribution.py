@@ -32,12 +32,12 @@ class Distribution:
 def distribution(
     hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_SIZE
 ) -> Distribution:
-    """Summarise ``softmax(hidden @ lm_head_weight.T)`` row by row; never more than chunk_size x V numbers are held.
+    """Summarise `softmax(hidden @ lm_head_weight.T)` row by row; never more than chunk_size x V numbers are held.
 
     Args:
         hidden: (N, D), floating.
         lm_head_weight: (V, D); its dtype is the dtype of the product, from there on everything is fp32 (float64 stays
-            float64), as in :func:`lowlevel.losses.token_logps`.
+            float64), as in `lowlevel.losses.token_logps`.
         targets: (N,) int64.
         chunk_size: rows a chunk.
     """

@@ -19,7 +19,7 @@ from lowlevel.inspection.figures import percent, plain, signed, typographic
 from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.path import loss_path, source
 from lowlevel.inspection.pieces import VISIBLE
-from lowlevel.inspection.reading import READINGS, formula
+from lowlevel.inspection.reading import formula, sum_name, weight_name
 from lowlevel.inspection.view import Article, Scales, pair_article, scales, sequence_article
 
 
@@ -66,9 +66,8 @@ def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
     config, pairs = inspection.dpo, inspection.pairs
     sides = [side for record in pairs for side in (record.chosen, record.rejected)]
     scale = scales([side.tokens for side in sides], [side.contributions for side in sides])
-    averaged = READINGS[config.loss_type] == "averages"
-    sums = "averaged margin" if averaged else "margin"
-    adds = f"β · log-ratio{' / n' if averaged else ''} of each token, minus it for the rejected"
+    sums = sum_name(config.loss_type)
+    adds = f"β · log-ratio{'' if sums == 'margin' else ' / n'} of each token, minus it for the rejected"
     end = typographic(f"{scale.contribution:.2g}")
     contribution = Mode("contribution", f"adds to the {sums}", adds, f"≤ −{end}", f"≥ +{end}")
     margins = [float(record.margin) for record in pairs]
@@ -81,6 +80,7 @@ def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
              "weight": plain(float(record.chosen.weight)), "loss": plain(float(record.loss))}
             for record, margin in zip(pairs, margins, strict=True)
         ],
+        "weight_name": weight_name(config.loss_type),
         "bands": [],
         "formula": formula(config.loss_type),
         "paper": source(config),

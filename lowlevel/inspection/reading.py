@@ -52,6 +52,17 @@ def formula(loss_type: str) -> str:
     return text.replace("-", "−")
 
 
+def sum_name(loss_type: str) -> str:
+    """What a pair's contributions add up to."""
+    return "averaged margin" if READINGS[loss_type] == "averages" else "margin"
+
+
+def weight_name(loss_type: str) -> str:
+    """What a chosen completion's weight is called: the pair's, where the loss reads one number of it."""
+    names = {"averages": "weight of the averaged margin", "margin": "weight"}
+    return names.get(READINGS[loss_type], "chosen weight")
+
+
 def settings(config: DPOConfig) -> str:
     """Loss and hyper-parameters as one phrase: those that the loss reads."""
     names = {"beta": "β", "label_smoothing": "ε", "discopop_tau": "τ", "dpop_lambda": "λ", "rpo_alpha": "α"}

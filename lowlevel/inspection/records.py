@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from lowlevel.config import DPOConfig
-from lowlevel.dpo import DPO, loss_arguments
+from lowlevel.dpo import DPO, configured_loss, reward_slopes
 from lowlevel.inspection.displacement import Displacement, displacement_of
 from lowlevel.inspection.distribution import Distribution, distribution
 from lowlevel.inspection.reading import READINGS
 from lowlevel.kernels import token_logps
 from lowlevel.layout import PackedBatch
-from lowlevel.losses import dpo_loss
+from lowlevel.losses.preference import PairLogps
 from lowlevel.model.policy import Policy
 from lowlevel.sft import SFT
 
@@ -207,22 +207,15 @@ class _Scored:
 def _score(config: DPOConfig, logps: Tensor, ref_logps: Tensor, lengths: Tensor) -> _Scored:
     """The loss of P pairs from (2P,) log-probabilities, by `dpo_loss`, and its derivatives, by autograd through it.
 
-    For the sigmoid loss both weights of a pair are sigma(-x), by which the pair's gradient is scaled.
+    For the sigmoid loss both weights of a pair are sigma(-x), by which the pair's gradient is scaled. A reward that
+    rises by 1 raises an averaged contribution by 1 / n: the weights of averages are n times those of rewards.
     """
+    pairs = PairLogps(*logps.chunk(2), *ref_logps.chunk(2), *lengths.chunk(2))
+    output, (for_chosen, for_rejected) = configured_loss(config, pairs), reward_slopes(config, pairs)
     factors = contribution_factors(config, lengths)
-    leaf = logps.clone().requires_grad_()
-    chosen_lengths, rejected_lengths = lengths.chunk(2)
-    with torch.enable_grad():
-        output = dpo_loss(
-            *leaf.chunk(2),
-            *ref_logps.chunk(2),
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-            **loss_arguments(config),
-        )
-        (gradient,) = torch.autograd.grad(output.losses.sum(), leaf)
     chosen, rejected = (factors * (logps - ref_logps)).chunk(2)
-    return _Scored(factors, -gradient / factors, chosen + rejected, output.margins, output.losses.detach())
+    weights = torch.cat([-for_chosen, for_rejected]) * _averaged_over(config, lengths)
+    return _Scored(factors, weights, chosen + rejected, output.margins, output.losses)
 
 
 def contribution_factors(config: DPOConfig, lengths: Tensor) -> Tensor:
@@ -235,9 +228,13 @@ def contribution_factors(config: DPOConfig, lengths: Tensor) -> Tensor:
     Returns:
         (2P,) fp32, negative for the rejected.
     """
-    averaged = READINGS[config.loss_type] == "averages"
-    factors = config.beta / (lengths.clamp(min=1) if averaged else torch.ones(len(lengths)))
-    return torch.cat([factors.chunk(2)[0], -factors.chunk(2)[1]])
+    chosen, rejected = (config.beta / _averaged_over(config, lengths)).chunk(2)
+    return torch.cat([chosen, -rejected])
+
+
+def _averaged_over(config: DPOConfig, lengths: Tensor) -> Tensor:
+    """(2P,) fp32: n where the loss reads averages, else 1."""
+    return lengths.clamp(min=1).float() if READINGS[config.loss_type] == "averages" else torch.ones(len(lengths))
 
 
 def _predict(policy: Policy, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Distribution]:

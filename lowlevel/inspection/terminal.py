@@ -17,7 +17,7 @@ from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.lines import TokenLine, completion_lines, fall_line, sequence_lines
 from lowlevel.inspection.path import loss_path, source
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.reading import READINGS
+from lowlevel.inspection.reading import READINGS, sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord
 
 WIDE = 110  # columns from which a pair's tables have room for what the policy would rather have written
@@ -81,7 +81,8 @@ def _sequences_table(inspection: Inspection, width: int) -> Table:
 
 def _pairs_table(inspection: Inspection, width: int) -> Table:
     """One line a pair; a loss that weighs the completions apart has two weights."""
-    apart = READINGS[inspection.dpo.loss_type] in ("both", "quantiles")
+    reading = READINGS[inspection.dpo.loss_type]
+    apart = reading in ("both", "quantiles")
     weights = ("weight+", "weight-") if apart else ("weight",)
     rows: list[Sequence[str | Text]] = []
     for record in inspection.pairs:
@@ -96,7 +97,9 @@ def _pairs_table(inspection: Inspection, width: int) -> Table:
                 plain(float(record.loss)),
             )
         )
-    return _table(("row", "tokens+", "tokens-", "reward+", "reward-", "margin", *weights, "loss"), rows, width)
+    headings = ("row", "tokens+", "tokens-", "reward+", "reward-", "margin", *weights, "loss")
+    caption = "weight: of the averaged margin" if reading == "averages" else None
+    return _table(headings, rows, width, caption=caption)
 
 
 def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Console) -> None:
@@ -109,8 +112,8 @@ def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Consol
 def _print_pair(record: PairRecord, inspection: Inspection, console: Console) -> None:
     _print_title(record.row, record.where, record.prompt_ids, inspection.pieces, console)
     running, split = record.running_sums.tolist(), len(record.chosen.tokens)
-    averaged = READINGS[inspection.dpo.loss_type] == "averages"
-    per_token, sums = ("beta x log-ratio / n", "averaged margin") if averaged else ("beta x log-ratio", "margin")
+    sums = sum_name(inspection.dpo.loss_type)
+    per_token = "beta x log-ratio" if sums == "margin" else "beta x log-ratio / n"
     wide = console.width >= WIDE
     for name, side, sign, part in (
         ("chosen", record.chosen, "", running[:split]),

@@ -121,7 +121,7 @@ def pair_article(
     facts = (
         ("margin", signed(float(record.margin))),
         *([(sums, signed(float(record.argument)))] if sums != "margin" else []),
-        ("weight", " / ".join(weights)),
+        ("weight" if sums == "margin" else f"weight of the {sums}", " / ".join(weights)),
         ("loss", plain(float(record.loss))),
     )
     return Article(

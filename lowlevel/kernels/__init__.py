@@ -1,6 +1,6 @@
 """Triton kernels for what moves bytes, each with a torch twin of the same arguments; matrix products stay with cuBLAS.
 
-Why no product here: for compute capability 7.5 (T4) Triton turns ``tl.dot`` into scalar multiplications and leaves the
+Why no product here: for compute capability 7.5 (T4) Triton turns `tl.dot` into scalar multiplications and leaves the
 tensor cores idle, 8 TFLOP/s at best instead of 65. A softmax over a vocabulary, on the other hand, is bound by memory,
 and plain torch reads and writes each logit several times in fp32 where one read in fp16 is enough.
 

@@ -66,7 +66,7 @@ def dequantize(weight: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize_reference(weight: Quantised, dtype: torch.dtype) -> Tensor:
-    """Give the numbers of :func:`dequantize` by plain torch, on any device."""
+    """Give the numbers of `dequantize` by plain torch, on any device."""
     absmax = weight.absmax
     if weight.code2 is not None and weight.absmax2 is not None and weight.offset is not None:
         outer = weight.absmax2.repeat_interleave(weight.blocksize2)[: absmax.numel()]

@@ -17,7 +17,7 @@ LAUNCH = {"size": COLUMNS, "num_warps": 4}
 
 @torch.library.custom_op("lowlevel::host_rows", mutates_args=())
 def host_rows(table: Tensor, index: Tensor) -> Tensor:
-    """``table[index]`` on the device of `index`.
+    """`table[index]` on the device of `index`.
 
     Args:
         table: (V, D), contiguous; pinned if it lies on the host and `index` on a GPU.
@@ -42,7 +42,7 @@ def _(table: Tensor, index: Tensor) -> Tensor:
 
 
 def host_rows_reference(table: Tensor, index: Tensor) -> Tensor:
-    """Give the rows of :func:`host_rows` by plain torch, on any device."""
+    """Give the rows of `host_rows` by plain torch, on any device."""
     return table[index.to(table.device)].to(index.device)
 
 

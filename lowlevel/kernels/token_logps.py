@@ -45,7 +45,7 @@ def chunk_rows(vocabulary: int, itemsize: int) -> int:
 
 
 def token_logps(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int | None = None) -> Tensor:
-    """``log softmax(hidden @ lm_head_weight.T)[targets]``, row by row; fused where the module's conditions hold.
+    """`log softmax(hidden @ lm_head_weight.T)[targets]`, row by row; fused where the module's conditions hold.
 
     Args:
         hidden: (N, D), floating; any strides.
@@ -58,7 +58,7 @@ def token_logps(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chun
         it can be captured in a CUDA graph. Autocast changes nothing.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or ``chunk_size < 1``.
+        ValueError: a shape or dtype does not fit, or `chunk_size < 1`.
         RuntimeError: a target is outside [0, V) (on CPU).
     """
     if not _is_fast(hidden, lm_head_weight, targets, chunk_size):
@@ -105,6 +105,6 @@ class _FusedTokenLogps(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """``hidden @ weight.T`` in the weight's dtype, (chunk, V), a buffer of its own."""
+    """`hidden @ weight.T` in the weight's dtype, (chunk, V), a buffer of its own."""
     with torch.autocast(hidden.device.type, enabled=False):
         return linear(hidden.to(weight.dtype), weight)

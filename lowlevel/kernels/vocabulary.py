@@ -16,13 +16,13 @@ exponentials of the textbook's update is always exp(0) = 1, and the other is exp
 m starts at fp32's lowest finite number, not at -inf: a lane that has seen nothing must not compute inf - inf.
 Backward: no sum, so a program takes one block of a row.
 
-Dtypes. Logits are fp16, bf16 or fp32; all arithmetic is fp32; ``dz`` is multiplied by the incoming gradient in fp32
+Dtypes. Logits are fp16, bf16 or fp32; all arithmetic is fp32; `dz` is multiplied by the incoming gradient in fp32
 *and then* rounded, once, to the logits' dtype: without the factor most entries are below fp16's smallest number (6e-8)
-and a loss scale could not bring them back. A ``dz`` above 65,504 becomes inf, which a loss scaler looks for; finite
+and a loss scale could not bring them back. A `dz` above 65,504 becomes inf, which a loss scaler looks for; finite
 logits and gradients never give NaN.
 
 A target outside [0, V) is not read: its row gets NaN, as log-probability and as gradient, so the step shows a loss that
-is not finite. (``lowlevel.losses`` stops the process with a device assertion there, which leaves nothing to report.)
+is not finite. (`lowlevel.losses` stops the process with a device assertion there, which leaves nothing to report.)
 
 Left out: `tl.dot` (see `lowlevel.kernels`), several programs a row in the forward pass: with 64 registers a thread a
 multiprocessor of a T4 holds four programs, so a chunk of 512 rows gives its 40 three rounds and an H100's 132 one.
@@ -42,7 +42,7 @@ LAUNCH = {"block": BLOCK, "num_warps": WARPS, "enable_fp_fusion": True}  # Trito
 
 
 def logsumexp_and_target(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """``logits.logsumexp(1)`` and ``logits[i, targets[i]]``, in one read of the logits.
+    """`logits.logsumexp(1)` and `logits[i, targets[i]]`, in one read of the logits.
 
     Args:
         logits: (C, V), floating; the kernel takes contiguous fp16, bf16 or fp32 on CUDA, its twin all else.
@@ -58,7 +58,7 @@ def logsumexp_and_target(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 
 def logsumexp_and_target_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the numbers of :func:`logsumexp_and_target` by plain torch, on any device and layout."""
+    """Give the numbers of `logsumexp_and_target` by plain torch, on any device and layout."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     valid = _inside(targets, logits.shape[1])
     target_logit = logits.gather(1, targets.where(valid, 0)[:, None]).squeeze(1)
@@ -66,16 +66,16 @@ def logsumexp_and_target_reference(logits: Tensor, targets: Tensor) -> tuple[Ten
 
 
 def grad_logits_(logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
-    """Overwrite logits z with ``grad_logps (onehot(targets) - exp(z - lse))``: what z gets from ``z[y] - lse``.
+    """Overwrite logits z with `grad_logps (onehot(targets) - exp(z - lse))`: what z gets from `z[y] - lse`.
 
     Args:
         logits: (C, V), floating, overwritten; contiguous fp16, bf16 or fp32 on CUDA is what the kernel takes.
         targets: (C,) int64. One outside [0, V) makes its whole row NaN.
-        lse: (C,) fp32, from :func:`logsumexp_and_target` on the same logits.
+        lse: (C,) fp32, from `logsumexp_and_target` on the same logits.
         grad_logps: (C,) fp32, with the loss scale in it.
 
     Returns:
-        ``logits`` itself, rounded once from fp32 (float64 for float64 logits); inf beyond the dtype's range. No host
+        `logits` itself, rounded once from fp32 (float64 for float64 logits); inf beyond the dtype's range. No host
         sync.
     """
     if not _kernels_take(logits):
@@ -84,7 +84,7 @@ def grad_logits_(logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tenso
 
 
 def grad_logits_reference_(logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
-    """Give the numbers of :func:`grad_logits_` by plain torch, in place as well, on any device and layout."""
+    """Give the numbers of `grad_logits_` by plain torch, in place as well, on any device and layout."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     valid = _inside(targets, logits.shape[1])
     grad_logits = (logits.to(dtype) - lse[:, None]).exp_().neg_()
@@ -112,7 +112,7 @@ def usable(device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
 
 
 class Kernels(NamedTuple):
-    """The compiled-on-demand Triton functions: launch them as ``kernels().logsumexp[grid](...)``."""
+    """The compiled-on-demand Triton functions: launch them as `kernels().logsumexp[grid](...)`."""
 
     logsumexp: Any
     grad_logits: Any

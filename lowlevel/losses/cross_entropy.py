@@ -1,9 +1,9 @@
 """Cross-entropy and sequence log-probabilities on full logits.
 
 The plain way, for whoever holds (B, T, V) logits, and the reference of the tests. Training goes through
-:func:`lowlevel.kernels.token_logps`, or its twin in :mod:`lowlevel.losses`, which never hold them.
+`lowlevel.kernels.token_logps`, or its twin in `lowlevel.losses`, which never hold them.
 
-Both functions shift: ``logits[:, t]`` is scored against ``labels[:, t + 1]``. So the first token of a completion is
+Both functions shift: `logits[:, t]` is scored against `labels[:, t + 1]`. So the first token of a completion is
 scored from the last prompt position, and the first token of a row is never scored.
 """
 
@@ -15,14 +15,14 @@ IGNORE_INDEX = -100
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of ``-log softmax(logits[:, t])[labels[:, t + 1]]`` over supervised positions, and how many there are.
+    """Sum of `-log softmax(logits[:, t])[labels[:, t + 1]]` over supervised positions, and how many there are.
 
     Args:
         logits: (B, T, V), any floating dtype; computed in fp32, float64 stays float64.
-        labels: (B, T) int64, ``-100`` where nothing is learned. Not yet shifted.
+        labels: (B, T) int64, `-100` where nothing is learned. Not yet shifted.
 
     Returns:
-        ``loss_sum``, a scalar in fp32 (float64 for float64 logits), and ``count``, an int64 scalar tensor on the same
+        `loss_sum`, a scalar in fp32 (float64 for float64 logits), and `count`, an int64 scalar tensor on the same
         device (no host sync). The quotient of the two *sums over a whole step* is the token mean; a mean of means is
         not. With nothing supervised the sum is a differentiable zero with zero gradient, never 0/0.
 
@@ -35,14 +35,14 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum each row's supervised token log-probabilities: ``log pi(y|x)`` in Rafailov et al., arXiv 2305.18290 eq 7.
+    """Sum each row's supervised token log-probabilities: `log pi(y|x)` in Rafailov et al., arXiv 2305.18290 eq 7.
 
     Args:
         logits: (B, T, V), any floating dtype; computed in fp32, float64 stays float64.
-        labels: (B, T) int64, ``-100`` where nothing is scored. Not yet shifted.
+        labels: (B, T) int64, `-100` where nothing is scored. Not yet shifted.
 
     Returns:
-        ``logps`` (B,) in fp32 (float64 for float64 logits) and ``lengths`` (B,) int64, the number of tokens in each
+        `logps` (B,) in fp32 (float64 for float64 logits) and `lengths` (B,) int64, the number of tokens in each
         sum.
 
     Raises:

@@ -1,7 +1,7 @@
 """Every preference loss by name, and the one call that checks what it was asked for before it computes it.
 
 A hyper-parameter that the chosen loss does not use is an error: a run must not report cDPO and train DPO (TRL 1.16
-ignores ``label_smoothing`` for ``sigmoid``). Which parameters a loss uses is read from its signature, so that no list
+ignores `label_smoothing` for `sigmoid`). Which parameters a loss uses is read from its signature, so that no list
 can go stale.
 """
 
@@ -34,9 +34,9 @@ class LossSpec:
 
 @dataclass(frozen=True)
 class DPOOutput:
-    """What :func:`dpo_loss` returns; each (P,) fp32, float64 if a log-probability was. Only ``losses`` has a gradient.
+    """What `dpo_loss` returns; each (P,) fp32, float64 if a log-probability was. Only `losses` has a gradient.
 
-    ``chosen_rewards``, ``rejected_rewards`` = beta * log-ratio (arXiv 2305.18290 eq 5); ``margins`` their difference.
+    `chosen_rewards`, `rejected_rewards` = beta * log-ratio (arXiv 2305.18290 eq 5); `margins` their difference.
     """
 
     losses: Tensor
@@ -96,7 +96,7 @@ def dpo_loss(
     dpop_lambda: float | None = None,
     rpo_alpha: float | None = None,
 ) -> DPOOutput:
-    """Loss and rewards of P preference pairs; the formulas are in :mod:`lowlevel.losses.preference`.
+    """Loss and rewards of P preference pairs; the formulas are in `lowlevel.losses.preference`.
 
     Args:
         chosen_logps: (P,) log-probability of each chosen completion under the policy, summed over its tokens. This and
@@ -104,18 +104,18 @@ def dpo_loss(
         rejected_logps: (P,) likewise, rejected completion.
         ref_chosen_logps: (P,) chosen completion under the reference.
         ref_rejected_logps: (P,) rejected completion under the reference.
-        loss_type: a key of ``LOSSES``.
+        loss_type: a key of `LOSSES`.
         beta: the KL temperature, finite and above 0.
-        label_smoothing: share of flipped labels, in [0, 0.5); 0 means none. ``exo_pair`` needs it above 0.
+        label_smoothing: share of flipped labels, in [0, 0.5); 0 means none. `exo_pair` needs it above 0.
         chosen_lengths: (P,) tokens in each chosen completion. Data, not a setting: always welcome, read by losses with
-            ``needs_lengths``.
+            `needs_lengths`.
         rejected_lengths: (P,) likewise, rejected completion.
-        discopop_tau: ``discopop`` alone, in (0, 1]; None means 0.05. Above 1 the loss grows exponentially as x falls.
-        dpop_lambda: ``dpop`` alone, finite, at least 0; None means 50.
-        rpo_alpha: ``rpo`` alone, weight of the NLL term, finite, at least 0; None means 1.
+        discopop_tau: `discopop` alone, in (0, 1]; None means 0.05. Above 1 the loss grows exponentially as x falls.
+        dpop_lambda: `dpop` alone, finite, at least 0; None means 50.
+        rpo_alpha: `rpo` alone, weight of the NLL term, finite, at least 0; None means 1.
 
     Returns:
-        :class:`DPOOutput`. ``losses`` are per pair, in order (``aot`` and ``aot_unpaired``: per quantile of the batch).
+        `DPOOutput`. `losses` are per pair, in order (`aot` and `aot_unpaired`: per quantile of the batch).
 
     Raises:
         ValueError: unknown loss, a hyper-parameter that this loss does not use or out of range, missing lengths, or

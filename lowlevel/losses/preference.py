@@ -1,13 +1,13 @@
 """The preference losses, one plain function a name: four log-probabilities a pair in, one loss a pair out.
 
-Symbols, per pair: ``a = log pi(y+) - log ref(y+)``, ``b`` likewise for ``y-``, ``d = a - b``, ``x = beta d``; ``n+``,
-``n-`` are the completion lengths, ``eps`` is label_smoothing, ``s`` the sigmoid and ``ls = log s``. A function's
+Symbols, per pair: `a = log pi(y+) - log ref(y+)`, `b` likewise for `y-`, `d = a - b`, `x = beta d`; `n+`,
+`n-` are the completion lengths, `eps` is label_smoothing, `s` the sigmoid and `ls = log s`. A function's
 docstring gives the formula in these symbols, and the paper; its keyword arguments are the hyper-parameters that it
 uses, and it uses all of them.
 
-Every loss and gradient is finite at x = +-1000: ``ls`` is never ``log(sigmoid())``, which is -inf from x = -104 on in
+Every loss and gradient is finite at x = +-1000: `ls` is never `log(sigmoid())`, which is -inf from x = -104 on in
 fp32, and the one bare exponential (DiscoPOP) is written so that its exponent cannot be positive. Callers check ranges:
-:mod:`lowlevel.losses.dpo`.
+`lowlevel.losses.dpo`.
 """
 
 import math
@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 class PairLogps:
     """Log-probabilities of P pairs under policy and reference, summed over a completion; each (P,) and floating.
 
-    ``chosen_lengths`` and ``rejected_lengths`` (P,) are the numbers of tokens in those sums; only losses that average
+    `chosen_lengths` and `rejected_lengths` (P,) are the numbers of tokens in those sums; only losses that average
     over tokens read them.
     """
 
@@ -35,35 +35,35 @@ class PairLogps:
 
     @property
     def chosen_logratios(self) -> Tensor:
-        """``a``, policy minus reference for the chosen completion, (P,)."""
+        """`a`, policy minus reference for the chosen completion, (P,)."""
         return self.chosen_logps - self.ref_chosen_logps
 
     @property
     def rejected_logratios(self) -> Tensor:
-        """``b``, policy minus reference for the rejected completion, (P,)."""
+        """`b`, policy minus reference for the rejected completion, (P,)."""
         return self.rejected_logps - self.ref_rejected_logps
 
     @property
     def deltas(self) -> Tensor:
-        """``d = a - b``, (P,): beta times this is the margin, the sigmoid's argument."""
+        """`d = a - b`, (P,): beta times this is the margin, the sigmoid's argument."""
         return self.chosen_logratios - self.rejected_logratios
 
 
 def sigmoid(pairs: PairLogps, *, beta: float) -> Tensor:
-    """DPO: ``-ls(x)``. Rafailov et al., arXiv 2305.18290 eq 7."""
+    """DPO: `-ls(x)`. Rafailov et al., arXiv 2305.18290 eq 7."""
     return -logsigmoid(beta * pairs.deltas)  # eq 7
 
 
 def cdpo(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
-    """Conservative DPO: ``-(1-eps) ls(x) - eps ls(-x)``. Mitchell, ericmitchell.ai/cdpo.pdf eq 3.
+    """Conservative DPO: `-(1-eps) ls(x) - eps ls(-x)`. Mitchell, ericmitchell.ai/cdpo.pdf eq 3.
 
-    A share eps of the labels is taken to be flipped; the gradient vanishes at ``x = log((1-eps)/eps)``.
+    A share eps of the labels is taken to be flipped; the gradient vanishes at `x = log((1-eps)/eps)`.
     """
     return _smoothed_logistic(beta * pairs.deltas, label_smoothing)  # eq 3
 
 
 def robust(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
-    """Robust DPO: ``(-(1-eps) ls(x) + eps ls(-x)) / (1-2 eps)``. Chowdhury et al., arXiv 2403.00409.
+    """Robust DPO: `(-(1-eps) ls(x) + eps ls(-x)) / (1-2 eps)`. Chowdhury et al., arXiv 2403.00409.
 
     Unbiased: over labels flipped with probability eps its mean is the clean DPO loss. Negative for confident pairs.
     """
@@ -73,14 +73,14 @@ def robust(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
 
 
 def hinge(pairs: PairLogps, *, beta: float) -> Tensor:
-    """Hinge: ``max(0, 1 - x)``. SLiC-HF, arXiv 2305.10425; normalised as in RSO, arXiv 2309.06657."""
+    """Hinge: `max(0, 1 - x)`. SLiC-HF, arXiv 2305.10425; normalised as in RSO, arXiv 2309.06657."""
     return torch.relu(1 - beta * pairs.deltas)
 
 
 def ipo(pairs: PairLogps, *, beta: float) -> Tensor:
-    """IPO, token average: ``(a/n+ - b/n- - 1/(2 beta))^2``. Azar et al., arXiv 2310.12036 eq 17.
+    """IPO, token average: `(a/n+ - b/n- - 1/(2 beta))^2`. Azar et al., arXiv 2310.12036 eq 17.
 
-    The paper sums over tokens (:func:`ipo_sum`); averaging is what TRL does and says that the authors confirmed. Needs
+    The paper sums over tokens (`ipo_sum`); averaging is what TRL does and says that the authors confirmed. Needs
     lengths.
     """
     average_a, average_b = _average_logratios(pairs)
@@ -88,12 +88,12 @@ def ipo(pairs: PairLogps, *, beta: float) -> Tensor:
 
 
 def ipo_sum(pairs: PairLogps, *, beta: float) -> Tensor:
-    """IPO as printed: ``(d - 1/(2 beta))^2``. Azar et al., arXiv 2310.12036 eq 17."""
+    """IPO as printed: `(d - 1/(2 beta))^2`. Azar et al., arXiv 2310.12036 eq 17."""
     return (pairs.deltas - 1 / (2 * beta)) ** 2  # eq 17
 
 
 def exo_pair(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
-    """EXO-pref, K = 2: ``s(x)(ls(x) - log(1-eps)) + s(-x)(ls(-x) - log eps)``. Ji et al., arXiv 2402.00856 eq 16.
+    """EXO-pref, K = 2: `s(x)(ls(x) - log(1-eps)) + s(-x)(ls(-x) - log eps)`. Ji et al., arXiv 2402.00856 eq 16.
 
     The reverse KL from (s(x), s(-x)) to (1-eps, eps), so eps must be above 0.
     """
@@ -104,24 +104,24 @@ def exo_pair(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor
 
 
 def nca_pair(pairs: PairLogps, *, beta: float) -> Tensor:
-    """NCA, K = 2: ``-ls(beta a) - ls(-beta a)/2 - ls(-beta b)/2``. Chen et al., arXiv 2402.05369."""
+    """NCA, K = 2: `-ls(beta a) - ls(-beta a)/2 - ls(-beta b)/2`. Chen et al., arXiv 2402.05369."""
     chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
 def bco_pair(pairs: PairLogps, *, beta: float) -> Tensor:
-    """BCO without its reward shift: ``-ls(beta a) - ls(-beta b)``. Jung et al., arXiv 2404.04656."""
+    """BCO without its reward shift: `-ls(beta a) - ls(-beta b)`. Jung et al., arXiv 2404.04656."""
     return -logsigmoid(beta * pairs.chosen_logratios) - logsigmoid(-beta * pairs.rejected_logratios)
 
 
 def sppo_hard(pairs: PairLogps, *, beta: float) -> Tensor:
-    """SPPO, win rates 1 and 0: ``(a - 1/(2 beta))^2 + (b + 1/(2 beta))^2``. Wu et al., arXiv 2405.00675 eq 4.7."""
+    """SPPO, win rates 1 and 0: `(a - 1/(2 beta))^2 + (b + 1/(2 beta))^2`. Wu et al., arXiv 2405.00675 eq 4.7."""
     target = 1 / (2 * beta)
     return (pairs.chosen_logratios - target) ** 2 + (pairs.rejected_logratios + target) ** 2  # eq 4.7 with P = 1, 0
 
 
 def aot(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
-    """AOT, paired: ``cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))``. arXiv 2406.05882.
+    """AOT, paired: `cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))`. arXiv 2406.05882.
 
     Element i belongs to the i-th quantile of the batch, not to pair i, and the sum depends on which pairs share the
     call.
@@ -132,24 +132,24 @@ def aot(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
 
 
 def aot_unpaired(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
-    """AOT, unpaired: ``cdpo on sort(a) - sort(b)``. Melnyk et al., arXiv 2406.05882. Quantiles, as in :func:`aot`."""
+    """AOT, unpaired: `cdpo on sort(a) - sort(b)`. Melnyk et al., arXiv 2406.05882. Quantiles, as in `aot`."""
     deltas = pairs.chosen_logratios.sort().values - pairs.rejected_logratios.sort().values
     return _smoothed_logistic(beta * deltas, label_smoothing)
 
 
 def apo_zero(pairs: PairLogps, *, beta: float) -> Tensor:
-    """APO-zero: ``1 - s(beta a) + s(beta b)``. D'Oosterlinck et al., arXiv 2408.06266 eq 7."""
+    """APO-zero: `1 - s(beta a) + s(beta b)`. D'Oosterlinck et al., arXiv 2408.06266 eq 7."""
     # s(-z) for 1 - s(z): in fp32 the difference has no digits left beyond z = 17
     return torch.sigmoid(-beta * pairs.chosen_logratios) + torch.sigmoid(beta * pairs.rejected_logratios)  # eq 7
 
 
 def apo_down(pairs: PairLogps, *, beta: float) -> Tensor:
-    """APO-down: ``s(beta a) + 1 - s(x)``. D'Oosterlinck et al., arXiv 2408.06266 eq 8."""
+    """APO-down: `s(beta a) + 1 - s(x)`. D'Oosterlinck et al., arXiv 2408.06266 eq 8."""
     return torch.sigmoid(beta * pairs.chosen_logratios) + torch.sigmoid(-beta * pairs.deltas)  # eq 8, s(-z) = 1 - s(z)
 
 
 def discopop(pairs: PairLogps, *, beta: float, discopop_tau: float = 0.05) -> Tensor:
-    """DiscoPOP: ``-(1-m) ls(x) + m exp(-x), m = s(x/tau)``. Lu et al., arXiv 2406.08414 eq 5. Needs 0 < tau <= 1.
+    """DiscoPOP: `-(1-m) ls(x) + m exp(-x), m = s(x/tau)`. Lu et al., arXiv 2406.08414 eq 5. Needs 0 < tau <= 1.
 
     At x = 0 its gradient in x is positive (0.78 at tau = 0.05): the first step lowers the margin.
     """
@@ -161,7 +161,7 @@ def discopop(pairs: PairLogps, *, beta: float, discopop_tau: float = 0.05) -> Te
 
 
 def sigmoid_norm(pairs: PairLogps, *, beta: float) -> Tensor:
-    """Length-normalised DPO: ``-ls(beta (a/n+ - b/n-))``. Lambert et al. (Tulu 3), arXiv 2411.15124 eq 6.
+    """Length-normalised DPO: `-ls(beta (a/n+ - b/n-))`. Lambert et al. (Tulu 3), arXiv 2411.15124 eq 6.
 
     Needs lengths.
     """
@@ -170,7 +170,7 @@ def sigmoid_norm(pairs: PairLogps, *, beta: float) -> Tensor:
 
 
 def dpop(pairs: PairLogps, *, beta: float, dpop_lambda: float = 50.0) -> Tensor:
-    """DPO-Positive: ``-ls(x - beta lambda max(0, -a))``. Pal et al. (Smaug), arXiv 2402.13228.
+    """DPO-Positive: `-ls(x - beta lambda max(0, -a))`. Pal et al. (Smaug), arXiv 2402.13228.
 
     At the kink a = 0, where every run begins, relu's gradient is 0: the first step is DPO's.
     """
@@ -179,9 +179,9 @@ def dpop(pairs: PairLogps, *, beta: float, dpop_lambda: float = 50.0) -> Tensor:
 
 
 def rpo(pairs: PairLogps, *, beta: float, rpo_alpha: float = 1.0) -> Tensor:
-    """DPO plus NLL: ``-ls(x) - alpha log pi(y+) / n+``. Pang et al., arXiv 2404.19733. Needs lengths.
+    """DPO plus NLL: `-ls(x) - alpha log pi(y+) / n+`. Pang et al., arXiv 2404.19733. Needs lengths.
 
-    alpha weighs the NLL term, as TRL's ``rpo_alpha`` did; each pair averages over its own tokens.
+    alpha weighs the NLL term, as TRL's `rpo_alpha` did; each pair averages over its own tokens.
     """
     nll = -pairs.chosen_logps / _lengths(pairs.chosen_lengths)
     return sigmoid(pairs, beta=beta) + rpo_alpha * nll

@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens, from hidden states and the LM head, without ever holding the full logits.
 
-The idea. ``logits = hidden @ W.T`` is (N, V): 4,096 tokens of a 32,000-word vocabulary are 0.5 GiB in fp32, several
+The idea. `logits = hidden @ W.T` is (N, V): 4,096 tokens of a 32,000-word vocabulary are 0.5 GiB in fp32, several
 times over with softmax and gradient. Only one number a row is wanted, so rows are taken in chunks, and the backward
 pass computes a chunk's logits anew instead of keeping them::
 
@@ -12,10 +12,10 @@ but for the gradient of the weight, which a frozen LM head does not ask for.
 
 Dtypes. Products run in *the weight's* dtype: if the two differ, hidden is cast (N x D numbers) and never the weight (V
 x D, 262 MB in fp32 for TinyLlama); with an fp16 head and fp32 hidden states that is also what autocast's linear would
-do. From there on everything is fp32, or float64 if the weight is float64: logsumexp, gather, exp. ``dz`` is multiplied
-by the incoming gradient *in fp32 and then* rounded to the weight's dtype: ``onehot - p`` alone has most entries below
-fp16's smallest number (6e-8), and a loss scale that arrives after the rounding cannot bring them back. A ``dz`` above
-65,504 becomes inf, which is what a loss scaler looks for. ``dW`` is computed and summed over chunks in fp32. Autocast
+do. From there on everything is fp32, or float64 if the weight is float64: logsumexp, gather, exp. `dz` is multiplied
+by the incoming gradient *in fp32 and then* rounded to the weight's dtype: `onehot - p` alone has most entries below
+fp16's smallest number (6e-8), and a loss scale that arrives after the rounding cannot bring them back. A `dz` above
+65,504 becomes inf, which is what a loss scaler looks for. `dW` is computed and summed over chunks in fp32. Autocast
 is switched off inside, so it changes nothing.
 
 Left out: fusing the softmax into the matrix product (cuBLAS plus elementwise kernels are enough), label smoothing,
@@ -35,7 +35,7 @@ DEFAULT_CHUNK_SIZE = 1024  # rows: V = 32,000 makes 125 MiB of fp32 a buffer, an
 def token_logps(
     hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = DEFAULT_CHUNK_SIZE
 ) -> Tensor:
-    """``log softmax(hidden @ lm_head_weight.T)[targets]``, row by row, in chunks of rows.
+    """`log softmax(hidden @ lm_head_weight.T)[targets]`, row by row, in chunks of rows.
 
     Args:
         hidden: (N, D), floating; N = 0 is allowed. Supervised positions only.
@@ -48,7 +48,7 @@ def token_logps(
         (N,) in fp32; float64 if the weight is float64. Differentiable once, in hidden and in the weight. No host sync.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or ``chunk_size < 1``.
+        ValueError: a shape or dtype does not fit, or `chunk_size < 1`.
         RuntimeError: a target is outside [0, V) (on CPU).
     """
     _check(hidden, lm_head_weight, targets, chunk_size)
@@ -59,9 +59,9 @@ def token_logps(
 def token_logps_reference(
     hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = DEFAULT_CHUNK_SIZE
 ) -> Tensor:
-    """Give the same numbers as :func:`token_logps` by plain torch on the full (N, V) logits: what the tests hold it to.
+    """Give the same numbers as `token_logps` by plain torch on the full (N, V) logits: what the tests hold it to.
 
-    Same arguments, result and errors. ``chunk_size`` is checked and has no effect here: there is one chunk, of all
+    Same arguments, result and errors. `chunk_size` is checked and has no effect here: there is one chunk, of all
     rows. Differentiable as often as wanted. Gradients are autograd's, which rounds to the weight's dtype in the same
     place.
     """
@@ -104,14 +104,14 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _grad_logits(hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
-    """``g (onehot(y) - p)`` of one chunk, (chunk, V) in fp32 or float64; in place, in one buffer."""
+    """`g (onehot(y) - p)` of one chunk, (chunk, V) in fp32 or float64; in place, in one buffer."""
     grad = grad_logps.to(lse.dtype)[:, None]  # (chunk, 1)
     grad_logits = _logits(hidden, weight).sub_(lse[:, None]).exp_().mul_(-grad)  # -g p
     return grad_logits.scatter_add_(1, targets[:, None], grad)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """``hidden @ weight.T`` in the weight's dtype, then fp32 or float64; always a buffer of its own or a fresh cast."""
+    """`hidden @ weight.T` in the weight's dtype, then fp32 or float64; always a buffer of its own or a fresh cast."""
     with torch.autocast(hidden.device.type, enabled=False):
         return linear(hidden.to(weight.dtype), weight).to(_accumulation_dtype(weight))
 

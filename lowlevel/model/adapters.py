@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -15,26 +15,23 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from lowlevel.config import LoraConfig, RunConfig
+from lowlevel.config import LoraConfig
 from lowlevel.dropout import DropoutState
 from lowlevel.errors import CheckpointError, ConfigError, one_line, quoted
-from lowlevel.model.attention import MASKED, Attention
+from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.files import is_finite, read_json_object, refuse_pickles
 from lowlevel.model.flat import flatten
 from lowlevel.model.layers import DecoderLayers
-from lowlevel.model.linear import with_adapters_beside
-from lowlevel.model.memory import AdapterSize
+from lowlevel.model.linear import install_side_by_side
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import PARENT, TRAINED, Policy, place_dropout
 from lowlevel.model.suitability import check_base
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 MAX_RANK, MAX_ALPHA = 4096, 1_048_576
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 # What would change the adapter's effect or name code to run, and the value that means "not used".
@@ -100,7 +97,7 @@ def build_policy(
         except ValueError as error:  # its target modules match no layer
             raise CheckpointError(f"{parent} does not fit the base: {one_line(error)}") from None
         load_adapter_weights(model, PARENT, read_adapter_weights(parent), str(parent))
-    with_adapters_beside(model)
+    install_side_by_side(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     state = DropoutState()
     place_dropout(layers, lora.lora_dropout, state, placement.device)
@@ -147,34 +144,17 @@ def _new_config(base: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
     )
 
 
-def adapter_sizes(
-    config: RunConfig, parent: Path | None, init_from: Path | None
-) -> tuple[AdapterSize, AdapterSize | None]:
-    """Sizes of the adapter in training and of the one under it; a PEFT folder that is gone on from brings its own.
-
-    Raises:
-        CheckpointError: see `read_adapter_config`.
-    """
-
-    def of(folder: Path) -> AdapterSize:
-        found = read_adapter_config(folder)
-        return AdapterSize(found.r, tuple(found.target_modules or ()))
-
-    trained = of(init_from) if init_from else AdapterSize(config.lora.r, config.lora.target_modules)
-    return trained, of(parent) if parent and config.model.adapter_mode == "stack" else None
-
-
 def read_adapter_config(folder: Path) -> PeftLoraConfig:
     """The LoRA configuration of a PEFT folder.
 
     Raises:
         CheckpointError: no such folder, no LoRA adapter, or one with parts that this trainer does not train.
     """
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG
     try:
         raw = read_json_object(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no adapter ({CONFIG} is missing)") from None
+        raise CheckpointError(f"{folder} holds no adapter ({ADAPTER_CONFIG} is missing)") from None
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}, expected 'LORA'")
     for key, plain in UNSUPPORTED.items():
@@ -264,7 +244,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     settings = {**config, "inference_mode": True, "target_modules": sorted(config["target_modules"])}
     text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def adapter_sha256(folder: Path) -> str:

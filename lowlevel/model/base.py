@@ -5,22 +5,24 @@ from __future__ import annotations
 import functools
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import bitsandbytes as bnb
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from lowlevel.config import ModelConfig
+from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import CheckpointError, ConfigError, one_line
-from lowlevel.model.attention import register
+from lowlevel.kernels.dequantize import Quantised, dequantize_reference
+from lowlevel.model.attention_choice import register
 from lowlevel.model.files import SHOWN, check_weight_files, is_finite, read_json_object, refuse_pickles
-from lowlevel.model.placement import Placement
+from lowlevel.model.linear import install_dequantising_products, quantised_state
+from lowlevel.model.placement import Placement, dtype_name
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-DEMO_BASE = Path(__file__).parent.parent / "demo" / "base"
 # Output transforms that `hidden @ lm_head.T` would miss: Gemma 2, Cohere, Granite.
 OUTPUT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -38,8 +40,6 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         ConfigError: the folder or hub repository cannot be read, or transforms its logits in a way the losses do not
             know.
     """
-    from transformers import AutoConfig
-
     name = resolve_name(config.name)
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
         raise ConfigError(f"model.name {config.name!r}: no such folder")
@@ -61,9 +61,6 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The base's modules without memory for their weights. Raises ConfigError where it is no decoder."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     try:
         with init_empty_weights():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -83,10 +80,6 @@ def load_base(
         CheckpointError: a tensor is missing, left over, of another shape (nothing is ever initialised at random), or
             not finite, in the file or in the dtype that it is loaded in.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from lowlevel.model.linear import with_one_kernel
-
     register()
     load_model_config(config)
     check_weight_files(Path(resolve_name(config.name)))
@@ -120,14 +113,12 @@ def load_base(
     _check_quantised_layers(config.name, model, placement.device)
     _check_finite(config.name, model)
     _freeze(model)
-    with_one_kernel(model)
+    install_dequantising_products(model)
     return model
 
 
 def _freeze(model: Any) -> None:
     """No gradient, no random numbers, no cache, and no repacked weights."""
-    import bitsandbytes as bnb
-
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
@@ -157,9 +148,9 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             continue
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         tensors[plain] = parameter
-        state = getattr(parameter, "quant_state", None)  # bitsandbytes.nn.Params4bit carries it; other weights do not
-        if state is not None:
-            tensors.update({f"{plain}.{key}": value for key, value in state.as_dict(packed=True).items()})
+        if isinstance(parameter, bnb.nn.Params4bit):
+            state = parameter.quant_state.as_dict(packed=True)
+            tensors.update({f"{plain}.{key}": value for key, value in state.items()})
     return tensors
 
 
@@ -181,10 +172,6 @@ def _reads_ragged_rows() -> bool:
     Version 0.50 with AVX-512 gives such rows the constants of other blocks (error of a weight 0.21 to 0.33 of its norm,
     not 0.09); with AVX2 it does not.
     """
-    import bitsandbytes as bnb
-
-    from lowlevel.kernels.dequantize import Quantised, dequantize_reference
-
     values = torch.arange(1.0, 4 * 96 + 1).view(4, 96)
     packed, state = bnb.functional.quantize_4bit(values, quant_type="nf4", blocksize=64)
     expected = dequantize_reference(Quantised.of(packed, state), torch.float32)
@@ -196,10 +183,6 @@ def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -
 
     And bitsandbytes may read rows that are no multiple of the block wrongly, see `_reads_ragged_rows`.
     """
-    import bitsandbytes as bnb
-
-    from lowlevel.model.linear import quantised_state
-
     for module_name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             state = quantised_state(module)
@@ -215,17 +198,18 @@ def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -
                 )
 
 
-def _check_finite(name: str, model: nn.Module) -> None:
+def _check_finite(name: str, model: PreTrainedModel) -> None:
     """What a file on the hub holds, and what overflows in the dtype: 1e5 of an fp32 file is infinite in fp16."""
     bad = sorted(n for n, parameter in model.named_parameters() if not all(map(is_finite, _float_values(parameter))))
     if bad:
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise CheckpointError(f"base {name!r}: {len(bad)} tensors are not finite in {dtype}: {', '.join(bad[:SHOWN])}")
+        raise CheckpointError(
+            f"base {name!r}: {len(bad)} tensors are not finite in {dtype_name(model.dtype)}: {', '.join(bad[:SHOWN])}"
+        )
 
 
-def _float_values(parameter: Any) -> list[Tensor]:
+def _float_values(parameter: nn.Parameter) -> list[Tensor]:
     """A parameter's values; of one in 4 bits its quantisation constants, which scale every value of their blocks."""
-    state = getattr(parameter, "quant_state", None)  # as in _base_tensors
-    if state is None:
+    if not isinstance(parameter, bnb.nn.Params4bit):
         return [parameter]
+    state: Any = parameter.quant_state
     return [state.offset, state.state2.absmax] if state.nested else [state.absmax]

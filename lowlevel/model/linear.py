@@ -34,7 +34,7 @@ else:
 
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):
-    """A bitsandbytes layer whose compiled product is ours. Made by `with_one_kernel` alone."""
+    """A bitsandbytes layer whose compiled product is ours. Made by `install_dequantising_products` alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in the dtype of x; products in the layer's compute dtype."""
@@ -43,7 +43,7 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
         return product(self, x.to(self.compute_dtype or x.dtype), [], [], []).to(x.dtype)
 
 
-def with_one_kernel(model: nn.Module) -> None:
+def install_dequantising_products(model: nn.Module) -> None:
     """Let every 4-bit layer of a model be compiled as above. Its weights and its uncompiled pass stay what they are."""
     for module in model.modules():
         if type(module) is bnb.nn.Linear4bit:
@@ -51,7 +51,7 @@ def with_one_kernel(model: nn.Module) -> None:
 
 
 class _SideBySide(Adapted):
-    """An adapted layer of PEFT's whose compiled pass is the module's first line. Made by `with_adapters_beside`."""
+    """An adapted layer of PEFT's whose compiled pass is the module's first line. Made by `install_side_by_side`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
@@ -74,7 +74,7 @@ class _AdaptedLinear(_SideBySide, peft_layer.Linear):
     pass
 
 
-def with_adapters_beside(model: nn.Module) -> None:
+def install_side_by_side(model: nn.Module) -> None:
     """Let every adapted layer of a model be compiled as above; weights, names and the uncompiled pass stay PEFT's."""
     for module in model.modules():
         if type(module) is peft_bnb.Linear4bit:

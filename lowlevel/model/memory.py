@@ -16,23 +16,22 @@ state is paged and outside the allocator: it is listed apart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from lowlevel.config import RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.kernels import chunk_rows
+from lowlevel.model.adapters import read_adapter_config
 from lowlevel.model.base import empty_model
 from lowlevel.model.placement import DTYPES, Placement
 from lowlevel.workspaces import FIXED, SMALL, workspace_bytes
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
 WORKSPACES = 4  # of cuBLAS: for two streams (linear.py), each in the threads of forward and of backward pass
-BACKWARD_VALUES = 1.0  # gradients alive in a layer's backward pass, as a multiple of its widest activation (3 F)
 DEQUANTISE_POSITIONS = 500  # on an H100 dequantising a layer takes as long as this many positions' products
 
 
@@ -95,6 +94,23 @@ class Forecast:
         return sum(self.static.values()) + max(self.phases.values())
 
 
+def adapter_sizes(
+    config: RunConfig, parent: Path | None, init_from: Path | None
+) -> tuple[AdapterSize, AdapterSize | None]:
+    """Sizes of the adapter in training and of the one under it; a PEFT folder that is gone on from brings its own.
+
+    Raises:
+        CheckpointError: see `read_adapter_config`.
+    """
+
+    def of(folder: Path) -> AdapterSize:
+        found = read_adapter_config(folder)
+        return AdapterSize(found.r, tuple(found.target_modules or ()))
+
+    trained = of(init_from) if init_from else AdapterSize(config.lora.r, config.lora.target_modules)
+    return trained, of(parent) if parent and config.model.adapter_mode == "stack" else None
+
+
 def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSize | None = None) -> ModelShape:
     """Sizes of a model from its configuration, without its weights, and of its adapters."""
     settings = base.to_dict()
@@ -144,7 +160,7 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
         kept += 5 * shape.hidden + shape.query + shape.intermediate
     else:
         kept += shape.hidden
-    transient = int(BACKWARD_VALUES * 3 * shape.intermediate) + 2 * shape.hidden
+    transient = 3 * shape.intermediate + 2 * shape.hidden  # gradients alive in a layer's backward pass
     weights = shape.largest * size if quantised else 0
     inputs = plan.recomputed * shape.hidden
     on_device = min(inputs, 2 * shape.hidden) if config.train.offload_activations else inputs

@@ -10,20 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lowlevel.config import ModelConfig
 from lowlevel.errors import CheckpointError
-from lowlevel.model.adapters import CONFIG, read_adapter_config, read_adapter_weights, write_adapter
+from lowlevel.model.adapters import ADAPTER_CONFIG, read_adapter_config, read_adapter_weights, write_adapter
 from lowlevel.model.base import load_base
 from lowlevel.model.linear import quantised_state
 from lowlevel.model.placement import Placement
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PREFIX, SUFFIX_A, SUFFIX_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
@@ -51,7 +49,9 @@ def scaled_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
             raise CheckpointError(f"{folder}: {stem + SUFFIX_B} is missing")
         ranks = (weights[stem + SUFFIX_A].shape[0], weights[stem + SUFFIX_B].shape[1])
         if ranks != (config.r, config.r):
-            raise CheckpointError(f"{folder}: {stem} has rank {ranks[0]} and {ranks[1]}, {CONFIG} says r = {config.r}")
+            raise CheckpointError(
+                f"{folder}: {stem} has rank {ranks[0]} and {ranks[1]}, {ADAPTER_CONFIG} says r = {config.r}"
+            )
     return {stem: (weights[stem + SUFFIX_A].float(), scaling * weights[stem + SUFFIX_B].float()) for stem in stems}
 
 
@@ -78,7 +78,7 @@ def write_stacked_adapter(lower: Path, upper: Path, out: Path) -> None:
     rank = sum(config.r for config in configs)
     targets = {target for config in configs for target in config.target_modules or ()}
     stacked = {"r": rank, "lora_alpha": rank, "use_rslora": False, "target_modules": targets, "lora_dropout": 0.0}
-    name = json.loads((upper / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    name = json.loads((upper / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     write_adapter(out, tensors, {**configs[1].to_dict(), **stacked, "base_model_name_or_path": name})
 
 

@@ -13,6 +13,11 @@ from lowlevel.errors import ConfigError
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float16" for torch.float16: how files name a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a model runs and in which precision."""

@@ -6,25 +6,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lowlevel.dropout import CounterDropout, DropoutState
 from lowlevel.kernels import token_logps
 from lowlevel.layout import PackedBatch
-from lowlevel.model.attention import Attention
+from lowlevel.model.attention_choice import Attention
 from lowlevel.model.flat import FlatParameters
 from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.linear import quantised_state
 from lowlevel.model.placement import Placement
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 TRAINED = "trained"  # the adapter in training
 PARENT = "parent"  # the frozen adapter under it: what DPO started from

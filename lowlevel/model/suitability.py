@@ -8,19 +8,15 @@ attention of a model's own may not ask for the mask.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from lowlevel.errors import ConfigError
 from lowlevel.layout import build_batch, pair_segment, sft_segment
-from lowlevel.model.attention import plain_attention
+from lowlevel.model.attention_choice import plain_attention
 from lowlevel.model.policy import Policy
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 FIRST, PROMPT, REJECTED = 13, 5, 8  # tokens that are tried: an example, its prompt, the other completion
 

@@ -21,13 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowlevel.checkpoints.checkpoint import settle, write_json
-from lowlevel.dpo import DPO, loss_arguments
+from lowlevel.dpo import DPO, configured_loss
 from lowlevel.errors import ConfigError
 from lowlevel.execution import micro_step
 from lowlevel.hashing import key32
 from lowlevel.kernels import token_logps
 from lowlevel.layout import PackedBatch
-from lowlevel.losses import dpo_loss
+from lowlevel.losses.preference import PairLogps
+from lowlevel.method import Method
+from lowlevel.model.placement import dtype_name
 from lowlevel.optimizer import optimizer_tensors
 from lowlevel.replaying.session import Session
 
@@ -90,7 +92,7 @@ class Dump:
         """What each tensor is."""
         described = {
             file: {
-                name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+                name: {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
                 for name, tensor in tensors.items()
             }
             for file, tensors in self.files.items()
@@ -181,18 +183,11 @@ def _micro_tensors(session: Session, batch: PackedBatch, seen: Tensors) -> Tenso
     return tensors | {"losses": _copy(_losses(session.method, batch, logps))}
 
 
-def _losses(method: Any, batch: PackedBatch, logps: Tensors) -> Tensor:
+def _losses(method: Method, batch: PackedBatch, logps: Tensors) -> Tensor:
     if not isinstance(method, DPO):
         return -logps["policy"]
-    chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
-    output = dpo_loss(
-        *logps["policy"].chunk(2),
-        *logps["reference"].chunk(2),
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-        **loss_arguments(method.config),
-    )
-    return torch.where(batch.real, output.losses, 0.0)
+    pairs = PairLogps(*logps["policy"].chunk(2), *logps["reference"].chunk(2), *batch.lengths.chunk(2))
+    return torch.where(batch.real, configured_loss(method.config, pairs).losses, 0.0)
 
 
 def _copy(tensor: Tensor) -> Tensor:

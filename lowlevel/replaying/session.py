@@ -24,7 +24,7 @@ from lowlevel.loop import optimizer_step
 from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
 from lowlevel.metrics import StepResult, TrainState
-from lowlevel.model.attention import choose_attention
+from lowlevel.model.attention_choice import choose_attention
 from lowlevel.model.base import load_model_config
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.model.policy import Policy, dequantize_once

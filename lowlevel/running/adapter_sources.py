@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lowlevel.errors import ConfigError, quoted
+from lowlevel.model.adapters import ADAPTER_CONFIG, adapter_sha256
 from lowlevel.model.files import read_json_object
 from lowlevel.running.run_folder import RunFolder
 
-ADAPTER_CONFIG = "adapter_config.json"
 QUANTISATION = ("dtype", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
@@ -48,8 +48,6 @@ def check_frozen_under(parent: Path | None, init_from: Path | None) -> None:
         ConfigError: with what to do.
         CheckpointError: a manifest that cannot be read.
     """
-    from lowlevel.model.adapters import adapter_sha256
-
     if parent and _frozen_under(parent):
         raise ConfigError(
             f"model.adapter: {parent} stands on an adapter of its own; merge it first (lowlevel merge) and start from "

@@ -7,32 +7,33 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.config import RunConfig
 from lowlevel.contradictions import parse_size
+from lowlevel.data.prepare import ModelLimits, PreparedData, prepare
+from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.dpo import DPO, check_loss
 from lowlevel.errors import ConfigError
 from lowlevel.layout import Shape
 from lowlevel.losses import LOSSES
 from lowlevel.method import Method
-from lowlevel.model.attention import Attention, choose_attention
+from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
+from lowlevel.model.attention_choice import Attention, choose_attention
 from lowlevel.model.base import base_sha256, empty_model, load_base, load_model_config, resolve_name
-from lowlevel.model.embedding import TIED
-from lowlevel.model.placement import Placement, choose_placement
+from lowlevel.model.embedding import TIED, move_embeddings_to_host
+from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
+from lowlevel.model.merging import merged_model
+from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
 from lowlevel.model.suitability import attention_window
 from lowlevel.order import ORDER_VERSION
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.sft import SFT
-
-if TYPE_CHECKING:
-    from lowlevel.data.prepare import PreparedData
-    from lowlevel.data.rendering import ChatTokenizer
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,6 @@ def check_inputs(config: RunConfig) -> Inputs:
     Raises:
         ConfigError, DataError, CheckpointError: with what to do about it.
     """
-    from lowlevel.model.adapters import check_target_modules, read_adapter_config
-
     if config.method == "dpo":
         try:
             check_loss(config.dpo)
@@ -135,8 +134,6 @@ def prepare_data(config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:
     Raises:
         ConfigError, DataError: with what to do about it.
     """
-    from lowlevel.data.prepare import ModelLimits, prepare
-
     base = load_model_config(config.model)
     tokenizer = load_run_tokenizer(config)
     limits = ModelLimits(base.vocab_size, base.max_position_embeddings, attention_window(base))
@@ -145,8 +142,6 @@ def prepare_data(config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:
 
 def load_run_tokenizer(config: RunConfig) -> ChatTokenizer:
     """The tokenizer and chat template of a configuration. Raises ConfigError."""
-    from lowlevel.data.rendering import load_chat_tokenizer
-
     model, data = config.model, config.data
     date = datetime.date.fromisoformat(data.template_date)
     return load_chat_tokenizer(resolve_name(model.name), model.revision, data.chat_template_from, date)
@@ -160,9 +155,6 @@ def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tu
     Raises:
         ConfigError: the folder holds a base of another adapter.
     """
-    from lowlevel.model.adapters import adapter_sha256
-    from lowlevel.model.merging import merged_model
-
     assert inputs.parent is not None
     target, sha256 = folder.base, adapter_sha256(inputs.parent)
     if target.exists():
@@ -199,9 +191,6 @@ def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
     Raises:
         ConfigError: nothing fits, or the run is one that a plan cannot change.
     """
-    from lowlevel.model.adapters import adapter_sizes
-    from lowlevel.model.memory import best_plan, model_shape, planned
-
     budget = parse_size(config.train.memory_budget or "")
     assert budget is not None  # checked with the configuration
     if inputs.placement.device.type != "cuda":
@@ -215,9 +204,6 @@ def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
 
 def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
     """Load the base and attach the adapters."""
-    from lowlevel.model.adapters import build_policy
-    from lowlevel.model.embedding import move_embeddings_to_host
-
     base = load_base(config.model, inputs.placement, attention=inputs.attention.implementation)
     if config.model.embeddings_on_host:
         move_embeddings_to_host(base)
@@ -237,8 +223,6 @@ def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
 
 def identity(config: RunConfig, inputs: Inputs, policy: Policy) -> dict[str, Any]:
     """What a run stands on: the manifest's answer to "which weights, which data, which reference?"."""
-    from lowlevel.model.adapters import adapter_sha256
-
     model = config.model
     keys = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     quantisation = {key: getattr(model, key) for key in keys} if model.load_in_4bit else {"load_in_4bit": False}
@@ -251,7 +235,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy) -> dict[str, Any
             "name": Path(model.name).name if Path(model.name).exists() else model.name,
             "revision": model.revision,
             "sha256": base_sha256(policy.model),
-            "dtype": str(inputs.placement.dtype).removeprefix("torch."),
+            "dtype": dtype_name(inputs.placement.dtype),
             **quantisation,
             **({"merged_adapter": inputs.merged_adapter} if inputs.merged_adapter else {}),
         },

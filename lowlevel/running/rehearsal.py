@@ -25,7 +25,7 @@ def largest_batch(method: Method, examples: Sequence[Any], count: int) -> Packed
     longest = sorted(examples, key=method.size, reverse=True)[:count]
     if method.packing and method.shape:
         full = -(-method.shape.capacity // 8) * 8
-        method = replace(method, shape=replace(method.shape, positions=full))  # type: ignore[type-var]
+        method = replace(method, shape=replace(method.shape, positions=full))
     return max(method.micro_batches(longest), key=lambda batch: (batch.input_ids.numel(), batch.num_scored))
 
 

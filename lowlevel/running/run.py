@@ -276,5 +276,6 @@ def _execution(job: Job, console: Console) -> tuple[WithFallback, CachedReferenc
 
 def evaluation_batches(method: Method, config: RunConfig, inputs: Inputs) -> list[PackedBatch]:
     """Held-out rows as micro-batches, in their own order."""
-    size, rows = config.rows_per_step, inputs.data.evaluation
+    size = config.rows_per_step
+    rows: Sequence[Any] = inputs.data.evaluation
     return [batch for start in range(0, len(rows), size) for batch in method.micro_batches(rows[start : start + size])]

@@ -8,7 +8,8 @@ RUN/trace/
     datasets.load_dataset("parquet", data_files="RUN/trace/pairs-*.parquet")     pandas.read_parquet(one of the files)
 
 Every number is the one that the step computed: the loss hands its tensors over, and nothing runs twice. Only the two
-weights come from one more derivative of the same loss at the same four log-probabilities.
+weights, -dL/d(chosen reward) and dL/d(rejected reward), come from one more derivative of the same loss at the same four
+log-probabilities.
 """
 
 from lowlevel.tracing.files import drop_after, read_trace

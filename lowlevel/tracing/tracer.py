@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from lowlevel.config import RunConfig
-from lowlevel.dpo import DPO
+from lowlevel.dpo import DPO, reward_slopes
 from lowlevel.errors import CheckpointError
 from lowlevel.execution import Kept
 from lowlevel.layout import PackedBatch
+from lowlevel.losses.preference import PairLogps
 from lowlevel.method import Method
 from lowlevel.model.policy import Policy
 from lowlevel.tracing.files import write_table
 from lowlevel.tracing.gradients import measure
-from lowlevel.tracing.weights import pair_weights
 
 FLUSH_VALUES = 2**22  # numbers held on the host before they are written between two checkpoints
-LOGPS = {
+LOGPS = {  # by the names of PairLogps
     "chosen_logps": "logps/chosen",
     "rejected_logps": "logps/rejected",
     "ref_chosen_logps": "logps/ref_chosen",
@@ -117,7 +117,8 @@ class Tracer:
         size, half = len(batch.data_rows), len(batch.lengths) // 2  # a batch filled up to a shape has room for more
         logps = {name: kept.examples[source][:size] for name, source in LOGPS.items()}
         chosen, rejected = _lengths(batch, 0), _lengths(batch, half)
-        weights = pair_weights(method.config, logps, torch.tensor(chosen), torch.tensor(rejected))
+        pairs = PairLogps(**logps, chosen_lengths=torch.tensor(chosen), rejected_lengths=torch.tensor(rejected))
+        for_chosen, for_rejected = reward_slopes(method.config, pairs)
         columns: Columns = {name: values.numpy() for name, values in logps.items()}
         columns |= {
             "chosen_length": chosen,
@@ -125,7 +126,8 @@ class Tracer:
             "chosen_logratio": (logps["chosen_logps"] - logps["ref_chosen_logps"]).numpy(),
             "rejected_logratio": (logps["rejected_logps"] - logps["ref_rejected_logps"]).numpy(),
             **{name: kept.examples[source][:size].numpy() for name, source in REWARDS.items()},
-            **weights,
+            "weight": (-for_chosen).numpy(),
+            "rejected_weight": for_rejected.numpy(),
             "loss": kept.examples["loss"][:size].numpy(),
         }
         if self.token_level:

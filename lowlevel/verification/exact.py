@@ -109,8 +109,10 @@ def base_parameters(policy: Policy) -> int:
     """Weights of the base, each 4-bit one counted."""
     total = 0
     for name, parameter in policy.model.named_parameters():
-        state = getattr(parameter, "quant_state", None)  # bitsandbytes.nn.Params4bit carries it
-        total += 0 if ".lora_" in name else (state.shape.numel() if state is not None else parameter.numel())
+        if isinstance(parameter, bnb.nn.Params4bit):
+            total += parameter.quant_state.shape.numel()
+        elif ".lora_" not in name:
+            total += parameter.numel()
     return total
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lowlevel import dpo, kernels
 from lowlevel.losses import token_logps_reference
+from lowlevel.losses.preference import PairLogps
 from lowlevel.verification.check import Check, check, head_bound, largest, relative
 from lowlevel.verification.evidence import Evidence, flat64
 from lowlevel.verification.formulas import slopes
@@ -33,20 +32,14 @@ def gradient_checks(subject: Subject, evidence: Evidence) -> list[Check]:
 
 def _formula_check(subject: Subject, evidence: Evidence) -> Check:
     """`dpo_loss` as `method.loss` calls it, at the real log-probabilities in fp32, against closed form or float64."""
-    method: Any = subject.method
+    method = subject.method
+    assert isinstance(method, dpo.DPO)
     logps = evidence.logps()
     leaves = [
         value.float().requires_grad_() for value in (logps.chosen, logps.rejected, logps.ref_chosen, logps.ref_rejected)
     ]
-    output = dpo.dpo_loss(
-        leaves[0],
-        leaves[1],
-        leaves[2],
-        leaves[3],
-        chosen_lengths=logps.chosen_lengths,
-        rejected_lengths=logps.rejected_lengths,
-        **dpo.loss_arguments(method.config),
-    )
+    pairs = PairLogps(leaves[0], leaves[1], leaves[2], leaves[3], logps.chosen_lengths, logps.rejected_lengths)
+    output = dpo.configured_loss(method.config, pairs)
     grads = torch.autograd.grad(output.losses.sum(), leaves, allow_unused=True)
     found = torch.stack([torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)])
     expected = torch.stack(slopes(logps, subject.config.dpo))

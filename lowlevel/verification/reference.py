@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowlevel import dpo
 from lowlevel.dropout import CounterDropout
 from lowlevel.layout import PackedBatch
+from lowlevel.model.placement import dtype_name
 from lowlevel.verification.check import Check, check, largest
 from lowlevel.verification.subject import Subject, fill_b, kept_weights, zero_b
 
@@ -133,7 +134,7 @@ def _kernels(subject: Subject, batch: PackedBatch) -> list[Check]:
             hidden = policy.scored_hidden_states(batch)
         seen.append((kernels.names, hidden.dtype))
     policy.layers.use(compiled=compiled)
-    names, dtype = ", ".join(sorted(seen[0][0])), str(seen[0][1]).removeprefix("torch.")
+    names, dtype = ", ".join(sorted(seen[0][0])), dtype_name(seen[0][1])
     return [
         check(GROUP, "same attention kernel", float(len(seen[0][0] ^ seen[1][0])), 0, names or "none seen"),
         check(GROUP, "same dtype", float(seen[0][1] != seen[1][1]), 0, dtype),

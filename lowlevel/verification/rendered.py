@@ -15,7 +15,7 @@ from lowlevel.config import DataConfig
 from lowlevel.data.messages import normalise
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.sources import read_source
-from lowlevel.layout import IGNORED
+from lowlevel.labels import IGNORED
 
 
 @dataclass(frozen=True)

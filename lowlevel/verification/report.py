@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,10 +23,8 @@ from lowlevel.verification.masking import masking_checks
 from lowlevel.verification.reference import frozen_checks, reference_checks
 from lowlevel.verification.subject import Subject, fill_b, has_effect, kept_weights, without_dropout
 
-Progress = Callable[[str], None]
 
-
-def run_checks(subject: Subject, progress: Progress = lambda text: None) -> list[Check]:
+def run_checks(subject: Subject) -> list[Check]:
     """Every check on one step. The policy is left as it was.
 
     An adapter at its start has B = 0: then most gradients and all margins are 0 and would prove nothing, so B is filled
@@ -36,22 +34,16 @@ def run_checks(subject: Subject, progress: Progress = lambda text: None) -> list
     names, before = policy.trainable_names(), policy.flat.weights.detach().clone()
     base = base_sha256(policy.model)
     checks: list[Check] = []
-    progress("masking")
     with kept_weights(policy):
         if not has_effect(policy):
             fill_b(policy)
         with without_dropout(policy):
             checks += masking_checks(subject)
-            progress("loss")
             evidence = gather(subject)
             checks += loss_checks(subject, evidence)
-            progress("gradients")
             checks += gradient_checks(subject, evidence)
-            progress("accounting")
             checks += accounting_checks(subject, evidence)
-        progress("invariances")
         checks += invariance_checks(subject, evidence)
-    progress("reference")
     checks += reference_checks(subject)
     return checks + frozen_checks(subject, names, before, (base, base_sha256(policy.model)))
 

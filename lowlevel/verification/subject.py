@@ -19,16 +19,15 @@ from lowlevel.execution import Execution, WithFallback
 from lowlevel.hashing import key32
 from lowlevel.layout import PackedBatch
 from lowlevel.loss_scale import LossScale
+from lowlevel.method import Method
 from lowlevel.metrics import StepResult
 from lowlevel.model.policy import Policy
-from lowlevel.sft import SFT
 from lowlevel.verification.check import BOUNDS, Bounds
 
 if TYPE_CHECKING:
     from lowlevel.data.rendering import ChatTokenizer
 
-Method = SFT | DPO
-SGD_NOTHING = 0.0  # a learning rate: the gradient stays in the flat buffer and no weight moves
+ZERO_RATE = 0.0  # the gradient stays in the flat buffer and no weight moves
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Subject:
         result = loop.optimizer_step(
             self.policy,
             method,
-            torch.optim.SGD([self.policy.flat.weights], lr=SGD_NOTHING),
+            torch.optim.SGD([self.policy.flat.weights], lr=ZERO_RATE),
             made,
             loss_scale,
             seed=self.config.train.seed,

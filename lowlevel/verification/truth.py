@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowlevel import kernels
 from lowlevel.config import DPOConfig
-from lowlevel.layout import IGNORED, PackedBatch
+from lowlevel.labels import IGNORED
+from lowlevel.layout import PackedBatch
 from lowlevel.model.policy import Policy
 from lowlevel.verification.formulas import Logps, pair_losses
 
@@ -42,10 +44,6 @@ class HeadScores:
     sides: Tensor
     largest_logit: float
 
-    def total(self, side: int) -> Tensor:
-        """Sum over a branch, scalar."""
-        return self.exact[self.sides == side].sum()
-
 
 def sequences_of(example: Any, preference: bool) -> list[Scored]:
     """One sequence of a conversation; two of a pair, chosen and rejected."""
@@ -62,8 +60,6 @@ def head_scores(policy: Policy, batch: PackedBatch) -> HeadScores:
 
     Which position is scored with which target is read from `batch.targets`; filled-up positions are left out.
     """
-    from lowlevel import kernels
-
     policy.dropout.disable()
     with torch.no_grad():
         hidden = policy.scored_hidden_states(batch)

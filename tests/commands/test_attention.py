@@ -11,7 +11,7 @@ from lowlevel import workspaces
 from lowlevel.config import LoraConfig, ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.model.adapters import build_policy
-from lowlevel.model.attention import Attention, choose_attention
+from lowlevel.model.attention_choice import Attention, choose_attention
 from lowlevel.model.base import load_base
 from lowlevel.model.placement import Placement, choose_placement
 

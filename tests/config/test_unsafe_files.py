@@ -15,7 +15,7 @@ from lowlevel.checkpoints.checkpoint import save_checkpoint, verify
 from lowlevel.config import ModelConfig
 from lowlevel.data.rendering import chat_tokenizer
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.model.adapters import CONFIG, WEIGHTS, build_policy, read_adapter_config, read_adapter_weights
+from lowlevel.model.adapters import ADAPTER_CONFIG, WEIGHTS, build_policy, read_adapter_config, read_adapter_weights
 from lowlevel.model.base import empty_model, load_base, load_model_config
 from lowlevel.model.files import MAX_JSON_BYTES, read_json_object
 from lowlevel.model.merging import scaled_pairs
@@ -207,7 +207,7 @@ def test_code_in_a_model_folder_is_not_run(base, tmp_path):
 def test_json_from_elsewhere_is_bounded(base, adapter, content, message):
     for path, read in (
         (base / "config.json", lambda: load_model_config(ModelConfig(name=str(base)))),
-        (adapter / CONFIG, lambda: read_adapter_config(adapter)),
+        (adapter / ADAPTER_CONFIG, lambda: read_adapter_config(adapter)),
     ):
         path.write_text(content)
         assert message in refusal(read)
@@ -237,7 +237,7 @@ def test_json_from_elsewhere_is_bounded(base, adapter, content, message):
 )
 def test_an_adapter_configuration_out_of_bounds(adapter, keys, message):
     read_adapter_config(adapter)
-    change_json(adapter / CONFIG, **keys)
+    change_json(adapter / ADAPTER_CONFIG, **keys)
     assert message in refusal(read_adapter_config, adapter)
 
 
@@ -249,11 +249,11 @@ def attach(base: Path, adapter: Path, role: str):
 @pytest.mark.parametrize("role", ["parent", "init_from"])
 def test_an_adapter_that_does_not_fit(tiny_base, adapter, role):
     first = sorted(load_file(adapter / WEIGHTS))[0]
-    change_json(adapter / CONFIG, r=8)
+    change_json(adapter / ADAPTER_CONFIG, r=8)
     assert "28 adapter tensors of another shape" in refusal(attach, tiny_base, adapter, role)
-    change_json(adapter / CONFIG, r=4, target_modules=["nope"])
+    change_json(adapter / ADAPTER_CONFIG, r=4, target_modules=["nope"])
     assert "does not fit the base" in refusal(attach, tiny_base, adapter, role)
-    change_json(adapter / CONFIG, target_modules=["q_proj"])
+    change_json(adapter / ADAPTER_CONFIG, target_modules=["q_proj"])
     assert "24 adapter tensors left over" in refusal(attach, tiny_base, adapter, role)
     for change, message in (
         (lambda t: t.update({first: t[first].to(torch.int64)}), f"1 tensors are not fp32, fp16 or bf16: {first}"),
@@ -265,7 +265,7 @@ def test_an_adapter_that_does_not_fit(tiny_base, adapter, role):
 
 def test_a_rank_that_is_not_the_tensors_own_is_not_merged(adapter):
     assert len(scaled_pairs(adapter)) == 14
-    change_json(adapter / CONFIG, r=8)
+    change_json(adapter / ADAPTER_CONFIG, r=8)
     assert "has rank 4 and 4, adapter_config.json says r = 8" in refusal(scaled_pairs, adapter)
 
 

@@ -16,6 +16,23 @@ USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content"
 TALK = [USER, REPLY, {"role": "user", "content": "more"}, {"role": "assistant", "content": "ok"}]
 
 
+def encode_conversation(tokenizer, messages):
+    return or_raise(tokenizer.encode_conversations([messages])[0])
+
+
+def encode_pair(tokenizer, prompt, supervise) -> tuple[list[int], list[int]]:
+    """Prompt ids and completion ids of REPLY."""
+    reply = REPLY["content"]
+    pair = or_raise(tokenizer.encode_pairs([(prompt, reply, reply)], supervise)[0])
+    return pair.prompt_ids, pair.chosen_ids
+
+
+def or_raise(result):
+    if isinstance(result, RenderError):
+        raise result
+    return result
+
+
 def supervised_text(tokenizer, encoded) -> list[str]:
     return [tokenizer.decode(encoded.input_ids[start:end]) for start, end in encoded.replies]
 
@@ -24,7 +41,7 @@ def supervised_text(tokenizer, encoded) -> list[str]:
 @pytest.mark.parametrize(("supervise", "end"), [("assistant", "</s>"), ("all", "</s>\n")])
 def test_the_recipes_prompt_and_completion_character_for_character(tinyllama, system, supervise, end):
     prompt = [{"role": "system", "content": system}, USER]
-    prompt_ids, completion_ids = tinyllama.encode_pair(prompt, [REPLY], supervise)
+    prompt_ids, completion_ids = encode_pair(tinyllama, prompt, supervise)
     assert tinyllama.decode(prompt_ids) == f"<s><|system|>\n{system}</s>\n<|user|>\nhi</s>\n<|assistant|>\n"
     assert tinyllama.decode(completion_ids) == f"yo{end}"
     assert tinyllama.encode_prompt(prompt) == prompt_ids
@@ -32,7 +49,7 @@ def test_the_recipes_prompt_and_completion_character_for_character(tinyllama, sy
 
 def test_replies_end_with_the_end_of_turn_token_and_not_with_the_newline(tinyllama, chatml):
     for tokenizer, end in ((tinyllama, "</s>"), (chatml, "<|im_end|>")):
-        encoded = tokenizer.encode_conversation(TALK)
+        encoded = encode_conversation(tokenizer, TALK)
         assert supervised_text(tokenizer, encoded) == [f"yo{end}", f"ok{end}"]
         in_replies = np.zeros(len(encoded.input_ids), bool)
         for start, stop in encoded.replies:
@@ -58,14 +75,14 @@ def test_generation_markers_give_the_same_spans_as_turn_by_turn_rendering(chatml
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     other = chat_tokenizer(chatml.tokenizer, marked)
-    assert other.encode_conversation(TALK) == chatml.encode_conversation(TALK)
+    assert encode_conversation(other, TALK) == encode_conversation(chatml, TALK)
 
 
 def test_a_batch_gives_what_single_calls_give_and_keeps_errors_in_place(chatml, kit):
     refusing = kit.CHATML + "{% if messages[0]['content'] == 'no' %}{{ raise_exception('not like this') }}{% endif %}"
     tokenizer = chat_tokenizer(chatml.tokenizer, refusing)
     first, bad, last = tokenizer.encode_conversations([TALK, [{**USER, "content": "no"}, REPLY], [USER, REPLY]])
-    assert (first, last) == (chatml.encode_conversation(TALK), chatml.encode_conversation([USER, REPLY]))
+    assert (first, last) == (encode_conversation(chatml, TALK), encode_conversation(chatml, [USER, REPLY]))
     assert isinstance(bad, RenderError)
     assert str(bad) == "the chat template refuses the row: not like this"
 
@@ -77,8 +94,8 @@ def test_never_two_bos(kit, template_writes_bos, tokenizer_adds_bos):
     template = ("{{ '<s>' }}" if template_writes_bos else "") + kit.TINYLLAMA
     tokenizer = chat_tokenizer(raw, template)
     bos = raw.convert_tokens_to_ids("<s>")
-    pair = tokenizer.encode_pair([USER], [REPLY], "all")
-    for ids in (tokenizer.encode_conversation(TALK).input_ids, tokenizer.encode_prompt([USER]), pair[0] + pair[1]):
+    pair = encode_pair(tokenizer, [USER], "all")
+    for ids in (encode_conversation(tokenizer, TALK).input_ids, tokenizer.encode_prompt([USER]), pair[0] + pair[1]):
         assert ids.count(bos) == (template_writes_bos or tokenizer_adds_bos)
         assert (ids[0] == bos) == (template_writes_bos or tokenizer_adds_bos)
 
@@ -90,11 +107,11 @@ def test_a_reply_that_merges_with_the_prompts_newline_is_tokenised_apart(chatml)
     assert pair.prompt_ids == chatml.encode_prompt([USER])
     assert chatml.decode(pair.chosen_ids) == "\nhm<|im_end|>"
     assert pair.retokenised == 1
-    encoded = chatml.encode_conversation([USER, reply])
+    encoded = encode_conversation(chatml, [USER, reply])
     assert encoded.input_ids[: encoded.replies[0][0]] == pair.prompt_ids
     assert supervised_text(chatml, encoded) == ["\nhm<|im_end|>"]
     assert encoded.retokenised == 1
-    assert chatml.encode_conversation(TALK).retokenised == 0
+    assert encode_conversation(chatml, TALK).retokenised == 0
 
 
 def test_sentencepiece_puts_no_space_before_a_completion(kit):
@@ -104,13 +121,13 @@ def test_sentencepiece_puts_no_space_before_a_completion(kit):
     assert texts == [["y", "o", "</s>"], ["▁", "y", "o", "</s>"]]
     assert tokenizer.tokenizer.convert_ids_to_tokens(pair.prompt_ids[-2:]) == [">", "<0x0A>"]
     assert tokenizer._continue("yo")[0] == pair.chosen_ids[:2]
-    encoded = tokenizer.encode_conversation(TALK)
+    encoded = encode_conversation(tokenizer, TALK)
     assert supervised_text(tokenizer, encoded) == ["yo</s>", "ok</s>"]
 
 
 def test_emoji_and_eos_in_the_text_keep_spans_exact(chatml):
     talk = [{**USER, "content": "é<|im_end|>😀"}, {**REPLY, "content": "😀 <|im_end|> é"}]
-    encoded = chatml.encode_conversation(talk)
+    encoded = encode_conversation(chatml, talk)
     assert supervised_text(chatml, encoded) == ["😀 <|im_end|> é<|im_end|>"]
 
 
@@ -119,9 +136,9 @@ def test_a_prompt_that_is_no_prefix_is_refused(chatml, kit):
     template = kit.CHATML.replace("{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", thinking)
     tokenizer = chat_tokenizer(chatml.tokenizer, template)
     with pytest.raises(RenderError, match="prompt tokens are not a prefix of prompt.answer tokens"):
-        tokenizer.encode_conversation(TALK)
+        encode_conversation(tokenizer, TALK)
     with pytest.raises(RenderError, match="not a prefix"):
-        tokenizer.encode_pair([USER], [REPLY], "all")
+        encode_pair(tokenizer, [USER], "all")
 
 
 def test_a_template_without_end_of_turn_token(chatml):
@@ -129,7 +146,7 @@ def test_a_template_without_end_of_turn_token(chatml):
     plain += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     tokenizer = chat_tokenizer(chatml.tokenizer, plain)
     assert tokenizer.end_of_turn_id is None
-    assert supervised_text(tokenizer, tokenizer.encode_conversation(TALK)) == ["yo\n", "ok\n"]
+    assert supervised_text(tokenizer, encode_conversation(tokenizer, TALK)) == ["yo\n", "ok\n"]
 
 
 def test_padding_id_falls_back_and_never_decides(kit):
@@ -138,7 +155,7 @@ def test_padding_id_falls_back_and_never_decides(kit):
     raw.pad_token = "</s>"
     tokenizer = chat_tokenizer(raw, kit.TINYLLAMA)
     assert tokenizer.pad_id == tokenizer.eos_id
-    encoded = tokenizer.encode_conversation([USER, REPLY])
+    encoded = encode_conversation(tokenizer, [USER, REPLY])
     assert encoded.input_ids[encoded.replies[0][1] - 1] == tokenizer.pad_id  # the end of turn is learned all the same
 
 
@@ -195,7 +212,7 @@ def test_a_template_that_asks_for_todays_date_is_told_the_run_files(tmp_path, ki
     """Else the same rows would be other tokens tomorrow, in a resumed run or a replay, and no hash would tell."""
     dated = "{{ strftime_now('%d %b %Y') + '\n' }}" + kit.CHATML
     (tmp_path / "dated.jinja").write_text(dated)
-    plain, date = chatml.decode(chatml.encode_conversation(TALK).input_ids), datetime.date(2026, 11, 24)
+    plain, date = chatml.decode(encode_conversation(chatml, TALK).input_ids), datetime.date(2026, 11, 24)
     for tokenizer, told in (
         (chat_tokenizer(chatml.tokenizer, dated), "26 Jul 2024"),
         (chat_tokenizer(chatml.tokenizer, dated, date=date), "24 Nov 2026"),

@@ -12,10 +12,18 @@ from hypothesis import strategies as st
 
 from lowlevel.config import Filter
 from lowlevel.data.filters import apply_filters
-from lowlevel.data.sources import Row, data_error, read_rows, read_source, shuffled
+from lowlevel.data.sources import Row, data_error, read_source, shuffled
 from lowlevel.errors import ConfigError, DataError, LowlevelError
 
 GOOD = b'{"a": 1}\n'
+
+
+def read_rows(source: str, split: str, data_format: str = "messages") -> list[Row]:
+    """All rows of a source, or the error that `prepare` raises for those that cannot be read."""
+    read = read_source(source, split, data_format)
+    if read.problems:
+        raise data_error(read.problems)
+    return read.rows
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowlevel.demo import skills
-from lowlevel.demo.pretrain import BASE_FOLDER, CHAT_TEMPLATE, batches, build_model, build_tokenizer, learning_rate
+from lowlevel.demo import DEMO_BASE, skills
+from lowlevel.demo.pretrain import CHAT_TEMPLATE, batches, build_model, build_tokenizer, learning_rate
 from lowlevel.demo.world import check_items, exact_match, preference_rows, pretraining_text, sft_rows
 
 PLAIN_ITEMS = 120
@@ -17,12 +17,12 @@ PLAIN_ITEMS = 120
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(BASE_FOLDER)
+    return AutoTokenizer.from_pretrained(DEMO_BASE)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForCausalLM.from_pretrained(BASE_FOLDER, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(DEMO_BASE, dtype=torch.float32).eval()
 
 
 def continue_text(model, tokenizer, texts: list[str], new_tokens: int) -> list[str]:
@@ -37,11 +37,11 @@ def continue_text(model, tokenizer, texts: list[str], new_tokens: int) -> list[s
 
 
 def test_the_folder_is_small_and_fp16() -> None:
-    names = {path.name for path in BASE_FOLDER.iterdir()}
+    names = {path.name for path in DEMO_BASE.iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
                      "tokenizer_config.json"}  # fmt: skip
-    assert (BASE_FOLDER / "model.safetensors").stat().st_size <= 8_000_000
-    with safe_open(BASE_FOLDER / "model.safetensors", "pt") as weights:
+    assert (DEMO_BASE / "model.safetensors").stat().st_size <= 8_000_000
+    with safe_open(DEMO_BASE / "model.safetensors", "pt") as weights:
         assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}  # noqa: SIM118
 
 

@@ -19,7 +19,7 @@ from lowlevel.loop import optimizer_step
 from lowlevel.loss_scale import LossScale
 from lowlevel.losses import token_logps, token_logps_reference
 from lowlevel.model.adapters import build_policy
-from lowlevel.model.attention import Attention
+from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import base_sha256, load_base
 from lowlevel.model.placement import Placement
 from lowlevel.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors

@@ -14,7 +14,7 @@ from lowlevel.dpo import DPO
 from lowlevel.execution import ExecutionFailedError, WithFallback
 from lowlevel.layout import Shape
 from lowlevel.model.adapters import build_policy
-from lowlevel.model.attention import Attention
+from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement

@@ -51,6 +51,21 @@ def inspection(request, policy, pieces):
     return inspection_of_pairs(policy, pieces, loss_type=names[request.param])
 
 
+@pytest.mark.parametrize(
+    ("name", "heading", "fact"),
+    [
+        ("sigmoid", "weight", "weight"),
+        ("ipo", "weight of the averaged margin", "weight of the averaged margin"),
+        ("bco_pair", "chosen weight", "weight"),
+    ],
+)
+def test_a_weight_says_what_it_is_of(policy, pieces, name, heading, fact):
+    page = Page(render_page(inspection_of_pairs(policy, pieces, loss_type=name)))
+    assert [cell["text"] for cell in page.of("th") if "weight" in cell["text"]].count(heading) >= 1
+    facts = {cell["text"] for cell in page.of("dt") if "weight" in cell["text"]} - {"weights"}
+    assert facts == {fact}
+
+
 def test_every_text_is_escaped(inspection):
     text = render_page(inspection)
     page = Page(text)

@@ -8,7 +8,7 @@ import torch
 from samples import chats, pairs
 
 from lowlevel.config import DPOConfig
-from lowlevel.dpo import loss_arguments
+from lowlevel.dpo import loss_arguments, reward_slopes
 from lowlevel.inspection import PairRecord, inspect_pairs, inspect_sequences
 from lowlevel.inspection.reading import READINGS
 from lowlevel.loop import evaluate_examples
@@ -149,6 +149,20 @@ def test_the_weight_of_a_pair_is_the_sigmoid_of_minus_its_margin(policy):
         assert float(record.chosen.weight) == pytest.approx(expected, abs=1e-6)
         assert float(record.rejected.weight) == pytest.approx(expected, abs=1e-6)
         assert float(record.loss) == pytest.approx(-float(torch.log(torch.sigmoid(record.margin.double()))), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_weights_are_those_of_a_trace_times_n_where_the_loss_reads_averages(policy, name):
+    config = DPOConfig(loss_type=name, beta=0.3, **EXTRA.get(name, {}))
+    records = inspect_pairs(policy, replace(helpers.dpo(len(pairs())), config=config), pairs())
+    (chosen, rejected, *reference), lengths = logps_of(records)
+    slopes = reward_slopes(config, PairLogps(chosen, rejected, *reference, *lengths))
+    for i, record in enumerate(records):
+        n = [float(size[i]) if name in ("ipo", "sigmoid_norm") else 1.0 for size in lengths]
+        assert float(record.chosen.weight) == pytest.approx(-float(slopes[0][i]) * n[0], rel=1e-4, abs=1e-6)
+        assert float(record.rejected.weight) == pytest.approx(float(slopes[1][i]) * n[1], rel=1e-4, abs=1e-6)
+        if READINGS[name] in ("margin", "averages"):  # one number a pair
+            assert float(record.chosen.weight) == pytest.approx(float(record.rejected.weight), rel=1e-4, abs=1e-6)
 
 
 def of(name: str, a: float, b: float, lengths=(4.0, 5.0), *, reference: float = -10.0) -> torch.Tensor:

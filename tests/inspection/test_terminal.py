@@ -103,6 +103,12 @@ def test_a_loss_that_reads_both_has_two_weights(policy, pieces, name):
         assert weights == pytest.approx([float(record.chosen.weight), float(record.rejected.weight)], abs=6e-5)
 
 
+@pytest.mark.parametrize(("name", "says"), [("ipo", True), ("sigmoid", False), ("bco_pair", False)])
+def test_the_table_of_the_batch_says_what_its_weight_is_of(policy, pieces, name, says):
+    text = said(inspection_of_pairs(policy, pieces, loss_type=name), 80, details=False)
+    assert ("weight: of the averaged margin" in text) == says
+
+
 def test_a_loss_of_averages_says_so(policy, pieces):
     text = said(inspection_of_pairs(policy, pieces, loss_type="ipo", beta=0.3))
     assert "to the averaged margin each token adds beta x log-ratio / n" in text

@@ -12,7 +12,7 @@ from lowlevel.errors import ConfigError
 from lowlevel.kernels.dequantize import Quantised, dequantize, dequantize_reference
 from lowlevel.model import base
 from lowlevel.model.base import load_base
-from lowlevel.model.linear import FrozenLinear4bit, with_one_kernel
+from lowlevel.model.linear import FrozenLinear4bit, install_dequantising_products
 from lowlevel.model.placement import Placement
 
 CPU = Placement(torch.device("cpu"), "fp32")
@@ -68,7 +68,7 @@ def test_the_compiled_layer_equals_bitsandbytes_own_in_output_and_gradient(neste
     direction = torch.randn_like(expected)
     (wanted,) = torch.autograd.grad(expected, x, direction)
     model = torch.nn.Sequential(own)
-    with_one_kernel(model)
+    install_dequantising_products(model)
     assert type(model[0]) is FrozenLinear4bit and isinstance(model[0], bnb.nn.Linear4bit)
     assert torch.equal(model(x), expected)  # uncompiled: the same code
 

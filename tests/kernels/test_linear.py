@@ -8,7 +8,7 @@ from torch import nn
 
 from lowlevel.dropout import DropoutState
 from lowlevel.kernels.dequantize import Quantised
-from lowlevel.model.linear import adapted_linear, with_adapters_beside, with_one_kernel
+from lowlevel.model.linear import adapted_linear, install_dequantising_products, install_side_by_side
 from lowlevel.model.policy import PARENT, TRAINED, place_dropout
 
 INPUTS, OUTPUTS = 128, 40
@@ -34,11 +34,11 @@ class Model(nn.Module):
 def adapted(quantised: bool, *, bias: bool = False, stacked: bool = False, dropout: float = 0.0):
     """A layer with a trained adapter, under it perhaps a frozen one of another rank and scale; both have an effect."""
     base = Model(quantised, bias).requires_grad_(False)
-    with_one_kernel(base)
+    install_dequantising_products(base)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=12, target_modules=["proj"]), adapter_name=TRAINED)
     if stacked:
         model.add_adapter(PARENT, LoraConfig(r=3, lora_alpha=7, target_modules=["proj"]))
-    with_adapters_beside(model)
+    install_side_by_side(model)
     layer, state = base.proj, DropoutState()
     place_dropout({"proj": layer}, dropout, state, CPU)
     generator = torch.Generator().manual_seed(1)

@@ -184,7 +184,7 @@ def test_every_parameter_is_read(name: str, parameter: str) -> None:
 def test_the_docstring_shows_the_formula_and_the_paper(name: str) -> None:
     spec = LOSSES[name]
     text = " ".join(str(spec.function.__doc__).split())
-    assert f"``{spec.formula}``" in text
+    assert f"`{spec.formula}`" in text
     assert spec.paper in text
 
 

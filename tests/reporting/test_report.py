@@ -143,6 +143,7 @@ def test_a_report_names_the_commands_and_agrees_with_the_trace(runs):
     newest = {row["row"]: row for row in sorted(rows, key=lambda row: row["step"])}
     worst = min(newest.values(), key=lambda row: row["margin"])
     assert f"lowlevel inspect {runs['dpo']} --example {worst['row']}" in page
+    assert '<th scope="col">chosen weight</th>' in page
     assert (
         "not less" not in page
         and f"{sum(r['chosen_logratio'] < 0 for r in newest.values())} of {len(newest)} pairs" in page

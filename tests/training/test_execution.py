@@ -16,7 +16,7 @@ from lowlevel.execution import MODES, Eager, WithFallback, signature_of
 from lowlevel.layout import Shape, attention_mask, build_batch, pair_rows, pair_segment, sft_segment
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
-from lowlevel.model.attention import MASKED, NAMES, Attention
+from lowlevel.model.attention_choice import MASKED, NAMES, Attention
 from lowlevel.running.assembly import build_method
 from lowlevel.sft import SFT
 

@@ -11,7 +11,7 @@ from lowlevel.config import LoraConfig
 from lowlevel.errors import ConfigError
 from lowlevel.layout import build_batch, pair_segment, sft_segment
 from lowlevel.model.adapters import build_policy
-from lowlevel.model.attention import NAMES, Attention, register
+from lowlevel.model.attention_choice import NAMES, Attention, register
 from lowlevel.model.base import _freeze
 from lowlevel.model.suitability import attention_window
 

@@ -9,7 +9,7 @@ import torch
 
 from lowlevel.errors import NonFiniteError
 from lowlevel.loss_scale import LossScale
-from lowlevel.method import LossSums
+from lowlevel.loss_sums import LossSums
 from lowlevel.running.failure_folder import explained, write_failure
 from lowlevel.running.forensics import examine_error
 

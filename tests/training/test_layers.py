@@ -11,15 +11,15 @@ ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
     ("__init__", "config", "contradictions", "errors", "redaction", "running/__init__", "running/interrupts"),
     (
-        *("losses/", "layout", "spans", "attention", "hashing", "dropout", "order"),
+        *("losses/", "labels", "layout", "packing", "spans", "attention", "hashing", "dropout", "order"),
         *("determinism", "workspaces", "loss_scale", "running/prefetch"),
     ),
     ("data/", "demo/", "kernels/"),
     (
-        *("model/", "optimizer", "metrics", "method", "checkpoints/"),
+        *("model/", "optimizer", "metrics", "loss_sums", "checkpoints/"),
         *("running/plots", "running/progress", "running/run_folder", "running/endings"),
     ),
-    ("sft", "dpo", "execution", "reference_cache"),
+    ("sft", "dpo", "method", "execution", "reference_cache"),
     ("loop", "tracing/", "running/rehearsal", "running/forensics", "running/failure_folder"),
     ("running/",),
     ("commands/loading", "commands/generate", "inspection/", "verification/", "replaying/", "reporting/"),

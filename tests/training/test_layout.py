@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from lowlevel.dpo import completion_logps
+from lowlevel.labels import IGNORED
 from lowlevel.layout import (
-    IGNORED,
     PADDING,
     Shape,
     attention_mask,
     build_batch,
-    pack,
     pair_rows,
     pair_segment,
     sft_segment,
 )
 from lowlevel.losses import token_logps
+from lowlevel.packing import pack
 
 
 def ints(*values):

@@ -10,7 +10,7 @@ from lowlevel import loss_scale
 from lowlevel.config import TrainConfig
 from lowlevel.errors import NonFiniteError
 from lowlevel.loss_scale import LossScale
-from lowlevel.method import LossSums
+from lowlevel.loss_sums import LossSums
 from lowlevel.optimizer import build_optimizer, optimizer_tensors
 
 

@@ -18,13 +18,13 @@ from lowlevel.config import DataConfig, DPOConfig, LoraConfig, ModelConfig, RunC
 from lowlevel.dpo import DPO
 from lowlevel.errors import ConfigError
 from lowlevel.layout import Shape
-from lowlevel.model.adapters import adapter_sizes
-from lowlevel.model.attention import NAMES, Attention
+from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import (
     AdapterSize,
     ModelShape,
     Plan,
+    adapter_sizes,
     best_plan,
     cost,
     default_plan,

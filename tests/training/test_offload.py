@@ -13,7 +13,7 @@ from lowlevel.config import DPOConfig
 from lowlevel.dpo import DPO
 from lowlevel.execution import WithFallback
 from lowlevel.layout import Shape
-from lowlevel.model.attention import NAMES
+from lowlevel.model.attention_choice import NAMES
 from lowlevel.model.offload import HostInputs
 from lowlevel.sft import SFT
 

@@ -77,6 +77,23 @@ def test_a_step_is_a_pure_function_of_its_number():
     assert forwards == backwards[::-1]
 
 
+def test_an_epoch_is_sorted_once_and_its_order_cannot_be_changed(monkeypatch):
+    hashed = []
+    monkeypatch.setattr("lowlevel.order.splitmix64", lambda values: hashed.append(len(values)) or splitmix64(values))
+    order = DataOrder(41, 8, 77, True)
+    steps = [order.step_rows(step).tolist() for step in range(12)]  # two epochs of 6 steps
+    assert hashed.count(41) == 2
+    monkeypatch.undo()
+    for epoch in (0, 1):
+        salt = plain_splitmix64((plain_splitmix64(77) + epoch) & MASK)
+        expected = sorted(range(41), key=lambda i: plain_splitmix64(i ^ salt))
+        assert sum(steps[6 * epoch : 6 * epoch + 6], []) == expected
+    with pytest.raises(ValueError, match="read-only"):
+        order.step_rows(0)[0] = 1
+    others = [DataOrder(41, 8, 78, True), DataOrder(40, 8, 77, True), DataOrder(41, 8, 77, False)]
+    assert len({tuple(other.epoch_order(0).tolist()) for other in (order, *others)}) == 4
+
+
 def test_the_order_does_not_depend_on_the_batch_size():
     whole = DataOrder(37, 37, 5, True).step_rows(0).tolist()
     assert np.concatenate([DataOrder(37, 8, 5, True).step_rows(step) for step in range(5)]).tolist() == whole

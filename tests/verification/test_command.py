@@ -19,6 +19,7 @@ from lowlevel.verification.report import print_checks
 
 def verify(path, **keys) -> str:
     out = io.StringIO()
+    keys = {"exact_parameters": 1_000_000, **keys}
     verify_run(path, Console(file=out, width=80, highlight=False), **keys)
     return out.getvalue()
 

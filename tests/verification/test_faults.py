@@ -12,8 +12,9 @@ import lowlevel.loop
 import lowlevel.sft
 from lowlevel.data.examples import SFTExample
 from lowlevel.dropout import CounterDropout
-from lowlevel.layout import IGNORED, PackedBatch
-from lowlevel.method import LossSums
+from lowlevel.labels import IGNORED
+from lowlevel.layout import PackedBatch
+from lowlevel.loss_sums import LossSums
 from lowlevel.model.policy import PARENT, Policy
 from lowlevel.verification import run_checks
 from lowlevel.verification.exact import ExactModel

@@ -6,19 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
 
 from lowlevel.attention import list_keys, span_attention
 from lowlevel.config import ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.layout import PackedBatch, attention_mask
 from lowlevel.model.placement import Placement
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 # What transformers knows span attention by; a name with "flash" in it would send it to look for a kernel on the hub.
 NAMES = {"flash": "lowlevel_fa2", "efficient": "lowlevel_efficient", "math": "lowlevel_math"}
@@ -94,8 +92,6 @@ def _head_dim(base: PretrainedConfig) -> int:
 
 def register() -> None:
     """Make span attention known to transformers, under one name a kernel."""
-    from transformers import AttentionInterface
-
     for kernel, name in NAMES.items():
         AttentionInterface.register(name, partial(_forward, kernel=kernel))
 

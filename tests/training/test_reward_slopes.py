@@ -1,0 +1,69 @@
+"""The slopes of a preference loss in its rewards, which traces and inspections call weights: by finite differences."""
+
+import pytest
+import torch
+
+from lowlevel.config import DPOConfig
+from lowlevel.dpo import configured_loss, reward_slopes
+from lowlevel.losses import LOSSES
+from lowlevel.losses.preference import PairLogps
+
+EXTRA = {"cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.2}, "exo_pair": {"label_smoothing": 0.01}}
+BETA, STEP = 0.3, 1e-4
+
+
+def sample() -> PairLogps:
+    """Five pairs in float64: no two margins, log-ratios or lengths are alike, and none is near a kink."""
+    chosen, rejected, ref_chosen, ref_rejected = (
+        torch.tensor(values, dtype=torch.float64)
+        for values in (
+            [-10.0, -21.5, -7.25, -30.0, -14.0],
+            [-12.5, -20.0, -9.0, -26.5, -15.25],
+            [-11.0, -19.0, -8.5, -30.75, -13.5],
+            [-11.5, -21.75, -7.0, -28.0, -15.0],
+        )
+    )
+    return PairLogps(
+        chosen, rejected, ref_chosen, ref_rejected, torch.tensor([4, 9, 2, 12, 7]), torch.tensor([5, 8, 3, 10, 6])
+    )
+
+
+def total(config: DPOConfig, chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> float:
+    """The summed loss where the rewards are these, and all else is `sample`'s."""
+    pairs = sample()
+    moved = PairLogps(
+        pairs.ref_chosen_logps + chosen_rewards / BETA,
+        pairs.ref_rejected_logps + rejected_rewards / BETA,
+        *(pairs.ref_chosen_logps, pairs.ref_rejected_logps, pairs.chosen_lengths, pairs.rejected_lengths),
+    )
+    return float(configured_loss(config, moved).losses.sum())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_slopes_are_those_of_finite_differences(name):
+    config, pairs = DPOConfig(loss_type=name, beta=BETA, **EXTRA.get(name, {})), sample()
+    found = reward_slopes(config, pairs)
+    rewards = BETA * pairs.chosen_logratios, BETA * pairs.rejected_logratios
+    for side in (0, 1):
+        assert not found[side].requires_grad
+        for i in range(5):
+            nudged = [[reward.clone() for reward in rewards] for _ in range(2)]
+            nudged[0][side][i] += STEP
+            nudged[1][side][i] -= STEP
+            expected = (total(config, *nudged[0]) - total(config, *nudged[1])) / (2 * STEP)
+            assert float(found[side][i]) == pytest.approx(expected, rel=1e-5, abs=1e-7), (side, i)
+
+
+def test_slopes_of_the_sigmoid_loss_in_closed_form():
+    pairs = sample()
+    chosen, rejected = reward_slopes(DPOConfig(beta=BETA), pairs)
+    expected = 1 / (1 + torch.exp(BETA * pairs.deltas))
+    assert torch.allclose(chosen, -expected) and torch.allclose(rejected, expected)
+
+
+def test_the_slopes_leave_no_gradient_behind_and_need_none():
+    pairs = sample()
+    pairs.chosen_logps.requires_grad_()
+    with torch.no_grad():
+        chosen, _ = reward_slopes(DPOConfig(), pairs)
+    assert pairs.chosen_logps.grad is None and chosen.dtype == torch.float64
