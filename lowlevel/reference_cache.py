@@ -34,8 +34,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lowlevel import __version__
-from lowlevel.checkpoints.checkpoint import write_bytes, write_json
 from lowlevel.dpo import reference_token_logps
+from lowlevel.durable import write_bytes, write_json
 from lowlevel.errors import CheckpointError
 from lowlevel.execution import Execution, ExecutionFailedError, Kept
 from lowlevel.layout import PackedBatch

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.commands.generate import Reply, Sampling, generate_replies
 from lowlevel.commands.loading import LoadedRun, load_run
+from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError
 from lowlevel.layout import PackedBatch
 from lowlevel.running.assembly import prepare_data

@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
-from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.commands.compare import compare_stages, load_held_out, print_replies
 from lowlevel.commands.generate import Sampling
 from lowlevel.commands.loading import load_run
 from lowlevel.config import RunConfig, config_from_tables
 from lowlevel.demo.world import check_items, exact_match, preferred_style
+from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError
 from lowlevel.running.run import run_training
 from lowlevel.running.run_folder import RunFolder

@@ -10,10 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from lowlevel.checkpoints.checkpoint import newest_verified, write_json
+from lowlevel.checkpoints.checkpoint import newest_verified
 from lowlevel.config import RunConfig, load_config
 from lowlevel.data.prepare import PreparedData
 from lowlevel.determinism import deterministic_mode
+from lowlevel.durable import write_json
 from lowlevel.errors import CheckpointError, ConfigError, DataError, LowlevelError
 from lowlevel.losses import LOSSES
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.config import RunConfig
 from lowlevel.contradictions import parse_size
 from lowlevel.dpo import DPO, check_loss
+from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.layout import Shape
 from lowlevel.losses import LOSSES
@@ -182,13 +182,10 @@ def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tu
         merged = merged_model(config.model, [inputs.parent], torch.float16)
         tokenizer = inputs.tokenizer.tokenizer
         tokenizer.chat_template = inputs.tokenizer.template
-
-        def write(temporary: Path) -> None:
+        with replaced_folder(target) as temporary:
             merged.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             write_json(temporary / folder.base_record.name, {"merged_adapter": sha256})
-
-        folder.write_folder(target, write)
     model = config.model.model_copy(
         update={"name": str(target), "adapter": None, "revision": None, "adapter_mode": "none"}
     )

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lowlevel.checkpoints.checkpoint import newest_verified, remove_litter, run_lock, write_json
+from lowlevel.checkpoints.checkpoint import newest_verified, remove_litter
 from lowlevel.checkpoints.resuming import check_differences, differences, record_changes, versions
 from lowlevel.checkpoints.training_state import restore_state, save_state
 from lowlevel.config import RunConfig
 from lowlevel.determinism import deterministic_mode
+from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError, InterruptedRunError, OutOfMemoryError
 from lowlevel.execution import WithFallback
 from lowlevel.layout import PackedBatch
@@ -46,7 +47,7 @@ from lowlevel.running.observer import RunObserver
 from lowlevel.running.prefetch import Prefetched
 from lowlevel.running.progress import TrainingProgress
 from lowlevel.running.rehearsal import largest_batch, rehearse
-from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.run_folder import RunFolder, run_lock
 from lowlevel.running.run_record import announce, write_finish, write_start
 from lowlevel.tracing import Tracer, drop_after
 

@@ -14,6 +14,7 @@ from lowlevel.checkpoints import checkpoint
 from lowlevel.commands.replay import replay_run
 from lowlevel.replaying.compare import number_rows, same_bits, tensors_row
 from lowlevel.replaying.replay import ReplayDiffersError
+from lowlevel.running.run_folder import run_lock
 
 STEPS = 24
 QUIET = Console(quiet=True)
@@ -117,7 +118,7 @@ def test_while_another_process_holds_the_run(runs, tmp_path):
     folder = runs.copy("sft", tmp_path)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 25, "lo')  # a line in the making
-    with checkpoint.run_lock(folder):
+    with run_lock(folder):
         assert replay(folder, 7).first_difference is None
 
 

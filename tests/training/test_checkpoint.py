@@ -8,7 +8,8 @@ import random
 import pytest
 from checkpoint_files import FILES, PAYLOAD, flip, names, save
 
-from lowlevel.checkpoints.checkpoint import MANIFEST, checkpoints, newest_verified, verify, write_json
+from lowlevel.checkpoints.checkpoint import MANIFEST, checkpoints, newest_verified, verify
+from lowlevel.durable import write_json
 from lowlevel.errors import CheckpointError
 
 

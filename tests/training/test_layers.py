@@ -9,7 +9,10 @@ import lowlevel
 
 ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
-    ("__init__", "config", "contradictions", "errors", "redaction", "running/__init__", "running/interrupts"),
+    (
+        *("__init__", "config", "contradictions", "durable", "errors", "redaction"),
+        *("running/__init__", "running/interrupts"),
+    ),
     (
         *("losses/", "layout", "spans", "attention", "hashing", "dropout", "order"),
         *("determinism", "workspaces", "loss_scale", "running/prefetch"),
