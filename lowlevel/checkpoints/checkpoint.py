@@ -29,12 +29,13 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lowlevel.durable import OLD, TEMPORARY, discard, put_back, replaced_folder
-from lowlevel.errors import CheckpointError
+from lowlevel.errors import CheckpointError, ConfigError
 
 FORMAT = "lowlevel-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 DELETED = ".del-"
+SKIPPED = "skipped a damaged checkpoint: "
 _STEP = re.compile(r"step-(\d{8})")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|json)")
 _MAX_MANIFEST_BYTES = 16 * 2**20
@@ -96,11 +97,8 @@ def _not_saved(path: Path, error: Exception, needed: int) -> str:
 
 def last_good(folder: Path) -> str:
     """What is left of a run after an error, as half a sentence."""
-    for path in checkpoints(folder):
-        with suppress(CheckpointError):
-            verify(path)
-            return f"the last good checkpoint is {path.name}"
-    return "there is no checkpoint before it"
+    found = newest_good(folder, lambda line: None)
+    return f"the last good checkpoint is {found[0].name}" if found else "there is no checkpoint before it"
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
@@ -154,22 +152,67 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
+def step_of(checkpoint: Path) -> int:
+    """Applied steps of a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def saved(folder: Path) -> dict[int, Path]:
+    """Checkpoint folders by their steps, newest first, verified or not."""
+    return {step_of(path): path for path in checkpoints(folder)}
+
+
+def newest_good(
+    folder: Path, warn: Callable[[str], None], *, before: int | None = None
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, with its payload; `warn` gets a line for each that does not and is newer.
+
+    Args:
+        folder: the run folder.
+        warn: takes a line.
+        before: only checkpoints of fewer applied steps.
+    """
+    for step, path in saved(folder).items():
+        if before is None or step < before:
+            try:
+                return path, verify(path)
+            except CheckpointError as error:
+                warn(f"{SKIPPED}{error}")
+    return None
+
+
 def newest_verified(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that verifies, with its payload; None if there is none at all.
 
     Raises:
         CheckpointError: there are checkpoints, and each is damaged.
     """
-    problems = []
-    for path in checkpoints(folder):
-        try:
-            return path, verify(path)
-        except CheckpointError as error:
-            problems.append(str(error))
-            warn(f"skipped a damaged checkpoint: {error}")
-    if problems:
+    problems: list[str] = []
+
+    def note(line: str) -> None:
+        problems.append(line.removeprefix(SKIPPED))
+        warn(line)
+
+    found = newest_good(folder, note)
+    if found is None and problems:
         raise CheckpointError(f"{folder}: no usable checkpoint among {len(problems)}:\n  " + "\n  ".join(problems))
-    return None
+    return found
+
+
+def checkpoint_at(folder: Path, step: int, flag: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a person named with `flag`, by its applied steps, and its payload.
+
+    Raises:
+        ConfigError: there is none, and which there are.
+        CheckpointError: it is damaged.
+    """
+    found = saved(folder)
+    if step not in found:
+        known = ", ".join(map(str, sorted(found))) or "none"
+        raise ConfigError(
+            f"{flag} {step}: {folder} has no such checkpoint; there are: {known}, and 0 for the start of the run"
+        )
+    return found[step], verify(found[step])
 
 
 def remove_litter(folder: Path) -> None:

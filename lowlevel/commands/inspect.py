@@ -48,11 +48,11 @@ def inspect_run(
     Raises:
         ConfigError: not a run folder, no such step or checkpoint, or a page that cannot be written.
         DataError: a row that was not trained on, or data that changed since the run.
-        CheckpointError: a damaged checkpoint, or a base or adapter that is not the run's.
+        CheckpointError: damaged checkpoints and no other, or a base or adapter that is not the run's.
     """
     folder = RunFolder(run_dir)
     config = folder.read_config()
-    weights = choose_weights(folder, step, checkpoint)
+    weights = choose_weights(folder, step, checkpoint, lambda line: console.print(line, markup=False))
     if html and not html.parent.is_dir():
         raise ConfigError(f"--html {html}: no such folder")
     tokenizer, data = trained_data(folder, config)

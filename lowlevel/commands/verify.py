@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from lowlevel.checkpoints.checkpoint import newest_verified
 from lowlevel.config import RunConfig, load_config
 from lowlevel.data.prepare import PreparedData
 from lowlevel.determinism import deterministic_mode
@@ -137,12 +136,10 @@ def _from_file(path: Path, overrides: Mapping[str, str], scratch: Path) -> Loade
 def _from_folder(folder: RunFolder, console: Console) -> Loaded:
     """The run's own parts; its newest adapter takes the place of the one that it began with."""
     config, manifest = folder.read_config(), folder.read_manifest()
-    adapter: Path | None
-    found = None if folder.adapter.exists() else newest_verified(folder.path, console.print)
-    if folder.adapter.exists():
-        adapter, line = folder.adapter, "final adapter"
-    elif found:
-        adapter, line = found[0], f"{found[0].name}, the newest checkpoint: the run has not finished"
+    adapter = folder.newest_adapter(console.print)
+    if adapter:
+        line = f"{adapter.name}, the newest checkpoint: the run has not finished"
+        line = "final adapter" if adapter == folder.adapter else line
     else:
         adapter = find_adapter(config.lora.init_from, "lora.init_from")
         line = "those the run began with: it has not finished and saved none yet"

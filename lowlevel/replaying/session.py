@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lowlevel.checkpoints.checkpoint import checkpoints, verify
+from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good
 from lowlevel.checkpoints.training_state import restore_state
 from lowlevel.config import RunConfig
 from lowlevel.errors import CheckpointError, ConfigError, DataError
@@ -136,7 +136,7 @@ def open_session(run_dir: Path, step: int, note: Note, *, start: int | None = No
     _check_identity(folder, manifest, identity(config, inputs, policy))
     optimizer = build_optimizer(policy.flat.weights, config.train)
     state = TrainState(LossScale.for_precision(inputs.placement.precision))
-    found = choose_start(folder, step, note, start)
+    found = _choose_start(folder, step, note, start)
     if found:
         try:
             state = restore_state(policy, optimizer, *found)
@@ -162,25 +162,11 @@ def open_session(run_dir: Path, step: int, note: Note, *, start: int | None = No
     )
 
 
-def choose_start(folder: RunFolder, step: int, note: Note, start: int | None) -> tuple[Path, dict[str, Any]] | None:
-    """The newest verified checkpoint of less than `step` updates, or the one of `start`; None for the run's start.
-
-    Raises:
-        ConfigError: there is no checkpoint of `start` updates.
-        CheckpointError: it is damaged.
-    """
-    saved = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder.path)}
-    if start is not None:
-        if start and start not in saved:
-            known = ", ".join(map(str, sorted(saved))) or "none"
-            raise ConfigError(f"--from {start}: {folder.path} has no such checkpoint; there are: {known}, and 0")
-        return (saved[start], verify(saved[start])) if start else None
-    for number in sorted((number for number in saved if number < step), reverse=True):
-        try:
-            return saved[number], verify(saved[number])
-        except CheckpointError as error:
-            note(f"skipped a damaged checkpoint: {error}")
-    return None
+def _choose_start(folder: RunFolder, step: int, note: Note, start: int | None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest verified checkpoint of less than `step` updates, or the one of `start`; None for the run's start."""
+    if start is None:
+        return newest_good(folder.path, note, before=step)
+    return checkpoint_at(folder.path, start, "--from") if start else None
 
 
 def _inputs(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) -> tuple[Inputs, str | None]:

@@ -23,7 +23,7 @@ import os
 import platform
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,7 +33,7 @@ from typing import Any
 import tomli_w
 
 from lowlevel import __version__
-from lowlevel.checkpoints.checkpoint import checkpoints, verify
+from lowlevel.checkpoints.checkpoint import checkpoints, newest_good, newest_verified, step_of
 from lowlevel.config import RunConfig, config_from_tables, to_tables
 from lowlevel.durable import sync, write_json, write_text
 from lowlevel.errors import CheckpointError, ConfigError
@@ -101,6 +101,17 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object a logged step."""
         return self.path / "metrics.jsonl"
+
+    def newest_adapter(self, warn: Callable[[str], None]) -> Path | None:
+        """The final adapter, or of an unfinished run its newest checkpoint that verifies; None where there is neither.
+
+        Raises:
+            CheckpointError: there are checkpoints alone, and each is damaged; `warn` gets a line for each that is.
+        """
+        if self.adapter.exists():
+            return self.adapter
+        found = newest_verified(self.path, warn)
+        return found[0] if found else None
 
     def holds_run(self) -> bool:
         """Whether a run has written here."""
@@ -220,9 +231,9 @@ class RunFolder:
         """
         with suppress(OSError):
             if self.holds_run():
-                good = next((path for path in checkpoints(self.path) if _is_good(path)), None)
-                step = int(good.name.removeprefix("step-")) if good else 0
-                self._write_status(state, step, good, exit_code, error)
+                found = newest_good(self.path, lambda line: None)
+                good = found[0] if found else None
+                self._write_status(state, step_of(good) if good else 0, good, exit_code, error)
 
     def write_status(self, state: str, step: int, *, exit_code: int | None = None) -> None:
         """run-status.json: running or finished, after `step` steps, with the newest checkpoint."""
@@ -234,14 +245,6 @@ class RunFolder:
         name = checkpoint.name if checkpoint else None
         status = {"state": state, "step": step, "checkpoint": name, "exit": exit_code, "error": error}
         write_json(self.path / "run-status.json", status)
-
-
-def _is_good(checkpoint: Path) -> bool:
-    try:
-        verify(checkpoint)
-    except CheckpointError:
-        return False
-    return True
 
 
 @contextmanager
