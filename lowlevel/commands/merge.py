@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from torch.nn.functional import log_softmax
 
-from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.config import ModelConfig
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import CheckpointError, ConfigError
@@ -21,6 +20,8 @@ from lowlevel.model.base import load_base
 from lowlevel.model.merging import merged_model
 from lowlevel.model.placement import Placement
 from lowlevel.running.assembly import prepare_data
+from lowlevel.running.progress import lines_to
+from lowlevel.running.reopening import LoadedRun, load_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity
         CheckpointError: the dequantised merge is not the model that was trained; nothing is written.
     """
     _check_new(out)
-    run = load_run(run_dir)
+    run = load_run(run_dir, lines_to(console))
     adapters = [folder for folder in (run.folder.parent, run.folder.adapter) if folder.exists()]
     dtype = torch.bfloat16 if run.policy.placement.precision == "bf16" else torch.float16
     quantised = run.policy.model if into == "dequantized" and run.config.model.load_in_4bit else None

@@ -20,7 +20,7 @@ from lowlevel.layout import Shape
 from lowlevel.losses import LOSSES
 from lowlevel.method import Method
 from lowlevel.model.attention import Attention, choose_attention
-from lowlevel.model.base import base_sha256, empty_model, load_base, load_model_config, resolve_name
+from lowlevel.model.base import empty_model, load_base, load_model_config, resolve_name
 from lowlevel.model.embedding import TIED
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.model.policy import Policy
@@ -222,28 +222,38 @@ def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
 
 def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
     """Load the base and attach the adapters."""
+    return load_policy(config, inputs.placement, inputs.attention, parent=inputs.parent, init_from=inputs.init_from)
+
+
+def load_policy(
+    config: RunConfig, placement: Placement, attention: Attention, *, parent: Path | None, init_from: Path | None
+) -> Policy:
+    """The same without the rows, which no policy needs."""
     from lowlevel.model.adapters import build_policy
     from lowlevel.model.embedding import move_embeddings_to_host
 
-    base = load_base(config.model, inputs.placement, attention=inputs.attention.implementation)
+    base = load_base(config.model, placement, attention=attention.implementation)
     if config.model.embeddings_on_host:
         move_embeddings_to_host(base)
     return build_policy(
         base,
         config.lora,
-        inputs.placement,
+        placement,
         seed=config.train.seed,
-        parent=inputs.parent,
-        init_from=inputs.init_from,
+        parent=parent,
+        init_from=init_from,
         gradient_checkpointing=config.train.gradient_checkpointing,
         recomputed=config.train.recomputed_layers,
         offload=config.train.offload_activations,
-        attention=inputs.attention,
+        attention=attention,
     )
 
 
-def identity(config: RunConfig, inputs: Inputs, policy: Policy) -> dict[str, Any]:
-    """What a run stands on: the manifest's answer to "which weights, which data, which reference?"."""
+def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) -> dict[str, Any]:
+    """What a run stands on: the manifest's answer to "which weights, which data, which reference?".
+
+    `base_hash` is the base's `base_sha256`, which reads all of it.
+    """
     from lowlevel.model.adapters import adapter_sha256
 
     model = config.model
@@ -257,7 +267,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy) -> dict[str, Any
         "base": {
             "name": Path(model.name).name if Path(model.name).exists() else model.name,
             "revision": model.revision,
-            "sha256": base_sha256(policy.model),
+            "sha256": base_hash,
             "dtype": str(inputs.placement.dtype).removeprefix("torch."),
             **quantisation,
             **({"merged_adapter": inputs.merged_adapter} if inputs.merged_adapter else {}),

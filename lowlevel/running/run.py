@@ -24,6 +24,7 @@ from lowlevel.loop import evaluate_examples, train
 from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
 from lowlevel.metrics import TrainState
+from lowlevel.model.base import base_sha256
 from lowlevel.model.policy import Policy, dequantize_once
 from lowlevel.optimizer import build_optimizer
 from lowlevel.order import DataOrder
@@ -45,7 +46,7 @@ from lowlevel.running.failure_folder import explaining
 from lowlevel.running.interrupts import Interrupts
 from lowlevel.running.observer import RunObserver
 from lowlevel.running.prefetch import Prefetched
-from lowlevel.running.progress import TrainingProgress
+from lowlevel.running.progress import TrainingProgress, lines_to
 from lowlevel.running.rehearsal import largest_batch, rehearse
 from lowlevel.running.run_folder import RunFolder, run_lock
 from lowlevel.running.run_record import announce, write_finish, write_start
@@ -109,7 +110,7 @@ def _prepared(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, Inputs]:
 
 
 def _checkpoint(folder: RunFolder, console: Console, allow_change: Sequence[str]) -> tuple[Path, dict[str, Any]] | None:
-    found = newest_verified(folder.path, lambda line: console.print(line, markup=False))
+    found = newest_verified(folder.path, lines_to(console))
     if found is None:
         if allow_change:
             raise ConfigError(f"--allow-change: {folder.path} has no checkpoint yet that anything could differ from")
@@ -155,7 +156,8 @@ def _build(config: RunConfig, inputs: Inputs) -> Job:
     order = DataOrder.of(config, len(inputs.data.train))
     policy = build_run_policy(config, inputs)
     optimizer = build_optimizer(policy.flat.weights, config.train)
-    origin = {"identity": identity(config, inputs, policy), "versions": versions(inputs.placement)}
+    base_hash = base_sha256(policy.model)
+    origin = {"identity": identity(config, inputs, policy, base_hash), "versions": versions(inputs.placement)}
     return Job(config, inputs, build_method(config, inputs.attention), policy, optimizer, order,
                order.total_steps(config.train), origin)  # fmt: skip
 

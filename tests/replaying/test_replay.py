@@ -193,8 +193,9 @@ def test_other_rows_another_base_or_parent_are_refused(runs, tmp_path):
         assert (said.code, text in said.err) == (code, True), said.err
 
     refused(3, "not the rows that", data_sha256="0" * 64)
-    refused(4, "base differ from what its manifest says", base={**manifest["base"], "sha256": "0" * 64})
-    refused(4, "parent_adapter differ", parent_adapter="0" * 64)
+    refused(4, "is not the one that was trained on", base={**manifest["base"], "sha256": "0" * 64})
+    refused(4, "base differ from what its manifest says", base={**manifest["base"], "load_in_4bit": False})
+    refused(4, "not the adapter that this run stands on", parent_adapter="0" * 64)
     refused(4, "order_version differ", order_version=99)
 
 

@@ -25,7 +25,7 @@ LAYERS = (
     ("sft", "dpo", "execution", "reference_cache"),
     ("loop", "tracing/", "running/rehearsal", "running/forensics", "running/failure_folder"),
     ("running/",),
-    ("commands/loading", "commands/generate", "inspection/", "verification/", "replaying/", "reporting/"),
+    ("inspection/", "verification/", "replaying/", "reporting/"),
     ("commands/", "cli", "__main__"),
 )
 TRITON_FILES = (
