@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from lowlevel.commands.compare import load_held_out
-from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.commands.merge import vocabulary_logps
 from lowlevel.config import ModelConfig
 from lowlevel.model.base import load_base
 from lowlevel.model.merging import merged_model
+from lowlevel.running.reopening import LoadedRun, load_run
 
 
 @torch.no_grad()

@@ -36,11 +36,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lowlevel import __version__
-from lowlevel.checkpoints.checkpoint import write_bytes, write_json
 from lowlevel.dpo import reference_token_logps
+from lowlevel.durable import write_bytes, write_json
 from lowlevel.errors import CheckpointError
 from lowlevel.execution import Execution, ExecutionFailedError, Kept
 from lowlevel.layout import PackedBatch
+from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import PARENT, Policy
 
 LAYOUT_VERSION = 1  # raise it when the same tensors of a PackedBatch come to give other reference numbers
@@ -87,7 +88,7 @@ def reference_identity(policy: Policy, base_sha256: str, parent_sha256: str | No
         "base_config": _json_sha256(settings),
         "parent_adapter": parent_sha256,
         "parent_scaling": sorted(scaling),
-        "dtype": str(policy.placement.dtype).removeprefix("torch."),
+        "dtype": dtype_name(policy.placement.dtype),
         "attention": policy.attention.implementation,
         "linear": sorted({type(layer.get_base_layer()).__name__ for layer in policy.lora_layers}),
         "device": _device_kind(policy.placement.device),

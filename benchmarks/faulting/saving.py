@@ -53,7 +53,8 @@ def _save(folder: Path, faults: Sequence[Fault]) -> None:
 
 
 def _restore(folder: Path, faults: Sequence[Fault]) -> None:
-    from lowlevel.checkpoints.checkpoint import remove_litter, run_lock
+    from lowlevel.checkpoints.checkpoint import remove_litter
+    from lowlevel.running.run_folder import run_lock
 
     for fault in faults:
         fault.install(folder)

@@ -6,85 +6,40 @@ step-00000120/                      exists only when complete
   optimizer.safetensors             "flat::state1", ...
   manifest.json                     {"payload": {...}, "payload_sha256": ...} over every other file
 .tmp-step-00000130-<pid>/           a save that did not finish; removed at the next start
-.old-step-00000120/                 the one that a save of the same step takes the place of, between two renames
+.old-step-00000120/                 the one that a save of the same step takes the place of (lowlevel/durable.py)
 .del-step-00000110/                 one that retention deletes
 
-A save of a step that has a folder already moves that aside, moves the new one in, and only then deletes the old one. A
-process killed between the two moves leaves `.old-step-*` alone, and the next start moves it back (`remove_litter`): at
-no point are there fewer good checkpoints than before the save.
+At no point of a save are there fewer good checkpoints than before it.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from lowlevel.durable import OLD, TEMPORARY, discard, put_back, replaced_folder
 from lowlevel.errors import CheckpointError, ConfigError
 
 FORMAT = "lowlevel-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
+DELETED = ".del-"
+SKIPPED = "skipped a damaged checkpoint: "
 _STEP = re.compile(r"step-(\d{8})")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|json)")
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _ROOM = 1.2  # a save needs this many times the size of the newest checkpoint
-
-
-@contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process; the kernel frees the lock when the process ends, however it ends.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "run.lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ConfigError(f"{folder} is in use by pid {file.read().strip() or 'unknown'}") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step: readers see the old or the new one, never a part."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step, and have it on disk before returning."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file in one step, and have it on disk before returning; a disk that refuses leaves no part of it."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
 
 
 def save_checkpoint(
@@ -103,44 +58,26 @@ def save_checkpoint(
         CheckpointError: the disk is full, too small for a checkpoint like the newest, or refuses; nothing of this
             checkpoint stays, older ones are untouched.
     """
-    final = folder / f"step-{step:08d}"
-    temporary, old = folder / f".tmp-{final.name}-{os.getpid()}", folder / f".old-{final.name}"
-    needed, moved = 0, False
+    final, needed = folder / f"step-{step:08d}", 0
     try:
         needed = _room_needed(folder)
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        temporary.mkdir()
-        write_files(temporary)
-        _seal(temporary, {"format": FORMAT, "version": VERSION, "step": step, **payload})
-        if os.path.lexists(final):
-            os.rename(final, old)
-        os.rename(temporary, final)
-        moved = True
-        sync(folder)
-    except BaseException as error:
-        with suppress(OSError):  # what a disk refuses to move back, the next start does
-            if moved:
-                os.rename(final, temporary)
-            if os.path.lexists(old):
-                os.rename(old, final)
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not isinstance(error, OSError | SafetensorError):  # safetensors 0.8's own error where a disk is full
-            raise
+        with replaced_folder(final) as temporary:
+            write_files(temporary)
+            _seal(temporary, {"format": FORMAT, "version": VERSION, "step": step, **payload})
+    except (OSError, SafetensorError) as error:  # safetensors 0.8's own error where a disk is full
         raise CheckpointError(_not_saved(final, error, needed)) from None
-    if os.path.lexists(old):
-        _remove(old)
     _retire_old(folder, keep)
     return final
 
 
 def _seal(folder: Path, payload: dict[str, Any]) -> None:
-    """Write the manifest over a folder's files, and have all of it on disk."""
+    """Write the manifest over a folder's files."""
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
     sealed = {**payload, "files": files}
     text = json.dumps({"payload": sealed, "payload_sha256": _payload_sha256(sealed)}, indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
-    settle(folder)
 
 
 def _room_needed(folder: Path) -> int:
@@ -160,11 +97,8 @@ def _not_saved(path: Path, error: Exception, needed: int) -> str:
 
 def last_good(folder: Path) -> str:
     """What is left of a run after an error, as half a sentence."""
-    for path in checkpoints(folder):
-        with suppress(CheckpointError):
-            verify(path)
-            return f"the last good checkpoint is {path.name}"
-    return "there is no checkpoint before it"
+    found = newest_good(folder, lambda line: None)
+    return f"the last good checkpoint is {found[0].name}" if found else "there is no checkpoint before it"
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
@@ -218,44 +152,78 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
+def step_of(checkpoint: Path) -> int:
+    """Applied steps of a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def saved(folder: Path) -> dict[int, Path]:
+    """Checkpoint folders by their steps, newest first, verified or not."""
+    return {step_of(path): path for path in checkpoints(folder)}
+
+
+def newest_good(
+    folder: Path, warn: Callable[[str], None], *, before: int | None = None
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, with its payload; `warn` gets a line for each that does not and is newer.
+
+    Args:
+        folder: the run folder.
+        warn: takes a line.
+        before: only checkpoints of fewer applied steps.
+    """
+    for step, path in saved(folder).items():
+        if before is None or step < before:
+            try:
+                return path, verify(path)
+            except CheckpointError as error:
+                warn(f"{SKIPPED}{error}")
+    return None
+
+
 def newest_verified(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that verifies, with its payload; None if there is none at all.
 
     Raises:
         CheckpointError: there are checkpoints, and each is damaged.
     """
-    problems = []
-    for path in checkpoints(folder):
-        try:
-            return path, verify(path)
-        except CheckpointError as error:
-            problems.append(str(error))
-            warn(f"skipped a damaged checkpoint: {error}")
-    if problems:
+    problems: list[str] = []
+
+    def note(line: str) -> None:
+        problems.append(line.removeprefix(SKIPPED))
+        warn(line)
+
+    found = newest_good(folder, note)
+    if found is None and problems:
         raise CheckpointError(f"{folder}: no usable checkpoint among {len(problems)}:\n  " + "\n  ".join(problems))
-    return None
+    return found
+
+
+def checkpoint_at(folder: Path, step: int, flag: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a person named with `flag`, by its applied steps, and its payload.
+
+    Raises:
+        ConfigError: there is none, and which there are.
+        CheckpointError: it is damaged.
+    """
+    found = saved(folder)
+    if step not in found:
+        known = ", ".join(map(str, sorted(found))) or "none"
+        raise ConfigError(
+            f"{flag} {step}: {folder} has no such checkpoint; there are: {known}, and 0 for the start of the run"
+        )
+    return found[step], verify(found[step])
 
 
 def remove_litter(folder: Path) -> None:
-    """Put back what a save was about to replace, and remove what an interrupted save or delete left behind.
+    """Put back what was about to be replaced, and remove what an interrupted write or delete left behind.
 
     Call it while holding the run's lock.
     """
-    for path in folder.glob(".old-step-*"):
-        place = folder / path.name.removeprefix(".old-")
-        if not os.path.lexists(place):
-            os.rename(path, place)
-            sync(folder)
-    for path in [*folder.glob(".tmp-*"), *folder.glob(".old-step-*"), *folder.glob(".del-*")]:
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """Whatever it is: damage can put a file or a link in a folder's place."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    for path in folder.glob(f"{OLD}*"):
+        put_back(path)
+    for path in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"{OLD}*"), *folder.glob(f"{DELETED}*")]:
+        discard(path)
 
 
 def _retire_old(folder: Path, keep: int) -> None:
@@ -268,7 +236,7 @@ def _retire_old(folder: Path, keep: int) -> None:
             continue
         kept += 1
         if kept > keep:
-            doomed = folder / f".del-{path.name}"
+            doomed = folder / f"{DELETED}{path.name}"
             os.rename(path, doomed)
             shutil.rmtree(doomed)
 
@@ -280,22 +248,3 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def _payload_sha256(payload: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(payload, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def settle(folder: Path) -> None:
-    """Have a folder's files on disk, with the modes that the umask says: safetensors 0.8 makes them all 0600."""
-    mode = folder.stat().st_mode & 0o666  # mkdir went by the umask
-    for path in folder.iterdir():
-        if path.is_file():
-            path.chmod(mode)
-        sync(path)
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on disk before returning."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from lowlevel import __version__
-from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.checkpoints.row_digests import SPLITS, describe_change
 from lowlevel.config import RunConfig, to_tables
 from lowlevel.data.prepare import PreparedData
+from lowlevel.durable import write_json
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.model.placement import Placement
 from lowlevel.running.run_folder import LIBRARIES, RunFolder

@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from lowlevel.checkpoints.checkpoint import write_bytes
 from lowlevel.data.prepare import PreparedData
+from lowlevel.durable import write_bytes
 
 FILE = "data_rows.safetensors"
 SPLITS = {"data_sha256": "train", "evaluation_sha256": "evaluation"}  # key of the identity -> split

@@ -11,14 +11,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.commands.generate import Reply, Sampling, generate_replies
-from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.data.examples import PreferenceExample
+from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError
 from lowlevel.labels import IGNORED
 from lowlevel.layout import PackedBatch
 from lowlevel.running.assembly import prepare_data
+from lowlevel.running.progress import lines_to
+from lowlevel.running.reopening import LoadedRun, load_run
 from lowlevel.running.run_folder import RunFolder
 
 COLUMNS = {
@@ -46,7 +47,7 @@ def compare_run(run_dir: Path, console: Console, *, prompts: int, max_new_tokens
     """
     rows, texts = load_held_out(run_dir)
     texts = texts[:prompts]
-    run = load_run(run_dir)
+    run = load_run(run_dir, lines_to(console))
     sampling = Sampling(max_new_tokens=max_new_tokens)
     result = compare_stages(run, rows, texts, sampling, console=console)
     print_replies(run, texts[:show], result, console)

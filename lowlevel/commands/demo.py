@@ -8,14 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
-from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.commands.compare import compare_stages, load_held_out, print_replies
 from lowlevel.commands.generate import Sampling
-from lowlevel.commands.loading import load_run
 from lowlevel.config import RunConfig, config_from_tables
 from lowlevel.demo.world import check_items, exact_match, preferred_style
+from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError
 from lowlevel.model.policy import dequantize_once
+from lowlevel.running.progress import lines_to
+from lowlevel.running.reopening import load_run
 from lowlevel.running.run import run_training
 from lowlevel.running.run_folder import RunFolder
 
@@ -80,7 +81,7 @@ def run_demo(out: Path, console: Console, *, resume: bool = False, restart: bool
     for config in (sft, dpo):
         run_training(config, console, resume=resume, restart=restart)
         console.print()
-    run = load_run(Path(dpo.train.output_dir))
+    run = load_run(Path(dpo.train.output_dir), lines_to(console))
     dequantize_once(run.policy)
     items = check_items(CHECK_ITEMS, seed=0)
     prompts = [run.tokenizer.encode_prompt(item.prompt) for item in items]

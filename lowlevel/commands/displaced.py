@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lowlevel.commands.inspect import trained_data
-from lowlevel.commands.loading import load_run
 from lowlevel.config import RunConfig
 from lowlevel.dpo import DPO
 from lowlevel.errors import ConfigError
 from lowlevel.inspection import inspect_pairs
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.rows import example_of_row, step_examples
+from lowlevel.inspection.rows import example_of_row
 from lowlevel.inspection.weights import last_weights
 from lowlevel.reporting.displaced import DisplacedPairs, displaced_pairs
 from lowlevel.reporting.pairs import PairTables
+from lowlevel.running.reopening import reopen, step_examples
 from lowlevel.running.run_folder import RunFolder
 
 
@@ -28,7 +27,7 @@ def look_at_displaced(
         config: its own.
         tables: its trace, which says which pairs fell; without one, those of the last logged step are looked at.
         limit: pairs.
-        warn: told of damaged checkpoints.
+        warn: told of damaged checkpoints, and of a base that cannot be checked.
 
     Raises:
         ConfigError: an sft run, or nothing saved yet.
@@ -40,7 +39,8 @@ def look_at_displaced(
             f"--displaced: {folder.path} is an sft run; only the pairs of a dpo run have a reference to fall below"
         )
     weights = last_weights(folder, warn)
-    tokenizer, data = trained_data(folder, config)
+    opened = reopen(folder.path, warn)
+    tokenizer, data = opened.data()
     if tables is None:
         step = max(record["step"] for record in folder.read_metrics())
         examples, origin = step_examples(config, data, step), f"of step {step}"
@@ -48,7 +48,7 @@ def look_at_displaced(
         rows = [row["row"] for row in tables.lowest[:limit]]
         examples = [example_of_row(config, tokenizer, data, row) for row in rows]
         origin = f"with the lowest chosen log-ratios of steps {tables.first} to {tables.last}"
-    run = load_run(folder.path, adapter=weights.adapter)
+    run = opened.load(weights.adapter)
     assert isinstance(run.method, DPO)
     records = inspect_pairs(run.policy, run.method, examples)
     return displaced_pairs(records, TokenPieces(run.tokenizer), weights=weights.line, origin=origin, limit=limit)

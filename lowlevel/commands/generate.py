@@ -1,7 +1,8 @@
-"""Replies from a model: the prompt goes through the same rendering function as training data."""
+"""Replies from a run, an adapter or a merged model: the prompt is rendered by the same function as training data."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,16 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
-from lowlevel.commands.loading import load_for_replies
-from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.config import LoraConfig, ModelConfig
+from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
+from lowlevel.errors import ConfigError
+from lowlevel.model.adapters import build_policy, read_adapter_config
 from lowlevel.model.attention_choice import plain_attention
-from lowlevel.model.placement import Placement
+from lowlevel.model.base import load_base, resolve_name
+from lowlevel.model.files import read_json_object
+from lowlevel.model.placement import Placement, choose_placement
+from lowlevel.running.reopening import Note, load_run
+from lowlevel.running.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,8 @@ class Reply:
 
 
 def stream_reply(model_dir: Path, prompt: str, system: str | None, sampling: Sampling) -> None:
-    """Load DIR and print its reply to one user message as it is made."""
-    model, tokenizer, placement = load_for_replies(model_dir)
+    """Load DIR and print its reply to one user message as it is made; nothing else goes to standard output."""
+    model, tokenizer, placement = load_for_replies(model_dir, lambda line: print(line, file=sys.stderr))
     messages = [{"role": "system", "content": system}] if system is not None else []
     ids = tokenizer.encode_prompt([*messages, {"role": "user", "content": prompt}])
     streamer = TextStreamer(tokenizer.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -69,6 +76,51 @@ def generate_replies(
 def stop_ids(tokenizer: ChatTokenizer) -> list[int]:
     """Tokens that end a reply: end of sequence, and the template's end of turn."""
     return sorted({tokenizer.eos_id} | ({tokenizer.end_of_turn_id} if tokenizer.end_of_turn_id is not None else set()))
+
+
+def load_for_replies(model_dir: Path, note: Note) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
+    """A model that can reply, from a run folder, a PEFT adapter or a merged model; `note` takes lines for people.
+
+    Raises:
+        ConfigError: the folder is none of them.
+    """
+    if (model_dir / "config.toml").exists():
+        run = load_run(model_dir, note)
+        return run.policy.model, run.tokenizer, run.policy.placement
+    if (model_dir / "adapter_config.json").exists():
+        if (model_dir.parent / "config.toml").exists():
+            return _load_adapter_of_run(model_dir, note)
+        return _load_adapter_alone(model_dir)
+    if not (model_dir / "config.json").exists():
+        raise ConfigError(
+            f"{model_dir} is no run folder, PEFT adapter or model (config.toml, adapter_config.json, config.json)"
+        )
+    placement = choose_placement("auto")
+    model = load_base(ModelConfig(name=str(model_dir), load_in_4bit=False), placement)
+    model.eval()
+    return model, load_chat_tokenizer(str(model_dir), None, None), placement
+
+
+def _load_adapter_of_run(adapter: Path, note: Note) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
+    """An adapter inside a run folder: the final one (also as stacked/), a checkpoint's, or the parent alone."""
+    folder = RunFolder(adapter.parent)
+    run = load_run(folder.path, note, adapter=adapter if adapter.name.startswith("step-") else None)
+    if adapter.name == folder.parent.name:
+        run.policy.activate(parent=True, trained=False)
+    return run.policy.model, run.tokenizer, run.policy.placement
+
+
+def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
+    """An adapter from elsewhere, on its base in 4 bits (nf4, double quantisation), as QLoRA trains it."""
+    read_adapter_config(adapter)
+    name = read_json_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not name:
+        raise ConfigError(f"{adapter}/adapter_config.json names no base model")
+    placement = choose_placement("auto")
+    base = load_base(ModelConfig(name=name), placement)
+    policy = build_policy(base, LoraConfig(), placement, seed=0, init_from=adapter, gradient_checkpointing=False)
+    policy.model.eval()
+    return policy.model, load_chat_tokenizer(resolve_name(name), None, None), placement
 
 
 @torch.no_grad()

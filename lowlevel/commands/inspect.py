@@ -7,21 +7,17 @@ from typing import Any
 
 from rich.console import Console
 
-from lowlevel.commands.loading import LoadedRun, load_run
-from lowlevel.config import RunConfig
-from lowlevel.data.prepare import PreparedData
-from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.dpo import DPO
-from lowlevel.errors import ConfigError, DataError
+from lowlevel.errors import ConfigError
 from lowlevel.inspection import inspect_pairs, inspect_sequences
 from lowlevel.inspection.inspection import Inspection, logged_loss
 from lowlevel.inspection.page import write_page
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.rows import example_of_row, step_examples
+from lowlevel.inspection.rows import example_of_row
 from lowlevel.inspection.terminal import print_inspection
 from lowlevel.inspection.weights import choose_weights
-from lowlevel.running.assembly import prepare_data
-from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.progress import lines_to
+from lowlevel.running.reopening import LoadedRun, reopen, step_examples
 
 
 def inspect_run(
@@ -46,20 +42,20 @@ def inspect_run(
     Raises:
         ConfigError: not a run folder, no such step or checkpoint, or a page that cannot be written.
         DataError: a row that was not trained on, or data that changed since the run.
-        CheckpointError: a damaged checkpoint, or a base or adapter that is not the run's.
+        CheckpointError: damaged checkpoints and no other, or a base or adapter that is not the run's.
     """
-    folder = RunFolder(run_dir)
-    config = folder.read_config()
-    weights = choose_weights(folder, step, checkpoint)
+    opened = reopen(run_dir, lines_to(console))
+    folder, config = opened.folder, opened.config
+    weights = choose_weights(folder, step, checkpoint, opened.note)
     if html and not html.parent.is_dir():
         raise ConfigError(f"--html {html}: no such folder")
-    tokenizer, data = trained_data(folder, config)
+    tokenizer, data = opened.data()
     if step is not None:
         examples, subject = step_examples(config, data, step), f"step {step}"
     else:
         assert example is not None
         examples, subject = [example_of_row(config, tokenizer, data, example)], f"row {example}"
-    run = load_run(run_dir, adapter=weights.adapter, initial=weights.adapter is None)
+    run = opened.load(weights.adapter)
     inspection = Inspection(
         run=run_dir.resolve().name,
         subject=subject,
@@ -74,18 +70,6 @@ def inspect_run(
         write_page(inspection, html)
         console.print(f"page written to {html}", markup=False)
     return inspection
-
-
-def trained_data(folder: RunFolder, config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:
-    """The run's tokenizer and examples.
-
-    Raises:
-        DataError: data that changed since the run.
-    """
-    tokenizer, data = prepare_data(config)
-    if data.report.train.fingerprint != folder.read_manifest()["data_sha256"]:
-        raise DataError(f"{config.data.source}: not the rows that {folder.path} trained on, so its steps are not known")
-    return tokenizer, data
 
 
 def _records(run: LoadedRun, examples: list[Any]) -> dict[str, Any]:

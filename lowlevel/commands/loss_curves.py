@@ -9,10 +9,8 @@ by as much, reference, mean log-ratio and lengths as they are. Hence
 from __future__ import annotations
 
 import itertools
-import os
 import textwrap
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from lowlevel.commands.loss_points import LossAtPoint, Point, evaluate
+from lowlevel.durable import replaced_file
 from lowlevel.errors import ConfigError
 
 # Okabe and Ito's colours, told apart with every kind of colour blindness; the line style tells apart what shares one.
@@ -50,15 +49,11 @@ def draw(rows: Sequence[LossAtPoint], point: Point, path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise ConfigError(f"--plot writes a PNG file: {path} must end in .png")
     figure = make_figure(rows, point)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
+        with replaced_file(path) as temporary:
+            figure.savefig(temporary, format="png")
     except OSError as error:
         raise ConfigError(f"--plot {path}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def make_figure(rows: Sequence[LossAtPoint], point: Point) -> Figure:

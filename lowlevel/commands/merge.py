@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +12,9 @@ from rich.console import Console
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
-from lowlevel.checkpoints.checkpoint import settle, write_json
 from lowlevel.commands.generate import stop_ids
-from lowlevel.commands.loading import LoadedRun, load_run
 from lowlevel.config import ModelConfig
+from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.layout import PackedBatch
 from lowlevel.model.attention_choice import MASKED, Attention
@@ -25,6 +22,8 @@ from lowlevel.model.base import load_base
 from lowlevel.model.merging import merged_model
 from lowlevel.model.placement import Placement
 from lowlevel.running.assembly import prepare_data
+from lowlevel.running.progress import lines_to
+from lowlevel.running.reopening import LoadedRun, load_run
 
 PROBE_ROWS = 8
 # The dequantised target is the same function up to rounding, so a larger divergence means a wrong merge.
@@ -55,15 +54,14 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity
         ConfigError: `out` exists.
         CheckpointError: the dequantised merge is not the model that was trained; nothing is written.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists; give a folder that does not")
-    run = load_run(run_dir)
+    _check_new(out)
+    run = load_run(run_dir, lines_to(console))
     adapters = [folder for folder in (run.folder.parent, run.folder.adapter) if folder.exists()]
     dtype = torch.bfloat16 if run.policy.placement.precision == "bf16" else torch.float16
     quantised = run.policy.model if into == "dequantized" and run.config.model.load_in_4bit else None
     merged = merged_model(run.config.model, adapters, dtype, quantised=quantised)
-    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_folder(out) as temporary:
         _write_model(merged, run, temporary)
         if into == "requantized":
             del merged
@@ -81,10 +79,7 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity
             "fidelity": asdict(fidelity),
         }
         write_json(temporary / "lowlevel_merge.json", chain)
-        settle(temporary)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _check_new(out)  # again: what came meanwhile is not replaced
     console.print(
         f"merged into {into} base: {out}\n"
         f"  KL to the training-time model  {fidelity.kl:.2e} nats a token over {fidelity.tokens:,} tokens\n"
@@ -92,6 +87,11 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity
         f"  same likeliest token           {fidelity.same_top_token:.1%}"
     )
     return fidelity
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"{out} exists; give a folder that does not")
 
 
 def _write_model(model: PreTrainedModel, run: LoadedRun, folder: Path) -> None:

@@ -19,6 +19,7 @@ from lowlevel.replaying.replay import Replay, ReplayDiffersError, replay
 from lowlevel.replaying.session import Session, open_session
 from lowlevel.replaying.what_if import Outcome, parse_settings, what_if
 from lowlevel.running.forensics import examine_error
+from lowlevel.running.progress import lines_to
 from lowlevel.running.run_folder import RunFolder
 
 
@@ -65,7 +66,7 @@ def _replay(
     layers: bool,
     others: Sequence[tuple[str, RunConfig]],
 ) -> Replay:
-    session = open_session(run_dir, step, console.print, start=start)
+    session = open_session(run_dir, step, lines_to(console), start=start)
     seen: list[Dump] = []
     outcomes: list[Outcome] = []
 

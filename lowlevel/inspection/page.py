@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
+from lowlevel.durable import write_text
 from lowlevel.errors import ConfigError
 from lowlevel.inspection.charts import histogram, loss_bands
 from lowlevel.inspection.figures import percent, plain, signed, typographic
@@ -35,13 +36,17 @@ class Mode:
 
 
 def write_page(inspection: Inspection, path: Path) -> None:
-    """Write the page.
+    """Write the page; a file is replaced whole or not at all, a link keeps its place, a pipe is written to.
 
     Raises:
         ConfigError: the file cannot be written.
     """
+    page = render_page(inspection)
     try:
-        path.write_text(render_page(inspection), encoding="utf-8")
+        if path.exists() and not path.is_file():  # --html /dev/stdout
+            path.write_text(page, encoding="utf-8")
+        else:
+            write_text(path.resolve(), page)
     except OSError as error:
         raise ConfigError(f"--html {path}: {error.strerror}") from None
 

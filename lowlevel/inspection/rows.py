@@ -1,4 +1,4 @@
-"""Which examples an inspection looks at: those of an optimizer step, or one data row; and why a row is not there."""
+"""The example that was made of a data row, or why there is none."""
 
 from __future__ import annotations
 
@@ -11,21 +11,7 @@ from lowlevel.data.messages import BadRow, normalise
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.sources import Row, read_source
-from lowlevel.errors import ConfigError, DataError
-from lowlevel.order import DataOrder
-
-
-def step_examples(config: RunConfig, data: PreparedData, step: int) -> list[Any]:
-    """The examples of optimizer step `step`, counted from 1 as the log does.
-
-    Raises:
-        ConfigError: the run has fewer steps.
-    """
-    order = DataOrder.of(config, len(data.train))
-    total = order.total_steps(config.train)
-    if step > total:
-        raise ConfigError(f"--step {step}: the run has {total} steps")
-    return [data.train[i] for i in order.step_rows(step - 1)]
+from lowlevel.errors import DataError
 
 
 def example_of_row(config: RunConfig, tokenizer: ChatTokenizer, data: PreparedData, row: int) -> Any:

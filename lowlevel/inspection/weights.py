@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowlevel.checkpoints.checkpoint import checkpoints, newest_verified, verify
+from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good, saved, step_of
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.running.run_folder import RunFolder
 
@@ -19,33 +19,29 @@ class Weights:
     line: str
 
 
-def choose_weights(folder: RunFolder, step: int | None, checkpoint: int | None) -> Weights:
+def choose_weights(folder: RunFolder, step: int | None, checkpoint: int | None, warn: Callable[[str], None]) -> Weights:
     """The weights for optimizer step `step` (counted from 1), or for a row.
 
     Args:
         folder: the run.
         step: None for a row: the final adapter then, or the newest checkpoint of an unfinished run.
         checkpoint: applied steps of the checkpoint to take instead; 0 for the adapter as it was initialised.
+        warn: takes a line for each damaged checkpoint that is passed over.
 
     Raises:
         ConfigError: no such checkpoint, or nothing saved yet.
-        CheckpointError: a checkpoint that is damaged.
+        CheckpointError: the checkpoint that was named is damaged, or all that could be taken.
     """
-    saved = {_steps(path): path for path in checkpoints(folder.path)}
     if checkpoint is not None:
-        return _of_checkpoint(folder, saved, checkpoint, step)
+        return _of_checkpoint(folder, checkpoint, step)
     if step == 1:
         return _initial(step)
-    earlier = [number for number in saved if step is not None and number < step]
-    if earlier:
-        return _of_checkpoint(folder, saved, max(earlier), step)
-    if folder.adapter.exists():
-        why = "" if step is None else f" (no checkpoint at or before step {step - 1} is left)"
-        return Weights(folder.adapter, f"final adapter{why}")
-    if saved and step is None:
-        newest = _of_checkpoint(folder, saved, max(saved), step)
-        return Weights(newest.adapter, f"{newest.line}, the newest checkpoint (the run has no final adapter yet)")
-    raise ConfigError(f"{folder.path} has saved no weights to inspect yet; --checkpoint 0 takes those it began with")
+    if step is not None:
+        return _before(folder, step, warn)
+    last = _last(folder, warn)
+    if last is None:
+        raise _nothing_saved(folder)
+    return last
 
 
 def last_weights(folder: RunFolder, warn: Callable[[str], None]) -> Weights:
@@ -55,23 +51,43 @@ def last_weights(folder: RunFolder, warn: Callable[[str], None]) -> Weights:
         ConfigError: nothing saved yet.
         CheckpointError: every checkpoint is damaged.
     """
-    if folder.adapter.exists():
-        return Weights(folder.adapter, "final adapter")
-    found = newest_verified(folder.path, warn)
-    if found is None:
+    last = _last(folder, warn)
+    if last is None:
         raise ConfigError(f"{folder.path} has saved no weights yet: set train.save_steps, or wait until the run ends")
-    return Weights(found[0], f"{found[0].name}, the newest checkpoint (the run has no final adapter yet)")
+    return last
 
 
-def _of_checkpoint(folder: RunFolder, saved: dict[int, Path], number: int, step: int | None) -> Weights:
+def _last(folder: RunFolder, warn: Callable[[str], None]) -> Weights | None:
+    adapter = folder.newest_adapter(warn)
+    if adapter is None or adapter == folder.adapter:
+        return Weights(adapter, "final adapter") if adapter else None
+    return Weights(adapter, f"{adapter.name}, the newest checkpoint (the run has no final adapter yet)")
+
+
+def _before(folder: RunFolder, step: int, warn: Callable[[str], None]) -> Weights:
+    """The newest good checkpoint before a step, or the final adapter where none is left."""
+    found = newest_good(folder.path, warn, before=step)
+    if found:
+        return Weights(found[0], f"{found[0].name}{_relation(step_of(found[0]), step)}")
+    if folder.adapter.exists():
+        return Weights(folder.adapter, f"final adapter (no checkpoint at or before step {step - 1} is left)")
+    if any(number < step for number in saved(folder.path)):
+        raise CheckpointError(
+            f"{folder.path}: no usable checkpoint before step {step}; --checkpoint 0 takes the weights it began with"
+        )
+    raise _nothing_saved(folder)
+
+
+def _nothing_saved(folder: RunFolder) -> ConfigError:
+    return ConfigError(f"{folder.path} has saved no weights to inspect yet; --checkpoint 0 takes those it began with")
+
+
+def _of_checkpoint(folder: RunFolder, number: int, step: int | None) -> Weights:
+    """The checkpoint that a person named."""
     if number == 0:
         return _initial(step)
-    if number not in saved:
-        known = ", ".join(map(str, sorted(saved))) or "none"
-        raise ConfigError(f"{folder.path} has no checkpoint of step {number}; there are: {known}, and 0 for the start")
-    path = saved[number]
     try:
-        verify(path)
+        path, _ = checkpoint_at(folder.path, number, "--checkpoint")
     except CheckpointError as error:
         raise CheckpointError(f"{error}; choose another checkpoint with --checkpoint") from None
     return Weights(path, f"{path.name}{_relation(number, step)}")
@@ -91,7 +107,3 @@ def _relation(number: int, step: int | None) -> str:
     if number < step:
         return f", {step - 1 - number} {'update' if step - number == 2 else 'updates'} before step {step} began"
     return f", trained on step {step} already"
-
-
-def _steps(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))

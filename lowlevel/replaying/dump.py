@@ -8,8 +8,6 @@ DIR/layers-0.safetensors     outputs of its decoder layers, where they are asked
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowlevel.checkpoints.checkpoint import settle, write_json
 from lowlevel.dpo import DPO, configured_loss
+from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.execution import micro_step
 from lowlevel.hashing import key32
@@ -67,26 +65,20 @@ class Dump:
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """All of it or nothing: a temporary folder beside, renamed at the end.
+        """All of it or nothing.
 
         Raises:
             ConfigError: the disk refuses.
         """
         check_target(folder)
-        temporary = folder.absolute().parent / f".tmp-{folder.name}-{os.getpid()}"
         try:
-            temporary.mkdir()
-            for name, tensors in self.files.items():
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
-            write_json(temporary / "index.json", self.index())
-            settle(temporary)
-            if folder.exists():
-                folder.rmdir()
-            os.rename(temporary, folder)
+            with replaced_folder(folder.absolute()) as temporary:
+                for name, tensors in self.files.items():
+                    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
+                write_json(temporary / "index.json", self.index())
+                check_target(folder)  # again: what came meanwhile is not replaced
         except OSError as error:
             raise ConfigError(f"--dump {folder}: {error.strerror}") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def index(self) -> dict[str, Any]:
         """What each tensor is."""

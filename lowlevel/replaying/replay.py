@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lowlevel.checkpoints.checkpoint import checkpoints, verify
+from lowlevel.checkpoints.checkpoint import saved, verify
 from lowlevel.errors import CheckpointError, LowlevelError
 from lowlevel.model.adapters import WEIGHTS, adapter_parameters
 from lowlevel.model.policy import TRAINED
@@ -86,8 +86,8 @@ def _saved_rows(session: Session, step: int, found: Replay) -> list[Row]:
     """Weights and optimizer state after the update, beside a checkpoint of the step and the final adapter."""
     rows = []
     weights = {name: p.detach() for name, p in adapter_parameters(session.policy.model, TRAINED).items()}
-    path = session.folder.path / f"step-{step:08d}"
-    if path in checkpoints(session.folder.path):
+    path = saved(session.folder.path).get(step)
+    if path:
         try:
             verify(path)
         except CheckpointError as error:

@@ -5,43 +5,29 @@ Nothing is written and no lock is taken: a run may be going on in the same folde
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowlevel.checkpoints.checkpoint import checkpoints, verify
+from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good
 from lowlevel.checkpoints.training_state import restore_state
 from lowlevel.config import RunConfig
-from lowlevel.errors import CheckpointError, ConfigError, DataError
+from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.execution import Execution, WithFallback
 from lowlevel.layout import PackedBatch
 from lowlevel.loop import optimizer_step
 from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
 from lowlevel.metrics import StepResult, TrainState
-from lowlevel.model.attention_choice import choose_attention
-from lowlevel.model.base import load_model_config
-from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.model.policy import Policy, dequantize_once
 from lowlevel.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lowlevel.order import DataOrder
-from lowlevel.running.adapter_sources import find_adapter
-from lowlevel.running.assembly import (
-    Inputs,
-    build_method,
-    build_run_policy,
-    choose_execution,
-    identity,
-    prepare_data,
-)
+from lowlevel.running.assembly import Inputs, build_method, choose_execution, identity
+from lowlevel.running.reopening import Note, Reopened, reopen, step_examples
 from lowlevel.running.run_folder import RunFolder
-
-Note = Callable[[str], None]
 
 
 @dataclass
@@ -68,8 +54,7 @@ class Session:
 
     def batches(self, step: int, method: Method | None = None) -> list[PackedBatch]:
         """The micro-batches of the step after `step` updates."""
-        rows = self.inputs.data.train
-        return (method or self.method).micro_batches([rows[i] for i in self.order.step_rows(step)])
+        return (method or self.method).micro_batches(step_examples(self.config, self.inputs.data, step + 1))
 
     def rate(self, config: RunConfig | None = None) -> float:
         """The learning rate of the coming step."""
@@ -123,31 +108,29 @@ def open_session(run_dir: Path, step: int, note: Note, *, start: int | None = No
         DataError: the rows are not those of the run.
         CheckpointError: base, adapters or checkpoint are not those of the run, or damaged.
     """
-    folder = RunFolder(run_dir)
-    config, manifest = folder.read_config(), folder.read_manifest()
+    opened = reopen(run_dir, note)
+    config = opened.config
     if start is not None and start >= step:
         raise ConfigError(f"--from {start}: a replay of step {step} starts before it")
-    inputs, moved = _inputs(folder, config, manifest)
+    inputs = opened.inputs()
+    step_examples(config, inputs.data, step)  # refuses a step that the run has not got
     order = DataOrder.of(config, len(inputs.data.train))
-    total = order.total_steps(config.train)
-    if step > total:
-        raise ConfigError(f"--step {step}: the run has {total} steps")
-    policy = build_run_policy(config, inputs)
-    _check_identity(folder, manifest, identity(config, inputs, policy))
+    policy = opened.policy(training=True)
+    _check_identity(opened, identity(config, inputs, policy, opened.manifest["base"]["sha256"]))
     optimizer = build_optimizer(policy.flat.weights, config.train)
     state = TrainState(LossScale.for_precision(inputs.placement.precision))
-    found = choose_start(folder, step, note, start)
+    found = _choose_start(opened.folder, step, note, start)
     if found:
         try:
             state = restore_state(policy, optimizer, *found)
         except OSError as error:  # a run that goes on deletes old checkpoints
             raise CheckpointError(f"{found[0]} went away while it was read ({error.strerror}); try again") from None
-        _check_identity(folder, manifest, found[1]["identity"])
+        _check_identity(opened, found[1]["identity"])
     if config.train.dequantize_once:
         dequantize_once(policy)
     method = build_method(config, inputs.attention)
     return Session(
-        folder=folder,
+        folder=opened.folder,
         config=config,
         inputs=inputs,
         policy=policy,
@@ -155,74 +138,31 @@ def open_session(run_dir: Path, step: int, note: Note, *, start: int | None = No
         optimizer=optimizer,
         execution=WithFallback(policy, method, choose_execution(config, inputs), note),
         order=order,
-        total_steps=total,
+        total_steps=order.total_steps(config.train),
         state=state,
         start=found[0].name if found else "the start of the run",
-        moved=moved,
+        moved=opened.moved,
     )
 
 
-def choose_start(folder: RunFolder, step: int, note: Note, start: int | None) -> tuple[Path, dict[str, Any]] | None:
-    """The newest verified checkpoint of less than `step` updates, or the one of `start`; None for the run's start.
+def _choose_start(folder: RunFolder, step: int, note: Note, start: int | None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest verified checkpoint of less than `step` updates, or the one of `start`; None for the run's start."""
+    if start is None:
+        return newest_good(folder.path, note, before=step)
+    return checkpoint_at(folder.path, start, "--from") if start else None
 
-    Raises:
-        ConfigError: there is no checkpoint of `start` updates.
-        CheckpointError: it is damaged.
+
+def _check_identity(opened: Reopened, found: dict[str, Any]) -> None:
+    """Refuse rows, tokenizer, order or, in a checkpoint, anything that is not the run's; the base was checked by hash.
+
+    A base in another precision has another hash.
     """
-    saved = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder.path)}
-    if start is not None:
-        if start and start not in saved:
-            known = ", ".join(map(str, sorted(saved))) or "none"
-            raise ConfigError(f"--from {start}: {folder.path} has no such checkpoint; there are: {known}, and 0")
-        return (saved[start], verify(saved[start])) if start else None
-    for number in sorted((number for number in saved if number < step), reverse=True):
-        try:
-            return saved[number], verify(saved[number])
-        except CheckpointError as error:
-            note(f"skipped a damaged checkpoint: {error}")
-    return None
-
-
-def _inputs(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) -> tuple[Inputs, str | None]:
-    """The run's inputs from its own folder, and why this machine's numbers may differ from the run's."""
-    tokenizer, data = prepare_data(config)
-    if data.report.train.fingerprint != manifest["data_sha256"]:
-        raise DataError(f"{config.data.source}: not the rows that {folder.path} trained on: its steps are lost")
-    placement, moved = _placement(folder, config)
-    attention = choose_attention(config.model, load_model_config(config.model), placement)
-    parent = folder.parent if folder.parent.exists() else None
-    init_from = find_adapter(config.lora.init_from, "lora.init_from")
-    merged = manifest["base"].get("merged_adapter")
-    return Inputs(tokenizer, data, placement, attention, parent, init_from, merged), moved
-
-
-def _placement(folder: RunFolder, config: RunConfig) -> tuple[Placement, str | None]:
-    try:
-        was = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
-        device, precision = was["device"], was["precision"]
-    except (OSError, ValueError, KeyError):
-        device, precision = "a device that environment.json does not name", None
-    try:
-        placement = choose_placement(precision or config.train.precision)
-    except ConfigError:
-        placement = choose_placement("auto")
-    on_gpu = placement.device.type == "cuda"
-    here = torch.cuda.get_device_name() if on_gpu else "cpu"
-    if (device, precision) != (here, placement.precision):
-        return placement, f"the run computed in {precision} on {device}, this replay in {placement.precision} on {here}"
-    if on_gpu and not torch.are_deterministic_algorithms_enabled():
-        return placement, "a GPU adds in no fixed order, unless the run has train.deterministic = true"
-    return placement, None
-
-
-def _check_identity(folder: RunFolder, manifest: dict[str, Any], found: dict[str, Any]) -> None:
-    """Refuse a base, parent or order that is not the run's; a base in another precision has another hash."""
-    expected, other = dict(manifest), dict(found)
+    expected, other = dict(opened.manifest), dict(found)
     for side in (expected, other):
         side.pop("attention", None)
-    if manifest["base"]["dtype"] != found["base"]["dtype"]:
+    if expected["base"]["dtype"] != found["base"]["dtype"]:
         for side in (expected, other):
             side["base"] = {key: value for key, value in side["base"].items() if key not in ("sha256", "dtype")}
     changed = [key for key in expected if expected[key] != other.get(key)]
     if changed:
-        raise CheckpointError(f"{folder.path}: {', '.join(changed)} differ from what its manifest says")
+        raise CheckpointError(f"{opened.folder.path}: {', '.join(changed)} differ from what its manifest says")

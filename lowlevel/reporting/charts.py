@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowlevel.durable import replaced_file
 from lowlevel.inspection.figures import typographic
 from lowlevel.reporting.series import Curve, Panel
 
@@ -93,7 +94,7 @@ def number(value: float) -> str:
 
 
 def write_png(panel: Panel, path: Path, *, title: str) -> None:
-    """The panel as a picture on white."""
+    """The panel as a picture on white; the file is replaced whole or not at all. Raises OSError."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -111,7 +112,8 @@ def write_png(panel: Panel, path: Path, *, title: str) -> None:
     axis.grid(alpha=0.25)
     if len(panel.curves) + bool(panel.level) > 1:
         axis.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
 
 
 def write_pngs(made: Sequence[Panel], folder: Path, *, title: str) -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from lowlevel.durable import write_text
 from lowlevel.errors import ConfigError
 from lowlevel.inspection.figures import plain, signed, typographic
 from lowlevel.inspection.page import inked
@@ -64,13 +65,13 @@ def render(report: Report) -> str:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write the page.
+    """Write the page; the file is replaced whole or not at all.
 
     Raises:
         ConfigError: the file cannot be written.
     """
     try:
-        path.write_text(render(report), encoding="utf-8")
+        write_text(path, render(report))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
 

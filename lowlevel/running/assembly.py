@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.config import RunConfig
 from lowlevel.contradictions import parse_size
 from lowlevel.data.prepare import ModelLimits, PreparedData, prepare
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.dpo import DPO, check_loss
+from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.layout import Shape
 from lowlevel.losses import LOSSES
 from lowlevel.method import Method
 from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
 from lowlevel.model.attention_choice import Attention, choose_attention
-from lowlevel.model.base import base_sha256, empty_model, load_base, load_model_config, resolve_name
+from lowlevel.model.base import empty_model, load_base, load_model_config, resolve_name
 from lowlevel.model.embedding import TIED, move_embeddings_to_host
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
@@ -164,13 +164,10 @@ def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tu
         merged = merged_model(config.model, [inputs.parent], torch.float16)
         tokenizer = inputs.tokenizer.tokenizer
         tokenizer.chat_template = inputs.tokenizer.template
-
-        def write(temporary: Path) -> None:
+        with replaced_folder(target) as temporary:
             merged.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             write_json(temporary / folder.base_record.name, {"merged_adapter": sha256})
-
-        folder.write_folder(target, write)
     model = config.model.model_copy(
         update={"name": str(target), "adapter": None, "revision": None, "adapter_mode": "none"}
     )
@@ -204,25 +201,35 @@ def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
 
 def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
     """Load the base and attach the adapters."""
-    base = load_base(config.model, inputs.placement, attention=inputs.attention.implementation)
+    return load_policy(config, inputs.placement, inputs.attention, parent=inputs.parent, init_from=inputs.init_from)
+
+
+def load_policy(
+    config: RunConfig, placement: Placement, attention: Attention, *, parent: Path | None, init_from: Path | None
+) -> Policy:
+    """The same without the rows, which no policy needs."""
+    base = load_base(config.model, placement, attention=attention.implementation)
     if config.model.embeddings_on_host:
         move_embeddings_to_host(base)
     return build_policy(
         base,
         config.lora,
-        inputs.placement,
+        placement,
         seed=config.train.seed,
-        parent=inputs.parent,
-        init_from=inputs.init_from,
+        parent=parent,
+        init_from=init_from,
         gradient_checkpointing=config.train.gradient_checkpointing,
         recomputed=config.train.recomputed_layers,
         offload=config.train.offload_activations,
-        attention=inputs.attention,
+        attention=attention,
     )
 
 
-def identity(config: RunConfig, inputs: Inputs, policy: Policy) -> dict[str, Any]:
-    """What a run stands on: the manifest's answer to "which weights, which data, which reference?"."""
+def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) -> dict[str, Any]:
+    """What a run stands on: the manifest's answer to "which weights, which data, which reference?".
+
+    `base_hash` is the base's `base_sha256`, which reads all of it.
+    """
     model = config.model
     keys = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     quantisation = {key: getattr(model, key) for key in keys} if model.load_in_4bit else {"load_in_4bit": False}
@@ -234,7 +241,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy) -> dict[str, Any
         "base": {
             "name": Path(model.name).name if Path(model.name).exists() else model.name,
             "revision": model.revision,
-            "sha256": base_sha256(policy.model),
+            "sha256": base_hash,
             "dtype": dtype_name(inputs.placement.dtype),
             **quantisation,
             **({"merged_adapter": inputs.merged_adapter} if inputs.merged_adapter else {}),

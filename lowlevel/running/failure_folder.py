@@ -6,15 +6,13 @@ failure/micro-batch.safetensors     the micro-batch in which it was found
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from lowlevel.checkpoints.checkpoint import settle, write_json
+from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import NonFiniteError, one_line
 from lowlevel.method import Method
 from lowlevel.model.policy import Policy
@@ -23,14 +21,12 @@ from lowlevel.running.forensics import FailureReport, examine_error
 
 def write_failure(report: FailureReport, run_dir: Path) -> Path:
     """`failure/` in a run folder, in the place of an older one: all of it or nothing."""
-    target, temporary = run_dir / "failure", run_dir / f".tmp-failure-{os.getpid()}"
-    temporary.mkdir()
-    write_json(temporary / "failure.json", report.to_json(run_dir))
-    if report.batch is not None:
-        save_file({k: t.contiguous() for k, t in report.batch.tensors().items()}, temporary / "micro-batch.safetensors")
-    settle(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(temporary, target)
+    target = run_dir / "failure"
+    with replaced_folder(target) as folder:
+        write_json(folder / "failure.json", report.to_json(run_dir))
+        if report.batch is not None:
+            tensors = {name: tensor.contiguous() for name, tensor in report.batch.tensors().items()}
+            save_file(tensors, folder / "micro-batch.safetensors")
     return target
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowlevel.durable import replaced_file
+
 PANELS = {
     "loss": (("loss", "training"), ("eval_loss", "held out")),
     "reward": (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"), ("rewards/margins", "margin")),
@@ -14,7 +16,7 @@ PANELS = {
 
 
 def plot_loss(records: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Draw the loss, and for DPO rewards and accuracy, over optimizer steps."""
+    """Draw the loss, and for DPO rewards and accuracy, over optimizer steps, as a PNG that is whole or not there."""
     from matplotlib.figure import Figure
 
     panels = {name: curves for name, curves in PANELS.items() if any(curves[0][0] in record for record in records)}
@@ -30,7 +32,8 @@ def plot_loss(records: list[dict[str, Any]], path: Path, *, title: str) -> None:
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def plot_memory(report: Mapping[str, Any], path: Path, *, title: str) -> None:
@@ -51,4 +54,5 @@ def plot_memory(report: Mapping[str, Any], path: Path, *, title: str) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="MiB allocated at the phase's peak (paged optimizer state apart)", title=title)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=path.suffix.removeprefix(".") or "png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -35,6 +36,11 @@ def make_console() -> Console:
     """Standard output; a plain stream gets long lines instead of lines wrapped at 80 columns."""
     terminal = sys.stdout.isatty()
     return PipedConsole(highlight=False, soft_wrap=not terminal, width=None if terminal else 140)
+
+
+def lines_to(console: Console) -> Callable[[str], None]:
+    """What prints a line as it is: a path may hold what rich reads as markup."""
+    return lambda line: console.print(line, markup=False)
 
 
 def describe(record: dict[str, Any]) -> str:

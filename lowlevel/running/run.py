@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lowlevel.checkpoints.checkpoint import newest_verified, remove_litter, run_lock, write_json
+from lowlevel.checkpoints.checkpoint import newest_verified, remove_litter
 from lowlevel.checkpoints.resuming import check_differences, differences, record_changes, versions
 from lowlevel.checkpoints.training_state import restore_state, save_state
 from lowlevel.config import RunConfig
 from lowlevel.determinism import deterministic_mode
+from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError, InterruptedRunError, OutOfMemoryError
 from lowlevel.execution import WithFallback
 from lowlevel.layout import PackedBatch
@@ -23,6 +24,7 @@ from lowlevel.loop import evaluate_examples, train
 from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
 from lowlevel.metrics import TrainState
+from lowlevel.model.base import base_sha256
 from lowlevel.model.policy import Policy, dequantize_once
 from lowlevel.optimizer import build_optimizer
 from lowlevel.order import DataOrder
@@ -44,9 +46,9 @@ from lowlevel.running.failure_folder import explaining
 from lowlevel.running.interrupts import Interrupts
 from lowlevel.running.observer import RunObserver
 from lowlevel.running.prefetch import Prefetched
-from lowlevel.running.progress import TrainingProgress
+from lowlevel.running.progress import TrainingProgress, lines_to
 from lowlevel.running.rehearsal import largest_batch, rehearse
-from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.run_folder import RunFolder, run_lock
 from lowlevel.running.run_record import announce, write_finish, write_start
 from lowlevel.tracing import Tracer, drop_after
 
@@ -118,7 +120,7 @@ def _make_folder(path: str | None, key: str) -> None:
 
 
 def _checkpoint(folder: RunFolder, console: Console, allow_change: Sequence[str]) -> tuple[Path, dict[str, Any]] | None:
-    found = newest_verified(folder.path, lambda line: console.print(line, markup=False))
+    found = newest_verified(folder.path, lines_to(console))
     if found is None:
         if allow_change:
             raise ConfigError(f"--allow-change: {folder.path} has no checkpoint yet that anything could differ from")
@@ -164,7 +166,8 @@ def _build(config: RunConfig, inputs: Inputs) -> Job:
     order = DataOrder.of(config, len(inputs.data.train))
     policy = build_run_policy(config, inputs)
     optimizer = build_optimizer(policy.flat.weights, config.train)
-    origin = {"identity": identity(config, inputs, policy), "versions": versions(inputs.placement)}
+    base_hash = base_sha256(policy.model)
+    origin = {"identity": identity(config, inputs, policy, base_hash), "versions": versions(inputs.placement)}
     return Job(config, inputs, build_method(config, inputs.attention), policy, optimizer, order,
                order.total_steps(config.train), origin)  # fmt: skip
 

@@ -17,13 +17,14 @@ out/run/
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import shutil
 import tomllib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,8 +33,9 @@ from typing import Any
 import tomli_w
 
 from lowlevel import __version__
-from lowlevel.checkpoints.checkpoint import checkpoints, settle, sync, verify, write_json, write_text
+from lowlevel.checkpoints.checkpoint import checkpoints, newest_good, newest_verified, step_of
 from lowlevel.config import RunConfig, config_from_tables, to_tables
+from lowlevel.durable import sync, write_json, write_text
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.files import read_json_object
 from lowlevel.order import ORDER_VERSION
@@ -99,6 +101,17 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object a logged step."""
         return self.path / "metrics.jsonl"
+
+    def newest_adapter(self, warn: Callable[[str], None]) -> Path | None:
+        """The final adapter, or of an unfinished run its newest checkpoint that verifies; None where there is neither.
+
+        Raises:
+            CheckpointError: there are checkpoints alone, and each is damaged; `warn` gets a line for each that is.
+        """
+        if self.adapter.exists():
+            return self.adapter
+        found = newest_verified(self.path, warn)
+        return found[0] if found else None
 
     def holds_run(self) -> bool:
         """Whether a run has written here."""
@@ -218,9 +231,9 @@ class RunFolder:
         """
         with suppress(OSError):
             if self.holds_run():
-                good = next((path for path in checkpoints(self.path) if _is_good(path)), None)
-                step = int(good.name.removeprefix("step-")) if good else 0
-                self._write_status(state, step, good, exit_code, error)
+                found = newest_good(self.path, lambda line: None)
+                good = found[0] if found else None
+                self._write_status(state, step_of(good) if good else 0, good, exit_code, error)
 
     def write_status(self, state: str, step: int, *, exit_code: int | None = None) -> None:
         """run-status.json: running or finished, after `step` steps, with the newest checkpoint."""
@@ -233,33 +246,25 @@ class RunFolder:
         status = {"state": state, "step": step, "checkpoint": name, "exit": exit_code, "error": error}
         write_json(self.path / "run-status.json", status)
 
-    def write_folder(self, target: Path, write: Callable[[Path], None]) -> None:
-        """Let `write` fill a folder, and have it take the place of `target`: all of it or nothing.
 
-        A process killed in between leaves the old folder, the new one, or none; never a part.
-        """
-        temporary, old = self.path / f".tmp-{target.name}-{os.getpid()}", self.path / f".del-{target.name}"
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process; the kernel frees the lock when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "run.lock", "a+", encoding="utf-8") as file:
         try:
-            temporary.mkdir()
-            write(temporary)
-            settle(temporary)
-            if target.exists():
-                os.rename(target, old)
-            os.rename(temporary, target)
-            sync(self.path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        if old.exists():
-            shutil.rmtree(old)
-
-
-def _is_good(checkpoint: Path) -> bool:
-    try:
-        verify(checkpoint)
-    except CheckpointError:
-        return False
-    return True
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(f"{folder} is in use by pid {file.read().strip() or 'unknown'}") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lowlevel.checkpoints.checkpoint import write_json
 from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config import RunConfig
+from lowlevel.durable import replaced_folder, write_json
 from lowlevel.method import Method
 from lowlevel.metrics import TrainState
 from lowlevel.model.adapters import save_adapter
@@ -42,12 +41,9 @@ def write_start(folder: RunFolder, config: RunConfig, inputs: Inputs, identity: 
 
 def _copy_adapter(folder: RunFolder, source: Path) -> None:
     files = [path for path in sorted(source.iterdir()) if path.name.startswith("adapter_") and path.is_file()]
-
-    def write(target: Path) -> None:
+    with replaced_folder(folder.parent) as target:
         for path in files:
             shutil.copyfile(path, target / path.name)
-
-    folder.write_folder(folder.parent, write)
 
 
 def announce(
@@ -83,9 +79,11 @@ def write_finish(
     folder: RunFolder, config: RunConfig, policy: Policy, state: TrainState, order: DataOrder, console: Console
 ) -> dict[str, Any]:
     """Write the trained adapter, summary, curve and status of a run that has taken its steps; return the summary."""
-    folder.write_folder(folder.adapter, lambda to: save_adapter(policy.model, TRAINED, to, config.model.name))
+    with replaced_folder(folder.adapter) as target:
+        save_adapter(policy.model, TRAINED, target, config.model.name)
     if folder.parent.exists():
-        folder.write_folder(folder.stacked, lambda to: write_stacked_adapter(folder.parent, folder.adapter, to))
+        with replaced_folder(folder.stacked) as target:
+            write_stacked_adapter(folder.parent, folder.adapter, target)
     summary = {
         "train_runtime": state.seconds,
         "train_samples_per_second": state.examples / state.seconds,
@@ -96,19 +94,9 @@ def write_finish(
         "skipped_steps": state.loss_scale.skipped_steps,
     }
     write_json(folder.path / "summary.json", summary)
-    _write_curve(folder, f"{config.method}: {folder.path.name}")
+    plot_loss(folder.read_metrics(), folder.path / "loss.png", title=f"{config.method}: {folder.path.name}")
     folder.write_status("finished", state.step, exit_code=0)
     shown = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "epoch")
     console.print("{" + ", ".join(f"'{key}': {summary[key]:.4f}" for key in shown) + "}")
     console.print(f"adapter saved to {folder.adapter}", markup=False)
     return summary
-
-
-def _write_curve(folder: RunFolder, title: str) -> None:
-    temporary = folder.path / f".tmp-{os.getpid()}-loss.png"
-    try:
-        plot_loss(folder.read_metrics(), temporary, title=title)
-        os.replace(temporary, folder.path / "loss.png")
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowlevel.checkpoints.checkpoint import write_bytes
+from lowlevel.durable import write_bytes
 from lowlevel.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from workspace import HELD_OUT, PROMPTS
 import lowlevel.commands.compare
 import lowlevel.commands.generate
 from lowlevel.commands.compare import Scored, load_held_out, pair_scores, score_rows, sft_scores
-from lowlevel.commands.loading import load_run
 from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.running.assembly import build_method
+from lowlevel.running.reopening import load_run
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from workspace import PROMPTS, reply
 import lowlevel.commands.compare
 import lowlevel.commands.generate
 from lowlevel.commands.generate import Sampling, generate_replies
-from lowlevel.commands.loading import load_run
 from lowlevel.config import load_config
 from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.running.reopening import load_run
 
 
 def test_run_adapter_and_merged_model_reply_alike(runs, merged, cli):
@@ -71,9 +71,10 @@ def test_the_prompt_is_rendered_as_in_training(runs, cli, monkeypatch):
 
 def test_a_run_trained_in_fp16_on_a_gpu_can_be_used_without_one(runs, cli, tmp_path):
     copy = runs.space.copy("dpo", tmp_path)
-    config, manifest = copy / "config.toml", copy / "manifest.json"
+    config, manifest, environment = copy / "config.toml", copy / "manifest.json", copy / "environment.json"
     config.write_text(config.read_text().replace('precision = "auto"', 'precision = "fp16"'))
     manifest.write_text(manifest.read_text().replace('"float32"', '"float16"'))
+    environment.write_text(environment.read_text().replace('"fp32"', '"fp16"'))
     assert reply(cli, copy) == reply(cli, runs.dpo)
     said = cli("compare", copy, "--prompts", 1, "--max-new-tokens", 2)
     assert said.code == 0, said.err

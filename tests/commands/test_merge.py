@@ -98,6 +98,23 @@ def test_a_merge_never_overwrites(runs, cli, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["there", "file"]
 
 
+def test_what_comes_while_a_merge_is_made_is_not_replaced(runs, cli, tmp_path, monkeypatch):
+    import lowlevel.commands.merge
+
+    out = tmp_path / "not yet there" / "out"
+    original = lowlevel.commands.merge.measure
+
+    def measure(*arguments):
+        out.mkdir()
+        (out / "file").write_text("mine")
+        return original(*arguments)
+
+    monkeypatch.setattr(lowlevel.commands.merge, "measure", measure)
+    said = cli("merge", runs.dpo, "--out", out)
+    assert said.code == 2 and "exists" in said.err
+    assert [path.name for path in tmp_path.rglob("*")] == ["not yet there", "out", "file"]
+
+
 def test_a_wrong_merge_is_not_written(runs, cli, tmp_path, monkeypatch):
     import lowlevel.model.merging
 

@@ -9,7 +9,7 @@ from peft import PeftModel
 from plain_models import held_out_chat_loss, plain_base, plain_stack, share
 from workspace import metrics
 
-from lowlevel.commands.loading import load_run
+from lowlevel.running.reopening import load_run
 
 
 def test_the_sft_adapter_is_what_was_evaluated(runs, tokenizer):

@@ -7,8 +7,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from workspace import alter_adapter
 
-from lowlevel.commands.loading import load_run
 from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.running.reopening import load_run
 
 
 def test_a_parent_that_is_not_the_runs_own_is_refused(runs, cli, tmp_path):

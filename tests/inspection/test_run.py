@@ -175,7 +175,9 @@ def test_rows_and_steps_that_are_not_there(runs):
         look(runs.dpo, step=6)
     with pytest.raises(DataError, match=r"row 24: .*pairs.jsonl has the rows 0 to 23"):
         look(runs.dpo, example=24)
-    with pytest.raises(ConfigError, match=r"no checkpoint of step 9; there are: 1, 2, 3, 4, 5, and 0 for the start"):
+    with pytest.raises(
+        ConfigError, match=r"--checkpoint 9: .* has no such checkpoint; there are: 1, 2, 3, 4, 5, and 0 for the start"
+    ):
         look(runs.dpo, step=2, checkpoint=9)
 
 
@@ -211,11 +213,35 @@ def test_a_row_that_gave_no_example_says_why(runs, tmp_path):
     assert look(tmp_path / "odd", example=4).pairs[0].row == 4
 
 
-def test_a_damaged_checkpoint_is_refused_and_others_are_named(copied):
+def test_a_damaged_checkpoint_that_was_named_is_refused(copied):
     (copied / "step-00000003" / "adapter_model.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="does not match the manifest; choose another checkpoint"):
-        look(copied, step=4)
+        look(copied, step=4, checkpoint=3)
     assert look(copied, step=4, checkpoint=2).weights.startswith("step-00000002")
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_line(copied):
+    for number in (3, 5):
+        (copied / f"step-0000000{number}" / "adapter_model.safetensors").write_bytes(b"x")
+    said = run("inspect", copied, "--step", 4)
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith(f"skipped a damaged checkpoint: {copied}/step-00000003/") and said.out.count("skip") == 1
+    assert "weights: step-00000002, 1 update before step 4 began" in said.out
+    shutil.rmtree(copied / "adapter")
+    said = run("inspect", copied, "--example", 7)
+    assert said.code == 0 and f"skipped a damaged checkpoint: {copied}/step-00000005/" in said.out
+    assert "weights: step-00000004, the newest checkpoint (the run has no final adapter yet)" in said.out
+
+
+def test_where_every_checkpoint_is_damaged_it_says_so(copied):
+    for path in copied.glob("step-*"):
+        (path / "adapter_model.safetensors").write_bytes(b"x")
+    assert look(copied, step=4).weights == "final adapter (no checkpoint at or before step 3 is left)"
+    shutil.rmtree(copied / "adapter")
+    with pytest.raises(CheckpointError, match="no usable checkpoint before step 4; --checkpoint 0 takes"):
+        look(copied, step=4)
+    with pytest.raises(CheckpointError, match="no usable checkpoint among 5"):
+        look(copied, example=7)
 
 
 def test_data_that_changed_since_the_run_is_refused(runs, tmp_path):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from workspace import metrics, run
 
 from lowlevel.losses import dpo_loss
+from lowlevel.replaying.dump import Dump
 from lowlevel.replaying.session import open_session
 from lowlevel.replaying.what_if import parse_settings, what_if
 
@@ -79,6 +80,20 @@ def test_a_dump_does_not_change_the_replay_and_takes_no_folder_that_holds_someth
     assert said.code == 2 and "exists and is not an empty folder" in said.err
     assert [p.name for p in tmp_path.iterdir()] == ["dump"], "no temporary folder stays"
     assert run("replay", runs.folder / "sft", "--step", "10", "--dump", tmp_path / "no" / "dump").code == 2
+
+
+def test_what_comes_while_a_dump_is_written_is_not_replaced(runs, tmp_path, monkeypatch):
+    original = Dump.index
+
+    def index(self):
+        (tmp_path / "dump").mkdir()
+        (tmp_path / "dump" / "file").write_text("mine")
+        return original(self)
+
+    monkeypatch.setattr(Dump, "index", index)
+    said = run("replay", runs.folder / "sft", "--step", "10", "--dump", tmp_path / "dump")
+    assert said.code == 2 and "exists and is not an empty folder" in said.err
+    assert [path.name for path in tmp_path.rglob("*")] == ["dump", "file"]
 
 
 def outcomes(folder, step, *texts):

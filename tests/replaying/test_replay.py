@@ -14,6 +14,7 @@ from lowlevel.checkpoints import checkpoint
 from lowlevel.commands.replay import replay_run
 from lowlevel.replaying.compare import number_rows, same_bits, tensors_row
 from lowlevel.replaying.replay import ReplayDiffersError
+from lowlevel.running.run_folder import run_lock
 
 STEPS = 24
 QUIET = Console(quiet=True)
@@ -117,7 +118,7 @@ def test_while_another_process_holds_the_run(runs, tmp_path):
     folder = runs.copy("sft", tmp_path)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 25, "lo')  # a line in the making
-    with checkpoint.run_lock(folder):
+    with run_lock(folder):
         assert replay(folder, 7).first_difference is None
 
 
@@ -192,8 +193,9 @@ def test_other_rows_another_base_or_parent_are_refused(runs, tmp_path):
         assert (said.code, text in said.err) == (code, True), said.err
 
     refused(3, "not the rows that", data_sha256="0" * 64)
-    refused(4, "base differ from what its manifest says", base={**manifest["base"], "sha256": "0" * 64})
-    refused(4, "parent_adapter differ", parent_adapter="0" * 64)
+    refused(4, "is not the one that was trained on", base={**manifest["base"], "sha256": "0" * 64})
+    refused(4, "base differ from what its manifest says", base={**manifest["base"], "load_in_4bit": False})
+    refused(4, "not the adapter that this run stands on", parent_adapter="0" * 64)
     refused(4, "order_version differ", order_version=99)
 
 

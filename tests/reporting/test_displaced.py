@@ -11,7 +11,6 @@ import helpers
 import pytest
 from workspace import PAIRS, run
 
-from lowlevel.commands.loading import load_run
 from lowlevel.inspection import inspect_pairs
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.rows import example_of_row
@@ -20,6 +19,7 @@ from lowlevel.model.policy import TRAINED
 from lowlevel.reporting.displaced import displaced_pairs
 from lowlevel.reporting.pairs import pair_tables
 from lowlevel.running.assembly import prepare_data
+from lowlevel.running.reopening import load_run, reopen
 from lowlevel.tracing.files import write_table
 
 SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")
@@ -32,7 +32,7 @@ def copied(run_dir: Path, to: Path) -> Path:
 
 def rewrite(folder: Path, *, token: int | None) -> Path:
     """Put an adapter in the place of a copied run's final one: one without effect, or one that learnt `token`."""
-    run_of = load_run(folder, initial=True)
+    run_of = reopen(folder).load(None)
     if token is not None:
         tokenizer, data = prepare_data(run_of.config)
         examples = [example_of_row(run_of.config, tokenizer, data, row) for row in fell(folder, 4)]
@@ -119,7 +119,7 @@ def test_without_the_option_no_model_is_loaded_and_the_alarm_gives_the_command(r
     columns = {"step": [6] * 4, "row": [2, 3, 5, 7], "chosen_logratio": [-1.0, -3.0, 0.5, -2.0]}
     zeros = dict.fromkeys(("margin", "rejected_logratio", "weight", "loss"), [0.0] * 4)
     write_table(folder / "trace", "pairs", columns | zeros)
-    monkeypatch.setattr("lowlevel.commands.displaced.load_run", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lowlevel.commands.displaced.reopen", lambda *_, **__: pytest.fail("loaded"))
     said = run("report", folder)
     assert said.code == 0 and not section(folder)
     assert (

@@ -185,6 +185,30 @@ def test_a_damaged_trace_is_one_line(runs, tmp_path):
     assert said.code == 4 and "pairs-00000009" in said.err and len(said.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("refused", ["report.html", "loss.png"])
+def test_pages_and_charts_are_replaced_whole_or_not_at_all(runs, tmp_path, monkeypatch, refused):
+    folder = Path(shutil.copytree(runs["plain"], tmp_path / "plain"))
+    files = [folder / "report.html", folder / "report" / "loss.png"]
+    (folder / "report").mkdir(exist_ok=True)
+    for file in files:
+        file.write_text("old")
+    original = os.replace
+
+    def replace(source, target):
+        if Path(target).name == refused:
+            raise OSError(28, "No space left on device")
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        said = run("report", folder)
+    assert said.code == 2 and "No space left on device" in said.err and said.err.count("\n") == 1
+    assert {file.name: file.read_bytes() == b"old" for file in files}[refused]
+    assert not list(folder.rglob(".tmp-*"))
+    assert run("report", folder).code == 0
+    assert files[0].read_bytes().startswith(b"<!doctype html>") and files[1].read_bytes().startswith(b"\x89PNG")
+
+
 def test_texts_are_escaped():
     bad = "<img src=x onerror=alert(1)>"
     panel = Panel("x", bad, bad, bad, (Curve(bad, ((0, 1.0), (1, 2.0)), 0, 0),))

@@ -1,7 +1,9 @@
-"""Small checkpoints, and how they are damaged."""
+"""Small checkpoints, how they are damaged, and how a process is killed while it writes."""
 
+import os
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -29,6 +31,31 @@ def flip(file: Path, bit: int) -> None:
     data = bytearray(file.read_bytes())
     data[bit // 8] ^= 1 << bit % 8
     file.write_bytes(data)
+
+
+class Killed(BaseException):
+    """A kill: nothing of the program runs after it."""
+
+
+CALLS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
+
+
+def kill_before(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Every file operation from the `number`-th on fails as if the process were gone, those of cleaning up too."""
+    count = 0
+
+    def counted(original):
+        def call(*arguments, **keywords):
+            nonlocal count
+            count += 1
+            if count > number:
+                raise Killed
+            return original(*arguments, **keywords)
+
+        return call
+
+    for name in CALLS:
+        patch.setattr(os, name, counted(getattr(os, name)))
 
 
 def names(folder: Path) -> list[str]:

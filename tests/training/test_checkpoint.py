@@ -8,8 +8,18 @@ import random
 import pytest
 from checkpoint_files import FILES, PAYLOAD, flip, names, save
 
-from lowlevel.checkpoints.checkpoint import MANIFEST, checkpoints, newest_verified, verify, write_json
-from lowlevel.errors import CheckpointError
+from lowlevel.checkpoints.checkpoint import (
+    MANIFEST,
+    checkpoint_at,
+    checkpoints,
+    newest_good,
+    newest_verified,
+    saved,
+    step_of,
+    verify,
+)
+from lowlevel.durable import write_json
+from lowlevel.errors import CheckpointError, ConfigError
 
 
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path):
@@ -117,6 +127,37 @@ def test_the_newest_good_one_is_used_with_a_warning_for_each_bad_one(tmp_path):
     flip(good / "adapter_model.safetensors", 5)
     with pytest.raises(CheckpointError, match="no usable checkpoint among 3"):
         newest_verified(tmp_path, warnings.append)
+
+
+def test_the_newest_good_one_before_a_step(tmp_path):
+    paths = {step: save(tmp_path, step) for step in (2, 4, 6)}
+    assert list(saved(tmp_path).items()) == [(step, paths[step]) for step in (6, 4, 2)]
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [6, 4, 2]
+    assert newest_good(tmp_path, pytest.fail) == (paths[6], verify(paths[6]))
+    for before, step in ((7, 6), (6, 4), (5, 4), (3, 2)):
+        assert newest_good(tmp_path, pytest.fail, before=before) == (paths[step], verify(paths[step]))
+    assert newest_good(tmp_path, pytest.fail, before=2) is None
+    for path in paths.values():
+        flip(path / "optimizer.safetensors", 999)
+    lines: list[str] = []
+    assert newest_good(tmp_path, lines.append, before=6) is None, "it never raises"
+    assert [f"skipped a damaged checkpoint: {paths[step]}/optimizer.safetensors" in line
+            for step, line in zip((4, 2), lines, strict=True)] == [True, True]  # fmt: skip
+
+
+def test_a_checkpoint_that_was_named(tmp_path):
+    path = save(tmp_path, 4)
+    assert checkpoint_at(tmp_path, 4, "--from") == (path, verify(path))
+    with pytest.raises(ConfigError) as caught:
+        checkpoint_at(tmp_path, 3, "--from")
+    assert str(caught.value) == (
+        f"--from 3: {tmp_path} has no such checkpoint; there are: 4, and 0 for the start of the run"
+    )
+    with pytest.raises(ConfigError, match="there are: none, and 0"):
+        checkpoint_at(tmp_path / "empty", 3, "--checkpoint")
+    flip(path / "optimizer.safetensors", 999)
+    with pytest.raises(CheckpointError, match="optimizer.safetensors"):
+        checkpoint_at(tmp_path, 4, "--from")
 
 
 def test_newest_is_by_number_and_only_whole_names_count(tmp_path):

@@ -1,7 +1,6 @@
 """Saving against kills, full disks and second writers."""
 
 import errno
-import json
 import math
 import os
 import resource
@@ -12,36 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import PAYLOAD, fail_with, flip, names, save
+from checkpoint_files import PAYLOAD, Killed, fail_with, flip, kill_before, names, save
 from safetensors.torch import save_file
 
-from lowlevel.checkpoints.checkpoint import checkpoints, remove_litter, run_lock, save_checkpoint, verify, write_json
+from lowlevel.checkpoints.checkpoint import checkpoints, remove_litter, save_checkpoint, verify
 from lowlevel.errors import CheckpointError, ConfigError
-
-
-class Killed(BaseException):
-    """A kill: nothing of the program runs after it."""
-
-
-CALLS = ("mkdir", "open", "fsync", "rename", "unlink", "rmdir")
-
-
-def kill_before(patch: pytest.MonkeyPatch, number: int) -> None:
-    """Every file operation from the `number`-th on fails as if the process were gone, those of cleaning up too."""
-    count = 0
-
-    def counted(original):
-        def call(*arguments, **keywords):
-            nonlocal count
-            count += 1
-            if count > number:
-                raise Killed
-            return original(*arguments, **keywords)
-
-        return call
-
-    for name in CALLS:
-        patch.setattr(os, name, counted(getattr(os, name)))
+from lowlevel.running.run_folder import run_lock
 
 
 def good(folder: Path) -> set[str]:
@@ -192,7 +167,7 @@ def test_litter_of_a_killed_save_is_removed_and_nothing_else(tmp_path):
 def test_a_second_holder_is_refused_and_told_who_holds_it(tmp_path):
     code = (
         "import sys, pathlib\n"
-        "from lowlevel.checkpoints.checkpoint import run_lock\n"
+        "from lowlevel.running.run_folder import run_lock\n"
         "from lowlevel.errors import ConfigError\n"
         "try:\n"
         "    with run_lock(pathlib.Path(sys.argv[1])): print('got it')\n"
@@ -212,16 +187,3 @@ def test_a_second_holder_is_refused_and_told_who_holds_it(tmp_path):
     assert other() == "got it\n"
     with run_lock(tmp_path / "run"):
         pass
-
-
-def test_json_files_are_replaced_whole(tmp_path, monkeypatch):
-    write_json(tmp_path / "a.json", {"old": 1})
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="full"):
-            write_json(tmp_path / "a.json", {"new": "x" * 1000})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}

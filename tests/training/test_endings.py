@@ -19,7 +19,8 @@ import lowlevel.checkpoints.training_state
 import lowlevel.running.run
 import lowlevel.running.run_folder
 import lowlevel.running.run_record
-from lowlevel.checkpoints.checkpoint import checkpoints, run_lock, verify
+from lowlevel.checkpoints.checkpoint import checkpoints, verify
+from lowlevel.running.run_folder import run_lock
 
 STOP = 3
 EVERY = {"logging_steps": 1, "save_steps": 1, "eval_steps": 2}

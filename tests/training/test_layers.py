@@ -9,7 +9,10 @@ import lowlevel
 
 ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
-    ("__init__", "config", "contradictions", "errors", "redaction", "running/__init__", "running/interrupts"),
+    (
+        *("__init__", "config", "contradictions", "durable", "errors", "redaction"),
+        *("running/__init__", "running/interrupts"),
+    ),
     (
         *("losses/", "labels", "layout", "packing", "spans", "attention", "hashing", "dropout", "order"),
         *("determinism", "workspaces", "loss_scale", "running/prefetch"),
@@ -22,7 +25,7 @@ LAYERS = (
     ("sft", "dpo", "method", "execution", "reference_cache"),
     ("loop", "tracing/", "running/rehearsal", "running/forensics", "running/failure_folder"),
     ("running/",),
-    ("commands/loading", "commands/generate", "inspection/", "verification/", "replaying/", "reporting/"),
+    ("inspection/", "verification/", "replaying/", "reporting/"),
     ("commands/", "cli", "__main__"),
 )
 TRITON_FILES = (

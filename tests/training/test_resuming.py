@@ -12,7 +12,8 @@ import pytest
 from workspace import CHATS, Said, Workspace, at_step, make_workspace, metrics, run
 
 import lowlevel.checkpoints.resuming
-from lowlevel.checkpoints.checkpoint import _payload_sha256, checkpoints, verify, write_json
+from lowlevel.checkpoints.checkpoint import _payload_sha256, checkpoints, verify
+from lowlevel.durable import write_json
 
 STOP = 3
 

@@ -10,7 +10,8 @@ sys.path.append(str(Path(__file__).parent))
 
 from workspace import Workspace, make_workspace  # noqa: E402
 
-from lowlevel.commands.verify import _from_file, _subject, step_of  # noqa: E402
+from lowlevel.running.reopening import step_examples  # noqa: E402
+from lowlevel.verification.opening import make_subject, open_file  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +28,9 @@ def make(space):
 
     def subject(method, examples=4, exact=1_000_000, **sections):
         name = f"{method}-{len(list(space.folder.glob('*.toml')))}"
-        loaded = _from_file(space.write(name, method, **sections), {}, space.folder)
-        rows = step_of(loaded.config, loaded.inputs.data, 1)[:examples]
-        return _subject(loaded, None, tuple(rows), 0, exact)
+        opened = open_file(space.write(name, method, **sections), {}, space.folder)
+        rows = step_examples(opened.config, opened.inputs.data, 1)[:examples]
+        return make_subject(opened, rows, 0, exact)
 
     return subject
 

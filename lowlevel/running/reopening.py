@@ -1,0 +1,231 @@
+"""A run that was trained, opened again from its folder: where its model runs here, its rows, and its model.
+
+What is opened is what the manifest says, or an error: rows with another fingerprint, a base or a frozen adapter with
+another hash. A machine that has not got the run's precision takes its own, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowlevel.config import RunConfig
+from lowlevel.data.prepare import PreparedData
+from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.errors import CheckpointError, ConfigError, DataError
+from lowlevel.method import Method
+from lowlevel.model.adapters import adapter_sha256
+from lowlevel.model.attention_choice import Attention, choose_attention
+from lowlevel.model.base import base_sha256, load_model_config
+from lowlevel.model.placement import Placement, choose_placement, dtype_name
+from lowlevel.model.policy import Policy
+from lowlevel.order import DataOrder
+from lowlevel.running.adapter_sources import find_adapter
+from lowlevel.running.assembly import Inputs, build_method, load_policy, load_run_tokenizer, prepare_data
+from lowlevel.running.run_folder import RunFolder
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One point of the chain base -> SFT -> DPO, as the adapters that are active in it."""
+
+    name: str
+    parent: bool
+    trained: bool
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run, ready for forward passes. `policy.activate` switches between its stages."""
+
+    folder: RunFolder
+    config: RunConfig
+    tokenizer: ChatTokenizer
+    policy: Policy
+    method: Method
+    stages: tuple[Stage, ...]
+
+    def activate(self, stage: Stage) -> None:
+        """Make the model that of a stage."""
+        self.policy.activate(parent=stage.parent, trained=stage.trained)
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """What is known of a run before its rows are read and its model is loaded.
+
+    Attributes:
+        placement: the run's precision where this machine has it, else this machine's own.
+        moved: why numbers need not be the run's bit for bit, or None.
+        parent: the frozen adapter in the run folder.
+        note: takes lines for people.
+    """
+
+    folder: RunFolder
+    config: RunConfig
+    manifest: dict[str, Any]
+    placement: Placement
+    moved: str | None
+    attention: Attention
+    parent: Path | None
+    note: Note
+
+    def data(self) -> tuple[ChatTokenizer, PreparedData]:
+        """The run's tokenizer and examples.
+
+        Raises:
+            ConfigError, DataError: they cannot be read, or changed since the run.
+        """
+        tokenizer, data = prepare_data(self.config)
+        if data.report.train.fingerprint != self.manifest["data_sha256"]:
+            source, folder = self.config.data.source, self.folder.path
+            raise DataError(f"{source}: not the rows that {folder} trained on, so its steps are not known")
+        return tokenizer, data
+
+    def first_adapter(self) -> Path | None:
+        """What the trained adapter began as: a PEFT folder, or None for weights from the seed. Raises ConfigError."""
+        return find_adapter(self.config.lora.init_from, "lora.init_from")
+
+    def inputs(self, adapter: Path | None = None) -> Inputs:
+        """The inputs that `lowlevel.running.run` had, the rows checked; `adapter` as in `policy`."""
+        tokenizer, data = self.data()
+        trained, merged = adapter or self.first_adapter(), self.manifest["base"].get("merged_adapter")
+        return Inputs(tokenizer, data, self.placement, self.attention, self.parent, trained, merged)
+
+    def policy(self, adapter: Path | None = None, *, training: bool = False) -> Policy:
+        """The base with the run's adapters, both checked against the manifest.
+
+        Args:
+            adapter: PEFT folder with the trained adapter's weights; None: as the run began.
+            training: recompute and offload as the run did; else for forward passes, with everything on the device.
+
+        Raises:
+            CheckpointError: another base or frozen adapter than the run's, or one that is damaged.
+        """
+        if self.parent and adapter_sha256(self.parent) != self.manifest["parent_adapter"]:
+            raise CheckpointError(
+                f"{self.parent}: not the adapter that this run stands on (its hash is not the manifest's)"
+            )
+        config = self.config if training else _without_backward(self.config)
+        trained = adapter or self.first_adapter()
+        policy = load_policy(config, self.placement, self.attention, parent=self.parent, init_from=trained)
+        hashes = self.base_hashes(policy)
+        if hashes and hashes[0] != hashes[1]:
+            name = self.config.model.name
+            raise CheckpointError(
+                f"{self.folder.path}: base {name!r} is not the one that was trained on (hash {hashes[0][:12]})"
+            )
+        if not training:
+            policy.model.eval()
+        return policy
+
+    def base_hashes(self, policy: Policy) -> tuple[str, str] | None:
+        """The base's SHA-256 as it is loaded here, and as the run had it; None, and a line, where they say nothing.
+
+        The hash is over the tensors that the run computed with: rounded to its dtype, and where they are quantised,
+        quantised from the rounded ones. In another dtype the same file gives other tensors. To tell them apart, the
+        base would have to be loaded a second time, as the run had it, for its hash alone.
+        """
+        base, here = self.manifest["base"], dtype_name(self.placement.dtype)
+        if base["dtype"] == here:
+            return base_sha256(policy.model), base["sha256"]
+        why = f": {self.moved}" if self.moved else ""
+        self.note(f"note: the base is not checked, its hash is one of {base['dtype']} and it is {here} here{why}")
+        return None
+
+    def load(self, adapter: Path | None) -> LoadedRun:
+        """The run for forward passes; `adapter` and errors as in `policy`. Reads no rows."""
+        tokenizer, policy = load_run_tokenizer(self.config), self.policy(adapter)
+        stages = [Stage("base", False, False)]
+        if self.parent:
+            stages.append(Stage("sft", True, False))
+        stages.append(Stage(self.config.method, True, True))
+        method = build_method(self.config, self.attention)
+        return LoadedRun(self.folder, self.config, tokenizer, policy, method, tuple(stages))
+
+
+def reopen(run_dir: Path, note: Note = print) -> Reopened:
+    """Open a run folder, of a finished, stopped or running run; nothing is written and no lock is taken.
+
+    Raises:
+        ConfigError: not a run folder, or a base that cannot be read.
+        CheckpointError: no manifest, or no frozen adapter where the manifest names one.
+    """
+    folder = RunFolder(run_dir)
+    config, manifest = folder.read_config(), folder.read_manifest()
+    parent = folder.parent if folder.parent.exists() else None
+    if manifest["parent_adapter"] and parent is None:
+        raise CheckpointError(f"{folder.parent} is missing: the frozen adapter that this run stands on")
+    placement, moved = _placement(folder, config)
+    attention = choose_attention(config.model, load_model_config(config.model), placement)
+    return Reopened(folder, config, manifest, placement, moved, attention, parent, note)
+
+
+def load_run(run_dir: Path, note: Note = print, *, adapter: Path | None = None) -> LoadedRun:
+    """A finished run's base and adapters as they were trained, for forward passes.
+
+    Args:
+        run_dir: the run folder.
+        note: takes lines for people.
+        adapter: one of its checkpoints, in the place of the final adapter.
+
+    Raises:
+        ConfigError: not a run folder, or not finished.
+        CheckpointError: base or parent adapter are not those that the run trained on.
+    """
+    opened = reopen(run_dir, note)
+    trained = adapter or opened.folder.adapter
+    if not trained.exists():
+        raise ConfigError(f"{run_dir} has no adapter yet; has the run finished?")
+    return opened.load(trained)
+
+
+def step_examples(config: RunConfig, data: PreparedData, step: int, flag: str = "--step") -> list[Any]:
+    """The examples of optimizer step `step`, counted from 1 as the log does; `flag` names it in errors.
+
+    Raises:
+        ConfigError: the run has no such step.
+    """
+    order = DataOrder.of(config, len(data.train))
+    total = order.total_steps(config.train)
+    if not 1 <= step <= total:
+        raise ConfigError(f"{flag} {step}: the run has {total} steps")
+    return [data.train[i] for i in order.step_rows(step - 1)]
+
+
+def _placement(folder: RunFolder, config: RunConfig) -> tuple[Placement, str | None]:
+    """The run's precision where it can be had, and why numbers may differ from the run's."""
+    try:
+        was = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+        device, precision = was["device"], was["precision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        device, precision = "a device that environment.json does not name", None
+    try:
+        placement = choose_placement(precision or config.train.precision)
+    except ConfigError:
+        placement = choose_placement("auto")
+    on_gpu = placement.device.type == "cuda"
+    here = torch.cuda.get_device_name() if on_gpu else "cpu"
+    if (device, precision) != (here, placement.precision):
+        return placement, f"the run computed in {precision} on {device}, this is {placement.precision} on {here}"
+    if on_gpu and not torch.are_deterministic_algorithms_enabled():
+        return placement, "a GPU adds in no fixed order, unless the run has train.deterministic = true"
+    return placement, None
+
+
+def _without_backward(config: RunConfig) -> RunConfig:
+    """The configuration for forward passes alone: they keep no activations, which leaves room for the embeddings.
+
+    Those must lie with the layers: transformers 5.23's `generate` moves its inputs to where the model's first parameter
+    is, which is the input embedding, and a layer on a GPU refuses what comes from the host.
+    """
+    model = config.model.model_copy(update={"embeddings_on_host": False})
+    forward = {"gradient_checkpointing": False, "recomputed_layers": None, "offload_activations": False}
+    return config.model_copy(update={"model": model, "train": config.train.model_copy(update=forward)})

@@ -1,0 +1,135 @@
+"""Files and folders are replaced whole or not at all: against kills at every point, refusing disks and exceptions."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from checkpoint_files import Killed, kill_before, names
+
+from lowlevel.checkpoints.checkpoint import remove_litter
+from lowlevel.durable import replaced_file, replaced_folder, write_json, write_text
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def replace(target: Path, text: str) -> None:
+    with replaced_folder(target) as temporary:
+        for name in ("a", "b"):
+            (temporary / name).write_text(text)
+
+
+OLD, NEW = ({"a": text, "b": text} for text in ("old", "new"))
+
+
+def killed_at_every_point(tmp_path: Path, prepare, write):
+    """Folders in which `write` was killed before its first, second, ... file operation, and one where it was not."""
+    for kills in range(100):
+        folder = tmp_path / str(kills)
+        folder.mkdir()
+        prepare(folder)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                kill_before(patch, kills)
+                write(folder)
+        except Killed:
+            yield folder, True
+        else:
+            yield folder, False
+            return
+    pytest.fail("it never ends")
+
+
+def test_a_kill_at_every_point_leaves_the_old_folder_or_the_new_one(tmp_path):
+    """Between the two renames too, where neither is in its place until the next start."""
+    found, aside = [], 0
+    for folder, killed in killed_at_every_point(
+        tmp_path, lambda f: replace(f / "adapter", "old"), lambda f: replace(f / "adapter", "new")
+    ):
+        aside += ".old-adapter" in names(folder) and "adapter" not in names(folder)
+        remove_litter(folder)
+        assert names(folder) == ["adapter"]
+        found.append(content(folder / "adapter"))
+        assert found[-1] in (OLD, NEW) and (killed or found[-1] == NEW)
+    assert len(found) > 12 and found == sorted(found, key=lambda one: one == NEW), "once new, it stays new"
+    assert OLD in found and aside >= 1
+
+
+def test_a_kill_at_every_point_leaves_a_new_folder_or_none(tmp_path):
+    for folder, _ in killed_at_every_point(tmp_path, lambda f: None, lambda f: replace(f / "adapter", "new")):
+        remove_litter(folder)
+        assert not names(folder) or content(folder / "adapter") == NEW
+
+
+def test_a_kill_at_every_point_leaves_the_old_file_or_the_new_one(tmp_path):
+    found = []
+    for folder, _ in killed_at_every_point(
+        tmp_path, lambda f: (f / "a").write_text("old"), lambda f: write_text(f / "a", "new")
+    ):
+        remove_litter(folder)
+        found.append(content(folder))
+    assert len(found) > 3 and all(one in ({"a": "old"}, {"a": "new"}) for one in found) and {"a": "old"} in found
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_an_exception_leaves_what_was_there(tmp_path, error):
+    replace(tmp_path / "folder", "old")
+    (tmp_path / "file").write_text("old")
+    for make, half in ((replaced_folder, "folder"), (replaced_file, "file")):
+        with pytest.raises(error), make(tmp_path / half) as temporary:
+            (temporary / "a" if half == "folder" else temporary).write_text("half")
+            raise error
+    assert names(tmp_path) == ["file", "folder"]
+    assert content(tmp_path / "folder") == OLD and (tmp_path / "file").read_text() == "old"
+
+
+def test_a_disk_that_cannot_promise_the_move_leaves_the_old_folder(tmp_path, monkeypatch):
+    replace(tmp_path / "folder", "old")
+    original, place = os.fsync, tmp_path.stat().st_ino
+
+    def fail(descriptor):
+        if os.fstat(descriptor).st_ino == place:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        replace(tmp_path / "folder", "new")
+    assert names(tmp_path) == ["folder"] and content(tmp_path / "folder") == OLD
+
+
+def test_what_killed_processes_left_is_in_nobodys_way(tmp_path):
+    """In a container every process may have the same number."""
+    replace(tmp_path / "folder", "old")
+    for name in (f".tmp-folder-{os.getpid()}", ".old-folder"):
+        replace(tmp_path / name, "of a killed process")
+    replace(tmp_path / "folder", "new")
+    assert names(tmp_path) == ["folder"] and content(tmp_path / "folder") == NEW
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_damage_put_in_the_place_of_a_folder_is_replaced(tmp_path, kind):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("mine")
+    target = tmp_path / "folder"
+    target.write_text("x") if kind == "file" else target.symlink_to(tmp_path / "elsewhere")
+    replace(target, "new")
+    assert content(target) == NEW and not target.is_symlink()
+    assert names(tmp_path) == ["elsewhere", "folder"] and content(tmp_path / "elsewhere") == {"mine": "mine"}
+
+
+def test_json_files_are_replaced_whole(tmp_path, monkeypatch):
+    write_json(tmp_path / "a.json", {"old": 1})
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="full"):
+            write_json(tmp_path / "a.json", {"new": "x" * 1000})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
+    assert names(tmp_path) == ["a.json"]
