@@ -55,7 +55,7 @@ def losses(run_dir: Path) -> dict[str, float]:
             found[name] = held_out_loss(run, load_base(plain, placement).eval())
             if quantised is None:
                 again = model.model_copy(update={"name": folder, "revision": None})
-                found["original base, quantised anew"] = held_out_loss(run, load_base(again, placement).eval())
+                found["original base, quantised again"] = held_out_loss(run, load_base(again, placement).eval())
     run.activate(run.stages[-1])
     found["merge_and_unload into the 4-bit model"] = held_out_loss(run, run.policy.model.merge_and_unload())
     return found

@@ -149,7 +149,7 @@ def pair_rows(n: int, length: int, vocabulary: int) -> list[dict[str, Any]]:
 
 def case_config(case: Case, folder: Path, output: Path, steps: int) -> RunConfig:
     """The recipe's run file with the model, the data, the number of steps and the case's settings put in."""
-    from lowlevel.config import config_from_tables
+    from lowlevel.config_file import config_from_tables
 
     path = RUNS / f"tinyllama_{case.method}{'_' * bool(case.variant)}{case.variant}.toml"
     tables = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -1,21 +1,15 @@
 """The configuration of a run: TOML sections as frozen models. Every key is also a flag (`--train.learning_rate 1e-4`).
 
-Names are those of transformers, PEFT and TRL where they have one. `load_config` reports all problems of a file at once.
+Names are those of transformers, PEFT and TRL where they have one. config_file.py reads and writes them.
 """
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from collections.abc import Mapping
 from datetime import date
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-
-from lowlevel.contradictions import ADAPTER_SHAPE, contradictions, secrets_in
-from lowlevel.errors import ConfigError, one_line, quoted
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 LARGEST = 2**31 - 1  # counts are also tensors' sizes and int32 indices
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
@@ -56,7 +50,7 @@ class ModelConfig(Section):
     adapter_mode: Literal["stack", "original", "none"] = Field(
         "stack",
         description="stack: keep the adapter, frozen, under the new one; original: merge it into the 16-bit weights, "
-        "then quantise anew; none: there is no adapter to start from",
+        "then quantise again; none: there is no adapter to start from",
     )
 
 
@@ -205,27 +199,6 @@ class RunConfig(Section):
         return self.data.max_length * (1 if self.method == "sft" else 2)
 
 
-# What other programs and papers call a key, where that is too far from its name to be guessed.
-OTHER_NAMES = {
-    "lr": "learning_rate",
-    "batch_size": "per_device_train_batch_size",
-    "epochs": "num_train_epochs",
-    "steps": "max_steps",
-    "optimizer": "optim",
-    "clip": "max_grad_norm",
-    "fp16": "precision",
-    "bf16": "precision",
-    "dtype": "precision",
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "dataset": "source",
-    "dataset_name": "source",
-    "path": "source",
-    "seq_len": "max_length",
-    "model_name_or_path": "name",
-    "loss": "loss_type",
-}
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "lora": LoraConfig,
@@ -236,128 +209,3 @@ SECTIONS: dict[str, type[Section]] = {
 }
 # Where dpo's default differs from sft's. 1e-5 is the recipe's: the rate that SFT wants drives DPO off its reference.
 DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"data": {"format": "preference"}, "train": {"learning_rate": 1e-5}}
-
-
-def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method: str | None = None) -> RunConfig:
-    """Read a run file and apply flags.
-
-    Args:
-        path: TOML file; None gives the defaults.
-        overrides: "section.key" -> text as typed on the command line.
-        method: the command's own method; a file that names another one is an error.
-
-    Raises:
-        ConfigError: with one line for each problem found.
-    """
-    where = str(path) if path else "flags"
-    tables = _read_toml(path) if path else {}
-    if method:
-        if tables.setdefault("method", method) != method:
-            found = quoted(str(tables["method"]))
-            raise ConfigError(f'{where}: method = "{found}", but the command is "{method}"')
-    for dotted, text in overrides.items():
-        section, _, key = dotted.partition(".")
-        table = tables.setdefault(section, {})
-        if not isinstance(table, dict):
-            name, value = quoted(section), quoted(repr(table))
-            raise ConfigError(f"{where}: --{quoted(dotted)}: {name} is {value}, which is no section")
-        table[key] = _parse_flag(section, key, text)
-    return config_from_tables(tables, where)
-
-
-def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
-    """Validate nested tables into a RunConfig; `where` names their origin in errors.
-
-    Some defaults depend on other keys: those of `DPO_DEFAULTS` on the method, and data.max_length is 256 for the demo's
-    base, which has no more positions.
-    """
-    model = tables.get("model", {})
-    if isinstance(model, Mapping) and model.get("name", "demo") == "demo":
-        tables = _with_defaults(tables, "data", {"max_length": 256})
-    if tables.get("method") == "dpo":
-        for section, defaults in DPO_DEFAULTS.items():
-            tables = _with_defaults(tables, section, defaults)
-    try:
-        config = RunConfig.model_validate(tables)
-    except ValidationError as error:
-        lines = [_describe(problem, where) for problem in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
-    problems = [*secrets_in(tables), *contradictions(config, tables)]
-    if problems:
-        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
-    return config
-
-
-def _with_defaults(tables: Mapping[str, Any], section: str, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    given = tables.get(section, {})
-    return {**tables, section: {**defaults, **given}} if isinstance(given, Mapping) else tables
-
-
-def to_tables(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration as tables that `config_from_tables` takes: unset and unused keys are left out."""
-    tables = config.model_dump(mode="json", exclude_none=True)
-    if config.method == "sft":
-        del tables["dpo"]
-    if not (config.trace.every or config.trace.steps):
-        del tables["trace"]
-    if config.model.adapter is None:
-        del tables["model"]["adapter_mode"]
-    if config.lora.init_from is not None:
-        for key in ADAPTER_SHAPE:
-            del tables["lora"][key]
-    if not config.model.load_in_4bit:
-        del tables["model"]["bnb_4bit_quant_type"], tables["model"]["bnb_4bit_use_double_quant"]
-    return tables
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such run file") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: not a readable TOML file: nested too deeply") from None
-    except (ValueError, OSError) as error:  # ValueError: bad TOML, bad UTF-8, an endless number, a NUL in the name
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise ConfigError(f"{path}: not a readable TOML file: {reason}") from None
-
-
-def _parse_flag(section: str, key: str, text: str) -> object:
-    """A flag's text as a TOML value where it is one (1e-4, true, [..]), else as a string."""
-    field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
-    if field is not None and field.annotation in (str, str | None):
-        return text
-    if key == "target_modules" and not text.startswith("["):
-        return text.split(",")
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _describe(problem: Mapping[str, Any], where: str) -> str:
-    location = [str(part) for part in problem["loc"]]
-    name = quoted(".".join(location))
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = [OTHER_NAMES[location[-1]]] if OTHER_NAMES.get(location[-1]) in known else []
-        near = near or difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}"
-        return f'{where}: unknown key "{name}"; {hint}'
-    if problem["type"] == "missing":
-        return f"{where}: {name}: is missing"
-    if location[:2] == ["data", "filters"] and "value" in location:  # pydantic reports each type that it is not
-        name = quoted(".".join(location[: location.index("value") + 1]))
-        return f"{where}: {name}: expected text, a number, true or false, or a list of them"
-    expected = (
-        problem["msg"].removeprefix("Input should be ").replace("a valid ", "a ").replace("a integer", "an integer")
-    )
-    return f"{where}: {name}: expected {expected}, got {quoted(repr(problem['input']))}"
-
-
-def _known_keys(location: list[str]) -> list[str]:
-    if not location:
-        return list(RunConfig.model_fields)
-    if location[:2] == ["data", "filters"]:
-        return list(Filter.model_fields)
-    return list(SECTIONS[location[0]].model_fields) if location[0] in SECTIONS else []

@@ -7,7 +7,7 @@
 A small model's step is thousands of short kernels, and a CPU needs longer to launch one than a GPU to run it; a graph
 is launched as one. It replays with the addresses of its capture, so batch, loss factor and dropout key are copied into
 buffers of the graph first, and sums are copied out. All graphs share one memory pool: they never run at the same time,
-and nothing but their sums, and what a trace would keep, stays in the pool between two of them.
+and between two of them only sums, and tensors that a trace may want, stay in the pool.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 class ExecutionFailedError(Exception):
-    """A mode failed and it, or a simpler one, is ready to try again: the step's gradient is spoilt, start it anew."""
+    """A mode failed and it, or a simpler one, is ready: the gradient is incomplete, so the step is to be repeated."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Kept:
         return cls(dict(sums.examples), dict(sums.tokens))
 
     def clone(self) -> Kept:
-        """Copies: a graph writes its tensors anew with each replay."""
+        """Copies: a graph overwrites its tensors with each replay."""
         examples, tokens = ({k: v.clone() for k, v in part.items()} for part in (self.examples, self.tokens))
         return Kept(examples, tokens)
 
@@ -118,7 +118,7 @@ class Graphed:
         self.captured: dict[Signature, Captured] = {}
         self._ready: set[frozenset[str]] = set()
         self._failed: set[Signature] = set()  # shapes whose capture failed once
-        self._plain: set[Signature] = set()  # of these, the ones that have not run since
+        self._plain: set[Signature] = set()  # of these, the ones to be run uncaptured once before the next try
         self._pool: Any = None
         self._stream = torch.cuda.Stream()
 
@@ -128,7 +128,7 @@ class Graphed:
         """See Execution.
 
         Raises:
-            ExecutionFailedError: this shape cannot be captured yet: the step must start anew, and runs it uncaptured.
+            ExecutionFailedError: this shape cannot be captured yet: the step must start over, and runs it uncaptured.
         """
         key, signature = key32(seed, step), signature_of(batch)
         kind = frozenset(batch.tensors())  # batches of other tensors run other operations
@@ -159,7 +159,7 @@ class Graphed:
     def _try_capture(self, batch: PackedBatch, signature: Signature) -> Captured:
         """Capture, and where that fails for the first time let the shape run uncaptured before the next try.
 
-        A compiler that finds that it must compile anew for this shape cannot do so within a capture.
+        A compiler that finds that it must recompile for this shape cannot do so within a capture.
         """
         try:
             return self._capture(batch)
@@ -233,7 +233,7 @@ class WithFallback:
 
     def until_it_runs(self, work: Callable[[], Result]) -> Result:
         """What `work` returns, which runs the layers in this mode outside of a step (a rehearsal, an evaluation): it
-        is called again after each fallback, so it must be able to start anew.
+        is called again after each fallback, so it must be able to start over.
         """
         while True:
             try:

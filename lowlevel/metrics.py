@@ -103,7 +103,7 @@ class TrainState:
         self.judge_patience(patience)
 
     def judge_patience(self, patience: int | None) -> None:
-        """Whether so many evaluations without a gain are too many."""
+        """Stop early after `patience` evaluations without an improvement."""
         self.stopped_early = patience is not None and self.evals_without_gain >= patience
 
     def to_json(self) -> dict[str, Any]:

@@ -6,16 +6,16 @@ in the last bits. So an entry is a micro-batch with its layout, not a pair, and 
 
     another beta, learning rate or loss; same rows, seed, batch sizes     every micro-batch is found
     more epochs with train.data_order = "sequential"                      every micro-batch after the first epoch
-    more epochs with "shuffled"                                           almost none: the pairs mix anew
+    more epochs with "shuffled"                                           almost none: the pairs are mixed differently
 
 DIR/<SHA-256 of identity.json>/    all that the numbers depend on beside the micro-batch
   identity.json                    base, parent adapter, dtype, attention, layers, device, versions
   <SHA-256>.safetensors            a shard: SHA-256 of a micro-batch -> (S,) fp32, all chosen, then all rejected
   <SHA-256>.json                   size and SHA-256 of the shard, written after it: without it a shard is not read
 
-Of the entries from disk that a run uses, the first two and then one in a hundred are computed anew and must have the
+Of the entries from disk that a run uses, the first two and then one in a hundred are recomputed and must have the
 same bits; the others are taken on the word of hashes and identity. One that differs switches the cache off, and the
-step in hand starts anew. (Without train.deterministic the compiler picks some kernels by timing them, so on a GPU
+current step starts over. (Without train.deterministic the compiler picks some kernels by timing them, so on a GPU
 another process may have other bits, and be refused.) Processes may share a folder: a file in it never changes once it
 is complete.
 """
@@ -125,7 +125,7 @@ class ReferenceCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was computed since the last time; a disk that refuses costs one line and no run."""
+        """Write what is new; an error of the disk prints one line and ends the writing, not the run."""
         keys, self._unwritten = self._unwritten, []
         if not keys or not self._writable:
             return
@@ -166,11 +166,11 @@ class CachedReference:
         self._cache()
 
     def __enter__(self) -> CachedReference:
-        """Nothing: it is ready."""
+        """No setup."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Say what it was good for."""
+        """Report how many micro-batches were found and computed."""
         off = ", then refused" if self.refused else ""
         counts = f"{self.hits:,} micro-batches found, {self.computed:,} computed{off}"
         self.note(f"reference cache: {counts} ({self.folder})")
@@ -215,13 +215,13 @@ class CachedReference:
             return None
 
     def _to_verify(self, from_disk: bool) -> bool:
-        """Whether an entry that was found is to be computed anew."""
+        """Whether an entry that was found is to be recomputed."""
         number = self._hits_from_disk
         self._hits_from_disk += from_disk
         return from_disk and (number < ALWAYS_VERIFIED or number % VERIFIED_ONE_IN == 0)
 
     def _cache(self) -> ReferenceCache:
-        """That of the way layers run now: an execution may fall back from compiled layers to eager ones."""
+        """The cache for how layers run now: an execution may fall back from compiled layers to eager ones."""
         compiled = self.policy.layers.compiled
         if compiled not in self._caches:
             identity = {**self.identity, "layers": "compiled" if compiled else "eager"}

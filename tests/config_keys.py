@@ -6,7 +6,8 @@ import pytest
 import tomli_w
 
 import lowlevel.config
-from lowlevel.config import Filter, RunConfig, config_from_tables
+from lowlevel.config import Filter, RunConfig
+from lowlevel.config_file import config_from_tables
 from lowlevel.errors import ConfigError
 
 PACKAGE = Path(lowlevel.config.__file__).parent

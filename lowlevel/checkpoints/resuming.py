@@ -1,9 +1,9 @@
-"""Then and now: what differs between a checkpoint and the run that would go on from it, and which of that may.
+"""What differs between a checkpoint and the run that would continue from it, and which differences are allowed.
 
-Compared are the settings (config.toml), what the run stands on (base, adapters, data, chat template) and the versions
-that its numbers come from. torch, transformers, peft, bitsandbytes and tokenizers count by major.minor: a patch release
-mends and does not recompute. Python, numpy, safetensors and lowlevel itself are recorded and free; a lowlevel that
-computes otherwise has another `order_version` or checkpoint version.
+The settings (config.toml), what the run stands on (base, adapters, data, chat template) and the versions that its
+numbers come from are compared. torch, transformers, peft, bitsandbytes and tokenizers are compared by major.minor:
+patch releases are assumed not to change numbers. Python, numpy, safetensors and lowlevel itself are recorded and may
+differ; a lowlevel that computes differently has another `order_version` or checkpoint version.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 
 from lowlevel import __version__
 from lowlevel.checkpoints.row_digests import SPLITS, describe_change
-from lowlevel.config import RunConfig, to_tables
+from lowlevel.config import RunConfig
+from lowlevel.config_file import to_tables
 from lowlevel.data.prepare import PreparedData
 from lowlevel.durable import write_json
 from lowlevel.errors import CheckpointError, ConfigError, DataError
@@ -129,7 +130,7 @@ def _reason(difference: Difference, rows: Mapping[str, str]) -> str:
 def record_changes(folder: RunFolder, step: int, found: Sequence[Difference]) -> None:
     """Add to changes.json which differences were let through after `step` steps.
 
-    Changes that an earlier start made after later steps, which were lost since, hold from this step on.
+    Changes that were recorded for steps beyond this checkpoint count from this step on: those steps are taken again.
 
     Raises:
         CheckpointError: a changes.json that cannot be read.

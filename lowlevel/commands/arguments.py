@@ -125,7 +125,7 @@ def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         choices=("dequantized", "original", "requantized"),
         default="dequantized",
         help="dequantized: the 4-bit base that was trained against, in 16 bits (default); original: the unquantised "
-        "base; requantized: the merged original, quantised anew",
+        "base; requantized: the merged original, quantised again",
     )
     merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the merged model")
     generate = add("generate", "reply to a prompt with a run, an adapter or a merged model")

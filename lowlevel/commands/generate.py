@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 from lowlevel.config import LoraConfig, ModelConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import ConfigError
-from lowlevel.model.adapters import build_policy, read_adapter_config
+from lowlevel.model.adapters import ADAPTER_CONFIG, build_policy, read_adapter_config
 from lowlevel.model.attention_choice import plain_attention
 from lowlevel.model.base import load_base, resolve_name
 from lowlevel.model.files import read_json_object
@@ -87,7 +87,7 @@ def load_for_replies(model_dir: Path, note: Note) -> tuple[PreTrainedModel | Pef
     if (model_dir / "config.toml").exists():
         run = load_run(model_dir, note)
         return run.policy.model, run.tokenizer, run.policy.placement
-    if (model_dir / "adapter_config.json").exists():
+    if (model_dir / ADAPTER_CONFIG).exists():
         if (model_dir.parent / "config.toml").exists():
             return _load_adapter_of_run(model_dir, note)
         return _load_adapter_alone(model_dir)
@@ -113,7 +113,7 @@ def _load_adapter_of_run(adapter: Path, note: Note) -> tuple[PreTrainedModel | P
 def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
     """An adapter from elsewhere, on its base in 4 bits (nf4, double quantisation), as QLoRA trains it."""
     read_adapter_config(adapter)
-    name = read_json_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    name = read_json_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not name:
         raise ConfigError(f"{adapter}/adapter_config.json names no base model")
     placement = choose_placement("auto")

@@ -96,7 +96,7 @@ class Target:
         return best_plan(self.shape, config, self.placement, size)
 
     def forecast(self, column: Column) -> Forecast:
-        """Of a column's plan."""
+        """The forecast of a column's plan."""
         return forecast(self.shape, column.config, column.plan, self.placement)
 
 

@@ -58,7 +58,7 @@ def verify_run(
     with tempfile.TemporaryDirectory() as scratch:
         note = lines_to(console)
         opened = open_folder(folder, note) if folder else open_file(path, overrides or {}, Path(scratch))
-        examples = step_examples(opened.config, opened.inputs.data, batch, "--batch")
+        examples = step_examples(opened.config, opened.inputs.data, batch, "--step")
         with deterministic_mode(opened.config.train.deterministic):
             subject = make_subject(opened, examples, batch - 1, exact_parameters)
             _announce(path, opened, batch, subject, console)

@@ -124,7 +124,7 @@ class ChatTemplate:
 
 
 def _told(date: datetime.date) -> str:
-    """Jinja source that defines `strftime_now` anew, which transformers offers to templates: with a date that stays."""
+    """Jinja source that redefines `strftime_now`, which transformers offers to templates: with a date that stays."""
     directives = "".join(f" | replace('{code}', '{date.strftime(code)}')" for code in DATE_CODES)
     return "{%- macro strftime_now(format) -%}{{ format" + directives + " }}{%- endmacro -%}{{ '' }}"
 

@@ -1,4 +1,4 @@
-"""One line a token: its position, its text, its numbers by name, and what the model would rather have written."""
+"""One line a token: its position, its text, its numbers by name, and the likeliest alternatives."""
 
 from __future__ import annotations
 

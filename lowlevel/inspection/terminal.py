@@ -20,7 +20,7 @@ from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import READINGS, sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord
 
-WIDE = 110  # columns from which a pair's tables have room for what the policy would rather have written
+WIDE = 110  # columns from which a pair's tables have room for the likeliest alternatives
 RAISES, LOWERS = "blue", "dark_orange"
 PAIR_COLUMNS = ("policy", "reference", "log-ratio", "adds", "sum")
 SHOWN_PROMPT = 400  # characters, the last ones

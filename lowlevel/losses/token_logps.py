@@ -2,7 +2,7 @@
 
 The idea. `logits = hidden @ W.T` is (N, V): 4,096 tokens of a 32,000-word vocabulary are 0.5 GiB in fp32, several
 times over with softmax and gradient. Only one number a row is wanted, so rows are taken in chunks, and the backward
-pass computes a chunk's logits anew instead of keeping them::
+pass recomputes a chunk's logits instead of keeping them::
 
     forward     z = h W^T          lse = logsumexp(z)      logp = z[y] - lse
     backward    p = exp(z - lse)   dz = g (onehot(y) - p)   dh = dz W      dW = dz^T h

@@ -34,7 +34,7 @@ WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_RANK, MAX_ALPHA = 4096, 1_048_576
 STORED = (torch.float32, torch.float16, torch.bfloat16)
-# What would change the adapter's effect or name code to run, and the value that means "not used".
+# Keys of adapter_config.json that are not supported, each with the value that means "not used".
 UNSUPPORTED: dict[str, Any] = {
     "bias": "none",
     "use_dora": False,

@@ -49,7 +49,7 @@ class DecoderLayers:
 
     def use(self, *, compiled: bool) -> None:
         """Run the layers compiled, or as they are."""
-        if compiled:  # every model of this process shares the graphs' limit of 8, also those that are gone
+        if compiled:  # dynamo's limit of 8 counts all models of this process, deleted ones too
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for number, layer in enumerate(self.layers):
             forward = inspect.unwrap(type(layer).forward)  # transformers 5.23 wraps it in a checkpoint of its own
@@ -90,7 +90,7 @@ class DecoderLayers:
 
 
 class _AskForGrad(torch.autograd.Function):
-    """The same numbers as a tensor that asks for a gradient and drops it; `anchor` is there to ask.
+    """The identity, with an output that requires a gradient, which is then dropped; `anchor` is there to ask.
 
     `requires_grad_()` would make it a leaf, and a leaf and its gradient stay in memory until the step's end.
     """

@@ -3,7 +3,7 @@
     y  = x W^T + h B^T           h = x' A'^T        x' = drop(x)        A' = s A
     dx = dy W                    dh = dy B          dB = dy^T h         dA' = dh^T x'        dx' = dh A'
 
-W is dequantised anew for each product. PEFT's own layer writes h B^T, its multiple by s = lora_alpha / r and the sum as
+W is dequantised for each product. PEFT's own layer writes h B^T, its multiple by s = lora_alpha / r and the sum as
 three tensors of y's size; here s goes into A, which is small, and cuBLAS adds h B^T to x W^T where that lies. Products
 of rank r are too small to fill a GPU: they run on a second stream while dequantisation and the large product do on the
 first. Uncompiled, the layers are PEFT's and bitsandbytes' own, which is what the compiled ones are tested against. (An
@@ -44,7 +44,7 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
 
 
 def install_dequantising_products(model: nn.Module) -> None:
-    """Let every 4-bit layer of a model be compiled as above. Its weights and its uncompiled pass stay what they are."""
+    """Change the class of each 4-bit layer, so that it compiles as above; weights and eager results stay the same."""
     for module in model.modules():
         if type(module) is bnb.nn.Linear4bit:
             module.__class__ = FrozenLinear4bit
@@ -75,7 +75,7 @@ class _AdaptedLinear(_SideBySide, peft_layer.Linear):
 
 
 def install_side_by_side(model: nn.Module) -> None:
-    """Let every adapted layer of a model be compiled as above; weights, names and the uncompiled pass stay PEFT's."""
+    """Change the class of each adapted layer, so that it compiles as above; names and eager results stay PEFT's."""
     for module in model.modules():
         if type(module) is peft_bnb.Linear4bit:
             module.__class__ = _AdaptedLinear4bit
@@ -158,7 +158,7 @@ def _weight(like: Tensor, packed: Tensor, code: Tensor | None, absmax: Tensor | 
 
 
 def _empty(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """For their gradients; contiguous."""
+    """Uninitialised contiguous tensors of the same shapes, for gradients."""
     return [tensor.new_empty(tensor.shape) for tensor in tensors]
 
 
@@ -174,9 +174,12 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def _two_streams(dropped: list[Tensor]) -> Iterator[AbstractContextManager[Any]]:
-    """What is launched within the context that this gives runs beside the rest of the block, which ends with both.
+    """Yields a context whose kernels run on a second stream, at the same time as the rest of the block.
 
-    Every tensor that the second stream writes must have been allocated before: the allocator goes by the first.
+    Leaving the block makes the first stream wait for both.
+
+    Every tensor that the second stream writes must have been allocated before the block: the allocator tracks only the
+    first stream.
     """
     if not (dropped and dropped[0].is_cuda):
         yield nullcontext()

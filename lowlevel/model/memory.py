@@ -8,9 +8,9 @@ backward pass (D: hidden size, F: MLP size, H: query width, K: key width):
     with dropout the dropped inputs of q, k, v, gate and up 5 D, of o H, of down F; without it D
 
 A recomputed layer keeps its input alone (D), with train.offload_activations on the host, from where it comes back one
-layer ahead: two lie on the device. Recomputed are the first layers: when they are, those of the others are gone. The
-constants were fitted to runs on an H100, nine of which tests/training/test_memory.py holds the forecast to. Optimizer
-state is paged and outside the allocator: it is listed apart.
+layer ahead: two lie on the device. The first layers are the recomputed ones: their turn comes when the activations of
+the others are freed already. The constants were fitted to runs on an H100; tests/training/test_memory.py holds the
+forecast to nine of them. Optimizer state is paged and outside the allocator: it is listed apart.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
     values = sum(m.weight.numel() for m in linear.values())
     parameters = {id(p): p.numel() for p in model.parameters()}
     tied = bool(settings.get("tie_word_embeddings"))
-    if tied:  # without weights nothing is
+    if tied:  # a model without weights ties nothing
         parameters.pop(id(model.get_output_embeddings().weight), None)
     return ModelShape(
         layers=settings["num_hidden_layers"],
@@ -165,7 +165,9 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
     inputs = plan.recomputed * shape.hidden
     on_device = min(inputs, 2 * shape.hidden) if config.train.offload_activations else inputs
     stored = on_device + (shape.layers - plan.recomputed) * kept
-    in_backward = on_device + max(shape.layers - plan.recomputed, 1) * kept  # of the last layers, or of one made anew
+    in_backward = (
+        on_device + max(shape.layers - plan.recomputed, 1) * kept
+    )  # of the last layers, or of a recomputed one
     on_host = config.model.embeddings_on_host and not shape.tied
     other = shape.other - (shape.vocabulary * shape.hidden if on_host else 0)
     chunk = chunk_rows(shape.vocabulary, size) * shape.vocabulary * size

@@ -35,7 +35,7 @@ class HostInputs:
     """Room on the host for the input of each recomputed layer: those of one micro-batch at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        """`device` computes. Buffers are made when a layer first runs, and anew for larger inputs."""
+        """`device` computes. Buffers are made when a layer first runs, and again for larger inputs."""
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers: dict[int, Tensor] = {}  # bytes, by layer

@@ -101,7 +101,7 @@ class Policy:
 def dequantize_once(policy: Policy) -> None:
     """Keep the dequantised weights of the adapted layers, in the place of their 4-bit ones: 2 bytes a weight for 0.5.
 
-    The products see the same numbers; on an H100 dequantising them anew in each pass takes as long as the products of
+    The products see the same numbers; on an H100 dequantising them in each pass takes as long as the products of
     some 500 positions.
     """
     for layer in policy.lora_layers:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a clock or an allocator says of a step is no part of it.
+# Times and memory are not compared.
 UNCOMPARED = ("tokens_per_second", "peak_allocated_gib", "peak_reserved_gib")
 # Where bits cannot be asked for (another device or precision, a GPU outside deterministic mode):
 NUMBERS = 1e-2  # relative to the logged number, or absolute below 1

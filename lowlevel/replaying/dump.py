@@ -135,8 +135,8 @@ def observe(session: Session, *, layers: bool) -> Dump:
 def _watched(session: Session, layers: bool) -> Iterator[Tensors]:
     """Outputs of the decoder, "hidden.policy" and "hidden.reference", and of its layers.
 
-    A layer that is recomputed in the backward pass is recomputed inside its `forward`, under its hooks' feet: each hook
-    sees one output a pass.
+    Recomputing a layer in the backward pass happens inside its `forward`, where no hook is called: each hook sees one
+    output per pass.
     """
     seen: Tensors = {}
     decoder: Any = session.policy.causal_lm.get_decoder()

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlevel.config import DPOConfig, RunConfig, config_from_tables, to_tables
+from lowlevel.config import DPOConfig, RunConfig
+from lowlevel.config_file import config_from_tables, to_tables
 from lowlevel.dpo import check_loss
 from lowlevel.errors import ConfigError
 from lowlevel.execution import Eager

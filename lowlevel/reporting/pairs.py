@@ -35,7 +35,7 @@ class PairTables:
 
     Attributes:
         below: pairs of the last traced steps whose chosen completion is less likely than under the reference.
-        both_fell: those of them whose rejected completion fell, too: the loss is content, the probability is elsewhere.
+        both_fell: those of them whose rejected completion fell, too: the loss still went down.
         lowest: all pairs, the lowest log-ratio of a chosen completion first.
     """
 

@@ -69,7 +69,7 @@ def build_method(config: RunConfig, attention: Attention) -> Method:
 
 
 def choose_execution(config: RunConfig, inputs: Inputs) -> str:
-    """The mode that train.execution stands for: graphs on a GPU, plain calls on a CPU, where nothing is launched.
+    """The mode of train.execution; "auto" is captured graphs on a GPU, and eager on a CPU: no launches to save.
 
     Raises:
         ConfigError: a mode that needs what the run has not got.
@@ -148,7 +148,7 @@ def load_run_tokenizer(config: RunConfig) -> ChatTokenizer:
 
 
 def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tuple[RunConfig, Inputs]:
-    """adapter_mode "original": the parent adapter merged into the unquantised base, which is then quantised anew.
+    """adapter_mode "original": the parent adapter merged into the unquantised base, which is then quantised again.
 
     The merged base lies in the run folder, and is the run's base from then on: the reference is that base alone.
 

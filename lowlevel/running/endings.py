@@ -37,7 +37,7 @@ def one_error(folder: RunFolder, interrupts: Interrupts) -> Iterator[None]:
 
 @contextmanager
 def recorded_end(folder: RunFolder) -> Iterator[None]:
-    """Write what ends the inside into run-status.json. Enter it while holding the run's lock.
+    """Record the exception that leaves the block in run-status.json. Enter it while holding the run's lock.
 
     A command that was refused (exit code 2) before it went on with a run leaves that run's status as it is.
     """

@@ -31,7 +31,7 @@ class RunObserver:
         self.progress_bar.step(state.step)
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint, the lines of its steps being on disk before it, then the status that names it."""
+        """Sync the log's lines, write the checkpoint, then the status that names it."""
         self.folder.sync_metrics()
         self.write_checkpoint(state)
         self.folder.write_status("running", state.step)

@@ -17,7 +17,7 @@ from lowlevel.layout import PackedBatch
 from lowlevel.method import Method
 from lowlevel.model.policy import Policy
 
-PASSES = 2  # a mode may set itself up in its first micro-step and be itself from the second on
+PASSES = 2  # the first compiles or warms up, the second is as all that follow
 
 
 def largest_batch(method: Method, examples: Sequence[Any], count: int) -> PackedBatch:

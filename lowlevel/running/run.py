@@ -191,7 +191,7 @@ def _begin(
     changes = differences(folder.read_config(), found[1], job.config, job.manifest, job.origin["versions"])
     check_differences(changes, allow_change, folder, job.inputs.data)
     state = restore_state(job.policy, job.optimizer, *found)
-    state.judge_patience(job.config.train.early_stopping_patience)  # which may be another by now
+    state.judge_patience(job.config.train.early_stopping_patience)  # --allow-change may have changed it
     for change in changes:
         console.print(f"allowed: {change}", markup=False)
     record_changes(folder, state.step, changes)

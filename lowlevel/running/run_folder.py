@@ -34,7 +34,8 @@ import tomli_w
 
 from lowlevel import __version__
 from lowlevel.checkpoints.checkpoint import checkpoints, newest_good, newest_verified, step_of
-from lowlevel.config import RunConfig, config_from_tables, to_tables
+from lowlevel.config import RunConfig
+from lowlevel.config_file import config_from_tables, to_tables
 from lowlevel.durable import sync, write_json, write_text
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.files import read_json_object

@@ -1,4 +1,4 @@
-"""Group 6, accounting: what a step divides by, that every hyper-parameter arrives, that the loss scale goes again."""
+"""Group 6, accounting: what a step divides by, that each hyper-parameter has an effect, that the loss scale cancels."""
 
 from __future__ import annotations
 

@@ -28,11 +28,12 @@ def check(group: str, name: str, measured: float, bound: float, note: str = "") 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What rounding may do.
+    """How far rounding may move a number, by precision. Where the bounds come from:
 
-    fp32: 4 to 100 times what was seen on a CPU (demo after training, and at its start). bf16: 4 to 2,500 times what was
-    seen there. fp16: held by the demo on an H100. Its forward pass by SmolLM2 (30 layers, 135M), whose fp16 pass on a
-    CPU is off by 0.006 nats (rms of 793 tokens, 0.054 at most) and on an H100 by at most 0.078 in a pair: 3 times that.
+    fp32    4 to 100 times the largest error seen on a CPU (the demo at its start and after training)
+    bf16    4 to 2,500 times the largest error seen there
+    fp16    the demo holds them on an H100; `forward` and `worst_token` are 3 times what SmolLM2 (30 layers, 135M) was
+            off by: 0.006 nats (rms of 793 tokens; worst 0.054) on a CPU, at most 0.078 in a pair on an H100
 
     Attributes:
         forward: nats, rms of the tokens' log-probabilities: hidden states in the run's precision against a float64

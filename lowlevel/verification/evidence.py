@@ -61,7 +61,7 @@ class Evidence:
         return nats * math.sqrt(float(square.sum())) / len(logps.chosen)
 
     def logps(self) -> Logps:
-        """Of all pairs, float64."""
+        """Over all pairs, float64."""
         assert self.reference is not None
         return pairs_of(_by_side(self.policy), _by_side(self.reference))
 

@@ -1,4 +1,4 @@
-"""Group 5, masking: what is learned, read from the batches as they are, against the rows rendered anew."""
+"""Group 5, masking: what is learned, read from the batches as they are, against the rows rendered again."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _targets(reads: list[Read], expected: Targets, number: int, preference: bool
     keys = {(read.row, read.side) for read in reads}
     wrong += len(reads) - len(keys) + abs(len(keys) - number * (2 if preference else 1))
     left = f", {len(reads) - known} cut or split rows left out" if known < len(reads) else ""
-    return check(GROUP, "targets as the rows say", float(wrong), 0, f"{known} sequences rendered anew{left}")
+    return check(GROUP, "targets as the rows say", float(wrong), 0, f"{known} sequences rendered again{left}")
 
 
 def _first(reads: list[Read], expected: Targets) -> Check:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlevel.config import RunConfig, load_config
+from lowlevel.config import RunConfig
+from lowlevel.config_file import load_config
 from lowlevel.losses import LOSSES
 from lowlevel.method import Method
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
@@ -24,8 +25,6 @@ from lowlevel.running.assembly import (
 from lowlevel.running.reopening import Note, Reopened, reopen
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.verification.subject import Subject
-
-EXACT_PARAMETERS = 500_000_000  # of a base that is also run in float64, unless somebody says otherwise
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def open_file(path: Path, overrides: Mapping[str, str], scratch: Path) -> Opened
         config = with_plan(config, inputs)
     if config.model.adapter_mode == "original" and inputs.parent:
         config, inputs = with_merged_base(config, inputs, RunFolder(scratch))
-    return Opened(config, inputs, "the run's start; B, which is 0 there, is random where it would prove nothing")
+    return Opened(config, inputs, "the run's start (B = 0); checks that need an adapter with an effect use a random B")
 
 
 def open_folder(folder: RunFolder, note: Note) -> Opened:

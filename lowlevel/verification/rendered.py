@@ -1,4 +1,4 @@
-"""Which tokens a row is to teach, derived anew from the row itself by transformers' own template and offsets.
+"""Which tokens a row is to teach, derived from the row itself by transformers' own template and offsets.
 
 Nothing of `data.rendering` or `data.examples` takes part: prefix and whole are rendered by `apply_chat_template`, and a
 token is the assistant's if it begins in the text between them.

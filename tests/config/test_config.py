@@ -7,7 +7,8 @@ import pytest
 import tomli_w
 from config_keys import HOLDOUT, KEYS, PREFERENCES, merged, value_of, write
 
-from lowlevel.config import SECTIONS, RunConfig, config_from_tables, load_config, to_tables
+from lowlevel.config import SECTIONS, RunConfig
+from lowlevel.config_file import config_from_tables, load_config, to_tables
 
 
 def test_the_list_of_examples_has_every_key():

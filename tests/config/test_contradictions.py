@@ -5,7 +5,7 @@ import ast
 import pytest
 from config_keys import HOLDOUT, PACKAGE, PREFERENCES, merged, refused
 
-from lowlevel.config import config_from_tables
+from lowlevel.config_file import config_from_tables
 from lowlevel.contradictions import parse_size
 
 CONTRADICTIONS = [

@@ -6,7 +6,8 @@ import re
 import pytest
 from config_keys import PREFERENCES, merged, refused, write
 
-from lowlevel.config import OTHER_NAMES, SECTIONS, load_config
+from lowlevel.config import SECTIONS
+from lowlevel.config_file import OTHER_NAMES, load_config
 from lowlevel.errors import ConfigError
 
 

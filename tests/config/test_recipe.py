@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from config_keys import value_of
 
-from lowlevel.config import ALL_PROJECTIONS, load_config
+from lowlevel.config import ALL_PROJECTIONS
+from lowlevel.config_file import load_config
 
 RUNS = Path(__file__).parents[2] / "runs"
 FILTERS = [

@@ -10,7 +10,8 @@ from config_keys import KEYS, merged
 from benchmarks.faulting.comparison import differences as run_differences
 from benchmarks.faulting.comparison import fingerprint
 from lowlevel.checkpoints.resuming import differences
-from lowlevel.config import RunConfig, config_from_tables
+from lowlevel.config import RunConfig
+from lowlevel.config_file import config_from_tables
 
 FREE = {
     "model.embeddings_on_host": "the same numbers from another memory",

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from workspace import metrics, run
 
-from lowlevel.config import config_from_tables, load_config
+from lowlevel.config_file import config_from_tables, load_config
 from lowlevel.errors import InterruptedRunError, NonFiniteError
 from lowlevel.loss_scale import LossScale
 from lowlevel.running.run import RunObserver, run_training

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from lowlevel.checkpoints.checkpoint import checkpoints, verify
 from lowlevel.cli import main
-from lowlevel.config import load_config
+from lowlevel.config_file import load_config
 from lowlevel.errors import ConfigError, DataError, InterruptedRunError
 from lowlevel.order import ORDER_VERSION
 from lowlevel.running.run import RunObserver, run_training

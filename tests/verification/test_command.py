@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from lowlevel.commands.verify import VerificationError, verify_run
-from lowlevel.config import load_config
+from lowlevel.config_file import load_config
 from lowlevel.errors import ConfigError
 from lowlevel.running.run import run_training
 from lowlevel.verification import run_checks
@@ -59,7 +59,7 @@ def test_an_unfinished_run_takes_its_start_and_says_so(finished, space):
 def test_a_run_file_and_a_step_that_is_not_there(finished, tmp_path):
     verify(finished / "run-dpo.toml", json_file=tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text())["ok"]
-    with pytest.raises(ConfigError, match="--batch 99: the run has 6 steps"):
+    with pytest.raises(ConfigError, match="--step 99: the run has 6 steps"):
         verify(finished / "run-sft.toml", batch=99)
     with pytest.raises(ConfigError, match="no such folder"):
         verify(finished / "run-sft.toml", json_file=tmp_path / "missing" / "result.json")
