@@ -1,1 +1,1 @@
-"""Saving whole or not at all, and what must be the same when a run is resumed."""
+"""What a run saves: sealed by hashes, complete or absent, verified before it is read."""

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 
 from lowlevel.checkpoints.checkpoint import newest_verified, remove_litter
-from lowlevel.checkpoints.resuming import check_differences, differences, record_changes, versions
 from lowlevel.checkpoints.training_state import restore_state, save_state
 from lowlevel.config import RunConfig
 from lowlevel.determinism import deterministic_mode
@@ -48,6 +47,7 @@ from lowlevel.running.observer import RunObserver
 from lowlevel.running.prefetch import Prefetched
 from lowlevel.running.progress import TrainingProgress, lines_to
 from lowlevel.running.rehearsal import largest_batch, rehearse
+from lowlevel.running.resuming import check_differences, differences, record_changes, versions
 from lowlevel.running.run_folder import RunFolder, run_lock
 from lowlevel.running.run_record import announce, write_finish, write_start
 from lowlevel.tracing import Tracer, drop_after
@@ -68,7 +68,7 @@ def run_training(
         console: where progress goes.
         resume: go on from the newest verified checkpoint.
         restart: discard the run that the folder holds.
-        allow_change: keys that may differ from that checkpoint (lowlevel/checkpoints/resuming.py).
+        allow_change: keys that may differ from that checkpoint (lowlevel/running/resuming.py).
 
     Raises:
         LowlevelError: of the kind whose exit code fits.

@@ -9,9 +9,9 @@ from config_keys import KEYS, merged
 
 from benchmarks.faulting.comparison import differences as run_differences
 from benchmarks.faulting.comparison import fingerprint
-from lowlevel.checkpoints.resuming import differences
 from lowlevel.config import RunConfig
 from lowlevel.config_file import config_from_tables
+from lowlevel.running.resuming import differences
 
 FREE = {
     "model.embeddings_on_host": "the same numbers from another memory",

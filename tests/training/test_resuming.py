@@ -11,7 +11,7 @@ import helpers
 import pytest
 from workspace import CHATS, Said, Workspace, at_step, make_workspace, metrics, run
 
-import lowlevel.checkpoints.resuming
+import lowlevel.running.resuming
 from lowlevel.checkpoints.checkpoint import _payload_sha256, checkpoints, verify
 from lowlevel.durable import write_json
 
@@ -70,9 +70,7 @@ def test_all_differences_come_at_once_and_nothing_is_touched(resume, copied, mon
     assert "  train.learning_rate: 0.01 (checkpoint) != 0.0001 (now)" in lines
     assert "  train.seed: 42 (checkpoint) != 7 (now)" in lines
     assert "  lora.r: 4 (checkpoint) != 8 (now); cannot be allowed: the saved adapter has another shape" in lines
-    assert (
-        f"  versions.torch: '2.1.9' (checkpoint) != '{lowlevel.checkpoints.resuming.version('torch')}' (now)" in lines
-    )
+    assert f"  versions.torch: '2.1.9' (checkpoint) != '{lowlevel.running.resuming.version('torch')}' (now)" in lines
     assert {line.split(":")[0].strip() for line in lines[1:]} == {
         *("lora.r", "train.learning_rate", "train.optim", "train.seed", "trainable_parameters", "versions.torch")
     }
