@@ -70,6 +70,15 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     demo.add_argument("--resume", action="store_true", help="go on with the demo that the folder holds")
     demo.add_argument("--restart", action="store_true", help="discard the demo that the folder holds")
+    doctor = add("doctor", "check this machine before a run, one line a check; exit code 1 where a run would fail")
+    doctor.add_argument(
+        "--out",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="where runs would be written (default: here)",
+    )
+    doctor.add_argument("--json", type=Path, metavar="FILE", help="write the findings there, too")
     for method, text in (("sft", "supervised fine-tuning"), ("dpo", "Direct Preference Optimization")):
         train = add(method, text, takes_config=True)
         train.add_argument(

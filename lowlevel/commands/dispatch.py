@@ -99,6 +99,13 @@ def _demo(options: Options, overrides: Overrides) -> None:
     run_demo(options.out, console, resume=options.resume, restart=options.restart)
 
 
+def _doctor(options: Options, overrides: Overrides) -> None:
+    from lowlevel.commands.doctor import run_doctor
+    from lowlevel.running.progress import make_console
+
+    run_doctor(options.out, options.json, make_console(), _quiet_console)  # which imports what may not be here
+
+
 def _data(options: Options, overrides: Overrides) -> None:
     config, console = _config(options, overrides), _quiet_console()
     from lowlevel.commands.data import show_data
@@ -212,6 +219,7 @@ def _replay(options: Options, overrides: Overrides) -> None:
 
 COMMANDS: Mapping[str, Callable[[Options, Overrides], None]] = {
     "demo": _demo,
+    "doctor": _doctor,
     "sft": _train,
     "dpo": _train,
     "data": _data,

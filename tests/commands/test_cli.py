@@ -23,6 +23,7 @@ from lowlevel.config import SECTIONS
 
 COMMANDS = (
     "demo",
+    "doctor",
     "sft",
     "dpo",
     "data",

@@ -1,0 +1,1 @@
+"""What `lowlevel doctor` looks at: libraries, device, kernels, disk, and one step of the built-in base."""

@@ -1,0 +1,122 @@
+"""The device, and how a run would use it: precision, attention, execution, compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import warnings
+
+import torch
+from torch import Tensor
+
+from lowlevel.config import ModelConfig
+from lowlevel.determinism import compiler_options
+from lowlevel.errors import ConfigError, one_line
+from lowlevel.model.attention_choice import choose_attention
+from lowlevel.model.base import load_model_config
+from lowlevel.model.layers import COMPILER
+from lowlevel.model.placement import choose_placement
+from lowlevel.preflight.finding import Answer, fail, note, ok
+from lowlevel.preflight.step import demo_config
+from lowlevel.running.assembly import check_inputs, choose_execution
+
+GIB = 2**30
+FREE_SHARE = 0.8  # of a GPU's memory: a CUDA context of our own takes less than the rest
+TRIAL_BOUND = 1e-5  # between a compiled fp32 function and the same one as it is
+MODES = {
+    "graphed": "graphed: layers compiled, each batch shape captured in a CUDA graph",
+    "compiled": "compiled: each decoder layer compiled",
+    "eager": "eager: every operation launched from Python",
+}
+
+
+def device() -> Answer:
+    """The GPU that a run would use, tried with one addition; or the CPU, and why no GPU is seen."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        visible = torch.cuda.is_available()
+    if not visible:
+        return _cpu([str(one.message) for one in caught])
+    index = torch.cuda.current_device()
+    major, minor = torch.cuda.get_device_capability(index)
+    free, total = torch.cuda.mem_get_info(index)
+    count = torch.cuda.device_count()
+    found = (
+        f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}, {free / GIB:.1f} of "
+        f"{total / GIB:.1f} GiB free; CUDA {torch.version.cuda}"
+    )
+    if count > 1:
+        found += f"; {count} GPUs visible, one is used: cuda:{index} (CUDA_VISIBLE_DEVICES chooses another)"
+    if not _adds_right():
+        return fail(f"{found}; 8 x (1 + 1) is not 16 there", "restart the machine, or take another")
+    if free < FREE_SHARE * total:
+        return note(f"{found}; others hold {(total - free) / GIB:.1f} GiB", "end them (nvidia-smi), or plan for less")
+    return ok(found)
+
+
+def _adds_right() -> bool:
+    """One kernel on the GPU. Raises what torch raises where it holds no kernel for it."""
+    return float((torch.ones(8, device="cuda") + 1).sum()) == 16
+
+
+def _cpu(warned: list[str]) -> Answer:
+    found = f"CPU, {torch.get_num_threads()} threads; no GPU is visible"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if warned:
+        return note(f"{found}: {warned[0].strip().splitlines()[0]}", "a driver that fits this torch, or the reverse")
+    if hidden is not None and hidden.strip() in ("", "-1"):
+        return note(f"{found}: CUDA_VISIBLE_DEVICES is {hidden!r}", "unset it to use the GPU")
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        return note(
+            f"{found}: nvidia-smi is here, but torch {torch.__version__} is built without CUDA",
+            "install a torch with CUDA (pytorch.org)",
+        )
+    return note(found, "small models train on a CPU; in a notebook, choose a GPU runtime (T4)")
+
+
+def precision() -> Answer:
+    """What train.precision = "auto" stands for, and whether bf16 could be asked for."""
+    automatic = choose_placement("auto").precision
+    try:
+        choose_placement("bf16")
+        bf16 = "bf16 is possible"
+    except ConfigError as error:
+        bf16 = str(error)
+    return ok(f'{automatic} (train.precision = "auto"); {bf16}')
+
+
+def attention() -> Answer:
+    """The kernel that a run of the built-in base would use, and why."""
+    config, placement = ModelConfig(), choose_placement("auto")
+    chosen = choose_attention(config, load_model_config(config), placement)
+    if placement.device.type == "cuda" and chosen.kernel is None:
+        return note(chosen.reason, "such runs have no packed rows without a mask, and no captured graphs")
+    return ok(chosen.reason)
+
+
+def execution() -> Answer:
+    """How a step would run."""
+    config = demo_config("sft")
+    return ok(f'{MODES[choose_execution(config, check_inputs(config))]} (train.execution = "auto")')
+
+
+def compiler() -> Answer:
+    """Compile and run one tiny function on the device, with the settings that layers are compiled with."""
+    place = choose_placement("auto").device
+    x = torch.linspace(-1, 1, 64, device=place)
+    began = time.perf_counter()
+    try:
+        found = torch.compile(_tiny, fullgraph=True, options={**COMPILER, **compiler_options()})(x)
+        apart = float((found - _tiny(x)).abs().max())
+    except Exception as error:  # torch's, Triton's, a missing gcc's
+        lost = "runs on a CPU are eager anyway" if place.type == "cpu" else "runs go on eager, which is slower"
+        reason = f"{type(error).__name__}: {one_line(error)}"[:300]
+        return note(f"does not work: {reason}", f"{lost}; usually gcc or python3-dev is missing")
+    if not apart <= TRIAL_BOUND:
+        return fail(f"a compiled function is off by {apart:.1e}", 'set train.execution = "eager"')
+    return ok(f"compiled and ran a function on {place.type} in {time.perf_counter() - began:.1f} s")
+
+
+def _tiny(x: Tensor) -> Tensor:
+    return torch.nn.functional.silu(x) * 2 + 1

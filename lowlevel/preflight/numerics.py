@@ -1,0 +1,177 @@
+"""Small computations whose results are known: 4-bit weights, the package's Triton kernels, one optimizer update."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from lowlevel.config import TrainConfig
+from lowlevel.kernels import dequantize, vocabulary
+from lowlevel.kernels.dequantize import Quantised, dequantize_reference
+from lowlevel.kernels.host_rows import host_rows, host_rows_reference
+from lowlevel.model.placement import Placement, choose_placement
+from lowlevel.optimizer import build_optimizer
+from lowlevel.preflight.finding import Answer, fail, note, ok
+from lowlevel.verification.check import relative
+
+NF4_ERROR = 0.092  # |W - NF4(W)| / |W| of Gaussian weights in blocks of 64 (tests/preflight compute it anew)
+NF4_TOLERANCE = 0.002
+WORDS = 4097  # a vocabulary that fills one block of the kernel and begins another
+SLOWER = "the same numbers from slower steps; model.embeddings_on_host needs Triton"
+PAGED_SIZE = 2**17  # weights: bitsandbytes 0.50 pages no state of fewer than 100,000
+UPDATE_BOUND = 1e-6  # an update of 1e-3 onto weights of up to 1, in fp32
+
+
+def four_bit() -> Answer:
+    """Quantise and dequantise on the device: the expected error, and the numbers of plain torch bit for bit."""
+    place = choose_placement("auto")
+    error, equal = _four_bit(256, 512, place)
+    if abs(error - NF4_ERROR) > NF4_TOLERANCE or not equal:
+        differs = "" if equal else ", and not what the codes and constants stand for"
+        return fail(
+            f"NF4 changes Gaussian weights by {error:.1%} of their norm, not by {NF4_ERROR:.1%}{differs}",
+            "bitsandbytes is broken on this device: reinstall it, or set model.load_in_4bit = false",
+        )
+    found = f"NF4 changes Gaussian weights by {error:.1%} of their norm, as expected"
+    ragged, equal = _four_bit(64, 96, place)
+    if not equal:
+        return note(
+            f"{found}; rows that are no multiple of 64 are read wrongly here (error {ragged:.1%})",
+            "a base that has such rows is refused: set model.load_in_4bit = false for it",
+        )
+    return ok(found)
+
+
+def _four_bit(rows: int, columns: int, placement: Placement) -> tuple[float, bool]:
+    """Relative error of random weights after NF4, and whether bitsandbytes reads them as plain torch does."""
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    values = values.to(placement.device, placement.dtype)
+    packed, state = bnb.functional.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
+    found = bnb.functional.dequantize_4bit(packed, state)
+    twin = dequantize_reference(Quantised.of(packed, state), placement.dtype)
+    return relative(found, values), torch.equal(found, twin)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One of the package's kernels. Both functions take a placement."""
+
+    name: str
+    usable: Callable[[Placement], bool]
+    apart: Callable[[Placement], float]  # relative difference to its torch twin on small inputs
+    bound: dict[str, float]  # by precision
+
+
+def triton_kernels() -> Answer:
+    """Each kernel against its torch twin where it would be used."""
+    placement = choose_placement("auto")
+    if placement.device.type != "cuda":
+        return ok("torch twins: the Triton kernels are for a GPU")
+    return compare_kernels(placement)
+
+
+def compare_kernels(placement: Placement) -> Answer:
+    """Whether each kernel can be used, and gives its twin's numbers."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        usable = {kernel.name: kernel.usable(placement) for kernel in KERNELS}
+    twins = [name for name, fine in usable.items() if not fine]
+    apart = {kernel.name: kernel.apart(placement) for kernel in KERNELS if usable[kernel.name]}
+    bounds = {kernel.name: kernel.bound[placement.precision] for kernel in KERNELS}
+    wrong = [f"{name} is off by {one:.1e} (bound {bounds[name]:g})" for name, one in apart.items()
+             if not one <= bounds[name]]  # fmt: skip
+    if wrong:
+        return fail("; ".join(wrong), "these numbers would be wrong: uninstall triton, and torch computes them")
+    if twins:
+        reason = str(caught[0].message) if caught else "Triton was refused before"
+        return note(f"torch twins for {', '.join(twins)}: {reason}", SLOWER)
+    return ok("as their torch twins: " + ", ".join(f"{name} ({one:.0e} apart)" for name, one in apart.items()))
+
+
+def _vocabulary_usable(placement: Placement) -> bool:
+    return vocabulary.usable(placement.device, placement.dtype, WORDS)
+
+
+def _logits(placement: Placement) -> tuple[Tensor, Tensor]:
+    """(3, WORDS) of standard deviation 5, and targets at both ends and in between."""
+    logits = torch.randn(3, WORDS, generator=torch.Generator().manual_seed(0)) * 5
+    return logits.to(placement.device, placement.dtype), torch.tensor([0, WORDS - 1, 7], device=placement.device)
+
+
+def _log_sum_exp_apart(placement: Placement) -> float:
+    logits, targets = _logits(placement)
+    pairs = zip(vocabulary.logsumexp_and_target(logits, targets),
+                vocabulary.logsumexp_and_target_reference(logits, targets), strict=True)  # fmt: skip
+    return max(relative(found, twin) for found, twin in pairs)
+
+
+def _gradient_apart(placement: Placement) -> float:
+    logits, targets = _logits(placement)
+    lse, _ = vocabulary.logsumexp_and_target_reference(logits, targets)
+    upstream = torch.tensor([1024.0, -3.0, 1.0], device=placement.device)
+    found = vocabulary.grad_logits_(logits.clone(), targets, lse, upstream)
+    return relative(found, vocabulary.grad_logits_reference_(logits.clone(), targets, lse, upstream))
+
+
+def _dequantize_usable(placement: Placement) -> bool:
+    return dequantize.usable(placement.device, placement.dtype)
+
+
+def _dequantize_apart(placement: Placement) -> float:
+    values = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).to(placement.device, placement.dtype)
+    packed, state = bnb.functional.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
+    weight = Quantised.of(packed, state)
+    return relative(dequantize.dequantize(weight, placement.dtype), dequantize_reference(weight, placement.dtype))
+
+
+def _host_rows_apart(placement: Placement) -> float:
+    table = torch.randn(100, 200, generator=torch.Generator().manual_seed(0)).to(placement.dtype)
+    table = table.pin_memory() if placement.device.type == "cuda" else table
+    index = torch.tensor([[0, 99, 7], [7, 50, 1]], device=placement.device)
+    return relative(host_rows(table, index), host_rows_reference(table, index))
+
+
+EXACT = {"fp16": 0.0, "bf16": 0.0, "fp32": 0.0}
+SINGLE = {"fp16": 1e-5, "bf16": 1e-5, "fp32": 1e-5}  # fp32 sums of the same logits
+ROUNDED = {"fp16": 1e-3, "bf16": 4e-3, "fp32": 1e-5}  # rounded once to the logits' dtype
+KERNELS = (
+    Kernel("log-sum-exp", _vocabulary_usable, _log_sum_exp_apart, SINGLE),
+    Kernel("softmax gradient", _vocabulary_usable, _gradient_apart, ROUNDED),
+    Kernel("4-bit weights", _dequantize_usable, _dequantize_apart, EXACT),
+    Kernel("rows on the host", _dequantize_usable, _host_rows_apart, EXACT),  # has no trial of its own
+)
+
+
+def optimizer() -> Answer:
+    """One update of the default optimizer, whose first step is the learning rate times the gradient's sign."""
+    place, config = choose_placement("auto").device, TrainConfig(learning_rate=1e-3)
+    weights = nn.Parameter(torch.linspace(-1, 1, PAGED_SIZE, device=place))
+    weights.grad = torch.tensor([0.5, -0.25], device=place).repeat(PAGED_SIZE // 2)
+    before = weights.detach().clone()
+    built = build_optimizer(weights, config)
+    built.step()
+    apart = float((before - weights.detach() - config.learning_rate * weights.grad.sign()).abs().max())
+    if not apart <= UPDATE_BOUND:
+        return fail(
+            f"{config.optim}: its first update is off by {apart:.1e}, of {config.learning_rate:g}",
+            'bitsandbytes is broken on this device: reinstall it, or set train.optim = "adamw"',
+        )
+    if place.type == "cpu":
+        return ok(f"{config.optim}, in main memory: a CPU has nothing to page from")
+    if not is_paged(built.state[weights]["state1"]):
+        return note(
+            f"{config.optim} falls back to ordinary GPU memory",
+            "8 bytes of state a trained weight stay there; train.optim = paged_adamw_8bit takes 2",
+        )
+    return ok(f"{config.optim}, its state in paged memory")
+
+
+def is_paged(state: Any) -> bool:
+    """Whether bitsandbytes allocated a tensor in CUDA's managed memory: it then says so on the tensor."""
+    return bool(vars(state).get("is_paged", False))

@@ -1,0 +1,98 @@
+"""One step of the built-in base on built-in rows, eager and in this machine's own mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowlevel.config import RunConfig
+from lowlevel.config_file import config_from_tables
+from lowlevel.metrics import StepResult
+from lowlevel.preflight.finding import Answer, fail, note, ok
+from lowlevel.running.assembly import build_method, build_run_policy, check_inputs, choose_execution
+from lowlevel.verification.check import BOUNDS as GRADIENT_BOUNDS
+from lowlevel.verification.check import relative
+from lowlevel.verification.subject import Subject
+
+BOUNDS = {"fp32": 1e-5, "fp16": 2e-3}  # of loss and gradient norm, relative: what tests/gpu hold the modes to
+PASSES = 3  # a mode may set itself up in the first, capture in the second, and replays in the third
+ROWS = 8
+MARGINS = "rewards/margins"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken: how, what it gave, and its flat gradient (n,) fp32."""
+
+    mode: str
+    result: StepResult
+    gradient: Tensor
+
+
+def demo_config(method: str) -> RunConfig:
+    """A step of eight built-in rows in micro-batches of one packed row each; a fresh adapter."""
+    tables = {
+        "method": method,
+        "lora": {"r": 16},
+        "data": {"limit": ROWS, "max_length": 128},
+        "train": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS},
+    }
+    return config_from_tables(tables, "doctor")
+
+
+def one_step(method: str) -> Answer:
+    """Loss and gradient of step 1 of `sft` or `dpo` in both modes; nothing is updated."""
+    config = demo_config(method)
+    inputs = check_inputs(config)
+    policy = build_run_policy(config, inputs)
+    chosen = build_method(config, inputs.attention)
+    rows, mode = tuple(inputs.data.train), choose_execution(config, inputs)
+    subject = Subject(config, inputs.tokenizer, policy, chosen, rows, 0, mode, {}, 0)
+    eager = Taken("eager", *subject.run_step())
+    fallen: list[str] = []
+    execution = subject.execution(fallen)
+    for _ in range(PASSES):
+        result, gradient = subject.run_step(execution=execution)
+    return judge(policy.placement.precision, eager, Taken(execution.mode, result, gradient), fallen)
+
+
+def judge(precision: str, eager: Taken, own: Taken, fallen: list[str]) -> Answer:
+    """Hold a step in the machine's own mode against the eager one.
+
+    Args:
+        precision: fp16 or fp32; chooses the bounds.
+        eager: the step in the eager mode.
+        own: the same in the mode that this machine ended in.
+        fallen: lines about modes that failed on the way.
+    """
+    apart, turned = _relative(own.result, eager.result), relative(own.gradient, eager.gradient)
+    bound, gradient_bound = BOUNDS[precision], GRADIENT_BOUNDS[precision].gradient
+    found = (
+        f"{precision}; eager: {_numbers(eager.result)}; {own.mode}{' again' if own.mode == 'eager' else ''}: "
+        f"{_numbers(own.result)}; {apart:.1e} apart (bound {bound:g}), the gradient itself {turned:.1e} "
+        f"(bound {gradient_bound:g})"
+    )
+    if not (apart <= bound and turned <= gradient_bound):  # NaN is neither
+        return fail(found, 'set train.execution = "eager", and run lowlevel verify on your own run file')
+    moved = [one.result.metrics[MARGINS] for one in (eager, own) if not _ties(one.result)]
+    if moved:
+        return fail(f"{found}; mean margin {moved[0]:.3g}, not 0", "the reference is not the policy at step 0")
+    if MARGINS in eager.result.metrics:
+        found += f"; reference equals policy: all {eager.result.count} margins are 0"
+    return note(f"{found}; {fallen[0]}", "runs go on in that mode, which is slower") if fallen else ok(found)
+
+
+def _numbers(result: StepResult) -> str:
+    return f"loss {result.metrics['loss']:.4f}, gradient norm {result.grad_norm:.4f}"
+
+
+def _relative(own: StepResult, eager: StepResult) -> float:
+    """Of loss and gradient norm, the larger relative difference."""
+    pairs = (own.metrics["loss"], eager.metrics["loss"]), (own.grad_norm, eager.grad_norm)
+    return max(abs(one - other) / abs(other) for one, other in pairs)
+
+
+def _ties(result: StepResult) -> bool:
+    """Whether every margin is exactly 0, or there is none; a tie counts one half."""
+    return result.metrics.get(MARGINS, 0.0) == 0.0 and result.metrics.get("rewards/accuracies", 0.5) == 0.5
