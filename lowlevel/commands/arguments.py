@@ -104,10 +104,16 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_forecasts(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """What a run will take of the GPU's memory, and what it took."""
+    """What a run will take of the GPU's memory, what it took, and how long its steps take."""
     plan = add("plan", "forecast a run's GPU memory and find the fastest way to fit a budget", takes_config=True)
     plan.add_argument("config", type=Path, metavar="RUN.toml")
     plan.add_argument("--budget", metavar="SIZE", help='like "15GiB" (default: train.memory_budget, or 15GiB)')
+    timed = add("time", "where a step's time goes: whole steps, and one by phase; trains nothing", takes_config=True)
+    timed.add_argument("config", type=Path, nargs="?", metavar="RUN.toml", help="run file; without one, flags alone")
+    timed.add_argument(
+        "--steps", type=_positive, default=10, metavar="N", help="to measure, after 3 that are not (default: 10)"
+    )
+    timed.add_argument("--json", type=Path, metavar="FILE", help="write the result and every step there")
     memory = add("memory", "what a run's largest micro-batch took of the GPU's memory, by component and phase")
     memory.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     memory.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it, by phase and component")

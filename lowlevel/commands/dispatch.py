@@ -130,6 +130,13 @@ def _plan(options: Options, overrides: Overrides) -> None:
     show_plan(config, console, options.budget)
 
 
+def _time(options: Options, overrides: Overrides) -> None:
+    config, console = load_config(options.config, overrides), _quiet_console()
+    from lowlevel.commands.time import time_run
+
+    time_run(config, console, steps=options.steps, json_file=options.json)
+
+
 def _memory(options: Options, overrides: Overrides) -> None:
     console = _quiet_console()
     from lowlevel.commands.plan import show_memory
@@ -225,6 +232,7 @@ COMMANDS: Mapping[str, Callable[[Options, Overrides], None]] = {
     "data": _data,
     "losses": _losses,
     "plan": _plan,
+    "time": _time,
     "memory": _memory,
     "merge": _merge,
     "generate": _generate,

@@ -25,7 +25,7 @@ LAYERS = (
     ("sft", "dpo", "method", "execution", "reference_cache"),
     ("loop", "tracing/", "running/rehearsal", "running/forensics", "running/failure_folder"),
     ("running/",),
-    ("inspection/", "verification/", "replaying/", "reporting/", "preflight/"),
+    ("inspection/", "verification/", "replaying/", "reporting/", "preflight/", "timing/"),
     ("commands/", "cli", "__main__"),
 )
 TRITON_FILES = (

@@ -1,0 +1,49 @@
+"""A clock for phases that follow and contain each other: every second belongs to one of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+OTHER = "other"
+
+
+class PhaseClock:
+    """Seconds by phase. The device is waited for at each boundary, so that its work counts where it was launched."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Starts in the phase `OTHER`."""
+        self.phase = OTHER
+        self._on_gpu = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._since = self._now()
+
+    def switch(self, phase: str) -> str:
+        """End the phase that is on and begin another; returns the one that ended."""
+        now, ended = self._now(), self.phase
+        self._seconds[ended] = self._seconds.get(ended, 0.0) + now - self._since
+        self.phase, self._since = phase, now
+        return ended
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """A phase inside the one that is on, which goes on afterwards."""
+        before = self.switch(phase)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call: together, all that have passed."""
+        self.switch(self.phase)
+        taken, self._seconds = self._seconds, {}
+        return taken
+
+    def _now(self) -> float:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()

@@ -1,0 +1,116 @@
+"""The phases of a step: the functions that training calls, which tell a clock when they begin and end.
+
+    loop.optimizer_step          other, until the first micro-step
+      PackedBatch.to             copy to the device
+      Eager.run                  other
+        method.loss              log-probabilities and loss
+          Policy.reference       reference pass, with all that is called in it
+          Policy.scored_hidden_states        policy forward
+        ...                      backward: after the loss, a micro-step has nothing else left
+      ...                        unscale and clip: after the last micro-step, and with it the step's one host sync
+      optimizer.step             optimizer
+
+A captured graph is launched as one, so it cannot be divided: this is for eager and compiled layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from lowlevel.execution import Eager
+from lowlevel.layout import PackedBatch
+from lowlevel.method import Method
+from lowlevel.model.policy import Policy
+from lowlevel.timing.clock import OTHER, PhaseClock
+
+LAYOUT = "lay out the rows (CPU)"
+COPY = "copy to the device"
+REFERENCE = "reference pass"
+FORWARD = "policy forward"
+LOSS = "log-probabilities, loss"
+BACKWARD = "backward"
+CLIP = "unscale, clip"
+OPTIMIZER = "optimizer"
+Call = Callable[[], Any]
+PHASES = (LAYOUT, COPY, REFERENCE, FORWARD, LOSS, BACKWARD, CLIP, OPTIMIZER, OTHER)  # as they are shown
+
+
+@contextmanager
+def divided(clock: PhaseClock, method: Method, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within the block, steps of `method` and `optimizer` are divided into phases. What they compute is the same."""
+
+    def to_device(call: Call) -> Any:
+        with clock.during(COPY):
+            return call()
+
+    def micro_step(call: Call) -> Any:
+        clock.switch(OTHER)
+        sums = call()
+        clock.switch(CLIP)
+        return sums
+
+    def loss(call: Call) -> Any:
+        with clock.during(LOSS):
+            sums = call()
+        clock.switch(BACKWARD)
+        return sums
+
+    @contextmanager
+    def reference(call: Call) -> Iterator[None]:
+        with clock.during(REFERENCE), call():
+            yield
+
+    def forward(call: Call) -> Any:
+        with clock.during(REFERENCE if clock.phase == REFERENCE else FORWARD):
+            return call()
+
+    with ExitStack() as stack:
+        for owner, name, around in (
+            (PackedBatch, "to", to_device),
+            (Eager, "run", micro_step),
+            (type(method), "loss", loss),
+            (Policy, "reference", reference),
+            (Policy, "scored_hidden_states", forward),
+        ):
+            stack.enter_context(_surrounded(owner, name, around))
+        stack.enter_context(_optimizer_phase(clock, optimizer))
+        yield
+
+
+@contextmanager
+def _surrounded(owner: type, name: str, around: Callable[[Call], Any]) -> Iterator[None]:
+    """Within the block, calling a method of a class calls `around` with the call to be made."""
+    original = vars(owner)[name]
+
+    @functools.wraps(original)
+    def replacement(*arguments: Any, **named: Any) -> Any:
+        return around(functools.partial(original, *arguments, **named))
+
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def _optimizer_phase(clock: PhaseClock, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """By torch's own hooks, since a class above the optimizer's may define `step`."""
+
+    def before(*_: Any) -> None:
+        clock.switch(OPTIMIZER)
+
+    def after(*_: Any) -> None:
+        clock.switch(OTHER)
+
+    handles = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,80 @@
+"""What measured steps say: quantiles and rates of whole steps, and the means of their phases."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowlevel.errors import ConfigError
+from lowlevel.timing.phases import PHASES
+from lowlevel.timing.steps import Step
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Steps that are no measure of a long run's steps."""
+
+    count: int
+    median_ms: float | None  # None: there is none
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whole steps. Rates are sums over the counted steps, divided once."""
+
+    counted: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    tokens_per_second: float  # that are not padding; a pair's shared prompt once
+    supervised_tokens_per_second: float
+    padding_share: float  # of the positions that are computed
+    set_up: Apart
+    repeated: Apart
+
+
+def counted_steps(steps: Sequence[Step]) -> list[Step]:
+    """The steps that count.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = [step for step in steps if step.counts]
+    if not found:
+        raise ConfigError(
+            f"--steps {len(steps)}: each of these steps met a batch shape for the first time or overflowed; give more"
+        )
+    return found
+
+
+def whole(steps: Sequence[Step]) -> Whole:
+    """Of steps after the warm-up. Raises ConfigError where none of them counts."""
+    counted = counted_steps(steps)
+    times = [step.seconds for step in counted]
+    p10, median, p90 = (1e3 * float(value) for value in np.percentile(times, (10, 50, 90)))
+    tokens = sum(step.result.num_tokens for step in counted)
+    return Whole(
+        counted=len(counted),
+        median_ms=median,
+        p10_ms=p10,
+        p90_ms=p90,
+        tokens_per_second=tokens / sum(times),
+        supervised_tokens_per_second=sum(step.result.supervised_tokens for step in counted) / sum(times),
+        padding_share=1.0 - tokens / sum(step.result.positions for step in counted),
+        set_up=_apart([step for step in steps if step.set_up]),
+        repeated=_apart([step for step in steps if step.repeated and not step.set_up]),
+    )
+
+
+def _apart(steps: Sequence[Step]) -> Apart:
+    return Apart(len(steps), 1e3 * statistics.median(step.seconds for step in steps) if steps else None)
+
+
+def mean_phases(steps: Sequence[Step]) -> dict[str, float]:
+    """Milliseconds a counted step, by phase in the order of PHASES; together, the mean of the whole step."""
+    counted = counted_steps(steps)
+    known = [name for name in PHASES if any(name in step.phases for step in counted)]
+    return {name: 1e3 * sum(step.phases.get(name, 0.0) for step in counted) / len(counted) for name in known}
