@@ -4,8 +4,8 @@
 .old-<name>           a folder that a new one takes the place of, between two renames
 
 A folder cannot be renamed over one that holds something, so the old one is moved aside, the new one moved in, and only
-then the old one deleted. A process killed between the two moves leaves `.old-<name>` alone, which the next start moves
-back (`lowlevel.checkpoints.checkpoint.remove_litter`): there is the old folder or the new one, never none or a part.
+then the old one deleted. A process killed between the two moves leaves `.old-<name>` alone; in a run folder the next
+start moves it back (`checkpoints.checkpoint.remove_litter`): there is the old one or the new one, never a part.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ OLD = ".old-"
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step: readers see the old or the new one, never a part."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _as_json(value))
+
+
+def write_given_json(path: Path, value: Any) -> None:
+    """The same for a path that a person gave, see `given_file`."""
+    with given_file(path) as target:
+        target.write_text(_as_json(value), encoding="utf-8")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,7 +46,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which takes the place of `path` at the end; whatever is raised leaves `path` as it is.
+    """A path to write a file to, which takes the place of `path` at the end; an error in the block leaves `path` alone.
 
     It does not end as `path` does: what goes by a file's suffix has to be told the format.
 
@@ -57,6 +63,20 @@ def replaced_file(path: Path) -> Iterator[Path]:
             temporary.unlink()
         raise
     sync(path.parent)
+
+
+@contextmanager
+def given_file(path: Path) -> Iterator[Path]:
+    """The same for a path that a person gave: a link keeps its place, and a pipe or device is written to.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    if path.exists() and not path.is_file():  # /dev/stdout
+        yield path
+        return
+    with replaced_file(path.resolve()) as temporary:
+        yield temporary
 
 
 @contextmanager
@@ -122,6 +142,10 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _temporary(path: Path) -> Path:

@@ -37,6 +37,8 @@ MANIFEST = "manifest.json"
 DELETED = ".del-"
 SKIPPED = "skipped a damaged checkpoint: "
 _STEP = re.compile(r"step-(\d{8})")
+_REPLACED = r"(step-\d{8}|adapter|parent|stacked|base|failure)"  # folders of a run that a new one may replace
+_LITTER = re.compile(rf"{re.escape(TEMPORARY)}.+-\d+|({re.escape(OLD)}|{re.escape(DELETED)}){_REPLACED}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|json)")
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _ROOM = 1.2  # a save needs this many times the size of the newest checkpoint
@@ -218,11 +220,13 @@ def checkpoint_at(folder: Path, step: int, flag: str) -> tuple[Path, dict[str, A
 def remove_litter(folder: Path) -> None:
     """Put back what was about to be replaced, and remove what an interrupted write or delete left behind.
 
-    Call it while holding the run's lock.
+    Call it while holding the run's lock. Hidden files and folders of other names are not a run's, and stay.
     """
-    for path in folder.glob(f"{OLD}*"):
-        put_back(path)
-    for path in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"{OLD}*"), *folder.glob(f"{DELETED}*")]:
+    litter = [path for path in folder.iterdir() if _LITTER.fullmatch(path.name)]
+    for path in litter:
+        if path.name.startswith(OLD):
+            put_back(path)
+    for path in litter:
         discard(path)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowlevel.durable import write_json
+from lowlevel.durable import write_given_json
 from lowlevel.errors import ConfigError, LowlevelError
 from lowlevel.preflight import software
 from lowlevel.preflight.finding import Answer, Finding, look
@@ -51,7 +51,7 @@ def run_doctor(out: Path, json_file: Path | None, console: Console, silence: Cal
         findings += [_shown(name, check, console) for name, check in step_checks()]
     failed = [one for one in findings if one.verdict == "FAIL"]
     if json_file:
-        write_json(json_file, {"ok": not failed, "findings": [asdict(one) for one in findings]})
+        write_given_json(json_file, {"ok": not failed, "findings": [asdict(one) for one in findings]})
     if failed:
         rest = f"; nothing else can be looked at without {', '.join(absent)}" if absent else ""
         raise PreflightError(f"{len(failed)} of {len(findings)} checks failed: {_names(failed)}{rest}")

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from lowlevel.commands.loss_points import LossAtPoint, Point, evaluate
-from lowlevel.durable import replaced_file
+from lowlevel.durable import given_file
 from lowlevel.errors import ConfigError
 
 # Okabe and Ito's colours, told apart with every kind of colour blindness; the line style tells apart what shares one.
@@ -50,7 +50,7 @@ def draw(rows: Sequence[LossAtPoint], point: Point, path: Path) -> None:
         raise ConfigError(f"--plot writes a PNG file: {path} must end in .png")
     figure = make_figure(rows, point)
     try:
-        with replaced_file(path) as temporary:
+        with given_file(path) as temporary:
             figure.savefig(temporary, format="png")
     except OSError as error:
         raise ConfigError(f"--plot {path}: {error.strerror or error}") from None

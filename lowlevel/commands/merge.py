@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity
 
 
 def _check_new(out: Path) -> None:
-    if out.exists():
+    if os.path.lexists(out):  # a link that leads nowhere, too
         raise ConfigError(f"{out} exists; give a folder that does not")
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lowlevel.config import RunConfig
 from lowlevel.determinism import deterministic_mode
-from lowlevel.durable import write_json
+from lowlevel.durable import write_given_json
 from lowlevel.errors import ConfigError
 from lowlevel.execution import WithFallback
 from lowlevel.metrics import peak_memory
@@ -82,7 +82,7 @@ def time_run(config: RunConfig, console: Console, *, steps: int, json_file: Path
         console.print(SHARED)
     _print_phases(timed, console)
     if json_file:
-        write_json(json_file, _document(config, inputs, timed, taken))
+        write_given_json(json_file, _document(config, inputs, timed, taken))
     return timed
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lowlevel.determinism import deterministic_mode
-from lowlevel.durable import write_json
+from lowlevel.durable import write_given_json
 from lowlevel.errors import ConfigError, LowlevelError
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import step_examples
@@ -66,7 +66,7 @@ def verify_run(
     print_checks(checks, console)
     target = json_file or (folder.path / "verify.json" if folder else None)
     if target:
-        write_json(target, _document(subject, opened.weights, batch, checks))
+        write_given_json(target, _document(subject, opened.weights, batch, checks))
     failed = [one for one in checks if not one.ok]
     if failed:
         names = "; ".join(f"{one.group}: {one.name} {one.measured:.3g} > {one.bound:.3g}" for one in failed[:3])

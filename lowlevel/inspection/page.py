@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from lowlevel.durable import write_text
+from lowlevel.durable import given_file
 from lowlevel.errors import ConfigError
 from lowlevel.inspection.charts import histogram, loss_bands
 from lowlevel.inspection.figures import percent, plain, signed, typographic
@@ -43,10 +43,8 @@ def write_page(inspection: Inspection, path: Path) -> None:
     """
     page = render_page(inspection)
     try:
-        if path.exists() and not path.is_file():  # --html /dev/stdout
-            path.write_text(page, encoding="utf-8")
-        else:
-            write_text(path.resolve(), page)
+        with given_file(path) as target:
+            target.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--html {path}: {error.strerror}") from None
 

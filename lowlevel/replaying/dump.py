@@ -72,7 +72,7 @@ class Dump:
         """
         check_target(folder)
         try:
-            with replaced_folder(folder.absolute()) as temporary:
+            with replaced_folder(folder.resolve()) as temporary:
                 for name, tensors in self.files.items():
                     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
                 write_json(temporary / "index.json", self.index())

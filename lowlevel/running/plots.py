@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowlevel.durable import replaced_file
+from lowlevel.durable import given_file, replaced_file
 
 PANELS = {
     "loss": (("loss", "training"), ("eval_loss", "held out")),
@@ -54,5 +54,5 @@ def plot_memory(report: Mapping[str, Any], path: Path, *, title: str) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="MiB allocated at the phase's peak (paged optimizer state apart)", title=title)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    with replaced_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format=path.suffix.removeprefix(".") or "png")
+    with given_file(path) as target:
+        figure.savefig(target, dpi=120, format=path.suffix.removeprefix(".") or "png")

@@ -58,10 +58,10 @@ def _phases(policy: Policy, method: Method, batch: PackedBatch) -> dict[str, Any
     policy.dropout.set_micro_batch(batch.dropout_keys, 0)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    loss = method.loss(policy, batch).loss
+    sums = method.loss(policy, batch)  # held until the end, as a step holds them
     kept, forward = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    loss.backward()
+    sums.loss.backward()
     phases = {"forward and loss": forward, "backward": torch.cuda.max_memory_allocated()}
     return {"phases": phases, "allocated": before, "kept_for_backward": kept}
 

@@ -22,7 +22,7 @@ from lowlevel.method import Method
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.model.attention_choice import Attention, choose_attention
 from lowlevel.model.base import base_sha256, load_model_config
-from lowlevel.model.placement import Placement, choose_placement, dtype_name
+from lowlevel.model.placement import DTYPES, Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
 from lowlevel.order import DataOrder
 from lowlevel.running.adapter_sources import find_adapter
@@ -30,6 +30,7 @@ from lowlevel.running.assembly import Inputs, build_method, load_policy, load_ru
 from lowlevel.running.run_folder import RunFolder
 
 Note = Callable[[str], None]
+NAMED = {"base", "parent_adapter", "data_sha256"}  # what a manifest must say
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Reopened:
     Attributes:
         placement: the run's precision where this machine has it, else this machine's own.
         moved: why numbers need not be the run's bit for bit, or None.
+        elsewhere: the run computed on another device, or on a CPU with another number of threads.
         parent: the frozen adapter in the run folder.
         note: takes lines for people.
     """
@@ -73,6 +75,7 @@ class Reopened:
     manifest: dict[str, Any]
     placement: Placement
     moved: str | None
+    elsewhere: bool
     attention: Attention
     parent: Path | None
     note: Note
@@ -130,15 +133,20 @@ class Reopened:
         """The base's SHA-256 as it is loaded here, and as the run had it; None, and a line, where they say nothing.
 
         The hash is over the tensors that the run computed with: rounded to its dtype, and where they are quantised,
-        quantised from the rounded ones. In another dtype the same file gives other tensors. To tell them apart, the
-        base would have to be loaded a second time, as the run had it, for its hash alone.
+        quantised from the rounded ones. In another dtype the same file gives other tensors; and nested quantisation
+        takes means, whose last bits depend on the device and on the number of threads. To tell such bases apart, one
+        would have to be loaded a second time, as the run had it, for its hash alone.
         """
         base, here = self.manifest["base"], dtype_name(self.placement.dtype)
-        if base["dtype"] == here:
-            return base_sha256(policy.model), base["sha256"]
         why = f": {self.moved}" if self.moved else ""
-        self.note(f"note: the base is not checked, its hash is one of {base['dtype']} and it is {here} here{why}")
-        return None
+        if base["dtype"] != here:
+            self.note(f"note: the base is not checked, its hash is one of {base['dtype']} and it is {here} here{why}")
+            return None
+        found = base_sha256(policy.model)
+        if found != base["sha256"] and self.elsewhere and self.config.model.load_in_4bit:
+            self.note(f"note: the base is not checked, it was quantised elsewhere, and has another hash here{why}")
+            return None
+        return found, base["sha256"]
 
     def load(self, adapter: Path | None) -> LoadedRun:
         """The run for forward passes; `adapter` and errors as in `policy`. Reads no rows."""
@@ -156,16 +164,19 @@ def reopen(run_dir: Path, note: Note = print) -> Reopened:
 
     Raises:
         ConfigError: not a run folder, or a base that cannot be read.
-        CheckpointError: no manifest, or no frozen adapter where the manifest names one.
+        CheckpointError: no manifest or a part of one, or no frozen adapter where the manifest names one.
     """
     folder = RunFolder(run_dir)
     config, manifest = folder.read_config(), folder.read_manifest()
+    base = manifest.get("base")
+    if not (isinstance(base, dict) and NAMED <= manifest.keys() and {"sha256", "dtype"} <= base.keys()):
+        raise CheckpointError(f"{folder.path / 'manifest.json'} does not say what the run stands on")
     parent = folder.parent if folder.parent.exists() else None
     if manifest["parent_adapter"] and parent is None:
         raise CheckpointError(f"{folder.parent} is missing: the frozen adapter that this run stands on")
-    placement, moved = _placement(folder, config)
+    placement, moved, elsewhere = _placement(folder, config)
     attention = choose_attention(config.model, load_model_config(config.model), placement)
-    return Reopened(folder, config, manifest, placement, moved, attention, parent, note)
+    return Reopened(folder, config, manifest, placement, moved, elsewhere, attention, parent, note)
 
 
 def load_run(run_dir: Path, note: Note = print, *, adapter: Path | None = None) -> LoadedRun:
@@ -200,24 +211,27 @@ def step_examples(config: RunConfig, data: PreparedData, step: int, flag: str = 
     return [data.train[i] for i in order.step_rows(step - 1)]
 
 
-def _placement(folder: RunFolder, config: RunConfig) -> tuple[Placement, str | None]:
-    """The run's precision where it can be had, and why numbers may differ from the run's."""
+def _placement(folder: RunFolder, config: RunConfig) -> tuple[Placement, str | None, bool]:
+    """The run's precision where it can be had, why numbers may differ from the run's, and whether it ran elsewhere."""
     try:
         was = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
-        device, precision = was["device"], was["precision"]
-    except (OSError, ValueError, KeyError, TypeError):
-        device, precision = "a device that environment.json does not name", None
+        device, precision, threads = was["device"], was["precision"], was.get("threads")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        device, precision, threads = "a device that environment.json does not name", None, None
     try:
-        placement = choose_placement(precision or config.train.precision)
+        placement = choose_placement(precision if precision in DTYPES else config.train.precision)
     except ConfigError:
         placement = choose_placement("auto")
-    on_gpu = placement.device.type == "cuda"
+    on_gpu, own_threads = placement.device.type == "cuda", torch.get_num_threads()
     here = torch.cuda.get_device_name() if on_gpu else "cpu"
     if (device, precision) != (here, placement.precision):
-        return placement, f"the run computed in {precision} on {device}, this is {placement.precision} on {here}"
+        moved = f"the run computed in {precision} on {device}, this is {placement.precision} on {here}"
+        return placement, moved, device != here
     if on_gpu and not torch.are_deterministic_algorithms_enabled():
-        return placement, "a GPU adds in no fixed order, unless the run has train.deterministic = true"
-    return placement, None
+        return placement, "a GPU adds in no fixed order, unless the run has train.deterministic = true", False
+    if not on_gpu and threads not in (None, own_threads):
+        return placement, f"the run computed with {threads} threads, this is {own_threads}", True
+    return placement, None, False
 
 
 def _without_backward(config: RunConfig) -> RunConfig:

@@ -100,11 +100,11 @@ def run_training(
 def _prepared(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, Inputs]:
     """The configuration with its plan in it, and the inputs, with all that can be checked without the model."""
     config = folder.resolved(config)
-    _make_folder(config.dpo.reference_cache, "dpo.reference_cache")
     inputs = check_inputs(config)
     if config.train.memory_budget is not None:
         config = with_plan(config, inputs)
     choose_execution(config, inputs)
+    _make_folder(config.dpo.reference_cache, "dpo.reference_cache")
     if Path(config.model.name) == folder.base:
         inputs = replace(inputs, merged_adapter=read_merged_adapter(folder))
     return config, inputs
@@ -269,12 +269,12 @@ def _drop_later(folder: RunFolder, step: int) -> None:
 def _execution(job: Job, console: Console) -> tuple[WithFallback, CachedReference | None]:
     """How micro-steps run, and the same behind a cache of reference numbers, if there is one."""
     mode = choose_execution(job.config, job.inputs)
-    execution = WithFallback(job.policy, job.method, mode, console.print)
+    execution = WithFallback(job.policy, job.method, mode, lines_to(console))
     if job.config.dpo.reference_cache is None:
         return execution, None
     reference = reference_identity(job.policy, job.manifest["base"]["sha256"], job.manifest["parent_adapter"])
     folder = Path(job.config.dpo.reference_cache)
-    return execution, CachedReference(execution, job.policy, folder, reference, console.print)
+    return execution, CachedReference(execution, job.policy, folder, reference, lines_to(console))
 
 
 def evaluation_batches(method: Method, config: RunConfig, inputs: Inputs) -> list[PackedBatch]:

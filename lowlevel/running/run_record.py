@@ -25,7 +25,11 @@ from lowlevel.running.run_folder import RunFolder, environment
 
 def write_start(folder: RunFolder, config: RunConfig, inputs: Inputs, identity: dict[str, Any], step: int) -> None:
     """Write the files that say what a run is: before its first step, and again where --allow-change changed it."""
-    device: dict[str, Any] = {"device": "cpu", "precision": inputs.placement.precision}
+    device: dict[str, Any] = {
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "precision": inputs.placement.precision,
+    }
     if inputs.placement.device.type == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         device |= {"device": torch.cuda.get_device_name(), "compute_capability": capability, "cuda": torch.version.cuda}

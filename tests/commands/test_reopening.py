@@ -10,6 +10,7 @@ import torch
 from workspace import CHATS, reply
 
 from lowlevel.errors import CheckpointError, ConfigError, DataError
+from lowlevel.model import base
 from lowlevel.model.embedding import HostEmbedding
 from lowlevel.running.reopening import load_run, reopen, step_examples
 
@@ -90,6 +91,54 @@ def test_every_command_says_so_and_goes_on(runs, cli, copied, tmp_path):
     said = cli("generate", copied, "--prompt", "write 1 backwards", "--max-new-tokens", 4)
     assert said.err.startswith(NOTE) and said.err.count("\n") == 1
     assert said.out == cli("generate", runs.dpo, "--prompt", "write 1 backwards", "--max-new-tokens", 4).out
+
+
+@pytest.fixture
+def another_offset(monkeypatch):
+    """Nested quantisation takes the mean of the constants, whose last bit another device may round otherwise."""
+    plain = base.bnb.nn.Params4bit._quantize
+
+    def shifted(self, device):
+        made = plain(self, device)
+        state = made.quant_state
+        state.offset = torch.nextafter(state.offset, torch.full_like(state.offset, torch.inf))
+        return made
+
+    monkeypatch.setattr(base.bnb.nn.Params4bit, "_quantize", shifted)
+
+
+@pytest.mark.parametrize("change", [{"device": "NVIDIA T4"}, {"threads": 4096}], ids=["device", "threads"])
+def test_a_base_that_was_quantised_elsewhere_is_not_refused(copied, another_offset, change):
+    """Its hash is another one there; on the run's own machine the same hash is an error."""
+    lines = []
+    opened = reopen(copied, lines.append)
+    with pytest.raises(CheckpointError, match="is not the one that was trained on"):
+        opened.policy()
+    environment = copied / "environment.json"
+    environment.write_text(json.dumps({**json.loads(environment.read_text()), **change}))
+    opened = reopen(copied, lines.append)
+    opened.policy()
+    (line,) = lines
+    assert line.startswith(
+        "note: the base is not checked, it was quantised elsewhere, and has another hash here: the run"
+    )
+    assert opened.elsewhere and opened.moved is not None
+
+
+@pytest.mark.parametrize("missing", ["base", "parent_adapter", "data_sha256", "dtype"])
+def test_a_manifest_that_lacks_a_part_is_one_line(copied, missing):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (manifest if missing in manifest else manifest["base"]).pop(missing)
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="manifest.json does not say what the run stands on"):
+        reopen(copied, pytest.fail)
+
+
+def test_a_precision_that_nobody_knows_is_as_good_as_none(copied):
+    environment = copied / "environment.json"
+    environment.write_text(json.dumps({**json.loads(environment.read_text()), "precision": "int8"}))
+    opened = reopen(copied, pytest.fail)
+    assert opened.placement.precision == "fp32" and "the run computed in int8" in opened.moved
 
 
 def test_a_folder_without_its_environment_goes_by_its_configuration(copied):

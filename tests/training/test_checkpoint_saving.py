@@ -164,6 +164,16 @@ def test_litter_of_a_killed_save_is_removed_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["metrics.jsonl", old.name]
 
 
+def test_hidden_folders_of_a_persons_own_are_no_litter(tmp_path):
+    for name in (".old-notes", ".old-photos", ".tmp-mine", ".del-me", ".old-step-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("x")
+    (tmp_path / "notes").mkdir()
+    before = names(tmp_path)
+    remove_litter(tmp_path)
+    assert names(tmp_path) == before and (tmp_path / ".old-notes" / "mine.txt").exists()
+
+
 def test_a_second_holder_is_refused_and_told_who_holds_it(tmp_path):
     code = (
         "import sys, pathlib\n"

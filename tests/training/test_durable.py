@@ -9,7 +9,7 @@ import pytest
 from checkpoint_files import Killed, kill_before, names
 
 from lowlevel.checkpoints.checkpoint import remove_litter
-from lowlevel.durable import replaced_file, replaced_folder, write_json, write_text
+from lowlevel.durable import replaced_file, replaced_folder, write_given_json, write_json, write_text
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -133,3 +133,21 @@ def test_json_files_are_replaced_whole(tmp_path, monkeypatch):
             write_json(tmp_path / "a.json", {"new": "x" * 1000})
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
     assert names(tmp_path) == ["a.json"]
+
+
+def test_a_given_path_may_be_a_link_or_a_pipe(tmp_path):
+    target, link, pipe = tmp_path / "target.json", tmp_path / "link.json", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_given_json(link, {"new": 1})
+    assert link.is_symlink() and json.loads(target.read_text()) == {"new": 1}
+    write_given_json(tmp_path / "plain.json", 2)
+    assert json.loads((tmp_path / "plain.json").read_text()) == 2
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_given_json(pipe, [3])
+        assert json.loads(os.read(reader, 100)) == [3]
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()

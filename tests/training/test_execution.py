@@ -18,6 +18,7 @@ from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
 from lowlevel.running.assembly import build_method
+from lowlevel.running.rehearsal import largest_batch, rehearse
 from lowlevel.sft import SFT
 
 SHAPE = Shape(positions=16, examples=4, longest=64, capacity=96)
@@ -221,7 +222,7 @@ def test_a_mode_that_fails_falls_back_with_one_line(tiny_base):
 
 
 def test_an_evaluation_that_cannot_be_compiled_falls_back_too(tiny_base, monkeypatch):
-    """It comes before the first step, and so does what a rehearsal measures: both go through `until_it_runs`."""
+    """It comes before the first step."""
 
     def no_compiler(forward, **_):
         def broken(*arguments, **named):
@@ -240,6 +241,37 @@ def test_an_evaluation_that_cannot_be_compiled_falls_back_too(tiny_base, monkeyp
     found = execution.until_it_runs(lambda: evaluate_examples(policy, method, batches, prefix="eval_"))
     assert found == wanted and not policy.layers.compiled
     assert notes == ["execution: compiled failed (no compiler here); going on eager"]
+
+
+def test_a_rehearsal_that_cannot_be_compiled_falls_back_too(tiny_base, monkeypatch):
+    """With a GPU's counters in the place of its memory: what memory.json says, and that nothing is left behind."""
+
+    def broken(*arguments, **named):
+        raise RuntimeError("no compiler [here]")
+
+    counters_of_a_gpu = {
+        "memory_allocated": 10,
+        "max_memory_allocated": 30,
+        "memory_reserved": 40,
+        "mem_get_info": (50, 90),
+    }
+    for name, value in counters_of_a_gpu.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name in ("reset_peak_memory_stats", "empty_cache", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: broken)
+    policy = helpers.make_policy(tiny_base, attention=SPANS)
+    method, examples = methods(SHAPE)["dpo"]
+    before, notes = policy.flat.weights.clone(), []
+    execution = WithFallback(policy, method, "compiled", notes.append)
+    optimizer = torch.optim.SGD([policy.flat.weights], lr=0.1)
+    report = rehearse(policy, method, execution, optimizer, largest_batch(method, examples, 4))
+    assert notes == ["execution: compiled failed (no compiler [here]); going on eager"]
+    assert report["phases"] == {"forward and loss": 30, "backward": 30, "a whole micro-step": 30}
+    assert (report["allocated"], report["kept_for_backward"], report["device_used"]) == (10, 0, 40)
+    assert report["positions"] and report["components"]["gradient"] == policy.flat.grad.nbytes
+    assert torch.equal(policy.flat.weights, before) and not policy.flat.grad.any()
 
 
 def test_a_failure_of_the_eager_mode_is_an_error(tiny_base):
