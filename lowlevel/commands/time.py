@@ -25,14 +25,11 @@ from lowlevel.running.assembly import (
     Inputs,
     build_method,
     build_run_policy,
-    check_inputs,
+    check_start,
     choose_execution,
-    with_merged_base,
-    with_plan,
 )
 from lowlevel.running.progress import lines_to
 from lowlevel.running.rehearsal import largest_batch, rehearse
-from lowlevel.running.run_folder import RunFolder
 from lowlevel.running.run_record import announce
 from lowlevel.timing.steps import Step, TimedRun, take_steps
 from lowlevel.timing.summary import Apart, Whole, mean_phases, whole
@@ -71,7 +68,7 @@ def time_run(config: RunConfig, console: Console, *, steps: int, json_file: Path
     if json_file and not json_file.parent.is_dir():
         raise ConfigError(f"--json {json_file}: no such folder")
     with tempfile.TemporaryDirectory() as scratch, deterministic_mode(config.train.deterministic):
-        resolved, inputs = _prepared(config, RunFolder(Path(scratch)))
+        resolved, inputs = check_start(config, Path(scratch))
         run = _build(resolved, inputs)
         announce(console, resolved, inputs, run.policy, run.method, run.order.total_steps(config.train), run.order)
         if config.dpo.reference_cache is not None:
@@ -84,17 +81,6 @@ def time_run(config: RunConfig, console: Console, *, steps: int, json_file: Path
     if json_file:
         write_given_json(json_file, _document(config, inputs, timed, taken))
     return timed
-
-
-def _prepared(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, Inputs]:
-    """As a run is prepared; a merged base lies in `folder`."""
-    inputs = check_inputs(config)
-    if config.train.memory_budget is not None:
-        config = with_plan(config, inputs)
-    choose_execution(config, inputs)
-    if config.model.adapter_mode == "original" and inputs.parent:
-        return with_merged_base(config, inputs, folder)
-    return config, inputs
 
 
 def _build(config: RunConfig, inputs: Inputs) -> TimedRun:

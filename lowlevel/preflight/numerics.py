@@ -20,7 +20,7 @@ from lowlevel.optimizer import build_optimizer
 from lowlevel.preflight.finding import Answer, fail, note, ok
 from lowlevel.verification.check import relative
 
-NF4_ERROR = 0.092  # |W - NF4(W)| / |W| of Gaussian weights in blocks of 64 (tests/preflight compute it anew)
+NF4_ERROR = 0.092  # |W - NF4(W)| / |W| of Gaussian weights in blocks of 64 (tests/preflight recompute it)
 NF4_TOLERANCE = 0.002
 WORDS = 4097  # a vocabulary that fills one block of the kernel and begins another
 SLOWER = "the same numbers from slower steps; model.embeddings_on_host needs Triton"
@@ -29,7 +29,7 @@ UPDATE_BOUND = 1e-6  # an update of 1e-3 onto weights of up to 1, in fp32
 
 
 def four_bit() -> Answer:
-    """Quantise and dequantise on the device: the expected error, and the numbers of plain torch bit for bit."""
+    """Quantise and dequantise on the device: the expected error, and the numbers of plain torch."""
     place = choose_placement("auto")
     error, equal = _four_bit(256, 512, place)
     if abs(error - NF4_ERROR) > NF4_TOLERANCE or not equal:
@@ -49,13 +49,16 @@ def four_bit() -> Answer:
 
 
 def _four_bit(rows: int, columns: int, placement: Placement) -> tuple[float, bool]:
-    """Relative error of random weights after NF4, and whether bitsandbytes reads them as plain torch does."""
+    """Relative error of random weights after NF4, and whether bitsandbytes reads them as plain torch does.
+
+    Up to rounding: with AVX-512 some fp16 values are a unit apart. Constants of another block are 20 % and more.
+    """
     values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     values = values.to(placement.device, placement.dtype)
     packed, state = bnb.functional.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
     found = bnb.functional.dequantize_4bit(packed, state)
     twin = dequantize_reference(Quantised.of(packed, state), placement.dtype)
-    return relative(found, values), torch.equal(found, twin)
+    return relative(found, values), relative(found, twin) <= ROUNDED[placement.precision]
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ ROUNDED = {"fp16": 1e-3, "bf16": 4e-3, "fp32": 1e-5}  # rounded once to the logi
 KERNELS = (
     Kernel("log-sum-exp", _vocabulary_usable, _log_sum_exp_apart, SINGLE),
     Kernel("softmax gradient", _vocabulary_usable, _gradient_apart, ROUNDED),
-    Kernel("4-bit weights", _dequantize_usable, _dequantize_apart, EXACT),
+    Kernel("4-bit weights", _dequantize_usable, _dequantize_apart, ROUNDED),
     Kernel("rows on the host", _dequantize_usable, _host_rows_apart, EXACT),  # has no trial of its own
 )
 

@@ -120,6 +120,27 @@ def check_inputs(config: RunConfig) -> Inputs:
     )
 
 
+def check_run(config: RunConfig) -> tuple[RunConfig, Inputs]:
+    """The configuration with its plan in it, and the inputs: all that can be checked without the model.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: with what to do about it.
+    """
+    inputs = check_inputs(config)
+    if config.train.memory_budget is not None:
+        config = with_plan(config, inputs)
+    choose_execution(config, inputs)
+    return config, inputs
+
+
+def check_start(config: RunConfig, scratch: Path) -> tuple[RunConfig, Inputs]:
+    """The same for a run that gets no folder; a merged base (adapter_mode "original") is written to `scratch`."""
+    config, inputs = check_run(config)
+    if config.model.adapter_mode == "original" and inputs.parent:
+        return with_merged_base(config, inputs, RunFolder(scratch))
+    return config, inputs
+
+
 def mixed_by_a_budget(config: RunConfig) -> str:
     """Why a loss that sorts the pairs of a micro-batch cannot have its micro-batches chosen."""
     return (

@@ -33,12 +33,11 @@ from lowlevel.running.assembly import (
     Inputs,
     build_method,
     build_run_policy,
-    check_inputs,
+    check_run,
     choose_execution,
     identity,
     read_merged_adapter,
     with_merged_base,
-    with_plan,
 )
 from lowlevel.running.endings import one_error, recorded_end
 from lowlevel.running.failure_folder import explaining
@@ -100,10 +99,7 @@ def run_training(
 def _prepared(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, Inputs]:
     """The configuration with its plan in it, and the inputs, with all that can be checked without the model."""
     config = folder.resolved(config)
-    inputs = check_inputs(config)
-    if config.train.memory_budget is not None:
-        config = with_plan(config, inputs)
-    choose_execution(config, inputs)
+    config, inputs = check_run(config)
     _make_folder(config.dpo.reference_cache, "dpo.reference_cache")
     if Path(config.model.name) == folder.base:
         inputs = replace(inputs, merged_adapter=read_merged_adapter(folder))

@@ -17,10 +17,8 @@ from lowlevel.running.assembly import (
     Inputs,
     build_method,
     build_run_policy,
-    check_inputs,
+    check_start,
     choose_execution,
-    with_merged_base,
-    with_plan,
 )
 from lowlevel.running.reopening import Note, Reopened, reopen
 from lowlevel.running.run_folder import RunFolder
@@ -43,12 +41,7 @@ def open_file(path: Path, overrides: Mapping[str, str], scratch: Path) -> Opened
     Raises:
         ConfigError, DataError, CheckpointError: as training would.
     """
-    config = load_config(path, overrides)
-    inputs = check_inputs(config)
-    if config.train.memory_budget is not None:
-        config = with_plan(config, inputs)
-    if config.model.adapter_mode == "original" and inputs.parent:
-        config, inputs = with_merged_base(config, inputs, RunFolder(scratch))
+    config, inputs = check_start(load_config(path, overrides), scratch)
     return Opened(config, inputs, "the run's start (B = 0); checks that need an adapter with an effect use a random B")
 
 

