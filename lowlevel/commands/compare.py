@@ -64,7 +64,10 @@ def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
     """
     config = RunFolder(run_dir).read_config()
     if config.data.eval_source is None:
-        raise ConfigError(f"{run_dir}: compare needs held-out rows, and the run has no data.eval_source")
+        raise ConfigError(
+            f"{run_dir}: compare needs held-out rows, and the run has no data.eval_source; train with "
+            "--data.eval_source holdout --data.eval_limit 100"
+        )
     rows = prepare_data(config)[1].evaluation
     if config.method == "sft" and config.data.supervise == "all":  # labels do not say where the first reply starts
         replies = config.data.model_copy(update={"supervise": "assistant"})
