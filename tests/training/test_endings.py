@@ -93,7 +93,7 @@ def assert_whole(folder: Path, space: Workspace) -> None:
 
 
 @pytest.mark.parametrize(("signum", "code"), SIGNALS)
-@pytest.mark.parametrize("place", ["check_inputs", "build_run_policy", "evaluate_examples"])
+@pytest.mark.parametrize("place", ["check_run", "build_run_policy", "evaluate_examples"])
 def test_a_signal_before_the_first_step_ends_the_run_at_once(space, tmp_path, monkeypatch, signum, code, place):
     path = space.write("early", "sft", folder=tmp_path, train=EVERY, data=HOLDOUT)
     with monkeypatch.context() as patch:
@@ -106,14 +106,14 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(space, tmp_path, mo
     if place == "evaluate_examples":
         assert (status(tmp_path / "early")["state"], status(tmp_path / "early")["exit"]) == ("preempted", code)
     else:
-        assert made == (set() if place == "check_inputs" else {"run.lock"})
+        assert made == (set() if place == "check_run" else {"run.lock"})
     assert signal.getsignal(signum) is (signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     said = run("sft", path, *(["--resume"] if place == "evaluate_examples" else []))
     assert said.code == 0, said.err
     assert_whole(tmp_path / "early", space)
 
 
-@pytest.mark.parametrize("place", ["check_inputs", "restore_state"])
+@pytest.mark.parametrize("place", ["check_run", "restore_state"])
 def test_a_signal_while_a_run_is_set_up_again_changes_nothing(space, copied, resume, monkeypatch, place):
     held = content(copied)
     with monkeypatch.context() as patch:
