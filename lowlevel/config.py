@@ -207,5 +207,5 @@ SECTIONS: dict[str, type[Section]] = {
     "dpo": DPOConfig,
     "trace": TraceConfig,
 }
-# Where dpo's default differs from sft's. 1e-5 is the recipe's: the rate that SFT wants drives DPO off its reference.
+# Where dpo's default differs from sft's. 1e-5 is the recipe's.
 DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"data": {"format": "preference"}, "train": {"learning_rate": 1e-5}}

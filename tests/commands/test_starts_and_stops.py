@@ -6,6 +6,9 @@ import torch
 from safetensors.torch import load_file
 from workspace import HELD_OUT, metrics
 
+import lowlevel.model.layers
+import lowlevel.running.run
+
 
 def test_training_goes_on_from_an_adapter(runs, cli, tmp_path):
     """The first step has rate 0 (warm-up), so after it the adapter is what it started from."""
@@ -64,3 +67,25 @@ def test_more_patience_lets_an_early_stopped_run_go_on(runs, cli, tmp_path):
                "--allow-change", "train.early_stopping_patience")  # fmt: skip
     assert said.code == 0, said.err
     assert last_step() == 4
+
+
+def test_a_run_whose_compiler_fails_in_the_first_evaluation_goes_on_eager(runs, cli, tmp_path, monkeypatch):
+    """The evaluation before step 1 is the first to run the layers; its numbers are those of an eager run."""
+
+    def broken(*arguments, **named):
+        raise RuntimeError("no compiler in [/usr/bin]")  # markup to rich, if it is taken for that
+
+    holdout = {"eval_source": "holdout", "eval_limit": 2}
+    plain, falls = (runs.space.write(name, "sft", folder=tmp_path, data=holdout, train={"max_steps": 1})
+                    for name in ("plain", "falls"))  # fmt: skip
+    assert cli("sft", plain).code == 0
+    monkeypatch.setattr(lowlevel.running.run, "choose_execution", lambda *_: "compiled")
+    monkeypatch.setattr(lowlevel.model.layers.DecoderLayers, "_with_marks", lambda self, forward: broken)
+    said = cli("sft", falls)
+    assert said.code == 0, said.err
+    assert " ".join(said.out.split()).count("compiled failed (no compiler in [/usr/bin]); going on eager") == 1
+    one, other = (
+        [record["eval_loss"] for record in metrics(tmp_path / name) if "eval_loss" in record]
+        for name in ("plain", "falls")
+    )
+    assert one == other and len(one) == 2
