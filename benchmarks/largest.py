@@ -106,8 +106,7 @@ def measure(shape: dict[str, int], steps: int, cap_gib: float, offload: bool) ->
     losses, seconds, scale = [], [], LossScale.for_precision(placement.precision)
     for step in range(steps):
         began = time.perf_counter()
-        result = optimizer_step(policy, method, optimizer, batches, scale, seed=0, step=step, max_grad_norm=1.0,
-                                execution=execution)  # fmt: skip
+        result = optimizer_step(execution, optimizer, batches, scale, seed=0, step=step, max_grad_norm=1.0)
         synchronize()
         seconds.append(time.perf_counter() - began)
         losses.append(result.metrics["loss"])

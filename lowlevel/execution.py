@@ -54,7 +54,15 @@ class Kept:
 
 
 class Execution(Protocol):
-    """Runs micro-steps."""
+    """Runs micro-steps of a policy with a method's loss."""
+
+    @property
+    def policy(self) -> Policy:
+        """Whose flat gradient they are added to."""
+
+    @property
+    def method(self) -> Method:
+        """What is computed and counted."""
 
     def run(
         self, batch: PackedBatch, factor: float, seed: int, step: int, kept: list[Kept] | None = None

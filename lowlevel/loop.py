@@ -12,7 +12,7 @@ import torch
 
 from lowlevel.config import TrainConfig
 from lowlevel.errors import NonFiniteError
-from lowlevel.execution import Eager, Execution, ExecutionFailedError, Kept
+from lowlevel.execution import Execution, ExecutionFailedError, Kept
 from lowlevel.layout import PackedBatch
 from lowlevel.loss_scale import MAX_SKIPS_IN_A_ROW, LossScale
 from lowlevel.method import Method
@@ -23,8 +23,7 @@ from lowlevel.tracing import Tracer
 
 
 def optimizer_step(
-    policy: Policy,
-    method: Method,
+    execution: Execution,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[PackedBatch],
     loss_scale: LossScale,
@@ -32,7 +31,6 @@ def optimizer_step(
     seed: int,
     step: int,
     max_grad_norm: float,
-    execution: Execution | None = None,
     tracer: Tracer | None = None,
 ) -> StepResult:
     """Forward and backward over the micro-batches, then one update. An fp16 overflow repeats the step at half the
@@ -41,7 +39,7 @@ def optimizer_step(
     Raises:
         NonFiniteError: the loss is not finite, or the gradient is not at any scale tried; nothing was updated.
     """
-    execution = execution or Eager(policy, method)
+    policy, method = execution.policy, execution.method
     grad, count = policy.flat.grad, sum(method.count(batch) for batch in batches)
     attempts: list[dict[str, float]] = []
     not_finite = partial(_not_finite, step=step, seed=seed, batches=batches, attempts=attempts)
@@ -108,8 +106,7 @@ class Observer(Protocol):
 
 
 def train(
-    policy: Policy,
-    method: Method,
+    execution: Execution,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     step_batches: Callable[[int], list[PackedBatch]],
@@ -119,7 +116,6 @@ def train(
     *,
     total_steps: int,
     steps_per_epoch: int,
-    execution: Execution | None = None,
     tracer: Tracer | None = None,
 ) -> None:
     """Run steps `state.step` to `total_steps`, or until a signal or early stopping. `state` is kept current."""
@@ -128,15 +124,13 @@ def train(
         rate = learning_rate(state.step, total_steps, config)
         set_learning_rate(optimizer, rate)
         result = optimizer_step(
-            policy,
-            method,
+            execution,
             optimizer,
             step_batches(state.step),
             state.loss_scale,
             seed=config.seed,
             step=state.step,
             max_grad_norm=config.max_grad_norm,
-            execution=execution,
             tracer=tracer if tracer is not None and tracer.wants(state.step) else None,
         )
         state.record(result, time.perf_counter() - started)

@@ -41,6 +41,7 @@ from lowlevel.durable import write_bytes, write_json
 from lowlevel.errors import CheckpointError
 from lowlevel.execution import Execution, ExecutionFailedError, Kept
 from lowlevel.layout import PackedBatch
+from lowlevel.method import Method
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import PARENT, Policy
 
@@ -164,6 +165,11 @@ class CachedReference:
         self._hits_from_disk = 0
         self._caches: dict[bool, ReferenceCache] = {}
         self._cache()
+
+    @property
+    def method(self) -> Method:
+        """See Execution."""
+        return self.execution.method
 
     def __enter__(self) -> CachedReference:
         """No setup."""

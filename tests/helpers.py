@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lowlevel.config import DPOConfig, LoraConfig, ModelConfig
 from lowlevel.dpo import DPO
-from lowlevel.execution import Execution
+from lowlevel.execution import Eager, Execution
 from lowlevel.kernels import token_logps
 from lowlevel.loop import optimizer_step
 from lowlevel.loss_scale import LossScale
@@ -181,15 +181,13 @@ def step(
 ) -> StepResult:
     """One optimizer step; without an optimizer nothing is updated and the gradient stays in `policy.flat.grad`."""
     return optimizer_step(
-        policy,
-        method,
+        execution or Eager(policy, method),
         optimizer or torch.optim.SGD([policy.flat.weights], lr=0.0),
         method.micro_batches(examples),
         scale or LossScale.for_precision("fp32"),
         seed=seed,
         step=number,
         max_grad_norm=max_grad_norm,
-        execution=execution,
     )
 
 

@@ -81,10 +81,9 @@ class Overflows:
         LossScale.for_precision = classmethod(lambda cls, precision: cls())  # type: ignore[method-assign,assignment]
 
         def make(step: Callable[..., Any]) -> Callable[..., Any]:
-            def taken(policy: Any, method: Any, optimizer: Any, batches: Any, scale: Any, **keys: Any) -> Any:
+            def taken(execution: Any, optimizer: Any, batches: Any, scale: Any, **keys: Any) -> Any:
                 limit = [value for start, value in self.limits if keys["step"] >= start][-1]
-                keys["execution"] = _Overflowing(keys["execution"], policy, scale, limit)
-                return step(policy, method, optimizer, batches, scale, **keys)
+                return step(_Overflowing(execution, scale, limit), optimizer, batches, scale, **keys)
 
             return taken
 
@@ -94,9 +93,16 @@ class Overflows:
 @dataclass(frozen=True)
 class _Overflowing:
     execution: Any
-    policy: Any
     scale: Any
     limit: float
+
+    @property
+    def policy(self) -> Any:
+        return self.execution.policy
+
+    @property
+    def method(self) -> Any:
+        return self.execution.method
 
     def run(self, *arguments: Any, **keys: Any) -> Any:
         sums = self.execution.run(*arguments, **keys)

@@ -67,7 +67,7 @@ class Session:
             NonFiniteError: as in training.
         """
         started = time.perf_counter()
-        result = take_step(self, self.config, self.method, self.execution, self.state.loss_scale)
+        result = take_step(self, self.config, self.execution, self.state.loss_scale)
         self.state.record(result, time.perf_counter() - started)
         return result
 
@@ -76,21 +76,17 @@ class Session:
         return self.state.close_window(rate, self.state.step / self.order.steps_per_epoch)
 
 
-def take_step(
-    session: Session, config: RunConfig, method: Method, execution: Execution | None, scale: LossScale
-) -> StepResult:
-    """One update with `config`'s learning rate and clipping and `method`'s loss; counts nothing."""
+def take_step(session: Session, config: RunConfig, execution: Execution, scale: LossScale) -> StepResult:
+    """One update with `config`'s learning rate and clipping and the loss of `execution`; counts nothing."""
     set_learning_rate(session.optimizer, session.rate(config))
     return optimizer_step(
-        session.policy,
-        method,
+        execution,
         session.optimizer,
-        session.batches(session.state.step, method),
+        session.batches(session.state.step, execution.method),
         scale,
         seed=config.train.seed,
         step=session.state.step,
         max_grad_norm=config.train.max_grad_norm,
-        execution=execution,
     )
 
 

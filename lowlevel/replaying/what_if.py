@@ -85,11 +85,11 @@ def _outcome(session: Session, config: RunConfig) -> tuple[dict[str, float], Ten
     """Take the step and undo it. Clipping scales a gradient, which no cosine sees."""
     weights, optimizer = session.policy.flat.weights, session.optimizer
     before, state = weights.detach().clone(), optimizer_tensors(optimizer)
-    method = build_method(config, session.inputs.attention)
+    execution = Eager(session.policy, build_method(config, session.inputs.attention))
     session.policy.layers.use(compiled=False)
     scale = deepcopy(session.state.loss_scale)
     try:
-        result = take_step(session, config, method, Eager(session.policy, method), scale)
+        result = take_step(session, config, execution, scale)
         gradient = session.policy.flat.grad.double()
         update = float((weights.detach() - before).double().norm())
     finally:

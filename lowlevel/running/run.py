@@ -244,9 +244,9 @@ def _train_in(
             if held_out and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **evaluate()})
             with interrupts.deferred():
-                train(policy, method, job.optimizer, state, batches, evaluate if held_out else None, observer,
+                train(cached or execution, job.optimizer, state, batches, evaluate if held_out else None, observer,
                       config.train, total_steps=job.total_steps, steps_per_epoch=order.steps_per_epoch,
-                      execution=cached or execution, tracer=tracer)  # fmt: skip
+                      tracer=tracer)  # fmt: skip
     if interrupts.signum and state.step < job.total_steps:
         raise InterruptedRunError(
             f"stopped at step {state.step} of {job.total_steps} and saved; go on with --resume", interrupts.signum

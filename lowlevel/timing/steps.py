@@ -67,7 +67,7 @@ class Watched:
 
     def __init__(self, execution: WithFallback) -> None:
         """Nothing yet."""
-        self.execution = execution
+        self.execution, self.policy, self.method = execution, execution.policy, execution.method
         self._set_up = False
 
     def run(
@@ -139,8 +139,7 @@ def take_steps(run: TimedRun, execution: WithFallback, count: int, *, divide: bo
 
     with _put_back(policy), divided(clock, run.method, run.optimizer) if divide else nullcontext():
         train(
-            policy,
-            run.method,
+            watched,
             run.optimizer,
             TrainState(LossScale.for_precision(policy.placement.precision)),
             laid_out if divide else Prefetched(run.batches, count),
@@ -149,7 +148,6 @@ def take_steps(run: TimedRun, execution: WithFallback, count: int, *, divide: bo
             run.config.train,
             total_steps=count,
             steps_per_epoch=run.order.steps_per_epoch,
-            execution=watched,
         )
     return recorder.steps
 

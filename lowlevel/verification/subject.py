@@ -15,7 +15,7 @@ from lowlevel import loop
 from lowlevel.config import RunConfig
 from lowlevel.dpo import DPO
 from lowlevel.dropout import CounterDropout
-from lowlevel.execution import Execution, WithFallback
+from lowlevel.execution import Eager, Execution, WithFallback
 from lowlevel.hashing import key32
 from lowlevel.layout import PackedBatch
 from lowlevel.loss_scale import LossScale
@@ -85,24 +85,22 @@ class Subject:
             method: in the place of the run's.
             examples: in the place of the step's.
             scale: loss scale; None is what a run of this precision starts with.
-            execution: None is eager.
+            execution: in the place of an eager one; brings its own method.
             batches: in the place of the method's own.
         """
-        method = method or self.method
-        made = batches or method.micro_batches(self.examples if examples is None else examples)
+        execution = execution or Eager(self.policy, method or self.method)
+        made = batches or execution.method.micro_batches(self.examples if examples is None else examples)
         loss_scale = LossScale.for_precision(self.policy.placement.precision)
         if scale is not None:
             loss_scale = replace(loss_scale, scale=scale)
         result = loop.optimizer_step(
-            self.policy,
-            method,
+            execution,
             torch.optim.SGD([self.policy.flat.weights], lr=ZERO_RATE),
             made,
             loss_scale,
             seed=self.config.train.seed,
             step=self.step,
             max_grad_norm=math.inf,
-            execution=execution,
         )
         return result, self.policy.flat.grad.clone()
 

@@ -93,6 +93,7 @@ def run(out):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_step_against_the_flop_counter(run, method, checkpointing):
+    from lowlevel.execution import Eager
     from lowlevel.loop import optimizer_step
     from lowlevel.loss_scale import LossScale
 
@@ -100,7 +101,7 @@ def test_a_step_against_the_flop_counter(run, method, checkpointing):
     asks = []
     policy.causal_lm.get_decoder().layers[0].register_forward_pre_hook(lambda m, x: asks.append(x[0].requires_grad))
     with FlopCounterMode(display=False) as counter:
-        optimizer_step(policy, built, torch.optim.SGD([policy.flat.weights], 0.1), batches,
+        optimizer_step(Eager(policy, built), torch.optim.SGD([policy.flat.weights], 0.1), batches,
                        LossScale.for_precision("fp32"), seed=0, step=0, max_grad_norm=1.0)  # fmt: skip
     shape = ModelShape.of(llama_config("tiny"), 64)
     settings = Settings(method, shape.layers * checkpointing, dropout=True, compiled=False, input_gradient=any(asks))

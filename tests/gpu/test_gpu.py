@@ -68,9 +68,8 @@ def policy(model_dir, precision, quantised=True, p=0.1, attention="sdpa", **kwar
 def one_step(policy, method, rows, *, precision="fp16", step=0):
     optimizer = build_optimizer(policy.flat.weights, TrainConfig(optim="adamw", learning_rate=1e-3))
     batches = [batch.to(CUDA) for batch in method.micro_batches(rows)]
-    result = optimizer_step(
-        policy, method, optimizer, batches, LossScale.for_precision(precision), seed=1, step=step, max_grad_norm=1e9
-    )
+    execution, scale = Eager(policy, method), LossScale.for_precision(precision)
+    result = optimizer_step(execution, optimizer, batches, scale, seed=1, step=step, max_grad_norm=1e9)
     return result, policy.flat.grad.clone()
 
 

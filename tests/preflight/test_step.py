@@ -43,12 +43,11 @@ class Scaled:
     mode = "graphed"
 
     def __init__(self, subject: Subject, factor: float) -> None:
-        self.subject, self.factor, self.calls = subject, factor, 0
+        self.policy, self.method, self.factor, self.calls = subject.policy, subject.method, factor, 0
 
     def run(self, batch, factor, seed, step, kept=None):
         self.calls += 1
-        subject = self.subject
-        return micro_step(subject.policy, subject.method, batch, factor * self.factor, key32(seed, step), kept)
+        return micro_step(self.policy, self.method, batch, factor * self.factor, key32(seed, step), kept)
 
 
 def test_a_mode_that_computes_something_else_is_found(monkeypatch):

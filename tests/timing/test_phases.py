@@ -37,9 +37,7 @@ def take(policy, method, examples, optimizer, *, scale=1.0):
     loss_scale = LossScale(scale=scale, enabled=scale != 1.0)
     batches = method.micro_batches(examples)
     execution = Eager(policy, method)
-    return optimizer_step(
-        policy, method, optimizer, batches, loss_scale, seed=1, step=3, max_grad_norm=0.1, execution=execution
-    )
+    return optimizer_step(execution, optimizer, batches, loss_scale, seed=1, step=3, max_grad_norm=0.1)
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from lowlevel import execution as execution_module
 from lowlevel.config import DPOConfig, RunConfig, TrainConfig
 from lowlevel.dpo import DPO
-from lowlevel.execution import ExecutionFailedError, Graphed, WithFallback, signature_of
+from lowlevel.execution import Eager, ExecutionFailedError, Graphed, WithFallback, signature_of
 from lowlevel.layout import Shape
 from lowlevel.loop import train
 from lowlevel.loss_scale import LossScale
@@ -60,7 +60,7 @@ def trained(run: TimedRun) -> Kept:
     """The same steps as `lowlevel sft` takes them."""
     observer = Kept()
     state = TrainState(LossScale.for_precision("fp32"))
-    train(run.policy, run.method, run.optimizer, state, run.batches, None, observer, TRAIN,
+    train(Eager(run.policy, run.method), run.optimizer, state, run.batches, None, observer, TRAIN,
           total_steps=COUNT, steps_per_epoch=3)  # fmt: skip
     return observer
 
@@ -108,7 +108,7 @@ class Inner:
 
 
 def fallback(inner, mode="compiled"):
-    return SimpleNamespace(execution=inner, mode=mode, run=inner.run)
+    return SimpleNamespace(execution=inner, mode=mode, run=inner.run, policy=None, method=None)
 
 
 def batch_of(name="sft", count=4):

@@ -15,6 +15,7 @@ from workspace import metrics, run
 
 from lowlevel.config_file import config_from_tables, load_config
 from lowlevel.errors import InterruptedRunError, NonFiniteError
+from lowlevel.execution import Eager
 from lowlevel.loss_scale import LossScale
 from lowlevel.running.run import RunObserver, run_training
 from lowlevel.running.run_folder import RunFolder
@@ -36,7 +37,7 @@ def traced_step(policy, method, examples, folder, *, optimizer=None, scale=None,
     keeper = tracer(policy, method, folder, **trace)
     optimizer = optimizer or torch.optim.SGD([policy.flat.weights], lr=0.0)
     result = optimizer_step(
-        policy, method, optimizer, method.micro_batches(examples), scale or LossScale.for_precision("fp32"),
+        Eager(policy, method), optimizer, method.micro_batches(examples), scale or LossScale.for_precision("fp32"),
         seed=1, step=step, max_grad_norm=float("inf"), tracer=keeper,
     )  # fmt: skip
     keeper.flush()

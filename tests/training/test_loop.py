@@ -65,7 +65,7 @@ def go(monkeypatch):
         evaluation = evaluate if config.pop("evaluates", False) else None
         settings = TrainConfig(learning_rate=1.0, lr_scheduler_type="constant", **config)
         loop.train(
-            *(None, None, optimizer, state, lambda step: [], evaluation, observer, settings),
+            *(None, optimizer, state, lambda step: [], evaluation, observer, settings),
             total_steps=total,
             steps_per_epoch=4,
         )

@@ -166,9 +166,9 @@ def test_label_smoothing_ignored(dpo, monkeypatch):
 def test_a_gradient_that_is_not_unscaled(subject, monkeypatch):
     plain = lowlevel.loop.optimizer_step
 
-    def scaled(policy, method, optimizer, batches, loss_scale, **keys):
-        result = plain(policy, method, optimizer, batches, loss_scale, **keys)
-        policy.flat.grad.mul_(loss_scale.scale)
+    def scaled(execution, optimizer, batches, loss_scale, **keys):
+        result = plain(execution, optimizer, batches, loss_scale, **keys)
+        execution.policy.flat.grad.mul_(loss_scale.scale)
         return result
 
     monkeypatch.setattr(lowlevel.loop, "optimizer_step", scaled)
