@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lowlevel.operators import operator
+
 KERNELS = ("flash", "efficient", "math")
 CAUSAL_BOTTOM_RIGHT = 2  # `custom_mask_type` of torch's efficient attention
 
@@ -44,7 +46,7 @@ def span_attention(
     return output
 
 
-@torch.library.custom_op("lowlevel::list_keys", mutates_args=())
+@operator("list_keys")
 def list_keys(values: Tensor, key_index: Tensor, key_uses: Tensor) -> Tensor:
     """Keys or values as the spans list them: (M, H_kv, D) -> (K, H_kv, D).
 
@@ -54,18 +56,18 @@ def list_keys(values: Tensor, key_index: Tensor, key_uses: Tensor) -> Tensor:
     return values.index_select(0, key_index)
 
 
-@list_keys.register_fake
+@torch.library.register_fake("lowlevel::list_keys")
 def _(values: Tensor, key_index: Tensor, key_uses: Tensor) -> Tensor:
     return values.new_empty(key_index.shape[0], values.shape[1], values.shape[2])
 
 
-@torch.library.custom_op("lowlevel::list_keys_backward", mutates_args=())
+@operator("list_keys_backward")
 def _list_keys_backward(grad: Tensor, key_uses: Tensor) -> Tensor:
     padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])  # row K: listed nowhere
     return padded.index_select(0, key_uses[0]) + padded.index_select(0, key_uses[1])
 
 
-@_list_keys_backward.register_fake
+@torch.library.register_fake("lowlevel::list_keys_backward")
 def _(grad: Tensor, key_uses: Tensor) -> Tensor:
     return grad.new_empty(key_uses.shape[1], grad.shape[1], grad.shape[2])
 
@@ -78,10 +80,10 @@ def _sum_uses(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return _list_keys_backward(grad, ctx.saved_tensors[0]), None, None
 
 
-list_keys.register_autograd(_sum_uses, setup_context=_save_uses)
+torch.library.register_autograd("lowlevel::list_keys", _sum_uses, setup_context=_save_uses)
 
 
-@torch.library.custom_op("lowlevel::span_attention", mutates_args=())
+@operator("span_attention")
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor]:
@@ -105,7 +107,7 @@ def _attend(
     return output, query.new_zeros(query.shape[1], query.shape[0], dtype=torch.float32)
 
 
-@_attend.register_fake
+@torch.library.register_fake("lowlevel::span_attention")
 def _(
     query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int, scale: float, kernel: str
 ):  # type: ignore[no-untyped-def]  # noqa: ANN202, E501
@@ -114,7 +116,7 @@ def _(
     return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("lowlevel::span_attention_backward", mutates_args=())
+@operator("span_attention_backward")
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, queries: Tensor,
     keys: Tensor, longest: int, scale: float, kernel: str,
@@ -144,7 +146,7 @@ def _attend_backward(
     return grads
 
 
-@_attend_backward.register_fake
+@torch.library.register_fake("lowlevel::span_attention_backward")
 def _(grad, query, key, value, output, logsumexp, queries, keys, longest, scale, kernel):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     return tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (query, key, value))
 
@@ -162,7 +164,7 @@ def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, None, None, None, None, None
 
 
-_attend.register_autograd(_gradient, setup_context=_save)
+torch.library.register_autograd("lowlevel::span_attention", _gradient, setup_context=_save)
 
 
 def _math(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

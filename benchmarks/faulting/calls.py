@@ -142,7 +142,7 @@ class NotFinite:
                 counts.update({"step": keys["step"] + 1, "micro-batch": 0})
                 result = step(*arguments, **keys)
                 if self.what == "weights" and counts["step"] == self.step:
-                    arguments[0].flat.weights.data[3] = self.value
+                    arguments[0].policy.flat.weights.data[3] = self.value
                 return result
 
             return taken

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowlevel.operators import operator
+
 COLUMNS = 1024  # of a row, a program
 LAUNCH = {"size": COLUMNS, "num_warps": 4}
 
 
-@torch.library.custom_op("lowlevel::host_rows", mutates_args=())
+@operator("host_rows")
 def host_rows(table: Tensor, index: Tensor) -> Tensor:
     """`table[index]` on the device of `index`.
 
@@ -36,7 +38,7 @@ def host_rows(table: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-@host_rows.register_fake
+@torch.library.register_fake("lowlevel::host_rows")
 def _(table: Tensor, index: Tensor) -> Tensor:
     return torch.empty(*index.shape, table.shape[1], dtype=table.dtype, device=index.device)
 

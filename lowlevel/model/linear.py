@@ -26,6 +26,7 @@ from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
 from lowlevel.kernels.dequantize import Quantised, dequantize
+from lowlevel.operators import operator
 
 if TYPE_CHECKING:
     Adapted = peft_layer.Linear
@@ -105,7 +106,7 @@ def quantised_state(module: Any) -> Any:
     return module.weight.quant_state
 
 
-@torch.library.custom_op("lowlevel::adapted_linear", mutates_args=())
+@operator("adapted_linear")
 def adapted_linear(
     x: Tensor, dropped: list[Tensor], down: list[Tensor], up: list[Tensor], packed: Tensor, code: Tensor | None,
     absmax: Tensor | None, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None, shape: list[int],
@@ -125,7 +126,7 @@ def adapted_linear(
     return [y.view(*x.shape[:-1], shape[0]), *inner]
 
 
-@torch.library.custom_op("lowlevel::adapted_linear_backward", mutates_args=())
+@operator("adapted_linear_backward")
 def _backward(
     grad: Tensor, dropped: list[Tensor], inner: list[Tensor], down: list[Tensor], up: list[Tensor],
     trained: list[bool], packed: Tensor, code: Tensor | None, absmax: Tensor | None, code2: Tensor | None,
@@ -168,8 +169,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _second_stream(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event, torch.cuda.Event]:
+    """The stream, and the events of its beginning and its end: made once, since that takes as long as a launch."""
+    return torch.cuda.Stream(device), torch.cuda.Event(), torch.cuda.Event()
 
 
 @contextmanager
@@ -185,21 +187,24 @@ def _two_streams(dropped: list[Tensor]) -> Iterator[AbstractContextManager[Any]]
         yield nullcontext()
         return
     device = dropped[0].device
-    first, second = torch.cuda.current_stream(device), _second_stream(device)
-    second.wait_stream(first)
+    first = torch.cuda.current_stream(device)
+    second, begun, ended = _second_stream(device)
+    begun.record(first)
+    second.wait_event(begun)
     try:
         yield torch.cuda.stream(second)
     finally:
-        first.wait_stream(second)
+        ended.record(second)
+        first.wait_event(ended)
 
 
-@adapted_linear.register_fake
+@torch.library.register_fake("lowlevel::adapted_linear")
 def _(x, dropped, down, up, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     sizes = [shape[0], *(a.shape[0] for a in down)]
     return [x.new_empty(*x.shape[:-1], size) for size in sizes]
 
 
-@_backward.register_fake
+@torch.library.register_fake("lowlevel::adapted_linear_backward")
 def _(grad, dropped, inner, down, up, trained, *weight):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN202
     shape = weight[6]
     parts = (dropped, compress(down, trained), compress(up, trained))
@@ -225,4 +230,4 @@ def _gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return dx, of_dropped, of_down, of_up, *[None] * len(weight)
 
 
-adapted_linear.register_autograd(_gradient, setup_context=_save)
+torch.library.register_autograd("lowlevel::adapted_linear", _gradient, setup_context=_save)

@@ -43,8 +43,10 @@ class Placement:
 def choose_placement(precision: str) -> Placement:
     """Pick the device, and check that it has the precision asked for.
 
-    On a GPU the environment gets cuBLAS' small workspaces, unless it says something else: to be called before the
-    process first multiplies there. On an H100 that saves 96 MiB (benchmarks/results/workspaces_h100.csv).
+    From compute capability 9.0 on, where cuBLAS' own workspaces are large, the environment gets small ones, unless it
+    says something else: to be called before the process first multiplies on the GPU. On an H100 that saves 96 MiB
+    (benchmarks/results/workspaces_h100.csv). Elsewhere it would only cost time: torch 2.11 reads the variable in every
+    product, by a regular expression, which is an eighth of what the host needs to launch a compiled micro-step.
 
     Raises:
         ConfigError: bf16 on a GPU below compute capability 8.0; fp16 without a GPU.
@@ -53,8 +55,9 @@ def choose_placement(precision: str) -> Placement:
         if precision == "fp16":
             raise ConfigError('train.precision = "fp16" needs a GPU, and none is visible: use --train.precision fp32')
         return Placement(torch.device("cpu"), "fp32" if precision == "auto" else precision)
-    os.environ.setdefault(workspaces.ENVIRONMENT, workspaces.SMALL)
     major, minor = torch.cuda.get_device_capability()
+    if major >= 9:
+        os.environ.setdefault(workspaces.ENVIRONMENT, workspaces.SMALL)
     if precision == "bf16" and major < 8:
         raise ConfigError(f'bf16 needs compute capability 8.0; this GPU has {major}.{minor}: use precision = "fp16"')
     return Placement(torch.device("cuda", torch.cuda.current_device()), "fp16" if precision == "auto" else precision)

@@ -97,7 +97,12 @@ def test_precisions_of_a_gpu(monkeypatch):
     assert choose_placement("bf16").dtype == torch.bfloat16
 
 
-def test_a_gpu_gets_small_workspaces_unless_the_user_has_chosen(monkeypatch):
+def test_a_gpu_whose_workspaces_are_large_gets_small_ones_unless_the_user_has_chosen(monkeypatch):
+    monkeypatch.setenv(workspaces.ENVIRONMENT, "unset")
+    monkeypatch.delenv(workspaces.ENVIRONMENT)
+    on_a_gpu(monkeypatch, (7, 5))
+    choose_placement("auto")
+    assert workspaces.ENVIRONMENT not in os.environ
     on_a_gpu(monkeypatch, (9, 0))
     choose_placement("auto")
     assert os.environ[workspaces.ENVIRONMENT] == workspaces.SMALL

@@ -10,7 +10,7 @@ import lowlevel
 ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
     (
-        *("__init__", "config", "config_file", "contradictions", "durable", "errors", "redaction"),
+        *("__init__", "config", "config_file", "contradictions", "durable", "errors", "operators", "redaction"),
         *("running/__init__", "running/interrupts"),
     ),
     (
