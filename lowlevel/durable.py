@@ -1,7 +1,11 @@
 """Writing files and folders whole or not at all, and on disk before anything says so.
 
-.tmp-<name>-<pid>     in the making, beside its place; an error removes it, and what a killed process leaves is litter
+.tmp-<name>-<pid>     in the making, beside its place, and locked by its process; an error removes it
 .old-<name>           a folder that a new one takes the place of, between two renames
+
+The kernel frees the lock of a process that is killed. So the next writer of the same name knows what is litter, and
+removes it; the number in a name says nothing, for another container or host may have a process of that number. On a
+file system without locks such litter stays.
 
 A folder cannot be renamed over one that holds something, so the old one is moved aside, the new one moved in, and only
 then the old one deleted. A process killed between the two moves leaves `.old-<name>` alone; in a run folder the next
@@ -10,11 +14,14 @@ start moves it back (`checkpoints.checkpoint.remove_litter`): there is the old o
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +60,16 @@ def replaced_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk refuses.
     """
-    temporary = _temporary(path)
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    sync(path.parent)
+    with _temporary(path, _new_file) as temporary:
+        try:
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync(path.parent)
 
 
 @contextmanager
@@ -86,25 +93,24 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk refuses.
     """
-    temporary, old, moved = _temporary(target), target.with_name(OLD + target.name), False
-    try:
-        discard(temporary)  # of a killed process that had this one's number
-        temporary.mkdir()
-        yield temporary
-        settle(temporary)
-        if os.path.lexists(target):
-            discard(old)
-            os.rename(target, old)
-        os.rename(temporary, target)
-        moved = True
-        sync(target.parent)
-    except BaseException:
-        with suppress(OSError):  # what a disk refuses to move back, the next start does
-            if moved:
-                os.rename(target, temporary)
-            put_back(old)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    old, moved = target.with_name(OLD + target.name), False
+    with _temporary(target, _new_folder) as temporary:
+        try:
+            yield temporary
+            settle(temporary)
+            if os.path.lexists(target):
+                discard(old)
+                os.rename(target, old)
+            os.rename(temporary, target)
+            moved = True
+            sync(target.parent)
+        except BaseException:
+            with suppress(OSError):  # what a disk refuses to move back, the next start does
+                if moved:
+                    os.rename(target, temporary)
+                put_back(old)
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     with suppress(OSError):  # what it refuses to delete, too
         discard(old)
 
@@ -115,6 +121,14 @@ def put_back(old: Path) -> None:
     if os.path.lexists(old) and not os.path.lexists(place):
         os.rename(old, place)
         sync(place.parent)
+
+
+def remove_left(folder: Path, name: str | None = None) -> None:
+    """Remove the temporaries in a folder whose writers are dead: those of the file or folder `name`, or all."""
+    own = re.compile(re.escape(TEMPORARY) + (re.escape(name) if name else ".+") + r"-\d+")
+    for left in [path for path in folder.glob(f"{TEMPORARY}*") if own.fullmatch(path.name)]:
+        with suppress(OSError):  # a living writer's lock, or a disk that refuses
+            _remove_unlocked(left)
 
 
 def discard(path: Path) -> None:
@@ -148,5 +162,49 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+@contextmanager
+def _temporary(path: Path, make: Callable[[Path], int]) -> Iterator[Path]:
+    """Something new beside `path`, made and opened by `make`, and locked until the block ends."""
+    remove_left(path.parent, path.name)
+    for number in count(os.getpid()):
+        temporary = path.with_name(f"{TEMPORARY}{path.name}-{number}")
+        try:
+            descriptor = make(temporary)
+        except FileExistsError:  # in containers several processes may have the same number
+            continue
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _lies_at(temporary, descriptor):  # else another removed it before it was locked
+            break
+        os.close(descriptor)
+    try:
+        yield temporary
+    finally:
+        os.close(descriptor)
+
+
+def _new_file(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _new_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY)
+
+
+def _remove_unlocked(left: Path) -> None:
+    descriptor = os.open(left, os.O_RDONLY if left.is_dir() else os.O_RDWR)  # NFS locks what is open for writing alone
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _lies_at(left, descriptor):
+            discard(left)
+    finally:
+        os.close(descriptor)
+
+
+def _lies_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file or folder is still the one of that name."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

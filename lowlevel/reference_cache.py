@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lowlevel import __version__
 from lowlevel.dpo import reference_token_logps
-from lowlevel.durable import write_bytes, write_json
+from lowlevel.durable import remove_left, write_bytes, write_json
 from lowlevel.errors import CheckpointError
 from lowlevel.execution import Execution, ExecutionFailedError, Kept
 from lowlevel.layout import PackedBatch
@@ -104,12 +104,13 @@ class ReferenceCache:
     """The entries of one identity: those on disk when it was opened, and those computed since."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], note: Callable[[str], None]) -> None:
-        """Read every shard; `note` prints a line for each that is damaged and left out."""
+        """Read every shard; `note` prints a line for each that is damaged and left out. Killed writers' files go."""
         self.identity, self.note = identity, note
         self.folder = folder / _json_sha256(identity)
         self.entries: dict[str, Tensor] = {}
         self._unwritten: list[str] = []
         self._writable = True
+        remove_left(self.folder)  # a shard's name is of its content, so the next writer's may be another
         for manifest in sorted(self.folder.glob("*.json")):
             if manifest.name != IDENTITY:
                 try:

@@ -205,7 +205,10 @@ def test_pages_and_charts_are_replaced_whole_or_not_at_all(runs, tmp_path, monke
     assert said.code == 2 and "No space left on device" in said.err and said.err.count("\n") == 1
     assert {file.name: file.read_bytes() == b"old" for file in files}[refused]
     assert not list(folder.rglob(".tmp-*"))
+    for file in files:
+        file.with_name(f".tmp-{file.name}-4194305").write_text("half, of a killed process")
     assert run("report", folder).code == 0
+    assert not list(folder.rglob(".tmp-*"))
     assert files[0].read_bytes().startswith(b"<!doctype html>") and files[1].read_bytes().startswith(b"\x89PNG")
 
 

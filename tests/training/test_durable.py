@@ -1,8 +1,12 @@
 """Files and folders are replaced whole or not at all: against kills at every point, refusing disks and exceptions."""
 
 import errno
+import fcntl
 import json
 import os
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -108,6 +112,95 @@ def test_what_killed_processes_left_is_in_nobodys_way(tmp_path):
         replace(tmp_path / name, "of a killed process")
     replace(tmp_path / "folder", "new")
     assert names(tmp_path) == ["folder"] and content(tmp_path / "folder") == NEW
+
+
+WRITER = """
+import sys, pathlib
+from lowlevel import durable
+with getattr(durable, sys.argv[1])(pathlib.Path(sys.argv[2])) as temporary:
+    (temporary / "a" if temporary.is_dir() else temporary).write_text("of another process")
+    print(temporary.name, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextmanager
+def another_writer(kind: str, target: Path):
+    """A process in the middle of replacing `target`, and the name of its temporary."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, kind, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    ) as process:  # fmt: skip
+        try:
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("kind", ["replaced_file", "replaced_folder"])
+def test_what_a_killed_process_left_is_removed_by_the_next_writer_of_its_name(tmp_path, kind):
+    target, others = tmp_path / "target", [".tmp-target", ".tmp-target-mine", ".tmp-target.png-77", ".tmp-targe-77"]
+    for name in others:
+        (tmp_path / name).write_text("")
+
+    def write() -> None:
+        write_text(target, "new") if kind == "replaced_file" else replace(target, "new")
+
+    with another_writer(kind, target) as (process, temporary):
+        write()
+        assert names(tmp_path) == sorted([*others, "target", temporary]), "it lives, and has not ended"
+        process.kill()
+        assert process.wait() == -9
+    write()
+    assert names(tmp_path) == sorted([*others, "target"])
+    assert (content(target) == NEW) if kind == "replaced_folder" else (target.read_text() == "new")
+
+
+@pytest.mark.parametrize("kind", ["replaced_file", "replaced_folder"])
+def test_a_living_writer_is_in_nobodys_way_and_ends_as_it_would_alone(tmp_path, kind):
+    target = tmp_path / "target"
+    with another_writer(kind, target) as (process, _):
+        write_text(target, "new") if kind == "replaced_file" else replace(target, "new")
+        process.communicate("\n")
+        assert process.returncode == 0
+    assert names(tmp_path) == ["target"]
+    written = target / "a" if kind == "replaced_folder" else target
+    assert written.read_text() == "of another process"
+
+
+def test_two_living_writers_of_one_number(tmp_path):
+    """As in two containers that share a folder."""
+    with replaced_file(tmp_path / "a") as outer:
+        outer.write_text("outer")
+        with replaced_file(tmp_path / "a") as inner:
+            inner.write_text("inner")
+        assert (tmp_path / "a").read_text() == "inner"
+    assert (tmp_path / "a").read_text() == "outer" and names(tmp_path) == ["a"]
+
+
+def test_a_temporary_that_another_removes_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    original, removed = fcntl.flock, []
+
+    def flock(descriptor, how):
+        if not removed:
+            removed.extend(tmp_path.iterdir())
+            removed[0].unlink()
+        original(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_text(tmp_path / "a", "new")
+    assert len(removed) == 1 and content(tmp_path) == {"a": "new"}
+
+
+def test_without_locks_nothing_is_removed_and_all_is_written(tmp_path, monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    left = f".tmp-a-{os.getpid()}"
+    (tmp_path / left).write_text("of who knows whom")
+    write_text(tmp_path / "a", "new")
+    assert content(tmp_path) == {"a": "new", left: "of who knows whom"}
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])

@@ -76,6 +76,7 @@ def test_a_shard_without_its_description_is_not_read(filled, monkeypatch):
     monkeypatch.setattr(reference_cache, "write_bytes", lambda *a: (order.append("shard"), write_bytes(*a)))
     monkeypatch.setattr(reference_cache, "write_json", lambda *a: (order.append("json"), write_json(*a)))
     cache.flush()
+    assert not list(shard.parent.glob(".tmp-*"))
     assert order == ["shard", "json"] and len(shards(folder)) == 1, "the same entries have the same name"
     assert recording(policy, folder)[0]._cache().from_disk
 
