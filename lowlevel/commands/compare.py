@@ -19,8 +19,7 @@ from lowlevel.labels import IGNORED
 from lowlevel.layout import PackedBatch
 from lowlevel.running.assembly import prepare_data
 from lowlevel.running.progress import lines_to
-from lowlevel.running.reopening import LoadedRun, load_run
-from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.reopening import LoadedRun, load_run, reopen
 
 COLUMNS = {
     "eval_loss": ("held-out loss", "{:.4f}"),
@@ -44,6 +43,7 @@ def compare_run(run_dir: Path, console: Console, *, prompts: int, max_new_tokens
 
     Raises:
         ConfigError: the run kept no held-out rows.
+        DataError: they changed since the run.
     """
     rows, texts = load_held_out(run_dir)
     texts = texts[:prompts]
@@ -61,14 +61,16 @@ def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
 
     Raises:
         ConfigError: it names none.
+        DataError: they changed since the run.
     """
-    config = RunFolder(run_dir).read_config()
+    opened = reopen(run_dir)
+    config = opened.config
     if config.data.eval_source is None:
         raise ConfigError(
             f"{run_dir}: compare needs held-out rows, and the run has no data.eval_source; train with "
             "--data.eval_source holdout --data.eval_limit 100"
         )
-    rows = prepare_data(config)[1].evaluation
+    rows = opened.held_out()
     if config.method == "sft" and config.data.supervise == "all":  # labels do not say where the first reply starts
         replies = config.data.model_copy(update={"supervise": "assistant"})
         marked = prepare_data(config.model_copy(update={"data": replies}))[1].evaluation

@@ -22,9 +22,8 @@ from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.merging import merged_model
 from lowlevel.model.placement import Placement
-from lowlevel.running.assembly import prepare_data
 from lowlevel.running.progress import lines_to
-from lowlevel.running.reopening import LoadedRun, load_run
+from lowlevel.running.reopening import LoadedRun, load_run, reopen
 
 PROBE_ROWS = 8
 # The dequantised target is the same function up to rounding, so a larger divergence means a wrong merge.
@@ -53,9 +52,11 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity
 
     Raises:
         ConfigError: `out` exists.
+        DataError: the rows that it is measured on changed since the run.
         CheckpointError: the dequantised merge is not the model that was trained; nothing is written.
     """
     _check_new(out)
+    rows = probe_rows(run_dir)
     run = load_run(run_dir, lines_to(console))
     adapters = [folder for folder in (run.folder.parent, run.folder.adapter) if folder.exists()]
     dtype = torch.bfloat16 if run.policy.placement.precision == "bf16" else torch.float16
@@ -67,7 +68,7 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity
         if into == "requantized":
             del merged
             merged = _requantise(run, temporary)
-        fidelity = measure(run, temporary)
+        fidelity = measure(run, rows, temporary)
         bound = KL_BOUNDS[run.policy.placement.precision]
         if into == "dequantized" and not fidelity.kl <= bound:
             raise CheckpointError(
@@ -117,9 +118,9 @@ def _requantise(run: LoadedRun, folder: Path) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def measure(run: LoadedRun, merged_dir: Path) -> Fidelity:
+def measure(run: LoadedRun, rows: Sequence[Any], merged_dir: Path) -> Fidelity:
     """Compare the merged folder, loaded as a user would, with base + adapters as they were trained."""
-    batches = probe_batches(run)
+    batches = [batch for row in rows for batch in run.method.micro_batches([row])]
     run.activate(run.stages[-1])
     device = run.policy.placement.device
     policy = run.policy
@@ -138,11 +139,15 @@ def measure(run: LoadedRun, merged_dir: Path) -> Fidelity:
     return Fidelity(kl / tokens, loss / tokens, reference_loss / tokens, same / tokens, tokens)
 
 
-def probe_batches(run: LoadedRun) -> Sequence[PackedBatch]:
-    """A few held-out rows, or training rows where the run kept none out."""
-    _, data = prepare_data(run.config)
-    rows: Sequence[Any] = (data.evaluation or data.train)[:PROBE_ROWS]
-    return [batch for row in rows for batch in run.method.micro_batches([row])]
+def probe_rows(run_dir: Path) -> Sequence[Any]:
+    """A few held-out rows, or training rows where the run kept none out.
+
+    Raises:
+        DataError: they changed since the run.
+    """
+    opened = reopen(run_dir)
+    rows: Sequence[Any] = opened.held_out() or opened.data()[1].train
+    return rows[:PROBE_ROWS]
 
 
 def vocabulary_logps(

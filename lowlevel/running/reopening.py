@@ -7,7 +7,7 @@ another hash. A machine that has not got the run's precision takes its own, and 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Reopened:
     note: Note
 
     def data(self) -> tuple[ChatTokenizer, PreparedData]:
-        """The run's tokenizer and examples.
+        """The run's tokenizer and examples. Those for evaluation are not checked: see `held_out`.
 
         Raises:
             ConfigError, DataError: they cannot be read, or changed since the run.
@@ -91,6 +91,22 @@ class Reopened:
             source, folder = self.config.data.source, self.folder.path
             raise DataError(f"{source}: not the rows that {folder} trained on, so its steps are not known")
         return tokenizer, data
+
+    def held_out(self) -> Sequence[Any]:
+        """The examples that the run evaluated on; empty without data.eval_source. Training rows are not checked.
+
+        Raises:
+            ConfigError, DataError: they cannot be read, or changed since the run.
+        """
+        source, folder = self.config.data.eval_source, self.folder.path
+        if source is None:
+            return []
+        data = prepare_data(self.config)[1]
+        report = data.report.evaluation
+        if report is None or report.fingerprint != self.manifest.get("evaluation_sha256"):
+            name = self.config.data.source if source == "holdout" else source
+            raise DataError(f"{name}: not the rows that {folder} held out, so nothing says that it never saw them")
+        return data.evaluation
 
     def first_adapter(self) -> Path | None:
         """What the trained adapter began as: a PEFT folder, or None for weights from the seed. Raises ConfigError."""

@@ -7,7 +7,8 @@ import shutil
 import helpers
 import pytest
 import torch
-from workspace import CHATS, reply
+from refusals import refused
+from workspace import CHATS, PAIRS, reply
 
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.model import base
@@ -177,6 +178,36 @@ def test_rows_are_read_when_they_are_asked_for_and_must_be_those_of_the_run(runs
     helpers.write_jsonl(tmp_path / "rows.jsonl", CHATS)
     tokenizer, data = opened.data()
     assert tokenizer.decode(data.train[0].input_ids).startswith("<|user|>")
+
+
+def with_rows(folder, name: str, rows: list[dict]) -> None:
+    """A run folder whose rows are another file."""
+    path, config = helpers.write_jsonl(folder.parent / name, rows), folder / "config.toml"
+    config.write_text(re.sub(r'(?m)^source = ".*"', f'source = "{path}"', config.read_text()))
+
+
+def test_held_out_rows_must_be_those_of_the_run_and_the_others_need_not(cli, copied, tmp_path):
+    """Both commands would measure rows of which nobody knows whether they were trained on."""
+    merge, compare = ("merge", copied, "--out", tmp_path / "merged"), ("compare", copied, "--max-new-tokens", 2)
+    with_rows(copied, "pairs.jsonl", [*PAIRS, {**PAIRS[0], "prompt": "one more"}])
+    for command in (merge, compare):
+        refused(cli(*command), 3, f"pairs.jsonl: not the rows that {copied} held out")
+    assert not (tmp_path / "merged").exists() and not (copied / "compare.json").exists()
+    with_rows(copied, "pairs.jsonl", [{**PAIRS[0], "chosen": "another"}, *PAIRS[1:]])
+    for command in (merge, compare):
+        said = cli(*command)
+        assert said.code == 0, said.err
+
+
+def test_a_merge_of_a_run_that_held_no_row_out_is_measured_on_those_that_it_trained_on(runs, cli, tmp_path):
+    assert cli("sft", runs.space.write("all", "sft", folder=tmp_path, train={"max_steps": 1})).code == 0
+    folder, merge = tmp_path / "all", ("merge", tmp_path / "all", "--out", tmp_path / "merged")
+    with_rows(folder, "rows.jsonl", CHATS[1:])
+    refused(cli(*merge), 3, f"rows.jsonl: not the rows that {folder} trained on")
+    assert not (tmp_path / "merged").exists()
+    with_rows(folder, "rows.jsonl", CHATS)
+    said = cli(*merge)
+    assert said.code == 0, said.err
 
 
 def test_the_examples_of_a_step(runs):
