@@ -1,9 +1,12 @@
-"""Python and the libraries, against what the installed package asks for. Imports none of them: they may be broken."""
+"""Python and the libraries, against what the package asks for. Imports none of them: they may be broken."""
 
 from __future__ import annotations
 
 import platform
+import tomllib
+from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -12,31 +15,52 @@ from lowlevel.preflight.finding import Answer, fail, note, ok
 
 PACKAGE = "lowlevel"
 NAMED = ("torch", "transformers", "peft", "bitsandbytes")  # whose versions are shown where all is well
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"  # in a checkout
 NOT_INSTALLED = note(
-    f"{PACKAGE} is not installed, so nothing says which versions it needs", "pip install . in its repository"
+    f"{PACKAGE} is not installed and has no pyproject.toml beside it, so nothing says which versions it needs",
+    "pip install . in its repository",
 )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the package asks for: a range of Pythons, a line for each library, and where that stands."""
+
+    python: str
+    libraries: list[str]
+    source: str
+
+
+def needs() -> Needs | None:
+    """By the installed package's metadata, else by the pyproject.toml of a checkout; None where there is neither."""
+    try:
+        python = metadata.metadata(PACKAGE)["Requires-Python"]
+        return Needs(python, metadata.requires(PACKAGE) or [], "the package")
+    except metadata.PackageNotFoundError:
+        pass
+    try:
+        project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+        found = Needs(project["requires-python"], project["dependencies"], PROJECT.name)
+        return found if project["name"] == PACKAGE else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def python() -> Answer:
     """The interpreter, and the range of `requires-python`."""
-    try:
-        asked = metadata.metadata(PACKAGE)["Requires-Python"]
-    except metadata.PackageNotFoundError:
+    asked = needs()
+    if asked is None:
         return NOT_INSTALLED
     here = platform.python_version()
-    found = f"{here} on {platform.system()} {platform.machine()}"
-    if SpecifierSet(asked).contains(here, prereleases=True):
-        return ok(f"{found}; the package asks for {asked}")
-    return fail(f"{found}; the package asks for {asked}", "make an environment with a Python in that range")
+    found = f"{here} on {platform.system()} {platform.machine()}; {asked.source} asks for {asked.python}"
+    if SpecifierSet(asked.python).contains(here, prereleases=True):
+        return ok(found)
+    return fail(found, "make an environment with a Python in that range")
 
 
-def requirements() -> list[Requirement]:
-    """What the package needs here: of its metadata's lines those without an extra and for this system.
-
-    Raises:
-        PackageNotFoundError: it is not installed.
-    """
-    parsed = [Requirement(line) for line in metadata.requires(PACKAGE) or ()]
+def requirements(asked: Needs) -> list[Requirement]:
+    """Of the libraries those without an extra and for this system."""
+    parsed = [Requirement(line) for line in asked.libraries]
     return [one for one in parsed if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
@@ -53,25 +77,23 @@ def versions(asked: list[Requirement]) -> dict[str, str | None]:
 
 def libraries() -> Answer:
     """Every library that is missing or out of the package's range."""
-    try:
-        asked = requirements()
-    except metadata.PackageNotFoundError:
+    asked = needs()
+    if asked is None:
         return NOT_INSTALLED
-    found = versions(asked)
-    wrong = [one for one in asked if not _fits(found[one.name], one.specifier)]
+    required = requirements(asked)
+    found = versions(required)
+    wrong = [one for one in required if not _fits(found[one.name], one.specifier)]
     if wrong:
         lines = [f"{one.name} {found[one.name] or 'is missing'} (asked for: {one.specifier})" for one in wrong]
         return fail("; ".join(lines), "pip install " + " ".join(f"'{one.name}{one.specifier}'" for one in wrong))
     named = ", ".join(f"{name} {found[name]}" for name in NAMED if name in found)
-    return ok(f"all {len(asked)} within the package's ranges: {named}")
+    return ok(f"all {len(required)} within the ranges of {asked.source}: {named}")
 
 
 def missing() -> list[str]:
     """Names of the libraries that are not here at all; without them nothing else can be looked at."""
-    try:
-        return [name for name, version in versions(requirements()).items() if version is None]
-    except metadata.PackageNotFoundError:
-        return []
+    asked = needs()
+    return [name for name, version in versions(requirements(asked)).items() if version is None] if asked else []
 
 
 def _fits(version: str | None, specifier: SpecifierSet) -> bool:

@@ -1,5 +1,7 @@
 """Lines of the table: errors become findings, secrets stay out; versions against ranges that are not this machine's."""
 
+from pathlib import Path
+
 import pytest
 
 from lowlevel.errors import ConfigError
@@ -78,7 +80,38 @@ def test_a_python_out_of_its_range(monkeypatch):
     assert answer.verdict == "FAIL" and "3.10.12" in answer.found and ">=3.11" in answer.found
 
 
-def test_a_package_that_is_not_installed_is_a_note(monkeypatch):
-    monkeypatch.setattr(software, "PACKAGE", "no-such-package-anywhere")
+@pytest.fixture
+def checkout(monkeypatch, tmp_path):
+    """A checkout that was not installed: its pyproject.toml is what a test writes, and beside it nothing is known."""
+
+    def metadata(name: str) -> str:
+        raise software.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(software.metadata, "metadata", metadata)
+    monkeypatch.setattr(software, "PROJECT", tmp_path / "pyproject.toml")
+    return tmp_path / "pyproject.toml"
+
+
+def project(*lines: str, name: str = "lowlevel", python: str = ">=3.11") -> str:
+    return f'[project]\nname = "{name}"\nrequires-python = "{python}"\ndependencies = {list(lines)}\n'
+
+
+def test_a_checkout_that_is_not_installed_asks_for_what_its_pyproject_says(monkeypatch, checkout):
+    checkout.write_text((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert [software.python().verdict, software.libraries().verdict] == ["ok", "ok"]
+    assert software.python().found.endswith("; pyproject.toml asks for >=3.11")
+    assert " within the ranges of pyproject.toml: torch " in software.libraries().found
+    checkout.write_text(project("torch>=2.11,<2.15", "peft>=0.21", 'pywin32; sys_platform == "win32"', python=">=3.99"))
+    asked(monkeypatch, torch="2.15.0")
+    assert software.python().verdict == "FAIL" and software.python().found.endswith("asks for >=3.99")
+    answer = software.libraries()
+    assert answer.found == "torch 2.15.0 (asked for: <2.15,>=2.11); peft is missing (asked for: >=0.21)"
+    assert answer.verdict == "FAIL" and software.missing() == ["peft"]
+
+
+@pytest.mark.parametrize("text", [None, "[project", "[tool.ruff]", project("torch", name="another"), "[project]\n"])
+def test_a_package_of_which_nothing_says_what_it_needs_is_a_note(checkout, text):
+    if text is not None:
+        checkout.write_text(text)
     assert software.python() == software.libraries() == software.NOT_INSTALLED
     assert software.NOT_INSTALLED.verdict == "note" and software.missing() == []
