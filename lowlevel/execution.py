@@ -144,11 +144,13 @@ class Graphed:
             self._ready.add(kind)
             self._plain.discard(signature)
             return self._warm_up(batch, factor, key, kept)
-        captured = self.captured.pop(signature, None) or self._try_capture(batch, signature)
+        captured = self.captured.pop(signature, None)
+        if captured is None:
+            if len(self.captured) >= MAX_GRAPHS:
+                torch.cuda.synchronize()  # the oldest may still be running
+                del self.captured[next(iter(self.captured))]
+            captured = self._try_capture(batch, signature)
         self.captured[signature] = captured  # the last one is the one used last
-        if len(self.captured) > MAX_GRAPHS:
-            torch.cuda.synchronize()  # the oldest may still be running
-            del self.captured[next(iter(self.captured))]
         sums = self._replay(captured, batch, factor, key)
         if kept is not None:
             kept.append(captured.kept.clone())

@@ -201,7 +201,9 @@ def build_batch(rows: Sequence[Sequence[Segment]], *, pairs: bool, shape: Shape 
     scored, sequence_ids, num_scored = _scored_tokens(grids["targets"], owners, sequences, shape)
     index, lengths = _sequence_index(sequence_ids, sequences, shape.longest if shape else None)
     branches = [[segment.branch_ids for segment in row] for row in rows]
-    spans = build_spans(branches, width, count=sequences + len(rows) if shape else None)
+    bound = shape.longest if shape else None
+    count = sequences + len(rows) * -(-width // bound) if bound else None  # rows may be padding for the most part
+    spans = build_spans(branches, width, count=count, longest=bound)
     arrays = {
         **grids,
         "dropout_keys": _dropout_keys(data_rows, grids["branch_ids"], grids["position_ids"]),
@@ -218,7 +220,7 @@ def build_batch(rows: Sequence[Sequence[Segment]], *, pairs: bool, shape: Shape 
     }
     return PackedBatch(
         **{name: None if array is None else torch.from_numpy(array) for name, array in arrays.items()},  # type: ignore[arg-type]
-        longest=shape.longest if shape else spans.longest,
+        longest=bound or spans.longest,
         data_rows=tuple(row_of[i] for i in range(len(row_of))),
         num_tokens=sum(used),
         num_scored=num_scored,

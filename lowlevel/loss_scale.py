@@ -29,12 +29,12 @@ class LossScale:
         return cls() if precision == "fp16" else cls(scale=1.0, enabled=False)
 
     def update(self, finite: bool) -> None:
-        """After each attempt: halve after an overflow, double after 2,000 attempts without one."""
+        """After each attempt: halve after an overflow, double after 2,000 attempts without one; count, if disabled."""
         if not finite:
             self.skipped_steps += 1
             self.skips_in_a_row += 1
             self.good_steps = 0
-            self.scale *= 0.5
+            self.scale *= 0.5 if self.enabled else 1.0
             return
         self.skips_in_a_row = 0
         self.good_steps += 1

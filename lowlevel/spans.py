@@ -5,7 +5,8 @@
     keys of 1    prompt chosen                 keys of 2    prompt rejected
 
 Prompt and chosen completion are neighbours: one causal span. The rejected completion is a second one, whose keys are
-the prompt's, listed again, and its own. Padding is a span of its own, so that no position is left without a number.
+the prompt's, listed again, and its own. Padding is a span of its own, so that no position is left without a number;
+where a bound is given, as many spans as it needs.
 """
 
 from __future__ import annotations
@@ -27,10 +28,16 @@ class Spans:
     longest: int  # most queries or keys of a span
 
 
-def build_spans(rows: Sequence[Sequence[np.ndarray]], width: int, *, count: int | None = None) -> Spans:
+def build_spans(
+    rows: Sequence[Sequence[np.ndarray]], width: int, *, count: int | None = None, longest: int | None = None
+) -> Spans:
     """Spans of flattened rows of `width` positions, given the branch_ids of each row's segments.
 
-    For a fixed shape, `count` fills up with empty spans, and the list of keys is filled up to twice the positions.
+    For a fixed shape, `count` fills up with empty spans, the list of keys is filled up to twice the positions, and no
+    span is longer than `longest`.
+
+    Raises:
+        ValueError: a segment is longer.
     """
     ends, listed = [0], []
     for r, row in enumerate(rows):
@@ -46,9 +53,14 @@ def build_spans(rows: Sequence[Sequence[np.ndarray]], width: int, *, count: int 
                 ends.append(end)
                 listed.append(np.concatenate([np.arange(start, prompt), np.arange(split, end)]))
             start = end
-        if start < (r + 1) * width:
-            ends.append((r + 1) * width)
-            listed.append(np.arange(start, (r + 1) * width))
+        end = (r + 1) * width
+        for first in range(start, end, longest or width):  # padding
+            last = min(first + (longest or width), end)
+            ends.append(last)
+            listed.append(np.arange(first, last))
+    found = max(map(len, listed))
+    if longest is not None and found > longest:
+        raise ValueError(f"a span of {found} positions, longer than the batch's bound of {longest}")
     missing = count - len(listed) if count else 0
     key_index, positions = np.concatenate(listed), len(rows) * width
     size = 2 * positions if count else len(key_index)
@@ -58,7 +70,7 @@ def build_spans(rows: Sequence[Sequence[np.ndarray]], width: int, *, count: int 
         keys=np.pad(np.cumsum([0, *map(len, listed)], dtype=np.int32), (0, missing), mode="edge"),
         key_index=np.pad(key_index, (0, size - len(key_index))) if shared else None,
         key_uses=_uses(key_index, positions, size) if shared else None,
-        longest=max(map(len, listed)),
+        longest=found,
     )
 
 

@@ -74,6 +74,7 @@ def one_step(policy, method, rows, *, precision="fp16", step=0):
 
 
 SHAPE = Shape(positions=32, examples=8, longest=256, capacity=512)
+PADDED = Shape(positions=2048, examples=8, longest=256, capacity=2048)  # as a rehearsal's: padding exceeds any example
 METHODS = {
     "sft": (SFT(2, 256, True), False),
     "dpo": (DPO(DPOConfig(disable_dropout=False), 2, 256, True), True),
@@ -182,13 +183,16 @@ def test_token_logps_fp16_against_the_twin():
     assert (results[0][1] - results[1][1]).norm() / results[1][1].norm() < 2e-3
 
 
+@pytest.mark.parametrize("shape", [SHAPE, PADDED])
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize(("kernel", "dtype", "bound"), [
     ("flash", torch.float16, 4e-3), ("efficient", torch.float16, 4e-3), ("efficient", torch.float32, 2e-5),
 ])  # fmt: skip
-def test_span_attention_kernels_equal_their_twin(kernel, dtype, bound, groups):
-    method = DPO(DPOConfig(), 4, 256, True, SHAPE)
+def test_span_attention_kernels_equal_their_twin(kernel, dtype, bound, groups, shape):
+    method = DPO(DPOConfig(), 4, 256, True, shape)
     batch = method.micro_batches(examples(True))[0].to(CUDA)
+    longest = max(int(part.diff().max()) for part in (batch.span_queries, batch.span_keys))
+    assert longest == batch.longest if shape is PADDED else longest <= batch.longest
     positions = batch.input_ids.numel()
     torch.manual_seed(0)
     shapes = (positions, 2 * groups, 64), (positions, 2, 64), (positions, 2, 64)

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from lowlevel import execution
 from lowlevel.attention import list_keys, span_attention
 from lowlevel.config import DataConfig, DPOConfig, RunConfig
+from lowlevel.config_file import config_from_tables
 from lowlevel.dpo import DPO
-from lowlevel.execution import MODES, Eager, WithFallback, signature_of
+from lowlevel.execution import MODES, Eager, Graphed, WithFallback, signature_of
 from lowlevel.layout import Shape, attention_mask, build_batch, pair_rows, pair_segment, sft_segment
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
@@ -61,6 +64,32 @@ def test_spans_are_the_mask(name, shape):
         assert found.any(1).all() and batch.span_queries[-1] == rows * width  # every position has something to see
         spans = batch.span_queries.diff().max(), batch.span_keys.diff().max()
         assert max(spans) <= batch.longest
+
+
+FILLED = {  # of batches whose padding can be longer than any example
+    "many short rows": ({"max_length": 64}, {"per_device_train_batch_size": 32}),
+    "no packing": ({"max_length": 100, "packing": False}, {"per_device_train_batch_size": 8}),
+    "a budget's micro-batch": ({"max_length": 64}, {"micro_batch_positions": 8192}),
+}
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("name", FILLED)
+def test_no_span_is_longer_than_its_bound(name, method):
+    """A kernel that is told less than a span's length leaves numbers unwritten, or never ends."""
+    data, train = FILLED[name]
+    config = config_from_tables({"method": method, "data": data, "train": train}, "test")
+    built = build_method(config, Attention(NAMES["math"], "as on a GPU"))
+    longest = data["max_length"]
+    made = helpers.ragged_examples(60, longest=longest) if method == "sft" else None
+    examples = made or helpers.ragged_pairs(60, longest=longest // 2)
+    steps = [examples[start : start + config.rows_per_step] for start in range(0, 60, config.rows_per_step)]
+    batches = [batch for step in steps for batch in built.micro_batches(step)]
+    batches.append(largest_batch(built, examples, config.rows_per_step))
+    for batch in batches:
+        spans = max(batch.span_queries.diff().max(), batch.span_keys.diff().max())
+        assert spans <= batch.longest, f"a span of {spans}, told {batch.longest}"
+        assert batch.span_queries[-1] == batch.input_ids.numel()
 
 
 def test_key_uses_say_where_each_position_is_listed():
@@ -294,3 +323,24 @@ def test_rows_of_pairs_need_no_listed_keys():
     assert build_batch(rows, pairs=True).key_index is None
     assert build_batch([[sft_segment(0, 0, prompt, prompt)]], pairs=False).key_index is None
     assert build_batch([[pair_segment(0, 0, prompt, chosen, rejected)]], pairs=True).key_index is not None
+
+
+def test_a_graph_is_let_go_before_one_too_many_is_captured(monkeypatch):
+    graphs = Graphed.__new__(Graphed)
+    graphs.captured, graphs._ready, graphs._plain, graphs._failed = {}, {frozenset(["x"])}, set(), set()
+    alive = []
+
+    def capture(self, batch, signature):
+        alive.append(len(self.captured) + 1)
+        return SimpleNamespace(signature=signature)
+
+    monkeypatch.setattr(execution, "MAX_GRAPHS", 3)
+    monkeypatch.setattr(execution, "signature_of", lambda batch: batch.signature)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(Graphed, "_try_capture", capture)
+    monkeypatch.setattr(Graphed, "_replay", lambda self, captured, *arguments: {"loss": captured.signature})
+    for number in (0, 1, 2, 0, 3, 0, 4):
+        batch = SimpleNamespace(signature=number, tensors=lambda: {"x": None})
+        assert graphs.run(batch, 1.0, 1, 0) == {"loss": number}
+    assert alive == [1, 2, 3, 3, 3]  # 0 is used between, so it is never the oldest
+    assert list(graphs.captured) == [3, 0, 4]

@@ -98,9 +98,9 @@ def test_the_constants_are_grad_scalers():
 def test_without_fp16_the_scale_is_1_for_ever(precision, monkeypatch):
     monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 3)
     scale = LossScale.for_precision(precision)
-    for _ in range(10):
-        scale.update(True)
-    assert scale.scale == 1.0 and not scale.enabled
+    for finite in (True, True, False, True, True, True, True, False):
+        scale.update(finite)
+        assert scale.scale == 1.0 and not scale.enabled
 
 
 def test_the_scale_cancels(tiny_base):
