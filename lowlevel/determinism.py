@@ -47,7 +47,4 @@ def deterministic_mode(wanted: bool) -> Iterator[None]:
 
 def compiler_options() -> Mapping[str, Any]:
     """Inductor's settings in the mode that is on now: no choice by timing, so the same kernels in every process."""
-    from torch._inductor import config
-
-    known = hasattr(config, "deterministic")  # newer than the rest of this file needs
-    return {"deterministic": True} if known and torch.are_deterministic_algorithms_enabled() else {}
+    return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}

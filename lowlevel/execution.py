@@ -5,9 +5,9 @@
     graphed    the compiled micro-step captured once a batch shape in a CUDA graph, and replayed
 
 A small model's step is thousands of short kernels, and a CPU needs longer to launch one than a GPU to run it; a graph
-is launched as one. It replays with the addresses of its capture, so batch, loss factor and dropout key are copied into
-buffers of the graph first, and sums are copied out. All graphs share one memory pool: they never run at the same time,
-and between two of them only sums, and tensors that a trace may want, stay in the pool.
+is launched as one. It replays at fixed addresses, so batch, loss factor and dropout key are copied into its buffers
+first, and its sums are copied out. All graphs share one memory pool: they never run at the same time, and between two
+of them only sums, and tensors that a trace may want, stay in the pool.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 class ExecutionFailedError(Exception):
-    """A mode failed and it, or a simpler one, is ready: the gradient is incomplete, so the step is to be repeated."""
+    """The step must be repeated from a gradient of zero: the mode failed, and it or a simpler one is ready to try."""
 
 
 @dataclass(frozen=True)

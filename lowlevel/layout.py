@@ -28,8 +28,8 @@ from lowlevel.labels import IGNORED
 from lowlevel.spans import build_spans
 
 PADDING = -1
-# Puts a row's branches at three places of the hash. Any odd number far from 0 would do, but another one would be other
-# dropout masks, so that no run could be resumed or replayed.
+# Separates a row's branches in the hash. Another number would give other dropout masks: no older run could be resumed
+# or replayed.
 BRANCH_STEP = 0x632BE5AB
 
 

@@ -1,4 +1,4 @@
-"""The layout's mask as spans: queries that lie side by side, each span with the list of keys that it sees, causally.
+"""The layout's mask as spans: each a run of neighbouring queries with its own list of keys, attended causally.
 
     row          | prompt chosen | rejected | prompt chosen | rejected | padding |
     spans        |       1       |     2    |       3       |     4    |    5    |
@@ -24,7 +24,7 @@ class Spans:
     queries: np.ndarray  # (G + 1,) int32: span g is positions queries[g] to queries[g + 1]
     keys: np.ndarray  # (G + 1,) int32: its keys are the listed keys keys[g] to keys[g + 1]
     key_index: np.ndarray | None  # (K,) int64: position of each listed key; None: the positions themselves
-    key_uses: np.ndarray | None  # (2, M) int64: where a position is listed; K stands for "nowhere"
+    key_uses: np.ndarray | None  # (2, M) int64: up to two places in the list for each position; K: unused
     longest: int  # most queries or keys of a span
 
 

@@ -86,7 +86,7 @@ class Policy:
             self.dropout.token_keys = keys
 
     def activate(self, *, parent: bool, trained: bool) -> None:
-        """Choose the adapters that take part in a forward pass; gradients go to the trained one alone, as ever."""
+        """Choose the adapters that take part in a forward pass. Only the trained one ever receives a gradient."""
         names = [PARENT] * (parent and self.has_parent) + [TRAINED] * trained
         for layer in self.lora_layers:
             layer.set_adapter(names, inference_mode=True)
