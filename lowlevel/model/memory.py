@@ -9,8 +9,9 @@ backward pass (D: hidden size, F: MLP size, H: query width, K: key width):
 
 A recomputed layer keeps its input alone (D), with train.offload_activations on the host, from where it comes back one
 layer ahead: two lie on the device. The first layers are the recomputed ones: the backward pass reaches them last,
-when the activations of the others are freed. The constants were fitted to runs on an H100; tests/training/test_memory.py holds the
-forecast to nine of them. Optimizer state is paged and outside the allocator: it is listed apart.
+when the activations of the others are freed. The constants were fitted to runs on an H100;
+tests/training/test_memory.py holds the forecast to nine of them. Optimizer state is paged and outside the allocator: it
+is listed apart.
 """
 
 from __future__ import annotations
