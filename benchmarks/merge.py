@@ -20,33 +20,33 @@ import torch
 from lowlevel.commands.compare import load_held_out
 from lowlevel.commands.merge import vocabulary_logps
 from lowlevel.config import ModelConfig
+from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.merging import merged_model
 from lowlevel.running.reopening import LoadedRun, load_run
 
 
 @torch.no_grad()
-def held_out_loss(run: LoadedRun, model: Any) -> float:
-    """Cross-entropy in nats a supervised token."""
+def held_out_loss(run: LoadedRun, model: Any, attention: Attention = MASKED) -> float:
+    """Cross-entropy in nats a supervised token; `attention` is what the model was loaded with."""
     loss, tokens = 0.0, 0
     for row in load_held_out(run.folder.path)[0]:
         for batch in run.method.micro_batches([row]):
-            logps = vocabulary_logps(model, batch, run.policy.placement)
-            targets = batch.scored_targets.to(logps.device)
+            logps, targets = vocabulary_logps(model, batch, run.policy.placement, attention)
             loss -= float(logps.gather(-1, targets.unsqueeze(-1)).sum())
-            tokens += batch.num_scored
+            tokens += len(targets)
     return loss / tokens
 
 
 def losses(run_dir: Path) -> dict[str, float]:
     """Held-out loss by way of merging."""
     run = load_run(run_dir)
-    model, placement = run.config.model, run.policy.placement
+    model, placement, attention = run.config.model, run.policy.placement, run.policy.attention
     found = {}
     for stage in run.stages:
         run.activate(stage)
         name = "base, no adapter" if stage.name == "base" else "adapter active"
-        found[name] = held_out_loss(run, run.policy.causal_lm)
+        found[name] = held_out_loss(run, run.policy.causal_lm, attention)
     for name, quantised in (("original base, 16 bits", None), ("dequantized base, 16 bits", run.policy.model)):
         merged = merged_model(model, [run.folder.adapter], torch.float16, quantised=quantised)
         with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,8 @@ def losses(run_dir: Path) -> dict[str, float]:
                 again = model.model_copy(update={"name": folder, "revision": None})
                 found["original base, quantised again"] = held_out_loss(run, load_base(again, placement).eval())
     run.activate(run.stages[-1])
-    found["merge_and_unload into the 4-bit model"] = held_out_loss(run, run.policy.model.merge_and_unload())
+    merged = run.policy.model.merge_and_unload()
+    found["merge_and_unload into the 4-bit model"] = held_out_loss(run, merged, attention)
     return found
 
 

@@ -80,6 +80,11 @@ class PackedBatch:
     reference_logps: Tensor | None = None  # (S,) fp32, where a cache knows them (reference_cache.py); fillers 0
     content: str = ""  # host: hash of what the reference pass sees, where there is a cache
 
+    @property
+    def belongs(self) -> Tensor:
+        """(N,) bool: the scored positions that are in sums; the others belong to no sequence and fill up a shape."""
+        return self.sequence_ids < len(self.lengths)
+
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device; copies to a GPU do not wait for it."""
         pin = device.type == "cuda" and not self.input_ids.is_cuda

@@ -122,20 +122,18 @@ def measure(run: LoadedRun, rows: Sequence[Any], merged_dir: Path) -> Fidelity:
     """Compare the merged folder, loaded as a user would, with base + adapters as they were trained."""
     batches = [batch for row in rows for batch in run.method.micro_batches([row])]
     run.activate(run.stages[-1])
-    device = run.policy.placement.device
     policy = run.policy
     before = [vocabulary_logps(policy.causal_lm, batch, policy.placement, policy.attention) for batch in batches]
     merged = load_base(ModelConfig(name=str(merged_dir), load_in_4bit=False), run.policy.placement)
     merged.eval()
     kl = loss = reference_loss = same = 0.0
-    for batch, old in zip(batches, before, strict=True):
-        new = vocabulary_logps(merged, batch, run.policy.placement)
-        targets = batch.scored_targets.to(device).unsqueeze(-1)
+    for batch, (old, targets) in zip(batches, before, strict=True):
+        new, _ = vocabulary_logps(merged, batch, run.policy.placement)
         kl += float((old.exp() * (old - new)).sum())
-        loss -= float(new.gather(-1, targets).sum())
-        reference_loss -= float(old.gather(-1, targets).sum())
+        loss -= float(new.gather(-1, targets.unsqueeze(-1)).sum())
+        reference_loss -= float(old.gather(-1, targets.unsqueeze(-1)).sum())
         same += float((old.argmax(-1) == new.argmax(-1)).sum())
-    tokens = sum(batch.num_scored for batch in batches)
+    tokens = sum(len(targets) for _, targets in before)
     return Fidelity(kl / tokens, loss / tokens, reference_loss / tokens, same / tokens, tokens)
 
 
@@ -152,9 +150,16 @@ def probe_rows(run_dir: Path) -> Sequence[Any]:
 
 def vocabulary_logps(
     model: Any, batch: PackedBatch, placement: Placement, attention: Attention = MASKED
-) -> torch.Tensor:
-    """Log-probabilities of the whole vocabulary at the scored positions, (N, V) float64."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the whole vocabulary for the n scored tokens of the batch's sequences, and those tokens.
+
+    Positions that are scored only to fill up a shape are left out.
+
+    Returns:
+        (n, V) float64 and (n,) int64.
+    """
     moved = batch.to(placement.device)
+    positions, targets = (of_all[moved.belongs] for of_all in (moved.scored_positions, moved.scored_targets))
     with placement.autocast():
         hidden = model.get_decoder()(
             input_ids=moved.input_ids,
@@ -162,5 +167,5 @@ def vocabulary_logps(
             use_cache=False,
             **attention.arguments(moved, placement.dtype),
         ).last_hidden_state
-        logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, moved.scored_positions))
-    return log_softmax(logits.double(), -1)
+        logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, positions))
+    return log_softmax(logits.double(), -1), targets

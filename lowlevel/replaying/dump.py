@@ -35,7 +35,8 @@ Tensors = dict[str, Tensor]
 MEANINGS = {
     "batch": "the micro-batch as it is laid out: lowlevel.layout.PackedBatch says what each tensor is",
     "policy.hidden": "(N, D) final hidden states at the scored positions",
-    "policy.token_logps": "(N,) log-probability of each scored target",
+    "policy.token_logps": "(N,) log-probability of each scored target; those with batch.sequence_ids = S are of no "
+    "sequence and in no sum: they only fill up a shape",
     "policy.logps": "(S,) token_logps summed by sequence: for pairs all chosen, then all rejected",
     "reference": "the same without the trained adapter and without dropout",
     "losses": "(P,) loss of each pair (dpo), (S,) of each example (sft); their sum is the micro-batch's loss",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # benchmarks are no installed package
 
 from plain_models import held_out_logps, plain_base, plain_stack  # noqa: E402
 from workspace import HELD_OUT, Runs, Workspace, make_workspace, run  # noqa: E402

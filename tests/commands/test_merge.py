@@ -1,6 +1,7 @@
 """`lowlevel merge`: the three kinds of merged base against PEFT's own merge; a wrong merge is not written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,12 @@ from plain_models import adapter_updates, dequantized, divergence, peft_merge, p
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from workspace import HELD_OUT, PAIRS, PROMPTS, reply
+
+from benchmarks.merge import held_out_loss
+from lowlevel.commands.merge import measure, probe_rows
+from lowlevel.model.attention_choice import NAMES, Attention
+from lowlevel.running.assembly import build_method
+from lowlevel.running.reopening import LoadedRun, load_run
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +62,34 @@ def test_the_probe_measures_the_held_out_loss(runs, merged, stages):
     assert fidelity["tokens"] == tokens
     assert fidelity["training_time_loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert fidelity["loss"] == pytest.approx(total / tokens, rel=1e-3)
+
+
+@pytest.fixture
+def filled(runs) -> LoadedRun:
+    """The DPO run with what a GPU with span attention has: batches filled up to few shapes."""
+    run = load_run(runs.dpo)
+    run.policy.causal_lm.set_attn_implementation(NAMES["math"])
+    spans = Attention(NAMES["math"], "")
+    return replace(run, policy=replace(run.policy, attention=spans), method=build_method(run.config, spans))
+
+
+def test_positions_that_only_fill_up_a_shape_are_not_measured(runs, merged, filled):
+    rows = probe_rows(runs.dpo)
+    batches = [batch for row in rows for batch in filled.method.micro_batches([row])]
+    assert any(len(batch.scored_positions) > batch.num_scored for batch in batches)
+    found = measure(filled, rows, merged)
+    expected = json.loads((merged / "lowlevel_merge.json").read_text())["fidelity"]
+    assert found.tokens == expected["tokens"]
+    assert found.loss == pytest.approx(expected["loss"], rel=1e-5)
+    assert found.training_time_loss == pytest.approx(expected["training_time_loss"], rel=1e-5)
+    assert found.kl == pytest.approx(expected["kl"], rel=1e-2)
+    assert found.same_top_token == expected["same_top_token"]
+
+
+def test_the_benchmark_of_merging_leaves_them_out_too(merged, filled):
+    expected = json.loads((merged / "lowlevel_merge.json").read_text())["fidelity"]
+    loss = held_out_loss(filled, filled.policy.causal_lm, filled.policy.attention)
+    assert loss == pytest.approx(expected["training_time_loss"], rel=1e-5)
 
 
 def test_merged_into_the_original_base(runs, merged, other_merges):
