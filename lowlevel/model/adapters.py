@@ -34,21 +34,19 @@ WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_RANK, MAX_ALPHA = 4096, 1_048_576
 STORED = (torch.float32, torch.float16, torch.bfloat16)
-# Keys of adapter_config.json that are not supported, each with the value that means "not used".
-UNSUPPORTED: dict[str, Any] = {
-    "bias": "none",
-    "use_dora": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "auto_map": None,
-    "auto_mapping": None,
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "megatron_config": None,
-    "layer_replication": None,
+# Keys of adapter_config.json. Another kind of LoRA is a key of its own, and each PEFT release brings more: one that is
+# not named here must say that it is not used, by null, false or nothing in it.
+OBEYED = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+CHECKED = ("peft_type", "base_model_name_or_path")
+UNREAD = (
+    *("auto_mapping", "inference_mode", "peft_version", "revision", "task_type"),  # who wrote it, what PEFT wraps it in
+    "eva_config",  # read before training alone
+    *("megatron_core", "qalora_group_size"),  # read beside megatron_config and use_qalora alone
+)
+# PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the adapter's first values out of the base; MiCA keeps B from training.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -157,12 +155,20 @@ def read_adapter_config(folder: Path) -> PeftLoraConfig:
         raise CheckpointError(f"{folder} holds no adapter ({ADAPTER_CONFIG} is missing)") from None
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}, expected 'LORA'")
-    for key, plain in UNSUPPORTED.items():
-        if raw.get(key) not in (plain, None):
-            raise CheckpointError(f"{path}: {key} = {quoted(repr(raw[key]))} is not supported, expected {plain!r}")
+    _check_kind(raw, path)
     _check_settings(raw, path)
-    keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
-    return PeftLoraConfig(**{k: raw[k] for k in keys if k in raw}, bias="none", task_type="CAUSAL_LM")
+    return PeftLoraConfig(**{k: raw[k] for k in OBEYED if k in raw}, bias="none", task_type="CAUSAL_LM")
+
+
+def _check_kind(raw: dict[str, Any], path: Path) -> None:
+    """Plain LoRA: every key is obeyed, changes nothing, or says that it is not used. Raises CheckpointError."""
+    for key in sorted(raw.keys() - {*OBEYED, *CHECKED, *UNREAD}):
+        value, plain = raw[key], PLAIN.get(key, ())
+        unused = value is None or value is False or value in ("", [], {})
+        if not unused and not any(type(value) is type(one) and value == one for one in plain):
+            expected = ", ".join([*(json.dumps(one) for one in plain), "null or false"])
+            named = f"{quoted(repr(key)[1:-1])} = {quoted(repr(value))}"
+            raise CheckpointError(f"{path}: {named} is not supported by this trainer, expected {expected}")
 
 
 def _check_settings(raw: dict[str, Any], path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from workspace import make_workspace, run
 
@@ -239,6 +241,70 @@ def test_an_adapter_configuration_out_of_bounds(adapter, keys, message):
     read_adapter_config(adapter)
     change_json(adapter / ADAPTER_CONFIG, **keys)
     assert message in refusal(read_adapter_config, adapter)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("init_lora_weights", kind) for kind in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", 1)),
+        ("init_lora_weights", "mica"),
+        ("alora_invocation_tokens", [8]),
+        ("use_qalora", True),
+        ("arrow_config", {"top_k": 3}),
+        ("use_bdlora", {"nblocks": 2}),
+        ("kasa_config", {"beta": 1e-4}),
+        ("monteclora_config", {"num_samples": 4}),
+        ("velora_config", {"rank": 1}),
+        ("exclude_modules", ["lm_head"]),
+        ("layers_to_transform", [0]),
+        ("layers_to_transform", 0),
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 8}),
+        ("a key\nof PEFT 0.99", 0.5),
+    ],
+)
+def test_a_key_that_may_change_what_an_adapter_computes_is_refused(adapter, key, value):
+    change_json(adapter / ADAPTER_CONFIG, **{key: value})
+    assert f"{repr(key)[1:-1]} = {value!r} is not supported" in refusal(read_adapter_config, adapter)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_an_adapter_whose_base_peft_changed_is_refused(tiny_base, tmp_path, kind):
+    """Saved by PEFT: what PEFT computes with it needs a base from which the adapter's first weights were taken."""
+    made = get_peft_model(load(tiny_base), PeftLoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=kind))
+    made.save_pretrained(tmp_path)
+    assert f"init_lora_weights = '{kind}'" in refusal(read_adapter_config, tmp_path)
+
+
+# What PEFT 0.11.1 wrote, with the keys that later versions, TRL and Unsloth added behind it.
+WRITTEN = {
+    "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": "some/base", "bias": "none",
+    "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "layer_replication": None,
+    "layers_pattern": None, "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 16, "lora_dropout": 0.05,
+    "megatron_config": None, "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA", "r": 4,
+    "rank_pattern": {}, "revision": None, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM",
+    "use_dora": False, "use_rslora": False,
+}  # fmt: skip
+LATER = {
+    "exclude_modules": None, "eva_config": None, "lora_bias": False, "corda_config": None, "use_qalora": False,
+    "trainable_token_indices": None, "target_parameters": None, "qalora_group_size": 16, "peft_version": "0.18.0",
+    "alora_invocation_tokens": None, "arrow_config": None, "ensure_weight_tying": False,
+}  # fmt: skip
+UNSLOTH = {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}, "task_type": None}
+
+
+@pytest.mark.parametrize("kind", [True, False, None, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("more", [{}, LATER, LATER | UNSLOTH, {"layers_pattern": [], "of_a_later_peft": None}])
+def test_plain_adapters_of_every_peft_are_read(tmp_path, kind, more):
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(WRITTEN | more | {"init_lora_weights": kind}))
+    config = read_adapter_config(tmp_path)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 16, 0.05)
+    assert config.target_modules == {"q_proj", "v_proj"}
+
+
+def test_what_this_peft_writes_of_a_plain_adapter_is_read(tmp_path):
+    PeftLoraConfig(r=8, lora_alpha=4, target_modules=["q_proj"], use_rslora=True).save_pretrained(tmp_path)
+    assert read_adapter_config(tmp_path).use_rslora is True
 
 
 def attach(base: Path, adapter: Path, role: str):
