@@ -6,7 +6,10 @@ from rich.console import Console
 
 from lowlevel.config import RunConfig
 from lowlevel.data.report import render_report, show_example
-from lowlevel.model.attention_choice import MASKED
+from lowlevel.errors import ConfigError
+from lowlevel.model.attention_choice import MASKED, Attention, choose_attention
+from lowlevel.model.base import load_model_config
+from lowlevel.model.placement import choose_placement
 from lowlevel.order import DataOrder
 from lowlevel.running.assembly import build_method, prepare_data
 
@@ -16,7 +19,8 @@ def show_data(config: RunConfig, console: Console) -> None:
     tokenizer, data = prepare_data(config)
     render_report(data.report, console)
     order = DataOrder.of(config, len(data.train))
-    method = build_method(config, MASKED)
+    attention, where = layout_of(config)
+    method = build_method(config, attention)
     batches = method.micro_batches([data.train[i] for i in order.step_rows(0)])
     positions = sum(batch.input_ids.numel() for batch in batches)
     tokens = sum(batch.num_tokens for batch in batches)
@@ -24,6 +28,21 @@ def show_data(config: RunConfig, console: Console) -> None:
     console.print(
         f"\nfirst step: {config.rows_per_step} examples in {len(batches)} micro-batches, {positions:,} positions, "
         f"{tokens:,} tokens ({1 - tokens / positions:.1%} padding), {scored:,} supervised; "
-        f"{order.steps_per_epoch:,} steps an epoch\n"
+        f"{order.steps_per_epoch:,} steps an epoch\n{where}\n",
+        markup=False,
     )
     show_example(data.train[0], tokenizer, console)
+
+
+def layout_of(config: RunConfig) -> tuple[Attention, str]:
+    """The attention that decides how a run's rows fill batches on this machine, and a line that says which it is.
+
+    Where the run cannot be made here, that of a CPU: what a run will learn from can be looked at anywhere.
+    """
+    try:
+        placement = choose_placement(config.train.precision)
+        attention = choose_attention(config.model, load_model_config(config.model), placement)
+    except ConfigError as error:
+        return MASKED, f"laid out as on a CPU; this machine cannot make the run: {error}"
+    chosen = "; train.memory_budget may choose other micro-batches" if config.train.memory_budget else ""
+    return attention, f"laid out as on this machine: {attention.reason}{chosen}"

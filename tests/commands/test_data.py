@@ -2,7 +2,14 @@
 
 import json
 
+import pytest
 from workspace import CHATS, PROMPTS
+
+import lowlevel.commands.data
+from lowlevel.config_file import load_config
+from lowlevel.model.attention_choice import MASKED, NAMES, Attention
+from lowlevel.order import DataOrder
+from lowlevel.running.assembly import build_method, prepare_data
 
 
 def test_data_shows_what_will_be_trained_on(runs, tmp_path, cli):
@@ -23,3 +30,27 @@ def test_data_shows_what_will_be_trained_on(runs, tmp_path, cli):
     assert f"<|user|>\n{PROMPTS[4]}</s>\n<|assistant|>\n»{reply}</s>«" in said.out, "no colours here: marked by signs"
     assert "learned tokens are between » and «" in said.out
     assert not (tmp_path / "shown").exists()
+
+
+@pytest.mark.parametrize("attention", [MASKED, Attention(NAMES["math"], "spans, as on a GPU")], ids=["masked", "spans"])
+def test_rows_fill_batches_as_they_will_in_the_run_on_this_machine(runs, tmp_path, cli, monkeypatch, attention):
+    """A GPU with attention over spans packs a step into one row of a few fixed lengths."""
+    monkeypatch.setattr(lowlevel.commands.data, "choose_attention", lambda *arguments: attention)
+    path = runs.space.write("shown", "sft", folder=tmp_path)
+    config = load_config(path)
+    train = prepare_data(config)[1].train
+    rows = [train[i] for i in DataOrder.of(config, len(train)).step_rows(0)]
+    batches = build_method(config, attention).micro_batches(rows)
+    said = cli("data", path)
+    assert said.code == 0, said.err
+    positions = sum(batch.input_ids.numel() for batch in batches)
+    assert f"4 examples in {len(batches)} micro-batches, {positions:,} positions" in " ".join(said.out.split())
+    assert f"laid out as on this machine: {attention.reason}" in said.out
+
+
+def test_what_a_run_for_a_gpu_learns_from_is_shown_without_one(runs, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for section in ({"train": {"precision": "fp16"}}, {"model": {"attn_implementation": "flash"}}):
+        said = cli("data", runs.space.write("shown", "sft", folder=tmp_path, **section))
+        assert said.code == 0, said.err
+        assert "laid out as on a CPU; this machine cannot make the run: " in " ".join(said.out.split())
