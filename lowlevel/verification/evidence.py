@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -82,8 +81,9 @@ def gather(subject: Subject) -> Evidence:
         (batch,) = subject.batches(examples=[example])
         sums.append(subject.sums(batch))
         policy.append(head_scores(subject.policy, batch))
-        with subject.policy.reference() if subject.preference else nullcontext():
-            reference.append(head_scores(subject.policy, batch))
+        if subject.preference:
+            with subject.policy.reference():
+                reference.append(head_scores(subject.policy, batch))
     size = base_parameters(subject.policy)
     model = exact_model(subject.policy, subject.config.model) if size <= subject.exact_parameters else None
     return Evidence(sequences, sums, policy, reference if subject.preference else None, model, _within(size, sequences))

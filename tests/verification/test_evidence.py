@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+import lowlevel.verification.evidence
 from lowlevel.verification.evidence import gather
 from lowlevel.verification.masking import Read, _bos
 from lowlevel.verification.report import fill_b
 from lowlevel.verification.subject import kept_weights, without_dropout
+from lowlevel.verification.truth import head_scores
 
 NATS = 1e-3
 
@@ -35,6 +37,15 @@ def test_the_losss_error_is_that_of_random_errors(name, request):
         errors.append(replace(evidence, policy=policy, reference=reference).step_loss(subject))
     found = (torch.tensor(errors) - evidence.step_loss(subject)).square().mean().sqrt()
     assert found == pytest.approx(expected, rel=0.15)  # 400 draws: 3.5 % of chance
+
+
+@pytest.mark.parametrize(("name", "passes"), [("sft", 1), ("dpo", 2)])
+def test_an_example_is_scored_once_under_each_model(name, passes, request, monkeypatch):
+    subject, seen = request.getfixturevalue(name), []
+    monkeypatch.setattr(lowlevel.verification.evidence, "head_scores", lambda *a: seen.append(1) or head_scores(*a))
+    evidence = gather(subject)
+    assert len(seen) == passes * len(subject.examples)
+    assert (evidence.reference is None) == (name == "sft")
 
 
 def test_twice_the_error_of_tokens_is_twice_that_of_the_loss(sft):
