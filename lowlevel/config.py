@@ -103,8 +103,12 @@ class TrainConfig(Section):
     """Optimisation, precision, logging and checkpoints."""
 
     output_dir: str = Field("out/run", description="run folder")
-    per_device_train_batch_size: Batch = Field(2, description="examples (sft) or pairs (dpo) a micro-batch")
-    gradient_accumulation_steps: Batch = Field(4, description="micro-batches a step")
+    per_device_train_batch_size: Batch = Field(
+        2, description="examples (sft) or pairs (dpo) a micro-batch; with packing, the full rows that it has room for"
+    )
+    gradient_accumulation_steps: Batch = Field(
+        4, description="times per_device_train_batch_size: examples a step; packing says in how many micro-batches"
+    )
     learning_rate: Annotated[Finite, Field(gt=0)] = Field(2e-4, description="peak learning rate")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after warm-up")
     warmup_ratio: Annotated[Finite, Field(ge=0, le=1)] = Field(0.0, description="share of the steps spent warming up")
@@ -143,7 +147,9 @@ class TrainConfig(Section):
     seed: Seed = Field(42, description="adapter initialisation, dropout, data order")
     data_order: Literal["shuffled", "sequential"] = Field("shuffled", description="order of rows within an epoch")
     logging_steps: Positive = Field(10, description="steps between logged lines")
-    eval_steps: Positive | None = Field(None, description="steps between evaluations; default: only at the end")
+    eval_steps: Positive | None = Field(
+        None, description="steps between evaluations; default: only before the first step and at the end"
+    )
     early_stopping_patience: Positive | None = Field(None, description="evaluations without a better eval_loss")
     save_steps: Positive | None = Field(None, description="steps between checkpoints; default: only at the end")
     save_total_limit: Positive = Field(2, description="checkpoints to keep")

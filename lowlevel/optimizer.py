@@ -60,7 +60,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     """The rate of optimizer step `step` (counted from 0): linear warm-up, then constant, linear or half a cosine to 0.
 
-    Equal to transformers' schedules: with w warm-up steps, step 0 has rate 0 and step w the peak.
+    Equal to transformers' schedules ("constant" to constant_with_warmup): with w warm-up steps, step 0 has rate 0 and
+    step w the peak.
     """
     warmup = config.warmup_steps or math.ceil(total_steps * config.warmup_ratio)
     if step < warmup:
