@@ -23,6 +23,7 @@ from lowlevel.running.reopening import LoadedRun, load_run, reopen
 
 COLUMNS = {
     "eval_loss": ("held-out loss", "{:.4f}"),
+    "chosen_nll": ("chosen NLL", "{:.4f}"),
     "pair_accuracy": ("pair accuracy", "{:.1%}"),
     "reward_accuracy": ("reward accuracy", "{:.1%}"),
     "reply_tokens": ("reply tokens", "{:.1f}"),
@@ -141,14 +142,15 @@ def sft_scores(scored: Scored) -> dict[str, float]:
 
 
 def pair_scores(scored: Scored, reference: Scored | None) -> dict[str, float]:
-    """Loss on the chosen completions, and how often the chosen one is preferred.
+    """Cross-entropy of the chosen completions, and how often the chosen one is preferred.
 
+    chosen_nll: nats a token, without the rejected ones and without a reference: not the loss that dpo trains.
     pair_accuracy: log pi(y+) > log pi(y-). reward_accuracy: the same for log-ratios to the reference; a tie counts one
         half.
     """
     chosen, rejected = scored.logps.chunk(2)
     scores = {
-        "eval_loss": float(-chosen.double().sum() / scored.lengths.chunk(2)[0].sum()),
+        "chosen_nll": float(-chosen.double().sum() / scored.lengths.chunk(2)[0].sum()),
         "pair_accuracy": _share_positive(chosen - rejected),
     }
     if reference is not None:
@@ -172,7 +174,8 @@ def prompt_ids(row: Any) -> list[int]:
 def print_table(scores: Mapping[str, Mapping[str, float]], console: Console) -> None:
     """Stages as rows, what was measured as columns."""
     keys = list(dict.fromkeys(key for row in scores.values() for key in row))
-    table = Table()
+    rewards = "reward accuracy: log-ratios to the stage in the row above; for dpo, that is its reference"
+    table = Table(caption=rewards if "reward_accuracy" in keys else None)
     table.add_column("stage")
     for key in keys:
         table.add_column(COLUMNS.get(key, (key.replace("_", " "), ""))[0], justify="right")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from plain_models import plain_base, plain_stack, share
-from workspace import HELD_OUT, PROMPTS
+from workspace import HELD_OUT, PROMPTS, metrics
 
 import lowlevel.commands.compare
 import lowlevel.commands.generate
@@ -34,12 +34,22 @@ def test_compare_scores_are_those_of_plain_peft(compared, stages):
     assert list(scores) == ["base", "sft", "dpo"]
     for name, logps in stages.items():
         loss = float(-logps["chosen"].sum() / logps["lengths"].sum())
-        assert scores[name]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+        assert scores[name]["chosen_nll"] == pytest.approx(loss, rel=1e-5)
         assert scores[name]["pair_accuracy"] == share(logps["chosen"] - logps["rejected"])
     ratios = {key: stages["dpo"][key] - stages["sft"][key] for key in ("chosen", "rejected")}
     assert scores["dpo"]["reward_accuracy"] == share(ratios["chosen"] - ratios["rejected"])
     assert "reward_accuracy" not in scores["base"]
-    assert scores["dpo"]["eval_loss"] != scores["sft"]["eval_loss"] != scores["base"]["eval_loss"]
+    assert scores["dpo"]["chosen_nll"] != scores["sft"]["chosen_nll"] != scores["base"]["chosen_nll"]
+
+
+def test_the_held_out_loss_of_an_sft_run_has_the_name_and_the_value_that_the_run_logs(runs, cli, tmp_path):
+    copy = runs.space.copy("sft", tmp_path)
+    said = cli("compare", copy, "--prompts", 1, "--max-new-tokens", 1, "--show", 0)
+    assert said.code == 0, said.err
+    scores = json.loads((copy / "compare.json").read_text())["scores"]
+    logged = [line["eval_loss"] for line in metrics(runs.sft) if "eval_loss" in line]
+    assert [scores["base"]["eval_loss"], scores["sft"]["eval_loss"]] == pytest.approx([logged[0], logged[-1]], rel=1e-5)
+    assert "held-out loss" in said.out and "reward accuracy" not in said.out
 
 
 def test_compare_measures_rewards_against_the_stage_before(runs, cli, tmp_path, monkeypatch, stages):
@@ -65,7 +75,7 @@ def test_pair_scores_by_hand():
     lengths = torch.tensor([2, 2, 4, 1, 1, 1])
     scored = Scored(torch.tensor([-1.0, -5.0, -2.0, -3.0, -4.0, -2.0]), lengths)
     reference = Scored(torch.tensor([-2.0, -6.0, -2.0, -3.0, -4.0, -1.5]), lengths)
-    assert pair_scores(scored, None) == {"eval_loss": 1.0, "pair_accuracy": 0.5}
+    assert pair_scores(scored, None) == {"chosen_nll": 1.0, "pair_accuracy": 0.5}
     assert pair_scores(scored, reference)["reward_accuracy"] == 1.0
     assert pair_scores(scored, scored)["reward_accuracy"] == 0.5
     assert sft_scores(scored) == {"eval_loss": pytest.approx(17 / 11)}
@@ -117,10 +127,12 @@ def test_compare_prints_a_table_and_the_replies(compared):
     table = [line for line in compared[1].splitlines() if line.startswith("│")]
     for line, (stage, scores) in zip(table, result["scores"].items(), strict=True):
         assert stage in line
-        assert f"{scores['eval_loss']:.4f}" in line
+        assert f"{scores['chosen_nll']:.4f}" in line
         assert f"{scores['pair_accuracy']:.1%}" in line
-    for heading in ("held-out loss", "pair accuracy", "reward accuracy", "reply tokens", "ended with EOS"):
+    for heading in ("chosen NLL", "pair accuracy", "reward accuracy", "reply tokens", "ended with EOS"):
         assert heading in compared[1]
+    caption = "reward accuracy: log-ratios to the stage in the row above; for dpo, that is its reference"
+    assert caption in " ".join(compared[1].split())
     assert f"{HELD_OUT} held-out rows, 4 replies a stage" in compared[1]
     assert PROMPTS[-HELD_OUT] in compared[1]
 
