@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class DPO:
     row_length: int
     packing: bool
     shape: Shape | None = None  # fill batches up to few shapes; a packed micro-batch is then one long row
-    name: str = "dpo"
+    name: ClassVar[str] = "dpo"
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The preference loss, summed over the batch's pairs."""

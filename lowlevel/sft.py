@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lowlevel.layout import PackedBatch, Shape, build_batch, sft_segment
 from lowlevel.loss_sums import LossSums
@@ -23,7 +23,7 @@ class SFT:
     row_length: int
     packing: bool
     shape: Shape | None = None  # fill batches up to few shapes; a packed micro-batch is then one long row
-    name: str = "sft"
+    name: ClassVar[str] = "sft"
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """Cross-entropy in nats, summed over the batch's supervised tokens."""

@@ -211,3 +211,10 @@ def test_pairs_of_one_row_do_not_read_each_other_nor_a_branch_its_sibling(tiny_b
         new_chosen, new_rejected = logps([*pairs[:changed], other, *pairs[changed + 1 :]])
         assert torch.equal(chosen, new_chosen)
         assert (rejected == new_rejected).tolist() == [i != changed for i in range(3)]
+
+
+@pytest.mark.parametrize("method", [helpers.sft(), helpers.dpo()], ids=["sft", "dpo"])
+def test_a_methods_name_is_its_class_own(method, request):
+    assert method.name == request.node.callspec.id
+    with pytest.raises(TypeError, match="name"):
+        type(method)(**vars(method) | {"name": "other"})
