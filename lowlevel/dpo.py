@@ -78,9 +78,8 @@ class DPO:
 
     def micro_batches(self, examples: Sequence[PreferenceExample]) -> list[PackedBatch]:
         """Pairs of one step in rows; each pair counts once wherever it lies."""
-        sizes = [self.size(example) for example in examples]
-        groups = micro_batch_rows(sizes, self.batch_size, self.row_length, self.packing, self.shape)
-        return [self._batch([[examples[i] for i in row] for row in rows]) for rows in groups]
+        made = micro_batch_rows(examples, self.size, self.batch_size, self.row_length, self.packing, self.shape)
+        return [self._batch(rows) for rows in made]
 
     def _batch(self, groups: list[list[PreferenceExample]]) -> PackedBatch:
         numbers = iter(range(sum(map(len, groups))))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from lowlevel.layout import Shape
+
+Example = TypeVar("Example")
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -28,14 +31,22 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def micro_batch_rows(
-    sizes: Sequence[int], batch_size: int, row_length: int, packing: bool, shape: Shape | None
-) -> list[list[list[int]]]:
-    """Item numbers by micro-batch and row. Without packing each item is a row of its own.
+    examples: Sequence[Example],
+    size: Callable[[Example], int],
+    batch_size: int,
+    row_length: int,
+    packing: bool,
+    shape: Shape | None,
+) -> list[list[list[Example]]]:
+    """Examples of `size` positions by micro-batch and row. Without packing each is a row of its own.
 
     Packed batches of fixed shape are one long row: attention over spans costs the same in a long row as in short ones,
     and fewer ends of rows stay empty.
     """
-    if packing and shape:
-        return [[row] for row in pack(sizes, shape.capacity)]
-    rows = pack(sizes, row_length) if packing else [[i] for i in range(len(sizes))]
-    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    if packing:
+        capacity = shape.capacity if shape else row_length
+        rows = [[examples[i] for i in row] for row in pack([size(example) for example in examples], capacity)]
+    else:
+        rows = [[example] for example in examples]
+    count = 1 if packing and shape else batch_size
+    return [rows[start : start + count] for start in range(0, len(rows), count)]

@@ -41,9 +41,8 @@ class SFT:
 
     def micro_batches(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
         """Examples of one step in rows; each example counts once wherever it lies."""
-        sizes = [self.size(example) for example in examples]
-        groups = micro_batch_rows(sizes, self.batch_size, self.row_length, self.packing, self.shape)
-        return [self._batch([[examples[i] for i in row] for row in rows]) for rows in groups]
+        made = micro_batch_rows(examples, self.size, self.batch_size, self.row_length, self.packing, self.shape)
+        return [self._batch(rows) for rows in made]
 
     def _batch(self, rows: list[list[SFTExample]]) -> PackedBatch:
         numbers = iter(range(sum(map(len, rows))))
