@@ -245,12 +245,21 @@ def save_adapter(model: PeftModel, adapter: str, folder: Path, base_name: str) -
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write PEFT's two files: tensors by PEFT's keys, and the configuration, for inference."""
+    """Write PEFT's two files: tensors by PEFT's keys, and the configuration, for inference.
+
+    Raises:
+        TypeError: a setting that JSON has no form for, before anything is written.
+    """
+    settings = {key: _as_json(value) for key, value in {**config, "inference_mode": True}.items()}
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    settings = {**config, "inference_mode": True, "target_modules": sorted(config["target_modules"])}
-    text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
     (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def _as_json(value: Any) -> Any:
+    """A set as a list, an empty one as null: PEFT 0.21 leaves one in target_parameters of mixtures of experts."""
+    return (sorted(value) or None) if isinstance(value, set) else value
 
 
 def adapter_sha256(folder: Path) -> str:

@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 import torch
 from helpers import CPU
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowlevel.config import LoraConfig
 from lowlevel.errors import ConfigError
 from lowlevel.layout import build_batch, pair_segment, sft_segment
-from lowlevel.model.adapters import build_policy
-from lowlevel.model.attention_choice import NAMES, Attention, register
+from lowlevel.model.adapters import build_policy, read_adapter_config, save_adapter, write_adapter
+from lowlevel.model.attention_choice import MASKED, NAMES, Attention, register
 from lowlevel.model.base import _freeze
+from lowlevel.model.policy import TRAINED
 from lowlevel.model.suitability import attention_window
 
 SIZES = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -30,6 +32,7 @@ FAMILIES = {
     "gpt_neox": SIZES,
     "lfm2": {**SIZES, "full_attn_idxs": [1], "block_ff_dim": 96},
     "qwen3_5_text": {**SIZES, **LINEAR},
+    "qwen3_moe": {**SIZES, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "gpt_oss": {**SIZES, "head_dim": 16, "sliding_window": 200, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
 
@@ -49,7 +52,10 @@ def model_of(family, attention="sdpa"):
 def policy_of(family, kernel):
     register()
     attention = Attention(NAMES["math"], "") if kernel == "spans" else Attention("sdpa", "")
-    model = model_of(family, attention.implementation)
+    return policy_over(model_of(family, attention.implementation), attention)
+
+
+def policy_over(model, attention=MASKED):
     linear = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     targets = tuple(sorted(linear - {"lm_head", "embed_out", "router"}))
     return build_policy(model, LoraConfig(r=2, target_modules=targets), CPU, seed=0, attention=attention)
@@ -116,3 +122,19 @@ def test_a_model_that_draws_random_numbers_is_refused():
 )
 def test_the_attention_window_of_a_configuration(family, settings, window):
     assert attention_window(AutoConfig.for_model(family, **settings)) == window
+
+
+def test_the_adapter_of_a_mixture_of_experts_is_opened_here_and_by_peft(tmp_path):
+    """PEFT 0.21 puts an empty set into target_parameters there; `str` made it the text 'set()'."""
+    policy = policy_of("qwen3_moe", "mask")
+    save_adapter(policy.model, TRAINED, tmp_path, "base")
+    assert read_adapter_config(tmp_path).target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    opened = PeftModel.from_pretrained(model_of("qwen3_moe"), tmp_path)
+    found = {name: p for name, p in opened.named_parameters() if ".lora_" in name}
+    assert len(found) == len(policy.flat.views) == 16
+
+
+def test_a_setting_that_json_has_no_form_for_is_not_written_as_its_text(tmp_path):
+    with pytest.raises(TypeError):
+        write_adapter(tmp_path / "adapter", {}, {"target_modules": {"q_proj"}, "odd": object()})
+    assert not (tmp_path / "adapter").exists()
