@@ -8,9 +8,11 @@ attention of a model's own may not ask for the mask.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lowlevel.errors import ConfigError
@@ -75,12 +77,31 @@ def _as_row(policy: Policy, ids: np.ndarray) -> Tensor:
 def _check_lm_head(policy: Policy, ids: np.ndarray, hidden: Tensor) -> None:
     """A model may scale, cap or shift its logits after the LM head; training would then follow another distribution."""
     base, weight = policy.causal_lm, policy.lm_head_weight
+    bias = cast("nn.Linear", base.get_output_embeddings()).bias
+    if bias is not None and bias.any():
+        raise ConfigError(
+            f"model.name: the LM head has a bias (largest value {bias.abs().max().item():.3g}), which no loss here adds"
+        )
     with plain_attention(base), policy.placement.autocast():
         logits = base(input_ids=_as_row(policy, ids), use_cache=False).logits[0].float()
         expected = (hidden.to(weight.dtype) @ weight.T).float()
     error = (logits - expected).abs().max().item()
-    if not error <= 1e-2 * expected.abs().max().item():
+    if not error <= _rounding(hidden, weight, expected):
         raise ConfigError(f"model.name: the model's logits are not hidden @ lm_head.T (largest difference {error:.3g})")
+
+
+def _rounding(hidden: Tensor, weight: Tensor, logits: Tensor) -> float:
+    """How far two sums of the same D products may be apart: hidden (L, D), weight (V, D), logits (L, V).
+
+    2 sqrt(D) roundings of fp32, in which every device sums, of the largest sum of absolute products: a random walk
+    would need 4 standard deviations in each of them. And the rounding of both results to their dtype, with 2 to
+    spare for partial sums in it: of the largest logit. At D = 2048 in fp32 that is some 1e-4 of a logit, and no
+    transform or bias that matters hides below it.
+    """
+    parts = (hidden.float().abs() @ weight.float().abs().T).max().item()
+    of_sums = 2 * hidden.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps * parts
+    of_results = 0.0 if weight.dtype == torch.float32 else min(1e-2, 4 * torch.finfo(weight.dtype).eps)
+    return of_sums + of_results * logits.abs().max().item()
 
 
 def _check_apart(policy: Policy, found: Tensor, alone: list[Tensor], what: str) -> None:

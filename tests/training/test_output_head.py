@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import helpers
 import pytest
 import torch
+from torch import nn
 
 from lowlevel.config import LoraConfig, ModelConfig
 from lowlevel.errors import ConfigError
@@ -19,6 +21,27 @@ def test_a_model_that_changes_its_logits_is_refused(tiny_base, change):
     base.get_output_embeddings().weight.mul_(20)  # large enough for the cap to bite
     base.get_output_embeddings().register_forward_hook(lambda module, args, logits: change(logits))
     with pytest.raises(ConfigError, match=r"logits are not hidden @ lm_head.T \(largest difference"):
+        build_policy(base, LoraConfig(r=4), helpers.CPU, seed=0)
+
+
+@pytest.mark.parametrize("size", [3e-2, 1e-3])
+def test_a_shift_of_the_logits_far_below_one_per_cent_is_refused(tiny_base, size):
+    """The largest logit is some 30."""
+    base = load_base(ModelConfig(name=str(tiny_base), load_in_4bit=False), helpers.CPU)
+    base.get_output_embeddings().weight.mul_(20)
+    shift = size * torch.randn(helpers.VOCABULARY, generator=torch.Generator().manual_seed(0)).sign()
+    base.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits + shift)
+    with pytest.raises(ConfigError, match=r"logits are not hidden @ lm_head.T \(largest difference"):
+        build_policy(base, LoraConfig(r=4), helpers.CPU, seed=0)
+
+
+@pytest.mark.parametrize(("size", "refused"), [(1e-6, True), (0.0, False)])
+def test_a_bias_of_the_lm_head_is_refused_where_it_is_not_zero(tiny_base, size, refused):
+    """Phi-1, Phi-2 and GPT-J have one."""
+    base = load_base(ModelConfig(name=str(tiny_base), load_in_4bit=False), helpers.CPU)
+    base.get_output_embeddings().bias = nn.Parameter(torch.full((helpers.VOCABULARY,), size), requires_grad=False)
+    expected = pytest.raises(ConfigError, match=r"the LM head has a bias \(largest value 1e-06\)")
+    with expected if refused else nullcontext():
         build_policy(base, LoraConfig(r=4), helpers.CPU, seed=0)
 
 
