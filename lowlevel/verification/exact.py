@@ -1,12 +1,13 @@
 """The whole model in float64: dequantised weights with the adapters merged in by arithmetic, one plain row at a time.
 
-No packing, no mask of ours, no PEFT, no kernel of ours: W + s B A in the place of each adapted layer, on the CPU.
-Rotary angles stay in fp32, as the model defines them.
+No packing, no mask of ours, no PEFT, no kernel of ours: W + s B A in the place of each adapted layer, on the CPU. The
+logits are the model's own: what its forward pass adds after `hidden @ lm_head.T` is seen. Rotary angles stay in fp32,
+as the model defines them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from lowlevel.config import ModelConfig
 from lowlevel.model.base import empty_model, load_model_config
 from lowlevel.model.linear import quantised_state
 from lowlevel.model.policy import PARENT, TRAINED, Policy
-from lowlevel.verification.truth import Scored, log_softmax64
+from lowlevel.verification.truth import Scored
 
 PREFIX = "base_model.model."
 
@@ -84,20 +85,15 @@ class ExactModel:
         """Log-probability of each scored token, (n,) float64."""
         ids = torch.as_tensor(sequence.ids, dtype=torch.int64)[None]
         places = torch.as_tensor(sequence.places, dtype=torch.int64)
-        decoder = {n.partition(".")[2]: w for n, w in weights.items() if n.startswith(self._decoder_name)}
         with KeepDouble():
             output = torch.func.functional_call(
-                self.model.get_decoder(),
-                decoder,
+                self.model,
+                weights,
                 kwargs={"input_ids": ids[:, : int(places.max()) + 1], "use_cache": False},
             )
-        hidden = output.last_hidden_state[0, places - 1]
-        assert hidden.dtype == torch.float64
-        return log_softmax64(hidden, weights["lm_head"], ids[0, places])[0]
-
-    @property
-    def _decoder_name(self) -> str:
-        return f"{self.model.base_model_prefix}."
+        logits = output.logits[0, places - 1]
+        assert logits.dtype == torch.float64
+        return logits.log_softmax(-1).gather(1, ids[0, places, None]).squeeze(1)
 
     def examples(self, flat: Tensor | None, examples: Sequence[Sequence[Scored]]) -> list[list[Tensor]]:
         """Token log-probabilities [example][sequence]."""
@@ -120,11 +116,14 @@ def exact_model(policy: Policy, config: ModelConfig) -> ExactModel:
     """Read every weight that the policy computes with, in float64."""
     model = empty_model(load_model_config(config)).eval()
     model.set_attn_implementation("eager")
-    fixed = {"lm_head": policy.lm_head_weight.detach().double().cpu()}
+    model.set_experts_implementation("eager")  # a grouped product has no float64
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    fixed = {f"{head}.weight": policy.lm_head_weight.detach().double().cpu()}  # which a tied model does not name
     for name, parameter in policy.model.named_parameters():
         if ".lora_" not in name:
             plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
             fixed[plain] = _dequantised(policy.model, name, parameter).detach().double().cpu()
+    fixed |= {name: buffer.detach().cpu() for name, buffer in _saved_buffers(policy)}
     start, spans = 0, {}
     for name, view in policy.flat.views.items():
         spans[name] = slice(start, start + view.numel())
@@ -142,6 +141,14 @@ def exact_model(policy: Policy, config: ModelConfig) -> ExactModel:
             update = Update(parts[0], parts[1], factors[0].shape, factors[1].shape, float(layer.scaling[adapter]))
             updates[adapter][f"{stem.removeprefix(PREFIX)}.weight"] = update
     return ExactModel(model, fixed, updates[TRAINED], updates[PARENT])
+
+
+def _saved_buffers(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a file of weights holds (a router's correction), floating ones in float64."""
+    for stem, module in policy.causal_lm.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{stem}.{name}", buffer.double() if buffer.is_floating_point() else buffer
 
 
 def _dequantised(model: nn.Module, name: str, parameter: nn.Parameter) -> Tensor:
