@@ -21,11 +21,13 @@ from lowlevel.errors import ConfigError, DataError, quoted
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What the model's config.json says: rows of the embedding, positions (tokens of a sequence), attention window."""
+    """What the model's config.json says: rows of the embedding, positions (tokens of a sequence), attention window, and
+    positions up to which its rotary angles depend on no other example."""
 
     vocab_size: int
     max_position_embeddings: int
     window: int | None = None
+    short: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
     """Read and tokenise what a run trains and evaluates on.
 
     Raises:
-        ConfigError: max_length beyond the model or its attention window, a source or column that does not exist, a
-            holdout that leaves nothing.
+        ConfigError: max_length beyond the model, its attention window or its short rotary factors, a source or column
+            that does not exist, a holdout that leaves nothing.
         DataError: unusable rows (unless data.on_bad_row is "skip"), or no usable row at all.
     """
     data = config.data
@@ -70,6 +72,11 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
         raise ConfigError(
             f"data.max_length {data.max_length} > {limits.window}, the model's attention window, which a packed row "
             "does not have: lower data.max_length"
+        )
+    if limits.short is not None and data.max_length > limits.short:
+        raise ConfigError(
+            f"data.max_length {data.max_length} > {limits.short}, up to where the model's longrope takes its short "
+            f"factors; a longer example would change them for all of its batch: set data.max_length = {limits.short}"
         )
     selections = _select(data)
     finished = [_build(selected, data, tokenizer, limits.vocab_size) for selected in selections]

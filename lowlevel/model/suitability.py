@@ -39,6 +39,18 @@ def attention_window(config: PretrainedConfig) -> int | None:
     return min(windows, default=None)
 
 
+def short_positions(config: PretrainedConfig) -> int | None:
+    """Positions up to which the base's longrope takes its short factors; None where it has no longrope.
+
+    transformers chooses short or long factors for a whole batch, by its largest position: with longer examples, one's
+    loss would depend on those beside it.
+    """
+    parameters = config.to_dict().get("rope_parameters") or {}
+    tables = [table for table in (parameters, *parameters.values()) if isinstance(table, dict)]  # one, or one a kind
+    lengths = [table["original_max_position_embeddings"] for table in tables if table.get("rope_type") == "longrope"]
+    return min(lengths, default=None)
+
+
 def check_base(policy: Policy) -> None:
     """Raise ConfigError unless the base computes what every loss here assumes; see the module."""
     device, words = policy.placement.device, policy.lm_head_weight.shape[0]

@@ -29,7 +29,7 @@ from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
 from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
-from lowlevel.model.suitability import attention_window
+from lowlevel.model.suitability import attention_window, short_positions
 from lowlevel.order import ORDER_VERSION
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
 from lowlevel.running.run_folder import RunFolder
@@ -157,7 +157,7 @@ def prepare_data(config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:
     """
     base = load_model_config(config.model)
     tokenizer = load_run_tokenizer(config)
-    limits = ModelLimits(base.vocab_size, base.max_position_embeddings, attention_window(base))
+    limits = ModelLimits(base.vocab_size, base.max_position_embeddings, attention_window(base), short_positions(base))
     return tokenizer, prepare(config, tokenizer, limits)
 
 

@@ -215,6 +215,13 @@ def test_a_sequence_longer_than_the_attention_window_is_refused(write, kit, chat
         prepare(config, chatml, ModelLimits(1000, 4096, 63))
 
 
+def test_a_sequence_that_would_change_the_rotary_factors_of_its_batch_is_refused(write, kit, chatml):
+    config = RunConfig(data=DataConfig(source=write(kit.chat("q", "a")), max_length=64))
+    assert prepare(config, chatml, ModelLimits(1000, 4096, short=64)).train
+    with pytest.raises(ConfigError, match="data.max_length 64 > 63, .*longrope.*: set data.max_length = 63"):
+        prepare(config, chatml, ModelLimits(1000, 4096, short=63))
+
+
 def test_messages_that_the_template_leaves_out_are_counted(run, write, kit, chatml):
     """TinyLlama's own template has no tool turns: the reply to one would be learned as if it were made up."""
     tool = {"role": "tool", "content": "it rains in Kalmar"}

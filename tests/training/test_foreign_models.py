@@ -15,7 +15,7 @@ from lowlevel.model.adapters import build_policy, read_adapter_config, save_adap
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention, register
 from lowlevel.model.base import _freeze
 from lowlevel.model.policy import TRAINED
-from lowlevel.model.suitability import attention_window
+from lowlevel.model.suitability import attention_window, short_positions
 
 SIZES = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -122,6 +122,24 @@ def test_a_model_that_draws_random_numbers_is_refused():
 )
 def test_the_attention_window_of_a_configuration(family, settings, window):
     assert attention_window(AutoConfig.for_model(family, **settings)) == window
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096,
+            "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "positions"),
+    [
+        ("llama", {}, None),
+        ("phi3", {"rope_parameters": LONGROPE}, 4096),
+        ("phi3", {"rope_parameters": None, "rope_scaling": {**LONGROPE, "type": "longrope"}}, 4096),  # older files
+        ("gemma3_text", {}, None),  # rope parameters by kind of layer
+    ],
+)
+def test_the_positions_up_to_which_longrope_is_the_same_for_every_batch(family, settings, positions):
+    config = AutoConfig.for_model(family, original_max_position_embeddings=4096, **settings)
+    assert short_positions(config) == positions
 
 
 def test_the_adapter_of_a_mixture_of_experts_is_opened_here_and_by_peft(tmp_path):
