@@ -34,6 +34,8 @@ def attention_window(config: PretrainedConfig) -> int | None:
     windows = []
     if sliding and settings.get("use_sliding_window", True) and (not kinds or "sliding_attention" in kinds):
         windows.append(int(sliding))
+    if "local" in (settings.get("attention_layers") or ()):  # GPT-Neo
+        windows.append(int(settings["window_size"]))
     if chunk and (not kinds or "chunked_attention" in kinds):
         windows.append(int(chunk))
     return min(windows, default=None)

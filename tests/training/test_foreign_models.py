@@ -118,6 +118,8 @@ def test_a_model_that_draws_random_numbers_is_refused():
         ("phi3", {"sliding_window": 2047}, 2047),
         ("gemma3_text", {"sliding_window": 512}, 512),
         ("llama4_text", {"attention_chunk_size": 8192}, 8192),
+        ("gpt_neo", {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 256}, 256),
+        ("gpt_neo", {"num_layers": 2, "attention_types": [[["global"], 2]], "window_size": 256}, None),
     ],
 )
 def test_the_attention_window_of_a_configuration(family, settings, window):
