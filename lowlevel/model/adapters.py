@@ -100,7 +100,7 @@ def build_policy(
     state = DropoutState()
     place_dropout(layers, lora.lora_dropout, state, placement.device)
     flat = flatten({name: p for name, p in model.named_parameters() if f".{TRAINED}." in name})
-    model.train()  # no module of the base draws random numbers (load_base)
+    model.eval()  # of the base no dropout acts and no router draws; the adapter's dropout asks its state alone
     host = HostInputs(placement.device) if offload else None
     decoder_layers = DecoderLayers(base, recomputed if gradient_checkpointing else 0, state, host)
     policy = Policy(

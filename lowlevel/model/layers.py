@@ -111,7 +111,7 @@ def _bind(
 
     def run(hidden_states: Tensor, **kwargs: Any) -> Tensor:
         if recompute and torch.is_grad_enabled():
-            # No module of the base draws random numbers (load_base), and dropout is a hash: nothing to restore.
+            # The base is in eval mode and draws no random numbers, and dropout is a hash: nothing to restore.
             with keep():
                 return checkpoint(
                     forward, layer, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs

@@ -141,8 +141,6 @@ class Reopened:
             raise CheckpointError(
                 f"{self.folder.path}: base {name!r} is not the one that was trained on (hash {hashes[0][:12]})"
             )
-        if not training:
-            policy.model.eval()
         return policy
 
     def base_hashes(self, policy: Policy) -> tuple[str, str] | None:

@@ -1,5 +1,6 @@
 """Models of other families: either a packed token computes what the model alone computes, or the base is refused."""
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -30,11 +31,19 @@ FAMILIES = {
     "gemma": {**SIZES, "head_dim": 16},
     "mistral": {**SIZES, "sliding_window": 40},
     "gpt_neox": SIZES,
+    "granite": {**SIZES, "attention_dropout": 0.1},
+    "seed_oss": {**SIZES, "head_dim": 16, "attention_dropout": 0.1, "residual_dropout": 0.1},
+    "starcoder2": {**SIZES, "residual_dropout": 0.1, "embedding_dropout": 0.1, "attention_dropout": 0.1},
+    "opt": {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.1},
+    "phimoe": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "input_jitter_noise": 0.1},
     "lfm2": {**SIZES, "full_attn_idxs": [1], "block_ff_dim": 96},
     "qwen3_5_text": {**SIZES, **LINEAR},
     "qwen3_moe": {**SIZES, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "gpt_oss": {**SIZES, "head_dim": 16, "sliding_window": 200, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
+
+DROPPING = ["granite", "seed_oss", "starcoder2", "opt", "phimoe"]  # which would draw random numbers in training mode
+TAKEN = ["llama", "qwen2", "qwen3", "gemma", "mistral", "gpt_neox", *DROPPING]
 
 
 def model_of(family, attention="sdpa"):
@@ -69,7 +78,7 @@ def own_logps(family, ids):
 
 
 @pytest.mark.parametrize("kernel", ["mask", "spans"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "mistral", "gpt_neox"])
+@pytest.mark.parametrize("family", TAKEN)
 def test_families_that_are_taken_compute_packed_what_they_compute_alone(family, kernel):
     policy, draw = policy_of(family, kernel), np.random.default_rng(0)
     first, second = (draw.integers(3, 190, size=n) for n in (40, 29))
@@ -99,7 +108,7 @@ def test_families_that_join_tokens_otherwise_are_refused(family, kernel, what):
 
 
 def test_a_model_that_draws_random_numbers_is_refused():
-    """OPT's dropout is a call and no module: freezing does not reach it."""
+    """The eval mode of the base reaches its own dropouts and routers, and not what draws in any mode."""
     model = model_of("llama")
     model.model.norm.register_forward_hook(lambda module, args, output: nn.functional.dropout(output, 0.1))
     with pytest.raises(ConfigError, match="two equal passes differ"):
@@ -142,6 +151,15 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_e
 def test_the_positions_up_to_which_longrope_is_the_same_for_every_batch(family, settings, positions):
     config = AutoConfig.for_model(family, original_max_position_embeddings=4096, **settings)
     assert short_positions(config) == positions
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_a_step_of_a_base_that_would_drop_is_the_same_each_time_and_its_reference_is_the_policy(family):
+    policy, pairs = policy_of(family, "mask"), helpers.ragged_pairs(4)
+    pairs = [helpers.Pair(x.row, *(ids % 200 for ids in (x.prompt_ids, x.chosen_ids, x.rejected_ids))) for x in pairs]
+    results = [helpers.step(policy, helpers.dpo(packing=True), pairs) for _ in range(2)]
+    assert results[0].metrics == results[1].metrics and results[0].grad_norm == results[1].grad_norm > 0
+    assert results[0].metrics["rewards/margins"] == 0.0 and results[0].metrics["rewards/accuracies"] == 0.5
 
 
 def test_the_adapter_of_a_mixture_of_experts_is_opened_here_and_by_peft(tmp_path):
