@@ -11,6 +11,7 @@ from lowlevel.config_file import config_from_tables
 from lowlevel.metrics import StepResult
 from lowlevel.preflight.finding import Answer, fail, note, ok
 from lowlevel.running.assembly import build_method, build_run_policy, check_inputs, choose_execution
+from lowlevel.running.first_step import MARGINS, all_ties
 from lowlevel.verification.check import BOUNDS as GRADIENT_BOUNDS
 from lowlevel.verification.check import relative
 from lowlevel.verification.subject import Subject
@@ -18,7 +19,6 @@ from lowlevel.verification.subject import Subject
 BOUNDS = {"fp32": 1e-5, "fp16": 2e-3}  # of loss and gradient norm, relative: what tests/gpu hold the modes to
 PASSES = 3  # a mode may set itself up in the first, capture in the second, and replays in the third
 ROWS = 8
-MARGINS = "rewards/margins"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def judge(precision: str, eager: Taken, own: Taken, fallen: list[str]) -> Answer
     )
     if not (apart <= bound and turned <= gradient_bound):  # NaN is neither
         return fail(found, 'set train.execution = "eager", and run lowlevel verify on your own run file')
-    moved = [one.result.metrics[MARGINS] for one in (eager, own) if not _ties(one.result)]
+    moved = [one.result.metrics[MARGINS] for one in (eager, own) if not all_ties(one.result)]
     if moved:
         return fail(f"{found}; mean margin {moved[0]:.3g}, not 0", "the reference is not the policy at step 0")
     if MARGINS in eager.result.metrics:
@@ -91,8 +91,3 @@ def _relative(own: StepResult, eager: StepResult) -> float:
     """Of loss and gradient norm, the larger relative difference."""
     pairs = (own.metrics["loss"], eager.metrics["loss"]), (own.grad_norm, eager.grad_norm)
     return max(abs(one - other) / abs(other) for one, other in pairs)
-
-
-def _ties(result: StepResult) -> bool:
-    """Whether every margin is exactly 0, or there is none; a tie counts one half."""
-    return result.metrics.get(MARGINS, 0.0) == 0.0 and result.metrics.get("rewards/accuracies", 0.5) == 0.5

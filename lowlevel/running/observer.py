@@ -20,6 +20,7 @@ class RunObserver:
     progress_bar: TrainingProgress
     write_checkpoint: Callable[[TrainState], None]
     interrupts: Interrupts
+    judge_first: Callable[[StepResult], None]  # step 1 of a new run: raises where it must not go on
 
     def log(self, record: dict[str, Any]) -> None:
         """Append to metrics.jsonl and show."""
@@ -28,6 +29,8 @@ class RunObserver:
 
     def progress(self, state: TrainState, result: StepResult) -> None:
         """Move the bar."""
+        if state.step == 1:
+            self.judge_first(result)
         self.progress_bar.step(state.step)
 
     def save(self, state: TrainState) -> None:

@@ -22,7 +22,7 @@ from lowlevel.layout import PackedBatch
 from lowlevel.loop import evaluate_examples, train
 from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
-from lowlevel.metrics import TrainState
+from lowlevel.metrics import StepResult, TrainState
 from lowlevel.model.base import base_sha256
 from lowlevel.model.policy import Policy, dequantize_once
 from lowlevel.optimizer import build_optimizer
@@ -41,6 +41,7 @@ from lowlevel.running.assembly import (
 )
 from lowlevel.running.endings import one_error, recorded_end
 from lowlevel.running.failure_folder import explaining
+from lowlevel.running.first_step import check_first_step, starts_as_reference
 from lowlevel.running.interrupts import Interrupts
 from lowlevel.running.observer import RunObserver
 from lowlevel.running.prefetch import Prefetched
@@ -238,8 +239,13 @@ def _train_in(
     def evaluate() -> dict[str, float]:
         return execution.until_it_runs(lambda: evaluate_examples(policy, method, held_out, prefix="eval_"))
 
+    def judge_first(result: StepResult) -> None:
+        line = starts_as_reference(config) and check_first_step(result, config, job.inputs.placement.precision)
+        if line:
+            console.print(line, markup=False)
+
     with TrainingProgress(console, config.method, job.total_steps, state.step) as bar:
-        observer = RunObserver(folder, bar, write_checkpoint, interrupts)
+        observer = RunObserver(folder, bar, write_checkpoint, interrupts, judge_first)
         with explaining(policy, method, folder.path), cached or nullcontext(), tracer or nullcontext():
             if held_out and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **evaluate()})

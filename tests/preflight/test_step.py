@@ -10,7 +10,8 @@ from lowlevel.config import RunConfig
 from lowlevel.execution import WithFallback, micro_step
 from lowlevel.hashing import key32
 from lowlevel.metrics import StepResult
-from lowlevel.preflight.step import MARGINS, Taken, demo_config, judge, one_step
+from lowlevel.preflight.step import Taken, demo_config, judge, one_step
+from lowlevel.running.first_step import MARGINS
 from lowlevel.verification.subject import Subject
 
 GRADIENT = torch.tensor([3.0, 4.0, 0.0])
