@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 LARGEST = 2**31 - 1  # counts are also tensors' sizes and int32 indices
+MAX_RANK, MAX_ALPHA = 4096, 1_048_576  # of an adapter, here and where one is opened
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Length = Annotated[int, Field(gt=1, le=LARGEST)]
@@ -57,8 +58,10 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters (arXiv 2106.09685): the update of a layer is lora_alpha / r * B A."""
 
-    r: Positive = Field(64, description="rank")
-    lora_alpha: Annotated[Finite, Field(gt=0)] = Field(32, description="the update is scaled by lora_alpha / r")
+    r: Annotated[int, Field(gt=0, le=MAX_RANK)] = Field(64, description="rank")
+    lora_alpha: Annotated[Finite, Field(gt=0, le=MAX_ALPHA)] = Field(
+        32, description="the update is scaled by lora_alpha / r"
+    )
     lora_dropout: Annotated[Finite, Field(ge=0, lt=1)] = Field(0.1, description="probability, on the adapter's input")
     target_modules: tuple[str, ...] = Field(
         ALL_PROJECTIONS, min_length=1, strict=False, description="linear layers by name"

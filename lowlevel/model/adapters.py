@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowlevel.config import LoraConfig
+from lowlevel.config import MAX_ALPHA, MAX_RANK, LoraConfig
 from lowlevel.dropout import DropoutState
 from lowlevel.errors import CheckpointError, ConfigError, one_line, quoted
 from lowlevel.model.attention_choice import MASKED, Attention
@@ -32,7 +32,6 @@ from lowlevel.model.suitability import check_base
 
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-MAX_RANK, MAX_ALPHA = 4096, 1_048_576
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 # Keys of adapter_config.json. Another kind of LoRA is a key of its own, and each PEFT release brings more: one that is
 # not named here must say that it is not used, by null, false or nothing in it.

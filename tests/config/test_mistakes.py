@@ -90,7 +90,9 @@ def test_an_unknown_flag_names_the_nearest():
         ("train.gradient_checkpointing", 1, "expected a boolean, got 1"),
         ("lora.r", 0, "expected greater than 0, got 0"),
         ("lora.r", "8", "expected an integer, got '8'"),
+        ("lora.r", 4097, "expected less than or equal to 4096, got 4097"),  # as where an adapter is opened
         ("lora.lora_alpha", 0, "expected greater than 0, got 0"),
+        ("lora.lora_alpha", 1048577, "expected less than or equal to 1048576, got 1048577"),
         ("lora.lora_dropout", 1.0, "expected less than 1, got 1.0"),
         ("lora.lora_dropout", -0.1, "expected greater than or equal to 0, got -0.1"),
         ("lora.target_modules", [], "got []"),
