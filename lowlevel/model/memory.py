@@ -56,7 +56,7 @@ class ModelShape:
     vocabulary: int
     linear: int  # values in the layers' linear weights
     largest: int  # values of the largest of them
-    other: int  # values in embeddings, LM head and norms
+    other: int  # values in embeddings, LM head, norms, and experts that are no linear layers
     tied: bool  # the input embedding is the LM head
     adapted: int  # values in the linear weights under an adapter
     trained: int  # values of the adapter in training

@@ -98,6 +98,25 @@ class Policy:
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
 
+def quantised_weights(policy: Policy) -> tuple[int, int]:
+    """How many of the base's weights were loaded in 4 bits, and of how many; without input embedding and LM head.
+
+    bitsandbytes quantises linear layers alone: experts that are one 3-D parameter a layer stay as they are. Adapted
+    layers count as quantised if they were dequantised once.
+    """
+    base, quantised, total = policy.causal_lm, 0, 0
+    embeddings = [*base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()]
+    left_out = {id(parameter) for parameter in embeddings}
+    for name, parameter in base.named_parameters():
+        if id(parameter) in left_out or ".lora_" in name:
+            continue
+        in_4_bits = isinstance(parameter, bnb.nn.Params4bit)
+        size = cast(Any, parameter).quant_state.shape.numel() if in_4_bits else parameter.numel()
+        total += size
+        quantised += size if in_4_bits or name.endswith(".base_layer.weight") else 0
+    return quantised, total
+
+
 def dequantize_once(policy: Policy) -> None:
     """Keep the dequantised weights of the adapted layers, in the place of their 4-bit ones: 2 bytes a weight for 0.5.
 

@@ -16,11 +16,14 @@ from lowlevel.method import Method
 from lowlevel.metrics import TrainState
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.merging import write_stacked_adapter
-from lowlevel.model.policy import TRAINED, Policy
+from lowlevel.model.placement import dtype_name
+from lowlevel.model.policy import TRAINED, Policy, quantised_weights
 from lowlevel.order import DataOrder
 from lowlevel.running.assembly import Inputs
 from lowlevel.running.plots import plot_loss
 from lowlevel.running.run_folder import RunFolder, environment
+
+NEARLY_ALL = 0.95  # share of the weights in 4 bits from which "4-bit base" needs no note: norms and routers are not
 
 
 def write_start(folder: RunFolder, config: RunConfig, inputs: Inputs, identity: dict[str, Any], step: int) -> None:
@@ -74,6 +77,14 @@ def announce(
         f"  data       {order.num_rows:,} examples, {total_steps:,} steps of {batch} x {accumulation}",
         markup=False,
     )
+    if config.model.load_in_4bit:
+        quantised, total = quantised_weights(policy)
+        if quantised < NEARLY_ALL * total:
+            console.print(
+                f"  note       {quantised / total:.0%} of the base is in 4 bits, {quantised:,} of {total:,} weights "
+                f"beside embedding and LM head: what is no linear layer (experts) stays {dtype_name(placement.dtype)}",
+                markup=False,
+            )
     if config.method == "dpo":
         reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
         console.print(f"  reference  {reference}; loss {config.dpo.loss_type}, beta {config.dpo.beta:g}", markup=False)

@@ -11,7 +11,9 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from families import EXPERTS, SIZES
 from rich.console import Console
+from transformers import AutoConfig
 
 from lowlevel.commands.plan import show_memory, show_plan
 from lowlevel.config import DataConfig, DPOConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
@@ -133,6 +135,17 @@ def test_static_parts_are_exact(tmp_path):
     assert paged == [403_701_760, 100_925_440]
     stacked = model_shape(base, RECIPE, RECIPE)
     assert forecast(stacked, run_config("dpo"), Plan(1024, 22, False), FP16).static["adapters"] == 2 * 201_850_880
+
+
+def test_experts_that_are_no_linear_layers_are_forecast_unquantised(tmp_path):
+    """Two layers of 4 experts with 3 matrices of 64 x 64, 2 bytes a value; routers and norms beside them."""
+    base = AutoConfig.for_model("qwen3_moe", **SIZES, **EXPERTS, head_dim=64)
+    shape = model_shape(base, AdapterSize(4, ("q_proj",)))
+    embeddings, norms = 2 * 320 * 64, 2 * (2 * 64 + 2 * 64) + 64
+    assert shape.linear == 2 * (64 * 256 * 2 + 64 * 128 * 2)
+    assert shape.other == 2 * 4 * 3 * 64 * 64 + 2 * 4 * 64 + embeddings + norms
+    static = forecast(shape, run_config(), Plan(1024, 2, False), FP16).static
+    assert static["base weights"] == shape.linear // 2 and static["embeddings, LM head, norms"] == 2 * shape.other
 
 
 def test_workspaces_by_hand():
