@@ -12,6 +12,11 @@ from lowlevel.errors import DataError, printable, quoted
 from lowlevel.redaction import redact
 
 ROLES = ("system", "user", "assistant", "tool")
+# columns by which other trainers change what a model sees or learns; only format "orca" reads one of them, its system
+OF_OTHERS = (
+    *("system", "system_prompt", "tools", "functions", "documents", "context", "history", "chat_template_kwargs"),
+    *("image", "images", "audio", "audios", "video", "videos", "weight"),
+)
 TextMessage = dict[str, str]
 Completions = tuple[()] | tuple[str, str]
 
@@ -73,10 +78,12 @@ def normalise(row: Row, data_format: str) -> Normalised:
         ignored: set[str] = set()
     else:
         prompt, ignored = _prompt(columns)
-    chosen, rejected = _completion(columns, "chosen", prompt), _completion(columns, "rejected", prompt)
+    chosen, ignored_in_chosen = _completion(columns, "chosen", prompt)
+    rejected, ignored_in_rejected = _completion(columns, "rejected", prompt)
     if chosen == rejected:
         raise BadRow("chosen = rejected", "chosen and rejected are the same text")
-    return _normalised(row, prompt, (chosen, rejected), ignored)
+    ignored = ignored | ignored_in_chosen | ignored_in_rejected
+    return _normalised(row, prompt, (chosen, rejected), ignored, read=("system",) if data_format == "orca" else ())
 
 
 def _conversation(row: Row) -> Normalised:
@@ -97,10 +104,14 @@ def _conversation(row: Row) -> Normalised:
     return _normalised(row, messages, (), ignored)
 
 
-def _normalised(row: Row, messages: list[TextMessage], completions: Completions, ignored: set[str]) -> Normalised:
+def _normalised(
+    row: Row, messages: list[TextMessage], completions: Completions, ignored: set[str], read: Sequence[str] = ()
+) -> Normalised:
+    """Put a row together. `ignored`: keys of messages; `read`: columns that are not ignored though others use them."""
     first_reply = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     prompt = messages if completions else messages[:first_reply]
     warnings = [f'message key "{quoted(redact(printable(key)))}" ignored' for key in sorted(ignored)]
+    warnings += [_ignored_column(name) for name in OF_OTHERS if name not in read and _has_content(row, name)]
     spoken = [m["role"] for m in messages if m["role"] in ("user", "assistant")] + ["assistant"] * bool(completions)
     late_system = any(m["role"] == "system" for m in messages[1:])
     if late_system or any(a == b for a, b in zip(spoken, spoken[1:], strict=False)) or spoken[0] != "user":
@@ -108,6 +119,26 @@ def _normalised(row: Row, messages: list[TextMessage], completions: Completions,
     if any(m["role"] == "user" and not m["content"].strip() for m in messages):
         warnings.append("empty user turn")
     return Normalised(row, messages, completions, digest([messages, completions]), digest(prompt), tuple(warnings))
+
+
+def _ignored_column(name: str) -> str:
+    hint = " (make it the first message)" if name in ("system", "system_prompt") else ""
+    return f'column "{name}" ignored{hint}'
+
+
+def _has_content(row: Row, name: str) -> bool:
+    """Whether a row fills a column so that leaving it out changes something; a weight of 1 changes nothing."""
+    value = row.columns.get(name)
+    return _is_filled(value) and not (name == "weight" and value == 1)
+
+
+def _is_filled(value: object) -> bool:
+    """False for null and what is empty. An object of nulls alone is what a table makes of a missing object."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, Mapping):
+        return any(item is not None for item in value.values())
+    return value is not None and value != []
 
 
 def digest(value: object) -> str:
@@ -150,7 +181,7 @@ def _messages(value: object, name: str) -> tuple[list[TextMessage], set[str]]:
             what = "completion" if name == "messages" else name
             raise BadRow(f"empty {what}", f"empty {what}{place}")
         messages.append(_message(role, content))
-        ignored |= {str(key) for key, other in item.items() if key not in ("role", "content") and other is not None}
+        ignored |= {str(key) for key, other in item.items() if key not in ("role", "content") and _is_filled(other)}
     return messages, ignored
 
 
@@ -178,18 +209,21 @@ def _prompt(columns: Mapping[str, object]) -> tuple[list[TextMessage], set[str]]
     return [_message("user", _text(columns, "prompt"))], set()
 
 
-def _completion(columns: Mapping[str, object], name: str, prompt: Sequence[TextMessage]) -> str:
-    """Text of a completion: text, one assistant message, or the whole conversation that begins with the prompt."""
+def _completion(columns: Mapping[str, object], name: str, prompt: Sequence[TextMessage]) -> tuple[str, set[str]]:
+    """Text of a completion: text, one assistant message, or the whole conversation that begins with the prompt.
+
+    With the keys of its messages that are not read.
+    """
     value = columns.get(name)
     if isinstance(value, list):
         if not value:
             raise BadRow(f"empty {name}", f"empty {name}")
-        messages = _messages(value, name)[0]
+        messages, ignored = _messages(value, name)
         reply = messages[len(prompt) :] if messages[: len(prompt)] == list(prompt) else messages
         if [message["role"] for message in reply] != ["assistant"]:
             raise BadRow("completion is not one reply", f'"{name}" is not one assistant message after the prompt')
-        return reply[0]["content"]
+        return reply[0]["content"], ignored
     text = _text(columns, name)
     if not text.strip():
         raise BadRow(f"empty {name}", f"empty {name}")
-    return text
+    return text, set()

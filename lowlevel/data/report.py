@@ -20,6 +20,11 @@ from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.sources import SHOWN, RowProblem
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+# Warnings that describe the rows; the others say that something else is learned than the rows hold.
+DESCRIBING = (
+    *("byte order mark", "turns not alternating", "empty user turn", "special tokens in text", "duplicate rows"),
+    *("contradicting pairs", "prompt and reply tokenised apart"),
+)
 COUNTED = ("total", "prompt", "supervised", "chosen", "rejected")
 
 
@@ -178,6 +183,20 @@ def render_report(report: DataReport, console: Console) -> None:
             for line in dropped.first:
                 console.print(f"dropped {line}", markup=False, highlight=False)
     console.print(_closing_line(report), markup=False, highlight=False)
+
+
+def not_learned(report: DataReport) -> list[str]:
+    """One line for each warning about something in the rows that is not learned as it stands there, with its counts."""
+    splits = {"train": report.train} | ({"evaluation": report.evaluation} if report.evaluation else {})
+    kinds = list(dict.fromkeys(k for split in splits.values() for k in split.warnings if k not in DESCRIBING))
+    more = len(kinds) - SHOWN
+    return [
+        *(
+            f"{kind}: " + ", ".join(f"{split.warnings.get(kind, 0):,} {name}" for name, split in splits.items())
+            for kind in kinds[:SHOWN]
+        ),
+        *([f"and {more:,} more kinds, which `lowlevel data` lists"] if more > 0 else []),
+    ]
 
 
 def show_example(example: Example, tokenizer: ChatTokenizer, console: Console) -> None:

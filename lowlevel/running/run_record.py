@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config import RunConfig
+from lowlevel.data.report import not_learned
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.method import Method
 from lowlevel.metrics import TrainState
@@ -85,6 +86,8 @@ def announce(
                 f"beside embedding and LM head: what is no linear layer (experts) stays {dtype_name(placement.dtype)}",
                 markup=False,
             )
+    for line in not_learned(inputs.data.report):
+        console.print(f"  warning    {line}", markup=False, highlight=False)
     if config.method == "dpo":
         reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
         console.print(f"  reference  {reference}; loss {config.dpo.loss_type}, beta {config.dpo.beta:g}", markup=False)

@@ -54,3 +54,18 @@ def test_what_a_run_for_a_gpu_learns_from_is_shown_without_one(runs, tmp_path, c
         said = cli("data", runs.space.write("shown", "sft", folder=tmp_path, **section))
         assert said.code == 0, said.err
         assert "laid out as on a CPU; this machine cannot make the run: " in " ".join(said.out.split())
+
+
+def test_columns_that_are_not_read_are_named_by_the_report_and_at_the_runs_start(runs, tmp_path, cli):
+    """A system prompt in a column of its own would be left out, and the model would learn the replies without it."""
+    rows = tmp_path / "rows.jsonl"
+    system = [{"system": "Be brief."} if i % 4 == 0 else {} for i in range(len(CHATS))]
+    rows.write_text("".join(json.dumps({**row, **more}) + "\n" for row, more in zip(CHATS, system, strict=True)))
+    config = runs.space.write(
+        "unread", "sft", folder=tmp_path, data={"source": str(rows)}, train={"max_steps": 1, "logging_steps": 1}
+    )
+    shown, trained = cli("data", config), cli("sft", config)
+    assert trained.code == 0, trained.err
+    assert 'warning: column "system" ignored' in shown.out
+    assert '  warning    column "system" ignored (make it the first message): 6 train\n' in trained.out
+    assert "warning  " not in runs.said["sft"].out, "nothing is left out of those rows"

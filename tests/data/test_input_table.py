@@ -20,6 +20,7 @@ def pair(prompt="q", chosen="good", rejected="bad"):
 
 ORCA = {"system": "", "input": "q", "chosen": "a", "rejected": "b"}
 GOOD, GOOD_TEXT, GOOD_PAIR = chat("q", "a"), {"prompt": "q", "completion": "a"}, pair()
+IGNORED_SYSTEM = 'column "system" ignored (make it the first message)'
 KNOWN = "known: system, user, assistant, tool"
 
 SFT = [
@@ -241,6 +242,29 @@ def test_max_length_beyond_the_model(run, write):
             "messages",
             {'message key "tool_calls" ignored': 1},
         ),
+        (
+            [pair(chosen=[{"role": "assistant", "content": "a", "tool_calls": [1]}]), pair("other")],
+            "preference",
+            {'message key "tool_calls" ignored': 1},
+        ),
+        (
+            [{**GOOD, "tools": []}, {**chat("other", "b"), "tools": [{"name": "f"}], "weight": 0.5}],
+            "messages",
+            {'column "tools" ignored': 1, 'column "weight" ignored': 1},
+        ),
+        (
+            [{**GOOD, "system": None, "weight": 1, "documents": {"x": None}}, {**chat("other", "b"), "system": " "}],
+            "messages",
+            {},
+        ),
+        ([{**GOOD_TEXT, "system": "S"}], "messages", {IGNORED_SYSTEM: 1}),
+        ([{**GOOD, "system": "S"}], "messages", {IGNORED_SYSTEM: 1}),
+        (
+            [{**GOOD_PAIR, "system": "S"}, pair("other"), {**pair("third"), "system": ""}],
+            "preference",
+            {IGNORED_SYSTEM: 1},
+        ),
+        ([{**ORCA, "system": "S"}], "orca", {}),
     ],
 )
 def test_oddities_are_warnings_with_a_count(run, write, rows, data_format, warning):
