@@ -58,6 +58,7 @@ class TokenCounts:
         total, prompt, supervised, chosen, rejected: tokens before truncation; the last two are 0 for a conversation.
         lost, prompt_lost: supervised (or completion) tokens and prompt tokens cut away.
         replies, ended: replies in the example, and those whose last token ends the turn.
+        changed: replies that are not learned, since the chat template changes them in later turns.
         retokenised: boundaries between prompt and reply inside a token.
         left_out: messages that the chat template left out or changed.
     """
@@ -71,6 +72,7 @@ class TokenCounts:
     prompt_lost: int = 0
     replies: int = 0
     ended: int = 0
+    changed: int = 0
     retokenised: int = 0
     left_out: int = 0
 
@@ -138,6 +140,7 @@ def sft_example(
         lost=int(learned[limit:].sum()),
         replies=len(replies),
         ended=sum(end <= limit and ids[end - 1] == tokenizer.end_of_turn_id for _, end in replies),
+        changed=encoded.changed if data.supervise == "assistant" else 0,
         retokenised=encoded.retokenised,
         left_out=encoded.left_out,
     )

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowlevel.data.templates import DATE, ChatTemplate, Message, RenderError, Span, left_out, with_end_of_turn
+from lowlevel.data.templates import (
+    DATE,
+    ChatTemplate,
+    Message,
+    RenderError,
+    Rendering,
+    Span,
+    left_out,
+    with_end_of_turn,
+)
 from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import ConfigError, one_line
 
@@ -32,6 +41,7 @@ class Encoded:
         input_ids: (L,) token ids.
         supervised: (L,) True where the assistant wrote the token, up to and including its end-of-turn token.
         replies: half-open token ranges of the assistant's replies.
+        changed: replies that are context alone, since the template changes them in later turns.
         retokenised: boundaries of replies that fell inside a token, so that both sides were tokenised apart.
         left_out: messages that the template left out or changed.
     """
@@ -39,6 +49,7 @@ class Encoded:
     input_ids: list[int]
     supervised: list[bool]
     replies: list[Span]
+    changed: int
     retokenised: int
     left_out: int
 
@@ -93,9 +104,9 @@ class ChatTokenizer:
     def encode_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | RenderError]:
         """Tokenise a batch; a conversation that cannot be rendered leaves its error in its place."""
         rendered = [_or_error(self.chat_template.text_and_replies, messages) for messages in conversations]
-        tokens = iter(self._tokenise([item[0] for item in rendered if not isinstance(item, RenderError)]))
+        tokens = iter(self._tokenise([item.text for item in rendered if not isinstance(item, RenderError)]))
         return [
-            item if isinstance(item, RenderError) else self._encoded(item, next(tokens), left_out(item[0], messages))
+            item if isinstance(item, RenderError) else self._encoded(item, next(tokens), left_out(item.text, messages))
             for item, messages in zip(rendered, conversations, strict=True)
         ]
 
@@ -173,8 +184,8 @@ class ChatTokenizer:
             return plain
         return ids[len(newline) :], offsets[len(newline) :] - 1
 
-    def _encoded(self, rendered: tuple[str, list[Span]], tokens: Tokens, lost: int) -> Encoded:
-        text, spans = rendered
+    def _encoded(self, rendered: Rendering, tokens: Tokens, lost: int) -> Encoded:
+        text, spans = rendered.text, rendered.replies
         ids, offsets = tokens
         straddled = [cut for span in spans for cut in span if _straddles(offsets, cut)]
         if straddled:
@@ -187,7 +198,7 @@ class ChatTokenizer:
         supervised = np.zeros(len(input_ids), bool)
         for start, end in replies:
             supervised[start:end] = True
-        return Encoded(input_ids, supervised.tolist(), replies, len(straddled), lost)
+        return Encoded(input_ids, supervised.tolist(), replies, rendered.changed, len(straddled), lost)
 
     def _tokenise_apart(self, text: str, cuts: Sequence[int]) -> Tokens:
         ids, offsets = self._tokenise([text[: cuts[0]]])[0]

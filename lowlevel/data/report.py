@@ -25,6 +25,7 @@ DESCRIBING = (
     *("byte order mark", "turns not alternating", "empty user turn", "special tokens in text", "duplicate rows"),
     *("contradicting pairs", "prompt and reply tokenised apart"),
 )
+CHANGED = "replies not learned: the chat template changes them in later turns (split conversations to learn them)"
 COUNTED = ("total", "prompt", "supervised", "chosen", "rejected")
 
 
@@ -104,6 +105,7 @@ def split_report(
     encoding = Counter(
         {
             "prompt and reply tokenised apart": sum(c.retokenised for c in counts),
+            CHANGED: sum(c.changed for c in counts),
             "messages left out or changed by the chat template": sum(c.left_out for c in counts),
         }
     )

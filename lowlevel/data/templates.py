@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
+import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +23,29 @@ Span = tuple[int, int]
 NOT_A_PREFIX = "prompt tokens are not a prefix of prompt+answer tokens"
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = "Reply"
+SHOWN = 40  # characters of a rendering in an error
 DATE_CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "YymdBbAajHMSIpF"))  # of strftime, as templates use them
 DATE = datetime.date(2024, 7, 26)  # what Llama 3.1's template takes where it is told none
 
 
 class RenderError(DataError):
     """A conversation that the template refuses, or renders so that the prompt is not the beginning of the whole."""
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """Text of a conversation.
+
+    Attributes:
+        replies: character range of each reply that stands in the text as the model is asked for it and would write it,
+            end-of-turn token included.
+        changed: other replies. Some templates write a reply otherwise once more turns follow (Qwen 3 leaves out its
+            <think> part): learned from there it would not be what the model is to write, so it is context alone.
+    """
+
+    text: str
+    replies: list[Span]
+    changed: int
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,7 @@ class ChatTemplate:
         variables: names that the template sees, such as eos_token.
         date: what a template that asks for today's date is told, so that the same rows give the same tokens tomorrow.
         end_of_turn: special token that ends a reply ("" where the template writes none).
-        after_turn: what the template writes behind it, usually a newline.
+        after_turn: what the template writes behind it where nothing follows: a newline, in Phi 3 also another token.
     """
 
     text: str
@@ -66,17 +85,18 @@ class ChatTemplate:
         """Text of a conversation, with the opening of a reply if `add_generation_prompt`. Raises RenderError."""
         return self._render(messages, add_generation_prompt)[0]
 
-    def text_and_replies(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        """Text of a conversation and the character range of each reply, end-of-turn token included.
+    def text_and_replies(self, messages: Sequence[Message]) -> Rendering:
+        """Text of a conversation, and where its replies are.
 
         Raises:
-            RenderError: the template refuses the conversation, or a prompt is not a prefix of it.
+            RenderError: the template refuses the conversation, or the prompt of its last reply is not a prefix of it.
         """
         text, marked = self._render(messages, False)
         if self.has_markers:
-            return text, [(start, self._reply_end(text, end)) for start, end in marked if start < end]
+            return Rendering(text, [(start, self._reply_end(text, end)) for start, end in marked if start < end], 0)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        return text, [self._reply(messages, turn, text) for turn in turns]
+        spans = [self._reply(messages, turn, text) for turn in turns]
+        return Rendering(text, [span for span in spans if span is not None], spans.count(None))
 
     def text_and_cut(self, prompt: Sequence[Message], reply: str, supervise: str) -> tuple[str, int]:
         """Text of a prompt with one reply, and the character where the reply begins.
@@ -86,16 +106,21 @@ class ChatTemplate:
         prefix = self.render(prompt, add_generation_prompt=True)
         text = self.render([*prompt, {"role": "assistant", "content": reply}], add_generation_prompt=False)
         if not text.startswith(prefix):
-            raise RenderError(NOT_A_PREFIX)
+            raise RenderError(_no_prefix(prefix, text, len(prompt)))
         return text if supervise == "all" else text[: self._reply_end(text, len(text))], len(prefix)
 
-    def _reply(self, messages: Sequence[Message], turn: int, text: str) -> Span:
+    def _reply(self, messages: Sequence[Message], turn: int, text: str) -> Span | None:
+        """Where a reply is in the text; None where the turns after it change it, or what it answers."""
         prefix = self.render(messages[:turn], add_generation_prompt=True)
         last = turn == len(messages) - 1
         through = text if last else self.render(messages[: turn + 1], add_generation_prompt=False)
-        if not (text.startswith(through) and through.startswith(prefix)):
-            raise RenderError(f"{NOT_A_PREFIX} (turn {turn + 1})")
-        return len(prefix), self._reply_end(text, len(through))
+        if through.startswith(prefix):
+            end = self._reply_end(through, len(through))
+            if text.startswith(through[:end]):
+                return len(prefix), self._reply_end(text, end) if end == len(through) else end
+        if last:
+            raise RenderError(_no_prefix(prefix, text, turn))
+        return None
 
     def _reply_end(self, text: str, end: int) -> int:
         """Where the end-of-turn token ends. `end` may lie behind it, or before it (markers around the content)."""
@@ -134,20 +159,36 @@ def left_out(text: str, messages: Sequence[Message]) -> int:
     return sum(message["content"].strip() not in text for message in messages)
 
 
+def _no_prefix(prefix: str, text: str, turn: int) -> str:
+    """Why a reply cannot be learned where it stands: the first characters in which its prompt is not the whole's."""
+    same = len(os.path.commonprefix([prefix, text]))
+    asked, written = (json.dumps(part[same : same + SHOWN], ensure_ascii=False) for part in (prefix, text))
+    hint = "data.chat_template_from can name a template that writes both alike"
+    return f"{NOT_A_PREFIX} (turn {turn + 1}): asked for the reply it has {asked}, with it {written}; {hint}"
+
+
 def with_end_of_turn(template: ChatTemplate, special_tokens: Sequence[str]) -> ChatTemplate:
     """Find out how the template ends a reply: the last special token behind the text of a probe.
+
+    What it writes there in the middle of a conversation, too, comes first: Phi 3 ends a reply with <|end|>, and the
+    whole with another token.
 
     Raises:
         ConfigError: the template does not compile, or refuses the plainest conversation.
     """
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
         text = template.render(messages, add_generation_prompt=False)
     except RenderError as error:
         raise ConfigError(f"unusable chat template: {error}") from None
     tail = text.rpartition(PROBE)[2]
-    found = sorted((token for token in special_tokens if token and token in tail), key=len)
-    ends = {tail.rfind(token) + len(token): token for token in found}
-    if not ends:
-        return template
-    return replace(template, end_of_turn=ends[max(ends)], after_turn=tail[max(ends) :])
+    try:
+        more = template.render([*messages, messages[0]], add_generation_prompt=False).partition(PROBE)[2]
+    except RenderError:
+        more = ""
+    for part in (os.path.commonprefix([tail, more]), tail):
+        found = sorted((token for token in special_tokens if token and token in part), key=len)
+        ends = {part.rfind(token) + len(token): token for token in found}
+        if ends:
+            return replace(template, end_of_turn=ends[max(ends)], after_turn=tail[max(ends) :])
+    return template

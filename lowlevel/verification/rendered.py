@@ -64,7 +64,10 @@ def _expected(
         )
 
     text = render(len(messages), False)
-    spans = [(len(render(turn, True)), _reply_end(tokenizer, render(turn + 1, False))) for turn in turns]
+    asked = [(render(turn, True), render(turn + 1, False)) for turn in turns]
+    found = [(len(prompt), _reply_end(tokenizer, answered), answered) for prompt, answered in asked]
+    # a reply that the template changes in later turns is not learned
+    spans = [(start, end) for start, end, answered in found if text.startswith(answered[:end])]
     if pair and config.supervise == "assistant":
         text = text[: spans[-1][1]]
     encoded = own(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -85,12 +88,13 @@ def _expected(
 
 
 def _reply_end(tokenizer: ChatTokenizer, text: str) -> int:
-    """Where the last end-of-turn token of a rendered conversation ends, what the template writes after it left out."""
+    """Where the last end-of-turn token of a rendered conversation ends: blanks and eos behind it are the template's."""
     if tokenizer.end_of_turn_id is None:
         return len(text)
     token = str(tokenizer.tokenizer.convert_ids_to_tokens(tokenizer.end_of_turn_id))
     place = text.rfind(token)
-    return place + len(token) if place >= 0 and not text[place + len(token) :].strip() else len(text)
+    after = text[place + len(token) :].replace(str(tokenizer.tokenizer.eos_token), "")
+    return place + len(token) if place >= 0 and not after.strip() else len(text)
 
 
 def truncated(example: Any, expected: list[Expected], preference: bool) -> list[tuple[np.ndarray, np.ndarray]] | None:

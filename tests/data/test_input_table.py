@@ -196,7 +196,10 @@ def test_template_that_insists_on_alternating_turns(run, write, kit, chatml):
 def test_prompt_that_is_no_prefix(run, write, kit, chatml):
     template = kit.CHATML.replace("assistant\n", "assistant\n<think>")
     message = failure(run, write(GOOD), tokenizer=chat_tokenizer(chatml.tokenizer, template))
-    assert message == "train.jsonl:1: prompt tokens are not a prefix of prompt+answer tokens (turn 2)"
+    assert message == (
+        "train.jsonl:1: prompt tokens are not a prefix of prompt+answer tokens (turn 2): asked for the reply it has "
+        '"<think>", with it "a<|im_end|>\\n"; data.chat_template_from can name a template that writes both alike'
+    )
 
 
 def test_a_template_whose_markers_never_close_around_a_reply(run, write, kit, chatml):

@@ -7,10 +7,12 @@ import sys
 import numpy as np
 import pytest
 
+from lowlevel.config import DataConfig
 from lowlevel.data.rendering import chat_tokenizer, load_chat_tokenizer
-from lowlevel.data.report import tokenizer_report
+from lowlevel.data.report import CHANGED, not_learned, tokenizer_report
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import ConfigError
+from lowlevel.verification.rendered import expected_sequences, truncated
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 TALK = [USER, REPLY, {"role": "user", "content": "more"}, {"role": "assistant", "content": "ok"}]
@@ -139,6 +141,54 @@ def test_a_prompt_that_is_no_prefix_is_refused(chatml, kit):
         encode_conversation(tokenizer, TALK)
     with pytest.raises(RenderError, match="not a prefix"):
         encode_pair(tokenizer, [USER], "all")
+
+
+FORGETFUL = (  # as Qwen 3: what a reply thinks is left out once another question follows
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CLOSED = (  # as Phi 3: the whole ends with a token of its own
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{{ '<|assistant|>' if add_generation_prompt else '</s>' }}"
+)
+
+
+def test_a_reply_that_later_turns_change_is_context_alone(run, write, chatml, kit):
+    """Learned where it stands, it would not be what the model is to write: its thoughts are missing there."""
+    tokenizer = chat_tokenizer(chatml.tokenizer, FORGETFUL)
+    encoded = encode_conversation(tokenizer, TALK)
+    assert supervised_text(tokenizer, encoded) == ["<think></think>ok<|im_end|>"]
+    assert encoded.input_ids[: encoded.replies[0][0]] == tokenizer.encode_prompt(TALK[:3])
+    rows = write({"messages": TALK}, kit.chat("a", "b"))
+    report = run(rows, tokenizer=tokenizer).report
+    assert (report.train.warnings, report.train.replies) == ({CHANGED: 1}, 2)
+    assert not_learned(report) == [f"{CHANGED}: 1 train"]
+    assert run(rows, tokenizer=tokenizer, supervise="all").report.train.warnings == {}
+
+
+def test_the_token_that_ends_a_reply_is_not_the_one_that_ends_the_whole(kit):
+    raw = kit.byte_tokenizer(special=("<|end|>", "<|user|>", "<|assistant|>"))
+    tokenizer = chat_tokenizer(raw, CLOSED)
+    assert tokenizer.end_of_turn_id == raw.convert_tokens_to_ids("<|end|>")
+    encoded = encode_conversation(tokenizer, TALK)
+    assert supervised_text(tokenizer, encoded) == ["yo<|end|>", "ok<|end|>"]
+    assert tokenizer.decode(encoded.input_ids).endswith("ok<|end|>\n</s>")
+    for supervise, completion in (("assistant", "yo<|end|>"), ("all", "yo<|end|>\n</s>")):
+        assert tokenizer.decode(encode_pair(tokenizer, [USER], supervise)[1]) == completion
+
+
+@pytest.mark.parametrize("template", [FORGETFUL, CLOSED])
+def test_verify_derives_the_same_targets_from_such_templates(run, write, kit, template):
+    raw = kit.byte_tokenizer(special=("<|end|>", "<|user|>", "<|assistant|>", "<|im_start|>", "<|im_end|>"))
+    tokenizer, path = chat_tokenizer(raw, template), write({"messages": TALK}, {"messages": TALK[:2]})
+    for example in run(path, tokenizer=tokenizer).train:
+        expected = expected_sequences(DataConfig(source=path), tokenizer, (example,))[example.row]
+        ((inputs, targets),) = truncated(example, expected, False) or []
+        assert inputs.tolist() == example.input_ids[:-1].tolist()
+        assert targets.tolist() == example.labels[1:].tolist()
+        assert all(example.input_ids[end] == tokenizer.end_of_turn_id for end in expected[0].ends)
 
 
 def test_a_template_without_end_of_turn_token(chatml):
