@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowlevel.config import DPO_DEFAULTS, SECTIONS, Filter, RunConfig
-from lowlevel.contradictions import ADAPTER_SHAPE, contradictions, secrets_in
+from lowlevel.contradictions import ADAPTER_SHAPE, contradictions, empty_texts, secrets_in
 from lowlevel.errors import ConfigError, one_line, quoted
 
 # What other programs and papers call a key, where that is too far from its name to be guessed.
@@ -81,7 +81,7 @@ def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
     except ValidationError as error:
         lines = [_describe(problem, where) for problem in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
-    problems = [*secrets_in(tables), *contradictions(config, tables)]
+    problems = [*secrets_in(tables), *empty_texts(tables), *contradictions(config, tables)]
     if problems:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
     return config

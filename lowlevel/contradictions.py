@@ -34,6 +34,12 @@ def secrets_in(tables: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {hint}" for key, text in _texts(tables, "") if holds_secret(text)]
 
 
+def empty_texts(tables: Mapping[str, Any]) -> list[str]:
+    """One line for each empty path or name: an empty path is the current folder. A filter's value may be empty."""
+    texts = (found for found in _texts(tables, "") if not found[0].startswith("data.filters"))
+    return [f"{key}: is empty; leave the key out for its default" for key, text in texts if not text.strip()]
+
+
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
     """Every text in nested tables and lists, with the key under which it stands."""
     if isinstance(value, str):

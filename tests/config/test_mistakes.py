@@ -7,7 +7,7 @@ import pytest
 from config_keys import PREFERENCES, merged, refused, write
 
 from lowlevel.config import SECTIONS
-from lowlevel.config_file import OTHER_NAMES, load_config
+from lowlevel.config_file import OTHER_NAMES, config_from_tables, load_config
 from lowlevel.errors import ConfigError
 
 
@@ -130,6 +130,36 @@ def test_all_problems_are_reported_at_once_a_line_each():
         'unknown key "extra"',
         'unknown key "train.lr"',
     ]
+
+
+TEXTS = (
+    *(
+        "model.name",
+        "model.revision",
+        "model.adapter",
+        "lora.init_from",
+        "data.source",
+        "data.split",
+        "data.eval_split",
+    ),
+    *("data.chat_template_from", "data.eval_source", "data.eval_split", "train.output_dir", "dpo.reference_cache"),
+)
+
+
+@pytest.mark.parametrize("key", TEXTS)
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_path_or_name_is_not_the_current_folder(key, text):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {key: text}, method="dpo")
+    assert str(caught.value) == f"flags: {key}: is empty; leave the key out for its default"
+
+
+def test_an_empty_layer_name_is_refused_and_an_empty_value_of_a_filter_is_not():
+    assert refused({"lora": {"target_modules": ["q_proj", ""]}}) == [
+        "run.toml: lora.target_modules: is empty; leave the key out for its default"
+    ]
+    config = config_from_tables({"data": {"filters": [{"column": "a", "op": "!=", "value": ""}]}}, "run.toml")
+    assert config.data.filters[0].value == ""
 
 
 def test_a_filter_without_its_operator_is_one_readable_line():
