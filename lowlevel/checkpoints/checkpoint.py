@@ -230,6 +230,14 @@ def remove_litter(folder: Path) -> None:
         discard(path)
 
 
+def remove(path: Path) -> None:
+    """Delete a folder of a run: at no point is a part of it there under its name."""
+    if path.exists():
+        doomed = path.with_name(f"{DELETED}{path.name}")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
 def _retire_old(folder: Path, keep: int) -> None:
     """Delete older checkpoints once `keep` verified ones exist; damaged ones do not count."""
     kept = 0
@@ -240,9 +248,7 @@ def _retire_old(folder: Path, keep: int) -> None:
             continue
         kept += 1
         if kept > keep:
-            doomed = folder / f"{DELETED}{path.name}"
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            remove(path)
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from lowlevel.running.observer import RunObserver
 from lowlevel.running.prefetch import Prefetched
 from lowlevel.running.progress import TrainingProgress, lines_to
 from lowlevel.running.rehearsal import largest_batch, rehearse
+from lowlevel.running.result import check_result_is_saved, remove_result
 from lowlevel.running.resuming import check_differences, differences, record_changes, versions
 from lowlevel.running.run_folder import RunFolder, run_lock
 from lowlevel.running.run_record import announce, write_finish, write_start
@@ -179,9 +180,11 @@ def _begin(
     """The state of a new run, or of the checkpoint `found`; the folder says which.
 
     Raises:
-        ConfigError, DataError: the run is not the checkpoint's, and that was not allowed.
+        ConfigError, DataError: the run is not the checkpoint's, and that was not allowed; or going on would lose a
+            result.
     """
     if found is None:
+        check_result_is_saved(folder)
         write_start(folder, job.config, job.inputs, job.manifest, 0)
         _drop_later(folder, -1)  # of a run that ended before its first checkpoint
         return TrainState(LossScale.for_precision(job.inputs.placement.precision))
@@ -189,6 +192,10 @@ def _begin(
     check_differences(changes, allow_change, folder, job.inputs.data)
     state = restore_state(job.policy, job.optimizer, *found)
     state.judge_patience(job.config.train.early_stopping_patience)  # --allow-change may have changed it
+    if state.step < job.total_steps and not state.stopped_early:
+        check_result_is_saved(folder)
+        folder.write_status("running", state.step)
+        remove_result(folder)
     for change in changes:
         console.print(f"allowed: {change}", markup=False)
     record_changes(folder, state.step, changes)
