@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from lowlevel.config import DataConfig
+from lowlevel.data.encoded import Encoded, EncodedPair
 from lowlevel.data.messages import BadRow, Normalised
-from lowlevel.data.rendering import ChatTokenizer, Encoded, EncodedPair
+from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import DataError
@@ -61,6 +62,7 @@ class TokenCounts:
         changed: replies that are not learned, since the chat template changes them in later turns.
         retokenised: boundaries between prompt and reply inside a token.
         left_out: messages that the chat template left out or changed.
+        other_prompt: whether generation would start from other tokens.
     """
 
     total: int
@@ -75,6 +77,7 @@ class TokenCounts:
     changed: int = 0
     retokenised: int = 0
     left_out: int = 0
+    other_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ def sft_example(
         changed=encoded.changed if data.supervise == "assistant" else 0,
         retokenised=encoded.retokenised,
         left_out=encoded.left_out,
+        other_prompt=encoded.other_prompt,
     )
     ids, learned = ids[:limit], learned[:limit]
     return SFTExample(row.row.id, row.row.where, ids, np.where(learned, ids, IGNORED).astype(np.int32)), counts

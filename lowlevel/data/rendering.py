@@ -6,6 +6,7 @@ A conversation is rendered to text and tokenised once; which tokens the assistan
 from __future__ import annotations
 
 import datetime
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,16 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowlevel.data.templates import (
-    DATE,
-    ChatTemplate,
-    Message,
-    RenderError,
-    Rendering,
-    Span,
-    left_out,
-    with_end_of_turn,
-)
+from lowlevel.data.encoded import Encoded, EncodedPair
+from lowlevel.data.templates import DATE, ChatTemplate, Message, RenderError, Rendering, left_out, with_end_of_turn
 from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import ConfigError, one_line
 
@@ -31,38 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokens = tuple[list[int], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A tokenised conversation.
-
-    Attributes:
-        input_ids: (L,) token ids.
-        supervised: (L,) True where the assistant wrote the token, up to and including its end-of-turn token.
-        replies: half-open token ranges of the assistant's replies.
-        changed: replies that are context alone, since the template changes them in later turns.
-        retokenised: boundaries of replies that fell inside a token, so that both sides were tokenised apart.
-        left_out: messages that the template left out or changed.
-    """
-
-    input_ids: list[int]
-    supervised: list[bool]
-    replies: list[Span]
-    changed: int
-    retokenised: int
-    left_out: int
-
-
-@dataclass(frozen=True)
-class EncodedPair:
-    """A prompt, (P,) ids, and its two completions, (C,) and (R,); `retokenised` and `left_out` as above."""
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    retokenised: int
-    left_out: int
+OPENING = 200  # characters at the end of a prompt in which its last special token is looked for
 
 
 @dataclass(frozen=True)
@@ -104,9 +66,13 @@ class ChatTokenizer:
     def encode_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | RenderError]:
         """Tokenise a batch; a conversation that cannot be rendered leaves its error in its place."""
         rendered = [_or_error(self.chat_template.text_and_replies, messages) for messages in conversations]
-        tokens = iter(self._tokenise([item.text for item in rendered if not isinstance(item, RenderError)]))
+        usable = [item for item in rendered if not isinstance(item, RenderError)]
+        tokens = iter(self._tokenise([item.text for item in usable]))
+        endings = iter(self._endings([item.prompt or "" for item in usable]))
         return [
-            item if isinstance(item, RenderError) else self._encoded(item, next(tokens), left_out(item.text, messages))
+            item
+            if isinstance(item, RenderError)
+            else self._encoded(item, next(tokens), next(endings), left_out(item.text, messages))
             for item, messages in zip(rendered, conversations, strict=True)
         ]
 
@@ -184,7 +150,7 @@ class ChatTokenizer:
             return plain
         return ids[len(newline) :], offsets[len(newline) :] - 1
 
-    def _encoded(self, rendered: Rendering, tokens: Tokens, lost: int) -> Encoded:
+    def _encoded(self, rendered: Rendering, tokens: Tokens, ending: list[int], lost: int) -> Encoded:
         text, spans = rendered.text, rendered.replies
         ids, offsets = tokens
         straddled = [cut for span in spans for cut in span if _straddles(offsets, cut)]
@@ -198,7 +164,25 @@ class ChatTokenizer:
         supervised = np.zeros(len(input_ids), bool)
         for start, end in replies:
             supervised[start:end] = True
-        return Encoded(input_ids, supervised.tolist(), replies, rendered.changed, len(straddled), lost)
+        known = rendered.prompt is not None and bool(replies) and replies[0] == found[0]
+        other_prompt = known and (
+            rendered.prompt != text[: spans[0][0]] or input_ids[found[0][0] - len(ending) : found[0][0]] != ending
+        )
+        return Encoded(input_ids, supervised.tolist(), replies, rendered.changed, len(straddled), lost, other_prompt)
+
+    def _endings(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Ids of each prompt from its last special token on, few of which differ.
+
+        No token reaches over a special one, so that these ids do not depend on what is before it.
+        """
+        special = re.compile("|".join(re.escape(token) for token in self.special_tokens) or "(?!)")
+        endings = []
+        for prompt in prompts:
+            found = [match.start() for match in special.finditer(prompt, max(len(prompt) - OPENING, 0))]
+            endings.append(prompt[found[-1] if found else 0 :])
+        different = list(dict.fromkeys(endings))
+        ids = dict(zip(different, self._ids(different), strict=True))
+        return [ids[ending] for ending in endings]
 
     def _tokenise_apart(self, text: str, cuts: Sequence[int]) -> Tokens:
         ids, offsets = self._tokenise([text[: cuts[0]]])[0]

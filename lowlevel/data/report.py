@@ -25,6 +25,7 @@ DESCRIBING = (
     *("byte order mark", "turns not alternating", "empty user turn", "special tokens in text", "duplicate rows"),
     *("contradicting pairs", "prompt and reply tokenised apart"),
 )
+OTHER_PROMPT = "prompt tokens are not those that generation starts from"
 CHANGED = "replies not learned: the chat template changes them in later turns (split conversations to learn them)"
 COUNTED = ("total", "prompt", "supervised", "chosen", "rejected")
 
@@ -105,6 +106,7 @@ def split_report(
     encoding = Counter(
         {
             "prompt and reply tokenised apart": sum(c.retokenised for c in counts),
+            OTHER_PROMPT: sum(c.other_prompt for c in counts),
             CHANGED: sum(c.changed for c in counts),
             "messages left out or changed by the chat template": sum(c.left_out for c in counts),
         }
@@ -188,7 +190,7 @@ def render_report(report: DataReport, console: Console) -> None:
 
 
 def not_learned(report: DataReport) -> list[str]:
-    """One line for each warning about something in the rows that is not learned as it stands there, with its counts."""
+    """One line for each warning that something is not learned as it stands in the rows, with its counts."""
     splits = {"train": report.train} | ({"evaluation": report.evaluation} if report.evaluation else {})
     kinds = list(dict.fromkeys(k for split in splits.values() for k in split.warnings if k not in DESCRIBING))
     more = len(kinds) - SHOWN

@@ -41,11 +41,13 @@ class Rendering:
             end-of-turn token included.
         changed: other replies. Some templates write a reply otherwise once more turns follow (Qwen 3 leaves out its
             <think> part): learned from there it would not be what the model is to write, so it is context alone.
+        prompt: text that generation starts from for the first of `replies`; None where that is not known.
     """
 
     text: str
     replies: list[Span]
     changed: int
+    prompt: str | None
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,14 @@ class ChatTemplate:
             RenderError: the template refuses the conversation, or the prompt of its last reply is not a prefix of it.
         """
         text, marked = self._render(messages, False)
-        if self.has_markers:
-            return Rendering(text, [(start, self._reply_end(text, end)) for start, end in marked if start < end], 0)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.has_markers:
+            replies = [(start, self._reply_end(text, end)) for start, end in marked if start < end]
+            known = len(replies) == len(turns) > 0  # else nothing says which turn the first one is
+            return Rendering(text, replies, 0, self._asked(messages[: turns[0]]) if known else None)
         spans = [self._reply(messages, turn, text) for turn in turns]
-        return Rendering(text, [span for span in spans if span is not None], spans.count(None))
+        replies = [span for span in spans if span is not None]
+        return Rendering(text, replies, spans.count(None), text[: replies[0][0]] if replies else None)
 
     def text_and_cut(self, prompt: Sequence[Message], reply: str, supervise: str) -> tuple[str, int]:
         """Text of a prompt with one reply, and the character where the reply begins.
@@ -108,6 +113,12 @@ class ChatTemplate:
         if not text.startswith(prefix):
             raise RenderError(_no_prefix(prefix, text, len(prompt)))
         return text if supervise == "all" else text[: self._reply_end(text, len(text))], len(prefix)
+
+    def _asked(self, prompt: Sequence[Message]) -> str | None:
+        try:
+            return self.render(prompt, add_generation_prompt=True)
+        except RenderError:
+            return None
 
     def _reply(self, messages: Sequence[Message], turn: int, text: str) -> Span | None:
         """Where a reply is in the text; None where the turns after it change it, or what it answers."""

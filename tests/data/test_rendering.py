@@ -6,10 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 from lowlevel.config import DataConfig
 from lowlevel.data.rendering import chat_tokenizer, load_chat_tokenizer
-from lowlevel.data.report import CHANGED, not_learned, tokenizer_report
+from lowlevel.data.report import CHANGED, OTHER_PROMPT, not_learned, tokenizer_report
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import ConfigError
 from lowlevel.verification.rendered import expected_sequences, truncated
@@ -141,6 +142,28 @@ def test_a_prompt_that_is_no_prefix_is_refused(chatml, kit):
         encode_conversation(tokenizer, TALK)
     with pytest.raises(RenderError, match="not a prefix"):
         encode_pair(tokenizer, [USER], "all")
+
+
+def test_prompts_that_end_in_other_tokens_than_generation_starts_from_are_counted(run, write, kit):
+    """Before a word, GPT-2's pattern splits two newlines; at the end of a prompt they are one token."""
+    raw = kit.byte_tokenizer(eos="<|im_end|>", special=("<|im_start|>",))
+    raw.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    wide = kit.CHATML.replace("m['role'] + '\n'", "m['role'] + '\n\n'").replace("assistant\n", "assistant\n\n")
+    marked = wide.split("{{")[0] + "{{ '<|im_start|>' + m['role'] + '\n\n' }}{% if m['role'] == 'assistant' %}"
+    marked += "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    marked += "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}" + wide.split("{% endfor %}")[1]
+    rows = write(kit.chat("q", "yo"), kit.chat("q", "\nyo"), kit.chat("q", "ok"), kit.chat("q", "ok", "more", "a"))
+    thinking = marked.replace("assistant\n\n' }}{% endif", "assistant\n\n<think>' }}{% endif")
+    assert thinking != marked
+    for template, places in ((kit.CHATML, 0), (wide, 3), (marked, 3), (thinking, 4)):
+        tokenizer = chat_tokenizer(raw, template)
+        data = run(rows, tokenizer=tokenizer)
+        assert data.report.train.warnings.get(OTHER_PROMPT, 0) == places, template
+        differ = 0
+        for example in data.train:
+            start = int((example.labels >= 0).argmax())
+            differ += example.input_ids[:start].tolist() != tokenizer.encode_prompt([{**USER, "content": "q"}])
+        assert differ == places
 
 
 FORGETFUL = (  # as Qwen 3: what a reply thinks is left out once another question follows
