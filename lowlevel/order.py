@@ -9,8 +9,10 @@ from functools import lru_cache
 import numpy as np
 
 from lowlevel.config import RunConfig, TrainConfig
+from lowlevel.errors import ConfigError
 from lowlevel.hashing import splitmix64
 
+MOST_STEPS = 1_000_000_000  # of a run that counts epochs: 30 years at one a second
 ORDER_VERSION = 1  # recorded in checkpoints: another algorithm would train on other rows after a resume
 
 
@@ -25,8 +27,14 @@ class DataOrder:
 
     @classmethod
     def of(cls, config: RunConfig, num_rows: int) -> DataOrder:
-        """The order of a run's `num_rows` training examples."""
-        return cls(num_rows, config.rows_per_step, config.train.seed, config.train.data_order == "shuffled")
+        """The order of a run's `num_rows` training examples. Raises ConfigError where its epochs would never end."""
+        train = config.train
+        order = cls(num_rows, config.rows_per_step, train.seed, train.data_order == "shuffled")
+        steps = order.steps_per_epoch * train.num_train_epochs  # a float, which may be infinite
+        if train.max_steps is None and steps > MOST_STEPS:
+            epochs = f"train.num_train_epochs {train.num_train_epochs:g}"
+            raise ConfigError(f"{epochs} x {order.steps_per_epoch:,} = {steps:.3g} steps; at most {MOST_STEPS:,}")
+        return order
 
     def total_steps(self, train: TrainConfig) -> int:
         """Optimizer steps of a run."""

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from lowlevel.config import RunConfig, TrainConfig
+from lowlevel.errors import ConfigError
 from lowlevel.hashing import splitmix64
 from lowlevel.order import DataOrder
 
@@ -110,3 +112,13 @@ def test_rows_are_spread_evenly():
     places = np.array([np.argsort(order.epoch_order(epoch)) for epoch in range(count)])
     sigma = np.sqrt((rows**2 - 1) / 12 / count)
     assert np.abs(places.mean(0) - (rows - 1) / 2).max() < 5 * sigma
+
+
+@pytest.mark.parametrize("count", [4e8, 1e300, 1.7e308])
+def test_epochs_that_would_never_end_are_refused_with_their_steps(count):
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    config = RunConfig(train=TrainConfig(num_train_epochs=count, **batch))
+    with pytest.raises(ConfigError, match=r"train.num_train_epochs .* x 3 = .* steps; at most 1,000,000,000"):
+        DataOrder.of(config, 12)
+    limited = RunConfig(train=TrainConfig(num_train_epochs=count, max_steps=7, **batch))
+    assert DataOrder.of(limited, 12).total_steps(limited.train) == 7
