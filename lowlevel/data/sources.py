@@ -97,7 +97,8 @@ def read_source(source: str, split: str, data_format: str = "messages") -> Sourc
 def _read_file(path: Path) -> SourceRows:
     try:
         if not path.is_file():
-            raise ConfigError(f"data source {quoted(str(path))}: no such file")
+            state = "is a folder; name a file in it" if path.is_dir() else "no such file"
+            raise ConfigError(f"data source {quoted(str(path))}: {state}")
         return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
     except OSError as error:  # also what pyarrow raises for damaged pages
         raise DataError(f"{quoted(path.name)}: cannot be read: {error.strerror or one_line(error)}") from None
@@ -201,7 +202,9 @@ def _read_hub(name: str, split: str) -> SourceRows:
     try:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets, fsspec, huggingface_hub and httpx each raise their own kinds here
-        raise ConfigError(f'data source "{name}", split "{split}": {one_line(error)}') from None
+        reason = one_line(error.__cause__ or error)  # what it was, where datasets says only that there was one
+        hint = f"; this is a folder: name a file in it ({', '.join(FILE_SUFFIXES)})" if Path(name).is_dir() else ""
+        raise ConfigError(f'data source "{name}", split "{split}": {reason}{hint}') from None
     return SourceRows(where, [Row(i, f"{where}:{i}", dict(row)) for i, row in enumerate(table)])
 
 

@@ -120,6 +120,24 @@ def test_a_missing_file_is_a_config_error(source):
         read_rows(source, "train")
 
 
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.parquet"])
+def test_a_folder_that_is_named_like_a_file(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=f"{name}: is a folder; name a file in it"):
+        read_rows(str(tmp_path / name), "train")
+
+
+def test_a_folder_that_datasets_cannot_read_says_why_and_what_to_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(b"garbage{\n")
+    with pytest.raises(ConfigError) as caught:
+        read_rows(str(folder), "train")
+    assert "JSON parse error" in str(caught.value) and "An error occurred" not in str(caught.value)
+    assert str(caught.value).endswith("; this is a folder: name a file in it (.jsonl, .jsonl.gz, .parquet)")
+
+
 @pytest.mark.parametrize("source", ["chats.csv", "data/chats.json", "chats.jsonl.zip"])
 def test_a_missing_file_of_another_kind_is_not_asked_of_the_hub(source):
     with pytest.raises(ConfigError, match="unknown kind of file"):
