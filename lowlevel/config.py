@@ -10,6 +10,7 @@ from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 LARGEST = 2**31 - 1  # counts are also tensors' sizes and int32 indices
 MAX_RANK, MAX_ALPHA = 4096, 1_048_576  # of an adapter, here and where one is opened
@@ -23,7 +24,10 @@ ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 
 def _iso_date(text: str) -> str:
-    date.fromisoformat(text)
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        raise PydanticCustomError("date", "a date like 2024-07-26") from None
     return text
 
 

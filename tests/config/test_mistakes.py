@@ -99,6 +99,7 @@ def test_an_unknown_flag_names_the_nearest():
         ("data.max_length", 1, "expected greater than 1, got 1"),
         ("data.limit", 0, "expected greater than 0, got 0"),
         ("data.source", 3, "expected a string, got 3"),
+        ("data.template_date", "yesterday", "expected a date like 2024-07-26, got 'yesterday'"),
         ("data.supervise", "user", "expected 'assistant' or 'all', got 'user'"),
         ("dpo.beta", -1.0, "expected greater than 0, got -1.0"),
         ("dpo.beta", 0, "expected greater than 0, got 0"),
