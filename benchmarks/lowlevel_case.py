@@ -34,7 +34,6 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
         lowlevel.running.run.rehearse,
         lowlevel.running.run.RunObserver.progress,
     )
-    modes = []
 
     def metered_rehearse(*args: Any) -> dict[str, Any]:
         began = time.perf_counter()
@@ -45,7 +44,6 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
     def metered_train(*args: Any, **kwargs: Any) -> None:
         meter.begin()
         train(*args, **kwargs)
-        modes.append(kwargs["execution"].mode)
 
     def metered_progress(self: Any, *args: Any) -> None:
         meter.end_step()
@@ -56,8 +54,8 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
         patch("lowlevel.running.run.train", metered_train),
         patch("lowlevel.running.run.RunObserver.progress", metered_progress),
     ):
-        lowlevel.running.run.run_training(config, make_console(), restart=True)
-    return [r for r in RunFolder(Path(config.train.output_dir)).read_metrics() if "loss" in r], modes[0]
+        summary = lowlevel.running.run.run_training(config, make_console(), restart=True)
+    return [r for r in RunFolder(Path(config.train.output_dir)).read_metrics() if "loss" in r], summary["execution"]
 
 
 def count(config: RunConfig, inputs: Inputs, steps: int) -> tuple[list[int], int, int]:

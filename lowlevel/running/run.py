@@ -265,7 +265,7 @@ def _train_in(
             f"stopped at step {state.step} of {job.total_steps} and saved; go on with --resume", interrupts.signum
         )
     with interrupts.deferred():
-        return write_finish(folder, config, policy, state, order, console)
+        return write_finish(folder, config, policy, state, order, execution.mode, console)
 
 
 def _drop_later(folder: RunFolder, step: int) -> None:

@@ -94,9 +94,18 @@ def announce(
 
 
 def write_finish(
-    folder: RunFolder, config: RunConfig, policy: Policy, state: TrainState, order: DataOrder, console: Console
+    folder: RunFolder,
+    config: RunConfig,
+    policy: Policy,
+    state: TrainState,
+    order: DataOrder,
+    mode: str,
+    console: Console,
 ) -> dict[str, Any]:
-    """Write the trained adapter, summary, curve and status of a run that has taken its steps; return the summary."""
+    """Write the trained adapter, summary, curve and status of a run that has taken its steps; return the summary.
+
+    `mode` is how its last steps were executed: the one asked for, or a simpler one that it fell back to.
+    """
     with replaced_folder(folder.adapter) as target:
         save_adapter(policy.model, TRAINED, target, config.model.name)
     if folder.parent.exists():
@@ -110,6 +119,7 @@ def write_finish(
         "epoch": state.step / order.steps_per_epoch,
         "num_tokens": state.num_tokens,
         "skipped_steps": state.loss_scale.skipped_steps,
+        "execution": mode,
     }
     write_json(folder.path / "summary.json", summary)
     plot_loss(folder.read_metrics(), folder.path / "loss.png", title=f"{config.method}: {folder.path.name}")
