@@ -1,16 +1,21 @@
 """What differs between a checkpoint and the run that would continue from it, and which differences are allowed.
 
-The settings (config.toml), what the run stands on (base, adapters, data, chat template) and the versions that its
-numbers come from are compared. torch, transformers, peft, bitsandbytes and tokenizers are compared by major.minor:
-patch releases are assumed not to change numbers. Python, numpy, safetensors and lowlevel itself are recorded and may
-differ; a lowlevel that computes differently has another `order_version` or checkpoint version.
+The settings, what the run stands on (base, adapters, data, chat template) and the versions that its numbers come from
+are compared. config.toml has the settings of the newest start, which may have been killed before its first checkpoint;
+changes.json has the step of each change, so those of the checkpoint are known. (Its own manifest does not have them:
+there are local paths among the settings.)
+
+torch, transformers, peft, bitsandbytes and tokenizers are compared by major.minor: patch releases are assumed not to
+change numbers. Python, numpy, safetensors and lowlevel itself are recorded and may differ; a lowlevel that computes
+differently has another `order_version` or checkpoint version.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -27,6 +32,9 @@ from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.model.placement import Placement
 from lowlevel.running.run_folder import LIBRARIES, RunFolder
 
+CHANGES = "changes.json"
+Change = dict[str, Any]
+CHANGED = ("step", "key", "from", "to")  # after how many steps which key was changed, and how
 # Settings that may differ: they do not change what is learned.
 FREE = (
     *("model.embeddings_on_host", "train.offload_activations"),
@@ -79,6 +87,7 @@ def differences(
     config: RunConfig,
     identity: Mapping[str, Any],
     here: Mapping[str, Any],
+    later: Sequence[Change] = (),
 ) -> list[Difference]:
     """All that differs and counts, by key.
 
@@ -86,8 +95,11 @@ def differences(
         saved: the configuration in the run folder.
         payload: the checkpoint's, with "identity" and "versions".
         config, identity, here: configuration, identity and versions now.
+        later: changes since the checkpoint, oldest first: `saved` has them, and the checkpoint has not.
     """
-    then = {**_flat(payload["identity"]), **_flat({"versions": payload.get("versions", {})}), **_flat(to_tables(saved))}
+    before = {change["key"]: change["from"] for change in reversed(later)}
+    settings = {**_flat(to_tables(saved)), **before}
+    then = {**settings, **_flat(payload["identity"]), **_flat({"versions": payload.get("versions", {})})}
     now = {**_flat(identity), **_flat({"versions": here}), **_flat(to_tables(config))}
     return [
         Difference(key, then.get(key), now.get(key))
@@ -99,20 +111,33 @@ def differences(
 def check_differences(
     found: Sequence[Difference],
     allowed: Sequence[str],
+    step: int,
     folder: RunFolder,
     data: PreparedData,
 ) -> None:
-    """Refuse every difference that is not among the `allowed` keys, all of them in one error.
+    """Refuse every difference that was not allowed, now or by an earlier start, all of them in one error.
+
+    Args:
+        found: what differs from the checkpoint.
+        allowed: keys.
+        step: the checkpoint's.
+        folder: the run's.
+        data: its rows now.
 
     Raises:
         ConfigError: a key that did not change, a difference that is not allowed, or one that cannot be.
         DataError: nothing but the rows differs: which ones.
+        CheckpointError: a changes.json that cannot be read.
     """
+    earlier = read_changes(folder)
     changed = ", ".join(difference.key for difference in found) or "nothing did"
+    known = [*(difference.key for difference in found), *(change["key"] for change in earlier)]
     for key in allowed:
-        if not any(_covers(key, difference.key) for difference in found):
+        if not any(_covers(key, name) for name in known):
             raise ConfigError(f"--allow-change {key}: that has not changed since the checkpoint; what has: {changed}")
-    refused = [d for d in found if d.key in FIXED or not any(_covers(key, d.key) for key in allowed)]
+    before = [(change["key"], change["to"]) for change in earlier if change["step"] >= step]
+    granted = [d for d in found if (d.key, d.now) in before or any(_covers(key, d.key) for key in allowed)]
+    refused = [d for d in found if d.key in FIXED or d not in granted]
     rows = {d.key: describe_change(folder.path, d.key, d.then, data) for d in refused if d.key in SPLITS}
     if refused and len(rows) == len(refused):
         raise DataError(f"{folder.path}: cannot resume: {'; '.join(rows.values())}")
@@ -127,23 +152,51 @@ def _reason(difference: Difference, rows: Mapping[str, str]) -> str:
     return f"; {rows[difference.key]}" if difference.key in rows else ""
 
 
-def record_changes(folder: RunFolder, step: int, found: Sequence[Difference]) -> None:
-    """Add to changes.json which differences were let through after `step` steps.
-
-    Changes that were recorded for steps beyond this checkpoint count from this step on: those steps are taken again.
+def read_changes(folder: RunFolder, *, since: int = 0) -> list[Change]:
+    """The changes that were let through after `since` steps or more, oldest first.
 
     Raises:
         CheckpointError: a changes.json that cannot be read.
     """
-    path = folder.path / "changes.json"
+    path = folder.path / CHANGES
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        kept = [{**change, "step": min(step, change["step"])} for change in earlier]
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return [{key: change[key] for key in CHANGED} for change in found if change["step"] >= since]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    new = [{"step": step, "key": d.key, "from": d.then, "to": d.now} for d in found]
-    if kept + new != earlier:
-        write_json(path, kept + new)
+
+
+@contextmanager
+def recorded_changes(folder: RunFolder, step: int, found: Sequence[Difference]) -> Iterator[None]:
+    """The block writes settings that differ from those of the checkpoint after `step` steps; changes.json says so.
+
+    What earlier starts let through since that checkpoint is forgotten after the block: it came to nothing, or is among
+    `found`. Until then it is needed to tell what the checkpoint's settings were.
+
+    Raises:
+        CheckpointError: a changes.json that cannot be read.
+    """
+    earlier = read_changes(folder)
+    new: list[Change] = [{"step": step, "key": d.key, "from": d.then, "to": d.now} for d in found]
+    kept = [change for change in earlier if change["step"] < step]
+    both = earlier + [change for change in new if change not in earlier]
+    if both != earlier:
+        write_json(folder.path / CHANGES, both)
+    yield
+    if kept + new != both:
+        write_json(folder.path / CHANGES, kept + new)
+
+
+def is_written(folder: RunFolder, config: RunConfig, identity: Mapping[str, Any]) -> bool:
+    """Whether the folder's config.toml and manifest.json say the same as these.
+
+    Raises:
+        ConfigError: no config.toml, or one that cannot be read.
+    """
+    try:
+        return not differences(folder.read_config(), {"identity": folder.read_manifest()}, config, identity, {})
+    except CheckpointError:
+        return False
 
 
 def _covers(allowed: str, key: str) -> bool:

@@ -48,7 +48,14 @@ from lowlevel.running.prefetch import Prefetched
 from lowlevel.running.progress import TrainingProgress, lines_to
 from lowlevel.running.rehearsal import largest_batch, rehearse
 from lowlevel.running.result import check_result_is_saved, remove_result
-from lowlevel.running.resuming import check_differences, differences, record_changes, versions
+from lowlevel.running.resuming import (
+    check_differences,
+    differences,
+    is_written,
+    read_changes,
+    recorded_changes,
+    versions,
+)
 from lowlevel.running.run_folder import RunFolder, run_lock
 from lowlevel.running.run_record import announce, write_finish, write_start
 from lowlevel.tracing import Tracer, drop_after
@@ -188,8 +195,11 @@ def _begin(
         write_start(folder, job.config, job.inputs, job.manifest, 0)
         _drop_later(folder, -1)  # of a run that ended before its first checkpoint
         return TrainState(LossScale.for_precision(job.inputs.placement.precision))
-    changes = differences(folder.read_config(), found[1], job.config, job.manifest, job.origin["versions"])
-    check_differences(changes, allow_change, folder, job.inputs.data)
+    step, saved = found[1]["step"], folder.read_config()
+    later = read_changes(folder, since=step)
+    changes = differences(saved, found[1], job.config, job.manifest, job.origin["versions"], later)
+    check_differences(changes, allow_change, step, folder, job.inputs.data)
+    written = not changes and is_written(folder, job.config, job.manifest)
     state = restore_state(job.policy, job.optimizer, *found)
     state.judge_patience(job.config.train.early_stopping_patience)  # --allow-change may have changed it
     if state.step < job.total_steps and not state.stopped_early:
@@ -198,11 +208,11 @@ def _begin(
         remove_result(folder)
     for change in changes:
         console.print(f"allowed: {change}", markup=False)
-    record_changes(folder, state.step, changes)
-    if changes:
-        write_start(folder, job.config, job.inputs, job.manifest, state.step)
-    else:
-        folder.write_status("running", state.step)
+    with recorded_changes(folder, step, changes):
+        if written:
+            folder.write_status("running", step)
+        else:
+            write_start(folder, job.config, job.inputs, job.manifest, step)
     _drop_later(folder, state.step)
     console.print(f"resumed from {found[0].name}")
     return state

@@ -1,7 +1,9 @@
 """A finished run that goes on, and is killed on its way: no result of before is taken for that of the longer run."""
 
+import json
 import random
 import shutil
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from benchmarks.faulting.actions import Kill
 from benchmarks.faulting.calls import STEP, AtCall
+from benchmarks.faulting.comparison import differences, fingerprint
 from benchmarks.faulting.damage import flip
 from benchmarks.faulting.operations import AtOperation, Record
 from benchmarks.faulting.stage import Case, Play
@@ -87,3 +90,44 @@ def test_a_result_that_no_checkpoint_has_is_not_given_up(extended, loss):
     assert content(folder) == before
     shutil.move(folder / "adapter", folder.parent / "mine")
     assert extended.play.resumed(folder) == []
+
+
+def test_the_same_command_goes_on_after_a_kill_at_every_change(extended):
+    """Before the first checkpoint the folder says 7 steps and the checkpoint 4; after it, nothing differs any more."""
+    record, whole = Record(extended.copy().parent / "log"), extended.copy()
+    assert extended.play.run(whole, record, more=LONGER).code == 0
+    changes, expected = record.read(), fingerprint(whole)
+    commits = [n for n, change in enumerate(changes, 1) if change == "rename .tmp-step-00000006 step-00000006"]
+    step = 4 if extended.play.case.method == "sft" else 9
+    for number in [*range(1, commits[0], step), commits[0] + 1, len(changes)]:
+        folder = extended.copy()
+        assert extended.play.run(folder, AtOperation(number, Kill()), more=LONGER).code == -9
+        ended = extended.play.run(folder, more=LONGER)
+        assert ended.code == 0, (changes[number - 1], ended.said)
+        assert differences(folder, expected) == [], changes[number - 1]
+        assert json.loads((folder / "changes.json").read_text()) == json.loads((whole / "changes.json").read_text())
+
+
+def test_what_was_allowed_once_needs_no_second_word(extended):
+    folder = extended.killed_in(5)
+    ended = extended.play.run(folder, more=LONGER[:3])
+    assert ended.code == 0, ended.said
+    assert "allowed: train.max_steps: None (checkpoint) != 7 (now)" in ended.out
+    assert [change["step"] for change in json.loads((folder / "changes.json").read_text())] == [4]
+
+
+def test_the_checkpoints_own_settings_are_no_change(extended):
+    """Killed before the first new checkpoint, gone back to what it was, and killed again at every change of that."""
+    killed = extended.killed_in(5)
+    record, folder = Record(extended.play.new().parent / "log"), extended.play.copy(killed)
+    assert extended.play.run(folder, record).code == 0
+    changes = record.read()
+    end = next(n for n, change in enumerate(changes) if change.startswith("open .tmp-adapter"))
+    for number in range(1, end + 1, 2 if extended.play.case.method == "sft" else 7):
+        folder = extended.play.copy(killed)
+        assert extended.play.run(folder, AtOperation(number, Kill())).code == -9
+        assert extended.play.resumed(folder) == [], changes[number - 1]
+    assert json.loads((folder / "changes.json").read_text()) == []
+    assert "max_steps" not in tomllib.loads((folder / "config.toml").read_text())["train"]
+    again = extended.play.run(folder, more=(*LONGER[:3], "--allow-change", "train.seed"))
+    assert again.code == 2 and "what has: train.max_steps" in again.err
