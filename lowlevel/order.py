@@ -37,8 +37,8 @@ class DataOrder:
         return order
 
     def total_steps(self, train: TrainConfig) -> int:
-        """Optimizer steps of a run."""
-        return train.max_steps or math.ceil(self.steps_per_epoch * train.num_train_epochs - 1e-9)
+        """Optimizer steps of a run: at least one, however small a part of an epoch is asked for."""
+        return train.max_steps or max(1, math.ceil(self.steps_per_epoch * train.num_train_epochs - 1e-9))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -106,6 +106,13 @@ def test_sequential_is_the_order_of_the_rows():
     assert [order.step_rows(step).tolist() for step in range(4)] == [[0, 1], [2, 3], [4], [0, 1]]
 
 
+@pytest.mark.parametrize(
+    ("epochs", "steps"), [(1e-12, 1), (1e-300, 1), (0.2, 1), (0.2 + 1e-6, 2), (1.0, 5), (0.1 + 0.2 + 0.7, 5), (3.0, 15)]
+)
+def test_a_part_of_an_epoch_is_whole_steps_and_at_least_one(epochs, steps):
+    assert DataOrder(37, 8, 5, True).total_steps(TrainConfig(num_train_epochs=epochs)) == steps
+
+
 def test_rows_are_spread_evenly():
     """Where row i lands must not depend on i: mean place of each row over many epochs within 5 sigma."""
     order, rows, count = DataOrder(16, 4, 1, True), 16, 600
