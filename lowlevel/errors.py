@@ -9,6 +9,7 @@ from typing import Any
 from lowlevel.redaction import redact
 
 _UNPRINTABLE = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
+EVAL_LOSS = "eval_loss"  # the quantity of a NonFiniteError that an evaluation raised
 LONGEST_QUOTE = 80  # characters of a foreign value that a message quotes
 
 
@@ -77,7 +78,10 @@ class NonFiniteError(LowlevelError):
         batches: Sequence[Any] = (),
         attempts: Sequence[dict[str, float]] = (),
     ) -> None:
-        """What the loop knows, for running/forensics.py: `step` from 0, `batches` of the step, scales tried so far."""
+        """What the loop knows, for running/forensics.py: `step` from 0, `batches` of the step, scales tried so far.
+
+        Of an evaluation, `step` is the last one before it and `batches` are the held-out ones.
+        """
         super().__init__(message)
         self.quantity, self.value, self.step, self.seed = quantity, value, step, seed
         self.batches, self.attempts = batches, attempts

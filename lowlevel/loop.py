@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from lowlevel.config import TrainConfig
-from lowlevel.errors import NonFiniteError
+from lowlevel.errors import EVAL_LOSS, NonFiniteError
 from lowlevel.execution import Execution, ExecutionFailedError, Kept
 from lowlevel.layout import PackedBatch
 from lowlevel.loss_scale import MAX_SKIPS_IN_A_ROW, LossScale
@@ -89,6 +89,20 @@ def _not_finite(
     return NonFiniteError(message, quantity=quantity, value=value, step=step, batches=batches, **details)
 
 
+def check_evaluation(scores: Mapping[str, float], step: int, batches: Sequence[PackedBatch]) -> None:
+    """Refuse the scores of `evaluate_examples` after `step` updates where their loss is no number.
+
+    Raises:
+        NonFiniteError: with the held-out `batches`.
+    """
+    loss = scores[EVAL_LOSS]
+    if not math.isfinite(loss):
+        message = (
+            f"step {step}: {EVAL_LOSS} is {loss} over {sum(len(batch.data_rows) for batch in batches)} held-out rows"
+        )
+        raise NonFiniteError(message, quantity=EVAL_LOSS, value=loss, step=step - 1, batches=batches)
+
+
 class Observer(Protocol):
     """What the loop reports to, once in a while."""
 
@@ -141,7 +155,7 @@ def train(
         if evaluate and (last or (config.eval_steps and state.step % config.eval_steps == 0)):
             scores = evaluate()
             observer.log({"step": state.step, "epoch": state.step / steps_per_epoch, **scores})
-            state.judge(scores["eval_loss"], config.early_stopping_patience)
+            state.judge(scores[EVAL_LOSS], config.early_stopping_patience)
         due = last or state.stopped_early or (config.save_steps and state.step % config.save_steps == 0)
         if due or observer.stop_requested():
             observer.save(state)

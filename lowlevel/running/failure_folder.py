@@ -1,4 +1,4 @@
-"""`failure/` in a run folder: what was found when a loss or gradient was not finite.
+"""`failure/` in a run folder: what was found when a loss, training or held out, or a gradient was not finite.
 
 failure/failure.json                step, data rows, loss scales tried, the first module, and how to replay the step
 failure/micro-batch.safetensors     the micro-batch in which it was found

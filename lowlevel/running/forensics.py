@@ -1,4 +1,4 @@
-"""Where a number went bad: the step's micro-batches once more, eagerly and under hooks, until something is not finite.
+"""Where a number went bad: the same micro-batches once more, eagerly and under hooks, until something is not finite.
 
 A module's output is seen in the forward pass, the gradient of its output and of each adapter weight in the backward
 pass, in the order in which they are computed; the first that is not finite is reported, with the largest inputs of its
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowlevel.errors import NonFiniteError, one_line
+from lowlevel.errors import EVAL_LOSS, NonFiniteError, one_line
 from lowlevel.hashing import key32
 from lowlevel.kernels import token_logps
 from lowlevel.layout import PADDING, PackedBatch
@@ -45,14 +45,19 @@ class FailureReport:
     """What failure.json says, and the micro-batch beside it."""
 
     step: int  # counted from 1, as the log does
-    quantity: str  # "loss" or "gradient norm"
+    quantity: str  # "loss", "gradient norm" or EVAL_LOSS
     value: float
-    data_rows: tuple[int, ...]  # of the whole step
+    data_rows: tuple[int, ...]  # of the whole step, or held out
     attempts: tuple[dict[str, float], ...]  # loss scale, loss and gradient norm, oldest first
     micro_batch: int | None = None
     finding: Finding | None = None
     notes: tuple[str, ...] = ()
     batch: PackedBatch | None = None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it was an evaluation after the step: forward passes without dropout, and nothing to replay."""
+        return self.quantity == EVAL_LOSS
 
     @property
     def sentence(self) -> str:
@@ -80,7 +85,7 @@ class FailureReport:
             "inputs": [{k: _plain(v) for k, v in value.items()} for value in found.inputs] if found else [],
             "weights_not_finite": list(found.weights) if found else [],
             "notes": list(self.notes),
-            "replay": f"lowlevel replay {shlex.quote(str(run_dir))} --step {self.step}",
+            "replay": None if self.evaluates else f"lowlevel replay {shlex.quote(str(run_dir))} --step {self.step}",
         }
 
 
@@ -103,13 +108,13 @@ def examine_error(error: NonFiniteError, policy: Policy, method: Method) -> Fail
 def examine(
     report: FailureReport, policy: Policy, method: Method, batches: Sequence[PackedBatch], *, seed: int, scale: float
 ) -> FailureReport:
-    """Run a step's micro-batches again and say where the first value that is not finite comes from.
+    """Run micro-batches again and say where the first value that is not finite comes from.
 
     Args:
         report: with the step and what was not finite.
-        policy: with the weights before the step; its gradient is zero afterwards, its weights are not touched.
+        policy: with the weights before the step, or as evaluated; its gradient is zero afterwards, its weights stay.
         method: as trained.
-        batches: of the step.
+        batches: of the step, or held out.
         seed: of the run, for dropout.
         scale: loss scale of the attempt that is repeated.
     """
@@ -119,24 +124,30 @@ def examine(
         for number, batch in enumerate(batches):
             policy.flat.grad.zero_()
             moved = batch.to(policy.placement.device)
-            found = _first_in(policy, method, moved, scale / count, key32(seed, report.step - 1))
+            factor = None if report.evaluates else scale / count
+            found = _first_in(policy, method, moved, factor, key32(seed, report.step - 1))
             if found:
                 return replace(report, micro_batch=number, finding=found, batch=batch)
     finally:
         policy.flat.grad.zero_()
         policy.layers.use(compiled=compiled)
-    note = "every module was finite when the step was run again eagerly"
-    if report.quantity != "loss" and not compiled:
+    what = "evaluation" if report.evaluates else "step"
+    note = f"every module was finite when the {what} was run again eagerly"
+    if not (report.evaluates or report.quantity == "loss" or compiled):
         note = "each micro-batch's gradient is finite by itself: their sum or its norm overflows"
     return replace(report, notes=(*report.notes, note))
 
 
-def _first_in(policy: Policy, method: Method, batch: PackedBatch, factor: float, key: int) -> Finding | None:
+def _first_in(policy: Policy, method: Method, batch: PackedBatch, factor: float | None, key: int) -> Finding | None:
+    """The first finding of a micro-batch; without a factor on the loss as it is evaluated: no dropout, no backward."""
     findings: list[Finding] = []
     with _hooked(policy, batch, findings) as decoded:
-        policy.dropout.set_micro_batch(batch.dropout_keys, key)
+        if factor is None:
+            policy.dropout.disable()
+        else:
+            policy.dropout.set_micro_batch(batch.dropout_keys, key)
         loss = method.loss(policy, batch).loss
-        if not findings and _finite(loss):
+        if factor is not None and not findings and _finite(loss):
             (loss * factor).backward()
     if not findings and not _finite(loss):
         findings.append(_after_the_decoder(policy, batch, decoded))

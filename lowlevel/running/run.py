@@ -19,7 +19,7 @@ from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError, InterruptedRunError, OutOfMemoryError
 from lowlevel.execution import WithFallback
 from lowlevel.layout import PackedBatch
-from lowlevel.loop import evaluate_examples, train
+from lowlevel.loop import check_evaluation, evaluate_examples, train
 from lowlevel.loss_scale import LossScale
 from lowlevel.method import Method
 from lowlevel.metrics import StepResult, TrainState
@@ -254,7 +254,9 @@ def _train_in(
     held_out = evaluation_batches(method, config, job.inputs)
 
     def evaluate() -> dict[str, float]:
-        return execution.until_it_runs(lambda: evaluate_examples(policy, method, held_out, prefix="eval_"))
+        scores = execution.until_it_runs(lambda: evaluate_examples(policy, method, held_out, prefix="eval_"))
+        check_evaluation(scores, state.step, held_out)
+        return scores
 
     def judge_first(result: StepResult) -> None:
         line = starts_as_reference(config) and check_first_step(result, config, job.inputs.placement.precision)
