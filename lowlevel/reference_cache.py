@@ -199,10 +199,10 @@ class CachedReference:
 
     def _with_logps(self, batch: PackedBatch) -> PackedBatch:
         cache, key = self._cache(), batch.content or content_sha256(batch)
-        found = cache.entries.get(key)
-        trusted = found is not None and not self._to_verify(key in cache.from_disk)
+        found, from_disk = cache.entries.get(key), key in cache.from_disk
+        trusted = found is not None and not (from_disk and self._check_is_due)
         logps = found if trusted else self._live(batch)
-        if logps is None:
+        if logps is None:  # a check that was due is due at the next entry
             return batch
         if found is None:
             cache.add(key, logps)
@@ -210,6 +210,7 @@ class CachedReference:
         else:
             self._refuse_unless_equal(found, logps, batch)
             self.hits += 1
+            self._hits_from_disk += from_disk
         return replace(batch, reference_logps=_move(logps, batch.input_ids.device))
 
     def _live(self, batch: PackedBatch) -> Tensor | None:
@@ -221,11 +222,11 @@ class CachedReference:
         except Exception:
             return None
 
-    def _to_verify(self, from_disk: bool) -> bool:
-        """Whether an entry that was found is to be recomputed."""
+    @property
+    def _check_is_due(self) -> bool:
+        """Whether the next entry from disk is to be recomputed."""
         number = self._hits_from_disk
-        self._hits_from_disk += from_disk
-        return from_disk and (number < ALWAYS_VERIFIED or number % VERIFIED_ONE_IN == 0)
+        return number < ALWAYS_VERIFIED or number % VERIFIED_ONE_IN == 0
 
     def _cache(self) -> ReferenceCache:
         """The cache for how layers run now: an execution may fall back from compiled layers to eager ones."""

@@ -129,3 +129,26 @@ def test_a_pass_that_cannot_be_compiled_is_the_executions_to_mend(filled, monkey
     assert notes == ["execution: compiled failed (no compiler here); going on eager"]
     assert found[0] == live[0] and torch.equal(found[1], live[1])
     assert cache.hits == len(method.micro_batches(PAIRS)), "those of eager layers, from disk"
+
+
+@pytest.mark.parametrize("failing", [(0,), (0, 1, 2), (100,), (100, 101)])
+def test_a_check_that_fails_is_made_up_for_at_the_next_entry(filled, passes, monkeypatch, failing):
+    """A pass that fails checks nothing: the micro-batch goes without reference numbers, for the execution to mend."""
+    policy, method, folder = filled
+    cache, seen = recording(policy, folder)
+    (batch, *_) = with_content(method.micro_batches)(PAIRS)
+    whole, verified = reference_cache.reference_token_logps, []
+    for number in range(104):
+        with monkeypatch.context() as patch:
+            if number in failing:
+                patch.setattr(
+                    reference_cache, "reference_token_logps", lambda *_: (_ for _ in ()).throw(RuntimeError())
+                )
+            passes.clear()
+            cache.run(batch, 1.0, 1, 0)
+            verified += [number] * len(passes)
+    assert reference_cache.reference_token_logps is whole
+    late = len(failing)
+    assert verified == ([late, late + 1, late + 100] if failing[0] == 0 else [0, 1, 100 + late])
+    assert [number for number, b in enumerate(seen) if b.reference_logps is None] == list(failing)
+    assert cache.hits == 104 - late and not cache.refused
