@@ -30,6 +30,7 @@ from lowlevel.running.assembly import Inputs, build_method, load_policy, load_ru
 from lowlevel.running.run_folder import RunFolder
 
 Note = Callable[[str], None]
+ENVIRONMENT = "environment.json"
 NAMED = {"base", "parent_adapter", "data_sha256"}  # what a manifest must say
 
 
@@ -65,7 +66,7 @@ class Reopened:
     Attributes:
         placement: the run's precision where this machine has it, else this machine's own.
         moved: why numbers need not be the run's bit for bit, or None.
-        elsewhere: the run computed on another device, or on a CPU with another number of threads.
+        elsewhere: the run computed on another device, or on a CPU with another number of threads; None: not known.
         parent: the frozen adapter in the run folder.
         note: takes lines for people.
     """
@@ -75,7 +76,7 @@ class Reopened:
     manifest: dict[str, Any]
     placement: Placement
     moved: str | None
-    elsewhere: bool
+    elsewhere: bool | None
     attention: Attention
     parent: Path | None
     note: Note
@@ -137,9 +138,11 @@ class Reopened:
         policy = load_policy(config, self.placement, self.attention, parent=self.parent, init_from=trained)
         hashes = self.base_hashes(policy)
         if hashes and hashes[0] != hashes[1]:
-            name = self.config.model.name
+            name, hint = self.config.model.name, ""
+            if self.elsewhere is None and self.config.model.load_in_4bit:
+                hint = f"; {ENVIRONMENT}, which says where it was quantised, cannot be read"
             raise CheckpointError(
-                f"{self.folder.path}: base {name!r} is not the one that was trained on (hash {hashes[0][:12]})"
+                f"{self.folder.path}: base {name!r} is not the one that was trained on (hash {hashes[0][:12]}){hint}"
             )
         return policy
 
@@ -188,7 +191,7 @@ def reopen(run_dir: Path, note: Note = print) -> Reopened:
     parent = folder.parent if folder.parent.exists() else None
     if manifest["parent_adapter"] and parent is None:
         raise CheckpointError(f"{folder.parent} is missing: the frozen adapter that this run stands on")
-    placement, moved, elsewhere = _placement(folder, config)
+    placement, moved, elsewhere = _placement(folder, config, base["dtype"])
     attention = choose_attention(config.model, load_model_config(config.model), placement)
     return Reopened(folder, config, manifest, placement, moved, elsewhere, attention, parent, note)
 
@@ -225,13 +228,13 @@ def step_examples(config: RunConfig, data: PreparedData, step: int, flag: str = 
     return [data.train[i] for i in order.step_rows(step - 1)]
 
 
-def _placement(folder: RunFolder, config: RunConfig) -> tuple[Placement, str | None, bool]:
-    """The run's precision where it can be had, why numbers may differ from the run's, and whether it ran elsewhere."""
-    try:
-        was = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
-        device, precision, threads = was["device"], was["precision"], was.get("threads")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        device, precision, threads = "a device that environment.json does not name", None, None
+def _placement(folder: RunFolder, config: RunConfig, dtype: str) -> tuple[Placement, str | None, bool | None]:
+    """The run's precision where it can be had, why numbers may differ from the run's, and whether it ran elsewhere.
+
+    Where nothing says on what the run computed, the last is None: not a reason to take another base for its own.
+    """
+    was = _environment(folder, dtype)
+    device, precision, threads = was or ("a device that environment.json does not name", None, None)
     try:
         placement = choose_placement(precision if precision in DTYPES else config.train.precision)
     except ConfigError:
@@ -240,12 +243,29 @@ def _placement(folder: RunFolder, config: RunConfig) -> tuple[Placement, str | N
     here = torch.cuda.get_device_name() if on_gpu else "cpu"
     if (device, precision) != (here, placement.precision):
         moved = f"the run computed in {precision} on {device}, this is {placement.precision} on {here}"
-        return placement, moved, device != here
+        return placement, moved, device != here if was else None
     if on_gpu and not torch.are_deterministic_algorithms_enabled():
         return placement, "a GPU adds in no fixed order, unless the run has train.deterministic = true", False
     if not on_gpu and threads not in (None, own_threads):
         return placement, f"the run computed with {threads} threads, this is {own_threads}", True
     return placement, None, False
+
+
+def _environment(folder: RunFolder, dtype: str) -> tuple[str, str, int | None] | None:
+    """Device, precision and threads that the run computed with; None where they cannot be read or are another run's.
+
+    `dtype` is the base's in the manifest.
+    """
+    try:
+        was = json.loads((folder.path / ENVIRONMENT).read_text(encoding="utf-8"))
+        device, precision, threads = was["device"], was["precision"], was.get("threads")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if not (isinstance(device, str) and isinstance(precision, str) and isinstance(threads, int | None)):
+        return None
+    if precision in DTYPES and dtype_name(DTYPES[precision]) != dtype:
+        return None
+    return device, precision, threads
 
 
 def _without_backward(config: RunConfig) -> RunConfig:

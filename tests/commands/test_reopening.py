@@ -126,6 +126,23 @@ def test_a_base_that_was_quantised_elsewhere_is_not_refused(copied, another_offs
     assert opened.elsewhere and opened.moved is not None
 
 
+@pytest.mark.parametrize(
+    "text", [None, "", "{}", "[]", '{"device": "NVIDIA T4"', '{"device": "NVIDIA T4"}', '{"precision": "fp32"}',
+             '{"device": null, "precision": "fp32"}', '{"device": 4, "precision": "fp32"}',
+             '{"device": "cpu", "precision": null}', '{"device": "cpu", "precision": "fp32", "threads": "4096"}',
+             '{"device": "cpu", "precision": "bf16", "threads": 1}']
+)  # fmt: skip
+def test_a_folder_that_does_not_say_where_it_ran_has_its_base_checked_all_the_same(copied, another_offset, text):
+    environment = copied / "environment.json"
+    environment.unlink()
+    if text is not None:
+        environment.write_text(text)
+    opened = reopen(copied, pytest.fail)
+    with pytest.raises(CheckpointError, match=r"is not the one that was trained on \(hash \w{12}\); environment.json,"):
+        opened.policy()
+    assert opened.elsewhere is None and "environment.json does not name" in opened.moved
+
+
 @pytest.mark.parametrize("missing", ["base", "parent_adapter", "data_sha256", "dtype"])
 def test_a_manifest_that_lacks_a_part_is_one_line(copied, missing):
     manifest = json.loads((copied / "manifest.json").read_text())
