@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lowlevel.config import LoraConfig, ModelConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import ConfigError
 from lowlevel.model.adapters import ADAPTER_CONFIG, build_policy, read_adapter_config
-from lowlevel.model.attention_choice import plain_attention
+from lowlevel.model.attention_choice import MASKED, plain_attention
 from lowlevel.model.base import load_base, resolve_name
 from lowlevel.model.files import read_json_object
 from lowlevel.model.placement import Placement, choose_placement
@@ -118,8 +118,10 @@ def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel | PeftModel, Cha
         raise ConfigError(f"{adapter}/adapter_config.json names no base model")
     placement = choose_placement("auto")
     base = load_base(ModelConfig(name=name), placement)
-    policy = build_policy(base, LoraConfig(), placement, seed=0, init_from=adapter, gradient_checkpointing=False)
-    policy.model.eval()
+    attention = replace(MASKED, implementation=base.config._attn_implementation)
+    policy = build_policy(
+        base, LoraConfig(), placement, seed=0, init_from=adapter, gradient_checkpointing=False, attention=attention
+    )
     return policy.model, load_chat_tokenizer(resolve_name(name), None, None), placement
 
 

@@ -124,11 +124,13 @@ def measure(run: LoadedRun, rows: Sequence[Any], merged_dir: Path) -> Fidelity:
     run.activate(run.stages[-1])
     policy = run.policy
     before = [vocabulary_logps(policy.causal_lm, batch, policy.placement, policy.attention) for batch in batches]
-    merged = load_base(ModelConfig(name=str(merged_dir), load_in_4bit=False), run.policy.placement)
+    attention = MASKED if policy.attention.kernel else policy.attention
+    merged_config = ModelConfig(name=str(merged_dir), load_in_4bit=False)
+    merged = load_base(merged_config, policy.placement, attention=attention.implementation)
     merged.eval()
     kl = loss = reference_loss = same = 0.0
     for batch, (old, targets) in zip(batches, before, strict=True):
-        new, _ = vocabulary_logps(merged, batch, run.policy.placement)
+        new, _ = vocabulary_logps(merged, batch, policy.placement, attention)
         kl += float((old.exp() * (old - new)).sum())
         loss -= float(new.gather(-1, targets.unsqueeze(-1)).sum())
         reference_loss -= float(old.gather(-1, targets.unsqueeze(-1)).sum())

@@ -118,10 +118,12 @@ def _attach(base: PreTrainedModel, config: PeftLoraConfig, init_from: Path | Non
 
 
 def check_target_modules(base: nn.Module, targets: Sequence[str]) -> None:
-    """Raise ConfigError where a name is that of no linear layer, or of the LM head."""
+    """Raise ConfigError where a name is that of no linear layer, or of the LM head; GPT-2 has no linear layers."""
     linear = sorted(
         {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
     )
+    if not linear:
+        raise ConfigError(f"model.name: {type(base).__name__} is not supported: it has no linear layers to adapt")
     for target in targets:
         if target not in linear:
             raise ConfigError(

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from lowlevel.attention import list_keys, span_attention
 from lowlevel.config import ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.layout import PackedBatch, attention_mask
 from lowlevel.model.placement import Placement
+from lowlevel.model.sizes import head_size
 
 # What transformers knows span attention by; a name with "flash" in it would send it to look for a kernel on the hub.
 NAMES = {"flash": "lowlevel_fa2", "efficient": "lowlevel_efficient", "math": "lowlevel_math"}
@@ -66,7 +67,7 @@ def choose_attention(config: ModelConfig, base: PretrainedConfig, placement: Pla
         if asked == "flash" or asked == "efficient":
             raise ConfigError(f'model.attn_implementation = "{asked}" needs a GPU, and none is visible')
         return MASKED
-    head = _head_dim(base)
+    head = head_size(base)
     if head % 8:
         return Attention("sdpa", f"sdpa with an explicit mask: heads have {head} features, not a multiple of 8")
     major, minor = torch.cuda.get_device_capability(placement.device)
@@ -85,9 +86,13 @@ def choose_attention(config: ModelConfig, base: PretrainedConfig, placement: Pla
     return Attention(NAMES["flash"], f"spans, flash kernel ({where})")
 
 
-def _head_dim(base: PretrainedConfig) -> int:
-    settings = base.to_dict()
-    return settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+def check_sdpa(model: PreTrainedModel) -> None:
+    """Raise ConfigError where a model's code knows its own eager attention alone; spans need as much as sdpa."""
+    if not model._supports_sdpa:
+        raise ConfigError(
+            f"model.attn_implementation: this architecture ({model.config.model_type}) has eager attention alone; set "
+            'model.attn_implementation = "eager"'
+        )
 
 
 def register() -> None:

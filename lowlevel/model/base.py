@@ -69,12 +69,13 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def load_base(
-    config: ModelConfig, placement: Placement, *, attention: str = "sdpa", dtype: torch.dtype | str | None = None
+    config: ModelConfig, placement: Placement, *, attention: str | None = None, dtype: torch.dtype | str | None = None
 ) -> PreTrainedModel:
     """Load the frozen base onto the device.
 
     Quantised linear layers compute in the placement's dtype; every other weight is stored in it, or in `dtype`
-    ("auto": as the file has it). No gradient reaches any of them.
+    ("auto": as the file has it). No gradient reaches any of them. `attention` None is sdpa, or eager in a family that
+    has no other.
 
     Raises:
         CheckpointError: a tensor is missing, left over, of another shape (nothing is ever initialised at random), or

@@ -109,7 +109,9 @@ def _bind(
 ) -> Forward:
     """`layer.forward`, recomputed in the backward pass or not; `keep` decides where its input lies until then."""
 
-    def run(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def run(hidden_states: Tensor, *others: Any, **kwargs: Any) -> Tensor:
+        if others:  # GPT-BigCode, Gemma 4: what they are, and whether they change on the way, is not known here
+            raise TypeError(f"its layers are given {1 + len(others)} arguments by position, and here they take one")
         if recompute and torch.is_grad_enabled():
             # The base is in eval mode and draws no random numbers, and dropout is a hash: nothing to restore.
             with keep():

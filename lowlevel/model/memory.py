@@ -29,6 +29,7 @@ from lowlevel.kernels import chunk_rows
 from lowlevel.model.adapters import read_adapter_config
 from lowlevel.model.base import empty_model
 from lowlevel.model.placement import DTYPES, Placement
+from lowlevel.model.sizes import head_size, size_of, unsupported
 from lowlevel.workspaces import FIXED, SMALL, workspace_bytes
 
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
@@ -113,10 +114,14 @@ def adapter_sizes(
 
 
 def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSize | None = None) -> ModelShape:
-    """Sizes of a model from its configuration, without its weights, and of its adapters."""
+    """Sizes of a model from its configuration, without its weights, and of its adapters.
+
+    Raises:
+        ConfigError: the configuration lacks one, or no linear layers.
+    """
     settings = base.to_dict()
     model: Any = empty_model(base)
-    head = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+    head, heads = head_size(base), size_of(base, "num_attention_heads")
     embeddings = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in embeddings}
 
@@ -127,18 +132,20 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
     def size(adapter: AdapterSize | None) -> int:
         return adapter.rank * sum(m.in_features + m.out_features for m in under(adapter)) if adapter else 0
 
+    if not linear:
+        raise unsupported(base, "it has no linear layers")
     values = sum(m.weight.numel() for m in linear.values())
     parameters = {id(p): p.numel() for p in model.parameters()}
     tied = bool(settings.get("tie_word_embeddings"))
     if tied:  # a model without weights ties nothing
         parameters.pop(id(model.get_output_embeddings().weight), None)
     return ModelShape(
-        layers=settings["num_hidden_layers"],
-        hidden=settings["hidden_size"],
-        intermediate=settings["intermediate_size"],
-        query=settings["num_attention_heads"] * head,
-        key=settings.get("num_key_value_heads", settings["num_attention_heads"]) * head,
-        vocabulary=settings["vocab_size"],
+        layers=size_of(base, "num_hidden_layers"),
+        hidden=size_of(base, "hidden_size"),
+        intermediate=size_of(base, "intermediate_size"),
+        query=heads * head,
+        key=(settings.get("num_key_value_heads") or heads) * head,
+        vocabulary=size_of(base, "vocab_size"),
         linear=values,
         largest=max(m.weight.numel() for m in linear.values()),
         other=sum(parameters.values()) - values,

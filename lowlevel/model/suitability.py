@@ -8,6 +8,8 @@ attention of a model's own may not ask for the mask.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import numpy as np
@@ -15,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lowlevel.errors import ConfigError
+from lowlevel.errors import ConfigError, LowlevelError, one_line
 from lowlevel.layout import build_batch, pair_segment, sft_segment
 from lowlevel.model.attention_choice import plain_attention
 from lowlevel.model.policy import Policy
+from lowlevel.model.sizes import unsupported
 
 FIRST, PROMPT, REJECTED = 13, 5, 8  # tokens that are tried: an example, its prompt, the other completion
 
@@ -54,7 +57,7 @@ def short_positions(config: PretrainedConfig) -> int | None:
 
 
 def check_base(policy: Policy) -> None:
-    """Raise ConfigError unless the base computes what every loss here assumes; see the module."""
+    """Raise ConfigError unless the base runs, and computes what every loss here assumes; see the module."""
     device, words = policy.placement.device, policy.lm_head_weight.shape[0]
     first, rejected = (np.arange(start, start + 7 * size, 7) % words for start, size in ((1, FIRST), (2, REJECTED)))
     prompt, chosen = first[:PROMPT], first[PROMPT:]
@@ -62,7 +65,7 @@ def check_base(policy: Policy) -> None:
     examples = [sft_segment(i, i, ids, ids) for i, ids in enumerate((first, second))]
     row = build_batch([examples], pairs=False).to(device)
     pair = build_batch([[pair_segment(0, 0, prompt, chosen, rejected)]], pairs=True).to(device)
-    with policy.reference():
+    with policy.reference(), _told_by_architecture(policy):
         packed = policy.scored_hidden_states(row)
         if not packed.isfinite().all():
             raise ConfigError(f"model.name: hidden states are not finite in {policy.placement.precision}")
@@ -73,6 +76,18 @@ def check_base(policy: Policy) -> None:
         _check_apart(policy, packed, [h[:-1] for h in alone], "examples that share a row")
         completions = [h[PROMPT - 1 : -1] for h in alone]
         _check_apart(policy, policy.scored_hidden_states(pair), completions, "completions that share a prompt")
+
+
+@contextmanager
+def _told_by_architecture(policy: Policy) -> Iterator[None]:
+    """What a first pass raises is told as a refusal of the architecture; --debug shows where it came from."""
+    try:
+        yield
+    except (LowlevelError, OSError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # transformers' own code, given other arguments than it was written for
+        why = f"its first pass ends with {type(error).__name__}: {one_line(error)}"
+        raise unsupported(policy.causal_lm.config, why) from error
 
 
 def _alone(policy: Policy, ids: np.ndarray) -> Tensor:

@@ -22,13 +22,14 @@ from lowlevel.layout import Shape
 from lowlevel.losses import LOSSES
 from lowlevel.method import Method
 from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
-from lowlevel.model.attention_choice import Attention, choose_attention
+from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, resolve_name
 from lowlevel.model.embedding import TIED, move_embeddings_to_host
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
 from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
+from lowlevel.model.sizes import size_of
 from lowlevel.model.suitability import attention_window, short_positions
 from lowlevel.order import ORDER_VERSION
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
@@ -107,17 +108,14 @@ def check_inputs(config: RunConfig) -> Inputs:
     for folder in filter(None, (parent, init_from)):
         read_adapter_config(folder)
     check_frozen_under(parent, init_from)
+    model = empty_model(base)
     if init_from is None:
-        check_target_modules(empty_model(base), config.lora.target_modules)
+        check_target_modules(model, config.lora.target_modules)
     tokenizer, data = prepare_data(config)
-    return Inputs(
-        tokenizer,
-        data,
-        placement,
-        choose_attention(config.model, base, placement),
-        parent,
-        init_from,
-    )
+    attention = choose_attention(config.model, base, placement)
+    if attention.implementation != "eager":
+        check_sdpa(model)
+    return Inputs(tokenizer, data, placement, attention, parent, init_from)
 
 
 def check_run(config: RunConfig) -> tuple[RunConfig, Inputs]:
@@ -157,7 +155,8 @@ def prepare_data(config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:
     """
     base = load_model_config(config.model)
     tokenizer = load_run_tokenizer(config)
-    limits = ModelLimits(base.vocab_size, base.max_position_embeddings, attention_window(base), short_positions(base))
+    vocabulary, positions = size_of(base, "vocab_size"), size_of(base, "max_position_embeddings")
+    limits = ModelLimits(vocabulary, positions, attention_window(base), short_positions(base))
     return tokenizer, prepare(config, tokenizer, limits)
 
 

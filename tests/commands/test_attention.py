@@ -1,11 +1,11 @@
 """Which attention kernel a run gets, what it says about it, and that the choice does not change a step."""
 
 import os
-from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from lowlevel import workspaces
 from lowlevel.config import LoraConfig, ModelConfig
@@ -26,7 +26,7 @@ def on_a_gpu(monkeypatch, capability: tuple[int, int]) -> None:
 
 
 def choose(implementation: str = "auto", *, precision: str = "auto", head_dim: int = 64):
-    base = SimpleNamespace(to_dict=lambda: {"hidden_size": 8 * head_dim, "num_attention_heads": 8})
+    base = LlamaConfig(hidden_size=8 * head_dim, num_attention_heads=8)
     return choose_attention(ModelConfig(attn_implementation=implementation), base, choose_placement(precision))
 
 
