@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from lowlevel.attention import list_keys, span_attention
 from lowlevel.config import ModelConfig
@@ -67,6 +67,12 @@ def choose_attention(config: ModelConfig, base: PretrainedConfig, placement: Pla
         if asked == "flash" or asked == "efficient":
             raise ConfigError(f'model.attn_implementation = "{asked}" needs a GPU, and none is visible')
         return MASKED
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base), None)
+    if model is not None and not model._supports_attention_backend:  # Falcon, StableLM: a class for each attention
+        reason = f"the code of this architecture ({base.model_type}) takes no other"
+        if asked != "auto":
+            raise ConfigError(f'model.attn_implementation = "{asked}": {reason} than eager and sdpa')
+        return Attention("sdpa", f"sdpa with an explicit mask: {reason}")
     head = head_size(base)
     if head % 8:
         return Attention("sdpa", f"sdpa with an explicit mask: heads have {head} features, not a multiple of 8")

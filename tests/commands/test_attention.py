@@ -5,7 +5,7 @@ import os
 import helpers
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import FalconConfig, LlamaConfig
 
 from lowlevel import workspaces
 from lowlevel.config import LoraConfig, ModelConfig
@@ -67,6 +67,16 @@ def test_what_flash_lacks(monkeypatch, precision, head_dim, lacks):
     on_a_gpu(monkeypatch, (8, 0))
     chosen = choose(precision=precision, head_dim=head_dim)
     assert (chosen.kernel, chosen.reason) == ("efficient", f"spans, memory-efficient kernel: FlashAttention 2 {lacks}")
+
+
+def test_an_architecture_whose_attention_cannot_be_replaced(monkeypatch):
+    on_a_gpu(monkeypatch, (9, 0))
+    base = FalconConfig(hidden_size=256, num_attention_heads=4)
+    chosen = choose_attention(ModelConfig(), base, choose_placement("auto"))
+    reason = "the code of this architecture (falcon) takes no other"
+    assert chosen == Attention("sdpa", f"sdpa with an explicit mask: {reason}")
+    with pytest.raises(ConfigError, match=r'"flash": .* \(falcon\) takes no other than eager and sdpa'):
+        choose_attention(ModelConfig(attn_implementation="flash"), base, choose_placement("auto"))
 
 
 def test_heads_that_no_kernel_takes(monkeypatch):
