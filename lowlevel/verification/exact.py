@@ -7,6 +7,7 @@ as the model defines them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,13 +86,12 @@ class ExactModel:
         """Log-probability of each scored token, (n,) float64."""
         ids = torch.as_tensor(sequence.ids, dtype=torch.int64)[None]
         places = torch.as_tensor(sequence.places, dtype=torch.int64)
+        takes = inspect.signature(self.model.forward).parameters
+        only = {"logits_to_keep": places - 1} if "logits_to_keep" in takes else {}  # not those of every position
+        arguments = {"input_ids": ids[:, : int(places.max()) + 1], "use_cache": False, **only}
         with KeepDouble():
-            output = torch.func.functional_call(
-                self.model,
-                weights,
-                kwargs={"input_ids": ids[:, : int(places.max()) + 1], "use_cache": False},
-            )
-        logits = output.logits[0, places - 1]
+            logits = torch.func.functional_call(self.model, weights, kwargs=arguments).logits[0]
+        logits = logits if only else logits[places - 1]
         assert logits.dtype == torch.float64
         return logits.log_softmax(-1).gather(1, ids[0, places, None]).squeeze(1)
 
