@@ -19,6 +19,7 @@ OF_OTHERS = (
 )
 TextMessage = dict[str, str]
 Completions = tuple[()] | tuple[str, str]
+PAIR_COLUMNS = {"preference": ("prompt", "chosen", "rejected"), "orca": ("system", "input", "chosen", "rejected")}
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,14 @@ def check_columns(rows: Sequence[Row], data_format: str, name: str) -> None:
         if "messages" not in found and not {"prompt", "completion"} <= set(found):
             raise DataError(f'{name}: SFT needs "messages" or "prompt"+"completion"; found: {listed(found)}')
         return
-    needed = ("system", "input", "chosen", "rejected") if data_format == "orca" else ("prompt", "chosen", "rejected")
+    needed = PAIR_COLUMNS[data_format]
     implied = {"prompt"} if any(isinstance(row.columns.get("chosen"), list) for row in rows) else set()
     missing = [column for column in needed if column not in found and column not in implied]
     if missing:
         detail = f"missing: {', '.join(missing)}; found: {listed(found)}"
-        raise DataError(f"{name}: DPO needs {', '.join(needed)}; {detail}")
+        fitting = next((other for other, columns in PAIR_COLUMNS.items() if set(columns) <= set(found)), None)
+        hint = f'; they fit data.format = "{fitting}"' if fitting else ""
+        raise DataError(f"{name}: DPO needs {', '.join(needed)}; {detail}{hint}")
 
 
 def listed(columns: Sequence[str], shown: int = 20) -> str:

@@ -103,7 +103,13 @@ def test_orca_rows(run, write, column, value):
             GOOD_PAIR,
             "orca",
             "train.jsonl: DPO needs system, input, chosen, rejected; missing: system, input; "
-            "found: chosen, prompt, rejected",
+            'found: chosen, prompt, rejected; they fit data.format = "preference"',
+        ),
+        (
+            {"system": "s", "input": "q", "chosen": "a", "rejected": "b"},
+            "preference",
+            "train.jsonl: DPO needs prompt, chosen, rejected; missing: prompt; found: chosen, input, rejected, system; "
+            'they fit data.format = "orca"',
         ),
     ],
 )
