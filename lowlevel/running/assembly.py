@@ -31,7 +31,7 @@ from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
 from lowlevel.model.sizes import size_of
 from lowlevel.model.suitability import attention_window, short_positions
-from lowlevel.order import ORDER_VERSION
+from lowlevel.order import ORDER_VERSION, DataOrder
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.sft import SFT
@@ -112,6 +112,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     if init_from is None:
         check_target_modules(model, config.lora.target_modules)
     tokenizer, data = prepare_data(config)
+    DataOrder.of(config, len(data.train))  # refuses epochs that would never end
     attention = choose_attention(config.model, base, placement)
     if attention.implementation != "eager":
         check_sdpa(model)

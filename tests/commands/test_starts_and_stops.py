@@ -89,3 +89,10 @@ def test_a_run_whose_compiler_fails_in_the_first_evaluation_goes_on_eager(runs, 
         for name in ("plain", "falls")
     )
     assert one == other and len(one) == 2
+
+
+def test_epochs_that_would_never_end_make_no_folder(runs, cli, tmp_path):
+    config = runs.space.write("endless", "sft", folder=tmp_path, train={"max_steps": None, "num_train_epochs": 1e300})
+    said = cli("sft", config)
+    assert said.code == 2 and "at most 1,000,000,000" in said.err
+    assert not (tmp_path / "endless").exists()
