@@ -43,10 +43,11 @@ class Placement:
 def choose_placement(precision: str) -> Placement:
     """Pick the device, and check that it has the precision asked for.
 
-    From compute capability 9.0 on, where cuBLAS' own workspaces are large, the environment gets small ones, unless it
-    says something else: to be called before the process first multiplies on the GPU. On an H100 that saves 96 MiB
-    (benchmarks/results/workspaces_h100.csv). Elsewhere it would only cost time: torch 2.11 reads the variable in every
-    product, by a regular expression, which is an eighth of what the host needs to launch a compiled micro-step.
+    From compute capability 9.0 on, where torch's own workspaces for cuBLAS may be large, the environment gets small
+    ones, unless it says something else: to be called before the process first multiplies on the GPU. On an H100 that
+    saves 96 MiB (benchmarks/results/workspaces_h100.csv). Below it would only cost time: torch 2.11 reads the variable
+    in every product, by a regular expression, which is an eighth of what the host needs to launch a compiled
+    micro-step.
 
     Raises:
         ConfigError: bf16 on a GPU below compute capability 8.0; fp16 without a GPU.
