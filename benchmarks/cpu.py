@@ -26,8 +26,8 @@ from benchmarks.peers.common import Readings, callback
 from benchmarks.runner import commit, write_table
 from lowlevel import __version__
 from lowlevel.commands.demo import demo_configs
-from lowlevel.config import RunConfig
-from lowlevel.config_file import config_from_tables, to_tables
+from lowlevel.config.file import config_from_tables, to_tables
+from lowlevel.config.schema import RunConfig
 from lowlevel.model.base import resolve_name
 from lowlevel.running.assembly import prepare_data
 

@@ -106,7 +106,7 @@ def linear_parts(
 
 def dropout_parts(features: int, positions: int, device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
     """Counter dropout as eager execution runs it, and compiled."""
-    from lowlevel.dropout import drop
+    from lowlevel.model.dropout import drop
 
     def tensors() -> tuple[Tensor, Tensor, Tensor]:
         keys = [torch.randint(-(2**31), 2**31, (n,), device=device).to(torch.int32) for n in (positions, features)]
@@ -142,7 +142,7 @@ def embedding_part(shape: ModelShape, positions: int, device: torch.device, dtyp
 
 def attention_parts(shape: ModelShape, positions: int, device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
     """Attention of sequences of 512 side by side in one row, forward and backward, by kernel."""
-    from lowlevel.attention import span_attention
+    from lowlevel.kernels.attention import span_attention
 
     length = min(512, positions)
     count, head = positions // length, shape.hidden // shape.heads
@@ -207,8 +207,8 @@ def head_parts(shape: ModelShape, positions: int, device: torch.device, dtype: t
 
 def optimizer_parts(weights: int, device: torch.device) -> Iterator[Part]:
     """Clipping and AdamW on one flat buffer of adapter weights."""
-    from lowlevel.config import TrainConfig
-    from lowlevel.optimizer import build_optimizer
+    from lowlevel.config.schema import TrainConfig
+    from lowlevel.optim.optimizer import build_optimizer
 
     def flat() -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(torch.randn(weights, device=device) * 0.01)

@@ -25,10 +25,9 @@ from transformers import LlamaConfig
 
 from benchmarks.meter import limit_memory, machine, synchronize
 from benchmarks.runner import commit
-from lowlevel.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from lowlevel.config.schema import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from lowlevel.execution import WithFallback
 from lowlevel.loop import optimizer_step
-from lowlevel.loss_scale import LossScale
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import NAMES, Attention, choose_attention, register
 from lowlevel.model.base import empty_model
@@ -36,7 +35,8 @@ from lowlevel.model.embedding import move_embeddings_to_host
 from lowlevel.model.linear import install_dequantising_products
 from lowlevel.model.memory import AdapterSize, default_plan, forecast, model_shape
 from lowlevel.model.placement import Placement, choose_placement
-from lowlevel.optimizer import build_optimizer
+from lowlevel.optim.loss_scale import LossScale
+from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.running.assembly import build_method, choose_execution
 
 

@@ -16,8 +16,8 @@ from benchmarks.memory import plan_text
 from benchmarks.meter import Measured, Meter, work
 from benchmarks.workload import by_step, case_config, peer_tokens
 from lowlevel import __version__
-from lowlevel.config import RunConfig
-from lowlevel.order import DataOrder
+from lowlevel.batch.order import DataOrder
+from lowlevel.config.schema import RunConfig
 from lowlevel.running.assembly import Inputs, build_method, check_inputs, with_plan
 from lowlevel.running.progress import make_console
 from lowlevel.running.run_folder import RunFolder

@@ -21,7 +21,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.meter import GIB
 from benchmarks.runner import read_tables
 from benchmarks.workload import LENGTHS, case_config, llama_config, make_workload
-from lowlevel.config import RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import AdapterSize, Forecast, Plan, default_plan, forecast, model_shape
 from lowlevel.model.placement import Placement

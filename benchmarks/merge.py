@@ -19,7 +19,7 @@ import torch
 
 from lowlevel.commands.compare import load_held_out
 from lowlevel.commands.merge import vocabulary_logps
-from lowlevel.config import ModelConfig
+from lowlevel.config.schema import ModelConfig
 from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.merging import merged_model

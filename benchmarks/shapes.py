@@ -17,11 +17,11 @@ from typing import Any
 from benchmarks.cases import ROWS_PER_STEP, Case
 from benchmarks.runner import commit, write_table
 from benchmarks.workload import LENGTHS, case_config, make_workload
-from lowlevel.config import RunConfig
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.batch.order import DataOrder
+from lowlevel.config.schema import RunConfig
 from lowlevel.execution import signature_of
-from lowlevel.layout import PackedBatch
 from lowlevel.model.attention_choice import NAMES, Attention
-from lowlevel.order import DataOrder
 from lowlevel.running.assembly import build_method, prepare_data
 
 STEPS = {"sft": 375, "dpo": 200}  # of the recipe

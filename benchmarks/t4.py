@@ -82,7 +82,7 @@ def count_case(case: Case, shape: str, folder: Path, head: str, plan: Plan | Non
     Without a `plan` it is the one that the case would run by now.
     """
     from benchmarks.workload import case_config, llama_config, make_workload, peer_tokens
-    from lowlevel.contradictions import parse_size
+    from lowlevel.config.contradictions import parse_size
     from lowlevel.model.attention_choice import NAMES, Attention
     from lowlevel.model.memory import AdapterSize, best_plan, default_plan, model_shape, planned
     from lowlevel.model.placement import Placement

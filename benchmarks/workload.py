@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.cases import ROWS_PER_STEP, Case
 
 if TYPE_CHECKING:
-    from lowlevel.config import RunConfig
+    from lowlevel.config.schema import RunConfig
 
 RUNS = Path(__file__).parent.parent / "runs"
 WORDS = 32000
@@ -102,7 +102,7 @@ def make_adapter(folder: Path, shape: str, rank: int) -> None:
     import torch
     from torch import nn
 
-    from lowlevel.config import ALL_PROJECTIONS
+    from lowlevel.config.schema import ALL_PROJECTIONS
     from lowlevel.model.adapters import write_adapter
     from lowlevel.model.base import empty_model
 
@@ -149,7 +149,7 @@ def pair_rows(n: int, length: int, vocabulary: int) -> list[dict[str, Any]]:
 
 def case_config(case: Case, folder: Path, output: Path, steps: int) -> RunConfig:
     """The recipe's run file with the model, the data, the number of steps and the case's settings put in."""
-    from lowlevel.config_file import config_from_tables
+    from lowlevel.config.file import config_from_tables
 
     path = RUNS / f"tinyllama_{case.method}{'_' * bool(case.variant)}{case.variant}.toml"
     tables = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -18,7 +18,15 @@ from typing import Any
 
 import torch
 
-from lowlevel import workspaces
+ENVIRONMENT = "CUBLAS_WORKSPACE_CONFIG"  # read once, before a process first multiplies on a GPU
+SMALL = ":4096:2:16:8"  # torch's default before Hopper; Hopper's is four times as large
+FIXED = (":4096:8", ":16:8")  # the two that NVIDIA documents as deterministic
+
+
+def workspace_bytes(setting: str) -> int:
+    """Size of one cuBLAS workspace; each stream and thread has one. ":4096:2:16:8" is 2 x 4,096 KiB and 8 x 16 KiB."""
+    sizes = [int(number) for number in setting.strip(":").split(":")]
+    return 1024 * sum(size * count for size, count in zip(sizes[::2], sizes[1::2], strict=True))
 
 
 @contextmanager
@@ -31,8 +39,8 @@ def deterministic_mode(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    if os.environ.get(workspaces.ENVIRONMENT) not in workspaces.FIXED:
-        os.environ[workspaces.ENVIRONMENT] = workspaces.FIXED[0]
+    if os.environ.get(ENVIRONMENT) not in FIXED:
+        os.environ[ENVIRONMENT] = FIXED[0]
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     fill = settings.fill_uninitialized_memory

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowlevel.config import DPOConfig
-from lowlevel.layout import PackedBatch, Segment, Shape, build_batch, pair_rows, pair_segment
-from lowlevel.loss_sums import LossSums
+from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, pair_rows, pair_segment
+from lowlevel.batch.packing import micro_batch_rows
+from lowlevel.config.schema import DPOConfig
 from lowlevel.losses import DPOOutput, dpo_loss
 from lowlevel.losses.preference import PairLogps
+from lowlevel.losses.sums import LossSums
 from lowlevel.model.policy import Policy
-from lowlevel.packing import micro_batch_rows
 
 if TYPE_CHECKING:
     from lowlevel.data.examples import PreferenceExample

@@ -10,15 +10,14 @@ from typing import Any, Protocol
 
 import torch
 
-from lowlevel.config import TrainConfig
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.config.schema import TrainConfig
 from lowlevel.errors import EVAL_LOSS, NonFiniteError
-from lowlevel.execution import Execution, ExecutionFailedError, Kept
-from lowlevel.layout import PackedBatch
-from lowlevel.loss_scale import MAX_SKIPS_IN_A_ROW, LossScale
-from lowlevel.method import Method
-from lowlevel.metrics import StepResult, TrainState, Window
+from lowlevel.execution import Execution, ExecutionFailedError, Kept, Method
 from lowlevel.model.policy import Policy
-from lowlevel.optimizer import learning_rate, set_learning_rate
+from lowlevel.optim.loss_scale import MAX_SKIPS_IN_A_ROW, LossScale
+from lowlevel.optim.optimizer import learning_rate, set_learning_rate
+from lowlevel.optim.train_state import StepResult, TrainState, Window
 from lowlevel.tracing import Tracer
 
 

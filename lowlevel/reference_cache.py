@@ -36,17 +36,16 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lowlevel import __version__
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.dpo import reference_token_logps
 from lowlevel.durable import remove_left, write_bytes, write_json
 from lowlevel.errors import CheckpointError
-from lowlevel.execution import Execution, ExecutionFailedError, Kept
-from lowlevel.layout import PackedBatch
-from lowlevel.method import Method
+from lowlevel.execution import Execution, ExecutionFailedError, Kept, Method
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import PARENT, Policy
 
 LAYOUT_VERSION = 1  # raise it when the same tensors of a PackedBatch come to give other reference numbers
-KERNELS_VERSION = 1  # raise it when a change of kernels/, model/linear.py or attention.py changes any bit
+KERNELS_VERSION = 1  # raise it when a change of kernels/, model/linear.py changes any bit
 FORMAT = "lowlevel-reference-cache"
 IDENTITY = "identity.json"
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")

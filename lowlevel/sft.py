@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lowlevel.layout import PackedBatch, Shape, build_batch, sft_segment
-from lowlevel.loss_sums import LossSums
+from lowlevel.batch.layout import PackedBatch, Shape, build_batch, sft_segment
+from lowlevel.batch.packing import micro_batch_rows
+from lowlevel.losses.sums import LossSums
 from lowlevel.model.policy import Policy
-from lowlevel.packing import micro_batch_rows
 
 if TYPE_CHECKING:
     from lowlevel.data.examples import SFTExample

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-import lowlevel.config
-from lowlevel.config import Filter, RunConfig
-from lowlevel.config_file import config_from_tables
+import lowlevel
+from lowlevel.config.file import config_from_tables
+from lowlevel.config.schema import Filter, RunConfig
 from lowlevel.errors import ConfigError
 
-PACKAGE = Path(lowlevel.config.__file__).parent
+PACKAGE = Path(lowlevel.__file__).parent
 
 # A value other than the default for each key, and the other settings without which it would contradict something.
 PREFERENCES = {"method": "dpo", "data": {"format": "orca"}}

@@ -14,19 +14,18 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lowlevel.config import DPOConfig, LoraConfig, ModelConfig
+from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig
 from lowlevel.dpo import DPO
-from lowlevel.execution import Eager, Execution
+from lowlevel.execution import Eager, Execution, Method
 from lowlevel.kernels import token_logps
 from lowlevel.loop import optimizer_step
-from lowlevel.loss_scale import LossScale
-from lowlevel.method import Method
-from lowlevel.metrics import StepResult
 from lowlevel.model.adapters import build_policy, save_adapter
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import TRAINED, Policy
+from lowlevel.optim.loss_scale import LossScale
+from lowlevel.optim.train_state import StepResult
 from lowlevel.sft import SFT
 
 VOCABULARY = 320

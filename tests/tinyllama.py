@@ -2,7 +2,7 @@
 
 import json
 
-from lowlevel.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from lowlevel.config.schema import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lowlevel.model.memory import AdapterSize
 
 RECIPE = AdapterSize(64, LoraConfig().target_modules)

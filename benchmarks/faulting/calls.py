@@ -74,10 +74,10 @@ class Overflows:
 
     def install(self, folder: Path) -> None:
         """See Fault."""
-        import lowlevel.loss_scale
-        from lowlevel.loss_scale import LossScale
+        import lowlevel.optim.loss_scale
+        from lowlevel.optim.loss_scale import LossScale
 
-        lowlevel.loss_scale.GROWTH_INTERVAL = self.growth_interval
+        lowlevel.optim.loss_scale.GROWTH_INTERVAL = self.growth_interval
         LossScale.for_precision = classmethod(lambda cls, precision: cls())  # type: ignore[method-assign,assignment]
 
         def make(step: Callable[..., Any]) -> Callable[..., Any]:

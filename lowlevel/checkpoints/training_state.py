@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowlevel.checkpoints.checkpoint import save_checkpoint
-from lowlevel.config import RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.errors import CheckpointError
-from lowlevel.metrics import TrainState
 from lowlevel.model.adapters import WEIGHTS, load_adapter_weights, read_adapter_weights, save_adapter
 from lowlevel.model.policy import TRAINED, Policy
-from lowlevel.optimizer import load_optimizer_tensors, optimizer_tensors
+from lowlevel.optim.optimizer import load_optimizer_tensors, optimizer_tensors
+from lowlevel.optim.train_state import TrainState
 
 
 def save_state(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from lowlevel import __version__
-from lowlevel.config import DPO_DEFAULTS, SECTIONS
+from lowlevel.config.schema import DPO_DEFAULTS, SECTIONS
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint or model, 5 not a finite number, \

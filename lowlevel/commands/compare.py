@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.commands.generate import Reply, Sampling, generate_replies
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError
 from lowlevel.labels import IGNORED
-from lowlevel.layout import PackedBatch
 from lowlevel.running.assembly import prepare_data
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import LoadedRun, load_run, reopen

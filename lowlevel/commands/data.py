@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from lowlevel.config import RunConfig
+from lowlevel.batch.order import DataOrder
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.report import render_report, show_example
 from lowlevel.errors import ConfigError
 from lowlevel.model.attention_choice import MASKED, Attention, choose_attention
 from lowlevel.model.base import load_model_config
 from lowlevel.model.placement import choose_placement
-from lowlevel.order import DataOrder
 from lowlevel.running.assembly import build_method, prepare_data
 
 

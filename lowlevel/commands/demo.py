@@ -10,8 +10,8 @@ from rich.console import Console
 
 from lowlevel.commands.compare import compare_stages, load_held_out, print_replies
 from lowlevel.commands.generate import Sampling
-from lowlevel.config import RunConfig
-from lowlevel.config_file import config_from_tables
+from lowlevel.config.file import config_from_tables
+from lowlevel.config.schema import RunConfig
 from lowlevel.demo.world import check_items, exact_match, preferred_style
 from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lowlevel.commands.arguments import LOSS_FLAGS
-from lowlevel.config import RunConfig
-from lowlevel.config_file import load_config
+from lowlevel.config.file import load_config
+from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.running.interrupts import Interrupts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lowlevel.config import RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.dpo import DPO
 from lowlevel.errors import ConfigError
 from lowlevel.inspection import inspect_pairs

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
-from lowlevel.config import LoraConfig, ModelConfig
+from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import ConfigError
 from lowlevel.model.adapters import ADAPTER_CONFIG, build_policy, read_adapter_config

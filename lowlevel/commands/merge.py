@@ -13,11 +13,11 @@ from rich.console import Console
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.commands.generate import stop_ids
-from lowlevel.config import ModelConfig
+from lowlevel.config.schema import ModelConfig
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.layout import PackedBatch
 from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.merging import merged_model

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowlevel.config import RunConfig
-from lowlevel.contradictions import parse_size
+from lowlevel.config.contradictions import parse_size
+from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.losses import LOSSES
 from lowlevel.model.base import load_model_config

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table, box
 
-from lowlevel.config import RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.errors import NonFiniteError
 from lowlevel.replaying.compare import NUMBERS, TENSORS, Row

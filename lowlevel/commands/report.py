@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lowlevel.commands.displaced import look_at_displaced
-from lowlevel.config import RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError, LowlevelError
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.reporting.charts import write_pngs

@@ -12,15 +12,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowlevel.config import RunConfig
+from lowlevel.batch.order import DataOrder
+from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.durable import write_given_json
 from lowlevel.errors import ConfigError
 from lowlevel.execution import WithFallback
-from lowlevel.metrics import peak_memory
 from lowlevel.model.policy import dequantize_once
-from lowlevel.optimizer import build_optimizer
-from lowlevel.order import DataOrder
+from lowlevel.optim.optimizer import build_optimizer
+from lowlevel.optim.train_state import peak_memory
 from lowlevel.running.assembly import (
     Inputs,
     build_method,

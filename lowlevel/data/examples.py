@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lowlevel.config import DataConfig
+from lowlevel.config.schema import DataConfig
 from lowlevel.data.encoded import Encoded, EncodedPair
 from lowlevel.data.messages import BadRow, Normalised
 from lowlevel.data.rendering import ChatTokenizer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowlevel.config import Filter
+from lowlevel.config.schema import Filter
 from lowlevel.data.messages import listed
 from lowlevel.data.sources import Row, RowProblem, kind_of
 from lowlevel.errors import ConfigError

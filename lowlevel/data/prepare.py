@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lowlevel.config import DataConfig, RunConfig
+from lowlevel.config.schema import DataConfig, RunConfig
 from lowlevel.data.examples import Built, PreferenceExample, SFTExample, build_examples
 from lowlevel.data.filters import apply_filters
 from lowlevel.data.messages import BadRow, Normalised, check_columns, normalise

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lowlevel.config import DPOConfig, RunConfig
+from lowlevel.config.schema import DPOConfig, RunConfig
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import settings
 from lowlevel.inspection.records import PairRecord, SequenceRecord

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lowlevel.config import DPOConfig
+from lowlevel.config.schema import DPOConfig
 from lowlevel.inspection.reading import READINGS, formula
 from lowlevel.inspection.records import PairRecord
 from lowlevel.losses import LOSSES

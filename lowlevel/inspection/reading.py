@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
-from lowlevel.config import DPOConfig
+from lowlevel.config.schema import DPOConfig
 from lowlevel.losses import LOSSES
 
 Reading = Literal["margin", "averages", "both", "quantiles"]

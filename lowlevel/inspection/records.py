@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowlevel.config import DPOConfig
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.config.schema import DPOConfig
 from lowlevel.dpo import DPO, configured_loss, reward_slopes
 from lowlevel.inspection.displacement import Displacement, displacement_of
 from lowlevel.inspection.distribution import Distribution, distribution
 from lowlevel.inspection.reading import READINGS
 from lowlevel.kernels import token_logps
-from lowlevel.layout import PackedBatch
 from lowlevel.losses.preference import PairLogps
 from lowlevel.model.policy import Policy
 from lowlevel.sft import SFT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowlevel.config import RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import build_examples
 from lowlevel.data.filters import apply_filters
 from lowlevel.data.messages import BadRow, normalise

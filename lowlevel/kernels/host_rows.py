@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlevel.operators import operator
+from lowlevel.kernels.operators import operator
 
 COLUMNS = 1024  # of a row, a program
 LAUNCH = {"size": COLUMNS, "num_warps": 4}

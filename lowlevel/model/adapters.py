@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowlevel.config import MAX_ALPHA, MAX_RANK, LoraConfig
-from lowlevel.dropout import DropoutState
+from lowlevel.config.schema import MAX_ALPHA, MAX_RANK, LoraConfig
 from lowlevel.errors import CheckpointError, ConfigError, one_line, quoted
 from lowlevel.model.attention_choice import MASKED, Attention
+from lowlevel.model.dropout import DropoutState
 from lowlevel.model.files import is_finite, read_json_object, refuse_pickles
 from lowlevel.model.flat import flatten
 from lowlevel.model.layers import DecoderLayers

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from lowlevel.attention import list_keys, span_attention
-from lowlevel.config import ModelConfig
+from lowlevel.batch.layout import PackedBatch, attention_mask
+from lowlevel.config.schema import ModelConfig
 from lowlevel.errors import ConfigError
-from lowlevel.layout import PackedBatch, attention_mask
+from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.model.placement import Placement
 from lowlevel.model.sizes import head_size
 

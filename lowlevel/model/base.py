@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from lowlevel.config import ModelConfig
+from lowlevel.config.schema import ModelConfig
 from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import CheckpointError, ConfigError, one_line
 from lowlevel.kernels.dequantize import Quantised, dequantize_reference

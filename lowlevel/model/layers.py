@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowlevel.determinism import compiler_options
-from lowlevel.dropout import DropoutState
+from lowlevel.model.dropout import DropoutState
 from lowlevel.model.offload import HostInputs
 
 Forward = Callable[..., Tensor]

@@ -26,7 +26,7 @@ from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
 from lowlevel.kernels.dequantize import Quantised, dequantize
-from lowlevel.operators import operator
+from lowlevel.kernels.operators import operator
 
 if TYPE_CHECKING:
     Adapted = peft_layer.Linear

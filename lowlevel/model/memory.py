@@ -23,14 +23,14 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from lowlevel.config import RunConfig
+from lowlevel.config.schema import RunConfig
+from lowlevel.determinism import FIXED, SMALL, workspace_bytes
 from lowlevel.errors import ConfigError
 from lowlevel.kernels import chunk_rows
 from lowlevel.model.adapters import read_adapter_config
 from lowlevel.model.base import empty_model
 from lowlevel.model.placement import DTYPES, Placement
 from lowlevel.model.sizes import head_size, size_of, unsupported
-from lowlevel.workspaces import FIXED, SMALL, workspace_bytes
 
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
 WORKSPACES = 4  # of cuBLAS: for two streams (linear.py), each in the threads of forward and of backward pass

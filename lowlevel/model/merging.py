@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowlevel.config import ModelConfig
+from lowlevel.config.schema import ModelConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.model.adapters import ADAPTER_CONFIG, read_adapter_config, read_adapter_weights, write_adapter
 from lowlevel.model.base import load_base

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowlevel import workspaces
+from lowlevel import determinism
 from lowlevel.errors import ConfigError
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,7 +58,7 @@ def choose_placement(precision: str) -> Placement:
         return Placement(torch.device("cpu"), "fp32" if precision == "auto" else precision)
     major, minor = torch.cuda.get_device_capability()
     if major >= 9:
-        os.environ.setdefault(workspaces.ENVIRONMENT, workspaces.SMALL)
+        os.environ.setdefault(determinism.ENVIRONMENT, determinism.SMALL)
     if precision == "bf16" and major < 8:
         raise ConfigError(f'bf16 needs compute capability 8.0; this GPU has {major}.{minor}: use precision = "fp16"')
     return Placement(torch.device("cuda", torch.cuda.current_device()), "fp16" if precision == "auto" else precision)

@@ -15,10 +15,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowlevel.dropout import CounterDropout, DropoutState
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.kernels import token_logps
-from lowlevel.layout import PackedBatch
 from lowlevel.model.attention_choice import Attention
+from lowlevel.model.dropout import CounterDropout, DropoutState
 from lowlevel.model.flat import FlatParameters
 from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.linear import quantised_state

@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from lowlevel.config import ModelConfig
+from lowlevel.config.schema import ModelConfig
 from lowlevel.determinism import compiler_options
 from lowlevel.errors import ConfigError, one_line
 from lowlevel.model.attention_choice import choose_attention

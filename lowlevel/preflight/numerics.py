@@ -11,12 +11,12 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from lowlevel.config import TrainConfig
+from lowlevel.config.schema import TrainConfig
 from lowlevel.kernels import dequantize, vocabulary
 from lowlevel.kernels.dequantize import Quantised, dequantize_reference
 from lowlevel.kernels.host_rows import host_rows, host_rows_reference
 from lowlevel.model.placement import Placement, choose_placement
-from lowlevel.optimizer import build_optimizer
+from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.preflight.finding import Answer, fail, note, ok
 from lowlevel.verification.check import relative
 

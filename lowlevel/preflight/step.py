@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lowlevel.config import RunConfig
-from lowlevel.config_file import config_from_tables
-from lowlevel.metrics import StepResult
+from lowlevel.config.file import config_from_tables
+from lowlevel.config.schema import RunConfig
+from lowlevel.optim.train_state import StepResult
 from lowlevel.preflight.finding import Answer, fail, note, ok
 from lowlevel.running.assembly import build_method, build_run_policy, check_inputs, choose_execution
 from lowlevel.running.first_step import MARGINS, all_ties

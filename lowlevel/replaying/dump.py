@@ -18,22 +18,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.dpo import DPO, configured_loss
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
-from lowlevel.execution import micro_step
+from lowlevel.execution import Method, micro_step
 from lowlevel.hashing import key32
 from lowlevel.kernels import token_logps
-from lowlevel.layout import PackedBatch
 from lowlevel.losses.preference import PairLogps
-from lowlevel.method import Method
 from lowlevel.model.placement import dtype_name
-from lowlevel.optimizer import optimizer_tensors
+from lowlevel.optim.optimizer import optimizer_tensors
 from lowlevel.replaying.session import Session
 
 Tensors = dict[str, Tensor]
 MEANINGS = {
-    "batch": "the micro-batch as it is laid out: lowlevel.layout.PackedBatch says what each tensor is",
+    "batch": "the micro-batch as it is laid out: lowlevel.batch.layout.PackedBatch says what each tensor is",
     "policy.hidden": "(N, D) final hidden states at the scored positions",
     "policy.token_logps": "(N,) log-probability of each scored target; those with batch.sequence_ids = S are of no "
     "sequence and in no sum: they only fill up a shape",

@@ -14,7 +14,7 @@ from lowlevel.checkpoints.checkpoint import saved, verify
 from lowlevel.errors import CheckpointError, LowlevelError
 from lowlevel.model.adapters import WEIGHTS, adapter_parameters
 from lowlevel.model.policy import TRAINED
-from lowlevel.optimizer import optimizer_tensors
+from lowlevel.optim.optimizer import optimizer_tensors
 from lowlevel.replaying.compare import Row, first_difference, number_rows, tensors_row
 from lowlevel.replaying.session import Session
 

@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.batch.order import DataOrder
 from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good
 from lowlevel.checkpoints.training_state import restore_state
-from lowlevel.config import RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.execution import Execution, WithFallback
-from lowlevel.layout import PackedBatch
+from lowlevel.execution import Execution, Method, WithFallback
 from lowlevel.loop import optimizer_step
-from lowlevel.loss_scale import LossScale
-from lowlevel.method import Method
-from lowlevel.metrics import StepResult, TrainState
 from lowlevel.model.policy import Policy, dequantize_once
-from lowlevel.optimizer import build_optimizer, learning_rate, set_learning_rate
-from lowlevel.order import DataOrder
+from lowlevel.optim.loss_scale import LossScale
+from lowlevel.optim.optimizer import build_optimizer, learning_rate, set_learning_rate
+from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.assembly import Inputs, build_method, choose_execution, identity
 from lowlevel.running.reopening import Note, Reopened, reopen, step_examples
 from lowlevel.running.run_folder import RunFolder

@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
-from lowlevel.config import RunConfig
-from lowlevel.contradictions import parse_size
+from lowlevel.batch.layout import Shape
+from lowlevel.batch.order import ORDER_VERSION, DataOrder
+from lowlevel.config.contradictions import parse_size
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import ModelLimits, PreparedData, prepare
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.dpo import DPO, check_loss
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
-from lowlevel.layout import Shape
+from lowlevel.execution import Method
 from lowlevel.losses import LOSSES
-from lowlevel.method import Method
 from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, resolve_name
@@ -31,7 +32,6 @@ from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
 from lowlevel.model.sizes import size_of
 from lowlevel.model.suitability import attention_window, short_positions
-from lowlevel.order import ORDER_VERSION, DataOrder
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.sft import SFT

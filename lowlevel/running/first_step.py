@@ -6,9 +6,9 @@ function twice, or a reference that is not the policy's own, would train silentl
 
 from __future__ import annotations
 
-from lowlevel.config import RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
-from lowlevel.metrics import StepResult
+from lowlevel.optim.train_state import StepResult
 
 MARGINS = "rewards/margins"
 SIDES = ("chosen", "rejected")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lowlevel.metrics import StepResult, TrainState
+from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.interrupts import Interrupts
 from lowlevel.running.progress import TrainingProgress
 from lowlevel.running.run_folder import RunFolder

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Params4bit
 
-from lowlevel.execution import WithFallback
-from lowlevel.layout import PackedBatch
-from lowlevel.method import Method
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.execution import Method, WithFallback
 from lowlevel.model.policy import Policy
 
 PASSES = 2  # the first compiles or warms up, the second is as all that follow

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from lowlevel.config import RunConfig
+from lowlevel.batch.order import DataOrder
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.errors import CheckpointError, ConfigError, DataError
-from lowlevel.method import Method
+from lowlevel.execution import Method
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.model.attention_choice import Attention, choose_attention
 from lowlevel.model.base import base_sha256, load_model_config
 from lowlevel.model.placement import DTYPES, Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
-from lowlevel.order import DataOrder
 from lowlevel.running.adapter_sources import find_adapter
 from lowlevel.running.assembly import Inputs, build_method, load_policy, load_run_tokenizer, prepare_data
 from lowlevel.running.run_folder import RunFolder

@@ -24,8 +24,8 @@ import torch
 
 from lowlevel import __version__
 from lowlevel.checkpoints.row_digests import SPLITS, describe_change
-from lowlevel.config import RunConfig
-from lowlevel.config_file import to_tables
+from lowlevel.config.file import to_tables
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import PreparedData
 from lowlevel.durable import write_json
 from lowlevel.errors import CheckpointError, ConfigError, DataError

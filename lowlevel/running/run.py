@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.batch.order import DataOrder
+from lowlevel.batch.prefetch import Prefetched
 from lowlevel.checkpoints.checkpoint import newest_verified, remove_litter
 from lowlevel.checkpoints.training_state import restore_state, save_state
-from lowlevel.config import RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError, InterruptedRunError, OutOfMemoryError
-from lowlevel.execution import WithFallback
-from lowlevel.layout import PackedBatch
+from lowlevel.execution import Method, WithFallback
 from lowlevel.loop import check_evaluation, evaluate_examples, train
-from lowlevel.loss_scale import LossScale
-from lowlevel.method import Method
-from lowlevel.metrics import StepResult, TrainState
 from lowlevel.model.base import base_sha256
 from lowlevel.model.policy import Policy, dequantize_once
-from lowlevel.optimizer import build_optimizer
-from lowlevel.order import DataOrder
+from lowlevel.optim.loss_scale import LossScale
+from lowlevel.optim.optimizer import build_optimizer
+from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.reference_cache import CachedReference, reference_identity, with_blanks, with_content
 from lowlevel.running.adapter_sources import check_bases
 from lowlevel.running.assembly import (
@@ -44,7 +44,6 @@ from lowlevel.running.failure_folder import explaining
 from lowlevel.running.first_step import check_first_step, starts_as_reference
 from lowlevel.running.interrupts import Interrupts
 from lowlevel.running.observer import RunObserver
-from lowlevel.running.prefetch import Prefetched
 from lowlevel.running.progress import TrainingProgress, lines_to
 from lowlevel.running.rehearsal import largest_batch, rehearse
 from lowlevel.running.result import check_result_is_saved, remove_result

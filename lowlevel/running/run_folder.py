@@ -33,13 +33,13 @@ from typing import Any
 import tomli_w
 
 from lowlevel import __version__
+from lowlevel.batch.order import ORDER_VERSION
 from lowlevel.checkpoints.checkpoint import checkpoints, newest_good, newest_verified, step_of
-from lowlevel.config import RunConfig
-from lowlevel.config_file import config_from_tables, to_tables
+from lowlevel.config.file import config_from_tables, to_tables
+from lowlevel.config.schema import RunConfig
 from lowlevel.durable import sync, write_json, write_text
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.files import read_json_object
-from lowlevel.order import ORDER_VERSION
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 OWN_BASE = "./base"  # model.name in config.toml where the base lies in the run folder, which may move

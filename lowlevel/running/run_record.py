@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lowlevel.batch.order import DataOrder
 from lowlevel.checkpoints.row_digests import write_row_digests
-from lowlevel.config import RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.report import not_learned
 from lowlevel.durable import replaced_folder, write_json
-from lowlevel.method import Method
-from lowlevel.metrics import TrainState
+from lowlevel.execution import Method
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.merging import write_stacked_adapter
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import TRAINED, Policy, quantised_weights
-from lowlevel.order import DataOrder
+from lowlevel.optim.train_state import TrainState
 from lowlevel.running.assembly import Inputs
 from lowlevel.running.plots import plot_loss
 from lowlevel.running.run_folder import RunFolder, environment

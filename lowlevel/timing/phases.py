@@ -22,9 +22,8 @@ from typing import Any
 
 import torch
 
-from lowlevel.execution import Eager
-from lowlevel.layout import PackedBatch
-from lowlevel.method import Method
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.execution import Eager, Method
 from lowlevel.model.policy import Policy
 from lowlevel.timing.clock import OTHER, PhaseClock
 

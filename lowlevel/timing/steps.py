@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from lowlevel.config import RunConfig
-from lowlevel.execution import Graphed, Kept, WithFallback, signature_of
-from lowlevel.layout import PackedBatch
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.batch.order import DataOrder
+from lowlevel.batch.prefetch import Prefetched
+from lowlevel.config.schema import RunConfig
+from lowlevel.execution import Graphed, Kept, Method, WithFallback, signature_of
 from lowlevel.loop import train
-from lowlevel.loss_scale import LossScale
-from lowlevel.method import Method
-from lowlevel.metrics import StepResult, TrainState
 from lowlevel.model.policy import Policy
-from lowlevel.order import DataOrder
-from lowlevel.running.prefetch import Prefetched
+from lowlevel.optim.loss_scale import LossScale
+from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.timing.clock import PhaseClock
 from lowlevel.timing.phases import LAYOUT, divided
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.dpo import DPO, completion_logps
+from lowlevel.execution import Method
 from lowlevel.hashing import key32
-from lowlevel.layout import PackedBatch
-from lowlevel.method import Method
 from lowlevel.model.policy import Policy
 
 NEAR_OVERFLOW = 65504 / 2  # half of the largest fp16 number

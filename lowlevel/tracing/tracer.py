@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel.config import RunConfig
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.config.schema import RunConfig
 from lowlevel.dpo import DPO, reward_slopes
 from lowlevel.errors import CheckpointError
-from lowlevel.execution import Kept
-from lowlevel.layout import PackedBatch
+from lowlevel.execution import Kept, Method
 from lowlevel.losses.preference import PairLogps
-from lowlevel.method import Method
 from lowlevel.model.policy import Policy
 from lowlevel.tracing.files import write_table
 from lowlevel.tracing.gradients import measure

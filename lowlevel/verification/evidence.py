@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowlevel.config import DPOConfig
+from lowlevel.config.schema import DPOConfig
 from lowlevel.verification.exact import ExactModel, base_parameters, exact_model
 from lowlevel.verification.formulas import Logps, slopes
 from lowlevel.verification.subject import Subject

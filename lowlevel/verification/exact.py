@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lowlevel.config import ModelConfig
+from lowlevel.config.schema import ModelConfig
 from lowlevel.model.base import empty_model, load_model_config
 from lowlevel.model.linear import quantised_state
 from lowlevel.model.policy import PARENT, TRAINED, Policy

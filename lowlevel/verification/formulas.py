@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowlevel.config import DPOConfig
+from lowlevel.config.schema import DPOConfig
 from lowlevel.losses import LOSSES
 from lowlevel.losses.preference import PairLogps
 

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import numpy as np
 from torch import Tensor
 
+from lowlevel.batch.layout import PackedBatch, Segment, build_batch, pair_rows, sft_segment
+from lowlevel.execution import Method
 from lowlevel.labels import IGNORED
-from lowlevel.layout import PackedBatch, Segment, build_batch, pair_rows, sft_segment
 from lowlevel.losses import LOSSES
-from lowlevel.method import Method
 from lowlevel.verification.check import Check, check, relative
 from lowlevel.verification.evidence import Evidence
 from lowlevel.verification.subject import Subject, packed, with_batches_of

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowlevel.batch.layout import PADDING, PackedBatch
 from lowlevel.labels import IGNORED
-from lowlevel.layout import PADDING, PackedBatch
 from lowlevel.verification.check import Check, check
 from lowlevel.verification.rendered import Expected, expected_sequences, truncated
 from lowlevel.verification.subject import Subject

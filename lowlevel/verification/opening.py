@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlevel.config import RunConfig
-from lowlevel.config_file import load_config
+from lowlevel.config.file import load_config
+from lowlevel.config.schema import RunConfig
+from lowlevel.execution import Method
 from lowlevel.losses import LOSSES
-from lowlevel.method import Method
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
 from lowlevel.model.policy import PARENT, Policy, dequantize_once
 from lowlevel.running.assembly import (

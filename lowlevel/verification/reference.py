@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowlevel import dpo
-from lowlevel.dropout import CounterDropout
-from lowlevel.layout import PackedBatch
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.placement import dtype_name
 from lowlevel.verification.check import Check, check, largest
 from lowlevel.verification.subject import Subject, fill_b, kept_weights, zero_b

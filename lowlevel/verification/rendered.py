@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lowlevel.config import DataConfig
+from lowlevel.config.schema import DataConfig
 from lowlevel.data.messages import normalise
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.sources import read_source

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from lowlevel import loop
-from lowlevel.config import RunConfig
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.config.schema import RunConfig
 from lowlevel.dpo import DPO
-from lowlevel.dropout import CounterDropout
-from lowlevel.execution import Eager, Execution, WithFallback
+from lowlevel.execution import Eager, Execution, Method, WithFallback
 from lowlevel.hashing import key32
-from lowlevel.layout import PackedBatch
-from lowlevel.loss_scale import LossScale
-from lowlevel.method import Method
-from lowlevel.metrics import StepResult
+from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.policy import Policy
+from lowlevel.optim.loss_scale import LossScale
+from lowlevel.optim.train_state import StepResult
 from lowlevel.verification.check import BOUNDS, Bounds
 
 if TYPE_CHECKING:

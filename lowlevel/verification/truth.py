@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lowlevel import kernels
-from lowlevel.config import DPOConfig
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.config.schema import DPOConfig
 from lowlevel.labels import IGNORED
-from lowlevel.layout import PackedBatch
 from lowlevel.model.policy import Policy
 from lowlevel.verification.formulas import Logps, pair_losses
 

@@ -95,7 +95,7 @@ def run(out):
 def test_a_step_against_the_flop_counter(run, method, checkpointing):
     from lowlevel.execution import Eager
     from lowlevel.loop import optimizer_step
-    from lowlevel.loss_scale import LossScale
+    from lowlevel.optim.loss_scale import LossScale
 
     policy, built, batches = run(method, checkpointing)
     asks = []
@@ -111,7 +111,7 @@ def test_a_step_against_the_flop_counter(run, method, checkpointing):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_visible_pairs_are_those_of_the_mask(run, method):
-    from lowlevel.layout import attention_mask
+    from lowlevel.batch.layout import attention_mask
 
     for batch in run(method, False)[2]:
         counted = visible_pairs(batch.segment_ids.numpy(), batch.branch_ids.numpy())

@@ -4,7 +4,7 @@ from workspace import make_workspace
 
 from benchmarks.lowlevel_case import run_metered
 from benchmarks.meter import Meter
-from lowlevel.config_file import load_config
+from lowlevel.config.file import load_config
 
 
 def test_a_metered_run_is_a_run_with_the_time_of_each_step(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import FalconConfig, LlamaConfig
 
-from lowlevel import workspaces
-from lowlevel.config import LoraConfig, ModelConfig
+from lowlevel import determinism as workspaces
+from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention, choose_attention

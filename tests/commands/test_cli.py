@@ -19,7 +19,7 @@ import lowlevel.commands.data
 import lowlevel.running.run
 from lowlevel.cli import main
 from lowlevel.commands.arguments import build_parser
-from lowlevel.config import SECTIONS
+from lowlevel.config.schema import SECTIONS
 
 COMMANDS = (
     "demo",

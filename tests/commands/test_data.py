@@ -6,9 +6,9 @@ import pytest
 from workspace import CHATS, PROMPTS
 
 import lowlevel.commands.data
-from lowlevel.config_file import load_config
+from lowlevel.batch.order import DataOrder
+from lowlevel.config.file import load_config
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
-from lowlevel.order import DataOrder
 from lowlevel.running.assembly import build_method, prepare_data
 
 

@@ -6,9 +6,9 @@ import pytest
 from workspace import metrics
 
 import lowlevel.dpo
-from lowlevel.config_file import config_from_tables
+from lowlevel.config.file import config_from_tables
 from lowlevel.errors import ConfigError
-from lowlevel.metrics import StepResult
+from lowlevel.optim.train_state import StepResult
 from lowlevel.running.first_step import check_first_step, starts_as_reference
 
 

@@ -11,7 +11,7 @@ from workspace import run
 
 import lowlevel
 from lowlevel.commands.demo import demo_configs
-from lowlevel.config_file import config_from_tables
+from lowlevel.config.file import config_from_tables
 from lowlevel.running.run_folder import RunFolder
 
 SHORT = ("--train.max_steps", "1", "--train.per_device_train_batch_size", "1", "--data.limit", "4", "--lora.r", "2",

@@ -7,7 +7,7 @@ from workspace import PROMPTS, reply
 import lowlevel.commands.compare
 import lowlevel.commands.generate
 from lowlevel.commands.generate import Sampling, generate_replies
-from lowlevel.config_file import load_config
+from lowlevel.config.file import load_config
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.running.reopening import load_run
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from tinyllama import RECIPE, run_config, write_config
 
 from lowlevel.commands.plan import show_memory, show_plan
-from lowlevel.config import DataConfig, DPOConfig, LoraConfig, ModelConfig, RunConfig
+from lowlevel.config.schema import DataConfig, DPOConfig, LoraConfig, ModelConfig, RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import Plan, adapter_sizes, forecast, model_shape

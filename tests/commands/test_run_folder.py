@@ -12,7 +12,7 @@ from plain_models import plain_base
 from safetensors.torch import load_file
 from workspace import HELD_OUT, metrics
 
-from lowlevel.config_file import load_config
+from lowlevel.config.file import load_config
 from lowlevel.model.base import base_sha256
 
 BASE_KEYS = ["step", "loss", "grad_norm", "learning_rate", "loss_scale", "skipped_steps", "epoch", "num_tokens",

@@ -11,10 +11,10 @@ from refusals import refused
 from rich.console import Console
 
 import lowlevel.commands.time as command
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.commands.arguments import build_parser
-from lowlevel.config_file import load_config
-from lowlevel.layout import PackedBatch
-from lowlevel.metrics import StepResult
+from lowlevel.config.file import load_config
+from lowlevel.optim.train_state import StepResult
 from lowlevel.timing import phases
 from lowlevel.timing.clock import OTHER
 from lowlevel.timing.steps import Step

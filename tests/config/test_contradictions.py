@@ -5,8 +5,8 @@ import ast
 import pytest
 from config_keys import HOLDOUT, PACKAGE, PREFERENCES, merged, refused
 
-from lowlevel.config_file import config_from_tables
-from lowlevel.contradictions import parse_size
+from lowlevel.config.contradictions import parse_size
+from lowlevel.config.file import config_from_tables
 
 CONTRADICTIONS = [
     ({"dpo": {"beta": 0.1}}, '[dpo] is not used when method = "sft"'),
@@ -111,7 +111,7 @@ def test_settings_that_exclude_each_other(tables, message):
 def test_every_contradiction_is_in_the_list_above():
     functions = [
         node
-        for node in ast.parse((PACKAGE / "contradictions.py").read_text()).body
+        for node in ast.parse((PACKAGE / "config" / "contradictions.py").read_text()).body
         if isinstance(node, ast.FunctionDef) and node.returns and ast.unparse(node.returns) == "list[Check]"
     ]
     assert [f.name for f in functions] == ["_method_and_model", "_data", "_train", "_trace"]

@@ -6,8 +6,8 @@ import re
 import pytest
 from config_keys import PREFERENCES, merged, refused, write
 
-from lowlevel.config import SECTIONS
-from lowlevel.config_file import OTHER_NAMES, config_from_tables, load_config
+from lowlevel.config.file import OTHER_NAMES, config_from_tables, load_config
+from lowlevel.config.schema import SECTIONS
 from lowlevel.errors import ConfigError
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from config_keys import value_of
 
-from lowlevel.config import ALL_PROJECTIONS
-from lowlevel.config_file import load_config
+from lowlevel.config.file import load_config
+from lowlevel.config.schema import ALL_PROJECTIONS
 
 RUNS = Path(__file__).parents[2] / "runs"
 FILTERS = [

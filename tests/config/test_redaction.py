@@ -12,7 +12,7 @@ from workspace import CHATS, make_workspace, run
 
 import lowlevel.commands.data
 import lowlevel.running.run
-from lowlevel.config_file import load_config
+from lowlevel.config.file import load_config
 from lowlevel.errors import ConfigError, DataError, NonFiniteError
 from lowlevel.redaction import REDACTED, holds_secret, redact
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from workspace import make_workspace, run
 
 from lowlevel.checkpoints.checkpoint import save_checkpoint, verify
-from lowlevel.config import ModelConfig
+from lowlevel.config.schema import ModelConfig
 from lowlevel.data.rendering import chat_tokenizer
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.adapters import ADAPTER_CONFIG, WEIGHTS, build_policy, read_adapter_config, read_adapter_weights

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lowlevel.config import DataConfig, RunConfig
+from lowlevel.config.schema import DataConfig, RunConfig
 from lowlevel.data.prepare import ModelLimits, prepare
 from lowlevel.data.rendering import chat_tokenizer
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lowlevel.config import DataConfig, RunConfig
+from lowlevel.config.schema import DataConfig, RunConfig
 from lowlevel.data.examples import truncate_pair
 from lowlevel.data.prepare import ModelLimits, prepare
 from lowlevel.data.rendering import chat_tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from lowlevel.config import DataConfig
+from lowlevel.config.schema import DataConfig
 from lowlevel.data.rendering import chat_tokenizer, load_chat_tokenizer
 from lowlevel.data.report import CHANGED, OTHER_PROMPT, not_learned, tokenizer_report
 from lowlevel.data.templates import RenderError

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowlevel.config import Filter
+from lowlevel.config.schema import Filter
 from lowlevel.data.filters import apply_filters
 from lowlevel.data.sources import Row, data_error, read_source, shuffled
 from lowlevel.errors import ConfigError, DataError, LowlevelError

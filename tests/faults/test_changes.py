@@ -9,8 +9,8 @@ from config_keys import KEYS, merged
 
 from benchmarks.faulting.comparison import differences as run_differences
 from benchmarks.faulting.comparison import fingerprint
-from lowlevel.config import RunConfig
-from lowlevel.config_file import config_from_tables
+from lowlevel.config.file import config_from_tables
+from lowlevel.config.schema import RunConfig
 from lowlevel.running.resuming import differences
 
 FREE = {

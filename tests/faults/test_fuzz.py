@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from workspace import CHATS, PAIRS, make_workspace, run
 
-from lowlevel.config import SECTIONS
-from lowlevel.config_file import load_config
+from lowlevel.config.file import load_config
+from lowlevel.config.schema import SECTIONS
 from lowlevel.errors import ConfigError
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))

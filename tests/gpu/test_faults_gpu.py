@@ -11,11 +11,11 @@ import pytest
 import torch
 from workspace import at_step, make_workspace, metrics, run
 
-import lowlevel.loss_scale
+import lowlevel.optim.loss_scale
 import lowlevel.running.run
 from benchmarks.faulting.comparison import differences, fingerprint, logged
 from lowlevel.checkpoints.checkpoint import checkpoints, newest_verified
-from lowlevel.workspaces import ENVIRONMENT, FIXED
+from lowlevel.determinism import ENVIRONMENT, FIXED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 STEPS = 6
@@ -132,9 +132,9 @@ def test_a_resumed_runs_state_is_paged(space, optim, monkeypatch):
 @pytest.mark.parametrize("step", [1, 4])
 def test_overflows_before_and_after_the_resume(space, step, monkeypatch):
     """T10: real ones: the scale starts far too high, and grows again soon."""
-    monkeypatch.setattr(lowlevel.loss_scale, "GROWTH_INTERVAL", 1)
-    monkeypatch.setattr(lowlevel.loss_scale.LossScale.__init__, "__defaults__", (2.0**36, True, 0, 0, 0))
-    monkeypatch.setattr(lowlevel.loss_scale, "MAX_SKIPS_IN_A_ROW", 30)
+    monkeypatch.setattr(lowlevel.optim.loss_scale, "GROWTH_INTERVAL", 1)
+    monkeypatch.setattr(lowlevel.optim.loss_scale.LossScale.__init__, "__defaults__", (2.0**36, True, 0, 0, 0))
+    monkeypatch.setattr(lowlevel.optim.loss_scale, "MAX_SKIPS_IN_A_ROW", 30)
     monkeypatch.setattr("lowlevel.loop.MAX_SKIPS_IN_A_ROW", 30)
     expected, said = play(space, f"overflows-{step}", "sft")
     assert said.code == 0, said.err

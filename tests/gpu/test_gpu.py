@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowlevel.attention import list_keys, span_attention
-from lowlevel.config import DPOConfig, LoraConfig, ModelConfig, TrainConfig
+from lowlevel.batch.layout import Shape
+from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig, TrainConfig
 from lowlevel.dpo import DPO
 from lowlevel.execution import Eager, ExecutionFailedError, WithFallback, signature_of
-from lowlevel.layout import Shape
+from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.loop import optimizer_step
-from lowlevel.loss_scale import LossScale
 from lowlevel.losses import token_logps, token_logps_reference
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import base_sha256, load_base
 from lowlevel.model.placement import Placement
-from lowlevel.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from lowlevel.optim.loss_scale import LossScale
+from lowlevel.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from lowlevel.sft import SFT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

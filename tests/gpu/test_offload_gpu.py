@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lowlevel.config import DPOConfig, LoraConfig, ModelConfig
+from lowlevel.batch.layout import Shape
+from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.dpo import DPO
 from lowlevel.execution import ExecutionFailedError, WithFallback
-from lowlevel.layout import Shape
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base

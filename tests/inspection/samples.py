@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from workspace import CHATS, PAIRS, Workspace, run
 
-from lowlevel.config import DPOConfig
+from lowlevel.config.schema import DPOConfig
 from lowlevel.data.examples import PreferenceExample, SFTExample
 from lowlevel.data.rendering import chat_tokenizer
 from lowlevel.inspection import inspect_pairs, inspect_sequences

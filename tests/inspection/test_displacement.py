@@ -11,11 +11,11 @@ from rich.console import Console
 from samples import inspection_of_pairs, pairs
 
 import lowlevel.inspection.displacement as module
+from lowlevel.batch.layout import Shape
 from lowlevel.inspection import displacement_of, inspect_pairs, largest_gains
 from lowlevel.inspection.lines import fall_line
 from lowlevel.inspection.page import render_page
 from lowlevel.inspection.terminal import print_inspection
-from lowlevel.layout import Shape
 
 LAYOUTS = [{"packing": True}, {"packing": False}, {"packing": False, "batch_size": 3}]
 SHAPE = Shape(positions=16, examples=4, longest=64, capacity=96)

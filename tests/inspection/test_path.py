@@ -6,7 +6,7 @@ import helpers
 import pytest
 from samples import pairs
 
-from lowlevel.config import DPOConfig
+from lowlevel.config.schema import DPOConfig
 from lowlevel.inspection import inspect_pairs
 from lowlevel.inspection.path import loss_path
 from lowlevel.inspection.reading import formula, settings

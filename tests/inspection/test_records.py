@@ -7,7 +7,7 @@ import pytest
 import torch
 from samples import chats, pairs
 
-from lowlevel.config import DPOConfig
+from lowlevel.config.schema import DPOConfig
 from lowlevel.dpo import loss_arguments, reward_slopes
 from lowlevel.inspection import PairRecord, inspect_pairs, inspect_sequences
 from lowlevel.inspection.reading import READINGS

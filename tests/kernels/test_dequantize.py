@@ -7,7 +7,7 @@ import helpers
 import pytest
 import torch
 
-from lowlevel.config import ModelConfig
+from lowlevel.config.schema import ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.kernels.dequantize import Quantised, dequantize, dequantize_reference
 from lowlevel.model import base

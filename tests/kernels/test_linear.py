@@ -6,8 +6,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lowlevel.dropout import DropoutState
 from lowlevel.kernels.dequantize import Quantised
+from lowlevel.model.dropout import DropoutState
 from lowlevel.model.linear import adapted_linear, install_dequantising_products, install_side_by_side
 from lowlevel.model.policy import PARENT, TRAINED, place_dropout
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowlevel.config import RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.execution import WithFallback, micro_step
 from lowlevel.hashing import key32
-from lowlevel.metrics import StepResult
+from lowlevel.optim.train_state import StepResult
 from lowlevel.preflight.step import Taken, demo_config, judge, one_step
 from lowlevel.running.first_step import MARGINS
 from lowlevel.verification.subject import Subject

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from lowlevel import loop
-from lowlevel.config import DPOConfig, TrainConfig
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.config.schema import DPOConfig, TrainConfig
 from lowlevel.dpo import DPO
 from lowlevel.execution import Eager
-from lowlevel.layout import PackedBatch
 from lowlevel.loop import optimizer_step
-from lowlevel.loss_scale import LossScale
 from lowlevel.model import policy as policy_module
 from lowlevel.model.policy import Policy
-from lowlevel.optimizer import build_optimizer
+from lowlevel.optim.loss_scale import LossScale
+from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.sft import SFT
 from lowlevel.timing import phases
 from lowlevel.timing.clock import OTHER, PhaseClock

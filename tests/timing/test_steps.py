@@ -8,15 +8,15 @@ import torch
 from torch._dynamo.utils import counters
 
 from lowlevel import execution as execution_module
-from lowlevel.config import DPOConfig, RunConfig, TrainConfig
+from lowlevel.batch.layout import Shape
+from lowlevel.batch.order import DataOrder
+from lowlevel.config.schema import DPOConfig, RunConfig, TrainConfig
 from lowlevel.dpo import DPO
 from lowlevel.execution import Eager, ExecutionFailedError, Graphed, WithFallback, signature_of
-from lowlevel.layout import Shape
 from lowlevel.loop import train
-from lowlevel.loss_scale import LossScale
-from lowlevel.metrics import TrainState
-from lowlevel.optimizer import build_optimizer
-from lowlevel.order import DataOrder
+from lowlevel.optim.loss_scale import LossScale
+from lowlevel.optim.optimizer import build_optimizer
+from lowlevel.optim.train_state import TrainState
 from lowlevel.sft import SFT
 from lowlevel.timing.clock import OTHER
 from lowlevel.timing.phases import BACKWARD, FORWARD, LAYOUT

@@ -3,7 +3,7 @@
 import pytest
 
 from lowlevel.errors import ConfigError
-from lowlevel.metrics import StepResult
+from lowlevel.optim.train_state import StepResult
 from lowlevel.timing import phases
 from lowlevel.timing.clock import OTHER
 from lowlevel.timing.steps import Step

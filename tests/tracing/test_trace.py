@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from workspace import metrics, run
 
-from lowlevel.config_file import config_from_tables, load_config
+from lowlevel.config.file import config_from_tables, load_config
 from lowlevel.errors import InterruptedRunError, NonFiniteError
 from lowlevel.execution import Eager
-from lowlevel.loss_scale import LossScale
+from lowlevel.optim.loss_scale import LossScale
 from lowlevel.running.run import RunObserver, run_training
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.tracing import Tracer, drop_after, read_trace

@@ -7,7 +7,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from lowlevel.config import DPOConfig
+from lowlevel.config.schema import DPOConfig
 from lowlevel.dpo import DPO
 from lowlevel.model.policy import Policy
 

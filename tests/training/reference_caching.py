@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from lowlevel import reference_cache
+from lowlevel.batch.layout import Shape
 from lowlevel.execution import Eager
-from lowlevel.layout import Shape
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.model.base import base_sha256
 from lowlevel.reference_cache import CachedReference, reference_identity

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lowlevel.config_file import load_config
+from lowlevel.config.file import load_config
 from lowlevel.running.run import run_training
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ import pytest
 import torch
 from workspace import make_workspace, run
 
-from lowlevel.determinism import compiler_options, deterministic_mode
+from lowlevel.determinism import ENVIRONMENT, FIXED, compiler_options, deterministic_mode
 from lowlevel.model.policy import Policy
-from lowlevel.workspaces import ENVIRONMENT, FIXED
 
 
 def modes():

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from lowlevel.batch.layout import build_batch, pair_segment, sft_segment
 from lowlevel.dpo import completion_logps
-from lowlevel.dropout import CounterDropout, DropoutState, drop
 from lowlevel.hashing import feature_keys, key32, mix32, mix32_array
-from lowlevel.layout import build_batch, pair_segment, sft_segment
 from lowlevel.loop import evaluate_examples
+from lowlevel.model.dropout import CounterDropout, DropoutState, drop
 
 CPU = torch.device("cpu")
 MASK = 2**32 - 1

@@ -11,12 +11,12 @@ import torch
 from torch._dynamo.utils import counters
 
 from lowlevel import execution
-from lowlevel.attention import list_keys, span_attention
-from lowlevel.config import DataConfig, DPOConfig, RunConfig
-from lowlevel.config_file import config_from_tables
+from lowlevel.batch.layout import Shape, attention_mask, build_batch, pair_rows, pair_segment, sft_segment
+from lowlevel.config.file import config_from_tables
+from lowlevel.config.schema import DataConfig, DPOConfig, RunConfig
 from lowlevel.dpo import DPO
 from lowlevel.execution import MODES, Eager, Graphed, WithFallback, signature_of
-from lowlevel.layout import Shape, attention_mask, build_batch, pair_rows, pair_segment, sft_segment
+from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention

@@ -9,9 +9,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowlevel.config import LoraConfig
+from lowlevel.batch.layout import build_batch, pair_segment, sft_segment
+from lowlevel.config.schema import LoraConfig
 from lowlevel.errors import ConfigError
-from lowlevel.layout import build_batch, pair_segment, sft_segment
 from lowlevel.model.adapters import build_policy, read_adapter_config, save_adapter, write_adapter
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention, register
 from lowlevel.model.base import _freeze

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lowlevel.errors import NonFiniteError
-from lowlevel.loss_scale import LossScale
-from lowlevel.loss_sums import LossSums
+from lowlevel.losses.sums import LossSums
+from lowlevel.optim.loss_scale import LossScale
 from lowlevel.running.failure_folder import explained, write_failure
 from lowlevel.running.forensics import examine_error
 

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowlevel.dpo import completion_logps
-from lowlevel.labels import IGNORED
-from lowlevel.layout import (
+from lowlevel.batch.layout import (
     PADDING,
     Shape,
     attention_mask,
@@ -19,8 +17,10 @@ from lowlevel.layout import (
     pair_segment,
     sft_segment,
 )
+from lowlevel.batch.packing import pack
+from lowlevel.dpo import completion_logps
+from lowlevel.labels import IGNORED
 from lowlevel.losses import token_logps
-from lowlevel.packing import pack
 
 
 def ints(*values):

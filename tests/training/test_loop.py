@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lowlevel import loop
-from lowlevel.config import TrainConfig
-from lowlevel.loss_scale import LossScale
-from lowlevel.metrics import StepResult, TrainState
+from lowlevel.config.schema import TrainConfig
+from lowlevel.optim.loss_scale import LossScale
+from lowlevel.optim.train_state import StepResult, TrainState
 
 
 class Recorder:

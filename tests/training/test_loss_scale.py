@@ -6,12 +6,12 @@ import helpers
 import pytest
 import torch
 
-from lowlevel import loss_scale
-from lowlevel.config import TrainConfig
+from lowlevel.config.schema import TrainConfig
 from lowlevel.errors import NonFiniteError
-from lowlevel.loss_scale import LossScale
-from lowlevel.loss_sums import LossSums
-from lowlevel.optimizer import build_optimizer, optimizer_tensors
+from lowlevel.losses.sums import LossSums
+from lowlevel.optim import loss_scale
+from lowlevel.optim.loss_scale import LossScale
+from lowlevel.optim.optimizer import build_optimizer, optimizer_tensors
 
 
 class _Poison(torch.autograd.Function):

@@ -11,10 +11,11 @@ from families import EXPERTS, SIZES
 from tinyllama import RECIPE, run_config, write_config
 from transformers import AutoConfig
 
-from lowlevel.config import DataConfig, DPOConfig, LoraConfig, ModelConfig, TrainConfig
+from lowlevel.batch.layout import Shape
+from lowlevel.config.schema import DataConfig, DPOConfig, LoraConfig, ModelConfig, TrainConfig
+from lowlevel.determinism import FIXED, SMALL, workspace_bytes
 from lowlevel.dpo import DPO
 from lowlevel.errors import ConfigError
-from lowlevel.layout import Shape
 from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import (
@@ -31,11 +32,10 @@ from lowlevel.model.memory import (
 )
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import dequantize_once
-from lowlevel.optimizer import build_optimizer
+from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.running.assembly import build_method
 from lowlevel.running.rehearsal import components, largest_batch
 from lowlevel.sft import SFT
-from lowlevel.workspaces import FIXED, SMALL, workspace_bytes
 
 FP16 = Placement(torch.device("cuda"), "fp16")
 PAIRS = DataConfig(format="preference")

@@ -9,10 +9,10 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from workspace import make_workspace, metrics, run
 
-from lowlevel.config import DPOConfig
+from lowlevel.batch.layout import Shape
+from lowlevel.config.schema import DPOConfig
 from lowlevel.dpo import DPO
 from lowlevel.execution import WithFallback
-from lowlevel.layout import Shape
 from lowlevel.model.attention_choice import NAMES
 from lowlevel.model.offload import HostInputs
 from lowlevel.sft import SFT

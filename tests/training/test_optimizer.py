@@ -14,12 +14,12 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from lowlevel.config import TrainConfig
+from lowlevel.config.schema import TrainConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.flat import flatten
 from lowlevel.model.policy import TRAINED
-from lowlevel.optimizer import (
+from lowlevel.optim.optimizer import (
     build_optimizer,
     learning_rate,
     load_optimizer_tensors,

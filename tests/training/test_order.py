@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from lowlevel.config import RunConfig, TrainConfig
+from lowlevel.batch.order import DataOrder
+from lowlevel.config.schema import RunConfig, TrainConfig
 from lowlevel.errors import ConfigError
 from lowlevel.hashing import splitmix64
-from lowlevel.order import DataOrder
 
 MASK = 2**64 - 1
 
@@ -81,7 +81,9 @@ def test_a_step_is_a_pure_function_of_its_number():
 
 def test_an_epoch_is_sorted_once_and_its_order_cannot_be_changed(monkeypatch):
     hashed = []
-    monkeypatch.setattr("lowlevel.order.splitmix64", lambda values: hashed.append(len(values)) or splitmix64(values))
+    monkeypatch.setattr(
+        "lowlevel.batch.order.splitmix64", lambda values: hashed.append(len(values)) or splitmix64(values)
+    )
     order = DataOrder(41, 8, 77, True)
     steps = [order.step_rows(step).tolist() for step in range(12)]  # two epochs of 6 steps
     assert hashed.count(41) == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowlevel.config import LoraConfig, ModelConfig
+from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.base import load_base, load_model_config

@@ -7,12 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowlevel.config import ModelConfig, TrainConfig
+from lowlevel.config.schema import ModelConfig, TrainConfig
 from lowlevel.loop import evaluate_examples
-from lowlevel.loss_scale import LossScale
 from lowlevel.model.base import load_base
 from lowlevel.model.placement import Placement
-from lowlevel.optimizer import build_optimizer
+from lowlevel.optim.loss_scale import LossScale
+from lowlevel.optim.optimizer import build_optimizer
 
 FP16 = Placement(torch.device("cpu"), "fp16")
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from lowlevel.running.prefetch import Prefetched
+from lowlevel.batch.prefetch import Prefetched
 
 
 def test_prefetched_batches_are_the_same_and_come_from_a_thread_one_step_ahead():

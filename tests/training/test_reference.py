@@ -8,15 +8,15 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lowlevel.config import ModelConfig, TrainConfig
+from lowlevel.batch.layout import attention_mask
+from lowlevel.config.schema import ModelConfig, TrainConfig
 from lowlevel.dpo import completion_logps
 from lowlevel.hashing import key32
-from lowlevel.layout import attention_mask
 from lowlevel.losses import token_logps
 from lowlevel.model.adapters import read_adapter_weights
 from lowlevel.model.base import base_sha256, load_base
 from lowlevel.model.policy import PARENT, TRAINED
-from lowlevel.optimizer import build_optimizer
+from lowlevel.optim.optimizer import build_optimizer
 
 LN2 = float(np.float32(math.log(2)))
 cases = pytest.mark.parametrize("quantised", [False, True], ids=["fp32", "nf4"])

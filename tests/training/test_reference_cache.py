@@ -9,7 +9,7 @@ import torch
 from reference_caching import PAIRS, SHAPE, SPANS, cached, only, recording, shards
 from safetensors.torch import load_file
 
-from lowlevel.config import DPOConfig
+from lowlevel.config.schema import DPOConfig
 from lowlevel.dpo import DPO, completion_logps
 from lowlevel.execution import signature_of
 from lowlevel.reference_cache import content_sha256, with_blanks

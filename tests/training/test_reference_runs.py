@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lowlevel.cli import main
-from lowlevel.config_file import load_config
+from lowlevel.config.file import load_config
 from lowlevel.errors import InterruptedRunError
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.running.assembly import check_inputs

@@ -21,11 +21,11 @@ import tomli_w
 from rich.console import Console
 from safetensors.torch import load_file
 
+from lowlevel.batch.order import ORDER_VERSION
 from lowlevel.checkpoints.checkpoint import checkpoints, verify
 from lowlevel.cli import main
-from lowlevel.config_file import load_config
+from lowlevel.config.file import load_config
 from lowlevel.errors import ConfigError, DataError, InterruptedRunError
-from lowlevel.order import ORDER_VERSION
 from lowlevel.running.run import RunObserver, run_training
 
 ROWS = 11  # batch 2 x accumulation 1: 6 steps an epoch, the last of one row; 2 x 3: 2 steps, of 6 and of 5 rows

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowlevel.config import DPOConfig
+from lowlevel.config.schema import DPOConfig
 from lowlevel.dpo import configured_loss, reward_slopes
 from lowlevel.losses import LOSSES
 from lowlevel.losses.preference import PairLogps

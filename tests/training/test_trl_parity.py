@@ -19,11 +19,11 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lowlevel.config import TrainConfig
+from lowlevel.batch.order import DataOrder
+from lowlevel.config.schema import TrainConfig
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.policy import TRAINED
-from lowlevel.optimizer import build_optimizer, learning_rate, set_learning_rate
-from lowlevel.order import DataOrder
+from lowlevel.optim.optimizer import build_optimizer, learning_rate, set_learning_rate
 
 STEPS, ROWS, WARMUP, RATE, CLIP = 10, 44, 3, 5e-3, 1.0
 EOS = 2

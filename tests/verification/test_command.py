@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from lowlevel.commands.verify import VerificationError, verify_run
-from lowlevel.config_file import load_config
+from lowlevel.config.file import load_config
 from lowlevel.errors import ConfigError
 from lowlevel.running.run import run_training
 from lowlevel.verification import run_checks

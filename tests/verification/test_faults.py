@@ -10,11 +10,11 @@ import torch
 import lowlevel.dpo
 import lowlevel.loop
 import lowlevel.sft
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.data.examples import SFTExample
-from lowlevel.dropout import CounterDropout
 from lowlevel.labels import IGNORED
-from lowlevel.layout import PackedBatch
-from lowlevel.loss_sums import LossSums
+from lowlevel.losses.sums import LossSums
+from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.policy import PARENT, Policy
 from lowlevel.verification import run_checks
 from lowlevel.verification.exact import ExactModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from lowlevel.layout import Shape
+from lowlevel.batch.layout import Shape
 
 Example = TypeVar("Example")
 

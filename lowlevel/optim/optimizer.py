@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowlevel.config import TrainConfig
+from lowlevel.config.schema import TrainConfig
 from lowlevel.errors import CheckpointError
 
 BETAS = (0.9, 0.999)

@@ -1,6 +1,6 @@
 """The configuration of a run: TOML sections as frozen models. Every key is also a flag (`--train.learning_rate 1e-4`).
 
-Names are those of transformers, PEFT and TRL where they have one. config_file.py reads and writes them.
+Names are those of transformers, PEFT and TRL where they have one. file.py reads and writes them.
 """
 
 from __future__ import annotations

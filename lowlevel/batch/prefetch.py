@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from lowlevel.layout import PackedBatch
+from lowlevel.batch.layout import PackedBatch
 
 
 class Prefetched:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from lowlevel.config import RunConfig, TrainConfig
+from lowlevel.config.schema import RunConfig, TrainConfig
 from lowlevel.errors import ConfigError
 from lowlevel.hashing import splitmix64
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowlevel.operators import operator
+from lowlevel.kernels.operators import operator
 
 KERNELS = ("flash", "efficient", "math")
 CAUSAL_BOTTOM_RIGHT = 2  # `custom_mask_type` of torch's efficient attention

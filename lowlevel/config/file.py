@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lowlevel.config import DPO_DEFAULTS, SECTIONS, Filter, RunConfig
-from lowlevel.contradictions import ADAPTER_SHAPE, contradictions, empty_texts, secrets_in
+from lowlevel.config.contradictions import ADAPTER_SHAPE, contradictions, empty_texts, secrets_in
+from lowlevel.config.schema import DPO_DEFAULTS, SECTIONS, Filter, RunConfig
 from lowlevel.errors import ConfigError, one_line, quoted
 
 # What other programs and papers call a key, where that is too far from its name to be guessed.

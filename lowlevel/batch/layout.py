@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowlevel.batch.spans import build_spans
 from lowlevel.hashing import mix32_array
 from lowlevel.labels import IGNORED
-from lowlevel.spans import build_spans
 
 PADDING = -1
 # Separates a row's branches in the hash. Another number would give other dropout masks: no older run could be resumed

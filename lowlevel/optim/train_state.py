@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lowlevel.loss_scale import LossScale
+from lowlevel.optim.loss_scale import LossScale
 
 
 @dataclass

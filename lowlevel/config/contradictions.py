@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lowlevel.redaction import holds_secret
 
 if TYPE_CHECKING:
-    from lowlevel.config import RunConfig
+    from lowlevel.config.schema import RunConfig
 
 LARGEST_BATCH = 1_048_576  # examples a step
 ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules")  # an adapter that is trained on brings its own
