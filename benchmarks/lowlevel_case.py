@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 
+import lowlevel.running.job
 import lowlevel.running.run
 from benchmarks.cases import Job
 from benchmarks.memory import plan_text
@@ -31,7 +32,7 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
     """
     train, rehearse, progress = (
         lowlevel.running.run.train,
-        lowlevel.running.run.rehearse,
+        lowlevel.running.job.rehearse,
         lowlevel.running.run.RunObserver.progress,
     )
 
@@ -41,16 +42,16 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
         meter.rehearsal = time.perf_counter() - began
         return report
 
-    def metered_train(*args: Any, **kwargs: Any) -> None:
+    def metered_train(*args: Any, **kwargs: Any) -> Any:
         meter.begin()
-        train(*args, **kwargs)
+        yield from train(*args, **kwargs)
 
     def metered_progress(self: Any, *args: Any) -> None:
         meter.end_step()
         progress(self, *args)
 
     with (
-        patch("lowlevel.running.run.rehearse", metered_rehearse),
+        patch("lowlevel.running.job.rehearse", metered_rehearse),
         patch("lowlevel.running.run.train", metered_train),
         patch("lowlevel.running.run.RunObserver.progress", metered_progress),
     ):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,9 +17,8 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, pair_rows, pair_segment
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.config.schema import DPOConfig
-from lowlevel.losses import DPOOutput, dpo_loss
-from lowlevel.losses.preference import PairLogps
-from lowlevel.losses.sums import LossSums
+from lowlevel.losses import DPOOutput, LossSums, PairLogps, PreferenceLoss
+from lowlevel.losses.registry import check_result
 from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:
@@ -34,39 +34,23 @@ class DPO:
     row_length: int
     packing: bool
     shape: Shape | None = None  # fill batches up to few shapes; a packed micro-batch is then one long row
+    columns: tuple[str, ...] = ()  # data.columns: what a custom loss reads of the rows
     name: ClassVar[str] = "dpo"
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The preference loss, summed over the batch's pairs."""
-        ref_token_logps, ref_logps = None, batch.reference_logps
-        if ref_logps is None:  # no cache knows them
-            ref_token_logps = reference_token_logps(policy, batch)
-            ref_logps = batch.sequence_sums(ref_token_logps)
-        ref_chosen_logps, ref_rejected_logps = ref_logps.chunk(2)
+        reference = None if batch.reference_logps is not None else reference_token_logps(policy, batch)
         if self.config.disable_dropout:
             policy.dropout.disable()
         token_logps = policy.token_logps(batch)  # (N,) fp32
-        chosen_logps, rejected_logps = batch.sequence_sums(token_logps).chunk(2)  # (P,) each
-        pairs = PairLogps(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *batch.lengths.chunk(2))
-        output = configured_loss(self.config, pairs)
-        losses = torch.where(batch.real, output.losses, 0.0)  # a filled-up batch holds pairs that are none
-        metrics = {
-            "rewards/chosen": output.chosen_rewards,
-            "rewards/rejected": output.rejected_rewards,
-            "rewards/margins": output.margins,
-            "rewards/accuracies": (output.margins > 0).float() + 0.5 * (output.margins == 0).float(),
-            "logps/chosen": chosen_logps,
-            "logps/rejected": rejected_logps,
-            "logps/ref_chosen": ref_chosen_logps,
-            "logps/ref_rejected": ref_rejected_logps,
-        }
-        return LossSums(
-            losses.sum(),
-            {name: torch.where(batch.real, value.detach(), 0.0).sum() for name, value in metrics.items()},
-            examples={"loss": losses.detach(), **{name: value.detach() for name, value in metrics.items()}},
-            tokens={"logps": token_logps.detach()}
-            | ({} if ref_token_logps is None else {"ref_logps": ref_token_logps}),
-        )
+        pairs = pair_logps(batch, token_logps, reference, self.columns)  # sums over a completion, (P,) each
+        output = self.preference_loss(pairs)  # eq. 7: -logsigmoid(beta * pairs.deltas)
+        return _sums_of(batch, pairs, output)
+
+    @cached_property
+    def preference_loss(self) -> PreferenceLoss:
+        """The loss of `dpo.loss_type`, with its hyper-parameters."""
+        return preference_loss(self.config)
 
     def count(self, batch: PackedBatch) -> int:
         """Preference pairs."""
@@ -89,13 +73,8 @@ class DPO:
             rows.extend(
                 [[pair_segment(*part) for part in parts]] if self.packing else [[s] for s in pair_rows(*parts[0])]
             )
-        return build_batch(rows, pairs=True, shape=self.shape)
-
-
-def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """log pi(y+ | x) and log pi(y- | x), summed over the tokens of each completion: two (P,) fp32 tensors."""
-    chosen, rejected = batch.sequence_sums(policy.token_logps(batch)).chunk(2)
-    return chosen, rejected
+        values = [x.values for group in groups for x in group] if self.columns else None
+        return build_batch(rows, pairs=True, shape=self.shape, values=values)
 
 
 def reference_token_logps(policy: Policy, batch: PackedBatch) -> Tensor:
@@ -104,39 +83,104 @@ def reference_token_logps(policy: Policy, batch: PackedBatch) -> Tensor:
         return policy.token_logps(batch)
 
 
-def configured_loss(config: DPOConfig, pairs: PairLogps) -> DPOOutput:
-    """`dpo_loss` of P pairs under a configuration."""
-    return dpo_loss(
-        pairs.chosen_logps,
-        pairs.rejected_logps,
-        pairs.ref_chosen_logps,
-        pairs.ref_rejected_logps,
-        chosen_lengths=pairs.chosen_lengths,
-        rejected_lengths=pairs.rejected_lengths,
-        **loss_arguments(config),
+def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """log pi(y+ | x) and log pi(y- | x), summed over the tokens of each completion: two (P,) fp32 tensors."""
+    chosen, rejected = batch.sequence_sums(policy.token_logps(batch)).chunk(2)
+    return chosen, rejected
+
+
+def pair_logps(
+    batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None, columns: Sequence[str] = ()
+) -> PairLogps:
+    """What a preference loss reads of P pairs: the (N,) log-probabilities, summed by completion.
+
+    `ref_token_logps` is None if the reference cache gave the batch its sums.
+    """
+    ref_logps = batch.reference_logps if ref_token_logps is None else batch.sequence_sums(ref_token_logps)
+    assert ref_logps is not None
+    return _pair_logps(batch, batch.sequence_sums(token_logps), ref_logps, token_logps, ref_token_logps, columns)
+
+
+def kept_pair_logps(batch: PackedBatch, sums: LossSums, columns: Sequence[str] = ()) -> PairLogps:
+    """The same from what a micro-step kept of its pairs, without a gradient."""
+    kept = {side: torch.cat([sums.examples[f"logps/{side}{end}"] for end in ("chosen", "rejected")])
+            for side in ("", "ref_")}  # fmt: skip
+    return _pair_logps(batch, kept[""], kept["ref_"], sums.tokens["logps"], sums.tokens.get("ref_logps"), columns)
+
+
+def _pair_logps(
+    batch: PackedBatch,
+    logps: Tensor,
+    ref_logps: Tensor,
+    token_logps: Tensor,
+    ref_token_logps: Tensor | None,
+    columns: Sequence[str],
+) -> PairLogps:
+    # A dummy pair has no tokens. Its sums of 0 would make a custom loss infinite (a division, a logarithm), and its
+    # gradient NaN even where the loss is masked.
+    real = batch.real.repeat(2)
+    chosen, rejected = torch.where(real, logps, -1.0).chunk(2)
+    ref_chosen, ref_rejected = torch.where(real, ref_logps, -1.0).chunk(2)
+    chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
+    return PairLogps(
+        chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths,
+        token_logps, ref_token_logps, batch.sequence_ids, values=batch.values(columns),
+    )  # fmt: skip
+
+
+def _sums_of(batch: PackedBatch, pairs: PairLogps, output: DPOOutput) -> LossSums:
+    """Sums of loss and metrics over the real pairs, and the values of each pair and token for a trace."""
+    metrics = {
+        "rewards/chosen": output.chosen_rewards,
+        "rewards/rejected": output.rejected_rewards,
+        "rewards/margins": output.margins,
+        "rewards/accuracies": (output.margins > 0).float() + 0.5 * (output.margins == 0).float(),
+        "logps/chosen": pairs.chosen_logps.detach(),
+        "logps/rejected": pairs.rejected_logps.detach(),
+        "logps/ref_chosen": pairs.ref_chosen_logps,
+        "logps/ref_rejected": pairs.ref_rejected_logps,
+        **output.metrics,
+    }
+    tokens = {"logps": pairs.token_logps, "ref_logps": pairs.ref_token_logps}
+    return LossSums(
+        torch.where(batch.real, output.losses, 0.0).sum(),
+        {name: torch.where(batch.real, value, 0.0).sum() for name, value in metrics.items()},
+        examples={"loss": output.losses.detach(), **metrics},
+        tokens={name: value.detach() for name, value in tokens.items() if value is not None},
     )
+
+
+def preference_loss(config: DPOConfig) -> PreferenceLoss:
+    """The configured loss. Raises ValueError for an unknown one, or a hyper-parameter that it does not use."""
+    names = ("discopop_tau", "dpop_lambda", "rpo_alpha")
+    given = {name: getattr(config, name) for name in names} | dict(config.loss_kwargs)
+    return PreferenceLoss.of(config.loss_type, beta=config.beta, label_smoothing=config.label_smoothing, **given)
+
+
+def check_loss(config: DPOConfig, columns: Sequence[str] = ()) -> None:
+    """Raise ValueError as `preference_loss`, and for a custom loss that fails on a trial batch; needs no model."""
+    loss = preference_loss(config)
+    if loss.spec.own:
+        ids, lengths = torch.tensor([0, 0, 1, 2, 3, 4, 4, 4, 5]), torch.tensor([2, 1, 1, 1, 3, 1])  # three pairs
+        tokens = torch.linspace(-0.5, -2.0, len(ids)).requires_grad_()
+        chosen, rejected = torch.zeros(6).index_add(0, ids, tokens).chunk(2)
+        sums = [chosen, rejected, chosen.detach() - 0.1, rejected.detach() + 0.2]
+        pairs = PairLogps(sums[0], sums[1], sums[2], sums[3], lengths[:3], lengths[3:], tokens, tokens.detach(), ids,
+                          values={name: torch.ones(3) for name in columns})  # fmt: skip
+        check_result(loss.spec, pairs, loss.settings, tokens, size=3)
 
 
 def reward_slopes(config: DPOConfig, pairs: PairLogps) -> tuple[Tensor, Tensor]:
     """Slopes of the summed loss in the chosen and in the rejected rewards, (P,) each, by autograd.
 
     A reward is beta times a log-ratio, whatever the loss reads of it; for the sigmoid loss the slopes are -sigma(-x)
-    and sigma(-x). `aot` sorts the pairs that it is given: they must be those of one micro-batch.
+    and sigma(-x). `aot` sorts the pairs that it is given: they must be those of one micro-batch. NaN for a custom loss
+    that reads token log-probabilities and not this sum.
     """
-    chosen, rejected = (logps.detach().clone().requires_grad_() for logps in (pairs.chosen_logps, pairs.rejected_logps))
+    leaves = tuple(logps.detach().clone().requires_grad_() for logps in (pairs.chosen_logps, pairs.rejected_logps))
     with torch.enable_grad():
-        losses = configured_loss(config, replace(pairs, chosen_logps=chosen, rejected_logps=rejected)).losses
-        for_chosen, for_rejected = torch.autograd.grad(losses.sum(), (chosen, rejected))
-    return for_chosen / config.beta, for_rejected / config.beta
-
-
-def loss_arguments(config: DPOConfig) -> dict[str, Any]:
-    """`dpo_loss` arguments of a configuration: those that were set."""
-    names = ("loss_type", "beta", "label_smoothing", "discopop_tau", "dpop_lambda", "rpo_alpha")
-    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-
-
-def check_loss(config: DPOConfig) -> None:
-    """Raise ValueError for an unknown loss, or a hyper-parameter that the loss does not use; needs no model."""
-    zero, one = torch.zeros(1), torch.ones(1)
-    dpo_loss(zero, zero, zero, zero, chosen_lengths=one, rejected_lengths=one, **loss_arguments(config))
+        losses = preference_loss(config)(replace(pairs, chosen_logps=leaves[0], rejected_logps=leaves[1])).losses
+        grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True) if losses.requires_grad else (None, None)
+    for_chosen, for_rejected = (torch.full_like(leaf, torch.nan) if grad is None else grad / config.beta
+                                for leaf, grad in zip(leaves, grads, strict=True))  # fmt: skip
+    return for_chosen, for_rejected

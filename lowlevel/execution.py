@@ -13,7 +13,7 @@ of them only sums, and tensors that a trace may want, stay in the pool.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,8 +21,7 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.dpo import DPO
-from lowlevel.hashing import key32
-from lowlevel.losses.sums import LossSums
+from lowlevel.losses import LossSums
 from lowlevel.model.policy import Policy
 from lowlevel.sft import SFT
 
@@ -37,24 +36,6 @@ class ExecutionFailedError(Exception):
     """The step must be repeated from a gradient of zero: the mode failed, and it or a simpler one is ready to try."""
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a micro-step computed of each example, (P,), and of each scored token, (N,), by name; on the device."""
-
-    examples: dict[str, Tensor]
-    tokens: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, sums: LossSums) -> Kept:
-        """The same tensors, without the loss and its graph."""
-        return cls(dict(sums.examples), dict(sums.tokens))
-
-    def clone(self) -> Kept:
-        """Copies: a graph overwrites its tensors with each replay."""
-        examples, tokens = ({k: v.clone() for k, v in part.items()} for part in (self.examples, self.tokens))
-        return Kept(examples, tokens)
-
-
 class Execution(Protocol):
     """Runs micro-steps of a policy with a method's loss."""
 
@@ -66,12 +47,11 @@ class Execution(Protocol):
     def method(self) -> Method:
         """What is computed and counted."""
 
-    def run(
-        self, batch: PackedBatch, factor: float, seed: int, step: int, kept: list[Kept] | None = None
-    ) -> dict[str, Tensor]:
-        """Add the gradient of `factor` times the summed loss into the flat gradient; return detached sums by name.
+    def run(self, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:
+        """Add the gradient of `factor` times the summed loss to the flat gradient; return the sums, detached.
 
-        `kept`, on a traced step, gets what this micro-step computed of each example.
+        `dropout_key` is the hash of seed and step. A captured graph overwrites the sums' `examples` and `tokens` when
+        it replays.
         """
 
 
@@ -82,28 +62,19 @@ class Eager:
     policy: Policy
     method: Method
 
-    def run(
-        self, batch: PackedBatch, factor: float, seed: int, step: int, kept: list[Kept] | None = None
-    ) -> dict[str, Tensor]:
+    def run(self, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:
         """See Execution."""
-        return micro_step(self.policy, self.method, batch, factor, key32(seed, step), kept)
+        return micro_step(self.policy, self.method, batch, factor, dropout_key)
 
 
 def micro_step(
-    policy: Policy,
-    method: Method,
-    batch: PackedBatch,
-    factor: float | Tensor,
-    key: int | Tensor,
-    kept: list[Kept] | None = None,
-) -> dict[str, Tensor]:
-    """Forward, loss and backward. `key` is that of dropout: hash of seed and step. `kept`: see Execution."""
-    policy.dropout.set_micro_batch(batch.dropout_keys, key)
+    policy: Policy, method: Method, batch: PackedBatch, factor: float | Tensor, dropout_key: int | Tensor
+) -> LossSums:
+    """Forward pass, loss and backward pass of one micro-batch; see Execution."""
+    policy.dropout.set_micro_batch(batch.dropout_keys, dropout_key)
     sums = method.loss(policy, batch)
     (sums.loss * factor).backward()
-    if kept is not None:
-        kept.append(Kept.of(sums))
-    return {"loss": sums.loss.detach(), **sums.metrics}
+    return replace(sums, loss=sums.loss.detach())
 
 
 @dataclass
@@ -113,10 +84,9 @@ class Captured:
     graph: torch.cuda.CUDAGraph
     batch: PackedBatch
     factor: Tensor
-    key: Tensor
-    names: tuple[str, ...]
-    sums: Tensor
-    kept: Kept  # as the last replay left it
+    dropout_key: Tensor
+    sums: LossSums  # as the last replay left it
+    scalars: Tensor  # loss and metrics of `sums` in one tensor
 
 
 class Graphed:
@@ -132,20 +102,18 @@ class Graphed:
         self._pool: Any = None
         self._stream = torch.cuda.Stream()
 
-    def run(
-        self, batch: PackedBatch, factor: float, seed: int, step: int, kept: list[Kept] | None = None
-    ) -> dict[str, Tensor]:
+    def run(self, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:
         """See Execution.
 
         Raises:
             ExecutionFailedError: this shape cannot be captured yet: the step must start over, and runs it uncaptured.
         """
-        key, signature = key32(seed, step), signature_of(batch)
+        signature = signature_of(batch)
         kind = frozenset(batch.tensors())  # batches of other tensors run other operations
         if kind not in self._ready or signature in self._plain:
             self._ready.add(kind)
             self._plain.discard(signature)
-            return self._warm_up(batch, factor, key, kept)
+            return self._warm_up(batch, factor, dropout_key)
         captured = self.captured.pop(signature, None)
         if captured is None:
             if len(self.captured) >= MAX_GRAPHS:
@@ -153,18 +121,15 @@ class Graphed:
                 del self.captured[next(iter(self.captured))]
             captured = self._try_capture(batch, signature)
         self.captured[signature] = captured  # the last one is the one used last
-        sums = self._replay(captured, batch, factor, key)
-        if kept is not None:
-            kept.append(captured.kept.clone())
-        return sums
+        return self._replay(captured, batch, factor, dropout_key)
 
-    def _warm_up(self, batch: PackedBatch, factor: float, key: int, kept: list[Kept] | None) -> dict[str, Tensor]:
+    def _warm_up(self, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:
         """The first micro-step of all is not captured: compilers and libraries set themselves up in it."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         try:
             with torch.cuda.stream(self._stream):
-                return micro_step(self.policy, self.method, batch, factor, key, kept)
+                return micro_step(self.policy, self.method, batch, factor, dropout_key)
         finally:  # what a failed step launched must be over before the next attempt zeroes the gradient
             current.wait_stream(self._stream)
 
@@ -194,20 +159,20 @@ class Graphed:
         if not self.captured:
             torch.cuda.empty_cache()  # the warm-up's blocks would stay cached beside the pool
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            kept: list[Kept] = []
-            named = micro_step(self.policy, self.method, own, factor, key, kept)
-            sums = torch.stack([value.float() for value in named.values()])
+            sums = micro_step(self.policy, self.method, own, factor, key)
+            scalars = torch.stack([value.float() for value in sums.named().values()])
         self._pool = self._pool or graph.pool()
-        return Captured(graph, own, factor, key, tuple(named), sums, kept[0])
+        return Captured(graph, own, factor, key, sums, scalars)
 
-    def _replay(self, captured: Captured, batch: PackedBatch, factor: float, key: int) -> dict[str, Tensor]:
+    def _replay(self, captured: Captured, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:
         own = captured.batch.tensors()
         new = batch.tensors()
         torch._foreach_copy_(list(own.values()), [new[name] for name in own], non_blocking=True)
         captured.factor.fill_(factor)
-        captured.key.fill_(key)
+        captured.dropout_key.fill_(dropout_key)
         captured.graph.replay()
-        return dict(zip(captured.names, captured.sums.clone().unbind(), strict=True))
+        loss, *metrics = captured.scalars.clone().unbind()
+        return replace(captured.sums, loss=loss, metrics=dict(zip(captured.sums.metrics, metrics, strict=True)))
 
 
 def signature_of(batch: PackedBatch) -> Signature:
@@ -233,15 +198,13 @@ class WithFallback:
             Graphed(self.policy, self.method) if mode == "graphed" else Eager(self.policy, self.method)
         )
 
-    def run(
-        self, batch: PackedBatch, factor: float, seed: int, step: int, kept: list[Kept] | None = None
-    ) -> dict[str, Tensor]:
+    def run(self, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:
         """See Execution.
 
         Raises:
             ExecutionFailedError: the mode failed; it or a simpler one is ready to try the step again.
         """
-        return self._attempt(lambda: self.execution.run(batch, factor, seed, step, kept))
+        return self._attempt(lambda: self.execution.run(batch, factor, dropout_key))
 
     def until_it_runs(self, work: Callable[[], Result]) -> Result:
         """What `work` returns, which runs the layers in this mode outside of a step (a rehearsal, an evaluation): it

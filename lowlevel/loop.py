@@ -1,11 +1,10 @@
-"""The training loop: one optimizer step is one function, and everything that happens once in a while is below it."""
+"""The training loop: one optimizer step is one function; everything that happens less often is below it."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,11 +12,13 @@ import torch
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import TrainConfig
 from lowlevel.errors import EVAL_LOSS, NonFiniteError
-from lowlevel.execution import Execution, ExecutionFailedError, Kept, Method
+from lowlevel.execution import Execution, ExecutionFailedError, Method
+from lowlevel.hashing import key32
+from lowlevel.losses import LossSums
 from lowlevel.model.policy import Policy
-from lowlevel.optim.loss_scale import MAX_SKIPS_IN_A_ROW, LossScale
+from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import learning_rate, set_learning_rate
-from lowlevel.optim.train_state import StepResult, TrainState, Window
+from lowlevel.optim.train_state import StepResult, TrainState, Window, means_on_host
 from lowlevel.tracing import Tracer
 
 
@@ -31,65 +32,66 @@ def optimizer_step(
     step: int,
     max_grad_norm: float,
     tracer: Tracer | None = None,
+    details: bool = False,
 ) -> StepResult:
-    """Forward and backward over the micro-batches, then one update. An fp16 overflow repeats the step at half the
-    scale. `tracer` is given for a step that is to be traced.
+    """Forward and backward passes over the micro-batches, then one update. An fp16 overflow repeats the step at half
+    the scale.
+
+    `tracer` is given for a step that is to be traced; `details` keeps what was computed of each example and token.
 
     Raises:
-        NonFiniteError: the loss is not finite, or the gradient is not at any scale tried; nothing was updated.
+        NonFiniteError: the loss is NaN or infinite, or the gradient is at every scale tried; nothing was updated.
     """
-    policy, method = execution.policy, execution.method
-    grad, count = policy.flat.grad, sum(method.count(batch) for batch in batches)
+    method, grad = execution.method, execution.policy.flat.grad
+    count, dropout_key = sum(map(method.count, batches)), key32(seed, step)
     attempts: list[dict[str, float]] = []
-    not_finite = partial(_not_finite, step=step, seed=seed, batches=batches, attempts=attempts)
     while True:
-        grad.zero_()
-        kept: list[Kept] | None = None if tracer is None else []
-        try:
-            moved = (batch.to(policy.placement.device) for batch in batches)  # one by one: the GPU starts on the first
-            sums = [execution.run(batch, loss_scale.scale / count, seed, step, kept) for batch in moved]
-        except ExecutionFailedError:
-            continue
-        if tracer is not None and kept is not None:
-            tracer.take(step, batches, kept, loss_scale.scale, seed)
-        norm = torch.linalg.vector_norm(grad) / loss_scale.scale
-        grad.mul_((max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / loss_scale.scale)  # clip and unscale at once
-        totals = {name: torch.stack([one[name] for one in sums]).sum() for name in sums[0]}
-        *means, grad_norm = torch.stack(
-            [*(total / count for total in totals.values()), norm]
-        ).tolist()  # the one host sync
-        metrics = dict(zip(totals, means, strict=True))
-        attempts.append({"loss_scale": loss_scale.scale, "loss": metrics["loss"], "grad_norm": grad_norm})
-        if not math.isfinite(metrics["loss"]):
-            raise not_finite("loss", metrics["loss"])
-        loss_scale.update(math.isfinite(grad_norm))
-        if math.isfinite(grad_norm):
+        scale = loss_scale.scale
+        sums = accumulate(execution, batches, scale / count, dropout_key, details=details or tracer is not None)
+        if tracer is not None:
+            tracer.take(step, batches, sums, scale, dropout_key)
+        norm = torch.linalg.vector_norm(grad) / scale
+        grad.mul_((max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / scale)  # clip and unscale at once
+        metrics, grad_norm = means_on_host(sums, count, norm)  # the one host sync
+        attempts.append({"loss_scale": scale, "loss": metrics["loss"], "grad_norm": grad_norm})
+        if math.isfinite(metrics["loss"]) and loss_scale.accepts(grad_norm):
             break
-        if not loss_scale.enabled or loss_scale.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
-            tried = f" after {loss_scale.skips_in_a_row} halvings of the loss scale" if loss_scale.enabled else ""
-            raise not_finite("gradient norm", grad_norm, tried)
+        if not math.isfinite(metrics["loss"]) or loss_scale.exhausted:
+            raise _not_finite(attempts, loss_scale, step, seed, batches)
     optimizer.step()
-    return StepResult(
-        metrics=metrics,
-        grad_norm=grad_norm,
-        count=count,
-        examples=sum(len(batch.data_rows) for batch in batches),
-        num_tokens=sum(batch.num_tokens for batch in batches),
-        supervised_tokens=sum(batch.num_scored for batch in batches),
-        positions=sum(batch.input_ids.numel() for batch in batches),
-    )
+    return StepResult(step + 1, metrics, grad_norm, optimizer.param_groups[0]["lr"], count, tuple(batches), sums)
+
+
+def accumulate(
+    execution: Execution, batches: Sequence[PackedBatch], factor: float, dropout_key: int, *, details: bool
+) -> tuple[LossSums, ...]:
+    """The gradient of `factor` times the summed loss of all micro-batches, in the flat gradient; the sums of each."""
+    policy = execution.policy
+    while True:
+        policy.flat.grad.zero_()
+        try:  # moved one by one: the GPU starts on the first
+            moved = (batch.to(policy.placement.device) for batch in batches)
+            return tuple(execution.run(batch, factor, dropout_key).kept(details) for batch in moved)
+        except ExecutionFailedError:  # it, or a simpler mode, is ready to start over
+            continue
 
 
 def _not_finite(
-    quantity: str, value: float, tried: str = "", *, step: int, batches: Sequence[PackedBatch], **details: Any
+    attempts: list[dict[str, float]], loss_scale: LossScale, step: int, seed: int, batches: Sequence[PackedBatch]
 ) -> NonFiniteError:
-    rows = [row for batch in batches for row in batch.data_rows]
+    last, rows = attempts[-1], [row for batch in batches for row in batch.data_rows]
+    quantity = "gradient norm" if math.isfinite(last["loss"]) else "loss"
+    value = last["loss" if quantity == "loss" else "grad_norm"]
+    halvings = loss_scale.skips_in_a_row if loss_scale.enabled and quantity != "loss" else 0
+    tried = f" after {halvings} halvings of the loss scale" if halvings else ""
     message = f"step {step + 1}: {quantity} is {value}{tried}; nothing was updated; data rows {rows}"
-    return NonFiniteError(message, quantity=quantity, value=value, step=step, batches=batches, **details)
+    return NonFiniteError(
+        message, quantity=quantity, value=value, step=step, batches=batches, seed=seed, attempts=attempts
+    )
 
 
 def check_evaluation(scores: Mapping[str, float], step: int, batches: Sequence[PackedBatch]) -> None:
-    """Refuse the scores of `evaluate_examples` after `step` updates where their loss is no number.
+    """Refuse the scores of `evaluate_examples` after `step` updates if their loss is NaN or infinite.
 
     Raises:
         NonFiniteError: with the held-out `batches`.
@@ -103,10 +105,10 @@ def check_evaluation(scores: Mapping[str, float], step: int, batches: Sequence[P
 
 
 class Observer(Protocol):
-    """What the loop reports to, once in a while."""
+    """Receives what the loop reports."""
 
     def log(self, record: dict[str, Any]) -> None:
-        """A logged step."""
+        """A logged step, or an evaluation."""
 
     def progress(self, state: TrainState, result: StepResult) -> None:
         """A step, logged or not."""
@@ -130,12 +132,15 @@ def train(
     total_steps: int,
     steps_per_epoch: int,
     tracer: Tracer | None = None,
-) -> None:
-    """Run steps `state.step` to `total_steps`, or until a signal or early stopping. `state` is kept current."""
+    details: bool = False,
+) -> Iterator[StepResult]:
+    """Take the steps from `state.step` to `total_steps`, or until a signal or early stopping; yield each one's result.
+
+    `state` is kept current. A step is yielded after its update and log line, before its checkpoint.
+    """
     while state.step < total_steps and not state.stopped_early:
         started = time.perf_counter()
-        rate = learning_rate(state.step, total_steps, config)
-        set_learning_rate(optimizer, rate)
+        set_learning_rate(optimizer, learning_rate(state.step, total_steps, config))
         result = optimizer_step(
             execution,
             optimizer,
@@ -145,16 +150,18 @@ def train(
             step=state.step,
             max_grad_norm=config.max_grad_norm,
             tracer=tracer if tracer is not None and tracer.wants(state.step) else None,
+            details=details,
         )
         state.record(result, time.perf_counter() - started)
         observer.progress(state, result)
         last = state.step == total_steps
         if state.step % config.logging_steps == 0 or last:
-            observer.log(state.close_window(rate, state.step / steps_per_epoch))
+            observer.log(state.close_window(result.learning_rate, state.step / steps_per_epoch))
         if evaluate and (last or (config.eval_steps and state.step % config.eval_steps == 0)):
             scores = evaluate()
             observer.log({"step": state.step, "epoch": state.step / steps_per_epoch, **scores})
             state.judge(scores[EVAL_LOSS], config.early_stopping_patience)
+        yield result
         due = last or state.stopped_early or (config.save_steps and state.step % config.save_steps == 0)
         if due or observer.stop_requested():
             observer.save(state)
@@ -170,8 +177,6 @@ def evaluate_examples(
     window = Window()
     policy.dropout.disable()
     for batch in batches:
-        moved = batch.to(policy.placement.device)
-        sums = method.loss(policy, moved)
-        named = {"loss": sums.loss, **sums.metrics}
+        named = method.loss(policy, batch.to(policy.placement.device)).named()
         window.add(dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True)), method.count(batch))
     return {f"{prefix}{name}": value for name, value in window.means().items()}

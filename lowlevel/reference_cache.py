@@ -40,7 +40,8 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.dpo import reference_token_logps
 from lowlevel.durable import remove_left, write_bytes, write_json
 from lowlevel.errors import CheckpointError
-from lowlevel.execution import Execution, ExecutionFailedError, Kept, Method
+from lowlevel.execution import Execution, ExecutionFailedError, Method
+from lowlevel.losses import LossSums
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import PARENT, Policy
 
@@ -51,7 +52,7 @@ IDENTITY = "identity.json"
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 ENTRIES_PER_SHARD = 256  # computed ones are written no later than this
 ALWAYS_VERIFIED, VERIFIED_ONE_IN = 2, 100  # entries from disk
-UNUSED = ("dropout_keys", "reference_logps")  # tensors that the reference pass does not see
+UNUSED = ("dropout_keys", "row_values", "reference_logps")  # tensors that the reference pass does not see
 PLACES = ("_name_or_path", "transformers_version")  # in a base's configuration: where it came from, not what it is
 
 
@@ -181,15 +182,13 @@ class CachedReference:
         counts = f"{self.hits:,} micro-batches found, {self.computed:,} computed{off}"
         self.note(f"reference cache: {counts} ({self.folder})")
 
-    def run(
-        self, batch: PackedBatch, factor: float, seed: int, step: int, kept: list[Kept] | None = None
-    ) -> dict[str, Tensor]:
+    def run(self, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:
         """See Execution.
 
         Raises:
             ExecutionFailedError: an entry was refused; the cache is off now. Or that of the execution itself.
         """
-        return self.execution.run(batch if self.refused else self._with_logps(batch), factor, seed, step, kept)
+        return self.execution.run(batch if self.refused else self._with_logps(batch), factor, dropout_key)
 
     def flush(self) -> None:
         """Write what was computed; nothing once an entry was refused."""

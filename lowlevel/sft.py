@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
+
+import torch
 
 from lowlevel.batch.layout import PackedBatch, Shape, build_batch, sft_segment
 from lowlevel.batch.packing import micro_batch_rows
-from lowlevel.losses.sums import LossSums
+from lowlevel.config.schema import SFTConfig
+from lowlevel.losses import SFT_LOSSES, LossSums, TokenLogps
+from lowlevel.losses.registry import LossSpec, check_result, find
 from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:
@@ -23,13 +28,28 @@ class SFT:
     row_length: int
     packing: bool
     shape: Shape | None = None  # fill batches up to few shapes; a packed micro-batch is then one long row
+    config: SFTConfig = field(default_factory=SFTConfig)
+    columns: tuple[str, ...] = ()  # data.columns: what a custom loss reads of the rows
     name: ClassVar[str] = "sft"
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
-        """Cross-entropy in nats, summed over the batch's supervised tokens."""
+        """Cross-entropy in nats (or the loss of `sft.loss_type`), summed over the batch's supervised tokens."""
         token_logps = policy.token_logps(batch)  # (N,) fp32
-        sums = batch.sequence_sums(token_logps)  # (S,)
-        return LossSums(-sums.sum(), {}, examples={"logps": sums.detach()}, tokens={"logps": token_logps.detach()})
+        tokens = TokenLogps(token_logps, batch.sequence_ids, batch.lengths, batch.values(self.columns))
+        losses, metrics = self.token_loss(tokens, self.config.loss_kwargs)  # (N,): -token_logps
+        sums = batch.sequence_sums(losses)  # (S,)
+        logps = batch.sequence_sums(token_logps.detach())
+        return LossSums(
+            sums.sum(),
+            {name: torch.where(batch.belongs, value, 0.0).sum() for name, value in metrics.items()},
+            examples={"logps": logps, "loss": sums.detach()},
+            tokens={"logps": token_logps.detach()},
+        )
+
+    @cached_property
+    def token_loss(self) -> LossSpec:
+        """The loss of `sft.loss_type`."""
+        return sft_loss(self.config)
 
     def count(self, batch: PackedBatch) -> int:
         """Supervised tokens."""
@@ -47,4 +67,23 @@ class SFT:
     def _batch(self, rows: list[list[SFTExample]]) -> PackedBatch:
         numbers = iter(range(sum(map(len, rows))))
         segments = [[sft_segment(x.row, next(numbers), x.input_ids, x.labels) for x in row] for row in rows]
-        return build_batch(segments, pairs=False, shape=self.shape)
+        values = [x.values for row in rows for x in row] if self.columns else None
+        return build_batch(segments, pairs=False, shape=self.shape, values=values)
+
+
+def sft_loss(config: SFTConfig) -> LossSpec:
+    """The loss of `sft.loss_type`. Raises ValueError."""
+    spec = find(config.loss_type, SFT_LOSSES)
+    unused = [name for name in config.loss_kwargs if name not in spec.parameters]
+    if unused:
+        raise ValueError(f"loss_type {spec.name!r} does not use {unused[0]}; it takes: {', '.join(spec.parameters)}")
+    return spec
+
+
+def check_loss(config: SFTConfig, columns: Sequence[str] = ()) -> None:
+    """Raise ValueError for an unknown loss, or a custom one that fails on a trial batch; needs no model."""
+    spec = sft_loss(config)
+    logps = torch.tensor([-0.5, -1.0, -2.0], requires_grad=True)
+    values = {name: torch.ones(2) for name in columns}
+    tokens = TokenLogps(logps, torch.tensor([0, 0, 1]), torch.tensor([2, 1]), values)
+    check_result(spec, tokens, config.loss_kwargs, logps, size=3)

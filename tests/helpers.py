@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -218,3 +219,14 @@ def drifts(value: Tensor, expected: Tensor) -> tuple[float, float]:
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def step_result(metrics, count, *, grad_norm=1.0, rate=1e-4, examples=4, tokens=100, supervised=None, positions=128):
+    """An optimizer step's result, with one micro-batch that has the given sizes."""
+    batch = SimpleNamespace(
+        data_rows=tuple(range(examples)),
+        num_tokens=tokens,
+        num_scored=count if supervised is None else supervised,
+        input_ids=torch.zeros(positions),
+    )
+    return StepResult(1, metrics, grad_norm, rate, count, (batch,), ())

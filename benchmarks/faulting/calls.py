@@ -15,10 +15,10 @@ from typing import Any
 from benchmarks.faulting.actions import Action, mark
 
 MICRO_BATCH = "lowlevel.execution:Eager.run"
-EVALUATION = "lowlevel.running.run:evaluate_examples"
+EVALUATION = "lowlevel.running.job:evaluate_examples"
 PREPARATION = "lowlevel.running.assembly:prepare_data"
-LOADING = "lowlevel.running.run:build_run_policy"
-SAVE = "lowlevel.running.run:save_state"
+LOADING = "lowlevel.running.job:build_run_policy"
+SAVE = "lowlevel.running.job:save_state"
 STEP = "lowlevel.loop:optimizer_step"
 
 

@@ -77,6 +77,7 @@ class PackedBatch:
     data_rows: tuple[int, ...]  # host: data row of each real example
     num_tokens: int  # host: tokens that are not padding
     num_scored: int  # host: scored tokens that belong to a sequence
+    row_values: Tensor | None = None  # (C, examples) fp32: numeric columns of the rows for a custom loss (data.columns)
     reference_logps: Tensor | None = None  # (S,) fp32, where a cache knows them (reference_cache.py); fillers 0
     content: str = ""  # host: hash of what the reference pass sees, where there is a cache
 
@@ -84,6 +85,10 @@ class PackedBatch:
     def belongs(self) -> Tensor:
         """(N,) bool: the scored positions that are in sums; the others belong to no sequence and fill up a shape."""
         return self.sequence_ids < len(self.lengths)
+
+    def values(self, columns: Sequence[str]) -> dict[str, Tensor]:
+        """The rows' numeric columns by name, (examples,) fp32 each; 0 for dummy examples."""
+        return {} if self.row_values is None else dict(zip(columns, self.row_values, strict=True))
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device; copies to a GPU do not wait for it."""
@@ -191,10 +196,17 @@ class Shape:
     capacity: int  # most positions of a packed micro-batch
 
 
-def build_batch(rows: Sequence[Sequence[Segment]], *, pairs: bool, shape: Shape | None = None) -> PackedBatch:
+def build_batch(
+    rows: Sequence[Sequence[Segment]],
+    *,
+    pairs: bool,
+    shape: Shape | None = None,
+    values: Sequence[Sequence[float]] | None = None,
+) -> PackedBatch:
     """Lay segments out in rows as long as the longest, rounded up to a multiple of 8 (of `shape.positions`).
 
-    Segment numbers must run from 0 over the whole batch; the two branches of a pair share one number.
+    Segment numbers must run from 0 over the whole batch; the two branches of a pair share one number. `values` are the
+    numeric columns of each example, in the order of these numbers.
     """
     used = [sum(map(len, row)) for row in rows]
     width = _row_width(max(used), shape)
@@ -229,7 +241,14 @@ def build_batch(rows: Sequence[Sequence[Segment]], *, pairs: bool, shape: Shape 
         data_rows=tuple(row_of[i] for i in range(len(row_of))),
         num_tokens=sum(used),
         num_scored=num_scored,
+        row_values=None if values is None else _row_values(values, examples),
     )
+
+
+def _row_values(values: Sequence[Sequence[float]], examples: int) -> Tensor:
+    """(C, examples) fp32, 0 for dummy examples."""
+    table = torch.tensor(values, dtype=torch.float32).T
+    return torch.nn.functional.pad(table, (0, examples - len(values)))
 
 
 def _row_width(longest: int, shape: Shape | None) -> int:

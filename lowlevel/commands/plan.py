@@ -16,7 +16,7 @@ from rich.table import Table
 from lowlevel.config.contradictions import parse_size
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
-from lowlevel.losses import LOSSES
+from lowlevel.losses import loss_spec
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import (
     AdapterSize,
@@ -125,7 +125,7 @@ def _why_fixed(config: RunConfig) -> str:
     """Why no budget can choose the micro-batches of this run; empty where it can."""
     if not config.data.packing:
         return "data.packing = false: rows of one example each; a plan for a budget needs data.packing = true"
-    if config.method == "dpo" and LOSSES[config.dpo.loss_type].mixes_pairs:
+    if config.method == "dpo" and loss_spec(config.dpo.loss_type).mixes_pairs:
         return mixed_by_a_budget(config)
     return ""
 

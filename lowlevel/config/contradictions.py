@@ -23,7 +23,7 @@ Check = tuple[bool, str]  # whether it is wrong, and what to say
 def contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
     """One line for each contradiction; `tables` say which keys were given."""
     given = {f"{s}.{k}" for s, table in tables.items() if isinstance(table, Mapping) for k in table}
-    given |= {key for key in tables if key == "dpo"}
+    given |= {key for key in tables if key in ("sft", "dpo")}
     checks = [*_method_and_model(config, given), *_data(config), *_train(config, given), *_trace(config, given)]
     return [message for wrong, message in checks if wrong]
 
@@ -57,6 +57,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
     quantisation = {"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"}
     return [
         (sft and "dpo" in given, '[dpo] is not used when method = "sft"'),
+        (not sft and "sft" in given, '[sft] is not used when method = "dpo"'),
         (sft and bool(model.adapter), "model.adapter is for dpo; to go on training use lora.init_from"),
         (sft and data.format == "orca", 'data.format = "orca" holds preferences; sft needs "messages"'),
         (sft and data.format == "preference", 'data.format = "preference" is for dpo; sft needs "messages"'),

@@ -95,8 +95,7 @@ def _with_defaults(tables: Mapping[str, Any], section: str, defaults: Mapping[st
 def to_tables(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as tables that `config_from_tables` takes: unset and unused keys are left out."""
     tables = config.model_dump(mode="json", exclude_none=True)
-    if config.method == "sft":
-        del tables["dpo"]
+    del tables["dpo" if config.method == "sft" else "sft"]
     if not (config.trace.every or config.trace.steps):
         del tables["trace"]
     if config.model.adapter is None:

@@ -19,6 +19,7 @@ Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Length = Annotated[int, Field(gt=1, le=LARGEST)]
 Batch = Annotated[int, Field(gt=0, le=65_536)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Number = int | Annotated[float, Field(allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -100,6 +101,7 @@ class DataConfig(Section):
     max_length: Length = Field(512, description="tokens of a sequence (prompt and completion); for the demo's base 256")
     max_prompt_length: Positive | None = Field(None, description="dpo: tokens of a prompt, cut from the left")
     packing: bool = Field(True, description="several examples share a row; the loss is the same either way")
+    columns: tuple[str, ...] = Field((), strict=False, description="numeric columns of a row that your own loss reads")
     on_bad_row: Literal["error", "skip"] = Field("error", description="what an unusable row does")
     eval_source: str | None = Field(None, description='like source, or "holdout": rows of source kept out of training')
     eval_split: str = Field("test", description="split of a hub data set for evaluation")
@@ -162,10 +164,20 @@ class TrainConfig(Section):
     save_total_limit: Positive = Field(2, description="checkpoints to keep")
 
 
+class SFTConfig(Section):
+    """The loss of supervised fine-tuning."""
+
+    loss_type: str = Field("cross_entropy", description='loss of a token; your own by name or as "module:function"')
+    loss_kwargs: dict[str, Number] = Field({}, description="hyper-parameters of your own loss")
+
+
 class DPOConfig(Section):
     """The preference loss (arXiv 2305.18290) and its hyper-parameters."""
 
-    loss_type: str = Field("sigmoid", description="preference loss; `lowlevel losses` lists them")
+    loss_type: str = Field(
+        "sigmoid", description='preference loss; `lowlevel losses` lists them; your own by name or as "module:function"'
+    )
+    loss_kwargs: dict[str, Number] = Field({}, description="hyper-parameters of your own loss")
     beta: Annotated[Finite, Field(gt=0)] = Field(0.1, description="temperature of the implicit reward")
     label_smoothing: Annotated[Finite, Field(ge=0, lt=0.5)] = Field(0.0, description="assumed share of flipped labels")
     discopop_tau: Annotated[Finite, Field(gt=0)] | None = Field(None, description="discopop only")
@@ -198,6 +210,7 @@ class RunConfig(Section):
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    sft: SFTConfig = SFTConfig()
     dpo: DPOConfig = DPOConfig()
     trace: TraceConfig = TraceConfig()
 
@@ -217,6 +230,7 @@ SECTIONS: dict[str, type[Section]] = {
     "lora": LoraConfig,
     "data": DataConfig,
     "train": TrainConfig,
+    "sft": SFTConfig,
     "dpo": DPOConfig,
     "trace": TraceConfig,
 }

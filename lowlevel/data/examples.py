@@ -35,6 +35,7 @@ class SFTExample:
     where: str
     input_ids: np.ndarray
     labels: np.ndarray
+    values: tuple[float, ...] = ()  # of data.columns
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class PreferenceExample:
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
+    values: tuple[float, ...] = ()  # of data.columns
 
 
 Example = SFTExample | PreferenceExample

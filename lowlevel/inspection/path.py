@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowlevel.config.schema import DPOConfig
-from lowlevel.inspection.reading import READINGS, formula
+from lowlevel.inspection.reading import formula, reading_of
 from lowlevel.inspection.records import PairRecord
-from lowlevel.losses import LOSSES
+from lowlevel.losses import loss_spec
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PathStep:
 def loss_path(record: PairRecord, config: DPOConfig) -> list[PathStep]:
     """The steps from log-probabilities to loss, for the loss that was configured."""
     chosen, rejected = record.chosen, record.rejected
-    averages = READINGS[config.loss_type] == "averages"
+    averages = reading_of(config.loss_type) == "averages"
     steps = [
         _both("policy", "log π(y|x), sum over tokens", chosen.logp, rejected.logp),
         _both("reference", "log ref(y|x)", chosen.ref_logp, rejected.ref_logp),
@@ -44,7 +44,7 @@ def loss_path(record: PairRecord, config: DPOConfig) -> list[PathStep]:
 
 def _weight(record: PairRecord, config: DPOConfig) -> PathStep:
     """How hard the pair is pushed: one number where the loss reads one number, else one a completion."""
-    reading = READINGS[config.loss_type]
+    reading = reading_of(config.loss_type)
     if reading in ("margin", "averages"):
         what = "−dL/dx" if reading == "margin" else "−dL/d(averaged margin)"
         return PathStep("weight", "σ(−x)" if config.loss_type == "sigmoid" else what, pair=float(record.chosen.weight))
@@ -52,7 +52,7 @@ def _weight(record: PairRecord, config: DPOConfig) -> PathStep:
 
 
 def _loss(record: PairRecord, config: DPOConfig) -> PathStep:
-    quantile = " (of the micro-batch's quantile)" if READINGS[config.loss_type] == "quantiles" else ""
+    quantile = " (of the micro-batch's quantile)" if reading_of(config.loss_type) == "quantiles" else ""
     return PathStep("loss L", f"{formula(config.loss_type)}{quantile}", pair=float(record.loss))
 
 
@@ -62,4 +62,4 @@ def _both(name: str, text: str, chosen: Tensor, rejected: Tensor) -> PathStep:
 
 def source(config: DPOConfig) -> str:
     """Where the loss was published."""
-    return LOSSES[config.loss_type].paper
+    return loss_spec(config.loss_type).paper

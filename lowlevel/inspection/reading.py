@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from lowlevel.config.schema import DPOConfig
-from lowlevel.losses import LOSSES
+from lowlevel.losses import loss_spec
 
 Reading = Literal["margin", "averages", "both", "quantiles"]
 
@@ -44,9 +44,14 @@ SYMBOLS = (
 )
 
 
+def reading_of(loss_type: str) -> Reading:
+    """What a loss reads of a pair; a user's own loss may read anything."""
+    return READINGS.get(loss_type, "both")
+
+
 def formula(loss_type: str) -> str:
     """The loss as its `LossSpec` writes it, in mathematical signs."""
-    text = LOSSES[loss_type].formula
+    text = loss_spec(loss_type).formula
     for pattern, sign in SYMBOLS:
         text = re.sub(pattern, sign, text)
     return text.replace("-", "−")
@@ -54,18 +59,20 @@ def formula(loss_type: str) -> str:
 
 def sum_name(loss_type: str) -> str:
     """What a pair's contributions add up to."""
-    return "averaged margin" if READINGS[loss_type] == "averages" else "margin"
+    return "averaged margin" if reading_of(loss_type) == "averages" else "margin"
 
 
 def weight_name(loss_type: str) -> str:
     """What a chosen completion's weight is called: the pair's, where the loss reads one number of it."""
     names = {"averages": "weight of the averaged margin", "margin": "weight"}
-    return names.get(READINGS[loss_type], "chosen weight")
+    return names.get(reading_of(loss_type), "chosen weight")
 
 
 def settings(config: DPOConfig) -> str:
     """Loss and hyper-parameters as one phrase: those that the loss reads."""
     names = {"beta": "β", "label_smoothing": "ε", "discopop_tau": "τ", "dpop_lambda": "λ", "rpo_alpha": "α"}
     values = config.model_dump()
-    given = [f"{names[key]} {values[key]:g}" for key in LOSSES[config.loss_type].parameters if values[key] is not None]
+    values |= config.loss_kwargs
+    keys = [key for key in loss_spec(config.loss_type).parameters if values.get(key) is not None]
+    given = [f"{names.get(key, key)} {values[key]:g}" for key in keys]
     return ", ".join([config.loss_type, *given])

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import DPOConfig
-from lowlevel.dpo import DPO, configured_loss, reward_slopes
+from lowlevel.dpo import DPO, preference_loss, reward_slopes
 from lowlevel.inspection.displacement import Displacement, displacement_of
 from lowlevel.inspection.distribution import Distribution, distribution
-from lowlevel.inspection.reading import READINGS
+from lowlevel.inspection.reading import reading_of
 from lowlevel.kernels import token_logps
 from lowlevel.losses.preference import PairLogps
 from lowlevel.model.policy import Policy
@@ -211,7 +211,7 @@ def _score(config: DPOConfig, logps: Tensor, ref_logps: Tensor, lengths: Tensor)
     rises by 1 raises an averaged contribution by 1 / n: the weights of averages are n times those of rewards.
     """
     pairs = PairLogps(*logps.chunk(2), *ref_logps.chunk(2), *lengths.chunk(2))
-    output, (for_chosen, for_rejected) = configured_loss(config, pairs), reward_slopes(config, pairs)
+    output, (for_chosen, for_rejected) = preference_loss(config)(pairs), reward_slopes(config, pairs)
     factors = contribution_factors(config, lengths)
     chosen, rejected = (factors * (logps - ref_logps)).chunk(2)
     weights = torch.cat([-for_chosen, for_rejected]) * _averaged_over(config, lengths)
@@ -234,7 +234,7 @@ def contribution_factors(config: DPOConfig, lengths: Tensor) -> Tensor:
 
 def _averaged_over(config: DPOConfig, lengths: Tensor) -> Tensor:
     """(2P,) fp32: n where the loss reads averages, else 1."""
-    return lengths.clamp(min=1).float() if READINGS[config.loss_type] == "averages" else torch.ones(len(lengths))
+    return lengths.clamp(min=1).float() if reading_of(config.loss_type) == "averages" else torch.ones(len(lengths))
 
 
 def _predict(policy: Policy, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Distribution]:

@@ -17,7 +17,7 @@ from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.lines import TokenLine, completion_lines, fall_line, sequence_lines
 from lowlevel.inspection.path import loss_path, source
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.reading import READINGS, sum_name
+from lowlevel.inspection.reading import reading_of, sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord
 
 WIDE = 110  # columns from which a pair's tables have room for the likeliest alternatives
@@ -81,7 +81,7 @@ def _sequences_table(inspection: Inspection, width: int) -> Table:
 
 def _pairs_table(inspection: Inspection, width: int) -> Table:
     """One line a pair; a loss that weighs the completions apart has two weights."""
-    reading = READINGS[inspection.dpo.loss_type]
+    reading = reading_of(inspection.dpo.loss_type)
     apart = reading in ("both", "quantiles")
     weights = ("weight+", "weight-") if apart else ("weight",)
     rows: list[Sequence[str | Text]] = []

@@ -6,13 +6,24 @@ optimizer step, so that 1x8, 2x4 and 8x1 give the same gradient for ragged lengt
 """
 
 from lowlevel.losses.cross_entropy import masked_cross_entropy, sequence_logps
-from lowlevel.losses.dpo import LOSSES, DPOOutput, dpo_loss
+from lowlevel.losses.dpo import LOSSES, DPOOutput, PreferenceLoss, dpo_loss, loss_spec
+from lowlevel.losses.preference import PairLogps
+from lowlevel.losses.registry import loss
+from lowlevel.losses.sums import LossSums
+from lowlevel.losses.supervised import SFT_LOSSES, TokenLogps
 from lowlevel.losses.token_logps import token_logps, token_logps_reference
 
 __all__ = [
     "LOSSES",
+    "SFT_LOSSES",
     "DPOOutput",
+    "LossSums",
+    "PairLogps",
+    "PreferenceLoss",
+    "TokenLogps",
     "dpo_loss",
+    "loss",
+    "loss_spec",
     "masked_cross_entropy",
     "sequence_logps",
     "token_logps",

@@ -1,15 +1,14 @@
 """Every preference loss by name, and the one call that checks what it was asked for before it computes it.
 
 A hyper-parameter that the chosen loss does not use is an error: a run must not report cDPO and train DPO (TRL 1.16
-ignores `label_smoothing` for `sigmoid`). Which parameters a loss uses is read from its signature, so that no list
-can go stale.
+ignores `label_smoothing` for `sigmoid`). Which ones a loss uses is read from its signature.
 """
 
-import difflib
-import inspect
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -17,19 +16,7 @@ from torch import Tensor
 
 from lowlevel.losses import preference
 from lowlevel.losses.preference import PairLogps
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """A loss: its function, formula and source as text, the hyper-parameters it reads, and whether it reads lengths."""
-
-    name: str
-    function: Callable[..., Tensor]
-    formula: str
-    paper: str
-    parameters: tuple[str, ...]
-    needs_lengths: bool
-    mixes_pairs: bool  # a pair's loss depends on the other pairs of its micro-batch
+from lowlevel.losses.registry import LossSpec, find, spec_of
 
 
 @dataclass(frozen=True)
@@ -43,42 +30,41 @@ class DPOOutput:
     chosen_rewards: Tensor
     rejected_rewards: Tensor
     margins: Tensor
-
-
-def _spec(
-    function: Callable[..., Tensor], formula: str, paper: str, *, needs_lengths: bool = False, mixes_pairs: bool = False
-) -> LossSpec:
-    keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return LossSpec(function.__name__, function, formula, paper, tuple(keywords), needs_lengths, mixes_pairs)
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # of a user's own loss, (P,) each
 
 
 _SPECS = (
-    _spec(preference.sigmoid, "-ls(x)", "arXiv 2305.18290 eq 7"),
-    _spec(preference.cdpo, "-(1-eps) ls(x) - eps ls(-x)", "ericmitchell.ai/cdpo.pdf eq 3"),
-    _spec(preference.robust, "(-(1-eps) ls(x) + eps ls(-x)) / (1-2 eps)", "arXiv 2403.00409"),
-    _spec(preference.hinge, "max(0, 1 - x)", "arXiv 2305.10425"),
-    _spec(preference.ipo, "(a/n+ - b/n- - 1/(2 beta))^2", "arXiv 2310.12036 eq 17", needs_lengths=True),
-    _spec(preference.ipo_sum, "(d - 1/(2 beta))^2", "arXiv 2310.12036 eq 17"),
-    _spec(preference.exo_pair, "s(x)(ls(x) - log(1-eps)) + s(-x)(ls(-x) - log eps)", "arXiv 2402.00856 eq 16"),
-    _spec(preference.nca_pair, "-ls(beta a) - ls(-beta a)/2 - ls(-beta b)/2", "arXiv 2402.05369"),
-    _spec(preference.bco_pair, "-ls(beta a) - ls(-beta b)", "arXiv 2404.04656"),
-    _spec(preference.sppo_hard, "(a - 1/(2 beta))^2 + (b + 1/(2 beta))^2", "arXiv 2405.00675 eq 4.7"),
-    _spec(
+    spec_of(preference.sigmoid, "-ls(x)", "arXiv 2305.18290 eq 7"),
+    spec_of(preference.cdpo, "-(1-eps) ls(x) - eps ls(-x)", "ericmitchell.ai/cdpo.pdf eq 3"),
+    spec_of(preference.robust, "(-(1-eps) ls(x) + eps ls(-x)) / (1-2 eps)", "arXiv 2403.00409"),
+    spec_of(preference.hinge, "max(0, 1 - x)", "arXiv 2305.10425"),
+    spec_of(preference.ipo, "(a/n+ - b/n- - 1/(2 beta))^2", "arXiv 2310.12036 eq 17", needs_lengths=True),
+    spec_of(preference.ipo_sum, "(d - 1/(2 beta))^2", "arXiv 2310.12036 eq 17"),
+    spec_of(preference.exo_pair, "s(x)(ls(x) - log(1-eps)) + s(-x)(ls(-x) - log eps)", "arXiv 2402.00856 eq 16"),
+    spec_of(preference.nca_pair, "-ls(beta a) - ls(-beta a)/2 - ls(-beta b)/2", "arXiv 2402.05369"),
+    spec_of(preference.bco_pair, "-ls(beta a) - ls(-beta b)", "arXiv 2404.04656"),
+    spec_of(preference.sppo_hard, "(a - 1/(2 beta))^2 + (b + 1/(2 beta))^2", "arXiv 2405.00675 eq 4.7"),
+    spec_of(
         preference.aot,
         "cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))",
         "arXiv 2406.05882",
         mixes_pairs=True,
     ),
-    _spec(preference.aot_unpaired, "cdpo on sort(a) - sort(b)", "arXiv 2406.05882", mixes_pairs=True),
-    _spec(preference.apo_zero, "1 - s(beta a) + s(beta b)", "arXiv 2408.06266 eq 7"),
-    _spec(preference.apo_down, "s(beta a) + 1 - s(x)", "arXiv 2408.06266 eq 8"),
-    _spec(preference.discopop, "-(1-m) ls(x) + m exp(-x), m = s(x/tau)", "arXiv 2406.08414 eq 5"),
-    _spec(preference.sigmoid_norm, "-ls(beta (a/n+ - b/n-))", "arXiv 2411.15124 eq 6", needs_lengths=True),
-    _spec(preference.dpop, "-ls(x - beta lambda max(0, -a))", "arXiv 2402.13228"),
-    _spec(preference.rpo, "-ls(x) - alpha log pi(y+) / n+", "arXiv 2404.19733", needs_lengths=True),
+    spec_of(preference.aot_unpaired, "cdpo on sort(a) - sort(b)", "arXiv 2406.05882", mixes_pairs=True),
+    spec_of(preference.apo_zero, "1 - s(beta a) + s(beta b)", "arXiv 2408.06266 eq 7"),
+    spec_of(preference.apo_down, "s(beta a) + 1 - s(x)", "arXiv 2408.06266 eq 8"),
+    spec_of(preference.discopop, "-(1-m) ls(x) + m exp(-x), m = s(x/tau)", "arXiv 2406.08414 eq 5"),
+    spec_of(preference.sigmoid_norm, "-ls(beta (a/n+ - b/n-))", "arXiv 2411.15124 eq 6", needs_lengths=True),
+    spec_of(preference.dpop, "-ls(x - beta lambda max(0, -a))", "arXiv 2402.13228"),
+    spec_of(preference.rpo, "-ls(x) - alpha log pi(y+) / n+", "arXiv 2404.19733", needs_lengths=True),
 )
 
 LOSSES: Mapping[str, LossSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
+
+
+def loss_spec(loss_type: str) -> LossSpec:
+    """The preference loss of a name: built in, or a user's own. Raises ValueError for an unknown one."""
+    return find(loss_type, LOSSES)
 
 
 def dpo_loss(
@@ -121,45 +107,55 @@ def dpo_loss(
         ValueError: unknown loss, a hyper-parameter that this loss does not use or out of range, missing lengths, or
             shapes that differ. Values of tensors are not looked at: that would be a host sync.
     """
-    given = _given(label_smoothing, discopop_tau, dpop_lambda, rpo_alpha)
-    spec = _find(loss_type)
-    _check_parameters(spec, beta, label_smoothing, given)
-    pairs = _pairs(
-        (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps), chosen_lengths, rejected_lengths, spec
-    )
-    settings = {"beta": beta, "label_smoothing": label_smoothing} | given
-    used = {name: settings[name] for name in spec.parameters if name in settings}  # absent: the function's own default
-    chosen_rewards = beta * pairs.chosen_logratios.detach()
-    rejected_rewards = beta * pairs.rejected_logratios.detach()
-    return DPOOutput(
-        losses=spec.function(pairs, **used),
-        chosen_rewards=chosen_rewards,
-        rejected_rewards=rejected_rewards,
-        margins=chosen_rewards - rejected_rewards,
+    given = {"discopop_tau": discopop_tau, "dpop_lambda": dpop_lambda, "rpo_alpha": rpo_alpha}
+    loss = PreferenceLoss.of(loss_type, beta=beta, label_smoothing=label_smoothing, **given)
+    return loss(
+        _pairs(
+            (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps),
+            chosen_lengths,
+            rejected_lengths,
+            loss.spec,
+        )
     )
 
 
-def _given(
-    label_smoothing: float, discopop_tau: float | None, dpop_lambda: float | None, rpo_alpha: float | None
-) -> dict[str, float]:
-    """Return the hyper-parameters that the caller set: not None, and for label_smoothing not 0."""
-    values = {"discopop_tau": discopop_tau, "dpop_lambda": dpop_lambda, "rpo_alpha": rpo_alpha}
-    values["label_smoothing"] = None if label_smoothing == 0 else label_smoothing
-    return {name: value for name, value in values.items() if value is not None}
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A preference loss with its hyper-parameters: what training calls for each micro-batch."""
 
+    spec: LossSpec
+    beta: float
+    settings: Mapping[str, float]  # keyword arguments of the loss function
 
-def _find(loss_type: str) -> LossSpec:
-    if loss_type in LOSSES:
-        return LOSSES[loss_type]
-    nearest = difflib.get_close_matches(loss_type.lower(), LOSSES, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise ValueError(f"unknown loss_type {loss_type!r}: {hint}Known: {', '.join(LOSSES)} ('sigmoid' is plain DPO)")
+    @classmethod
+    def of(
+        cls, loss_type: str, *, beta: float = 0.1, label_smoothing: float = 0.0, **given: float | None
+    ) -> PreferenceLoss:
+        """The loss of a name; hyper-parameters that are None, and a label_smoothing of 0, count as not given.
+
+        Raises:
+            ValueError: unknown loss, or a hyper-parameter that it does not use or that is out of range.
+        """
+        spec = loss_spec(loss_type)
+        chosen = {name: value for name, value in given.items() if value is not None}
+        smoothing = {"label_smoothing": label_smoothing}
+        _check_parameters(spec, beta, label_smoothing, chosen | (smoothing if label_smoothing != 0 else {}))
+        values = {"beta": beta, **smoothing, **chosen}
+        used = {name: values[name] for name in spec.parameters if name in values}  # absent: the function's default
+        return cls(spec, beta, used)
+
+    def __call__(self, pairs: PairLogps) -> DPOOutput:
+        """Loss and rewards of P pairs."""
+        losses, metrics = self.spec(pairs, self.settings)
+        chosen_rewards = self.beta * pairs.chosen_logratios.detach()
+        rejected_rewards = self.beta * pairs.rejected_logratios.detach()
+        return DPOOutput(losses, chosen_rewards, rejected_rewards, chosen_rewards - rejected_rewards, metrics)
 
 
 def _check_parameters(spec: LossSpec, beta: float, label_smoothing: float, given: Mapping[str, float]) -> None:
     for name, value in given.items():
         if name not in spec.parameters:
-            users = ", ".join(repr(other.name) for other in LOSSES.values() if name in other.parameters)
+            users = ", ".join(repr(other.name) for other in LOSSES.values() if name in other.parameters) or "no loss"
             smoothed_dpo = name == "label_smoothing" and spec.name == "sigmoid"
             hint = "; DPO with label smoothing is 'cdpo'" if smoothed_dpo else ""
             raise ValueError(f"loss_type {spec.name!r} does not use {name} (got {value}); used by {users}{hint}")

@@ -11,7 +11,8 @@ fp32, and the one bare exponential (DiscoPOP) is written so that its exponent ca
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,7 +24,14 @@ class PairLogps:
     """Log-probabilities of P pairs under policy and reference, summed over a completion; each (P,) and floating.
 
     `chosen_lengths` and `rejected_lengths` (P,) are the numbers of tokens in those sums; only losses that average
-    over tokens read them.
+    over tokens read them. In training, three more are filled in, for losses of a user's own:
+
+    Attributes:
+        token_logps: (N,) fp32, of every completion token under the policy.
+        ref_token_logps: (N,) fp32, likewise under the reference; None if a cache gave the sums.
+        sequence_ids: (N,) int64, the completion of each token: i is the chosen one of pair i, P + i its rejected one,
+            2P marks a dummy token.
+        values: numeric columns of the rows that `data.columns` names, (P,) fp32 each.
     """
 
     chosen_logps: Tensor
@@ -32,6 +40,10 @@ class PairLogps:
     ref_rejected_logps: Tensor
     chosen_lengths: Tensor | None = None
     rejected_lengths: Tensor | None = None
+    token_logps: Tensor | None = None
+    ref_token_logps: Tensor | None = None
+    sequence_ids: Tensor | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     @property
     def chosen_logratios(self) -> Tensor:

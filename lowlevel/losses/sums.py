@@ -1,19 +1,30 @@
-"""What a method's loss gives of a micro-batch: sums that the loop divides, once, by a step's count."""
+"""The result of a method's loss on a micro-batch: sums, which the loop divides once by the count of the whole step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over a micro-batch's `count` (tokens or pairs). Nothing here is a mean: only the loop divides."""
+    """Sums over the `count` tokens or pairs of a micro-batch. Nothing here is a mean."""
 
-    loss: Tensor  # scalar, differentiable
+    loss: Tensor  # scalar, differentiable until the backward pass
     metrics: Mapping[str, Tensor]  # scalars, detached, by the name they are logged under
-    # What a trace keeps, detached: (P,) by example, fillers among them, and (N,) by scored token.
+    # Detached values of each example, (P,), and of each scored token, (N,); both include dummy examples.
     examples: Mapping[str, Tensor] = field(default_factory=dict)
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def named(self) -> dict[str, Tensor]:
+        """Loss and metrics by name, detached scalars."""
+        return {"loss": self.loss.detach(), **self.metrics}
+
+    def kept(self, details: bool) -> LossSums:
+        """With copies of `examples` and `tokens`, or without them: a captured graph overwrites them when it replays."""
+        if not details:
+            return replace(self, examples={}, tokens={})
+        examples, tokens = ({k: v.clone() for k, v in part.items()} for part in (self.examples, self.tokens))
+        return replace(self, examples=examples, tokens=tokens)

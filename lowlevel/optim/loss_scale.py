@@ -6,6 +6,7 @@ is logged, saved and compared should not hide in a device tensor.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 INITIAL_SCALE = 65536.0
@@ -28,16 +29,24 @@ class LossScale:
         """Scaling for fp16; a scale of 1 that never changes otherwise."""
         return cls() if precision == "fp16" else cls(scale=1.0, enabled=False)
 
-    def update(self, finite: bool) -> None:
-        """After each attempt: halve after an overflow, double after 2,000 attempts without one; count, if disabled."""
-        if not finite:
+    def accepts(self, grad_norm: float) -> bool:
+        """Whether the gradient can be applied. Halves the scale after an overflow, doubles it after 2,000 attempts
+        without one; counts only, if disabled.
+        """
+        if not math.isfinite(grad_norm):
             self.skipped_steps += 1
             self.skips_in_a_row += 1
             self.good_steps = 0
             self.scale *= 0.5 if self.enabled else 1.0
-            return
+            return False
         self.skips_in_a_row = 0
         self.good_steps += 1
         if self.enabled and self.good_steps == GROWTH_INTERVAL:
             self.scale *= 2.0
             self.good_steps = 0
+        return True
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether repeating the step at half the scale cannot help any more."""
+        return not self.enabled or self.skips_in_a_row > MAX_SKIPS_IN_A_ROW

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.losses import LossSums
 from lowlevel.optim.loss_scale import LossScale
 
 
@@ -30,15 +34,85 @@ class Window:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, as host numbers."""
+    """One applied optimizer step: numbers on the host, and what it was computed from.
 
-    metrics: dict[str, float]  # "loss" and what the method reports: means over the step's count
-    grad_norm: float  # before clipping
-    count: int  # supervised tokens or pairs
-    examples: int
-    num_tokens: int
-    supervised_tokens: int
-    positions: int  # computed: num_tokens and padding
+    Attributes:
+        number: counted from 1.
+        metrics: "loss" and what the method reports, means over the step's count.
+        grad_norm: l2 norm before clipping.
+        learning_rate: of this update.
+        count: supervised tokens (sft) or pairs (dpo).
+        batches: the micro-batches, on the CPU.
+        sums: the result of each micro-batch, on the device, before the update.
+    """
+
+    number: int
+    metrics: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+    count: int
+    batches: tuple[PackedBatch, ...]
+    sums: tuple[LossSums, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean over `count`."""
+        return self.metrics["loss"]
+
+    @property
+    def rows(self) -> list[int]:
+        """The data row of each example."""
+        return [row for batch in self.batches for row in batch.data_rows]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(batch.num_tokens for batch in self.batches)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that the loss is taken over."""
+        return sum(batch.num_scored for batch in self.batches)
+
+    @property
+    def positions(self) -> int:
+        """Computed positions: tokens and padding."""
+        return sum(batch.input_ids.numel() for batch in self.batches)
+
+    @property
+    def examples(self) -> dict[str, Tensor]:
+        """Values of each example in the order of `rows`, (P,) by name: loss, log-probabilities, rewards.
+
+        Empty unless the step was taken with details.
+        """
+        names = self.sums[0].examples
+        sizes = [len(batch.data_rows) for batch in self.batches]
+        return {n: torch.cat([s.examples[n][:size] for s, size in zip(self.sums, sizes, strict=True)]) for n in names}
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """Values of each scored token, (N,) by name: "logps", "ref_logps", its "ids", and its "rows" (data rows).
+
+        The tokens of a pair's chosen completion come before those of all rejected ones of the same micro-batch. Empty
+        unless the step was taken with details.
+        """
+        parts: dict[str, list[Tensor]] = {}
+        for batch, sums in zip(self.batches, self.sums, strict=True):
+            order = batch.sequence_ids[batch.belongs].argsort(stable=True)
+            places = batch.belongs.nonzero()[:, 0][order]
+            rows = torch.tensor(batch.data_rows)[batch.sequence_ids[places] % len(batch.real)]
+            own = {"ids": batch.scored_targets[places], "rows": rows} if sums.tokens else {}
+            for name, values in {**own, **{n: v.cpu()[places] for n, v in sums.tokens.items()}}.items():
+                parts.setdefault(name, []).append(values)
+        return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def means_on_host(sums: Sequence[LossSums], count: int, norm: Tensor) -> tuple[dict[str, float], float]:
+    """Loss and metrics of a step, divided by its count, and the gradient's norm; waits once for the device."""
+    named = [one.named() for one in sums]
+    totals = {name: torch.stack([one[name] for one in named]).sum() for name in named[0]}
+    *means, grad_norm = torch.stack([*(total / count for total in totals.values()), norm]).tolist()
+    return dict(zip(totals, means, strict=True)), grad_norm
 
 
 @dataclass
@@ -66,7 +140,7 @@ class TrainState:
         self.step += 1
         self.num_tokens += result.num_tokens
         self.supervised_tokens += result.supervised_tokens
-        self.examples += result.examples
+        self.examples += len(result.rows)
         self.window_tokens += result.num_tokens
         self.window_positions += result.positions
         self.window_seconds += seconds

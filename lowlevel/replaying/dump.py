@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.dpo import DPO, configured_loss
+from lowlevel.dpo import DPO, preference_loss
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.execution import Method, micro_step
@@ -113,7 +113,7 @@ def observe(session: Session, *, layers: bool) -> Dump:
             moved = batch.to(policy.placement.device)
             with _watched(session, layers) as seen:
                 key = key32(session.config.train.seed, state.step)
-                parts = micro_step(policy, session.method, moved, scale / count, key)
+                parts = micro_step(policy, session.method, moved, scale / count, key).named()
             sums.append({name: float(value) for name, value in parts.items()})
             dump.files[f"micro-{number}.safetensors"] = _micro_tensors(session, moved, seen)
             if layers:
@@ -179,7 +179,7 @@ def _losses(method: Method, batch: PackedBatch, logps: Tensors) -> Tensor:
     if not isinstance(method, DPO):
         return -logps["policy"]
     pairs = PairLogps(*logps["policy"].chunk(2), *logps["reference"].chunk(2), *batch.lengths.chunk(2))
-    return torch.where(batch.real, configured_loss(method.config, pairs).losses, 0.0)
+    return torch.where(batch.real, preference_loss(method.config)(pairs).losses, 0.0)
 
 
 def _copy(tensor: Tensor) -> Tensor:

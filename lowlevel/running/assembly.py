@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
+from lowlevel import dpo, sft
 from lowlevel.batch.layout import Shape
 from lowlevel.batch.order import ORDER_VERSION, DataOrder
 from lowlevel.config.contradictions import parse_size
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import ModelLimits, PreparedData, prepare
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
-from lowlevel.dpo import DPO, check_loss
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.execution import Method
-from lowlevel.losses import LOSSES
+from lowlevel.losses import loss_spec
 from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, resolve_name
@@ -34,7 +34,6 @@ from lowlevel.model.sizes import size_of
 from lowlevel.model.suitability import attention_window, short_positions
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
 from lowlevel.running.run_folder import RunFolder
-from lowlevel.sft import SFT
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,12 @@ def build_method(config: RunConfig, attention: Attention) -> Method:
     length = config.row_positions
     capacity = config.train.micro_batch_positions or batch * length
     granule = min(max(8, capacity // 16 // 8 * 8), 128 if capacity <= 4096 else 256) if data.packing else 64
-    if config.method == "dpo" and LOSSES[config.dpo.loss_type].mixes_pairs:
+    if config.method == "dpo" and loss_spec(config.dpo.loss_type).mixes_pairs:
         examples = 1  # no pairs that only fill up: they would take part in the sort
     shape = Shape(granule, min(8, examples), length, capacity) if attention.kernel else None
     if config.method == "sft":
-        return SFT(batch, length, data.packing, shape)
-    return DPO(config.dpo, batch, length, data.packing, shape)
+        return sft.SFT(batch, length, data.packing, shape, config.sft, data.columns)
+    return dpo.DPO(config.dpo, batch, length, data.packing, shape, data.columns)
 
 
 def choose_execution(config: RunConfig, inputs: Inputs) -> str:
@@ -92,13 +91,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     Raises:
         ConfigError, DataError, CheckpointError: with what to do about it.
     """
-    if config.method == "dpo":
-        try:
-            check_loss(config.dpo)
-        except ValueError as error:
-            raise ConfigError(f"[dpo]: {error}") from None
-        if config.train.memory_budget is not None and LOSSES[config.dpo.loss_type].mixes_pairs:
-            raise ConfigError(mixed_by_a_budget(config))
+    check_loss(config)
     placement = choose_placement(config.train.precision)
     base = load_model_config(config.model)
     if config.model.embeddings_on_host and base.to_dict().get("tie_word_embeddings"):
@@ -117,6 +110,24 @@ def check_inputs(config: RunConfig) -> Inputs:
     if attention.implementation != "eager":
         check_sdpa(model)
     return Inputs(tokenizer, data, placement, attention, parent, init_from)
+
+
+def check_loss(config: RunConfig) -> None:
+    """Refuse a loss that does not exist, is misused, or fails on a trial batch.
+
+    Raises:
+        ConfigError: with what to do about it.
+    """
+    try:
+        if config.method == "sft":
+            sft.check_loss(config.sft, config.data.columns)
+        else:
+            dpo.check_loss(config.dpo, config.data.columns)
+    except ValueError as error:
+        raise ConfigError(f"[{config.method}]: {error}") from None
+    mixes = config.method == "dpo" and loss_spec(config.dpo.loss_type).mixes_pairs
+    if config.train.memory_budget is not None and mixes:
+        raise ConfigError(mixed_by_a_budget(config))
 
 
 def check_run(config: RunConfig) -> tuple[RunConfig, Inputs]:

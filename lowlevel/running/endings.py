@@ -45,7 +45,7 @@ def recorded_end(folder: RunFolder) -> Iterator[None]:
         yield
     except BaseException as error:
         if not (isinstance(error, ConfigError) and folder.read_state() != "running"):
-            state = "preempted" if isinstance(error, InterruptedRunError) else "failed"
+            state = "preempted" if isinstance(error, InterruptedRunError | GeneratorExit) else "failed"
             folder.write_end(state, *_code_and_text(error))
         raise
 
@@ -55,6 +55,8 @@ def _code_and_text(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, SystemExit):
         return int(error.code or 0), "ended at once by a second signal"
+    if isinstance(error, GeneratorExit):
+        return 0, "the loop over its steps was left; continue with resume"
     if isinstance(error, BrokenPipeError):
         return 130, "standard output was closed"
     return 1, f"{type(error).__name__}: {error}"

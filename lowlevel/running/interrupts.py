@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that a signal is received from a command's fi
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -31,7 +32,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         """Take the place of the handlers that there are."""
-        self._previous = {number: signal.signal(number, self.on_signal) for number in RECEIVED}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._previous = {number: signal.signal(number, self.on_signal) for number in RECEIVED}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -44,7 +44,7 @@ def rehearse(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(PASSES):
-        execution.until_it_runs(lambda: execution.run(moved, 0.0, 0, 0))
+        execution.until_it_runs(lambda: execution.run(moved, 0.0, 0))
     torch.cuda.synchronize()
     report["phases"]["a whole micro-step"] = torch.cuda.max_memory_allocated()
     policy.flat.grad.zero_()

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._dynamo.utils import counters
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.order import DataOrder
 from lowlevel.batch.prefetch import Prefetched
 from lowlevel.config.schema import RunConfig
-from lowlevel.execution import Graphed, Kept, Method, WithFallback, signature_of
+from lowlevel.execution import Graphed, Method, WithFallback, signature_of
 from lowlevel.loop import train
+from lowlevel.losses import LossSums
 from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import StepResult, TrainState
@@ -69,14 +69,12 @@ class Watched:
         self.execution, self.policy, self.method = execution, execution.policy, execution.method
         self._set_up = False
 
-    def run(
-        self, batch: PackedBatch, factor: float, seed: int, step: int, kept: list[Kept] | None = None
-    ) -> dict[str, Tensor]:
+    def run(self, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:
         """See `lowlevel.execution.Execution`."""
         inner, before = self.execution.execution, self._state()
         known = not isinstance(inner, Graphed) or signature_of(batch) in inner.captured
         try:
-            return self.execution.run(batch, factor, seed, step, kept)
+            return self.execution.run(batch, factor, dropout_key)
         finally:
             self._set_up |= not known or self._state() != before
 
@@ -137,7 +135,7 @@ def take_steps(run: TimedRun, execution: WithFallback, count: int, *, divide: bo
             return run.batches(step)
 
     with _put_back(policy), divided(clock, run.method, run.optimizer) if divide else nullcontext():
-        train(
+        steps = train(
             watched,
             run.optimizer,
             TrainState(LossScale.for_precision(policy.placement.precision)),
@@ -148,6 +146,8 @@ def take_steps(run: TimedRun, execution: WithFallback, count: int, *, divide: bo
             total_steps=count,
             steps_per_epoch=run.order.steps_per_epoch,
         )
+        for _ in steps:
+            pass
     return recorder.steps
 
 

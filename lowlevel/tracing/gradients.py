@@ -18,7 +18,6 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.dpo import DPO, completion_logps
 from lowlevel.execution import Method
-from lowlevel.hashing import key32
 from lowlevel.model.policy import Policy
 
 NEAR_OVERFLOW = 65504 / 2  # half of the largest fp16 number
@@ -32,8 +31,7 @@ def measure(
     batches: Sequence[PackedBatch],
     pairs: Sequence[Mapping[str, Sequence[Any]]] | None,
     scale: float,
-    seed: int,
-    step: int,
+    dropout_key: int,
 ) -> dict[str, list[Any]]:
     """The gradient's columns of a steps table, each with one value; norms are those before clipping.
 
@@ -43,8 +41,7 @@ def measure(
         batches: the micro-batches of the step.
         pairs: columns by micro-batch, with "weight"; None for sft.
         scale: loss scale.
-        seed: of dropout.
-        step: applied steps before this one, for dropout.
+        dropout_key: of the step.
     """
     grad = policy.flat.grad
     columns: dict[str, list[Any]] = {"grad_norm": [_norm(grad) / scale], **_norms(policy, scale)}
@@ -53,7 +50,7 @@ def measure(
     columns |= {"zero_share": [zero / grad.numel()], "near_fp16_overflow_share": [near / grad.numel()]}
     if isinstance(method, DPO) and pairs is not None:
         total = grad.clone()
-        chosen = _chosen_term(policy, method, batches, pairs, scale, seed, step)
+        chosen = _chosen_term(policy, method, batches, pairs, scale, dropout_key)
         grad.copy_(total)
         rejected = total.sub_(chosen)
         lengths = _norm(chosen), _norm(rejected)
@@ -72,15 +69,14 @@ def _chosen_term(
     batches: Sequence[PackedBatch],
     pairs: Sequence[Mapping[str, Sequence[Any]]],
     scale: float,
-    seed: int,
-    step: int,
+    dropout_key: int,
 ) -> Tensor:
     """The chosen term, (n,), times `scale`."""
     policy.flat.grad.zero_()
     factor = scale / sum(method.count(batch) for batch in batches)
     for batch, columns in zip(batches, pairs, strict=True):
         moved = batch.to(policy.placement.device)
-        policy.dropout.set_micro_batch(moved.dropout_keys, key32(seed, step))
+        policy.dropout.set_micro_batch(moved.dropout_keys, dropout_key)
         if method.config.disable_dropout:
             policy.dropout.disable()
         chosen, _ = completion_logps(policy, moved)

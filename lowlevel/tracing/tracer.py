@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import RunConfig
-from lowlevel.dpo import DPO, reward_slopes
+from lowlevel.dpo import DPO, kept_pair_logps, reward_slopes
 from lowlevel.errors import CheckpointError
-from lowlevel.execution import Kept, Method
-from lowlevel.losses.preference import PairLogps
+from lowlevel.execution import Method
+from lowlevel.losses import LossSums
 from lowlevel.model.policy import Policy
 from lowlevel.tracing.files import write_table
 from lowlevel.tracing.gradients import measure
@@ -54,18 +55,18 @@ class Tracer:
         return step in self.steps or (self.every is not None and step % self.every == 0)
 
     def take(
-        self, steps_done: int, batches: Sequence[PackedBatch], kept: Sequence[Kept], scale: float, seed: int
+        self, steps_done: int, batches: Sequence[PackedBatch], sums: Sequence[LossSums], scale: float, dropout_key: int
     ) -> None:
         """Copy what the backward passes left. A step that an fp16 overflow repeats replaces what it gave before.
 
         Args:
             steps_done: applied steps before this one.
             batches: the step's micro-batches, on the CPU.
-            kept: what each of them computed.
+            sums: the result of each, with details.
             scale: loss scale of the gradient in `policy.flat.grad`, which is neither unscaled nor clipped yet.
-            seed: of dropout, for the one more backward pass of trace.gradients.
+            dropout_key: of the step, for the additional backward pass of trace.gradients.
         """
-        step, host = steps_done + 1, _to_host(kept)
+        step, host = steps_done + 1, _to_host(sums)
         if step not in self._taken and self._values > FLUSH_VALUES:
             self.flush()
         kind = "pairs" if isinstance(self.method, DPO) else "examples"
@@ -75,7 +76,7 @@ class Tracer:
         line: Columns = {"step": [step], "loss": [loss], counted: [count], "loss_scale": [scale]}
         if self.with_gradients:
             pairs = rows if kind == "pairs" else None
-            line |= measure(self.policy, self.method, batches, pairs, scale, seed, steps_done)
+            line |= measure(self.policy, self.method, batches, pairs, scale, dropout_key)
         self._taken[step] = {kind: rows, "steps": [line]}
         self._values += sum(part.numel() for one in host for part in (*one.examples.values(), *one.tokens.values()))
 
@@ -103,21 +104,21 @@ class Tracer:
             write_table(self.folder, kind, columns)
         self._taken, self._values = {}, 0
 
-    def _rows(self, step: int, number: int, batch: PackedBatch, kept: Kept) -> Columns:
+    def _rows(self, step: int, number: int, batch: PackedBatch, kept: LossSums) -> Columns:
         size = len(batch.data_rows)
         head: Columns = {"step": [step] * size, "row": batch.data_rows, "micro_batch": [number] * size}
         if isinstance(self.method, DPO):
             return head | self._pair_columns(self.method, batch, kept)
-        logps = kept.examples["logps"][:size].numpy()
-        columns: Columns = {"length": _lengths(batch, 0), "logps": logps, "loss": -logps}
+        logps, losses = (kept.examples[name][:size].numpy() for name in ("logps", "loss"))
+        columns: Columns = {"length": _lengths(batch, 0), "logps": logps, "loss": losses}
         return head | columns | (_token_columns(batch, kept, "", 0) if self.token_level else {})
 
-    def _pair_columns(self, method: DPO, batch: PackedBatch, kept: Kept) -> Columns:
+    def _pair_columns(self, method: DPO, batch: PackedBatch, kept: LossSums) -> Columns:
         size, half = len(batch.data_rows), len(batch.lengths) // 2  # a batch filled up to a shape has room for more
         logps = {name: kept.examples[source][:size] for name, source in LOGPS.items()}
         chosen, rejected = _lengths(batch, 0), _lengths(batch, half)
-        pairs = PairLogps(**logps, chosen_lengths=torch.tensor(chosen), rejected_lengths=torch.tensor(rejected))
-        for_chosen, for_rejected = reward_slopes(method.config, pairs)
+        slopes = reward_slopes(method.config, kept_pair_logps(batch, kept, method.columns))
+        for_chosen, for_rejected = (values[:size] for values in slopes)
         columns: Columns = {name: values.numpy() for name, values in logps.items()}
         columns |= {
             "chosen_length": chosen,
@@ -134,12 +135,13 @@ class Tracer:
         return columns
 
 
-def _to_host(kept: Sequence[Kept]) -> list[Kept]:
-    """The same on the CPU, by one copy."""
-    tensors = [tensor for one in kept for part in (one.examples, one.tokens) for tensor in part.values()]
+def _to_host(sums: Sequence[LossSums]) -> list[LossSums]:
+    """The same details on the CPU, by one copy."""
+    tensors = [tensor for one in sums for part in (one.examples, one.tokens) for tensor in part.values()]
     flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors]).cpu()
     pieces = iter(flat.split([tensor.numel() for tensor in tensors]))
-    return [Kept(*({name: next(pieces) for name in part} for part in (one.examples, one.tokens))) for one in kept]
+    details = [[{name: next(pieces) for name in part} for part in (one.examples, one.tokens)] for one in sums]
+    return [replace(one, examples=new[0], tokens=new[1]) for one, new in zip(sums, details, strict=True)]
 
 
 def _lengths(batch: PackedBatch, first: int) -> list[int]:
@@ -148,7 +150,7 @@ def _lengths(batch: PackedBatch, first: int) -> list[int]:
     return lengths
 
 
-def _token_columns(batch: PackedBatch, kept: Kept, prefix: str, first: int) -> Columns:
+def _token_columns(batch: PackedBatch, kept: LossSums, prefix: str, first: int) -> Columns:
     """Ids and log-probabilities of each sequence's scored tokens, in order."""
     sources: Mapping[str, Tensor] = {"token_ids": batch.scored_targets} | {
         name.replace("logps", "token_logps"): values for name, values in kept.tokens.items()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowlevel.dpo import DPO
-from lowlevel.losses import LOSSES
+from lowlevel.losses import loss_spec
 from lowlevel.verification.check import Check, check, head_bound, relative
 from lowlevel.verification.evidence import Evidence
 from lowlevel.verification.formulas import pair_losses
@@ -20,7 +20,7 @@ def accounting_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """Dropout must be off."""
     checks = [_division(subject, evidence), _counts(subject, evidence), _loss_scale(subject)]
     if subject.preference:
-        checks += [_parameter(subject, evidence, name) for name in LOSSES[subject.config.dpo.loss_type].parameters]
+        checks += [_parameter(subject, evidence, name) for name in loss_spec(subject.config.dpo.loss_type).parameters]
     return checks
 
 
@@ -33,7 +33,7 @@ def _division(subject: Subject, evidence: Evidence) -> Check:
         subject.run_step(execution=execution)[0].metrics["loss"] for _ in range(3 if subject.mode == "graphed" else 1)
     ]
     execution.use("eager")
-    if not (subject.preference and LOSSES[subject.config.dpo.loss_type].mixes_pairs):
+    if not (subject.preference and loss_spec(subject.config.dpo.loss_type).mixes_pairs):
         losses += [subject.run_step(with_batches_of(subject.method, n))[0].metrics["loss"] for n in (1, 3)]
     error = max(abs(loss - expected) for loss in losses) / (abs(expected) or 1.0)
     note = f"{expected:.7f} = sum / {'pairs' if subject.preference else 'tokens'} of the step, float64"
@@ -46,8 +46,8 @@ def _counts(subject: Subject, evidence: Evidence) -> Check:
     result, _ = subject.run_step()
     count = len(subject.examples) if subject.preference else evidence.tokens
     wrong = abs(result.count - count) + abs(result.supervised_tokens - evidence.tokens)
-    wrong += abs(result.examples - len(subject.examples))
-    note = f"{result.examples} examples, {result.supervised_tokens:,} supervised tokens, divided by {result.count:,}"
+    wrong += abs(len(result.rows) - len(subject.examples))
+    note = f"{len(result.rows)} examples, {result.supervised_tokens:,} supervised tokens, divided by {result.count:,}"
     return check(GROUP, "counts of the step", float(wrong), 0, note)
 
 

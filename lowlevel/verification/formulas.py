@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.config.schema import DPOConfig
-from lowlevel.losses import LOSSES
+from lowlevel.losses import loss_spec
 from lowlevel.losses.preference import PairLogps
 
 
@@ -53,12 +53,12 @@ def pair_losses(pairs: Logps, config: DPOConfig) -> Tensor:
     if config.loss_type in written:
         return written[config.loss_type]()
     values = config.model_dump()
-    names = LOSSES[config.loss_type].parameters
+    names = loss_spec(config.loss_type).parameters
     used = {name: values[name] for name in names if values[name] is not None}
     given = PairLogps(
         pairs.chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected, pairs.chosen_lengths, pairs.rejected_lengths
     )
-    return LOSSES[config.loss_type].function(given, **used)
+    return loss_spec(config.loss_type).function(given, **used)
 
 
 def slopes(pairs: Logps, config: DPOConfig) -> tuple[Tensor, ...]:

@@ -39,7 +39,7 @@ def _formula_check(subject: Subject, evidence: Evidence) -> Check:
         value.float().requires_grad_() for value in (logps.chosen, logps.rejected, logps.ref_chosen, logps.ref_rejected)
     ]
     pairs = PairLogps(leaves[0], leaves[1], leaves[2], leaves[3], logps.chosen_lengths, logps.rejected_lengths)
-    output = dpo.configured_loss(method.config, pairs)
+    output = dpo.preference_loss(method.config)(pairs)
     grads = torch.autograd.grad(output.losses.sum(), leaves, allow_unused=True)
     found = torch.stack([torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)])
     expected = torch.stack(slopes(logps, subject.config.dpo))

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch, Segment, build_batch, pair_rows, sft_segment
 from lowlevel.execution import Method
 from lowlevel.labels import IGNORED
-from lowlevel.losses import LOSSES
+from lowlevel.losses import loss_spec
 from lowlevel.verification.check import Check, check, relative
 from lowlevel.verification.evidence import Evidence
 from lowlevel.verification.subject import Subject, packed, with_batches_of
@@ -42,7 +42,7 @@ def _layouts(subject: Subject) -> Iterator[tuple[str, Method]]:
     """Against all examples in one padded micro-batch. Losses that sort a micro-batch's pairs must have them in one."""
     method, number = subject.method, len(subject.examples)
     yield "as the run has it", method
-    if not (subject.preference and LOSSES[subject.config.dpo.loss_type].mixes_pairs):
+    if not (subject.preference and loss_spec(subject.config.dpo.loss_type).mixes_pairs):
         yield f"{number} x 1 = 1 x {number}", with_batches_of(method, 1)
         yield f"3 a micro-batch = 1 x {number}", with_batches_of(method, 3)
     yield "shared prompt = two rows" if subject.preference else "packed = padded", packed(method, number)

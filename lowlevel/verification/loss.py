@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from lowlevel.losses import LOSSES
+from lowlevel.losses import loss_spec
 from lowlevel.verification.check import Check, check, head_bound, largest
 from lowlevel.verification.evidence import Evidence, flat64
 from lowlevel.verification.formulas import pair_losses, slopes
@@ -63,7 +63,7 @@ def _pair_checks(subject: Subject, evidence: Evidence, token: float, longest: in
     expected = subject.config.dpo.beta * logps.delta
     checks.append(check(GROUP, "margin of a pair", largest(margins - expected), 4 * subject.config.dpo.beta * bound))
     loss_type = subject.config.dpo.loss_type
-    if LOSSES[loss_type].mixes_pairs:
+    if loss_spec(loss_type).mixes_pairs:
         return checks  # a pair alone has another loss than among others: the step's loss is in `accounting`
     losses = pair_losses(logps, subject.config.dpo)
     steepest = largest(torch.stack([part.abs() for part in slopes(logps, subject.config.dpo)]).sum(0))

@@ -10,7 +10,7 @@ from typing import Any
 from lowlevel.config.file import load_config
 from lowlevel.config.schema import RunConfig
 from lowlevel.execution import Method
-from lowlevel.losses import LOSSES
+from lowlevel.losses import loss_spec
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
 from lowlevel.model.policy import PARENT, Policy, dequantize_once
 from lowlevel.running.assembly import (
@@ -85,7 +85,7 @@ def make_subject(opened: Opened, examples: Sequence[Any], step: int, exact_param
 def _checkable(config: RunConfig, method: Method, examples: tuple[Any, ...]) -> tuple[Any, ...]:
     """The examples; for a loss that sorts the pairs of a micro-batch those of the step's first micro-batch alone, since
     the float64 formulas see all pairs at once."""
-    if config.method == "sft" or not LOSSES[config.dpo.loss_type].mixes_pairs:
+    if config.method == "sft" or not loss_spec(config.dpo.loss_type).mixes_pairs:
         return examples
     rows = set(method.micro_batches(examples)[0].data_rows)
     return tuple(example for example in examples if example.row in rows)

@@ -66,8 +66,7 @@ class Subject:
         """`method.loss` without a gradient: loss and metrics, scalars in the path's own precision."""
         self.set_dropout(batch)
         with torch.no_grad():
-            sums = (method or self.method).loss(self.policy, batch)
-        return {"loss": sums.loss, **sums.metrics}
+            return (method or self.method).loss(self.policy, batch).named()
 
     def run_step(
         self,

@@ -3,12 +3,12 @@
 import re
 
 import pytest
+from helpers import step_result
 from workspace import metrics
 
 import lowlevel.dpo
 from lowlevel.config.file import config_from_tables
 from lowlevel.errors import ConfigError
-from lowlevel.optim.train_state import StepResult
 from lowlevel.running.first_step import check_first_step, starts_as_reference
 
 
@@ -66,7 +66,7 @@ def test_the_bound_is_one_of_the_mean_log_probability(precision, apart):
     def result(share):
         chosen = {"logps/chosen": -50.0, "logps/ref_chosen": -50.0 + 50.0 * share * apart}
         others = {"logps/rejected": -20.0, "logps/ref_rejected": -20.0}
-        return StepResult({"rewards/margins": 0.0, "rewards/accuracies": 0.25, **chosen, **others}, 1.0, 4, 4, 9, 9, 9)
+        return step_result({"rewards/margins": 0.0, "rewards/accuracies": 0.25, **chosen, **others}, 4)
 
     config = config_from_tables({"method": "dpo"}, "a test")
     line = check_first_step(result(0.9), config, precision)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from workspace import HELD_OUT, metrics
 
 import lowlevel.model.layers
-import lowlevel.running.run
+import lowlevel.running.job
 
 
 def test_training_goes_on_from_an_adapter(runs, cli, tmp_path):
@@ -79,7 +79,7 @@ def test_a_run_whose_compiler_fails_in_the_first_evaluation_goes_on_eager(runs, 
     plain, falls = (runs.space.write(name, "sft", folder=tmp_path, data=holdout, train={"max_steps": 1})
                     for name in ("plain", "falls"))  # fmt: skip
     assert cli("sft", plain).code == 0
-    monkeypatch.setattr(lowlevel.running.run, "choose_execution", lambda *_: "compiled")
+    monkeypatch.setattr(lowlevel.running.job, "choose_execution", lambda *_: "compiled")
     monkeypatch.setattr(lowlevel.model.layers.DecoderLayers, "_with_marks", lambda self, forward: broken)
     said = cli("sft", falls)
     assert said.code == 0, said.err

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import step_result
 from refusals import refused
 from rich.console import Console
 
@@ -14,7 +15,6 @@ import lowlevel.commands.time as command
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.commands.arguments import build_parser
 from lowlevel.config.file import load_config
-from lowlevel.optim.train_state import StepResult
 from lowlevel.timing import phases
 from lowlevel.timing.clock import OTHER
 from lowlevel.timing.steps import Step
@@ -139,7 +139,7 @@ def test_the_help_says_how_many_steps_are_not_counted(cli):
 
 
 def step(number, seconds, *, set_up=False, repeated=False, **parts) -> Step:
-    result = StepResult({"loss": 1.0}, 1.0, 50, 4, 100, 50, 128)
+    result = step_result({"loss": 1.0}, 50, tokens=100, supervised=50, positions=128)
     return Step(number, parts or {OTHER: seconds}, result, set_up, repeated)
 
 

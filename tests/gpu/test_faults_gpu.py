@@ -12,7 +12,7 @@ import torch
 from workspace import at_step, make_workspace, metrics, run
 
 import lowlevel.optim.loss_scale
-import lowlevel.running.run
+import lowlevel.running.job
 from benchmarks.faulting.comparison import differences, fingerprint, logged
 from lowlevel.checkpoints.checkpoint import checkpoints, newest_verified
 from lowlevel.determinism import ENVIRONMENT, FIXED
@@ -121,8 +121,8 @@ def test_a_resumed_runs_state_is_paged(space, optim, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run("sft", file).code == 143
-    build = lowlevel.running.run.build_optimizer
-    monkeypatch.setattr(lowlevel.running.run, "build_optimizer", lambda *a: seen.append(build(*a)) or seen[-1])
+    build = lowlevel.running.job.build_optimizer
+    monkeypatch.setattr(lowlevel.running.job, "build_optimizer", lambda *a: seen.append(build(*a)) or seen[-1])
     assert run("sft", file, "--resume").code == 0
     ((state,),) = (optimizer.state.values() for optimizer in seen)
     assert state["state1"].numel() >= 100_000

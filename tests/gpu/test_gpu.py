@@ -14,6 +14,7 @@ from lowlevel.batch.layout import Shape
 from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig, TrainConfig
 from lowlevel.dpo import DPO
 from lowlevel.execution import Eager, ExecutionFailedError, WithFallback, signature_of
+from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.loop import optimizer_step
 from lowlevel.losses import token_logps, token_logps_reference
@@ -216,7 +217,7 @@ def steps(one, method, rows, execution, *, scale, count):
     for step in range(count):
         one.flat.grad.zero_()
         batches = [batch.to(CUDA) for batch in method.micro_batches(rows)]
-        sums = [execution.run(batch, scale, 1, step) for batch in batches]
+        sums = [execution.run(batch, scale, key32(1, step)).named() for batch in batches]
         found.append((sum(float(s["loss"]) for s in sums), one.flat.grad.clone()))
     return found
 
@@ -304,8 +305,6 @@ def test_a_fresh_adapter_equals_its_reference_bit_for_bit_compiled_too(model_dir
     for _ in range(2):
         one.flat.grad.zero_()
         for batch in method.micro_batches(rows):
-            kept = []
-            execution.run(batch.to(CUDA), 1.0, 1, 0, kept)
-            numbers = kept[0].examples
+            numbers = execution.run(batch.to(CUDA), 1.0, key32(1, 0)).examples
             for side in ("chosen", "rejected"):
                 assert torch.equal(numbers[f"logps/{side}"], numbers[f"logps/ref_{side}"])

@@ -13,6 +13,7 @@ from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.dpo import DPO
 from lowlevel.execution import ExecutionFailedError, WithFallback
+from lowlevel.hashing import key32
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
@@ -90,7 +91,7 @@ def micro_steps(one, method, mode):
         while True:
             one.flat.grad.zero_()
             try:
-                sums = execution.run(batch, 1024.0, 1, step)
+                sums = execution.run(batch, 1024.0, key32(1, step))
                 break
             except ExecutionFailedError:
                 retried.append(step)
@@ -127,13 +128,13 @@ def test_the_peak_falls_by_the_inputs_of_all_layers_but_two(model_dir, mode):
     for offload in (False, True):
         one = policy(model_dir, offload=offload)
         execution = WithFallback(one, method, mode, pytest.fail)
-        execution.run(batch, 1024.0, 1, 0)  # sets up compilers, libraries, pinned memory
+        execution.run(batch, 1024.0, key32(1, 0))  # sets up compilers, libraries, pinned memory
         torch.cuda.synchronize()
         gc.collect()  # the policy before this one
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         for step in range(3):
-            execution.run(batch, 1024.0, 1, step)
+            execution.run(batch, 1024.0, key32(1, step))
         peaks.append(torch.cuda.max_memory_allocated() - before)
         assert execution.mode == mode
         if one.layers.host:

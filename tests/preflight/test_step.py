@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import step_result
 
 from lowlevel.config.schema import RunConfig
 from lowlevel.execution import WithFallback, micro_step
-from lowlevel.hashing import key32
-from lowlevel.optim.train_state import StepResult
 from lowlevel.preflight.step import Taken, demo_config, judge, one_step
 from lowlevel.running.first_step import MARGINS
 from lowlevel.verification.subject import Subject
@@ -19,7 +18,7 @@ GRADIENT = torch.tensor([3.0, 4.0, 0.0])
 
 def taken(mode="eager", loss=2.0, norm=5.0, gradient=GRADIENT, margin=None, accuracy=0.5) -> Taken:
     metrics = {"loss": loss} | ({} if margin is None else {MARGINS: margin, "rewards/accuracies": accuracy})
-    return Taken(mode, StepResult(metrics, norm, 8, 8, 100, 50, 128), gradient)
+    return Taken(mode, step_result(metrics, 8, grad_norm=norm), gradient)
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -46,9 +45,9 @@ class Scaled:
     def __init__(self, subject: Subject, factor: float) -> None:
         self.policy, self.method, self.factor, self.calls = subject.policy, subject.method, factor, 0
 
-    def run(self, batch, factor, seed, step, kept=None):
+    def run(self, batch, factor, dropout_key):
         self.calls += 1
-        return micro_step(self.policy, self.method, batch, factor * self.factor, key32(seed, step), kept)
+        return micro_step(self.policy, self.method, batch, factor * self.factor, dropout_key)
 
 
 def test_a_mode_that_computes_something_else_is_found(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from workspace import CHATS, PAIRS, metrics, run
 
-import lowlevel.running.run
+import lowlevel.running.job
 from lowlevel.data.rendering import load_chat_tokenizer
 
 BAD = 3  # the only held-out row that has the letter whose embedding is damaged
@@ -18,14 +18,14 @@ EARLY = {"save_steps": 1, "logging_steps": 1, "eval_steps": 1, "early_stopping_p
 
 def spoil(patch: pytest.MonkeyPatch, number: int, value: float) -> None:
     """Evaluation `number` of the runs to come gives this loss."""
-    original, calls = lowlevel.running.run.evaluate_examples, []
+    original, calls = lowlevel.running.job.evaluate_examples, []
 
     def evaluate(*arguments, **keywords):
         scores = original(*arguments, **keywords)
         calls.append(scores)
         return {**scores, "eval_loss": value} if len(calls) == number else scores
 
-    patch.setattr(lowlevel.running.run, "evaluate_examples", evaluate)
+    patch.setattr(lowlevel.running.job, "evaluate_examples", evaluate)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

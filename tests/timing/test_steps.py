@@ -13,6 +13,7 @@ from lowlevel.batch.order import DataOrder
 from lowlevel.config.schema import DPOConfig, RunConfig, TrainConfig
 from lowlevel.dpo import DPO
 from lowlevel.execution import Eager, ExecutionFailedError, Graphed, WithFallback, signature_of
+from lowlevel.hashing import key32
 from lowlevel.loop import train
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
@@ -60,8 +61,10 @@ def trained(run: TimedRun) -> Kept:
     """The same steps as `lowlevel sft` takes them."""
     observer = Kept()
     state = TrainState(LossScale.for_precision("fp32"))
-    train(Eager(run.policy, run.method), run.optimizer, state, run.batches, None, observer, TRAIN,
+    steps = train(Eager(run.policy, run.method), run.optimizer, state, run.batches, None, observer, TRAIN,
           total_steps=COUNT, steps_per_epoch=3)  # fmt: skip
+    for _ in steps:
+        pass
     return observer
 
 
@@ -125,7 +128,7 @@ def test_a_step_that_compiles_is_told(monkeypatch):
     watched = Watched(fallback(Inner(dict, compiles, dict)))
     found = []
     for _ in range(3):
-        watched.run(batch_of(), 1.0, 0, 0)
+        watched.run(batch_of(), 1.0, key32(0, 0))
         found.append(watched.take())
     assert found == [False, True, False]
 
@@ -133,8 +136,8 @@ def test_a_step_that_compiles_is_told(monkeypatch):
 def test_a_step_of_several_micro_batches_is_told_once(monkeypatch):
     monkeypatch.setitem(counters["stats"], "unique_graphs", 3)
     watched = Watched(fallback(Inner(lambda: counters["stats"].update(unique_graphs=4), dict)))
-    watched.run(batch_of(), 1.0, 0, 0)
-    watched.run(batch_of(), 1.0, 0, 0)
+    watched.run(batch_of(), 1.0, key32(0, 0))
+    watched.run(batch_of(), 1.0, key32(0, 0))
     assert watched.take() and not watched.take()
 
 
@@ -152,7 +155,7 @@ def test_a_shape_that_no_graph_knows_is_told_also_where_it_runs_uncaptured():
                 inner.captured[signature_of(batch)] = object()
 
         watched.execution.run = runs
-        watched.run(batch, 1.0, 0, 0)
+        watched.run(batch, 1.0, key32(0, 0))
         found.append(watched.take())
     assert found == [True, True, False, True, False]
 
@@ -168,7 +171,7 @@ def test_a_mode_that_falls_back_is_told(tiny_base):
     execution.execution = Broken()
     watched = Watched(execution)
     with pytest.raises(ExecutionFailedError):
-        watched.run(batch_of(), 1.0, 0, 0)
+        watched.run(batch_of(), 1.0, key32(0, 0))
     assert watched.take() and execution.mode == "eager"
 
 

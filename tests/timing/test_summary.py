@@ -1,9 +1,9 @@
 """Quantiles, rates and shares, worked out by hand."""
 
 import pytest
+from helpers import step_result
 
 from lowlevel.errors import ConfigError
-from lowlevel.optim.train_state import StepResult
 from lowlevel.timing import phases
 from lowlevel.timing.clock import OTHER
 from lowlevel.timing.steps import Step
@@ -11,7 +11,7 @@ from lowlevel.timing.summary import mean_phases, whole
 
 
 def step(seconds=1.0, *, tokens=60, supervised=20, positions=80, set_up=False, repeated=False, **parts) -> Step:
-    result = StepResult({"loss": 1.0}, 1.0, supervised, 4, tokens, supervised, positions)
+    result = step_result({"loss": 1.0}, supervised, tokens=tokens, supervised=supervised, positions=positions)
     return Step(1, parts or {OTHER: seconds}, result, set_up, repeated)
 
 

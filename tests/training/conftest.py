@@ -9,6 +9,7 @@ import pytest
 
 from lowlevel.config.schema import DPOConfig
 from lowlevel.dpo import DPO
+from lowlevel.hashing import key32
 from lowlevel.model.policy import Policy
 
 sys.path.append(str(Path(__file__).parent))
@@ -42,6 +43,6 @@ def filled(tiny_base, tmp_path):
     policy, method = helpers.make_policy(tiny_base, attention=SPANS), DPO(DPOConfig(), 2, 64, True, SHAPE)
     cache, _ = recording(policy, tmp_path)
     for batch in method.micro_batches(PAIRS):
-        cache.run(batch, 1.0, 1, 0)
+        cache.run(batch, 1.0, key32(1, 0))
     cache.flush()
     return policy, method, tmp_path

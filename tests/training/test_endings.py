@@ -16,6 +16,8 @@ from workspace import Said, Workspace, at_step, make_workspace, metrics, run
 
 import lowlevel.checkpoints.checkpoint
 import lowlevel.checkpoints.training_state
+import lowlevel.running.beginning
+import lowlevel.running.job
 import lowlevel.running.run
 import lowlevel.running.run_folder
 import lowlevel.running.run_record
@@ -92,12 +94,20 @@ def assert_whole(folder: Path, space: Workspace) -> None:
     assert (status(folder)["state"], status(folder)["exit"], status(folder)["step"]) == ("finished", 0, 6)
 
 
+PLACES = {
+    "check_run": lowlevel.running.beginning,
+    "restore_state": lowlevel.running.beginning,
+    "build_run_policy": lowlevel.running.job,
+    "evaluate_examples": lowlevel.running.job,
+}
+
+
 @pytest.mark.parametrize(("signum", "code"), SIGNALS)
 @pytest.mark.parametrize("place", ["check_run", "build_run_policy", "evaluate_examples"])
 def test_a_signal_before_the_first_step_ends_the_run_at_once(space, tmp_path, monkeypatch, signum, code, place):
     path = space.write("early", "sft", folder=tmp_path, train=EVERY, data=HOLDOUT)
     with monkeypatch.context() as patch:
-        before(patch, lowlevel.running.run, place, lambda: os.kill(os.getpid(), signum))
+        before(patch, PLACES[place], place, lambda: os.kill(os.getpid(), signum))
         at_step(patch, 1, lambda: pytest.fail("a step was taken"))
         said = run("sft", path)
     name = signal.Signals(signum).name
@@ -117,7 +127,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(space, tmp_path, mo
 def test_a_signal_while_a_run_is_set_up_again_changes_nothing(space, copied, resume, monkeypatch, place):
     held = content(copied)
     with monkeypatch.context() as patch:
-        before(patch, lowlevel.running.run, place, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        before(patch, PLACES[place], place, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert resume().code == 143
     assert content(copied) == held
     assert (status(copied)["state"], status(copied)["checkpoint"]) == ("preempted", f"step-{STOP:08d}")
@@ -146,7 +156,7 @@ def test_a_second_signal_during_a_save_ends_the_process_and_shows_no_part(
 
 def test_a_signal_during_an_evaluation_or_a_save_stops_after_it(space, copied, resume, monkeypatch):
     for module, name, step in (
-        (lowlevel.running.run, "evaluate_examples", 4),
+        (lowlevel.running.job, "evaluate_examples", 4),
         (lowlevel.checkpoints.training_state, "save_file", 5),
     ):
         with monkeypatch.context() as patch:

@@ -16,6 +16,7 @@ from lowlevel.config.file import config_from_tables
 from lowlevel.config.schema import DataConfig, DPOConfig, RunConfig
 from lowlevel.dpo import DPO
 from lowlevel.execution import MODES, Eager, Graphed, WithFallback, signature_of
+from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
@@ -137,7 +138,7 @@ def gradient(policy, method, examples, *, dropout_seed=1):
     """Loss, metrics and flat gradient of one step, summed over its micro-batches."""
     policy.flat.grad.zero_()
     execution = Eager(policy, method)
-    sums = [execution.run(batch, 1.0, dropout_seed, 0) for batch in method.micro_batches(examples)]
+    sums = [execution.run(batch, 1.0, key32(dropout_seed, 0)).named() for batch in method.micro_batches(examples)]
     return {name: sum(float(one[name]) for one in sums) for name in sums[0]}, policy.flat.grad.clone()
 
 
@@ -221,7 +222,7 @@ def test_compiled_layers_give_the_same_step_from_one_graph_a_mode(tiny_base, nam
     execution = WithFallback(policy, method, "compiled", notes.append)
     assert policy.layers.compiled
     policy.flat.grad.zero_()
-    sums = [execution.run(batch, 1.0, 1, 0) for batch in method.micro_batches(examples)]
+    sums = [execution.run(batch, 1.0, key32(1, 0)).named() for batch in method.micro_batches(examples)]
     assert not notes
     assert sum(float(one["loss"]) for one in sums) == pytest.approx(expected["loss"], rel=1e-5)
     assert (policy.flat.grad - wanted).norm() / wanted.norm() < 1e-5
@@ -314,7 +315,7 @@ def test_a_failure_of_the_eager_mode_is_an_error(tiny_base):
 
     execution.execution = Broken()
     with pytest.raises(RuntimeError, match="the model itself is wrong"):
-        execution.run(method.micro_batches(examples)[0], 1.0, 1, 0)
+        execution.run(method.micro_batches(examples)[0], 1.0, key32(1, 0))
 
 
 def test_rows_of_pairs_need_no_listed_keys():
@@ -341,6 +342,6 @@ def test_a_graph_is_let_go_before_one_too_many_is_captured(monkeypatch):
     monkeypatch.setattr(Graphed, "_replay", lambda self, captured, *arguments: {"loss": captured.signature})
     for number in (0, 1, 2, 0, 3, 0, 4):
         batch = SimpleNamespace(signature=number, tensors=lambda: {"x": None})
-        assert graphs.run(batch, 1.0, 1, 0) == {"loss": number}
+        assert graphs.run(batch, 1.0, key32(1, 0)) == {"loss": number}
     assert alive == [1, 2, 3, 3, 3]  # 0 is used between, so it is never the oldest
     assert list(graphs.captured) == [3, 0, 4]

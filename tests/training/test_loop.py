@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import step_result
 
 from lowlevel import loop
 from lowlevel.config.schema import TrainConfig
 from lowlevel.optim.loss_scale import LossScale
-from lowlevel.optim.train_state import StepResult, TrainState
+from lowlevel.optim.train_state import TrainState
 
 
 class Recorder:
@@ -38,18 +39,11 @@ def go(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock.now)
 
-    def step(*_, step, **__):
+    def step(_, optimizer, *__, step, **___):
         clock.now += 2
         count = step + 1
-        return StepResult(
-            {"loss": 10.0 * step},
-            1.0 + step,
-            count,
-            examples=2,
-            num_tokens=count,
-            supervised_tokens=count,
-            positions=2 * count,
-        )
+        loss, rate = {"loss": 10.0 * step}, optimizer.param_groups[0]["lr"]
+        return step_result(loss, count, grad_norm=1.0 + step, rate=rate, examples=2, tokens=count, positions=2 * count)
 
     monkeypatch.setattr(loop, "optimizer_step", step)
 
@@ -64,11 +58,13 @@ def go(monkeypatch):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
         evaluation = evaluate if config.pop("evaluates", False) else None
         settings = TrainConfig(learning_rate=1.0, lr_scheduler_type="constant", **config)
-        loop.train(
+        steps = loop.train(
             *(None, optimizer, state, lambda step: [], evaluation, observer, settings),
             total_steps=total,
             steps_per_epoch=4,
         )
+        for _ in steps:
+            pass
         clock.now += 1000  # until the process starts again
         return state, observer
 

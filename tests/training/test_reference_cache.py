@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from lowlevel.config.schema import DPOConfig
 from lowlevel.dpo import DPO, completion_logps
 from lowlevel.execution import signature_of
+from lowlevel.hashing import key32
 from lowlevel.reference_cache import content_sha256, with_blanks
 
 STEPS = [
@@ -82,7 +83,7 @@ def test_entries_are_what_completion_logps_says_and_fillers_are_0(tiny_base, tmp
     cache, seen = recording(policy, tmp_path)
     batches = method.micro_batches(PAIRS)
     for batch in batches:
-        cache.run(batch, 1.0, 1, 0)
+        cache.run(batch, 1.0, key32(1, 0))
     cache.flush()
     sums = method.loss(policy, seen[0]).metrics
     chosen, rejected = seen[0].reference_logps.chunk(2)

@@ -12,6 +12,7 @@ from reference_caching import PAIRS, SPANS, cached, identity_of, recording, shar
 
 from lowlevel import reference_cache
 from lowlevel.determinism import deterministic_mode
+from lowlevel.hashing import key32
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.reference_cache import content_sha256, with_content
 
@@ -49,7 +50,7 @@ def test_the_hash_is_taken_before_the_batch_moves(tiny_base, tmp_path, monkeypat
     cache, seen = recording(policy, tmp_path)
     monkeypatch.setattr(reference_cache, "content_sha256", pytest.fail)
     for batch in batches:
-        cache.run(batch, 1.0, 1, 0)
+        cache.run(batch, 1.0, key32(1, 0))
     assert cache.computed == len(batches) == len(seen)
 
 

@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_made_is_one_line_before_the_model_is_loaded(wor
     taken = workspace[0] / "taken"
     taken.write_text("a file")
     config = write_run(workspace, "nowhere", cache=taken)
-    monkeypatch.setattr("lowlevel.running.run.build_run_policy", pytest.fail)
+    monkeypatch.setattr("lowlevel.running.job.build_run_policy", pytest.fail)
     assert main(["dpo", str(config)]) == 2
     assert capsys.readouterr().err.strip() == f"error: dpo.reference_cache: {taken} cannot be made: File exists"
     assert not (config.with_suffix("") / "run-status.json").exists()

@@ -12,6 +12,7 @@ from reference_caching import PAIRS, alter, cached, only, recording, shards
 from safetensors.torch import load_file, save
 
 from lowlevel import reference_cache
+from lowlevel.hashing import key32
 
 
 def flip(shard):
@@ -69,7 +70,7 @@ def test_a_shard_without_its_description_is_not_read(filled, monkeypatch):
     (shard.parent / f".tmp-{shard.with_suffix('.json').name}-1").write_text("{")
     cache, _ = recording(policy, folder)
     for batch in method.micro_batches(PAIRS):
-        cache.run(batch, 1.0, 1, 0)
+        cache.run(batch, 1.0, key32(1, 0))
     assert cache.hits == 0
     order = []
     write_bytes, write_json = reference_cache.write_bytes, reference_cache.write_json
@@ -88,7 +89,7 @@ def test_processes_share_a_folder_and_shards_add_up(tiny_base, tmp_path, monkeyp
     batches = method.micro_batches(PAIRS)
     for cache, part in ((first, batches[:4]), (second, batches[3:])):
         for batch in part:
-            cache.run(batch, 1.0, 1, 0)
+            cache.run(batch, 1.0, key32(1, 0))
         assert cache.computed == 4
     assert len(shards(tmp_path)) == 2, "three entries each; the fourth is not yet written"
     first.flush()
@@ -96,7 +97,7 @@ def test_processes_share_a_folder_and_shards_add_up(tiny_base, tmp_path, monkeyp
     assert len(shards(tmp_path)) == 4 and not list(tmp_path.glob("*/.tmp*"))
     third, _ = recording(policy, tmp_path)
     for batch in batches:
-        third.run(batch, 1.0, 1, 0)
+        third.run(batch, 1.0, key32(1, 0))
     assert (third.hits, third.computed) == (7, 0)
 
 
@@ -125,6 +126,6 @@ def test_numbers_that_are_not_finite_are_not_written(filled, monkeypatch):
         reference_cache, "reference_token_logps", lambda policy, batch: torch.full(batch.scored_targets.shape, math.nan)
     )
     cache, _ = recording(policy, folder / "new")
-    cache.run(method.micro_batches(PAIRS)[0], 1.0, 1, 0)
+    cache.run(method.micro_batches(PAIRS)[0], 1.0, key32(1, 0))
     cache.flush()
     assert not shards(folder / "new")

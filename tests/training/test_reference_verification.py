@@ -9,6 +9,7 @@ from reference_caching import PAIRS, alter, cached, identity_of, next_float, onl
 
 from lowlevel import reference_cache
 from lowlevel.execution import WithFallback
+from lowlevel.hashing import key32
 from lowlevel.reference_cache import CachedReference, content_sha256, with_content
 
 
@@ -19,7 +20,7 @@ def test_every_hundredth_entry_from_disk_is_verified(filled, passes):
     verified = []
     for number in range(302):
         passes.clear()
-        cache.run(batch, 1.0, 1, 0)
+        cache.run(batch, 1.0, key32(1, 0))
         verified += [number] * len(passes)
     assert verified == [0, 1, 100, 200, 300]
     assert cache.hits == 302 and all(torch.equal(b.reference_logps, seen[0].reference_logps) for b in seen)
@@ -30,7 +31,7 @@ def test_entries_of_this_run_are_not_verified(filled, passes):
     cache, seen = recording(policy, folder / "new")
     batches = method.micro_batches(PAIRS)
     for batch in (*batches, *batches):
-        cache.run(batch, 1.0, 1, 0)
+        cache.run(batch, 1.0, key32(1, 0))
         cache.flush()
     assert len(passes) == len(batches) == cache.computed == cache.hits
     first, again = seen[: len(batches)], seen[len(batches) :]
@@ -80,15 +81,15 @@ def test_an_altered_number_in_a_later_micro_batch_is_refused_when_its_turn_comes
     alter(only(shards(folder)), lambda key, value: next_float(value) if key == bad.content else value)
     notes = []
     cache, seen = recording(policy, folder, notes.append)
-    cache.run(helpers.dpo(1).micro_batches(PAIRS)[0], 1.0, 1, 0)  # a new one, not yet written
+    cache.run(helpers.dpo(1).micro_batches(PAIRS)[0], 1.0, key32(1, 0))  # a new one, not yet written
     for _ in range(100):
-        cache.run(good, 1.0, 1, 0)
+        cache.run(good, 1.0, key32(1, 0))
     assert not notes and cache.computed == 1
     with pytest.raises(reference_cache.ExecutionFailedError):
-        cache.run(bad, 1.0, 1, 0)
+        cache.run(bad, 1.0, key32(1, 0))
     assert len(notes) == 1
-    cache.run(bad, 1.0, 1, 0)
-    cache.run(good, 1.0, 1, 0)
+    cache.run(bad, 1.0, key32(1, 0))
+    cache.run(good, 1.0, key32(1, 0))
     assert [batch.reference_logps is None for batch in seen] == [False] * 101 + [True] * 2
     cache.flush()
     assert len(shards(folder)) == 1, "nothing is written beside what was refused"
@@ -145,7 +146,7 @@ def test_a_check_that_fails_is_made_up_for_at_the_next_entry(filled, passes, mon
                     reference_cache, "reference_token_logps", lambda *_: (_ for _ in ()).throw(RuntimeError())
                 )
             passes.clear()
-            cache.run(batch, 1.0, 1, 0)
+            cache.run(batch, 1.0, key32(1, 0))
             verified += [number] * len(passes)
     assert reference_cache.reference_token_logps is whole
     late = len(failing)

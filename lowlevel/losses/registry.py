@@ -1,0 +1,154 @@
+"""Losses by name: the built-in ones, a user's own (`@lowlevel.loss`), and "module:function", imported when it is used.
+
+A loss of one's own has the same form as a built-in one: the first argument holds log-probabilities (`PairLogps` for
+dpo, `TokenLogps` for sft), keyword-only arguments are its hyper-parameters, and the result is one value a pair or a
+token, alone or with metrics of the same shape:
+
+    @lowlevel.loss
+    def shifted(pairs: PairLogps, *, beta: float, gamma: float = 1.0):
+        return -logsigmoid(beta * pairs.deltas - gamma), {"shifted": (beta * pairs.deltas > gamma).float()}
+
+With CUDA graphs the function runs only when a batch shape is captured: use tensors, no Python state that changes, and
+nothing that waits for the GPU (`.item()`, `if tensor:`); a loss that cannot be captured runs without graphs.
+"""
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss: its function, formula and source as text, the hyper-parameters it reads, and whether it reads lengths."""
+
+    name: str
+    function: Callable[..., Any]
+    formula: str
+    paper: str
+    parameters: tuple[str, ...]
+    needs_lengths: bool = False
+    mixes_pairs: bool = False  # the loss of a pair depends on the other pairs of its micro-batch
+    own: bool = False  # a user's
+
+    @property
+    def sha256(self) -> str | None:
+        """SHA-256 of the source of a user's loss, which a run's manifest keeps; None for a built-in loss."""
+        return hashlib.sha256(source_of(self.function).encode()).hexdigest() if self.own else None
+
+    def __call__(self, logps: Any, settings: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """One loss a pair (P,) or token (N,), and metrics of the same shape, detached."""
+        result = self.function(logps, **settings)
+        losses, metrics = result if isinstance(result, tuple) else (result, {})
+        return losses, {name: value.detach() for name, value in metrics.items()}
+
+
+def spec_of(function: Callable[..., Any], formula: str, paper: str = "", *, name: str = "", **flags: bool) -> LossSpec:
+    """The description of a loss; its hyper-parameters are the keyword-only arguments, so no list can go stale."""
+    keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return LossSpec(name or function.__name__, function, formula, paper, tuple(keywords), **flags)
+
+
+OWN: dict[str, LossSpec] = {}  # filled by `loss`
+
+
+def loss(function: Any = None, /, *, name: str = "", mixes_pairs: bool = False) -> Any:
+    """Register a loss, so that `dpo.loss_type` or `sft.loss_type` can name it. Use it as a decorator.
+
+    Args:
+        function: see the module's docstring for its form.
+        name: the name to register; default: the function's own name.
+        mixes_pairs: the loss of a pair depends on the other pairs of its micro-batch.
+
+    Raises:
+        ValueError: the name is that of a built-in loss.
+    """
+    if function is None:
+        return lambda given: loss(given, name=name, mixes_pairs=mixes_pairs)
+    from lowlevel.losses import LOSSES, SFT_LOSSES
+
+    if (name or function.__name__) in {**LOSSES, **SFT_LOSSES}:
+        raise ValueError(f"{name or function.__name__!r} is a built-in loss: register yours under another name")
+    spec = _own(function, name, mixes_pairs)
+    OWN[spec.name] = spec
+    return function
+
+
+def _own(function: Callable[..., Any], name: str, mixes_pairs: bool = False) -> LossSpec:
+    formula = (inspect.getdoc(function) or "").split("\n")[0] or f"{function.__module__}.{function.__qualname__}"
+    return spec_of(function, formula, "a loss of your own", name=name, mixes_pairs=mixes_pairs, own=True)
+
+
+def find(name: str, built_in: Mapping[str, LossSpec]) -> LossSpec:
+    """The loss of a name.
+
+    Raises:
+        ValueError: an unknown name, or a "module:function" that cannot be imported.
+    """
+    if name in built_in or name in OWN:
+        return built_in.get(name) or OWN[name]
+    if ":" in name:
+        return _imported(name)
+    known = [*built_in, *OWN]
+    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise ValueError(
+        f"unknown loss_type {name!r}: {hint}Known: {', '.join(known)}; your own: register it with @lowlevel.loss, or "
+        'write "module:function"'
+    )
+
+
+def _imported(name: str) -> LossSpec:
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # the command line starts without the working folder
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # the module is the user's: whatever it raises
+        raise ValueError(f"loss_type {name!r} cannot be imported: {type(error).__name__}: {error}") from None
+    registered = next((spec for spec in OWN.values() if spec.function is function), None)
+    return _own(function, name, mixes_pairs=bool(registered and registered.mixes_pairs))
+
+
+def source_of(function: Callable[..., Any]) -> str:
+    """The function's source text; its compiled code where Python does not know the source."""
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        return repr((code.co_code, code.co_consts, code.co_names)) if code else repr(function)
+
+
+def check_result(spec: LossSpec, logps: Any, settings: Mapping[str, Any], leaf: Tensor, *, size: int) -> None:
+    """Call a loss of the user's on a few made-up log-probabilities, so that a mistake shows before a model is loaded.
+
+    Args:
+        leaf: the token log-probabilities from which `logps` is computed, with requires_grad.
+        size: pairs or tokens; loss and metrics must be (size,).
+
+    Raises:
+        ValueError: it raises, returns another shape or type, or has no gradient.
+    """
+    what = f"loss_type {spec.name!r}"
+    try:
+        result = spec(logps, settings)
+    except Exception as error:
+        raise ValueError(f"{what} failed on a trial batch: {type(error).__name__}: {error}") from error
+    for name, value in {"loss": result[0], **result[1]}.items():
+        if not isinstance(value, Tensor) or value.shape != (size,):
+            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{what}: {name!r} is {found}, expected a tensor of shape ({size},), one value each")
+    if not result[0].requires_grad:
+        raise ValueError(f"{what} has no gradient: compute it from the tensors that it is given")
+    (slopes,) = torch.autograd.grad(result[0].sum(), leaf, allow_unused=True)
+    if slopes is not None and not bool(slopes.isfinite().all()):
+        raise ValueError(f"{what} has a gradient that is NaN or infinite on a trial batch: {slopes.tolist()}")

@@ -1,0 +1,145 @@
+"""How a run begins: what is checked before it has a folder, which checkpoint it continues from, and in which state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lowlevel.checkpoints.checkpoint import newest_verified
+from lowlevel.checkpoints.training_state import restore_state
+from lowlevel.config.schema import RunConfig
+from lowlevel.errors import ConfigError
+from lowlevel.optim.loss_scale import LossScale
+from lowlevel.optim.train_state import TrainState
+from lowlevel.running.adapter_sources import check_bases
+from lowlevel.running.assembly import Inputs, check_run, read_merged_adapter, with_merged_base
+from lowlevel.running.job import Job
+from lowlevel.running.progress import lines_to
+from lowlevel.running.result import check_result_is_saved, remove_result
+from lowlevel.running.resuming import check_differences, differences, is_written, read_changes, recorded_changes
+from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.run_record import write_start
+from lowlevel.tracing import drop_after
+
+Checkpoint = tuple[Path, dict[str, Any]]  # its folder and its manifest
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the user asked for besides the configuration.
+
+    Attributes:
+        resume: continue from the newest verified checkpoint.
+        restart: discard the run that the folder holds.
+        allow_change: keys that may differ from that checkpoint (resuming.py).
+    """
+
+    folder: RunFolder
+    console: Console
+    resume: bool = False
+    restart: bool = False
+    allow_change: Sequence[str] = ()
+
+    def note(self, line: str) -> None:
+        """Print a line as it is."""
+        self.console.print(line, markup=False)
+
+    def check_folder(self) -> None:
+        """Refuse a folder that holds a run, unless it is to be continued or discarded. Raises ConfigError."""
+        if self.folder.holds_run() and not (self.resume or self.restart):
+            raise ConfigError(
+                f"{self.folder.path} holds a run: add --resume to continue it, --restart to discard it, or set "
+                "train.output_dir"
+            )
+
+    def prepare(self, config: RunConfig) -> tuple[RunConfig, Inputs]:
+        """The configuration with its memory plan, and the inputs: everything that can be checked without the model.
+
+        Raises:
+            ConfigError, DataError, CheckpointError: with what to do about it.
+        """
+        config, inputs = check_run(self.folder.resolved(config))
+        _make_folder(config.dpo.reference_cache, "dpo.reference_cache")
+        if Path(config.model.name) == self.folder.base:
+            inputs = replace(inputs, merged_adapter=read_merged_adapter(self.folder))
+        return config, inputs
+
+    def merge_base(self, config: RunConfig, inputs: Inputs) -> tuple[RunConfig, Inputs]:
+        """For adapter_mode "original": the merged base in the run folder becomes the run's base."""
+        if config.model.adapter_mode != "original" or not inputs.parent:
+            return config, inputs
+        for line in check_bases({"model.adapter": inputs.parent}, {"name": config.model.name}):
+            self.note(f"note: {line}")
+        return with_merged_base(config, inputs, self.folder)
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to continue from; None for a new run, or if there is none yet. Raises CheckpointError."""
+        if not self.resume:
+            return None
+        found = newest_verified(self.folder.path, lines_to(self.console))
+        if found is None:
+            if self.allow_change:
+                raise ConfigError(f"--allow-change: {self.folder.path} has no checkpoint to differ from")
+            self.note("no checkpoint yet: starting from step 0")
+        return found
+
+    def begin(self, job: Job, found: Checkpoint | None) -> TrainState:
+        """The state of a new run, or of the checkpoint; the folder records which.
+
+        Raises:
+            ConfigError, DataError: the run is not the checkpoint's, and --allow-change does not permit the difference;
+                or continuing would lose a result.
+        """
+        sources = {"model.adapter": job.inputs.parent, "lora.init_from": job.inputs.init_from}
+        for line in check_bases(sources, job.manifest["base"]):
+            self.note(f"note: {line}")
+        if found is None:
+            check_result_is_saved(self.folder)
+            write_start(self.folder, job.config, job.inputs, job.manifest, 0)
+            _drop_later(self.folder, -1)  # of a run that ended before its first checkpoint
+            return TrainState(LossScale.for_precision(job.inputs.placement.precision))
+        return self._continue(job, found)
+
+    def _continue(self, job: Job, found: Checkpoint) -> TrainState:
+        folder, step = self.folder, found[1]["step"]
+        later = read_changes(folder, since=step)
+        saved = folder.read_config()
+        changes = differences(saved, found[1], job.config, job.manifest, job.origin["versions"], later)
+        check_differences(changes, self.allow_change, step, folder, job.inputs.data)
+        written = not changes and is_written(folder, job.config, job.manifest)
+        state = restore_state(job.policy, job.optimizer, *found)
+        state.judge_patience(job.config.train.early_stopping_patience)  # --allow-change may have changed it
+        if state.step < job.total_steps and not state.stopped_early:
+            check_result_is_saved(folder)
+            folder.write_status("running", state.step)
+            remove_result(folder)
+        for change in changes:
+            self.note(f"allowed: {change}")
+        with recorded_changes(folder, step, changes):
+            if written:
+                folder.write_status("running", step)
+            else:
+                write_start(folder, job.config, job.inputs, job.manifest, step)
+        _drop_later(folder, state.step)
+        self.note(f"resumed from {found[0].name}")
+        return state
+
+
+def _make_folder(path: str | None, key: str) -> None:
+    if path is None:
+        return
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} cannot be made: {error.strerror}") from None
+
+
+def _drop_later(folder: RunFolder, step: int) -> None:
+    """Remove what an earlier attempt wrote of steps after `step`."""
+    folder.drop_metrics_after(step)
+    drop_after(folder.trace, step)
+    folder.drop_failure()

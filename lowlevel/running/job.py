@@ -1,0 +1,123 @@
+"""The parts of a run, put together: model, optimizer, order of the rows, how steps run, what is kept of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.batch.order import DataOrder
+from lowlevel.batch.prefetch import Prefetched
+from lowlevel.checkpoints.training_state import save_state
+from lowlevel.config.schema import RunConfig
+from lowlevel.durable import write_json
+from lowlevel.execution import Method, WithFallback
+from lowlevel.loop import check_evaluation, evaluate_examples
+from lowlevel.model.base import base_sha256
+from lowlevel.model.policy import Policy, dequantize_once
+from lowlevel.optim.optimizer import build_optimizer
+from lowlevel.optim.train_state import TrainState
+from lowlevel.reference_cache import CachedReference, reference_identity, with_blanks, with_content
+from lowlevel.running.assembly import Inputs, build_method, build_run_policy, choose_execution, identity
+from lowlevel.running.progress import lines_to
+from lowlevel.running.rehearsal import largest_batch, rehearse
+from lowlevel.running.resuming import versions
+from lowlevel.running.run_folder import RunFolder
+from lowlevel.tracing import Tracer
+
+
+@dataclass(frozen=True)
+class Job:
+    """The parts of a run. `origin` is what its checkpoints record of base, adapters, data and versions."""
+
+    config: RunConfig
+    inputs: Inputs
+    method: Method
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    order: DataOrder
+    total_steps: int
+    origin: dict[str, dict[str, Any]]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Base, adapters, data and reference by hash."""
+        return self.origin["identity"]
+
+
+def build_job(config: RunConfig, inputs: Inputs) -> Job:
+    """Load the model and put everything together."""
+    order = DataOrder.of(config, len(inputs.data.train))
+    policy = build_run_policy(config, inputs)
+    optimizer = build_optimizer(policy.flat.weights, config.train)
+    manifest = identity(config, inputs, policy, base_sha256(policy.model))
+    origin = {"identity": manifest, "versions": versions(inputs.placement)}
+    method = build_method(config, inputs.attention)
+    return Job(config, inputs, method, policy, optimizer, order, order.total_steps(config.train), origin)
+
+
+class Engine:
+    """What runs a job's steps: execution, reference cache, prefetched batches, tracer, held-out batches."""
+
+    def __init__(self, job: Job, folder: RunFolder, console: Console) -> None:
+        config, policy, method = job.config, job.policy, job.method
+        if config.train.dequantize_once:
+            dequantize_once(policy)
+        self.job, self.folder = job, folder
+        self.execution = WithFallback(policy, method, choose_execution(config, job.inputs), lines_to(console))
+        self.cached = _reference_cache(job, self.execution, console)
+        examples, lay_out = job.inputs.data.train, method.micro_batches
+        prepare = with_content(lay_out) if self.cached else lay_out
+        rows = job.order.step_rows
+        self.batches = Prefetched(lambda step: prepare([examples[i] for i in rows(step)]), job.total_steps)
+        traced = config.trace.every or config.trace.steps
+        self.tracer = Tracer(config, policy, method, folder.trace) if traced else None
+        self.held_out = evaluation_batches(method, config, job.inputs)
+
+    def rehearse(self) -> None:
+        """On a GPU: run the largest micro-batch, and write what it takes of the memory."""
+        job = self.job
+        if job.inputs.placement.device.type == "cuda":
+            largest = largest_batch(job.method, job.inputs.data.train, job.order.rows_per_step)
+            largest = with_blanks(largest) if self.cached else largest
+            report = rehearse(job.policy, job.method, self.execution, job.optimizer, largest)
+            write_json(self.folder.path / "memory.json", report)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Loss and metrics of the held-out rows after `step` updates.
+
+        Raises:
+            NonFiniteError: their loss is NaN or infinite.
+        """
+        policy, method = self.job.policy, self.job.method
+        scores = self.execution.until_it_runs(lambda: evaluate_examples(policy, method, self.held_out, prefix="eval_"))
+        check_evaluation(scores, step, self.held_out)
+        return scores
+
+    def write_checkpoint(self, state: TrainState) -> None:
+        """Write the checkpoint of a step boundary, with what traces and cache hold until then."""
+        job = self.job
+        if self.tracer:
+            self.tracer.flush()
+        save_state(self.folder.path, job.policy, job.optimizer, state, job.config, job.origin)
+        if self.cached:
+            self.cached.flush()
+
+
+def _reference_cache(job: Job, execution: WithFallback, console: Console) -> CachedReference | None:
+    if job.config.dpo.reference_cache is None:
+        return None
+    reference = reference_identity(job.policy, job.manifest["base"]["sha256"], job.manifest["parent_adapter"])
+    return CachedReference(execution, job.policy, Path(job.config.dpo.reference_cache), reference, lines_to(console))
+
+
+def evaluation_batches(method: Method, config: RunConfig, inputs: Inputs) -> list[PackedBatch]:
+    """Held-out rows as micro-batches, in their own order."""
+    size = config.rows_per_step
+    rows: Sequence[Any] = inputs.data.evaluation
+    return [batch for start in range(0, len(rows), size) for batch in method.micro_batches(rows[start : start + size])]
