@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.dpo import DPO
 from lowlevel.losses import LossSums
+from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
-from lowlevel.sft import SFT
 
-Method = SFT | DPO  # how examples become micro-batches, what they are counted by, and their summed loss
 MAX_GRAPHS = 32  # a graph of 5,000 kernels takes the driver some 25 MB, which no allocator counts
 MODES = ("eager", "compiled", "graphed")
 Signature = tuple[object, ...]

@@ -12,9 +12,10 @@ import torch
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import TrainConfig
 from lowlevel.errors import EVAL_LOSS, NonFiniteError
-from lowlevel.execution import Execution, ExecutionFailedError, Method
+from lowlevel.execution import Execution, ExecutionFailedError
 from lowlevel.hashing import key32
 from lowlevel.losses import LossSums
+from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import learning_rate, set_learning_rate

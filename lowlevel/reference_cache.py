@@ -37,11 +37,12 @@ from torch import Tensor
 
 from lowlevel import __version__
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.dpo import reference_token_logps
 from lowlevel.durable import remove_left, write_bytes, write_json
 from lowlevel.errors import CheckpointError
-from lowlevel.execution import Execution, ExecutionFailedError, Method
+from lowlevel.execution import Execution, ExecutionFailedError
 from lowlevel.losses import LossSums
+from lowlevel.methods import Method
+from lowlevel.methods.dpo import reference_token_logps
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import PARENT, Policy
 

@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig
-from lowlevel.dpo import DPO
-from lowlevel.execution import Eager, Execution, Method
+from lowlevel.execution import Eager, Execution
 from lowlevel.kernels import token_logps
 from lowlevel.loop import optimizer_step
+from lowlevel.methods import Method
+from lowlevel.methods.dpo import DPO
+from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import build_policy, save_adapter
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
@@ -27,7 +29,6 @@ from lowlevel.model.placement import Placement
 from lowlevel.model.policy import TRAINED, Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import StepResult
-from lowlevel.sft import SFT
 
 VOCABULARY = 320
 CPU = Placement(torch.device("cpu"), "fp32")

@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 
-from lowlevel.dpo import DPO
 from lowlevel.errors import ConfigError
 from lowlevel.inspection import inspect_pairs, inspect_sequences
 from lowlevel.inspection.inspection import Inspection, logged_loss
@@ -16,6 +15,7 @@ from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.rows import example_of_row
 from lowlevel.inspection.terminal import print_inspection
 from lowlevel.inspection.weights import choose_weights
+from lowlevel.methods.dpo import DPO
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import LoadedRun, reopen, step_examples
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import DPOConfig
-from lowlevel.dpo import DPO, preference_loss, reward_slopes
 from lowlevel.inspection.displacement import Displacement, displacement_of
 from lowlevel.inspection.distribution import Distribution, distribution
 from lowlevel.inspection.reading import reading_of
 from lowlevel.kernels import token_logps
 from lowlevel.losses.preference import PairLogps
+from lowlevel.methods.dpo import DPO, preference_loss, reward_slopes
+from lowlevel.methods.sft import SFT
 from lowlevel.model.policy import Policy
-from lowlevel.sft import SFT
 
 if TYPE_CHECKING:
     from lowlevel.data.examples import PreferenceExample, SFTExample

@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.dpo import DPO, preference_loss
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
-from lowlevel.execution import Method, micro_step
+from lowlevel.execution import micro_step
 from lowlevel.hashing import key32
 from lowlevel.kernels import token_logps
 from lowlevel.losses.preference import PairLogps
+from lowlevel.methods import Method
+from lowlevel.methods.dpo import DPO, preference_loss
 from lowlevel.model.placement import dtype_name
 from lowlevel.optim.optimizer import optimizer_tensors
 from lowlevel.replaying.session import Session

@@ -18,8 +18,9 @@ from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good
 from lowlevel.checkpoints.training_state import restore_state
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.execution import Execution, Method, WithFallback
+from lowlevel.execution import Execution, WithFallback
 from lowlevel.loop import optimizer_step
+from lowlevel.methods import Method
 from lowlevel.model.policy import Policy, dequantize_once
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer, learning_rate, set_learning_rate

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lowlevel.config.file import config_from_tables, to_tables
 from lowlevel.config.schema import DPOConfig, RunConfig
-from lowlevel.dpo import check_loss
 from lowlevel.errors import ConfigError
 from lowlevel.execution import Eager
+from lowlevel.methods.dpo import check_loss
 from lowlevel.optim.optimizer import load_optimizer_tensors, optimizer_tensors
 from lowlevel.replaying.session import Session, take_step
 from lowlevel.running.assembly import build_method

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from lowlevel import dpo, sft
 from lowlevel.batch.layout import Shape
 from lowlevel.batch.order import ORDER_VERSION, DataOrder
 from lowlevel.config.contradictions import parse_size
@@ -20,8 +19,8 @@ from lowlevel.data.prepare import ModelLimits, PreparedData, prepare
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
-from lowlevel.execution import Method
 from lowlevel.losses import loss_spec
+from lowlevel.methods import Method, dpo, sft
 from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, resolve_name

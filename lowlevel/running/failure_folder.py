@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import NonFiniteError, one_line
-from lowlevel.execution import Method
+from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
 from lowlevel.running.forensics import FailureReport, examine_error
 

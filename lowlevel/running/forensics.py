@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from lowlevel.batch.layout import PADDING, PackedBatch
 from lowlevel.errors import EVAL_LOSS, NonFiniteError, one_line
-from lowlevel.execution import Method
 from lowlevel.hashing import key32
 from lowlevel.kernels import token_logps
+from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
 
 LARGEST = 8  # input values that are kept

@@ -16,8 +16,9 @@ from lowlevel.batch.prefetch import Prefetched
 from lowlevel.checkpoints.training_state import save_state
 from lowlevel.config.schema import RunConfig
 from lowlevel.durable import write_json
-from lowlevel.execution import Method, WithFallback
+from lowlevel.execution import WithFallback
 from lowlevel.loop import check_evaluation, evaluate_examples
+from lowlevel.methods import Method
 from lowlevel.model.base import base_sha256
 from lowlevel.model.policy import Policy, dequantize_once
 from lowlevel.optim.optimizer import build_optimizer

@@ -13,7 +13,8 @@ import torch
 from bitsandbytes.nn import Params4bit
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.execution import Method, WithFallback
+from lowlevel.execution import WithFallback
+from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
 
 PASSES = 2  # the first compiles or warms up, the second is as all that follow

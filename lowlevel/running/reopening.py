@@ -19,7 +19,7 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.errors import CheckpointError, ConfigError, DataError
-from lowlevel.execution import Method
+from lowlevel.methods import Method
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.model.attention_choice import Attention, choose_attention
 from lowlevel.model.base import base_sha256, load_model_config

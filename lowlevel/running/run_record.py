@@ -14,7 +14,7 @@ from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.report import not_learned
 from lowlevel.durable import replaced_folder, write_json
-from lowlevel.execution import Method
+from lowlevel.methods import Method
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.merging import write_stacked_adapter
 from lowlevel.model.placement import dtype_name

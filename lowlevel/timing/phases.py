@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.execution import Eager, Method
+from lowlevel.execution import Eager
+from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
 from lowlevel.timing.clock import OTHER, PhaseClock
 

@@ -14,9 +14,10 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.order import DataOrder
 from lowlevel.batch.prefetch import Prefetched
 from lowlevel.config.schema import RunConfig
-from lowlevel.execution import Graphed, Method, WithFallback, signature_of
+from lowlevel.execution import Graphed, WithFallback, signature_of
 from lowlevel.loop import train
 from lowlevel.losses import LossSums
+from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import StepResult, TrainState

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.dpo import DPO, completion_logps
-from lowlevel.execution import Method
+from lowlevel.methods import Method
+from lowlevel.methods.dpo import DPO, completion_logps
 from lowlevel.model.policy import Policy
 
 NEAR_OVERFLOW = 65504 / 2  # half of the largest fp16 number

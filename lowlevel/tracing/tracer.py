@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import RunConfig
-from lowlevel.dpo import DPO, kept_pair_logps, reward_slopes
 from lowlevel.errors import CheckpointError
-from lowlevel.execution import Method
 from lowlevel.losses import LossSums
+from lowlevel.methods import Method
+from lowlevel.methods.dpo import DPO, kept_pair_logps, reward_slopes
 from lowlevel.model.policy import Policy
 from lowlevel.tracing.files import write_table
 from lowlevel.tracing.gradients import measure

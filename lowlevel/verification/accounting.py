@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lowlevel.dpo import DPO
 from lowlevel.losses import loss_spec
+from lowlevel.methods.dpo import DPO
 from lowlevel.verification.check import Check, check, head_bound, relative
 from lowlevel.verification.evidence import Evidence
 from lowlevel.verification.formulas import pair_losses

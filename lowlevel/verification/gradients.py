@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowlevel import dpo, kernels
+from lowlevel import kernels
 from lowlevel.losses import token_logps_reference
 from lowlevel.losses.preference import PairLogps
+from lowlevel.methods import dpo
 from lowlevel.verification.check import Check, check, head_bound, largest, relative
 from lowlevel.verification.evidence import Evidence, flat64
 from lowlevel.verification.formulas import slopes

@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Segment, build_batch, pair_rows, sft_segment
-from lowlevel.execution import Method
 from lowlevel.labels import IGNORED
 from lowlevel.losses import loss_spec
+from lowlevel.methods import Method
 from lowlevel.verification.check import Check, check, relative
 from lowlevel.verification.evidence import Evidence
 from lowlevel.verification.subject import Subject, packed, with_batches_of

@@ -9,8 +9,8 @@ from typing import Any
 
 from lowlevel.config.file import load_config
 from lowlevel.config.schema import RunConfig
-from lowlevel.execution import Method
 from lowlevel.losses import loss_spec
+from lowlevel.methods import Method
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
 from lowlevel.model.policy import PARENT, Policy, dequantize_once
 from lowlevel.running.assembly import (

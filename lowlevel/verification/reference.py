@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowlevel import dpo
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.methods import dpo
 from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.placement import dtype_name
 from lowlevel.verification.check import Check, check, largest

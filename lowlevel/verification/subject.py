@@ -14,9 +14,10 @@ from torch import Tensor
 from lowlevel import loop
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import RunConfig
-from lowlevel.dpo import DPO
-from lowlevel.execution import Eager, Execution, Method, WithFallback
+from lowlevel.execution import Eager, Execution, WithFallback
 from lowlevel.hashing import key32
+from lowlevel.methods import Method
+from lowlevel.methods.dpo import DPO
 from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale

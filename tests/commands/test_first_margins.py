@@ -6,7 +6,7 @@ import pytest
 from helpers import step_result
 from workspace import metrics
 
-import lowlevel.dpo
+import lowlevel.methods.dpo
 from lowlevel.config.file import config_from_tables
 from lowlevel.errors import ConfigError
 from lowlevel.running.first_step import check_first_step, starts_as_reference
@@ -15,10 +15,12 @@ from lowlevel.running.first_step import check_first_step, starts_as_reference
 @pytest.fixture
 def off(monkeypatch):
     """A reference whose tokens are off by `nats` each."""
-    plain = lowlevel.dpo.reference_token_logps
+    plain = lowlevel.methods.dpo.reference_token_logps
 
     def by(nats):
-        monkeypatch.setattr(lowlevel.dpo, "reference_token_logps", lambda policy, batch: plain(policy, batch) + nats)
+        monkeypatch.setattr(
+            lowlevel.methods.dpo, "reference_token_logps", lambda policy, batch: plain(policy, batch) + nats
+        )
 
     return by
 

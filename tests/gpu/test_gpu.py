@@ -12,19 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowlevel.batch.layout import Shape
 from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig, TrainConfig
-from lowlevel.dpo import DPO
 from lowlevel.execution import Eager, ExecutionFailedError, WithFallback, signature_of
 from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.loop import optimizer_step
 from lowlevel.losses import token_logps, token_logps_reference
+from lowlevel.methods.dpo import DPO
+from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import base_sha256, load_base
 from lowlevel.model.placement import Placement
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from lowlevel.sft import SFT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = torch.device("cuda")

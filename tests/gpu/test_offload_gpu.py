@@ -11,15 +11,15 @@ from torch.utils.checkpoint import checkpoint
 from lowlevel.batch.layout import Shape
 from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig
 from lowlevel.determinism import deterministic_mode
-from lowlevel.dpo import DPO
 from lowlevel.execution import ExecutionFailedError, WithFallback
 from lowlevel.hashing import key32
+from lowlevel.methods.dpo import DPO
+from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
-from lowlevel.sft import SFT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = torch.device("cuda")

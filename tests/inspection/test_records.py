@@ -8,12 +8,12 @@ import torch
 from samples import chats, pairs
 
 from lowlevel.config.schema import DPOConfig
-from lowlevel.dpo import loss_arguments, reward_slopes
 from lowlevel.inspection import PairRecord, inspect_pairs, inspect_sequences
 from lowlevel.inspection.reading import READINGS
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES, dpo_loss
 from lowlevel.losses.preference import PairLogps
+from lowlevel.methods.dpo import loss_arguments, reward_slopes
 from lowlevel.model.policy import Policy
 
 LAYOUTS = [{"packing": True}, {"packing": False}, {"packing": False, "batch_size": 3}]

@@ -11,14 +11,14 @@ import torch
 from lowlevel import loop
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import DPOConfig, TrainConfig
-from lowlevel.dpo import DPO
 from lowlevel.execution import Eager
 from lowlevel.loop import optimizer_step
+from lowlevel.methods.dpo import DPO
+from lowlevel.methods.sft import SFT
 from lowlevel.model import policy as policy_module
 from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
-from lowlevel.sft import SFT
 from lowlevel.timing import phases
 from lowlevel.timing.clock import OTHER, PhaseClock
 from lowlevel.timing.phases import divided

@@ -11,14 +11,14 @@ from lowlevel import execution as execution_module
 from lowlevel.batch.layout import Shape
 from lowlevel.batch.order import DataOrder
 from lowlevel.config.schema import DPOConfig, RunConfig, TrainConfig
-from lowlevel.dpo import DPO
 from lowlevel.execution import Eager, ExecutionFailedError, Graphed, WithFallback, signature_of
 from lowlevel.hashing import key32
 from lowlevel.loop import train
+from lowlevel.methods.dpo import DPO
+from lowlevel.methods.sft import SFT
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import TrainState
-from lowlevel.sft import SFT
 from lowlevel.timing.clock import OTHER
 from lowlevel.timing.phases import BACKWARD, FORWARD, LAYOUT
 from lowlevel.timing.steps import Recorder, TimedRun, Watched, take_steps

@@ -75,17 +75,17 @@ def test_a_pair_has_the_numbers_of_its_step(space, tmp_path, packing):
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust"])
 def test_the_weights_are_the_slopes_that_the_step_used(space, tmp_path, monkeypatch, loss_type):
-    import lowlevel.dpo
+    import lowlevel.methods.dpo
 
     config = {"loss_type": loss_type, "beta": 0.2} | ({"label_smoothing": 0.1} if loss_type == "robust" else {})
-    policy, seen, original = helpers.make_policy(space.base), [], lowlevel.dpo.dpo_loss
+    policy, seen, original = helpers.make_policy(space.base), [], lowlevel.methods.dpo.dpo_loss
 
     def watched(chosen, rejected, *rest, **keys):
         for tensor in (chosen, rejected):
             tensor.register_hook(lambda grad: seen.append(grad.clone()))
         return original(chosen, rejected, *rest, **keys)
 
-    monkeypatch.setattr(lowlevel.dpo, "dpo_loss", watched)
+    monkeypatch.setattr(lowlevel.methods.dpo, "dpo_loss", watched)
     _, rows, _ = traced_step(policy, helpers.dpo(8, **config), helpers.ragged_pairs(8), tmp_path / "trace")
     slopes = sorted(seen[:2], key=lambda grad: grad.sum())  # of the step; the chosen one's is below zero
     for column, sign, slope in (("weight", -1, slopes[0]), ("rejected_weight", 1, slopes[1])):
@@ -131,16 +131,16 @@ def test_the_gradients_terms_add_up_and_the_step_keeps_its_gradient(space, tmp_p
 
 def term_of(policy, method, pairs, side) -> torch.Tensor:
     """The gradient with the other completion's log-probabilities held fixed: `dpo_loss` sees them detached."""
-    import lowlevel.dpo
+    import lowlevel.methods.dpo
 
-    original = lowlevel.dpo.dpo_loss
+    original = lowlevel.methods.dpo.dpo_loss
 
     def one_sided(chosen, rejected, *rest, **keys):
         parts = (chosen, rejected.detach()) if side == "chosen" else (chosen.detach(), rejected)
         return original(*parts, *rest, **keys)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowlevel.dpo, "dpo_loss", one_sided)
+        patch.setattr(lowlevel.methods.dpo, "dpo_loss", one_sided)
         return helpers.loss_and_gradient(policy, method, pairs)[1]
 
 
@@ -222,9 +222,9 @@ def test_a_restart_forgets_the_trace(space, tmp_path):
 
 
 def test_a_run_that_fails_leaves_the_pairs_of_the_failing_step(space, tmp_path, monkeypatch):
-    import lowlevel.dpo
+    import lowlevel.methods.dpo
 
-    original, calls = lowlevel.dpo.dpo_loss, []
+    original, calls = lowlevel.methods.dpo.dpo_loss, []
 
     def failing(chosen, *rest, **keys):
         calls.append(1)
@@ -232,7 +232,7 @@ def test_a_run_that_fails_leaves_the_pairs_of_the_failing_step(space, tmp_path, 
 
     path = run_file(space, tmp_path, "failing", trace={"every": 1})
     config = load_config(path)
-    monkeypatch.setattr(lowlevel.dpo, "dpo_loss", failing)
+    monkeypatch.setattr(lowlevel.methods.dpo, "dpo_loss", failing)
     with pytest.raises(NonFiniteError):
         run_training(config, QUIET)
     rows = read_trace(tmp_path / "failing/trace", "pairs").to_pylist()

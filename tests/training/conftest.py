@@ -8,8 +8,8 @@ import helpers
 import pytest
 
 from lowlevel.config.schema import DPOConfig
-from lowlevel.dpo import DPO
 from lowlevel.hashing import key32
+from lowlevel.methods.dpo import DPO
 from lowlevel.model.policy import Policy
 
 sys.path.append(str(Path(__file__).parent))

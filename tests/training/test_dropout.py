@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lowlevel.batch.layout import build_batch, pair_segment, sft_segment
-from lowlevel.dpo import completion_logps
 from lowlevel.hashing import feature_keys, key32, mix32, mix32_array
 from lowlevel.loop import evaluate_examples
+from lowlevel.methods.dpo import completion_logps
 from lowlevel.model.dropout import CounterDropout, DropoutState, drop
 
 CPU = torch.device("cpu")

@@ -14,16 +14,16 @@ from lowlevel import execution
 from lowlevel.batch.layout import Shape, attention_mask, build_batch, pair_rows, pair_segment, sft_segment
 from lowlevel.config.file import config_from_tables
 from lowlevel.config.schema import DataConfig, DPOConfig, RunConfig
-from lowlevel.dpo import DPO
 from lowlevel.execution import MODES, Eager, Graphed, WithFallback, signature_of
 from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
+from lowlevel.methods.dpo import DPO
+from lowlevel.methods.sft import SFT
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
 from lowlevel.running.assembly import build_method
 from lowlevel.running.rehearsal import largest_batch, rehearse
-from lowlevel.sft import SFT
 
 SHAPE = Shape(positions=16, examples=4, longest=64, capacity=96)
 SPANS = "lowlevel_math"

@@ -11,7 +11,7 @@ LAYERS = (
     ("losses/", "labels", "hashing", "determinism", "batch/"),
     ("data/", "demo/", "kernels/"),
     ("model/", "optim/", "checkpoints/", "running/plots", "running/progress", "running/run_folder", "running/endings"),
-    ("sft", "dpo", "execution", "reference_cache"),
+    ("methods/", "execution", "reference_cache"),
     ("loop", "tracing/", "running/rehearsal", "running/forensics", "running/failure_folder"),
     ("running/",),
     ("inspection/", "verification/", "replaying/", "reporting/", "preflight/", "timing/"),

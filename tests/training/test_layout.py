@@ -18,9 +18,9 @@ from lowlevel.batch.layout import (
     sft_segment,
 )
 from lowlevel.batch.packing import pack
-from lowlevel.dpo import completion_logps
 from lowlevel.labels import IGNORED
 from lowlevel.losses import token_logps
+from lowlevel.methods.dpo import completion_logps
 
 
 def ints(*values):

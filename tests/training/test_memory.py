@@ -14,8 +14,9 @@ from transformers import AutoConfig
 from lowlevel.batch.layout import Shape
 from lowlevel.config.schema import DataConfig, DPOConfig, LoraConfig, ModelConfig, TrainConfig
 from lowlevel.determinism import FIXED, SMALL, workspace_bytes
-from lowlevel.dpo import DPO
 from lowlevel.errors import ConfigError
+from lowlevel.methods.dpo import DPO
+from lowlevel.methods.sft import SFT
 from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import (
@@ -35,7 +36,6 @@ from lowlevel.model.policy import dequantize_once
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.running.assembly import build_method
 from lowlevel.running.rehearsal import components, largest_batch
-from lowlevel.sft import SFT
 
 FP16 = Placement(torch.device("cuda"), "fp16")
 PAIRS = DataConfig(format="preference")

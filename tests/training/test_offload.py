@@ -11,11 +11,11 @@ from workspace import make_workspace, metrics, run
 
 from lowlevel.batch.layout import Shape
 from lowlevel.config.schema import DPOConfig
-from lowlevel.dpo import DPO
 from lowlevel.execution import WithFallback
+from lowlevel.methods.dpo import DPO
+from lowlevel.methods.sft import SFT
 from lowlevel.model.attention_choice import NAMES
 from lowlevel.model.offload import HostInputs
-from lowlevel.sft import SFT
 
 SHAPE = Shape(positions=16, examples=4, longest=64, capacity=96)
 METHODS = {

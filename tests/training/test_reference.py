@@ -10,9 +10,9 @@ from peft import PeftModel
 
 from lowlevel.batch.layout import attention_mask
 from lowlevel.config.schema import ModelConfig, TrainConfig
-from lowlevel.dpo import completion_logps
 from lowlevel.hashing import key32
 from lowlevel.losses import token_logps
+from lowlevel.methods.dpo import completion_logps
 from lowlevel.model.adapters import read_adapter_weights
 from lowlevel.model.base import base_sha256, load_base
 from lowlevel.model.policy import PARENT, TRAINED

@@ -10,9 +10,9 @@ from reference_caching import PAIRS, SHAPE, SPANS, cached, only, recording, shar
 from safetensors.torch import load_file
 
 from lowlevel.config.schema import DPOConfig
-from lowlevel.dpo import DPO, completion_logps
 from lowlevel.execution import signature_of
 from lowlevel.hashing import key32
+from lowlevel.methods.dpo import DPO, completion_logps
 from lowlevel.reference_cache import content_sha256, with_blanks
 
 STEPS = [

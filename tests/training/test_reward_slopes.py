@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lowlevel.config.schema import DPOConfig
-from lowlevel.dpo import configured_loss, reward_slopes
 from lowlevel.losses import LOSSES
 from lowlevel.losses.preference import PairLogps
+from lowlevel.methods.dpo import configured_loss, reward_slopes
 
 EXTRA = {"cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.2}, "exo_pair": {"label_smoothing": 0.01}}
 BETA, STEP = 0.3, 1e-4

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import lowlevel.dpo
 import lowlevel.loop
-import lowlevel.sft
+import lowlevel.methods.dpo
+import lowlevel.methods.sft
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.data.examples import SFTExample
 from lowlevel.labels import IGNORED
@@ -51,11 +51,11 @@ def test_one_token_off_in_the_forward_pass(sft, monkeypatch):
 
 def change_segments(monkeypatch, change):
     """`change(segment)` on every segment that the methods lay out."""
-    for module, name in ((lowlevel.sft, "sft_segment"), (lowlevel.dpo, "pair_segment")):
+    for module, name in ((lowlevel.methods.sft, "sft_segment"), (lowlevel.methods.dpo, "pair_segment")):
         plain = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, plain=plain: change(plain(*a)))
-    plain_rows = lowlevel.dpo.pair_rows
-    monkeypatch.setattr(lowlevel.dpo, "pair_rows", lambda *a: tuple(map(change, plain_rows(*a))))
+    plain_rows = lowlevel.methods.dpo.pair_rows
+    monkeypatch.setattr(lowlevel.methods.dpo, "pair_rows", lambda *a: tuple(map(change, plain_rows(*a))))
 
 
 def test_labels_shifted_twice(subject, monkeypatch):
@@ -156,8 +156,8 @@ def test_the_wrong_adapter_as_reference(dpo, monkeypatch, parent, trained, caugh
 
 
 def test_label_smoothing_ignored(dpo, monkeypatch):
-    plain = lowlevel.dpo.loss_arguments
-    monkeypatch.setattr(lowlevel.dpo, "loss_arguments", lambda config: plain(config) | {"label_smoothing": 0.0})
+    plain = lowlevel.methods.dpo.loss_arguments
+    monkeypatch.setattr(lowlevel.methods.dpo, "loss_arguments", lambda config: plain(config) | {"label_smoothing": 0.0})
     found = failures(dpo)
     assert {"loss: loss of a pair", "accounting: label_smoothing reaches the loss"} <= found
     assert "gradients: loss in the four log-probabilities" in found
@@ -176,40 +176,40 @@ def test_a_gradient_that_is_not_unscaled(subject, monkeypatch):
 
 
 def test_accumulation_as_a_mean_of_means(sft, monkeypatch):
-    plain = lowlevel.sft.SFT.loss
+    plain = lowlevel.methods.sft.SFT.loss
 
     def mean(method, policy, batch):
         return LossSums(plain(method, policy, batch).loss / batch.num_scored, {})
 
-    monkeypatch.setattr(lowlevel.sft.SFT, "loss", mean)
-    monkeypatch.setattr(lowlevel.sft.SFT, "count", lambda method, batch: 1)
+    monkeypatch.setattr(lowlevel.methods.sft.SFT, "loss", mean)
+    monkeypatch.setattr(lowlevel.methods.sft.SFT, "count", lambda method, batch: 1)
     found = failures(sft)
     assert {"accounting: step loss", "accounting: counts of the step"} <= found
     assert "invariances: 4 x 1 = 1 x 4: gradient" in found
 
 
 def test_accumulation_as_a_mean_of_means_in_pairs(dpo, monkeypatch):
-    plain = lowlevel.dpo.DPO.loss
+    plain = lowlevel.methods.dpo.DPO.loss
 
     def mean(method, policy, batch):
         sums, count = plain(method, policy, batch), len(batch.data_rows)
         return LossSums(sums.loss / count, {name: value / count for name, value in sums.metrics.items()})
 
-    monkeypatch.setattr(lowlevel.dpo.DPO, "loss", mean)
-    monkeypatch.setattr(lowlevel.dpo.DPO, "count", lambda method, batch: 1)
+    monkeypatch.setattr(lowlevel.methods.dpo.DPO, "loss", mean)
+    monkeypatch.setattr(lowlevel.methods.dpo.DPO, "count", lambda method, batch: 1)
     assert {"accounting: step loss", "accounting: counts of the step"} <= failures(dpo)
 
 
 def test_chosen_and_rejected_swapped_in_one_row(dpo, monkeypatch):
     row = dpo.examples[1].row
     for name in ("pair_segment", "pair_rows"):
-        plain = getattr(lowlevel.dpo, name)
+        plain = getattr(lowlevel.methods.dpo, name)
 
         def swapped(number, place, prompt, chosen, rejected, plain=plain):
             sides = (rejected, chosen) if number == row else (chosen, rejected)
             return plain(number, place, prompt, *sides)
 
-        monkeypatch.setattr(lowlevel.dpo, name, swapped)
+        monkeypatch.setattr(lowlevel.methods.dpo, name, swapped)
     assert "masking: targets as the rows say" in failures(dpo)
 
 
