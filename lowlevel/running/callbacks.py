@@ -1,30 +1,29 @@
-"""Callbacks: functions of a user that a run calls at named moments."""
+"""Callbacks: what a program can do at the named moments of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lowlevel.api import Run
-    from lowlevel.optim.train_state import StepResult
+from typing import Any
 
 
 class Callback:
-    """Override what is needed. An exception ends the run, as an error in training does."""
+    """Base class of callbacks: override the moments you need. Every value is a copy; changing it changes nothing.
 
-    def on_step(self, step: StepResult) -> None:
-        """An optimizer step was applied."""
+    An exception that a callback raises ends the run with that exception.
+    """
+
+    def on_step(self, step: int) -> None:
+        """Called after each applied optimizer step, before its log line; `step` counts from 1."""
 
     def on_log(self, record: Mapping[str, Any]) -> None:
-        """A line was added to metrics.jsonl: step, loss, metrics, learning rate, tokens a second."""
+        """Called for each training line of metrics.jsonl: step, epoch, loss, grad_norm, learning_rate, ..."""
 
     def on_evaluate(self, scores: Mapping[str, Any]) -> None:
-        """The held-out rows were evaluated: step and eval_* means."""
+        """Called for each evaluation line of metrics.jsonl: step, epoch, eval_loss, ...; step 0 is before training."""
 
     def on_save(self, path: Path) -> None:
-        """A checkpoint is complete."""
+        """Called when the checkpoint folder `path` (step-XXXXXXXX) is complete and on disk."""
 
-    def on_end(self, run: Run) -> None:
-        """The run has finished, its result is written."""
+    def on_end(self, run: Any) -> None:
+        """Called once, when all files of a finished run are written; `run` is what `lowlevel.sft` or `dpo` returns."""

@@ -11,6 +11,7 @@ from lowlevel.config.file import config_from_tables
 CONTRADICTIONS = [
     ({"dpo": {"beta": 0.1}}, '[dpo] is not used when method = "sft"'),
     ({"dpo": {}}, '[dpo] is not used when method = "sft"'),
+    ({"method": "dpo", "sft": {}}, '[sft] is not used when method = "dpo"'),
     ({"model": {"adapter": "a"}}, "model.adapter is for dpo; to go on training use lora.init_from"),
     ({"data": {"format": "orca"}}, 'data.format = "orca" holds preferences; sft needs "messages"'),
     ({"data": {"format": "preference"}}, 'data.format = "preference" is for dpo; sft needs "messages"'),

@@ -133,7 +133,7 @@ def test_an_overflow_repeats_the_same_batch_and_applies_one_update(tiny_base):
         assert torch.equal(first[2], again[2]), "the same dropout keys too"
     assert (result.metrics, result.grad_norm) == (clean.metrics, clean.grad_norm), "counted once"
     assert (len(result.rows), result.num_tokens, result.supervised_tokens) == (
-        clean.examples, clean.num_tokens, clean.supervised_tokens)  # fmt: skip
+        len(clean.rows), clean.num_tokens, clean.supervised_tokens)  # fmt: skip
     assert same(state, clean_state)
 
 

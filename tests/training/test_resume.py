@@ -232,7 +232,7 @@ def test_a_stopped_run_says_so_and_how_to_go_on(outcome):
     for case, stop in STOPPED:
         error = outcome["errors"][f"{case.name}-at-{stop}"]
         assert error.exit_code == 143
-        assert str(error) == f"stopped at step {stop} of {case.steps} and saved; go on with --resume"
+        assert str(error) == f"stopped at step {stop} of {case.steps} and saved; continue with --resume"
         status = outcome["status"][f"{case.name}-at-{stop}"]
         assert (status["state"], status["exit"], status["checkpoint"]) == ("preempted", 143, f"step-{stop:08d}")
 
@@ -346,7 +346,7 @@ def test_a_run_is_not_overwritten_by_accident(outcome, workspace, tmp_path, caps
     shutil.copytree(outcome["folder"] / CASES[1].name, run)
     config = write_config(run, CASES[1], workspace)
     assert main(["sft", str(config)]) == 2
-    assert "holds a run: add --resume to go on, --restart to discard it" in capsys.readouterr().err
+    assert "holds a run: add --resume to continue it, --restart to discard it" in capsys.readouterr().err
     (run / "notes.d").mkdir()
     run_training(load_config(config), QUIET, restart=True)
     assert_same_run(run, outcome["folder"] / CASES[1].name, CASES[1].steps)

@@ -6,7 +6,7 @@ import torch
 from lowlevel.config.schema import DPOConfig
 from lowlevel.losses import LOSSES
 from lowlevel.losses.preference import PairLogps
-from lowlevel.methods.dpo import configured_loss, reward_slopes
+from lowlevel.methods.dpo import preference_loss, reward_slopes
 
 EXTRA = {"cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.2}, "exo_pair": {"label_smoothing": 0.01}}
 BETA, STEP = 0.3, 1e-4
@@ -36,7 +36,7 @@ def total(config: DPOConfig, chosen_rewards: torch.Tensor, rejected_rewards: tor
         pairs.ref_rejected_logps + rejected_rewards / BETA,
         *(pairs.ref_chosen_logps, pairs.ref_rejected_logps, pairs.chosen_lengths, pairs.rejected_lengths),
     )
-    return float(configured_loss(config, moved).losses.sum())
+    return float(preference_loss(config)(moved).losses.sum())
 
 
 @pytest.mark.parametrize("name", LOSSES)
