@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from lowlevel.config.schema import DataConfig
-from lowlevel.data.encoded import Encoded, EncodedPair
 from lowlevel.data.messages import BadRow, Normalised
-from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.data.rendering import ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import DataError

@@ -45,12 +45,18 @@ class RowProblem:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """What was read: usable rows, unreadable lines, and warnings by kind."""
+    """Rows of a source, problems with other rows, warnings by kind, and rows dropped by each filter."""
 
     name: str
     rows: list[Row]
     problems: list[RowProblem] = field(default_factory=list)
     warnings: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def read(self) -> int:
+        """Number of rows in the source, unreadable and dropped ones included."""
+        return len(self.rows) + len(self.problems) + self.dropped.total()
 
 
 class _DuplicateKeyError(ValueError):
