@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from lowlevel.config.given import GIVEN, GivenRows
 from lowlevel.config.schema import DataConfig, RunConfig
 from lowlevel.data.examples import Built, PreferenceExample, SFTExample, build_examples
 from lowlevel.data.filters import apply_filters
@@ -96,11 +97,10 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
 
 def _select(data: DataConfig) -> list[Selected]:
     """The training split, then the evaluation split if there is one."""
-    same_split = data.source.endswith(FILE_SUFFIXES) or data.split == data.eval_split
-    if data.source == data.eval_source != "demo" and same_split:
-        raise ConfigError(
-            f'data.eval_source {quoted(data.source)} is what is trained on: name other rows, or "holdout" to keep some'
-        )
+    has_splits = isinstance(data.source, str) and not data.source.endswith(FILE_SUFFIXES)
+    if data.source == data.eval_source not in ("demo", GIVEN) and not (has_splits and data.split != data.eval_split):
+        name = quoted(str(data.source))
+        raise ConfigError(f'data.eval_source {name} is what is trained on: name other rows, or "holdout" to keep some')
     source = _filtered(data.source, data.split, data)
     rows = source.rows if data.shuffle_seed is None else shuffled(source.rows, data.shuffle_seed)
     if data.eval_source == "holdout":
@@ -144,8 +144,8 @@ def _checked(rows: Iterable[Row], data_format: str) -> Iterator[Checked]:
             yield RowProblem(row.where, bad.reason, str(bad))
 
 
-def _filtered(name: str, split: str, data: DataConfig) -> SourceRows:
-    source = read_source(name, split, data.format)
+def _filtered(origin: str | GivenRows, split: str, data: DataConfig) -> SourceRows:
+    source = read_source(origin, split, data.format)
     if not source.rows:
         raise data_error(source.problems)
     check_columns(source.rows, data.format, source.name)
