@@ -35,6 +35,7 @@ KEYS = {
     "data.shuffle_seed": (42, {}),
     "data.limit": (3000, {}),
     "data.format": ("orca", {"method": "dpo"}),
+    "data.columns": (["weight", "label"], {}),
     "data.filters": ([{"column": "score", "op": ">=", "value": 8}], {}),
     "data.chat_template_from": ("some/chat.jinja", {}),
     "data.template_date": ("2026-11-24", {}),

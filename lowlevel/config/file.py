@@ -128,7 +128,7 @@ def _parse_flag(section: str, key: str, text: str) -> object:
     field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
     if field is not None and field.annotation in TEXTS:
         return text
-    if key == "target_modules" and not text.startswith("["):
+    if key in ("target_modules", "columns") and not text.startswith("["):
         return text.split(",")
     try:
         return tomllib.loads(f"value = {text}")["value"]

@@ -93,6 +93,9 @@ class DataConfig(Section):
     format: Literal["messages", "orca", "preference"] = Field(
         "messages", description="columns of a row; orca: system, input, chosen, rejected"
     )
+    columns: tuple[str, ...] = Field(
+        (), strict=False, description="numeric columns of a row that a custom loss receives"
+    )
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions that a row must meet")
     chat_template_from: str | None = Field(None, description="model or .jinja file whose chat template is used")
     template_date: Annotated[str, AfterValidator(_iso_date)] = Field(

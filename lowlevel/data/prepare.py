@@ -105,11 +105,11 @@ def _select(data: DataConfig) -> list[Selected]:
     rows = source.rows if data.shuffle_seed is None else shuffled(source.rows, data.shuffle_seed)
     if data.eval_source == "holdout":
         return _with_holdout(source, rows, data)
-    train = Selected(source, list(_checked(rows[: data.limit], data.format)))
+    train = Selected(source, list(_checked(rows[: data.limit], data)))
     if data.eval_source is None:
         return [train]
     evaluation = _filtered(data.eval_source, "heldout" if data.eval_source == "demo" else data.eval_split, data)
-    return [train, Selected(evaluation, list(_checked(evaluation.rows[: data.eval_limit], data.format)))]
+    return [train, Selected(evaluation, list(_checked(evaluation.rows[: data.eval_limit], data)))]
 
 
 def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list[Selected]:
@@ -122,12 +122,10 @@ def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list
         if source.problems and data.on_bad_row == "error":
             raise data_error(source.problems)
         raise ConfigError(f"data.eval_limit {size} leaves no training rows: {source.name} has {len(rows)}")
-    held_out = list(_checked(rows[-size:], data.format))
+    held_out = list(_checked(rows[-size:], data))
     prompts = {row.prompt_digest for row in held_out if isinstance(row, Normalised)}
     others = (
-        row
-        for row in _checked(rows[:-size], data.format)
-        if isinstance(row, RowProblem) or row.prompt_digest not in prompts
+        row for row in _checked(rows[:-size], data) if isinstance(row, RowProblem) or row.prompt_digest not in prompts
     )
     training = list(islice(others, data.limit))
     if not training:
@@ -135,11 +133,11 @@ def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list
     return [Selected(source, training), Selected(SourceRows(f"{source.name} (holdout)", rows[-size:]), held_out)]
 
 
-def _checked(rows: Iterable[Row], data_format: str) -> Iterator[Checked]:
+def _checked(rows: Iterable[Row], data: DataConfig) -> Iterator[Checked]:
     """Each row as messages, or as the problem that makes it unusable."""
     for row in rows:
         try:
-            yield normalise(row, data_format)
+            yield normalise(row, data.format, data.columns)
         except BadRow as bad:
             yield RowProblem(row.where, bad.reason, str(bad))
 
@@ -148,7 +146,7 @@ def _filtered(origin: str | GivenRows, split: str, data: DataConfig) -> SourceRo
     source = read_source(origin, split, data.format)
     if not source.rows:
         raise data_error(source.problems)
-    check_columns(source.rows, data.format, source.name)
+    check_columns(source, data.format, data.columns)
     kept = apply_filters(source, data.filters)
     if not kept.rows and not kept.problems:
         drops = "; ".join(f"{condition} drops {count}" for condition, count in kept.dropped.items())

@@ -48,7 +48,7 @@ def _why_missing(config: RunConfig, tokenizer: ChatTokenizer, row: int) -> str:
 def _problem(row: Row, config: RunConfig, tokenizer: ChatTokenizer) -> str | None:
     """Why a row gives no example, or None where it gives one."""
     try:
-        normalised = normalise(row, config.data.format)
+        normalised = normalise(row, config.data.format, config.data.columns)
     except BadRow as bad:
         return str(bad)
     built = build_examples([normalised], config.data, tokenizer, tokenizer.vocab_size)

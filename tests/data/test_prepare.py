@@ -138,9 +138,9 @@ def test_each_row_is_normalised_once_and_rows_beyond_the_limit_never(run, write,
     path = write(*[orca(i) for i in range(9)], orca(9, chosen=""), orca(10, chosen=""), orca(11))
     seen = []
 
-    def count(row, data_format):
+    def count(row, *args):
         seen.append(row.id)
-        return normalise(row, data_format)
+        return normalise(row, *args)
 
     monkeypatch.setattr("lowlevel.data.prepare.normalise", count)
     data = run(path, "orca", eval_source="holdout", eval_limit=1, limit=9)
