@@ -6,14 +6,16 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from lowlevel.config.contradictions import ADAPTER_SHAPE, contradictions, empty_texts, secrets_in
+from lowlevel.config.given import Source
 from lowlevel.config.schema import DPO_DEFAULTS, SECTIONS, Filter, RunConfig
 from lowlevel.errors import ConfigError, one_line, quoted
 
+TEXTS = (str, str | None, get_args(Source)[0], Source | None)  # types of keys that a flag's text is taken for as it is
 # What other programs and papers call a key, where that is too far from its name to be guessed.
 OTHER_NAMES = {
     "lr": "learning_rate",
@@ -123,9 +125,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _parse_flag(section: str, key: str, text: str) -> object:
     """A flag's text as a TOML value where it is one (1e-4, true, [..]), else as a string."""
     field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
-    if field is not None and field.annotation in (str, str | None):
+    if field is not None and field.annotation in TEXTS:
         return text
-    if key == "target_modules" and not text.startswith("["):
+    if key in ("target_modules", "columns") and not text.startswith("["):
         return text.split(",")
     try:
         return tomllib.loads(f"value = {text}")["value"]

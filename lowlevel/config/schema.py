@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from lowlevel.config.given import Source
+
 LARGEST = 2**31 - 1  # counts are also tensors' sizes and int32 indices
 MAX_RANK, MAX_ALPHA = 4096, 1_048_576  # of an adapter, here and where one is opened
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
@@ -85,12 +87,15 @@ class Filter(Section):
 class DataConfig(Section):
     """Where the rows come from and how they become tokens."""
 
-    source: str = Field("demo", description='hub name, .jsonl, .jsonl.gz or .parquet file, or "demo"')
+    source: Source = Field("demo", description='hub name, .jsonl, .jsonl.gz or .parquet file, or "demo"')
     split: str = Field("train", description="split of a hub data set")
     shuffle_seed: Seed | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
     limit: Positive | None = Field(None, description="rows to keep after shuffling and filtering")
     format: Literal["messages", "orca", "preference"] = Field(
         "messages", description="columns of a row; orca: system, input, chosen, rejected"
+    )
+    columns: tuple[str, ...] = Field(
+        (), strict=False, description="numeric columns of a row that a custom loss receives"
     )
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions that a row must meet")
     chat_template_from: str | None = Field(None, description="model or .jinja file whose chat template is used")
@@ -101,9 +106,10 @@ class DataConfig(Section):
     max_length: Length = Field(512, description="tokens of a sequence (prompt and completion); for the demo's base 256")
     max_prompt_length: Positive | None = Field(None, description="dpo: tokens of a prompt, cut from the left")
     packing: bool = Field(True, description="several examples share a row; the loss is the same either way")
-    columns: tuple[str, ...] = Field((), strict=False, description="numeric columns of a row that your own loss reads")
     on_bad_row: Literal["error", "skip"] = Field("error", description="what an unusable row does")
-    eval_source: str | None = Field(None, description='like source, or "holdout": rows of source kept out of training')
+    eval_source: Source | None = Field(
+        None, description='like source, or "holdout": rows of source kept out of training'
+    )
     eval_split: str = Field("test", description="split of a hub data set for evaluation")
     eval_limit: Positive | None = Field(None, description="rows to evaluate on")
 

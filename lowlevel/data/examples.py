@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from lowlevel.config.schema import DataConfig
-from lowlevel.data.encoded import Encoded, EncodedPair
 from lowlevel.data.messages import BadRow, Normalised
-from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.data.rendering import ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import DataError
@@ -29,25 +28,29 @@ class SFTExample:
         row, where: the row that it came from.
         input_ids: (L,) int32.
         labels: (L,) int32, not shifted: input_ids where the token is learned, -100 elsewhere. The first never is.
+        values: numbers of the row in data.columns, for a custom loss.
     """
 
     row: int
     where: str
     input_ids: np.ndarray
     labels: np.ndarray
-    values: tuple[float, ...] = ()  # of data.columns
+    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """A prompt with a chosen and a rejected completion, each (n,) int32; prompt + longer completion <= max_length."""
+    """A prompt with a chosen and a rejected completion, each (n,) int32; prompt + longer completion <= max_length.
+
+    `row`, `where` and `values` as in SFTExample.
+    """
 
     row: int
     where: str
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
-    values: tuple[float, ...] = ()  # of data.columns
+    values: tuple[float, ...] = ()
 
 
 Example = SFTExample | PreferenceExample
@@ -151,7 +154,8 @@ def sft_example(
         other_prompt=encoded.other_prompt,
     )
     ids, learned = ids[:limit], learned[:limit]
-    return SFTExample(row.row.id, row.row.where, ids, np.where(learned, ids, IGNORED).astype(np.int32)), counts
+    labels = np.where(learned, ids, IGNORED).astype(np.int32)
+    return SFTExample(row.row.id, row.row.where, ids, labels, row.values), counts
 
 
 def preference_example(
@@ -179,7 +183,7 @@ def preference_example(
         left_out=pair.left_out,
     )
     arrays = [np.asarray(ids, np.int32) for ids in kept]
-    return PreferenceExample(row.row.id, row.row.where, arrays[0], arrays[1], arrays[2]), counts
+    return PreferenceExample(row.row.id, row.row.where, arrays[0], arrays[1], arrays[2], row.values), counts
 
 
 def truncate_pair(

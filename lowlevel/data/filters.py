@@ -5,44 +5,37 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from lowlevel.config.schema import Filter
 from lowlevel.data.messages import listed
-from lowlevel.data.sources import Row, RowProblem, kind_of
+from lowlevel.data.sources import Row, RowProblem, SourceRows, kind_of
 from lowlevel.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Filtered:
-    """Rows that meet all conditions, rows dropped by the condition they failed first, and rows not comparable."""
-
-    rows: list[Row]
-    dropped: Counter[str]
-    problems: list[RowProblem]
-
-
-def apply_filters(rows: Sequence[Row], filters: Sequence[Filter], name: str) -> Filtered:
-    """Keep the rows for which every filter holds, tried in order: a row that fails one is not shown to the next.
+def apply_filters(source: SourceRows, filters: Sequence[Filter]) -> SourceRows:
+    """Keep the rows that meet every condition. Conditions are tried in order; the first that fails drops the row.
 
     Raises:
         ConfigError: a column that no row has, or a list where the operator takes one value (or the reverse).
     """
-    result = Filtered([], Counter(), [])
+    rows: list[Row] = []
+    problems: list[RowProblem] = []
+    dropped: Counter[str] = Counter()
     for condition in filters:
-        _check_filter(condition, rows, name)
-    for row in rows:
+        _check_filter(condition, source)
+    for row in source.rows:
         try:
             failed = next((f for f in filters if not _holds(f, row.columns.get(f.column))), None)
         except TypeError as error:
-            result.problems.append(RowProblem(row.where, "not comparable in a filter", str(error)))
+            problems.append(RowProblem(row.where, "not comparable in a filter", str(error)))
             continue
         if failed is None:
-            result.rows.append(row)
+            rows.append(row)
         else:
-            result.dropped[describe(failed)] += 1
-    return result
+            dropped[describe(failed)] += 1
+    return replace(source, rows=rows, problems=source.problems + problems, dropped=dropped)
 
 
 def describe(condition: Filter) -> str:
@@ -50,11 +43,11 @@ def describe(condition: Filter) -> str:
     return f"{condition.column} {condition.op} {json.dumps(condition.value)}"
 
 
-def _check_filter(condition: Filter, rows: Sequence[Row], name: str) -> None:
-    found = {column for row in rows for column in row.columns}
+def _check_filter(condition: Filter, source: SourceRows) -> None:
+    found = {column for row in source.rows for column in row.columns}
     if condition.column not in found:
         known = listed(sorted(found))
-        raise ConfigError(f'data.filters: {name} has no column "{condition.column}"; found: {known}')
+        raise ConfigError(f'data.filters: {source.name} has no column "{condition.column}"; found: {known}')
     if isinstance(condition.value, list) != (condition.op in ("in", "not in")):
         expected = "a list" if condition.op in ("in", "not in") else "one value"
         raise ConfigError(f"data.filters: {describe(condition)}: {condition.op} takes {expected}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lowlevel.data.sources import Row, kind_of
-from lowlevel.errors import DataError, printable, quoted
+from lowlevel.data.sources import Row, SourceRows, kind_of
+from lowlevel.errors import ConfigError, DataError, printable, quoted
 from lowlevel.redaction import redact
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -27,13 +28,16 @@ class Normalised:
     """A row as messages. A conversation has `completions` (), a preference (chosen, rejected) after its `messages`.
 
     Attributes:
-        digest: sha256 of the messages, `prompt_digest` of what comes before the first reply.
+        values: numbers in data.columns, in that order.
+        digest: sha256 of the messages (and the values, if there are any); `prompt_digest` of the messages before the
+            first reply.
         warnings: kinds of oddities that do not stop the row.
     """
 
     row: Row
     messages: list[TextMessage]
     completions: Completions
+    values: tuple[float, ...]
     digest: str
     prompt_digest: str
     warnings: tuple[str, ...]
@@ -48,9 +52,18 @@ class BadRow(Exception):  # noqa: N818 - a verdict on a row, never seen by a use
         self.reason = reason
 
 
-def check_columns(rows: Sequence[Row], data_format: str, name: str) -> None:
-    """A column that no row has is one error about the file, not one for each row. Raises DataError."""
+def check_columns(source: SourceRows, data_format: str, numbers: Sequence[str]) -> None:
+    """Report a column that no row has once for the whole source.
+
+    Raises:
+        DataError: a column of the format.
+        ConfigError: one of `numbers`, the names in data.columns.
+    """
+    name, rows = source.name, source.rows
     found = sorted({column for row in rows for column in row.columns})
+    absent = next((column for column in numbers if column not in found), None)
+    if absent is not None:
+        raise ConfigError(f'data.columns: {name} has no column "{quoted(absent)}"; found: {listed(found)}')
     if data_format == "messages":
         if "messages" not in found and not {"prompt", "completion"} <= set(found):
             raise DataError(f'{name}: SFT needs "messages" or "prompt"+"completion"; found: {listed(found)}')
@@ -71,30 +84,30 @@ def listed(columns: Sequence[str], shown: int = 20) -> str:
     return ", ".join(quoted(column) for column in columns[:shown]) + more
 
 
-def normalise(row: Row, data_format: str) -> Normalised:
-    """Check a row's content and bring it to messages. Raises BadRow."""
+def normalise(row: Row, data_format: str, columns: Sequence[str] = ()) -> Normalised:
+    """Check a row's content, bring it to messages and read the numbers in `columns`. Raises BadRow."""
     if data_format == "messages":
-        return _conversation(row)
-    columns = _with_prompt(row.columns) if data_format == "preference" else row.columns
+        return _conversation(row, columns)
+    found = _with_prompt(row.columns) if data_format == "preference" else row.columns
     if data_format == "orca":
-        prompt = [_message("system", _text(columns, "system")), _message("user", _text(columns, "input"))]
+        prompt = [_message("system", _text(found, "system")), _message("user", _text(found, "input"))]
         ignored: set[str] = set()
     else:
-        prompt, ignored = _prompt(columns)
-    chosen, ignored_in_chosen = _completion(columns, "chosen", prompt)
-    rejected, ignored_in_rejected = _completion(columns, "rejected", prompt)
+        prompt, ignored = _prompt(found)
+    chosen, ignored_in_chosen = _completion(found, "chosen", prompt)
+    rejected, ignored_in_rejected = _completion(found, "rejected", prompt)
     if chosen == rejected:
         raise BadRow("chosen = rejected", "chosen and rejected are the same text")
     ignored = ignored | ignored_in_chosen | ignored_in_rejected
-    return _normalised(row, prompt, (chosen, rejected), ignored, read=("system",) if data_format == "orca" else ())
+    return _normalised(row, prompt, (chosen, rejected), ignored, columns, ("system",) if data_format == "orca" else ())
 
 
-def _conversation(row: Row) -> Normalised:
-    columns = row.columns
-    if "messages" in columns:
-        messages, ignored = _messages(columns["messages"], "messages")
+def _conversation(row: Row, columns: Sequence[str]) -> Normalised:
+    found = row.columns
+    if "messages" in found:
+        messages, ignored = _messages(found["messages"], "messages")
     else:
-        prompt, completion = _text(columns, "prompt"), _text(columns, "completion")
+        prompt, completion = _text(found, "prompt"), _text(found, "completion")
         if not completion.strip():
             raise BadRow("empty completion", "empty completion")
         messages, ignored = [_message("user", prompt), _message("assistant", completion)], set()
@@ -104,24 +117,33 @@ def _conversation(row: Row) -> Normalised:
         raise BadRow("last turn not assistant", f'last turn is "{messages[-1]["role"]}", expected "assistant"')
     if messages[0]["role"] == "assistant":
         raise BadRow("no prompt", "first turn is an assistant reply without a prompt")
-    return _normalised(row, messages, (), ignored)
+    return _normalised(row, messages, (), ignored, columns)
 
 
 def _normalised(
-    row: Row, messages: list[TextMessage], completions: Completions, ignored: set[str], read: Sequence[str] = ()
+    row: Row,
+    messages: list[TextMessage],
+    completions: Completions,
+    ignored: set[str],
+    columns: Sequence[str],
+    read: Sequence[str] = (),
 ) -> Normalised:
-    """Put a row together. `ignored`: keys of messages; `read`: columns that are not ignored though others use them."""
+    """Put a row together. `ignored`: keys of messages; `read`: columns of OF_OTHERS that the format reads."""
+    values = tuple(_number(row.columns, name) for name in columns)
     first_reply = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     prompt = messages if completions else messages[:first_reply]
     warnings = [f'message key "{quoted(redact(printable(key)))}" ignored' for key in sorted(ignored)]
-    warnings += [_ignored_column(name) for name in OF_OTHERS if name not in read and _has_content(row, name)]
+    warnings += [
+        _ignored_column(name) for name in OF_OTHERS if name not in (*read, *columns) and _has_content(row, name)
+    ]
     spoken = [m["role"] for m in messages if m["role"] in ("user", "assistant")] + ["assistant"] * bool(completions)
     late_system = any(m["role"] == "system" for m in messages[1:])
     if late_system or any(a == b for a, b in zip(spoken, spoken[1:], strict=False)) or spoken[0] != "user":
         warnings.append("turns not alternating")
     if any(m["role"] == "user" and not m["content"].strip() for m in messages):
         warnings.append("empty user turn")
-    return Normalised(row, messages, completions, digest([messages, completions]), digest(prompt), tuple(warnings))
+    identity = digest([messages, completions, *([values] if values else [])])
+    return Normalised(row, messages, completions, values, identity, digest(prompt), tuple(warnings))
 
 
 def _ignored_column(name: str) -> str:
@@ -162,6 +184,21 @@ def _text(columns: Mapping[str, object], name: str, place: str = "") -> str:
         reason = "null" if value is None else "wrong type"
         raise BadRow(reason, f'"{name}"{place} is {kind_of(value)}, expected text')
     return value
+
+
+def _number(columns: Mapping[str, object], name: str) -> float:
+    if name not in columns:
+        raise BadRow("missing column", f'missing "{name}"')
+    value = columns[name]
+    if not isinstance(value, int | float):
+        raise BadRow("null" if value is None else "wrong type", f'"{name}" is {kind_of(value)}, expected a number')
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadRow("not a finite number", f'"{name}" is {number}, expected a finite number')
+    return number
 
 
 def _messages(value: object, name: str) -> tuple[list[TextMessage], set[str]]:

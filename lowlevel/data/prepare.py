@@ -6,17 +6,21 @@ Nothing here needs the model, only its two limits, so that bad data stops a run 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
+from lowlevel.config.given import GIVEN, GivenRows
 from lowlevel.config.schema import DataConfig, RunConfig
 from lowlevel.data.examples import Built, PreferenceExample, SFTExample, build_examples
 from lowlevel.data.filters import apply_filters
 from lowlevel.data.messages import BadRow, Normalised, check_columns, normalise
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.report import DataReport, SplitReport, count_warnings, overlap, split_report, tokenizer_report
-from lowlevel.data.sources import FILE_SUFFIXES, Row, RowProblem, data_error, read_source, shuffled
+from lowlevel.data.sources import FILE_SUFFIXES, Row, RowProblem, SourceRows, data_error, read_source, shuffled
 from lowlevel.errors import ConfigError, DataError, quoted
+
+Checked = Normalised | RowProblem
 
 
 @dataclass(frozen=True)
@@ -41,19 +45,10 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class Selected:
-    """Rows of one split after filters, shuffle and limits, with what happened on the way.
+    """Rows of one split after filters, shuffle and limit: in order, checked, unusable ones as problems."""
 
-    Attributes:
-        read: rows in the source, unreadable ones included.
-        dropped: rows by the filter that dropped them.
-    """
-
-    name: str
-    rows: list[Row]
-    read: int
-    dropped: Counter[str]
-    problems: list[RowProblem]
-    warnings: Counter[str]
+    source: SourceRows
+    rows: list[Checked]
 
 
 def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) -> PreparedData:
@@ -102,89 +97,87 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
 
 def _select(data: DataConfig) -> list[Selected]:
     """The training split, then the evaluation split if there is one."""
-    same_split = data.source.endswith(FILE_SUFFIXES) or data.split == data.eval_split
-    if data.source == data.eval_source != "demo" and same_split:
-        raise ConfigError(
-            f'data.eval_source {quoted(data.source)} is what is trained on: name other rows, or "holdout" to keep some'
-        )
+    has_splits = isinstance(data.source, str) and not data.source.endswith(FILE_SUFFIXES)
+    if data.source == data.eval_source not in ("demo", GIVEN) and not (has_splits and data.split != data.eval_split):
+        name = quoted(str(data.source))
+        raise ConfigError(f'data.eval_source {name} is what is trained on: name other rows, or "holdout" to keep some')
     source = _filtered(data.source, data.split, data)
     rows = source.rows if data.shuffle_seed is None else shuffled(source.rows, data.shuffle_seed)
+    if data.eval_source == "holdout":
+        return _with_holdout(source, rows, data)
+    train = Selected(source, list(_checked(rows[: data.limit], data)))
     if data.eval_source is None:
-        return [replace(source, rows=rows[: data.limit])]
-    if data.eval_source != "holdout":
-        split = "heldout" if data.eval_source == "demo" else data.eval_split
-        evaluation = _filtered(data.eval_source, split, data)
-        return [replace(source, rows=rows[: data.limit]), replace(evaluation, rows=evaluation.rows[: data.eval_limit])]
-    held_out = data.eval_limit or 0
-    if held_out >= len(rows):
+        return [train]
+    evaluation = _filtered(data.eval_source, "heldout" if data.eval_source == "demo" else data.eval_split, data)
+    return [train, Selected(evaluation, list(_checked(evaluation.rows[: data.eval_limit], data)))]
+
+
+def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list[Selected]:
+    """The last eval_limit rows for evaluation. Rows with one of their prompts are not trained on.
+
+    A pair on a prompt that was trained on would not test what was learned from other prompts.
+    """
+    size = data.eval_limit or 0
+    if size >= len(rows):
         if source.problems and data.on_bad_row == "error":
             raise data_error(source.problems)
-        raise ConfigError(f"data.eval_limit {held_out} leaves no training rows: {source.name} has {len(rows)}")
-    evaluation_rows = rows[-held_out:]
-    training = _without_prompts_of(evaluation_rows, rows[:-held_out], data.format)
+        raise ConfigError(f"data.eval_limit {size} leaves no training rows: {source.name} has {len(rows)}")
+    held_out = list(_checked(rows[-size:], data))
+    prompts = {row.prompt_digest for row in held_out if isinstance(row, Normalised)}
+    others = (
+        row for row in _checked(rows[:-size], data) if isinstance(row, RowProblem) or row.prompt_digest not in prompts
+    )
+    training = list(islice(others, data.limit))
     if not training:
-        raise ConfigError(
-            f"data.eval_limit {held_out} leaves no training rows: every prompt of {source.name} is held out"
-        )
-    holdout = Selected(f"{source.name} (holdout)", evaluation_rows, len(evaluation_rows), Counter(), [], Counter())
-    return [replace(source, rows=training[: data.limit]), holdout]
+        raise ConfigError(f"data.eval_limit {size} leaves no training rows: every prompt of {source.name} is held out")
+    return [Selected(source, training), Selected(SourceRows(f"{source.name} (holdout)", rows[-size:]), held_out)]
 
 
-def _without_prompts_of(held_out: Sequence[Row], rows: Sequence[Row], data_format: str) -> list[Row]:
-    """The rows whose prompt is not held out: a pair on a known prompt would not test what was learned of others."""
-    keys = {_prompt_key(row, data_format) for row in held_out} - {None}
-    return [row for row in rows if _prompt_key(row, data_format) not in keys]
+def _checked(rows: Iterable[Row], data: DataConfig) -> Iterator[Checked]:
+    """Each row as messages, or as the problem that makes it unusable."""
+    for row in rows:
+        try:
+            yield normalise(row, data.format, data.columns)
+        except BadRow as bad:
+            yield RowProblem(row.where, bad.reason, str(bad))
 
 
-def _prompt_key(row: Row, data_format: str) -> str | None:
-    try:
-        return normalise(row, data_format).prompt_digest
-    except BadRow:
-        return None
-
-
-def _filtered(name: str, split: str, data: DataConfig) -> Selected:
-    source = read_source(name, split, data.format)
+def _filtered(origin: str | GivenRows, split: str, data: DataConfig) -> SourceRows:
+    source = read_source(origin, split, data.format)
     if not source.rows:
         raise data_error(source.problems)
-    check_columns(source.rows, data.format, source.name)
-    kept = apply_filters(source.rows, data.filters, source.name)
-    problems = source.problems + kept.problems
-    if not kept.rows and not problems:
+    check_columns(source, data.format, data.columns)
+    kept = apply_filters(source, data.filters)
+    if not kept.rows and not kept.problems:
         drops = "; ".join(f"{condition} drops {count}" for condition, count in kept.dropped.items())
-        total = len(source.rows)
-        raise DataError(f"{source.name}: no usable rows: {total} of {total} filtered out ({drops})")
-    read = len(source.rows) + len(source.problems)
-    return Selected(source.name, kept.rows, read, kept.dropped, problems, source.warnings)
+        raise DataError(f"{kept.name}: no usable rows: {kept.read} of {kept.read} filtered out ({drops})")
+    return kept
 
 
 def _build(
     selected: Selected, data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int
 ) -> tuple[Built, Counter[str]]:
-    """Examples, with the problems of reading and filtering put before those found here; and all warnings."""
-    rows: list[Normalised] = []
-    problems = list(selected.problems)
-    for row in selected.rows:
-        try:
-            rows.append(normalise(row, data.format))
-        except BadRow as bad:
-            problems.append(RowProblem(row.where, bad.reason, str(bad)))
+    """Examples, with all problems in the order of the steps that found them; and all warnings."""
+    rows = [row for row in selected.rows if isinstance(row, Normalised)]
+    unusable = [row for row in selected.rows if isinstance(row, RowProblem)]
     built = build_examples(rows, data, tokenizer, vocab_size)
-    return replace(built, problems=problems + built.problems), selected.warnings + count_warnings(rows, tokenizer)
+    problems = selected.source.problems + unusable + built.problems
+    return replace(built, problems=problems), selected.source.warnings + count_warnings(rows, tokenizer)
 
 
 def _report(
     selected: Selected, built: Built, warnings: Counter[str], data: DataConfig, tokenizer: ChatTokenizer
 ) -> SplitReport:
-    """Raises DataError where nothing is left to train on."""
+    """Raises DataError if no row is left to train on."""
+    source = selected.source
     if not built.examples:
-        raise DataError(_nothing_left(selected, built, data))
-    return split_report(selected.name, selected.read, len(selected.rows), selected.dropped, built, warnings)
+        raise DataError(_nothing_left(source.name, built, data))
+    return split_report(source.name, source.read, len(selected.rows), source.dropped, built, warnings)
 
 
-def _nothing_left(selected: Selected, built: Built, data: DataConfig) -> str:
+def _nothing_left(name: str, built: Built, data: DataConfig) -> str:
     tried = len(built.too_long) + len(built.problems)
     if not built.problems:
-        return f"{selected.name}: no usable rows: {tried} of {tried} longer than max_length {data.max_length}"
+        return f"{name}: no usable rows: {tried} of {tried} longer than max_length {data.max_length}"
     reasons = Counter(problem.reason for problem in [*built.problems, *built.too_long])
-    return f"{selected.name}: no usable rows: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    return f"{name}: no usable rows: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items())

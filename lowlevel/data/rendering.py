@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowlevel.data.encoded import Encoded, EncodedPair
-from lowlevel.data.templates import DATE, ChatTemplate, Message, RenderError, Rendering, left_out, with_end_of_turn
+from lowlevel.data.templates import (
+    DATE,
+    ChatTemplate,
+    Message,
+    RenderError,
+    Rendering,
+    Span,
+    left_out,
+    with_end_of_turn,
+)
 from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import ConfigError, one_line
 
@@ -25,6 +33,40 @@ if TYPE_CHECKING:
 
 Tokens = tuple[list[int], np.ndarray]
 OPENING = 200  # characters at the end of a prompt in which its last special token is looked for
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised conversation, before labels and truncation.
+
+    Attributes:
+        input_ids: (L,) token ids.
+        supervised: (L,) True for tokens of the assistant's replies, end-of-turn tokens included.
+        replies: half-open token ranges of the replies.
+        changed: replies that are context only, because the template changes them in later turns.
+        retokenised: boundaries of replies that fell inside a token; the text on each side was tokenised separately.
+        left_out: messages that the template left out or changed.
+        other_prompt: the tokens before the first reply differ from those that generation starts from.
+    """
+
+    input_ids: list[int]
+    supervised: list[bool]
+    replies: list[Span]
+    changed: int
+    retokenised: int
+    left_out: int
+    other_prompt: bool
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A prompt, (P,) ids, and its two completions, (C,) and (R,); `retokenised` and `left_out` as in Encoded."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    retokenised: int
+    left_out: int
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lowlevel.config.given import GIVEN, GivenRows
 from lowlevel.demo import world
 from lowlevel.errors import ConfigError, DataError, one_line, quoted
 
@@ -45,12 +46,18 @@ class RowProblem:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """What was read: usable rows, unreadable lines, and warnings by kind."""
+    """Rows of a source, problems with other rows, warnings by kind, and rows dropped by each filter."""
 
     name: str
     rows: list[Row]
     problems: list[RowProblem] = field(default_factory=list)
     warnings: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def read(self) -> int:
+        """Number of rows in the source, unreadable and dropped ones included."""
+        return len(self.rows) + len(self.problems) + self.dropped.total()
 
 
 class _DuplicateKeyError(ValueError):
@@ -65,18 +72,22 @@ def data_error(problems: Sequence[RowProblem]) -> DataError:
     return DataError("\n".join(lines))
 
 
-def read_source(source: str, split: str, data_format: str = "messages") -> SourceRows:
+def read_source(source: str | GivenRows, split: str, data_format: str = "messages") -> SourceRows:
     """Read a source whole.
 
     Args:
-        source: "demo", a .jsonl, .jsonl.gz or .parquet file, or a hub name.
+        source: "demo", a .jsonl, .jsonl.gz or .parquet file, a hub name, or rows given in Python.
         split: split of a hub data set or of the demo ("train", "heldout"); files have none.
         data_format: "messages" takes the demo's conversations, anything else its preferences.
 
     Raises:
-        ConfigError: no such file, data set or split.
+        ConfigError: no such file, data set or split; rows given in Python are missing.
         DataError: no rows.
     """
+    if isinstance(source, GivenRows):
+        return _read_given(source)
+    if source == GIVEN:
+        raise ConfigError("the rows of this run were given in Python: open it with lowlevel.Run(DIR, data=rows)")
     path = Path(source)
     if not source.strip() or "\0" in source:
         raise ConfigError(f"data source {source!r} is no name: use {', '.join(FILE_SUFFIXES)} or a hub name")
@@ -214,6 +225,35 @@ def _read_demo(split: str, data_format: str) -> SourceRows:
     make = world.sft_rows if data_format == "messages" else world.preference_rows
     rows = make(split, DEMO_ROWS[split], 0)
     return SourceRows(f"demo[{split}]", [Row(i, f"demo[{split}]:{i}", row) for i, row in enumerate(rows)])
+
+
+def _read_given(given: GivenRows) -> SourceRows:
+    read = SourceRows(GIVEN, [])
+    for i, row in enumerate(given.rows):
+        try:
+            columns = {name: _json_value(name, value) for name, value in row.items()}
+            _reject_lone_surrogates(columns)
+        except DataError as error:
+            read.problems.append(RowProblem(f"data:{i + 1}", "wrong type", str(error)))
+        else:
+            read.rows.append(Row(i, f"data:{i + 1}", columns))
+    return read
+
+
+def _json_value(column: str, value: object) -> object:
+    """The value as JSON has it: numpy scalars and arrays become Python values. Raises DataError for other types."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, str):
+        return str.__str__(value)  # the plain text of a subclass, such as an enum
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, list | tuple):
+        return [_json_value(column, item) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _json_value(column, item) for key, item in value.items()}
+    kind = f"{type(value).__name__}" + (" with keys that are not text" if isinstance(value, Mapping) else "")
+    raise DataError(f'column "{quoted(column)}" is a {kind}, expected text, number, list or object')
 
 
 def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:

@@ -30,11 +30,11 @@ def example_of_row(config: RunConfig, tokenizer: ChatTokenizer, data: PreparedDa
 
 def _why_missing(config: RunConfig, tokenizer: ChatTokenizer, row: int) -> str:
     data = config.data
-    rows = read_source(data.source, data.split, data.format).rows
-    found = next((candidate for candidate in rows if candidate.id == row), None)
+    source = read_source(data.source, data.split, data.format)
+    found = next((candidate for candidate in source.rows if candidate.id == row), None)
     if found is None:
-        return f"row {row}: {data.source} has the rows 0 to {len(rows) - 1}"
-    kept = apply_filters(rows, data.filters, data.source)
+        return f"row {row}: {source.name} has the rows 0 to {len(source.rows) - 1}"
+    kept = apply_filters(source, data.filters)
     problem = next((problem.message for problem in kept.problems if problem.where == found.where), None)
     if problem is None and all(candidate.id != row for candidate in kept.rows):
         return f"row {row} ({found.where}) was filtered out by data.filters, so it was not trained on"
@@ -48,7 +48,7 @@ def _why_missing(config: RunConfig, tokenizer: ChatTokenizer, row: int) -> str:
 def _problem(row: Row, config: RunConfig, tokenizer: ChatTokenizer) -> str | None:
     """Why a row gives no example, or None where it gives one."""
     try:
-        normalised = normalise(row, config.data.format)
+        normalised = normalise(row, config.data.format, config.data.columns)
     except BadRow as bad:
         return str(bad)
     built = build_examples([normalised], config.data, tokenizer, tokenizer.vocab_size)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowlevel.optim.train_state import StepResult
 
 
 class Callback:
-    """Base class of callbacks: override the moments you need. Every value is a copy; changing it changes nothing.
+    """Base class of callbacks: override the moments you need.
 
     An exception that a callback raises ends the run with that exception.
     """
 
-    def on_step(self, step: int) -> None:
-        """Called after each applied optimizer step, before its log line; `step` counts from 1."""
+    def on_step(self, step: StepResult) -> None:
+        """Called after each applied optimizer step, before its log line: its number, loss, metrics, rows and batches."""
 
     def on_log(self, record: Mapping[str, Any]) -> None:
         """Called for each training line of metrics.jsonl: step, epoch, loss, grad_norm, learning_rate, ..."""

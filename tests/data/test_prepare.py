@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lowlevel.config.schema import DataConfig, RunConfig
 from lowlevel.data.examples import truncate_pair
+from lowlevel.data.messages import normalise
 from lowlevel.data.prepare import ModelLimits, prepare
 from lowlevel.data.rendering import chat_tokenizer
 from lowlevel.data.report import render_report, show_example
@@ -131,6 +132,20 @@ def test_a_holdout_keeps_its_prompts_out_of_training(run, write):
     assert len(data.evaluation) == 5 and len(asked) > 1
     assert sorted(e.row for e in data.train) == [i for i in range(40) if i // 4 not in asked]
     assert data.report.overlap == 0
+
+
+def test_each_row_is_normalised_once_and_rows_beyond_the_limit_never(run, write, monkeypatch):
+    path = write(*[orca(i) for i in range(9)], orca(9, chosen=""), orca(10, chosen=""), orca(11))
+    seen = []
+
+    def count(row, *args):
+        seen.append(row.id)
+        return normalise(row, *args)
+
+    monkeypatch.setattr("lowlevel.data.prepare.normalise", count)
+    data = run(path, "orca", eval_source="holdout", eval_limit=1, limit=9)
+    assert [e.row for e in [*data.train, *data.evaluation]] == list(range(9)) + [11]
+    assert sorted(seen) == list(range(9)) + [11]
 
 
 def test_a_holdout_that_leaves_nothing(run, write):

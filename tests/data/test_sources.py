@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lowlevel.config.schema import Filter
 from lowlevel.data.filters import apply_filters
-from lowlevel.data.sources import Row, data_error, read_source, shuffled
+from lowlevel.data.sources import Row, SourceRows, data_error, read_source, shuffled
 from lowlevel.errors import ConfigError, DataError, LowlevelError
 
 GOOD = b'{"a": 1}\n'
@@ -184,7 +184,9 @@ ORCA = [
 
 def keep(rows, *conditions):
     filters = [Filter(column=c, op=op, value=v) for c, op, v in conditions]
-    return apply_filters([Row(i, f"f.jsonl:{i + 1}", row) for i, row in enumerate(rows)], filters, "f.jsonl")
+    return apply_filters(
+        SourceRows("f.jsonl", [Row(i, f"f.jsonl:{i + 1}", row) for i, row in enumerate(rows)]), filters
+    )
 
 
 def test_the_recipes_filter_and_the_count_of_what_each_condition_drops():

@@ -1,0 +1,69 @@
+"""Rows that a Python program passes to a run, instead of the name of a file or hub data set.
+
+The saved configuration cannot hold them: it says "rows given in Python", and opening the run needs the rows again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Annotated, Any, cast
+
+from pydantic import PlainSerializer, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from lowlevel.errors import ConfigError
+
+GIVEN = "rows given in Python"
+
+
+@dataclass(frozen=True, eq=False)
+class GivenRows:
+    """Rows in memory. Two objects are equal only if they are the same object; make them with `GivenRows.of`."""
+
+    rows: Sequence[Mapping[str, object]] = field(repr=False)
+
+    def __str__(self) -> str:
+        return GIVEN
+
+    @classmethod
+    def of(cls, data: object) -> GivenRows:
+        """Rows of a list or other iterable of dicts, a `datasets.Dataset`, or a `torch.utils.data.Dataset`.
+
+        A map-style torch dataset is read through `__len__` and `__getitem__`; everything else is iterated once.
+
+        Raises:
+            ConfigError: another type, an item that is not a mapping with text keys, or no rows.
+        """
+        if isinstance(data, GivenRows):
+            return data
+        if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
+            items: Iterable[object] = data
+        elif isinstance(data, Sized) and not isinstance(data, str | bytes | Mapping):
+            indexed = cast(Any, data)
+            items = (indexed[i] for i in range(len(data)))
+        else:
+            expected = "expected a list of dicts, a datasets.Dataset or a torch Dataset"
+            raise ConfigError(f"data: got {type(data).__name__}, {expected}")
+        rows = tuple(_row(number, item) for number, item in enumerate(items, 1))
+        if not rows:
+            raise ConfigError(f"data: the {type(data).__name__} has no rows")
+        return cls(rows)
+
+
+def _row(number: int, item: object) -> Mapping[str, object]:
+    if not isinstance(item, Mapping):
+        raise ConfigError(f"data: row {number} is a {type(item).__name__}, expected a dict with the columns of a row")
+    other = next((key for key in item if not isinstance(key, str)), None)
+    if other is not None:
+        raise ConfigError(f"data: row {number} has the key {other!r} ({type(other).__name__}), expected text keys")
+    return item
+
+
+def _validated(value: object) -> str | GivenRows:
+    if not isinstance(value, str | GivenRows):
+        raise PydanticCustomError("string_type", "Input should be a valid string")
+    return value
+
+
+Source = Annotated[str | GivenRows, PlainValidator(_validated), PlainSerializer(str, when_used="json")]
