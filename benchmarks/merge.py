@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from lowlevel.commands.compare import load_held_out
-from lowlevel.commands.merge import vocabulary_logps
 from lowlevel.config.schema import ModelConfig
 from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.merging import merged_model
+from lowlevel.reporting.comparison import load_held_out
+from lowlevel.running.merge import vocabulary_logps
 from lowlevel.running.reopening import LoadedRun, load_run
 
 

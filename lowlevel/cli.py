@@ -1,44 +1,79 @@
 """The command line: parses, runs one command, and turns errors into one line and an exit code.
 
-What can be typed stands in arguments.py, what each command calls in dispatch.py. Heavy imports sit inside the commands,
-so `lowlevel --help` answers at once.
+Each command is a file of commands/. Its docstring is the command's help; `add_arguments` adds its options, and `run`
+executes it and imports the heavy libraries, so `lowlevel --help` answers at once.
 """
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import io
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from typing import TextIO, cast
 
-from lowlevel.commands.arguments import build_parser
-from lowlevel.commands.dispatch import run_command
-from lowlevel.errors import ConfigError, LowlevelError, OutOfMemoryError, printable
+from lowlevel import __version__
+from lowlevel.commands.common import Parser
+from lowlevel.errors import ConfigError, LowlevelError, OutOfMemoryError, printable, quoted
 from lowlevel.redaction import RedactedStream
+
+EXIT_CODES = (
+    "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint or model, 5 loss or gradient NaN or \
+infinite, 6 out of memory, 130/143 interrupted and saved"
+)
+NAMES = "demo doctor sft dpo data losses plan time memory merge generate compare inspect verify report replay".split()
+METHODS = {"sft": "supervised fine-tuning", "dpo": "Direct Preference Optimization"}  # both are commands/train.py
+COMMANDS = {name: import_module(f"lowlevel.commands.{'train' if name in METHODS else name}") for name in NAMES}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    parser = argparse.ArgumentParser(
+        prog="lowlevel",
+        description="QLoRA SFT and DPO on one small GPU, from hand-written loops whose every number can be checked.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, command in COMMANDS.items():
+        text = METHODS.get(name, command.__doc__)
+        style = argparse.RawDescriptionHelpFormatter
+        added = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=style)
+        added.set_defaults(takes_config=False)
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.add_arguments(added)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code; no secret reaches either of its streams."""
+    """Run the command line and return the exit code; both output streams are redacted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     with redirect_stdout(_redacted(sys.stdout)), redirect_stderr(_redacted(sys.stderr)):
         try:
             words, overrides = split_overrides(arguments)
+            if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+                near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+                hint = f'did you mean "{near[0]}"?' if near else "lowlevel --help lists the commands"
+                raise ConfigError(f'unknown command "{quoted(words[0])}"; {hint}')
             options, unknown = build_parser().parse_known_args(join_negative_numbers(words))
         except ConfigError as error:
             return _failed(error, debug=False)
         try:
             if unknown or (overrides and not options.takes_config):
                 word = unknown[0] if unknown else f"--{next(iter(overrides))}"
-                raise ConfigError(f"unknown argument {word!r}; lowlevel {options.command} --help lists what there is")
-            run_command(options, overrides)
+                raise ConfigError(f"unknown argument {word!r}; lowlevel {options.command} --help lists the options")
+            COMMANDS[options.command].run(options, overrides)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python's own last flush fails aloud
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python prints an error at its last flush
             return 130
         except Exception as error:
             return _failed(error, options.debug)
@@ -47,12 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _redacted(stream: TextIO) -> TextIO:
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show must not end a run
+        stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot encode must not end a run
     return cast("TextIO", RedactedStream(stream))
 
 
 def _failed(error: Exception, debug: bool) -> int:
-    """Say what went wrong, with --debug also where, and return the exit code."""
+    """Print the error, with --debug after its traceback, and return the exit code."""
     if debug:
         sys.stderr.write(traceback.format_exc())
     if isinstance(error, LowlevelError):
@@ -66,7 +101,7 @@ def _failed(error: Exception, debug: bool) -> int:
 
 
 def join_negative_numbers(words: Sequence[str]) -> list[str]:
-    """`--flag -1e3` as `--flag=-1e3`: argparse takes -10 for a value, but -1e3 and -inf for flags of their own."""
+    """`--flag -1e3` as `--flag=-1e3`: argparse reads -10 as a value, but -1e3 and -inf as flags."""
     joined: list[str] = []
     for word in words:
         after_flag = bool(joined) and joined[-1].startswith("--") and "=" not in joined[-1]
@@ -86,7 +121,7 @@ def _is_number(word: str) -> bool:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Take `--section.key value` and `--section.key=value` out of the arguments, wherever they stand.
+    """Split the arguments into words and `--section.key value` or `--section.key=value` overrides, in any order.
 
     Raises:
         ConfigError: a key without a value.

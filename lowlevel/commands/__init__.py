@@ -1,1 +1,1 @@
-"""What people do with runs: one module a command of the command line."""
+"""One file per command of the command line: its help (the docstring), options and run. cli.py lists them."""

@@ -1,21 +1,34 @@
-"""`lowlevel data`: what a run will train on, without a GPU and without the model's weights."""
+"""training data after filters and chat template, without a GPU and without the model"""
 
 from __future__ import annotations
 
-from rich.console import Console
+from typing import TYPE_CHECKING
 
-from lowlevel.batch.order import DataOrder
-from lowlevel.config.schema import RunConfig
-from lowlevel.data.report import render_report, show_example
+from lowlevel.commands.common import Options, Overrides, Parser, add_run_file, quiet_console, read_run_file
 from lowlevel.errors import ConfigError
-from lowlevel.model.attention_choice import MASKED, Attention, choose_attention
-from lowlevel.model.base import load_model_config
-from lowlevel.model.placement import choose_placement
-from lowlevel.running.assembly import build_method, prepare_data
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lowlevel.config.schema import RunConfig
+    from lowlevel.model.attention_choice import Attention
+
+
+def add_arguments(parser: Parser) -> None:
+    add_run_file(parser)
+    parser.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
+
+
+def run(options: Options, overrides: Overrides) -> None:
+    show_data(read_run_file(options, overrides), quiet_console())
 
 
 def show_data(config: RunConfig, console: Console) -> None:
     """Print the data report, how the rows fill batches, and one example with its supervised tokens coloured."""
+    from lowlevel.batch.order import DataOrder
+    from lowlevel.data.report import render_report, show_example
+    from lowlevel.running.assembly import build_method, prepare_data
+
     tokenizer, data = prepare_data(config)
     render_report(data.report, console)
     order = DataOrder.of(config, len(data.train))
@@ -35,10 +48,14 @@ def show_data(config: RunConfig, console: Console) -> None:
 
 
 def layout_of(config: RunConfig) -> tuple[Attention, str]:
-    """The attention that decides how a run's rows fill batches on this machine, and a line that says which it is.
+    """The attention that decides how rows fill batches on this machine, and a line that names it.
 
-    Where the run cannot be made here, that of a CPU: what a run will learn from can be looked at anywhere.
+    The attention of a CPU if this machine cannot make the run: its data can be looked at anywhere.
     """
+    from lowlevel.model.attention_choice import MASKED, choose_attention
+    from lowlevel.model.base import load_model_config
+    from lowlevel.model.placement import choose_placement
+
     try:
         placement = choose_placement(config.train.precision)
         attention = choose_attention(config.model, load_model_config(config.model), placement)

@@ -1,25 +1,18 @@
-"""`lowlevel demo`: the built-in small world, from base to SFT to DPO, with answers that can be checked."""
+"""SFT, DPO and comparison of a built-in small model: offline, CPU or GPU"""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from lowlevel.commands.compare import compare_stages, load_held_out, print_replies
-from lowlevel.commands.generate import Sampling
-from lowlevel.config.file import config_from_tables
-from lowlevel.config.schema import RunConfig
-from lowlevel.demo.world import check_items, exact_match, preferred_style
-from lowlevel.durable import write_json
+from lowlevel.commands.common import Options, Overrides, Parser, check_resume, quiet_console
 from lowlevel.errors import ConfigError
-from lowlevel.model.policy import dequantize_once
-from lowlevel.running.progress import lines_to
-from lowlevel.running.reopening import load_run
-from lowlevel.running.run import run_training
-from lowlevel.running.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lowlevel.config.schema import RunConfig
 
 CHECK_ITEMS = 120
 SHOWN_REPLIES = 4
@@ -33,8 +26,23 @@ BATCH = {
 }
 
 
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder for the demo's runs (default: out/demo)"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the demo in the folder")
+    parser.add_argument("--restart", action="store_true", help="discard the demo in the folder")
+
+
+def run(options: Options, overrides: Overrides) -> None:
+    check_resume(options)
+    run_demo(options.out, quiet_console(), resume=options.resume, restart=options.restart)
+
+
 def demo_configs(out: Path) -> tuple[RunConfig, RunConfig]:
-    """The demo's SFT run, and the DPO run that stands on its adapter."""
+    """The demo's SFT run, and the DPO run that starts from its adapter."""
+    from lowlevel.config.file import config_from_tables
+
     data = {"source": "demo", "max_length": 128, "eval_source": "demo", "eval_limit": 100}
     sft = {
         "method": "sft",
@@ -72,12 +80,22 @@ def run_demo(out: Path, console: Console, *, resume: bool = False, restart: bool
     """Train both stages into `out`, compare them on held-out questions, and write demo.json.
 
     Raises:
-        ConfigError: `out` holds runs, and neither `resume` nor `restart` says what to do with them.
+        ConfigError: `out` holds runs, and neither `resume` nor `restart` is set.
     """
+    from lowlevel.demo.world import check_items, exact_match, preferred_style
+    from lowlevel.durable import write_json
+    from lowlevel.model.policy import dequantize_once
+    from lowlevel.reporting.comparison import compare_stages, load_held_out, print_replies
+    from lowlevel.running.progress import lines_to
+    from lowlevel.running.reopening import load_run
+    from lowlevel.running.replies import Sampling
+    from lowlevel.running.run import run_training
+    from lowlevel.running.run_folder import RunFolder
+
     started = time.perf_counter()
     sft, dpo = demo_configs(out)
     if any(RunFolder(Path(c.train.output_dir)).holds_run() for c in (sft, dpo)) and not (resume or restart):
-        raise ConfigError(f"{out} holds a demo: add --resume to go on, --restart to discard it, or set --out")
+        raise ConfigError(f"{out} holds a demo: add --resume to continue, --restart to discard it, or set --out")
     console.print("A 4-bit base that knows a small world, but has never seen a chat.\n")
     for config in (sft, dpo):
         run_training(config, console, resume=resume, restart=restart)
@@ -96,5 +114,5 @@ def run_demo(out: Path, console: Console, *, resume: bool = False, restart: bool
     seconds = time.perf_counter() - started
     write_json(out / "demo.json", {"seconds": seconds, **result})
     console.print(f"{CHECK_ITEMS} held-out questions; {seconds:.0f} s in all; runs in {out}/sft and {out}/dpo")
-    console.print(f"go on: lowlevel generate {out}/dpo --prompt 'What is 7 plus 5?'")
+    console.print(f"next: lowlevel generate {out}/dpo --prompt 'What is 7 plus 5?'")
     return result

@@ -1,165 +1,33 @@
-"""Replies from a run, an adapter or a merged model: the prompt is rendered by the same function as training data."""
+"""reply to a prompt with a run, an adapter or a merged model"""
 
-from __future__ import annotations
-
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import argparse
 from pathlib import Path
-from typing import Any
 
-import torch
-from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, TextStreamer
-
-from lowlevel.config.schema import LoraConfig, ModelConfig
-from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
-from lowlevel.errors import ConfigError
-from lowlevel.model.adapters import ADAPTER_CONFIG, build_policy, read_adapter_config
-from lowlevel.model.attention_choice import MASKED, plain_attention
-from lowlevel.model.base import load_base, resolve_name
-from lowlevel.model.files import read_json_object
-from lowlevel.model.placement import Placement, choose_placement
-from lowlevel.running.reopening import Note, load_run
-from lowlevel.running.run_folder import RunFolder
+from lowlevel.commands.common import Options, Overrides, Parser, positive, quiet_console
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: temperature 0 takes the likeliest; the same seed gives the same reply."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A generated reply; `ended` says whether it ended itself instead of being cut."""
-
-    text: str
-    num_tokens: int
-    ended: bool
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model_dir", type=Path, metavar="DIR", help="run folder, PEFT adapter or merged model")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="user message")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest reply, in tokens (default: 256)")
+    parser.add_argument("--temperature", type=_temperature, default=0.0, help="0: always the likeliest token (default)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling if temperature > 0 (default: 0)")
 
 
-def stream_reply(model_dir: Path, prompt: str, system: str | None, sampling: Sampling) -> None:
-    """Load DIR and print its reply to one user message as it is made; nothing else goes to standard output."""
-    model, tokenizer, placement = load_for_replies(model_dir, lambda line: print(line, file=sys.stderr))
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    ids = tokenizer.encode_prompt([*messages, {"role": "user", "content": prompt}])
-    streamer = TextStreamer(tokenizer.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    _generate(model, tokenizer, placement, [ids], sampling, streamer)
+def run(options: Options, overrides: Overrides) -> None:
+    quiet_console()
+    from lowlevel.running.replies import Sampling, stream_reply
+
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
+    stream_reply(options.model_dir, options.prompt, options.system, sampling)
 
 
-def generate_replies(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: ChatTokenizer,
-    placement: Placement,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    batch_size: int = 16,
-) -> list[Reply]:
-    """Reply to prompts given as token ids, `batch_size` at a time, in the order given."""
-    replies = []
-    stops = stop_ids(tokenizer)
-    for start in range(0, len(prompts), batch_size):
-        group = prompts[start : start + batch_size]
-        for row in _generate(model, tokenizer, placement, group, sampling):
-            end = next((i for i, token in enumerate(row) if token in stops), None)
-            kept = row[:end]
-            text = str(tokenizer.tokenizer.decode(kept, skip_special_tokens=True))
-            replies.append(Reply(text, len(kept), end is not None))
-    return replies
-
-
-def stop_ids(tokenizer: ChatTokenizer) -> list[int]:
-    """Tokens that end a reply: end of sequence, and the template's end of turn."""
-    return sorted({tokenizer.eos_id} | ({tokenizer.end_of_turn_id} if tokenizer.end_of_turn_id is not None else set()))
-
-
-def load_for_replies(model_dir: Path, note: Note) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
-    """A model that can reply, from a run folder, a PEFT adapter or a merged model; `note` takes lines for people.
-
-    Raises:
-        ConfigError: the folder is none of them.
-    """
-    if (model_dir / "config.toml").exists():
-        run = load_run(model_dir, note)
-        return run.policy.model, run.tokenizer, run.policy.placement
-    if (model_dir / ADAPTER_CONFIG).exists():
-        if (model_dir.parent / "config.toml").exists():
-            return _load_adapter_of_run(model_dir, note)
-        return _load_adapter_alone(model_dir)
-    if not (model_dir / "config.json").exists():
-        raise ConfigError(
-            f"{model_dir} is no run folder, PEFT adapter or model (config.toml, adapter_config.json, config.json)"
-        )
-    placement = choose_placement("auto")
-    model = load_base(ModelConfig(name=str(model_dir), load_in_4bit=False), placement)
-    model.eval()
-    return model, load_chat_tokenizer(str(model_dir), None, None), placement
-
-
-def _load_adapter_of_run(adapter: Path, note: Note) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
-    """An adapter inside a run folder: the final one (also as stacked/), a checkpoint's, or the parent alone."""
-    folder = RunFolder(adapter.parent)
-    run = load_run(folder.path, note, adapter=adapter if adapter.name.startswith("step-") else None)
-    if adapter.name == folder.parent.name:
-        run.policy.activate(parent=True, trained=False)
-    return run.policy.model, run.tokenizer, run.policy.placement
-
-
-def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
-    """An adapter from elsewhere, on its base in 4 bits (nf4, double quantisation), as QLoRA trains it."""
-    read_adapter_config(adapter)
-    name = read_json_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not name:
-        raise ConfigError(f"{adapter}/adapter_config.json names no base model")
-    placement = choose_placement("auto")
-    base = load_base(ModelConfig(name=name), placement)
-    attention = replace(MASKED, implementation=base.config._attn_implementation)
-    policy = build_policy(
-        base, LoraConfig(), placement, seed=0, init_from=adapter, gradient_checkpointing=False, attention=attention
-    )
-    return policy.model, load_chat_tokenizer(resolve_name(name), None, None), placement
-
-
-@torch.no_grad()
-def _generate(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: ChatTokenizer,
-    placement: Placement,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    streamer: Any = None,
-) -> list[list[int]]:
-    """New tokens of each prompt; prompts are padded on the left, and the padding is masked by length."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), tokenizer.pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = torch.tensor(prompt)
-        mask[i, width - len(prompt) :] = 1
-    sample = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=stop_ids(tokenizer),
-        pad_token_id=tokenizer.pad_id,
-        use_cache=True,
-        **(sample if sampling.temperature > 0 else {"do_sample": False}),
-    )
-    torch.manual_seed(sampling.seed)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    own, base.generation_config = base.generation_config, config  # its penalties would fill what is not set here
+def _temperature(text: str) -> float:
     try:
-        with plain_attention(base), placement.autocast():
-            output = base.generate(
-                input_ids=ids.to(placement.device),
-                attention_mask=mask.to(placement.device),
-                generation_config=config,
-                streamer=streamer,
-            )
-    finally:
-        base.generation_config = own
-    return output[:, width:].tolist()
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text!r}")
+    return value

@@ -1,173 +1,24 @@
-"""`lowlevel merge`: one model from base and adapters, and how far it is from the model that was trained."""
+"""merge a run's adapters into its base, and measure the difference"""
 
-from __future__ import annotations
-
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from rich.console import Console
-from torch.nn.functional import log_softmax
-from transformers import PreTrainedModel
-
-from lowlevel.batch.layout import PackedBatch
-from lowlevel.commands.generate import stop_ids
-from lowlevel.config.schema import ModelConfig
-from lowlevel.durable import replaced_folder, write_json
-from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.model.attention_choice import MASKED, Attention
-from lowlevel.model.base import load_base
-from lowlevel.model.merging import merged_model
-from lowlevel.model.placement import Placement
-from lowlevel.running.progress import lines_to
-from lowlevel.running.reopening import LoadedRun, load_run, reopen
-
-PROBE_ROWS = 8
-# The dequantised target is the same function up to rounding, so a larger divergence means a wrong merge.
-KL_BOUNDS = {"fp32": 1e-5, "fp16": 1e-4, "bf16": 1e-3}
+from lowlevel.commands.common import Options, Overrides, Parser, quiet_console
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """A merged model against the training-time model, over the scored tokens of the probe rows."""
-
-    kl: float  # KL(training-time || merged), nats a token
-    loss: float  # cross-entropy of the merged model, nats a token
-    training_time_loss: float
-    same_top_token: float  # share of tokens whose likeliest successor is the same
-    tokens: int
-
-
-def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity:
-    """Merge the adapters of a run into its base and write an ordinary model folder.
-
-    Args:
-        run_dir: a finished run; its parent adapter is merged too.
-        into: dequantized, original or requantized.
-        out: folder to write; must not exist.
-        console: where the measurement is printed.
-
-    Raises:
-        ConfigError: `out` exists.
-        DataError: the rows that it is measured on changed since the run.
-        CheckpointError: the dequantised merge is not the model that was trained; nothing is written.
-    """
-    _check_new(out)
-    rows = probe_rows(run_dir)
-    run = load_run(run_dir, lines_to(console))
-    adapters = [folder for folder in (run.folder.parent, run.folder.adapter) if folder.exists()]
-    dtype = torch.bfloat16 if run.policy.placement.precision == "bf16" else torch.float16
-    quantised = run.policy.model if into == "dequantized" and run.config.model.load_in_4bit else None
-    merged = merged_model(run.config.model, adapters, dtype, quantised=quantised)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_folder(out) as temporary:
-        _write_model(merged, run, temporary)
-        if into == "requantized":
-            del merged
-            merged = _requantise(run, temporary)
-        fidelity = measure(run, rows, temporary)
-        bound = KL_BOUNDS[run.policy.placement.precision]
-        if into == "dequantized" and not fidelity.kl <= bound:
-            raise CheckpointError(
-                f"merge of {run_dir}: KL {fidelity.kl:.2e} to the training-time model exceeds {bound:g}"
-            )
-        chain = {
-            "run": run_dir.name,
-            "into": into,
-            "manifest": run.folder.read_manifest(),
-            "fidelity": asdict(fidelity),
-        }
-        write_json(temporary / "lowlevel_merge.json", chain)
-        _check_new(out)  # again: what came meanwhile is not replaced
-    console.print(
-        f"merged into {into} base: {out}\n"
-        f"  KL to the training-time model  {fidelity.kl:.2e} nats a token over {fidelity.tokens:,} tokens\n"
-        f"  loss                           {fidelity.loss:.4f}, training-time model {fidelity.training_time_loss:.4f}\n"
-        f"  same likeliest token           {fidelity.same_top_token:.1%}"
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "--into",
+        choices=("dequantized", "original", "requantized"),
+        default="dequantized",
+        help="dequantized: the 4-bit base used in training, in 16 bits (default); original: the unquantised base; "
+        "requantized: the merged original, quantised again",
     )
-    return fidelity
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the merged model")
 
 
-def _check_new(out: Path) -> None:
-    if os.path.lexists(out):  # a link that leads nowhere, too
-        raise ConfigError(f"{out} exists; give a folder that does not")
+def run(options: Options, overrides: Overrides) -> None:
+    console = quiet_console()
+    from lowlevel.running.merge import merge_run
 
-
-def _write_model(model: PreTrainedModel, run: LoadedRun, folder: Path) -> None:
-    """An ordinary Hugging Face folder: weights, tokenizer with the run's chat template, end-of-reply tokens."""
-    model.config.use_cache = True
-    model.generation_config.eos_token_id = stop_ids(run.tokenizer)
-    model.generation_config.pad_token_id = run.tokenizer.pad_id
-    model.save_pretrained(folder)
-    tokenizer = run.tokenizer.tokenizer
-    tokenizer.chat_template = run.tokenizer.template
-    tokenizer.save_pretrained(folder)
-
-
-def _requantise(run: LoadedRun, folder: Path) -> PreTrainedModel:
-    """Quantise the merged 16-bit model in `folder` as the run's base was, in place."""
-    model_config = run.config.model.model_copy(update={"name": str(folder), "revision": None, "load_in_4bit": True})
-    model = load_base(model_config, run.policy.placement)
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    _write_model(model, run, folder)
-    return model
-
-
-@torch.no_grad()
-def measure(run: LoadedRun, rows: Sequence[Any], merged_dir: Path) -> Fidelity:
-    """Compare the merged folder, loaded as a user would, with base + adapters as they were trained."""
-    batches = [batch for row in rows for batch in run.method.micro_batches([row])]
-    run.activate(run.stages[-1])
-    policy = run.policy
-    before = [vocabulary_logps(policy.causal_lm, batch, policy.placement, policy.attention) for batch in batches]
-    attention = MASKED if policy.attention.kernel else policy.attention
-    merged_config = ModelConfig(name=str(merged_dir), load_in_4bit=False)
-    merged = load_base(merged_config, policy.placement, attention=attention.implementation)
-    merged.eval()
-    kl = loss = reference_loss = same = 0.0
-    for batch, (old, targets) in zip(batches, before, strict=True):
-        new, _ = vocabulary_logps(merged, batch, policy.placement, attention)
-        kl += float((old.exp() * (old - new)).sum())
-        loss -= float(new.gather(-1, targets.unsqueeze(-1)).sum())
-        reference_loss -= float(old.gather(-1, targets.unsqueeze(-1)).sum())
-        same += float((old.argmax(-1) == new.argmax(-1)).sum())
-    tokens = sum(len(targets) for _, targets in before)
-    return Fidelity(kl / tokens, loss / tokens, reference_loss / tokens, same / tokens, tokens)
-
-
-def probe_rows(run_dir: Path) -> Sequence[Any]:
-    """A few held-out rows, or training rows where the run kept none out.
-
-    Raises:
-        DataError: they changed since the run.
-    """
-    opened = reopen(run_dir)
-    rows: Sequence[Any] = opened.held_out() or opened.data()[1].train
-    return rows[:PROBE_ROWS]
-
-
-def vocabulary_logps(
-    model: Any, batch: PackedBatch, placement: Placement, attention: Attention = MASKED
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the whole vocabulary for the n scored tokens of the batch's sequences, and those tokens.
-
-    Positions that are scored only to fill up a shape are left out.
-
-    Returns:
-        (n, V) float64 and (n,) int64.
-    """
-    moved = batch.to(placement.device)
-    positions, targets = (of_all[moved.belongs] for of_all in (moved.scored_positions, moved.scored_targets))
-    with placement.autocast():
-        hidden = model.get_decoder()(
-            input_ids=moved.input_ids,
-            position_ids=moved.position_ids,
-            use_cache=False,
-            **attention.arguments(moved, placement.dtype),
-        ).last_hidden_state
-        logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, positions))
-    return log_softmax(logits.double(), -1), targets
+    merge_run(options.run_dir, options.into, options.out, console)

@@ -17,8 +17,7 @@ from refusals import refused
 import lowlevel
 import lowlevel.commands.data
 import lowlevel.running.run
-from lowlevel.cli import main
-from lowlevel.commands.arguments import build_parser
+from lowlevel.cli import build_parser, main
 from lowlevel.config.schema import SECTIONS
 
 COMMANDS = (
@@ -162,7 +161,9 @@ def test_usage(cli, space, tmp_path):
     refused(cli("sft", config, "--train.seed"), 2, "--train.seed needs a value")
     refused(cli("merge", tmp_path, "--out", tmp_path / "o", "--train.seed", 1), 2, "--train.seed")
     refused(cli("demo", "--train.seed=1"), 2, "--train.seed")
-    incomplete = ((), ("no-such-command",), ("merge", "x"), ("generate", "x"), ("sft", config, "--res"))
+    refused(cli("stf", config), 2, 'unknown command "stf"; did you mean "sft"?')
+    refused(cli("no-such-command"), 2, "lowlevel --help")
+    incomplete = ((), ("merge", "x"), ("generate", "x"), ("sft", config, "--res"))
     for words in (*incomplete, ("merge", "x", "--into", "y", "--out", "z")):
         said = cli(*words)
         assert said.code == 2, words
@@ -183,7 +184,7 @@ def test_usage(cli, space, tmp_path):
 def test_numbers_out_of_range(cli, words):
     said = cli(*words)
     assert said.code == 2
-    assert f"argument {words[-2]}: " in said.err and " is no " in said.err
+    assert f"argument {words[-2]}: expected a" in said.err and repr(str(words[-1])) in said.err
 
 
 def test_configuration(cli, space, tmp_path):

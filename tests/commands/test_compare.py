@@ -9,10 +9,10 @@ import torch
 from plain_models import plain_base, plain_stack, share
 from workspace import HELD_OUT, PROMPTS, metrics
 
-import lowlevel.commands.compare
-import lowlevel.commands.generate
-from lowlevel.commands.compare import Scored, load_held_out, pair_scores, score_rows, sft_scores
+import lowlevel.reporting.comparison
+import lowlevel.running.replies
 from lowlevel.model.attention_choice import NAMES, Attention
+from lowlevel.reporting.comparison import Scored, load_held_out, pair_scores, score_rows, sft_scores
 from lowlevel.running.assembly import build_method
 from lowlevel.running.reopening import load_run
 
@@ -56,7 +56,7 @@ def test_compare_measures_rewards_against_the_stage_before(runs, cli, tmp_path, 
     """Accuracies are shares of few pairs and may agree by chance; the log-probabilities behind them do not."""
     copy, seen = runs.space.copy("dpo", tmp_path), []
     monkeypatch.setattr(
-        lowlevel.commands.compare,
+        lowlevel.reporting.comparison,
         "pair_scores",
         lambda scored, reference: seen.append((scored, reference)) or pair_scores(scored, reference),
     )
@@ -143,9 +143,9 @@ def test_compare_of_an_sft_run_prompts_with_the_question_whatever_is_supervised(
     copy = runs.space.copy("sft", tmp_path)
     config = copy / "config.toml"
     seen = []
-    original = lowlevel.commands.compare.generate_replies
+    original = lowlevel.reporting.comparison.generate_replies
     monkeypatch.setattr(
-        lowlevel.commands.compare,
+        lowlevel.reporting.comparison,
         "generate_replies",
         lambda model, tokenizer, placement, prompts, sampling: (
             seen.append([list(p) for p in prompts]) or original(model, tokenizer, placement, prompts, sampling)

@@ -5,7 +5,7 @@ import json
 import pytest
 from workspace import CHATS, PROMPTS
 
-import lowlevel.commands.data
+import lowlevel.model.attention_choice
 from lowlevel.batch.order import DataOrder
 from lowlevel.config.file import load_config
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
@@ -35,7 +35,7 @@ def test_data_shows_what_will_be_trained_on(runs, tmp_path, cli):
 @pytest.mark.parametrize("attention", [MASKED, Attention(NAMES["math"], "spans, as on a GPU")], ids=["masked", "spans"])
 def test_rows_fill_batches_as_they_will_in_the_run_on_this_machine(runs, tmp_path, cli, monkeypatch, attention):
     """A GPU with attention over spans packs a step into one row of a few fixed lengths."""
-    monkeypatch.setattr(lowlevel.commands.data, "choose_attention", lambda *arguments: attention)
+    monkeypatch.setattr(lowlevel.model.attention_choice, "choose_attention", lambda *arguments: attention)
     path = runs.space.write("shown", "sft", folder=tmp_path)
     config = load_config(path)
     train = prepare_data(config)[1].train

@@ -8,7 +8,7 @@ import pytest
 from refusals import refused
 from workspace import run
 
-import lowlevel.commands.doctor as command
+import lowlevel.preflight.doctor as command
 from lowlevel.preflight import software
 from lowlevel.preflight.finding import fail, note, ok
 

@@ -59,7 +59,7 @@ def test_a_demo_is_neither_discarded_nor_gone_on_with_unasked(cli, tmp_path):
     (Path(config.train.output_dir) / "run-status.json").write_text(json.dumps({"state": "preempted"}))
     said = cli("demo", "--out", tmp_path)
     assert (said.code, said.err.count("\n")) == (2, 1)
-    assert f"{tmp_path} holds a demo: add --resume to go on, --restart to discard it" in said.err
+    assert f"{tmp_path} holds a demo: add --resume to continue, --restart" in said.err
     assert cli("demo", "--out", tmp_path, "--resume", "--restart").code == 2
 
 

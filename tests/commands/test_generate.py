@@ -4,12 +4,12 @@ import shutil
 
 from workspace import PROMPTS, reply
 
-import lowlevel.commands.compare
-import lowlevel.commands.generate
-from lowlevel.commands.generate import Sampling, generate_replies
+import lowlevel.reporting.comparison
+import lowlevel.running.replies
 from lowlevel.config.file import load_config
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.running.reopening import load_run
+from lowlevel.running.replies import Sampling, generate_replies
 
 
 def test_run_adapter_and_merged_model_reply_alike(runs, merged, cli):
@@ -49,7 +49,7 @@ def test_the_prompt_is_rendered_as_in_training(runs, cli, monkeypatch):
     from lowlevel.running.assembly import check_inputs
 
     seen, encoded, calls = [], [], []
-    original, encode = lowlevel.commands.generate._generate, ChatTokenizer.encode_prompt
+    original, encode = lowlevel.running.replies._generate, ChatTokenizer.encode_prompt
     monkeypatch.setattr(
         ChatTokenizer, "encode_prompt", lambda self, messages: encoded.append(encode(self, messages)) or encoded[-1]
     )
@@ -59,7 +59,7 @@ def test_the_prompt_is_rendered_as_in_training(runs, cli, monkeypatch):
         calls.append(encoded[-1] == prompts[0])
         return original(model, tokenizer, placement, prompts, *rest)
 
-    monkeypatch.setattr(lowlevel.commands.generate, "_generate", spy)
+    monkeypatch.setattr(lowlevel.running.replies, "_generate", spy)
     reply(cli, runs.dpo)
     inputs = check_inputs(load_config(runs.dpo / "config.toml"))
     assert seen[0] == inputs.data.train[1].prompt_ids.tolist()  # row 1 of the file: not shuffled

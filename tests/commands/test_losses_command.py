@@ -89,7 +89,7 @@ def test_each_of_the_four_log_probabilities_reaches_its_own_place(cli):
 
 def test_numbers_come_from_dpo_loss(cli, monkeypatch):
     """Another dpo_loss, other numbers: there is no second copy of a formula."""
-    import lowlevel.commands.loss_points as command
+    import lowlevel.inspection.loss_points as command
 
     @functools.wraps(dpo_loss)  # the command reads defaults from the signature
     def other(*logps, **keys):

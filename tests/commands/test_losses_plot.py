@@ -8,8 +8,8 @@ import torch
 from losses_table import document, refused, shown
 from matplotlib.figure import Figure
 
-from lowlevel.commands.loss_curves import curve, make_figure
-from lowlevel.commands.loss_points import Point, evaluate
+from lowlevel.inspection.loss_curves import curve, make_figure
+from lowlevel.inspection.loss_points import Point, evaluate
 from lowlevel.losses import LOSSES
 
 

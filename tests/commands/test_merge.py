@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from workspace import HELD_OUT, PAIRS, PROMPTS, reply
 
 from benchmarks.merge import held_out_loss
-from lowlevel.commands.merge import measure, probe_rows
 from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.running.assembly import build_method
+from lowlevel.running.merge import measure, probe_rows
 from lowlevel.running.reopening import LoadedRun, load_run
 
 
@@ -134,17 +134,17 @@ def test_a_merge_never_overwrites(runs, cli, tmp_path):
 
 
 def test_what_comes_while_a_merge_is_made_is_not_replaced(runs, cli, tmp_path, monkeypatch):
-    import lowlevel.commands.merge
+    import lowlevel.running.merge
 
     out = tmp_path / "not yet there" / "out"
-    original = lowlevel.commands.merge.measure
+    original = lowlevel.running.merge.measure
 
     def measure(*arguments):
         out.mkdir()
         (out / "file").write_text("mine")
         return original(*arguments)
 
-    monkeypatch.setattr(lowlevel.commands.merge, "measure", measure)
+    monkeypatch.setattr(lowlevel.running.merge, "measure", measure)
     said = cli("merge", runs.dpo, "--out", out)
     assert said.code == 2 and "exists" in said.err
     assert [path.name for path in tmp_path.rglob("*")] == ["not yet there", "out", "file"]

@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 from tinyllama import RECIPE, run_config, write_config
 
-from lowlevel.commands.plan import show_memory, show_plan
 from lowlevel.config.schema import DataConfig, DPOConfig, LoraConfig, ModelConfig, RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import Plan, adapter_sizes, forecast, model_shape
 from lowlevel.model.placement import Placement
+from lowlevel.preflight.plan import show_memory, show_plan
 from lowlevel.running.adapter_sources import find_adapter
 from lowlevel.running.assembly import check_inputs
 

@@ -11,9 +11,9 @@ from helpers import step_result
 from refusals import refused
 from rich.console import Console
 
-import lowlevel.commands.time as command
+import lowlevel.timing.report as command
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.commands.arguments import build_parser
+from lowlevel.cli import build_parser
 from lowlevel.config.file import load_config
 from lowlevel.timing import phases
 from lowlevel.timing.clock import OTHER
@@ -131,7 +131,7 @@ def test_usage_and_errors_are_those_of_other_commands(cli, space, tmp_path):
 
 def test_the_help_says_how_many_steps_are_not_counted(cli):
     help_text = " ".join(cli("time", "--help").out.split())
-    assert f"to measure, after {command.WARM_UP} that are not (default: 10)" in help_text
+    assert f"steps to measure, after {command.WARM_UP} more (default: 10)" in help_text
     assert build_parser().parse_args(["time"]).steps == 10
 
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from workspace import metrics, run
 
 from lowlevel.checkpoints import checkpoint
-from lowlevel.commands.replay import replay_run
 from lowlevel.replaying.compare import number_rows, same_bits, tensors_row
 from lowlevel.replaying.replay import ReplayDiffersError
+from lowlevel.replaying.report import replay_run
 from lowlevel.running.run_folder import run_lock
 
 STEPS = 24

@@ -119,7 +119,7 @@ def test_without_the_option_no_model_is_loaded_and_the_alarm_gives_the_command(r
     columns = {"step": [6] * 4, "row": [2, 3, 5, 7], "chosen_logratio": [-1.0, -3.0, 0.5, -2.0]}
     zeros = dict.fromkeys(("margin", "rejected_logratio", "weight", "loss"), [0.0] * 4)
     write_table(folder / "trace", "pairs", columns | zeros)
-    monkeypatch.setattr("lowlevel.commands.displaced.reopen", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lowlevel.reporting.displaced.reopen", lambda *_, **__: pytest.fail("loaded"))
     said = run("report", folder)
     assert said.code == 0 and not section(folder)
     assert (
@@ -174,7 +174,7 @@ def test_refusals_are_one_line(runs, tmp_path):
     said = run("report", runs["sft"], "--displaced", 1)
     assert said.code == 2 and "is an sft run" in said.err and len(said.err.splitlines()) == 1
     said = run("report", runs["dpo"], "--displaced", 0)
-    assert said.code == 2 and "argument --displaced: '0' is no whole number from 1 on" in said.err
+    assert said.code == 2 and "argument --displaced: expected a whole number >= 1, got '0'" in said.err
     folder = copied(runs["dpo"], tmp_path)
     changed = helpers.write_jsonl(tmp_path / "pairs.jsonl", [{**PAIRS[0], "chosen": "other"}, *PAIRS[1:]])
     config = folder / "config.toml"

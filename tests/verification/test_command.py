@@ -8,13 +8,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from lowlevel.commands.verify import VerificationError, verify_run
 from lowlevel.config.file import load_config
 from lowlevel.errors import ConfigError
 from lowlevel.running.run import run_training
 from lowlevel.verification import run_checks
 from lowlevel.verification.check import Check
 from lowlevel.verification.report import print_checks
+from lowlevel.verification.verify import VerificationError, verify_run
 
 
 def verify(path, **keys) -> str:
@@ -66,7 +66,7 @@ def test_a_run_file_and_a_step_that_is_not_there(finished, tmp_path):
 
 
 def test_a_failed_check_is_one_line_and_is_written(finished, monkeypatch, tmp_path):
-    import lowlevel.commands.verify as command
+    import lowlevel.verification.verify as command
 
     monkeypatch.setattr(command, "run_checks", lambda subject: [Check("loss", "token", float("nan"), 1e-3, False)])
     with pytest.raises(VerificationError, match="1 of 1 checks failed: loss: token nan > 0.001") as caught:

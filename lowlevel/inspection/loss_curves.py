@@ -19,9 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from lowlevel.commands.loss_points import LossAtPoint, Point, evaluate
 from lowlevel.durable import given_file
 from lowlevel.errors import ConfigError
+from lowlevel.inspection.loss_points import LossAtPoint, Point, evaluate
 
 # Okabe and Ito's colours, told apart with every kind of colour blindness; the line style tells apart what shares one.
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

@@ -1,0 +1,200 @@
+"""`lowlevel plan`: what a run will need of a GPU's memory, and the fastest way to fit a budget. No GPU, no weights.
+`lowlevel memory`: what it took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lowlevel.config.contradictions import parse_size
+from lowlevel.config.schema import RunConfig
+from lowlevel.errors import ConfigError
+from lowlevel.losses import loss_spec
+from lowlevel.model.base import load_model_config
+from lowlevel.model.memory import (
+    AdapterSize,
+    Forecast,
+    ModelShape,
+    Plan,
+    adapter_sizes,
+    best_plan,
+    cost,
+    default_plan,
+    forecast,
+    model_shape,
+    planned,
+)
+from lowlevel.model.placement import Placement
+from lowlevel.running.adapter_sources import find_adapter
+from lowlevel.running.assembly import mixed_by_a_budget
+from lowlevel.running.plots import plot_memory
+
+MIB = 2**20
+ON_HOST = ("model.embeddings_on_host", "train.offload_activations")  # what may lie there, for a longer way to the GPU
+
+
+def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
+    """Forecast the configuration as it stands and the fastest plan within the budget, side by side.
+
+    Raises:
+        ConfigError: a malformed budget, or one that nothing fits.
+        CheckpointError: an adapter that is no LoRA adapter.
+    """
+    text = budget or config.train.memory_budget or "15GiB"
+    size = parse_size(text)
+    if not size:
+        raise ConfigError(f'--budget: expected a size like "15GiB" or "800MiB", got {text!r}')
+    target = _target(config)
+    columns = [_as_configured(config, target)]
+    fixed = _why_fixed(config)
+    if not fixed:
+        columns.append(Column(f"fastest in {text}", config, target.fastest(config, size)))
+        columns += _with_host(columns[-1], target, size)
+    forecasts = [target.forecast(column) for column in columns]
+    console.print(_plan_table(target.shape, columns, forecasts))
+    console.print(f"optimizer state: {forecasts[0].paged / MIB:,.0f} MiB more, paged (outside the allocator's peak)")
+    console.print(OUTSIDE)
+    if fixed:
+        console.print(fixed)
+    for column in columns[1:]:
+        asked = "".join(f" --{key} true" for key in column.on_host)
+        console.print(f"{column.name}: --train.memory_budget {text}{asked}; or, as it then says:")
+        for line in _settings(column):
+            console.print(f"  {line}", markup=False, highlight=False)
+
+
+# benchmarks/results/step_h100.csv and peers_h100.csv: device_used_gib less peak_allocated_gib.
+OUTSIDE = "the driver, captured graphs and the allocator's gaps: 0.9 to 1.9 GiB more, as measured on an H100"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A plan of the table, and the configuration that it is a plan for."""
+
+    name: str
+    config: RunConfig
+    plan: Plan
+    on_host: tuple[str, ...] = ()  # keys that were switched on for it
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model with its adapters, and where it runs."""
+
+    shape: ModelShape
+    placement: Placement
+
+    def fastest(self, config: RunConfig, size: int) -> Plan:
+        """Raises ConfigError where nothing fits."""
+        return best_plan(self.shape, config, self.placement, size)
+
+    def forecast(self, column: Column) -> Forecast:
+        """The forecast of a column's plan."""
+        return forecast(self.shape, column.config, column.plan, self.placement)
+
+
+def _target(config: RunConfig) -> Target:
+    """An adapter that is yet to be trained counts as [lora]."""
+    own = AdapterSize(config.lora.r, config.lora.target_modules)
+    init_from = find_adapter(config.lora.init_from, "lora.init_from")
+    try:
+        sizes = adapter_sizes(config, find_adapter(config.model.adapter, "model.adapter"), init_from)
+    except ConfigError:
+        sizes = adapter_sizes(config, None, init_from)[0], own if config.model.adapter_mode == "stack" else None
+    precision = "fp16" if config.train.precision == "auto" else config.train.precision
+    shape = model_shape(load_model_config(config.model), *sizes)
+    return Target(shape, Placement(torch.device("cuda"), precision))
+
+
+def _as_configured(config: RunConfig, target: Target) -> Column:
+    """With the plan that a budget in the run file stands for."""
+    budget = parse_size(config.train.memory_budget or "")
+    if budget and not _why_fixed(config):
+        return Column(f"as configured ({config.train.memory_budget})", config, target.fastest(config, budget))
+    return Column("as configured", config, default_plan(target.shape, config))
+
+
+def _why_fixed(config: RunConfig) -> str:
+    """Why no budget can choose the micro-batches of this run; empty where it can."""
+    if not config.data.packing:
+        return "data.packing = false: rows of one example each; a plan for a budget needs data.packing = true"
+    if config.method == "dpo" and loss_spec(config.dpo.loss_type).mixes_pairs:
+        return mixed_by_a_budget(config)
+    return ""
+
+
+def _with_host(fastest: Column, target: Target, size: int) -> list[Column]:
+    """The fastest plan with all on the host that may lie there, if that is faster: room for larger micro-batches."""
+    config, tied = fastest.config, target.shape.tied
+    model = config.model.model_copy(update={} if tied else {"embeddings_on_host": True})
+    train = config.train.model_copy(update={"offload_activations": True})
+    moved = config.model_copy(update={"model": model, "train": train})
+    plan = target.fastest(moved, size)
+    if cost(target.shape, moved, plan) >= cost(target.shape, config, fastest.plan):
+        return []
+    return [Column("with more on the host", moved, plan, ON_HOST[tied:])]
+
+
+def _settings(column: Column) -> list[str]:
+    offload, embeddings = column.config.train.offload_activations, column.config.model.embeddings_on_host
+    keys = ["gradient_checkpointing", *column.plan.settings(), *["offload_activations"] * offload]
+    train = planned(column.config, column.plan).train
+    lines = [f"train.{key} = {json.dumps(getattr(train, key))}" for key in keys]
+    return lines + ["model.embeddings_on_host = true"] * embeddings
+
+
+def _plan_table(shape: ModelShape, columns: Sequence[Column], forecasts: Sequence[Forecast]) -> Table:
+    table = Table(title="forecast of a GPU's memory, MiB", title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column.name, justify="right")
+    for part in forecasts[0].static:
+        table.add_row(part, *(f"{f.static[part] / MIB:,.0f}" for f in forecasts))
+    for phase in forecasts[0].phases:
+        table.add_row(f"activations: {phase}", *(f"{f.phases[phase] / MIB:,.0f}" for f in forecasts))
+    table.add_section()
+    table.add_row("peak allocated", *(f"{f.peak / MIB:,.0f}" for f in forecasts))
+    if any(column.config.train.offload_activations for column in columns):
+        table.add_row("inputs of recomputed layers, on the host", *(f"{f.host / MIB:,.0f}" for f in forecasts))
+    table.add_section()
+    plans = [column.plan for column in columns]
+    table.add_row("positions a micro-batch", *(f"{plan.positions:,}" for plan in plans))
+    table.add_row("layers recomputed", *(f"{plan.recomputed} of {shape.layers}" for plan in plans))
+    table.add_row("4-bit weights dequantised", *("once" if p.dequantize_once else "each pass" for p in plans))
+    costs = [cost(shape, column.config, column.plan) for column in columns]
+    table.add_row("speed, relative", *(f"{max(costs) / one:.2f}" for one in costs))
+    return table
+
+
+def show_memory(run_dir: Path, console: Console, plot: Path | None) -> None:
+    """Print what the largest micro-batch of a run took, as measured before its first step.
+
+    Raises:
+        ConfigError: the run measured nothing.
+    """
+    try:
+        report: dict[str, Any] = json.loads((run_dir / "memory.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{run_dir} holds no memory.json: memory is measured in runs on a GPU") from None
+    table = Table(title=f"memory of {run_dir.name}, MiB ({report['positions']:,} positions)", title_justify="left")
+    table.add_column("")
+    table.add_column("MiB", justify="right")
+    for name, size in report["components"].items():
+        table.add_row(name, f"{size / MIB:,.1f}")
+    table.add_row("activations kept for the backward pass", f"{report['kept_for_backward'] / MIB:,.1f}")
+    table.add_section()
+    for phase, peak in report["phases"].items():
+        table.add_row(f"peak allocated: {phase}", f"{peak / MIB:,.1f}")
+    table.add_row("reserved by the allocator", f"{report['reserved'] / MIB:,.1f}")
+    table.add_row("in use on the device", f"{report['device_used'] / MIB:,.1f}")
+    console.print(table)
+    if plot:
+        plot_memory(report, plot, title=run_dir.name)
+        console.print(f"plot saved to {plot}")

@@ -1,0 +1,196 @@
+"""`lowlevel compare`: the stages of a run side by side, on rows that none of them was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.data.examples import PreferenceExample
+from lowlevel.durable import write_json
+from lowlevel.errors import ConfigError
+from lowlevel.labels import IGNORED
+from lowlevel.running.assembly import prepare_data
+from lowlevel.running.progress import lines_to
+from lowlevel.running.reopening import LoadedRun, load_run, reopen
+from lowlevel.running.replies import Reply, Sampling, generate_replies
+
+COLUMNS = {
+    "eval_loss": ("held-out loss", "{:.4f}"),
+    "chosen_nll": ("chosen NLL", "{:.4f}"),
+    "pair_accuracy": ("pair accuracy", "{:.1%}"),
+    "reward_accuracy": ("reward accuracy", "{:.1%}"),
+    "reply_tokens": ("reply tokens", "{:.1f}"),
+    "ended_rate": ("ended with EOS", "{:.1%}"),
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-probabilities of held-out sequences under one stage, (S,) each; for pairs all chosen come first."""
+
+    logps: torch.Tensor
+    lengths: torch.Tensor
+
+
+def compare_run(run_dir: Path, console: Console, *, prompts: int, max_new_tokens: int, show: int) -> dict[str, Any]:
+    """Compare the stages of a run, print a table and replies, and write compare.json into the run folder.
+
+    Raises:
+        ConfigError: the run kept no held-out rows.
+        DataError: they changed since the run.
+    """
+    rows, texts = load_held_out(run_dir)
+    texts = texts[:prompts]
+    run = load_run(run_dir, lines_to(console))
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    result = compare_stages(run, rows, texts, sampling, console=console)
+    print_replies(run, texts[:show], result, console)
+    write_json(run_dir / "compare.json", result)
+    console.print(f"{len(rows)} held-out rows, {len(texts)} replies a stage; written to {run_dir / 'compare.json'}")
+    return result
+
+
+def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
+    """The held-out rows that the run's configuration names, and their prompts.
+
+    Raises:
+        ConfigError: it names none.
+        DataError: they changed since the run.
+    """
+    opened = reopen(run_dir)
+    config = opened.config
+    if config.data.eval_source is None:
+        raise ConfigError(
+            f"{run_dir}: compare needs held-out rows, and the run has no data.eval_source; train with "
+            "--data.eval_source holdout --data.eval_limit 100"
+        )
+    rows = opened.held_out()
+    if config.method == "sft" and config.data.supervise == "all":  # labels do not say where the first reply starts
+        replies = config.data.model_copy(update={"supervise": "assistant"})
+        marked = prepare_data(config.model_copy(update={"data": replies}))[1].evaluation
+        return rows, [prompt_ids(row) for row in marked]
+    return rows, [prompt_ids(row) for row in rows]
+
+
+def compare_stages(
+    run: LoadedRun,
+    rows: Sequence[Any],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    console: Console,
+    judges: Mapping[str, Callable[[int, str], float]] = {},
+) -> dict[str, Any]:
+    """Score held-out rows and reply to prompts with every stage; the means of `judges` over replies become columns."""
+    pairs = run.config.method == "dpo"
+    scores: dict[str, dict[str, float]] = {}
+    replies: dict[str, list[Reply]] = {}
+    reference: Scored | None = None
+    for stage in run.stages:
+        run.activate(stage)
+        scored = score_rows(run, rows)
+        made = generate_replies(run.policy.model, run.tokenizer, run.policy.placement, prompts, sampling)
+        scores[stage.name] = {
+            **(pair_scores(scored, reference) if pairs else sft_scores(scored)),
+            "reply_tokens": sum(reply.num_tokens for reply in made) / len(made),
+            "ended_rate": sum(reply.ended for reply in made) / len(made),
+            **{name: sum(judge(i, r.text) for i, r in enumerate(made)) / len(made) for name, judge in judges.items()},
+        }
+        replies[stage.name] = made
+        reference = scored if not stage.trained else reference  # the stage before the trained one is DPO's reference
+    run.activate(run.stages[-1])
+    print_table(scores, console)
+    return {
+        "scores": scores,
+        "replies": {name: [asdict(reply) for reply in made] for name, made in replies.items()},
+        "sampling": asdict(sampling),
+    }
+
+
+@torch.no_grad()
+def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
+    """Summed log-probability and number of scored tokens of every held-out sequence, dropout off."""
+    run.policy.dropout.disable()
+    size = run.config.rows_per_step
+    parts: list[list[Scored]] = []
+    for start in range(0, len(rows), size):
+        for batch in run.method.micro_batches(rows[start : start + size]):
+            scored = _score_batch(run, batch)
+            branches = 2 if run.config.method == "dpo" else 1
+            pieces = zip(scored.logps.chunk(branches), scored.lengths.chunk(branches), strict=True)
+            real = len(batch.data_rows)  # examples that only fill up a shape come behind them
+            parts.append([Scored(logps[:real], lengths[:real]) for logps, lengths in pieces])
+    branch_major = [part for branch in zip(*parts, strict=True) for part in branch]
+    return Scored(torch.cat([p.logps for p in branch_major]), torch.cat([p.lengths for p in branch_major]))
+
+
+def _score_batch(run: LoadedRun, batch: PackedBatch) -> Scored:
+    moved = batch.to(run.policy.placement.device)
+    return Scored(moved.sequence_sums(run.policy.token_logps(moved)).cpu(), batch.lengths)
+
+
+def sft_scores(scored: Scored) -> dict[str, float]:
+    """Cross-entropy in nats a supervised token."""
+    return {"eval_loss": float(-scored.logps.double().sum() / scored.lengths.sum())}
+
+
+def pair_scores(scored: Scored, reference: Scored | None) -> dict[str, float]:
+    """Cross-entropy of the chosen completions, and how often the chosen one is preferred.
+
+    chosen_nll: nats a token, without the rejected ones and without a reference: not the loss that dpo trains.
+    pair_accuracy: log pi(y+) > log pi(y-). reward_accuracy: the same for log-ratios to the reference; a tie counts one
+        half.
+    """
+    chosen, rejected = scored.logps.chunk(2)
+    scores = {
+        "chosen_nll": float(-chosen.double().sum() / scored.lengths.chunk(2)[0].sum()),
+        "pair_accuracy": _share_positive(chosen - rejected),
+    }
+    if reference is not None:
+        chosen_ratio, rejected_ratio = (scored.logps - reference.logps).chunk(2)
+        scores["reward_accuracy"] = _share_positive(chosen_ratio - rejected_ratio)
+    return scores
+
+
+def _share_positive(margins: torch.Tensor) -> float:
+    return float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())
+
+
+def prompt_ids(row: Any) -> list[int]:
+    """The tokens before the first reply of a held-out row."""
+    if isinstance(row, PreferenceExample):
+        return row.prompt_ids.tolist()
+    first = int((row.labels != IGNORED).argmax())
+    return row.input_ids[: max(1, first)].tolist()
+
+
+def print_table(scores: Mapping[str, Mapping[str, float]], console: Console) -> None:
+    """Stages as rows, what was measured as columns."""
+    keys = list(dict.fromkeys(key for row in scores.values() for key in row))
+    rewards = "reward accuracy: log-ratios to the stage in the row above; for dpo, that is its reference"
+    table = Table(caption=rewards if "reward_accuracy" in keys else None)
+    table.add_column("stage")
+    for key in keys:
+        table.add_column(COLUMNS.get(key, (key.replace("_", " "), ""))[0], justify="right")
+    for name, row in scores.items():
+        cells = [COLUMNS.get(key, ("", "{:.1%}"))[1].format(row[key]) if key in row else "-" for key in keys]
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def print_replies(
+    run: LoadedRun, prompts: Sequence[Sequence[int]], result: Mapping[str, Any], console: Console
+) -> None:
+    """The same prompts answered by every stage."""
+    for i, prompt in enumerate(prompts):
+        console.print(f"\n{run.tokenizer.decode(prompt[-200:]).strip()}", style="dim", markup=False)
+        for name, replies in result["replies"].items():
+            console.print(f"{name:>5}: {replies[i]['text'].strip()}", markup=False)
+    console.print()

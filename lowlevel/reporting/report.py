@@ -1,0 +1,141 @@
+"""`lowlevel report`: a run as one page, and its charts as PNG files, beside other runs if asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lowlevel.config.schema import RunConfig
+from lowlevel.errors import ConfigError, LowlevelError
+from lowlevel.inspection.pieces import TokenPieces
+from lowlevel.reporting.charts import write_pngs
+from lowlevel.reporting.displaced import look_at_displaced
+from lowlevel.reporting.page import Report, write_report
+from lowlevel.reporting.pairs import PairTables, pair_tables
+from lowlevel.reporting.series import panels
+from lowlevel.running.assembly import load_run_tokenizer
+from lowlevel.running.run_folder import RunFolder
+
+NO_TRACE = (
+    "A trace would add the best and the worst pairs, how many chosen completions fell below the reference, and which "
+    "tokens lost it: train with --trace.every 10 (and --trace.level token)."
+)
+
+
+def report_run(run_dir: Path, console: Console, *, compare: Sequence[Path] = (), displaced: int | None = None) -> Path:
+    """Write RUN_DIR/report.html and RUN_DIR/report/*.png.
+
+    Args:
+        run_dir: the run folder.
+        console: says where the files are, and the alarm if there is one.
+        compare: other run folders, drawn into the same charts.
+        displaced: pairs to look at with the run's model: which tokens took what their chosen completions lost.
+
+    Raises:
+        ConfigError: not a run folder, nothing logged yet, or a file that cannot be written.
+        CheckpointError: a damaged trace; with `displaced`, no good weights, or a base that is not the run's.
+        DataError: with `displaced`, data that changed since the run.
+    """
+    folder = RunFolder(run_dir)
+    config = folder.read_config()
+    names = _names([run_dir, *compare])
+    for other in compare:
+        RunFolder(other).read_config()
+    records = [RunFolder(path).read_metrics() for path in (run_dir, *compare)]
+    for path, found in zip((run_dir, *compare), records, strict=True):
+        if not found:
+            raise ConfigError(f"{path}: nothing is logged yet")
+    made = panels(list(zip(names, records, strict=True)))
+    tables = pair_tables(folder.trace) if config.method == "dpo" else None
+    moved = None
+    if displaced is not None:
+        moved = look_at_displaced(folder, config, tables, displaced, lambda text: _say(console, text))
+    report = Report(
+        name=names[0],
+        folder=shlex.quote(str(run_dir)),
+        facts=_facts(folder, config, names[1:]),
+        panels=made,
+        tables=tables,
+        missing=NO_TRACE if config.method == "dpo" and tables is None else None,
+        tokens=_token_texts(config, tables),
+        pages=_inspection_pages(folder.path),
+        displaced=moved,
+    )
+    try:
+        write_pngs(made, folder.report, title=" / ".join(names))
+    except OSError as error:
+        raise ConfigError(f"{folder.report}: {error.strerror}") from None
+    page = folder.path / "report.html"
+    write_report(report, page)
+    _say(console, f"page written to {page}, {len(made)} charts to {folder.report}")
+    if tables and tables.alarm:
+        _say(console, _alarm(tables, report.command))
+    if moved:
+        _say(console, f"where the probability went: {moved.sentence}")
+    return page
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _alarm(tables: PairTables, command: str) -> str:
+    rows = ", ".join(str(row["row"]) for row in tables.farthest)
+    return (
+        f"likelihood displacement: {tables.below} of {tables.count} chosen completions are below the reference, "
+        f"farthest those of rows {rows}; which tokens took their probability: {command}"
+    )
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Folder names, with the folder above where two are the same."""
+    short = [path.resolve().name for path in paths]
+    return [
+        name if short.count(name) == 1 else f"{path.resolve().parent.name}/{name}"
+        for name, path in zip(short, paths, strict=True)
+    ]
+
+
+def _facts(folder: RunFolder, config: RunConfig, others: Sequence[str]) -> list[tuple[str, str]]:
+    train = config.train
+    rows = f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}"
+    facts = [
+        ("method", f"{config.method}, {config.dpo.loss_type}, beta {config.dpo.beta:g}" if config.method == "dpo"
+         else config.method),
+        ("base", config.model.name + (", 4-bit" if config.model.load_in_4bit else "")),
+        ("adapter", f"r = {config.lora.r}, dropout {config.lora.lora_dropout:g}"),
+        ("data", str(config.data.source)),
+        ("step", f"{rows}, learning rate {train.learning_rate:g}, {train.lr_scheduler_type}"),
+    ]  # fmt: skip
+    try:
+        status = json.loads((folder.path / "run-status.json").read_text(encoding="utf-8"))
+        facts.append(("state", f"{status['state']}, step {status['step']}"))
+    except (OSError, ValueError, KeyError):
+        facts.append(("state", "unknown"))
+    return facts + ([("beside", ", ".join(others))] if others else [])
+
+
+def _token_texts(config: RunConfig, tables: PairTables | None) -> dict[int, str]:
+    """Texts of the tokens that are named; none where the run's tokenizer is not here."""
+    if not (tables and tables.falls):
+        return {}
+    try:
+        tokenizer = load_run_tokenizer(config)
+    except LowlevelError:
+        return {}
+    pieces = TokenPieces(tokenizer)
+    return {fall.token: pieces.text(fall.token) for fall in tables.falls}
+
+
+def _inspection_pages(folder: Path) -> dict[int, str]:
+    """Pages that `lowlevel inspect --html` left in the run folder, by data row: their articles are named row-N."""
+    found: dict[int, str] = {}
+    for path in RunFolder(folder).inspection_pages():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found |= {int(row): f"{path.name}#row-{row}" for row in re.findall(r'id="row-(\d+)"', text)}
+    return found

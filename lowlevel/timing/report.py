@@ -1,0 +1,184 @@
+"""`lowlevel time`: how long the steps of a run take, and where in a step the time goes. Trains nothing."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lowlevel.batch.order import DataOrder
+from lowlevel.config.schema import RunConfig
+from lowlevel.determinism import deterministic_mode
+from lowlevel.durable import write_given_json
+from lowlevel.errors import ConfigError
+from lowlevel.execution import WithFallback
+from lowlevel.model.policy import dequantize_once
+from lowlevel.optim.optimizer import build_optimizer
+from lowlevel.optim.train_state import peak_memory
+from lowlevel.running.assembly import (
+    Inputs,
+    build_method,
+    build_run_policy,
+    check_start,
+    choose_execution,
+)
+from lowlevel.running.progress import lines_to
+from lowlevel.running.rehearsal import largest_batch, rehearse
+from lowlevel.running.run_record import announce
+from lowlevel.timing.steps import Step, TimedRun, take_steps
+from lowlevel.timing.summary import Apart, Whole, mean_phases, whole
+
+WARM_UP = 3  # steps before the ones that are measured, in either part
+BOUNDARIES = "the device is waited for at each boundary; a run lays its rows out ahead, in a thread"
+NOT_DIVIDED = "a captured graph cannot be divided: these are its layers, compiled and launched one by one, so slower"
+SHARED = "tokens as computed, without padding: a pair that shares its prompt counts it once"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What was measured. The phases are milliseconds a step."""
+
+    mode: str
+    whole: Whole
+    memory: dict[str, float]  # GiB; 0 on a CPU
+    divided_mode: str
+    phases: dict[str, float]
+    divided_steps: int
+
+
+def time_run(config: RunConfig, console: Console, *, steps: int, json_file: Path | None = None) -> Timed:
+    """Take the first steps of a run twice, whole and divided into phases, and print both; no weight is kept.
+
+    Args:
+        config: of the run, with its own model, data and settings.
+        console: where the tables go.
+        steps: to measure, after WARM_UP more that are not.
+        json_file: where the result is written; None: nowhere.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as a run would.
+        NonFiniteError: a step's loss is not finite.
+    """
+    if json_file and not json_file.parent.is_dir():
+        raise ConfigError(f"--json {json_file}: no such folder")
+    with tempfile.TemporaryDirectory() as scratch, deterministic_mode(config.train.deterministic):
+        resolved, inputs = check_start(config, Path(scratch))
+        run = _build(resolved, inputs)
+        announce(console, resolved, inputs, run.policy, run.method, run.order.total_steps(config.train), run.order)
+        if config.dpo.reference_cache is not None:
+            console.print("  dpo.reference_cache is left out: the reference pass is timed")
+        timed, taken = _measure(run, choose_execution(resolved, inputs), steps, console)
+    _print_whole(timed, steps, console)
+    if config.method == "dpo":
+        console.print(SHARED)
+    _print_phases(timed, console)
+    if json_file:
+        write_given_json(json_file, _document(config, inputs, timed, taken))
+    return timed
+
+
+def _build(config: RunConfig, inputs: Inputs) -> TimedRun:
+    policy = build_run_policy(config, inputs)
+    optimizer = build_optimizer(policy.flat.weights, config.train)
+    if config.train.dequantize_once:
+        dequantize_once(policy)
+    examples = inputs.data.train
+    order = DataOrder.of(config, len(examples))
+    return TimedRun(config, policy, build_method(config, inputs.attention), optimizer, order, examples)
+
+
+def _measure(run: TimedRun, mode: str, steps: int, console: Console) -> tuple[Timed, dict[str, list[Step]]]:
+    """The whole steps in the run's mode, then the divided ones in the nearest mode that can be divided."""
+    execution = WithFallback(run.policy, run.method, mode, lines_to(console))
+    if run.policy.placement.device.type == "cuda":  # as a run begins: the largest graph is captured first
+        largest = largest_batch(run.method, run.examples, run.order.rows_per_step)
+        rehearse(run.policy, run.method, execution, run.optimizer, largest)
+    undivided = take_steps(run, execution, WARM_UP + steps)
+    mode, memory = execution.mode, peak_memory()
+    if mode == "graphed":
+        execution.use("compiled")  # and lets go of the graphs
+        torch.cuda.empty_cache()
+    divided = take_steps(run, execution, WARM_UP + steps, divide=True)
+    measured = {"whole": undivided[WARM_UP:], "divided": divided[WARM_UP:]}
+    phases, counted = mean_phases(measured["divided"]), sum(step.counts for step in measured["divided"])
+    return Timed(mode, whole(measured["whole"]), memory, execution.mode, phases, counted), measured
+
+
+def _print_whole(timed: Timed, steps: int, console: Console) -> None:
+    one = timed.whole
+    console.print(f"whole steps, {timed.mode}: {one.counted} of {steps}, after {WARM_UP} that are not counted")
+    table = Table()
+    cells = {
+        "median ms": f"{one.median_ms:,.1f}",
+        "p10": f"{one.p10_ms:,.1f}",
+        "p90": f"{one.p90_ms:,.1f}",
+        "tokens/s": f"{one.tokens_per_second:,.0f}",
+        "supervised/s": f"{one.supervised_tokens_per_second:,.0f}",
+        "padding": f"{one.padding_share:.1%}",
+    }
+    for name in cells:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row(*cells.values())
+    console.print(table)
+    _print_apart(one.set_up, "met a batch shape for the first time and captured or compiled it", console)
+    _print_apart(one.repeated, "overflowed in fp16 and were taken again at half the loss scale", console)
+    if timed.memory["peak_reserved_gib"]:
+        allocated, reserved = timed.memory["peak_allocated_gib"], timed.memory["peak_reserved_gib"]
+        console.print(f"peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved")
+
+
+def _print_apart(apart: Apart, what: str, console: Console) -> None:
+    if apart.count:
+        console.print(f"apart from these: {apart.count} that {what}, median {apart.median_ms:,.1f} ms")
+
+
+def _print_phases(timed: Timed, console: Console) -> None:
+    total = sum(timed.phases.values())
+    console.print(f"a step by phase, {timed.divided_mode}: means of {timed.divided_steps} steps")
+    table = Table()
+    table.add_column("phase")
+    table.add_column("ms", justify="right")
+    table.add_column("share", justify="right")
+    for name, milliseconds in timed.phases.items():
+        table.add_row(name, f"{milliseconds:,.2f}", f"{milliseconds / total:.1%}")
+    table.add_section()
+    table.add_row("the whole step", f"{total:,.2f}", "100.0%")
+    console.print(table)
+    console.print(BOUNDARIES)
+    if timed.mode == "graphed":
+        console.print(NOT_DIVIDED)
+
+
+def _document(config: RunConfig, inputs: Inputs, timed: Timed, taken: Mapping[str, list[Step]]) -> dict[str, Any]:
+    """Everything that is printed, and each step."""
+    on_gpu = inputs.placement.device.type == "cuda"
+    return {
+        "method": config.method,
+        "model": config.model.name,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "precision": inputs.placement.precision,
+        "attention": inputs.attention.reason,
+        "warm_up_steps": WARM_UP,
+        **asdict(timed),
+        "steps": {part: [_step(step) for step in steps] for part, steps in taken.items()},
+    }
+
+
+def _step(step: Step) -> dict[str, Any]:
+    result = step.result
+    return {
+        "step": step.number,
+        "ms": 1e3 * step.seconds,
+        "phases_ms": {name: 1e3 * seconds for name, seconds in step.phases.items()},
+        "set_up": step.set_up,
+        "repeated": step.repeated,
+        "tokens": result.num_tokens,
+        "supervised_tokens": result.supervised_tokens,
+        "positions": result.positions,
+    }
