@@ -77,6 +77,7 @@ KEYS = {
     "train.save_total_limit": (5, {}),
     "sft.loss_type": ("mine:loss", {}),
     "sft.loss_kwargs": ({"gamma": 0.5}, {}),
+    "train.report_to": (["tensorboard"], {}),
     "dpo.loss_type": ("ipo", PREFERENCES),
     "dpo.loss_kwargs": ({"gamma": 0.5}, PREFERENCES),
     "dpo.beta": (0.5, PREFERENCES),

@@ -168,6 +168,9 @@ class TrainConfig(Section):
     early_stopping_patience: Positive | None = Field(None, description="evaluations without a better eval_loss")
     save_steps: Positive | None = Field(None, description="steps between checkpoints; default: only at the end")
     save_total_limit: Positive = Field(2, description="checkpoints to keep")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), strict=False, description="experiment trackers that get the logged numbers"
+    )
 
 
 class SFTConfig(Section):

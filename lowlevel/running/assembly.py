@@ -33,6 +33,7 @@ from lowlevel.model.sizes import size_of
 from lowlevel.model.suitability import attention_window, short_positions
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
 from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def check_inputs(config: RunConfig) -> Inputs:
         ConfigError, DataError, CheckpointError: with what to do about it.
     """
     check_loss(config)
+    check_trackers(config)
     placement = choose_placement(config.train.precision)
     base = load_model_config(config.model)
     if config.model.embeddings_on_host and base.to_dict().get("tie_word_embeddings"):

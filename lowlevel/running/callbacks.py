@@ -1,4 +1,4 @@
-"""Callbacks: what a program can do at the named moments of a run."""
+"""Callbacks: functions of a user that a run calls at named moments."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Base class of callbacks: override the moments you need.
-
-    An exception that a callback raises ends the run with that exception.
-    """
+    """Override what is needed. An exception ends the run, as an error in training does."""
 
     def on_step(self, step: StepResult) -> None:
-        """Called after each applied optimizer step, before its log line: its number, loss, metrics, rows and batches."""
+        """Called after each applied optimizer step, before its log line."""
 
     def on_log(self, record: Mapping[str, Any]) -> None:
         """Called for each training line of metrics.jsonl: step, epoch, loss, grad_norm, learning_rate, ..."""
@@ -29,4 +26,4 @@ class Callback:
         """Called when the checkpoint folder `path` (step-XXXXXXXX) is complete and on disk."""
 
     def on_end(self, run: Any) -> None:
-        """Called once, when all files of a finished run are written; `run` is what `lowlevel.sft` or `dpo` returns."""
+        """Called once, when all files of a finished run are written; `run` is the `lowlevel.Run`."""

@@ -39,6 +39,7 @@ CHANGED = ("step", "key", "from", "to")  # after how many steps which key was ch
 FREE = (
     *("model.embeddings_on_host", "train.offload_activations"),
     *("train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit", "dpo.reference_cache"),
+    "train.report_to",
     *("trace.every", "trace.steps", "trace.level", "trace.gradients"),
     *("attention", "versions.lowlevel", "versions.python", "versions.safetensors", "versions.numpy"),
     "versions.accelerate",

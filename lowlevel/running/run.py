@@ -26,6 +26,7 @@ from lowlevel.running.observer import RunObserver
 from lowlevel.running.progress import TrainingProgress
 from lowlevel.running.run_folder import RunFolder, run_lock
 from lowlevel.running.run_record import announce, write_finish
+from lowlevel.running.trackers import open_trackers
 
 Steps = Generator[StepResult, None, dict[str, Any]]
 
@@ -95,12 +96,13 @@ def _steps(
     announce(start.console, config, job.inputs, job.policy, job.method, job.total_steps, job.order)
     engine.rehearse()
     with TrainingProgress(start.console, config.method, job.total_steps, state.step) as bar:
-        observer = RunObserver(folder, bar, engine, interrupts, start.note, callbacks)
         with (
+            open_trackers(config, folder.path, start.note) as trackers,
             explaining(job.policy, job.method, folder.path),
             engine.cached or nullcontext(),
             engine.tracer or nullcontext(),
         ):
+            observer = RunObserver(folder, bar, engine, interrupts, start.note, [*callbacks, *trackers])
             if engine.held_out and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **engine.evaluate(0)})
             with interrupts.deferred():

@@ -12,6 +12,7 @@ out/run/
   trace/                                                         [trace]: parquet files (lowlevel/tracing)
   report.html report/                                            lowlevel report: the page, and its charts as PNG
   summary.json loss.png                                          written at the end
+  tensorboard/ wandb/ tracker_id.txt                             train.report_to
   failure/                                                       where a loss or gradient was not finite
 """
 
@@ -42,12 +43,13 @@ from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.files import read_json_object
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
+TENSORBOARD, TRACKER_ID = "tensorboard", "tracker_id.txt"  # running/trackers.py
 OWN_BASE = "./base"  # model.name in config.toml where the base lies in the run folder, which may move
 INSPECTED = "lowlevel inspect"  # what every page of that command says of itself
 WRITTEN = (
     *("config.toml", "environment.json", "data_report.json", "manifest.json", "data_rows.safetensors", "changes.json"),
     *("metrics.jsonl", "run-status.json", "memory.json", "summary.json", "loss.png", "report.html", "verify.json"),
-    "compare.json",
+    *("compare.json", TRACKER_ID),
 )
 OWN_FILES = ("config.toml", "manifest.json", "metrics.jsonl", "data_report.json", "environment.json", "run-status.json")
 
@@ -121,6 +123,7 @@ class RunFolder:
     def discard(self) -> None:
         """Remove what a run wrote into its folder, and nothing else."""
         made = (self.adapter, self.parent, self.stacked, self.base, self.trace, self.report, self.failure)
+        made += tuple(self.path / name for name in (TENSORBOARD, "wandb"))
         for path in [*self.path.glob("step-*"), *made]:
             shutil.rmtree(path, ignore_errors=True)
         for path in [*(self.path / name for name in WRITTEN), *self.inspection_pages()]:
