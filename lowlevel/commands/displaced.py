@@ -7,9 +7,8 @@ from collections.abc import Callable
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.inspection import inspect_pairs
+from lowlevel.inspection.opening import example_of_row, last_weights
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.rows import example_of_row
-from lowlevel.inspection.weights import last_weights
 from lowlevel.methods.dpo import DPO
 from lowlevel.reporting.displaced import DisplacedPairs, displaced_pairs
 from lowlevel.reporting.pairs import PairTables

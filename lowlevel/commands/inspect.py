@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from lowlevel.errors import ConfigError
-from lowlevel.inspection import inspect_pairs, inspect_sequences
-from lowlevel.inspection.inspection import Inspection, logged_loss
+from lowlevel.inspection import opening
+from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.page import write_page
-from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.rows import example_of_row
 from lowlevel.inspection.terminal import print_inspection
-from lowlevel.inspection.weights import choose_weights
-from lowlevel.methods.dpo import DPO
 from lowlevel.running.progress import lines_to
-from lowlevel.running.reopening import LoadedRun, reopen, step_examples
+from lowlevel.running.reopening import reopen
 
 
 def inspect_run(
@@ -44,35 +39,12 @@ def inspect_run(
         DataError: a row that was not trained on, or data that changed since the run.
         CheckpointError: damaged checkpoints and no other, or a base or adapter that is not the run's.
     """
-    opened = reopen(run_dir, lines_to(console))
-    folder, config = opened.folder, opened.config
-    weights = choose_weights(folder, step, checkpoint, opened.note)
     if html and not html.parent.is_dir():
         raise ConfigError(f"--html {html}: no such folder")
-    tokenizer, data = opened.data()
-    if step is not None:
-        examples, subject = step_examples(config, data, step), f"step {step}"
-    else:
-        assert example is not None
-        examples, subject = [example_of_row(config, tokenizer, data, example)], f"row {example}"
-    run = opened.load(weights.adapter)
-    inspection = Inspection(
-        run=run_dir.resolve().name,
-        subject=subject,
-        weights=weights.line,
-        logged=logged_loss(folder.read_metrics(), step, config) if step is not None else None,
-        pieces=TokenPieces(run.tokenizer),
-        dpo=config.dpo,
-        **_records(run, examples),
-    )
+    opened = reopen(run_dir, lines_to(console))
+    inspection = opening.inspect_run(opened, step=step, example=example, checkpoint=checkpoint)
     print_inspection(inspection, console, details=html is None)
     if html:
         write_page(inspection, html)
         console.print(f"page written to {html}", markup=False)
     return inspection
-
-
-def _records(run: LoadedRun, examples: list[Any]) -> dict[str, Any]:
-    if isinstance(run.method, DPO):
-        return {"pairs": tuple(inspect_pairs(run.policy, run.method, examples))}
-    return {"sequences": tuple(inspect_sequences(run.policy, run.method, examples))}
