@@ -1,3 +1,43 @@
-"""lowlevel: QLoRA SFT and DPO on one small GPU, from hand-written loops whose every number can be checked."""
+"""QLoRA fine-tuning of small language models, SFT and DPO, from hand-written loops whose every number can be checked.
+
+    sft, dpo        train a run                       steps       take its steps one by one
+    Run             open a run folder                 Callback    be called at each step, log line, checkpoint
+    loss            register a loss of your own       dpo_loss    the built-in losses as a function of tensors
+    PairLogps, TokenLogps    what a loss receives     configure   keyword arguments -> RunConfig
+
+`help(lowlevel.methods.sft)` and `help(lowlevel.loss)` say more. Nothing heavy is imported before one of them is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lowlevel.api import Run, configure, dpo, sft, steps, train
+    from lowlevel.config.schema import RunConfig
+    from lowlevel.errors import LowlevelError
+    from lowlevel.losses import PairLogps, TokenLogps, dpo_loss, loss, masked_cross_entropy, token_logps
+    from lowlevel.running.callbacks import Callback
+
+__all__ = [
+    *("Callback", "LowlevelError", "PairLogps", "Run", "RunConfig", "TokenLogps", "configure", "dpo", "dpo_loss"),
+    *("loss", "masked_cross_entropy", "sft", "steps", "token_logps", "train"),
+]
+_PLACES = {
+    "lowlevel.running.callbacks": ("Callback",),
+    "lowlevel.errors": ("LowlevelError",),
+    "lowlevel.config.schema": ("RunConfig",),
+    "lowlevel.losses": ("PairLogps", "TokenLogps", "dpo_loss", "loss", "masked_cross_entropy", "token_logps"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'lowlevel' has no attribute {name!r}")
+    module = next((module for module, names in _PLACES.items() if name in names), "lowlevel.api")
+    return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
@@ -74,20 +71,9 @@ def read_run_file(options: Options, overrides: Overrides, method: str | None = N
 
 def quiet_console() -> Console:
     """Where output goes. Progress bars and advice of libraries are off; their errors still show."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils.logging import disable_progress_bar as disable_loading_bar
+    from lowlevel.running.progress import make_console, quiet_libraries
 
-    from lowlevel.running.progress import make_console
-
-    disable_progress_bar()
-    disable_loading_bar()
-    # bitsandbytes 0.50 advises on CPUs with AVX512-BF16 to download a kernel from the hub.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # transformers 5.23 renamed gradient_checkpointing_enable; PEFT 0.21 calls it by the only name that 5.17 knows.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    quiet_libraries()
     return make_console()
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lowlevel.commands.common import Options, Overrides, Parser, not_negative, positive, quiet_console
+from lowlevel.errors import ConfigError
 
 
 def add_arguments(parser: Parser) -> None:
@@ -24,13 +25,18 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: Options, overrides: Overrides) -> None:
     console = quiet_console()
-    from lowlevel.inspection.run import inspect_run
+    from lowlevel.inspection.opening import inspect_run
+    from lowlevel.inspection.page import write_page
+    from lowlevel.inspection.terminal import print_inspection
+    from lowlevel.running.progress import lines_to
+    from lowlevel.running.reopening import reopen
 
-    inspect_run(
-        options.run_dir,
-        console,
-        step=options.step,
-        example=options.example,
-        checkpoint=options.checkpoint,
-        html=options.html,
-    )
+    html = options.html
+    if html and not html.parent.is_dir():
+        raise ConfigError(f"--html {html}: no such folder")
+    opened = reopen(options.run_dir, lines_to(console))
+    inspection = inspect_run(opened, step=options.step, example=options.example, checkpoint=options.checkpoint)
+    print_inspection(inspection, console, details=html is None)
+    if html:
+        write_page(inspection, html)
+        console.print(f"page written to {html}", markup=False)

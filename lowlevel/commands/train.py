@@ -47,12 +47,12 @@ def run(options: Options, overrides: Overrides) -> None:
     with Interrupts() as interrupts:
         try:
             console = quiet_console()
-            from lowlevel.running.run import run_training
+            from lowlevel.api import train
 
             if options.as_t4:
                 _cap_gpu_memory(T4_BYTES)
             resume = {"resume": options.resume, "allow_change": options.allow_change}
-            run_training(config, console, restart=options.restart, **resume)
+            train(config, console=console, restart=options.restart, **resume)
         except KeyboardInterrupt:
             raise interrupts.error() from None
 

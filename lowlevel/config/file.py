@@ -51,11 +51,7 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
         ConfigError: with one line for each problem found.
     """
     where = str(path) if path else "flags"
-    tables = _read_toml(path) if path else {}
-    if method:
-        if tables.setdefault("method", method) != method:
-            found = quoted(str(tables["method"]))
-            raise ConfigError(f'{where}: method = "{found}", but the command is "{method}"')
+    tables = load_tables(path, method)
     for dotted, text in overrides.items():
         section, _, key = dotted.partition(".")
         table = tables.setdefault(section, {})
@@ -64,6 +60,15 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
             raise ConfigError(f"{where}: --{quoted(dotted)}: {name} is {value}, which is no section")
         table[key] = _parse_flag(section, key, text)
     return config_from_tables(tables, where)
+
+
+def load_tables(path: Path | None, method: str | None) -> dict[str, Any]:
+    """The tables of a run file, not yet validated; `method` is that of the command. Raises ConfigError."""
+    tables = _read_toml(path) if path else {}
+    if method and tables.setdefault("method", method) != method:
+        found = quoted(str(tables["method"]))
+        raise ConfigError(f'{path}: method = "{found}", but the command is "{method}"')
+    return tables
 
 
 def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:

@@ -1,4 +1,4 @@
-"""An inspection: what was looked at, with which weights, the records, and how they stand to what the run logged."""
+"""An inspection: the records of a step or a row, the weights that they were computed with, and the logged loss."""
 
 from __future__ import annotations
 
@@ -8,28 +8,41 @@ from typing import Any
 
 import torch
 
-from lowlevel.config.schema import DPOConfig, RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import settings
 from lowlevel.inspection.records import PairRecord, SequenceRecord
+from lowlevel.methods import Method
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
-    """Everything that terminal and page show; exactly one of `sequences` and `pairs` is not empty."""
+    """The inspected examples; either `pairs` (dpo) or `sequences` (sft) is not empty.
 
-    run: str  # name of the run folder
-    subject: str  # "step 5" or "row 12"
-    weights: str  # one line
-    logged: str | None  # the loss that the run logged for this step, and over what
+    Attributes:
+        run: name of the run folder.
+        subject: "step 5" or "row 12".
+        weights: description of the trained adapter.
+        logged: the loss that the run logged for this step, and what it is a mean of; None if there is none.
+        pieces: token ids as text.
+        method: holds the configured loss.
+    """
+
+    run: str
+    subject: str
+    weights: str
+    logged: str | None
     pieces: TokenPieces
-    dpo: DPOConfig
+    method: Method
     sequences: tuple[SequenceRecord, ...] = ()
     pairs: tuple[PairRecord, ...] = ()
 
+    def __repr__(self) -> str:
+        return "\n".join((self.headline, self.conditions, self.result))
+
     @property
     def loss(self) -> float:
-        """What the training loop would log: the sum over tokens (sft) or pairs (dpo), divided by their number."""
+        """The loss as the training loop logs it: the sum over tokens (sft) or pairs (dpo), divided by their number."""
         records: Sequence[SequenceRecord | PairRecord] = self.sequences or self.pairs
         return float(torch.stack([record.loss for record in records]).double().sum()) / self.count
 
@@ -40,11 +53,12 @@ class Inspection:
 
     @property
     def headline(self) -> str:
-        """What this is, in one line."""
+        """Run, subject, number of examples and loss, in one line."""
         if self.pairs:
-            return f"{self.run}, {self.subject}: {_count(len(self.pairs), 'pair')}, {settings(self.dpo)}"
-        examples, tokens = _count(len(self.sequences), "example"), _count(self.count, "learned token")
-        return f"{self.run}, {self.subject}: {examples}, {tokens}"
+            counts = [_count(len(self.pairs), "pair")]
+        else:
+            counts = [_count(len(self.sequences), "example"), _count(self.count, "learned token")]
+        return f"{self.run}, {self.subject}: {', '.join([*counts, settings(self.method)])}"
 
     @property
     def conditions(self) -> str:
@@ -53,12 +67,20 @@ class Inspection:
 
     @property
     def result(self) -> str:
-        """The loss, in one line, beside the one that the run logged."""
+        """The loss, and the one that the run logged, in one line."""
         return f"loss {self.loss:.6f}" + (f" ({self.logged})" if self.logged else "")
+
+    def show(self, *, details: bool = True) -> None:
+        """Print the table of the batch, and with `details` a table of tokens for each example."""
+        from rich.console import Console
+
+        from lowlevel.inspection.terminal import print_inspection
+
+        print_inspection(self, Console(), details=details)
 
 
 def logged_loss(metrics: Sequence[dict[str, Any]], step: int, config: RunConfig) -> str | None:
-    """What metrics.jsonl says about a step's loss: that loss alone, or a mean over several steps."""
+    """The logged loss of a step as text, with the steps that it is a mean of; None if the step was not logged."""
     steps = [record["step"] for record in metrics if "loss" in record]
     if step not in steps:
         return None

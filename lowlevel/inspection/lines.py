@@ -6,9 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lowlevel.inspection.figures import percent, plain, signed
 from lowlevel.inspection.pieces import TokenPieces
+from lowlevel.inspection.reading import formula, reading_of
 from lowlevel.inspection.records import CompletionRecord, PairRecord, SequenceRecord, TokenRecord
+from lowlevel.methods import Method
+from lowlevel.methods.dpo import DPO
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,48 @@ def fall_line(record: PairRecord, pieces: TokenPieces) -> FallLine | None:
         logp=plain(float(side.tokens.logps[i])),
         gainers=gainers,
     )
+
+
+@dataclass(frozen=True)
+class PathStep:
+    """A quantity on the way to the loss: one number for each completion, or one for the pair."""
+
+    name: str
+    formula: str
+    chosen: float | None = None
+    rejected: float | None = None
+    pair: float | None = None
+
+
+def loss_path(record: PairRecord, method: Method) -> list[PathStep]:
+    """The quantities from log-probabilities to the configured loss, in order."""
+    assert isinstance(method, DPO)
+    chosen, rejected = record.chosen, record.rejected
+    spec, reading = method.preference_loss.spec, reading_of(method.config.loss_type)
+    steps = [
+        _both("policy", "log π(y|x), sum over tokens", chosen.logp, rejected.logp),
+        _both("reference", "log ref(y|x)", chosen.ref_logp, rejected.ref_logp),
+        _both("log-ratio a, b", "log π − log ref", chosen.logratio, rejected.logratio),
+        _both("reward", f"β · log-ratio, β = {method.config.beta:g}", chosen.reward, rejected.reward),
+        PathStep("margin x", "chosen − rejected reward", pair=float(record.margin)),
+    ]
+    if reading == "averages":
+        lengths = f"n₊ = {len(chosen.tokens)}, n₋ = {len(rejected.tokens)}"
+        averaged = [completion.reward / max(1, len(completion.tokens)) for completion in (chosen, rejected)]
+        steps.append(_both("reward per token", f"reward / n, {lengths}", *averaged))
+        steps.append(PathStep("averaged margin", "β (a/n₊ − b/n₋)", pair=float(record.argument)))
+    if reading in ("margin", "averages"):
+        slope = "−dL/dx" if reading == "margin" else "−dL/d(averaged margin)"
+        steps.append(PathStep("weight", "σ(−x)" if spec.name == "sigmoid" else slope, pair=float(chosen.weight)))
+    else:
+        slopes = "−dL/d(chosen reward), dL/d(rejected reward)"
+        steps.append(_both("weight", slopes, chosen.weight, rejected.weight))
+    quantile = " (of the micro-batch's quantile)" if reading == "quantiles" else ""
+    return [*steps, PathStep("loss L", f"{formula(spec)}{quantile}", pair=float(record.loss))]
+
+
+def _both(name: str, text: str, chosen: Tensor, rejected: Tensor) -> PathStep:
+    return PathStep(name, text, float(chosen), float(rejected))
 
 
 def _common(tokens: TokenRecord) -> list[dict[str, str]]:

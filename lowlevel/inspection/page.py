@@ -18,9 +18,9 @@ from lowlevel.errors import ConfigError
 from lowlevel.inspection.charts import histogram, loss_bands
 from lowlevel.inspection.figures import percent, plain, signed, typographic
 from lowlevel.inspection.inspection import Inspection
-from lowlevel.inspection.path import loss_path, source
+from lowlevel.inspection.lines import loss_path
 from lowlevel.inspection.pieces import VISIBLE
-from lowlevel.inspection.reading import formula, sum_name, weight_name
+from lowlevel.inspection.reading import formula, loss_of, source, sum_name, weight_name
 from lowlevel.inspection.view import Article, Scales, pair_article, scales, sequence_article
 
 
@@ -66,27 +66,27 @@ def render_page(inspection: Inspection) -> str:
 
 
 def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
-    config, pairs = inspection.dpo, inspection.pairs
+    pairs, (spec, _) = inspection.pairs, loss_of(inspection.method)
     sides = [side for record in pairs for side in (record.chosen, record.rejected)]
     scale = scales([side.tokens for side in sides], [side.contributions for side in sides])
-    sums = sum_name(config.loss_type)
+    sums = sum_name(spec.name)
     adds = f"β · log-ratio{'' if sums == 'margin' else ' / n'} of each token, minus it for the rejected"
     end = typographic(f"{scale.contribution:.2g}")
     contribution = Mode("contribution", f"adds to the {sums}", adds, f"≤ −{end}", f"≥ +{end}")
     margins = [float(record.margin) for record in pairs]
     return {
         "modes": [contribution, *_modes(scale)],
-        "articles": [pair_article(r, loss_path(r, config), inspection.pieces, scale, sums) for r in pairs],
+        "articles": [pair_article(r, loss_path(r, inspection.method), inspection.pieces, scale, sums) for r in pairs],
         "histogram": histogram(margins),
         "batch": [
             {"row": record.row, "margin": margin, "width": abs(margin) / (max(map(abs, margins)) or 1.0),
              "weight": plain(float(record.chosen.weight)), "loss": plain(float(record.loss))}
             for record, margin in zip(pairs, margins, strict=True)
         ],
-        "weight_name": weight_name(config.loss_type),
+        "weight_name": weight_name(spec.name),
         "bands": [],
-        "formula": formula(config.loss_type),
-        "paper": source(config),
+        "formula": formula(spec),
+        "paper": source(spec),
     }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def _sequences_view(inspection: Inspection) -> Mapping[str, Any]:
             for r in records
         ],
         "bands": loss_bands(losses),
-        "formula": "−Σ log π(token | what stands before it)",
+        "formula": "−Σ log π(token | tokens before it)",
         "paper": "cross-entropy",
     }  # fmt: skip
 

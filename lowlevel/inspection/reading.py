@@ -1,9 +1,9 @@
-"""What each preference loss reads of a pair: which sum its tokens' contributions add up to, and which weights it has.
+"""How a loss is shown: what it reads of a pair, which gives its weights their meaning, and its formula as text.
 
-margin     the margin alone, x = beta a - beta b: one weight a pair, -dL/dx
-averages   the margin of averages alone, beta (a/n+ - b/n-): a token counts less in a longer completion
-both       the two log-ratios, or the chosen log-probability, apart: a weight for each completion
-quantiles  sorted over the micro-batch: element i of the loss belongs to the i-th quantile, not to pair i
+margin     only the margin, x = beta a - beta b: one weight for the pair, -dL/dx
+averages   only the margin of averages, beta (a/n+ - b/n-): a token counts less in a longer completion
+both       both log-ratios, or the chosen log-probability, separately: one weight for each completion
+quantiles  sorted over the micro-batch: element i of the loss belongs to quantile i and not to pair i
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
-from lowlevel.config.schema import DPOConfig
-from lowlevel.losses import loss_spec
+from lowlevel.losses.registry import LossSpec
+from lowlevel.methods import Method
+from lowlevel.methods.dpo import DPO
 
 Reading = Literal["margin", "averages", "both", "quantiles"]
 
@@ -45,34 +46,45 @@ SYMBOLS = (
 
 
 def reading_of(loss_type: str) -> Reading:
-    """What a loss reads of a pair; a user's own loss may read anything."""
+    """What a preference loss reads of a pair; "both" for a custom loss, which may read anything."""
     return READINGS.get(loss_type, "both")
 
 
-def formula(loss_type: str) -> str:
-    """The loss as its `LossSpec` writes it, in mathematical signs."""
-    text = loss_spec(loss_type).formula
+def loss_of(method: Method) -> tuple[LossSpec, Mapping[str, float]]:
+    """The configured loss, and the hyper-parameters that were given to it."""
+    if isinstance(method, DPO):
+        return method.preference_loss.spec, method.preference_loss.settings
+    return method.token_loss, method.config.loss_kwargs
+
+
+def settings(method: Method) -> str:
+    """Loss and hyper-parameters as one phrase."""
+    spec, values = loss_of(method)
+    names = {"beta": "β", "label_smoothing": "ε", "discopop_tau": "τ", "dpop_lambda": "λ", "rpo_alpha": "α"}
+    return ", ".join([spec.name, *(f"{names.get(key, key)} {value:g}" for key, value in values.items())])
+
+
+def formula(spec: LossSpec) -> str:
+    """The formula in mathematical signs; for a custom loss the first line of its docstring, unchanged."""
+    text = spec.formula
+    if spec.own:
+        return text
     for pattern, sign in SYMBOLS:
         text = re.sub(pattern, sign, text)
     return text.replace("-", "−")
 
 
+def source(spec: LossSpec) -> str:
+    """Name and publication of the loss."""
+    return f"{spec.name}: {spec.paper}"
+
+
 def sum_name(loss_type: str) -> str:
-    """What a pair's contributions add up to."""
+    """Name of the sum of a pair's contributions."""
     return "averaged margin" if reading_of(loss_type) == "averages" else "margin"
 
 
 def weight_name(loss_type: str) -> str:
-    """What a chosen completion's weight is called: the pair's, where the loss reads one number of it."""
+    """Name of a chosen completion's weight; it is the pair's if the loss reads one number of the pair."""
     names = {"averages": "weight of the averaged margin", "margin": "weight"}
     return names.get(reading_of(loss_type), "chosen weight")
-
-
-def settings(config: DPOConfig) -> str:
-    """Loss and hyper-parameters as one phrase: those that the loss reads."""
-    names = {"beta": "β", "label_smoothing": "ε", "discopop_tau": "τ", "dpop_lambda": "λ", "rpo_alpha": "α"}
-    values = config.model_dump()
-    values |= config.loss_kwargs
-    keys = [key for key in loss_spec(config.loss_type).parameters if values.get(key) is not None]
-    given = [f"{names.get(key, key)} {values[key]:g}" for key in keys]
-    return ", ".join([config.loss_type, *given])

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from lowlevel.inspection.figures import percent, plain, signed
 from lowlevel.inspection.inspection import Inspection
-from lowlevel.inspection.lines import TokenLine, completion_lines, fall_line, sequence_lines
-from lowlevel.inspection.path import loss_path, source
+from lowlevel.inspection.lines import TokenLine, completion_lines, fall_line, loss_path, sequence_lines
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.reading import reading_of, sum_name
+from lowlevel.inspection.reading import loss_of, reading_of, source, sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord
 
 WIDE = 110  # columns from which a pair's tables have room for the likeliest alternatives
@@ -81,7 +80,7 @@ def _sequences_table(inspection: Inspection, width: int) -> Table:
 
 def _pairs_table(inspection: Inspection, width: int) -> Table:
     """One line a pair; a loss that weighs the completions apart has two weights."""
-    reading = reading_of(inspection.dpo.loss_type)
+    reading = reading_of(inspection.method.config.loss_type)
     apart = reading in ("both", "quantiles")
     weights = ("weight+", "weight-") if apart else ("weight",)
     rows: list[Sequence[str | Text]] = []
@@ -112,7 +111,7 @@ def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Consol
 def _print_pair(record: PairRecord, inspection: Inspection, console: Console) -> None:
     _print_title(record.row, record.where, record.prompt_ids, inspection.pieces, console)
     running, split = record.running_sums.tolist(), len(record.chosen.tokens)
-    sums = sum_name(inspection.dpo.loss_type)
+    sums = sum_name(inspection.method.config.loss_type)
     per_token = "beta x log-ratio" if sums == "margin" else "beta x log-ratio / n"
     wide = console.width >= WIDE
     for name, side, sign, part in (
@@ -151,9 +150,10 @@ def _path_table(record: PairRecord, inspection: Inspection, width: int) -> Table
             step.formula,
             *("" if number is None else plain(number, 5) for number in (step.chosen, step.rejected, step.pair)),
         )
-        for step in loss_path(record, inspection.dpo)
+        for step in loss_path(record, inspection.method)
     ]
-    caption = f"{inspection.dpo.loss_type}: {source(inspection.dpo)}; σ sigmoid, x margin, a, b log-ratios, d = a − b"
+    spec, _ = loss_of(inspection.method)
+    caption = f"{source(spec)}; σ sigmoid, x margin, a, b log-ratios, d = a − b"
     return _table(("quantity", "<formula", "chosen", "rejected", "pair"), rows, width, caption=caption, wrap=True)
 
 

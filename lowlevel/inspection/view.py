@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lowlevel.inspection.charts import Stair, stair
 from lowlevel.inspection.figures import percent, plain, signed, typographic
-from lowlevel.inspection.lines import FallLine, TokenLine, completion_lines, fall_line, sequence_lines
-from lowlevel.inspection.path import PathStep
+from lowlevel.inspection.lines import FallLine, PathStep, TokenLine, completion_lines, fall_line, sequence_lines
 from lowlevel.inspection.pieces import TokenPieces, breaks_line
 from lowlevel.inspection.records import PairRecord, SequenceRecord, TokenRecord
 

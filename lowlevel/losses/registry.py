@@ -88,6 +88,19 @@ def _own(function: Callable[..., Any], name: str, mixes_pairs: bool = False) -> 
     return spec_of(function, formula, "a loss of your own", name=name, mixes_pairs=mixes_pairs, own=True)
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    """The name under which a run file can refer to a loss: its registered name, or "module:function"; registers a
+    function that no other process could import (of a notebook or script).
+    """
+    registered = next((spec.name for spec in OWN.values() if spec.function is function), None)
+    module, name = function.__module__, function.__qualname__
+    if registered is None and module != "__main__" and getattr(sys.modules.get(module), name, None) is function:
+        return f"{module}:{name}"
+    if registered is None:
+        loss(function)
+    return registered or function.__name__
+
+
 def find(name: str, built_in: Mapping[str, LossSpec]) -> LossSpec:
     """The loss of a name.
 

@@ -11,9 +11,8 @@ from lowlevel.inspection import PairRecord, inspect_pairs, largest_gains
 from lowlevel.inspection.displacement import NOTICED
 from lowlevel.inspection.figures import percent, signed
 from lowlevel.inspection.lines import FallLine, fall_line
+from lowlevel.inspection.opening import example_of_row, last_weights
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.rows import example_of_row
-from lowlevel.inspection.weights import last_weights
 from lowlevel.methods.dpo import DPO
 from lowlevel.reporting.pairs import PairTables
 from lowlevel.running.reopening import reopen, step_examples

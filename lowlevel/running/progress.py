@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +39,22 @@ def make_console() -> Console:
     """Standard output; a plain stream gets long lines instead of lines wrapped at 80 columns."""
     terminal = sys.stdout.isatty()
     return PipedConsole(highlight=False, soft_wrap=not terminal, width=None if terminal else 140)
+
+
+def quiet_libraries() -> None:
+    """Switch off progress bars and advice of libraries; their errors still show."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_loading_bar
+
+    disable_progress_bar()
+    disable_loading_bar()
+    # bitsandbytes 0.50 advises on CPUs with AVX512-BF16 to download a kernel from the hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # transformers 5.23 renamed gradient_checkpointing_enable; PEFT 0.21 calls it by the only name that 5.17 knows.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def lines_to(console: Console) -> Callable[[str], None]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lowlevel.batch.order import DataOrder
+from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
@@ -176,15 +177,19 @@ class Reopened:
         return LoadedRun(self.folder, self.config, tokenizer, policy, method, tuple(stages))
 
 
-def reopen(run_dir: Path, note: Note = print) -> Reopened:
+def reopen(
+    run_dir: Path, note: Note = print, *, data: GivenRows | None = None, eval_data: GivenRows | None = None
+) -> Reopened:
     """Open a run folder, of a finished, stopped or running run; nothing is written and no lock is taken.
+
+    A run whose rows were given in Python needs them again, as `data` and `eval_data`, where its rows are read.
 
     Raises:
         ConfigError: not a run folder, or a base that cannot be read.
         CheckpointError: no manifest or a part of one, or no frozen adapter where the manifest names one.
     """
     folder = RunFolder(run_dir)
-    config, manifest = folder.read_config(), folder.read_manifest()
+    config, manifest = with_rows(folder.read_config(), data, eval_data), folder.read_manifest()
     base = manifest.get("base")
     if not (isinstance(base, dict) and NAMED <= manifest.keys() and {"sha256", "dtype"} <= base.keys()):
         raise CheckpointError(f"{folder.path / 'manifest.json'} does not say what the run stands on")
@@ -194,6 +199,12 @@ def reopen(run_dir: Path, note: Note = print) -> Reopened:
     placement, moved, elsewhere = _placement(folder, config, base["dtype"])
     attention = choose_attention(config.model, load_model_config(config.model), placement)
     return Reopened(folder, config, manifest, placement, moved, elsewhere, attention, parent, note)
+
+
+def with_rows(config: RunConfig, data: GivenRows | None, eval_data: GivenRows | None) -> RunConfig:
+    """The configuration with rows that are given again."""
+    given = {key: rows for key, rows in (("source", data), ("eval_source", eval_data)) if rows is not None}
+    return config.model_copy(update={"data": config.data.model_copy(update=given)})
 
 
 def load_run(run_dir: Path, note: Note = print, *, adapter: Path | None = None) -> LoadedRun:

@@ -11,7 +11,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from workspace import CHATS, PAIRS, Workspace, run
 
-from lowlevel.config.schema import DPOConfig
 from lowlevel.data.examples import PreferenceExample, SFTExample
 from lowlevel.data.rendering import chat_tokenizer
 from lowlevel.inspection import inspect_pairs, inspect_sequences
@@ -79,14 +78,12 @@ def hostile_pieces() -> TokenPieces:
 def inspection_of_pairs(policy, pieces, examples=None, **config) -> Inspection:
     method = helpers.dpo(**config)
     records = tuple(inspect_pairs(policy, method, examples or hostile_pairs()))
-    return Inspection(
-        "<i>run</i>", "step 3", "step-00000002", "logged: 0.5", pieces, DPOConfig(**config), pairs=records
-    )
+    return Inspection("<i>run</i>", "step 3", "step-00000002", "logged: 0.5", pieces, method, pairs=records)
 
 
 def inspection_of_chats(policy, pieces, examples=None) -> Inspection:
     records = tuple(inspect_sequences(policy, helpers.sft(), examples or hostile_chats()))
-    return Inspection("<i>run</i>", "step 3", "final adapter", None, pieces, DPOConfig(), sequences=records)
+    return Inspection("<i>run</i>", "step 3", "final adapter", None, pieces, helpers.sft(), sequences=records)
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,19 @@
 """The path from log-probabilities to the loss, in words and numbers, for every kind of loss."""
 
-from dataclasses import replace
-
 import helpers
 import pytest
 from samples import pairs
 
-from lowlevel.config.schema import DPOConfig
 from lowlevel.inspection import inspect_pairs
-from lowlevel.inspection.path import loss_path
+from lowlevel.inspection.lines import loss_path
 from lowlevel.inspection.reading import formula, settings
 from lowlevel.losses import LOSSES
 
 
 def path_of(policy, **config):
-    config = DPOConfig(**config)
-    record = inspect_pairs(policy, replace(helpers.dpo(), config=config), pairs())[2]
-    return record, {step.name: step for step in loss_path(record, config)}
+    method = helpers.dpo(**config)
+    record = inspect_pairs(policy, method, pairs())[2]
+    return record, {step.name: step for step in loss_path(record, method)}
 
 
 def test_the_path_of_dpo(policy):
@@ -36,7 +33,7 @@ def test_the_path_of_dpo(policy):
 def test_a_loss_of_averages_shows_them(policy, name):
     record, steps = path_of(policy, loss_type=name, beta=0.2)
     plus, minus = len(record.chosen.tokens), len(record.rejected.tokens)
-    assert f"n₊ = {plus}, n₋ = {minus}" in steps["reward a token"].formula
+    assert f"n₊ = {plus}, n₋ = {minus}" in steps["reward per token"].formula
     averaged = steps["reward"].chosen / plus - steps["reward"].rejected / minus
     assert steps["averaged margin"].pair == pytest.approx(averaged, abs=1e-5)
     assert steps["averaged margin"].pair == pytest.approx(float(record.running_sums[-1]), abs=1e-5)
@@ -57,15 +54,15 @@ def test_a_loss_that_reads_both_has_two_weights(policy, name):
 
 
 def test_formulas_keep_their_words():
-    assert formula("ipo") == "(a/n₊ − b/n₋ − 1/(2 β))²"
-    assert formula("robust") == "(−(1−ε) log σ(x) + ε log σ(−x)) / (1−2 ε)"
-    assert formula("rpo") == "−log σ(x) − α log π(y₊) / n₊"
+    assert formula(LOSSES["ipo"]) == "(a/n₊ − b/n₋ − 1/(2 β))²"
+    assert formula(LOSSES["robust"]) == "(−(1−ε) log σ(x) + ε log σ(−x)) / (1−2 ε)"
+    assert formula(LOSSES["rpo"]) == "−log σ(x) − α log π(y₊) / n₊"
     for name in LOSSES:
-        left = formula(name).replace("cdpo on sort", "").replace("sort", "").replace("log", "")
+        left = formula(LOSSES[name]).replace("cdpo on sort", "").replace("sort", "").replace("log", "")
         assert not any(word in left for word in ("beta", "eps", "ls(", "pi(", "lambda", "tau", "alpha", "^"))
 
 
 def test_settings_name_what_the_loss_reads():
-    assert settings(DPOConfig()) == "sigmoid, β 0.1"
-    assert settings(DPOConfig(loss_type="cdpo", label_smoothing=0.1, beta=0.5)) == "cdpo, β 0.5, ε 0.1"
-    assert settings(DPOConfig(loss_type="dpop", dpop_lambda=5.0)) == "dpop, β 0.1, λ 5"
+    assert settings(helpers.dpo()) == "sigmoid, β 0.1"
+    assert settings(helpers.dpo(loss_type="cdpo", label_smoothing=0.1, beta=0.5)) == "cdpo, β 0.5, ε 0.1"
+    assert settings(helpers.dpo(loss_type="dpop", dpop_lambda=5.0)) == "dpop, β 0.1, λ 5"

@@ -11,9 +11,9 @@ from lowlevel.config.schema import DPOConfig
 from lowlevel.inspection import PairRecord, inspect_pairs, inspect_sequences
 from lowlevel.inspection.reading import READINGS
 from lowlevel.loop import evaluate_examples
-from lowlevel.losses import LOSSES, dpo_loss
+from lowlevel.losses import LOSSES
 from lowlevel.losses.preference import PairLogps
-from lowlevel.methods.dpo import loss_arguments, reward_slopes
+from lowlevel.methods.dpo import preference_loss, reward_slopes
 from lowlevel.model.policy import Policy
 
 LAYOUTS = [{"packing": True}, {"packing": False}, {"packing": False, "batch_size": 3}]
@@ -123,8 +123,7 @@ def test_contributions_add_up_and_weights_are_slopes(policy, config):
     averages = config.loss_type in ("ipo", "sigmoid_norm")
 
     def total(plus: torch.Tensor, minus: torch.Tensor) -> float:
-        keys = dict(zip(("chosen_lengths", "rejected_lengths"), lengths, strict=True))
-        return float(dpo_loss(plus, minus, *reference, **keys, **loss_arguments(config)).losses.sum())
+        return float(preference_loss(config)(PairLogps(plus, minus, *reference, *lengths)).losses.sum())
 
     for i, record in enumerate(records):
         added = float(record.chosen.contributions.sum() + record.rejected.contributions.sum())

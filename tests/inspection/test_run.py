@@ -6,19 +6,16 @@ import shutil
 import helpers
 import pytest
 import torch
-from rich.console import Console
 from samples import STEPS
 from workspace import CHATS, PAIRS, metrics, run
 
-import lowlevel.inspection.run
 from lowlevel.errors import CheckpointError, ConfigError, DataError
-from lowlevel.inspection.run import inspect_run
+from lowlevel.inspection.opening import inspect_run
+from lowlevel.running.reopening import reopen
 
 
-def look(folder, *, step=None, example=None, checkpoint=None, html=None):
-    """The inspection, without what it prints."""
-    console = Console(quiet=True)
-    return inspect_run(folder, console, step=step, example=example, checkpoint=checkpoint, html=html)
+def look(folder, **keys):
+    return inspect_run(reopen(folder, lambda line: None), **keys)
 
 
 def logged(folder, step: int) -> dict:
@@ -80,7 +77,7 @@ def test_steps_hold_the_rows_of_an_epoch(runs):
         ({"step": 3, "checkpoint": 1}, "step-00000001, 1 update before step 3 began"),
         ({"step": 5, "checkpoint": 1}, "step-00000001, 3 updates before step 5 began"),
         ({"step": 3, "checkpoint": 0}, "adapter as initialised, 2 updates before step 3 began"),
-        ({"step": 3, "checkpoint": 4}, "step-00000004, trained on step 3 already"),
+        ({"step": 3, "checkpoint": 4}, "step-00000004, already trained on step 3"),
         ({"example": 7}, "final adapter"),
         ({"example": 7, "checkpoint": 2}, "step-00000002"),
         ({"example": 7, "checkpoint": 0}, "adapter as initialised, before the first step"),
@@ -135,7 +132,7 @@ def test_an_unfinished_run_can_be_looked_at(copied):
         shutil.rmtree(path)
     assert look(copied, step=1).weights == "adapter as initialised, the weights before step 1"
     for keys in ({"step": 2}, {"example": 7}):
-        with pytest.raises(ConfigError, match="no weights to inspect yet; --checkpoint 0"):
+        with pytest.raises(ConfigError, match="no saved weights yet.* --checkpoint 0"):
             look(copied, **keys)
     assert look(copied, step=2, checkpoint=0).weights.startswith("adapter as initialised")
 
@@ -238,7 +235,7 @@ def test_where_every_checkpoint_is_damaged_it_says_so(copied):
         (path / "adapter_model.safetensors").write_bytes(b"x")
     assert look(copied, step=4).weights == "final adapter (no checkpoint at or before step 3 is left)"
     shutil.rmtree(copied / "adapter")
-    with pytest.raises(CheckpointError, match="no usable checkpoint before step 4; --checkpoint 0 takes"):
+    with pytest.raises(CheckpointError, match="no usable checkpoint before step 4; --checkpoint 0 uses"):
         look(copied, step=4)
     with pytest.raises(CheckpointError, match="no usable checkpoint among 5"):
         look(copied, example=7)
@@ -303,11 +300,23 @@ def test_errors_are_one_line(runs, tmp_path, monkeypatch):
 
 def test_every_option_is_passed_on(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(lowlevel.inspection.run, "inspect_run", lambda *args, **keys: seen.append((args[0], keys)))
-    run("inspect", tmp_path, "--step", 4, "--checkpoint", 0, "--html", "x.html")
+    monkeypatch.setattr("lowlevel.running.reopening.reopen", lambda folder, note: folder)
+    monkeypatch.setattr("lowlevel.inspection.opening.inspect_run", lambda *args, **keys: seen.append((args[0], keys)))
+    monkeypatch.setattr("lowlevel.inspection.terminal.print_inspection", lambda *_, details: seen.append(details))
+    monkeypatch.setattr("lowlevel.inspection.page.write_page", lambda _, file: seen.append(file))
+    run("inspect", tmp_path, "--step", 4, "--checkpoint", 0, "--html", tmp_path / "x.html")
     run("inspect", tmp_path, "--example", 0)
-    assert [keys for _, keys in seen] == [
-        {"step": 4, "example": None, "checkpoint": 0, "html": tmp_path.__class__("x.html")},
-        {"step": None, "example": 0, "checkpoint": None, "html": None},
-    ]
-    assert {folder for folder, _ in seen} == {tmp_path}
+    assert seen == [
+        (tmp_path, {"step": 4, "example": None, "checkpoint": 0}), False, tmp_path / "x.html",
+        (tmp_path, {"step": None, "example": 0, "checkpoint": None}), True,
+    ]  # fmt: skip
+
+
+def test_an_inspection_is_a_function_of_a_reopened_run(runs):
+    opened = reopen(runs.dpo, lambda line: None)
+    found = inspect_run(opened, step=3)
+    assert repr(found) == str(found) == "\n".join((found.headline, found.conditions, found.result))
+    assert found.pairs[0].chosen.tokens.logps.shape == found.pairs[0].chosen.tokens.ids.shape
+    for keys in ({}, {"step": 1, "example": 2}):
+        with pytest.raises(ConfigError, match="either a step or an example"):
+            inspect_run(opened, **keys)

@@ -60,7 +60,7 @@ def test_the_columns_of_a_pair(policy, pieces, width):
 def test_the_columns_of_a_conversation(policy, pieces, width):
     inspection = inspection_of_chats(policy, pieces)
     text = said(inspection, width)
-    assert text.splitlines()[0] == f"<i>run</i>, step 3: 3 examples, {inspection.count} learned tokens"
+    assert text.splitlines()[0] == f"<i>run</i>, step 3: 3 examples, {inspection.count} learned tokens, cross_entropy"
     record = inspection.sequences[0]
     part = text.split(f"row {record.row}  ")[1]
     for i, row in enumerate(rows_of(part, len(record.tokens) - len(HOSTILE))):  # hostile ones hold spaces

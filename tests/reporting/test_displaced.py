@@ -12,8 +12,8 @@ import pytest
 from workspace import PAIRS, run
 
 from lowlevel.inspection import inspect_pairs
+from lowlevel.inspection.opening import example_of_row
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.rows import example_of_row
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.policy import TRAINED
 from lowlevel.reporting.displaced import displaced_pairs

@@ -15,6 +15,7 @@ LAYERS = (
     ("loop", "tracing/", "running/rehearsal", "running/forensics", "running/failure_folder"),
     ("running/",),
     ("inspection/", "verification/", "replaying/", "reporting/", "preflight/", "timing/"),
+    ("api",),
     ("commands/", "cli", "__main__"),
 )
 TRITON_FILES = (

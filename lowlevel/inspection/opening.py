@@ -1,0 +1,197 @@
+"""Inspecting a run: its rows, the weights to inspect them with, and the records.
+
+The default weights are those before the step; for a row the final adapter, or the newest checkpoint of an unfinished
+run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good, saved, step_of
+from lowlevel.config.schema import RunConfig
+from lowlevel.data.examples import build_examples
+from lowlevel.data.filters import apply_filters
+from lowlevel.data.messages import BadRow, normalise
+from lowlevel.data.prepare import PreparedData
+from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.data.sources import Row, read_source
+from lowlevel.errors import CheckpointError, ConfigError, DataError
+from lowlevel.inspection.inspection import Inspection, logged_loss
+from lowlevel.inspection.pieces import TokenPieces
+from lowlevel.inspection.records import inspect_pairs, inspect_sequences
+from lowlevel.methods.dpo import DPO
+from lowlevel.running.reopening import Reopened, step_examples
+from lowlevel.running.run_folder import RunFolder
+
+
+def inspect_run(
+    opened: Reopened, *, step: int | None = None, example: int | None = None, checkpoint: int | None = None
+) -> Inspection:
+    """Inspect the examples of an optimizer step, or one data row. Dropout is off.
+
+    Args:
+        opened: the run, from `lowlevel.running.reopening.reopen`.
+        step: optimizer step, counted from 1 as in the log. Give either `step` or `example`.
+        example: data row, as the data report and error messages name it.
+        checkpoint: use the weights of the checkpoint after this many updates; 0: the adapter as initialised.
+
+    Raises:
+        ConfigError: not exactly one of `step` and `example`, no such step or checkpoint, or nothing saved yet.
+        DataError: the row was not trained on, or the data changed since the run.
+        CheckpointError: damaged checkpoints and no good one, or a base or adapter that is not the run's.
+    """
+    if (step is None) == (example is None):
+        raise ConfigError(f"inspect: give either a step or an example, got step {step} and example {example}")
+    folder, config = opened.folder, opened.config
+    weights = choose_weights(folder, step, checkpoint, opened.note)
+    tokenizer, data = opened.data()
+    if step is not None:
+        examples, subject = step_examples(config, data, step), f"step {step}"
+    else:
+        assert example is not None
+        examples, subject = [example_of_row(config, tokenizer, data, example)], f"row {example}"
+    run = opened.load(weights.adapter)
+    records: dict[str, Any]
+    if isinstance(run.method, DPO):
+        records = {"pairs": tuple(inspect_pairs(run.policy, run.method, examples))}
+    else:
+        records = {"sequences": tuple(inspect_sequences(run.policy, run.method, examples))}
+    return Inspection(
+        run=folder.path.resolve().name,
+        subject=subject,
+        weights=weights.line,
+        logged=logged_loss(folder.read_metrics(), step, config) if step is not None else None,
+        pieces=TokenPieces(run.tokenizer),
+        method=run.method,
+        **records,
+    )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A trained adapter and its description."""
+
+    adapter: Path | None  # PEFT folder; None: as the run initialised it
+    line: str
+
+
+def choose_weights(folder: RunFolder, step: int | None, checkpoint: int | None, warn: Callable[[str], None]) -> Weights:
+    """The weights for optimizer step `step` (counted from 1), or for a row.
+
+    Args:
+        folder: the run.
+        step: None for a row.
+        checkpoint: number of updates of the checkpoint to use; 0 for the adapter as initialised; None: the default.
+        warn: receives a line for each damaged checkpoint that is skipped.
+
+    Raises:
+        ConfigError: no such checkpoint, or nothing saved yet.
+        CheckpointError: the named checkpoint, or every usable one, is damaged.
+    """
+    if checkpoint is not None:
+        return _of_checkpoint(folder, checkpoint, step)
+    if step is None:
+        return last_weights(folder, warn)
+    return _initial(step) if step == 1 else _before(folder, step, warn)
+
+
+def last_weights(folder: RunFolder, warn: Callable[[str], None]) -> Weights:
+    """The final adapter, or the newest good checkpoint of an unfinished run; arguments and errors as above."""
+    adapter = folder.newest_adapter(warn)
+    if adapter is None:
+        raise _nothing_saved(folder)
+    if adapter == folder.adapter:
+        return Weights(adapter, "final adapter")
+    return Weights(adapter, f"{adapter.name}, the newest checkpoint (the run has no final adapter yet)")
+
+
+def _before(folder: RunFolder, step: int, warn: Callable[[str], None]) -> Weights:
+    """The newest good checkpoint before a step, or the final adapter if none is left."""
+    found = newest_good(folder.path, warn, before=step)
+    if found:
+        return Weights(found[0], f"{found[0].name}{_relation(step_of(found[0]), step)}")
+    if folder.adapter.exists():
+        return Weights(folder.adapter, f"final adapter (no checkpoint at or before step {step - 1} is left)")
+    if any(number < step for number in saved(folder.path)):
+        raise CheckpointError(
+            f"{folder.path}: no usable checkpoint before step {step}; --checkpoint 0 uses the initial weights"
+        )
+    raise _nothing_saved(folder)
+
+
+def _nothing_saved(folder: RunFolder) -> ConfigError:
+    return ConfigError(
+        f"{folder.path} has no saved weights yet: set train.save_steps, or wait until the run ends; "
+        "inspect --checkpoint 0 uses the initial weights"
+    )
+
+
+def _of_checkpoint(folder: RunFolder, number: int, step: int | None) -> Weights:
+    if number == 0:
+        return _initial(step)
+    try:
+        path, _ = checkpoint_at(folder.path, number, "--checkpoint")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; choose another checkpoint with --checkpoint") from None
+    return Weights(path, f"{path.name}{_relation(number, step)}")
+
+
+def _initial(step: int | None) -> Weights:
+    relation = _relation(0, step) if step is not None else ", before the first step"
+    return Weights(None, f"adapter as initialised{relation}")
+
+
+def _relation(number: int, step: int | None) -> str:
+    """The position of checkpoint `number` relative to the inspected step."""
+    if step is None:
+        return ""
+    if number + 1 == step:
+        return f", the weights before step {step}"
+    if number < step:
+        return f", {step - 1 - number} {'update' if step - number == 2 else 'updates'} before step {step} began"
+    return f", already trained on step {step}"
+
+
+def example_of_row(config: RunConfig, tokenizer: ChatTokenizer, data: PreparedData, row: int) -> Any:
+    """The training example of data row `row`.
+
+    Raises:
+        DataError: the row was not trained on; the message gives the reason.
+    """
+    for example in data.train:
+        if example.row == row:
+            return example
+    if config.data.eval_source == "holdout" and any(example.row == row for example in data.evaluation):
+        raise DataError(f"row {row} is held out for evaluation, so it was not trained on")
+    raise DataError(_why_missing(config, tokenizer, row))
+
+
+def _why_missing(config: RunConfig, tokenizer: ChatTokenizer, row: int) -> str:
+    data = config.data
+    source = read_source(data.source, data.split, data.format)
+    found = next((candidate for candidate in source.rows if candidate.id == row), None)
+    if found is None:
+        return f"row {row}: {source.name} has the rows 0 to {len(source.rows) - 1}"
+    kept = apply_filters(source, data.filters)
+    problem = next((problem.message for problem in kept.problems if problem.where == found.where), None)
+    if problem is None and all(candidate.id != row for candidate in kept.rows):
+        return f"row {row} ({found.where}) was filtered out by data.filters, so it was not trained on"
+    problem = problem or _problem(found, config, tokenizer)
+    if problem:
+        return f"row {row} ({found.where}) was dropped, so it was not trained on: {problem}"
+    limits = f"data.limit = {data.limit}" if data.limit else "the held-out rows"
+    return f"row {row} ({found.where}) was left out by {limits}, so it was not trained on"
+
+
+def _problem(row: Row, config: RunConfig, tokenizer: ChatTokenizer) -> str | None:
+    """Why a row gives no example, or None if it gives one."""
+    try:
+        normalised = normalise(row, config.data.format, config.data.columns)
+    except BadRow as bad:
+        return str(bad)
+    built = build_examples([normalised], config.data, tokenizer, tokenizer.vocab_size)
+    return next((problem.message for problem in [*built.problems, *built.too_long]), None)
