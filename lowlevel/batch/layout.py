@@ -1,16 +1,23 @@
-"""The packed layout: examples as segments, segments in rows of fixed shape, and the one rule that makes every mask.
+"""A micro-batch: tokens in rows of one width, the targets that are scored, and what each position attends to.
 
-An SFT example is one segment. A preference pair is laid out as shared prompt, then chosen, then rejected: the prompt is
-computed once. Its last token is repeated at the head of each branch, because it predicts two first tokens:
+The plain form, which every trainer has, is one sequence per row, padded on the right. An SFT example is one row; a
+preference pair is two: prompt + chosen and prompt + rejected (`data.packing = false`).
+
+Packed rows are a faster form of the same batch, with the same log-probabilities: several examples share a row, and the
+prompt of a pair is computed once. Its last token is repeated at the head of each completion, because it predicts the
+first token of both:
 
     position   0 ... p-2 | p-1   p  p+1 ... | p-1   p  p+1 ...
     branch     0 ... 0   | 1     1  1       | 2     2  2
     input      prompt    | last  chosen ... | last  rejected ...
     target     -         | chosen ......... | rejected .........
 
-Rule: a query sees a key iff key <= query, same segment, and the key is in branch 0 or in the query's own branch.
-
-The rule has two forms: `attention_mask`, the readable one, and spans (spans.py), for kernels that take no mask.
+A `Segment` is one example in a row; its branches are the prompt (0), the chosen (1) and the rejected completion (2). A
+query sees a key if key <= query, both are in one segment, and the key is in branch 0 or in the query's own branch.
+`attention_mask` is this rule as a mask. Spans (spans.py) are the rule for kernels without a mask. A `Shape` fills
+batches up with dummy tokens and examples until few different sizes remain, and execution.py compiles and captures each
+set of sizes (its signature) once. A reader of the losses can ignore all of this: they only use `scored_positions`,
+`scored_targets`, and `sequence_sums`.
 """
 
 from __future__ import annotations
@@ -28,17 +35,17 @@ from lowlevel.hashing import mix32_array
 from lowlevel.labels import IGNORED
 
 PADDING = -1
-# Separates a row's branches in the hash. Another number would give other dropout masks: no older run could be resumed
-# or replayed.
+# Separates the branches of a pair in the hash. Another number changes the dropout masks, and older runs could not be
+# resumed or replayed.
 BRANCH_STEP = 0x632BE5AB
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One example, or one branch of a pair, as it lies in a row. Arrays are (n,) integers."""
+    """One example of a row, or one completion of a pair with its prompt. Arrays are (n,) integers."""
 
     row: int  # data row, for dropout keys and error messages
-    pair: int  # sequence number of a target is pair (branch 0 or 1) or pair + number of pairs (branch 2)
+    number: int  # of the example in the batch; its targets belong to sequence `number`, branch 2 to `number` + examples
     input_ids: np.ndarray
     position_ids: np.ndarray
     branch_ids: np.ndarray
@@ -51,39 +58,39 @@ class Segment:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A micro-batch. S sequences are scored: one an SFT example, two a pair (all chosen first, then all rejected).
+    """A micro-batch. It scores S sequences: one per SFT example, two per pair (all chosen, then all rejected).
 
-    A batch that was filled up to a fixed shape (`Shape`) scores some positions that belong to no sequence, and holds
-    examples that are not `real`: they reach no sum.
+    With a `Shape`, some scored positions belong to no sequence, and some examples are dummies (`real` is False): all
+    sums leave them out.
     """
 
     input_ids: Tensor  # (rows, T) int64
     position_ids: Tensor  # (rows, T) int64
-    segment_ids: Tensor  # (rows, T) int64, PADDING where there is no token
+    segment_ids: Tensor  # (rows, T) int64, number in the row; PADDING at padding
     branch_ids: Tensor  # (rows, T) int64
-    targets: Tensor  # (rows, T) int64, IGNORED where nothing is scored
+    targets: Tensor  # (rows, T) int64, the next token; IGNORED if not scored
     dropout_keys: Tensor  # (rows, T) int32, a hash of (data row, branch, position)
     scored_positions: Tensor  # (N,) int64, into the flattened rows
     scored_targets: Tensor  # (N,) int64
-    sequence_index: Tensor  # (S, L) int64, into the N scored tokens; N itself stands for "none"
-    sequence_ids: Tensor  # (N,) int64, the sequence of a scored token; S stands for "none"
+    sequence_index: Tensor  # (S, L) int64, into the N scored tokens; N: none
+    sequence_ids: Tensor  # (N,) int64, the sequence of each scored token; S: none
     lengths: Tensor  # (S,) int64, scored tokens
     real: Tensor  # (examples,) bool
-    span_queries: Tensor  # (G + 1,) int32: span g's queries are positions span_queries[g] to span_queries[g + 1]
-    span_keys: Tensor  # (G + 1,) int32: its keys are those numbers of the list of keys
+    span_queries: Tensor  # (G + 1,) int32: span g has the queries span_queries[g] to span_queries[g + 1]
+    span_keys: Tensor  # (G + 1,) int32: and these entries of the list of keys
     key_index: Tensor | None  # (K,) int64: position of each listed key; None: the positions themselves
-    key_uses: Tensor | None  # (2, rows * T) int64: where a position is listed; K stands for "nowhere"
-    longest: int  # host: no span has more queries or keys
+    key_uses: Tensor | None  # (2, rows * T) int64: where each position is listed; K: nowhere
+    longest: int  # host: upper bound on the queries and keys of a span
     data_rows: tuple[int, ...]  # host: data row of each real example
-    num_tokens: int  # host: tokens that are not padding
+    num_tokens: int  # host: tokens without padding
     num_scored: int  # host: scored tokens that belong to a sequence
-    row_values: Tensor | None = None  # (C, examples) fp32: numeric columns of the rows for a custom loss (data.columns)
-    reference_logps: Tensor | None = None  # (S,) fp32, where a cache knows them (reference_cache.py); fillers 0
-    content: str = ""  # host: hash of what the reference pass sees, where there is a cache
+    row_values: Tensor | None = None  # (C, examples) fp32: the columns of data.columns, for a custom loss
+    reference_logps: Tensor | None = None  # (S,) fp32, from reference_cache.py; 0 for dummies
+    content: str = ""  # host: hash of what the reference pass reads, if there is a cache
 
     @property
     def belongs(self) -> Tensor:
-        """(N,) bool: the scored positions that are in sums; the others belong to no sequence and fill up a shape."""
+        """(N,) bool: scored positions that belong to a sequence; sums leave the others out."""
         return self.sequence_ids < len(self.lengths)
 
     def values(self, columns: Sequence[str]) -> dict[str, Tensor]:
@@ -107,7 +114,7 @@ class PackedBatch:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def sequence_sums(self, token_values: Tensor) -> Tensor:
-        """Sum values of the N scored tokens by sequence: (N,) -> (S,). Order of addition is fixed on every device."""
+        """Sum the N scored tokens' values by sequence, (N,) -> (S,), in a fixed order on every device."""
         sums: Tensor = _SequenceSums.apply(token_values, self.sequence_index, self.sequence_ids)  # type: ignore[no-untyped-call]
         return sums
 
@@ -127,7 +134,7 @@ class _SequenceSums(torch.autograd.Function):
 
 
 def attention_mask(batch: PackedBatch) -> Tensor:
-    """The rule as a boolean mask, True where a query may look, (rows, 1, T, T)."""
+    """The rule as a boolean mask, (rows, 1, T, T), True where a query sees a key."""
     segment, branch = batch.segment_ids, batch.branch_ids
     order = torch.arange(segment.shape[1], device=segment.device)
     causal = order[:, None] >= order[None, :]
@@ -137,63 +144,48 @@ def attention_mask(batch: PackedBatch) -> Tensor:
 
 
 def sft_segment(row: int, number: int, input_ids: np.ndarray, labels: np.ndarray) -> Segment:
-    """An example of L tokens as L-1 positions: position t predicts token t+1. `number`: its place in the batch."""
+    """An example of L tokens as L-1 positions: position t predicts token t+1."""
     size = len(input_ids) - 1
     return Segment(row, number, input_ids[:-1], np.arange(size), np.zeros(size, int), labels[1:])
 
 
 def pair_segment(row: int, number: int, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Segment:
-    """A pair with the prompt shared: len(prompt) - 1 + len(chosen) + len(rejected) positions."""
-    shared = len(prompt) - 1
-    parts = [_branch(prompt, completion) for completion in (chosen, rejected)]
-    return Segment(
-        row,
-        number,
-        np.concatenate([prompt[:-1], *(part[0] for part in parts)]),
-        np.concatenate([np.arange(shared), *(part[1] for part in parts)]),
-        np.repeat([0, 1, 2], [shared, len(chosen), len(rejected)]),
-        np.concatenate([np.full(shared, IGNORED), chosen, rejected]),
-    )
+    """A pair with a shared prompt: len(prompt) - 1 + len(chosen) + len(rejected) positions."""
+    return _completions(row, number, prompt, {1: chosen, 2: rejected})
 
 
 def pair_rows(
     row: int, number: int, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray
 ) -> tuple[Segment, Segment]:
-    """The same pair as two plain sequences, prompt + completion each: for comparison with the shared layout."""
-    shared = len(prompt) - 1
-    segments = []
-    for branch, completion in ((1, chosen), (2, rejected)):
-        ids, positions = _branch(prompt, completion)
-        segments.append(
-            Segment(
-                row,
-                number,
-                np.concatenate([prompt[:-1], ids]),
-                np.concatenate([np.arange(shared), positions]),
-                np.repeat([0, branch], [shared, len(completion)]),
-                np.concatenate([np.full(shared, IGNORED), completion]),
-            )
-        )
-    return segments[0], segments[1]
+    """The same pair as two plain sequences, prompt + chosen and prompt + rejected."""
+    return _completions(row, number, prompt, {1: chosen}), _completions(row, number, prompt, {2: rejected})
 
 
-def _branch(prompt: np.ndarray, completion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    first = len(prompt) - 1
-    return np.concatenate([prompt[-1:], completion[:-1]]), np.arange(first, first + len(completion))
+def _completions(row: int, number: int, prompt: np.ndarray, completions: dict[int, np.ndarray]) -> Segment:
+    """A prompt with completions by branch. Each starts with the prompt's last token, which predicts its first one."""
+    shared, ends = len(prompt) - 1, completions.values()
+    return Segment(
+        row,
+        number,
+        np.concatenate([prompt[:-1], *(part for end in ends for part in (prompt[-1:], end[:-1]))]),
+        np.concatenate([np.arange(shared), *(np.arange(shared, shared + len(end)) for end in ends)]),
+        np.repeat([0, *completions], [shared, *map(len, ends)]),
+        np.concatenate([np.full(shared, IGNORED), *ends]),
+    )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a batch is filled up, so that few different shapes occur and each can be captured once.
+    """How to round up the sizes of a batch, so that few different ones occur.
 
-    Every size is rounded up: positions to a multiple of `positions`, scored tokens to three quarters of them or all,
-    examples to a multiple of `examples`; `longest` bounds a sequence.
+    Positions become a multiple of `positions`, examples one of `examples`; scored tokens become three quarters of the
+    positions, or all of them; no sequence is longer than `longest`.
     """
 
     positions: int
     examples: int
     longest: int
-    capacity: int  # most positions of a packed micro-batch
+    capacity: int  # positions of a packed micro-batch, at most
 
 
 def build_batch(
@@ -203,42 +195,43 @@ def build_batch(
     shape: Shape | None = None,
     values: Sequence[Sequence[float]] | None = None,
 ) -> PackedBatch:
-    """Lay segments out in rows as long as the longest, rounded up to a multiple of 8 (of `shape.positions`).
+    """Lay segments out in rows, all as long as the longest, rounded up to a multiple of 8 (of `shape.positions`).
 
-    Segment numbers must run from 0 over the whole batch; the two branches of a pair share one number. `values` are the
-    numeric columns of each example, in the order of these numbers.
+    Segment numbers must run from 0 over the whole batch; two plain sequences of one pair share a number. `values` are
+    the numeric columns of each example, in the order of these numbers.
     """
     used = [sum(map(len, row)) for row in rows]
-    width = _row_width(max(used), shape)
-    row_of = {segment.pair: segment.row for row in rows for segment in row}
+    row_of = {segment.number: segment.row for row in rows for segment in row}
     examples = _round_up(len(row_of), shape.examples) if shape else len(row_of)
     sequences = examples * (2 if pairs else 1)
+    longest = shape.longest if shape else None
+    width = _row_width(max(used), shape)
     grids = _fill_grids(rows, width, examples)
-    owners, data_rows = grids.pop("owners"), grids.pop("data_rows")
-    scored, sequence_ids, num_scored = _scored_tokens(grids["targets"], owners, sequences, shape)
-    index, lengths = _sequence_index(sequence_ids, sequences, shape.longest if shape else None)
+    scored, sequence_ids, num_scored = _scored_tokens(grids["targets"], grids["sequences"], sequences, shape)
+    index, lengths = _sequence_index(sequence_ids, sequences, longest)
     branches = [[segment.branch_ids for segment in row] for row in rows]
-    bound = shape.longest if shape else None
-    count = sequences + len(rows) * -(-width // bound) if bound else None  # rows may be padding for the most part
-    spans = build_spans(branches, width, count=count, longest=bound)
-    arrays = {
-        **grids,
-        "dropout_keys": _dropout_keys(data_rows, grids["branch_ids"], grids["position_ids"]),
-        "scored_positions": scored,
-        "scored_targets": np.maximum(grids["targets"].ravel()[scored], 0),
-        "sequence_index": index,
-        "sequence_ids": sequence_ids,
-        "lengths": lengths,
-        "real": np.arange(examples) < len(row_of),
-        "span_queries": spans.queries,
-        "span_keys": spans.keys,
-        "key_index": spans.key_index,
-        "key_uses": spans.key_uses,
-    }
+    count = sequences + len(rows) * -(-width // longest) if longest else None  # a row may be padding for the most part
+    spans = build_spans(branches, width, count=count, longest=longest)
+    tensor = torch.from_numpy
     return PackedBatch(
-        **{name: None if array is None else torch.from_numpy(array) for name, array in arrays.items()},  # type: ignore[arg-type]
-        longest=bound or spans.longest,
-        data_rows=tuple(row_of[i] for i in range(len(row_of))),
+        input_ids=tensor(grids["input_ids"]),
+        position_ids=tensor(grids["position_ids"]),
+        segment_ids=tensor(grids["segment_ids"]),
+        branch_ids=tensor(grids["branch_ids"]),
+        targets=tensor(grids["targets"]),
+        dropout_keys=tensor(_dropout_keys(grids["data_rows"], grids["branch_ids"], grids["position_ids"])),
+        scored_positions=tensor(scored),
+        scored_targets=tensor(np.maximum(grids["targets"].ravel()[scored], 0)),
+        sequence_index=tensor(index),
+        sequence_ids=tensor(sequence_ids),
+        lengths=tensor(lengths),
+        real=torch.arange(examples) < len(row_of),
+        span_queries=tensor(spans.queries),
+        span_keys=tensor(spans.keys),
+        key_index=None if spans.key_index is None else tensor(spans.key_index),
+        key_uses=None if spans.key_uses is None else tensor(spans.key_uses),
+        longest=longest or spans.longest,
+        data_rows=tuple(row_of[number] for number in range(len(row_of))),
         num_tokens=sum(used),
         num_scored=num_scored,
         row_values=None if values is None else _row_values(values, examples),
@@ -252,48 +245,45 @@ def _row_values(values: Sequence[Sequence[float]], examples: int) -> Tensor:
 
 
 def _row_width(longest: int, shape: Shape | None) -> int:
-    """Positions of a row whose fullest one has `longest`."""
+    """Positions of every row, if the fullest one needs `longest`."""
     width = _round_up(longest, 8)
     if shape is None:
         return width
-    return min(_round_up(width, shape.positions), max(width, _round_up(shape.capacity, 8)))  # no row exceeds it
+    return min(_round_up(width, shape.positions), max(width, _round_up(shape.capacity, 8)))  # no row exceeds capacity
 
 
 def _fill_grids(rows: Sequence[Sequence[Segment]], width: int, examples: int) -> dict[str, np.ndarray]:
-    """What lies at each position, (rows, width) by name; "owners" are sequence numbers, scored or not."""
+    """Values of each position by name, (rows, width). "sequences": the sequence of each position, scored or not."""
     size = len(rows), width
     grids = {name: np.zeros(size, np.int64) for name in ("input_ids", "position_ids", "branch_ids")}
-    grids |= {"segment_ids": np.full(size, PADDING, np.int64), "targets": np.full(size, IGNORED, np.int64)}
-    grids |= {"owners": np.full(size, PADDING, np.int64), "data_rows": np.zeros(size, np.uint32)}
+    grids |= {name: np.full(size, PADDING, np.int64) for name in ("segment_ids", "sequences")}
+    grids |= {"targets": np.full(size, IGNORED, np.int64), "data_rows": np.zeros(size, np.uint32)}
     for r, row in enumerate(rows):
         start = 0
         for s, segment in enumerate(row):
-            values = {
-                "input_ids": segment.input_ids,
-                "position_ids": segment.position_ids,
-                "branch_ids": segment.branch_ids,
-                "segment_ids": s,
-                "targets": segment.targets,
-                "owners": segment.pair + (segment.branch_ids == 2) * examples,
-                "data_rows": segment.row,
-            }
-            for name, value in values.items():
-                grids[name][r, start : start + len(segment)] = value
+            place = r, slice(start, start + len(segment))
+            grids["input_ids"][place] = segment.input_ids
+            grids["position_ids"][place] = segment.position_ids
+            grids["branch_ids"][place] = segment.branch_ids
+            grids["segment_ids"][place] = s
+            grids["targets"][place] = segment.targets
+            grids["sequences"][place] = segment.number + (segment.branch_ids == 2) * examples
+            grids["data_rows"][place] = segment.row
             start += len(segment)
     return grids
 
 
 def _scored_tokens(
-    targets: np.ndarray, owners: np.ndarray, sequences: int, shape: Shape | None
+    targets: np.ndarray, sequence_of: np.ndarray, sequences: int, shape: Shape | None
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Positions (N,) that are scored, the sequence of each, (N,), and how many belong to one.
+    """Scored positions (N,), the sequence of each (N,), and how many of them belong to one.
 
-    For a fixed shape, positions without a target fill N up to three quarters of all positions, or to all; their
-    sequence is `sequences`, which stands for "none".
+    With a shape, positions without a target fill N up to three quarters of all positions, or to all of them; they get
+    the number `sequences`, which means none.
     """
     marked = targets.ravel() != IGNORED
     scored = np.flatnonzero(marked)
-    sequence_ids, num_scored = owners.ravel()[scored], len(scored)
+    sequence_ids, num_scored = sequence_of.ravel()[scored], len(scored)
     if shape:
         part = targets.size * 3 // 4
         idle = np.flatnonzero(~marked)[: (targets.size if num_scored > part else part) - num_scored]
@@ -309,13 +299,13 @@ def _dropout_keys(data_rows: np.ndarray, branch_ids: np.ndarray, position_ids: n
     return mix32_array(by_branch + position_ids.astype(np.uint32)).view(np.int32)
 
 
-def _sequence_index(owners: np.ndarray, sequences: int, longest: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Scored tokens by sequence, (S, L) filled with N, and the number of tokens of each, (S,); a filler has one."""
-    lengths = np.bincount(owners, minlength=sequences)[:sequences]
-    index = np.full((sequences, longest or max(1, lengths.max(initial=0))), len(owners), np.int64)
+def _sequence_index(sequence_ids: np.ndarray, sequences: int, longest: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Scored tokens of each sequence, (S, L) padded with N, and their number, (S,), which is 1 for dummies."""
+    lengths = np.bincount(sequence_ids, minlength=sequences)[:sequences]
+    index = np.full((sequences, longest or max(1, lengths.max(initial=0))), len(sequence_ids), np.int64)
     for sequence in np.flatnonzero(lengths):
-        index[sequence, : lengths[sequence]] = np.flatnonzero(owners == sequence)
-    return index, np.maximum(lengths, 1 if longest else 0).astype(np.int64)  # losses by length divide by it
+        index[sequence, : lengths[sequence]] = np.flatnonzero(sequence_ids == sequence)
+    return index, np.maximum(lengths, 1 if longest else 0).astype(np.int64)  # some losses divide by the length
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -1,20 +1,24 @@
-"""4-bit weights to 16 bits in one pass. Triton, with a torch twin.
+"""4-bit weights to 16 bits in one pass: a Triton kernel, with a torch twin.
 
-The idea. bitsandbytes keeps a weight as two 4-bit codes a byte and one constant (absmax) a block of 64 weights; with
-double quantisation that constant is an 8-bit code itself, with an fp32 constant for each 256 of them and one offset::
+bitsandbytes stores a weight as two 4-bit codes per byte and one constant (absmax) per block of 64 weights. With double
+quantisation this constant is itself an 8-bit code, with one fp32 constant per 256 of them and one offset::
 
     c_b = code2[q_b] absmax2[b / 256] + offset        w_i = code[q_i] c_(i / 64)
 
-Its own kernels take three passes: constants to fp32, add the offset, weights. For the small matrices of a small model
-each of them ends before the GPU is full, and a step of the recipe dequantises 1,848 matrices. Here one kernel reads
-codes and constants and writes weights: 0.52 bytes read and 2 written a weight.
+Its own kernels take three passes: constants to fp32, add the offset, weights. The matrices of a small model are too
+small to fill a GPU in such a pass, and one step of the recipe dequantises 1,848 matrices. This kernel reads codes and
+constants and writes weights: 0.52 bytes read and 2 written per weight.
 
-Exactness. The same fp32 operations in the same order, none fused into another (a fused multiply-add would round once
-instead of twice), and one rounding to the weight's dtype: bit for bit what bitsandbytes computes.
+The result equals that of bitsandbytes bit for bit: the same fp32 operations in the same order, without fused
+multiply-adds (they round once instead of twice), and one rounding to the weight's dtype.
 """
 
+from __future__ import annotations
+
 import functools
+import math
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -27,37 +31,43 @@ LAUNCH = {"size": BYTES, "num_warps": 4, "enable_fp_fusion": False}
 
 
 class Quantised(NamedTuple):  # made for each product, faster than a dataclass
-    """A 4-bit weight and all that its values depend on, as bitsandbytes keeps it.
+    """A 4-bit weight with the constants that its values depend on, as bitsandbytes stores them."""
 
-    packed: uint8, the first of two weights in a byte's high bits. code: (16,) fp32. absmax: a block's constant, fp32;
-    with double quantisation its 8-bit code, and then code2 (256,), absmax2 and offset () are given, all fp32.
-    """
-
-    packed: Tensor
     shape: tuple[int, ...]
-    code: Tensor
-    absmax: Tensor
-    blocksize: int
-    code2: Tensor | None = None
-    absmax2: Tensor | None = None
-    offset: Tensor | None = None
-    blocksize2: int = 1
+    blocksize: int  # weights per constant of absmax
+    blocksize2: int  # constants of absmax per constant of absmax2; 1 without double quantisation
+    packed: Tensor  # uint8; the first of a byte's two weights is in its high bits
+    code: Tensor  # (16,) fp32
+    absmax: Tensor  # fp32; with double quantisation uint8 codes
+    code2: Tensor | None = None  # (256,) fp32; only with double quantisation, as the next two
+    absmax2: Tensor | None = None  # fp32
+    offset: Tensor | None = None  # () fp32
 
     @classmethod
-    def of(cls, packed: Tensor, state: Any) -> "Quantised":
+    def of(cls, packed: Tensor, state: Any) -> Quantised:
         """From a bitsandbytes weight and its QuantState."""
-        shape, blocksize = tuple(state.shape), state.blocksize
+        shape, inner = tuple(state.shape), state.state2
         if not state.nested:
-            return cls(packed, shape, state.code, state.absmax, blocksize)
-        inner = state.state2
-        nested = (inner.code, inner.absmax, state.offset, inner.blocksize)
-        return cls(packed, shape, state.code, state.absmax, blocksize, *nested)
+            return cls(shape, state.blocksize, 1, packed, state.code, state.absmax)
+        constants = (state.code, state.absmax, inner.code, inner.absmax, state.offset)
+        return cls(shape, state.blocksize, inner.blocksize, packed, *constants)
+
+    def pack(self) -> tuple[list[Tensor], list[int]]:
+        """The same as two lists, for an operator's schema: 3 tensors (6 with double quantisation), and the sizes."""
+        tensors = (self.packed, self.code, self.absmax, self.code2, self.absmax2, self.offset)
+        return [tensor for tensor in tensors if tensor is not None], [*self.shape, self.blocksize, self.blocksize2]
+
+    @classmethod
+    def unpack(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Quantised:
+        """The inverse of `pack`."""
+        *shape, blocksize, blocksize2 = sizes
+        return cls(tuple(shape), blocksize, blocksize2, *tensors)
 
 
 def dequantize(weight: Quantised, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`, a new tensor of its shape. No host sync.
 
-    The kernel takes uint8 codes on a CUDA device and blocks of a power of two; its twin all else.
+    The kernel handles uint8 codes on a CUDA device in blocks of a power of two; its twin handles everything else.
     """
     if not _kernel_takes(weight, dtype):
         return dequantize_reference(weight, dtype)
@@ -65,7 +75,7 @@ def dequantize(weight: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize_reference(weight: Quantised, dtype: torch.dtype) -> Tensor:
-    """Give the numbers of `dequantize` by plain torch, on any device."""
+    """The same numbers in plain torch, on any device."""
     absmax = weight.absmax
     if weight.code2 is not None and weight.absmax2 is not None and weight.offset is not None:
         outer = weight.absmax2.repeat_interleave(weight.blocksize2)[: absmax.numel()]
@@ -78,14 +88,13 @@ def dequantize_reference(weight: Quantised, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel compiles and launches there; warns with the reason, once, if it does not."""
+    """Whether the kernel compiles and launches on this device; if not, warns once with the reason."""
     packed = torch.zeros(32, 1, dtype=torch.uint8, device=device)
-    constants = torch.ones(16, device=device)
-    nested = (torch.ones(256, device=device), constants[:1], constants[0], 256)
-    double = Quantised(packed, (1, 64), constants, packed.view(-1)[:1], 64, *nested)
+    ones = torch.ones(256, device=device)
+    nested = (ones[:16], packed.view(-1)[:1], ones, ones[:1], ones[0])
     try:
-        _launch(Quantised(packed, (1, 64), constants, constants[:1], 64), dtype)
-        _launch(double, dtype)
+        _launch(Quantised((1, 64), 64, 1, packed, ones[:16], ones[:1]), dtype)
+        _launch(Quantised((1, 64), 64, 256, packed, *nested), dtype)
     except Exception as error:  # Triton's errors have no common class: missing package, no driver, compiler, ptxas
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         warnings.warn(f"plain torch instead of Triton's kernels on {device} in {dtype}: {reason}", stacklevel=2)
@@ -95,7 +104,7 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def kernel() -> Any:
-    """Import Triton and define the kernel (see `lowlevel.kernels.vocabulary.kernels`)."""
+    """Import Triton and define the kernel; see `lowlevel.kernels.vocabulary.kernels`."""
     import triton
     import triton.language as tl
 
@@ -139,7 +148,7 @@ def _launch(weight: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 def _kernel_takes(weight: Quantised, dtype: torch.dtype) -> bool:
-    """One constant for both weights of a byte: blocks are even, and powers of two make the divisions shifts."""
+    """Even blocks give both weights of a byte one constant; powers of two turn the divisions into shifts."""
     even = weight.blocksize >= 2 and weight.blocksize & (weight.blocksize - 1) == 0
     contiguous = weight.packed.is_contiguous() and weight.absmax.is_contiguous()
     fits = weight.packed.is_cuda and weight.packed.dtype == torch.uint8 and dtype in DTYPES and contiguous
@@ -147,7 +156,4 @@ def _kernel_takes(weight: Quantised, dtype: torch.dtype) -> bool:
 
 
 def _count(weight: Quantised) -> int:
-    count = 1
-    for size in weight.shape:
-        count *= size
-    return count
+    return math.prod(weight.shape)

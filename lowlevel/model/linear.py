@@ -1,14 +1,13 @@
-"""Linear layers as compiled steps run them: the base's product, and the adapters' beside it.
+"""Linear layers of compiled steps: the frozen base's product plus the products of its adapters.
 
     y  = x W^T + h B^T           h = x' A'^T        x' = drop(x)        A' = s A
     dx = dy W                    dh = dy B          dB = dy^T h         dA' = dh^T x'        dx' = dh A'
 
-W is dequantised for each product. PEFT's own layer writes h B^T, its multiple by s = lora_alpha / r and the sum as
-three tensors of y's size; here s goes into A, which is small, and cuBLAS adds h B^T to x W^T where that lies. Products
-of rank r are too small to fill a GPU: they run on a second stream while dequantisation and the large product do on the
-first. Uncompiled, the layers are PEFT's and bitsandbytes' own, which is what the compiled ones are tested against. (An
-operator with a registered gradient and no autograd.Function: torch 2.11 compiles the gradient of one to zero in some
-graphs.)
+W is dequantised for each product. PEFT's own layer writes three tensors of y's size: h B^T, its multiple by
+s = lora_alpha / r, and the sum. Here s scales A, which is small, and cuBLAS adds h B^T to x W^T in place. Products of
+rank r are too small to fill a GPU, so they run on a second stream, in parallel with dequantisation and the large
+product. Uncompiled layers run the code of PEFT and bitsandbytes; tests compare the compiled ones with them. (These are
+operators with a registered gradient: torch 2.11 compiles the gradient of some autograd.Functions to zero.)
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from itertools import compress
+from itertools import compress, islice
 from typing import TYPE_CHECKING, Any, cast
 
 import bitsandbytes as bnb
@@ -31,11 +30,11 @@ from lowlevel.kernels.operators import operator
 if TYPE_CHECKING:
     Adapted = peft_layer.Linear
 else:
-    Adapted = object  # a mixin: the class beside it is PEFT's
+    Adapted = object  # a mixin for PEFT's classes
 
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):
-    """A bitsandbytes layer whose compiled product is ours. Made by `install_dequantising_products` alone."""
+    """A bitsandbytes layer with our product when compiled. Only `install_dequantising_products` makes it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in the dtype of x; products in the layer's compute dtype."""
@@ -45,14 +44,14 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
 
 
 def install_dequantising_products(model: nn.Module) -> None:
-    """Change the class of each 4-bit layer, so that it compiles as above; weights and eager results stay the same."""
+    """Change the class of each 4-bit layer to `FrozenLinear4bit`; weights and eager results stay the same."""
     for module in model.modules():
         if type(module) is bnb.nn.Linear4bit:
             module.__class__ = FrozenLinear4bit
 
 
 class _SideBySide(Adapted):
-    """An adapted layer of PEFT's whose compiled pass is the module's first line. Made by `install_side_by_side`."""
+    """A PEFT layer that computes the module's first line when compiled. Only `install_side_by_side` makes it."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
@@ -76,7 +75,7 @@ class _AdaptedLinear(_SideBySide, peft_layer.Linear):
 
 
 def install_side_by_side(model: nn.Module) -> None:
-    """Change the class of each adapted layer, so that it compiles as above; names and eager results stay PEFT's."""
+    """Change the class of each adapted layer to one of these; names and eager results stay PEFT's."""
     for module in model.modules():
         if type(module) is peft_bnb.Linear4bit:
             module.__class__ = _AdaptedLinear4bit
@@ -87,52 +86,48 @@ def install_side_by_side(model: nn.Module) -> None:
 def product(layer: nn.Linear, x: Tensor, dropped: list[Tensor], down: list[Tensor], up: list[Tensor]) -> Tensor:
     """x W^T + sum_k (dropped_k down_k^T) up_k^T + bias.
 
-    All in one dtype: x and dropped_k (..., I), down_k (r, I), up_k (O, r) -> (..., O). `layer` is frozen, in 4 bits or
-    in that dtype.
+    x and dropped_k (..., I), down_k (r, I), up_k (O, r) -> (..., O), all in one dtype. `layer` is frozen, in 4 bits or
+    in the same dtype.
     """
     if isinstance(layer, bnb.nn.Linear4bit):
-        state = quantised_state(layer)
-        nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (None, None, None)
-        inner_block = state.state2.blocksize if state.nested else 1
-        constants = (state.code, state.absmax, *nested, list(state.shape), state.blocksize, inner_block)
+        weight, sizes = Quantised.of(layer.weight, quantised_state(layer)).pack()
     else:
-        constants = (None, None, None, None, None, list(layer.weight.shape), 1, 1)
-    out = adapted_linear(x, dropped, down, up, layer.weight, *constants)[0]
+        weight, sizes = [layer.weight], list(layer.weight.shape)
+    out = adapted_linear(x, dropped, down, up, weight, sizes)[0]
     return out if layer.bias is None else out + layer.bias.to(out.dtype)
 
 
 def quantised_state(module: Any) -> Any:
-    """The quantisation state of a bitsandbytes Linear4bit, which its types leave out."""
+    """The QuantState of a bitsandbytes Linear4bit; its type hints lack it."""
     return module.weight.quant_state
 
 
 @operator("adapted_linear")
 def adapted_linear(
-    x: Tensor, dropped: list[Tensor], down: list[Tensor], up: list[Tensor], packed: Tensor, code: Tensor | None,
-    absmax: Tensor | None, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None, shape: list[int],
-    blocksize: int, blocksize2: int,
-) -> list[Tensor]:  # fmt: skip
-    """y (..., O) of the module's first line, and of each adapter h (..., r). Arguments as in `product`; W (O, I) as in
-    `Quantised`, or without `code` as it is. Differentiable once, in all but W.
+    x: Tensor, dropped: list[Tensor], down: list[Tensor], up: list[Tensor], weight: list[Tensor], sizes: list[int]
+) -> list[Tensor]:
+    """y (..., O) of the module's first line, and h (..., r) of each adapter.
+
+    x, dropped, down and up as in `product`. `weight` and `sizes` are `Quantised.pack()`, or [W] and [O, I] for a weight
+    that is not quantised. Differentiable once, in all arguments but `weight`.
     """
     inner = [one.new_empty(*one.shape[:-1], a.shape[0]) for one, a in zip(dropped, down, strict=True)]
     with _two_streams(dropped) as second:
         with second:
             for one, a, h in zip(dropped, down, inner, strict=True):
                 torch.mm(_rows(one), a.T, out=_rows(h))
-        y = _rows(x) @ _weight(x, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2).T
+        y = _rows(x) @ _dense(weight, sizes, x.dtype).T
     for h, b in zip(inner, up, strict=True):
         y.addmm_(_rows(h), b.T)
-    return [y.view(*x.shape[:-1], shape[0]), *inner]
+    return [y.view(*x.shape[:-1], sizes[0]), *inner]
 
 
 @operator("adapted_linear_backward")
 def _backward(
     grad: Tensor, dropped: list[Tensor], inner: list[Tensor], down: list[Tensor], up: list[Tensor],
-    trained: list[bool], packed: Tensor, code: Tensor | None, absmax: Tensor | None, code2: Tensor | None,
-    absmax2: Tensor | None, offset: Tensor | None, shape: list[int], blocksize: int, blocksize2: int,
+    trained: list[bool], weight: list[Tensor], sizes: list[int],
 ) -> list[Tensor]:  # fmt: skip
-    """The module's second line: dx; dx' of each adapter; dA' of each in training; dB of each in training."""
+    """The module's second line: dx; dx' of every adapter; dA' of each trained one; dB of each trained one."""
     dy = _rows(grad)
     of_inner, of_dropped = _empty(inner), _empty(dropped)
     of_down, of_up = _empty(compress(down, trained)), _empty(compress(up, trained))
@@ -145,17 +140,13 @@ def _backward(
             for dh, one, h, da, db in zip(*learning, of_down, of_up, strict=True):
                 torch.mm(_rows(dh).T, _rows(one), out=da)
                 torch.mm(dy.T, _rows(h), out=db)
-        dx = dy @ _weight(grad, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2)
-    return [dx.view(*grad.shape[:-1], shape[1]), *of_dropped, *of_down, *of_up]
+        dx = dy @ _dense(weight, sizes, grad.dtype)
+    return [dx.view(*grad.shape[:-1], sizes[1]), *of_dropped, *of_down, *of_up]
 
 
-def _weight(like: Tensor, packed: Tensor, code: Tensor | None, absmax: Tensor | None, *others: Any) -> Tensor:
-    """(O, I) in the dtype of `like`."""
-    if code is None or absmax is None:
-        return packed
-    code2, absmax2, offset, shape, blocksize, blocksize2 = others
-    weight = Quantised(packed, tuple(shape), code, absmax, blocksize, code2, absmax2, offset, blocksize2)
-    return dequantize(weight, like.dtype)
+def _dense(weight: list[Tensor], sizes: list[int], dtype: torch.dtype) -> Tensor:
+    """W (O, I): dequantised to `dtype`, or the tensor itself if it is not quantised."""
+    return weight[0] if len(weight) == 1 else dequantize(Quantised.unpack(weight, sizes), dtype)
 
 
 def _empty(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -164,24 +155,22 @@ def _empty(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(..., n) -> (rows, n), a view of what is contiguous."""
+    """(..., n) -> (rows, n); a view if x is contiguous."""
     return x.reshape(-1, x.shape[-1])
 
 
 @cache
 def _second_stream(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event, torch.cuda.Event]:
-    """The stream, and the events of its beginning and its end: made once, since that takes as long as a launch."""
+    """A stream with events for its beginning and its end. Cached: making them takes as long as a launch."""
     return torch.cuda.Stream(device), torch.cuda.Event(), torch.cuda.Event()
 
 
 @contextmanager
 def _two_streams(dropped: list[Tensor]) -> Iterator[AbstractContextManager[Any]]:
-    """Yields a context whose kernels run on a second stream, at the same time as the rest of the block.
+    """Yields a context whose kernels run on a second stream, in parallel with the rest of the block.
 
-    Leaving the block makes the first stream wait for both.
-
-    Every tensor that the second stream writes must have been allocated before the block: the allocator tracks only the
-    first stream.
+    At the end of the block the first stream waits for the second. Allocate every tensor that the second stream writes
+    before the block: the allocator tracks only the first stream.
     """
     if not (dropped and dropped[0].is_cuda):
         yield nullcontext()
@@ -199,20 +188,18 @@ def _two_streams(dropped: list[Tensor]) -> Iterator[AbstractContextManager[Any]]
 
 
 @torch.library.register_fake("lowlevel::adapted_linear")
-def _(x, dropped, down, up, packed, code, absmax, code2, absmax2, offset, shape, blocksize, blocksize2):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    sizes = [shape[0], *(a.shape[0] for a in down)]
-    return [x.new_empty(*x.shape[:-1], size) for size in sizes]
+def _(x, dropped, down, up, weight, sizes):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    return [x.new_empty(*x.shape[:-1], size) for size in (sizes[0], *(a.shape[0] for a in down))]
 
 
 @torch.library.register_fake("lowlevel::adapted_linear_backward")
-def _(grad, dropped, inner, down, up, trained, *weight):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN202
-    shape = weight[6]
+def _(grad, dropped, inner, down, up, trained, weight, sizes):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     parts = (dropped, compress(down, trained), compress(up, trained))
-    return [grad.new_empty(*grad.shape[:-1], shape[1]), *(one for part in parts for one in _empty(part))]
+    return [grad.new_empty(*grad.shape[:-1], sizes[1]), *(one for part in parts for one in _empty(part))]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _, dropped, down, up, *weight, ctx.shape, ctx.blocksize, ctx.blocksize2 = inputs
+    _, dropped, down, up, weight, ctx.sizes = inputs
     inner = output[1:]
     ctx.adapters = len(inner)
     ctx.mark_non_differentiable(*inner)
@@ -220,14 +207,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    n, saved = ctx.adapters, list(ctx.saved_tensors)
-    parts = [saved[i * n : (i + 1) * n] for i in range(4)]  # dropped, inner, down, up
+    saved = iter(ctx.saved_tensors)
+    dropped, inner, down, up = (list(islice(saved, ctx.adapters)) for _ in range(4))
+    weight = list(saved)
     trained = list(ctx.needs_input_grad[3])
-    weight = (*saved[4 * n :], ctx.shape, ctx.blocksize, ctx.blocksize2)
-    dx, *found = _backward(grads[0], *parts, trained, *weight)
-    of_dropped, found = found[:n], iter(found[n:])
+    found = iter(_backward(grads[0], dropped, inner, down, up, trained, weight, ctx.sizes))
+    dx, of_dropped = next(found), list(islice(found, ctx.adapters))
     of_down, of_up = ([next(found) if learns else None for learns in trained] for _ in range(2))
-    return dx, of_dropped, of_down, of_up, *[None] * len(weight)
+    return dx, of_dropped, of_down, of_up, [None] * len(weight), None
 
 
 torch.library.register_autograd("lowlevel::adapted_linear", _gradient, setup_context=_save)

@@ -86,7 +86,7 @@ def left_padded(subject: Subject) -> PackedBatch:
 
 def _padding(row: Segment, size: int) -> Segment:
     zeros = np.zeros(size, np.int64)
-    return Segment(row.row, row.pair, zeros, zeros, zeros, np.full(size, IGNORED))
+    return Segment(row.row, row.number, zeros, zeros, zeros, np.full(size, IGNORED))
 
 
 @contextmanager

@@ -152,18 +152,18 @@ def test_the_operator_obeys_torchs_rules(adapters, nested):
     """`nested` None: a weight that is not quantised. The second adapter is frozen."""
     torch.manual_seed(0)
     dense = torch.randn(16, 64)
-    constants = (dense, None, None, None, None, None, [16, 64], 1, 1)
+    weight, sizes = [dense], [16, 64]
     if nested is not None:
         packed, state = bnb.functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=nested)
-        weight = Quantised.of(packed, state)
-        constants = (packed, weight.code, weight.absmax, weight.code2, weight.absmax2, weight.offset, [16, 64], 64,
-                     weight.blocksize2)  # fmt: skip
+        quantised = Quantised.of(packed, state)
+        weight, sizes = quantised.pack()
+        assert Quantised.unpack(weight, sizes) == quantised and len(weight) == (6 if nested else 3)
         dense = bnb.functional.dequantize_4bit(packed, state)
     x = torch.randn(2, 3, 64, requires_grad=True)
     dropped = [torch.randn(2, 3, 64, requires_grad=True) for _ in range(adapters)]
     down = [torch.randn(2 + k, 64, requires_grad=k == 0) for k in range(adapters)]
     up = [torch.randn(16, 2 + k, requires_grad=k == 0) for k in range(adapters)]
-    arguments = (x, dropped, down, up, *constants)
+    arguments = (x, dropped, down, up, weight, sizes)
     torch.library.opcheck(torch.ops.lowlevel.adapted_linear.default, arguments)
     found, *inner = adapted_linear(*arguments)
     expected = x @ dense.T + sum(one @ a.T @ b.T for one, a, b in zip(dropped, down, up, strict=True))
