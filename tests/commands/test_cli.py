@@ -226,7 +226,7 @@ def test_configuration_of_dpo(cli, runs, tmp_path):
 def test_a_folder_that_holds_a_run_is_left_alone(cli, runs):
     before = {path: path.stat().st_mtime_ns for path in runs.sft.rglob("*")}
     said = cli("sft", runs.space.folder / "sft.toml")
-    refused(said, 2, "holds a run: add --resume to go on, --restart to discard it, or set train.output_dir")
+    refused(said, 2, "holds a run: add --resume", "--restart", "train.output_dir")
     assert {path: path.stat().st_mtime_ns for path in runs.sft.rglob("*")} == before
 
 
