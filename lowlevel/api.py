@@ -193,7 +193,8 @@ def _taken(config: RunConfig, console: Console | None, options: Mapping[str, Any
     """A generator over the steps that returns the run: the one way in, of the command line too."""
     quiet_libraries()
     console = console or make_console()
-    yield from run_steps(config, console, **options)
+    details = options.get("details", False) or bool(options.get("callbacks"))
+    yield from run_steps(config, console, **{**options, "details": details})
     sources = {"data": config.data.source, "eval_data": config.data.eval_source}
     run = Run(config.train.output_dir, **{k: v for k, v in sources.items() if isinstance(v, GivenRows)})
     for callback in options.get("callbacks", ()):

@@ -1,11 +1,24 @@
-"""preference losses: formula, paper, value and gradient at a point, curves"""
+"""preference losses: formula, paper, value and gradient at a point"""
 
+from __future__ import annotations
+
+import json
+import math
 import os
 import sys
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from lowlevel.commands.common import Options, Overrides, Parser
+from lowlevel.errors import ConfigError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# One pair: log-probabilities in nats, summed over a completion's tokens, and the tokens in each.
+LOGPS = {"chosen": -10.0, "rejected": -12.0, "ref_chosen": -11.0, "ref_rejected": -11.5}
+LENGTHS = {"chosen_length": 4, "rejected_length": 5}
 NUMBERS = {
     "chosen": "log-probability of the chosen completion under the policy (default: -10)",
     "rejected": "of the rejected completion (default: -12)",
@@ -19,23 +32,239 @@ NUMBERS = {
     "dpop_lambda": "dpop's penalty (default: 50)",
     "rpo_alpha": "weight of rpo's NLL term (default: 1)",
 }
+SYMBOLS = {"label_smoothing": "eps", "discopop_tau": "tau", "dpop_lambda": "lambda", "rpo_alpha": "alpha"}
+EXO_SMOOTHING = 0.001  # exo_pair takes log(label_smoothing), so the usual default 0 is invalid
+HEADINGS = ("at\nmargin", "value", "dL/d\nchosen", "dL/d\nrejected", "dL/d ref\nchosen", "dL/d ref\nrejected")
+CONVENTIONS = (
+    "y+ chosen, y- rejected completion; pi policy, ref reference; log natural, summed over a completion's tokens; "
+    "a = log pi(y+) - log ref(y+), b likewise for y-, d = a - b, margin x = beta d; s sigmoid, ls = log s; "
+    "n+, n- tokens; eps label_smoothing, tau discopop_tau, lambda dpop_lambda, alpha rpo_alpha.",
+    "Signs: losses are minimised, so a negative derivative raises that log-probability and a positive one lowers it. "
+    "Margin > 0: the policy prefers y+ to y- by more than the reference does.",
+)
 
 
 def add_arguments(parser: Parser) -> None:
-    for name, text in NUMBERS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="NUMBER", help=text)
+    for name, text in NUMBERS.items():  # as text: `_number` checks them, with one line per error
+        parser.add_argument(_flag(name), metavar="NUMBER", help=text)
     parser.add_argument(
         "--loss", metavar="NAME", help="only this loss, with every digit; an option that it does not use is an error"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw loss and slope over the margin")
     parser.add_argument("--json", action="store_true", help="JSON with every digit")
 
 
 def run(options: Options, overrides: Overrides) -> None:
-    from lowlevel.inspection.losses import show_losses
+    from lowlevel.losses import LOSSES
     from lowlevel.running.progress import PipedConsole
 
-    given = {name: value for name in NUMBERS if (value := vars(options)[name]) is not None}
+    given = {key: _number(key, text) for key in NUMBERS if (text := vars(options)[key]) is not None}
+    point = read_point(given)
+    beta = given.get("beta", 0.1)
+    settings = {key: given[key] for key in ("beta", *SYMBOLS) if key in given}
+    if options.loss is None:
+        rows = [evaluate(loss, point, _used_by(loss, settings)) for loss in LOSSES]
+    else:
+        rows = [evaluate(options.loss, point, settings)]
+    if options.json:
+        document = {
+            "point": point,
+            "defaults": [key for key in (*point, "beta") if key not in given],
+            "path": path_of(point, beta),
+            "conventions": list(CONVENTIONS),
+            "losses": [asdict(row) for row in rows],
+        }
+        print(json.dumps(document, indent=2, allow_nan=False))
+        return
     fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
     console = PipedConsole(highlight=False, width=fixed)
-    show_losses(given, console, name=options.loss, plot=options.plot, as_json=options.json)
+    print_path(point, beta, given, console)
+    if options.loss is None:
+        print_numbers(rows, console)
+        print_formulas(rows, console)
+    else:
+        print_detail(rows[0], console)
+    for line in CONVENTIONS:
+        console.print(line, style="dim", markup=False)
+
+
+@dataclass(frozen=True)
+class LossAtPoint:
+    """A loss and its derivatives at one pair, in float64.
+
+    margin: beta (a - b). slope: d loss / d margin while the chosen log-ratio rises and the rejected one falls by as
+        much: (dL / d log pi(y+) - dL / d log pi(y-)) / (2 beta).
+    """
+
+    name: str
+    formula: str
+    paper: str
+    parameters: dict[str, float]
+    margin: float
+    loss: float
+    gradients: dict[str, float]
+    slope: float
+
+
+def read_point(given: Mapping[str, float]) -> dict[str, float]:
+    """The pair that the flags describe.
+
+    Raises:
+        ConfigError: a log-probability above 0, or a length that is not a whole number from 1.
+    """
+    for key, value in given.items():
+        if key in LOGPS and value > 0:
+            raise ConfigError(f"{_flag(key)} is a log-probability and cannot be above 0, got {value:g}")
+        if key in LENGTHS and not (value.is_integer() and 1 <= value < 2**31):
+            raise ConfigError(f"{_flag(key)} is a number of tokens: expected a whole number >= 1, got {value:g}")
+    lengths = {key: int(given.get(key, default)) for key, default in LENGTHS.items()}
+    return {**{key: given.get(key, default) for key, default in LOGPS.items()}, **lengths}
+
+
+def _used_by(loss: str, settings: Mapping[str, float]) -> dict[str, float]:
+    """The settings that a loss reads; label_smoothing 0 counts as not given, as in training."""
+    from lowlevel.losses import loss_spec
+
+    given = {key: value for key, value in settings.items() if key != "label_smoothing" or value != 0}
+    return {key: value for key, value in given.items() if key in loss_spec(loss).parameters}
+
+
+def evaluate(name: str, point: Mapping[str, float], settings: Mapping[str, float]) -> LossAtPoint:
+    """The loss at a point as training computes it, and its derivatives by autograd.
+
+    Raises:
+        ConfigError: an unknown loss, a wrong hyper-parameter, or a result that float64 cannot hold.
+    """
+    import torch
+
+    from lowlevel.losses import PairLogps, PreferenceLoss
+
+    logps = [torch.tensor([point[key]], dtype=torch.float64, requires_grad=True) for key in LOGPS]
+    lengths = [torch.tensor([point[key]]) for key in LENGTHS]
+    try:
+        parameters = {**_defaults(name), **settings}
+        loss = PreferenceLoss.of(name, **parameters)
+        output = loss(PairLogps(*logps, *lengths))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    derivatives = torch.autograd.grad(output.losses.sum(), logps)
+    gradients = {key: derivative.item() for key, derivative in zip(LOGPS, derivatives, strict=True)}
+    slope = (gradients["chosen"] - gradients["rejected"]) / (2 * loss.beta)
+    margin, value = output.margins.item(), output.losses.item()
+    if not all(map(math.isfinite, (margin, value, slope, *gradients.values()))):
+        raise ConfigError(f"{name} is beyond what float64 holds at {dict(point)}, {parameters}")
+    return LossAtPoint(name, loss.spec.formula, loss.spec.paper, parameters, margin, value, gradients, slope)
+
+
+def _defaults(name: str) -> dict[str, float]:
+    """The hyper-parameters that a loss reads, with their defaults. Raises ValueError for an unknown loss."""
+    from inspect import signature
+
+    from lowlevel.losses import loss_spec
+
+    spec = loss_spec(name)
+    common = {"beta": 0.1, "label_smoothing": EXO_SMOOTHING if name == "exo_pair" else 0.0}
+    own = signature(spec.function).parameters
+    return {key: common[key] if key in common else own[key].default for key in spec.parameters}
+
+
+def path_of(point: Mapping[str, float], beta: float) -> dict[str, float]:
+    """From four log-probabilities to sigma(-margin), the weight of the pair in DPO's gradient."""
+    import torch
+
+    a, b = point["chosen"] - point["ref_chosen"], point["rejected"] - point["ref_rejected"]
+    margin = beta * a - beta * b
+    return {
+        "chosen_logratio": a,
+        "rejected_logratio": b,
+        "chosen_reward": beta * a,
+        "rejected_reward": beta * b,
+        "margin": margin,
+        "sigmoid_of_minus_margin": torch.sigmoid(torch.tensor(-margin, dtype=torch.float64)).item(),
+    }
+
+
+def print_path(point: Mapping[str, float], beta: float, given: Mapping[str, float], console: Console) -> None:
+    """The steps from the log-probabilities to sigma(-margin), one per line; defaults are marked."""
+    from rich.table import Table, box
+
+    path = {key: f"{value:.10g}" for key, value in path_of(point, beta).items()}
+    shown = {
+        key: f"{sign}{value:.10g}" + ("" if key in given else "  (default)")
+        for (key, value), sign in zip({**point, "beta": beta}.items(), ("",) * 4 + ("n+ = ", "n- = ", ""), strict=True)
+    }
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("", "chosen y+", "rejected y-"):
+        table.add_column(heading, overflow="fold")
+    table.add_row("log pi, policy", shown["chosen"], shown["rejected"])
+    table.add_row("log ref, reference", shown["ref_chosen"], shown["ref_rejected"])
+    table.add_row("tokens", shown["chosen_length"], shown["rejected_length"])
+    table.add_row("beta", shown["beta"])
+    table.add_row("log-ratio = log pi - log ref", f"a = {path['chosen_logratio']}", f"b = {path['rejected_logratio']}")
+    table.add_row("reward = beta * log-ratio", path["chosen_reward"], path["rejected_reward"])
+    table.add_row("margin = reward+ - reward-", f"x = {path['margin']}")
+    table.add_row("sigma(-margin)", path["sigmoid_of_minus_margin"], "weight in DPO's gradient")
+    console.print(table)
+
+
+def print_numbers(rows: Sequence[LossAtPoint], console: Console) -> None:
+    """Value and gradients to six digits; on a narrow console lines are too long, but no number is cut."""
+    from rich.table import Table, box
+
+    lines = [("loss", *HEADINGS), *((row.name, *(f"{value:.6g}" for value in _numbers(row))) for row in rows)]
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
+    for column in zip(*lines, strict=True):
+        widest = max(len(part) for cell in column for part in cell.split("\n"))
+        table.add_column(column[0], justify="left" if column[0] == "loss" else "right", min_width=widest)
+    for line in lines[1:]:
+        table.add_row(*line)
+    console.print(table, crop=False)
+    console.print()
+
+
+def print_formulas(rows: Sequence[LossAtPoint], console: Console) -> None:
+    """Formula, parameter and paper."""
+    from rich.table import Table, box
+
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
+    for heading in ("loss", "formula", "parameter", "paper"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "loss")
+    for row in rows:
+        own = ", ".join(f"{SYMBOLS[key]} {value:g}" for key, value in row.parameters.items() if key != "beta")
+        table.add_row(row.name, row.formula, own, row.paper)
+    console.print(table)
+    if {0.0, EXO_SMOOTHING} <= {row.parameters.get("label_smoothing") for row in rows}:
+        console.print(f"With eps 0, cdpo, robust and aot are sigmoid; exo_pair needs eps > 0, here {EXO_SMOOTHING}.")
+
+
+def print_detail(row: LossAtPoint, console: Console) -> None:
+    """One loss with every digit, under its docstring."""
+    from inspect import getdoc
+
+    from rich.table import Table, box
+
+    from lowlevel.losses import loss_spec
+
+    console.print((getdoc(loss_spec(row.name).function) or "").replace("`", ""), markup=False)
+    table = Table(box=box.SIMPLE_HEAD, show_header=False)
+    labels = (*(heading.replace("\n", " ") for heading in HEADINGS), "d loss / d margin (a up, b down)")
+    for label, value in (*row.parameters.items(), *zip(labels, (*_numbers(row), row.slope), strict=True)):
+        table.add_row(label, repr(value + 0.0))
+    console.print(table)
+
+
+def _numbers(row: LossAtPoint) -> list[float]:
+    return [value + 0.0 for value in (row.margin, row.loss, *row.gradients.values())]  # + 0.0: -0 becomes 0
+
+
+def _number(key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"{_flag(key)} must be a finite number, got {text!r}")
+    return value
+
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"

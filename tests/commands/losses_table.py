@@ -1,4 +1,4 @@
-"""`lowlevel losses` asked, and its answers read: shared by the tests of its numbers, its print and its plot."""
+"""`lowlevel losses` asked, and its answers read: shared by the tests of its numbers and of its print."""
 
 import json
 import re
@@ -15,7 +15,11 @@ ALL_FLAGS = {
     for key in (*LOGPS, "chosen_length", "rejected_length", "beta", "label_smoothing", "discopop_tau", "dpop_lambda",
                 "rpo_alpha")
 }  # fmt: skip
-SINGLE = [case for case in REFERENCES["cases"] if not (case["loss"].startswith("aot") and case["point"] in "BE")]
+
+
+def alone_is_other(case: dict) -> bool:
+    """aot sorts over the pairs of a batch: one pair of these points has another loss."""
+    return case["loss"].startswith("aot") and case["point"] in "BE"
 
 
 def flags(point: dict[str, list[float]], pair: int, parameters: dict[str, float]) -> list[object]:

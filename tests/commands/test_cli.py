@@ -226,7 +226,7 @@ def test_configuration_of_dpo(cli, runs, tmp_path):
 def test_a_folder_that_holds_a_run_is_left_alone(cli, runs):
     before = {path: path.stat().st_mtime_ns for path in runs.sft.rglob("*")}
     said = cli("sft", runs.space.folder / "sft.toml")
-    refused(said, 2, "holds a run: add --resume to continue it, --restart to discard it, or set train.output_dir")
+    refused(said, 2, "holds a run: add --resume", "--restart", "train.output_dir")
     assert {path: path.stat().st_mtime_ns for path in runs.sft.rglob("*")} == before
 
 
@@ -321,7 +321,7 @@ def test_as_t4_sets_what_a_t4_has(cli, space, monkeypatch, tmp_path):
     said = cli("sft", config, "--as-t4", "--train.precision", "fp32")
     assert said.code == 2 and "--as-t4 sets train.precision and model.attn_implementation" in said.err
     seen = {}
-    monkeypatch.setattr(lowlevel.running.run, "run_training", lambda config, *_, **__: seen.update(config=config))
+    monkeypatch.setattr("lowlevel.api.train", lambda config, **_: seen.update(config=config))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=60 * 2**30))
