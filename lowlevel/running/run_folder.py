@@ -122,9 +122,8 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove what a run wrote into its folder, and nothing else."""
-        made = [self.adapter, self.parent, self.stacked, self.base, self.trace, self.report, self.failure]
-        made += [self.path / name for name in (TENSORBOARD, "wandb")]
-        for path in [*self.path.glob("step-*"), *made]:
+        made = (self.adapter, self.parent, self.stacked, self.base, self.trace, self.report, self.failure)
+        for path in [*self.path.glob("step-*"), *made, self.path / TENSORBOARD, self.path / "wandb"]:
             shutil.rmtree(path, ignore_errors=True)
         for path in [*(self.path / name for name in WRITTEN), *self.inspection_pages()]:
             path.unlink(missing_ok=True)
