@@ -7,12 +7,11 @@ Everything is drawn from `random.Random(seed)`: the same arguments give the same
 import random
 from dataclasses import dataclass
 
-from lowlevel.demo.corpus import pretraining_text
 from lowlevel.demo.replies import draw_style, parse_reply, preferred_style, write_reply
 from lowlevel.demo.skills import Ask, draw, draw_followup
 
 __all__ = [
-    "Item", "check_items", "exact_match", "preference_rows", "preferred_style", "pretraining_text", "sft_rows",
+    "Item", "check_items", "exact_match", "preference_rows", "preferred_style", "sft_rows",
 ]  # fmt: skip
 
 Message = dict[str, str]

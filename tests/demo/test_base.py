@@ -8,9 +8,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.demo_base.corpus import pretraining_text
+from benchmarks.demo_base.pretrain import CHAT_TEMPLATE, batches, build_model, build_tokenizer, learning_rate
 from lowlevel.demo import DEMO_BASE, skills
-from lowlevel.demo.pretrain import CHAT_TEMPLATE, batches, build_model, build_tokenizer, learning_rate
-from lowlevel.demo.world import check_items, exact_match, preference_rows, pretraining_text, sft_rows
+from lowlevel.demo.world import check_items, exact_match, preference_rows, sft_rows
 
 PLAIN_ITEMS = 120
 

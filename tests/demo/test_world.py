@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from benchmarks.demo_base.corpus import pretraining_text
 from lowlevel.demo import skills
 from lowlevel.demo.replies import CURT, STYLES, parse_reply, write_reply
 from lowlevel.demo.world import (
@@ -13,7 +14,6 @@ from lowlevel.demo.world import (
     exact_match,
     preference_rows,
     preferred_style,
-    pretraining_text,
     sft_rows,
 )
 

@@ -1,4 +1,4 @@
-"""Pre-train the demo's base model from scratch: `python -m lowlevel.demo.pretrain --out DIR`.
+"""Pre-train the demo's base model from scratch: `python -m benchmarks.demo_base.pretrain --out DIR`.
 
 Trains a byte-level BPE tokenizer and a small Llama on `corpus.pretraining_text` and writes an ordinary Hugging Face
 folder. Documents are packed one after the other, each closed by `</s>`; the chat template is in the tokenizer, but the
@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lowlevel.demo.corpus import pretraining_text
+from benchmarks.demo_base.corpus import pretraining_text
 
 VOCABULARY = 1024
 CONTEXT = 256
