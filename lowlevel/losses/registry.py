@@ -20,7 +20,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class LossSpec:
     parameters: tuple[str, ...]
     needs_lengths: bool = False
     mixes_pairs: bool = False  # the loss of a pair depends on the other pairs of its micro-batch
+    detaches: bool = False  # parts of the loss are without a gradient on purpose
     own: bool = False  # a user's
 
     @property
@@ -61,31 +62,33 @@ def spec_of(function: Callable[..., Any], formula: str, paper: str = "", *, name
 OWN: dict[str, LossSpec] = {}  # filled by `loss`
 
 
-def loss(function: Any = None, /, *, name: str = "", mixes_pairs: bool = False) -> Any:
+def loss(function: Any = None, /, *, name: str = "", mixes_pairs: bool = False, detaches: bool = False) -> Any:
     """Register a loss, so that `dpo.loss_type` or `sft.loss_type` can name it. Use it as a decorator.
 
     Args:
         function: see the module's docstring for its form.
         name: the name to register; default: the function's own name.
         mixes_pairs: the loss of a pair depends on the other pairs of its micro-batch.
+        detaches: parts of the loss are without a gradient on purpose, so `lowlevel verify` does not compare its
+            gradient with differences of its value.
 
     Raises:
         ValueError: the name is that of a built-in loss.
     """
     if function is None:
-        return lambda given: loss(given, name=name, mixes_pairs=mixes_pairs)
+        return lambda given: loss(given, name=name, mixes_pairs=mixes_pairs, detaches=detaches)
     from lowlevel.losses import LOSSES, SFT_LOSSES
 
     if (name or function.__name__) in {**LOSSES, **SFT_LOSSES}:
         raise ValueError(f"{name or function.__name__!r} is a built-in loss: register yours under another name")
-    spec = _own(function, name, mixes_pairs)
+    spec = _own(function, name, mixes_pairs=mixes_pairs, detaches=detaches)
     OWN[spec.name] = spec
     return function
 
 
-def _own(function: Callable[..., Any], name: str, mixes_pairs: bool = False) -> LossSpec:
+def _own(function: Callable[..., Any], name: str, **flags: bool) -> LossSpec:
     formula = (inspect.getdoc(function) or "").split("\n")[0] or f"{function.__module__}.{function.__qualname__}"
-    return spec_of(function, formula, "a loss of your own", name=name, mixes_pairs=mixes_pairs, own=True)
+    return spec_of(function, formula, "a loss of your own", name=name, own=True, **flags)
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -129,7 +132,7 @@ def _imported(name: str) -> LossSpec:
     except Exception as error:  # the module is the user's: whatever it raises
         raise ValueError(f"loss_type {name!r} cannot be imported: {type(error).__name__}: {error}") from None
     registered = next((spec for spec in OWN.values() if spec.function is function), None)
-    return _own(function, name, mixes_pairs=bool(registered and registered.mixes_pairs))
+    return replace(registered, name=name) if registered else _own(function, name)
 
 
 def source_of(function: Callable[..., Any]) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
-from typing import Any
 
-from lowlevel.losses import loss_spec
-from lowlevel.methods.dpo import DPO
-from lowlevel.verification.check import Check, check, head_bound, relative
+import torch
+
+from lowlevel.errors import one_line
+from lowlevel.verification.check import Check, check, head_bound, largest, relative
 from lowlevel.verification.evidence import Evidence
-from lowlevel.verification.formulas import pair_losses
+from lowlevel.verification.formulas import exact_losses
 from lowlevel.verification.subject import Subject, with_batches_of
 
 GROUP = "accounting"
@@ -19,9 +20,9 @@ SCALES = {"fp32": (1.0, 1024.0), "fp16": (1024.0, 8192.0), "bf16": (1.0, 1024.0)
 def accounting_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """Dropout must be off."""
     checks = [_division(subject, evidence), _counts(subject, evidence), _loss_scale(subject)]
-    if subject.preference:
-        checks += [_parameter(subject, evidence, name) for name in loss_spec(subject.config.dpo.loss_type).parameters]
-    return checks
+    if subject.spec.own and not subject.mixes:
+        checks.append(_alone(subject, evidence))
+    return checks + [_parameter(subject, evidence, name) for name in subject.spec.parameters]
 
 
 def _division(subject: Subject, evidence: Evidence) -> Check:
@@ -33,12 +34,12 @@ def _division(subject: Subject, evidence: Evidence) -> Check:
         subject.run_step(execution=execution)[0].metrics["loss"] for _ in range(3 if subject.mode == "graphed" else 1)
     ]
     execution.use("eager")
-    if not (subject.preference and loss_spec(subject.config.dpo.loss_type).mixes_pairs):
+    if not subject.mixes:
         losses += [subject.run_step(with_batches_of(subject.method, n))[0].metrics["loss"] for n in (1, 3)]
     error = max(abs(loss - expected) for loss in losses) / (abs(expected) or 1.0)
     note = f"{expected:.7f} = sum / {'pairs' if subject.preference else 'tokens'} of the step, float64"
     rounding = 0.3 * head_bound(evidence.largest_logit, subject.policy.lm_head_weight.dtype)  # rms of an even spread
-    bound = subject.bounds.layout_loss * 5 + evidence.loss_error(rounding, subject.config.dpo) / (abs(expected) or 1.0)
+    bound = subject.bounds.layout_loss * 5 + evidence.loss_error(rounding, subject.config) / (abs(expected) or 1.0)
     return check(GROUP, "step loss", error, bound, note)
 
 
@@ -60,37 +61,58 @@ def _loss_scale(subject: Subject) -> Check:
     return check(GROUP, "loss scale divided out", error, subject.bounds.layout_gradient, note)
 
 
+def _alone(subject: Subject, evidence: Evidence) -> Check:
+    """A user's own loss in float64: each example alone against all of the step together."""
+    together = exact_losses(evidence.logps, subject.config)
+    parts = [
+        exact_losses(evidence.logps_of(slice(number, number + 1)), subject.config)
+        for number in range(len(subject.examples))
+    ]
+    error = largest(together - torch.cat(parts)) / (largest(together) or 1.0)
+    bound, note = subject.bounds.closed, f"{len(parts)} examples, float64, relative"
+    if not error <= bound and subject.preference:
+        note = "the loss of a pair depends on the other pairs: declare mixes_pairs=True"
+    elif not error <= bound:
+        note = "the loss of a token depends on other examples, and so on how micro-batches are made"
+    return check(GROUP, "loss of an example alone = among others", error, bound, note)
+
+
 def _parameter(subject: Subject, evidence: Evidence, name: str) -> Check:
-    """Change one hyper-parameter: the loss must change, and by as much as the formula says."""
-    method = subject.method
-    assert isinstance(method, DPO)
-    old = getattr(method.config, name)
+    """Change one hyper-parameter: the loss must change as much as the formula says."""
+    title, old = f"{name} reaches the loss", _value(subject, name)
     new = _another(name, old)
-    changed: Any = method.config.model_copy(update={name: new})
-    batches = subject.batches()
-    found = sum(
-        float(subject.sums(batch, replace(method, config=changed))["loss"] - subject.sums(batch)["loss"])
-        for batch in batches
-    )
-    logps = evidence.logps()
-    losses = [pair_losses(logps, config) for config in (changed, subject.config.dpo)]
-    expected = float((losses[0] - losses[1]).sum())
-    size = float(losses[0].abs().sum())
+    section = subject.config.method
+    settings = getattr(subject.config, section)
+    update = {name: new} if name in type(settings).model_fields else {"loss_kwargs": settings.loss_kwargs | {name: new}}
+    changed = settings.model_copy(update=update)
+    method = replace(subject.method, config=changed)
+    try:
+        found = sum(
+            float(subject.sums(batch, method)["loss"] - subject.sums(batch)["loss"]) for batch in subject.batches()
+        )
+        losses = exact_losses(evidence.logps, subject.config.model_copy(update={section: changed}))
+    except Exception as refused:
+        if not subject.spec.own:
+            raise
+        return check(GROUP, title, 0.0, 0.0, f"the loss refuses {new:g}: {one_line(refused)}")
+    expected = float((losses - exact_losses(evidence.logps, subject.config)).sum())
+    size = float(losses.abs().sum())
     error = abs(found - expected) / (abs(expected) or 1.0)
     bound = max(1e-3, subject.bounds.layout_loss * 10 * size / (abs(expected) or 1.0))
-    note = f"{_shown(old)} -> {new:g} changes the loss by {expected / len(subject.examples):+.4g}, relative"
-    return check(GROUP, f"{name} reaches the loss", error, min(bound, 0.5), note)
+    note = f"{old:g} -> {new:g} changes the loss by {expected / len(losses):+.4g}, relative"
+    return check(GROUP, title, error, min(bound, 0.5), note)
 
 
-DEFAULTS = {"discopop_tau": 0.05, "dpop_lambda": 50.0, "rpo_alpha": 1.0}  # of what may be left out
+def _value(subject: Subject, name: str) -> float:
+    """A hyper-parameter's value: configured, or the default of the loss function."""
+    settings = getattr(subject.config, subject.config.method)
+    given = settings.model_dump() | settings.loss_kwargs
+    value = given.get(name)
+    return float(inspect.signature(subject.spec.function).parameters[name].default if value is None else value)
 
 
-def _another(name: str, value: float | None) -> float:
+def _another(name: str, value: float) -> float:
     """A value that is allowed and gives another loss."""
     if name == "label_smoothing":
-        return 0.25 if value is None or value < 0.2 else 0.1
-    return 0.5 * (value or DEFAULTS[name])
-
-
-def _shown(value: float | None) -> str:
-    return "default" if value is None else f"{value:g}"
+        return 0.25 if value < 0.2 else 0.1
+    return 0.5 * value or 0.5

@@ -1,18 +1,20 @@
-"""What several groups of checks share: every example of the step, alone, through the training path and in float64."""
+"""Shared by several groups of checks: every example of the step alone, by the training path and in float64."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lowlevel.config.schema import DPOConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.verification.exact import ExactModel, base_parameters, exact_model
-from lowlevel.verification.formulas import Logps, slopes
+from lowlevel.verification.formulas import Logps, exact_losses, logps_of, slopes
 from lowlevel.verification.subject import Subject
-from lowlevel.verification.truth import HeadScores, Scored, exact_loss, head_scores, pairs_of, sequences_of
+from lowlevel.verification.truth import HeadScores, Scored, head_scores, sequences_of
 
 BUDGET = 1.5e10  # parameters x tokens of a float64 pass: seconds on a CPU core
 
@@ -25,7 +27,8 @@ class Evidence:
         sequences: of each example, as plain tokens.
         sums: `method.loss` of a micro-batch that holds the example alone.
         policy, reference: its tokens' scores; no reference for sft.
-        model: the whole model in float64, or None where the base is too large.
+        values: numeric columns of the rows that the loss reads, one number an example.
+        model: the whole model in float64, or None if the base is too large.
         exact: how many examples are run through it.
     """
 
@@ -33,6 +36,7 @@ class Evidence:
     sums: list[dict[str, Tensor]]
     policy: list[HeadScores]
     reference: list[HeadScores] | None
+    values: Mapping[str, Tensor]
     model: ExactModel | None
     exact: int
 
@@ -46,31 +50,37 @@ class Evidence:
         """In absolute value, of policy and reference."""
         return max(one.largest_logit for one in [*self.policy, *(self.reference or [])])
 
-    def loss_error(self, nats: float, config: DPOConfig) -> float:
-        """Error of the step's loss, rms, where each token's log-probability has one of `nats` of its own; first order.
-
-        SFT: nats / sqrt(tokens). DPO: the four slopes of each pair, each as often as the completion has tokens.
-        """
-        if self.reference is None:
-            return nats / math.sqrt(self.tokens)
-        logps = self.logps()
-        chosen, rejected, ref_chosen, ref_rejected = slopes(logps, config)
-        square = (chosen**2 + ref_chosen**2) * logps.chosen_lengths
-        square += (rejected**2 + ref_rejected**2) * logps.rejected_lengths
-        return nats * math.sqrt(float(square.sum())) / len(logps.chosen)
-
+    @cached_property
     def logps(self) -> Logps:
-        """Over all pairs, float64."""
-        assert self.reference is not None
-        return pairs_of(_by_side(self.policy), _by_side(self.reference))
+        """What a loss reads of all examples, float64."""
+        return self.logps_of(slice(None))
+
+    def logps_of(self, part: slice) -> Logps:
+        """The same of some of the examples."""
+        reference = None if self.reference is None else by_side(self.reference[part])
+        values = {name: column[part] for name, column in self.values.items()}
+        return logps_of(by_side(self.policy[part]), reference, values)
+
+    def steepest(self, config: RunConfig) -> float:
+        """How far an error of one nat in each sequence can move the loss of an example, the largest of all."""
+        ids = self.logps.sequence_ids
+        assert ids is not None
+        zeros = torch.zeros(int(ids.max()) + 1, dtype=torch.float64)
+        parts = [zeros.scatter_reduce(0, ids, slope.abs(), "amax") for slope in slopes(self.logps, config)]
+        return float(torch.stack(parts).reshape(-1, len(self.policy)).sum(0).max())
+
+    def loss_error(self, nats: float, config: RunConfig) -> float:
+        """Error of the step's loss, rms, if each token's log-probability has an independent error of `nats`.
+
+        First order: the slopes of the loss in all of them, under policy and reference.
+        """
+        square = float(torch.cat(slopes(self.logps, config)).square().sum())
+        return nats * math.sqrt(square) / len(exact_losses(self.logps, config))
 
     def step_loss(self, subject: Subject) -> float:
         """What the step must log: the sum over the step, divided once."""
-        if self.reference is None:
-            total, count = exact_loss([[scores.exact] for scores in self.policy], None, subject.config.dpo)
-        else:
-            total, count = exact_loss(_by_side(self.policy), _by_side(self.reference), subject.config.dpo)
-        return float(total) / count
+        losses = exact_losses(self.logps, subject.config)
+        return float(losses.sum()) / len(losses)
 
 
 def gather(subject: Subject) -> Evidence:
@@ -86,7 +96,8 @@ def gather(subject: Subject) -> Evidence:
                 reference.append(head_scores(subject.policy, batch))
     size = base_parameters(subject.policy)
     model = exact_model(subject.policy, subject.config.model) if size <= subject.exact_parameters else None
-    return Evidence(sequences, sums, policy, reference if subject.preference else None, model, _within(size, sequences))
+    values = subject.values(subject.examples)
+    return Evidence(sequences, sums, policy, reference or None, values, model, _within(size, sequences))
 
 
 def _within(size: int, sequences: list[list[Scored]]) -> int:
@@ -100,8 +111,10 @@ def _within(size: int, sequences: list[list[Scored]]) -> int:
     return taken
 
 
-def _by_side(scores: list[HeadScores]) -> list[list[Tensor]]:
-    return [[one.exact[one.sides == side] for side in (1, 2)] for one in scores]
+def by_side(scores: list[HeadScores]) -> list[list[Tensor]]:
+    """[example][chosen, rejected], or [example][whole] for sft."""
+    sides = (0,) if bool((scores[0].sides == 0).any()) else (1, 2)
+    return [[one.exact[one.sides == side] for side in sides] for one in scores]
 
 
 def flat64(subject: Subject) -> Tensor:

@@ -1,37 +1,71 @@
-"""The losses once more, in float64 and from the configuration alone: nothing of `dpo_loss` or its arguments.
+"""The losses once more, in float64 and from the configuration alone: nothing of `PreferenceLoss` takes part.
 
-`sigmoid`, `cdpo`, `robust`, `hinge` and `ipo_sum` are written out here with their slopes; the others take their
-function of `lowlevel.losses.preference`, whose values the tests hold to numbers worked out elsewhere.
+Cross-entropy, `sigmoid`, `cdpo`, `robust`, `hinge` and `ipo_sum` are written out here. The other built-in losses use
+their function of `lowlevel.losses.preference`, whose values the tests compare with numbers from elsewhere. A user's own
+loss is its own formula: its function is called in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lowlevel.config.schema import DPOConfig
-from lowlevel.losses import loss_spec
-from lowlevel.losses.preference import PairLogps
+from lowlevel.config.schema import RunConfig
+from lowlevel.errors import ConfigError, one_line
+from lowlevel.losses import SFT_LOSSES, PairLogps, TokenLogps, loss_spec
+from lowlevel.losses.registry import LossSpec, find
+
+Logps = PairLogps | TokenLogps
 
 
-@dataclass(frozen=True)
-class Logps:
-    """Four log-probabilities of P pairs, each (P,) float64, and the two lengths."""
+def logps_of(
+    policy: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]] | None, values: Mapping[str, Tensor]
+) -> Logps:
+    """What a loss reads, from token log-probabilities [example][chosen, rejected] or [example][whole], (n,) each.
 
-    chosen: Tensor
-    rejected: Tensor
-    ref_chosen: Tensor
-    ref_rejected: Tensor
-    chosen_lengths: Tensor
-    rejected_lengths: Tensor
+    Args:
+        policy: under the policy.
+        reference: under the reference; None for sft.
+        values: numeric columns of the rows, one number an example.
+    """
+    lengths = torch.tensor([len(part) for part in _sequences(policy)])
+    ids = torch.arange(len(lengths)).repeat_interleave(lengths)
+    tokens = torch.cat(_sequences(policy))
+    if reference is None:
+        return TokenLogps(tokens, ids, lengths, values)
+    empty = tokens.new_zeros(len(policy))
+    chosen, rejected = lengths.chunk(2)
+    pairs = PairLogps(empty, empty, empty, empty, chosen, rejected, sequence_ids=ids, values=values)
+    return with_tokens(pairs, tokens, torch.cat(_sequences(reference)))
 
-    @property
-    def delta(self) -> Tensor:
-        """(log pi(y+) - log ref(y+)) - (log pi(y-) - log ref(y-)), (P,)."""
-        return (self.chosen - self.ref_chosen) - (self.rejected - self.ref_rejected)
+
+def _sequences(examples: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """All chosen completions, then all rejected ones."""
+    return [example[side] for side in range(len(examples[0])) for example in examples]
+
+
+def with_tokens(logps: Logps, policy: Tensor, reference: Tensor | None) -> Logps:
+    """The same with other token log-probabilities (N,), all in their dtype; differentiable in them."""
+    values = {name: value.to(policy.dtype) for name, value in logps.values.items()}
+    if isinstance(logps, TokenLogps):
+        return replace(logps, token_logps=policy, values=values)
+    assert reference is not None and logps.sequence_ids is not None
+    zeros = policy.new_zeros(2 * len(logps.chosen_logps))
+    sums = [zeros.index_add(0, logps.sequence_ids, tokens).chunk(2) for tokens in (policy, reference)]
+    (chosen, rejected), (ref_chosen, ref_rejected) = sums
+    return replace(
+        logps, chosen_logps=chosen, rejected_logps=rejected, ref_chosen_logps=ref_chosen,
+        ref_rejected_logps=ref_rejected, token_logps=policy, ref_token_logps=reference, values=values,
+    )  # fmt: skip
+
+
+def tokens_of(logps: Logps) -> tuple[Tensor, Tensor | None]:
+    """Token log-probabilities under policy and reference, (N,) each."""
+    assert logps.token_logps is not None
+    return logps.token_logps, logps.ref_token_logps if isinstance(logps, PairLogps) else None
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -39,41 +73,62 @@ def softplus(x: Tensor) -> Tensor:
     return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
 
 
-def pair_losses(pairs: Logps, config: DPOConfig) -> Tensor:
-    """The configured loss, (P,) float64, differentiable in the log-probabilities."""
-    beta, eps = config.beta, config.label_smoothing
-    x = beta * pairs.delta
+def exact_losses(logps: Logps, config: RunConfig) -> Tensor:
+    """The configured loss of each pair (P,) or token (N,), differentiable in the log-probabilities.
+
+    Raises:
+        ConfigError: a user's own loss that fails in float64.
+    """
+    if isinstance(logps, TokenLogps):
+        if config.sft.loss_type == "cross_entropy":
+            return -logps.token_logps
+        return _by_function(find(config.sft.loss_type, SFT_LOSSES), logps, config.sft.loss_kwargs)
+    dpo = config.dpo
+    beta, eps, d = dpo.beta, dpo.label_smoothing, logps.deltas
+    x = beta * d
     written: dict[str, Callable[[], Tensor]] = {
         "sigmoid": lambda: softplus(-x),
         "cdpo": lambda: (1 - eps) * softplus(-x) + eps * softplus(x),
         "robust": lambda: ((1 - eps) * softplus(-x) - eps * softplus(x)) / (1 - 2 * eps),
         "hinge": lambda: (1 - x).clamp(min=0),
-        "ipo_sum": lambda: (pairs.delta - 1 / (2 * beta)) ** 2,
+        "ipo_sum": lambda: (d - 1 / (2 * beta)) ** 2,
     }
-    if config.loss_type in written:
-        return written[config.loss_type]()
-    values = config.model_dump()
-    names = loss_spec(config.loss_type).parameters
-    used = {name: values[name] for name in names if values[name] is not None}
-    given = PairLogps(
-        pairs.chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected, pairs.chosen_lengths, pairs.rejected_lengths
-    )
-    return loss_spec(config.loss_type).function(given, **used)
+    if dpo.loss_type in written:
+        return written[dpo.loss_type]()
+    return _by_function(loss_spec(dpo.loss_type), logps, dpo.model_dump() | dpo.loss_kwargs)
 
 
-def slopes(pairs: Logps, config: DPOConfig) -> tuple[Tensor, ...]:
-    """d sum(losses) / d (chosen, rejected, ref_chosen, ref_rejected), (P,) each.
+def _by_function(spec: LossSpec, logps: Logps, values: Mapping[str, float | None]) -> Tensor:
+    used = {name: values[name] for name in spec.parameters if values.get(name) is not None}
+    try:
+        return spec(logps, used)[0]
+    except Exception as error:
+        if not spec.own:
+            raise
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"loss {spec.name!r} fails in float64: {reason}; keep the dtype of its tensors") from error
 
-    sigmoid: -beta sigma(-x) for the chosen one, arXiv 2305.18290 section 4, and the same with its sign changed for the
-    rejected one and the reference of the chosen one. Others: autograd in float64.
+
+def slopes(logps: Logps, config: RunConfig) -> tuple[Tensor, Tensor]:
+    """d sum(losses) / d log-probability of each token, under policy and reference, (N,) float64 each; 0 without one.
+
+    sigmoid: -beta sigma(-x) for a chosen token, arXiv 2305.18290 section 4; the opposite for a rejected token, and for
+    the reference's chosen one. Other losses: autograd in float64.
     """
-    if config.loss_type == "sigmoid":
-        slope = -config.beta / (1 + torch.exp(config.beta * pairs.delta))
-        return slope, -slope, -slope, slope
-    leaves = [
-        value.clone().requires_grad_() for value in (pairs.chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected)
-    ]
-    moved = Logps(leaves[0], leaves[1], leaves[2], leaves[3], pairs.chosen_lengths, pairs.rejected_lengths)
-    total = pair_losses(moved, config).sum()
-    grads = torch.autograd.grad(total, leaves, allow_unused=True)
-    return tuple(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True))
+    tokens, reference = tokens_of(logps)
+    if isinstance(logps, PairLogps) and config.dpo.loss_type == "sigmoid":
+        slope = -config.dpo.beta / (1 + torch.exp(config.dpo.beta * logps.deltas))
+        of_policy = torch.cat([slope, -slope])[logps.sequence_ids]
+        return of_policy, -of_policy
+    return gradients(logps, tokens, reference, lambda moved: exact_losses(moved, config))
+
+
+def gradients(
+    logps: Logps, tokens: Tensor, reference: Tensor | None, losses: Callable[[Logps], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Autograd of the summed `losses` in the token log-probabilities of policy and reference, in their dtype."""
+    leaves = [t.detach().clone().requires_grad_() for t in (tokens, reference) if t is not None]
+    total = losses(with_tokens(logps, leaves[0], leaves[-1])).sum()
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    parts = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+    return parts[0], parts[1] if len(parts) == 2 else torch.zeros_like(parts[0])

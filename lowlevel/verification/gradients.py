@@ -2,51 +2,83 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lowlevel import kernels
 from lowlevel.losses import token_logps_reference
-from lowlevel.losses.preference import PairLogps
-from lowlevel.methods import dpo
 from lowlevel.verification.check import Check, check, head_bound, largest, relative
-from lowlevel.verification.evidence import Evidence, flat64
-from lowlevel.verification.formulas import slopes
+from lowlevel.verification.evidence import Evidence, by_side, flat64
+from lowlevel.verification.formulas import exact_losses, gradients, logps_of, slopes, tokens_of, with_tokens
 from lowlevel.verification.subject import Subject
-from lowlevel.verification.truth import exact_loss, head_scores
+from lowlevel.verification.truth import HeadScores, head_scores
 
 GROUP = "gradients"
 DIRECTIONS = 3
 STEP = 1e-4  # of the adapter's norm: central differences in float64 err by about 1e-8 of the derivative
-COARSE_STEP = 2e-2  # where only the run's own precision is there: the difference must stand out of its rounding
+COARSE_STEP = 2e-2  # for values in the run's own precision: the difference must exceed their rounding
+MOST_TOKENS = 1000  # of one step, each moved up and down
 COARSE_BOUND = {"fp32": 1e-2, "fp16": 1e-1, "bf16": 5e-1}
 
 
 def gradient_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """Dropout must be off."""
-    checks = [_formula_check(subject, evidence)] if evidence.reference is not None else []
+    checks = _formula_checks(subject, evidence) if subject.preference or subject.spec.own else []
     checks.append(_hidden_check(subject, evidence))
     if evidence.model is None:
-        return [*checks, _coarse_check(subject)]
+        return [*checks, _coarse_check(subject, evidence)]
     return checks + _exact_checks(subject, evidence)
 
 
-def _formula_check(subject: Subject, evidence: Evidence) -> Check:
-    """`dpo_loss` as `method.loss` calls it, at the real log-probabilities in fp32, against closed form or float64."""
-    method = subject.method
-    assert isinstance(method, dpo.DPO)
-    logps = evidence.logps()
-    leaves = [
-        value.float().requires_grad_() for value in (logps.chosen, logps.rejected, logps.ref_chosen, logps.ref_rejected)
-    ]
-    pairs = PairLogps(leaves[0], leaves[1], leaves[2], leaves[3], logps.chosen_lengths, logps.rejected_lengths)
-    output = dpo.preference_loss(method.config)(pairs)
-    grads = torch.autograd.grad(output.losses.sum(), leaves, allow_unused=True)
-    found = torch.stack([torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)])
-    expected = torch.stack(slopes(logps, subject.config.dpo))
-    form = "-beta sigma(-x)" if subject.config.dpo.loss_type == "sigmoid" else "autograd in float64"
-    error = largest(found.double() - expected) / (largest(expected) or 1.0)
-    return check(GROUP, "loss in the four log-probabilities", error, subject.bounds.closed, f"against {form}, relative")
+def _formula_checks(subject: Subject, evidence: Evidence) -> list[Check]:
+    """The loss function as `method.loss` calls it, at the real token log-probabilities in fp32.
+
+    Its gradient is compared with the closed form or with autograd in float64, and that of a user's own loss also with
+    central differences of its value: they find a backward pass that does not belong to the value.
+    """
+    logps = evidence.logps
+    tokens, reference = tokens_of(logps)
+    single = None if reference is None else reference.float()
+    found = gradients(logps, tokens.float(), single, subject.losses)
+    expected = slopes(logps, subject.config)
+    closed = subject.preference and subject.config.dpo.loss_type == "sigmoid"
+    form = "-beta sigma(-x)" if closed else f"{subject.spec.name}, autograd in float64"
+    size = max(map(largest, expected)) or 1.0
+    error = max(largest(a.double() - b) for a, b in zip(found, expected, strict=True)) / size
+    name = "loss in the log-probabilities"
+    checks = [check(GROUP, name, error, subject.bounds.closed, f"against {form}, relative")]
+    if not subject.spec.own:
+        return checks
+    return [*checks, _left_out() if subject.spec.detaches else _difference_check(subject, evidence, found[0], size)]
+
+
+def _left_out() -> Check:
+    note = "parts of this loss are without a gradient on purpose (detaches=True)"
+    return Check(GROUP, "central differences not compared: detaches", math.nan, math.inf, True, note)
+
+
+def _difference_check(subject: Subject, evidence: Evidence, found: Tensor, size: float) -> Check:
+    """Central differences of a user's loss, one log-probability at a time; `found` is its gradient (N,) fp32."""
+    logps = evidence.logps
+    tokens, reference = tokens_of(logps)
+    double = exact_losses(logps, subject.config).dtype == torch.float64
+    h, bound = (1e-5, subject.bounds.closed) if double else (COARSE_STEP, COARSE_BOUND["fp32"])
+    places = torch.linspace(0, len(tokens) - 1, min(len(tokens), MOST_TOKENS)).long()
+    errors = []
+    for place in places.tolist():
+        moved = [tokens.clone(), tokens.clone()]
+        moved[0][place] += h
+        moved[1][place] -= h
+        up, down = (exact_losses(with_tokens(logps, one, reference), subject.config) for one in moved)
+        errors.append(abs(float((up - down).sum()) / (2 * h) - float(found[place])))
+    note = f"{subject.spec.name}, {len(places):,} of {len(tokens):,} tokens, float64, relative"
+    if not double:
+        note += "; the loss computes in fp32: keep the dtype of its tensors"
+    if not max(errors) / size <= bound:
+        note += "; if parts are without a gradient on purpose, declare detaches=True"
+    return check(GROUP, "loss, central differences", max(errors) / size, bound, note)
 
 
 def _hidden_check(subject: Subject, evidence: Evidence) -> Check:
@@ -83,16 +115,18 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     model, sequences = evidence.model, evidence.sequences[: evidence.exact]
     with torch.no_grad():
         reference = model.examples(None, sequences) if evidence.reference is not None else None
+    values = subject.values(examples)
 
     def mean_loss(flat: Tensor) -> Tensor:
-        total, count = exact_loss(model.examples(flat, sequences), reference, subject.config.dpo)
-        return total / count
+        return exact_losses(logps_of(model.examples(flat, sequences), reference, values), subject.config).mean()
 
     weights = flat64(subject)
     leaf = weights.clone().requires_grad_()
     (exact,) = torch.autograd.grad(mean_loss(leaf), leaf)
     note = f"{len(weights):,} weights, {len(examples)} examples, relative l2"
     checks = [check(GROUP, "step, float64 autograd", relative(gradient, exact), subject.bounds.gradient, note)]
+    if subject.spec.detaches:
+        return [*checks, _left_out()]
     errors = []
     for seed in range(DIRECTIONS):
         direction = _direction(subject, seed)
@@ -110,8 +144,10 @@ def _direction(subject: Subject, seed: int) -> Tensor:
     return direction / torch.linalg.vector_norm(direction)
 
 
-def _coarse_check(subject: Subject) -> Check:
+def _coarse_check(subject: Subject, evidence: Evidence) -> Check:
     """Central differences along the gradient itself, the losses summed in float64 from the run's hidden states."""
+    if subject.spec.detaches:
+        return _left_out()
     policy = subject.policy
     _, gradient = subject.run_step()
     norm = torch.linalg.vector_norm(gradient)
@@ -131,16 +167,14 @@ def _coarse_check(subject: Subject) -> Check:
 
 
 def _step_loss(subject: Subject) -> float:
-    scores: list[list[Tensor]] = []
-    references: list[list[Tensor]] = []
+    scores: list[HeadScores] = []
+    references: list[HeadScores] = []
     for example in subject.examples:
         (batch,) = subject.batches(examples=[example])
-        sides = (1, 2) if subject.preference else (0,)
-        own = head_scores(subject.policy, batch)
-        scores.append([own.exact[own.sides == side] for side in sides])
+        scores.append(head_scores(subject.policy, batch))
         if subject.preference:
             with subject.policy.reference():
-                other = head_scores(subject.policy, batch)
-            references.append([other.exact[other.sides == side] for side in sides])
-    total, count = exact_loss(scores, references or None, subject.config.dpo)
-    return float(total) / count
+                references.append(head_scores(subject.policy, batch))
+    reference = by_side(references) if references else None
+    logps = logps_of(by_side(scores), reference, subject.values(subject.examples))
+    return float(exact_losses(logps, subject.config).mean())

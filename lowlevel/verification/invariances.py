@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Segment, build_batch, pair_rows, sft_segment
 from lowlevel.labels import IGNORED
-from lowlevel.losses import loss_spec
 from lowlevel.methods import Method
 from lowlevel.verification.check import Check, check, relative
 from lowlevel.verification.evidence import Evidence
@@ -42,7 +41,7 @@ def _layouts(subject: Subject) -> Iterator[tuple[str, Method]]:
     """Against all examples in one padded micro-batch. Losses that sort a micro-batch's pairs must have them in one."""
     method, number = subject.method, len(subject.examples)
     yield "as the run has it", method
-    if not (subject.preference and loss_spec(subject.config.dpo.loss_type).mixes_pairs):
+    if not subject.mixes:
         yield f"{number} x 1 = 1 x {number}", with_batches_of(method, 1)
         yield f"3 a micro-batch = 1 x {number}", with_batches_of(method, 3)
     yield "shared prompt = two rows" if subject.preference else "packed = padded", packed(method, number)
@@ -81,7 +80,8 @@ def left_padded(subject: Subject) -> PackedBatch:
             rows.append(sft_segment(example.row, number, example.input_ids, example.labels))
     width = max(map(len, rows)) + 3  # so that the longest one is moved too
     padded = [[_padding(row, width - len(row)), row] for row in rows]
-    return build_batch(padded, pairs=subject.preference).to(subject.policy.placement.device)
+    values = [x.values for x in subject.examples] if subject.config.data.columns else None
+    return build_batch(padded, pairs=subject.preference, values=values).to(subject.policy.placement.device)
 
 
 def _padding(row: Segment, size: int) -> Segment:
@@ -115,7 +115,7 @@ def _execution_checks(subject: Subject, evidence: Evidence) -> list[Check]:
         result, gradient = subject.run_step(execution=execution)
     mode = execution.mode
     execution.use("eager")
-    rounding = evidence.loss_error(math.sqrt(2) * subject.bounds.forward, subject.config.dpo)
+    rounding = evidence.loss_error(math.sqrt(2) * subject.bounds.forward, subject.config)
     found = result.metrics["loss"], gradient
     checks = _compare(subject, f"{subject.mode} = eager", found, expected, rounding)
     fell_back = "; ".join(notes) or f"ran {mode}"

@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from lowlevel.losses import loss_spec
+from lowlevel.losses import PairLogps, TokenLogps
 from lowlevel.verification.check import Check, check, head_bound, largest
 from lowlevel.verification.evidence import Evidence, flat64
-from lowlevel.verification.formulas import pair_losses, slopes
+from lowlevel.verification.formulas import exact_losses
 from lowlevel.verification.subject import Subject
 from lowlevel.verification.truth import HeadScores
 
@@ -27,12 +27,8 @@ def loss_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     note = f"{evidence.tokens:,} tokens, nats, from the same hidden states"
     checks = [check(GROUP, "token log-probability", tokens, bound, note)]
     longest = max(len(sequence.places) for example in evidence.sequences for sequence in example)
-    if evidence.reference is None:
-        totals = torch.stack([one.exact.sum() for one in evidence.policy])
-        error = largest(torch.stack([s["loss"].double().cpu() for s in evidence.sums]) + totals)
-        checks.append(check(GROUP, "summed loss of an example", error, _sum_bound(bound, longest, largest(totals))))
-    else:
-        checks += _pair_checks(subject, evidence, bound, longest)
+    of_method = _pair_checks if subject.preference else _token_checks
+    checks += of_method(subject, evidence, bound, longest)
     return checks + _forward_checks(subject, evidence)
 
 
@@ -41,34 +37,42 @@ def _sum_bound(token: float, longest: int, total: float) -> float:
     return 2 * token * math.sqrt(longest) + 4 * EPS * total
 
 
+def _token_checks(subject: Subject, evidence: Evidence, token: float, longest: int) -> list[Check]:
+    logps, losses = evidence.logps, exact_losses(evidence.logps, subject.config)
+    assert isinstance(logps, TokenLogps)
+    zeros = torch.zeros(len(logps.lengths), dtype=torch.float64)
+    totals, sums = (zeros.index_add(0, logps.sequence_ids, values.double()) for values in (losses, logps.token_logps))
+    error = largest(torch.stack([s["loss"].double().cpu() for s in evidence.sums]) - totals)
+    steepest = evidence.steepest(subject.config)
+    bound = _sum_bound(steepest * token, longest, max(largest(totals), steepest * largest(sums)))
+    return [check(GROUP, "summed loss of an example", error, bound, subject.spec.name)]
+
+
 def _pair_checks(subject: Subject, evidence: Evidence, token: float, longest: int) -> list[Check]:
-    logps = evidence.logps()
+    logps, beta = evidence.logps, subject.config.dpo.beta
+    assert isinstance(logps, PairLogps)
     named = {
-        "logps/chosen": logps.chosen,
-        "logps/rejected": logps.rejected,
-        "logps/ref_chosen": logps.ref_chosen,
-        "logps/ref_rejected": logps.ref_rejected,
+        "logps/chosen": logps.chosen_logps,
+        "logps/rejected": logps.rejected_logps,
+        "logps/ref_chosen": logps.ref_chosen_logps,
+        "logps/ref_rejected": logps.ref_rejected_logps,
     }
-    found = {key: torch.stack([s[key].double().cpu() for s in evidence.sums]) for key in (*named, "loss")}
+    keys = (*named, "loss", "rewards/margins")
+    found = {key: torch.stack([s[key].double().cpu() for s in evidence.sums]) for key in keys}
     bound = _sum_bound(token, longest, max(map(largest, named.values())))
-    errors = {
-        "completion log-probability, policy": ("logps/chosen", "logps/rejected"),
-        "completion log-probability, reference": ("logps/ref_chosen", "logps/ref_rejected"),
-    }
-    checks = [
-        check(GROUP, name, max(largest(found[key] - named[key]) for key in keys), bound, f"{len(logps.chosen)} pairs")
-        for name, keys in errors.items()
-    ]
-    margins = torch.stack([s["rewards/margins"].double().cpu() for s in evidence.sums])
-    expected = subject.config.dpo.beta * logps.delta
-    checks.append(check(GROUP, "margin of a pair", largest(margins - expected), 4 * subject.config.dpo.beta * bound))
-    loss_type = subject.config.dpo.loss_type
-    if loss_spec(loss_type).mixes_pairs:
+    checks = []
+    for who, prefix in (("policy", "logps/"), ("reference", "logps/ref_")):
+        error = max(largest(found[key] - named[key]) for key in (f"{prefix}chosen", f"{prefix}rejected"))
+        checks.append(
+            check(GROUP, f"completion log-probability, {who}", error, bound, f"{len(logps.chosen_logps)} pairs")
+        )
+    error = largest(found["rewards/margins"] - beta * logps.deltas)
+    checks.append(check(GROUP, "margin of a pair", error, 4 * beta * bound))
+    if subject.mixes:
         return checks  # a pair alone has another loss than among others: the step's loss is in `accounting`
-    losses = pair_losses(logps, subject.config.dpo)
-    steepest = largest(torch.stack([part.abs() for part in slopes(logps, subject.config.dpo)]).sum(0))
-    loss_bound = steepest * bound + 4 * EPS * max(1.0, largest(losses))
-    return [*checks, check(GROUP, "loss of a pair", largest(found["loss"] - losses), loss_bound, loss_type)]
+    losses = exact_losses(logps, subject.config)
+    loss_bound = evidence.steepest(subject.config) * bound + 4 * EPS * max(1.0, largest(losses))
+    return [*checks, check(GROUP, "loss of a pair", largest(found["loss"] - losses), loss_bound, subject.spec.name)]
 
 
 def _forward_checks(subject: Subject, evidence: Evidence) -> list[Check]:

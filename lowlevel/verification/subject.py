@@ -16,8 +16,11 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import RunConfig
 from lowlevel.execution import Eager, Execution, WithFallback
 from lowlevel.hashing import key32
+from lowlevel.losses import PairLogps, TokenLogps
+from lowlevel.losses.registry import LossSpec
 from lowlevel.methods import Method
 from lowlevel.methods.dpo import DPO
+from lowlevel.methods.sft import SFT
 from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
@@ -53,6 +56,34 @@ class Subject:
     def preference(self) -> bool:
         """DPO."""
         return isinstance(self.method, DPO)
+
+    @property
+    def spec(self) -> LossSpec:
+        """The configured loss."""
+        return self.method.preference_loss.spec if isinstance(self.method, DPO) else self._sft.token_loss
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the loss of a pair depends on the other pairs of its micro-batch."""
+        return self.preference and self.spec.mixes_pairs
+
+    @property
+    def _sft(self) -> SFT:
+        assert isinstance(self.method, SFT)
+        return self.method
+
+    def losses(self, logps: PairLogps | TokenLogps) -> Tensor:
+        """The loss of each pair (P,) or token (N,) as `method.loss` computes it from log-probabilities."""
+        if isinstance(logps, PairLogps):
+            assert isinstance(self.method, DPO)
+            return self.method.preference_loss(logps).losses
+        return self._sft.token_loss(logps, self._sft.config.loss_kwargs)[0]
+
+    def values(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """The numeric columns that the loss reads, one number an example; float64, rounded to fp32 as in a batch."""
+        names = self.config.data.columns
+        rows = torch.tensor([x.values for x in examples], dtype=torch.float32).double()
+        return {name: rows[:, i] for i, name in enumerate(names)}
 
     def batches(self, method: Method | None = None, examples: Sequence[Any] | None = None) -> list[PackedBatch]:
         """Micro-batches of the training path, on the device."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,8 @@ from torch import Tensor
 
 from lowlevel import kernels
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.config.schema import DPOConfig
 from lowlevel.labels import IGNORED
 from lowlevel.model.policy import Policy
-from lowlevel.verification.formulas import Logps, pair_losses
 
 ROWS = 256  # of float64 logits at once: 65 MB for 32,000 words
 
@@ -58,7 +55,7 @@ def sequences_of(example: Any, preference: bool) -> list[Scored]:
 def head_scores(policy: Policy, batch: PackedBatch) -> HeadScores:
     """Score a micro-batch's tokens twice from the same hidden states: by the training path, and in float64.
 
-    Which position is scored with which target is read from `batch.targets`; filled-up positions are left out.
+    Which position is scored with which target is read from `batch.targets`; dummy positions are left out.
     """
     policy.dropout.disable()
     with torch.no_grad():
@@ -82,20 +79,3 @@ def log_softmax64(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
         normaliser = (logits - top).exp().sum(-1).log() + top.squeeze(-1)
         parts.append(logits[torch.arange(len(wanted), device=wanted.device), wanted] - normaliser)
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float64), largest_logit
-
-
-def pairs_of(policy: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]]) -> Logps:
-    """Token log-probabilities [example][chosen, rejected] (n,) under both models -> the four sums of P pairs."""
-    sums = [torch.stack([tokens[side].sum() for tokens in model]) for model in (policy, reference) for side in (0, 1)]
-    lengths = [torch.tensor([len(tokens[side]) for tokens in policy]) for side in (0, 1)]
-    return Logps(*sums, *lengths)
-
-
-def exact_loss(
-    policy: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]] | None, config: DPOConfig
-) -> tuple[Tensor, int]:
-    """The step's summed loss in float64 and what it is divided by: tokens without a reference, else pairs."""
-    if reference is None:
-        tokens = torch.cat([part for example in policy for part in example])
-        return -tokens.sum(), len(tokens)
-    return pair_losses(pairs_of(policy, reference), config).sum(), len(policy)

@@ -23,7 +23,7 @@ def test_the_losss_error_is_that_of_random_errors(name, request):
     with kept_weights(subject.policy), without_dropout(subject.policy):
         fill_b(subject.policy)
         evidence = gather(subject)
-    expected = evidence.loss_error(NATS, subject.config.dpo)
+    expected = evidence.loss_error(NATS, subject.config)
     generator = torch.Generator().manual_seed(0)
 
     def moved(scores):
@@ -50,8 +50,8 @@ def test_an_example_is_scored_once_under_each_model(name, passes, request, monke
 
 def test_twice_the_error_of_tokens_is_twice_that_of_the_loss(sft):
     evidence = gather(sft)
-    once = evidence.loss_error(NATS, sft.config.dpo)
-    assert evidence.loss_error(2 * NATS, sft.config.dpo) == pytest.approx(2 * once)
+    once = evidence.loss_error(NATS, sft.config)
+    assert evidence.loss_error(2 * NATS, sft.config) == pytest.approx(2 * once)
     assert once == pytest.approx(NATS / evidence.tokens**0.5)
 
 
