@@ -1,20 +1,13 @@
-"""A panel as SVG that takes its colours from the page, and as PNG."""
+"""Geometry of a panel for the page, which draws it as SVG in its own colours; PNG files: running/plots.py."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from lowlevel.durable import replaced_file
 from lowlevel.inspection.figures import typographic
-from lowlevel.reporting.series import Curve, Panel
+from lowlevel.running.plots import Panel, colours_of
 
-# Okabe and Ito's, which colour-blind readers can tell apart; the page has its own shade of each, by theme.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A6D00")
-DASHES = ("-", "--", ":")
-FEW = 30  # points of a curve, up to which each is marked
 TICKS = 4
 ROOM = 0.06  # of the range, above and below
 
@@ -62,13 +55,12 @@ def chart(panel: Panel) -> Chart:
     def place(x: float, y: float) -> tuple[float, float]:
         return round(100 * (x - left) / (right - left), 2), round(100 * (top - y) / (top - bottom), 2)
 
-    several = len({curve.run for curve in panel.curves}) > 1
     lines = []
-    for curve in panel.curves:
+    for curve, colour in zip(panel.curves, colours_of(panel.curves), strict=True):
         points = [place(*point) for point in curve.points]
         path = "M" + "L".join(f"{x} {y}" for x, y in points)
         dots = tuple(points) if len(points) == 1 else ()
-        lines.append(Line(curve.label, path, dots, _colour(curve, several), curve.kind, number(curve.points[-1][1])))
+        lines.append(Line(curve.label, path, dots, colour, curve.kind, number(curve.points[-1][1])))
     return Chart(
         panel,
         tuple(lines),
@@ -91,39 +83,3 @@ def number(value: float) -> str:
     if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
         return typographic(f"{value:.3g}")
     return typographic(f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}")
-
-
-def write_png(panel: Panel, path: Path, *, title: str) -> None:
-    """The panel as a picture on white; the file is replaced whole or not at all. Raises OSError."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    several = len({curve.run for curve in panel.curves}) > 1
-    for curve in panel.curves:
-        marker = "o" if len(curve.points) <= FEW else None
-        style = DASHES[curve.kind % len(DASHES)]
-        axis.plot(*zip(*curve.points, strict=True), color=COLOURS[_colour(curve, several)], linestyle=style,
-                  marker=marker, markersize=3, label=curve.label)  # fmt: skip
-    if panel.level:
-        axis.axhline(panel.level[0], color="0.5", linewidth=0.8, label=panel.level[1])
-    axis.set(xlabel="optimizer step", ylabel=panel.unit or panel.title.lower(), title=f"{panel.title}, {title}")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
-    if len(panel.curves) + bool(panel.level) > 1:
-        axis.legend(frameon=False, fontsize=9)
-    with replaced_file(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-
-
-def write_pngs(made: Sequence[Panel], folder: Path, *, title: str) -> list[Path]:
-    """One file a panel; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{panel.name}.png" for panel in made]
-    for panel, path in zip(made, paths, strict=True):
-        write_png(panel, path, title=title)
-    return paths
-
-
-def _colour(curve: Curve, several: bool) -> int:
-    return (curve.run if several else curve.kind) % len(COLOURS)

@@ -17,7 +17,7 @@ from lowlevel.inspection.page import inked
 from lowlevel.reporting.charts import chart
 from lowlevel.reporting.displaced import NOTICED_TEXT, DisplacedPairs
 from lowlevel.reporting.pairs import SHOWN, PairTables
-from lowlevel.reporting.series import Panel
+from lowlevel.running.plots import Panel
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from rich.console import Console
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError, LowlevelError
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.reporting.charts import write_pngs
 from lowlevel.reporting.displaced import look_at_displaced
 from lowlevel.reporting.page import Report, write_report
 from lowlevel.reporting.pairs import PairTables, pair_tables
 from lowlevel.reporting.series import panels
 from lowlevel.running.assembly import load_run_tokenizer
+from lowlevel.running.plots import plot_panels
 from lowlevel.running.run_folder import RunFolder
 
 NO_TRACE = (
@@ -67,7 +67,7 @@ def report_run(run_dir: Path, console: Console, *, compare: Sequence[Path] = (),
         displaced=moved,
     )
     try:
-        write_pngs(made, folder.report, title=" / ".join(names))
+        plot_panels(made, folder.report, title=" / ".join(names))
     except OSError as error:
         raise ConfigError(f"{folder.report}: {error.strerror}") from None
     page = folder.path / "report.html"

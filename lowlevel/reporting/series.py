@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowlevel.running.plots import Curve, Panel, points_of
+
 Record = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line of a chart. Its colour depends on `run`, or on `kind` if there is one run; its dashes on `kind`."""
-
-    label: str
-    points: tuple[tuple[float, float], ...]
-    run: int
-    kind: int
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One chart.
-
-    Attributes:
-        name: of its PNG file.
-        level: a horizontal line and its meaning, for example the start value of every run.
-        alarm: a warning that follows from the curves.
-    """
-
-    name: str
-    title: str
-    unit: str
-    note: str
-    curves: tuple[Curve, ...]
-    level: tuple[float, str] | None = None
-    alarm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +68,7 @@ def panels(runs: Sequence[tuple[str, Sequence[Record]]]) -> list[Panel]:
             Curve(f"{name}: {label}" if len(runs) > 1 else label, points, number, kind)
             for number, (name, records) in enumerate(runs)
             for kind, (key, label) in enumerate(plan.keys)
-            if (points := _points(records, key))
+            if (points := points_of(records, key))
         ]
         empty = plan.name in ZERO_SAYS_NOTHING and all(y == 0 for curve in curves for _, y in curve.points)
         constant = plan.name == "loss_scale" and all(y == 1 for curve in curves for _, y in curve.points)
@@ -115,7 +87,3 @@ def fallen(records: Sequence[Record]) -> str | None:
     if since == len(pairs):
         return None
     return f"The chosen lie below their reference from step {pairs[since][0]:g} on, by {-pairs[-1][1]:.3g} at the end."
-
-
-def _points(records: Sequence[Record], key: str) -> tuple[tuple[float, float], ...]:
-    return tuple((r["step"], r[key]) for r in records if key in r and math.isfinite(r[key]))

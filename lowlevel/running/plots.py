@@ -1,58 +1,129 @@
-"""Curves of a run as PNG files."""
+"""All plots by matplotlib: loss.png of a run, memory by phase, and the report's charts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowlevel.durable import given_file, replaced_file
 
-PANELS = {
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# By Okabe and Ito: colour-blind readers can tell them apart. The report's page has its own shade of each, by theme.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A6D00")
+DASHES = ("-", "--", ":")
+FEW = 30  # points of a curve, up to which each is marked
+LOSS_PANELS = {
     "loss": (("loss", "training"), ("eval_loss", "held out")),
     "reward": (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"), ("rewards/margins", "margin")),
     "accuracy": (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out")),
 }
 
 
-def plot_loss(records: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Draw the loss, and for DPO rewards and accuracy, over optimizer steps, as a PNG that is whole or not there."""
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart: (step, value) points. `run` numbers the runs of the chart, `kind` the curves of a run."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+    run: int
+    kind: int
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart.
+
+    Attributes:
+        name: of its PNG file.
+        level: a horizontal line and its meaning, such as the value at the start of every run.
+        alarm: a warning that the page shows.
+    """
+
+    name: str
+    title: str
+    unit: str
+    note: str
+    curves: tuple[Curve, ...]
+    level: tuple[float, str] | None = None
+    alarm: str | None = None
+
+
+def points_of(records: Sequence[Mapping[str, Any]], key: str) -> tuple[tuple[float, float], ...]:
+    """The finite values of a key over the steps."""
+    return tuple((r["step"], r[key]) for r in records if key in r and math.isfinite(r[key]))
+
+
+def colours_of(curves: Sequence[Curve]) -> list[int]:
+    """Index into COLOURS of each curve: by run if there are several, else by kind."""
+    several = len({curve.run for curve in curves}) > 1
+    return [(curve.run if several else curve.kind) % len(COLOURS) for curve in curves]
+
+
+def plot_loss(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Loss, and for DPO rewards and accuracy, over optimizer steps; the PNG is replaced whole or not at all."""
     from matplotlib.figure import Figure
 
-    panels = {name: curves for name, curves in PANELS.items() if any(curves[0][0] in record for record in records)}
-    figure = Figure(figsize=(5 * max(1, len(panels)), 3.6), layout="constrained")
-    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
-    for axis, (name, curves) in zip(axes, panels.items(), strict=False):
-        for key, label in curves:
-            points = [(record["step"], record[key]) for record in records if key in record]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, label=label)
-        axis.set_xlabel("optimizer step")
-        axis.set_ylabel(f"{name} (nats)" if name == "loss" else name)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+    panels = {name: curves for name, curves in LOSS_PANELS.items() if any(curves[0][0] in record for record in records)}
+    count = max(1, len(panels))
+    figure = Figure(figsize=(5 * count, 3.6), layout="constrained")
+    for axis, (name, keys) in zip(figure.subplots(1, count, squeeze=False)[0], panels.items(), strict=False):
+        drawn = [Curve(label, points_of(records, key), 0, kind) for kind, (key, label) in enumerate(keys)]
+        draw_curves(axis, [curve for curve in drawn if curve.points])
+        axis.set(xlabel="optimizer step", ylabel=f"{name} (nats)" if name == "loss" else name)
     figure.suptitle(title)
     with replaced_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def plot_memory(report: Mapping[str, Any], path: Path, *, title: str) -> None:
-    """A PNG of memory by phase, stacked by component; `report` as in a run's memory.json."""
+def plot_panels(panels: Sequence[Panel], folder: Path, *, title: str) -> None:
+    """NAME.png for each panel of the report; each file is replaced whole or not at all. Raises OSError."""
     from matplotlib.figure import Figure
 
-    paged = "optimizer state"
-    parts = {name: size / 2**20 for name, size in report["components"].items() if name != paged}
+    folder.mkdir(parents=True, exist_ok=True)
+    for panel in panels:
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axis = figure.subplots()
+        draw_curves(axis, panel.curves, panel.level)
+        axis.set(xlabel="optimizer step", ylabel=panel.unit or panel.title.lower(), title=f"{panel.title}, {title}")
+        with replaced_file(folder / f"{panel.name}.png") as temporary:
+            figure.savefig(temporary, dpi=130, format="png")
+
+
+def draw_curves(axis: Axes, curves: Sequence[Curve], level: tuple[float, str] | None = None) -> None:
+    """Curves with a legend if there are several lines."""
+    for curve, colour in zip(curves, colours_of(curves), strict=True):
+        marker = "o" if len(curve.points) <= FEW else None
+        style = {"color": COLOURS[colour], "linestyle": DASHES[curve.kind % len(DASHES)]}
+        axis.plot(*zip(*curve.points, strict=True), marker=marker, markersize=3, label=curve.label, **style)
+    if level:
+        axis.axhline(level[0], color="0.5", linewidth=0.8, label=level[1])
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    if len(curves) + bool(level) > 1:
+        axis.legend(frameon=False, fontsize=9)
+
+
+def plot_memory(report: Mapping[str, Any], path: Path, *, title: str) -> None:
+    """Memory by phase, stacked by component; `report` as in a run's memory.json."""
+    from matplotlib.figure import Figure
+
+    parts = {name: size / 2**20 for name, size in report["components"].items() if name != "optimizer state"}
     names = list(report["phases"])
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes = figure.subplots()
-    left = [0.0] * len(names)
+    axis = figure.subplots()
+    left = 0.0
     for number, (part, size) in enumerate(parts.items()):
-        axes.barh(names, size, left=left, label=part, color=f"C{number}")
-        left = [value + size for value in left]
-    rest = [report["phases"][name] / 2**20 - start for name, start in zip(names, left, strict=True)]
-    axes.barh(names, rest, left=left, label="activations and workspaces", color="0.75")
-    axes.invert_yaxis()
-    axes.set(xlabel="MiB allocated at the phase's peak (paged optimizer state apart)", title=title)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+        axis.barh(names, size, left=left, label=part, color=f"C{number}")
+        left += size
+    rest = [size / 2**20 - left for size in report["phases"].values()]
+    axis.barh(names, rest, left=left, label="activations and workspaces", color="0.75")
+    axis.invert_yaxis()
+    axis.set(xlabel="MiB allocated at the phase's peak, without paged optimizer state", title=title)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     with given_file(path) as target:
         figure.savefig(target, dpi=120, format=path.suffix.removeprefix(".") or "png")

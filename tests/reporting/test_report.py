@@ -12,7 +12,8 @@ from workspace import metrics, run
 from lowlevel.reporting.charts import chart, number, ticks
 from lowlevel.reporting.page import Report, render
 from lowlevel.reporting.pairs import pair_tables, token_falls
-from lowlevel.reporting.series import Curve, Panel, fallen, panels
+from lowlevel.reporting.series import fallen, panels
+from lowlevel.running.plots import Curve, Panel
 from lowlevel.tracing.files import write_table
 
 SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")
