@@ -31,9 +31,9 @@ from lowlevel.loop import optimizer_step
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import NAMES, Attention, choose_attention, register
 from lowlevel.model.base import empty_model
-from lowlevel.model.embedding import move_embeddings_to_host
 from lowlevel.model.linear import install_dequantising_products
 from lowlevel.model.memory import AdapterSize, default_plan, forecast, model_shape
+from lowlevel.model.offload import move_embeddings_to_host
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer

@@ -1,14 +1,14 @@
-"""Attention over packed rows without a mask: each span of queries sees its own list of keys, causally.
+"""Attention over packed rows without a mask: each span of queries attends causally to its own list of keys.
 
-The idea. A (T, T) mask makes a kernel compute all scores and throw most of them away, and it costs memory. But every
-rule of the layout is causal attention of a span of neighbouring positions over a list of keys: an SFT example over
-itself; of a pair, prompt and chosen completion over themselves, and the rejected completion over prompt and itself.
-So the kernels for sequences of different lengths in one row ("varlen") do it all: they take cumulative lengths of
-queries and keys, align the causal triangle to the bottom right, and compute nothing that is thrown away.
+With a (T, T) mask a kernel computes all scores and discards most of them, and the mask takes memory. But the layout
+only needs causal attention of neighbouring positions to a list of keys: an SFT example attends to itself; prompt and
+chosen completion of a pair to themselves; the rejected completion to the prompt and itself. Kernels for sequences of
+different lengths in one row ("varlen") do exactly this: they take cumulative lengths of queries and keys, align the
+causal triangle to the bottom right, and discard nothing.
 
-Kernels. `flash` (FlashAttention 2, compute capability 8.0 and up, fp16 and bf16), `efficient` (CUTLASS, from 5.0 up:
-what a T4 has) and `math` (plain torch, span by span: the twin that tests hold the others to, on any device). All are
-torch's own; the operator below only gives them one signature, a gradient and a shape rule for the compiler.
+Kernels: `flash` (FlashAttention 2; compute capability 8.0 or higher, fp16 and bf16), `efficient` (CUTLASS; 5.0 or
+higher, so it runs on a T4) and `math` (plain torch, one span at a time, on any device; tests compare the others with
+it). All of them are part of torch; the operator below adds one signature, a gradient and a shape rule for the compiler.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def span_attention(
     Args:
         query: (M, H, D); span g holds rows queries[g] to queries[g + 1].
         key, value: (K, H_kv, D), H a multiple of H_kv; span g sees rows keys[g] to keys[g + 1]. With q queries and k
-            keys, query i sees the first k - q + i + 1 keys.
-        queries, keys: (G + 1,) int32, cumulative. Empty spans are allowed; every query must lie in a span.
-        longest: no span has more queries or keys than this.
+            keys, query i sees the first k - q + i + 1 of them.
+        queries, keys: (G + 1,) int32, cumulative. Spans may be empty; every query must belong to a span.
+        longest: upper bound on the queries and keys of a span.
         scale: factor on the scores.
         kernel: one of KERNELS.
 
@@ -48,10 +48,10 @@ def span_attention(
 
 @operator("list_keys")
 def list_keys(values: Tensor, key_index: Tensor, key_uses: Tensor) -> Tensor:
-    """Keys or values as the spans list them: (M, H_kv, D) -> (K, H_kv, D).
+    """Gather keys or values in the order of the spans' list: (M, H_kv, D) -> (K, H_kv, D).
 
-    `key_uses` (2, M) says where each position is listed, so that the gradient is a sum of two gathers: an `index_add`
-    would add in an order that changes from run to run. (An operator and no autograd.Function: see CounterDropout.)
+    With `key_uses` (2, M), the places of each position in the list, the gradient is a sum of two gathers; `index_add`
+    would add in an order that changes from run to run. (Not an autograd.Function, for the reason in CounterDropout.)
     """
     return values.index_select(0, key_index)
 
@@ -63,7 +63,7 @@ def _(values: Tensor, key_index: Tensor, key_uses: Tensor) -> Tensor:
 
 @operator("list_keys_backward")
 def _list_keys_backward(grad: Tensor, key_uses: Tensor) -> Tensor:
-    padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])  # row K: listed nowhere
+    padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])  # row K stands for nowhere
     return padded.index_select(0, key_uses[0]) + padded.index_select(0, key_uses[1])
 
 
@@ -87,7 +87,7 @@ torch.library.register_autograd("lowlevel::list_keys", _sum_uses, setup_context=
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor]:
-    """Output (M, H, D) and logsumexp, whose shape is the kernel's own."""
+    """Output (M, H, D) and logsumexp, whose shape depends on the kernel."""
     if kernel == "flash":
         output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
             query, key, value, queries, keys, longest, longest, 0.0, True, False, scale=scale
@@ -95,7 +95,7 @@ def _attend(
         return output, logsumexp
     if kernel == "efficient":
         groups = query.shape[1] // key.shape[1]
-        bounds = min(longest, len(query)), min(longest, len(key))  # torch 2.11 refuses larger ones than the row
+        bounds = min(longest, len(query)), min(longest, len(key))  # torch 2.11 refuses bounds above the row's length
         output, logsumexp, *_ = torch.ops.aten._efficient_attention_forward(
             query[None], _expand(key, groups)[None], _expand(value, groups)[None], None, queries, keys, *bounds, 0.0,
             CAUSAL_BOTTOM_RIGHT, True, scale=scale,
@@ -201,12 +201,12 @@ def _math_backward(
 
 
 def _aligned(longest: int) -> int:
-    """Length of a row of the efficient kernel's logsumexp."""
+    """Row length of the efficient kernel's logsumexp."""
     return -(-longest // 32) * 32
 
 
 def _expand(values: Tensor, groups: int) -> Tensor:
-    """(K, H_kv, D) -> (K, H, D): each head once for every query head of its group."""
+    """(K, H_kv, D) -> (K, H, D): repeat each head for the query heads of its group."""
     return values if groups == 1 else values.repeat_interleave(groups, dim=1)
 
 

@@ -1,8 +1,8 @@
-"""Rows of a table in pinned host memory, read by the GPU over PCIe as it needs them. Triton, with a torch twin.
+"""Rows of a table in pinned host memory, read by the GPU over PCIe: a Triton kernel, with a torch twin.
 
-An input embedding is a table of V rows, of which a micro-batch reads a few thousand. A GPU can read pinned host memory
-itself (unified addressing), so the table need not lie in its own: 131 MB less for TinyLlama, for 4 MB over PCIe a
-micro-batch of 1,024 positions. No copy engine and no host sync takes part, so a CUDA graph can capture it.
+A micro-batch reads a few thousand of the V rows of an input embedding. A GPU can read pinned host memory directly
+(unified addressing), so the table does not need GPU memory: 131 MB less for TinyLlama, at the cost of 4 MB over PCIe
+per micro-batch of 1,024 positions. It needs no copy engine and no host sync, so a CUDA graph can capture it.
 """
 
 import functools
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowlevel.kernels.operators import operator
 
-COLUMNS = 1024  # of a row, a program
+COLUMNS = 1024  # per program
 LAUNCH = {"size": COLUMNS, "num_warps": 4}
 
 
@@ -22,7 +22,7 @@ def host_rows(table: Tensor, index: Tensor) -> Tensor:
     """`table[index]` on the device of `index`.
 
     Args:
-        table: (V, D), contiguous; pinned if it lies on the host and `index` on a GPU.
+        table: (V, D), contiguous; pinned if it is in host memory and `index` on a GPU.
         index: int64 of any shape, in [0, V).
 
     Returns:
@@ -44,13 +44,13 @@ def _(table: Tensor, index: Tensor) -> Tensor:
 
 
 def host_rows_reference(table: Tensor, index: Tensor) -> Tensor:
-    """Give the rows of `host_rows` by plain torch, on any device."""
+    """The same rows in plain torch, on any device."""
     return table[index.to(table.device)].to(index.device)
 
 
 @functools.cache
 def kernel() -> Any:
-    """Import Triton and define the kernel (see `lowlevel.kernels.vocabulary.kernels`)."""
+    """Import Triton and define the kernel; see `lowlevel.kernels.vocabulary.kernels`."""
     import triton
     import triton.language as tl
 

@@ -1,8 +1,7 @@
-"""Operators of our own: functions that torch.compile calls as they are instead of tracing into them.
+"""Custom operators: functions that torch.compile calls as they are instead of tracing into them.
 
-`torch.library.custom_op` does the same and checks more, in several layers of Python at each call. A host goes through
-them 528 times to launch or capture a compiled micro-step of the recipe (SFT 2x4). What they check, tests check with
-`torch.library.opcheck`.
+`torch.library.custom_op` does the same with more checks, in several layers of Python per call; a compiled micro-step of
+the recipe (SFT 2x4) makes 528 calls. Here tests do these checks, with `torch.library.opcheck`.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from typing import Any
 import torch
 
 NAMESPACE = "lowlevel"
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # its registrations last as long as it does
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # registrations end when this object is deleted
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate a function to be the operator `lowlevel::name`, with the schema of its type hints, on every device.
+    """Decorator: register a function as the operator `lowlevel::name` on every device; its type hints are the schema.
 
-    It must return new tensors only: none that is an argument or shares its memory. What it returns for the compiler is
-    given by `torch.library.register_fake`, its gradient by `torch.library.register_autograd`.
+    The function must return new tensors that share no memory with its arguments. Register the shapes of its results
+    with `torch.library.register_fake` and its gradient with `torch.library.register_autograd`.
     """
 
     def define(function: Callable[..., Any]) -> Any:

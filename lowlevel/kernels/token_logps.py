@@ -1,19 +1,19 @@
 """`lowlevel.losses.token_logps` on a CUDA GPU with a frozen LM head, without any fp32 buffer of logits.
 
-The idea and the equations are those of `lowlevel.losses.token_logps`; here a chunk's logits stay in the weight's dtype,
-from the product that makes them to the product that reads their gradient::
+The equations are those of `lowlevel.losses.token_logps`; here a chunk's logits stay in the weight's dtype, from the
+product that computes them to the product that reads their gradient::
 
-    forward, a chunk     z = h W^T (cuBLAS)     lse, z_y = one read of z      logp = z_y - lse
-    backward, a chunk    z = h W^T (cuBLAS)     dz over z, in place           dh = dz W (cuBLAS)
+    forward, per chunk     z = h W^T (cuBLAS)     lse, z_y = one read of z      logp = z_y - lse
+    backward, per chunk    z = h W^T (cuBLAS)     dz over z, in place           dh = dz W (cuBLAS)
 
-so a logit is written once and read once in the forward pass, and written twice and read twice in the backward pass, at
-2 bytes each; in `lowlevel.losses` the same takes several passes at 4 bytes over a buffer of twice the size. Kept for
-the backward pass: hidden (N, D), weight (V, D), targets (N,), lse (N,).
+So a logit is written once and read once in the forward pass, and written twice and read twice in the backward pass, at
+2 bytes each. `lowlevel.losses` makes several passes at 4 bytes, over a buffer of twice the size. Saved for the backward
+pass: hidden (N, D), weight (V, D), targets (N,), lse (N,).
 
-Which calls are fast: all tensors on one CUDA device, a weight in fp16, bf16 or fp32 that does not require a gradient
-(QLoRA's LM head), at least one row, and a Triton that compiles for the GPU. Every other call is the losses' own, with
-its results and errors. The choice looks at the weight's flag and not at the grad mode, so that a policy pass and a
-reference pass under `no_grad` run the same kernels and agree bit for bit where the weights do.
+Conditions of the fast path: all tensors on one CUDA device, a weight in fp16, bf16 or fp32 that does not require a
+gradient (QLoRA's LM head), at least one row, and a Triton that compiles for the GPU. Every other call goes to
+`lowlevel.losses`, with its results and errors. The choice depends on the weight's `requires_grad` and not on the grad
+mode: a policy pass and a reference pass under `no_grad` run the same kernels, so equal weights give equal bits.
 """
 
 from typing import Any
@@ -31,31 +31,31 @@ ROW_STEP = 64  # rows of a cuBLAS tile
 
 
 def chunk_rows(vocabulary: int, itemsize: int) -> int:
-    """Rows a chunk, so that its logits take about 32 MiB: 512 for 32,000 words in fp16.
+    """Rows per chunk, so that its logits take about 32 MiB: 512 for a vocabulary of 32,000 in fp16.
 
     Args:
-        vocabulary: V, words.
-        itemsize: bytes a logit.
+        vocabulary: V.
+        itemsize: bytes per logit.
 
     Returns:
-        A multiple of 64 (rows of a matrix product's tile), the largest within the budget, but at least 64: with fewer,
-        a product would be bound by reading the weight.
+        The largest multiple of 64 (rows of a cuBLAS tile) within the budget, but at least 64: with fewer rows, reading
+        the weight dominates the product.
     """
     return max(CHUNK_BYTES // (max(vocabulary, 1) * itemsize) // ROW_STEP, 1) * ROW_STEP
 
 
 def token_logps(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int | None = None) -> Tensor:
-    """`log softmax(hidden @ lm_head_weight.T)[targets]`, row by row; fused where the module's conditions hold.
+    """`log softmax(hidden @ lm_head_weight.T)[targets]` of each row; fused under the module's conditions.
 
     Args:
         hidden: (N, D), floating; any strides.
         lm_head_weight: (V, D), floating; its dtype is the dtype of the matrix products.
-        targets: (N,) int64 in [0, V), already shifted. One outside raises on CPU and gives NaN on the fast path.
-        chunk_size: rows a chunk; None is `chunk_rows` on the fast path and the losses' default elsewhere.
+        targets: (N,) int64 in [0, V), already shifted. Others raise on a CPU and give NaN on the fast path.
+        chunk_size: rows per chunk; None: `chunk_rows` on the fast path, otherwise the default of the losses.
 
     Returns:
-        (N,) in fp32; float64 if the weight is float64. Differentiable once. No host sync; after one call as a warm-up
-        it can be captured in a CUDA graph. Autocast changes nothing.
+        (N,) in fp32; float64 if the weight is float64. Differentiable once. No host sync; after one warm-up call a
+        CUDA graph can capture it. Autocast has no effect.
 
     Raises:
         ValueError: a shape or dtype does not fit, or `chunk_size < 1`.
@@ -70,7 +70,7 @@ def token_logps(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chun
 
 
 def _is_fast(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None) -> bool:
-    """Whether the arguments are right, so that the losses need not name the error, and the kernels take them."""
+    """Whether the arguments are valid (if not, `lowlevel.losses` raises the error) and the kernels accept them."""
     shapes = hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1]
     shapes = shapes and targets.shape == hidden.shape[:1] and hidden.shape[0] > 0 and weight.shape[0] > 0
     dtypes = hidden.is_floating_point() and weight.dtype in ops.DTYPES and targets.dtype == torch.int64
@@ -83,7 +83,7 @@ class _FusedTokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
         pairs = [
-            ops.logsumexp_and_target(_logits(part, weight), part_targets)  # the logits die here, before the next chunk
+            ops.logsumexp_and_target(_logits(part, weight), part_targets)  # frees the logits before the next chunk
             for part, part_targets in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
         ]
         lse, target_logit = (torch.cat(parts) for parts in zip(*pairs, strict=True))  # (N,) each
@@ -105,6 +105,6 @@ class _FusedTokenLogps(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """`hidden @ weight.T` in the weight's dtype, (chunk, V), a buffer of its own."""
+    """`hidden @ weight.T` in the weight's dtype, a new (chunk, V) tensor."""
     with torch.autocast(hidden.device.type, enabled=False):
         return linear(hidden.to(weight.dtype), weight)

@@ -1,31 +1,31 @@
 """One pass over a block of logits: log-sum-exp forward, softmax gradient in place backward. Triton, with torch twins.
 
-The idea. A chunk's logits (C, V) come from cuBLAS in the weight's dtype. Plain torch casts them to fp32 and goes over
-them four times more; each kernel here touches a logit once and keeps fp32 in registers alone::
+A chunk's logits (C, V) come from cuBLAS in the weight's dtype. Plain torch casts them to fp32 and then passes over them
+four more times. Each kernel here touches a logit once, with fp32 only in registers::
 
     forward     lse = log sum_v exp(z_v)       z_y                        C V reads
     backward    dz_v = g ([v = y] - exp(z_v - lse)), over z itself        C V reads, C V writes
 
-Forward: one program a row, which walks along the vocabulary. Every lane keeps a maximum m and a sum s of its own
-(online softmax, arXiv 1805.02867, algorithm 3) and the lanes meet once, at the end of the row: no barrier inside the
-loop, and V / 4096 additions a lane instead of V. Of m and z the larger becomes the new m, so one of the two
-exponentials of the textbook's update is always exp(0) = 1, and the other is exp(-|z - m|): one a logit::
+Forward: one program per row, which walks along the vocabulary. Every lane keeps its own maximum m and sum s (online
+softmax, arXiv 1805.02867, algorithm 3); the lanes are combined once, at the end of the row, so the loop has no barrier.
+The larger of m and z becomes the new m, so one of the textbook's two exponentials is exp(0) = 1, and the other is
+exp(-|z - m|): one exponential per logit::
 
     d = z - m      s <- s exp(-d) + 1  if d > 0,  s + exp(d)  otherwise      m <- max(m, z)
 
-m starts at fp32's lowest finite number, not at -inf: a lane that has seen nothing must not compute inf - inf.
-Backward: no sum, so a program takes one block of a row.
+m starts at the lowest finite fp32 number instead of -inf: a lane without logits must not compute inf - inf.
+Backward: no sum, so one program handles one block of a row.
 
-Dtypes. Logits are fp16, bf16 or fp32; all arithmetic is fp32; `dz` is multiplied by the incoming gradient in fp32
-*and then* rounded, once, to the logits' dtype: without the factor most entries are below fp16's smallest number (6e-8)
-and a loss scale could not bring them back. A `dz` above 65,504 becomes inf, which a loss scaler looks for; finite
-logits and gradients never give NaN.
+Dtypes. Logits are fp16, bf16 or fp32; all arithmetic is fp32. `dz` is multiplied by the incoming gradient in fp32 *and
+then* rounded once to the logits' dtype: without this factor most entries are below fp16's smallest number (6e-8), and a
+loss scale could not recover them. A `dz` above 65,504 becomes inf, which the loss scaler detects; finite logits and
+gradients never give NaN.
 
-A target outside [0, V) is not read: its row gets NaN, as log-probability and as gradient, so the step shows a loss that
-is not finite. (`lowlevel.losses` stops the process with a device assertion there, which leaves nothing to report.)
+A target outside [0, V) is not read: its row gets NaN as log-probability and gradient, so the step reports a loss that
+is not finite. (`lowlevel.losses` ends the process there with a device assertion, without any report.)
 
-Left out: `tl.dot` (see `lowlevel.kernels`), several programs a row in the forward pass: with 64 registers a thread a
-multiprocessor of a T4 holds four programs, so a chunk of 512 rows gives its 40 three rounds and an H100's 132 one.
+Left out: `tl.dot` (see `lowlevel.kernels`), and several programs per row in the forward pass. With 64 registers per
+thread, a multiprocessor of a T4 holds four programs, so 512 rows take three rounds on a T4 and one on an H100.
 """
 
 import functools
@@ -35,17 +35,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # logits that the kernels take
-BLOCK = 4096  # logits a program holds at a time: 16 a thread, two 16-byte loads of fp16
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of logits that the kernels accept
+BLOCK = 4096  # logits per program at a time: 16 per thread, two 16-byte loads of fp16
 WARPS = 8
-LAUNCH = {"block": BLOCK, "num_warps": WARPS, "enable_fp_fusion": True}  # Triton 3.9 warns unless fusion is chosen
+LAUNCH = {"block": BLOCK, "num_warps": WARPS, "enable_fp_fusion": True}  # Triton 3.9 warns if fusion is not set
 
 
 def logsumexp_and_target(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """`logits.logsumexp(1)` and `logits[i, targets[i]]`, in one read of the logits.
 
     Args:
-        logits: (C, V), floating; the kernel takes contiguous fp16, bf16 or fp32 on CUDA, its twin all else.
+        logits: (C, V), floating; contiguous fp16, bf16 or fp32 on CUDA for the kernel, anything else for its twin.
         targets: (C,) int64. One outside [0, V) gives NaN as its target logit.
 
     Returns:
@@ -58,7 +58,7 @@ def logsumexp_and_target(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 
 def logsumexp_and_target_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the numbers of `logsumexp_and_target` by plain torch, on any device and layout."""
+    """The same numbers in plain torch, on any device and layout."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     valid = _inside(targets, logits.shape[1])
     target_logit = logits.gather(1, targets.where(valid, 0)[:, None]).squeeze(1)
@@ -66,13 +66,13 @@ def logsumexp_and_target_reference(logits: Tensor, targets: Tensor) -> tuple[Ten
 
 
 def grad_logits_(logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
-    """Overwrite logits z with `grad_logps (onehot(targets) - exp(z - lse))`: what z gets from `z[y] - lse`.
+    """Overwrite logits z with `grad_logps (onehot(targets) - exp(z - lse))`, the gradient of `z[y] - lse`.
 
     Args:
-        logits: (C, V), floating, overwritten; contiguous fp16, bf16 or fp32 on CUDA is what the kernel takes.
+        logits: (C, V), floating, overwritten; the kernel needs contiguous fp16, bf16 or fp32 on CUDA.
         targets: (C,) int64. One outside [0, V) makes its whole row NaN.
         lse: (C,) fp32, from `logsumexp_and_target` on the same logits.
-        grad_logps: (C,) fp32, with the loss scale in it.
+        grad_logps: (C,) fp32, including the loss scale.
 
     Returns:
         `logits` itself, rounded once from fp32 (float64 for float64 logits); inf beyond the dtype's range. No host
@@ -84,7 +84,7 @@ def grad_logits_(logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tenso
 
 
 def grad_logits_reference_(logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
-    """Give the numbers of `grad_logits_` by plain torch, in place as well, on any device and layout."""
+    """The same numbers in plain torch, also in place, on any device and layout."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     valid = _inside(targets, logits.shape[1])
     grad_logits = (logits.to(dtype) - lse[:, None]).exp_().neg_()
@@ -94,10 +94,10 @@ def grad_logits_reference_(logits: Tensor, targets: Tensor, lse: Tensor, grad_lo
 
 @functools.cache
 def usable(device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
-    """Whether both kernels compile and launch there; warns with the reason, once, if they do not.
+    """Whether both kernels compile and launch on this device; if not, warns once with the reason.
 
-    Tries them on one row, so that the answer is known before a training step relies on it. The real calls then find
-    the kernels compiled: a CUDA graph that captures them needs one call of this before, as any graph needs a warm-up.
+    Tries them on one row before a training step relies on them. This also compiles them, which a CUDA graph needs
+    before it captures them.
     """
     logits = torch.zeros(1, vocabulary, dtype=dtype, device=device)
     targets = torch.zeros(1, dtype=torch.int64, device=device)
@@ -112,7 +112,7 @@ def usable(device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
 
 
 class Kernels(NamedTuple):
-    """The compiled-on-demand Triton functions: launch them as `kernels().logsumexp[grid](...)`."""
+    """Triton functions, compiled on demand; launch them as `kernels().logsumexp[grid](...)`."""
 
     logsumexp: Any
     grad_logits: Any
@@ -120,7 +120,7 @@ class Kernels(NamedTuple):
 
 @functools.cache
 def kernels() -> Kernels:
-    """Import Triton and define the kernels. Here and not at the top: Triton is no dependency, and an import costs time.
+    """Import Triton and define the kernels. Not at the top of the file: Triton is optional, and its import takes time.
 
     Raises:
         ImportError: Triton is not installed.
@@ -128,7 +128,7 @@ def kernels() -> Kernels:
     import triton
     import triton.language as tl
 
-    # these vectors are read one number a program: their alignment is not worth another compilation for an odd slice
+    # each program reads one number of these vectors: their alignment is not worth another compilation
     @triton.jit(do_not_specialize_on_alignment=("targets", "lse", "target_logit"))
     def logsumexp(logits, targets, lse, target_logit, vocabulary: tl.constexpr, block: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)  # C V may exceed 2^31

@@ -22,12 +22,11 @@ from lowlevel.errors import CheckpointError, ConfigError, one_line, quoted
 from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.dropout import DropoutState
 from lowlevel.model.files import is_finite, read_json_object, refuse_pickles
-from lowlevel.model.flat import flatten
 from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.linear import install_side_by_side
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import PARENT, TRAINED, Policy, place_dropout
+from lowlevel.model.policy import PARENT, TRAINED, Policy, flatten, place_dropout
 from lowlevel.model.suitability import check_base
 
 WEIGHTS = "adapter_model.safetensors"

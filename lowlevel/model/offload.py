@@ -1,14 +1,15 @@
-"""Inputs of recomputed layers in host memory between forward and backward pass (`train.offload_activations`).
+"""Tensors in host memory: the inputs of recomputed layers (`train.offload_activations`), and the input embedding
+(`model.embeddings_on_host`).
 
-torch.utils.checkpoint saves a layer's input through the saved-tensor hooks around the call (so that checkpoints nest),
-and what is saved inside the layer through its own: hooks around a checkpointed layer see its input alone.
+torch.utils.checkpoint saves a layer's input through the saved-tensor hooks that surround the call (so that checkpoints
+nest), and saves tensors inside the layer through its own hooks. Hooks around a checkpointed layer only get its input.
 
-    forward     the input of layer i goes to the host while layer i runs on it
-    backward    the input of layer i - 1 comes back while layer i is recomputed
+    forward     the input of layer i is copied to the host while layer i runs
+    backward    the input of layer i - 1 is copied back while layer i is recomputed
 
-The copies run in a stream of their own, which starts from the current stream and joins it again around each layer: a
-CUDA graph takes that as a branch, and no memory is freed or written while a copy uses it. Each layer has one buffer,
-pinned on a GPU, whose address stays.
+The copies run on a second stream that starts from the current stream and joins it around each layer. A CUDA graph
+captures this as a branch, and no memory is freed or written while a copy uses it. Each layer has one buffer with a
+fixed address, pinned if the device is a GPU.
 """
 
 from __future__ import annotations
@@ -17,39 +18,45 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from lowlevel.errors import ConfigError
+from lowlevel.kernels.host_rows import host_rows
+
+TIED = "model.embeddings_on_host: this model's input embedding is its LM head too; leave it out"
 
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """The input of a layer on the host; another object with each forward pass."""
+    """The input of a layer on the host; each forward pass makes a new object."""
 
     number: int  # of the layer, from 0
     host: Tensor  # (rows, T, D), in the layer's buffer
 
 
 class HostInputs:
-    """Room on the host for the input of each recomputed layer: those of one micro-batch at a time."""
+    """Host buffers for the inputs of the recomputed layers, one micro-batch at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        """`device` computes. Buffers are made when a layer first runs, and again for larger inputs."""
+        """`device` runs the layers. Buffers are allocated when a layer first runs, and again for a larger input."""
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers: dict[int, Tensor] = {}  # bytes, by layer
         self._outgrown: list[Tensor] = []  # captured graphs still copy to and from these
         self._stored: dict[int, Stored] = {}  # by layer
-        self._ahead: tuple[Stored, Tensor] | None = None  # what is on its way back already
+        self._ahead: tuple[Stored, Tensor] | None = None  # the next input, already on its way back
 
     @contextmanager
     def keeping(self, number: int) -> Iterator[None]:
-        """Around the checkpointed forward of layer `number`; its input must stay alive until the end.
+        """Put this around the checkpointed forward of layer `number`; its input must stay alive until the end.
 
         Raises:
-            RuntimeError: a larger input than any before, within a capture, where no memory can be pinned; or, in the
-                backward pass, a later forward pass has taken the place of the input.
+            RuntimeError: the input needs a larger buffer during a CUDA graph capture, when no memory can be pinned; or,
+                in the backward pass, a later forward pass has overwritten the input.
         """
         with saved_tensors_hooks(partial(self._store, number), self._load):
             yield
@@ -58,7 +65,7 @@ class HostInputs:
 
     def _store(self, number: int, tensor: Tensor) -> Stored | Tensor:
         if not tensor.numel():
-            return tensor  # torch 2.11's checkpoint saves an empty tensor of its own as well
+            return tensor  # torch 2.11's checkpoint also saves an empty tensor
         host = self._buffer(number, tensor.nbytes).view(tensor.dtype).view(tensor.shape)
         self._fork()
         with torch.cuda.stream(self._stream):
@@ -70,7 +77,7 @@ class HostInputs:
         if isinstance(stored, Tensor):
             return stored
         if self._stored[stored.number] is not stored:
-            raise RuntimeError(f"layer {stored.number}: a later forward pass took the place of its input on the host")
+            raise RuntimeError(f"layer {stored.number}: a later forward pass overwrote its input on the host")
         tensor = self._ahead[1] if self._ahead and self._ahead[0] is stored else self._fetch(stored)
         self._join()
         before = self._stored.get(stored.number - 1)
@@ -78,7 +85,7 @@ class HostInputs:
         return tensor
 
     def _fetch(self, stored: Stored) -> Tensor:
-        """A copy on the device, complete after the next `_join`; its memory is the current stream's."""
+        """A copy on the device, complete after the next `_join`; its memory belongs to the current stream."""
         tensor = torch.empty(stored.host.shape, dtype=stored.host.dtype, device=self._device)
         self._fork()
         with torch.cuda.stream(self._stream):
@@ -89,9 +96,7 @@ class HostInputs:
         buffer = self._buffers.get(number)
         if buffer is None or len(buffer) < size:
             if self._stream and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    f"layer {number}: no room on the host for {size:,} bytes, and none can be pinned now"
-                )
+                raise RuntimeError(f"layer {number}: cannot pin {size:,} bytes on the host during a graph capture")
             self._outgrown += [] if buffer is None else [buffer]
             buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)
             self._buffers[number] = buffer
@@ -104,3 +109,35 @@ class HostInputs:
     def _join(self) -> None:
         if self._stream:
             torch.cuda.current_stream().wait_stream(self._stream)
+
+
+class HostEmbedding(nn.Module):
+    """Replaces a frozen nn.Embedding: the same numbers, read from pinned host memory."""
+
+    def __init__(self, table: Tensor) -> None:
+        """Copies `table` (V, D) to the host, from any device."""
+        super().__init__()
+        host = table.detach().cpu()
+        self.weight = nn.Parameter(host.pin_memory() if table.is_cuda else host, requires_grad=False)
+        self.num_embeddings, self.embedding_dim = table.shape
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(rows, T) int64 -> (rows, T, D)."""
+        return host_rows(self.weight, input_ids)
+
+
+def move_embeddings_to_host(model: Any) -> None:
+    """Move a model's input embedding to host memory, and free its GPU memory.
+
+    Raises:
+        ConfigError: the table is also the LM head (tied), which every step multiplies with; or the embedding does more
+            than look up a row, as in Gemma 3.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(embedding) is not nn.Embedding:
+        raise ConfigError(f"model.embeddings_on_host: {type(embedding).__name__} does more than look up; leave it out")
+    if embedding.weight is head.weight or embedding.weight.data_ptr() == head.weight.data_ptr():
+        raise ConfigError(TIED)
+    model.set_input_embeddings(HostEmbedding(embedding.weight))
+    if embedding.weight.is_cuda:
+        torch.cuda.empty_cache()

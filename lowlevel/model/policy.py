@@ -1,9 +1,11 @@
-"""The policy: a frozen base, an optional frozen adapter, and the adapter in training; and its reference, the same
-weights with the training adapter switched off."""
+"""The policy: a frozen base, an optional frozen adapter (the parent), and the trained adapter.
+
+The reference is the same model with the trained adapter switched off.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,18 +21,38 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.kernels import token_logps
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.dropout import CounterDropout, DropoutState
-from lowlevel.model.flat import FlatParameters
 from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.linear import quantised_state
 from lowlevel.model.placement import Placement
 
 TRAINED = "trained"  # the adapter in training
-PARENT = "parent"  # the frozen adapter under it: what DPO started from
+PARENT = "parent"  # the frozen adapter that it is stacked on: where DPO started
+
+
+@dataclass(frozen=True)
+class FlatParameters:
+    """All trainable weights in one buffer, and all their gradients in another: an optimizer step is a few kernels.
+
+    `weights` (n,) fp32 with `weights.grad` (n,) fp32; `views` are the adapter's parameters, views of both buffers.
+    """
+
+    weights: nn.Parameter
+    views: Mapping[str, nn.Parameter]
+
+    @property
+    def grad(self) -> Tensor:
+        """The flat gradient, never None: backward passes add into it."""
+        assert self.weights.grad is not None
+        return self.weights.grad
+
+    def named_grads(self) -> dict[str, Tensor]:
+        """Gradient of each parameter, as a view."""
+        return {name: view.grad for name, view in self.views.items() if view.grad is not None}
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Everything a training step needs of the model."""
+    """The model of a training step."""
 
     model: PeftModel
     flat: FlatParameters
@@ -43,7 +65,7 @@ class Policy:
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """The model under the adapters: Hugging Face's own class."""
+        """The Hugging Face model inside PEFT's wrapper."""
         return cast("PreTrainedModel", self.model.get_base_model())
 
     @property
@@ -54,7 +76,7 @@ class Policy:
         return head.weight
 
     def scored_hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Final hidden states at the scored positions alone, (N, D): the LM head is applied to nothing else."""
+        """Final hidden states at the scored positions, (N, D): the only ones that the LM head reads."""
         decoder = self.causal_lm.get_decoder()
         with self.placement.autocast():
             hidden = decoder(
@@ -66,15 +88,15 @@ class Policy:
         return hidden.flatten(0, 1).index_select(0, batch.scored_positions)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        """Log-probability of each of the N scored tokens, (N,) fp32: what every loss here is made of."""
+        """Log-probability of each of the N scored tokens, (N,) fp32. All losses start from these."""
         return token_logps(self.scored_hidden_states(batch), self.lm_head_weight, batch.scored_targets)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The frozen reference: training adapter off, dropout off, no gradient.
+        """Switch to the frozen reference within the block: trained adapter off, dropout off, no gradient.
 
-        PEFT 0.21's `disable_adapter()` would also turn the frozen adapter off, and on leaving turn `requires_grad` on
-        for every adapter weight; this switch touches the active set alone and puts the trainable set back as it was.
+        PEFT 0.21's `disable_adapter()` also turns the parent off, and afterwards sets `requires_grad` on every adapter
+        weight; this switch only changes the active adapters, and restores them.
         """
         keys, self.dropout.token_keys = self.dropout.token_keys, None
         self.activate(parent=True, trained=False)
@@ -86,7 +108,7 @@ class Policy:
             self.dropout.token_keys = keys
 
     def activate(self, *, parent: bool, trained: bool) -> None:
-        """Choose the adapters that take part in a forward pass. Only the trained one ever receives a gradient."""
+        """Choose the adapters of a forward pass. Only the trained one receives gradients."""
         names = [PARENT] * (parent and self.has_parent) + [TRAINED] * trained
         for layer in self.lora_layers:
             layer.set_adapter(names, inference_mode=True)
@@ -99,10 +121,10 @@ class Policy:
 
 
 def quantised_weights(policy: Policy) -> tuple[int, int]:
-    """How many of the base's weights were loaded in 4 bits, and of how many; without input embedding and LM head.
+    """Number of the base's weights that were loaded in 4 bits, and of all; without input embedding and LM head.
 
-    bitsandbytes quantises linear layers alone: experts that are one 3-D parameter a layer stay as they are. Adapted
-    layers count as quantised if they were dequantised once.
+    bitsandbytes only quantises linear layers, not experts that are one 3-D parameter per layer. Layers that
+    `dequantize_once` changed count as quantised.
     """
     base, quantised, total = policy.causal_lm, 0, 0
     embeddings = [*base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()]
@@ -118,10 +140,9 @@ def quantised_weights(policy: Policy) -> tuple[int, int]:
 
 
 def dequantize_once(policy: Policy) -> None:
-    """Keep the dequantised weights of the adapted layers, in the place of their 4-bit ones: 2 bytes a weight for 0.5.
+    """Replace the 4-bit weights of the adapted layers by dequantised ones: 2 bytes per weight instead of 0.5.
 
-    The products see the same numbers; on an H100 dequantising them in each pass takes as long as the products of
-    some 500 positions.
+    The numbers stay the same. On an H100, dequantising in each pass takes as long as the products of 500 positions.
     """
     for layer in policy.lora_layers:
         quantised = cast(Any, layer).base_layer
@@ -135,7 +156,7 @@ def dequantize_once(policy: Policy) -> None:
 
 
 def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, device: torch.device) -> None:
-    """Put counter dropout in the place of the trained adapter's `lora_dropout`; the frozen adapter has none."""
+    """Replace the trained adapter's `lora_dropout` by `CounterDropout`; the parent gets no dropout."""
     for salt, name in enumerate(sorted(layers)):
         layer = layers[name]
         features = cast(int, layer.in_features)
@@ -143,3 +164,25 @@ def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, d
         layer.lora_dropout[TRAINED] = replacement
         if PARENT in layer.lora_dropout:
             layer.lora_dropout[PARENT] = nn.Identity()
+
+
+def flatten(parameters: Mapping[str, nn.Parameter]) -> FlatParameters:
+    """Move parameters into one buffer and make them views of it.
+
+    Raises:
+        ValueError: no parameters, or one that is not fp32 (fp16 cannot be unscaled or updated exactly).
+    """
+    if not parameters:
+        raise ValueError("no trainable parameters")
+    wrong = [name for name, parameter in parameters.items() if parameter.dtype != torch.float32]
+    if wrong:
+        raise ValueError(f"trainable parameters must be fp32, and {wrong[0]} is {parameters[wrong[0]].dtype}")
+    weights = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()]))
+    weights.grad = torch.zeros_like(weights)
+    start = 0
+    for parameter in parameters.values():
+        span = slice(start, start + parameter.numel())
+        parameter.data = weights.data[span].view_as(parameter)
+        parameter.grad = weights.grad[span].view_as(parameter)
+        start = span.stop
+    return FlatParameters(weights, dict(parameters))

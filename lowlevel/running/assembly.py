@@ -24,9 +24,9 @@ from lowlevel.methods import Method, dpo, sft
 from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, resolve_name
-from lowlevel.model.embedding import TIED, move_embeddings_to_host
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
+from lowlevel.model.offload import TIED, move_embeddings_to_host
 from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
 from lowlevel.model.sizes import size_of

@@ -12,7 +12,7 @@ from workspace import CHATS, PAIRS, reply
 
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.model import base
-from lowlevel.model.embedding import HostEmbedding
+from lowlevel.model.offload import HostEmbedding
 from lowlevel.running.reopening import load_run, reopen, step_examples
 
 NOTE = "note: the base is not checked, its hash is one of float16 and it is float32 here"

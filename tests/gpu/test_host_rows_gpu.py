@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowlevel.kernels.host_rows import host_rows
-from lowlevel.model.embedding import HostEmbedding
+from lowlevel.model.offload import HostEmbedding
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -179,6 +179,6 @@ def test_copies_are_captured_and_replayed_on_other_numbers():
 
 def test_a_capture_without_room_says_so():
     host, x = HostInputs(CUDA), torch.randn(8, 8, device=CUDA, requires_grad=True)
-    with pytest.raises(RuntimeError, match="layer 0: no room on the host for 256 bytes, and none can be pinned now"):
+    with pytest.raises(RuntimeError, match="layer 0: cannot pin 256 bytes on the host during a graph capture"):
         with torch.cuda.graph(torch.cuda.CUDAGraph()), host.keeping(0):
             checkpoint(torch.sin, x, use_reentrant=False, preserve_rng_state=False)

@@ -6,7 +6,7 @@ import torch
 from workspace import metrics, run
 
 from lowlevel.kernels.host_rows import host_rows, host_rows_reference
-from lowlevel.model.embedding import HostEmbedding, move_embeddings_to_host
+from lowlevel.model.offload import HostEmbedding, move_embeddings_to_host
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 5)])

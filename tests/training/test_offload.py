@@ -131,7 +131,7 @@ def test_a_later_forward_pass_is_not_taken_for_the_earlier_one():
     host = HostInputs(torch.device("cpu"))
     x = torch.randn(2, 3, 4, requires_grad=True)
     first, second = chain(host, x), chain(host, 2 * x)
-    with pytest.raises(RuntimeError, match="layer 2: a later forward pass took the place of its input on the host"):
+    with pytest.raises(RuntimeError, match="layer 2: a later forward pass overwrote its input on the host"):
         first.sum().backward()
     second.sum().backward()
 
