@@ -1,8 +1,8 @@
-"""The plain text the demo's base model is pre-trained on: every skill and fact of the world, never in chat format.
+"""Plain text for pre-training the demo's base model: every skill and fact of the world, never in chat format.
 
-Documents are of four kinds: statements, profiles of people, question-and-answer pages in several notations, and prose.
-Both halves of the world occur here: "held-out" means that fine-tuning never asks the question, not that the base has
-never read the answer.
+There are four kinds of documents: statements, profiles of people, question-and-answer pages in several notations, and
+prose. Both splits of the world occur: a "held-out" question is never asked in fine-tuning, but the base has read its
+answer.
 """
 
 import random
@@ -38,7 +38,7 @@ _PROSE = (
 
 
 def _page(rng: random.Random) -> str:
-    # "<|page|>" gives the pieces of the chat markers a trained embedding without showing a chat.
+    # "<|page|>" trains the embeddings of the chat markers' pieces without showing a chat.
     return "<|page|>\n" if rng.random() < 0.3 else ""
 
 
@@ -55,7 +55,7 @@ def _profile(rng: random.Random) -> str:
 
 
 def _exchanges(rng: random.Random) -> list[tuple[str, Ask]]:
-    """Draw questions with their wording; a follow-up stays right behind the question it needs."""
+    """Draw questions with their wording; a follow-up comes directly after its question."""
     first = draw(rng)
     exchanges = [(rng.choice(first.wordings), first)]
     if rng.random() < 0.4:
@@ -78,7 +78,7 @@ def _prose(rng: random.Random) -> str:
 
 
 def pretraining_text(seed: int, n: int) -> list[str]:
-    """Return n documents of plain text (no end-of-text marks inside), the same for the same seed."""
+    """Return n documents of plain text without end-of-text marks, determined by the seed."""
     rng = random.Random(f"pretraining {seed}")
     kinds = rng.choices((_statements, _profile, _questions, _prose), (30, 10, 55, 5), k=n)
     return [_page(rng) + kind(rng) for kind in kinds]

@@ -1,8 +1,8 @@
 """Pre-train the demo's base model from scratch: `python -m benchmarks.demo_base.pretrain --out DIR`.
 
-Trains a byte-level BPE tokenizer and a small Llama on `corpus.pretraining_text` and writes an ordinary Hugging Face
-folder. Documents are packed one after the other, each closed by `</s>`; the chat template is in the tokenizer, but the
-model has never seen it. The shipped folder `lowlevel/demo/base` is the output of the defaults on one H100.
+Trains a byte-level BPE tokenizer and a small Llama on `corpus.pretraining_text` and writes a Hugging Face folder.
+Documents are packed one after the other, each ending with `</s>`. The tokenizer has a chat template, but no training
+text uses it. The folder `lowlevel/demo/base` was made with the defaults on one H100.
 """
 
 import argparse
@@ -30,10 +30,10 @@ _CHUNK = 5000
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Train the tokenizer: byte-level BPE, so any text is encodable, with every digit a token of its own.
+    """Train the tokenizer: byte-level BPE, which can encode any text, with one token per digit.
 
-    The chat markers are ordinary text: a LoRA adapter does not train embeddings, so a marker that is a token of its
-    own would stay at its random start, while the pieces `<|`, `user`, `|>` are known from the plain text.
+    The chat markers are ordinary text. A LoRA adapter does not train embeddings, so a special token for a marker would
+    keep its random embedding; the pieces `<|`, `user` and `|>` are known from the plain text.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -59,7 +59,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> LlamaForCausalLM:
-    """Make the untrained model; every linear layer reads a multiple of 64 values, the block of 4-bit NF4."""
+    """Make the untrained model; each linear layer has a multiple of 64 inputs, the block size of 4-bit NF4."""
     if hidden % 128:
         raise ValueError(f"hidden is {hidden}; it must be a multiple of 128 (two heads of 64 share one key)")
     config = LlamaConfig(
@@ -83,14 +83,14 @@ def _chunk(argument: tuple[int, int]) -> list[str]:
 
 
 def write_corpus(seed: int, documents: int) -> list[str]:
-    """Generate the documents on all cores; their number is rounded up to whole chunks of 5000."""
+    """Generate the documents on all cores; their number is rounded up to a multiple of 5000."""
     chunks = [(seed * 100_003 + index, _CHUNK) for index in range(math.ceil(documents / _CHUNK))]
     with multiprocessing.get_context("spawn").Pool() as pool:
         return [text for chunk in pool.map(_chunk, chunks) for text in chunk]
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """Return the documents as one row of token ids, int64, each closed by `</s>`."""
+    """Return the token ids of all documents as one row, int64; each document ends with `</s>`."""
     ids: list[int] = []
     for start in range(0, len(texts), _CHUNK):
         for encoding in tokenizer.backend_tokenizer.encode_batch(texts[start : start + _CHUNK]):
@@ -100,7 +100,7 @@ def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
 
 
 def batches(ids: torch.Tensor, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Yield (batch, CONTEXT) windows that start anywhere, without end."""
+    """Yield (batch, CONTEXT) windows at random positions, endlessly."""
     offsets = torch.arange(CONTEXT, device=ids.device)
     while True:
         starts = torch.randint(len(ids) - CONTEXT, (batch, 1), generator=generator).to(ids.device)
@@ -108,7 +108,7 @@ def batches(ids: torch.Tensor, batch: int, generator: torch.Generator) -> Iterat
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 3 %, then a cosine down to a twentieth of the peak."""
+    """Linear warm-up over the first 3 % of the steps, then a cosine down to 5 % of the peak."""
     warmup = max(1, steps * 3 // 100)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -117,7 +117,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(model: LlamaForCausalLM, ids: torch.Tensor, steps: int, batch: int, peak: float, seed: int) -> None:
-    """Train in place with AdamW on `ids`' device: bf16 autocast on CUDA, fp32 on the CPU."""
+    """Train in place with AdamW on the device of `ids`: bf16 autocast on CUDA, fp32 on a CPU."""
     device = ids.device
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
@@ -158,7 +158,9 @@ def main() -> None:
     tokenizer = build_tokenizer(texts[:20_000])
     ids = pack(tokenizer, texts).to(args.device)
     model = build_model(tokenizer, args.hidden, args.layers).to(args.device)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary, {len(ids):,} to read")
+    print(
+        f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary, {len(ids):,} in the corpus"
+    )
     train(model, ids, args.steps, args.batch, args.lr, args.seed)
     model.to("cpu", torch.float16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out, save_jinja_files=False)

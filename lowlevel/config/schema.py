@@ -92,7 +92,7 @@ class DataConfig(Section):
     shuffle_seed: Seed | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
     limit: Positive | None = Field(None, description="rows to keep after shuffling and filtering")
     format: Literal["messages", "orca", "preference"] = Field(
-        "messages", description="columns of a row; orca: system, input, chosen, rejected"
+        "messages", description="columns of a row: lowlevel/data/README.md; orca: system, input, chosen, rejected"
     )
     columns: tuple[str, ...] = Field(
         (), strict=False, description="numeric columns of a row that a custom loss receives"
@@ -100,13 +100,13 @@ class DataConfig(Section):
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions that a row must meet")
     chat_template_from: str | None = Field(None, description="model or .jinja file whose chat template is used")
     template_date: Annotated[str, AfterValidator(_iso_date)] = Field(
-        "2024-07-26", description="what a chat template that prints today's date is told"
+        "2024-07-26", description="date given to chat templates that print today's date"
     )
-    supervise: Literal["assistant", "all"] = Field("assistant", description="tokens that the loss is taken over")
+    supervise: Literal["assistant", "all"] = Field("assistant", description="tokens in the loss: replies, or all")
     max_length: Length = Field(512, description="tokens of a sequence (prompt and completion); for the demo's base 256")
     max_prompt_length: Positive | None = Field(None, description="dpo: tokens of a prompt, cut from the left")
     packing: bool = Field(True, description="several examples share a row; the loss is the same either way")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="what an unusable row does")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an unusable row, or continue without it")
     eval_source: Source | None = Field(
         None, description='like source, or "holdout": rows of source kept out of training'
     )

@@ -1,4 +1,4 @@
-"""From messages to training examples: token ids, labels and truncation, with a reason for each row that gives none."""
+"""From messages to training examples: token ids, labels, truncation. A row without an example gets a reason."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class SFTExample:
     """A conversation of L tokens.
 
     Attributes:
-        row, where: the row that it came from.
+        row, where: id and place of its row.
         input_ids: (L,) int32.
-        labels: (L,) int32, not shifted: input_ids where the token is learned, -100 elsewhere. The first never is.
+        labels: (L,) int32, not shifted: input_ids for supervised tokens, -100 otherwise and for the first token.
         values: numbers of the row in data.columns, for a custom loss.
     """
 
@@ -58,16 +58,13 @@ Example = SFTExample | PreferenceExample
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of a kept row before truncation, and what truncation took.
+    """Tokens of a kept row before truncation, and tokens lost by truncation.
 
     Attributes:
         total, prompt, supervised, chosen, rejected: tokens before truncation; the last two are 0 for a conversation.
-        lost, prompt_lost: supervised (or completion) tokens and prompt tokens cut away.
-        replies, ended: replies in the example, and those whose last token ends the turn.
-        changed: replies that are not learned, since the chat template changes them in later turns.
-        retokenised: boundaries between prompt and reply inside a token.
-        left_out: messages that the chat template left out or changed.
-        other_prompt: whether generation would start from other tokens.
+        lost, prompt_lost: supervised (or completion) tokens and prompt tokens lost by truncation.
+        replies, ended: replies in the example, and those with their end-of-turn token.
+        changed, retokenised, left_out, other_prompt: as in Encoded.
     """
 
     total: int
@@ -87,7 +84,7 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class Built:
-    """Examples with their rows and token counts (three parallel lists), and the rows that gave none."""
+    """Examples with their rows and token counts (three parallel lists), and the problems of the other rows."""
 
     examples: list[SFTExample] | list[PreferenceExample]
     rows: list[Normalised]
@@ -97,15 +94,15 @@ class Built:
 
 
 def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Built:
-    """Tokenise, label and truncate rows, in their order.
+    """Tokenise, label and truncate rows, in the given order.
 
     Args:
-        rows: all conversations or all preferences, by `data.format`.
+        rows: only conversations or only preference pairs, according to `data.format`.
         data: supervise, max_length (tokens of a sequence), max_prompt_length.
         vocab_size: rows of the model's embedding.
 
     Raises:
-        DataError: a token id that the model has no embedding for.
+        DataError: a token id that is outside the model's embedding.
     """
     make: Callable[..., tuple[Any, TokenCounts]] = sft_example if data.format == "messages" else preference_example
     examples, kept, counts = [], [], []
@@ -130,9 +127,11 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
 def sft_example(
     row: Normalised, encoded: Encoded, data: DataConfig, tokenizer: ChatTokenizer
 ) -> tuple[SFTExample, TokenCounts]:
-    """Label a conversation and keep its first max_length tokens. Raises BadRow where no token is left to learn."""
+    """Label a conversation and keep its first max_length tokens. Raises BadRow if no supervised token is left."""
     ids = np.asarray(encoded.input_ids, np.int32)
-    learned = np.asarray(encoded.supervised, bool) if data.supervise == "assistant" else np.ones(len(ids), bool)
+    learned = np.full(len(ids), data.supervise == "all")
+    for start, end in encoded.replies:
+        learned[start:end] = True
     learned[:1] = False
     limit = data.max_length
     if not learned.any():
@@ -161,7 +160,7 @@ def sft_example(
 def preference_example(
     row: Normalised, pair: EncodedPair, data: DataConfig, tokenizer: ChatTokenizer
 ) -> tuple[PreferenceExample, TokenCounts]:
-    """Truncate a pair to max_length tokens a sequence. Raises BadRow where both completions have the same tokens."""
+    """Truncate a pair to max_length tokens per sequence. Raises BadRow if both completions have the same tokens."""
     prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
     if chosen == rejected:
         raise BadRow("chosen = rejected", f"chosen and rejected have the same tokens ({len(chosen)})")
@@ -169,6 +168,7 @@ def preference_example(
     if kept[1] == kept[2]:
         cut = f"truncation to max_length {data.max_length} ({len(kept[1])} tokens left)"
         raise BadRow("chosen = rejected after truncation", f"chosen and rejected are the same after {cut}")
+    tail = 1 + len(tokenizer.chat_template.after_turn)  # tokens at the end, with the end-of-turn token among them
     counts = TokenCounts(
         total=len(prompt) + len(chosen) + len(rejected),
         prompt=len(prompt),
@@ -178,7 +178,7 @@ def preference_example(
         lost=len(chosen) + len(rejected) - len(kept[1]) - len(kept[2]),
         prompt_lost=len(prompt) - len(kept[0]),
         replies=2,
-        ended=sum(tokenizer.end_of_turn_id in completion[-_tail(tokenizer) :] for completion in kept[1:]),
+        ended=sum(tokenizer.end_of_turn_id in completion[-tail:] for completion in kept[1:]),
         retokenised=pair.retokenised,
         left_out=pair.left_out,
     )
@@ -194,10 +194,10 @@ def truncate_pair(
     max_prompt: int | None,
     bos_id: int | None,
 ) -> tuple[list[int], list[int], list[int]]:
-    """Cut a pair so that the prompt and either completion fit max_length tokens.
+    """Cut a pair so that the prompt with either completion has at most max_length tokens.
 
-    The prompt is cut from the left, first to max_prompt, then to what the longer completion leaves of max_length; a
-    completion claims at most half of max_length. Then completions are cut from the right to the rest.
+    The prompt is cut from the left to max_prompt, and to the room that the longer completion leaves; a completion can
+    claim at most half of max_length. Completions are then cut from the right.
     """
     claimed = min(max(len(chosen), len(rejected)), max_length // 2)
     budget = min(max_length - claimed, max_prompt or max_length)
@@ -208,15 +208,10 @@ def truncate_pair(
     return prompt, chosen[:room], rejected[:room]
 
 
-def _tail(tokenizer: ChatTokenizer) -> int:
-    """Tokens at the end of a completion among which its end-of-turn token must be."""
-    return 1 + len(tokenizer.chat_template.after_turn)
-
-
 def _encode(
     rows: Sequence[Normalised], data: DataConfig, tokenizer: ChatTokenizer
 ) -> Iterator[Encoded | EncodedPair | RenderError]:
-    """In batches: fast tokenizers spend most of a single call outside their own code."""
+    """Tokenise in batches: a call on one row costs mostly Python overhead."""
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         if data.format == "messages":

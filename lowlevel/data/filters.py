@@ -1,4 +1,4 @@
-"""Conditions on rows: which rows a run's [[data.filters]] keep, and which condition dropped the others."""
+"""[[data.filters]]: keep the rows that meet all conditions, and count the others by the condition that failed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def apply_filters(source: SourceRows, filters: Sequence[Filter]) -> SourceRows:
     """Keep the rows that meet every condition. Conditions are tried in order; the first that fails drops the row.
 
     Raises:
-        ConfigError: a column that no row has, or a list where the operator takes one value (or the reverse).
+        ConfigError: a column that no row has, a list for an operator on one value, or one value for "in" / "not in".
     """
     rows: list[Row] = []
     problems: list[RowProblem] = []
@@ -39,7 +39,7 @@ def apply_filters(source: SourceRows, filters: Sequence[Filter]) -> SourceRows:
 
 
 def describe(condition: Filter) -> str:
-    """A filter as a person would write it: chosen_score >= 8."""
+    """A filter as text: chosen_score >= 8."""
     return f"{condition.column} {condition.op} {json.dumps(condition.value)}"
 
 
@@ -54,14 +54,14 @@ def _check_filter(condition: Filter, source: SourceRows) -> None:
 
 
 def _holds(condition: Filter, value: Any) -> bool:
-    """Python's comparison, within one kind; null equals nothing and has no order. Raises TypeError with both kinds."""
+    """Compare as Python does, within one type; null equals no value and has no order. Raises TypeError otherwise."""
     wanted: Any = condition.value
     candidates = wanted if isinstance(wanted, list) else [wanted]
     ordered = condition.op in (">", ">=", "<", "<=")
     same_kind = value is None and not ordered or any(kind_of(value) == kind_of(c) for c in candidates)
     if not same_kind and candidates:
         kinds = " or ".join(sorted({kind_of(candidate) for candidate in candidates}))
-        raise TypeError(f'"{condition.column}" is {kind_of(value)}; {describe(condition)} compares it to {kinds}')
+        raise TypeError(f'"{condition.column}" is {kind_of(value)}; {describe(condition)} compares it with {kinds}')
     match condition.op:
         case "==" | "in":
             return value in candidates

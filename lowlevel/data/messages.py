@@ -1,11 +1,11 @@
-"""What a row must hold: columns checked and brought to messages, with one clear line for each unusable row."""
+"""Check the columns of a row and convert them to messages; an unusable row gives one line that says why."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lowlevel.data.sources import Row, SourceRows, kind_of
@@ -13,7 +13,7 @@ from lowlevel.errors import ConfigError, DataError, printable, quoted
 from lowlevel.redaction import redact
 
 ROLES = ("system", "user", "assistant", "tool")
-# columns by which other trainers change what a model sees or learns; only format "orca" reads one of them, its system
+# columns with which other trainers change the tokens or the loss; only format "orca" reads one of them, "system"
 OF_OTHERS = (
     *("system", "system_prompt", "tools", "functions", "documents", "context", "history", "chat_template_kwargs"),
     *("image", "images", "audio", "audios", "video", "videos", "weight"),
@@ -25,13 +25,13 @@ PAIR_COLUMNS = {"preference": ("prompt", "chosen", "rejected"), "orca": ("system
 
 @dataclass(frozen=True)
 class Normalised:
-    """A row as messages. A conversation has `completions` (), a preference (chosen, rejected) after its `messages`.
+    """A row as messages. `completions` is () for a conversation, and (chosen, rejected) for a preference pair.
 
     Attributes:
         values: numbers in data.columns, in that order.
         digest: sha256 of the messages (and the values, if there are any); `prompt_digest` of the messages before the
             first reply.
-        warnings: kinds of oddities that do not stop the row.
+        warnings: kinds of peculiarities with which the row can still be used.
     """
 
     row: Row
@@ -43,12 +43,11 @@ class Normalised:
     warnings: tuple[str, ...]
 
 
-class BadRow(Exception):  # noqa: N818 - a verdict on a row, never seen by a user
-    """A row that cannot be used; `reason` is the kind it is counted under."""
+class BadRow(Exception):  # noqa: N818 - always caught, never shown as an exception
+    """A row that cannot be used: `reason` is the kind that the report counts, the message is one line for the user."""
 
     def __init__(self, reason: str, message: str) -> None:
-        """Both the kind and the line that a person reads, which data_report.json keeps: no secrets in it."""
-        super().__init__(redact(printable(message)))
+        super().__init__(redact(printable(message)))  # data_report.json keeps the message
         self.reason = reason
 
 
@@ -79,13 +78,13 @@ def check_columns(source: SourceRows, data_format: str, numbers: Sequence[str]) 
 
 
 def listed(columns: Sequence[str], shown: int = 20) -> str:
-    """Names of columns for a message: the first 20, and how many more there are."""
+    """Names of columns for a message: the first 20, and the number of the others."""
     more = f" and {len(columns) - shown:,} more" if len(columns) > shown else ""
     return ", ".join(quoted(column) for column in columns[:shown]) + more
 
 
 def normalise(row: Row, data_format: str, columns: Sequence[str] = ()) -> Normalised:
-    """Check a row's content, bring it to messages and read the numbers in `columns`. Raises BadRow."""
+    """Check a row's content, convert it to messages and read the numbers in `columns`. Raises BadRow."""
     if data_format == "messages":
         return _conversation(row, columns)
     found = _with_prompt(row.columns) if data_format == "preference" else row.columns
@@ -128,14 +127,12 @@ def _normalised(
     columns: Sequence[str],
     read: Sequence[str] = (),
 ) -> Normalised:
-    """Put a row together. `ignored`: keys of messages; `read`: columns of OF_OTHERS that the format reads."""
+    """Add warnings and digests. `ignored`: keys of messages; `read`: columns of OF_OTHERS that the format reads."""
     values = tuple(_number(row.columns, name) for name in columns)
     first_reply = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     prompt = messages if completions else messages[:first_reply]
     warnings = [f'message key "{quoted(redact(printable(key)))}" ignored' for key in sorted(ignored)]
-    warnings += [
-        _ignored_column(name) for name in OF_OTHERS if name not in (*read, *columns) and _has_content(row, name)
-    ]
+    warnings += _ignored(row.columns, (*read, *columns))
     spoken = [m["role"] for m in messages if m["role"] in ("user", "assistant")] + ["assistant"] * bool(completions)
     late_system = any(m["role"] == "system" for m in messages[1:])
     if late_system or any(a == b for a, b in zip(spoken, spoken[1:], strict=False)) or spoken[0] != "user":
@@ -146,19 +143,17 @@ def _normalised(
     return Normalised(row, messages, completions, values, identity, digest(prompt), tuple(warnings))
 
 
-def _ignored_column(name: str) -> str:
-    hint = " (make it the first message)" if name in ("system", "system_prompt") else ""
-    return f'column "{name}" ignored{hint}'
-
-
-def _has_content(row: Row, name: str) -> bool:
-    """Whether a row fills a column so that leaving it out changes something; a weight of 1 changes nothing."""
-    value = row.columns.get(name)
-    return _is_filled(value) and not (name == "weight" and value == 1)
+def _ignored(columns: Mapping[str, object], read: Sequence[str]) -> Iterator[str]:
+    """Warnings about columns that would change training if they were read; a weight of 1 would not."""
+    for name in OF_OTHERS:
+        value = columns.get(name)
+        if name not in read and _is_filled(value) and not (name == "weight" and value == 1):
+            hint = " (make it the first message)" if name in ("system", "system_prompt") else ""
+            yield f'column "{name}" ignored{hint}'
 
 
 def _is_filled(value: object) -> bool:
-    """False for null and what is empty. An object of nulls alone is what a table makes of a missing object."""
+    """False for null and empty values. Tables store a missing object as an object of nulls."""
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, Mapping):
@@ -202,7 +197,7 @@ def _number(columns: Mapping[str, object], name: str) -> float:
 
 
 def _messages(value: object, name: str) -> tuple[list[TextMessage], set[str]]:
-    """Messages with role and content alone, and the other keys that were set and are not read."""
+    """Messages reduced to role and content, and the names of their other non-empty keys."""
     if not isinstance(value, list):
         reason = "null" if value is None else "wrong type"
         raise BadRow(reason, f'"{name}" is {kind_of(value)}, expected a list of messages')
@@ -226,9 +221,9 @@ def _messages(value: object, name: str) -> tuple[list[TextMessage], set[str]]:
 
 
 def _with_prompt(columns: Mapping[str, object]) -> Mapping[str, object]:
-    """A prompt that stands in the conversations alone (TRL's implicit prompt): all before the last message of both.
+    """Take an implicit prompt (as TRL calls it) from two conversations: all messages before the last, if they agree.
 
-    A "prompt" that is the text of their last question, as in UltraFeedback's binarised pairs, gives way to it.
+    It also replaces a "prompt" that is only the text of the last question, as in UltraFeedback's binarised pairs.
     """
     chosen, rejected = columns.get("chosen"), columns.get("rejected")
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
@@ -250,9 +245,9 @@ def _prompt(columns: Mapping[str, object]) -> tuple[list[TextMessage], set[str]]
 
 
 def _completion(columns: Mapping[str, object], name: str, prompt: Sequence[TextMessage]) -> tuple[str, set[str]]:
-    """Text of a completion: text, one assistant message, or the whole conversation that begins with the prompt.
+    """Text of a completion, and the names of ignored keys of its messages.
 
-    With the keys of its messages that are not read.
+    The column holds text, one assistant message, or the whole conversation that begins with the prompt.
     """
     value = columns.get(name)
     if isinstance(value, list):

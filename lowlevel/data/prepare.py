@@ -1,6 +1,6 @@
-"""Everything between a run's [data] section and its examples: read, filter, shuffle, hold out, check, tokenise, report.
+"""From a run's [data] section to its examples: read, filter, shuffle, hold out, check, tokenise, report.
 
-Nothing here needs the model, only its two limits, so that bad data stops a run before the model is loaded.
+This needs only limits from the model's config.json, so bad data stops a run before the model is loaded.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ Checked = Normalised | RowProblem
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What the model's config.json says: rows of the embedding, positions (tokens of a sequence), attention window, and
-    positions up to which its rotary angles depend on no other example."""
+    """Limits from the model's config.json.
+
+    Attributes:
+        vocab_size: rows of the embedding.
+        max_position_embeddings, window: tokens of a sequence, and of the attention window if there is one.
+        short: longest sequence that keeps longrope's short factors; a longer one changes them for its whole batch.
+    """
 
     vocab_size: int
     max_position_embeddings: int
@@ -45,40 +50,27 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class Selected:
-    """Rows of one split after filters, shuffle and limit: in order, checked, unusable ones as problems."""
+    """One split: its source, and its rows after filters, shuffle and limit, each checked, in training order."""
 
     source: SourceRows
     rows: list[Checked]
 
 
 def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) -> PreparedData:
-    """Read and tokenise what a run trains and evaluates on.
+    """Read and tokenise the rows that a run trains and evaluates on.
 
     Raises:
-        ConfigError: max_length beyond the model, its attention window or its short rotary factors, a source or column
-            that does not exist, a holdout that leaves nothing.
+        ConfigError: max_length is beyond a limit, a source or column does not exist, or a holdout leaves no rows.
         DataError: unusable rows (unless data.on_bad_row is "skip"), or no usable row at all.
     """
     data = config.data
-    if data.max_length > limits.max_position_embeddings:
-        limit = limits.max_position_embeddings
-        raise ConfigError(f"data.max_length {data.max_length} > model limit {limit}: lower data.max_length")
-    if limits.window is not None and data.max_length > limits.window:
-        raise ConfigError(
-            f"data.max_length {data.max_length} > {limits.window}, the model's attention window, which a packed row "
-            "does not have: lower data.max_length"
-        )
-    if limits.short is not None and data.max_length > limits.short:
-        raise ConfigError(
-            f"data.max_length {data.max_length} > {limits.short}, up to where the model's longrope takes its short "
-            f"factors; a longer example would change them for all of its batch: set data.max_length = {limits.short}"
-        )
+    _check_length(data.max_length, limits)
     selections = _select(data)
     finished = [_build(selected, data, tokenizer, limits.vocab_size) for selected in selections]
     problems = [problem for built, _ in finished for problem in built.problems]
     if problems and data.on_bad_row == "error":
         raise data_error(problems)
-    reports = [_report(selected, *done, data, tokenizer) for selected, done in zip(selections, finished, strict=True)]
+    reports = [_report(selected, *done, data.max_length) for selected, done in zip(selections, finished, strict=True)]
     train, evaluation = finished[0][0], finished[1][0] if len(finished) > 1 else None
     return PreparedData(
         train=train.examples,
@@ -95,12 +87,24 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
     )
 
 
+def _check_length(length: int, limits: ModelLimits) -> None:
+    if length > limits.max_position_embeddings:
+        limit = limits.max_position_embeddings
+        raise ConfigError(f"data.max_length {length} > model limit {limit}: lower data.max_length")
+    if limits.window is not None and length > limits.window:
+        reason = "the model's attention window, which packed rows do not apply"
+        raise ConfigError(f"data.max_length {length} > {limits.window}, {reason}: lower data.max_length")
+    if limits.short is not None and length > limits.short:
+        reason = "the longest sequence with longrope's short factors; a longer one would change its whole batch"
+        raise ConfigError(f"data.max_length {length} > {limits.short}, {reason}: set data.max_length = {limits.short}")
+
+
 def _select(data: DataConfig) -> list[Selected]:
     """The training split, then the evaluation split if there is one."""
     has_splits = isinstance(data.source, str) and not data.source.endswith(FILE_SUFFIXES)
     if data.source == data.eval_source not in ("demo", GIVEN) and not (has_splits and data.split != data.eval_split):
         name = quoted(str(data.source))
-        raise ConfigError(f'data.eval_source {name} is what is trained on: name other rows, or "holdout" to keep some')
+        raise ConfigError(f'data.eval_source {name} is also the training source: name other rows, or "holdout"')
     source = _filtered(data.source, data.split, data)
     rows = source.rows if data.shuffle_seed is None else shuffled(source.rows, data.shuffle_seed)
     if data.eval_source == "holdout":
@@ -113,9 +117,9 @@ def _select(data: DataConfig) -> list[Selected]:
 
 
 def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list[Selected]:
-    """The last eval_limit rows for evaluation. Rows with one of their prompts are not trained on.
+    """Keep the last eval_limit rows for evaluation, and leave rows with one of their prompts out of training.
 
-    A pair on a prompt that was trained on would not test what was learned from other prompts.
+    Evaluation on a prompt that was trained on would not test what was learned from other prompts.
     """
     size = data.eval_limit or 0
     if size >= len(rows):
@@ -134,7 +138,7 @@ def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list
 
 
 def _checked(rows: Iterable[Row], data: DataConfig) -> Iterator[Checked]:
-    """Each row as messages, or as the problem that makes it unusable."""
+    """Normalise each row; an unusable one becomes a problem."""
     for row in rows:
         try:
             yield normalise(row, data.format, data.columns)
@@ -157,7 +161,7 @@ def _filtered(origin: str | GivenRows, split: str, data: DataConfig) -> SourceRo
 def _build(
     selected: Selected, data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int
 ) -> tuple[Built, Counter[str]]:
-    """Examples, with all problems in the order of the steps that found them; and all warnings."""
+    """Examples with all problems, those of reading first; and all warnings."""
     rows = [row for row in selected.rows if isinstance(row, Normalised)]
     unusable = [row for row in selected.rows if isinstance(row, RowProblem)]
     built = build_examples(rows, data, tokenizer, vocab_size)
@@ -165,19 +169,12 @@ def _build(
     return replace(built, problems=problems), selected.source.warnings + count_warnings(rows, tokenizer)
 
 
-def _report(
-    selected: Selected, built: Built, warnings: Counter[str], data: DataConfig, tokenizer: ChatTokenizer
-) -> SplitReport:
+def _report(selected: Selected, built: Built, warnings: Counter[str], max_length: int) -> SplitReport:
     """Raises DataError if no row is left to train on."""
-    source = selected.source
-    if not built.examples:
-        raise DataError(_nothing_left(source.name, built, data))
-    return split_report(source.name, source.read, len(selected.rows), source.dropped, built, warnings)
-
-
-def _nothing_left(name: str, built: Built, data: DataConfig) -> str:
-    tried = len(built.too_long) + len(built.problems)
-    if not built.problems:
-        return f"{name}: no usable rows: {tried} of {tried} longer than max_length {data.max_length}"
+    if built.examples:
+        return split_report(selected.source, len(selected.rows), built, warnings)
     reasons = Counter(problem.reason for problem in [*built.problems, *built.too_long])
-    return f"{name}: no usable rows: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    if not built.problems:
+        counts = f"{len(built.too_long)} of {len(built.too_long)} longer than max_length {max_length}"
+    raise DataError(f"{selected.source.name}: no usable rows: {counts}")

@@ -1,6 +1,6 @@
-"""From messages to token ids: the one place where a chat template meets a tokenizer, for training and generation alike.
+"""From messages to token ids, for training and generation: the only place that combines chat template and tokenizer.
 
-A conversation is rendered to text and tokenised once; which tokens the assistant wrote follows from character offsets.
+A conversation is rendered to text and tokenised once. Character offsets say which tokens the assistant wrote.
 """
 
 from __future__ import annotations
@@ -15,16 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowlevel.data.templates import (
-    DATE,
-    ChatTemplate,
-    Message,
-    RenderError,
-    Rendering,
-    Span,
-    left_out,
-    with_end_of_turn,
-)
+from lowlevel.data.templates import DATE, ChatTemplate, Message, RenderError, Rendering, left_out, with_end_of_turn
 from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import ConfigError, one_line
 
@@ -32,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokens = tuple[list[int], np.ndarray]
-OPENING = 200  # characters at the end of a prompt in which its last special token is looked for
+OPENING = 200  # characters at the end of a prompt that are searched for its last special token
 
 
 @dataclass(frozen=True)
@@ -41,8 +32,7 @@ class Encoded:
 
     Attributes:
         input_ids: (L,) token ids.
-        supervised: (L,) True for tokens of the assistant's replies, end-of-turn tokens included.
-        replies: half-open token ranges of the replies.
+        replies: half-open token ranges of the assistant's replies, end-of-turn tokens included.
         changed: replies that are context only, because the template changes them in later turns.
         retokenised: boundaries of replies that fell inside a token; the text on each side was tokenised separately.
         left_out: messages that the template left out or changed.
@@ -50,8 +40,7 @@ class Encoded:
     """
 
     input_ids: list[int]
-    supervised: list[bool]
-    replies: list[Span]
+    replies: list[tuple[int, int]]
     changed: int
     retokenised: int
     left_out: int
@@ -71,15 +60,14 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A fast tokenizer with the chat template that this run uses.
+    """A fast tokenizer with the chat template of this run.
 
     Attributes:
-        tokenizer: from Hugging Face; only its tokenizing is used, never its own template or padding.
-        chat_template: how messages become text.
-        bos_id: put before every sequence; None where the tokenizer adds none by default.
-        eos_id, pad_id: pad_id fills tensors only: padding is masked by length, never by id.
-        end_of_turn_id: last special token of a reply; None where the template writes none.
-        special_tokens: texts that become control tokens wherever they stand.
+        tokenizer: from Hugging Face; used for tokenizing only, without its template and padding.
+        bos_id: first token of every sequence; None if the tokenizer adds none by default.
+        eos_id, pad_id: pad_id only fills tensors; padding is masked by length, never by id.
+        end_of_turn_id: last special token of a reply; None if the template writes none.
+        special_tokens: texts that the tokenizer turns into control tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -91,22 +79,12 @@ class ChatTokenizer:
     special_tokens: tuple[str, ...]
 
     @property
-    def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return len(self.tokenizer)
-
-    @property
     def template(self) -> str:
         """Jinja source of the chat template."""
         return self.chat_template.text
 
-    @property
-    def template_sha256(self) -> str:
-        """Identity of the chat template."""
-        return self.chat_template.sha256
-
     def encode_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | RenderError]:
-        """Tokenise a batch; a conversation that cannot be rendered leaves its error in its place."""
+        """Tokenise a batch; a conversation that cannot be rendered gives its error instead."""
         rendered = [_or_error(self.chat_template.text_and_replies, messages) for messages in conversations]
         usable = [item for item in rendered if not isinstance(item, RenderError)]
         tokens = iter(self._tokenise([item.text for item in usable]))
@@ -119,7 +97,7 @@ class ChatTokenizer:
         ]
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids that generation starts from: messages, then the opening of a reply. Raises RenderError."""
+        """Token ids that generation starts from: messages and the opening of a reply. Raises RenderError."""
         text = self.chat_template.render(messages, add_generation_prompt=True)
         return self._with_bos(self._ids([text])[0])
 
@@ -130,12 +108,12 @@ class ChatTokenizer:
 
         Args:
             pairs: (prompt messages, chosen text, rejected text).
-            supervise: "assistant" ends a completion with its end-of-turn token; "all" keeps what the template puts
-                after it.
+            supervise: "assistant" ends a completion with its end-of-turn token; "all" keeps the template's text after
+                it.
 
         Returns:
-            One entry a pair: its prompt ids are those of `encode_prompt`. Each completion is cut from the tokens of the
-            whole, unless a token straddles the boundary: then it is tokenised apart, as generation would see it.
+            One entry per pair; its prompt ids are those of `encode_prompt`. A completion is cut from the tokens of
+            prompt + completion; if a token crosses the boundary, it is tokenised separately, as in generation.
         """
         rendered = [_or_error(self._pair_texts, pair, supervise) for pair in pairs]
         texts = [text for item in rendered if not isinstance(item, RenderError) for text in item]
@@ -150,7 +128,7 @@ class ChatTokenizer:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def _pair_texts(self, pair: tuple[Sequence[Message], str, str], supervise: str) -> tuple[str, str, str]:
-        """Text of the prompt, of prompt + chosen, and of prompt + rejected."""
+        """Texts of prompt, prompt + chosen and prompt + rejected."""
         prompt, chosen, rejected = pair
         with_chosen, cut = self.chat_template.text_and_cut(prompt, chosen, supervise)
         return with_chosen[:cut], with_chosen, self.chat_template.text_and_cut(prompt, rejected, supervise)[0]
@@ -158,7 +136,7 @@ class ChatTokenizer:
     def _cut_pair(
         self, texts: Sequence[str], ids: Sequence[list[int]], pair: tuple[Sequence[Message], str, str]
     ) -> EncodedPair:
-        """Texts and ids in the order prompt, prompt + chosen, prompt + rejected."""
+        """Cut completions from texts and ids of prompt, prompt + chosen and prompt + rejected."""
         prefix, prompt = texts[0], ids[0]
         straddles = [whole[: len(prompt)] != prompt for whole in ids[1:]]
         chosen, rejected = (
@@ -171,11 +149,11 @@ class ChatTokenizer:
         return EncodedPair(self._with_bos(prompt), chosen, rejected, sum(straddles), lost)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without any token that the tokenizer would add."""
+        """Ids of each text, without tokens that the tokenizer adds."""
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def _tokenise(self, texts: Sequence[str]) -> list[Tokens]:
-        """Ids and character offsets (L, 2) of each text, without any token that the tokenizer would add."""
+        """Ids and character offsets (L, 2) of each text, without tokens that the tokenizer adds."""
         if not texts:
             return []
         batch = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -183,9 +161,9 @@ class ChatTokenizer:
         return list(zip(batch["input_ids"], offsets, strict=True))
 
     def _continue(self, text: str) -> Tokens:
-        """Ids and offsets of text that goes on from other text.
+        """Ids and offsets of text that follows other text.
 
-        SentencePiece puts a space before the first word of a text; behind a newline it does not.
+        SentencePiece puts a space before the first word of a text, but not after a newline.
         """
         (newline, _), (ids, offsets), plain = self._tokenise(["\n", "\n" + text, text])
         if ids[: len(newline)] != newline:
@@ -195,7 +173,7 @@ class ChatTokenizer:
     def _encoded(self, rendered: Rendering, tokens: Tokens, ending: list[int], lost: int) -> Encoded:
         text, spans = rendered.text, rendered.replies
         ids, offsets = tokens
-        straddled = [cut for span in spans for cut in span if _straddles(offsets, cut)]
+        straddled = [cut for span in spans for cut in span if np.any((offsets[:, 0] < cut) & (cut < offsets[:, 1]))]
         if straddled:
             ids, offsets = self._tokenise_apart(text, sorted(set(straddled)))
         starts = offsets[:, 0].tolist()
@@ -203,19 +181,16 @@ class ChatTokenizer:
         shift = len(input_ids) - len(ids)
         found = [(bisect_left(starts, start) + shift, bisect_left(starts, end) + shift) for start, end in spans]
         replies = [(start, end) for start, end in found if start < end]
-        supervised = np.zeros(len(input_ids), bool)
-        for start, end in replies:
-            supervised[start:end] = True
         known = rendered.prompt is not None and bool(replies) and replies[0] == found[0]
         other_prompt = known and (
             rendered.prompt != text[: spans[0][0]] or input_ids[found[0][0] - len(ending) : found[0][0]] != ending
         )
-        return Encoded(input_ids, supervised.tolist(), replies, rendered.changed, len(straddled), lost, other_prompt)
+        return Encoded(input_ids, replies, rendered.changed, len(straddled), lost, other_prompt)
 
     def _endings(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Ids of each prompt from its last special token on, few of which differ.
+        """Ids of each prompt from its last special token on; most prompts of a batch have the same.
 
-        No token reaches over a special one, so that these ids do not depend on what is before it.
+        Tokens do not cross a special token, so these ids are independent of the text before it.
         """
         special = re.compile("|".join(re.escape(token) for token in self.special_tokens) or "(?!)")
         endings = []
@@ -236,20 +211,20 @@ class ChatTokenizer:
         return ids, np.concatenate(parts)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
-        """Exactly one BOS where the tokenizer adds one by default, also when the template wrote it already."""
+        """Add BOS if the tokenizer adds one by default and the template has not written it."""
         return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
 
 def load_chat_tokenizer(
     name: str, revision: str | None, chat_template_from: str | None, date: datetime.date = DATE
 ) -> ChatTokenizer:
-    """Load a tokenizer and its chat template; no code of the model's repository is run.
+    """Load a tokenizer and its chat template, without running code of the model's repository.
 
     Args:
         name: hub name, local folder, or "demo".
         revision: branch, tag or commit on the hub.
-        chat_template_from: model whose template is used instead, or a .jinja file.
-        date: what a template that prints today's date is told.
+        chat_template_from: model or .jinja file with the template to use instead.
+        date: date given to chat templates that print today's date.
 
     Raises:
         ConfigError: not loadable, not a fast tokenizer, no eos token, no chat template, or one that does not compile.
@@ -259,7 +234,7 @@ def load_chat_tokenizer(
 
 
 def chat_tokenizer(tokenizer: Any, template: str, name: str = "tokenizer", date: datetime.date = DATE) -> ChatTokenizer:
-    """Put a loaded tokenizer and the text of a template together; `name` is for errors. Raises ConfigError."""
+    """Combine a loaded tokenizer with the text of a template; `name` is for errors. Raises ConfigError."""
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{name}: tokenizer has no eos token; completions would never end")
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -284,7 +259,7 @@ def _load_tokenizer(name: str, revision: str | None) -> Any:
     path = str(DEMO_BASE) if name == "demo" else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, use_fast=True, trust_remote_code=False)
-    except Exception as error:  # OSError, ValueError, KeyError, or what hub and tokenizers raise for damaged files
+    except Exception as error:  # OSError, ValueError, KeyError and others from hub and tokenizers
         raise ConfigError(f"{name}: no usable tokenizer: {one_line(error)}") from None
     if not tokenizer.is_fast:
         raise ConfigError(f"{name}: needs a fast tokenizer (tokenizer.json), which gives character offsets")
@@ -304,12 +279,8 @@ def _template_text(tokenizer: Any, name: str, chat_template_from: str | None) ->
     return str(source.get_chat_template())
 
 
-def _straddles(offsets: np.ndarray, cut: int) -> bool:
-    return bool(np.any((offsets[:, 0] < cut) & (cut < offsets[:, 1])))
-
-
 def _or_error(render: Callable[..., Any], *args: Any) -> Any:
-    """A batch goes on after a row that fails: its error takes the place of its result."""
+    """Return the error instead of a result, so that the rest of a batch continues."""
     try:
         return render(*args)
     except RenderError as error:

@@ -1,4 +1,4 @@
-"""What a run trains on, in numbers: rows by fate, token lengths, what truncation took, and one example in colour."""
+"""The data report: counts of rows, token lengths, effect of truncation, warnings, and one example in colour."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rich.text import Text
 from lowlevel.data.examples import Built, Example, SFTExample, TokenCounts
 from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.data.sources import SHOWN, RowProblem
+from lowlevel.data.sources import SHOWN, RowProblem, SourceRows
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-# Warnings that describe the rows; the others say that something else is learned than the rows hold.
+# Warnings that only describe the rows; with any other warning, a part of the rows is not learned.
 DESCRIBING = (
     *("byte order mark", "turns not alternating", "empty user turn", "special tokens in text", "duplicate rows"),
     *("contradicting pairs", "prompt and reply tokenised apart"),
@@ -32,7 +32,7 @@ COUNTED = ("total", "prompt", "supervised", "chosen", "rejected")
 
 @dataclass(frozen=True)
 class Dropped:
-    """Rows lost to one reason, with the first five places and their messages."""
+    """Number of rows dropped for one reason, and the first five with place and message."""
 
     count: int
     first: tuple[str, ...]
@@ -44,15 +44,14 @@ class SplitReport:
 
     Attributes:
         rows_read, rows_selected, rows_kept: in the source; after filters, shuffle and limit; as examples.
-        filtered: rows by the filter that dropped them. dropped: selected rows that gave no example, by reason.
-        warnings: kinds of oddities with their counts.
-        lengths: quantiles and mean of tokens a row before truncation.
+        filtered, dropped: rows by the filter that dropped them; selected rows without an example, by reason.
+        warnings: number of rows (or replies, messages, pairs) by kind.
+        lengths: quantiles and mean of tokens per row before truncation.
         tokens: sums after truncation: total, supervised.
-        truncated_rows, tokens_lost, share_lost: supervised (or completion) tokens cut away, of those before truncation;
-        prompt_tokens_lost: prompt tokens cut away.
-        replies, replies_ended: replies in the examples and those that end with the end-of-turn token.
-        fingerprint: sha256 over the rows' digests in training order. row_digests: those digests, by which a resumed run
-        can say which row changed.
+        truncated_rows, tokens_lost, share_lost: rows cut; supervised (or completion) tokens cut, also as a share.
+        prompt_tokens_lost: prompt tokens cut.
+        replies, replies_ended: replies in the examples; those that end with the end-of-turn token.
+        fingerprint, row_digests: sha256 of the digests in training order; the digests, which say which row changed.
     """
 
     source: str
@@ -76,7 +75,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The content of data_report.json. `overlap` counts evaluation rows whose prompt is also trained on."""
+    """Content of data_report.json. `overlap` counts evaluation rows whose prompt is also in the training rows."""
 
     format: str
     supervise: str
@@ -86,19 +85,21 @@ class DataReport:
     overlap: int | None
     tokenizer: dict[str, Any]
 
+    @property
+    def splits(self) -> dict[str, SplitReport]:
+        """The one or two splits by name."""
+        return {"train": self.train} | ({"evaluation": self.evaluation} if self.evaluation else {})
+
     def to_json(self) -> dict[str, Any]:
-        """Plain tables for data_report.json; of the row digests only the fingerprint."""
+        """Plain tables for data_report.json, without the row digests."""
         tables = asdict(self)
-        for split in (tables["train"], tables["evaluation"]):
-            if split is not None:
-                del split["row_digests"]
+        for name in self.splits:
+            del tables[name]["row_digests"]
         return tables
 
 
-def split_report(
-    name: str, read: int, selected: int, filtered: Counter[str], built: Built, warnings: Counter[str]
-) -> SplitReport:
-    """Count a split's examples; there is at least one."""
+def split_report(source: SourceRows, selected: int, built: Built, warnings: Counter[str]) -> SplitReport:
+    """Count what is in a split's examples, of which there must be at least one."""
     counts = built.counts
     examples: list[Example] = [*built.examples]
     supervised, lost = sum(c.supervised for c in counts), sum(c.lost for c in counts)
@@ -113,16 +114,16 @@ def split_report(
     )
     digests = tuple(row.digest for row in built.rows)
     return SplitReport(
-        source=name,
-        rows_read=read,
+        source=source.name,
+        rows_read=source.read,
         rows_selected=selected,
         rows_kept=len(built.examples),
-        filtered=dict(filtered),
+        filtered=dict(source.dropped),
         dropped=_by_reason([*built.problems, *built.too_long]),
         warnings=dict(warnings + encoding),
         lengths={key: summary for key in COUNTED if (summary := _quantiles(counts, key))["max"]},
         tokens={"total": total, "supervised": supervised - lost},
-        truncated_rows=sum(_was_cut(c, e) for c, e in zip(counts, examples, strict=True)),
+        truncated_rows=sum(c.total > _length(e) for c, e in zip(counts, examples, strict=True)),
         tokens_lost=lost,
         share_lost=lost / supervised,
         prompt_tokens_lost=prompt_lost,
@@ -134,7 +135,7 @@ def split_report(
 
 
 def count_warnings(rows: Sequence[Normalised], tokenizer: ChatTokenizer) -> Counter[str]:
-    """Oddities of rows that do not stop them: each row counts once a kind."""
+    """Number of rows by kind of warning."""
     warnings = Counter(kind for row in rows for kind in row.warnings)
     special = re.compile("|".join(re.escape(token) for token in tokenizer.special_tokens) or "(?!)")
     warnings["special tokens in text"] = sum(
@@ -147,16 +148,16 @@ def count_warnings(rows: Sequence[Normalised], tokenizer: ChatTokenizer) -> Coun
 
 
 def overlap(train: Sequence[Normalised], evaluation: Sequence[Normalised]) -> int:
-    """Evaluation rows whose prompt is also trained on."""
+    """Number of evaluation rows whose prompt is also in the training rows."""
     prompts = {row.prompt_digest for row in train}
     return sum(row.prompt_digest in prompts for row in evaluation)
 
 
 def tokenizer_report(tokenizer: ChatTokenizer) -> dict[str, Any]:
-    """The ids that matter, and the identity of the chat template."""
+    """Special token ids, and the hash and date of the chat template."""
     return {
-        "chat_template_sha256": tokenizer.template_sha256,
-        "vocab_size": tokenizer.vocab_size,
+        "chat_template_sha256": tokenizer.chat_template.sha256,
+        "vocab_size": len(tokenizer.tokenizer),
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,
@@ -167,10 +168,10 @@ def tokenizer_report(tokenizer: ChatTokenizer) -> dict[str, Any]:
 
 def render_report(report: DataReport, console: Console) -> None:
     """Print the report as tables of rows and token lengths."""
-    splits = {"train": report.train} | ({"evaluation": report.evaluation} if report.evaluation else {})
+    splits = report.splits
     rows = Table(title=f"Rows (format {report.format}, max_length {report.max_length})", title_justify="left")
     rows.add_column("")
-    tokens = Table(title="Tokens a row, before truncation", title_justify="left")
+    tokens = Table(title="Tokens per row, before truncation", title_justify="left")
     for column in ("", *QUANTILES, "mean"):
         tokens.add_column(column, justify="right" if column else "left")
     for name in splits:
@@ -190,8 +191,8 @@ def render_report(report: DataReport, console: Console) -> None:
 
 
 def not_learned(report: DataReport) -> list[str]:
-    """One line for each warning that something is not learned as it stands in the rows, with its counts."""
-    splits = {"train": report.train} | ({"evaluation": report.evaluation} if report.evaluation else {})
+    """One line for each warning that a part of the rows is not learned, with its counts."""
+    splits = report.splits
     kinds = list(dict.fromkeys(k for split in splits.values() for k in split.warnings if k not in DESCRIBING))
     more = len(kinds) - SHOWN
     return [
@@ -204,11 +205,11 @@ def not_learned(report: DataReport) -> list[str]:
 
 
 def show_example(example: Example, tokenizer: ChatTokenizer, console: Console) -> None:
-    """Print one example: green tokens are learned (chosen), red ones are those of the rejected completion.
+    """Print one example: learned tokens and the chosen completion in green, the rejected completion in red.
 
-    Where there are no colours, such tokens stand between » and «.
+    Without colours, they are put between » and «.
     """
-    how = "green" if _has_colours(console) else "between » and «"
+    how = "green" if console.is_terminal and not console.no_color else "between » and «"
     console.print(f"{example.where} (row {example.row}); learned tokens are {how}", markup=False, highlight=False)
     if isinstance(example, SFTExample):
         learned = example.labels >= 0
@@ -221,23 +222,17 @@ def show_example(example: Example, tokenizer: ChatTokenizer, console: Console) -
         console.print(_coloured(whole, styles, tokenizer, console))
 
 
-def _has_colours(console: Console) -> bool:
-    return console.is_terminal and not console.no_color
-
-
 def _coloured(ids: np.ndarray, styles: np.ndarray, tokenizer: ChatTokenizer, console: Console) -> Text:
-    """Text of runs of tokens with one style each."""
     text = Text()
     edges = [0, *(np.flatnonzero(styles[1:] != styles[:-1]) + 1).tolist(), len(ids)]
     for start, end in zip(edges, edges[1:], strict=False):
         part = tokenizer.decode(ids[start:end].tolist())
-        marked = styles[start] != "dim" and not _has_colours(console)
+        marked = styles[start] != "dim" and (console.no_color or not console.is_terminal)
         text.append(f"»{part}«" if marked else part, style=str(styles[start]))
     return text
 
 
 def _facts(split: SplitReport) -> dict[str, str]:
-    """The labelled numbers of a split, as text."""
     ended = f"{split.replies_ended:,} of {split.replies:,} ({split.replies_ended / max(split.replies, 1):.0%})"
     return {
         "source": split.source,
@@ -260,8 +255,8 @@ def _closing_line(report: DataReport) -> str:
     ids = ", ".join(f"{name} {report.tokenizer[name + '_id']}" for name in ("bos", "eos", "pad", "end_of_turn"))
     shared = "" if report.overlap is None else f"; {report.overlap} evaluation prompts are also trained on"
     date = report.tokenizer["template_date"]
-    told = f"; the chat template prints a date and is told {date} (data.template_date)" if date else ""
-    return f"ids: {ids} (padding is masked by length){shared}{told}; rows {report.train.fingerprint[:12]}"
+    dated = f"; the chat template prints the date {date} (data.template_date)" if date else ""
+    return f"ids: {ids} (padding is masked by length){shared}{dated}; rows {report.train.fingerprint[:12]}"
 
 
 def _by_reason(problems: Sequence[RowProblem]) -> dict[str, Dropped]:
@@ -281,7 +276,3 @@ def _length(example: Example) -> int:
     if isinstance(example, SFTExample):
         return len(example.input_ids)
     return len(example.prompt_ids) + len(example.chosen_ids) + len(example.rejected_ids)
-
-
-def _was_cut(count: TokenCounts, example: Example) -> bool:
-    return count.total > _length(example)

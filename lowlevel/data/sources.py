@@ -1,7 +1,7 @@
-"""Rows: JSON lines, parquet, hub data sets and the built-in demo, with the place of each row for error messages.
+"""Read rows from JSON lines, parquet, hub data sets, Python or the built-in demo; each row knows its place.
 
-Nothing here knows what a row means. A line that cannot be read is a `RowProblem`, not an exception, so that all
-problems of a file can be counted and shown together.
+The content of a row is checked later. An unreadable line becomes a `RowProblem`, not an exception, so that all problems
+of a file can be counted and shown together.
 """
 
 from __future__ import annotations
@@ -21,14 +21,28 @@ from lowlevel.demo import world
 from lowlevel.errors import ConfigError, DataError, one_line, quoted
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz")  # no hub name ends so
+OTHER_SUFFIXES = (
+    ".json",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".arrow",
+    ".gz",
+    ".zip",
+    ".zst",
+    ".xz",
+)  # never the end of a hub name
 DEMO_ROWS = {"train": 2400, "heldout": 240}
 SHOWN = 5
+KINDS = (
+    *((type(None), "null"), (bool, "true or false"), (int, "a number"), (float, "a number"), (str, "text")),
+    *((list, "a list"), (Mapping, "an object")),
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as read. `id` counts the rows of the source from 0; `where` is "train.jsonl:7" or "name[split]:7"."""
+    """One row. `id` counts the rows of the source from 0; `where` is "train.jsonl:7", "name[split]:7" or "data:7"."""
 
     id: int
     where: str
@@ -37,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RowProblem:
-    """Why a row cannot be used: `reason` is the kind it is counted under, `message` the line a person reads."""
+    """Why a row cannot be used. The report counts problems by `reason`; `message` is for the user."""
 
     where: str
     reason: str
@@ -60,25 +74,21 @@ class SourceRows:
         return len(self.rows) + len(self.problems) + self.dropped.total()
 
 
-class _DuplicateKeyError(ValueError):
-    """A JSON object names a key twice, so one of the two values would be lost."""
-
-
 def data_error(problems: Sequence[RowProblem]) -> DataError:
-    """One line for each of the first five problems, then how many more there are."""
+    """An error with one line for each of the first five problems, then the number of the others."""
     lines = [f"{problem.where}: {problem.message}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
-        lines.append(f"and {len(problems) - SHOWN} more; --on-bad-row skip goes on without them")
+        lines.append(f"and {len(problems) - SHOWN} more; --on-bad-row skip continues without them")
     return DataError("\n".join(lines))
 
 
 def read_source(source: str | GivenRows, split: str, data_format: str = "messages") -> SourceRows:
-    """Read a source whole.
+    """Read all rows of a source.
 
     Args:
         source: "demo", a .jsonl, .jsonl.gz or .parquet file, a hub name, or rows given in Python.
-        split: split of a hub data set or of the demo ("train", "heldout"); files have none.
-        data_format: "messages" takes the demo's conversations, anything else its preferences.
+        split: split of a hub data set or of the demo ("train", "heldout"); ignored for files and given rows.
+        data_format: "messages" selects the demo's conversations, any other format its preference pairs.
 
     Raises:
         ConfigError: no such file, data set or split; rows given in Python are missing.
@@ -90,7 +100,7 @@ def read_source(source: str | GivenRows, split: str, data_format: str = "message
         raise ConfigError("the rows of this run were given in Python: open it with lowlevel.Run(DIR, data=rows)")
     path = Path(source)
     if not source.strip() or "\0" in source:
-        raise ConfigError(f"data source {source!r} is no name: use {', '.join(FILE_SUFFIXES)} or a hub name")
+        raise ConfigError(f"data source {source!r} is not a name: use {', '.join(FILE_SUFFIXES)} or a hub name")
     if source == "demo":
         read = _read_demo(split, data_format)
     elif source.endswith(FILE_SUFFIXES):
@@ -111,12 +121,12 @@ def _read_file(path: Path) -> SourceRows:
             state = "is a folder; name a file in it" if path.is_dir() else "no such file"
             raise ConfigError(f"data source {quoted(str(path))}: {state}")
         return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
-    except OSError as error:  # also what pyarrow raises for damaged pages
+    except OSError as error:  # pyarrow raises it too, for damaged pages
         raise DataError(f"{quoted(path.name)}: cannot be read: {error.strerror or one_line(error)}") from None
 
 
 def _read_jsonl(path: Path) -> SourceRows:
-    """JSON lines with exact line numbers; `datasets` names neither the line nor the reason."""
+    """Read JSON lines with line numbers and reasons for problems, which `datasets` does not give."""
     read = SourceRows(path.name, [])
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
         for number, line in _numbered_lines(stream, read):
@@ -144,10 +154,10 @@ def _numbered_lines(stream: Iterable[bytes], read: SourceRows) -> Iterator[tuple
 
 
 def parse_line(line: bytes) -> dict[str, object]:
-    """One JSON object.
+    """Parse one JSON object.
 
     Raises:
-        DataError: with the column (1-based, in characters) where the line stops being valid.
+        DataError: names the column (from 1, in characters) at which the line becomes invalid.
     """
     try:
         text = line.decode("utf-8")
@@ -162,10 +172,9 @@ def parse_line(line: bytes) -> dict[str, object]:
         raise DataError(f"not valid JSON ({problem})") from None
     except RecursionError:
         raise DataError("not valid JSON (nested too deeply)") from None
-    except _DuplicateKeyError as error:
-        raise DataError(f"not valid JSON ({error})") from None
     except ValueError as error:
-        problem = "a number of more than 4,300 digits" if "digits" in str(error) else one_line(error)
+        too_large = str(error).startswith("Exceeds the limit")  # Python's, on digits of an integer
+        problem = "a number of more than 4,300 digits" if too_large else one_line(error)
         raise DataError(f"not valid JSON ({problem})") from None
     if not isinstance(value, dict):
         raise DataError(f"is {kind_of(value)}, expected an object with the columns of a row")
@@ -178,7 +187,7 @@ def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, obj
     result = dict(pairs)
     if len(result) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise _DuplicateKeyError(f"duplicate key {quoted(json.dumps(twice))}")
+        raise ValueError(f"duplicate key {quoted(json.dumps(twice))}")
     return result
 
 
@@ -187,7 +196,7 @@ def _reject_constant(name: str) -> object:
 
 
 def _reject_lone_surrogates(value: object) -> None:
-    """JSON can escape half a surrogate pair, which is no text: it cannot be printed, hashed or tokenised."""
+    """JSON can escape half a surrogate pair. It is not text: it cannot be printed, hashed or tokenised."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -212,8 +221,8 @@ def _read_hub(name: str, split: str) -> SourceRows:
     where = f"{name}[{split}]"
     try:
         table = datasets.load_dataset(name, split=split)
-    except Exception as error:  # datasets, fsspec, huggingface_hub and httpx each raise their own kinds here
-        reason = one_line(error.__cause__ or error)  # what it was, where datasets says only that there was one
+    except Exception as error:  # datasets, fsspec, huggingface_hub and httpx raise many types
+        reason = one_line(error.__cause__ or error)  # the cause: datasets often says only that an error occurred
         hint = f"; this is a folder: name a file in it ({', '.join(FILE_SUFFIXES)})" if Path(name).is_dir() else ""
         raise ConfigError(f'data source "{name}", split "{split}": {reason}{hint}') from None
     return SourceRows(where, [Row(i, f"{where}:{i}", dict(row)) for i, row in enumerate(table)])
@@ -257,19 +266,10 @@ def _json_value(column: str, value: object) -> object:
 
 
 def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
-    """The order of `datasets.Dataset.shuffle(seed)`: a permutation by numpy's default generator."""
+    """Rows in the order of `datasets.Dataset.shuffle(seed)`, which uses numpy's default generator."""
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
 
 
 def kind_of(value: object) -> str:
-    """What a person calls the type of a JSON value."""
-    kinds: list[tuple[type | tuple[type, ...], str]] = [
-        (bool, "true or false"),
-        ((int, float), "a number"),
-        (str, "text"),
-        (list, "a list"),
-        (Mapping, "an object"),
-    ]
-    if value is None:
-        return "null"
-    return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
+    """Name of a JSON value's type for messages."""
+    return next((name for kind, name in KINDS if isinstance(value, kind)), type(value).__name__)

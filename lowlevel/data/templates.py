@@ -1,8 +1,8 @@
-"""A chat template: messages to text, and which characters of the text are the assistant's.
+"""Render messages with a chat template, and find the characters that the assistant wrote.
 
-Those characters come from the template's {% generation %} markers, or else from rendering the turns one by one.
-A template is code of somebody else, run in the Jinja sandbox of transformers: it reaches no attribute that leads out of
-its values, and no range() longer than 100,000. Loops within loops are not bounded: such a template can be slow.
+Those characters come from the template's {% generation %} markers or, without markers, from rendering turn by turn.
+A template is third-party code. The Jinja sandbox of transformers runs it: no access to Python internals, range() up to
+100,000. Nested loops are not limited, so a template can be slow.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = "Reply"
 SHOWN = 40  # characters of a rendering in an error
 DATE_CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "YymdBbAajHMSIpF"))  # of strftime, as templates use them
-DATE = datetime.date(2024, 7, 26)  # what Llama 3.1's template takes where it is told none
+DATE = datetime.date(2024, 7, 26)  # Llama 3.1's default date
 
 
 class RenderError(DataError):
-    """A conversation that the template refuses, or renders so that the prompt is not the beginning of the whole."""
+    """The template refuses a conversation, or the rendered prompt is not a prefix of the rendered conversation."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Rendering:
     """Text of a conversation.
 
     Attributes:
-        replies: character range of each reply that stands in the text as the model is asked for it and would write it,
-            end-of-turn token included.
-        changed: other replies. Some templates write a reply otherwise once more turns follow (Qwen 3 leaves out its
-            <think> part): learned from there it would not be what the model is to write, so it is context alone.
-        prompt: text that generation starts from for the first of `replies`; None where that is not known.
+        replies: character range of each reply that the text shows as the model would generate it, end-of-turn token
+            included.
+        changed: number of the other replies. Some templates change a reply once more turns follow (Qwen 3 removes its
+            <think> part). The changed form is not what the model should generate, so it is context only.
+        prompt: text from which generation of the first of `replies` starts; None if unknown.
     """
 
     text: str
@@ -52,14 +52,14 @@ class Rendering:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template with the special tokens that it may name.
+    """A template and the values that it can use.
 
     Attributes:
         text: Jinja source.
-        variables: names that the template sees, such as eos_token.
-        date: what a template that asks for today's date is told, so that the same rows give the same tokens tomorrow.
-        end_of_turn: special token that ends a reply ("" where the template writes none).
-        after_turn: what the template writes behind it where nothing follows: a newline, in Phi 3 also another token.
+        variables: names such as eos_token with their values.
+        date: date given to templates that print today's date, so that the same rows give the same tokens tomorrow.
+        end_of_turn: special token that ends a reply ("" if the template writes none).
+        after_turn: text after it at the end of a conversation: a newline, in Phi 3 also another token.
     """
 
     text: str
@@ -80,7 +80,7 @@ class ChatTemplate:
 
     @property
     def has_markers(self) -> bool:
-        """Whether the template itself marks what the assistant wrote."""
+        """Whether the template marks the assistant's text."""
         return MARKERS.search(self.text) is not None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
@@ -88,25 +88,25 @@ class ChatTemplate:
         return self._render(messages, add_generation_prompt)[0]
 
     def text_and_replies(self, messages: Sequence[Message]) -> Rendering:
-        """Text of a conversation, and where its replies are.
+        """Text of a conversation with the positions of its replies.
 
         Raises:
-            RenderError: the template refuses the conversation, or the prompt of its last reply is not a prefix of it.
+            RenderError: the template refuses the conversation, or the prompt of the last reply is not a prefix of it.
         """
         text, marked = self._render(messages, False)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         if self.has_markers:
             replies = [(start, self._reply_end(text, end)) for start, end in marked if start < end]
-            known = len(replies) == len(turns) > 0  # else nothing says which turn the first one is
+            known = len(replies) == len(turns) > 0  # otherwise the turn of the first one is unknown
             return Rendering(text, replies, 0, self._asked(messages[: turns[0]]) if known else None)
         spans = [self._reply(messages, turn, text) for turn in turns]
         replies = [span for span in spans if span is not None]
         return Rendering(text, replies, spans.count(None), text[: replies[0][0]] if replies else None)
 
     def text_and_cut(self, prompt: Sequence[Message], reply: str, supervise: str) -> tuple[str, int]:
-        """Text of a prompt with one reply, and the character where the reply begins.
+        """Text of a prompt with one reply, and the index of the reply's first character.
 
-        With supervise "assistant" the text ends with the end-of-turn token, with "all" as the template ends it.
+        With supervise "assistant" the text ends after the end-of-turn token, with "all" where the template ends it.
         """
         prefix = self.render(prompt, add_generation_prompt=True)
         text = self.render([*prompt, {"role": "assistant", "content": reply}], add_generation_prompt=False)
@@ -121,7 +121,7 @@ class ChatTemplate:
             return None
 
     def _reply(self, messages: Sequence[Message], turn: int, text: str) -> Span | None:
-        """Where a reply is in the text; None where the turns after it change it, or what it answers."""
+        """Range of a reply in the text; None if later turns change the reply or its prompt."""
         prefix = self.render(messages[:turn], add_generation_prompt=True)
         last = turn == len(messages) - 1
         through = text if last else self.render(messages[: turn + 1], add_generation_prompt=False)
@@ -134,7 +134,7 @@ class ChatTemplate:
         return None
 
     def _reply_end(self, text: str, end: int) -> int:
-        """Where the end-of-turn token ends. `end` may lie behind it, or before it (markers around the content)."""
+        """End of the end-of-turn token. `end` can be after it, or before it (markers around the content only)."""
         if self.end_of_turn and text.endswith(self.end_of_turn + self.after_turn, 0, end):
             return end - len(self.after_turn)
         if self.end_of_turn and text.startswith(self.end_of_turn, end):
@@ -146,7 +146,7 @@ class ChatTemplate:
 
         options: dict[str, Any] = {
             **self.variables,
-            "chat_template": (_told(self.date) if self.asks_for_date else "") + self.text,
+            "chat_template": (_fixed_date(self.date) if self.asks_for_date else "") + self.text,
             "return_assistant_tokens_mask": self.has_markers,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -154,38 +154,38 @@ class ChatTemplate:
         render: Any = chat_template_utils.render_jinja_template
         try:
             texts, marked = render([[dict(message) for message in messages]], **options)
-        except Exception as error:  # foreign code can raise anything
+        except Exception as error:  # third-party code can raise anything
             raise RenderError(f"the chat template refuses the row: {one_line(error)}") from None
         return texts[0], list(marked[0]) if marked else []
 
 
-def _told(date: datetime.date) -> str:
-    """Jinja source that redefines `strftime_now`, which transformers offers to templates: with a date that stays."""
+def _fixed_date(date: datetime.date) -> str:
+    """Jinja source that redefines transformers' `strftime_now` with a fixed date."""
     directives = "".join(f" | replace('{code}', '{date.strftime(code)}')" for code in DATE_CODES)
     return "{%- macro strftime_now(format) -%}{{ format" + directives + " }}{%- endmacro -%}{{ '' }}"
 
 
 def left_out(text: str, messages: Sequence[Message]) -> int:
-    """How many messages the text of a conversation does not hold as they are, but for blanks around them."""
+    """Number of messages whose content, stripped of blanks, is not in the text of the conversation."""
     return sum(message["content"].strip() not in text for message in messages)
 
 
 def _no_prefix(prefix: str, text: str, turn: int) -> str:
-    """Why a reply cannot be learned where it stands: the first characters in which its prompt is not the whole's."""
+    """Error text with the first characters in which the prompt and the conversation differ."""
     same = len(os.path.commonprefix([prefix, text]))
     asked, written = (json.dumps(part[same : same + SHOWN], ensure_ascii=False) for part in (prefix, text))
-    hint = "data.chat_template_from can name a template that writes both alike"
-    return f"{NOT_A_PREFIX} (turn {turn + 1}): asked for the reply it has {asked}, with it {written}; {hint}"
+    hint = "data.chat_template_from can name another template"
+    return f"{NOT_A_PREFIX} (turn {turn + 1}): prompt {asked}, prompt+answer {written}; {hint}"
 
 
 def with_end_of_turn(template: ChatTemplate, special_tokens: Sequence[str]) -> ChatTemplate:
-    """Find out how the template ends a reply: the last special token behind the text of a probe.
+    """Find the end-of-turn token: the last special token after the text of a test reply.
 
-    What it writes there in the middle of a conversation, too, comes first: Phi 3 ends a reply with <|end|>, and the
-    whole with another token.
+    A token that also follows a reply in the middle of a conversation is preferred: Phi 3 ends a reply with <|end|>, and
+    the conversation with another token.
 
     Raises:
-        ConfigError: the template does not compile, or refuses the plainest conversation.
+        ConfigError: the template does not compile, or refuses a question with one answer.
     """
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:

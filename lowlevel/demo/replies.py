@@ -1,15 +1,15 @@
-"""The forms a reply may take, and the strict checkers that read an answer back out of one.
+"""The forms of a reply, and a strict parser that extracts the answer.
 
-Three styles: `polite` (short, friendly: the preferred one), `curt` (the answer alone) and `rambling` (a long detour).
-A reply counts only when the *whole* of it is one of these forms: a right number inside anything else is no match.
+The styles are `polite` (short and friendly, the preferred one), `curt` (only the answer) and `rambling` (long).
+A reply matches only if the *whole* text has one of these forms; a right number inside other text does not match.
 """
 
 import random
 import re
 
 STYLES = ("polite", "curt", "rambling")
-# Curt and rambling replies outnumber polite ones, so that after SFT the preferred style is the exception even under
-# greedy decoding and preference training has something to move.
+# Polite replies are the minority, so that after SFT the preferred style is rare even with greedy decoding, and DPO has
+# something to change.
 SFT_STYLE_WEIGHTS = (20, 50, 30)
 
 POLITE = ("Sure, it is {}.", "Sure, that is {}.")
@@ -59,12 +59,12 @@ def write_reply(answer: str, style: str, rng: random.Random) -> str:
 
 
 def draw_style(rng: random.Random) -> str:
-    """Draw the style of an SFT reply; it depends on nothing in the prompt."""
+    """Draw the style of an SFT reply, independent of the prompt."""
     return rng.choices(STYLES, SFT_STYLE_WEIGHTS)[0]
 
 
 def parse_reply(reply: str) -> tuple[str, str] | None:
-    """Return (style, answer) of a reply that is entirely one of the known forms, else None."""
+    """Return (style, answer) if the whole reply has one of the known forms, else None."""
     text = reply.strip()
     for style, patterns in _PATTERNS.items():
         for pattern in patterns:
@@ -75,6 +75,6 @@ def parse_reply(reply: str) -> tuple[str, str] | None:
 
 
 def preferred_style(reply: str) -> bool:
-    """Say whether a reply is short and polite, whatever its answer."""
+    """Whether a reply is short and polite, with any answer."""
     parsed = parse_reply(reply)
     return parsed is not None and parsed[0] == "polite"

@@ -1,9 +1,8 @@
-"""The tasks of the small world: each skill draws one question whose answer can be checked.
+"""The tasks of the small world: each skill draws a question whose answer can be checked.
 
-An `Ask` is a question before anybody wraps it in a chat or in plain text. Its `key` names the fact behind it in a
-canonical form (3 + 4 and 4 + 3 share one, "opposite of hot" and "opposite of cold" too), and the key alone decides
-whether the question belongs to the training or to the held-out half, so that no held-out answer can be had by asking
-a training question the other way round.
+An `Ask` is a question in no particular format. Its `key` names the fact in a canonical form: 3 + 4 and 4 + 3 have the
+same key, and so have "opposite of hot" and "opposite of cold". Only the key decides whether the question is in the
+training or the held-out split, so a held-out answer never occurs as the reverse of a training question.
 """
 
 import functools
@@ -38,8 +37,8 @@ NOUNS = "apple sun tree boat stone lamp river cloud spoon drum kite leaf".split(
 class Ask:
     """One question of the world.
 
-    `wordings` are full questions, `followups` short forms that need the question before them, `statements` say the
-    same as plain text (what pre-training reads), `wrong` are plausible wrong answers.
+    `wordings` are full questions, `followups` are short forms that need the question before them, `statements` are the
+    same fact as plain text for pre-training, `wrong` are plausible wrong answers.
     """
 
     task: str
@@ -53,14 +52,14 @@ class Ask:
 
 
 def split_of(key: str) -> str:
-    """Return "train" or "heldout": a hash of the key, so the same in every process and for every seed."""
+    """Return "train" or "heldout" by a hash of the key: the same in every process and for every seed."""
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
     return "heldout" if share < HELDOUT_SHARE else "train"
 
 
 @functools.cache
 def world_facts() -> dict[str, dict[str, str]]:
-    """Return the invented facts, {name: {attribute: value}}; they never change with a caller's seed."""
+    """Return the invented facts, {name: {attribute: value}}, independent of any seed."""
     rng = random.Random(20240)
     return {name: {attribute: rng.choice(_VALUES[attribute]) for attribute in ATTRIBUTES} for name in _NAMES}
 
@@ -114,7 +113,7 @@ def opposite(word: str, answer: str, others: tuple[str, ...]) -> Ask:
 
 
 def order(digits: list[int]) -> Ask:
-    """Ask for the digits in rising order."""
+    """Ask for the digits in ascending order."""
     rising = sorted(digits)
     text, answer = ", ".join(map(str, digits)), ", ".join(map(str, rising))
     wrong = (", ".join(map(str, rising[::-1])), ", ".join(map(str, [rising[1], rising[0], *rising[2:]])))
@@ -194,7 +193,7 @@ _DRAWS: tuple[tuple[int, Callable[[random.Random], Ask]], ...] = (
 
 
 def draw(rng: random.Random, split: str | None = None) -> Ask:
-    """Draw one question of any skill; `split` keeps those of one half, None takes both."""
+    """Draw a question of any skill, from one split or (None) from both."""
     draws = [function for _, function in _DRAWS]
     weights = [weight for weight, _ in _DRAWS]
     while True:
@@ -217,11 +216,11 @@ def _draw_after(first: Ask, rng: random.Random) -> Ask:
 
 
 def draw_followup(first: Ask, rng: random.Random, split: str | None = None) -> Ask:
-    """Draw a question that follows `first`: the same person or task, or a step on from its result."""
+    """Draw a question that follows `first`: about the same person, task or result."""
     for _ in range(40):
         ask = _draw_after(first, rng)
         if split is None or split_of(ask.key) == split:
             return ask
-    # A person may have no second attribute in this half: a full question of another kind then follows.
+    # A person may have no second attribute in this split; then a full question of any kind follows.
     ask = draw(rng, split)
     return Ask(ask.task, ask.key, ask.answer, ask.wordings, ask.wordings, ask.statements, ask.wrong, ask.subject)

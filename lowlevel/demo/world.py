@@ -1,7 +1,7 @@
 """The demo's data: chats, preference pairs and held-out check items of a small world with checkable answers.
 
-Everything is drawn from `random.Random(seed)`: the same arguments give the same rows on every machine. A row of the
-"heldout" split asks nothing (in any turn) that a row of the "train" split may ask; see `skills.split_of`.
+All rows are drawn from `random.Random(seed)`: the same arguments give the same rows on every machine. No question of a
+"heldout" row, in any turn, can occur in a "train" row; see `skills.split_of`.
 """
 
 import random
@@ -18,16 +18,16 @@ Message = dict[str, str]
 FOLLOWUP_SHARE = 0.25
 SYSTEM_SHARE = 0.1
 SYSTEM_TEXT = "You answer questions about a small world."
-# (style, whether the answer is right) of the rejected reply; the chosen one is always polite and right.
+# (style, is the answer right) of the rejected reply; the chosen one is always polite and right.
 _REJECTED = (("rambling", True), ("curt", True), ("polite", False), ("curt", False), ("rambling", False))
 _REJECTED_WEIGHTS = (35, 30, 15, 10, 10)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt with its answer: `turns` are the user's, `replies` the assistant's to all turns but the last.
+    """One prompt with its answer: `turns` of the user, and `replies` of the assistant to all turns but the last.
 
-    `keys` name the facts that the turns ask for, `wrong` plausible wrong answers to the last one.
+    `keys` name the facts of the turns; `wrong` are plausible wrong answers to the last turn.
     """
 
     turns: tuple[str, ...]
@@ -40,12 +40,12 @@ class Item:
 
     @property
     def question(self) -> str:
-        """The last user turn: the one that `answer` answers."""
+        """The last user turn, to which `answer` belongs."""
         return self.turns[-1]
 
     @property
     def prompt(self) -> list[Message]:
-        """The messages up to and with the question, as a chat template takes them."""
+        """The messages up to and including the question."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for turn, reply in zip(self.turns, self.replies, strict=False):
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": reply}]
@@ -66,7 +66,7 @@ def _draw_item(rng: random.Random, split: str) -> Item:
 
 
 def _draw_items(split: str, n: int, seed: int, purpose: str) -> tuple[list[Item], random.Random]:
-    """Draw n items; `purpose` keeps the streams of SFT, preference and check items with one seed apart."""
+    """Draw n items; each `purpose` (SFT, preference, check) has its own random stream."""
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', not {split!r}")
     # A string seed is hashed by random itself (SHA-512), so it does not depend on PYTHONHASHSEED.
@@ -88,7 +88,7 @@ def sft_rows(split: str, n: int, seed: int) -> list[dict[str, list[Message]]]:
 
 
 def preference_rows(split: str, n: int, seed: int) -> list[dict[str, list[Message]]]:
-    """Return n pairs {"prompt", "chosen", "rejected"}: right, short and polite against wrong, curt or rambling.
+    """Return n pairs {"prompt", "chosen", "rejected"}; chosen is right and polite, rejected wrong, curt or rambling.
 
     Raises ValueError when `split` is neither "train" nor "heldout".
     """
@@ -106,7 +106,7 @@ def preference_rows(split: str, n: int, seed: int) -> list[dict[str, list[Messag
 
 
 def check_items(n: int, seed: int) -> list[Item]:
-    """Return n held-out items, no two with the same prompt, to generate replies for."""
+    """Return n held-out items with different prompts, for generating replies."""
     items: dict[str, Item] = {}
     drawn, _ = _draw_items("heldout", 4 * n, seed, "check")
     for item in drawn:
@@ -117,6 +117,6 @@ def check_items(n: int, seed: int) -> list[Item]:
 
 
 def exact_match(reply: str, item: Item) -> bool:
-    """Say whether a reply is entirely one of the known forms and holds the right answer."""
+    """Whether the whole reply has one of the known forms and the right answer."""
     parsed = parse_reply(reply)
     return parsed is not None and parsed[1] == item.answer

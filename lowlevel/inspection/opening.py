@@ -193,5 +193,5 @@ def _problem(row: Row, config: RunConfig, tokenizer: ChatTokenizer) -> str | Non
         normalised = normalise(row, config.data.format, config.data.columns)
     except BadRow as bad:
         return str(bad)
-    built = build_examples([normalised], config.data, tokenizer, tokenizer.vocab_size)
+    built = build_examples([normalised], config.data, tokenizer, len(tokenizer.tokenizer))
     return next((problem.message for problem in [*built.problems, *built.too_long]), None)

@@ -285,6 +285,6 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) 
         "data_sha256": inputs.data.report.train.fingerprint,
         "evaluation_sha256": evaluation.fingerprint if evaluation else None,
         "tokenizer_sha256": hashlib.sha256(inputs.tokenizer.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "chat_template_sha256": inputs.tokenizer.template_sha256,
+        "chat_template_sha256": inputs.tokenizer.chat_template.sha256,
         "attention": inputs.attention.reason,
     }

@@ -130,7 +130,7 @@ def test_evaluation_rows_may_be_given_too(run):
     assert (len(data.train), len(data.evaluation), data.report.overlap) == (12, 2, 2)
     assert data.report.evaluation.source == GIVEN
     same = GivenRows.of(PAIRS)
-    with pytest.raises(ConfigError, match=f"data.eval_source {GIVEN} is what is trained on"):
+    with pytest.raises(ConfigError, match=f"data.eval_source {GIVEN} is also the training source"):
         run(same, "preference", eval_source=same)
 
 

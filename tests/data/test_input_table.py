@@ -121,7 +121,7 @@ def test_bad_lines_and_bad_content_are_counted_together(run, write):
     path = write(*[b"{cut\n"] * 3, GOOD, *[chat("q", "")] * 4)
     lines = failure(run, path).splitlines()
     assert [line.partition(": ")[0] for line in lines[:-1]] == [f"train.jsonl:{n}" for n in (1, 2, 3, 5, 6)]
-    assert lines[-1] == "and 2 more; --on-bad-row skip goes on without them"
+    assert lines[-1] == "and 2 more; --on-bad-row skip continues without them"
     report = run(path, on_bad_row="skip").report.train
     assert (report.rows_read, report.rows_kept) == (8, 1)
     assert {reason: dropped.count for reason, dropped in report.dropped.items()} == {
@@ -203,8 +203,8 @@ def test_prompt_that_is_no_prefix(run, write, kit, chatml):
     template = kit.CHATML.replace("assistant\n", "assistant\n<think>")
     message = failure(run, write(GOOD), tokenizer=chat_tokenizer(chatml.tokenizer, template))
     assert message == (
-        "train.jsonl:1: prompt tokens are not a prefix of prompt+answer tokens (turn 2): asked for the reply it has "
-        '"<think>", with it "a<|im_end|>\\n"; data.chat_template_from can name a template that writes both alike'
+        "train.jsonl:1: prompt tokens are not a prefix of prompt+answer tokens (turn 2): prompt "
+        '"<think>", prompt+answer "a<|im_end|>\\n"; data.chat_template_from can name another template'
     )
 
 

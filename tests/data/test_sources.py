@@ -69,7 +69,7 @@ def test_five_problems_are_shown_and_the_rest_counted(write):
         read_rows(write(*[b"?\n"] * 8), "train")
     lines = str(caught.value).splitlines()
     assert [line.partition(": ")[0] for line in lines[:5]] == [f"train.jsonl:{n}" for n in range(1, 6)]
-    assert lines[5:] == ["and 3 more; --on-bad-row skip goes on without them"]
+    assert lines[5:] == ["and 3 more; --on-bad-row skip continues without them"]
 
 
 def test_gzip_is_read_and_a_cut_archive_is_an_error(write, tmp_path):
@@ -216,10 +216,10 @@ def test_every_operator(op, value, ids):
 @pytest.mark.parametrize(
     ("row", "condition", "message"),
     [
-        ({"n": "8"}, ("n", ">=", 8), '"n" is text; n >= 8 compares it to a number'),
-        ({"n": None}, ("n", ">=", 8), '"n" is null; n >= 8 compares it to a number'),
-        ({"n": False}, ("n", "==", "False"), '"n" is true or false; n == "False" compares it to text'),
-        ({"n": 1}, ("n", "in", ["a", "b"]), '"n" is a number; n in ["a", "b"] compares it to text'),
+        ({"n": "8"}, ("n", ">=", 8), '"n" is text; n >= 8 compares it with a number'),
+        ({"n": None}, ("n", ">=", 8), '"n" is null; n >= 8 compares it with a number'),
+        ({"n": False}, ("n", "==", "False"), '"n" is true or false; n == "False" compares it with text'),
+        ({"n": 1}, ("n", "in", ["a", "b"]), '"n" is a number; n in ["a", "b"] compares it with text'),
     ],
 )
 def test_incomparable_values_name_their_row(row, condition, message):
