@@ -42,6 +42,12 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
+def thorough(pytestconfig) -> bool:
+    """Whether loops over many faults try all of them. `-m "not slow"`, as in runs/test.sh, makes them try a few."""
+    return "not slow" not in pytestconfig.getoption("markexpr")
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "tiny"
     helpers.write_tiny_base(folder)
