@@ -1,4 +1,4 @@
-"""What the built-in demo promises, on questions that it holds out: a short demo, and with the slow tests the full one."""
+"""What the built-in demo promises, on questions that it holds out: a short demo, and with slow tests the full one."""
 
 import json
 import os
