@@ -100,8 +100,10 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(("signum", "code"), SIGNALS)
-@pytest.mark.parametrize("place", ["check_run", "build_run_policy", "evaluate_examples"])
+@pytest.mark.parametrize(
+    ("place", "signum", "code"),
+    [("check_run", *SIGNALS[0]), ("build_run_policy", *SIGNALS[1]), ("evaluate_examples", *SIGNALS[0])],
+)
 def test_a_signal_before_the_first_step_ends_the_run_at_once(space, tmp_path, monkeypatch, signum, code, place):
     path = space.write("early", "sft", folder=tmp_path, train=EVERY, data=HOLDOUT)
     with monkeypatch.context() as patch:
