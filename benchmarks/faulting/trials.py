@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -131,11 +132,12 @@ def not_finite(play: Play, fault: NotFinite) -> list[str]:
     return problems + play.resumed(folder)
 
 
-def stopped_after_each_step(play: Play) -> list[str]:
-    """SIGTERM in every step of one run, each time resumed in a new process: a resume at every step there is."""
-    folder, problems = play.new(), []
-    for step in range(1, play.whole.steps):
-        ended = play.run(folder, AtCall(STEP, (1,), Signal(signal.SIGTERM)))
+def stopped_after(play: Play, steps: Iterable[int]) -> list[str]:
+    """SIGTERM in each of these steps (ascending, from 1) of one run, each time resumed in a new process."""
+    folder, problems, taken = play.new(), [], 0
+    for step in steps:
+        ended = play.run(folder, AtCall(STEP, (step - taken,), Signal(signal.SIGTERM)))
+        taken = step
         problems += expect(ended, 128 + signal.SIGTERM) + _status(folder, "preempted", 128 + signal.SIGTERM)
         if newest_good(folder) != step:
             problems.append(f"stopped in step {step}, newest checkpoint is of step {newest_good(folder)}")

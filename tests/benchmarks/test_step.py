@@ -13,6 +13,7 @@ from benchmarks.runner import Runner, last_line, parse_sites, read_table, read_t
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_table(out):
     pytest.importorskip("trl")
     cases = ["lowlevel_sft_2x4_eager", "trl_sft_2x4"]

@@ -61,13 +61,14 @@ def test_a_result_of_before_is_not_taken_for_the_final_one(extended):
         find_adapter(str(folder), "model.adapter")
 
 
-def test_at_every_change_before_the_first_checkpoint_the_newest_weights_are_there(extended):
+def test_at_every_change_before_the_first_checkpoint_the_newest_weights_are_there(extended, thorough):
     whole, record = adapter_sha256(extended.play.whole.folder / "adapter"), Record(extended.copy().parent / "log")
     assert extended.play.run(extended.copy(), record, more=LONGER).code == 0
     changes = record.read()
     begin, end = (changes.index(change) for change in ("unlink summary.json", "mkdir .tmp-step-00000006"))
     assert end - begin > 10
-    for number in range(begin, end + 1, 2 if extended.play.case.method == "sft" else 5):
+    step = ({"sft": 2, "dpo": 5} if thorough else {"sft": 8, "dpo": 16})[extended.play.case.method]
+    for number in range(begin, end + 1, step):
         folder = extended.copy()
         assert extended.play.run(folder, AtOperation(number + 1, Kill()), more=LONGER).code == -9
         found = newest(folder)
@@ -92,13 +93,13 @@ def test_a_result_that_no_checkpoint_has_is_not_given_up(extended, loss):
     assert extended.play.resumed(folder) == []
 
 
-def test_the_same_command_goes_on_after_a_kill_at_every_change(extended):
+def test_the_same_command_goes_on_after_a_kill_at_every_change(extended, thorough):
     """Before the first checkpoint the folder says 7 steps and the checkpoint 4; after it, nothing differs any more."""
     record, whole = Record(extended.copy().parent / "log"), extended.copy()
     assert extended.play.run(whole, record, more=LONGER).code == 0
     changes, expected = record.read(), fingerprint(whole)
     commits = [n for n, change in enumerate(changes, 1) if change == "rename .tmp-step-00000006 step-00000006"]
-    step = 4 if extended.play.case.method == "sft" else 9
+    step = ({"sft": 4, "dpo": 9} if thorough else {"sft": 20, "dpo": 60})[extended.play.case.method]
     for number in [*range(1, commits[0], step), commits[0] + 1, len(changes)]:
         folder = extended.copy()
         assert extended.play.run(folder, AtOperation(number, Kill()), more=LONGER).code == -9
@@ -116,14 +117,15 @@ def test_what_was_allowed_once_needs_no_second_word(extended):
     assert [change["step"] for change in json.loads((folder / "changes.json").read_text())] == [4]
 
 
-def test_the_checkpoints_own_settings_are_no_change(extended):
+def test_the_checkpoints_own_settings_are_no_change(extended, thorough):
     """Killed before the first new checkpoint, gone back to what it was, and killed again at every change of that."""
     killed = extended.killed_in(5)
     record, folder = Record(extended.play.new().parent / "log"), extended.play.copy(killed)
     assert extended.play.run(folder, record).code == 0
     changes = record.read()
     end = next(n for n, change in enumerate(changes) if change.startswith("open .tmp-adapter"))
-    for number in range(1, end + 1, 2 if extended.play.case.method == "sft" else 7):
+    step = ({"sft": 2, "dpo": 7} if thorough else {"sft": 15, "dpo": 40})[extended.play.case.method]
+    for number in range(1, end + 1, step):
         folder = extended.play.copy(killed)
         assert extended.play.run(folder, AtOperation(number, Kill())).code == -9
         assert extended.play.resumed(folder) == [], changes[number - 1]

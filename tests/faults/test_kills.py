@@ -14,13 +14,13 @@ from benchmarks.faulting.processes import lowlevel
 from benchmarks.faulting.trials import expect, killed_at, killed_at_random
 
 
-def test_at_random_instants(play):
-    rng, hits = random.Random(play.case.method), 0
+def test_at_random_instants(play, thorough):
+    rng, hits, wanted = random.Random(play.case.method), 0, 5 if thorough else 2  # the benchmark takes hundreds
     for _ in range(8):
         hit, problems = killed_at_random(play, rng, 3)
         assert problems == []
         hits += hit
-        if hits >= 5:  # the benchmark takes hundreds
+        if hits >= wanted:
             return
     pytest.fail(f"only {hits} of 24 kills came before the end")
 
@@ -34,8 +34,8 @@ def last_save(play) -> range:
     return range(first - 1, last + 2)
 
 
-def test_between_any_two_file_operations_of_a_save(sft):
-    for change in last_save(sft)[::3]:  # the others in the slow test below, and all of them in the benchmark
+def test_between_any_two_file_operations_of_a_save(sft, thorough):
+    for change in last_save(sft)[:: 3 if thorough else 6]:  # others in the slow test below, all in the benchmark
         assert killed_at(sft, change) == [], sft.whole.operations[change - 1]
 
 
@@ -60,9 +60,9 @@ def replaced(play):
     return folder, range(start, end + 4), changes
 
 
-def test_while_a_damaged_checkpoint_is_replaced(sft):
+def test_while_a_damaged_checkpoint_is_replaced(sft, thorough):
     folder, numbers, changes = replaced(sft)
-    for change in numbers[::2]:
+    for change in numbers[:: 2 if thorough else 4]:
         assert killed_at(sft, change, of=folder, damage=True) == [], changes[change - 1]
 
 

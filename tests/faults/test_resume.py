@@ -6,7 +6,7 @@ from safetensors.numpy import load_file
 from benchmarks.faulting.calls import Overflows
 from benchmarks.faulting.comparison import differences, logged
 from benchmarks.faulting.stage import Case
-from benchmarks.faulting.trials import stopped_after_each_step
+from benchmarks.faulting.trials import stopped_after
 from lowlevel.checkpoints.checkpoint import checkpoints
 
 # 18 steps in 3 epochs, the last step of an epoch with fewer rows
@@ -31,7 +31,7 @@ def test_another_seed_is_another_run(sft):
 @pytest.mark.parametrize(
     ("method", "accumulation", "optim"),
     [
-        ("sft", 3, "paged_adamw_8bit"),
+        pytest.param("sft", 3, "paged_adamw_8bit", marks=pytest.mark.slow),
         pytest.param("dpo", 1, "paged_adamw_32bit", marks=pytest.mark.slow),
         pytest.param("sft", 1, "paged_adamw_32bit", marks=pytest.mark.slow),
         pytest.param("dpo", 3, "paged_adamw_8bit", marks=pytest.mark.slow),
@@ -42,13 +42,24 @@ def test_stopped_in_every_step(stage, method, accumulation, optim):
     assert play.whole.steps == 18
     state = load_file(checkpoints(play.whole.folder)[0] / "optimizer.safetensors")
     assert state["flat::state1"].dtype == ("uint8" if optim.endswith("8bit") else "float32")
-    assert stopped_after_each_step(play) == []
+    assert stopped_after(play, range(1, play.whole.steps)) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "accumulation", "optim"), [("sft", 3, "paged_adamw_8bit"), ("dpo", 1, "paged_adamw_32bit")]
+)
+def test_stopped_in_three_of_18_steps(stage, method, accumulation, optim):
+    """In the first one, at an epoch's end, and in the last step but one."""
+    play = stage.play(Case(method, optim=optim, **LONG[accumulation]))
+    state = load_file(checkpoints(play.whole.folder)[0] / "optimizer.safetensors")
+    assert state["flat::state1"].dtype == ("uint8" if optim.endswith("8bit") else "float32")
+    assert stopped_after(play, (1, 12, 17)) == []
 
 
 def test_stopped_in_every_step_of_a_short_run(stage):
     play = stage.play(Case("dpo", evaluates=True, rows=3, epochs=3.0))
     assert play.whole.steps == 6 and any("eval_loss" in line for line in logged(play.whole.folder))
-    assert stopped_after_each_step(play) == []
+    assert stopped_after(play, range(1, play.whole.steps)) == []
 
 
 OVERFLOWS = Overflows(limits=((0, 2.0**16), (1, 2.0**15), (5, 2.0**13)))
@@ -62,4 +73,4 @@ def test_a_loss_scale_that_falls_and_grows_between_stops(stage, method):
     assert any(later > earlier for earlier, later in zip(scales, scales[1:], strict=False)), "it grew"
     skipped = [line["skipped_steps"] for line in logged(play.whole.folder)]
     assert skipped[2] > 0 and skipped[-1] > skipped[4], "overflows early and late"
-    assert stopped_after_each_step(play) == []
+    assert stopped_after(play, range(1, play.whole.steps)) == []

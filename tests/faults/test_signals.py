@@ -20,10 +20,10 @@ def evaluating(request, stage):
     return stage.play(Case(request.param, accumulation=3, rows=16, evaluates=True, packing=False))
 
 
-def test_at_each_micro_batch(evaluating):
+def test_at_each_micro_batch(evaluating, thorough):
+    """The first and the last one of a step among them."""
     assert evaluating.whole.steps == 3
-    dpo = evaluating.case.method == "dpo"
-    for number in range(1, 8, 3 if dpo else 1):
+    for number in (1, 2, 3, 4, 5, 6, 7) if thorough and evaluating.case.method == "sft" else (1, 6):
         kind = INT if number % 2 else TERM
         assert signalled(evaluating, AtCall(MICRO_BATCH, (number,), Signal(kind)), kind) == [], number
 
@@ -40,9 +40,9 @@ def test_before_the_first_step(sft, target, number):
     assert signalled(sft, AtCall(target, (1,), Signal(number)), number) == []
 
 
-@pytest.mark.parametrize("which", [1, 2, 3])
-def test_in_an_evaluation(evaluating, which):
-    assert signalled(evaluating, AtCall(EVALUATION, (which,), Signal(TERM)), TERM) == []
+def test_in_an_evaluation(evaluating, thorough):
+    for which in (1, 2, 3) if thorough or evaluating.case.method == "dpo" else (2,):
+        assert signalled(evaluating, AtCall(EVALUATION, (which,), Signal(TERM)), TERM) == [], which
 
 
 @pytest.mark.parametrize(

@@ -179,21 +179,25 @@ def test_a_second_holder_is_refused_and_told_who_holds_it(tmp_path):
         "import sys, pathlib\n"
         "from lowlevel.running.run_folder import run_lock\n"
         "from lowlevel.errors import ConfigError\n"
-        "try:\n"
-        "    with run_lock(pathlib.Path(sys.argv[1])): print('got it')\n"
-        "except ConfigError as error: print(error)\n"
+        "for line in sys.stdin:\n"
+        "    try:\n"
+        "        with run_lock(pathlib.Path(sys.argv[1])): print('got it', flush=True)\n"
+        "    except ConfigError as error: print(error, flush=True)\n"
     )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 
-    def other() -> str:
-        return subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, check=True, timeout=60,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        ).stdout  # fmt: skip
+    with subprocess.Popen(command, **pipes, text=True, bufsize=1, env=environment) as process:
 
-    with run_lock(tmp_path / "run"):
-        with pytest.raises(ConfigError, match=f"in use by pid {os.getpid()}"), run_lock(tmp_path / "run"):
-            pass
-        assert other() == f"{tmp_path / 'run'} is in use by pid {os.getpid()}\n"
-    assert other() == "got it\n"
+        def other() -> str:
+            process.stdin.write("try\n")
+            return process.stdout.readline()
+
+        with run_lock(tmp_path / "run"):
+            with pytest.raises(ConfigError, match=f"in use by pid {os.getpid()}"), run_lock(tmp_path / "run"):
+                pass
+            assert other() == f"{tmp_path / 'run'} is in use by pid {os.getpid()}\n"
+        assert other() == "got it\n"
     with run_lock(tmp_path / "run"):
         pass

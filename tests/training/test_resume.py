@@ -1,7 +1,9 @@
 """A run that was stopped and resumed in a new process is the uninterrupted run, bit for bit.
 
 The uninterrupted and the stopped runs happen here, all resumed ones in one other process (`resume_worker.py`), which
-shares nothing with this one but the files. One run is stopped by a real SIGTERM to `python -m lowlevel`.
+shares nothing with this one but the files. One run is stopped by a real SIGTERM to `python -m lowlevel`. Both processes
+have another PYTHONHASHSEED, an ASCII locale and streams, the worker also a clock of 1970; the paths have spaces,
+brackets and umlauts.
 """
 
 import hashlib
@@ -34,6 +36,7 @@ ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    **{"PYTHONHASHSEED": "12345", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
     "PYTHONPATH": str(Path(sys.modules["lowlevel"].__file__).parents[1]),
 }
 
@@ -128,7 +131,8 @@ def stop_by_sigterm(config: Path, folder: Path, lines: int) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def workspace(tiny_base, parent_adapter, tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("resume")
+    folder = tmp_path_factory.mktemp("resume") / "a [red] ü folder"
+    folder.mkdir()
     texts = [f"{'very ' * (i % 4)}short text number {i}" for i in range(ROWS)]
     chats = [{"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": t[::-1]}]} for t in texts]
     pairs = [{"prompt": t, "chosen": t[::-1], "rejected": "no " * (1 + i % 3)} for i, t in enumerate(texts)]
@@ -136,7 +140,7 @@ def workspace(tiny_base, parent_adapter, tmp_path_factory) -> dict:
         "folder": folder,
         "base": tiny_base,
         "parent": parent_adapter,
-        "sft": helpers.write_jsonl(folder / "sft.jsonl", chats),
+        "sft": helpers.write_jsonl(folder / "zeilen ü.jsonl", chats),
         "dpo": helpers.write_jsonl(folder / "dpo.jsonl", pairs),
     }
 
@@ -171,11 +175,14 @@ def outcome(workspace) -> dict:
     jobs.append({"config": str(killed), "resume": True})
 
     worker = Path(__file__).with_name("resume_worker.py")
-    command, told = [sys.executable, str(worker)], json.dumps(jobs)
-    done = subprocess.run(command, input=told, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    printed = {Path(job["config"]).stem: text for job, text in zip(jobs, json.loads(done.stdout), strict=True)}
-    return {"folder": folder, "errors": errors, "status": status, "printed": printed, "process": process}
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(worker), "jobs.json", "printed.json"]
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    said = json.loads((folder / "printed.json").read_text())
+    printed = {Path(job["config"]).stem: text for job, text in zip(jobs, said, strict=True)}
+    made = {"folder": folder, "errors": errors, "status": status, "printed": printed}
+    return {**made, "process": process, "again": done.stdout}
 
 
 def sha256(path: Path) -> str:
@@ -238,6 +245,7 @@ def test_a_stopped_run_says_so_and_how_to_go_on(outcome):
 
 
 def test_running_again_gives_the_same_run(outcome):
+    assert b"[red]" in outcome["again"].splitlines()[-1]
     assert_same_run(outcome["folder"] / "again", outcome["folder"] / CASES[0].name, CASES[0].steps)
 
 
