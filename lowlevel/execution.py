@@ -1,13 +1,12 @@
 """How a micro-step runs: forward, loss and backward of one micro-batch, added into the flat gradient.
 
-    eager      every operation launched from Python: the truth that the others are tested against
+    eager      every operation launched from Python: the reference that the others are tested against
     compiled   the same, with each decoder layer compiled (model/layers.py)
-    graphed    the compiled micro-step captured once a batch shape in a CUDA graph, and replayed
+    graphed    the compiled micro-step captured in a CUDA graph, once for each batch shape, and replayed
 
-A small model's step is thousands of short kernels, and a CPU needs longer to launch one than a GPU to run it; a graph
-is launched as one. It replays at fixed addresses, so batch, loss factor and dropout key are copied into its buffers
-first, and its sums are copied out. All graphs share one memory pool: they never run at the same time, and between two
-of them only sums, and tensors that a trace may want, stay in the pool.
+A small model's step is thousands of short kernels, and a CPU takes longer to launch one than a GPU to run it; a graph
+is one launch. It replays at fixed addresses, so batch, loss factor and dropout key are copied into its buffers first,
+and its sums are copied out. All graphs share one memory pool, since they never run at the same time.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from lowlevel.losses import LossSums
 from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
 
-MAX_GRAPHS = 32  # a graph of 5,000 kernels takes the driver some 25 MB, which no allocator counts
+MAX_GRAPHS = 32  # the driver needs some 25 MB for a graph of 5,000 kernels, which no allocator counts
 MODES = ("eager", "compiled", "graphed")
 Signature = tuple[object, ...]
 Result = TypeVar("Result")
 
 
 class ExecutionFailedError(Exception):
-    """The step must be repeated from a gradient of zero: the mode failed, and it or a simpler one is ready to try."""
+    """The mode failed and it, or a simpler one, is ready: repeat the step from a gradient of zero."""
 
 
 class Execution(Protocol):
@@ -39,11 +38,11 @@ class Execution(Protocol):
 
     @property
     def policy(self) -> Policy:
-        """Whose flat gradient they are added to."""
+        """Its flat gradient receives the sums' gradients."""
 
     @property
     def method(self) -> Method:
-        """What is computed and counted."""
+        """Its loss is computed."""
 
     def run(self, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:
         """Add the gradient of `factor` times the summed loss to the flat gradient; return the sums, detached.
@@ -55,7 +54,7 @@ class Execution(Protocol):
 
 @dataclass(frozen=True)
 class Eager:
-    """Launches every operation; also runs compiled layers."""
+    """Launches every operation from Python; also runs compiled layers."""
 
     policy: Policy
     method: Method
@@ -88,7 +87,7 @@ class Captured:
 
 
 class Graphed:
-    """Captures each batch shape when it comes first, and replays it from then on."""
+    """Captures each batch shape when it first occurs, and replays it from then on."""
 
     def __init__(self, policy: Policy, method: Method) -> None:
         """Captures nothing yet."""
@@ -104,7 +103,7 @@ class Graphed:
         """See Execution.
 
         Raises:
-            ExecutionFailedError: this shape cannot be captured yet: the step must start over, and runs it uncaptured.
+            ExecutionFailedError: this shape cannot be captured yet; the repeated step runs it without capture.
         """
         signature = signature_of(batch)
         kind = frozenset(batch.tensors())  # batches of other tensors run other operations
@@ -122,19 +121,18 @@ class Graphed:
         return self._replay(captured, batch, factor, dropout_key)
 
     def _warm_up(self, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:
-        """The first micro-step of all is not captured: compilers and libraries set themselves up in it."""
+        """Run the first micro-step without capture: compilers and libraries initialise themselves in it."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         try:
             with torch.cuda.stream(self._stream):
                 return micro_step(self.policy, self.method, batch, factor, dropout_key)
-        finally:  # what a failed step launched must be over before the next attempt zeroes the gradient
+        finally:  # a failed step's kernels must have ended before the next attempt zeroes the gradient
             current.wait_stream(self._stream)
 
     def _try_capture(self, batch: PackedBatch, signature: Signature) -> Captured:
-        """Capture, and where that fails for the first time let the shape run uncaptured before the next try.
-
-        A compiler that finds that it must recompile for this shape cannot do so within a capture.
+        """Capture; after the first failure of a shape, let it run once without capture before the next try, because a
+        compiler that must recompile for this shape cannot do so within a capture.
         """
         try:
             return self._capture(batch)
@@ -155,7 +153,7 @@ class Graphed:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         if not self.captured:
-            torch.cuda.empty_cache()  # the warm-up's blocks would stay cached beside the pool
+            torch.cuda.empty_cache()  # else the warm-up's blocks stay cached in addition to the pool
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             sums = micro_step(self.policy, self.method, own, factor, key)
             scalars = torch.stack([value.float() for value in sums.named().values()])
@@ -174,12 +172,12 @@ class Graphed:
 
 
 def signature_of(batch: PackedBatch) -> Signature:
-    """What a captured graph depends on: the shape of every tensor, and the bound on spans."""
+    """What a captured graph depends on: the shape of every tensor, and the longest span."""
     return (batch.longest, *((name, tuple(tensor.shape)) for name, tensor in batch.tensors().items()))
 
 
 class WithFallback:
-    """A mode, and the simpler ones after it: a failure to compile or capture prints one line and goes on with those."""
+    """Runs in one mode; if it cannot compile or capture, prints one line and continues in the next simpler mode."""
 
     def __init__(self, policy: Policy, method: Method, mode: str, note: Callable[[str], None]) -> None:
         """`note` prints the line."""
@@ -200,13 +198,13 @@ class WithFallback:
         """See Execution.
 
         Raises:
-            ExecutionFailedError: the mode failed; it or a simpler one is ready to try the step again.
+            ExecutionFailedError: the mode failed; it, or a simpler one, is ready to repeat the step.
         """
         return self._attempt(lambda: self.execution.run(batch, factor, dropout_key))
 
     def until_it_runs(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns, which runs the layers in this mode outside of a step (a rehearsal, an evaluation): it
-        is called again after each fallback, so it must be able to start over.
+        """The result of `work`, which runs layers outside of a step (a rehearsal, an evaluation); it is called again
+        after each fallback, so it must be able to start over.
         """
         while True:
             try:
@@ -224,6 +222,6 @@ class WithFallback:
                 raise
             simpler = MODES[MODES.index(self.mode) - 1]
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.note(f"execution: {self.mode} failed ({reason[:200]}); going on {simpler}")
+            self.note(f"execution: {self.mode} failed ({reason[:200]}); continuing {simpler}")
             self.use(simpler)
             raise ExecutionFailedError(simpler) from error

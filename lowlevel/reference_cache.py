@@ -1,23 +1,22 @@
-"""Reference log-probabilities on disk: later epochs, and runs with another beta, go without the reference pass.
+"""Reference log-probabilities on disk: later epochs, and runs with another beta, skip the reference pass.
 
-The reference is frozen, so a micro-batch gives the same numbers in every epoch and every run. Bit for bit that holds
-for the micro-batch as a whole: kernels add in an order that depends on its shape, and a pair in other company differs
-in the last bits. So an entry is a micro-batch with its layout, not a pair, and what is saved depends on what recurs:
+The reference is frozen, so the same micro-batch gives the same numbers in every epoch and run. An entry is a whole
+micro-batch with its layout and not a pair, because kernels add in an order that depends on the batch's shape: a pair
+in another batch differs in the last bits. How often an entry is found depends on what repeats:
 
-    another beta, learning rate or loss; same rows, seed, batch sizes     every micro-batch is found
+    another beta, learning rate or loss; same rows, seed, batch sizes     every micro-batch
     more epochs with train.data_order = "sequential"                      every micro-batch after the first epoch
     more epochs with "shuffled"                                           almost none: the pairs are mixed differently
 
-DIR/<SHA-256 of identity.json>/    all that the numbers depend on beside the micro-batch
+DIR/<SHA-256 of identity.json>/    one folder for each identity: everything else that the numbers depend on
   identity.json                    base, parent adapter, dtype, attention, layers, device, versions
   <SHA-256>.safetensors            a shard: SHA-256 of a micro-batch -> (S,) fp32, all chosen, then all rejected
-  <SHA-256>.json                   size and SHA-256 of the shard, written after it: without it a shard is not read
+  <SHA-256>.json                   size and SHA-256 of the shard, written last: a shard without it is not read
 
-Of the entries from disk that a run uses, the first two and then one in a hundred are recomputed and must have the
-same bits; the others are taken on the word of hashes and identity. One that differs switches the cache off, and the
-current step starts over. (Without train.deterministic the compiler picks some kernels by timing them, so on a GPU
-another process may have other bits, and be refused.) Processes may share a folder: a file in it never changes once it
-is complete.
+Of the entries from disk that a run uses, the first two and then one in a hundred are recomputed and must be equal bit
+for bit; a difference switches the cache off and repeats the step. (On a GPU without train.deterministic, another
+process may compute other bits, because the compiler picks some kernels by timing them.) Several processes can share a
+folder: a complete file in it never changes.
 """
 
 from __future__ import annotations
@@ -46,19 +45,19 @@ from lowlevel.methods.dpo import reference_token_logps
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import PARENT, Policy
 
-LAYOUT_VERSION = 1  # raise it when the same tensors of a PackedBatch come to give other reference numbers
-KERNELS_VERSION = 1  # raise it when a change of kernels/, model/linear.py changes any bit
+LAYOUT_VERSION = 1  # increase it if the same tensors of a PackedBatch give other reference numbers
+KERNELS_VERSION = 1  # increase it if a change of kernels/ or model/linear.py changes any bit
 FORMAT = "lowlevel-reference-cache"
 IDENTITY = "identity.json"
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-ENTRIES_PER_SHARD = 256  # computed ones are written no later than this
+ENTRIES_PER_SHARD = 256  # new entries are written at the latest after so many
 ALWAYS_VERIFIED, VERIFIED_ONE_IN = 2, 100  # entries from disk
 UNUSED = ("dropout_keys", "row_values", "reference_logps")  # tensors that the reference pass does not see
-PLACES = ("_name_or_path", "transformers_version")  # in a base's configuration: where it came from, not what it is
+PLACES = ("_name_or_path", "transformers_version")  # of a base's configuration: its origin, not its content
 
 
 def content_sha256(batch: PackedBatch) -> str:
-    """SHA-256 of all that the reference pass sees of a micro-batch; waits for the device if it lies on one."""
+    """SHA-256 of everything that the reference pass reads of a micro-batch; waits for the GPU if it is there."""
     digest = hashlib.sha256(f"longest {batch.longest}\n".encode())
     for name, tensor in sorted(batch.tensors().items()):
         if name not in UNUSED:
@@ -68,20 +67,20 @@ def content_sha256(batch: PackedBatch) -> str:
 
 
 def with_content(lay_out: Callable[[Any], list[PackedBatch]]) -> Callable[[Any], list[PackedBatch]]:
-    """The same function; its micro-batches know their hash, taken on the CPU before they move to a device."""
+    """The same function, whose micro-batches know their hash, computed on the CPU before they move to a device."""
     return lambda rows: [replace(batch, content=content_sha256(batch)) for batch in lay_out(rows)]
 
 
 def with_blanks(batch: PackedBatch) -> PackedBatch:
-    """The same micro-batch with zeros for reference numbers, for a rehearsal: it takes what one of the run takes."""
+    """The same micro-batch with zeros as reference numbers: a rehearsal with it takes the memory of a real one."""
     return replace(batch, reference_logps=torch.zeros(len(batch.lengths)))
 
 
 def reference_identity(policy: Policy, base_sha256: str, parent_sha256: str | None) -> dict[str, Any]:
-    """All that the reference's numbers depend on, beside the micro-batch and how layers run.
+    """Everything that the reference's numbers depend on, except the micro-batch and how layers run.
 
-    The hashes cover weights alone; a base's configuration (rotary angles, epsilons) and the factor on the parent
-    adapter stand in files of their own.
+    The hashes cover only weights, so the base's configuration (rotary angles, epsilons) and the parent adapter's
+    scaling are listed too.
     """
     settings = {k: v for k, v in policy.causal_lm.config.to_dict().items() if k not in PLACES}
     scaling = {layer.scaling[PARENT] for layer in policy.lora_layers} if policy.has_parent else set()
@@ -102,16 +101,16 @@ def reference_identity(policy: Policy, base_sha256: str, parent_sha256: str | No
 
 
 class ReferenceCache:
-    """The entries of one identity: those on disk when it was opened, and those computed since."""
+    """The entries of one identity: those on disk when it was opened, and those computed since then."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], note: Callable[[str], None]) -> None:
-        """Read every shard; `note` prints a line for each that is damaged and left out. Killed writers' files go."""
+        """Read every shard; `note` prints a line for each damaged one, which is ignored. Partial files are removed."""
         self.identity, self.note = identity, note
         self.folder = folder / _json_sha256(identity)
         self.entries: dict[str, Tensor] = {}
         self._unwritten: list[str] = []
         self._writable = True
-        remove_left(self.folder)  # a shard's name is of its content, so the next writer's may be another
+        remove_left(self.folder)  # partial files of killed writers
         for manifest in sorted(self.folder.glob("*.json")):
             if manifest.name != IDENTITY:
                 try:
@@ -121,14 +120,14 @@ class ReferenceCache:
         self.from_disk = frozenset(self.entries)
 
     def add(self, key: str, logps: Tensor) -> None:
-        """Keep the reference numbers of a micro-batch, (S,) fp32, and write them later."""
+        """Keep the reference numbers of a micro-batch, (S,) fp32; they are written later."""
         self.entries[key] = logps
         self._unwritten.append(key)
         if len(self._unwritten) >= ENTRIES_PER_SHARD:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is new; an error of the disk prints one line and ends the writing, not the run."""
+        """Write new entries; a disk error prints one line and ends the writing, not the run."""
         keys, self._unwritten = self._unwritten, []
         if not keys or not self._writable:
             return
@@ -145,11 +144,11 @@ class ReferenceCache:
                 write_shard(self.folder, finite)
         except OSError as error:
             self._writable = False
-            self.note(f"reference cache: {self.folder} is not written any more: {error.strerror}")
+            self.note(f"reference cache: {self.folder} is not written any further: {error.strerror}")
 
 
 class CachedReference:
-    """An Execution that gives each micro-batch its reference numbers before it runs."""
+    """An Execution that adds reference numbers to each micro-batch before it runs."""
 
     def __init__(
         self,
@@ -174,11 +173,9 @@ class CachedReference:
         return self.execution.method
 
     def __enter__(self) -> CachedReference:
-        """No setup."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Report how many micro-batches were found and computed."""
         off = ", then refused" if self.refused else ""
         counts = f"{self.hits:,} micro-batches found, {self.computed:,} computed{off}"
         self.note(f"reference cache: {counts} ({self.folder})")
@@ -187,12 +184,12 @@ class CachedReference:
         """See Execution.
 
         Raises:
-            ExecutionFailedError: an entry was refused; the cache is off now. Or that of the execution itself.
+            ExecutionFailedError: an entry was wrong and the cache is off now, or the execution itself failed.
         """
         return self.execution.run(batch if self.refused else self._with_logps(batch), factor, dropout_key)
 
     def flush(self) -> None:
-        """Write what was computed; nothing once an entry was refused."""
+        """Write new entries, unless one was wrong."""
         for cache in self._caches.values() if not self.refused else ():
             cache.flush()
 
@@ -201,7 +198,7 @@ class CachedReference:
         found, from_disk = cache.entries.get(key), key in cache.from_disk
         trusted = found is not None and not (from_disk and self._check_is_due)
         logps = found if trusted else self._live(batch)
-        if logps is None:  # a check that was due is due at the next entry
+        if logps is None:  # it failed: check the next entry instead
             return batch
         if found is None:
             cache.add(key, logps)
@@ -213,7 +210,7 @@ class CachedReference:
         return replace(batch, reference_logps=_move(logps, batch.input_ids.device))
 
     def _live(self, batch: PackedBatch) -> Tensor | None:
-        """The reference pass, (S,); None where it fails: the execution fails in the same way, and can fall back."""
+        """The reference pass, (S,); None if it fails: the execution then fails in the same way, and can fall back."""
         try:
             return batch.sequence_sums(reference_token_logps(self.policy, batch))
         except torch.cuda.OutOfMemoryError:
@@ -223,12 +220,12 @@ class CachedReference:
 
     @property
     def _check_is_due(self) -> bool:
-        """Whether the next entry from disk is to be recomputed."""
+        """Whether to recompute the next entry from disk."""
         number = self._hits_from_disk
         return number < ALWAYS_VERIFIED or number % VERIFIED_ONE_IN == 0
 
     def _cache(self) -> ReferenceCache:
-        """The cache for how layers run now: an execution may fall back from compiled layers to eager ones."""
+        """The cache for the present mode: an execution may fall back from compiled to eager layers."""
         compiled = self.policy.layers.compiled
         if compiled not in self._caches:
             identity = {**self.identity, "layers": "compiled" if compiled else "eager"}
@@ -248,19 +245,19 @@ class CachedReference:
 
 
 def _difference(found: Tensor, live: Tensor, rows: tuple[int, ...]) -> str | None:
-    """Where two (S,) tensors differ most; None if they agree bit for bit."""
+    """Where two (S,) tensors differ most; None if they are equal bit for bit."""
     if torch.equal(found.view(torch.int32), live.view(torch.int32)):
         return None
     apart = (found.double() - live.double()).abs()
     place = int(apart.argmax())
     side, pair = divmod(place, len(live) // 2)
-    where = f"data row {rows[pair]}" if pair < len(rows) else "a pair that only fills up"
+    where = f"data row {rows[pair]}" if pair < len(rows) else "a dummy pair"
     name = ("chosen", "rejected")[side]
     return f"largest difference {apart[place]:.3g} ({name}, {where}: {found[place]:.9g}, live {live[place]:.9g})"
 
 
 def write_shard(folder: Path, entries: Mapping[str, Tensor]) -> None:
-    """Write entries under a name that no other entries have: first the file, then what says that it is complete."""
+    """Write entries under the hash of their content: first the file, then the description that makes it complete."""
     data = save({key: entries[key] for key in sorted(entries)}, metadata={"format": "pt"})
     described = {"format": FORMAT, "entries": len(entries), "bytes": len(data), "sha256": _sha256(data)}
     path = folder / f"{described['sha256']}.safetensors"
@@ -272,7 +269,7 @@ def read_shard(manifest: Path) -> dict[str, Tensor]:
     """The entries of the shard that a manifest describes.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, differs from its description, or holds what is no entry.
+        CheckpointError: a file is missing, unreadable or not as described, or an entry has a wrong dtype or shape.
     """
     path = manifest.with_suffix(".safetensors")
     try:
@@ -285,7 +282,7 @@ def read_shard(manifest: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}") from None
     for key, logps in entries.items():
         if logps.dtype != torch.float32 or logps.ndim != 1 or not bool(logps.isfinite().all()):
-            raise CheckpointError(f"{path}: entry {key[:12]} holds no finite fp32 numbers")
+            raise CheckpointError(f"{path}: entry {key[:12]} is not a vector of finite fp32 numbers")
     return entries
 
 
@@ -296,7 +293,7 @@ def _move(logps: Tensor, device: torch.device) -> Tensor:
 
 
 def _device_kind(device: torch.device) -> str:
-    """What decides the order of additions: the GPU, or a CPU's instructions and the number of threads."""
+    """What determines the order of additions: the GPU, or the CPU's instructions and number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""Pure loss functions: tensors in, per-token or per-pair tensors out; torch and the standard library alone.
+"""Pure loss functions: tensors in, per-token or per-pair tensors out; only torch and the standard library are imported.
 
 Nothing here averages over a batch. Cross-entropy gives `(sum, count)`, the preference losses one value a pair (in which
 `ipo`, `sigmoid_norm` and `rpo` average over a completion's tokens); the loop divides once by the count of the whole

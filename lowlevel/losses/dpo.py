@@ -1,7 +1,7 @@
 """Every preference loss by name, and the one call that checks what it was asked for before it computes it.
 
 A hyper-parameter that the chosen loss does not use is an error: a run must not report cDPO and train DPO (TRL 1.16
-ignores `label_smoothing` for `sigmoid`). Which ones a loss uses is read from its signature.
+ignores `label_smoothing` for `sigmoid`). Which ones a loss uses follows from its signature.
 """
 
 from __future__ import annotations
@@ -93,12 +93,11 @@ def dpo_loss(
         loss_type: a key of `LOSSES`.
         beta: the KL temperature, finite and above 0.
         label_smoothing: share of flipped labels, in [0, 0.5); 0 means none. `exo_pair` needs it above 0.
-        chosen_lengths: (P,) tokens in each chosen completion. Data, not a setting: always welcome, read by losses with
-            `needs_lengths`.
+        chosen_lengths: (P,) tokens in each chosen completion. Used by losses with `needs_lengths`, accepted by all.
         rejected_lengths: (P,) likewise, rejected completion.
-        discopop_tau: `discopop` alone, in (0, 1]; None means 0.05. Above 1 the loss grows exponentially as x falls.
-        dpop_lambda: `dpop` alone, finite, at least 0; None means 50.
-        rpo_alpha: `rpo` alone, weight of the NLL term, finite, at least 0; None means 1.
+        discopop_tau: only for `discopop`, in (0, 1]; None means 0.05. Above 1 the loss grows exponentially as x falls.
+        dpop_lambda: only for `dpop`, finite, at least 0; None means 50.
+        rpo_alpha: only for `rpo`, weight of the NLL term, finite, at least 0; None means 1.
 
     Returns:
         `DPOOutput`. `losses` are per pair, in order (`aot` and `aot_unpaired`: per quantile of the batch).

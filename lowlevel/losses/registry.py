@@ -1,8 +1,8 @@
 """Losses by name: the built-in ones, a user's own (`@lowlevel.loss`), and "module:function", imported when it is used.
 
 A loss of one's own has the same form as a built-in one: the first argument holds log-probabilities (`PairLogps` for
-dpo, `TokenLogps` for sft), keyword-only arguments are its hyper-parameters, and the result is one value a pair or a
-token, alone or with metrics of the same shape:
+dpo, `TokenLogps` for sft), keyword-only arguments are its hyper-parameters, and the result is one value for each pair
+or token, optionally with metrics of the same shape:
 
     @lowlevel.loss
     def shifted(pairs: PairLogps, *, beta: float, gamma: float = 1.0):

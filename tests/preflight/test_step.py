@@ -60,12 +60,12 @@ def test_a_mode_that_computes_something_else_is_found(monkeypatch):
 
 def test_a_mode_that_falls_back_is_a_note(monkeypatch):
     def fallen(subject, note):
-        note.append("execution: graphed failed (no compiler); going on eager")
+        note.append("execution: graphed failed (no compiler); continuing eager")
         return WithFallback(subject.policy, subject.method, "eager", note.append)
 
     monkeypatch.setattr(Subject, "execution", fallen)
     answer = one_step("sft")
-    assert answer.verdict == "note" and "going on eager" in answer.found
+    assert answer.verdict == "note" and "continuing eager" in answer.found
 
 
 # What is judged

@@ -245,7 +245,7 @@ def test_a_mode_that_fails_falls_back_with_one_line(tiny_base):
 
     execution.execution = Broken()
     result = helpers.step(policy, method, examples, execution=execution)
-    assert notes == ["execution: compiled failed (no compiler here); going on eager"]
+    assert notes == ["execution: compiled failed (no compiler here); continuing eager"]
     assert execution.mode == MODES[0] and not policy.layers.compiled
     expected = helpers.step(helpers.make_policy(tiny_base, attention=SPANS), method, examples)
     assert result.metrics["loss"] == expected.metrics["loss"] and result.grad_norm == expected.grad_norm
@@ -270,7 +270,7 @@ def test_an_evaluation_that_cannot_be_compiled_falls_back_too(tiny_base, monkeyp
         evaluate_examples(policy, method, batches, prefix="eval_")
     found = execution.until_it_runs(lambda: evaluate_examples(policy, method, batches, prefix="eval_"))
     assert found == wanted and not policy.layers.compiled
-    assert notes == ["execution: compiled failed (no compiler here); going on eager"]
+    assert notes == ["execution: compiled failed (no compiler here); continuing eager"]
 
 
 def test_a_rehearsal_that_cannot_be_compiled_falls_back_too(tiny_base, monkeypatch):
@@ -297,7 +297,7 @@ def test_a_rehearsal_that_cannot_be_compiled_falls_back_too(tiny_base, monkeypat
     execution = WithFallback(policy, method, "compiled", notes.append)
     optimizer = torch.optim.SGD([policy.flat.weights], lr=0.1)
     report = rehearse(policy, method, execution, optimizer, largest_batch(method, examples, 4))
-    assert notes == ["execution: compiled failed (no compiler [here]); going on eager"]
+    assert notes == ["execution: compiled failed (no compiler [here]); continuing eager"]
     assert report["phases"] == {"forward and loss": 30, "backward": 30, "a whole micro-step": 30}
     assert (report["allocated"], report["kept_for_backward"], report["device_used"]) == (10, 0, 40)
     assert report["positions"] and report["components"]["gradient"] == policy.flat.grad.nbytes

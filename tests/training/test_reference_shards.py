@@ -42,8 +42,8 @@ DAMAGE = {
     "a list": (lambda shard: shard.with_suffix(".json").write_text("[]"), "cannot be read: TypeError"),
     "an empty description": (lambda shard: shard.with_suffix(".json").write_text("{}"), "cannot be read: KeyError"),
     "no safetensors": (lambda shard: rewrite(shard, b"x" * 40), "cannot be read: SafetensorError"),
-    "another dtype": (other_numbers, "holds no finite fp32 numbers"),
-    "not finite": (lambda shard: alter(shard, lambda key, value: value / 0.0), "holds no finite fp32 numbers"),
+    "another dtype": (other_numbers, "is not a vector of finite fp32 numbers"),
+    "not finite": (lambda shard: alter(shard, lambda key, value: value / 0.0), "is not a vector of finite fp32 numbers"),
 }
 
 
@@ -116,7 +116,7 @@ def test_a_disk_that_refuses_costs_one_line(filled, monkeypatch):
         found = helpers.loss_and_gradient(policy, method, pairs, execution=cache)
         assert found[0] == live[0] and torch.equal(found[1], live[1])
         cache.flush()
-    assert len(notes) == 1 and notes[0].endswith("is not written any more: No space left on device")
+    assert len(notes) == 1 and notes[0].endswith("is not written any further: No space left on device")
     assert not [path for path in (folder / "new").rglob("*") if path.is_file()]
 
 

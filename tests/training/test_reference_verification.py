@@ -127,7 +127,7 @@ def test_a_pass_that_cannot_be_compiled_is_the_executions_to_mend(filled, monkey
     monkeypatch.setattr(reference_cache, "reference_token_logps", broken)
     cache = CachedReference(execution, policy, folder, identity_of(policy), pytest.fail)
     found = helpers.loss_and_gradient(policy, method, PAIRS, execution=cache)
-    assert notes == ["execution: compiled failed (no compiler here); going on eager"]
+    assert notes == ["execution: compiled failed (no compiler here); continuing eager"]
     assert found[0] == live[0] and torch.equal(found[1], live[1])
     assert cache.hits == len(method.micro_batches(PAIRS)), "those of eager layers, from disk"
 
