@@ -1,4 +1,4 @@
-"""Errors meant for people: one line with the numbers, the row or key, and what to do. Each kind has its exit code."""
+"""Errors for users: one line with the numbers, the row or key, and what to do. Each kind has its exit code."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 from lowlevel.redaction import redact
 
 _UNPRINTABLE = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
-EVAL_LOSS = "eval_loss"  # the quantity of a NonFiniteError that an evaluation raised
-LONGEST_QUOTE = 80  # characters of a foreign value that a message quotes
+EVAL_LOSS = "eval_loss"  # quantity of a NonFiniteError in an evaluation
+LONGEST_QUOTE = 80  # characters of an input value quoted in a message
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """The first line of an error's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def quoted(text: str) -> str:
-    """A value for a message: whole if it is short, else its beginning and its length."""
+    """A value for a message: whole if short, else its start and its length."""
     return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}... ({len(text):,} characters)"
 
 
 def printable(text: str) -> str:
-    """The text with control characters (but line feeds) and halves of surrogate pairs escaped.
+    """The text with control characters (except line feeds) and lone surrogates escaped.
 
-    A name from a data file must not move a terminal's cursor, nor keep its own error from being written.
+    A name from a data file must neither move the terminal's cursor nor make its own error message unwritable.
     """
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
@@ -34,13 +34,12 @@ def printable(text: str) -> str:
 class LowlevelError(Exception):
     """Base of all errors that the command line prints as one line, without a traceback.
 
-    Its text also goes into run-status.json, so secrets are taken out where it is made.
+    The text also goes into run-status.json, so the constructor removes secrets.
     """
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        """`message` is what a person reads."""
         super().__init__(redact(printable(message)))
 
 
@@ -63,7 +62,7 @@ class CheckpointError(LowlevelError):
 
 
 class NonFiniteError(LowlevelError):
-    """A loss or gradient that is not a finite number."""
+    """A loss or gradient that is NaN or infinite."""
 
     exit_code = 5
 
@@ -78,9 +77,9 @@ class NonFiniteError(LowlevelError):
         batches: Sequence[Any] = (),
         attempts: Sequence[dict[str, float]] = (),
     ) -> None:
-        """What the loop knows, for running/forensics.py: `step` from 0, `batches` of the step, scales tried so far.
+        """For running/forensics.py: `step` from 0, `batches` of the step, loss scales tried so far.
 
-        Of an evaluation, `step` is the last one before it and `batches` are the held-out ones.
+        For an evaluation: the last step before it, and the held-out batches.
         """
         super().__init__(message)
         self.quantity, self.value, self.step, self.seed = quantity, value, step, seed
@@ -97,6 +96,5 @@ class InterruptedRunError(LowlevelError):
     """The run was stopped by a signal; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, signum: int) -> None:
-        """`signum` is the signal that asked the run to stop."""
         super().__init__(message)
         self.exit_code = 128 + signum

@@ -1,7 +1,7 @@
-"""Secrets kept out of whatever a person or a file gets to see: console, error lines, tracebacks, statuses.
+"""Removes secrets from all output: console, errors, tracebacks, status files.
 
-A secret is the value of an environment variable with a telling name (HF_TOKEN, WANDB_API_KEY, ...), a token of the
-Hugging Face hub, and the user and password in a URL.
+Secrets are: the value of an environment variable with a name such as HF_TOKEN or WANDB_API_KEY, a token of the Hugging
+Face hub, and the user and password in a URL.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 REDACTED = "[redacted]"
-SHORTEST = 6  # characters; a shorter value, such as "1" or "true", occurs in innocent text
+SHORTEST = 6  # characters; shorter values such as "1" or "true" occur in normal text
 _TELLING = re.compile(r"(TOKEN|_KEY|_SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 _IN_URL = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]{0,20}://)[^\s/@'\"<>]{1,512}@")
 
 
 def secrets_of(environment: Mapping[str, str]) -> list[str]:
-    """Values of the variables whose names tell of a secret, longest first: one may contain another."""
+    """Values of the variables with the name of a secret, longest first, because one may contain another."""
     values = {value.strip() for name, value in environment.items() if _TELLING.search(name)}
     return sorted((value for value in values if len(value) >= SHORTEST), key=len, reverse=True)
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """The text with every secret replaced; `environment` is that of this process unless given."""
+    """The text with every secret replaced; `environment`: default os.environ."""
     for secret in secrets_of(os.environ if environment is None else environment):
         text = text.replace(secret, REDACTED)
     text = _HUB_TOKEN.sub(REDACTED, text)
@@ -38,17 +38,15 @@ def holds_secret(text: str) -> bool:
 
 
 class RedactedStream:
-    """A text stream that redacts each piece written to it; everything else is the stream's own."""
+    """A text stream that redacts everything written to it; other methods are those of the wrapped stream."""
 
     def __init__(self, stream: TextIO) -> None:
-        """`stream` gets what is left."""
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write the redacted text; returns the length of what was given, as print() and rich expect."""
+        """Write the redacted text. Returns the length of the original text, as print() and rich expect."""
         self._stream.write(redact(text))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
-        """isatty, encoding, flush, fileno, ..."""
         return getattr(self._stream, name)

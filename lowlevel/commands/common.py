@@ -1,4 +1,4 @@
-"""What several commands share: number types of options, the run file with its flags, and the console."""
+"""Shared by several commands: number types of options, the run file with its flags, and the console."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Overrides = dict[str, str]  # "section.key" -> text as typed
 
 
 class Parser(argparse.ArgumentParser):
-    """Lists every configuration key in the help of a command that takes them as flags."""
+    """Lists every configuration key in the help of a command whose flags they are."""
 
     def format_help(self) -> str:
         """Pydantic is imported only if the keys are listed."""
@@ -70,7 +70,7 @@ def read_run_file(options: Options, overrides: Overrides, method: str | None = N
 
 
 def quiet_console() -> Console:
-    """Where output goes. Progress bars and advice of libraries are off; their errors still show."""
+    """Standard output, without progress bars and advice of libraries; their errors still show."""
     from lowlevel.running.progress import make_console, quiet_libraries
 
     quiet_libraries()

@@ -1,1 +1,1 @@
-"""The configuration of a run: its keys (schema.py), run files and flags (file.py), keys that exclude each other."""
+"""The configuration of a run: keys (schema.py), run files and flags (file.py), contradictions between keys."""

@@ -1,4 +1,4 @@
-"""Settings that are valid alone and not together: a key that the run would not read is an error."""
+"""Settings that contradict each other, and keys that the run would not read: both are errors."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from lowlevel.config.schema import RunConfig
 
 LARGEST_BATCH = 1_048_576  # examples a step
-ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules")  # an adapter that is trained on brings its own
+ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules")  # with lora.init_from, the adapter has its own
 TRACE_DETAILS = ("level", "gradients")
-PLANNED = ("recomputed_layers", "micro_batch_positions", "dequantize_once")  # what a memory budget chooses
+PLANNED = ("recomputed_layers", "micro_batch_positions", "dequantize_once")  # set by memory_budget
 
 
 Check = tuple[bool, str]  # whether it is wrong, and what to say
 
 
 def contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
-    """One line for each contradiction; `tables` say which keys were given."""
+    """One line for each contradiction; `tables` holds the keys that were given."""
     given = {f"{s}.{k}" for s, table in tables.items() if isinstance(table, Mapping) for k in table}
     given |= {key for key in tables if key in ("sft", "dpo")}
     checks = [*_method_and_model(config, given), *_data(config), *_train(config, given), *_trace(config, given)]
@@ -29,19 +29,19 @@ def contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
 
 
 def secrets_in(tables: Mapping[str, Any]) -> list[str]:
-    """One line for each value that holds a password or token: the run folder would keep it in config.toml."""
+    """One line for each value that holds a password or token: the run folder keeps all values in config.toml."""
     hint = "holds a password or token; set HF_TOKEN or log in with `hf auth login` instead"
     return [f"{key}: {hint}" for key, text in _texts(tables, "") if holds_secret(text)]
 
 
 def empty_texts(tables: Mapping[str, Any]) -> list[str]:
-    """One line for each empty path or name: an empty path is the current folder. A filter's value may be empty."""
+    """One line for each empty path or name: an empty path would be the current folder. Filter values may be empty."""
     texts = (found for found in _texts(tables, "") if not found[0].startswith("data.filters"))
     return [f"{key}: is empty; leave the key out for its default" for key, text in texts if not text.strip()]
 
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Every text in nested tables and lists, with the key under which it stands."""
+    """Every text in nested tables and lists, with its key."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, Mapping):
@@ -58,14 +58,14 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
     return [
         (sft and "dpo" in given, '[dpo] is not used when method = "sft"'),
         (not sft and "sft" in given, '[sft] is not used when method = "dpo"'),
-        (sft and bool(model.adapter), "model.adapter is for dpo; to go on training use lora.init_from"),
+        (sft and bool(model.adapter), "model.adapter is for dpo; to continue training an adapter use lora.init_from"),
         (sft and data.format == "orca", 'data.format = "orca" holds preferences; sft needs "messages"'),
         (sft and data.format == "preference", 'data.format = "preference" is for dpo; sft needs "messages"'),
         (sft and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo"),
         (not sft and data.format == "messages", 'dpo needs data.format = "preference" or "orca"'),
         (
             model.adapter is not None and model.adapter_mode == "none",
-            'model.adapter is set, but adapter_mode = "none" would ignore it',
+            'model.adapter is set, but model.adapter_mode = "none" ignores it',
         ),
         (
             model.adapter is None and "model.adapter_mode" in given and model.adapter_mode != "none",
@@ -73,7 +73,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
         ),
         (
             not model.load_in_4bit and bool(quantisation & given),
-            "model.bnb_4bit_* keys need load_in_4bit = true",
+            "model.bnb_4bit_* keys need model.load_in_4bit = true",
         ),
         *(
             (config.lora.init_from is not None and f"lora.{key}" in given, f"lora.{key} comes from lora.init_from")
@@ -118,15 +118,15 @@ def _train(config: RunConfig, given: set[str]) -> list[Check]:
         ),
         (
             bool(train.recomputed_layers) and not train.gradient_checkpointing,
-            "train.recomputed_layers needs gradient_checkpointing = true",
+            "train.recomputed_layers needs train.gradient_checkpointing = true",
         ),
         (
             train.offload_activations and not train.gradient_checkpointing,
-            "train.offload_activations needs gradient_checkpointing = true",
+            "train.offload_activations needs train.gradient_checkpointing = true",
         ),
         (
             train.offload_activations and train.recomputed_layers == 0,
-            "train.offload_activations needs recomputed layers, and recomputed_layers = 0 leaves none",
+            "train.offload_activations needs recomputed layers, but train.recomputed_layers = 0",
         ),
         (
             train.micro_batch_positions is not None and not packing,
@@ -142,12 +142,15 @@ def _train(config: RunConfig, given: set[str]) -> list[Check]:
         ),
         (train.memory_budget is not None and not packing, "train.memory_budget needs data.packing = true"),
         *(
-            (train.memory_budget is not None and f"train.{key}" in given, f"train.{key} is chosen by memory_budget")
+            (
+                train.memory_budget is not None and f"train.{key}" in given,
+                f"train.{key} is set by train.memory_budget",
+            )
             for key in PLANNED
         ),
         (
             train.memory_budget is not None and not train.gradient_checkpointing,
-            "train.memory_budget chooses how many layers are recomputed: leave out gradient_checkpointing = false",
+            "train.memory_budget chooses the recomputed layers: leave out train.gradient_checkpointing = false",
         ),
     ]
 
@@ -158,13 +161,13 @@ def _trace(config: RunConfig, given: set[str]) -> list[Check]:
         *((f"trace.{key}" in given and off, f"trace.{key} needs trace.every or trace.steps") for key in TRACE_DETAILS),
         (
             config.trace.level == "token" and config.dpo.reference_cache is not None,
-            'trace.level = "token" needs the reference\'s tokens, of which dpo.reference_cache holds sums alone',
+            'trace.level = "token" needs reference token log-probabilities; dpo.reference_cache holds only sums',
         ),
     ]
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes of "15GiB", "15GB", "800MiB" or "800MB"; None for another form."""
+    """Bytes of "15GiB", "15GB", "800MiB" or "800MB"; None for any other text."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])(i?)B\s*", text)
     if not found:
         return None

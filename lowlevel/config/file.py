@@ -1,4 +1,4 @@
-"""Run files: TOML and flags into a `RunConfig`, all problems of a file reported at once, and the way back."""
+"""Run files: TOML and flags become a `RunConfig`, with all problems reported at once; and the reverse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowlevel.config.schema import DPO_DEFAULTS, SECTIONS, Filter, RunConfig
 from lowlevel.errors import ConfigError, one_line, quoted
 
 TEXTS = (str, str | None, get_args(Source)[0], Source | None)  # types of keys that a flag's text is taken for as it is
-# What other programs and papers call a key, where that is too far from its name to be guessed.
+# Names of keys in other programs and papers that are too different for a suggestion by spelling.
 OTHER_NAMES = {
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
@@ -45,7 +45,7 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
     Args:
         path: TOML file; None gives the defaults.
         overrides: "section.key" -> text as typed on the command line.
-        method: the command's own method; a file that names another one is an error.
+        method: of the command; a file with another method is an error.
 
     Raises:
         ConfigError: with one line for each problem found.
@@ -57,7 +57,7 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
         table = tables.setdefault(section, {})
         if not isinstance(table, dict):
             name, value = quoted(section), quoted(repr(table))
-            raise ConfigError(f"{where}: --{quoted(dotted)}: {name} is {value}, which is no section")
+            raise ConfigError(f"{where}: --{quoted(dotted)}: {name} is {value}, not a section")
         table[key] = _parse_flag(section, key, text)
     return config_from_tables(tables, where)
 
@@ -72,10 +72,10 @@ def load_tables(path: Path | None, method: str | None) -> dict[str, Any]:
 
 
 def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
-    """Validate nested tables into a RunConfig; `where` names their origin in errors.
+    """Validate nested tables into a RunConfig; errors begin with `where`.
 
-    Some defaults depend on other keys: those of `DPO_DEFAULTS` on the method, and data.max_length is 256 for the demo's
-    base, which has no more positions.
+    Some defaults depend on other keys: `DPO_DEFAULTS` on the method, and data.max_length is 256 for the demo's base,
+    which has only 256 positions.
     """
     model = tables.get("model", {})
     if isinstance(model, Mapping) and model.get("name", "demo") == "demo":
@@ -100,7 +100,7 @@ def _with_defaults(tables: Mapping[str, Any], section: str, defaults: Mapping[st
 
 
 def to_tables(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration as tables that `config_from_tables` takes: unset and unused keys are left out."""
+    """The configuration as tables for `config_from_tables`, without unset and unused keys."""
     tables = config.model_dump(mode="json", exclude_none=True)
     del tables["dpo" if config.method == "sft" else "sft"]
     if not (config.trace.every or config.trace.steps):
@@ -122,13 +122,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such run file") from None
     except RecursionError:
         raise ConfigError(f"{path}: not a readable TOML file: nested too deeply") from None
-    except (ValueError, OSError) as error:  # ValueError: bad TOML, bad UTF-8, an endless number, a NUL in the name
+    except (ValueError, OSError) as error:  # ValueError: bad TOML or UTF-8, too many digits, a NUL in the name
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise ConfigError(f"{path}: not a readable TOML file: {reason}") from None
 
 
 def _parse_flag(section: str, key: str, text: str) -> object:
-    """A flag's text as a TOML value where it is one (1e-4, true, [..]), else as a string."""
+    """The text of a flag as a TOML value (1e-4, true, [..]); if it is not one, as a string."""
     field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
     if field is not None and field.annotation in TEXTS:
         return text
@@ -151,7 +151,7 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
         return f'{where}: unknown key "{name}"; {hint}'
     if problem["type"] == "missing":
         return f"{where}: {name}: is missing"
-    if location[:2] == ["data", "filters"] and "value" in location:  # pydantic reports each type that it is not
+    if location[:2] == ["data", "filters"] and "value" in location:  # pydantic reports each type that does not match
         name = quoted(".".join(location[: location.index("value") + 1]))
         return f"{where}: {name}: expected text, a number, true or false, or a list of them"
     expected = (

@@ -1,6 +1,6 @@
 """The configuration of a run: TOML sections as frozen models. Every key is also a flag (`--train.learning_rate 1e-4`).
 
-Names are those of transformers, PEFT and TRL where they have one. file.py reads and writes them.
+Keys that transformers, PEFT or TRL have keep the same name. file.py reads and writes run files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from lowlevel.config.given import Source
 
 LARGEST = 2**31 - 1  # counts are also tensors' sizes and int32 indices
-MAX_RANK, MAX_ALPHA = 4096, 1_048_576  # of an adapter, here and where one is opened
+MAX_RANK, MAX_ALPHA = 4096, 1_048_576  # of an adapter: trained here, or opened
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Length = Annotated[int, Field(gt=1, le=LARGEST)]
@@ -47,18 +47,19 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     load_in_4bit: bool = Field(True, description="quantise the base's linear layers with bitsandbytes")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
-    bnb_4bit_use_double_quant: bool = Field(True, description="quantise the quantisation constants too")
+    bnb_4bit_use_double_quant: bool = Field(True, description="also quantise the quantisation constants")
     attn_implementation: Literal["auto", "flash", "efficient", "sdpa", "eager"] = Field(
-        "auto", description="attention; auto: flash or efficient (without a mask) on a GPU, sdpa with a mask on a CPU"
+        "auto",
+        description="attention kernel; auto: flash or efficient without a mask on a GPU, sdpa with one on a CPU",
     )
     embeddings_on_host: bool = Field(
-        False, description="keep the input embedding in pinned host memory: less GPU memory, the same numbers"
+        False, description="keep the input embedding in pinned host memory: less GPU memory, same numbers"
     )
     adapter: str | None = Field(None, description="dpo: run folder or PEFT folder to start from")
     adapter_mode: Literal["stack", "original", "none"] = Field(
         "stack",
-        description="stack: keep the adapter, frozen, under the new one; original: merge it into the 16-bit weights, "
-        "then quantise again; none: there is no adapter to start from",
+        description="stack: freeze the adapter under the new one; original: merge it into the 16-bit weights, then "
+        "quantise again; none: start without an adapter",
     )
 
 
@@ -69,9 +70,9 @@ class LoraConfig(Section):
     lora_alpha: Annotated[Finite, Field(gt=0, le=MAX_ALPHA)] = Field(
         32, description="the update is scaled by lora_alpha / r"
     )
-    lora_dropout: Annotated[Finite, Field(ge=0, lt=1)] = Field(0.1, description="probability, on the adapter's input")
+    lora_dropout: Annotated[Finite, Field(ge=0, lt=1)] = Field(0.1, description="dropout of the adapter's input")
     target_modules: tuple[str, ...] = Field(
-        ALL_PROJECTIONS, min_length=1, strict=False, description="linear layers by name"
+        ALL_PROJECTIONS, min_length=1, strict=False, description="names of the linear layers with an adapter"
     )
     init_from: str | None = Field(None, description="run folder or PEFT adapter to continue training")
 
@@ -97,18 +98,18 @@ class DataConfig(Section):
     columns: tuple[str, ...] = Field(
         (), strict=False, description="numeric columns of a row that a custom loss receives"
     )
-    filters: tuple[Filter, ...] = Field((), strict=False, description="conditions that a row must meet")
+    filters: tuple[Filter, ...] = Field((), strict=False, description="conditions on a row: column, op, value")
     chat_template_from: str | None = Field(None, description="model or .jinja file whose chat template is used")
     template_date: Annotated[str, AfterValidator(_iso_date)] = Field(
         "2024-07-26", description="date given to chat templates that print today's date"
     )
     supervise: Literal["assistant", "all"] = Field("assistant", description="tokens in the loss: replies, or all")
-    max_length: Length = Field(512, description="tokens of a sequence (prompt and completion); for the demo's base 256")
-    max_prompt_length: Positive | None = Field(None, description="dpo: tokens of a prompt, cut from the left")
-    packing: bool = Field(True, description="several examples share a row; the loss is the same either way")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an unusable row, or continue without it")
+    max_length: Length = Field(512, description="most tokens of prompt and completion; demo base: 256")
+    max_prompt_length: Positive | None = Field(None, description="dpo: most tokens of a prompt; the start is cut off")
+    packing: bool = Field(True, description="put several examples into one row; the loss stays the same")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an unusable row, or skip it")
     eval_source: Source | None = Field(
-        None, description='like source, or "holdout": rows of source kept out of training'
+        None, description='evaluation rows: as source, or "holdout": rows of source that are not trained on'
     )
     eval_split: str = Field("test", description="split of a hub data set for evaluation")
     eval_limit: Positive | None = Field(None, description="rows to evaluate on")
@@ -119,53 +120,55 @@ class TrainConfig(Section):
 
     output_dir: str = Field("out/run", description="run folder")
     per_device_train_batch_size: Batch = Field(
-        2, description="examples (sft) or pairs (dpo) a micro-batch; with packing, the full rows that it has room for"
+        2, description="examples (sft) or pairs (dpo) per micro-batch; with packing, its size in full rows"
     )
     gradient_accumulation_steps: Batch = Field(
-        4, description="times per_device_train_batch_size: examples a step; packing says in how many micro-batches"
+        4, description="times per_device_train_batch_size = examples per step; without packing, micro-batches per step"
     )
     learning_rate: Annotated[Finite, Field(gt=0)] = Field(2e-4, description="peak learning rate")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after warm-up")
-    warmup_ratio: Annotated[Finite, Field(ge=0, le=1)] = Field(0.0, description="share of the steps spent warming up")
-    warmup_steps: Natural = Field(0, description="steps spent warming up; takes precedence over warmup_ratio")
-    max_steps: Positive | None = Field(None, description="applied optimizer steps; takes precedence over epochs")
-    num_train_epochs: Annotated[Finite, Field(gt=0)] = Field(1.0, description="passes over the rows")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="schedule after warm-up")
+    warmup_ratio: Annotated[Finite, Field(ge=0, le=1)] = Field(0.0, description="share of the steps that warm up")
+    warmup_steps: Natural = Field(0, description="steps that warm up; overrides warmup_ratio")
+    max_steps: Positive | None = Field(None, description="optimizer steps; overrides num_train_epochs")
+    num_train_epochs: Annotated[Finite, Field(gt=0)] = Field(1.0, description="passes over the training rows")
     optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
         "paged_adamw_32bit", description="optimizer"
     )
     weight_decay: Annotated[Finite, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
-    max_grad_norm: Annotated[Finite, Field(gt=0)] = Field(1.0, description="clip the gradient's l2 norm to this")
+    max_grad_norm: Annotated[Finite, Field(gt=0)] = Field(1.0, description="clip the gradient to this l2 norm")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field("auto", description="auto: fp16 on CUDA, fp32 on a CPU")
     gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
     execution: Literal["auto", "eager", "compiled", "graphed"] = Field(
-        "auto", description="how a step runs: layers as they are, compiled, or in a CUDA graph; auto: the fastest here"
+        "auto", description="run layers as they are, compiled, or in a CUDA graph; auto: the fastest on this machine"
     )
     recomputed_layers: Natural | None = Field(
-        None, description="with gradient_checkpointing: layers, from the first, that are recomputed; default: all"
+        None, description="gradient_checkpointing: number of layers to recompute, counted from the first; default: all"
     )
     offload_activations: bool = Field(
-        False, description="keep the inputs of recomputed layers in pinned host memory: the same numbers"
+        False, description="keep the inputs of recomputed layers in pinned host memory: less GPU memory, same numbers"
     )
     micro_batch_positions: Positive | None = Field(
-        None, description="packed positions computed at once, on a GPU; default: per_device_train_batch_size rows"
+        None, description="packed positions per micro-batch on a GPU; default: per_device_train_batch_size rows"
     )
-    dequantize_once: bool = Field(False, description="dequantise the 4-bit weights once: faster, 4 times as large")
+    dequantize_once: bool = Field(False, description="dequantise the 4-bit weights once: faster, 4 times their memory")
     memory_budget: str | None = Field(
         None,
-        description='GPU memory to fit, like "15GiB": chooses recomputed_layers, micro_batch_positions and '
-        "dequantize_once for speed",
+        description='GPU memory for the run, such as "15GiB": sets recomputed_layers, micro_batch_positions and '
+        "dequantize_once to the fastest values that fit",
     )
     deterministic: bool = Field(
         False,
-        description="the same bits each time on a GPU, as on a CPU anyway; may be slower (lowlevel/determinism.py)",
+        description="same bits on every repetition on a GPU (a CPU always has this); may be slower",
     )
-    seed: Seed = Field(42, description="adapter initialisation, dropout, data order")
+    seed: Seed = Field(42, description="seed of adapter initialisation, dropout and data order")
     data_order: Literal["shuffled", "sequential"] = Field("shuffled", description="order of rows within an epoch")
     logging_steps: Positive = Field(10, description="steps between logged lines")
     eval_steps: Positive | None = Field(
-        None, description="steps between evaluations; default: only before the first step and at the end"
+        None, description="steps between evaluations; default: only before the first step and after the last"
     )
-    early_stopping_patience: Positive | None = Field(None, description="evaluations without a better eval_loss")
+    early_stopping_patience: Positive | None = Field(
+        None, description="evaluations without a better eval_loss until stop"
+    )
     save_steps: Positive | None = Field(None, description="steps between checkpoints; default: only at the end")
     save_total_limit: Positive = Field(2, description="checkpoints to keep")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
@@ -187,32 +190,34 @@ class DPOConfig(Section):
         "sigmoid", description='preference loss; `lowlevel losses` lists them; your own by name or as "module:function"'
     )
     loss_kwargs: dict[str, Number] = Field({}, description="hyper-parameters of your own loss")
-    beta: Annotated[Finite, Field(gt=0)] = Field(0.1, description="temperature of the implicit reward")
+    beta: Annotated[Finite, Field(gt=0)] = Field(0.1, description="KL temperature: reward = beta * log-ratio")
     label_smoothing: Annotated[Finite, Field(ge=0, lt=0.5)] = Field(0.0, description="assumed share of flipped labels")
-    discopop_tau: Annotated[Finite, Field(gt=0)] | None = Field(None, description="discopop only")
-    dpop_lambda: Annotated[Finite, Field(ge=0)] | None = Field(None, description="dpop only")
-    rpo_alpha: Annotated[Finite, Field(ge=0)] | None = Field(None, description="rpo only: weight of the SFT term")
-    disable_dropout: bool = Field(True, description="no dropout in the policy pass, as TRL and the original code do")
+    discopop_tau: Annotated[Finite, Field(gt=0)] | None = Field(None, description="discopop only: temperature")
+    dpop_lambda: Annotated[Finite, Field(ge=0)] | None = Field(None, description="dpop only: penalty weight")
+    rpo_alpha: Annotated[Finite, Field(ge=0)] | None = Field(None, description="rpo only: NLL weight")
+    disable_dropout: bool = Field(True, description="policy pass without dropout, as in TRL and the original code")
     reference_cache: str | None = Field(
-        None, description="folder that keeps reference log-probabilities for later epochs and runs with another beta"
+        None,
+        description="folder with reference log-probabilities, reused in later epochs and runs with another beta",
     )
 
 
 class TraceConfig(Section):
-    """What is kept of single examples and steps, as parquet in the run folder's trace/ (lowlevel/tracing)."""
+    """Records of single examples and steps, as parquet in the run folder's trace/ (lowlevel/tracing)."""
 
     every: Positive | None = Field(None, description="trace steps N, 2N, 3N, ...; default: none")
-    steps: tuple[Positive, ...] = Field((), strict=False, description="trace these steps, counted from 1 as the log")
+    steps: tuple[Positive, ...] = Field((), strict=False, description="trace these steps, counted from 1 as in the log")
     level: Literal["pair", "token"] = Field(
-        "pair", description="token: also ids and log-probabilities of each completion's tokens"
+        "pair", description="token: also record ids and log-probabilities of the tokens of each completion"
     )
     gradients: bool = Field(
-        False, description="also the gradient's norms, zeros and terms; one more backward pass a traced dpo step"
+        False,
+        description="also record norms, zeros and terms of the gradient; one more backward pass per traced dpo step",
     )
 
 
 class RunConfig(Section):
-    """One run, as resolved from a TOML file and flags."""
+    """All settings of a run, from a TOML file and flags."""
 
     method: Literal["sft", "dpo"] = "sft"
     model: ModelConfig = ModelConfig()
@@ -230,7 +235,7 @@ class RunConfig(Section):
 
     @property
     def row_positions(self) -> int:
-        """Most positions of an example: a pair's row has room for a prompt and two completions."""
+        """Most positions of an example; a pair needs them twice, for both completions."""
         return self.data.max_length * (1 if self.method == "sft" else 2)
 
 
@@ -243,5 +248,5 @@ SECTIONS: dict[str, type[Section]] = {
     "dpo": DPOConfig,
     "trace": TraceConfig,
 }
-# Where dpo's default differs from sft's. 1e-5 is the recipe's.
+# Defaults of dpo that differ from those of sft. The recipe has 1e-5.
 DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"data": {"format": "preference"}, "train": {"learning_rate": 1e-5}}
