@@ -16,11 +16,9 @@ from lowlevel.data.examples import Built, PreferenceExample, SFTExample, build_e
 from lowlevel.data.filters import apply_filters
 from lowlevel.data.messages import BadRow, Normalised, check_columns, normalise
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.data.report import DataReport, SplitReport, count_warnings, overlap, split_report, tokenizer_report
+from lowlevel.data.report import DataReport, SplitReport, count_warnings, split_report, tokenizer_report
 from lowlevel.data.sources import FILE_SUFFIXES, Row, RowProblem, SourceRows, data_error, read_source, shuffled
 from lowlevel.errors import ConfigError, DataError, quoted
-
-Checked = Normalised | RowProblem
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Selected:
     """One split: its source, and its rows after filters, shuffle and limit, each checked, in training order."""
 
     source: SourceRows
-    rows: list[Checked]
+    rows: list[Normalised | RowProblem]
 
 
 def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) -> PreparedData:
@@ -72,6 +70,7 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
         raise data_error(problems)
     reports = [_report(selected, *done, data.max_length) for selected, done in zip(selections, finished, strict=True)]
     train, evaluation = finished[0][0], finished[1][0] if len(finished) > 1 else None
+    prompts = {row.prompt_digest for row in train.rows}
     return PreparedData(
         train=train.examples,
         evaluation=evaluation.examples if evaluation else [],
@@ -81,7 +80,7 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
             max_length=data.max_length,
             train=reports[0],
             evaluation=reports[1] if evaluation else None,
-            overlap=overlap(train.rows, evaluation.rows) if evaluation else None,
+            overlap=sum(row.prompt_digest in prompts for row in evaluation.rows) if evaluation else None,
             tokenizer=tokenizer_report(tokenizer),
         ),
     )
@@ -137,7 +136,7 @@ def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list
     return [Selected(source, training), Selected(SourceRows(f"{source.name} (holdout)", rows[-size:]), held_out)]
 
 
-def _checked(rows: Iterable[Row], data: DataConfig) -> Iterator[Checked]:
+def _checked(rows: Iterable[Row], data: DataConfig) -> Iterator[Normalised | RowProblem]:
     """Normalise each row; an unusable one becomes a problem."""
     for row in rows:
         try:

@@ -147,12 +147,6 @@ def count_warnings(rows: Sequence[Normalised], tokenizer: ChatTokenizer) -> Coun
     return +warnings
 
 
-def overlap(train: Sequence[Normalised], evaluation: Sequence[Normalised]) -> int:
-    """Number of evaluation rows whose prompt is also in the training rows."""
-    prompts = {row.prompt_digest for row in train}
-    return sum(row.prompt_digest in prompts for row in evaluation)
-
-
 def tokenizer_report(tokenizer: ChatTokenizer) -> dict[str, Any]:
     """Special token ids, and the hash and date of the chat template."""
     return {

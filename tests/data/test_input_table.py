@@ -1,4 +1,4 @@
-"""The input table: each kind of bad input gives one clear line with its row, as a typed error, without any model."""
+"""The input table: each kind of bad input gives one line with its row, as a typed error, without a model."""
 
 import pytest
 

@@ -54,7 +54,7 @@ def test_a_row_whose_only_supervised_tokens_are_cut_is_dropped_exactly_at_the_li
         ((10, 5, 3), 20, None, (10, 5, 3)),  # fits
         ((10, 5, 3), 12, None, (7, 5, 3)),  # the longer completion has first claim
         ((10, 9, 3), 12, None, (6, 6, 3)),  # but on no more than half
-        ((2, 30, 3), 12, None, (2, 10, 3)),  # what the prompt leaves is the completions'
+        ((2, 30, 3), 12, None, (2, 10, 3)),  # completions get the room that the prompt leaves
         ((10, 5, 3), 20, 4, (4, 5, 3)),  # max_prompt_length
         ((1, 1, 2), 2, None, (1, 1, 1)),
     ],
@@ -240,7 +240,7 @@ def test_a_sequence_that_would_change_the_rotary_factors_of_its_batch_is_refused
 
 
 def test_messages_that_the_template_leaves_out_are_counted(run, write, kit, chatml):
-    """TinyLlama's own template has no tool turns: the reply to one would be learned as if it were made up."""
+    """TinyLlama's template leaves out tool turns, so the model would learn replies without their source."""
     tool = {"role": "tool", "content": "it rains in Kalmar"}
     row = {
         "messages": [*kit.chat("weather?", "let me look")["messages"], tool, {"role": "assistant", "content": "rain"}]

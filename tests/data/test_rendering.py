@@ -99,7 +99,7 @@ def test_never_two_bos(kit, template_writes_bos, tokenizer_adds_bos):
 
 
 def test_a_reply_that_merges_with_the_prompts_newline_is_tokenised_apart(chatml):
-    """The byte tokenizer joins two newlines into one token, so that no token begins with this reply."""
+    """The byte tokenizer merges two newlines into one token, so no token starts where this reply starts."""
     reply = {"role": "assistant", "content": "\nhm"}
     (pair,) = chatml.encode_pairs([([USER], "\nhm", "plain")], "assistant")
     assert pair.prompt_ids == chatml.encode_prompt([USER])
@@ -161,20 +161,20 @@ def test_prompts_that_end_in_other_tokens_than_generation_starts_from_are_counte
         assert differ == places
 
 
-FORGETFUL = (  # as Qwen 3: what a reply thinks is left out once another question follows
+FORGETFUL = (  # as Qwen 3: removes a reply's <think> part once another question follows
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
     "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-CLOSED = (  # as Phi 3: the whole ends with a token of its own
+CLOSED = (  # as Phi 3: the conversation ends with another token than a reply
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{{ '<|assistant|>' if add_generation_prompt else '</s>' }}"
 )
 
 
 def test_a_reply_that_later_turns_change_is_context_alone(run, write, chatml, kit):
-    """Learned where it stands, it would not be what the model is to write: its thoughts are missing there."""
+    """The changed form lacks the reply's <think> part, so it is not what the model should generate."""
     tokenizer = chat_tokenizer(chatml.tokenizer, FORGETFUL)
     encoded = encode_conversation(tokenizer, TALK)
     assert supervised_text(tokenizer, encoded) == ["<think></think>ok<|im_end|>"]
@@ -224,7 +224,7 @@ def test_padding_id_falls_back_and_never_decides(kit):
     tokenizer = chat_tokenizer(raw, kit.TINYLLAMA)
     assert tokenizer.pad_id == tokenizer.eos_id
     encoded = encode_conversation(tokenizer, [USER, REPLY])
-    assert encoded.input_ids[encoded.replies[0][1] - 1] == tokenizer.pad_id  # the end of turn is learned all the same
+    assert encoded.input_ids[encoded.replies[0][1] - 1] == tokenizer.pad_id  # it is still learned
 
 
 def test_loading_a_folder_and_where_its_template_comes_from(tmp_path, kit):
@@ -276,17 +276,17 @@ def test_first_token_is_never_a_target(run, write):
     assert (example.labels[1:] == example.input_ids[1:]).all()
 
 
-def test_a_template_that_asks_for_todays_date_is_told_the_run_files(tmp_path, kit, chatml):
-    """Else the same rows would be other tokens tomorrow, in a resumed run or a replay, and no hash would tell."""
+def test_a_template_that_asks_for_todays_date_gets_the_run_files(tmp_path, kit, chatml):
+    """Otherwise the same rows would give other tokens tomorrow, and no hash would show it."""
     dated = "{{ strftime_now('%d %b %Y') + '\n' }}" + kit.CHATML
     (tmp_path / "dated.jinja").write_text(dated)
     plain, date = chatml.decode(encode_conversation(chatml, TALK).input_ids), datetime.date(2026, 11, 24)
-    for tokenizer, told in (
+    for tokenizer, printed in (
         (chat_tokenizer(chatml.tokenizer, dated), "26 Jul 2024"),
         (chat_tokenizer(chatml.tokenizer, dated, date=date), "24 Nov 2026"),
         (load_chat_tokenizer("demo", None, str(tmp_path / "dated.jinja"), date), "24 Nov 2026"),
     ):
         text = tokenizer.chat_template.render(TALK, add_generation_prompt=False)
-        assert text == f"{told}\n{plain}"
+        assert text == f"{printed}\n{plain}"
         assert tokenizer_report(tokenizer)["template_date"] == str(tokenizer.chat_template.date)
     assert tokenizer_report(chatml)["template_date"] is None
