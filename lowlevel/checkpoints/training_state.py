@@ -16,6 +16,7 @@ from lowlevel.checkpoints.checkpoint import save_checkpoint
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.model.adapters import WEIGHTS, load_adapter_weights, read_adapter_weights, save_adapter
+from lowlevel.model.base import public_name
 from lowlevel.model.policy import TRAINED, Policy
 from lowlevel.optim.optimizer import load_optimizer_tensors, optimizer_tensors
 from lowlevel.optim.train_state import TrainState
@@ -42,7 +43,7 @@ def save_state(
         )
 
     def write_files(target: Path) -> None:
-        save_adapter(policy.model, TRAINED, target, config.model.name)
+        save_adapter(policy.model, TRAINED, target, public_name(config.model.name))
         save_file(optimizer_tensors(optimizer), target / "optimizer.safetensors")
 
     payload = {"state": state.to_json(), **origin}

@@ -79,6 +79,11 @@ class ChatTokenizer:
     special_tokens: tuple[str, ...]
 
     @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a reply: end of sequence, and the template's end of turn."""
+        return sorted({i for i in (self.eos_id, self.end_of_turn_id) if i is not None})
+
+    @property
     def template(self) -> str:
         """Jinja source of the chat template."""
         return self.chat_template.text

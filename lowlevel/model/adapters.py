@@ -234,14 +234,14 @@ def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter
     return {name.replace(marker, "."): p for name, p in model.named_parameters() if ".lora_" in name and marker in name}
 
 
-def save_adapter(model: PeftModel, adapter: str, folder: Path, base_name: str) -> None:
+def save_adapter(model: PeftModel, adapter: str, folder: Path, base_name: str, revision: str | None = None) -> None:
     """Write an adapter as `PeftModel.from_pretrained` reads it: fp32 safetensors and adapter_config.json.
 
-    `base_name` goes into the config; for a local base only its last part, so no path of this machine leaves it.
+    `base_name` and `revision` of the base go into the configuration as they are.
     """
     tensors = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in adapter_parameters(model, adapter).items()}
-    public_name = Path(base_name).name if Path(base_name).exists() else base_name
-    write_adapter(folder, tensors, {**model.peft_config[adapter].to_dict(), "base_model_name_or_path": public_name})
+    base = {"base_model_name_or_path": base_name, "revision": revision}
+    write_adapter(folder, tensors, {**model.peft_config[adapter].to_dict(), **base})
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -32,6 +32,17 @@ def resolve_name(name: str) -> str:
     return str(DEMO_BASE) if name == "demo" else name
 
 
+def base_location(name: str) -> str:
+    """A model name that holds in every working folder: of a local folder its absolute path."""
+    folder = Path(resolve_name(name))
+    return str(folder.resolve()) if folder.exists() else name
+
+
+def public_name(name: str) -> str:
+    """A model name or data source without local paths: of a file or folder the last part."""
+    return Path(name).name if Path(name).exists() else name
+
+
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
     """The base's own configuration (config.json), without its weights.
 

@@ -78,8 +78,9 @@ def write_stacked_adapter(lower: Path, upper: Path, out: Path) -> None:
     rank = sum(config.r for config in configs)
     targets = {target for config in configs for target in config.target_modules or ()}
     stacked = {"r": rank, "lora_alpha": rank, "use_rslora": False, "target_modules": targets, "lora_dropout": 0.0}
-    name = json.loads((upper / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    write_adapter(out, tensors, {**configs[1].to_dict(), **stacked, "base_model_name_or_path": name})
+    raw = json.loads((upper / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = {key: raw.get(key) for key in ("base_model_name_or_path", "revision")}
+    write_adapter(out, tensors, {**configs[1].to_dict(), **stacked, **base})
 
 
 def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:

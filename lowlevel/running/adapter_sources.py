@@ -13,6 +13,7 @@ from typing import Any
 
 from lowlevel.errors import ConfigError, quoted
 from lowlevel.model.adapters import ADAPTER_CONFIG, adapter_sha256
+from lowlevel.model.base import resolve_name
 from lowlevel.model.files import read_json_object
 from lowlevel.running.run_folder import RunFolder
 
@@ -89,7 +90,7 @@ def check_bases(folders: Mapping[str, Path | None], base: Mapping[str, Any]) -> 
                 )
             continue
         name = then.get("name") or read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        if name and Path(name).name != Path(base["name"]).name:
+        if name and Path(resolve_name(name)).name != Path(resolve_name(base["name"])).name:
             notes.append(f"{key}: {folder} names {quoted(str(name))} as its base, and this run's is {base['name']}")
     return notes
 

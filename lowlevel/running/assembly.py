@@ -23,7 +23,7 @@ from lowlevel.losses import loss_spec
 from lowlevel.methods import Method, dpo, sft
 from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
-from lowlevel.model.base import empty_model, load_base, load_model_config, resolve_name
+from lowlevel.model.base import empty_model, load_base, load_model_config, public_name, resolve_name
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
 from lowlevel.model.offload import TIED, move_embeddings_to_host
@@ -32,6 +32,7 @@ from lowlevel.model.policy import Policy
 from lowlevel.model.sizes import size_of
 from lowlevel.model.suitability import attention_window, short_positions
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
+from lowlevel.running.result_files import save_tokenizer
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.running.trackers import check_trackers
 
@@ -195,11 +196,9 @@ def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tu
             raise ConfigError(f"{target} is not the base with {config.model.adapter} merged in: --restart removes it")
     else:
         merged = merged_model(config.model, [inputs.parent], torch.float16)
-        tokenizer = inputs.tokenizer.tokenizer
-        tokenizer.chat_template = inputs.tokenizer.template
         with replaced_folder(target) as temporary:
             merged.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(inputs.tokenizer, temporary)
             write_json(temporary / folder.base_record.name, {"merged_adapter": sha256})
     model = config.model.model_copy(
         update={"name": str(target), "adapter": None, "revision": None, "adapter_mode": "none"}
@@ -272,7 +271,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) 
         "method": config.method,
         "order_version": ORDER_VERSION,
         "base": {
-            "name": Path(model.name).name if Path(model.name).exists() else model.name,
+            "name": public_name(model.name),
             "revision": model.revision,
             "sha256": base_hash,
             "dtype": dtype_name(inputs.placement.dtype),

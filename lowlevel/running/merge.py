@@ -23,7 +23,7 @@ from lowlevel.model.merging import merged_model
 from lowlevel.model.placement import Placement
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import LoadedRun, load_run, reopen
-from lowlevel.running.replies import stop_ids
+from lowlevel.running.result_files import complete_result
 
 PROBE_ROWS = 8
 # The dequantised target is the same function up to rounding, so a larger divergence means a wrong merge.
@@ -97,14 +97,12 @@ def _check_new(out: Path) -> None:
 
 
 def _write_model(model: PreTrainedModel, run: LoadedRun, folder: Path) -> None:
-    """An ordinary Hugging Face folder: weights, tokenizer with the run's chat template, end-of-reply tokens."""
+    """An ordinary Hugging Face folder: weights, tokenizer, chat template, end-of-reply tokens, model card."""
     model.config.use_cache = True
-    model.generation_config.eos_token_id = stop_ids(run.tokenizer)
+    model.generation_config.eos_token_id = run.tokenizer.stop_ids
     model.generation_config.pad_token_id = run.tokenizer.pad_id
     model.save_pretrained(folder)
-    tokenizer = run.tokenizer.tokenizer
-    tokenizer.chat_template = run.tokenizer.template
-    tokenizer.save_pretrained(folder)
+    complete_result(folder, run.tokenizer, run.folder, run.config, "merged")
 
 
 def _requantise(run: LoadedRun, folder: Path) -> PreTrainedModel:

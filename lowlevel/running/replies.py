@@ -62,7 +62,7 @@ def generate_replies(
 ) -> list[Reply]:
     """Reply to prompts given as token ids, `batch_size` at a time, in the order given."""
     replies = []
-    stops = stop_ids(tokenizer)
+    stops = tokenizer.stop_ids
     for start in range(0, len(prompts), batch_size):
         group = prompts[start : start + batch_size]
         for row in _generate(model, tokenizer, placement, group, sampling):
@@ -71,11 +71,6 @@ def generate_replies(
             text = str(tokenizer.tokenizer.decode(kept, skip_special_tokens=True))
             replies.append(Reply(text, len(kept), end is not None))
     return replies
-
-
-def stop_ids(tokenizer: ChatTokenizer) -> list[int]:
-    """Tokens that end a reply: end of sequence, and the template's end of turn."""
-    return sorted({tokenizer.eos_id} | ({tokenizer.end_of_turn_id} if tokenizer.end_of_turn_id is not None else set()))
 
 
 def load_for_replies(model_dir: Path, note: Note) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
@@ -122,7 +117,8 @@ def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel | PeftModel, Cha
     policy = build_policy(
         base, LoraConfig(), placement, seed=0, init_from=adapter, gradient_checkpointing=False, attention=attention
     )
-    return policy.model, load_chat_tokenizer(resolve_name(name), None, None), placement
+    own = (adapter / "tokenizer_config.json").exists()
+    return policy.model, load_chat_tokenizer(str(adapter) if own else resolve_name(name), None, None), placement
 
 
 @torch.no_grad()
@@ -144,7 +140,7 @@ def _generate(
     sample = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=stop_ids(tokenizer),
+        eos_token_id=tokenizer.stop_ids,
         pad_token_id=tokenizer.pad_id,
         use_cache=True,
         **(sample if sampling.temperature > 0 else {"do_sample": False}),

@@ -129,7 +129,7 @@ def _steps(
             f"stopped at step {state.step} of {job.total_steps} and saved; continue with --resume", interrupts.signum
         )
     with interrupts.deferred():
-        return write_finish(folder, config, job.policy, state, job.order, engine.execution.mode, start.console)
+        return write_finish(folder, job, state, engine.execution.mode, start.console)
 
 
 def _out_of_memory(config: RunConfig) -> str:

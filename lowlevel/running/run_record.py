@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,15 @@ from lowlevel.data.report import not_learned
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.methods import Method
 from lowlevel.model.adapters import save_adapter
+from lowlevel.model.base import base_location
 from lowlevel.model.merging import write_stacked_adapter
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import TRAINED, Policy, quantised_weights
 from lowlevel.optim.train_state import TrainState
 from lowlevel.running.assembly import Inputs
+from lowlevel.running.job import Job
 from lowlevel.running.plots import plot_loss
+from lowlevel.running.result_files import complete_result
 from lowlevel.running.run_folder import RunFolder, environment
 
 NEARLY_ALL = 0.95  # share of the weights in 4 bits from which "4-bit base" needs no note: norms and routers are not
@@ -93,30 +98,25 @@ def announce(
         console.print(f"  reference  {reference}; loss {config.dpo.loss_type}, beta {config.dpo.beta:g}", markup=False)
 
 
-def write_finish(
-    folder: RunFolder,
-    config: RunConfig,
-    policy: Policy,
-    state: TrainState,
-    order: DataOrder,
-    mode: str,
-    console: Console,
-) -> dict[str, Any]:
+def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, console: Console) -> dict[str, Any]:
     """Write the trained adapter, summary, curve and status of a run that has taken its steps; return the summary.
 
     `mode` is how its last steps were executed: the one asked for, or a simpler one that it fell back to.
     """
+    config, model = job.config, job.config.model
     with replaced_folder(folder.adapter) as target:
-        save_adapter(policy.model, TRAINED, target, config.model.name)
+        save_adapter(job.policy.model, TRAINED, target, base_location(model.name), model.revision)
+        complete_result(target, job.inputs.tokenizer, folder, config, "adapter")
     if folder.parent.exists():
         with replaced_folder(folder.stacked) as target:
             write_stacked_adapter(folder.parent, folder.adapter, target)
+            complete_result(target, job.inputs.tokenizer, folder, config, "stacked")
     summary = {
         "train_runtime": state.seconds,
         "train_samples_per_second": state.examples / state.seconds,
         "train_steps_per_second": state.step / state.seconds,
         "train_loss": state.total.means()["loss"],
-        "epoch": state.step / order.steps_per_epoch,
+        "epoch": state.step / job.order.steps_per_epoch,
         "num_tokens": state.num_tokens,
         "skipped_steps": state.loss_scale.skipped_steps,
         "execution": mode,
@@ -124,7 +124,31 @@ def write_finish(
     write_json(folder.path / "summary.json", summary)
     plot_loss(folder.read_metrics(), folder.path / "loss.png", title=f"{config.method}: {folder.path.name}")
     folder.write_status("finished", state.step, exit_code=0)
-    shown = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "epoch")
-    console.print("{" + ", ".join(f"'{key}': {summary[key]:.4f}" for key in shown) + "}")
-    console.print(f"adapter saved to {folder.adapter}", markup=False)
+    lines = [
+        f"finished: {state.step:,} steps in {state.seconds:.1f} s, mean loss {summary['train_loss']:.4f}, "
+        f"{state.num_tokens / state.seconds:,.0f} tokens/s; adapter in {folder.adapter}",
+        "next:",
+        *(f"  {command}" for command in next_commands(folder, config, state.step)),
+    ]
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
     return summary
+
+
+def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
+    """Command lines that make sense after a run: they can be copied into a shell as they are."""
+    run = shlex.quote(str(folder.path))
+    reply, look = f'lowlevel generate {run} --prompt "Hello"', f"lowlevel inspect {run} --step {step}"
+    if config.method == "dpo":
+        compare, merge = f"lowlevel compare {run}", f"lowlevel merge {run} --out {run}-merged"
+        return [reply, compare if config.data.eval_source else merge, look]
+    model = config.model.model_dump(exclude_defaults=True)  # base and quantisation must be those of the adapter
+    flags = [f"--model.{key} {_flag(value)}" for key, value in model.items()]
+    data = config.data.model_dump(exclude_defaults=True, include={"chat_template_from", "max_length"})
+    flags += [f"--data.{key} {_flag(value)}" for key, value in data.items()]
+    rows = [] if config.data.source == "demo" else ["--data.source pairs.jsonl"]
+    out = f"--train.output_dir {run}-dpo"
+    return [reply, " ".join(["lowlevel dpo", *flags, f"--model.adapter {run}", *rows, out]), look]
+
+
+def _flag(value: Any) -> str:
+    return shlex.quote(value if isinstance(value, str) else json.dumps(value))

@@ -21,6 +21,10 @@ BASE_KEYS = ["step", "loss", "grad_norm", "learning_rate", "loss_scale", "skippe
 DPO_KEYS = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")] + [
     f"logps/{name}" for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")
 ]
+RESULT_FILES = {
+    *("adapter_config.json", "adapter_model.safetensors", "README.md", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+}
 RUN_FILES = {"config.toml", "environment.json", "data_report.json", "manifest.json", "metrics.jsonl", "run-status.json",
              "run.lock", "summary.json", "loss.png", "data_rows.safetensors", "adapter",
              "step-00000003", "step-00000006"}  # fmt: skip
@@ -31,10 +35,8 @@ def test_the_run_folder(runs, method):
     folder: Path = getattr(runs, method)
     parent = {"parent", "stacked"} if method == "dpo" else set()
     assert {path.name for path in folder.iterdir()} == RUN_FILES | parent
-    assert {path.name for path in (folder / "adapter").iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    for name in {"adapter", "stacked"} & {path.name for path in folder.iterdir()}:
+        assert {path.name for path in (folder / name).iterdir()} == RESULT_FILES
     assert load_config(folder / "config.toml") == load_config(folder.with_suffix(".toml"))
     status = json.loads((folder / "run-status.json").read_text())
     assert status == {"state": "finished", "step": 6, "checkpoint": "step-00000006", "exit": 0, "error": None}
@@ -44,8 +46,9 @@ def test_the_run_folder(runs, method):
     )
     assert summary["train_samples_per_second"] == pytest.approx(summary["train_steps_per_second"] * 22 / 6)  # 5 x 4 + 2
     assert summary["epoch"] == pytest.approx(6 / 5)  # 18 rows: 5 steps an epoch
-    for key in ("train_runtime", "train_samples_per_second", "train_loss", "epoch"):
-        assert f"'{key}': {summary[key]:.4f}" in runs.said[method].out
+    assert f"finished: 6 steps in {summary['train_runtime']:.1f} s, mean loss {summary['train_loss']:.4f}, " in (
+        runs.said[method].out
+    )
     png = (folder / "loss.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     assert min(struct.unpack(">II", png[16:24])) > 200
@@ -96,10 +99,12 @@ def test_the_metrics(runs, method):
         assert f"step {step}/6  loss " in runs.said[method].out
 
 
-def test_no_path_of_this_machine_leaves_with_the_adapter(runs, merged):
+def test_no_path_but_that_of_the_base_leaves_with_the_adapter(runs, merged):
     for folder in (runs.sft / "adapter", runs.dpo / "adapter", runs.dpo / "parent", merged):
         for file in [*folder.glob("*.json"), *folder.glob("*.toml"), *folder.glob("*.jinja")]:
             text = file.read_text(encoding="utf-8")
+            if file.name == "adapter_config.json":
+                text = text.replace(f'"base_model_name_or_path": "{runs.space.base}"', "")
             for path in (str(runs.space.folder), str(Path.home()) + "/", os.getcwd() + "/", "/tmp/"):
                 assert path not in text, file
         for file in folder.glob("*.safetensors"):

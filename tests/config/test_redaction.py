@@ -111,9 +111,13 @@ def test_runs_that_end_well_and_badly_leave_no_secret(space, tmp_path, monkeypat
     rows.unlink()
     assert clean_tree(tmp_path) > 20
     adapter = json.loads((tmp_path / "good" / "adapter" / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == "tiny"
-    for path in tmp_path.rglob("adapter_config.json"):
-        assert str(space.folder) not in path.read_text() and str(tmp_path) not in path.read_text()
+    assert adapter["base_model_name_or_path"] == str(space.base)
+    for path in (tmp_path / "good").rglob("*"):  # the place of the base is in config.toml and in the result alone
+        named = path.name in ("config.toml", "README.md") or path.parent.name == "adapter"
+        if path.is_file() and path.suffix in (".json", ".jsonl", ".jinja", ".md"):
+            assert named or str(space.folder) not in path.read_text(), path
+    checkpoint = json.loads((tmp_path / "good" / "step-00000002" / "adapter_config.json").read_text())
+    assert checkpoint["base_model_name_or_path"] == "tiny"
 
 
 @pytest.mark.parametrize("debug", [False, True])

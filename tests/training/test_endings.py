@@ -359,7 +359,10 @@ def test_a_run_with_its_own_base_may_be_moved(merged_base_run, tmp_path, own_con
     assert said.code == 0, said.err
     assert "resumed from step-00000001" in said.out
     assert run("inspect", moved, "--step", 2).code == 0
-    for file in [*moved.rglob("manifest.json"), *moved.rglob("adapter_config.json"), moved / "run-status.json"]:
+    assert json.loads((moved / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        moved / "base"
+    )
+    for file in [*moved.rglob("manifest.json"), *moved.glob("step-*/adapter_config.json"), moved / "run-status.json"]:
         for place in (merged_base_run.parent, moved.parent):
             assert str(place) not in file.read_text(), file
 

@@ -13,7 +13,7 @@ from workspace import make_workspace, metrics, run
 from lowlevel.config.file import load_config
 from lowlevel.running.trackers import Tracker, open_trackers
 
-SECRET = "s3cr3t-of-a-tracker"
+HIDDEN = "s3cr3t-of-a-tracker"
 HELD_OUT = {"eval_source": "holdout", "eval_limit": 4}
 
 
@@ -114,23 +114,23 @@ def test_wandb_gets_configuration_and_numbers_and_a_resumed_run_continues_them(f
 
 
 def test_no_secret_is_sent(file, tmp_path, wandb, monkeypatch):
-    path = file("wandb", output_dir=str(tmp_path / SECRET))
+    path = file("wandb", output_dir=str(tmp_path / HIDDEN))
     config = load_config(path)
-    monkeypatch.setenv("SOME_TOKEN", SECRET)  # after it, because a run file with a secret is refused
+    monkeypatch.setenv("SOME_TOKEN", HIDDEN)  # after it, because a run file with a secret is refused
     (tmp_path / "other").mkdir()
     Tracker("wandb", config, tmp_path / "other", pytest.fail)
-    assert SECRET not in json.dumps(wandb.inits[0]["config"])
+    assert HIDDEN not in json.dumps(wandb.inits[0]["config"])
     assert "[redacted]" in wandb.inits[0]["config"]["train"]["output_dir"]
 
 
 @pytest.mark.parametrize("call", ["init", "log", "finish"])
 def test_a_tracker_that_fails_is_dropped_and_the_run_finishes(file, tmp_path, wandb, monkeypatch, call):
-    monkeypatch.setenv("SOME_TOKEN", SECRET)
+    monkeypatch.setenv("SOME_TOKEN", HIDDEN)
     calls = []
 
     def fail(*arguments, **keywords):
         calls.append(call)
-        raise RuntimeError(f"no network for {SECRET}\nsecond line")
+        raise RuntimeError(f"no network for {HIDDEN}\nsecond line")
 
     monkeypatch.setattr(wandb, call, fail)
     said = run("sft", file("wandb"))

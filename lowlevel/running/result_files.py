@@ -1,0 +1,159 @@
+"""What makes a result folder complete besides its weights: tokenizer, generation settings, and a model card.
+
+The folders are adapter/ and stacked/ of a run, and what `lowlevel merge` writes. Each can be copied or uploaded alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import GenerationConfig
+
+from lowlevel.config.schema import RunConfig
+from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.errors import CheckpointError, one_line
+from lowlevel.model.base import base_location, public_name
+from lowlevel.redaction import redact
+from lowlevel.running.run_folder import LIBRARIES, RunFolder
+
+Kind = Literal["adapter", "stacked", "merged"]
+METHODS = {"sft": "supervised fine-tuning (SFT)", "dpo": "direct preference optimisation (DPO)"}
+LOADING = """\
+import torch
+from transformers import AutoTokenizer, {imports}
+
+folder = "{folder}"  # or its repository on the hub
+model = {loader}.from_pretrained(folder, {arguments})
+model.generation_config = GenerationConfig.from_pretrained(folder)  # the tokens that end a reply
+tokenizer = AutoTokenizer.from_pretrained(folder)
+prompt = [{{"role": "user", "content": "Hello"}}]
+inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=64)[0]))
+"""
+
+
+def complete_result(target: Path, tokenizer: ChatTokenizer, folder: RunFolder, config: RunConfig, kind: Kind) -> None:
+    """Add everything but the weights to a result in the making.
+
+    Args:
+        target: holds the weights, and for a merged model its own generation_config.json.
+        tokenizer: the run's, whose chat template is saved.
+        folder: the run; its report, manifest, log and environment are read for the card.
+        config: the run's.
+        kind: what the weights are.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be saved.
+    """
+    save_tokenizer(tokenizer, target)
+    if kind != "merged":
+        GenerationConfig(eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id).save_pretrained(target)
+    (target / "README.md").write_text(redact(model_card(folder, config, kind)), encoding="utf-8")
+
+
+def save_tokenizer(tokenizer: ChatTokenizer, target: Path) -> None:
+    """Save a tokenizer with the chat template of its run. Raises CheckpointError."""
+    tokenizer.tokenizer.chat_template = tokenizer.template
+    try:
+        tokenizer.tokenizer.save_pretrained(target)
+    except OSError:
+        raise
+    except Exception as error:  # the Rust tokenizer raises a plain Exception if the disk refuses
+        raise CheckpointError(f"{target.parent}: the tokenizer cannot be saved: {one_line(error)}") from None
+
+
+def model_card(folder: RunFolder, config: RunConfig, kind: Kind) -> str:
+    """README.md of a result: YAML front matter for the hub, a table of facts, and how to load it."""
+    manifest = _read(folder.path / "manifest.json")
+    library = "transformers" if kind == "merged" else "peft"
+    on_hub = config.model.name != "demo" and not Path(config.model.name).exists()
+    front = [
+        "---",
+        f"library_name: {library}",
+        "pipeline_tag: text-generation",
+        *([f"base_model: {json.dumps(config.model.name)}"] if on_hub else []),
+        f"tags: [lowlevel, lora, {config.method}]",
+        "# license: not set by the trainer; set the one that the base and the data allow",
+        "---",
+    ]
+    what = {
+        "adapter": "A LoRA adapter",
+        "stacked": "A LoRA adapter that contains two: the trained one, and the frozen one on which it was trained,",
+        "merged": "A model with its LoRA adapters merged in (lowlevel_merge.json has the measured difference),",
+    }[kind]
+    lacking = kind == "adapter" and manifest.get("parent_adapter") is not None
+    note = "\nThis adapter lacks the frozen adapter on which it was trained: load `stacked/` of the run instead.\n"
+    facts = "\n".join(f"| {name} | {value.replace('|', '/')} |" for name, value in _facts(folder, config, manifest))
+    return (
+        "\n".join(front) + f"\n\n# {folder.path.resolve().name}\n\n"
+        f"{what} from {METHODS[config.method]} with `lowlevel`.\n{note if lacking else ''}\n"
+        f"| | |\n|---|---|\n{facts}\n\n"
+        f"## Load it\n\n```python\n{_loading(config, manifest, kind, '../stacked' if lacking else '.')}```\n"
+    )
+
+
+def _facts(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    model, train, lora = config.model, config.train, config.lora
+    base, environment = manifest.get("base", {}), _read(folder.path / "environment.json")
+    bits = f"4-bit {model.bnb_4bit_quant_type}" if model.load_in_4bit else "not quantised"
+    revision = f", revision {model.revision}" if model.revision else ""
+    loss = f", loss {config.dpo.loss_type}, beta {config.dpo.beta:g}" if config.method == "dpo" else ""
+    parent = manifest.get("parent_adapter")
+    facts = [
+        ("base", f"{base_location(model.name)}{revision}, {bits}, SHA-256 of its weights {base.get('sha256')}"),
+        ("method", f"{config.method}{loss}"),
+        *([("frozen adapter", f"SHA-256 {parent}")] if parent else []),
+        ("adapter", f"r {lora.r}, lora_alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, "
+                    f"{manifest.get('trainable_parameters', 0):,} parameters in {', '.join(lora.target_modules)}"),
+        *[(f"{name} rows", text) for name in ("train", "evaluation") if (text := _rows(folder, name))],
+        ("training", f"{config.rows_per_step} rows a step, peak learning rate {train.learning_rate:g} "
+                     f"({train.lr_scheduler_type}), {train.optim}, {base.get('dtype')}, seed {train.seed}"),
+        *[(name, _first_and_last(folder, key)) for name, key in (("loss", "loss"), ("held-out loss", "eval_loss"))],
+        ("versions", ", ".join(f"{name} {environment[name]}" for name in ("lowlevel", *LIBRARIES)
+                               if name in environment)),
+    ]  # fmt: skip
+    return [(name, value) for name, value in facts if value]
+
+
+def _rows(folder: RunFolder, split: str) -> str:
+    report = _read(folder.path / "data_report.json").get(split)
+    if not report:
+        return ""
+    tokens, lost = report["tokens"], report["rows_selected"] - report["rows_kept"]
+    dropped = f" ({lost:,} dropped)" if lost else ""
+    return (
+        f"{report['rows_kept']:,} of {public_name(report['source'])}{dropped}, {tokens['total']:,} tokens, "
+        f"{tokens['supervised']:,} supervised, SHA-256 {report['fingerprint']}"
+    )
+
+
+def _first_and_last(folder: RunFolder, key: str) -> str:
+    found = [f"{record[key]:.4f} (step {record['step']})" for record in folder.read_metrics() if key in record]
+    return " -> ".join(dict.fromkeys([found[0], found[-1]])) if found else ""
+
+
+def _loading(config: RunConfig, manifest: dict[str, Any], kind: Kind, folder: str) -> str:
+    """Python lines that load the result as it was trained and print a reply."""
+    if kind == "merged":
+        return LOADING.format(
+            imports="AutoModelForCausalLM, GenerationConfig", folder=folder, loader="AutoModelForCausalLM",
+            arguments='dtype="auto"',
+        )  # fmt: skip
+    dtype = f"torch.{manifest.get('base', {}).get('dtype', 'float16')}"
+    imports, arguments = "GenerationConfig\nfrom peft import AutoPeftModelForCausalLM", f"dtype={dtype}"
+    if config.model.load_in_4bit:
+        model = config.model
+        imports = f"BitsAndBytesConfig, {imports}"
+        arguments += (
+            f", quantization_config=BitsAndBytesConfig(\n    load_in_4bit=True, "
+            f'bnb_4bit_quant_type="{model.bnb_4bit_quant_type}", bnb_4bit_compute_dtype={dtype},\n'
+            f"    bnb_4bit_use_double_quant={model.bnb_4bit_use_double_quant})"
+        )
+    return LOADING.format(imports=imports, folder=folder, loader="AutoPeftModelForCausalLM", arguments=arguments)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file of the run; empty if it is missing, as in runs of older versions."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
