@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import errno
 import importlib
 import io
@@ -130,7 +131,7 @@ class NotFinite:
                 counts["micro-batch"] += 1
                 if counts["step"] == self.step and counts["micro-batch"] >= self.micro_batch:
                     if self.what == "loss" and counts["micro-batch"] == self.micro_batch:
-                        sums = {**sums, "loss": sums["loss"] * self.value}
+                        sums = dataclasses.replace(sums, loss=sums.loss * self.value)
                     if self.what == "gradient":
                         execution.policy.flat.grad[-1] = self.value
                 return sums
