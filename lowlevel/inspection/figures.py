@@ -1,18 +1,24 @@
-"""Numbers as people read them: signed, with a fixed number of digits, and probabilities as percentages."""
+"""Numbers as text: with a fixed number of digits, with a sign, or as a percentage; NaN is an en dash."""
 
 from __future__ import annotations
 
 import math
 
+NONE = "–"
+
 
 def signed(value: float, digits: int = 4) -> str:
-    """A sum's part: its sign always shown; what rounds to zero has none."""
+    """A summand: with its sign, except for a value that rounds to zero."""
+    if math.isnan(value):
+        return NONE
     text = f"{value:+.{digits}f}"
     return text[1:] if float(text) == 0 else text
 
 
 def plain(value: float, digits: int = 4) -> str:
-    """A number whose sign matters only if it is negative."""
+    """A number with a sign only if it is negative."""
+    if math.isnan(value):
+        return NONE
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
 
@@ -20,12 +26,12 @@ def plain(value: float, digits: int = 4) -> str:
 def percent(share: float) -> str:
     """A share in [0, 1]."""
     if not math.isfinite(share):
-        return "-"
+        return NONE
     if 0 < share < 1e-4:
         return "<0.01%"
     return f"{100 * share:.{2 if share < 1e-2 else 1}f}%"
 
 
 def typographic(text: str) -> str:
-    """The same with a minus sign instead of a hyphen, for the page."""
+    """With minus signs instead of hyphens, for a page."""
     return text.replace("-", "\u2212")

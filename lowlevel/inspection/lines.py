@@ -1,4 +1,4 @@
-"""One line a token: its position, its text, its numbers by name, and the likeliest alternatives."""
+"""The lines of an inspection's tables as text: one for each token, and one for each quantity of a pair."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lowlevel.inspection.figures import percent, plain, signed
@@ -28,9 +29,9 @@ class TokenLine:
 
 @dataclass(frozen=True)
 class FallLine:
-    """Of a displaced pair the chosen token that fell farthest, and `gainers`: each with its probability's change."""
+    """The chosen token of a displaced pair that fell farthest, and the `gainers` with their probabilities."""
 
-    fell: str  # nats that the whole chosen completion lost
+    fell: str  # nats lost by the whole chosen completion
     position: str
     token: str
     ref_logp: str
@@ -48,12 +49,16 @@ class FallLine:
 
 
 def sequence_lines(record: SequenceRecord, pieces: TokenPieces) -> list[TokenLine]:
-    """The learned tokens of a conversation; log-probabilities in nats, shares of the conversation's loss."""
+    """The learned tokens of a conversation; log-probabilities in nats, shares of the conversation's loss.
+
+    A loss other than cross-entropy adds columns: its values and metrics.
+    """
+    own = {} if torch.equal(record.token_losses, -record.tokens.logps) else {"loss": record.token_losses}
+    own |= record.metrics
+    columns = [values.tolist() for values in (record.tokens.logps, record.shares, *own.values())]
     numbers = [
-        {"logp": plain(logp), **common, "share": percent(share)}
-        for logp, common, share in zip(
-            record.tokens.logps.tolist(), _common(record.tokens), record.shares.tolist(), strict=True
-        )
+        {"logp": plain(logp), **common, **dict(zip(own, map(plain, rest), strict=True)), "share": percent(share)}
+        for common, logp, share, *rest in zip(_common(record.tokens), *columns, strict=True)
     ]
     return _lines(record.tokens, numbers, pieces)
 
@@ -77,7 +82,7 @@ def completion_lines(side: CompletionRecord, running: Sequence[float], pieces: T
 
 
 def fall_line(record: PairRecord, pieces: TokenPieces) -> FallLine | None:
-    """None where the chosen completion is no less likely than under the reference."""
+    """None if the chosen completion is at least as likely as under the reference."""
     found, side = record.displacement, record.chosen
     if found is None:
         return None
@@ -133,7 +138,9 @@ def loss_path(record: PairRecord, method: Method) -> list[PathStep]:
         slopes = "−dL/d(chosen reward), dL/d(rejected reward)"
         steps.append(_both("weight", slopes, chosen.weight, rejected.weight))
     quantile = " (of the micro-batch's quantile)" if reading == "quantiles" else ""
-    return [*steps, PathStep("loss L", f"{formula(spec)}{quantile}", pair=float(record.loss))]
+    read = [PathStep(name, "column of the row", pair=value) for name, value in record.values.items()]
+    metrics = [PathStep(name, "metric of the loss", pair=float(value)) for name, value in record.metrics.items()]
+    return [*steps, *read, PathStep("loss L", f"{formula(spec)}{quantile}", pair=float(record.loss)), *metrics]
 
 
 def _both(name: str, text: str, chosen: Tensor, rejected: Tensor) -> PathStep:

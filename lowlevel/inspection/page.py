@@ -91,24 +91,24 @@ def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
 
 
 def _sequences_view(inspection: Inspection) -> Mapping[str, Any]:
-    records = inspection.sequences
+    records, (spec, _) = inspection.sequences, loss_of(inspection.method)
     scale = scales([record.tokens for record in records], [])
     total = inspection.loss * inspection.count
     articles: list[Article] = [sequence_article(r, inspection.pieces, scale, total) for r in records]
-    losses = [-float(logp) for record in records for logp in record.tokens.logps]
-    largest = max(float(record.loss) for record in records) or 1.0
+    losses = [float(loss) for record in records for loss in record.token_losses]
+    largest = max(abs(float(record.loss)) for record in records) or 1.0
     return {
         "modes": _modes(scale),
         "articles": articles,
         "histogram": None,
         "batch": [
-            {"row": r.row, "tokens": len(r.tokens), "loss": plain(float(r.loss)), "width": float(r.loss) / largest,
+            {"row": r.row, "tokens": len(r.tokens), "loss": plain(float(r.loss)), "width": abs(float(r.loss)) / largest,
              "mean": plain(float(r.loss) / max(1, len(r.tokens))), "share": percent(float(r.loss) / (total or 1.0))}
             for r in records
         ],
         "bands": loss_bands(losses),
-        "formula": "−Σ log π(token | tokens before it)",
-        "paper": "cross-entropy",
+        "formula": formula(spec) if spec.own else f"Σ {formula(spec)}",
+        "paper": source(spec),
     }  # fmt: skip
 
 

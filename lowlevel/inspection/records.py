@@ -1,13 +1,13 @@
-"""What an inspection holds: for every scored token and every pair, the numbers that the loss is made of.
+"""The records of an inspection: for each scored token and each pair, the numbers that make up the loss.
 
-One forward pass of the policy, and for pairs one of the reference, through the functions that training uses:
-`scored_hidden_states`, `token_logps`, `dpo_loss`. Dropout is off. Nothing here runs in a training step.
+One forward pass of the policy, and for pairs one of the reference, with the functions of training:
+`scored_hidden_states`, `token_logps`, and the configured loss. Dropout is off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +19,7 @@ from lowlevel.inspection.displacement import Displacement, displacement_of
 from lowlevel.inspection.distribution import Distribution, distribution
 from lowlevel.inspection.reading import reading_of
 from lowlevel.kernels import token_logps
-from lowlevel.losses.preference import PairLogps
-from lowlevel.methods.dpo import DPO, preference_loss, reward_slopes
+from lowlevel.methods.dpo import DPO, pair_logps, reward_slopes
 from lowlevel.methods.sft import SFT
 from lowlevel.model.policy import Policy
 
@@ -33,16 +32,15 @@ class TokenRecord:
     """The n scored tokens of one sequence, in order, on the CPU."""
 
     ids: Tensor  # (n,) int64
-    positions: Tensor  # (n,) int64, of the token in its sequence (in a pair: prompt, then completion)
-    logps: Tensor  # (n,) fp32, log-probability given what stands before it
+    positions: Tensor  # (n,) int64, in the sequence (of a pair: prompt, then completion)
+    logps: Tensor  # (n,) fp32, log-probability given all tokens before it
     predicted: Distribution  # of n predictions
 
     def __len__(self) -> int:
-        """Scored tokens."""
         return len(self.ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SequenceRecord:
     """An SFT example of L tokens, n of them learned."""
 
@@ -50,12 +48,22 @@ class SequenceRecord:
     where: str
     input_ids: Tensor  # (L,) int64
     tokens: TokenRecord
-    loss: Tensor  # () fp32, nats: the sum over the learned tokens
+    token_losses: Tensor  # (n,) fp32, of the configured loss; for cross-entropy in nats
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # (n,) each, of a custom loss
+    values: Mapping[str, float] = field(default_factory=dict)  # data.columns of the row
+
+    def __repr__(self) -> str:
+        return f"SequenceRecord(row {self.row}: {len(self.tokens)} learned tokens, loss {float(self.loss):.4f})"
+
+    @property
+    def loss(self) -> Tensor:
+        """Sum over the learned tokens, () fp32."""
+        return self.token_losses.sum()
 
     @property
     def shares(self) -> Tensor:
-        """Each token's share of this example's loss, (n,) fp32; they sum to 1."""
-        return -self.tokens.logps / self.loss.clamp(min=torch.finfo(self.loss.dtype).tiny)
+        """Each token's share of this example's loss, (n,) fp32; they sum to 1, or are 0 if the loss is 0."""
+        return self.token_losses / torch.where(self.loss == 0, 1.0, self.loss)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class CompletionRecord:
     logp: Tensor  # () fp32, log pi(y | x)
     ref_logp: Tensor  # () fp32
     reward: Tensor  # () fp32, beta * (logp - ref_logp)
-    weight: Tensor  # () fp32: one unit more of contributions lowers the loss at this rate
+    weight: Tensor  # () fp32, -dL/d(sum of contributions); NaN for a custom loss that reads token log-probabilities
 
     @property
     def token_logratios(self) -> Tensor:
@@ -81,149 +89,150 @@ class CompletionRecord:
         return self.logp - self.ref_logp
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PairRecord:
     """A preference pair.
 
     Attributes:
-        argument: () fp32, what both completions' contributions add up to: the margin, or for a loss that reads
-            averages, beta (a/n+ - b/n-).
-        margin: () fp32, chosen reward minus rejected reward, as it is logged whatever the loss.
+        prompt_ids: (p,) int64.
+        argument: () fp32, sum of both completions' contributions: the margin, or beta (a/n+ - b/n-) for a loss that
+            reads averages.
+        margin: () fp32, chosen reward minus rejected reward, as it is logged for every loss.
         loss: () fp32; for `aot` that of the quantile with this pair's number.
-        displacement: which tokens took the chosen completion's probability, where it is less likely than under the
-            reference; else None.
+        displacement: where the probability of the chosen completion went; None if it is at least as likely as under
+            the reference.
+        metrics: () each, of a custom loss.
+        values: `data.columns` of the row.
     """
 
     row: int
     where: str
-    prompt_ids: Tensor  # (p,) int64
+    prompt_ids: Tensor
     chosen: CompletionRecord
     rejected: CompletionRecord
     argument: Tensor
     margin: Tensor
     loss: Tensor
     displacement: Displacement | None
+    metrics: Mapping[str, Tensor]
+    values: Mapping[str, float]
+
+    def __repr__(self) -> str:
+        tokens = f"{len(self.chosen.tokens)} chosen and {len(self.rejected.tokens)} rejected tokens"
+        return f"PairRecord(row {self.row}: {tokens}, margin {float(self.margin):+.4f}, loss {float(self.loss):.4f})"
 
     @property
     def running_sums(self) -> Tensor:
-        """Contributions added up along chosen, then rejected, (n+ + n-,) float64; the last one is `argument`."""
+        """Cumulative contributions of chosen, then rejected tokens, (n+ + n-,) float64; the last is `argument`."""
         return torch.cat([self.chosen.contributions, self.rejected.contributions]).double().cumsum(0)
-
-
-Record = SequenceRecord | PairRecord
 
 
 @torch.no_grad()
 def inspect_sequences(policy: Policy, method: SFT, examples: Sequence[SFTExample]) -> list[SequenceRecord]:
-    """The learned tokens of SFT examples, in the order given. Raises ValueError where two come from one data row."""
+    """The learned tokens of SFT examples, in the given order. Raises ValueError if two come from one data row."""
     by_row, found = _by_row(examples), {}
     for batch in method.micro_batches(examples):
         policy.dropout.disable()
         moved = batch.to(policy.placement.device)
         logps, predicted = _predict(policy, policy.scored_hidden_states(moved), moved)
+        losses, metrics = method.token_losses(moved, logps)
+        values = batch.values(method.columns)
+        logps, losses, metrics = logps.cpu(), losses.cpu(), _on_cpu(metrics)
         for number, row in enumerate(batch.data_rows):
-            tokens = _tokens(batch, _index(batch, number), logps.cpu(), predicted)
-            ids = torch.as_tensor(by_row[row].input_ids, dtype=torch.int64)
-            found[row] = SequenceRecord(row, by_row[row].where, ids, tokens, -tokens.logps.sum())
+            index = _index(batch, number)
+            found[row] = SequenceRecord(
+                row,
+                by_row[row].where,
+                torch.as_tensor(by_row[row].input_ids, dtype=torch.int64),
+                _tokens(batch, index, logps, predicted),
+                losses[index],
+                {name: metric[index] for name, metric in metrics.items()},
+                {name: float(value[number]) for name, value in values.items()},
+            )
     return [found[example.row] for example in examples]
 
 
 @torch.no_grad()
 def inspect_pairs(policy: Policy, method: DPO, examples: Sequence[PreferenceExample]) -> list[PairRecord]:
-    """Preference pairs, in the order given; micro-batches are those of training, which `aot` depends on.
+    """Preference pairs, in the given order. Micro-batches are those of training, because `aot` depends on them.
 
     Raises:
         ValueError: two come from one data row.
     """
     by_row, found = _by_row(examples), {}
     for batch in method.micro_batches(examples):
-        for record in _pairs_of(policy, method.config, batch, by_row):
+        for record in _pairs_of(policy, method, batch, by_row):
             found[record.row] = record
     return [found[example.row] for example in examples]
 
 
 def _pairs_of(
-    policy: Policy, config: DPOConfig, batch: PackedBatch, by_row: dict[int, PreferenceExample]
+    policy: Policy, method: DPO, batch: PackedBatch, by_row: dict[int, PreferenceExample]
 ) -> list[PairRecord]:
-    moved = batch.to(policy.placement.device)
+    moved, head = batch.to(policy.placement.device), policy.lm_head_weight
     with policy.reference():
         ref_hidden = policy.scored_hidden_states(moved)
-        ref_logps = token_logps(ref_hidden, policy.lm_head_weight, moved.scored_targets)
+        ref_logps = token_logps(ref_hidden, head, moved.scored_targets)
     policy.dropout.disable()
     hidden = policy.scored_hidden_states(moved)
     logps, predicted = _predict(policy, hidden, moved)
-    pairs, half = len(batch.data_rows), len(batch.lengths) // 2  # a batch filled up to a shape has room for more pairs
-    sequences = torch.cat([torch.arange(pairs), half + torch.arange(pairs)])
-    sums, ref_sums = (moved.sequence_sums(values).cpu()[sequences] for values in (logps, ref_logps))  # (2P,) each
-    scored = _score(config, sums, ref_sums, batch.lengths[sequences])
-    logps, ref_logps = logps.cpu(), ref_logps.cpu()
+    pairs = pair_logps(moved, logps, ref_logps, method.columns)
+    output, slopes = method.preference_loss(pairs), reward_slopes(method.config, pairs)
+    logps, ref_logps, values = logps.cpu(), ref_logps.cpu(), batch.values(method.columns)
+    margins, losses, metrics = output.margins.cpu(), output.losses.cpu(), _on_cpu(output.metrics)
+    # both completions of each pair, dummy pairs included: all chosen, then all rejected, (2P,) each
+    sums = torch.cat([pairs.chosen_logps, pairs.rejected_logps]).cpu()
+    ref_sums = torch.cat([pairs.ref_chosen_logps, pairs.ref_rejected_logps]).cpu()
+    factors = contribution_factors(method.config, batch.lengths)
+    # a reward that rises by 1 raises an averaged contribution by 1 / n
+    weights = torch.cat([-slopes[0], slopes[1]]).cpu() * _averaged_over(method.config, batch.lengths)
+    half = len(batch.real)
+    chosen, rejected = (factors * (sums - ref_sums)).chunk(2)
+    arguments = chosen + rejected
 
     def completion(i: int) -> CompletionRecord:
-        index = _index(batch, int(sequences[i]))
+        index = _index(batch, i)
         tokens, reference = _tokens(batch, index, logps, predicted), ref_logps[index]
         return CompletionRecord(
             tokens=tokens,
             ref_token_logps=reference,
-            contributions=scored.factors[i] * (tokens.logps - reference),
+            contributions=factors[i] * (tokens.logps - reference),
             logp=sums[i],
             ref_logp=ref_sums[i],
-            reward=config.beta * (sums[i] - ref_sums[i]),
-            weight=scored.weights[i],
+            reward=method.config.beta * (sums[i] - ref_sums[i]),
+            weight=weights[i],
         )
 
     def displaced(i: int) -> Displacement | None:
         if sums[i] >= ref_sums[i]:
             return None
-        index = _index(batch, int(sequences[i])).to(hidden.device)
-        return displacement_of(hidden[index], ref_hidden[index], policy.lm_head_weight, moved.scored_targets[index])
+        index = _index(batch, i).to(hidden.device)
+        return displacement_of(hidden[index], ref_hidden[index], head, moved.scored_targets[index])
 
     return [
         PairRecord(
-            row,
-            by_row[row].where,
-            torch.as_tensor(by_row[row].prompt_ids, dtype=torch.int64),
-            completion(i),
-            completion(i + pairs),
-            scored.arguments[i],
-            scored.margins[i],
-            scored.losses[i],
-            displaced(i),
+            row=row,
+            where=by_row[row].where,
+            prompt_ids=torch.as_tensor(by_row[row].prompt_ids, dtype=torch.int64),
+            chosen=completion(i),
+            rejected=completion(half + i),
+            argument=arguments[i],
+            margin=margins[i],
+            loss=losses[i],
+            displacement=displaced(i),
+            metrics={name: metric[i] for name, metric in metrics.items()},
+            values={name: float(value[i]) for name, value in values.items()},
         )
         for i, row in enumerate(batch.data_rows)
     ]
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """P pairs, and their 2P completions: all chosen, then all rejected."""
-
-    factors: Tensor  # (2P,) a token's contribution is this times its log-ratio
-    weights: Tensor  # (2P,)
-    arguments: Tensor  # (P,)
-    margins: Tensor  # (P,)
-    losses: Tensor  # (P,)
-
-
-def _score(config: DPOConfig, logps: Tensor, ref_logps: Tensor, lengths: Tensor) -> _Scored:
-    """The loss of P pairs from (2P,) log-probabilities, by `dpo_loss`, and its derivatives, by autograd through it.
-
-    For the sigmoid loss both weights of a pair are sigma(-x), by which the pair's gradient is scaled. A reward that
-    rises by 1 raises an averaged contribution by 1 / n: the weights of averages are n times those of rewards.
-    """
-    pairs = PairLogps(*logps.chunk(2), *ref_logps.chunk(2), *lengths.chunk(2))
-    output, (for_chosen, for_rejected) = preference_loss(config)(pairs), reward_slopes(config, pairs)
-    factors = contribution_factors(config, lengths)
-    chosen, rejected = (factors * (logps - ref_logps)).chunk(2)
-    weights = torch.cat([-for_chosen, for_rejected]) * _averaged_over(config, lengths)
-    return _Scored(factors, weights, chosen + rejected, output.margins, output.losses)
-
-
 def contribution_factors(config: DPOConfig, lengths: Tensor) -> Tensor:
-    """What a token's log-ratio is multiplied by, by completion: beta, or beta / n where the loss reads averages.
+    """Factor from a token's log-ratio to its contribution: beta, or beta / n if the loss reads averages.
 
     Args:
         config: the loss and beta.
-        lengths: (2P,) int64, scored tokens; all chosen, then all rejected.
+        lengths: (2P,) int64, scored tokens of each completion; all chosen, then all rejected.
 
     Returns:
         (2P,) fp32, negative for the rejected.
@@ -233,12 +242,12 @@ def contribution_factors(config: DPOConfig, lengths: Tensor) -> Tensor:
 
 
 def _averaged_over(config: DPOConfig, lengths: Tensor) -> Tensor:
-    """(2P,) fp32: n where the loss reads averages, else 1."""
+    """(2P,) fp32: n if the loss reads averages, else 1."""
     return lengths.clamp(min=1).float() if reading_of(config.loss_type) == "averages" else torch.ones(len(lengths))
 
 
 def _predict(policy: Policy, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Distribution]:
-    """Of (N, D): log-probabilities of the N scored tokens, (N,) fp32, and the predictions they come from."""
+    """From (N, D): log-probabilities of the N scored tokens, (N,) fp32, and the whole predictions."""
     logps = token_logps(hidden, policy.lm_head_weight, batch.scored_targets)
     return logps, distribution(hidden, policy.lm_head_weight, batch.scored_targets)
 
@@ -250,8 +259,12 @@ def _tokens(batch: PackedBatch, index: Tensor, logps: Tensor, predicted: Distrib
 
 
 def _index(batch: PackedBatch, sequence: int) -> Tensor:
-    """Where a sequence's tokens lie among the N scored ones, (n,) int64."""
+    """Places of a sequence's tokens among the N scored ones, (n,) int64."""
     return batch.sequence_index[sequence, : int(batch.lengths[sequence])]
+
+
+def _on_cpu(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: metric.cpu() for name, metric in metrics.items()}
 
 
 def _by_row(examples: Sequence[Any]) -> dict[int, Any]:

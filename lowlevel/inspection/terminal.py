@@ -104,7 +104,9 @@ def _pairs_table(inspection: Inspection, width: int) -> Table:
 def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Console) -> None:
     _print_title(record.row, record.where, record.input_ids[: int(record.tokens.positions[0])], pieces, console)
     lines = sequence_lines(record, pieces)
-    caption = f"loss {plain(float(record.loss))} = sum of -logp; share: of this loss; entropy in nats"
+    terms = "loss" if "loss" in lines[0].numbers else "-logp"
+    read = "".join(f"; {name} {value:g}" for name, value in record.values.items())
+    caption = f"loss {plain(float(record.loss))} = sum of {terms}; share: of this loss; entropy in nats{read}"
     console.print(_tokens_table(lines, tuple(lines[0].numbers), console.width, others=True, caption=caption))
 
 

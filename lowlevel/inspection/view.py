@@ -80,18 +80,20 @@ def scales(tokens: Sequence[TokenRecord], contributions: Sequence[Tensor]) -> Sc
 def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Scales, total: float) -> Article:
     """An SFT example; `total` is the loss of the whole batch."""
     tokens, loss = record.tokens, float(record.loss)
-    chart = stair((-tokens.logps).double().cumsum(0).tolist())
+    chart = stair(record.token_losses.double().cumsum(0).tolist())
     lines = sequence_lines(record, pieces)
     views = _token_views(tokens, lines, scale, [0.0] * len(tokens), chart.heights)
     learned = dict(zip(tokens.positions.tolist(), views, strict=True))
     whole = [learned.get(i) or _unscored(int(token), pieces) for i, token in enumerate(record.input_ids)]
     summary = f"{len(tokens)} of {len(record.input_ids)} tokens learned"
     each, share = plain(loss / max(1, len(tokens))), percent(loss / (total or 1.0))
+    facts = [("loss", plain(loss)), ("per token", each), ("of the step", share)]
+    facts += [(name, f"{value:g}") for name, value in record.values.items()]
     return Article(
         anchor=f"row-{record.row}",
         title=f"Row {record.row}",
         where=record.where,
-        facts=(("loss", plain(loss)), ("a token", each), ("of the step", share)),
+        facts=tuple((name, typographic(value)) for name, value in facts),
         prompt="",
         steps=(),
         chart=chart,

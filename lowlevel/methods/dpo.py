@@ -175,12 +175,16 @@ def reward_slopes(config: DPOConfig, pairs: PairLogps) -> tuple[Tensor, Tensor]:
 
     A reward is beta times a log-ratio, whatever the loss reads of it; for the sigmoid loss the slopes are -sigma(-x)
     and sigma(-x). `aot` sorts the pairs that it is given: they must be those of one micro-batch. NaN for a custom loss
-    that reads token log-probabilities and not this sum.
+    whose gradient reads token log-probabilities: it is not a function of the rewards.
     """
-    leaves = tuple(logps.detach().clone().requires_grad_() for logps in (pairs.chosen_logps, pairs.rejected_logps))
+    inputs = {"chosen_logps": pairs.chosen_logps, "rejected_logps": pairs.rejected_logps}
+    inputs |= {} if pairs.token_logps is None else {"token_logps": pairs.token_logps}
+    leaves = {name: values.detach().clone().requires_grad_() for name, values in inputs.items()}
     with torch.enable_grad():
-        losses = preference_loss(config)(replace(pairs, chosen_logps=leaves[0], rejected_logps=leaves[1])).losses
-        grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True) if losses.requires_grad else (None, None)
-    for_chosen, for_rejected = (torch.full_like(leaf, torch.nan) if grad is None else grad / config.beta
-                                for leaf, grad in zip(leaves, grads, strict=True))  # fmt: skip
+        losses = preference_loss(config)(replace(pairs, **leaves)).losses  # type: ignore[arg-type]
+        chosen, rejected, *tokens = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+    if any(slopes is not None for slopes in tokens):
+        return torch.full_like(pairs.chosen_logps, torch.nan), torch.full_like(pairs.chosen_logps, torch.nan)
+    zero = torch.zeros_like(pairs.chosen_logps)  # the loss does not read this completion
+    for_chosen, for_rejected = (zero if slopes is None else slopes / config.beta for slopes in (chosen, rejected))
     return for_chosen, for_rejected

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Shape, build_batch, sft_segment
 from lowlevel.batch.packing import micro_batch_rows
@@ -35,8 +36,7 @@ class SFT:
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """Cross-entropy in nats (or the loss of `sft.loss_type`), summed over the batch's supervised tokens."""
         token_logps = policy.token_logps(batch)  # (N,) fp32
-        tokens = TokenLogps(token_logps, batch.sequence_ids, batch.lengths, batch.values(self.columns))
-        losses, metrics = self.token_loss(tokens, self.config.loss_kwargs)  # (N,): -token_logps
+        losses, metrics = self.token_losses(batch, token_logps)  # (N,): -token_logps
         sums = batch.sequence_sums(losses)  # (S,)
         logps = batch.sequence_sums(token_logps.detach())
         return LossSums(
@@ -45,6 +45,11 @@ class SFT:
             examples={"logps": logps, "loss": sums.detach()},
             tokens={"logps": token_logps.detach()},
         )
+
+    def token_losses(self, batch: PackedBatch, token_logps: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of each scored token, (N,), and a custom loss's metrics, (N,) each."""
+        tokens = TokenLogps(token_logps, batch.sequence_ids, batch.lengths, batch.values(self.columns))
+        return self.token_loss(tokens, self.config.loss_kwargs)
 
     @cached_property
     def token_loss(self) -> LossSpec:

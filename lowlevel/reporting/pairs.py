@@ -1,7 +1,7 @@
-"""What the trace says about pairs: the best and the worst of the last traced steps, and likelihood displacement.
+"""Pairs of a trace: the best and the worst of the last traced steps, and likelihood displacement.
 
-Displacement: the loss reads only the difference of two log-ratios, so it also falls where the chosen completion becomes
-less likely than under the reference, if the rejected one falls faster: probability goes to neither of the two.
+Displacement: DPO reads only the difference of two log-ratios. The loss also falls if the chosen completion becomes less
+likely than under the reference, as long as the rejected one falls faster: both lose probability to other tokens.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from lowlevel.tracing import read_trace
 
 SHOWN = 5  # pairs in a table
-NEWEST = 64  # pairs that "the last traced steps" hold at least, where there are as many
-LEAST = 5e-4  # nats; less shows as zero
+NEWEST = 64  # least number of pairs in "the last traced steps", if the trace has as many
+LEAST = 5e-4  # nats; smaller values are shown as zero
 ALARM = 0.5  # share of pairs below their reference
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class TokenFall:
-    """A token of chosen completions, and the log-probability that it lost against the reference, summed."""
+    """A token of chosen completions, and the summed change of its log-probability from reference to policy."""
 
     token: int
     change: float
@@ -31,11 +31,11 @@ class TokenFall:
 
 @dataclass(frozen=True)
 class PairTables:
-    """What the page shows of a dpo trace.
+    """The tables of a dpo trace.
 
     Attributes:
         below: pairs of the last traced steps whose chosen completion is less likely than under the reference.
-        both_fell: those of them whose rejected completion fell, too: the loss still went down.
+        both_fell: those of them whose rejected completion fell, too.
         lowest: all pairs, the lowest log-ratio of a chosen completion first.
     """
 
@@ -56,12 +56,12 @@ class PairTables:
 
     @property
     def farthest(self) -> tuple[Row, ...]:
-        """The pairs, up to `SHOWN`, whose chosen completions fell farthest below the reference."""
+        """The up to `SHOWN` pairs whose chosen completions fell farthest below the reference."""
         return self.lowest[: min(SHOWN, self.below)]
 
 
 def pair_tables(trace: Path) -> PairTables | None:
-    """From the newest traced steps that hold `NEWEST` pairs; each data row once, as last seen. None without a trace."""
+    """Tables of the newest traced steps with `NEWEST` pairs; each data row once, at its last step. None: no trace."""
     table = read_trace(trace, "pairs")
     if table is None:
         return None
@@ -92,7 +92,7 @@ def pair_tables(trace: Path) -> PairTables | None:
 
 
 def token_falls(rows: Sequence[Row]) -> tuple[TokenFall, ...]:
-    """The tokens of chosen completions that lost most; empty where the trace is at pair level."""
+    """The tokens of chosen completions that lost most; empty if the trace is at pair level."""
     sums: dict[int, tuple[float, int]] = {}
     for row in rows:
         if row.get("chosen_token_ids") is None:

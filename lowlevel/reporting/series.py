@@ -1,8 +1,9 @@
-"""What the report draws: panels of curves over optimizer steps, from the records of one or several runs."""
+"""The report's charts: panels of curves over optimizer steps, from the records of one or several runs."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart. `run` chooses its colour, or `kind` where there is one run; `kind` chooses its dashes."""
+    """One line of a chart. Its colour depends on `run`, or on `kind` if there is one run; its dashes on `kind`."""
 
     label: str
     points: tuple[tuple[float, float], ...]
@@ -26,8 +27,8 @@ class Panel:
 
     Attributes:
         name: of its PNG file.
-        level: a horizontal line and what it means, such as where every run starts.
-        alarm: what the curves say that a person must not miss.
+        level: a horizontal line and its meaning, for example the start value of every run.
+        alarm: a warning that follows from the curves.
     """
 
     name: str
@@ -50,7 +51,7 @@ class _Plan:
 
 PLANS = (
     _Plan("loss", "Loss", "nats", "", (("loss", "training"), ("eval_loss", "held out"))),
-    _Plan("margin", "Margin", "", "chosen reward minus rejected reward: what the loss sees.",
+    _Plan("margin", "Margin", "", "chosen reward minus rejected reward.",
           (("rewards/margins", "training"), ("eval_rewards/margins", "held out"))),
     _Plan("rewards", "Rewards", "", "beta times the log-ratio of policy to reference; both start at 0.",
           (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
@@ -62,28 +63,35 @@ PLANS = (
           (("logps/rejected", "policy"), ("logps/ref_rejected", "reference"))),
     _Plan("grad_norm", "Gradient norm", "", "before clipping.", (("grad_norm", "norm"),)),
     _Plan("learning_rate", "Learning rate", "", "", (("learning_rate", "rate"),)),
-    _Plan("loss_scale", "Loss scale", "", "fp16 alone; each halving is a step that overflowed and was repeated.",
+    _Plan("loss_scale", "Loss scale", "", "fp16 only; each halving is a step that overflowed and was repeated.",
           (("loss_scale", "scale"),)),
-    _Plan("skipped_steps", "Repeated steps", "so far", "steps that an fp16 overflow made the run take again.",
+    _Plan("skipped_steps", "Repeated steps", "so far", "steps that were repeated after an fp16 overflow.",
           (("skipped_steps", "steps"),)),
-    _Plan("tokens_per_second", "Speed", "tokens/s", "real tokens, padding not counted.",
+    _Plan("tokens_per_second", "Speed", "tokens/s", "without padding.",
           (("tokens_per_second", "speed"),)),
-    _Plan("padding_share", "Padding", "share", "positions computed that hold no token.", (("padding_share", "share"),)),
-    _Plan("memory", "GPU memory", "GiB", "peaks of the allocator so far; paged optimizer state is not in them.",
+    _Plan("padding_share", "Padding", "share", "computed positions without a token.", (("padding_share", "share"),)),
+    _Plan("memory", "GPU memory", "GiB", "peaks of the allocator so far, without paged optimizer state.",
           (("peak_allocated_gib", "allocated"), ("peak_reserved_gib", "reserved"))),
 )  # fmt: skip
+KNOWN = {key for plan in PLANS for key, _ in plan.keys} | {"step", "epoch", "num_tokens", "supervised_tokens"}
 ZERO_SAYS_NOTHING = ("memory", "skipped_steps")  # on a CPU; in a run without an overflow
 LEVELS = {"accuracy": (0.5, "chance"), "margin": (0.0, "start"), "rewards": (0.0, "start")}
 
 
 def panels(runs: Sequence[tuple[str, Sequence[Record]]]) -> list[Panel]:
-    """The charts that the runs have something for.
+    """The charts with at least one point; each metric of a custom loss has one.
 
     Args:
         runs: name and logged records of each; the first one is the report's own.
     """
+    own = sorted({key for _, records in runs for record in records for key in record} - KNOWN)
+    metrics = [
+        _Plan(re.sub(r"\W+", "_", f"metric_{key}"), key, "", "metric of the loss.",
+              ((key, "training"), (f"eval_{key}", "held out")))
+        for key in own if not key.startswith("eval_")
+    ]  # fmt: skip
     made = []
-    for plan in PLANS:
+    for plan in (*PLANS, *metrics):
         curves = [
             Curve(f"{name}: {label}" if len(runs) > 1 else label, points, number, kind)
             for number, (name, records) in enumerate(runs)
@@ -100,7 +108,7 @@ def panels(runs: Sequence[tuple[str, Sequence[Record]]]) -> list[Panel]:
 
 
 def fallen(records: Sequence[Record]) -> str | None:
-    """Since when the chosen completions are less likely than under the reference, in the mean, up to the end."""
+    """A warning if the mean chosen log-probability stays below the reference's from some step to the end."""
     pairs = [(r["step"], r["logps/chosen"] - r["logps/ref_chosen"]) for r in records if "logps/ref_chosen" in r]
     above = [i for i, (_, change) in enumerate(pairs) if change >= 0]
     since = above[-1] + 1 if above else 0

@@ -78,6 +78,8 @@ def _table(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
     import pyarrow as pa
 
     def kind(name: str) -> pa.DataType:
+        if name.startswith("metrics/"):
+            return pa.float32()
         if name.endswith("token_ids"):
             return pa.list_(pa.int32())
         if name.endswith(("token_logps", "layer_norms")):

@@ -1,23 +1,25 @@
-"""A step's gradient taken apart: by layer, by projection, and for pairs into the chosen and the rejected term.
+"""A step's gradient, split by layer, by projection, and for pairs into a chosen and a rejected term.
 
-    dL/dtheta = sum_i dL/dc_i dc_i/dtheta + sum_i dL/dr_i dr_i/dtheta        c_i, r_i: log-probabilities of pair i
+    dL/dtheta = sum_t dL/dl_t dl_t/dtheta        l_t: log-probability of scored token t
 
-The first sum is one more forward and backward pass of the policy, with the numbers dL/dc_i in the place of the loss;
-the second is the difference to the gradient that the step left.
+The chosen term is the part of this sum over the tokens of chosen completions. It costs one more forward and backward
+pass of the policy, with the numbers dL/dl_t as factors. The rejected term is the rest of the step's gradient.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.losses import LossSums
 from lowlevel.methods import Method
-from lowlevel.methods.dpo import DPO, completion_logps
+from lowlevel.methods.dpo import DPO, kept_pair_logps
 from lowlevel.model.policy import Policy
 
 NEAR_OVERFLOW = 65504 / 2  # half of the largest fp16 number
@@ -29,17 +31,17 @@ def measure(
     policy: Policy,
     method: Method,
     batches: Sequence[PackedBatch],
-    pairs: Sequence[Mapping[str, Sequence[Any]]] | None,
+    kept: Sequence[LossSums],
     scale: float,
     dropout_key: int,
 ) -> dict[str, list[Any]]:
-    """The gradient's columns of a steps table, each with one value; norms are those before clipping.
+    """The gradient's columns of the steps table, one value each; norms are those before clipping.
 
     Args:
-        policy: holds the step's gradient, times `scale`; it is left as it is.
+        policy: holds the step's gradient, times `scale`; it is left unchanged.
         method: the method.
-        batches: the micro-batches of the step.
-        pairs: columns by micro-batch, with "weight"; None for sft.
+        batches: the micro-batches of the step, on the CPU.
+        kept: the result of each, with details, on the CPU.
         scale: loss scale.
         dropout_key: of the step.
     """
@@ -48,9 +50,9 @@ def measure(
     zero = sum(int((part == 0).sum()) for part in grad.split(_CHUNK))
     near = sum(int((part.abs() >= NEAR_OVERFLOW).sum()) for part in grad.split(_CHUNK))
     columns |= {"zero_share": [zero / grad.numel()], "near_fp16_overflow_share": [near / grad.numel()]}
-    if isinstance(method, DPO) and pairs is not None:
+    if isinstance(method, DPO):
         total = grad.clone()
-        chosen = _chosen_term(policy, method, batches, pairs, scale, dropout_key)
+        chosen = _chosen_term(policy, method, batches, kept, scale, dropout_key)
         grad.copy_(total)
         rejected = total.sub_(chosen)
         lengths = _norm(chosen), _norm(rejected)
@@ -67,22 +69,33 @@ def _chosen_term(
     policy: Policy,
     method: DPO,
     batches: Sequence[PackedBatch],
-    pairs: Sequence[Mapping[str, Sequence[Any]]],
+    kept: Sequence[LossSums],
     scale: float,
     dropout_key: int,
 ) -> Tensor:
     """The chosen term, (n,), times `scale`."""
     policy.flat.grad.zero_()
     factor = scale / sum(method.count(batch) for batch in batches)
-    for batch, columns in zip(batches, pairs, strict=True):
+    for batch, sums in zip(batches, kept, strict=True):
         moved = batch.to(policy.placement.device)
         policy.dropout.set_micro_batch(moved.dropout_keys, dropout_key)
         if method.config.disable_dropout:
             policy.dropout.disable()
-        chosen, _ = completion_logps(policy, moved)
-        slopes = -method.config.beta * torch.as_tensor(columns["weight"], device=chosen.device)
-        ((chosen[: len(slopes)] * slopes).sum() * factor).backward()
+        slopes = torch.where(batch.sequence_ids < len(batch.real), _token_slopes(method, batch, sums), 0.0)
+        ((policy.token_logps(moved) * slopes.to(moved.input_ids.device)).sum() * factor).backward()
     return policy.flat.grad.clone()
+
+
+def _token_slopes(method: DPO, batch: PackedBatch, kept: LossSums) -> Tensor:
+    """dL/dl_t of each scored token, (N,), by autograd through the configured loss."""
+    leaf = kept.tokens["logps"].clone().requires_grad_()
+    chosen, rejected = torch.where(batch.real.repeat(2), batch.sequence_sums(leaf), -1.0).chunk(2)
+    pairs = kept_pair_logps(batch, kept, method.columns)
+    losses = method.preference_loss(
+        replace(pairs, chosen_logps=chosen, rejected_logps=rejected, token_logps=leaf)
+    ).losses
+    (slopes,) = torch.autograd.grad(losses[batch.real].sum(), leaf)
+    return slopes
 
 
 def _norms(policy: Policy, scale: float) -> dict[str, list[Any]]:

@@ -1,7 +1,7 @@
-"""Takes over what a step computed of its examples, and writes it at checkpoints.
+"""Collects the values that a step computed for its examples, and writes them at checkpoints.
 
-At pair level a step costs one copy of some hundred bytes to the host, just before the loop's own host sync. Arrow is
-touched at checkpoints.
+At pair level, tracing a step costs one copy of some hundred bytes to the host, just before the loop's own host sync.
+Parquet files are written only at checkpoints.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ LOGPS = {  # by the names of PairLogps
     "ref_rejected_logps": "logps/ref_rejected",
 }
 REWARDS = {"chosen_reward": "rewards/chosen", "rejected_reward": "rewards/rejected", "margin": "rewards/margins"}
+BUILT_IN = {"loss", "rewards/accuracies", *LOGPS.values(), *REWARDS.values()}
 Columns = dict[str, Any]  # sequences or (n,) arrays by column
 
 
@@ -41,7 +42,7 @@ class Tracer:
     """The rows of traced steps: collected step by step, written by `flush`."""
 
     def __init__(self, config: RunConfig, policy: Policy, method: Method, folder: Path) -> None:
-        """`folder` is the run's trace folder; it is made with the first file."""
+        """`folder` is the run's trace folder; it is created with the first file."""
         trace = config.trace
         self.every, self.steps = trace.every, frozenset(trace.steps)
         self.token_level, self.with_gradients = trace.level == "token", trace.gradients
@@ -57,13 +58,14 @@ class Tracer:
     def take(
         self, steps_done: int, batches: Sequence[PackedBatch], sums: Sequence[LossSums], scale: float, dropout_key: int
     ) -> None:
-        """Copy what the backward passes left. A step that an fp16 overflow repeats replaces what it gave before.
+        """Copy the values of a step, after its backward passes. A step that is repeated after an fp16 overflow
+        replaces its earlier values.
 
         Args:
             steps_done: applied steps before this one.
             batches: the step's micro-batches, on the CPU.
             sums: the result of each, with details.
-            scale: loss scale of the gradient in `policy.flat.grad`, which is neither unscaled nor clipped yet.
+            scale: loss scale of the gradient in `policy.flat.grad`, which is not yet unscaled or clipped.
             dropout_key: of the step, for the additional backward pass of trace.gradients.
         """
         step, host = steps_done + 1, _to_host(sums)
@@ -75,25 +77,22 @@ class Tracer:
         loss = sum(float(np.sum(part["loss"], dtype=np.float64)) for part in rows) / count
         line: Columns = {"step": [step], "loss": [loss], counted: [count], "loss_scale": [scale]}
         if self.with_gradients:
-            pairs = rows if kind == "pairs" else None
-            line |= measure(self.policy, self.method, batches, pairs, scale, dropout_key)
+            line |= measure(self.policy, self.method, batches, host, scale, dropout_key)
         self._taken[step] = {kind: rows, "steps": [line]}
         self._values += sum(part.numel() for one in host for part in (*one.examples.values(), *one.tokens.values()))
 
     def __enter__(self) -> Tracer:
-        """Nothing is written yet."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Write what is left; of a run that failed, that includes the step that failed."""
         with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
-            self.flush()  # its error would hide the run's own
+            self.flush()  # of a failed run, with the failing step; an error here would hide the run's own
 
     def flush(self) -> None:
-        """Write what was taken since the last flush, each kind in one file.
+        """Write the rows since the last flush, one file for each kind.
 
         Raises:
-            CheckpointError: the disk is full or refuses.
+            CheckpointError: a file cannot be written, for example because the disk is full.
         """
         parts: dict[str, list[Columns]] = {}
         for step in sorted(self._taken):
@@ -114,7 +113,7 @@ class Tracer:
         return head | columns | (_token_columns(batch, kept, "", 0) if self.token_level else {})
 
     def _pair_columns(self, method: DPO, batch: PackedBatch, kept: LossSums) -> Columns:
-        size, half = len(batch.data_rows), len(batch.lengths) // 2  # a batch filled up to a shape has room for more
+        size, half = len(batch.data_rows), len(batch.lengths) // 2  # filled batches contain dummy pairs
         logps = {name: kept.examples[source][:size] for name, source in LOGPS.items()}
         chosen, rejected = _lengths(batch, 0), _lengths(batch, half)
         slopes = reward_slopes(method.config, kept_pair_logps(batch, kept, method.columns))
@@ -129,6 +128,7 @@ class Tracer:
             "weight": (-for_chosen).numpy(),
             "rejected_weight": for_rejected.numpy(),
             "loss": kept.examples["loss"][:size].numpy(),
+            **{f"metrics/{name}": kept.examples[name][:size].numpy() for name in kept.examples if name not in BUILT_IN},
         }
         if self.token_level:
             columns |= _token_columns(batch, kept, "chosen_", 0) | _token_columns(batch, kept, "rejected_", half)
@@ -136,7 +136,7 @@ class Tracer:
 
 
 def _to_host(sums: Sequence[LossSums]) -> list[LossSums]:
-    """The same details on the CPU, by one copy."""
+    """The same details on the CPU, in one copy."""
     tensors = [tensor for one in sums for part in (one.examples, one.tokens) for tensor in part.values()]
     flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors]).cpu()
     pieces = iter(flat.split([tensor.numel() for tensor in tensors]))
@@ -145,7 +145,7 @@ def _to_host(sums: Sequence[LossSums]) -> list[LossSums]:
 
 
 def _lengths(batch: PackedBatch, first: int) -> list[int]:
-    """Scored tokens of the real examples' sequences, which start at sequence `first`."""
+    """Numbers of scored tokens of the real examples' sequences, from sequence `first` on."""
     lengths: list[int] = batch.lengths[first : first + len(batch.data_rows)].tolist()
     return lengths
 

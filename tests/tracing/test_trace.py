@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from collections import defaultdict
+from dataclasses import replace
 
 import helpers
 import numpy as np
@@ -16,6 +17,7 @@ from workspace import metrics, run
 from lowlevel.config.file import config_from_tables, load_config
 from lowlevel.errors import InterruptedRunError, NonFiniteError
 from lowlevel.execution import Eager
+from lowlevel.losses import PreferenceLoss
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.running.run import RunObserver, run_training
 from lowlevel.running.run_folder import RunFolder
@@ -75,17 +77,15 @@ def test_a_pair_has_the_numbers_of_its_step(space, tmp_path, packing):
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust"])
 def test_the_weights_are_the_slopes_that_the_step_used(space, tmp_path, monkeypatch, loss_type):
-    import lowlevel.methods.dpo
-
     config = {"loss_type": loss_type, "beta": 0.2} | ({"label_smoothing": 0.1} if loss_type == "robust" else {})
-    policy, seen, original = helpers.make_policy(space.base), [], lowlevel.methods.dpo.dpo_loss
+    policy, seen, original = helpers.make_policy(space.base), [], PreferenceLoss.__call__
 
-    def watched(chosen, rejected, *rest, **keys):
-        for tensor in (chosen, rejected):
+    def watched(self, pairs):
+        for tensor in (pairs.chosen_logps, pairs.rejected_logps):
             tensor.register_hook(lambda grad: seen.append(grad.clone()))
-        return original(chosen, rejected, *rest, **keys)
+        return original(self, pairs)
 
-    monkeypatch.setattr(lowlevel.methods.dpo, "dpo_loss", watched)
+    monkeypatch.setattr(PreferenceLoss, "__call__", watched)
     _, rows, _ = traced_step(policy, helpers.dpo(8, **config), helpers.ragged_pairs(8), tmp_path / "trace")
     slopes = sorted(seen[:2], key=lambda grad: grad.sum())  # of the step; the chosen one's is below zero
     for column, sign, slope in (("weight", -1, slopes[0]), ("rejected_weight", 1, slopes[1])):
@@ -130,17 +130,14 @@ def test_the_gradients_terms_add_up_and_the_step_keeps_its_gradient(space, tmp_p
 
 
 def term_of(policy, method, pairs, side) -> torch.Tensor:
-    """The gradient with the other completion's log-probabilities held fixed: `dpo_loss` sees them detached."""
-    import lowlevel.methods.dpo
+    """The gradient with the other completion's log-probabilities held fixed: the loss sees them detached."""
+    original, fixed = PreferenceLoss.__call__, "rejected_logps" if side == "chosen" else "chosen_logps"
 
-    original = lowlevel.methods.dpo.dpo_loss
-
-    def one_sided(chosen, rejected, *rest, **keys):
-        parts = (chosen, rejected.detach()) if side == "chosen" else (chosen.detach(), rejected)
-        return original(*parts, *rest, **keys)
+    def one_sided(self, given):
+        return original(self, replace(given, **{fixed: getattr(given, fixed).detach()}))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowlevel.methods.dpo, "dpo_loss", one_sided)
+        patch.setattr(PreferenceLoss, "__call__", one_sided)
         return helpers.loss_and_gradient(policy, method, pairs)[1]
 
 
@@ -222,17 +219,15 @@ def test_a_restart_forgets_the_trace(space, tmp_path):
 
 
 def test_a_run_that_fails_leaves_the_pairs_of_the_failing_step(space, tmp_path, monkeypatch):
-    import lowlevel.methods.dpo
+    original, calls = PreferenceLoss.__call__, []
 
-    original, calls = lowlevel.methods.dpo.dpo_loss, []
-
-    def failing(chosen, *rest, **keys):
+    def failing(self, pairs):
         calls.append(1)
-        return original(chosen * (float("nan") if len(calls) > 5 else 1.0), *rest, **keys)
+        return original(self, replace(pairs, chosen_logps=pairs.chosen_logps * (math.nan if len(calls) > 5 else 1.0)))
 
     path = run_file(space, tmp_path, "failing", trace={"every": 1})
     config = load_config(path)
-    monkeypatch.setattr(lowlevel.methods.dpo, "dpo_loss", failing)
+    monkeypatch.setattr(PreferenceLoss, "__call__", failing)
     with pytest.raises(NonFiniteError):
         run_training(config, QUIET)
     rows = read_trace(tmp_path / "failing/trace", "pairs").to_pylist()
