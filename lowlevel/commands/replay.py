@@ -37,14 +37,20 @@ def run(options: Options, overrides: Overrides) -> None:
     if options.dump_layers and not options.dump:
         raise ConfigError("--dump-layers needs --dump DIR")
     console = quiet_console()
-    from lowlevel.replaying.report import replay_run
+    from lowlevel.replaying.replay import replay_run
+    from lowlevel.replaying.report import print_replay
+    from lowlevel.running.progress import lines_to
+    from lowlevel.running.reopening import reopen
 
-    replay_run(
-        options.run_dir,
-        console,
-        step=options.step,
+    found = replay_run(
+        reopen(options.run_dir, lines_to(console)),
+        options.step,
         start=options.start,
         dump=options.dump,
         layers=options.dump_layers,
         settings=options.what_if,
     )
+    print_replay(found, console)
+    if options.dump:
+        console.print(f"step {options.step} written to {options.dump}: index.json describes each tensor", markup=False)
+    found.check()

@@ -1,5 +1,6 @@
 """check one step of a run against its formula in float64; exit code 1 if a check fails"""
 
+import tempfile
 from pathlib import Path
 
 from lowlevel.commands.common import Options, Overrides, Parser, not_negative, positive, quiet_console
@@ -29,14 +30,22 @@ def run(options: Options, overrides: Overrides) -> None:
         raise ConfigError(
             f"--{next(iter(overrides))}: {options.path} has its own config.toml; flags are for a run file"
         )
+    if options.json and not options.json.parent.is_dir():
+        raise ConfigError(f"--json {options.json}: no such folder")
     console = quiet_console()
-    from lowlevel.verification.verify import verify_run
+    from lowlevel.durable import write_given_json
+    from lowlevel.running.progress import lines_to
+    from lowlevel.running.reopening import reopen
+    from lowlevel.verification.opening import open_file, verify_run
+    from lowlevel.verification.report import print_checks
 
-    verify_run(
-        options.path,
-        console,
-        overrides=overrides,
-        batch=options.step,
-        json_file=options.json,
-        exact_parameters=options.exact_parameters,
-    )
+    path, note = options.path, lines_to(console)
+    with tempfile.TemporaryDirectory() as scratch:
+        opened = reopen(path, note) if path.is_dir() else open_file(path, overrides, Path(scratch), note)
+        report = verify_run(opened, step=options.step, exact_parameters=options.exact_parameters)
+    print_checks(report.checks, console)
+    target = options.json or (path / "verify.json" if path.is_dir() else None)
+    if target:
+        write_given_json(target, report.as_json())
+    report.check()
+    console.print(f"all {len(report.checks)} checks hold")

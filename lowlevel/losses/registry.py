@@ -118,8 +118,8 @@ def find(name: str, built_in: Mapping[str, LossSpec]) -> LossSpec:
     nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise ValueError(
-        f"unknown loss_type {name!r}: {hint}Known: {', '.join(known)}; your own: register it with @lowlevel.loss, or "
-        'write "module:function"'
+        f"unknown loss_type {name!r}: {hint}Known: {', '.join(known)}; your own: import the module that registers "
+        'it with @lowlevel.loss, or write "module:function"'
     )
 
 

@@ -1,9 +1,9 @@
-"""Every intermediate of one step as safetensors, with an index that says what each tensor is.
+"""Every intermediate of one step as safetensors, with an index that describes each tensor.
 
-DIR/index.json               what each file and tensor is, and the step's numbers
+DIR/index.json               description of each file and tensor, and the step's numbers
 DIR/step.safetensors         weights before and after, their difference, gradients, optimizer state
 DIR/micro-0.safetensors      a micro-batch: its tensors, hidden states, log-probabilities, losses
-DIR/layers-0.safetensors     outputs of its decoder layers, where they are asked for
+DIR/layers-0.safetensors     outputs of its decoder layers, if asked for
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from lowlevel.errors import ConfigError
 from lowlevel.execution import micro_step
 from lowlevel.hashing import key32
 from lowlevel.kernels import token_logps
-from lowlevel.losses.preference import PairLogps
+from lowlevel.losses import TokenLogps
 from lowlevel.methods import Method
-from lowlevel.methods.dpo import DPO, preference_loss
+from lowlevel.methods.dpo import DPO, pair_logps
+from lowlevel.methods.sft import SFT
 from lowlevel.model.placement import dtype_name
 from lowlevel.optim.optimizer import optimizer_tensors
 from lowlevel.replaying.session import Session
 
 Tensors = dict[str, Tensor]
 MEANINGS = {
-    "batch": "the micro-batch as it is laid out: lowlevel.batch.layout.PackedBatch says what each tensor is",
+    "batch": "the micro-batch as it is laid out; lowlevel.batch.layout.PackedBatch describes each tensor",
     "policy.hidden": "(N, D) final hidden states at the scored positions",
-    "policy.token_logps": "(N,) log-probability of each scored target; those with batch.sequence_ids = S are of no "
-    "sequence and in no sum: they only fill up a shape",
+    "policy.token_logps": "(N,) log-probability of each scored target; batch.sequence_ids = S marks dummy tokens, "
+    "which are in no sum",
     "policy.logps": "(S,) token_logps summed by sequence: for pairs all chosen, then all rejected",
     "reference": "the same without the trained adapter and without dropout",
     "losses": "(P,) loss of each pair (dpo), (S,) of each example (sft); their sum is the micro-batch's loss",
@@ -50,26 +51,26 @@ MEANINGS = {
 
 
 def check_target(folder: Path) -> None:
-    """Raise ConfigError for a folder that holds anything, or cannot be made."""
+    """Raise ConfigError for a folder that is not empty or cannot be created."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--dump {folder}: exists and is not an empty folder")
     if not folder.absolute().parent.is_dir():
-        raise ConfigError(f"--dump {folder}: {folder.absolute().parent} is no folder")
+        raise ConfigError(f"--dump {folder}: {folder.absolute().parent} is not a folder")
 
 
 @dataclass
 class Dump:
-    """What was seen of a step; `write` puts it down."""
+    """The tensors and numbers of a step."""
 
     step: int
     files: dict[str, Tensors] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """All of it or nothing.
+        """Write everything, or nothing.
 
         Raises:
-            ConfigError: the disk refuses.
+            ConfigError: a folder that is not empty, or a disk error.
         """
         check_target(folder)
         try:
@@ -77,12 +78,12 @@ class Dump:
                 for name, tensors in self.files.items():
                     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
                 write_json(temporary / "index.json", self.index())
-                check_target(folder)  # again: what came meanwhile is not replaced
+                check_target(folder)  # again: nothing that appeared meanwhile is replaced
         except OSError as error:
             raise ConfigError(f"--dump {folder}: {error.strerror}") from None
 
     def index(self) -> dict[str, Any]:
-        """What each tensor is."""
+        """Description of each tensor."""
         described = {
             file: {
                 name: {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
@@ -93,7 +94,7 @@ class Dump:
         return {"step": self.step, **self.numbers, "meanings": MEANINGS, "files": described}
 
     def add_update(self, session: Session) -> None:
-        """After the step: weights, update and optimizer state."""
+        """Add weights, update and optimizer state after the step."""
         step = self.files["step.safetensors"]
         for name, view in session.policy.flat.views.items():
             after = _copy(view)
@@ -163,24 +164,25 @@ def _keep(seen: Tensors, name: str) -> Callable[..., None]:
 @torch.no_grad()
 def _micro_tensors(session: Session, batch: PackedBatch, seen: Tensors) -> Tensors:
     tensors = {f"batch.{name}": _copy(tensor) for name, tensor in batch.tensors().items()}
-    logps: Tensors = {}
+    by_token: Tensors = {}
     for name in ("policy", "reference"):
         if f"hidden.{name}" not in seen:
             continue
         decoded = seen[f"hidden.{name}"].to(batch.input_ids.device)
         hidden = decoded.flatten(0, 1).index_select(0, batch.scored_positions)
-        by_token = token_logps(hidden, session.policy.lm_head_weight, batch.scored_targets)
-        logps[name] = batch.sequence_sums(by_token)
-        parts = {"hidden": hidden, "token_logps": by_token, "logps": logps[name]}
+        by_token[name] = token_logps(hidden, session.policy.lm_head_weight, batch.scored_targets)
+        parts = {"hidden": hidden, "token_logps": by_token[name], "logps": batch.sequence_sums(by_token[name])}
         tensors |= {f"{name}.{part}": _copy(value) for part, value in parts.items()}
-    return tensors | {"losses": _copy(_losses(session.method, batch, logps))}
+    return tensors | {"losses": _copy(_losses(session.method, batch, by_token))}
 
 
-def _losses(method: Method, batch: PackedBatch, logps: Tensors) -> Tensor:
-    if not isinstance(method, DPO):
-        return -logps["policy"]
-    pairs = PairLogps(*logps["policy"].chunk(2), *logps["reference"].chunk(2), *batch.lengths.chunk(2))
-    return torch.where(batch.real, preference_loss(method.config)(pairs).losses, 0.0)
+def _losses(method: Method, batch: PackedBatch, by_token: Tensors) -> Tensor:
+    if isinstance(method, DPO):
+        pairs = pair_logps(batch, by_token["policy"], by_token["reference"], method.columns)
+        return torch.where(batch.real, method.preference_loss(pairs).losses, 0.0)
+    assert isinstance(method, SFT)
+    tokens = TokenLogps(by_token["policy"], batch.sequence_ids, batch.lengths, batch.values(method.columns))
+    return batch.sequence_sums(method.token_loss(tokens, method.config.loss_kwargs)[0])
 
 
 def _copy(tensor: Tensor) -> Tensor:

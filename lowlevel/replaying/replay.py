@@ -1,47 +1,126 @@
-"""Running a session to a step, and what was logged and saved on the way beside it."""
+"""Replaying a run to a step, and comparing it with what was logged and saved on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lowlevel.checkpoints.checkpoint import saved, verify
-from lowlevel.errors import CheckpointError, LowlevelError
+from lowlevel.determinism import deterministic_mode
+from lowlevel.errors import CheckpointError, LowlevelError, NonFiniteError
 from lowlevel.model.adapters import WEIGHTS, adapter_parameters
 from lowlevel.model.policy import TRAINED
 from lowlevel.optim.optimizer import optimizer_tensors
 from lowlevel.replaying.compare import Row, first_difference, number_rows, tensors_row
-from lowlevel.replaying.session import Session
+from lowlevel.replaying.dump import Dump, check_target, observe
+from lowlevel.replaying.session import Session, open_session
+from lowlevel.replaying.what_if import Outcome, parse_settings, what_if
+from lowlevel.running.forensics import examine_error
+from lowlevel.running.reopening import Reopened
 
 
 class ReplayDiffersError(LowlevelError):
-    """A replay that is not what the run wrote down; exit code 1."""
+    """A replay that differs from the log or from saved tensors; exit code 1."""
 
 
 @dataclass
 class Replay:
-    """What a replay found. `rows` are in the order of steps."""
+    """The result of a replay. `rows` are in the order of steps; `print(replay)` shows them."""
 
     step: int
     start: str
-    exact: bool  # bit for bit; else within the tolerances of lowlevel.replaying.compare
+    moved: str | None  # why numbers may differ from the run's in their last bits; None: bits are compared
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what could not be compared, and why
     record: dict[str, Any] = field(default_factory=dict)  # means over the step's window, as the loop logs them
+    outcomes: list[Outcome] = field(default_factory=list)  # of the step under other settings
+
+    @property
+    def exact(self) -> bool:
+        """Whether bits are compared; else the tolerances of lowlevel.replaying.compare hold."""
+        return self.moved is None
 
     @property
     def first_difference(self) -> Row | None:
-        """Where the replay first leaves the run, or None."""
+        """The first row beyond its tolerance, or None."""
         return first_difference(self.rows)
+
+    def check(self) -> None:
+        """Raise ReplayDiffersError if a row differs."""
+        row = self.first_difference
+        if row is not None:
+            raise ReplayDiffersError(
+                f"the replay first differs at step {row.step}, {row.quantity}: logged {row.logged}, "
+                f"replayed {row.replayed}, largest difference {row.difference:.3g}"
+            )
+
+    def __str__(self) -> str:
+        from lowlevel.replaying.report import print_replay
+
+        out = io.StringIO()
+        print_replay(self, Console(file=out, width=120))
+        return out.getvalue()
+
+
+def replay_run(
+    opened: Reopened,
+    step: int,
+    *,
+    start: int | None = None,
+    dump: Path | None = None,
+    layers: bool = False,
+    settings: Sequence[str] = (),
+) -> Replay:
+    """Take a step of a run again and compare it with the log. Nothing is written into the run folder.
+
+    Args:
+        opened: the run, from `lowlevel.running.reopening.reopen`: finished, stopped or still training.
+        step: optimizer step, counted from 1 as in the log.
+        start: start from the checkpoint after this many steps; None: the newest one before the step.
+        dump: new folder for every intermediate of the step.
+        layers: dump the outputs of the decoder layers too.
+        settings: "NAME=VALUE[,NAME=VALUE]": take the step under each of these settings as well.
+
+    Raises:
+        NonFiniteError: loss or gradient of the step are NaN or infinite, as in the run.
+        LowlevelError: the run cannot be set up again.
+    """
+    if dump:
+        check_target(dump)
+    others = [(text, parse_settings(opened.config, text)) for text in settings]
+    dumps: list[Dump] = []
+    outcomes: list[Outcome] = []
+    with deterministic_mode(opened.config.train.deterministic):
+        session = open_session(opened, step, start=start)
+
+        def before_last() -> None:
+            if dump:
+                dumps.append(observe(session, layers=layers))
+            if others:
+                outcomes.extend(what_if(session, others))
+
+        try:
+            found = replay(session, step, before_last)
+        except NonFiniteError as error:
+            for one in dumps:
+                one.write(dump or Path())
+            raise NonFiniteError(f"{error}; {examine_error(error, session.policy, session.method).sentence}") from None
+        for one in dumps:
+            one.add_update(session)
+            one.write(dump or Path())
+    found.outcomes = outcomes
+    return found
 
 
 def replay(session: Session, step: int, before_last: Callable[[], None] = lambda: None) -> Replay:
-    """Take the steps to `step` and compare what is logged on the way.
+    """Take the steps up to `step` and compare the numbers that are logged on the way.
 
     Args:
         session: as opened for `step`.
@@ -49,10 +128,9 @@ def replay(session: Session, step: int, before_last: Callable[[], None] = lambda
         before_last: called with the weights before step `step`.
 
     Raises:
-        NonFiniteError: a step stops here as it stopped the run.
+        NonFiniteError: loss or gradient of a step are NaN or infinite, as in the run.
     """
-    exact = session.moved is None
-    found = Replay(step, session.start, exact)
+    found = Replay(step, session.start, session.moved)
     logged = {record["step"]: record for record in session.folder.read_metrics() if "loss" in record}
     while session.state.step < step:
         if session.state.step == step - 1:
@@ -63,7 +141,7 @@ def replay(session: Session, step: int, before_last: Callable[[], None] = lambda
         if number in logged or number == step:  # a window ends where the run logged a line
             record = session.close_window(rate)
             if number in logged:
-                found.rows += number_rows(number, logged[number], record, exact=exact)
+                found.rows += number_rows(number, logged[number], record, exact=found.exact)
             found.record = record
     if step not in logged:
         found.notes.append(_unlogged(step, sorted(logged)))
@@ -74,16 +152,16 @@ def replay(session: Session, step: int, before_last: Callable[[], None] = lambda
 def _unlogged(step: int, logged: list[int]) -> str:
     later = next((number for number in logged if number > step), None)
     if later is None:
-        return f"step {step} is not in metrics.jsonl: its loss and metrics have nothing to be compared with"
+        return f"step {step} is not in metrics.jsonl: its loss and metrics cannot be compared"
     first = max((number for number in logged if number < step), default=0) + 1
     return (
-        f"step {step} was not logged by itself: the line of step {later} has the means of steps {first} to {later}; "
+        f"step {step} has no log line of its own: the line of step {later} has the means of steps {first} to {later}; "
         f"--step {later} compares them"
     )
 
 
 def _saved_rows(session: Session, step: int, found: Replay) -> list[Row]:
-    """Weights and optimizer state after the update, beside a checkpoint of the step and the final adapter."""
+    """Weights and optimizer state after the update against a checkpoint of the step, and the final adapter."""
     rows = []
     weights = {name: p.detach() for name, p in adapter_parameters(session.policy.model, TRAINED).items()}
     path = saved(session.folder.path).get(step)
@@ -96,7 +174,7 @@ def _saved_rows(session: Session, step: int, found: Replay) -> list[Row]:
         for what, file, own in (("adapter", WEIGHTS, weights), ("optimizer", "optimizer.safetensors", optimizer)):
             rows.append(_file_row(step, f"{path.name} {what}", path / file, own, found.exact))
     else:
-        found.notes.append(f"there is no checkpoint of step {step}: the update is compared by what follows from it")
+        found.notes.append(f"no checkpoint of step {step}: its update is compared only through later steps")
     final = session.folder.adapter / WEIGHTS
     if final.exists() and _last_step(session) == step:
         rows.append(_file_row(step, "final adapter", final, weights, found.exact))

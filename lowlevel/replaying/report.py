@@ -1,111 +1,22 @@
-"""`lowlevel replay`: take a logged step again from the checkpoint before it, and hold it against the log."""
+"""The tables of `lowlevel replay`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table, box
 
-from lowlevel.config.schema import RunConfig
-from lowlevel.determinism import deterministic_mode
-from lowlevel.errors import NonFiniteError
 from lowlevel.replaying.compare import NUMBERS, TENSORS, Row
-from lowlevel.replaying.dump import Dump, check_target, observe
-from lowlevel.replaying.replay import Replay, ReplayDiffersError, replay
-from lowlevel.replaying.session import Session, open_session
-from lowlevel.replaying.what_if import Outcome, parse_settings, what_if
-from lowlevel.running.forensics import examine_error
-from lowlevel.running.progress import lines_to
-from lowlevel.running.run_folder import RunFolder
+from lowlevel.replaying.replay import Replay
+from lowlevel.replaying.what_if import Outcome
 
 
-def replay_run(
-    run_dir: Path,
-    console: Console,
-    *,
-    step: int,
-    start: int | None = None,
-    dump: Path | None = None,
-    layers: bool = False,
-    settings: Sequence[str] = (),
-) -> Replay:
-    """Replay a step of a run and print how it stands to what was logged; writes nothing into the run folder.
-
-    Args:
-        run_dir: the run folder, of a finished, stopped or running run.
-        console: where the tables go.
-        step: optimizer step, counted from 1 as the log does.
-        start: applied steps of the checkpoint to start from; None for the newest one before the step.
-        dump: folder for every intermediate of the step.
-        layers: outputs of the decoder layers too.
-        settings: "NAME=VALUE[,NAME=VALUE]", each set beside the actual step.
-
-    Raises:
-        ReplayDiffersError: the replay is not what was logged or saved (exit code 1).
-        NonFiniteError: the step gives no finite loss or gradient, as in the run.
-        LowlevelError: the run cannot be set up again.
-    """
-    if dump:
-        check_target(dump)
-    config = RunFolder(run_dir).read_config()
-    others = [(text, parse_settings(config, text)) for text in settings]
-    with deterministic_mode(config.train.deterministic):
-        return _replay(run_dir, console, step, start, dump, layers, others)
-
-
-def _replay(
-    run_dir: Path,
-    console: Console,
-    step: int,
-    start: int | None,
-    dump: Path | None,
-    layers: bool,
-    others: Sequence[tuple[str, RunConfig]],
-) -> Replay:
-    session = open_session(run_dir, step, lines_to(console), start=start)
-    seen: list[Dump] = []
-    outcomes: list[Outcome] = []
-
-    def before_last() -> None:
-        if dump:
-            seen.append(observe(session, layers=layers))
-        if others:
-            outcomes.extend(what_if(session, others))
-
-    try:
-        found = replay(session, step, before_last)
-    except NonFiniteError as error:
-        for one in seen:
-            one.write(dump or Path())
-        raise NonFiniteError(f"{error}; {examine_error(error, session.policy, session.method).sentence}") from None
-    for one in seen:
-        one.add_update(session)
-        one.write(dump or Path())
-    _print(found, session, console)
-    if outcomes:
-        console.print(_what_if_table(outcomes))
-    if dump:
-        console.print(f"step {step} written to {dump}: index.json says what each tensor is", markup=False)
-    _judge(found)
-    return found
-
-
-def _judge(found: Replay) -> None:
-    row = found.first_difference
-    if row is None:
-        return
-    raise ReplayDiffersError(
-        f"the replay first differs at step {row.step}, {row.quantity}: logged {row.logged}, replayed {row.replayed}, "
-        f"largest difference {row.difference:.3g}"
-    )
-
-
-def _print(found: Replay, session: Session, console: Console) -> None:
-    console.print(f"step {found.step} of {session.folder.path}, replayed from {found.start}", markup=False)
+def print_replay(found: Replay, console: Console) -> None:
+    """Every row of the step, a summary of the steps before it, and its outcome under other settings."""
+    console.print(f"step {found.step}, replayed from {found.start}", markup=False)
     own = [row for row in found.rows if row.step == found.step]
     earlier = [row for row in found.rows if row.step != found.step]
     if earlier:
@@ -114,20 +25,19 @@ def _print(found: Replay, session: Session, console: Console) -> None:
         console.print(_table(own))
     elif found.record:
         numbers = ", ".join(f"{k} {v:.6g}" for k, v in found.record.items() if k in ("loss", "grad_norm"))
-        console.print(f"  replayed: {numbers} (means since the line before)", markup=False)
-    for note in found.notes:
-        console.print(f"  {note}", markup=False)
-    if session.moved:
-        console.print(
-            f"  {session.moved}: numbers may differ by {NUMBERS:.0%} and tensors by {TENSORS:.0%} of their norm",
-            markup=False,
-        )
+        console.print(f"  replayed: {numbers} (means since the log line before)", markup=False)
+    notes = list(found.notes)
+    if found.moved:
+        notes.append(f"{found.moved}: numbers may differ by {NUMBERS:.0%} and tensors by {TENSORS:.0%} of their norm")
     elif found.first_difference:
-        console.print(
-            f"  bits also differ between versions of torch, CPUs and numbers of threads (here torch "
-            f"{torch.__version__}, {torch.get_num_threads()} threads; the run: environment.json)",
-            markup=False,
+        notes.append(
+            "bits also differ between versions of torch, CPUs and numbers of threads (here torch "
+            f"{torch.__version__}, {torch.get_num_threads()} threads; the run: environment.json)"
         )
+    for note in notes:
+        console.print(f"  {note}", markup=False)
+    if found.outcomes:
+        console.print(_what_if_table(found.outcomes))
 
 
 def _summary(rows: Sequence[Row]) -> str:
@@ -154,7 +64,7 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 def _what_if_table(outcomes: Sequence[Outcome]) -> Table:
-    title = "the step alone, under other settings"
+    title = "only this step, under other settings"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     table.add_column("quantity")
     for outcome in outcomes:

@@ -1,6 +1,6 @@
-"""A run, set up again as `lowlevel.running.run` sets it up, at a checkpoint; and one step of it at a time.
+"""A run set up again at a checkpoint, and taken further step by step.
 
-Nothing is written and no lock is taken: a run may be going on in the same folder.
+Nothing is written and no lock is taken: the run may still be training.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lowlevel.model.policy import Policy, dequantize_once
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lowlevel.optim.train_state import StepResult, TrainState
-from lowlevel.running.assembly import Inputs, build_method, choose_execution, identity
-from lowlevel.running.reopening import Note, Reopened, reopen, step_examples
+from lowlevel.running.assembly import Inputs, choose_execution, identity
+from lowlevel.running.reopening import Note, Reopened, step_examples
 from lowlevel.running.run_folder import RunFolder
 
 
@@ -45,7 +45,7 @@ class Session:
     total_steps: int
     state: TrainState
     start: str  # the checkpoint's name, or "the start"
-    moved: str | None  # why numbers need not be the run's bit for bit, or None
+    moved: str | None  # why numbers may differ from the run's in their last bits, or None
 
     @property
     def compiled(self) -> bool:
@@ -77,7 +77,7 @@ class Session:
 
 
 def take_step(session: Session, config: RunConfig, execution: Execution, scale: LossScale) -> StepResult:
-    """One update with `config`'s learning rate and clipping and the loss of `execution`; counts nothing."""
+    """One update with the learning rate and clipping of `config` and the loss of `execution`; `state` stays."""
     set_learning_rate(session.optimizer, session.rate(config))
     return optimizer_step(
         execution,
@@ -90,26 +90,24 @@ def take_step(session: Session, config: RunConfig, execution: Execution, scale: 
     )
 
 
-def open_session(run_dir: Path, step: int, note: Note, *, start: int | None = None) -> Session:
+def open_session(opened: Reopened, step: int, *, start: int | None = None) -> Session:
     """Set a run up at the newest verified checkpoint before step `step`, or at its start.
 
     Args:
-        run_dir: the run folder.
-        step: the optimizer step to be replayed, counted from 1 as the log does.
-        note: takes lines for people: checkpoints that were skipped.
-        start: applied steps of the checkpoint to start from instead; 0 for the start of the run.
+        opened: the run; its `note` takes a line for each checkpoint that is skipped.
+        step: the optimizer step to replay, counted from 1 as in the log.
+        start: start from the checkpoint after this many steps instead; 0: from the start of the run.
 
     Raises:
-        ConfigError: not a run folder, no such step or checkpoint.
+        ConfigError: no such step or checkpoint.
         DataError: the rows are not those of the run.
-        CheckpointError: base, adapters or checkpoint are not those of the run, or damaged.
+        CheckpointError: base, adapters, loss or checkpoint are not those of the run, or damaged.
     """
-    opened = reopen(run_dir, note)
-    config = opened.config
+    config, note, method = opened.config, opened.note, opened.method()
     if start is not None and start >= step:
         raise ConfigError(f"--from {start}: a replay of step {step} starts before it")
     inputs = opened.inputs()
-    step_examples(config, inputs.data, step)  # refuses a step that the run has not got
+    step_examples(config, inputs.data, step)  # refuses a step beyond the run's last
     order = DataOrder.of(config, len(inputs.data.train))
     policy = opened.policy(training=True)
     _check_identity(opened, identity(config, inputs, policy, opened.manifest["base"]["sha256"]))
@@ -119,12 +117,11 @@ def open_session(run_dir: Path, step: int, note: Note, *, start: int | None = No
     if found:
         try:
             state = restore_state(policy, optimizer, *found)
-        except OSError as error:  # a run that goes on deletes old checkpoints
+        except OSError as error:  # a run that is still training deletes old checkpoints
             raise CheckpointError(f"{found[0]} went away while it was read ({error.strerror}); try again") from None
         _check_identity(opened, found[1]["identity"])
     if config.train.dequantize_once:
         dequantize_once(policy)
-    method = build_method(config, inputs.attention)
     return Session(
         folder=opened.folder,
         config=config,
@@ -142,16 +139,16 @@ def open_session(run_dir: Path, step: int, note: Note, *, start: int | None = No
 
 
 def _choose_start(folder: RunFolder, step: int, note: Note, start: int | None) -> tuple[Path, dict[str, Any]] | None:
-    """The newest verified checkpoint of less than `step` updates, or the one of `start`; None for the run's start."""
+    """The newest good checkpoint before `step`, or the one of `start`; None: the start of the run."""
     if start is None:
         return newest_good(folder.path, note, before=step)
     return checkpoint_at(folder.path, start, "--from") if start else None
 
 
 def _check_identity(opened: Reopened, found: dict[str, Any]) -> None:
-    """Refuse rows, tokenizer, order or, in a checkpoint, anything that is not the run's; the base was checked by hash.
+    """Refuse rows, tokenizer, order or, in a checkpoint, anything else that is not the run's.
 
-    A base in another precision has another hash.
+    The base was checked by its hash, which differs in another precision.
     """
     expected, other = dict(opened.manifest), dict(found)
     for side in (expected, other):
@@ -161,4 +158,4 @@ def _check_identity(opened: Reopened, found: dict[str, Any]) -> None:
             side["base"] = {key: value for key, value in side["base"].items() if key not in ("sha256", "dtype")}
     changed = [key for key in expected if expected[key] != other.get(key)]
     if changed:
-        raise CheckpointError(f"{opened.folder.path}: {', '.join(changed)} differ from what its manifest says")
+        raise CheckpointError(f"{opened.folder.path}: {', '.join(changed)} differ from its manifest")

@@ -1,4 +1,4 @@
-"""The same step from the same weights under other settings: losses, metrics, gradient and update beside the actual."""
+"""The same step from the same weights under other settings: its losses, metrics, gradient and update."""
 
 from __future__ import annotations
 
@@ -15,46 +15,52 @@ from lowlevel.config.file import config_from_tables, to_tables
 from lowlevel.config.schema import DPOConfig, RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.execution import Eager
-from lowlevel.methods.dpo import check_loss
 from lowlevel.optim.optimizer import load_optimizer_tensors, optimizer_tensors
 from lowlevel.replaying.session import Session, take_step
-from lowlevel.running.assembly import build_method
+from lowlevel.running.assembly import build_method, check_loss
 
 TRAIN_KEYS = ("learning_rate", "max_grad_norm")
-DPO_KEYS = tuple(name for name in DPOConfig.model_fields if name != "reference_cache")
+DPO_KEYS = tuple(name for name in DPOConfig.model_fields if name not in ("reference_cache", "loss_kwargs"))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one step does under some settings."""
+    """Numbers of a step under some settings."""
 
     settings: str
     numbers: dict[str, float]  # loss, metrics, grad_norm, cosine to the actual gradient, learning_rate, update_norm
 
 
 def parse_settings(config: RunConfig, text: str) -> RunConfig:
-    """The configuration with "beta=0.3" or "loss_type=ipo,beta=0.2" in it.
+    """The configuration changed by "beta=0.3", "loss_type=ipo,beta=0.2" or "loss_kwargs.gamma=2".
 
     Raises:
         ConfigError: not a setting of one step, or a value that a run file could not have either.
     """
-    tables = to_tables(config)
+    tables, method = to_tables(config), config.method
     for part in text.split(","):
         key, equals, value = part.partition("=")
-        name = key.strip().removeprefix("dpo.").removeprefix("train.")
-        section = "train" if name in TRAIN_KEYS else "dpo"
-        if not equals or (section == "dpo" and name not in DPO_KEYS):
-            known = ", ".join([*TRAIN_KEYS, *(DPO_KEYS if config.method == "dpo" else ())])
+        name = key.strip().removeprefix(f"{method}.").removeprefix("train.")
+        keys = DPO_KEYS if method == "dpo" else ("loss_type",)
+        _, is_kwarg, kwarg = name.partition("loss_kwargs.")
+        if not equals or not (name in (*TRAIN_KEYS, *keys) or is_kwarg):
+            if name in DPO_KEYS and equals:
+                raise ConfigError(f"--what-if {text}: {name} is a setting of dpo, and this is an {method} run")
+            known = ", ".join([*TRAIN_KEYS, *keys, "loss_kwargs.KEY"])
             raise ConfigError(f"--what-if {text}: expected NAME=VALUE, NAME one of {known}")
-        if section == "dpo" and config.method != "dpo":
-            raise ConfigError(f"--what-if {text}: only dpo has such a setting, and this is an {config.method} run")
-        tables[section] = {**tables[section], name: _value(value.strip())}
+        section = "train" if name in TRAIN_KEYS else method
+        given = dict(tables.get(section, {}))
+        given |= (
+            {"loss_kwargs": {**given.get("loss_kwargs", {}), kwarg: _value(value.strip())}}
+            if is_kwarg
+            else {name: _value(value.strip())}
+        )
+        tables[section] = given
     changed = config_from_tables(tables, f"--what-if {text}")
-    if config.method == "dpo":
-        try:
-            check_loss(changed.dpo)
-        except ValueError as error:
-            raise ConfigError(f"--what-if {text}: {error}") from None
+    try:
+        check_loss(changed)
+    except ConfigError as error:
+        raise ConfigError(f"--what-if {text}: {error}") from None
     return changed
 
 
@@ -66,10 +72,10 @@ def _value(text: str) -> Any:
 
 
 def what_if(session: Session, settings: Sequence[tuple[str, RunConfig]]) -> list[Outcome]:
-    """The coming step as it is, then under each of the settings; weights, state and counters stay as they are.
+    """The next step with the run's settings, then with each of the others; weights, state and counters stay.
 
     Raises:
-        NonFiniteError: one of them gives no finite loss or gradient.
+        NonFiniteError: a loss or gradient is NaN or infinite.
     """
     outcomes: list[Outcome] = []
     actual: Tensor | None = None
@@ -82,7 +88,7 @@ def what_if(session: Session, settings: Sequence[tuple[str, RunConfig]]) -> list
 
 
 def _outcome(session: Session, config: RunConfig) -> tuple[dict[str, float], Tensor]:
-    """Take the step and undo it. Clipping scales a gradient, which no cosine sees."""
+    """Take the step and undo it. Clipping only scales the gradient, so it does not change the cosine."""
     weights, optimizer = session.policy.flat.weights, session.optimizer
     before, state = weights.detach().clone(), optimizer_tensors(optimizer)
     execution = Eager(session.policy, build_method(config, session.inputs.attention))

@@ -19,7 +19,8 @@ from lowlevel.data.prepare import ModelLimits, PreparedData, prepare
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
-from lowlevel.losses import loss_spec
+from lowlevel.losses import SFT_LOSSES, loss_spec
+from lowlevel.losses.registry import LossSpec, find
 from lowlevel.methods import Method, dpo, sft
 from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
@@ -67,6 +68,11 @@ def build_method(config: RunConfig, attention: Attention) -> Method:
     if config.method == "sft":
         return sft.SFT(batch, length, data.packing, shape, config.sft, data.columns)
     return dpo.DPO(config.dpo, batch, length, data.packing, shape, data.columns)
+
+
+def run_loss(config: RunConfig) -> LossSpec:
+    """The configured loss. Raises ValueError for an unknown one."""
+    return find(config.sft.loss_type, SFT_LOSSES) if config.method == "sft" else loss_spec(config.dpo.loss_type)
 
 
 def choose_execution(config: RunConfig, inputs: Inputs) -> str:
@@ -266,9 +272,10 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) 
     keys = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     quantisation = {key: getattr(model, key) for key in keys} if model.load_in_4bit else {"load_in_4bit": False}
     parent = adapter_sha256(inputs.parent) if inputs.parent else None
-    evaluation = inputs.data.report.evaluation
+    evaluation, own_loss = inputs.data.report.evaluation, run_loss(config).sha256
     return {
         "method": config.method,
+        **({"loss_sha256": own_loss} if own_loss else {}),
         "order_version": ORDER_VERSION,
         "base": {
             "name": public_name(model.name),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lowlevel.model.base import base_sha256, load_model_config
 from lowlevel.model.placement import DTYPES, Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
 from lowlevel.running.adapter_sources import find_adapter
-from lowlevel.running.assembly import Inputs, build_method, load_policy, load_run_tokenizer, prepare_data
+from lowlevel.running.assembly import Inputs, build_method, load_policy, load_run_tokenizer, prepare_data, run_loss
 from lowlevel.running.run_folder import RunFolder
 
 Note = Callable[[str], None]
@@ -48,12 +49,25 @@ class Stage:
 class LoadedRun:
     """A run, ready for forward passes. `policy.activate` switches between its stages."""
 
-    folder: RunFolder
-    config: RunConfig
+    opened: Reopened
     tokenizer: ChatTokenizer
     policy: Policy
-    method: Method
     stages: tuple[Stage, ...]
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder."""
+        return self.opened.folder
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's configuration."""
+        return self.opened.config
+
+    @cached_property
+    def method(self) -> Method:
+        """See `Reopened.method`; generating and merging need no loss."""
+        return self.opened.method()
 
     def activate(self, stage: Stage) -> None:
         """Make the model that of a stage."""
@@ -166,6 +180,23 @@ class Reopened:
             return None
         return found, base["sha256"]
 
+    def method(self) -> Method:
+        """The run's method.
+
+        Raises:
+            ConfigError: its loss is not registered here, or cannot be imported.
+            CheckpointError: the source of its loss changed since the run.
+        """
+        try:
+            spec = run_loss(self.config)
+        except ValueError as error:
+            raise ConfigError(f"{self.folder.path}: {error}") from None
+        was = self.manifest.get("loss_sha256")
+        if spec.sha256 != was:
+            hashes = f"hash {(spec.sha256 or 'built in')[:12]}, the run's {(was or 'built in')[:12]}"
+            raise CheckpointError(f'{self.folder.path}: loss "{spec.name}": its source is not the run\'s ({hashes})')
+        return build_method(self.config, self.attention)
+
     def load(self, adapter: Path | None) -> LoadedRun:
         """The run for forward passes; `adapter` and errors as in `policy`. Reads no rows."""
         tokenizer, policy = load_run_tokenizer(self.config), self.policy(adapter)
@@ -173,8 +204,7 @@ class Reopened:
         if self.parent:
             stages.append(Stage("sft", True, False))
         stages.append(Stage(self.config.method, True, True))
-        method = build_method(self.config, self.attention)
-        return LoadedRun(self.folder, self.config, tokenizer, policy, method, tuple(stages))
+        return LoadedRun(self, tokenizer, policy, tuple(stages))
 
 
 def reopen(
@@ -255,7 +285,7 @@ def _placement(folder: RunFolder, config: RunConfig, dtype: str) -> tuple[Placem
     if (device, precision) != (here, placement.precision):
         moved = f"the run computed in {precision} on {device}, this is {placement.precision} on {here}"
         return placement, moved, device != here if was else None
-    if on_gpu and not torch.are_deterministic_algorithms_enabled():
+    if on_gpu and not (config.train.deterministic or torch.are_deterministic_algorithms_enabled()):
         return placement, "a GPU adds in no fixed order, unless the run has train.deterministic = true", False
     if not on_gpu and threads not in (None, own_threads):
         return placement, f"the run computed with {threads} threads, this is {own_threads}", True

@@ -1,14 +1,15 @@
-"""What is verified: the newest weights of a run folder, or the start of a run file."""
+"""Verifying the newest weights of a run folder, or the start of a run file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lowlevel.config.file import load_config
 from lowlevel.config.schema import RunConfig
+from lowlevel.determinism import deterministic_mode
 from lowlevel.losses import loss_spec
 from lowlevel.methods import Method
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
@@ -20,57 +21,86 @@ from lowlevel.running.assembly import (
     check_start,
     choose_execution,
 )
-from lowlevel.running.reopening import Note, Reopened, reopen
-from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.reopening import Note, Reopened, step_examples
+from lowlevel.verification.report import Report, run_checks
 from lowlevel.verification.subject import Subject
+
+EXACT_PARAMETERS = 500_000_000
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What a path stands for: configuration and inputs with the weights to verify, and how to call them."""
+    """Configuration and inputs, and the weights to verify."""
 
     config: RunConfig
     inputs: Inputs
     weights: str
+    note: Note
     run: Reopened | None = None  # None: a run file
 
 
-def open_file(path: Path, overrides: Mapping[str, str], scratch: Path) -> Opened:
+def open_file(path: Path, overrides: Mapping[str, str], scratch: Path, note: Note = print) -> Opened:
     """The start of a run file's run; a merged base is written to `scratch`.
 
     Raises:
         ConfigError, DataError, CheckpointError: as training would.
     """
     config, inputs = check_start(load_config(path, overrides), scratch)
-    return Opened(config, inputs, "the run's start (B = 0); checks that need an adapter with an effect use a random B")
+    weights = "the run's start (B = 0); checks that need an adapter with an effect use a random B"
+    return Opened(config, inputs, weights, note)
 
 
-def open_folder(folder: RunFolder, note: Note) -> Opened:
-    """A run's own parts; its newest adapter takes the place of the one that it began with.
+def open_run(run: Reopened) -> Opened:
+    """A run with its newest adapter.
 
     Raises:
-        ConfigError, DataError, CheckpointError: no run folder, rows that changed since, damaged weights.
+        ConfigError, DataError, CheckpointError: changed rows or loss, or damaged weights.
     """
-    run = reopen(folder.path, note)
-    adapter = folder.newest_adapter(note)
+    run.method()  # refuses another loss before anything is loaded
+    adapter = run.folder.newest_adapter(run.note)
     if adapter is None:
-        line = "those the run began with: it has not finished and saved none yet"
-    elif adapter == folder.adapter:
+        line = "the run's start: it has not finished and saved no checkpoint yet"
+    elif adapter == run.folder.adapter:
         line = "final adapter"
     else:
         line = f"{adapter.name}, the newest checkpoint: the run has not finished"
-    return Opened(run.config, run.inputs(adapter), line, run)
+    return Opened(run.config, run.inputs(adapter), line, run.note, run)
+
+
+def verify_run(opened: Reopened | Opened, *, step: int = 1, exact_parameters: int = EXACT_PARAMETERS) -> Report:
+    """Recompute an optimizer step of a run, and compare; failed checks are in the report.
+
+    Args:
+        opened: a run from `lowlevel.running.reopening.reopen` (its newest weights), or from `open_file` (its start).
+        step: optimizer step whose examples are taken, counted from 1.
+        exact_parameters: a base of up to this many weights is also run in float64, on the CPU.
+
+    Raises:
+        ConfigError: no such step, or a loss that is not registered or fails in float64.
+        DataError: the data is not what the run trained on.
+        CheckpointError: damaged weights, or a base, adapter or loss that is not the run's.
+    """
+    opened = open_run(opened) if isinstance(opened, Reopened) else opened
+    examples = step_examples(opened.config, opened.inputs.data, step)
+    with deterministic_mode(opened.config.train.deterministic):
+        subject = make_subject(opened, examples, step - 1, exact_parameters)
+        placement = subject.policy.placement
+        report = Report(
+            method=subject.config.method,
+            loss=subject.spec.name,
+            step=step,
+            data_rows=[example.row for example in subject.examples],
+            weights=opened.weights,
+            device=str(placement.device),
+            precision=placement.precision,
+            execution=subject.mode,
+        )
+        opened.note(report.heading)
+        return replace(report, checks=run_checks(subject))
 
 
 def make_subject(opened: Opened, examples: Sequence[Any], step: int, exact_parameters: int) -> Subject:
-    """Load the model and put together what the checks read.
-
-    Args:
-        opened: as from `open_file` or `open_folder`.
-        examples: of one optimizer step.
-        step: that step, counted from 0.
-        exact_parameters: a base of up to so many is also run in float64.
-    """
+    """Load the model; `step` is counted from 0, the rest as in `verify_run`."""
     config, inputs = opened.config, opened.inputs
     policy = build_run_policy(config, inputs)
     hashes = _hashes(opened.run, policy) if opened.run else {}
@@ -83,8 +113,7 @@ def make_subject(opened: Opened, examples: Sequence[Any], step: int, exact_param
 
 
 def _checkable(config: RunConfig, method: Method, examples: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The examples; for a loss that sorts the pairs of a micro-batch those of the step's first micro-batch alone, since
-    the float64 formulas see all pairs at once."""
+    """The examples. For a loss that mixes pairs, only those of the first micro-batch: the float64 formulas mix all."""
     if config.method == "sft" or not loss_spec(config.dpo.loss_type).mixes_pairs:
         return examples
     rows = set(method.micro_batches(examples)[0].data_rows)
@@ -92,7 +121,7 @@ def _checkable(config: RunConfig, method: Method, examples: tuple[Any, ...]) -> 
 
 
 def _hashes(run: Reopened, policy: Policy) -> dict[str, tuple[str, str]]:
-    """What the manifest names, as it is here, and as it says: rows of the table, where other commands raise."""
+    """Hashes of base and frozen adapter: as found, and as in the manifest. Other commands raise if they differ."""
     base = run.base_hashes(policy)
     hashes = {"base": base} if base else {}
     if run.parent:

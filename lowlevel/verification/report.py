@@ -1,10 +1,11 @@
-"""All groups in turn, and their table."""
+"""All groups of checks, and their report."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich import box
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowlevel.errors import LowlevelError
 from lowlevel.model.base import base_sha256
 from lowlevel.verification.accounting import accounting_checks
 from lowlevel.verification.check import Check
@@ -48,8 +50,62 @@ def run_checks(subject: Subject) -> list[Check]:
     return checks + frozen_checks(subject, names, before, (base, base_sha256(policy.model)))
 
 
+class VerificationError(LowlevelError):
+    """A check failed."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """The checks of one step; `print(report)` shows their table."""
+
+    method: str
+    loss: str  # its name
+    step: int  # counted from 1
+    data_rows: list[int]
+    weights: str
+    device: str
+    precision: str
+    execution: str
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check holds."""
+        return all(one.ok for one in self.checks)
+
+    @property
+    def heading(self) -> str:
+        """What is verified, in two lines."""
+        return (
+            f"verify {self.method}: loss {self.loss}, step {self.step}, {len(self.data_rows)} examples, "
+            f"{self.precision} on {self.device}, {self.execution}\nweights: {self.weights}"
+        )
+
+    def check(self) -> None:
+        """Raise VerificationError, with the first three that failed, if a check failed."""
+        failed = [one for one in self.checks if not one.ok]
+        if failed:
+            names = "; ".join(f"{one.group}: {one.name} {one.measured:.3g} > {one.bound:.3g}" for one in failed[:3])
+            more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+            raise VerificationError(f"{len(failed)} of {len(self.checks)} checks failed: {names}{more}")
+
+    def as_json(self) -> dict[str, Any]:
+        """For verify.json; a measurement or bound that is not finite is null."""
+        document = {**asdict(self), "ok": self.ok}
+        for one in document["checks"]:
+            one |= {key: one[key] if math.isfinite(one[key]) else None for key in ("measured", "bound")}
+        return document
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        print_checks(self.checks, Console(file=out, width=120))
+        return f"{self.heading}\n{out.getvalue()}"
+
+
 def print_checks(checks: Sequence[Check], console: Console) -> None:
-    """One line a check; notes stand beside them where there is room, and under failures always."""
+    """One line a check. Its note is a last column if there is room; a narrow console shows those of failures below."""
     wide = console.width >= 120
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("check", no_wrap=True, overflow="ellipsis", max_width=46)
@@ -57,7 +113,7 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
     table.add_column("bound", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     if wide:
-        table.add_column("what", overflow="fold")
+        table.add_column("note", overflow="fold")
     group = ""
     for one in checks:
         if one.group != group:
@@ -67,13 +123,11 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
         cells: list[Any] = [Text(f"  {one.name}"), number(one.measured), number(one.bound), verdict]
         table.add_row(*cells, *([Text(one.note, style="dim")] * wide))
     console.print(table)
+    for one in checks:
+        if not (wide or one.ok) and one.note:
+            console.print(f"{one.name}: {one.note}", markup=False)
 
 
 def number(value: float) -> str:
-    """0 and counts as they are, the rest with three digits."""
+    """Whole numbers as they are, others with three digits."""
     return f"{value:.0f}" if math.isfinite(value) and value == int(value) and value < 1e6 else f"{value:.2e}"
-
-
-def as_json(checks: Sequence[Check]) -> list[dict[str, Any]]:
-    """For verify.json; a measurement that is not finite is null."""
-    return [{**asdict(one), "measured": one.measured if math.isfinite(one.measured) else None} for one in checks]

@@ -11,6 +11,7 @@ from lowlevel.losses import dpo_loss
 from lowlevel.replaying.dump import Dump
 from lowlevel.replaying.session import open_session
 from lowlevel.replaying.what_if import parse_settings, what_if
+from lowlevel.running.reopening import reopen
 
 
 def dumped(folder, step, target, *more):
@@ -97,7 +98,7 @@ def test_what_comes_while_a_dump_is_written_is_not_replaced(runs, tmp_path, monk
 
 
 def outcomes(folder, step, *texts):
-    session = open_session(folder, step, print)
+    session = open_session(reopen(folder), step)
     while session.state.step < step - 1:
         session.advance()
     weights = session.policy.flat.weights.detach().clone()
@@ -142,7 +143,7 @@ def test_what_if_leaves_the_replay_identical_and_prints_a_table(runs):
         "replay", runs.folder / "dpo", "--step", "10", "--what-if", "beta=0.3", "--what-if", "max_grad_norm=0.01"
     )
     assert said.code == 0, said.err
-    assert "the step alone, under other settings" in said.out and "max_grad_norm=0.01" in said.out
+    assert "only this step, under other settings" in said.out and "max_grad_norm=0.01" in said.out
     assert run("replay", runs.folder / "sft", "--step", "1", "--what-if", "learning_rate=1e-3").code == 0
 
 

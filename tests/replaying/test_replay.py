@@ -6,18 +6,16 @@ import random
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from workspace import metrics, run
 
 from lowlevel.checkpoints import checkpoint
 from lowlevel.replaying.compare import number_rows, same_bits, tensors_row
-from lowlevel.replaying.replay import ReplayDiffersError
-from lowlevel.replaying.report import replay_run
+from lowlevel.replaying.replay import ReplayDiffersError, replay_run
+from lowlevel.running.reopening import reopen
 from lowlevel.running.run_folder import run_lock
 
 STEPS = 24
-QUIET = Console(quiet=True)
 PLAIN = {"learning_rate", "loss_scale", "skipped_steps", "epoch", "num_tokens", "supervised_tokens", "padding_share"}
 PREFERENCE = {
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
@@ -26,7 +24,9 @@ PREFERENCE = {
 
 
 def replay(folder, step, **options):
-    return replay_run(folder, QUIET, step=step, **options)
+    found = replay_run(reopen(folder), step, **options)
+    found.check()
+    return found
 
 
 def files_of(folder):
@@ -194,7 +194,7 @@ def test_other_rows_another_base_or_parent_are_refused(runs, tmp_path):
 
     refused(3, "not the rows that", data_sha256="0" * 64)
     refused(4, "is not the one that was trained on", base={**manifest["base"], "sha256": "0" * 64})
-    refused(4, "base differ from what its manifest says", base={**manifest["base"], "load_in_4bit": False})
+    refused(4, "base differ from its manifest", base={**manifest["base"], "load_in_4bit": False})
     refused(4, "not the adapter that this run stands on", parent_adapter="0" * 64)
     refused(4, "order_version differ", order_version=99)
 
@@ -206,8 +206,11 @@ def test_other_rows_another_base_or_parent_are_refused(runs, tmp_path):
         (("--step", "7", "--from", "7"), "starts before it"),
         (("--step", "7", "--from", "3"), "has no such checkpoint; there are: 5, 10, 15, 20, 24, and 0"),
         (("--step", "7", "--dump-layers"), "--dump-layers needs --dump"),
-        (("--step", "7", "--what-if", "beta=0.3"), "only dpo has such a setting, and this is an sft run"),
-        (("--step", "7", "--what-if", "seed=3"), "NAME one of learning_rate, max_grad_norm"),
+        (("--step", "7", "--what-if", "beta=0.3"), "beta is a setting of dpo, and this is an sft run"),
+        (
+            ("--step", "7", "--what-if", "seed=3"),
+            "NAME one of learning_rate, max_grad_norm, loss_type, loss_kwargs.KEY",
+        ),
         (("--step", "7", "--what-if", "max_grad_norm=-1"), "max_grad_norm"),
     ],
 )

@@ -7,21 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from workspace import run
 
 from lowlevel.config.file import load_config
-from lowlevel.errors import ConfigError
+from lowlevel.running.reopening import reopen
 from lowlevel.running.run import run_training
 from lowlevel.verification import run_checks
 from lowlevel.verification.check import Check
+from lowlevel.verification.opening import verify_run
 from lowlevel.verification.report import print_checks
-from lowlevel.verification.verify import VerificationError, verify_run
 
 
-def verify(path, **keys) -> str:
-    out = io.StringIO()
-    keys = {"exact_parameters": 1_000_000, **keys}
-    verify_run(path, Console(file=out, width=80, highlight=False), **keys)
-    return out.getvalue()
+def verify(path, *options) -> str:
+    said = run("verify", path, "--exact-parameters", 1_000_000, *options)
+    assert said.code == 0, said.err
+    return said.out
 
 
 @pytest.fixture(scope="session")
@@ -36,11 +36,11 @@ def finished(space):
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_finished_run(finished, method):
     folder = finished / f"run-{method}"
-    said = verify(folder, batch=2)
+    said = verify(folder, "--step", 2)
     written = json.loads((folder / "verify.json").read_text())
     assert written["ok"] and written["step"] == 2 and written["weights"] == "final adapter"
     assert all(check["name"][:40] in said for check in written["checks"])
-    assert max(map(len, said.splitlines())) <= 80
+    assert "loss_sha256" not in (folder / "manifest.json").read_text()
     names = {check["name"] for check in written["checks"]}
     assert "base as in the manifest" in names and ("frozen adapter as in the manifest" in names) == (method == "dpo")
 
@@ -53,27 +53,36 @@ def test_an_unfinished_run_takes_its_start_and_says_so(finished, space):
     assert "the newest checkpoint" in verify(folder)
     for checkpoint in folder.glob("step-*"):
         shutil.rmtree(checkpoint)
-    assert "it has not finished and saved none" in verify(folder)
+    assert "it has not finished and saved no checkpoint" in verify(folder)
 
 
 def test_a_run_file_and_a_step_that_is_not_there(finished, tmp_path):
-    verify(finished / "run-dpo.toml", json_file=tmp_path / "result.json")
+    verify(finished / "run-dpo.toml", "--json", tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text())["ok"]
-    with pytest.raises(ConfigError, match="--step 99: the run has 6 steps"):
-        verify(finished / "run-sft.toml", batch=99)
-    with pytest.raises(ConfigError, match="no such folder"):
-        verify(finished / "run-sft.toml", json_file=tmp_path / "missing" / "result.json")
+    for options, problem in (
+        (("--step", 99), "--step 99: the run has 6 steps"),
+        (("--json", tmp_path / "missing" / "result.json"), "no such folder"),
+    ):
+        said = run("verify", finished / "run-sft.toml", *options)
+        assert said.code == 2 and problem in said.err
 
 
 def test_a_failed_check_is_one_line_and_is_written(finished, monkeypatch, tmp_path):
-    import lowlevel.verification.verify as command
+    import lowlevel.verification.opening as opening
 
-    monkeypatch.setattr(command, "run_checks", lambda subject: [Check("loss", "token", float("nan"), 1e-3, False)])
-    with pytest.raises(VerificationError, match="1 of 1 checks failed: loss: token nan > 0.001") as caught:
-        verify(finished / "run-sft.toml", json_file=tmp_path / "result.json")
-    assert caught.value.exit_code == 1
-    (check,) = json.loads((tmp_path / "result.json").read_text())["checks"]
-    assert check["measured"] is None and not check["ok"]
+    checks = [Check("loss", "token", float("nan"), 1e-3, False, "a note")]
+    monkeypatch.setattr(opening, "run_checks", lambda subject: checks)
+    said = run("verify", finished / "run-sft.toml", "--json", tmp_path / "result.json")
+    assert said.code == 1 and said.err == "error: 1 of 1 checks failed: loss: token nan > 0.001\n"
+    assert "a note" in said.out
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert written["checks"][0]["measured"] is None and not written["ok"] and written["loss"] == "cross_entropy"
+
+
+def test_a_run_from_python(finished):
+    report = verify_run(reopen(finished / "run-sft"), step=2)
+    assert report.ok and report.step == 2 and report.loss == "cross_entropy"
+    assert "token log-probability" in str(report) and "loss cross_entropy, step 2" in str(report)
 
 
 def test_a_base_too_large_for_float64_is_checked_in_its_own_precision(dpo):
@@ -103,3 +112,4 @@ def test_the_table_fits_80_columns():
     checks = [Check("loss", "a name " * 12, 1.5, float("inf"), False, "a note"), Check("loss", "x", 0, 0, True)]
     print_checks(checks, Console(file=out, width=80))
     assert max(map(len, out.getvalue().splitlines())) <= 80 and "FAIL" in out.getvalue()
+    assert out.getvalue().rstrip().endswith(": a note")  # there is no room for it in the table
