@@ -5,7 +5,7 @@
     loss            register a loss of your own       dpo_loss    the built-in losses as a function of tensors
     PairLogps, TokenLogps    what a loss receives     configure   keyword arguments -> RunConfig
 
-`help(lowlevel.methods.sft)` and `help(lowlevel.loss)` say more. Nothing heavy is imported before one of them is used.
+`help(lowlevel.sft)` and `help(lowlevel.loss)` say more. Nothing heavy is imported before one of them is used.
 """
 
 from importlib import import_module
@@ -20,10 +20,25 @@ if TYPE_CHECKING:
     from lowlevel.losses import PairLogps, TokenLogps, dpo_loss, loss, masked_cross_entropy, token_logps
     from lowlevel.running.callbacks import Callback
 
+# fmt: off (type checkers read only a plain list)
 __all__ = [
-    *("Callback", "LowlevelError", "PairLogps", "Run", "RunConfig", "TokenLogps", "configure", "dpo", "dpo_loss"),
-    *("loss", "masked_cross_entropy", "sft", "steps", "token_logps", "train"),
+    "Callback",
+    "LowlevelError",
+    "PairLogps",
+    "Run",
+    "RunConfig",
+    "TokenLogps",
+    "configure",
+    "dpo",
+    "dpo_loss",
+    "loss",
+    "masked_cross_entropy",
+    "sft",
+    "steps",
+    "token_logps",
+    "train",
 ]
+# fmt: on
 _PLACES = {
     "lowlevel.running.callbacks": ("Callback",),
     "lowlevel.errors": ("LowlevelError",),
@@ -36,6 +51,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lowlevel' has no attribute {name!r}")
     module = next((module for module, names in _PLACES.items() if name in names), "lowlevel.api")
+    if module == "lowlevel.api":
+        import_module("lowlevel.running.progress").quiet_libraries()  # before bitsandbytes is imported
     return getattr(import_module(module), name)
 
 

@@ -12,16 +12,18 @@ The command line calls the same functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
-from lowlevel.config.file import config_from_tables, load_tables
+from lowlevel.config.file import OTHER_NAMES, config_from_tables, load_tables
 from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import SECTIONS, RunConfig
-from lowlevel.errors import ConfigError
+from lowlevel.errors import ConfigError, quoted
 from lowlevel.losses.registry import name_of
 from lowlevel.model.files import read_json_object
 from lowlevel.model.policy import Policy
@@ -41,13 +43,13 @@ Rows = Any  # a path or hub name, or rows: dicts, a datasets.Dataset, a torch Da
 Result = TypeVar("Result")
 
 
-def sft(model: str = "demo", data: Rows = "demo", **settings: Any) -> Run:
+def sft(model: str | None = None, data: Rows = None, **settings: Any) -> Run:
     """Supervised fine-tuning of a model on conversations.
 
     Args:
-        model: hub name, local folder, or "demo" (the built-in base): `model.name` of a run file.
+        model: hub name, local folder, or "demo" (the built-in base, the default): `model.name` of a run file.
         data: a file, a hub name, or rows given as a list of dicts, a `datasets.Dataset` or a `torch.utils.data.Dataset`
-            of dicts, each with "messages" or "prompt" and "completion" (lowlevel/data/README.md).
+            of dicts, each with "messages" or "prompt" and "completion" (lowlevel/data/README.md). Default: the demo's.
         **settings: see `train`.
 
     Returns:
@@ -60,7 +62,9 @@ def sft(model: str = "demo", data: Rows = "demo", **settings: Any) -> Run:
     return train("sft", model=model, data=data, **settings)
 
 
-def dpo(model: str = "demo", data: Rows = "demo", *, adapter: Run | str | Path | None = None, **settings: Any) -> Run:
+def dpo(
+    model: str | None = None, data: Rows = None, *, adapter: Run | str | Path | None = None, **settings: Any
+) -> Run:
     """Direct Preference Optimization (arXiv 2305.18290) on pairs of a chosen and a rejected completion.
 
     Args:
@@ -141,8 +145,8 @@ def configure(
         eval_data: `data.eval_source`, or rows; "holdout" keeps `eval_limit` rows of `data` out of training.
         adapter: `model.adapter`.
         loss: the name of a loss, or a function in the form that `lowlevel.loss` describes.
-        **settings: every key of a run file by its name (`max_steps=50, r=16, beta=0.2`), or a whole section
-            (`trace={"every": 1}`); `lowlevel sft --help` lists them.
+        **settings: every key of a run file by its name (`max_steps=50, r=16, beta=0.2`), or several keys of a section
+            other than model and data (`trace={"every": 1}`); `lowlevel sft --help` lists them.
 
     Raises:
         ConfigError: one line for each problem.
@@ -168,9 +172,15 @@ def configure(
 
 
 def _section_of(key: str, method: str) -> str:
-    """The section of a key. Keys of both [sft] and [dpo] belong to the method; unknown keys are refused later."""
+    """The section of a key; those of both [sft] and [dpo] belong to the method. Raises ConfigError for unknown keys."""
     own = {name: section for name, section in SECTIONS.items() if name not in ("sft", "dpo") or name == method}
-    return next((name for name, section in own.items() if key in section.model_fields), "train")
+    sections = {key: name for name, section in own.items() for key in section.model_fields}
+    if key not in sections:
+        known = [*sections, *signature(configure).parameters, *signature(train).parameters]
+        near = [OTHER_NAMES[key]] if key in OTHER_NAMES else get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f'did you mean "{near[0]}"?' if near else f"`lowlevel {method} --help` lists the keys"
+        raise ConfigError(f'settings: unknown key "{quoted(key)}"; {hint}')
+    return sections[key]
 
 
 def _source(data: Rows) -> str | GivenRows | None:
