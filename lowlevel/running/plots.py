@@ -98,8 +98,9 @@ def draw_curves(axis: Axes, curves: Sequence[Curve], level: tuple[float, str] | 
     """Curves with a legend if there are several lines."""
     for curve, colour in zip(curves, colours_of(curves), strict=True):
         marker = "o" if len(curve.points) <= FEW else None
-        style = {"color": COLOURS[colour], "linestyle": DASHES[curve.kind % len(DASHES)]}
-        axis.plot(*zip(*curve.points, strict=True), marker=marker, markersize=3, label=curve.label, **style)
+        x, y = zip(*curve.points, strict=True)
+        dashes = DASHES[curve.kind % len(DASHES)]
+        axis.plot(x, y, marker=marker, markersize=3, label=curve.label, color=COLOURS[colour], linestyle=dashes)
     if level:
         axis.axhline(level[0], color="0.5", linewidth=0.8, label=level[1])
     axis.spines[["top", "right"]].set_visible(False)
