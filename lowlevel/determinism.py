@@ -1,12 +1,12 @@
 """Deterministic mode: the same run on the same kind of GPU gives the same bits.
 
-On a CPU that is always so. On a GPU three things add in an order that changes from run to run, and are told not to:
+On a CPU this always holds. On a GPU three operations sum in an order that varies; this mode makes it fixed:
 
     attention's gradient    flash and efficient kernels sum dQ (dK, dV) over blocks by atomic additions
-    matrix products         cuBLAS picks a workspace a stream; CUBLAS_WORKSPACE_CONFIG makes it a fixed one
-    compiled reductions     Inductor times several block sizes and keeps the fastest, which may differ each time
+    matrix products         cuBLAS chooses a workspace per stream; CUBLAS_WORKSPACE_CONFIG fixes it
+    compiled reductions     Inductor times several block sizes and keeps the fastest, which can vary
 
-Dropout, sums by sequence, the gradient of repeated keys and Triton's kernels here have a fixed order anyway.
+Dropout, sums by sequence, the gradient of repeated keys and our Triton kernels always have a fixed order.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-ENVIRONMENT = "CUBLAS_WORKSPACE_CONFIG"  # read once, before a process first multiplies on a GPU
+ENVIRONMENT = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS reads it once, at a process's first product on a GPU
 SMALL = ":4096:2:16:8"  # torch's default before Hopper; Hopper's is four times as large
 FIXED = (":4096:8", ":16:8")  # the two that NVIDIA documents as deterministic
 
 
 def workspace_bytes(setting: str) -> int:
-    """Size of one cuBLAS workspace; each stream and thread has one. ":4096:2:16:8" is 2 x 4,096 KiB and 8 x 16 KiB."""
+    """Bytes of one cuBLAS workspace; each stream and thread has one. ":4096:2:16:8" is 2 x 4,096 KiB and 8 x 16 KiB."""
     sizes = [int(number) for number in setting.strip(":").split(":")]
     return 1024 * sum(size * count for size, count in zip(sizes[::2], sizes[1::2], strict=True))
 
@@ -33,8 +33,8 @@ def workspace_bytes(setting: str) -> int:
 def deterministic_mode(wanted: bool) -> Iterator[None]:
     """Switch torch to deterministic algorithms within the block; do nothing if not `wanted`.
 
-    To be entered before the process first multiplies on a GPU: cuBLAS reads its setting once, so that one stays in the
-    environment. A workspace that is set there and not deterministic is replaced.
+    Enter it before the process's first product on a GPU: cuBLAS reads its setting once, so the environment variable
+    stays set. A workspace setting that is not deterministic is replaced.
     """
     if not wanted:
         yield
@@ -45,7 +45,7 @@ def deterministic_mode(wanted: bool) -> Iterator[None]:
     settings: Any = torch.utils.deterministic
     fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = False  # no kernel here reads what it has not written
+    settings.fill_uninitialized_memory = False  # no kernel here reads uninitialised memory
     try:
         yield
     finally:
@@ -54,5 +54,5 @@ def deterministic_mode(wanted: bool) -> Iterator[None]:
 
 
 def compiler_options() -> Mapping[str, Any]:
-    """Inductor's settings in the mode that is on now: no choice by timing, so the same kernels in every process."""
+    """Inductor's settings: in deterministic mode no choice by timing, so every process runs the same kernels."""
     return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}

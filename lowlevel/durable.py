@@ -1,15 +1,15 @@
-"""Writing files and folders whole or not at all, and on disk before anything says so.
+"""Atomic writes of files and folders: complete or not at all, and on disk before the call returns.
 
-.tmp-<name>-<pid>     in the making, beside its place, and locked by its process; an error removes it
-.old-<name>           a folder that a new one takes the place of, between two renames
+.tmp-<name>-<pid>     a file or folder being written, next to its target and locked by its process; errors remove it
+.old-<name>           the old folder, between the two renames that replace it
 
-The kernel frees the lock of a process that is killed. So the next writer of the same name knows what is litter, and
-removes it; the number in a name says nothing, for another container or host may have a process of that number. On a
-file system without locks such litter stays.
+The kernel releases the lock of a killed process, so the next writer of the same name can recognise and remove its
+leftovers. The pid in the name proves nothing: another container or host may have the same one. On a file system
+without locks leftovers stay.
 
-A folder cannot be renamed over one that holds something, so the old one is moved aside, the new one moved in, and only
-then the old one deleted. A process killed between the two moves leaves `.old-<name>` alone; in a run folder the next
-start moves it back (`checkpoints.checkpoint.remove_litter`): there is the old one or the new one, never a part.
+A folder cannot be renamed over one that is not empty: the old one is moved aside, the new one moved in, and the old
+one deleted. If the process is killed between the two renames, only `.old-<name>` remains; the next start of the run
+moves it back (`checkpoints.checkpoint.remove_litter`). So a reader finds the old folder or the new one, never a part.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_given_json(path: Path, value: Any) -> None:
-    """The same for a path that a person gave, see `given_file`."""
+    """The same for a path from the user, see `given_file`."""
     with given_file(path) as target:
         target.write_text(_as_json(value), encoding="utf-8")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step, and have it on disk before returning."""
+    """Replace a text file in one step; it is on disk when this returns."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file in one step, and have it on disk before returning; a disk that refuses leaves no part of it."""
+    """Replace a file in one step; it is on disk when this returns. A disk error leaves no partial file."""
     with replaced_file(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
 
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which takes the place of `path` at the end; an error in the block leaves `path` alone.
+    """Yields a temporary path; the file written there replaces `path` at the end. An error in the block keeps `path`.
 
-    It does not end as `path` does: what goes by a file's suffix has to be told the format.
+    The temporary path has another suffix: pass the format to writers that derive it from the suffix.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: a disk error.
     """
     with _temporary(path, _new_file) as temporary:
         try:
@@ -74,10 +74,10 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def given_file(path: Path) -> Iterator[Path]:
-    """The same for a path that a person gave: a link keeps its place, and a pipe or device is written to.
+    """The same for a path from the user: a link stays a link, and a pipe or device is written directly.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: a disk error.
     """
     if path.exists() and not path.is_file():  # /dev/stdout
         yield path
@@ -88,10 +88,10 @@ def given_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `target` at the end; whatever is raised leaves `target` as it is.
+    """Yields a new folder, which replaces `target` at the end. Any exception leaves `target` unchanged.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: a disk error.
     """
     old, moved = target.with_name(OLD + target.name), False
     with _temporary(target, _new_folder) as temporary:
@@ -105,18 +105,18 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             moved = True
             sync(target.parent)
         except BaseException:
-            with suppress(OSError):  # what a disk refuses to move back, the next start does
+            with suppress(OSError):  # if the disk fails here, the next start moves it back
                 if moved:
                     os.rename(target, temporary)
                 put_back(old)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    with suppress(OSError):  # what it refuses to delete, too
+    with suppress(OSError):  # or deletes it
         discard(old)
 
 
 def put_back(old: Path) -> None:
-    """Move a folder that was moved aside back into its place, unless something is there."""
+    """Move a folder that was moved aside back to its place, unless the place is taken."""
     place = old.with_name(old.name.removeprefix(OLD))
     if os.path.lexists(old) and not os.path.lexists(place):
         os.rename(old, place)
@@ -132,7 +132,7 @@ def remove_left(folder: Path, name: str | None = None) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete whatever is there, if anything: damage can put a file or a link in a folder's place."""
+    """Delete a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif os.path.lexists(path):
@@ -140,8 +140,8 @@ def discard(path: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Have a folder's files on disk, with the modes that the umask says: safetensors 0.8 makes them all 0600."""
-    mode = folder.stat().st_mode & 0o666  # mkdir went by the umask
+    """Sync a folder's files to disk, with modes from the umask: safetensors 0.8 gives them all 0600."""
+    mode = folder.stat().st_mode & 0o666  # mkdir applied the umask
     for path in folder.iterdir():
         if path.is_file():
             path.chmod(mode)
@@ -150,7 +150,7 @@ def settle(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on disk before returning."""
+    """Sync a file, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -164,17 +164,17 @@ def _as_json(value: Any) -> str:
 
 @contextmanager
 def _temporary(path: Path, make: Callable[[Path], int]) -> Iterator[Path]:
-    """Something new beside `path`, made and opened by `make`, and locked until the block ends."""
+    """A new file or folder next to `path`, created by `make` and locked until the block ends."""
     remove_left(path.parent, path.name)
     for number in count(os.getpid()):
         temporary = path.with_name(f"{TEMPORARY}{path.name}-{number}")
         try:
             descriptor = make(temporary)
-        except FileExistsError:  # in containers several processes may have the same number
+        except FileExistsError:  # processes of different containers may have the same pid
             continue
         with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if _lies_at(temporary, descriptor):  # else another removed it before it was locked
+        if _lies_at(temporary, descriptor):  # otherwise another process removed it before the lock
             break
         os.close(descriptor)
     try:
@@ -193,7 +193,7 @@ def _new_folder(path: Path) -> int:
 
 
 def _remove_unlocked(left: Path) -> None:
-    descriptor = os.open(left, os.O_RDONLY if left.is_dir() else os.O_RDWR)  # NFS locks what is open for writing alone
+    descriptor = os.open(left, os.O_RDONLY if left.is_dir() else os.O_RDWR)  # NFS locks files open for writing
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _lies_at(left, descriptor):
@@ -203,7 +203,7 @@ def _remove_unlocked(left: Path) -> None:
 
 
 def _lies_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file or folder is still the one of that name."""
+    """Whether `path` still names this open file or folder."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(descriptor))
     except FileNotFoundError:

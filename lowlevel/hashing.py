@@ -1,6 +1,6 @@
 """32- and 64-bit integer hashes: the only source of randomness in a training step (data order, dropout).
 
-A hash has no state: the same step asks for the same numbers in a recompute, a replay and a resumed run.
+A hash has no state: a recomputed, replayed or resumed step gets the same numbers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ MULTIPLIER_2 = 0x846CA68B
 
 
 def mix32(values: Tensor) -> Tensor:
-    """Hash each int32 element (lowbias32), in place.
+    """Hash each int32 element in place (lowbias32).
 
-    torch has no unsigned 32-bit arithmetic: int32 products wrap as unsigned ones do, and each right shift is masked
-    because it would carry the sign bit down.
+    torch has no unsigned 32-bit arithmetic. int32 products wrap like unsigned ones; each right shift is masked because
+    it copies the sign bit.
     """
     values.bitwise_xor_((values >> 16) & 0xFFFF)
     values.mul_(MULTIPLIER_1)

@@ -1,3 +1,3 @@
-"""The label of a token that nothing is learned from. Imports no torch, so that data/ imports quickly."""
+"""The label of tokens without a loss. A separate file, so that data/ does not import torch."""
 
-IGNORED = -100  # transformers' and torch's own; lowlevel.losses, which imports nothing else, has it as IGNORE_INDEX
+IGNORED = -100  # as in transformers and torch; lowlevel.losses, which imports nothing else, calls it IGNORE_INDEX

@@ -12,13 +12,13 @@ from lowlevel.config.schema import RunConfig, TrainConfig
 from lowlevel.errors import ConfigError
 from lowlevel.hashing import splitmix64
 
-MOST_STEPS = 1_000_000_000  # of a run that counts epochs: 30 years at one a second
-ORDER_VERSION = 1  # recorded in checkpoints: another algorithm would train on other rows after a resume
+MOST_STEPS = 1_000_000_000  # for runs that count epochs: 30 years at one step per second
+ORDER_VERSION = 1  # in checkpoints: with another algorithm a resumed run would train on other rows
 
 
 @dataclass(frozen=True)
 class DataOrder:
-    """The order of `num_rows` examples over epochs, `rows_per_step` a step; an epoch's last step may hold fewer."""
+    """The order of `num_rows` examples over epochs, `rows_per_step` per step; an epoch's last step may have fewer."""
 
     num_rows: int
     rows_per_step: int
@@ -27,7 +27,7 @@ class DataOrder:
 
     @classmethod
     def of(cls, config: RunConfig, num_rows: int) -> DataOrder:
-        """The order of a run's `num_rows` training examples. Raises ConfigError where its epochs would never end."""
+        """The order of a run's `num_rows` training examples. Raises ConfigError if its epochs have too many steps."""
         train = config.train
         order = cls(num_rows, config.rows_per_step, train.seed, train.data_order == "shuffled")
         steps = order.steps_per_epoch * train.num_train_epochs  # a float, which may be infinite
@@ -37,7 +37,7 @@ class DataOrder:
         return order
 
     def total_steps(self, train: TrainConfig) -> int:
-        """Optimizer steps of a run: at least one, however small a part of an epoch is asked for."""
+        """Optimizer steps of a run; at least one, even for a small fraction of an epoch."""
         return train.max_steps or max(1, math.ceil(self.steps_per_epoch * train.num_train_epochs - 1e-9))
 
     @property
@@ -56,9 +56,9 @@ class DataOrder:
         return _shuffled(self.num_rows, self.seed, epoch) if self.shuffled else np.arange(self.num_rows)
 
 
-@lru_cache(maxsize=2)  # every step of an epoch asks for its order, around an epoch's end for two
+@lru_cache(maxsize=2)  # each step asks for the order of its epoch; steps at an epoch's end ask for two
 def _shuffled(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """See `epoch_order`; read-only, since it is shared."""
+    """See `epoch_order`. Read-only, because callers share it."""
     seeded = splitmix64(np.array([seed], np.uint64))
     salt = splitmix64(seeded + np.uint64(epoch))
     order = np.argsort(splitmix64(np.arange(num_rows, dtype=np.uint64) ^ salt), kind="stable")

@@ -1,4 +1,4 @@
-"""Which examples lie in which row, and which rows make a micro-batch."""
+"""Assign examples to rows, and rows to micro-batches."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def micro_batch_rows(
     packing: bool,
     shape: Shape | None,
 ) -> list[list[list[Example]]]:
-    """Examples of `size` positions by micro-batch and row. Without packing each is a row of its own.
+    """Examples by micro-batch and row; `size` gives an example's positions. Without packing, each gets its own row.
 
-    Packed batches of fixed shape are one long row: attention over spans costs the same in a long row as in short ones,
-    and fewer ends of rows stay empty.
+    With packing and a `shape`, a micro-batch is one long row: attention over spans costs the same as in short rows, and
+    less padding remains.
     """
     if packing:
         capacity = shape.capacity if shape else row_length

@@ -1,4 +1,4 @@
-"""The next step's batches are laid out while the device works on this one's."""
+"""Build the batches of the next step while the device runs the current one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from lowlevel.batch.layout import PackedBatch
 
 
 class Prefetched:
-    """`make(step)`, one step ahead, in a thread: the same batches, made earlier."""
+    """Calls `make(step)` one step ahead, in a thread."""
 
     def __init__(self, make: Callable[[int], list[PackedBatch]], total_steps: int) -> None:
-        """Makes nothing yet; never more than `total_steps` steps."""
         self._make, self._total_steps = make, total_steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[list[PackedBatch]]] | None = None
 
     def __call__(self, step: int) -> list[PackedBatch]:
-        """The batches of a step; an error in making them is raised here."""
+        """The batches of a step. Raises the errors of `make`."""
         ahead, self._ahead = self._ahead, None
         batches = ahead[1].result() if ahead and ahead[0] == step else self._make(step)
         if step + 1 < self._total_steps:

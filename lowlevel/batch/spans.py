@@ -1,12 +1,12 @@
-"""The layout's mask as spans: each a run of neighbouring queries with its own list of keys, attended causally.
+"""The layout's mask as spans: neighbouring queries that attend causally to their own list of keys.
 
     row          | prompt chosen | rejected | prompt chosen | rejected | padding |
     spans        |       1       |     2    |       3       |     4    |    5    |
     keys of 1    prompt chosen                 keys of 2    prompt rejected
 
-Prompt and chosen completion are neighbours: one causal span. The rejected completion is a second one, whose keys are
-the prompt's, listed again, and its own. Padding is a span of its own, so that no position is left without a number;
-where a bound is given, as many spans as it needs.
+Prompt and chosen completion are neighbours, so they are one causal span. The rejected completion is a second span; its
+keys are the prompt's, listed again, and its own. Padding gets its own span, or several if spans have a bound, so that
+every position has an output.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Spans:
     keys: np.ndarray  # (G + 1,) int32: its keys are the listed keys keys[g] to keys[g + 1]
     key_index: np.ndarray | None  # (K,) int64: position of each listed key; None: the positions themselves
     key_uses: np.ndarray | None  # (2, M) int64: up to two places in the list for each position; K: unused
-    longest: int  # most queries or keys of a span
+    longest: int  # queries or keys of the largest span
 
 
 def build_spans(
@@ -33,11 +33,11 @@ def build_spans(
 ) -> Spans:
     """Spans of flattened rows of `width` positions, given the branch_ids of each row's segments.
 
-    For a fixed shape, `count` fills up with empty spans, the list of keys is filled up to twice the positions, and no
-    span is longer than `longest`.
+    For a fixed shape, empty spans are added until there are `count`, the list of keys is padded to twice the positions,
+    and no span may be longer than `longest`.
 
     Raises:
-        ValueError: a segment is longer.
+        ValueError: a span is longer than `longest`.
     """
     ends, listed = [0], []
     for r, row in enumerate(rows):
@@ -75,10 +75,10 @@ def build_spans(
 
 
 def _uses(key_index: np.ndarray, positions: int, nowhere: int) -> np.ndarray:
-    """Where each position is listed first, and where last if that is another place: (2, positions)."""
+    """First place of each position in the list, and the last one if it differs: (2, positions)."""
     uses = np.full((2, positions), nowhere)
     places = np.arange(len(key_index))
-    uses[1, key_index] = places  # of several assignments to one element the last one stays
+    uses[1, key_index] = places  # numpy keeps the last of several assignments to one element
     uses[0, key_index[::-1]] = places[::-1]
     uses[1, uses[0] == uses[1]] = nowhere
     return uses

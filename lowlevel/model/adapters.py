@@ -32,16 +32,16 @@ from lowlevel.model.suitability import check_base
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 STORED = (torch.float32, torch.float16, torch.bfloat16)
-# Keys of adapter_config.json. Another kind of LoRA is a key of its own, and each PEFT release brings more: one that is
-# not named here must say that it is not used, by null, false or nothing in it.
+# Keys of adapter_config.json. Each variant of LoRA has its own key, and PEFT releases add more: a key that is not
+# listed here must be null, false or empty.
 OBEYED = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 CHECKED = ("peft_type", "base_model_name_or_path")
 UNREAD = (
     *("auto_mapping", "inference_mode", "peft_version", "revision", "task_type"),  # who wrote it, what PEFT wraps it in
-    "eva_config",  # read before training alone
-    *("megatron_core", "qalora_group_size"),  # read beside megatron_config and use_qalora alone
+    "eva_config",  # only read before training
+    *("megatron_core", "qalora_group_size"),  # only read with megatron_config or use_qalora
 )
-# PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the adapter's first values out of the base; MiCA keeps B from training.
+# PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the adapter's initial values from the base; MiCA freezes B.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
@@ -61,22 +61,22 @@ def build_policy(
     recomputed: int | None = None,
     offload: bool = False,
 ) -> Policy:
-    """Attach the adapter to train, and under it the frozen adapter `parent`, if any.
+    """Attach the adapter to train, stacked on the frozen adapter `parent` if there is one.
 
     Args:
         base: as from `load_base`.
-        lora: shape of the new adapter; `init_from` brings its own.
+        lora: shape of the new adapter; `init_from` has its own shape.
         placement: device and precision.
         seed: of the adapter's initialisation (A uniform, B zero: the policy starts equal to its reference).
-        parent: PEFT folder of an adapter that stays frozen under the new one.
+        parent: PEFT folder of a frozen adapter that the new one is stacked on.
         init_from: PEFT folder whose weights the trained adapter starts from.
         gradient_checkpointing: recompute activations layer by layer (never re-entrant).
-        attention: what the base was loaded with.
+        attention: of the base.
         recomputed: with checkpointing, how many layers are recomputed; None: all of them.
         offload: keep their inputs in host memory.
 
     Raises:
-        ConfigError: target modules that match no layer, or that match the LM head; a base that cannot be trained here.
+        ConfigError: target modules that match no layer, or that match the LM head; an unsupported base.
         CheckpointError: an adapter folder that is damaged or does not fit.
     """
     # torch 2.11's cuDNN attention, which it prefers on an H100, gives NaN gradients for masked rows whose length is no
@@ -98,7 +98,7 @@ def build_policy(
     state = DropoutState()
     place_dropout(layers, lora.lora_dropout, state, placement.device)
     flat = flatten({name: p for name, p in model.named_parameters() if f".{TRAINED}." in name})
-    model.eval()  # of the base no dropout acts and no router draws; the adapter's dropout asks its state alone
+    model.eval()  # no dropout or router noise in the base; the adapter's dropout only depends on its state
     host = HostInputs(placement.device) if offload else None
     decoder_layers = DecoderLayers(base, recomputed if gradient_checkpointing else 0, state, host)
     policy = Policy(
@@ -117,7 +117,7 @@ def _attach(base: PreTrainedModel, config: PeftLoraConfig, init_from: Path | Non
 
 
 def check_target_modules(base: nn.Module, targets: Sequence[str]) -> None:
-    """Raise ConfigError where a name is that of no linear layer, or of the LM head; GPT-2 has no linear layers."""
+    """Raise ConfigError if a name matches no linear layer, or the LM head; GPT-2 has no linear layers."""
     linear = sorted(
         {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
     )
@@ -146,7 +146,7 @@ def read_adapter_config(folder: Path) -> PeftLoraConfig:
     """The LoRA configuration of a PEFT folder.
 
     Raises:
-        CheckpointError: no such folder, no LoRA adapter, or one with parts that this trainer does not train.
+        CheckpointError: no such folder, not a LoRA adapter, or one with unsupported settings.
     """
     path = folder / ADAPTER_CONFIG
     try:
@@ -161,7 +161,7 @@ def read_adapter_config(folder: Path) -> PeftLoraConfig:
 
 
 def _check_kind(raw: dict[str, Any], path: Path) -> None:
-    """Plain LoRA: every key is obeyed, changes nothing, or says that it is not used. Raises CheckpointError."""
+    """Raise CheckpointError unless each key is supported, has no effect, or is unset."""
     for key in sorted(raw.keys() - {*OBEYED, *CHECKED, *UNREAD}):
         value, plain = raw[key], PLAIN.get(key, ())
         unused = value is None or value is False or value in ("", [], {})
@@ -172,7 +172,7 @@ def _check_kind(raw: dict[str, Any], path: Path) -> None:
 
 
 def _check_settings(raw: dict[str, Any], path: Path) -> None:
-    """Types and bounds of what is taken from an adapter's configuration. Raises CheckpointError."""
+    """Check types and bounds of an adapter's settings. Raises CheckpointError."""
     r, alpha, dropout, targets = (raw.get(k) for k in ("r", "lora_alpha", "lora_dropout", "target_modules"))
     if not (_within(r, 1, MAX_RANK) and isinstance(r, int) and _within(alpha, 0, MAX_ALPHA) and alpha):
         values = f"r = {quoted(repr(r))}, lora_alpha = {quoted(repr(alpha))}"
@@ -193,7 +193,7 @@ def _within(value: Any, low: float, high: float) -> bool:
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
-    """Tensors of a PEFT folder by PEFT's own keys; only safetensors, and only finite values."""
+    """Tensors of a PEFT folder by PEFT's keys; only safetensors, and only finite values."""
     refuse_pickles(folder, "adapter")
     path = folder / WEIGHTS
     try:
@@ -229,7 +229,7 @@ def load_adapter_weights(model: PeftModel, adapter: str, tensors: dict[str, Tens
 
 
 def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
-    """An adapter's parameters under the keys of PEFT's file format (the adapter's name left out)."""
+    """An adapter's parameters under the keys of PEFT's file format (without the adapter's name)."""
     marker = f".{adapter}."
     return {name.replace(marker, "."): p for name, p in model.named_parameters() if ".lora_" in name and marker in name}
 

@@ -1,4 +1,4 @@
-"""Which attention a run uses, and how span attention is plugged into transformers (its own AttentionInterface)."""
+"""The attention of a run, and span attention as a backend of transformers (its AttentionInterface)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.model.placement import Placement
 from lowlevel.model.sizes import head_size
 
-# What transformers knows span attention by; a name with "flash" in it would send it to look for a kernel on the hub.
+# Names of span attention in transformers, which would look on the hub for a kernel whose name contains "flash".
 NAMES = {"flash": "lowlevel_fa2", "efficient": "lowlevel_efficient", "math": "lowlevel_math"}
 
 # Arguments of attention kernels that span attention does not have: sinks (GPT-OSS), capped scores (Gemma 2).
@@ -35,11 +35,11 @@ class Attention:
 
     @property
     def kernel(self) -> str | None:
-        """The kernel of span attention; None where a mask says what a query sees."""
+        """The kernel of span attention; None if attention uses a mask."""
         return next((kernel for kernel, name in NAMES.items() if name == self.implementation), None)
 
     def arguments(self, batch: PackedBatch, dtype: torch.dtype) -> dict[str, Any]:
-        """What the decoder gets: spans, or a mask (rows, 1, T, T): boolean for sdpa, added to scores for eager."""
+        """Arguments for the decoder: spans, or a mask (rows, 1, T, T): boolean for sdpa, added to scores for eager."""
         if self.kernel:
             spans = (batch.span_queries, batch.span_keys, batch.key_index, batch.key_uses)
             return {"attention_mask": None, "spans": spans, "longest": batch.longest}
@@ -56,7 +56,7 @@ def choose_attention(config: ModelConfig, base: PretrainedConfig, placement: Pla
     """The fastest attention that the device has; FlashAttention 2 needs compute capability 8.0.
 
     Raises:
-        ConfigError: a kernel that this device or precision has not.
+        ConfigError: a kernel that this device or precision does not support.
     """
     asked, on_gpu = config.attn_implementation, placement.device.type == "cuda"
     if asked == "eager":
@@ -93,23 +93,23 @@ def choose_attention(config: ModelConfig, base: PretrainedConfig, placement: Pla
 
 
 def check_sdpa(model: PreTrainedModel) -> None:
-    """Raise ConfigError where a model's code knows its own eager attention alone; spans need as much as sdpa."""
+    """Raise ConfigError if a model's code only supports eager attention."""
     if not model._supports_sdpa:
         raise ConfigError(
-            f"model.attn_implementation: this architecture ({model.config.model_type}) has eager attention alone; set "
-            'model.attn_implementation = "eager"'
+            f"model.attn_implementation: this architecture ({model.config.model_type}) only supports eager attention; "
+            'set model.attn_implementation = "eager"'
         )
 
 
 def register() -> None:
-    """Make span attention known to transformers, under one name a kernel."""
+    """Register span attention with transformers, with one name per kernel."""
     for kernel, name in NAMES.items():
         AttentionInterface.register(name, partial(_forward, kernel=kernel))
 
 
 @contextmanager
 def plain_attention(base: Any) -> Iterator[None]:
-    """A Hugging Face model's attention for calls without a PackedBatch, in which a key may come from a cache."""
+    """Use sdpa or eager attention within the block: for calls without a PackedBatch."""
     before = base.config._attn_implementation
     base.set_attn_implementation("sdpa" if before in NAMES.values() else before)
     try:
@@ -131,7 +131,7 @@ def _forward(
     longest: int = 0,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in the place of its own attention; (rows, T, H, D)."""
+    """The attention function that transformers calls; returns (rows, T, H, D)."""
     if spans is None:
         raise RuntimeError("span attention needs the spans of a PackedBatch; for plain calls set sdpa attention")
     unknown = sorted(name for name in MORE_THAN_A_SOFTMAX if kwargs.get(name) is not None)

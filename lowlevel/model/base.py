@@ -23,12 +23,12 @@ from lowlevel.model.files import SHOWN, check_weight_files, is_finite, read_json
 from lowlevel.model.linear import install_dequantising_products, quantised_state
 from lowlevel.model.placement import Placement, dtype_name
 
-# Output transforms that `hidden @ lm_head.T` would miss: Gemma 2, Cohere, Granite.
+# Logit transforms that are missing in `hidden @ lm_head.T`: Gemma 2, Cohere, Granite.
 OUTPUT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def resolve_name(name: str) -> str:
-    """A model name as transformers takes it: "demo" is the base inside this package."""
+    """The model name for transformers; "demo" is the base in this package."""
     return str(DEMO_BASE) if name == "demo" else name
 
 
@@ -47,9 +47,8 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     """The base's own configuration (config.json), without its weights.
 
     Raises:
-        CheckpointError: pickles, or a config.json that is no JSON object of sane size.
-        ConfigError: the folder or hub repository cannot be read, or transforms its logits in a way the losses do not
-            know.
+        CheckpointError: pickles, or a config.json that is too large or not a JSON object.
+        ConfigError: the folder or hub repository cannot be read, or the model transforms its logits.
     """
     name = resolve_name(config.name)
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
@@ -71,7 +70,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The base's modules without memory for their weights. Raises ConfigError where it is no decoder."""
+    """The base's modules without memory for their weights. Raises ConfigError if it is not a decoder."""
     try:
         with init_empty_weights():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -85,12 +84,12 @@ def load_base(
     """Load the frozen base onto the device.
 
     Quantised linear layers compute in the placement's dtype; every other weight is stored in it, or in `dtype`
-    ("auto": as the file has it). No gradient reaches any of them. `attention` None is sdpa, or eager in a family that
-    has no other.
+    ("auto": as the file has it). No gradient reaches any of them. `attention` None is sdpa, or eager if
+    the architecture has no other.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, of another shape (nothing is ever initialised at random), or
-            not finite, in the file or in the dtype that it is loaded in.
+        CheckpointError: a tensor is missing, unexpected, of another shape, or not finite in the file or after the cast
+            to the dtype. Weights are never initialised at random.
     """
     register()
     load_model_config(config)
@@ -144,7 +143,7 @@ def _freeze(model: Any) -> None:
 
 
 def base_sha256(model: nn.Module) -> str:
-    """SHA-256 over every frozen weight and quantisation constant of the base, by name (adapters left out)."""
+    """SHA-256 over every frozen weight and quantisation constant of the base, by name (without adapters)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(_base_tensors(model).items()):
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
@@ -179,7 +178,7 @@ def _check_loading(name: str, info: dict) -> None:
 
 @functools.cache
 def _reads_ragged_rows() -> bool:
-    """Whether this CPU's bitsandbytes reads a weight whose rows are no multiple of the block as it was quantised.
+    """Whether bitsandbytes on this CPU reads weights correctly whose rows are not a multiple of the block size.
 
     Version 0.50 with AVX-512 gives such rows the constants of other blocks (error of a weight 0.21 to 0.33 of its norm,
     not 0.09); with AVX2 it does not.
@@ -191,9 +190,9 @@ def _reads_ragged_rows() -> bool:
 
 
 def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -> None:
-    """transformers 5.23 reports a mis-shaped weight, but not where it quantises the weight on loading.
+    """Check shapes: transformers 5.23 does not report a wrong shape of a weight that it quantises on loading.
 
-    And bitsandbytes may read rows that are no multiple of the block wrongly, see `_reads_ragged_rows`.
+    And refuse rows that bitsandbytes reads wrongly, see `_reads_ragged_rows`.
     """
     for module_name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -211,7 +210,7 @@ def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -
 
 
 def _check_finite(name: str, model: PreTrainedModel) -> None:
-    """What a file on the hub holds, and what overflows in the dtype: 1e5 of an fp32 file is infinite in fp16."""
+    """Weights from the hub, and overflow in the dtype: 1e5 in an fp32 file is infinite in fp16."""
     bad = sorted(n for n, parameter in model.named_parameters() if not all(map(is_finite, _float_values(parameter))))
     if bad:
         raise CheckpointError(
@@ -220,7 +219,7 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
 
 
 def _float_values(parameter: nn.Parameter) -> list[Tensor]:
-    """A parameter's values; of one in 4 bits its quantisation constants, which scale every value of their blocks."""
+    """A parameter's values; for 4 bits its quantisation constants, which scale the values of their blocks."""
     if not isinstance(parameter, bnb.nn.Params4bit):
         return [parameter]
     state: Any = parameter.quant_state

@@ -15,26 +15,25 @@ from lowlevel.hashing import MULTIPLIER_1, MULTIPLIER_2, feature_keys, mix32
 
 
 class DropoutState:
-    """The keys of the micro-batch in flight, shared by all dropout modules of a model; None switches dropout off."""
+    """The keys of the current micro-batch, shared by all dropout modules of a model; None switches dropout off."""
 
     def __init__(self) -> None:
-        """Off until a micro-batch is set."""
         self.token_keys: Tensor | None = None  # (rows, T) int32
 
     def set_micro_batch(self, dropout_keys: Tensor, key: int | Tensor) -> None:
-        """Key the coming passes by the batch's tokens (rows, T) and the step: `key32(seed, step)`."""
+        """Set the keys of the next passes: the batch's (rows, T) keys and the step's `key32(seed, step)`."""
         self.token_keys = mix32(dropout_keys ^ key)
 
     def disable(self) -> None:
-        """No dropout in the coming passes."""
+        """Switch dropout off for the next passes."""
         self.token_keys = None
 
 
 class CounterDropout(nn.Module):
-    """Takes the place of an adapter's `lora_dropout`: zero with probability p, else scale by 1 / (1 - p)."""
+    """Replaces an adapter's `lora_dropout`: zero with probability p, otherwise scale by 1 / (1 - p)."""
 
     def __init__(self, p: float, salt: int, features: int, state: DropoutState, device: torch.device) -> None:
-        """`salt` tells the modules of a model apart."""
+        """`salt` differs for each module of a model."""
         super().__init__()
         self.p = p
         self.state = state
@@ -46,14 +45,14 @@ class CounterDropout(nn.Module):
         if self.state.token_keys is None:
             return x
         if torch.compiler.is_compiling():
-            # torch 2.11 compiles _Dropout's gradient to zero, without a word (2.13 does not); compiled, the plain
-            # formula keeps no mask either: it is made again from the keys.
+            # torch 2.11 silently compiles _Dropout's gradient to zero (2.13 does not). The plain formula, once
+            # compiled, stores no mask either: it is recomputed from the keys.
             return drop(x, self.state.token_keys, self.feature_keys, self.p)
         return _Dropout.apply(x, self.state.token_keys, self.feature_keys, self.p)
 
 
 class _Dropout(torch.autograd.Function):
-    """Saves the keys alone; the mask is made again in the backward pass."""
+    """Saves only the keys; the backward pass recomputes the mask."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token_keys: Tensor, keys: Tensor, p: float) -> Tensor:

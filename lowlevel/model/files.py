@@ -1,6 +1,6 @@
-"""Files from elsewhere, looked at before any library opens them: no pickles, no paths out of the folder, bounded JSON.
+"""Checks of foreign files before a library opens them: pickles, paths outside the folder, oversized JSON.
 
-Only local folders can be looked at; what the hub's client downloads is read with `use_safetensors` alone.
+Only local folders are checked; downloads from the hub are read with `use_safetensors`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: too large, too deep, no JSON, or no object.
+        CheckpointError: too large, too deep, or not a JSON object.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -56,7 +56,7 @@ def _deeper(value: Any, levels: int) -> bool:
 def refuse_pickles(folder: Path, what: str) -> None:
     """A pickle runs code when it is opened, so a folder whose weights are pickles is refused by file name.
 
-    Beside safetensors they may lie (`training_args.bin`): nothing here opens them.
+    Next to safetensors they are allowed (`training_args.bin`): nothing here opens them.
     """
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
@@ -66,10 +66,10 @@ def refuse_pickles(folder: Path, what: str) -> None:
 
 
 def check_weight_files(folder: Path) -> None:
-    """The shards of a local model: inside the folder, whole, finite, and of floats unless the model is quantised.
+    """Check a local model's shards: in the folder, complete, finite, and floats unless the model is quantised.
 
-    Finite here, since quantising may hide it: a block's largest value taken by fmaxf, as bitsandbytes' GPU kernels are
-    said to do, passes over a NaN, which is then stored as an ordinary number.
+    Quantisation can hide a NaN: fmaxf, which bitsandbytes' GPU kernels are said to use for a block's largest value,
+    ignores it, and it is then stored as an ordinary number.
 
     Raises:
         CheckpointError: naming up to five files or tensors.
@@ -91,7 +91,7 @@ def check_weight_files(folder: Path) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every value is finite; of any floating dtype. Needs no buffer, as torch.isfinite would."""
+    """Whether every value is finite, for any floating dtype. Needs no buffer, unlike torch.isfinite."""
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 

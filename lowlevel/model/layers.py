@@ -1,7 +1,7 @@
 """How decoder layers run: recomputed in the backward pass or not, compiled or not.
 
-All layers of a model are the same function with other weights. So one compiled function serves them all: torch lifts a
-module's weights to inputs of the graph, and the second layer finds the graph of the first.
+All layers of a model are the same function with other weights, so they share one compiled function: torch turns a
+module's weights into inputs of the graph, and the second layer reuses the graph of the first.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ COMPILER: Mapping[str, Any] = {"combo_kernels": True, "emulate_precision_casts":
 
 
 class DecoderLayers:
-    """The decoder layers of a model. Their `forward` is ours: the original one, checkpointed, compiled, or both."""
+    """The decoder layers of a model. Their `forward` is replaced: checkpointed, compiled, or both."""
 
     def __init__(
         self, base: nn.Module, recomputed: int | None, dropout: DropoutState, host: HostInputs | None = None
     ) -> None:
         """`recomputed`: how many layers, from the first, keep only their input for the backward pass; None: all.
 
-        `host` is where they keep it; None: on the device.
+        `host` stores these inputs; None: they stay on the device.
         """
         self.dropout = dropout
         self.host = host
@@ -48,7 +48,7 @@ class DecoderLayers:
         self.use(compiled=False)
 
     def use(self, *, compiled: bool) -> None:
-        """Run the layers compiled, or as they are."""
+        """Run the layers compiled or eager."""
         if compiled:  # dynamo's limit of 8 counts all models of this process, deleted ones too
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for number, layer in enumerate(self.layers):
@@ -62,7 +62,7 @@ class DecoderLayers:
         self.compiled = compiled
 
     def _with_marks(self, forward: Forward) -> Forward:
-        """Tell the compiler which sizes change from batch to batch, so that one graph serves every shape."""
+        """Mark the sizes that change between batches as dynamic, so that one graph serves every shape."""
         mark = torch._dynamo.maybe_mark_dynamic
 
         def run(hidden_states: Tensor, **arguments: Any) -> Tensor:
@@ -79,7 +79,7 @@ class DecoderLayers:
         return run
 
     def _require_input_grads(self, wanted: bool) -> None:
-        """Let the first layer's input ask for a gradient as every other layer's does: else it needs its own graph."""
+        """Let the first layer's input require a gradient like all others; otherwise it needs its own graph."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -90,14 +90,14 @@ class DecoderLayers:
 
 
 class _AskForGrad(torch.autograd.Function):
-    """The identity, with an output that requires a gradient, which is then dropped; `anchor` is there to ask.
+    """The identity, with an output that requires a gradient, because `anchor` does; the gradient is dropped.
 
     `requires_grad_()` would make it a leaf, and a leaf and its gradient stay in memory until the step's end.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, anchor: Tensor) -> Tensor:
-        return hidden_states.clone()  # and no view, which the compiler would tell from other layers' inputs
+        return hidden_states.clone()  # not a view, for which the compiler would make another graph
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:

@@ -1,17 +1,16 @@
-"""How much GPU memory a step takes, by component and phase, and the fastest plan that fits a budget.
+"""Forecast of a step's GPU memory by component and phase, and the fastest plan that fits a budget.
 
-What the allocator holds at its peak is the sum of what is always there (weights, adapters, gradient) and the largest
-of the step's phases. Activations are counted in values a position and layer, as the compiled layers keep them for the
-backward pass (D: hidden size, F: MLP size, H: query width, K: key width):
+The allocator's peak is the sum of the static part (weights, adapters, gradient) and the largest phase of the step.
+Activations are counted in values per position and layer, as the compiled layers save them for the backward pass
+(D: hidden size, F: MLP size, H: query width, K: key width):
 
     norms and residuals 4 D, q and output of attention 2 H, k and v 2 K, gate and up and their product 3 F,
     with dropout the dropped inputs of q, k, v, gate and up 5 D, of o H, of down F; without it D
 
-A recomputed layer keeps its input alone (D), with train.offload_activations on the host, from where it comes back one
-layer ahead: two lie on the device. The first layers are the recomputed ones: the backward pass reaches them last,
-when the activations of the others are freed. The constants were fitted to runs on an H100;
-tests/training/test_memory.py holds the forecast to nine of them. Optimizer state is paged and outside the allocator: it
-is listed apart.
+A recomputed layer only saves its input (D). With train.offload_activations it is on the host and comes back one layer
+ahead, so two are on the device. The first layers are recomputed: the backward pass reaches them last, when the
+activations of the others are freed. The constants were fitted to runs on an H100; tests/training/test_memory.py
+compares the forecast with nine of them. Optimizer state is paged, outside the allocator, and listed separately.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ DEQUANTISE_POSITIONS = 500  # on an H100 dequantising a layer takes as long as t
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """Rank of an adapter, and the layers that it is on."""
+    """Rank and target modules of an adapter."""
 
     rank: int
     targets: tuple[str, ...]
@@ -61,12 +60,12 @@ class ModelShape:
     tied: bool  # the input embedding is the LM head
     adapted: int  # values in the linear weights under an adapter
     trained: int  # values of the adapter in training
-    frozen: int  # of the one under it
+    frozen: int  # values of the adapter that it is stacked on
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What may change without changing what is learned."""
+    """Settings that change speed and memory but not the result."""
 
     positions: int  # computed at once
     recomputed: int  # layers
@@ -83,7 +82,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes. `static` is always there; of `phases` the largest counts."""
+    """Bytes. The peak is all of `static` plus the largest of `phases`."""
 
     static: dict[str, int]
     phases: dict[str, int]
@@ -92,14 +91,14 @@ class Forecast:
 
     @property
     def peak(self) -> int:
-        """What torch.cuda.max_memory_allocated will say."""
+        """Predicted torch.cuda.max_memory_allocated."""
         return sum(self.static.values()) + max(self.phases.values())
 
 
 def adapter_sizes(
     config: RunConfig, parent: Path | None, init_from: Path | None
 ) -> tuple[AdapterSize, AdapterSize | None]:
-    """Sizes of the adapter in training and of the one under it; a PEFT folder that is gone on from brings its own.
+    """Sizes of the trained adapter (those of `init_from`, if given) and of the frozen adapter that it is stacked on.
 
     Raises:
         CheckpointError: see `read_adapter_config`.
@@ -137,7 +136,7 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
     values = sum(m.weight.numel() for m in linear.values())
     parameters = {id(p): p.numel() for p in model.parameters()}
     tied = bool(settings.get("tie_word_embeddings"))
-    if tied:  # a model without weights ties nothing
+    if tied:  # a model without weights is not tied yet
         parameters.pop(id(model.get_output_embeddings().weight), None)
     return ModelShape(
         layers=size_of(base, "num_hidden_layers"),
@@ -198,14 +197,14 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
 
 
 def _quantised(shape: ModelShape, config: RunConfig, plan: Plan) -> int:
-    """Values that stay in 4 bits: dequantised once are the layers under an adapter."""
+    """Values that stay in 4 bits; `dequantize_once` changes the adapted layers."""
     if not config.model.load_in_4bit:
         return 0
     return shape.linear - shape.adapted if plan.dequantize_once else shape.linear
 
 
 def default_plan(shape: ModelShape, config: RunConfig) -> Plan:
-    """What the configuration asks for without a budget."""
+    """The configuration's own plan, without a budget."""
     train = config.train
     recomputed = shape.layers if train.recomputed_layers is None else min(train.recomputed_layers, shape.layers)
     return Plan(
@@ -216,7 +215,7 @@ def default_plan(shape: ModelShape, config: RunConfig) -> Plan:
 
 
 def cost(shape: ModelShape, config: RunConfig, plan: Plan) -> float:
-    """Time of an optimizer step, in positions' products of one pass: what plans are ranked by."""
+    """Time of an optimizer step, in units of one position's products in one pass. It ranks the plans."""
     step = step_positions(config)
     share = plan.recomputed / shape.layers
     passes = 3 + share + (config.method == "dpo")
@@ -226,12 +225,12 @@ def cost(shape: ModelShape, config: RunConfig, plan: Plan) -> float:
 
 
 def step_positions(config: RunConfig) -> int:
-    """Most positions of an optimizer step."""
+    """Upper bound on the positions of an optimizer step."""
     return config.rows_per_step * config.row_positions
 
 
 def plans(shape: ModelShape, config: RunConfig) -> list[Plan]:
-    """Every plan worth a look: micro-batches from one sequence to a whole step, any number of recomputed layers."""
+    """Candidate plans: micro-batches from one sequence to a whole step, any number of recomputed layers."""
     step = step_positions(config)
     sizes = sorted({min(step, config.row_positions * 2**k) for k in range(step.bit_length())})
     once = (False, True) if config.model.load_in_4bit else (False,)
@@ -255,7 +254,7 @@ def best_plan(shape: ModelShape, config: RunConfig, placement: Placement, budget
 
 
 def planned(config: RunConfig, plan: Plan) -> RunConfig:
-    """The configuration with a plan's settings in it."""
+    """The configuration with the plan's settings."""
     recomputes = plan.recomputed > 0
     settings = {
         **plan.settings(),

@@ -1,4 +1,4 @@
-"""Merging adapters into 16-bit weights. Never into 4-bit ones: small updates snap back to the same quantisation grid.
+"""Merge adapters into 16-bit weights, never into 4-bit ones: quantisation rounds small updates away.
 
 Measured with benchmarks/merge.py on a CPU (SmolLM2-135M after 8 steps of SFT on GSM8K): `merge_and_unload` into the
 4-bit model keeps -0.2 % of what SFT gained on held-out loss, the dequantised base 100 %, the merged original quantised
@@ -56,9 +56,9 @@ def scaled_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def write_stacked_adapter(lower: Path, upper: Path, out: Path) -> None:
-    """One PEFT adapter that does what two do on top of each other, of the sum of their ranks.
+    """One PEFT adapter equal to two stacked ones; its rank is the sum of theirs.
 
-    s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2]. A layer that only one of them changes is filled up with zeros.
+    s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2]. Layers that only one of them changes get zeros for the other.
 
     Raises:
         CheckpointError: a folder is damaged.
@@ -104,10 +104,10 @@ def merged_model(
         config: the base.
         adapters: PEFT folders, all of whose updates are added.
         dtype: of the result.
-        quantised: a 4-bit model whose dequantised weights take the place of the original ones.
+        quantised: a 4-bit model whose dequantised weights replace the original ones.
 
     Raises:
-        CheckpointError: an adapter that changes a layer which the base has not, or in another shape.
+        CheckpointError: an adapter changes a layer that the base lacks or has in another shape.
     """
     unquantised = config.model_copy(update={"load_in_4bit": False})
     model = load_base(unquantised, Placement(torch.device("cpu"), "fp32"), dtype="auto")
@@ -130,7 +130,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _check_fits(name: str, update: Tensor, modules: dict[str, Any]) -> None:
     if not isinstance(modules.get(name), nn.Linear):
-        raise CheckpointError(f"the adapter changes {name}, which is no linear layer of this base")
+        raise CheckpointError(f"the adapter changes {name}, which is not a linear layer of this base")
     if modules[name].weight.shape != update.shape:
         shapes = f"{tuple(update.shape)}, the base has {tuple(modules[name].weight.shape)}"
         raise CheckpointError(f"the adapter does not fit the base: {name} is {shapes}")

@@ -1,4 +1,4 @@
-"""Where a model runs and in which precision."""
+"""Device and precision of a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model runs and in which precision."""
+    """Device and precision of a model."""
 
     device: torch.device
     precision: str  # fp16, bf16 or fp32
@@ -33,21 +33,20 @@ class Placement:
     def autocast(self) -> torch.autocast:
         """The autocast region of a forward pass (disabled in fp32).
 
-        Without its cache of 16-bit copies: each adapter weight is used once a pass, so the cache would save no cast
-        and hold a copy of the whole adapter (100 MB for the recipe) until the pass ends.
+        Without its cache of 16-bit copies: each adapter weight is used once per pass, so a cache saves no cast
+        and holds a copy of the whole adapter (100 MB for the recipe) until the pass ends.
         """
         enabled = self.precision != "fp32"
         return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False)
 
 
 def choose_placement(precision: str) -> Placement:
-    """Pick the device, and check that it has the precision asked for.
+    """Choose the device, and check that it supports the precision.
 
-    From compute capability 9.0 on, where torch's own workspaces for cuBLAS may be large, the environment gets small
-    ones, unless it says something else: to be called before the process first multiplies on the GPU. On an H100 that
-    saves 96 MiB (benchmarks/results/workspaces_h100.csv). Below it would only cost time: torch 2.11 reads the variable
-    in every product, by a regular expression, which is an eighth of what the host needs to launch a compiled
-    micro-step.
+    From compute capability 9.0 on, torch's default cuBLAS workspaces are large; this sets small ones in the environment
+    unless it has a setting; call it before the process's first product on the GPU. It saves 96 MiB on an H100
+    (benchmarks/results/workspaces_h100.csv). On older GPUs it only costs time: torch 2.11 parses the variable with a
+    regular expression in every product, an eighth of the host time of a compiled micro-step.
 
     Raises:
         ConfigError: bf16 on a GPU below compute capability 8.0; fp16 without a GPU.

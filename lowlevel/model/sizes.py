@@ -1,4 +1,4 @@
-"""What a base's configuration says of its sizes, and how a base that does not fit this trainer is refused."""
+"""Sizes from a base's configuration, and the error for unsupported architectures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lowlevel.errors import ConfigError
 
 
 def unsupported(config: PretrainedConfig, why: str) -> ConfigError:
-    """The refusal of a whole architecture."""
+    """The error for an unsupported architecture."""
     return ConfigError(f"model.name: this architecture ({config.model_type}) is not supported: {why}")
 
 
@@ -16,7 +16,7 @@ def size_of(config: PretrainedConfig, key: str) -> int:
     """A size by transformers' common name for it: `hidden_size` is GPT-2's `n_embd`.
 
     Raises:
-        ConfigError: the configuration has none.
+        ConfigError: the configuration lacks it.
     """
     try:
         value = getattr(config, key)

@@ -1,9 +1,9 @@
-"""Whether a base may be trained here: what the losses, packing and shared prompts assume of it, tried on a few tokens.
+"""Check on a few tokens that a base satisfies the assumptions of losses, packing and shared prompts.
 
-Every loss takes logits to be `hidden @ lm_head.T`; packing and shared prompts take attention to be all that joins two
-tokens, so that a mask or a list of keys keeps examples apart. A model that is built otherwise would train, and learn
-something else: a convolution or a recurrent state (LFM2, Mamba hybrids, Qwen3-Next) runs on into the next example, an
-attention of a model's own may not ask for the mask.
+Losses assume that logits are `hidden @ lm_head.T`. Packing and shared prompts assume that tokens only interact through
+attention, so that a mask or a list of keys separates examples. Other models would train without an error on wrong
+numbers: a convolution or a recurrent state (LFM2, Mamba hybrids, Qwen3-Next) continues into the next example, and a
+model's own attention may ignore the mask.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lowlevel.model.attention_choice import plain_attention
 from lowlevel.model.policy import Policy
 from lowlevel.model.sizes import unsupported
 
-FIRST, PROMPT, REJECTED = 13, 5, 8  # tokens that are tried: an example, its prompt, the other completion
+FIRST, PROMPT, REJECTED = 13, 5, 8  # tokens of the test: an example, its prompt, the other completion
 
 
 def attention_window(config: PretrainedConfig) -> int | None:
-    """Tokens that a query of the base's narrowest layer sees, its own included; None where it sees all before it.
+    """Tokens that a query of the base's narrowest layer sees, including its own; None if it sees all tokens before it.
 
     Masks and spans have no window: up to this length of an example there is no difference.
     """
@@ -45,10 +45,10 @@ def attention_window(config: PretrainedConfig) -> int | None:
 
 
 def short_positions(config: PretrainedConfig) -> int | None:
-    """Positions up to which the base's longrope takes its short factors; None where it has no longrope.
+    """Positions up to which the base's longrope takes its short factors; None if it has no longrope.
 
-    transformers chooses short or long factors for a whole batch, by its largest position: with longer examples, one's
-    loss would depend on those beside it.
+    transformers chooses short or long factors for a whole batch, by its largest position: with longer examples, a
+    loss would depend on the other examples of the batch.
     """
     parameters = config.to_dict().get("rope_parameters") or {}
     tables = [table for table in (parameters, *parameters.values()) if isinstance(table, dict)]  # one, or one a kind
@@ -57,7 +57,7 @@ def short_positions(config: PretrainedConfig) -> int | None:
 
 
 def check_base(policy: Policy) -> None:
-    """Raise ConfigError unless the base runs, and computes what every loss here assumes; see the module."""
+    """Raise ConfigError unless the base runs and satisfies the module's assumptions."""
     device, words = policy.placement.device, policy.lm_head_weight.shape[0]
     first, rejected = (np.arange(start, start + 7 * size, 7) % words for start, size in ((1, FIRST), (2, REJECTED)))
     prompt, chosen = first[:PROMPT], first[PROMPT:]
@@ -80,7 +80,7 @@ def check_base(policy: Policy) -> None:
 
 @contextmanager
 def _told_by_architecture(policy: Policy) -> Iterator[None]:
-    """What a first pass raises is told as a refusal of the architecture; --debug shows where it came from."""
+    """Report errors of the first forward pass as an unsupported architecture; --debug shows the original."""
     try:
         yield
     except (LowlevelError, OSError, torch.OutOfMemoryError, torch.AcceleratorError):
@@ -104,7 +104,7 @@ def _as_row(policy: Policy, ids: np.ndarray) -> Tensor:
 
 
 def _check_lm_head(policy: Policy, ids: np.ndarray, hidden: Tensor) -> None:
-    """A model may scale, cap or shift its logits after the LM head; training would then follow another distribution."""
+    """Raise ConfigError if the model scales, caps or shifts its logits: the losses would see other probabilities."""
     base, weight = policy.causal_lm, policy.lm_head_weight
     bias = cast("nn.Linear", base.get_output_embeddings()).bias
     if bias is not None and bias.any():
@@ -134,7 +134,7 @@ def _rounding(hidden: Tensor, weight: Tensor, logits: Tensor) -> float:
 
 
 def _check_apart(policy: Policy, found: Tensor, alone: list[Tensor], what: str) -> None:
-    """Raise ConfigError where a scored token's hidden state (N, D) is not that of its sequence alone.
+    """Raise ConfigError if the hidden states (N, D) of scored tokens differ from those of each sequence alone.
 
     Bound: 5 % of a hidden state's norm, and 32 roundings of the dtype (25 % in bf16); another example's token that is
     seen, or one of its own that is not, changes tens of per cent.

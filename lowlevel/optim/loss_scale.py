@@ -1,7 +1,7 @@
 """Dynamic loss scaling for fp16 (arXiv 1710.03740, section 3.3), with torch.amp.GradScaler's rule and a plain state.
 
-The scale is a host number: the loop reads one device value a step anyway (was the gradient finite?), and a number that
-is logged, saved and compared should not hide in a device tensor.
+The scale is a number on the host: the loop reads the gradient norm of each step anyway, and the scale is logged, saved
+and compared.
 """
 
 from __future__ import annotations
@@ -48,5 +48,5 @@ class LossScale:
 
     @property
     def exhausted(self) -> bool:
-        """Whether repeating the step at half the scale cannot help any more."""
+        """Whether to give up repeating the step at half the scale."""
         return not self.enabled or self.skips_in_a_row > MAX_SKIPS_IN_A_ROW

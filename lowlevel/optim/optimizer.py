@@ -41,9 +41,9 @@ def build_optimizer(weights: nn.Parameter, config: TrainConfig) -> torch.optim.O
 
 
 def _allocate_state(optimizer: Any, weights: nn.Parameter) -> None:
-    """Allocate bitsandbytes' state now, so that restoring is a copy into it and paged memory stays paged.
+    """Allocate bitsandbytes' state now: checkpoints are then copied into it, and paged memory stays paged.
 
-    bitsandbytes 0.50's own `load_state_dict` replaces the state by ordinary device tensors.
+    bitsandbytes 0.50's own `load_state_dict` replaces the state with ordinary device tensors.
     """
     optimizer.check_overrides()
     optimizer.to_gpu()
@@ -52,7 +52,7 @@ def _allocate_state(optimizer: Any, weights: nn.Parameter) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Learning rate of the coming step."""
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
@@ -86,7 +86,7 @@ def load_optimizer_tensors(
     """Restore what `optimizer_tensors` wrote, in place.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, or of another shape or dtype.
+        CheckpointError: a tensor is missing, unexpected, or has another shape or dtype.
     """
     if isinstance(optimizer, torch.optim.AdamW) and not optimizer.state:
         zeros = {name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq")}

@@ -57,7 +57,7 @@ UNSUPPORTED = {
     "gptj": (
         {**OLD, "rotary_dim": 8},
         ["q_proj"],
-        'this architecture (gptj) has eager attention alone; set model.attn_implementation = "eager"',
+        'this architecture (gptj) only supports eager attention; set model.attn_implementation = "eager"',
     ),
 }
 
