@@ -41,8 +41,7 @@ PLANS = (
           (("skipped_steps", "steps"),)),
     _Plan("tokens_per_second", "Speed", "tokens/s", "without padding.",
           (("tokens_per_second", "speed"),)),
-    _Plan("padding_share", "Padding", "share", "share of computed positions without a token.",
-          (("padding_share", "share"),)),
+    _Plan("padding_share", "Padding", "share", "computed positions without a token.", (("padding_share", "share"),)),
     _Plan("memory", "GPU memory", "GiB", "peaks of the allocator so far, without paged optimizer state.",
           (("peak_allocated_gib", "allocated"), ("peak_reserved_gib", "reserved"))),
 )  # fmt: skip

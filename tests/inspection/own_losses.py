@@ -15,7 +15,7 @@ def weighted(pairs: PairLogps, *, beta: float, gamma: float = 1.0):
     return -pairs.values["score"] * logsigmoid(margins - gamma), {"reached": (margins > gamma).float()}
 
 
-def first_tokens(pairs: PairLogps, *, beta: float):
+def all_tokens(pairs: PairLogps, *, beta: float):
     """DPO on the log-ratios of all tokens, clipped at +-1"""
     ratios = (pairs.token_logps - pairs.ref_token_logps).clamp(-1, 1)
     sums = ratios.new_zeros(2 * len(pairs.chosen_logps) + 1).index_add(0, pairs.sequence_ids, ratios)

@@ -1,0 +1,151 @@
+"""Custom losses in `inspect`, traces and reports: the numbers of their run, whatever they read."""
+
+from dataclasses import replace
+
+import helpers
+import own_losses
+import pytest
+import torch
+from rich.console import Console
+from samples import inspection_of_pairs, pairs
+from workspace import CHATS, PAIRS, make_workspace, metrics, run
+
+import lowlevel.losses.registry
+from lowlevel.inspection import inspect_pairs
+from lowlevel.inspection.lines import loss_path
+from lowlevel.inspection.opening import inspect_run
+from lowlevel.inspection.page import render_page
+from lowlevel.inspection.reading import formula, loss_of, settings, source
+from lowlevel.inspection.terminal import print_inspection
+from lowlevel.losses import loss
+from lowlevel.running.reopening import reopen
+from lowlevel.tracing import read_trace
+
+STEPS = 3
+LOSSES = {
+    "weighted": {"loss_type": "own_losses:weighted", "beta": 0.4, "loss_kwargs": {"gamma": 0.5}},
+    "all_tokens": {"loss_type": "own_losses:all_tokens", "beta": 0.4},
+    "registered": {"loss_type": "registered"},
+    "focal": {"loss_type": "own_losses:focal", "loss_kwargs": {"power": 1.5}},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of `LOSSES`, each step logged, saved and traced; the rows have a column "score"."""
+    space = make_workspace(tmp_path_factory.mktemp("own"))
+    for path, rows in ((space.sft_rows, CHATS), (space.dpo_rows, PAIRS)):
+        helpers.write_jsonl(path, [{**row, "score": 0.5 + i % 3} for i, row in enumerate(rows)])
+    train = {"logging_steps": 1, "save_steps": 1, "save_total_limit": 9, "max_steps": STEPS}
+    trace = {"every": 1, "level": "token", "gradients": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowlevel.losses.registry, "OWN", {})
+        loss(own_losses.chosen_only, name="registered")
+        for name, settings in LOSSES.items():
+            method = "sft" if name == "focal" else "dpo"
+            more = {method: settings, "data": {"columns": ["score"]}, "lora": {"lora_dropout": 0.0}}
+            said = run(method, space.write(name, method, train=train, trace=trace, **more))
+            assert said.code == 0, said.err
+        yield {name: space.folder / name for name in LOSSES}
+
+
+def said(inspection) -> str:
+    console = Console(record=True, quiet=False, file=open("/dev/null", "w"), width=250)  # noqa: SIM115
+    print_inspection(inspection, console)
+    return console.export_text()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_inspected_step_has_the_numbers_that_were_logged(runs, name):
+    opened = reopen(runs[name], lambda line: None)
+    logged = {record["step"]: record for record in metrics(runs[name])}
+    for step in range(1, STEPS + 1):
+        found = inspect_run(opened, step=step)
+        assert found.loss == pytest.approx(logged[step]["loss"], rel=1e-5, abs=1e-5)
+        records = found.pairs or found.sequences
+        for metric in records[0].metrics:
+            total = torch.cat([record.metrics[metric].reshape(-1) for record in records]).sum()
+            assert float(total) / found.count == pytest.approx(logged[step][metric], rel=1e-5, abs=1e-5)
+        assert all(record.values == {"score": 0.5 + record.row % 3} for record in records)
+
+
+def test_formula_and_name_of_a_custom_loss_are_shown(runs):
+    for name, text in (
+        ("weighted", "own_losses:weighted, β 0.4, gamma 0.5"),
+        ("registered", "registered, β 0.1"),
+        ("focal", "own_losses:focal, power 1.5"),
+    ):
+        found = inspect_run(reopen(runs[name], lambda line: None), step=1)
+        spec, _ = loss_of(found.method)
+        first = getattr(own_losses, "chosen_only" if name == "registered" else name).__doc__.split("\n")[0]
+        assert settings(found.method) == text and formula(spec) == first
+        page = render_page(found)
+        assert all(part in page for part in (first.replace("'", "&#39;"), source(spec), "score"))
+        assert (source(spec) in said(found) and first in said(found)) or name == "focal"
+
+
+def test_the_focal_loss_of_each_token(runs):
+    found = inspect_run(reopen(runs["focal"], lambda line: None), step=STEPS)
+    for record in found.sequences:
+        p = record.tokens.logps.exp()
+        assert torch.allclose(record.token_losses, -((1 - p) ** 1.5) * p.log() * record.values["score"], atol=1e-5)
+        assert torch.allclose(record.metrics["confidence"], p)
+        assert float(record.shares.sum()) == pytest.approx(1, abs=1e-5)
+    text = said(found)
+    assert "confidence" in text and "sum of loss" in text and "score 0.5" in text
+
+
+def test_the_weight_of_a_loss_of_the_margin(policy):
+    """Slopes of -score ls(x - gamma), by hand."""
+    method = replace(helpers.dpo(beta=0.4, **{k: LOSSES["weighted"][k] for k in ("loss_type", "loss_kwargs")}),
+                     columns=("score",))  # fmt: skip
+    rows = [replace(pair, values=(1.0 + i,)) for i, pair in enumerate(pairs())]
+    for record, row in zip(inspect_pairs(policy, method, rows), rows, strict=True):
+        expected = row.values[0] * float(torch.sigmoid(0.5 - record.margin))
+        assert float(record.chosen.weight) == pytest.approx(expected, rel=1e-4)
+        assert float(record.rejected.weight) == pytest.approx(expected, rel=1e-4)
+        assert float(record.metrics["reached"]) == float(record.margin > 0.5)
+        path = {step.name: step.pair for step in loss_path(record, method)}
+        assert (path["score"], path["reached"]) == (row.values[0], float(record.metrics["reached"]))
+
+
+def test_a_loss_of_one_completion_has_no_weight_for_the_other(policy):
+    for record in inspect_pairs(policy, helpers.dpo(loss_type="own_losses:chosen_only", beta=0.4), pairs()):
+        assert (float(record.chosen.weight), float(record.rejected.weight)) == (pytest.approx(1.0), 0.0)
+        assert float(record.loss) == pytest.approx(-0.4 * float(record.chosen.logp), rel=1e-6)
+
+
+def test_a_loss_of_tokens_has_no_weights_and_shows_a_dash(policy, pieces):
+    found = inspection_of_pairs(policy, pieces, loss_type="own_losses:all_tokens", beta=0.4)
+    for record in found.pairs:
+        assert record.chosen.weight.isnan() and record.rejected.weight.isnan()
+        clipped = [side.token_logratios.clamp(-1, 1).sum() for side in (record.chosen, record.rejected)]
+        assert float(record.loss) == pytest.approx(
+            float(-torch.nn.functional.logsigmoid(0.4 * (clipped[0] - clipped[1]))), rel=1e-5
+        )
+    for text in (said(found), render_page(found)):
+        assert "–" in text and "nan" not in text.replace("<script", "").lower().replace("javascript", "")
+
+
+def test_a_trace_holds_losses_metrics_and_both_gradient_terms(runs):
+    for name in ("weighted", "all_tokens", "registered"):
+        rows = read_trace(runs[name] / "trace", "pairs").to_pylist()
+        steps = read_trace(runs[name] / "trace", "steps").to_pylist()
+        logged = {record["step"]: record for record in metrics(runs[name])}
+        for line in steps:
+            losses = [row["loss"] for row in rows if row["step"] == line["step"]]
+            assert sum(losses) / len(losses) == pytest.approx(logged[line["step"]]["loss"], rel=1e-5, abs=1e-6)
+            assert line["chosen_grad_norm"] > 0
+            assert (line["rejected_grad_norm"] < 1e-4 * line["chosen_grad_norm"]) == (name == "registered")
+        assert all((row["weight"] != row["weight"]) == (name == "all_tokens") for row in rows)
+        assert all(row.get("metrics/reached") in ((0.0, 1.0) if name == "weighted" else (None,)) for row in rows)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_report_draws_metrics_and_shows_a_dash_for_no_weight(runs, name):
+    told = run("report", runs[name])
+    assert told.code == 0, told.err
+    page = (runs[name] / "report.html").read_text(encoding="utf-8")
+    metric = {"weighted": "reached", "focal": "confidence"}.get(name)
+    assert metric is None or (f"<h3>{metric}</h3>" in page and (runs[name] / f"report/metric_{metric}.png").exists())
+    assert ("<td>–</td>" in page) == (name == "all_tokens") and ">nan<" not in page
