@@ -1,9 +1,9 @@
-"""Looking into a loss: each scored token of a step or a row, and the path from log-probabilities to the loss.
+"""The parts of a loss: each scored token of a step or a row, and the path from log-probabilities to the loss.
 
-records = inspect_pairs(policy, method, examples)     # or inspect_sequences, for SFT
-records[0].chosen.contributions                       # (n,): beta * log-ratio of every token, they add up to
-records[0].margin                                     # the margin
-records[0].displacement                               # which tokens took what the chosen completion lost, or None
+records = inspect_pairs(policy, method, examples)     # or inspect_sequences, for SFT; `opening.inspect_run` for a run
+records[0].chosen.contributions                       # (n,): beta * log-ratio of each token; together with the rejected
+records[0].margin                                     # ones they sum to the margin
+records[0].displacement                               # tokens that gained what the chosen completion lost, or None
 """
 
 from lowlevel.inspection.displacement import Displacement, TokenGain, displacement_of, largest_gains

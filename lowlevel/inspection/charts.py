@@ -1,4 +1,4 @@
-"""Geometry of the page's charts in percent of their box: a stair of running sums, and histograms."""
+"""Geometry of the page's charts, in percent of their box: a step chart of cumulative sums, and histograms."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from lowlevel.inspection.figures import plain, signed, typographic
 
-BINS = 14  # about as many as a histogram of margins has
-NEAR = 0.16  # of an axis: about a label's width on a phone
+BINS = 14  # approximate number of bins of a histogram of margins
+NEAR = 0.16  # share of an axis: about a label's width on a phone
 TOO_NEAR = 0.08  # and on a wide page
 LOSS_EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, math.inf)  # nats a token
 
@@ -19,8 +19,8 @@ class Tick:
     """A label on an axis, `at` percent from its start.
 
     Attributes:
-        last: it names where a stair ends.
-        near: it is so near to zero's that a narrow page has no room for both.
+        last: the label of the last sum.
+        near: so close to the label of zero that a narrow page shows only one of them.
     """
 
     at: float
@@ -31,7 +31,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Stair:
-    """A running sum: one step a token; SVG paths in a box of 100 x 100, y downwards."""
+    """A step chart of a cumulative sum, one step per token; SVG paths in a box of 100 x 100, y downwards."""
 
     line: str
     area: str
@@ -44,7 +44,7 @@ class Stair:
 
 
 def stair(sums: Sequence[float]) -> Stair:
-    """The stair of running sums; token i takes the i-th of equally wide columns and steps in its middle."""
+    """The step chart of cumulative sums; token i has the i-th of equally wide columns, with the step in its middle."""
     low, high, end = min([0.0, *sums]), max([0.0, *sums]), [0.0, *sums][-1]
     room = 0.08 * (high - low) or 1.0
     bottom, top = low - room, high + room
@@ -73,7 +73,7 @@ def _level(value: float) -> str:
 
 
 def _apart(ticks: Sequence[Tick]) -> tuple[Tick, ...]:
-    """Those that do not lie on an earlier one."""
+    """Without those that overlap an earlier one."""
     kept: list[Tick] = []
     for tick in ticks:
         if all(abs(tick.at - other.at) > 12 for other in kept):
@@ -83,7 +83,7 @@ def _apart(ticks: Sequence[Tick]) -> tuple[Tick, ...]:
 
 @dataclass(frozen=True)
 class Bin:
-    """A bin of a histogram of margins and the items in it, in ascending order of their value."""
+    """A bin of a histogram of margins, and its items in ascending order of their values."""
 
     low: float
     items: tuple[int, ...]
@@ -91,7 +91,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Equally wide bins, zero among their edges."""
+    """Equally wide bins; zero is one of their edges."""
 
     bins: tuple[Bin, ...]
     tallest: int
@@ -99,7 +99,7 @@ class Histogram:
 
 
 def histogram(values: Sequence[float]) -> Histogram:
-    """Which values fall between round numbers."""
+    """The histogram of values, with round bin edges."""
     low, high = min([0.0, *values]), max([0.0, *values])
     width = _round_width((high - low) / BINS) if high > low else 1.0
     first, last = math.floor(low / width), max(math.floor(high / width), math.floor(low / width))
@@ -133,7 +133,7 @@ def _round_width(width: float) -> float:
 
 @dataclass(frozen=True)
 class LossBand:
-    """Tokens whose loss lies in a band: how many of all, and their part of the loss, as shares."""
+    """Tokens whose loss lies in a band: their number, and their shares of all tokens and of the loss."""
 
     label: str
     count: int
@@ -142,7 +142,7 @@ class LossBand:
 
 
 def loss_bands(losses: Sequence[float]) -> list[LossBand]:
-    """Tokens by their loss in nats."""
+    """Tokens grouped by their loss."""
     total = sum(losses) or 1.0
     bands = []
     for low, high in zip(LOSS_EDGES, LOSS_EDGES[1:], strict=False):

@@ -1,11 +1,11 @@
-"""Likelihood displacement: which other tokens took the probability that a chosen completion lost.
+"""Likelihood displacement: the other tokens that gained the probability that a chosen completion lost.
 
-A pair is displaced where log pi(y+ | x) < log ref(y+ | x), which the loss allows as long as y- falls faster (Razin et
-al., arXiv 2410.08847). Probabilities of a position sum to 1, so there what y+ lost is what all other tokens gained:
+A pair is displaced if log pi(y+ | x) < log ref(y+ | x). The loss allows this if y- falls faster (Razin et al., arXiv
+2410.08847). Probabilities of a position sum to 1, so all other tokens together gain what y+ loses:
 
     delta_t(v) = pi(v | x, y+_<t) - ref(v | x, y+_<t)        sum over v != y+_t of delta_t(v) = -delta_t(y+_t)
 
-Positions whose chosen token became likelier are left out of sums over positions: nothing was lost there.
+Sums over positions exclude positions whose chosen token became likelier.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch import Tensor
 
 from lowlevel.inspection.distribution import head_logits
 
-CHUNK_SIZE = 128  # rows, under policy and reference: V = 32,000 makes 16 MiB of fp32 a buffer
+CHUNK_SIZE = 128  # rows; with V = 32,000 a buffer has 16 MiB of fp32
 GAINERS = 3
-NOTICED = 1e-3  # a gain of a tenth of a percent counts as a position where a token gained
+NOTICED = 1e-3  # smallest gain at a position that is counted
 
 
 @dataclass(frozen=True)
 class Displacement:
-    """Where the probability of n target tokens went from reference to policy; on the CPU.
+    """Changes of probability from reference to policy at the positions of n target tokens; on the CPU.
 
     Attributes:
-        losses: (n,) fp32, ref(target) - pi(target); negative where the target became likelier.
+        losses: (n,) fp32, ref(target) - pi(target); negative if the target became likelier.
         gainer_ids: (n, K) int64, the K tokens besides the target that gained most, largest gain first.
         gainer_ref_probs: (n, K) fp32.
         gainer_probs: (n, K) fp32, under the policy.
-        gained: (V,) float64, each token's gain as another than the target, summed over positions whose target fell.
-        noticed: (V,) int64, at how many of those positions it gained `NOTICED` or more.
+        gained: (V,) float64, each token's gain, summed over positions whose target fell and is another token.
+        noticed: (V,) int64, number of those positions at which it gained `NOTICED` or more.
     """
 
     losses: Tensor
@@ -45,24 +45,24 @@ class Displacement:
 
     @property
     def lost(self) -> float:
-        """What the targets that fell lost in all; `gained` adds up to it."""
+        """Total loss of the targets that fell; the sum of `gained`."""
         return float(self.losses.double().clamp(min=0).sum())
 
 
 @dataclass(frozen=True)
 class TokenGain:
-    """A token that took probability, over all positions that were looked at."""
+    """A token that gained probability, summed over all inspected positions."""
 
     token: int
     gained: float
-    positions: int  # where it gained `NOTICED` or more
+    positions: int  # number at which it gained `NOTICED` or more
 
 
 @torch.no_grad()
 def displacement_of(
     hidden: Tensor, ref_hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_SIZE
 ) -> Displacement:
-    """Compare the predictions of policy and reference; never more than chunk_size x V numbers of each are held.
+    """Compare the predictions of policy and reference; at most chunk_size x V numbers of each are in memory.
 
     Args:
         hidden: (n, D), floating, of the policy.
@@ -91,7 +91,7 @@ def displacement_of(
 
 
 def largest_gains(found: Sequence[Displacement], count: int) -> tuple[TokenGain, ...]:
-    """The up to `count` tokens that gained most over several completions, largest first; none that gained nothing."""
+    """The up to `count` tokens with the largest gains over several completions, largest first; all above 0."""
     if not found:
         return ()
     gained = torch.stack([one.gained for one in found]).sum(0)

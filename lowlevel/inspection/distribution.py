@@ -1,4 +1,4 @@
-"""What a model predicted besides the target: entropy, rank and the likeliest other tokens, a few rows at a time."""
+"""Predictions besides the target: entropy, rank and the likeliest other tokens, computed in chunks of rows."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-CHUNK_SIZE = 256  # rows: V = 32,000 makes 31 MiB of fp32 a buffer
+CHUNK_SIZE = 256  # rows; with V = 32,000 a buffer has 31 MiB of fp32
 ALTERNATIVES = 3
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Of N predictions, on the CPU; K alternatives each, which are not the target, likeliest first."""
+    """N predictions, on the CPU, each with its K likeliest tokens besides the target, likeliest first."""
 
     entropies: Tensor  # (N,) fp32, nats
-    ranks: Tensor  # (N,) int64, of the target: 1 is the likeliest token of the vocabulary, a tie counts as won
+    ranks: Tensor  # (N,) int64, of the target: 1 is the likeliest token; ties count in its favour
     alternative_ids: Tensor  # (N, K) int64
     alternative_logps: Tensor  # (N, K) fp32
 
     def at(self, index: Tensor) -> Distribution:
-        """Those of some positions, (n,) int64."""
+        """The predictions at some positions, (n,) int64."""
         return Distribution(
             self.entropies[index], self.ranks[index], self.alternative_ids[index], self.alternative_logps[index]
         )
@@ -32,11 +32,11 @@ class Distribution:
 def distribution(
     hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_SIZE
 ) -> Distribution:
-    """Summarise `softmax(hidden @ lm_head_weight.T)` row by row; never more than chunk_size x V numbers are held.
+    """Summarise `softmax(hidden @ lm_head_weight.T)` row by row; at most chunk_size x V numbers are in memory.
 
     Args:
         hidden: (N, D), floating.
-        lm_head_weight: (V, D); its dtype is the dtype of the product, from there on everything is fp32 (float64 stays
+        lm_head_weight: (V, D); its dtype is the dtype of the product; everything after it is fp32 (float64 stays
             float64), as in `lowlevel.losses.token_logps`.
         targets: (N,) int64.
         chunk_size: rows a chunk.

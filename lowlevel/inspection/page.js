@@ -7,7 +7,7 @@
   for (const input of document.querySelectorAll("input[name=mode]"))
     input.addEventListener("change", () => { main.dataset.mode = input.value; });
 
-  // The values of one token: lines of "label, tab, value" under a title, as text alone; no label goes on with the last.
+  // The numbers of one token: lines of "label, tab, value" under a title, always as text. A line without a label continues the last one.
   function fill(text) {
     const [title, ...lines] = text.split("\n");
     const heading = document.createElement("strong");
@@ -25,7 +25,7 @@
     tip.replaceChildren(heading, list);
   }
 
-  // Above the element, where it leaves the chart free, or below; a narrow window has it at its foot (page.css).
+  // Above the element if there is room, else below it; a narrow window shows it at the bottom (page.css).
   function place(box) {
     const gap = 8, width = tip.offsetWidth, height = tip.offsetHeight;
     const above = box.top - gap - height;
@@ -55,7 +55,7 @@
     tip.hidden = true;
   }
 
-  // The same token in the running sum.
+  // Mark the same token in the chart.
   function mark(element) {
     const article = element.closest("article");
     if (!article || !element.classList.contains("tok")) return;
@@ -76,7 +76,7 @@
   document.addEventListener("focusout", hide);
   addEventListener("scroll", () => { if (active) place(active.getClientRects()[0]); }, { passive: true, capture: true });
 
-  // Each text is one stop of the Tab key; the arrow keys go on inside it.
+  // Each text is one stop of the Tab key; the arrow keys move inside it.
   for (const heat of document.querySelectorAll(".heat")) {
     const tokens = [...heat.querySelectorAll(".tok")];
     tokens.forEach((token, i) => { token.tabIndex = i ? -1 : 0; });
@@ -96,7 +96,7 @@
   }
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
 
-  // The running sum shows the token under the pointer.
+  // Moving the pointer over the chart shows the token at that place.
   for (const canvas of document.querySelectorAll(".canvas")) {
     canvas.addEventListener("pointermove", (event) => {
       const tokens = canvas.closest("article").querySelectorAll(".tok");

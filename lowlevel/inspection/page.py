@@ -1,4 +1,4 @@
-"""An inspection as one HTML file that needs no network: heat maps, running sums, and the batch at a glance."""
+"""An inspection as one HTML file that needs no network: heat maps, cumulative sums, and an overview of the batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lowlevel.inspection.view import Article, Scales, pair_article, scales, sequ
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to colour the tokens: its name, what it means, and the values at the ends of its scale."""
+    """A way to colour the tokens: its name, its meaning, and the values at the ends of its scale."""
 
     key: str
     label: str
@@ -36,7 +36,7 @@ class Mode:
 
 
 def write_page(inspection: Inspection, path: Path) -> None:
-    """Write the page; a file is replaced whole or not at all, a link keeps its place, a pipe is written to.
+    """Write the page. A file is replaced atomically; the target of a link is replaced; a pipe is written to.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -50,7 +50,7 @@ def write_page(inspection: Inspection, path: Path) -> None:
 
 
 def render_page(inspection: Inspection) -> str:
-    """The page as HTML. Every text in it is escaped, and its policy forbids any script but its own."""
+    """The page as HTML. Every text is escaped, and the page's policy forbids all scripts but its own."""
     folder = files("lowlevel.inspection")
     template, style, script = ((folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -70,7 +70,7 @@ def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
     sides = [side for record in pairs for side in (record.chosen, record.rejected)]
     scale = scales([side.tokens for side in sides], [side.contributions for side in sides])
     sums = sum_name(spec.name)
-    adds = f"β · log-ratio{'' if sums == 'margin' else ' / n'} of each token, minus it for the rejected"
+    adds = f"β · log-ratio{'' if sums == 'margin' else ' / n'} of each token, negated for the rejected"
     end = typographic(f"{scale.contribution:.2g}")
     contribution = Mode("contribution", f"adds to the {sums}", adds, f"≤ −{end}", f"≥ +{end}")
     margins = [float(record.margin) for record in pairs]
@@ -116,12 +116,12 @@ def _modes(scale: Scales) -> list[Mode]:
     loss, entropy = f"{scale.loss:.2g}", f"{scale.entropy:.2g}"
     return [
         Mode("loss", "surprise", "−log-probability of the token, in nats", "0", f"≥ {loss}"),
-        Mode("entropy", "entropy", "how undecided the model was before the token, in nats", "0", f"≥ {entropy}"),
+        Mode("entropy", "entropy", "entropy of the prediction, in nats", "0", f"≥ {entropy}"),
     ]
 
 
 def inked(text: str) -> Markup:
-    """Escaped text of a token, with its signs for whitespace set back."""
+    """Escaped text of a token, with its signs for whitespace greyed out."""
     marked = escape(text)
     for sign in VISIBLE.values():
         marked = marked.replace(sign, Markup("<i>{}</i>").format(sign))

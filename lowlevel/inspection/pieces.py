@@ -1,4 +1,4 @@
-"""How a token looks on a screen: whitespace visible, control characters by number, bytes that are no text as <0x..>.
+"""Tokens as visible text: signs for whitespace, code points of control characters, other bytes as <0x..>.
 
 " the" is ·the      a newline is ⏎      a tab is ⇥      half an emoji is <0xF0><0x9F>      </s> is </s>
 """
@@ -16,19 +16,28 @@ from lowlevel.data.rendering import ChatTokenizer
 
 SPACE, NEWLINE = "·", "⏎"
 VISIBLE = {" ": SPACE, "\n": NEWLINE, "\t": "⇥", "\r": "␍"}
-HIDDEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs")  # Unicode categories that leave no ink, or move other ink
-MARKS = ("Mc", "Me", "Mn")  # they would sit on the character before the token
+HIDDEN = (
+    "Cc",
+    "Cf",
+    "Cn",
+    "Co",
+    "Cs",
+    "Zl",
+    "Zp",
+    "Zs",
+)  # categories without a visible glyph
+MARKS = ("Mc", "Me", "Mn")  # combining: they would be drawn on the character before the token
 METASPACE = "▁"  # SentencePiece's space
 
 
 @dataclass(frozen=True)
 class TokenPieces:
-    """Token ids as the texts that are shown."""
+    """Converts token ids to the texts that are shown."""
 
     tokenizer: ChatTokenizer
 
     def text(self, token: int) -> str:
-        """One token alone: never empty, never a line break, never a control character."""
+        """The text of one token: never empty, without line breaks and control characters."""
         if token in self._special:
             return self._special[token]
         if token in self._added:
@@ -58,14 +67,14 @@ class TokenPieces:
 
     @cached_property
     def _byte_level(self) -> bool:
-        """Whether pieces spell bytes, as GPT-2's do (Ġthe), and not text, as SentencePiece's do (▁the)."""
+        """Whether pieces encode bytes, as GPT-2's (Ġthe), and not text, as SentencePiece's (▁the)."""
         fast: Any = self.tokenizer.tokenizer
         decoder = json.loads(fast.backend_tokenizer.to_str())["decoder"] or {}
         return "ByteLevel" in {step["type"] for step in [decoder, *decoder.get("decoders", ())] if step}
 
 
 def visible(text: str) -> str:
-    """Text with every character seen, on one line."""
+    """Text with every character visible, on one line."""
     shown = [VISIBLE.get(char) or _seen(char) for char in text]
     if text and unicodedata.category(text[0]) in MARKS:
         shown.insert(0, "◌")
@@ -73,12 +82,12 @@ def visible(text: str) -> str:
 
 
 def breaks_line(shown: str) -> bool:
-    """Whether the text after this token begins on a new line."""
+    """Whether this token ends a line."""
     return NEWLINE in shown or shown == "<0x0A>"
 
 
 def _seen(char: str) -> str:
-    if "\udc80" <= char <= "\udcff":  # Python's surrogateescape: a byte that is no text
+    if "\udc80" <= char <= "\udcff":  # Python's surrogateescape: a byte that is not valid UTF-8
         return f"<0x{ord(char) - 0xDC00:02X}>"
     return f"<U+{ord(char):04X}>" if unicodedata.category(char) in HIDDEN else char
 
@@ -88,16 +97,16 @@ def _is_byte(piece: str) -> bool:
 
 
 def _decoded(piece: str) -> str:
-    """The text of a byte-level piece; bytes that are no UTF-8, as in half a character, are surrogates in it."""
+    """The text of a byte-level piece; bytes that are not valid UTF-8 (half a character) become surrogates."""
     known = [BYTES.get(char) for char in piece]
-    if None in known:  # a piece that was added as text
+    if None in known:  # an added token, stored as text
         return piece
     raw = bytes(byte for byte in known if byte is not None)
     return raw.decode("utf-8", errors="surrogateescape")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the others for the code points from 256 on."""
+    """GPT-2's characters for bytes: printable Latin-1 maps to itself, all others to code points from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

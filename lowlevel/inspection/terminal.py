@@ -1,4 +1,4 @@
-"""An inspection in a terminal: a table of the batch, then every example token by token."""
+"""An inspection in a terminal: a table of the batch, then a table of tokens for each example."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import loss_of, reading_of, source, sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord
 
-WIDE = 110  # columns from which a pair's tables have room for the likeliest alternatives
+WIDE = 110  # terminal width from which a pair's tables include the likeliest alternatives
 RAISES, LOWERS = "blue", "dark_orange"
 PAIR_COLUMNS = ("policy", "reference", "log-ratio", "adds", "sum")
-SHOWN_PROMPT = 400  # characters, the last ones
+SHOWN_PROMPT = 400  # last characters of a longer prompt
 
 
 def print_inspection(inspection: Inspection, console: Console, *, details: bool = True) -> None:
-    """Print the batch, and with `details` each example after it."""
+    """Print the batch, and with `details` each example."""
     for line in (inspection.headline, inspection.conditions, inspection.result):
         console.print(line, markup=False, highlight=False)
     if len(inspection.pairs or inspection.sequences) > 1:
@@ -48,8 +48,8 @@ def _table(
     caption: str | None = None,
     wrap: bool = False,
 ) -> Table:
-    """Numbers in full, to the right; texts, whose heading begins with "<", to the left in what room they leave."""
-    cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]  # str: read for markup
+    """Numbers in full and right-aligned; texts (heading with "<") left-aligned in the remaining width."""
+    cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]  # a str would be markup
     names = [heading.removeprefix("<") for heading in headings]
     widths = [max([cell_len(name), *(row[i].cell_len for row in cells)]) for i, name in enumerate(names)]
     texts = [i for i, heading in enumerate(headings) if heading.startswith("<")]
@@ -79,7 +79,7 @@ def _sequences_table(inspection: Inspection, width: int) -> Table:
 
 
 def _pairs_table(inspection: Inspection, width: int) -> Table:
-    """One line a pair; a loss that weighs the completions apart has two weights."""
+    """One line per pair; with two weights if the loss weighs the completions separately."""
     reading = reading_of(inspection.method.config.loss_type)
     apart = reading in ("both", "quantiles")
     weights = ("weight+", "weight-") if apart else ("weight",)
@@ -121,7 +121,7 @@ def _print_pair(record: PairRecord, inspection: Inspection, console: Console) ->
         ("rejected", record.rejected, "-", running[split:]),
     ):
         end = f"; the last sum is the {sums}" if side is record.rejected else ""
-        console.print(f"{name}: to the {sums} each token adds {sign}{per_token}{end}", markup=False, highlight=False)
+        console.print(f"{name}: each token adds {sign}{per_token} to the {sums}{end}", markup=False, highlight=False)
         lines = completion_lines(side, part, inspection.pieces)
         console.print(_tokens_table(lines, PAIR_COLUMNS + ("prob", "rank") * wide, console.width, others=wide))
     if fall := fall_line(record, inspection.pieces):
@@ -132,7 +132,7 @@ def _print_pair(record: PairRecord, inspection: Inspection, console: Console) ->
 def _tokens_table(
     lines: Sequence[TokenLine], columns: Sequence[str], width: int, *, others: bool, caption: str | None = None
 ) -> Table:
-    """One line a token with the numbers named; what adds is coloured by its sign."""
+    """One line per token with the named numbers; contributions are coloured by sign."""
     rows: list[Sequence[str | Text]] = [
         (
             line.position,
@@ -167,7 +167,7 @@ def _print_title(row: int, where: str, prompt: Tensor, pieces: TokenPieces, cons
 
 
 def _style(name: str, number: str) -> str:
-    """Colour for what is added to the margin."""
+    """The colour of a contribution to the margin."""
     if name not in ("adds", "margin"):
         return ""
     return LOWERS if number.startswith("-") else RAISES if number.startswith("+") else ""

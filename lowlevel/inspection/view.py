@@ -1,4 +1,4 @@
-"""What the page shows of an inspection, as texts and percentages: the template only puts them in their places."""
+"""The contents of the page as texts and percentages; the template only arranges them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lowlevel.inspection.lines import FallLine, PathStep, TokenLine, completion_
 from lowlevel.inspection.pieces import TokenPieces, breaks_line
 from lowlevel.inspection.records import PairRecord, SequenceRecord, TokenRecord
 
-CLIPPED = 0.98  # quantile at which a colour scale ends: one outlier must not pale all others
+CLIPPED = 0.98  # quantile at which a colour scale ends, so that one outlier does not make all others pale
 
 
 @dataclass(frozen=True)
 class Scales:
-    """The value at which each colour is full, for the whole page."""
+    """The value with the full colour, for each way to colour; the same for the whole page."""
 
     contribution: float
     loss: float
@@ -27,13 +27,13 @@ class Scales:
 
 @dataclass(frozen=True)
 class TokenView:
-    """One token of a heat map. The three strengths lie in [0, 1]; `height` is where the chart is after it."""
+    """One token of a heat map. The three strengths lie in [0, 1]; `height` is the chart's y after the token."""
 
     text: str
     breaks: bool
     scored: bool
     tip: str = ""  # lines of "label, tab, value"
-    sign: str = ""  # "up" or "down": what its contribution does to the margin
+    sign: str = ""  # "up" or "down": effect of its contribution on the margin
     contribution: float = 0.0
     loss: float = 0.0
     entropy: float = 0.0
@@ -42,7 +42,7 @@ class TokenView:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The tokens of a sequence, and the same in numbers."""
+    """The tokens of a sequence, and a table of their numbers."""
 
     name: str
     summary: str
@@ -63,13 +63,13 @@ class Article:
     steps: tuple[PathStep, ...]
     chart: Stair
     chart_name: str
-    split: float | None  # percent: where the rejected completion begins
+    split: float | None  # percent: start of the rejected completion
     maps: tuple[HeatMap, ...]
     fall: FallLine | None = None  # of a displaced pair
 
 
 def scales(tokens: Sequence[TokenRecord], contributions: Sequence[Tensor]) -> Scales:
-    """Where the colours end, over all tokens of the page."""
+    """The ends of the colour scales, over all tokens of the page."""
     return Scales(
         contribution=_high([float(c) for values in contributions for c in values.abs()]) or 1.0,
         loss=_high([-float(logp) for record in tokens for logp in record.logps]) or 1.0,
@@ -97,7 +97,7 @@ def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Scales,
         prompt="",
         steps=(),
         chart=chart,
-        chart_name="loss, summed along the learned tokens",
+        chart_name="cumulative loss of the learned tokens",
         split=None,
         maps=(_heat_map("conversation", summary, whole, lines),),
     )
@@ -106,7 +106,7 @@ def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Scales,
 def pair_article(
     record: PairRecord, steps: Sequence[PathStep], pieces: TokenPieces, scale: Scales, sums: str
 ) -> Article:
-    """A pair; `sums` names what its contributions add up to."""
+    """A pair; `sums` is the name of the sum of its contributions."""
     running = record.running_sums.tolist()
     chart, split = stair(running), len(record.chosen.tokens)
     maps = []
@@ -133,7 +133,7 @@ def pair_article(
         prompt=pieces.decode(record.prompt_ids).strip(),
         steps=tuple(steps),
         chart=chart,
-        chart_name=f"{sums}, summed along the tokens",
+        chart_name=f"cumulative {sums} along the tokens",
         split=100 * split / max(1, len(running)),
         maps=tuple(maps),
         fall=fall_line(record, pieces),
@@ -141,7 +141,7 @@ def pair_article(
 
 
 def _heat_map(name: str, summary: str, tokens: Sequence[TokenView], lines: Sequence[TokenLine]) -> HeatMap:
-    """Numbers get minus signs; tokens keep their hyphens."""
+    """Hyphens become minus signs in numbers, not in tokens."""
     columns = ("#", "token", *(lines[0].numbers if lines else ()), "others")
     rows = tuple(
         (line.position, line.token, *map(typographic, line.numbers.values()), ", ".join(line.others)) for line in lines

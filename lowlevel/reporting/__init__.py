@@ -1,2 +1,3 @@
-"""`lowlevel report`: what a run folder holds, as curves and tables. Reads files alone: no model, no data, no GPU,
-unless it is asked which tokens took the probability of displaced pairs."""
+"""`lowlevel report` and `lowlevel compare`: a run folder as curves and tables.
+
+`report` only reads files, unless `--displaced` asks for the run's model."""

@@ -1,4 +1,4 @@
-"""`lowlevel compare`: the stages of a run side by side, on rows that none of them was trained on."""
+"""`lowlevel compare`: scores and replies of each stage of a run, on rows that no stage was trained on."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def compare_run(run_dir: Path, console: Console, *, prompts: int, max_new_tokens
     """Compare the stages of a run, print a table and replies, and write compare.json into the run folder.
 
     Raises:
-        ConfigError: the run kept no held-out rows.
+        ConfigError: the run has no held-out rows.
         DataError: they changed since the run.
     """
     rows, texts = load_held_out(run_dir)
@@ -53,7 +53,7 @@ def compare_run(run_dir: Path, console: Console, *, prompts: int, max_new_tokens
     result = compare_stages(run, rows, texts, sampling, console=console)
     print_replies(run, texts[:show], result, console)
     write_json(run_dir / "compare.json", result)
-    console.print(f"{len(rows)} held-out rows, {len(texts)} replies a stage; written to {run_dir / 'compare.json'}")
+    console.print(f"{len(rows)} held-out rows, {len(texts)} replies per stage; written to {run_dir / 'compare.json'}")
     return result
 
 
@@ -137,14 +137,14 @@ def _score_batch(run: LoadedRun, batch: PackedBatch) -> Scored:
 
 
 def sft_scores(scored: Scored) -> dict[str, float]:
-    """Cross-entropy in nats a supervised token."""
+    """Cross-entropy in nats per supervised token."""
     return {"eval_loss": float(-scored.logps.double().sum() / scored.lengths.sum())}
 
 
 def pair_scores(scored: Scored, reference: Scored | None) -> dict[str, float]:
-    """Cross-entropy of the chosen completions, and how often the chosen one is preferred.
+    """Cross-entropy of the chosen completions, and the share of pairs whose chosen one is preferred.
 
-    chosen_nll: nats a token, without the rejected ones and without a reference: not the loss that dpo trains.
+    chosen_nll: nats per token of the chosen completions, without a reference. It is not the DPO loss.
     pair_accuracy: log pi(y+) > log pi(y-). reward_accuracy: the same for log-ratios to the reference; a tie counts one
         half.
     """

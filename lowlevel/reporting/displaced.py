@@ -1,4 +1,4 @@
-"""Which tokens took the probability of displaced pairs: what the page and the terminal say, from inspected records."""
+"""The tokens that gained the probability of displaced pairs, for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOTICED_TEXT = percent(NOTICED)
 
 @dataclass(frozen=True)
 class GainLine:
-    """A token that took probability, as texts."""
+    """A token that gained probability, as texts."""
 
     token: str
     id: str
@@ -35,17 +35,17 @@ class GainLine:
 
 @dataclass(frozen=True)
 class DisplacedPairs:
-    """Pairs that were looked at with the run's weights.
+    """Pairs that were inspected with the run's weights.
 
     Attributes:
         weights: one line.
-        origin: how the pairs were found.
-        looked: pairs looked at.
-        below: those of them that these weights displace.
+        origin: where the pairs come from.
+        looked: number of inspected pairs.
+        below: number of those that are displaced under these weights.
         falls: data row and line of the displaced pairs that are shown, farthest first.
-        lost: probability that their chosen tokens lost, summed over the positions where they lost any.
-        positions: how many those are.
-        gains: the tokens that gained most there, from the chosen tokens and from others.
+        lost: probability that their chosen tokens lost, summed over the positions with a loss.
+        positions: number of those positions.
+        gains: the tokens that gained most there.
     """
 
     weights: str
@@ -73,14 +73,14 @@ class DisplacedPairs:
 def look_at_displaced(
     folder: RunFolder, config: RunConfig, tables: PairTables | None, limit: int, warn: Callable[[str], None]
 ) -> DisplacedPairs:
-    """Which tokens took the probability of up to `limit` displaced pairs, under the final or the newest good weights.
+    """The tokens that gained the probability of up to `limit` displaced pairs, under the final or newest good weights.
 
     Args:
         folder: of a dpo run.
-        config: its own.
-        tables: its trace, which says which pairs fell; without one, those of the last logged step are looked at.
-        limit: pairs.
-        warn: told of damaged checkpoints, and of a base that cannot be checked.
+        config: of the run.
+        tables: of its trace, to choose the pairs that fell farthest; None: inspect those of the last logged step.
+        limit: number of pairs.
+        warn: receives lines about damaged checkpoints and a base that cannot be checked.
 
     Raises:
         ConfigError: an sft run, or nothing saved yet.
@@ -88,9 +88,7 @@ def look_at_displaced(
         CheckpointError: no good checkpoint, or a base or adapter that is not the run's.
     """
     if config.method != "dpo":
-        raise ConfigError(
-            f"--displaced: {folder.path} is an sft run; only the pairs of a dpo run have a reference to fall below"
-        )
+        raise ConfigError(f"--displaced: {folder.path} is an sft run; only dpo runs have a reference")
     weights = last_weights(folder, warn)
     opened = reopen(folder.path, warn)
     tokenizer, data = opened.data()

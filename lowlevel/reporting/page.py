@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs no network, in the look of the inspection page."""
+"""The report as one HTML file that needs no network, with the style of the inspection page."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from lowlevel.running.plots import Panel
 
 @dataclass(frozen=True)
 class Report:
-    """What the page says.
+    """The contents of the page.
 
     Attributes:
-        folder: the run folder as a shell takes it.
+        folder: the run folder, quoted for a shell.
         facts: name and value, in the head.
         tables: of a dpo run with a trace.
-        missing: what a trace would add, where there is none.
-        tokens: text of token ids in `tables.falls`, where a tokenizer was at hand.
-        pages: inspection pages in the run folder, by data row.
-        displaced: which tokens took the probability of displaced pairs, where that was asked for.
+        missing: what a trace would add; None if there is one.
+        tokens: text of the token ids in `tables.falls`, if the tokenizer could be loaded.
+        pages: links to inspection pages in the run folder, by data row.
+        displaced: the tokens that gained the probability of displaced pairs, if requested.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Report:
 
     @property
     def command(self) -> str:
-        """Says which tokens took the probability of displaced pairs."""
+        """The command that shows which tokens gained the probability of displaced pairs."""
         return f"lowlevel report {self.folder} --displaced {SHOWN}"
 
 
 def render(report: Report) -> str:
-    """The page as HTML; every text in it is escaped, and its policy allows no script at all."""
+    """The page as HTML; every text is escaped, and the page's policy forbids all scripts."""
     own, look = files("lowlevel.reporting"), files("lowlevel.inspection")
     style = (look / "page.css").read_text(encoding="utf-8") + (own / "report.css").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -65,7 +65,7 @@ def render(report: Report) -> str:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write the page; the file is replaced whole or not at all.
+    """Write the page; the file is replaced atomically.
 
     Raises:
         ConfigError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""`lowlevel report`: a run as one page, and its charts as PNG files, beside other runs if asked for."""
+"""`lowlevel report`: a run as one page and its charts as PNG files, optionally compared with other runs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from lowlevel.running.plots import plot_panels
 from lowlevel.running.run_folder import RunFolder
 
 NO_TRACE = (
-    "A trace would add the best and the worst pairs, how many chosen completions fell below the reference, and which "
-    "tokens lost it: train with --trace.every 10 (and --trace.level token)."
+    "A trace adds the best and the worst pairs, the number of chosen completions below the reference, and the tokens "
+    "that lost probability: train with --trace.every 10 (and --trace.level token)."
 )
 
 
@@ -32,9 +32,9 @@ def report_run(run_dir: Path, console: Console, *, compare: Sequence[Path] = (),
 
     Args:
         run_dir: the run folder.
-        console: says where the files are, and the alarm if there is one.
+        console: receives the paths of the files, and the alarm if there is one.
         compare: other run folders, drawn into the same charts.
-        displaced: pairs to look at with the run's model: which tokens took what their chosen completions lost.
+        displaced: number of pairs to inspect with the run's model: which tokens gained what the chosen ones lost.
 
     Raises:
         ConfigError: not a run folder, nothing logged yet, or a file that cannot be written.
@@ -88,12 +88,12 @@ def _alarm(tables: PairTables, command: str) -> str:
     rows = ", ".join(str(row["row"]) for row in tables.farthest)
     return (
         f"likelihood displacement: {tables.below} of {tables.count} chosen completions are below the reference, "
-        f"farthest those of rows {rows}; which tokens took their probability: {command}"
+        f"farthest those of rows {rows}; to see which tokens gained their probability: {command}"
     )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Folder names, with the folder above where two are the same."""
+    """Folder names; with the parent folder if two are the same."""
     short = [path.resolve().name for path in paths]
     return [
         name if short.count(name) == 1 else f"{path.resolve().parent.name}/{name}"
@@ -105,8 +105,8 @@ def _facts(folder: RunFolder, config: RunConfig, others: Sequence[str]) -> list[
     train = config.train
     rows = f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}"
     facts = [
-        ("method", f"{config.method}, {config.dpo.loss_type}, beta {config.dpo.beta:g}" if config.method == "dpo"
-         else config.method),
+        ("method", f"dpo, {config.dpo.loss_type}, beta {config.dpo.beta:g}" if config.method == "dpo"
+         else f"sft, {config.sft.loss_type}"),
         ("base", config.model.name + (", 4-bit" if config.model.load_in_4bit else "")),
         ("adapter", f"r = {config.lora.r}, dropout {config.lora.lora_dropout:g}"),
         ("data", str(config.data.source)),
@@ -117,11 +117,11 @@ def _facts(folder: RunFolder, config: RunConfig, others: Sequence[str]) -> list[
         facts.append(("state", f"{status['state']}, step {status['step']}"))
     except (OSError, ValueError, KeyError):
         facts.append(("state", "unknown"))
-    return facts + ([("beside", ", ".join(others))] if others else [])
+    return facts + ([("compared with", ", ".join(others))] if others else [])
 
 
 def _token_texts(config: RunConfig, tables: PairTables | None) -> dict[int, str]:
-    """Texts of the tokens that are named; none where the run's tokenizer is not here."""
+    """Texts of the named tokens; empty if the run's tokenizer cannot be loaded."""
     if not (tables and tables.falls):
         return {}
     try:
@@ -133,7 +133,7 @@ def _token_texts(config: RunConfig, tables: PairTables | None) -> dict[int, str]
 
 
 def _inspection_pages(folder: Path) -> dict[int, str]:
-    """Pages that `lowlevel inspect --html` left in the run folder, by data row: their articles are named row-N."""
+    """Links to pages of `lowlevel inspect --html` in the run folder, by data row; their articles have the id row-N."""
     found: dict[int, str] = {}
     for path in RunFolder(folder).inspection_pages():
         text = path.read_text(encoding="utf-8", errors="replace")

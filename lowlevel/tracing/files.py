@@ -1,4 +1,4 @@
-"""The files of a trace: written whole or not at all, named by the steps in them, forgotten from a step on."""
+"""The files of a trace: written atomically, named by their steps, deleted after the step that a run resumes from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAME = re.compile(r"(pairs|examples|steps)-(\d{8})-(\d{8})\.parquet")
 
 
 def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -> Path:
-    """Write the rows of some steps as one parquet file, on disk before its name appears.
+    """Write the rows of some steps as one parquet file, atomically.
 
     Args:
         folder: the run's trace folder.
@@ -25,7 +25,7 @@ def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -
         columns: values by column; "step" ascends.
 
     Raises:
-        CheckpointError: the disk is full or refuses.
+        CheckpointError: the file cannot be written, for example because the disk is full.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -43,9 +43,9 @@ def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Forget the steps after `step`, which a resumed run will take again, and what an interrupted write left.
+    """Delete the files of steps after `step`, which a resumed run repeats, and temporary files.
 
-    A checkpoint is written after the rows up to it, so no file holds steps on both sides of one.
+    A checkpoint is written after all rows before it, so every file lies on one side of it.
     """
     for path in folder.glob(".tmp-*"):
         path.unlink()
@@ -56,10 +56,10 @@ def drop_after(folder: Path, step: int) -> None:
 
 
 def read_trace(folder: Path, kind: str) -> pa.Table | None:
-    """All rows of a kind, by step; None where there are none.
+    """All rows of a kind, by step; None if there are none.
 
     Raises:
-        CheckpointError: a file that is no parquet.
+        CheckpointError: a file that is not valid parquet.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -74,7 +74,7 @@ def read_trace(folder: Path, kind: str) -> pa.Table | None:
 
 
 def _table(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
-    """Typed by name, so that every file of a kind has the same types; fp32 stays fp32."""
+    """A table with types chosen by column name, so that all files of a kind have the same; fp32 stays fp32."""
     import pyarrow as pa
 
     def kind(name: str) -> pa.DataType:

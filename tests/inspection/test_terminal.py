@@ -36,7 +36,7 @@ def test_no_line_is_wider_than_the_terminal(policy, pieces, width):
 def test_the_columns_of_a_pair(policy, pieces, width):
     inspection = inspection_of_pairs(policy, pieces, [pairs()[2]])
     (record,), text = inspection.pairs, said(inspection, width)
-    chosen, rejected = text.split("rejected: to the margin each token adds -beta x log-ratio")
+    chosen, rejected = text.split("rejected: each token adds -beta x log-ratio to the margin")
     running = record.running_sums.tolist()
     for part, side, sums in (
         (chosen, record.chosen, running[: len(record.chosen.tokens)]),
@@ -111,7 +111,7 @@ def test_the_table_of_the_batch_says_what_its_weight_is_of(policy, pieces, name,
 
 def test_a_loss_of_averages_says_so(policy, pieces):
     text = said(inspection_of_pairs(policy, pieces, loss_type="ipo", beta=0.3))
-    assert "to the averaged margin each token adds beta x log-ratio / n" in text
+    assert "each token adds beta x log-ratio / n to the averaged margin" in text
     assert "(a/n₊ − b/n₋ − 1/(2 β))²" in text and "arXiv 2310.12036 eq 17" in text
 
 

@@ -124,7 +124,7 @@ def test_without_the_option_no_model_is_loaded_and_the_alarm_gives_the_command(r
     assert said.code == 0 and not section(folder)
     assert (
         "likelihood displacement: 3 of 4 chosen completions are below the reference, farthest those of rows 3, 7, 2; "
-        f"which tokens took their probability: lowlevel report {folder} --displaced 5\n" in said.out
+        f"to see which tokens gained their probability: lowlevel report {folder} --displaced 5\n" in said.out
     )
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert f"<code>lowlevel report {folder} --displaced 5</code>" in page
@@ -167,7 +167,7 @@ def test_an_unfinished_run_is_looked_at_with_its_newest_good_checkpoint(runs, sp
     for path in folder.glob("step-*"):
         shutil.rmtree(path)
     said = run("report", folder, "--displaced", 1)
-    assert said.code == 2 and "has saved no weights yet" in said.err and len(said.err.splitlines()) == 1
+    assert said.code == 2 and "no saved weights yet" in said.err and len(said.err.splitlines()) == 1
 
 
 def test_refusals_are_one_line(runs, tmp_path):
