@@ -6,6 +6,12 @@ import pytest
 from workspace import Workspace, make_workspace, run
 
 
+@pytest.fixture
+def no_pngs(monkeypatch) -> None:
+    """Pages only: drawing a dozen PNG files takes longer than the rest of a report."""
+    monkeypatch.setattr("lowlevel.reporting.report.plot_panels", lambda *_, **__: [])
+
+
 @pytest.fixture(scope="session")
 def space(tmp_path_factory) -> Workspace:
     folder = tmp_path_factory.mktemp("reporting")
