@@ -43,7 +43,10 @@ DAMAGE = {
     "an empty description": (lambda shard: shard.with_suffix(".json").write_text("{}"), "cannot be read: KeyError"),
     "no safetensors": (lambda shard: rewrite(shard, b"x" * 40), "cannot be read: SafetensorError"),
     "another dtype": (other_numbers, "is not a vector of finite fp32 numbers"),
-    "not finite": (lambda shard: alter(shard, lambda key, value: value / 0.0), "is not a vector of finite fp32 numbers"),
+    "not finite": (
+        lambda shard: alter(shard, lambda key, value: value / 0.0),
+        "is not a vector of finite fp32 numbers",
+    ),
 }
 
 
