@@ -131,7 +131,7 @@ def test_compare_prints_a_table_and_the_replies(compared):
         assert f"{scores['pair_accuracy']:.1%}" in line
     for heading in ("chosen NLL", "pair accuracy", "reward accuracy", "reply tokens", "ended with EOS"):
         assert heading in compared[1]
-    caption = "reward accuracy: log-ratios to the stage in the row above; for dpo, that is its reference"
+    caption = "reward accuracy: log-ratios to the row above, which is the reference of dpo"
     assert caption in " ".join(compared[1].split())
     assert f"{HELD_OUT} held-out rows, 4 replies per stage" in compared[1]
     assert PROMPTS[-HELD_OUT] in compared[1]
