@@ -21,10 +21,12 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,14 @@ def spec_of(function: Callable[..., Any], formula: str, paper: str = "", *, name
 
 
 OWN: dict[str, LossSpec] = {}  # filled by `loss`
+
+
+@overload
+def loss(function: Function, /) -> Function: ...
+
+
+@overload
+def loss(*, name: str = "", mixes_pairs: bool = False, detaches: bool = False) -> Callable[[Function], Function]: ...
 
 
 def loss(function: Any = None, /, *, name: str = "", mixes_pairs: bool = False, detaches: bool = False) -> Any:

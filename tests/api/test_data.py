@@ -1,0 +1,102 @@
+"""Rows given in Python: the run of the same rows in a file; resumed, opened and looked into with the rows again."""
+
+import datasets
+import pytest
+import torch
+
+import lowlevel as ll
+from lowlevel.errors import ConfigError, DataError, LowlevelError
+
+
+class MapStyle(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class IterableStyle(MapStyle, torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from self.rows
+
+
+KINDS = {"datasets": datasets.Dataset.from_list, "map-style": MapStyle, "iterable": IterableStyle}
+
+
+def test_rows_train_as_the_same_rows_in_a_file(api, dpo, sft, same, rows):
+    assert same(api.dpo("file", api.write("pairs.jsonl", rows["dpo"])), dpo)
+    assert same(api.sft("sft-file", str(api.write("chats.jsonl", rows["sft"]))), sft)
+    assert dpo.summary["train_loss"] > 0 and dpo.metrics[-1]["step"] == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_data_trains(api, dpo, kind, rows):
+    run = api.dpo(kind, KINDS[kind](rows["dpo"]), max_steps=1, eval_data="holdout", eval_limit=2)
+    assert run.folder.read_manifest()["data_sha256"] != dpo.folder.read_manifest()["data_sha256"]  # two rows fewer
+    assert [record["step"] for record in run.metrics if "eval_loss" in record] == [0, 1]
+    assert run.config.data.eval_limit == 2
+
+
+def test_resuming_with_the_same_rows_continues_bit_for_bit(api, dpo, same, rows):
+    for step in api.steps("resumed", rows["dpo"]):
+        if step.number == 3:
+            break
+    assert ll.Run(api.folder / "resumed").folder.read_state() == "preempted"
+    assert same(api.dpo("resumed", KINDS["datasets"](rows["dpo"]), resume=True), dpo)
+
+
+def test_resuming_with_other_rows_names_the_row(api, rows):
+    next(iter(api.steps("changed", rows["dpo"], max_steps=2)))
+    other = [*rows["dpo"][:4], {**rows["dpo"][4], "chosen": "At home."}, *rows["dpo"][5:]]
+    with pytest.raises(DataError, match=r"cannot resume: .*row 4\b") as caught:
+        api.dpo("changed", other, max_steps=2, resume=True)
+    assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
+
+
+def test_a_run_of_rows_needs_them_to_be_looked_into(dpo, rows):
+    bare = ll.Run(dpo.path)
+    assert bare.metrics == dpo.metrics and bare.config.data.source == "rows given in Python"
+    for look in (lambda: bare.inspect(step=1), lambda: bare.verify(), lambda: bare.replay(3)):
+        with pytest.raises(ConfigError, match="given in Python: open it with lowlevel.Run"):
+            look()
+    other = ll.Run(dpo.path, data=rows["dpo"][1:])
+    with pytest.raises(DataError, match="not the rows"):
+        other.inspect(step=1)
+
+
+def test_a_run_opened_with_its_rows(dpo, rows):
+    run = ll.Run(str(dpo.path), data=rows["dpo"])
+    assert repr(run) == repr(dpo) and "dpo, step 4" in repr(run) and "finished" in repr(run)
+    found = run.inspect(step=3)  # with the weights of checkpoint 2
+    assert found.loss == pytest.approx(run.metrics[2]["loss"], abs=1e-6)
+    assert [pair.row for pair in found.pairs] and found.pairs[0].margin.shape == ()
+    parts = torch.cat([found.pairs[0].chosen.contributions, found.pairs[0].rejected.contributions])
+    assert float(parts.sum()) == pytest.approx(float(found.pairs[0].margin), abs=1e-6)
+    assert run.inspect(example=5).pairs[0].row == 5
+    report = run.verify()
+    assert report.ok
+    replayed = run.replay(4)
+    assert replayed.exact and replayed.first_difference is None and replayed.rows
+    assert isinstance(run.generate(rows["dpo"][0]["prompt"], max_new_tokens=4), str)
+    assert run.policy.trainable_names()
+
+
+def test_data_that_cannot_be_rows(api):
+    for data in (7, [], [{"prompt": "a"}, "b"], {"prompt": ["a"]}):
+        with pytest.raises(LowlevelError, match="^data: ") as caught:
+            api.dpo("none", data)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="^data:2: "):
+        api.dpo("none", [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"}])
+    assert not (api.folder / "none").exists()
+
+
+def test_a_dpo_run_starts_from_a_run(api, sft):
+    run = api.dpo("stacked", adapter=sft, max_steps=1)
+    assert run.config.model.adapter == str(sft.path)
+    assert run.metrics[0]["rewards/margins"] == 0
+    assert run.folder.read_manifest()["parent_adapter"]
