@@ -1,4 +1,4 @@
-"""`lowlevel doctor`: what can be known of a machine before a run, one line a check; then a step of the demo's base."""
+"""`lowlevel doctor`: checks of a machine before a run, one line per check; then one step of the demo's base."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class PreflightError(LowlevelError):
 
 
 def run_doctor(out: Path, json_file: Path | None, console: Console, silence: Callable[[], object]) -> list[Finding]:
-    """Look at everything, print a line for each check as it ends, and write the same as JSON.
+    """Run all checks, print a line as each one ends, and write the findings as JSON.
 
     Args:
         out: where runs would be written.
-        json_file: where the result is written; None: nowhere.
+        json_file: file for the findings, or None.
         console: where the table goes.
-        silence: called before libraries are imported that may not be here, to keep their advice out of the table.
+        silence: called before the libraries are imported; keeps their advice out of the table.
 
     Raises:
         PreflightError: a check failed.
-        ConfigError: no folder for the JSON file.
+        ConfigError: the folder of the JSON file does not exist.
     """
     if json_file and not json_file.parent.is_dir():
         raise ConfigError(f"--json {json_file}: no such folder")
@@ -62,7 +62,7 @@ def run_doctor(out: Path, json_file: Path | None, console: Console, silence: Cal
 
 
 def machine_checks(out: Path) -> Checks:
-    """What is looked at before any weights load. Imported here: torch takes seconds, and may not be here at all."""
+    """Checks that load no weights. Their imports are here, because torch takes seconds and may be missing."""
     from lowlevel.preflight import device, numerics, storage
 
     return (
@@ -80,14 +80,14 @@ def machine_checks(out: Path) -> Checks:
 
 
 def step_checks() -> Checks:
-    """A step of either method."""
+    """One step of each method."""
     from lowlevel.preflight.step import one_step
 
     return ("sft step", partial(one_step, "sft")), ("dpo step", partial(one_step, "dpo"))
 
 
 def _shown(name: str, check: Callable[[], Answer], console: Console) -> Finding:
-    """The finding, printed at once: a check that takes the whole process with it is the one after the last line."""
+    """The finding, printed at once: if a check ends the process, it is the one after the last line."""
     found = look(name, check)
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(width=14, no_wrap=True)

@@ -1,5 +1,5 @@
-"""`lowlevel plan`: what a run will need of a GPU's memory, and the fastest way to fit a budget. No GPU, no weights.
-`lowlevel memory`: what it took."""
+"""`lowlevel plan`: forecast of a run's GPU memory, and the fastest plan within a budget; needs no GPU and no weights.
+`lowlevel memory`: the memory that a run measured."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from lowlevel.running.assembly import mixed_by_a_budget
 from lowlevel.running.plots import plot_memory
 
 MIB = 2**20
-ON_HOST = ("model.embeddings_on_host", "train.offload_activations")  # what may lie there, for a longer way to the GPU
+ON_HOST = ("model.embeddings_on_host", "train.offload_activations")  # may be kept on the host, at the cost of copies
 
 
 def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
     """Forecast the configuration as it stands and the fastest plan within the budget, side by side.
 
     Raises:
-        ConfigError: a malformed budget, or one that nothing fits.
-        CheckpointError: an adapter that is no LoRA adapter.
+        ConfigError: a malformed budget, or one that no plan fits.
+        CheckpointError: an adapter that is not a LoRA adapter.
     """
     text = budget or config.train.memory_budget or "15GiB"
     size = parse_size(text)
@@ -71,17 +71,17 @@ def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
 
 
 # benchmarks/results/step_h100.csv and peers_h100.csv: device_used_gib less peak_allocated_gib.
-OUTSIDE = "the driver, captured graphs and the allocator's gaps: 0.9 to 1.9 GiB more, as measured on an H100"
+OUTSIDE = "driver, captured graphs and gaps of the allocator: 0.9 to 1.9 GiB more (measured on an H100)"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A plan of the table, and the configuration that it is a plan for."""
+    """A plan in the table, with its configuration."""
 
     name: str
     config: RunConfig
     plan: Plan
-    on_host: tuple[str, ...] = ()  # keys that were switched on for it
+    on_host: tuple[str, ...] = ()  # keys that this plan switches on
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Target:
     placement: Placement
 
     def fastest(self, config: RunConfig, size: int) -> Plan:
-        """Raises ConfigError where nothing fits."""
+        """The fastest plan within `size` bytes. Raises ConfigError if no plan fits."""
         return best_plan(self.shape, config, self.placement, size)
 
     def forecast(self, column: Column) -> Forecast:
@@ -101,7 +101,7 @@ class Target:
 
 
 def _target(config: RunConfig) -> Target:
-    """An adapter that is yet to be trained counts as [lora]."""
+    """The model of a run; an adapter that is not trained yet has the sizes of [lora]."""
     own = AdapterSize(config.lora.r, config.lora.target_modules)
     init_from = find_adapter(config.lora.init_from, "lora.init_from")
     try:
@@ -114,7 +114,7 @@ def _target(config: RunConfig) -> Target:
 
 
 def _as_configured(config: RunConfig, target: Target) -> Column:
-    """With the plan that a budget in the run file stands for."""
+    """The configuration with its default plan, or with the plan for the run file's memory budget."""
     budget = parse_size(config.train.memory_budget or "")
     if budget and not _why_fixed(config):
         return Column(f"as configured ({config.train.memory_budget})", config, target.fastest(config, budget))
@@ -122,7 +122,7 @@ def _as_configured(config: RunConfig, target: Target) -> Column:
 
 
 def _why_fixed(config: RunConfig) -> str:
-    """Why no budget can choose the micro-batches of this run; empty where it can."""
+    """Why a budget cannot choose the micro-batches of this run; empty if it can."""
     if not config.data.packing:
         return "data.packing = false: rows of one example each; a plan for a budget needs data.packing = true"
     if config.method == "dpo" and loss_spec(config.dpo.loss_type).mixes_pairs:
@@ -131,7 +131,7 @@ def _why_fixed(config: RunConfig) -> str:
 
 
 def _with_host(fastest: Column, target: Target, size: int) -> list[Column]:
-    """The fastest plan with all on the host that may lie there, if that is faster: room for larger micro-batches."""
+    """The fastest plan with everything possible on the host, if it is faster: micro-batches can be larger."""
     config, tied = fastest.config, target.shape.tied
     model = config.model.model_copy(update={} if tied else {"embeddings_on_host": True})
     train = config.train.model_copy(update={"offload_activations": True})
@@ -174,10 +174,10 @@ def _plan_table(shape: ModelShape, columns: Sequence[Column], forecasts: Sequenc
 
 
 def show_memory(run_dir: Path, console: Console, plot: Path | None) -> None:
-    """Print what the largest micro-batch of a run took, as measured before its first step.
+    """Print the memory of a run's largest micro-batch, measured before its first step.
 
     Raises:
-        ConfigError: the run measured nothing.
+        ConfigError: the run has no measurement.
     """
     try:
         report: dict[str, Any] = json.loads((run_dir / "memory.json").read_text(encoding="utf-8"))

@@ -61,7 +61,7 @@ def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
     """The held-out rows that the run's configuration names, and their prompts.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: there are none.
         DataError: they changed since the run.
     """
     opened = reopen(run_dir)
@@ -72,7 +72,7 @@ def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
             "--data.eval_source holdout --data.eval_limit 100"
         )
     rows = opened.held_out()
-    if config.method == "sft" and config.data.supervise == "all":  # labels do not say where the first reply starts
+    if config.method == "sft" and config.data.supervise == "all":  # the labels do not show where the first reply starts
         replies = config.data.model_copy(update={"supervise": "assistant"})
         marked = prepare_data(config.model_copy(update={"data": replies}))[1].evaluation
         return rows, [prompt_ids(row) for row in marked]
@@ -125,7 +125,7 @@ def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
             scored = _score_batch(run, batch)
             branches = 2 if run.config.method == "dpo" else 1
             pieces = zip(scored.logps.chunk(branches), scored.lengths.chunk(branches), strict=True)
-            real = len(batch.data_rows)  # examples that only fill up a shape come behind them
+            real = len(batch.data_rows)  # dummy examples come after them
             parts.append([Scored(logps[:real], lengths[:real]) for logps, lengths in pieces])
     branch_major = [part for branch in zip(*parts, strict=True) for part in branch]
     return Scored(torch.cat([p.logps for p in branch_major]), torch.cat([p.lengths for p in branch_major]))
@@ -172,9 +172,9 @@ def prompt_ids(row: Any) -> list[int]:
 
 
 def print_table(scores: Mapping[str, Mapping[str, float]], console: Console) -> None:
-    """Stages as rows, what was measured as columns."""
+    """Stages as rows, scores as columns."""
     keys = list(dict.fromkeys(key for row in scores.values() for key in row))
-    rewards = "reward accuracy: log-ratios to the stage in the row above; for dpo, that is its reference"
+    rewards = "reward accuracy: log-ratios to the row above, which is the reference of dpo"
     table = Table(caption=rewards if "reward_accuracy" in keys else None)
     table.add_column("stage")
     for key in keys:
@@ -188,7 +188,7 @@ def print_table(scores: Mapping[str, Mapping[str, float]], console: Console) -> 
 def print_replies(
     run: LoadedRun, prompts: Sequence[Sequence[int]], result: Mapping[str, Any], console: Console
 ) -> None:
-    """The same prompts answered by every stage."""
+    """The replies of every stage to the same prompts."""
     for i, prompt in enumerate(prompts):
         console.print(f"\n{run.tokenizer.decode(prompt[-200:]).strip()}", style="dim", markup=False)
         for name, replies in result["replies"].items():

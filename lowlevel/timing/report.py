@@ -1,4 +1,4 @@
-"""`lowlevel time`: how long the steps of a run take, and where in a step the time goes. Trains nothing."""
+"""`lowlevel time`: duration of a run's steps and of the phases of a step. Trains nothing."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from lowlevel.running.run_record import announce
 from lowlevel.timing.steps import Step, TimedRun, take_steps
 from lowlevel.timing.summary import Apart, Whole, mean_phases, whole
 
-WARM_UP = 3  # steps before the ones that are measured, in either part
-BOUNDARIES = "the device is waited for at each boundary; a run lays its rows out ahead, in a thread"
-NOT_DIVIDED = "a captured graph cannot be divided: these are its layers, compiled and launched one by one, so slower"
-SHARED = "tokens as computed, without padding: a pair that shares its prompt counts it once"
+WARM_UP = 3  # steps before the measured ones, in both parts
+BOUNDARIES = "each boundary waits for the device; a run packs its rows ahead, in a thread"
+NOT_DIVIDED = "a captured graph cannot be divided: its layers are compiled and launched one by one, so slower"
+SHARED = "tokens as computed, without padding: the shared prompt of a pair counts once"
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What was measured. The phases are milliseconds a step."""
+    """The measurement; phases in milliseconds per step."""
 
     mode: str
     whole: Whole
@@ -53,13 +53,13 @@ class Timed:
 
 
 def time_run(config: RunConfig, console: Console, *, steps: int, json_file: Path | None = None) -> Timed:
-    """Take the first steps of a run twice, whole and divided into phases, and print both; no weight is kept.
+    """Take the first steps of a run twice, whole and divided into phases, and print both; saves no weights.
 
     Args:
         config: of the run, with its own model, data and settings.
         console: where the tables go.
-        steps: to measure, after WARM_UP more that are not.
-        json_file: where the result is written; None: nowhere.
+        steps: steps to measure, after WARM_UP unmeasured ones.
+        json_file: file for the result, or None.
 
     Raises:
         ConfigError, DataError, CheckpointError: as a run would.
@@ -94,15 +94,15 @@ def _build(config: RunConfig, inputs: Inputs) -> TimedRun:
 
 
 def _measure(run: TimedRun, mode: str, steps: int, console: Console) -> tuple[Timed, dict[str, list[Step]]]:
-    """The whole steps in the run's mode, then the divided ones in the nearest mode that can be divided."""
+    """Whole steps in the run's mode, then divided steps in the nearest mode that can be divided."""
     execution = WithFallback(run.policy, run.method, mode, lines_to(console))
-    if run.policy.placement.device.type == "cuda":  # as a run begins: the largest graph is captured first
+    if run.policy.placement.device.type == "cuda":  # as at the start of a run: capture the largest graph first
         largest = largest_batch(run.method, run.examples, run.order.rows_per_step)
         rehearse(run.policy, run.method, execution, run.optimizer, largest)
     undivided = take_steps(run, execution, WARM_UP + steps)
     mode, memory = execution.mode, peak_memory()
     if mode == "graphed":
-        execution.use("compiled")  # and lets go of the graphs
+        execution.use("compiled")  # and frees the graphs
         torch.cuda.empty_cache()
     divided = take_steps(run, execution, WARM_UP + steps, divide=True)
     measured = {"whole": undivided[WARM_UP:], "divided": divided[WARM_UP:]}
@@ -112,7 +112,7 @@ def _measure(run: TimedRun, mode: str, steps: int, console: Console) -> tuple[Ti
 
 def _print_whole(timed: Timed, steps: int, console: Console) -> None:
     one = timed.whole
-    console.print(f"whole steps, {timed.mode}: {one.counted} of {steps}, after {WARM_UP} that are not counted")
+    console.print(f"whole steps, {timed.mode}: {one.counted} of {steps}, after {WARM_UP} warm-up steps")
     table = Table()
     cells = {
         "median ms": f"{one.median_ms:,.1f}",
@@ -126,8 +126,8 @@ def _print_whole(timed: Timed, steps: int, console: Console) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row(*cells.values())
     console.print(table)
-    _print_apart(one.set_up, "met a batch shape for the first time and captured or compiled it", console)
-    _print_apart(one.repeated, "overflowed in fp16 and were taken again at half the loss scale", console)
+    _print_apart(one.set_up, "captured or compiled a new batch shape", console)
+    _print_apart(one.repeated, "overflowed in fp16 and were repeated at half the loss scale", console)
     if timed.memory["peak_reserved_gib"]:
         allocated, reserved = timed.memory["peak_allocated_gib"], timed.memory["peak_reserved_gib"]
         console.print(f"peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved")
@@ -135,7 +135,7 @@ def _print_whole(timed: Timed, steps: int, console: Console) -> None:
 
 def _print_apart(apart: Apart, what: str, console: Console) -> None:
     if apart.count:
-        console.print(f"apart from these: {apart.count} that {what}, median {apart.median_ms:,.1f} ms")
+        console.print(f"not counted: {apart.count} that {what}, median {apart.median_ms:,.1f} ms")
 
 
 def _print_phases(timed: Timed, console: Console) -> None:
@@ -156,7 +156,7 @@ def _print_phases(timed: Timed, console: Console) -> None:
 
 
 def _document(config: RunConfig, inputs: Inputs, timed: Timed, taken: Mapping[str, list[Step]]) -> dict[str, Any]:
-    """Everything that is printed, and each step."""
+    """All printed numbers, and each step."""
     on_gpu = inputs.placement.device.type == "cuda"
     return {
         "method": config.method,

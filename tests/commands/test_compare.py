@@ -90,7 +90,8 @@ def test_examples_that_only_fill_up_a_shape_are_not_scored(runs, method):
     plain = score_rows(run, rows)
     run.policy.causal_lm.set_attn_implementation(NAMES["math"])
     spans = Attention(NAMES["math"], "")
-    run = replace(run, policy=replace(run.policy, attention=spans), method=build_method(run.config, spans))
+    run = replace(run, policy=replace(run.policy, attention=spans))
+    vars(run)["method"] = build_method(run.config, spans)
     filled = score_rows(run, rows)  # in the order of its micro-batches
     assert len(filled.logps) == len(plain.logps) == 5 * branches
     for mine, theirs in zip(filled.logps.chunk(branches), plain.logps.chunk(branches), strict=True):
@@ -131,9 +132,9 @@ def test_compare_prints_a_table_and_the_replies(compared):
         assert f"{scores['pair_accuracy']:.1%}" in line
     for heading in ("chosen NLL", "pair accuracy", "reward accuracy", "reply tokens", "ended with EOS"):
         assert heading in compared[1]
-    caption = "reward accuracy: log-ratios to the stage in the row above; for dpo, that is its reference"
+    caption = "reward accuracy: log-ratios to the row above, which is the reference of dpo"
     assert caption in " ".join(compared[1].split())
-    assert f"{HELD_OUT} held-out rows, 4 replies a stage" in compared[1]
+    assert f"{HELD_OUT} held-out rows, 4 replies per stage" in compared[1]
     assert PROMPTS[-HELD_OUT] in compared[1]
 
 

@@ -42,9 +42,9 @@ def test_a_run(cli, runs, tmp_path, elsewhere, method):
     said = cli("time", config, "--steps", 4, "--json", tmp_path / "time.json")
     assert (said.code, said.err) == (0, "")
     assert said.out.startswith(f"{method}: {runs.space.base}, 4-bit nf4 base, fp32 on CPU\n")
-    assert "whole steps, eager: 4 of 4, after 3 that are not counted" in said.out
+    assert "whole steps, eager: 4 of 4, after 3 warm-up steps" in said.out
     assert "a step by phase, eager: means of 4 steps" in said.out
-    assert ("shares its prompt" in said.out) == ("reference pass" in said.out) == (method == "dpo")
+    assert ("shared prompt" in said.out) == ("reference pass" in said.out) == (method == "dpo")
     assert "graph" not in said.out and "GiB" not in said.out
     shown = rows(said.out)
     names = [name for name in phases.PHASES if name != phases.REFERENCE or method == "dpo"]
@@ -207,11 +207,11 @@ def test_graphs_are_timed_whole_and_their_compiled_layers_divided(on_gpu):
 def test_steps_that_do_not_count_are_shown_apart(on_gpu):
     timed, _, out = on_gpu()
     assert timed.whole.median_ms == pytest.approx(100) and timed.whole.tokens_per_second == pytest.approx(1000)
-    assert re.search("1 that met a batch shape for the first time .* median 2,000.0 ms", out)
+    assert re.search("1 that captured or compiled a new batch shape, median 2,000.0 ms", out)
     assert re.search("1 that overflowed in fp16 .* median 2,000.0 ms", out)
 
 
 def test_warm_up_steps_are_neither(on_gpu):
     """Steps 0 to 2 of 3 + 1: the only one left is the first after them."""
     timed, calls, out = on_gpu(1)
-    assert timed.whole.counted == 1 and timed.whole.set_up.count == 0 and "apart from these" not in out
+    assert timed.whole.counted == 1 and timed.whole.set_up.count == 0 and "not counted" not in out
