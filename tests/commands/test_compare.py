@@ -90,7 +90,8 @@ def test_examples_that_only_fill_up_a_shape_are_not_scored(runs, method):
     plain = score_rows(run, rows)
     run.policy.causal_lm.set_attn_implementation(NAMES["math"])
     spans = Attention(NAMES["math"], "")
-    run = replace(run, policy=replace(run.policy, attention=spans), method=build_method(run.config, spans))
+    run = replace(run, policy=replace(run.policy, attention=spans))
+    vars(run)["method"] = build_method(run.config, spans)
     filled = score_rows(run, rows)  # in the order of its micro-batches
     assert len(filled.logps) == len(plain.logps) == 5 * branches
     for mine, theirs in zip(filled.logps.chunk(branches), plain.logps.chunk(branches), strict=True):
