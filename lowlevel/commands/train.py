@@ -10,7 +10,7 @@ from lowlevel.commands.common import (
     read_run_file,
 )
 from lowlevel.errors import ConfigError
-from lowlevel.running.interrupts import Interrupts
+from lowlevel.running.endings import Interrupts
 
 # A T4 lacks bf16 and FlashAttention 2 (compute capability 8.0); a process can use 15 GiB of it.
 AS_T4 = {"train.precision": "fp16", "model.attn_implementation": "efficient"}

@@ -11,7 +11,7 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.optim.train_state import StepResult
 from lowlevel.preflight.finding import Answer, fail, note, ok
 from lowlevel.running.assembly import build_method, build_run_policy, check_inputs, choose_execution
-from lowlevel.running.first_step import MARGINS, all_ties
+from lowlevel.running.observer import MARGINS, all_ties
 from lowlevel.verification.check import BOUNDS as GRADIENT_BOUNDS
 from lowlevel.verification.check import relative
 from lowlevel.verification.subject import Subject

@@ -1,4 +1,4 @@
-"""How a run begins: what is checked before it has a folder, which checkpoint it continues from, and in which state."""
+"""How a run begins: the checks before its folder is made, the checkpoint that it continues from, and its state."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from rich.console import Console
 
-from lowlevel.checkpoints.checkpoint import newest_verified
+from lowlevel.checkpoints.checkpoint import checkpoints, newest_verified, remove, verify
 from lowlevel.checkpoints.training_state import restore_state
 from lowlevel.config.schema import RunConfig
-from lowlevel.errors import ConfigError
+from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.model.adapters import WEIGHTS, adapter_sha256
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import TrainState
 from lowlevel.running.adapter_sources import check_bases
 from lowlevel.running.assembly import Inputs, check_run, read_merged_adapter, with_merged_base
 from lowlevel.running.job import Job
 from lowlevel.running.progress import lines_to
-from lowlevel.running.result import check_result_is_saved, remove_result
 from lowlevel.running.resuming import check_differences, differences, is_written, read_changes, recorded_changes
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.running.run_record import write_start
@@ -30,7 +30,7 @@ Checkpoint = tuple[Path, dict[str, Any]]  # its folder and its manifest
 
 @dataclass(frozen=True)
 class Start:
-    """What the user asked for besides the configuration.
+    """What the user asks for in addition to the configuration.
 
     Attributes:
         resume: continue from the newest verified checkpoint.
@@ -45,11 +45,11 @@ class Start:
     allow_change: Sequence[str] = ()
 
     def note(self, line: str) -> None:
-        """Print a line as it is."""
+        """Print a line without rich's markup."""
         self.console.print(line, markup=False)
 
     def check_folder(self) -> None:
-        """Refuse a folder that holds a run, unless it is to be continued or discarded. Raises ConfigError."""
+        """Refuse a folder with a run, without resume or restart. Raises ConfigError."""
         if self.folder.holds_run() and not (self.resume or self.restart):
             raise ConfigError(
                 f"{self.folder.path} holds a run: add --resume to continue it, --restart to discard it, or set "
@@ -77,22 +77,22 @@ class Start:
         return with_merged_base(config, inputs, self.folder)
 
     def checkpoint(self) -> Checkpoint | None:
-        """The checkpoint to continue from; None for a new run, or if there is none yet. Raises CheckpointError."""
+        """The checkpoint to continue from; None for a new run or one without checkpoints. Raises CheckpointError."""
         if not self.resume:
             return None
         found = newest_verified(self.folder.path, lines_to(self.console))
         if found is None:
             if self.allow_change:
-                raise ConfigError(f"--allow-change: {self.folder.path} has no checkpoint to differ from")
+                raise ConfigError(f"--allow-change: {self.folder.path} has no checkpoint")
             self.note("no checkpoint yet: starting from step 0")
         return found
 
     def begin(self, job: Job, found: Checkpoint | None) -> TrainState:
-        """The state of a new run, or of the checkpoint; the folder records which.
+        """The state of a new run or of the checkpoint; writes the files that describe the run.
 
         Raises:
-            ConfigError, DataError: the run is not the checkpoint's, and --allow-change does not permit the difference;
-                or continuing would lose a result.
+            ConfigError, DataError: the run differs from the checkpoint's and --allow-change does not permit it, or
+                continuing would lose a result.
         """
         sources = {"model.adapter": job.inputs.parent, "lora.init_from": job.inputs.init_from}
         for line in check_bases(sources, job.manifest["base"]):
@@ -100,7 +100,7 @@ class Start:
         if found is None:
             check_result_is_saved(self.folder)
             write_start(self.folder, job.config, job.inputs, job.manifest, 0)
-            _drop_later(self.folder, -1)  # of a run that ended before its first checkpoint
+            _drop_later(self.folder, -1)  # written by a run that ended before its first checkpoint
             return TrainState(LossScale.for_precision(job.inputs.placement.precision))
         return self._continue(job, found)
 
@@ -135,11 +135,44 @@ def _make_folder(path: str | None, key: str) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{key}: {path} cannot be made: {error.strerror}") from None
+        raise ConfigError(f"{key}: {path} cannot be created: {error.strerror}") from None
 
 
 def _drop_later(folder: RunFolder, step: int) -> None:
-    """Remove what an earlier attempt wrote of steps after `step`."""
+    """Remove what an earlier start wrote about steps after `step`."""
     folder.drop_metrics_after(step)
     drop_after(folder.trace, step)
     folder.drop_failure()
+
+
+def check_result_is_saved(folder: RunFolder) -> None:
+    """Refuse to continue if no checkpoint holds the weights of `adapter/`, which would be lost.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    if not (folder.adapter / WEIGHTS).exists():
+        return
+    sha256 = adapter_sha256(folder.adapter)
+    for path in checkpoints(folder.path):
+        try:
+            if verify(path)["files"][WEIGHTS]["sha256"] == sha256:
+                return
+        except CheckpointError:
+            continue
+    raise ConfigError(
+        f"{folder.adapter} holds a result that is in no usable checkpoint, so continuing would lose it: move it away "
+        "to continue without it; --restart discards it"
+    )
+
+
+def remove_result(folder: RunFolder) -> None:
+    """Remove the results of a finished run that is being continued: `adapter/` lacks the steps to come.
+
+    Call it before any file says that the run has other settings. If the process is killed in here, the run has all its
+    steps and a part of its result: the next start writes the result again, or removes it again.
+    """
+    for name in ("summary.json", "loss.png"):
+        (folder.path / name).unlink(missing_ok=True)
+    for path in (folder.stacked, folder.adapter):
+        remove(path)

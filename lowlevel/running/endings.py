@@ -1,31 +1,88 @@
-"""However a run ends, it ends with one error that has an exit code, and with a run-status.json that says so."""
+"""How a run ends: signals, one error with an exit code, and run-status.json.
+
+SIGTERM and SIGINT end a run at once while it is prepared, and at the next step boundary while it trains. A second
+signal ends the process at once. Imports nothing heavy, so that a command handles signals from its first line on.
+"""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from lowlevel.checkpoints.checkpoint import last_good
 from lowlevel.errors import CheckpointError, ConfigError, InterruptedRunError, LowlevelError
-from lowlevel.running.interrupts import Interrupts
-from lowlevel.running.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from lowlevel.running.run_folder import RunFolder
+
+
+class Interrupts:
+    """Handles SIGTERM and SIGINT inside a `with` block, and restores the previous handlers afterwards.
+
+    Attributes:
+        signum: the first signal received, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._deferred = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._previous = {n: signal.signal(n, self.on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside the block, the first signal is stored and raises nothing."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def on_signal(self, signum: int, frame: object) -> None:
+        """The handler. Raises BaseException subclasses, because libraries swallow Exceptions.
+
+        Raises:
+            KeyboardInterrupt: the first signal, outside `deferred`.
+            SystemExit: a second signal, anywhere.
+        """
+        if self.signum:
+            raise SystemExit(128 + signum)
+        self.signum = signum
+        if not self._deferred:
+            raise KeyboardInterrupt
+
+    def error(self) -> InterruptedRunError:
+        """The error for a KeyboardInterrupt; one is raised only outside training, so no step is lost."""
+        number = signal.Signals(self.signum or signal.SIGINT)
+        return InterruptedRunError(f"stopped by {number.name} outside of training: no step is lost", number)
 
 
 @contextmanager
 def one_error(folder: RunFolder, interrupts: Interrupts) -> Iterator[None]:
-    """Signals and refusing disks inside become errors for people.
+    """Turn signals and disk errors into one-line errors.
 
     Raises:
-        InterruptedRunError: in the place of KeyboardInterrupt.
-        CheckpointError: in the place of OSError, with its path, and of SafetensorError, which a full disk raises too.
+        InterruptedRunError: replaces KeyboardInterrupt.
+        CheckpointError: replaces OSError, and SafetensorError, which a full disk raises too; names the path.
     """
     try:
         yield
     except KeyboardInterrupt:
         raise interrupts.error() from None
-    except BrokenPipeError:  # standard output went away
+    except BrokenPipeError:  # the reader of standard output has ended
         raise
     except (OSError, SafetensorError) as error:
         path, reason = folder.path, str(error)
@@ -39,7 +96,7 @@ def one_error(folder: RunFolder, interrupts: Interrupts) -> Iterator[None]:
 def recorded_end(folder: RunFolder) -> Iterator[None]:
     """Record the exception that leaves the block in run-status.json. Enter it while holding the run's lock.
 
-    A command that was refused (exit code 2) before it went on with a run leaves that run's status as it is.
+    A command that is refused (exit code 2) before it continues a run does not change that run's status.
     """
     try:
         yield

@@ -1,53 +1,58 @@
-"""Where a number went bad: the same micro-batches once more, eagerly and under hooks, until something is not finite.
+"""Finds the first NaN or infinite value after a loss or gradient was not finite, and writes `failure/`.
 
-A module's output is seen in the forward pass, the gradient of its output and of each adapter weight in the backward
-pass, in the order in which they are computed; the first that is not finite is reported, with the largest inputs of its
-module. Nothing here runs in a step that goes well, and nothing here may hide the error that it explains.
+The micro-batches run again, eagerly and with hooks on the output of each module, its gradient, and the gradient of each
+adapter weight. The first that is not finite is reported, with the largest inputs of its module. Nothing here runs in a
+normal step, and an error here never hides the error that it explains.
+
+failure/failure.json                step, data rows, loss scales tried, the first module, and how to replay the step
+failure/micro-batch.safetensors     the micro-batch in which it was found
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowlevel.batch.layout import PADDING, PackedBatch
+from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import EVAL_LOSS, NonFiniteError, one_line
 from lowlevel.hashing import key32
 from lowlevel.kernels import token_logps
 from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
 
-LARGEST = 8  # input values that are kept
+LARGEST = 8  # input values kept in the report
 BACKWARD = "backward"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The first thing that was not finite."""
+    """The first tensor that was not finite."""
 
     where: str  # "forward of the policy", "forward of the reference" or BACKWARD
-    module: str  # as the model names it, "lm_head", or "the loss"
+    module: str  # its name in the model, "lm_head", or "the loss"
     what: str
     data_rows: tuple[int, ...] = ()  # of the positions that are not finite
-    inputs: tuple[dict[str, Any], ...] = ()  # largest absolute values that went into the module
-    weights: tuple[str, ...] = ()  # of the module itself, not finite
+    inputs: tuple[dict[str, Any], ...] = ()  # largest absolute values of the module's input
+    weights: tuple[str, ...] = ()  # names of the module's own weights that are not finite
 
 
 @dataclass(frozen=True)
 class FailureReport:
-    """What failure.json says, and the micro-batch beside it."""
+    """Content of failure.json, and the micro-batch."""
 
-    step: int  # counted from 1, as the log does
+    step: int  # counted from 1, as in the log
     quantity: str  # "loss", "gradient norm" or EVAL_LOSS
     value: float
-    data_rows: tuple[int, ...]  # of the whole step, or held out
+    data_rows: tuple[int, ...]  # of the whole step, or the held-out rows
     attempts: tuple[dict[str, float], ...]  # loss scale, loss and gradient norm, oldest first
     micro_batch: int | None = None
     finding: Finding | None = None
@@ -56,19 +61,19 @@ class FailureReport:
 
     @property
     def evaluates(self) -> bool:
-        """Whether it was an evaluation after the step: forward passes without dropout, and nothing to replay."""
+        """Whether an evaluation failed: forward passes without dropout, no step to replay."""
         return self.quantity == EVAL_LOSS
 
     @property
     def sentence(self) -> str:
-        """The finding as a part of one line."""
+        """The finding as part of a one-line error."""
         if self.finding is None:
             return "; ".join(self.notes) or "nothing else was found"
         rows = f", data rows {list(self.finding.data_rows)}" if self.finding.data_rows else ""
         return f"first not finite: {self.finding.what} ({self.finding.where}, micro-batch {self.micro_batch}{rows})"
 
     def to_json(self, run_dir: Path) -> dict[str, Any]:
-        """Plain values; numbers that JSON lacks as text."""
+        """Plain values; NaN and infinity as text."""
         found = self.finding
         return {
             "step": self.step,
@@ -90,42 +95,30 @@ class FailureReport:
 
 
 def examine_error(error: NonFiniteError, policy: Policy, method: Method) -> FailureReport:
-    """`examine` with what the loop put into its error. An examination that fails is a note in the report."""
-    report = FailureReport(
-        error.step + 1,
-        error.quantity,
-        error.value,
-        tuple(row for batch in error.batches for row in batch.data_rows),
-        tuple(error.attempts),
-    )
+    """Run the batches of the error again and report the module of the first value that is not finite.
+
+    The policy must have the weights before the step, or as evaluated. They do not change; its gradient becomes zero. If
+    the examination fails, the report says so.
+    """
+    data_rows = tuple(row for batch in error.batches for row in batch.data_rows)
+    report = FailureReport(error.step + 1, error.quantity, error.value, data_rows, tuple(error.attempts))
     try:
-        scale = error.attempts[-1]["loss_scale"] if error.attempts else 1.0
-        return examine(report, policy, method, error.batches, seed=error.seed, scale=scale)
-    except Exception as problem:  # whatever it is, it is not what stopped the run
+        return _examine(report, policy, method, error)
+    except Exception as problem:  # it must not hide the error that stopped the run
         return replace(report, notes=(f"not examined: {type(problem).__name__}: {one_line(problem)}",))
 
 
-def examine(
-    report: FailureReport, policy: Policy, method: Method, batches: Sequence[PackedBatch], *, seed: int, scale: float
-) -> FailureReport:
-    """Run micro-batches again and say where the first value that is not finite comes from.
-
-    Args:
-        report: with the step and what was not finite.
-        policy: with the weights before the step, or as evaluated; its gradient is zero afterwards, its weights stay.
-        method: as trained.
-        batches: of the step, or held out.
-        seed: of the run, for dropout.
-        scale: loss scale of the attempt that is repeated.
-    """
-    count, compiled = sum(method.count(batch) for batch in batches), policy.layers.compiled
+def _examine(report: FailureReport, policy: Policy, method: Method, error: NonFiniteError) -> FailureReport:
+    batches, compiled = error.batches, policy.layers.compiled
+    scale = error.attempts[-1]["loss_scale"] if error.attempts else 1.0
+    count = sum(method.count(batch) for batch in batches)
     policy.layers.use(compiled=False)
     try:
         for number, batch in enumerate(batches):
             policy.flat.grad.zero_()
             moved = batch.to(policy.placement.device)
             factor = None if report.evaluates else scale / count
-            found = _first_in(policy, method, moved, factor, key32(seed, report.step - 1))
+            found = _first_in(policy, method, moved, factor, key32(error.seed, error.step))
             if found:
                 return replace(report, micro_batch=number, finding=found, batch=batch)
     finally:
@@ -134,12 +127,12 @@ def examine(
     what = "evaluation" if report.evaluates else "step"
     note = f"every module was finite when the {what} was run again eagerly"
     if not (report.evaluates or report.quantity == "loss" or compiled):
-        note = "each micro-batch's gradient is finite by itself: their sum or its norm overflows"
-    return replace(report, notes=(*report.notes, note))
+        note = "the gradient of each micro-batch is finite: their sum or its norm overflows"
+    return replace(report, notes=(note,))
 
 
 def _first_in(policy: Policy, method: Method, batch: PackedBatch, factor: float | None, key: int) -> Finding | None:
-    """The first finding of a micro-batch; without a factor on the loss as it is evaluated: no dropout, no backward."""
+    """The first finding of a micro-batch. `factor` multiplies the loss; None evaluates: no dropout, no backward."""
     findings: list[Finding] = []
     with _hooked(policy, batch, findings) as decoded:
         if factor is None:
@@ -161,7 +154,10 @@ def _first_in(policy: Policy, method: Method, batch: PackedBatch, factor: float 
 
 @contextmanager
 def _hooked(policy: Policy, batch: PackedBatch, findings: list[Finding]) -> Iterator[dict[str, Tensor]]:
-    """Hooks on every module and adapter weight; the first finding is the innermost module that ends first."""
+    """Hooks on every module and adapter weight; the first finding is the innermost module that ends first.
+
+    Yields the decoder's output of policy and reference, once computed.
+    """
     decoder: Any = policy.causal_lm.get_decoder()
     decoded: dict[str, Tensor] = {}
     names = {module: _plain_name(name) for name, module in policy.model.named_modules()}
@@ -199,39 +195,30 @@ def _hooked(policy: Policy, batch: PackedBatch, findings: list[Finding]) -> Iter
 def _forward_finding(
     name: str, who: str, module: nn.Module, batch: PackedBatch, arguments: tuple[Any, ...], output: Tensor
 ) -> Finding:
-    weights = [
-        f"{name}.{key}"
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.is_floating_point() and not _finite(parameter)
-    ]
-    what = f"output of {name}"
-    if weights:
-        what += ", whose weights are not finite"
-    return Finding(
-        f"forward of the {who}", name, what, _rows_of(batch, output), _largest(_tensor(arguments)), tuple(weights)
-    )
+    own = module.named_parameters(recurse=False)
+    weights = tuple(f"{name}.{key}" for key, p in own if p.is_floating_point() and not _finite(p))
+    what = f"output of {name}, whose weights are not finite" if weights else f"output of {name}"
+    rows, inputs = _rows_of(batch, output), _largest(_tensor(arguments))
+    return Finding(f"forward of the {who}", name, what, rows, inputs, weights)
 
 
 @torch.no_grad()
 def _after_the_decoder(policy: Policy, batch: PackedBatch, decoded: dict[str, Tensor]) -> Finding:
-    """Every module was finite and the loss is not: the LM head, which no module runs, or the loss itself."""
+    """Every module was finite and the loss is not: the LM head (computed outside its module) or the loss itself."""
     for who, output in decoded.items():
         hidden = output.flatten(0, 1).index_select(0, batch.scored_positions)
         sums = batch.sequence_sums(token_logps(hidden, policy.lm_head_weight, batch.scored_targets))
         bad = (~torch.isfinite(sums)).nonzero().flatten().tolist()
         if bad:
-            examples = len(batch.real)
-            rows = tuple(
-                dict.fromkeys(batch.data_rows[i % examples] for i in bad if i % examples < len(batch.data_rows))
-            )
-            return Finding(
-                f"forward of the {who}", "lm_head", "log-probabilities of the targets (LM head)", rows, _largest(hidden)
-            )
-    return Finding("forward of the policy", "the loss", "the loss alone: all modules and log-probabilities are finite")
+            examples = [i % len(batch.real) for i in bad]
+            rows = tuple(dict.fromkeys(batch.data_rows[i] for i in examples if i < len(batch.data_rows)))
+            what = "log-probabilities of the targets (LM head)"
+            return Finding(f"forward of the {who}", "lm_head", what, rows, _largest(hidden))
+    return Finding("forward of the policy", "the loss", "the loss: all modules and log-probabilities are finite")
 
 
 def _inputs_of(policy: Policy, method: Method, batch: PackedBatch, module: str, key: int) -> tuple[dict[str, Any], ...]:
-    """Largest inputs of a module in the policy's forward pass: the one with gradients, the reference's has none."""
+    """Largest inputs of a module in the policy's forward pass, which is the one with gradients enabled."""
     found: list[tuple[dict[str, Any], ...]] = []
     named = {_plain_name(name): m for name, m in policy.model.named_modules()}
     if module not in named:
@@ -251,19 +238,18 @@ def _inputs_of(policy: Policy, method: Method, batch: PackedBatch, module: str, 
 
 
 def _largest(tensor: Tensor | None) -> tuple[dict[str, Any], ...]:
-    """The largest absolute values of a tensor with their places, those that are not finite first."""
+    """The largest absolute values of a tensor and their indices; values that are not finite come first."""
     if tensor is None or not tensor.is_floating_point() or not tensor.numel():
         return ()
     flat = tensor.detach().flatten().float()
     order = flat.abs().nan_to_num(nan=torch.inf).topk(min(LARGEST, flat.numel())).indices.cpu()
-    places = zip(*(axis.tolist() for axis in torch.unravel_index(order, tensor.shape)), strict=True)
-    return tuple(
-        {"value": value, "at": list(place)} for value, place in zip(flat.cpu()[order].tolist(), places, strict=True)
-    )
+    places = torch.stack(torch.unravel_index(order, tensor.shape), -1).tolist()
+    values = flat.cpu()[order].tolist()
+    return tuple({"value": value, "at": place} for value, place in zip(values, places, strict=True))
 
 
 def _rows_of(batch: PackedBatch, tensor: Tensor) -> tuple[int, ...]:
-    """Data rows of the positions of a (rows, T, features) tensor that hold a value that is not finite."""
+    """Data rows whose positions in a (rows, T, features) tensor hold a value that is not finite."""
     if tensor.dim() != 3 or tensor.shape[:2] != batch.input_ids.shape:
         return ()
     segments, examples = batch.segment_ids.cpu(), len(batch.real)
@@ -279,12 +265,12 @@ def _rows_of(batch: PackedBatch, tensor: Tensor) -> tuple[int, ...]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Detached: what autograd saved here would not be saved again when a layer is recomputed."""
+    """Detached, because a tensor that autograd saves here would be missing when a layer is recomputed."""
     return bool(torch.isfinite(tensor.detach()).all())
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """The tensor that a module took or gave, or the first of several."""
+    """The first tensor of a module's arguments or output."""
     if isinstance(value, Tensor):
         return value
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
@@ -297,3 +283,33 @@ def _plain_name(name: str) -> str:
 
 def _plain(value: Any) -> Any:
     return value if not isinstance(value, float) or abs(value) < float("inf") else str(value)
+
+
+def write_failure(report: FailureReport, run_dir: Path) -> Path:
+    """Write `failure/` in a run folder, complete or not at all; replaces an older one."""
+    target = run_dir / "failure"
+    with replaced_folder(target) as folder:
+        write_json(folder / "failure.json", report.to_json(run_dir))
+        if report.batch is not None:
+            tensors = {name: tensor.contiguous() for name, tensor in report.batch.tensors().items()}
+            save_file(tensors, folder / "micro-batch.safetensors")
+    return target
+
+
+def explained(error: NonFiniteError, policy: Policy, method: Method, run_dir: Path) -> NonFiniteError:
+    """The error with the finding and the path of the report at its end. Always returns an error to raise."""
+    report = examine_error(error, policy, method)
+    try:
+        end = f"{report.sentence}; see {write_failure(report, run_dir)}"
+    except Exception as problem:  # a full disk must not hide the error that stopped the run
+        end = f"{report.sentence}; no report written ({one_line(problem)})"
+    return NonFiniteError(f"{error}; {end}")
+
+
+@contextmanager
+def explaining(policy: Policy, method: Method, run_dir: Path) -> Iterator[None]:
+    """Replace a NonFiniteError of the block by its explained form, and write `failure/`."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise explained(error, policy, method, run_dir) from None

@@ -1,4 +1,9 @@
-"""Receives what the loop of a run reports: metrics, checkpoints, status, the bar, and the user's callbacks."""
+"""Receives what the loop of a run reports: metrics, checkpoints, status, the bar, the callbacks, and the first step.
+
+In the first step of DPO with a fresh adapter B = 0, so the policy is its reference and every margin is exactly 0: both
+pass the same batch through the same layers and kernels. A base that is not deterministic, or another reference, would
+train on wrong margins without an error.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowlevel.checkpoints.checkpoint import checkpoints
-from lowlevel.errors import EVAL_LOSS
+from lowlevel.config.schema import RunConfig
+from lowlevel.errors import EVAL_LOSS, ConfigError
 from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.callbacks import Callback
-from lowlevel.running.first_step import check_first_step, starts_as_reference
-from lowlevel.running.interrupts import Interrupts
+from lowlevel.running.endings import Interrupts
 from lowlevel.running.job import Engine
 from lowlevel.running.progress import TrainingProgress
 from lowlevel.running.run_folder import RunFolder
+
+MARGINS = "rewards/margins"
+SIDES = ("chosen", "rejected")
+# Relative to the mean log-probability of a completion: about 100 roundings of fp32, 2 of fp16 and bf16.
+BOUNDS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}
 
 
 @dataclass
@@ -29,16 +39,18 @@ class RunObserver:
     callbacks: Sequence[Callback] = ()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append to metrics.jsonl, show, and hand to the callbacks."""
+        """Append to metrics.jsonl, show, and pass to the callbacks."""
         self.folder.append_metrics(record)
         self.progress_bar.record(record)
         for callback in self.callbacks:
             (callback.on_evaluate if EVAL_LOSS in record else callback.on_log)(record)
 
     def progress(self, state: TrainState, result: StepResult) -> None:
-        """Check the first step of a new run, move the bar, and hand the step to the callbacks."""
-        if state.step == 1:
-            self._check_first(result)
+        """Check the first step of a new run, move the bar, and pass the step to the callbacks."""
+        config = self.engine.job.config
+        if state.step == 1 and starts_as_reference(config):
+            if line := check_first_step(result, config, self.engine.job.inputs.placement.precision):
+                self.note(line)
         self.progress_bar.step(state.step)
         for callback in self.callbacks:
             callback.on_step(result)
@@ -52,11 +64,46 @@ class RunObserver:
             callback.on_save(next(iter(checkpoints(self.folder.path))))
 
     def stop_requested(self) -> int:
-        """The first signal that came, or 0."""
+        """The first signal received, or 0."""
         return self.interrupts.signum
 
-    def _check_first(self, result: StepResult) -> None:
-        config, precision = self.engine.job.config, self.engine.job.inputs.placement.precision
-        line = check_first_step(result, config, precision) if starts_as_reference(config) else None
-        if line:
-            self.note(line)
+
+def starts_as_reference(config: RunConfig) -> bool:
+    """Whether a new run's policy equals its reference at the start: no active dropout, and no lora.init_from."""
+    without_dropout = config.dpo.disable_dropout or config.lora.lora_dropout == 0
+    return config.method == "dpo" and without_dropout and config.lora.init_from is None
+
+
+def all_ties(result: StepResult) -> bool:
+    """Whether every margin is exactly 0, or there are no margins; a tie counts one half."""
+    return result.metrics.get(MARGINS, 0.0) == 0.0 and result.metrics.get("rewards/accuracies", 0.5) == 0.5
+
+
+def check_first_step(result: StepResult, config: RunConfig, precision: str) -> str | None:
+    """A warning if policy and reference differ by rounding; None if they are equal.
+
+    Args:
+        result: of step 1 of a run that `starts_as_reference`.
+        config: the run's.
+        precision: fp32, fp16 or bf16; chooses the bound.
+
+    Raises:
+        ConfigError: they differ by more.
+    """
+    if all_ties(result):
+        return None
+    found = result.metrics
+    logps = [(found[f"logps/{side}"], found[f"logps/ref_{side}"]) for side in SIDES]
+    apart = max(abs(found[MARGINS]) / config.dpo.beta, *(abs(own - reference) for own, reference in logps))
+    bound = BOUNDS[precision] * max(abs(reference) for _, reference in logps)
+    what = (
+        f"step 1: a fresh adapter's margins are not 0: mean {found[MARGINS]:.3g}; mean log-probabilities of policy and "
+        f"reference differ by {apart:.3g}"
+    )
+    if apart <= bound:
+        return f"warning: {what}, within rounding ({bound:.3g})"
+    cache = "remove dpo.reference_cache, or " if config.dpo.reference_cache else ""
+    raise ConfigError(
+        f"{what} (bound {bound:.3g}): the policy does not start as its reference; nothing was saved; {cache}run "
+        "lowlevel verify on the run file"
+    )

@@ -18,9 +18,8 @@ from lowlevel.loop import train
 from lowlevel.optim.train_state import StepResult
 from lowlevel.running.beginning import Checkpoint, Start
 from lowlevel.running.callbacks import Callback
-from lowlevel.running.endings import one_error, recorded_end
-from lowlevel.running.failure_folder import explaining
-from lowlevel.running.interrupts import Interrupts
+from lowlevel.running.endings import Interrupts, one_error, recorded_end
+from lowlevel.running.forensics import explaining
 from lowlevel.running.job import Engine, Job, build_job
 from lowlevel.running.observer import RunObserver
 from lowlevel.running.progress import TrainingProgress

@@ -9,7 +9,7 @@ from workspace import metrics
 import lowlevel.methods.dpo
 from lowlevel.config.file import config_from_tables
 from lowlevel.errors import ConfigError
-from lowlevel.running.first_step import check_first_step, starts_as_reference
+from lowlevel.running.observer import check_first_step, starts_as_reference
 
 
 @pytest.fixture
@@ -73,5 +73,5 @@ def test_the_bound_is_one_of_the_mean_log_probability(precision, apart):
     config = config_from_tables({"method": "dpo"}, "a test")
     line = check_first_step(result(0.9), config, precision)
     assert line is not None and line.startswith("warning: step 1")
-    with pytest.raises(ConfigError, match="the reference is not the policy at its start; nothing was saved"):
+    with pytest.raises(ConfigError, match="the policy does not start as its reference; nothing was saved"):
         check_first_step(result(1.1), config, precision)

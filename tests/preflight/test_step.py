@@ -10,7 +10,7 @@ from helpers import step_result
 from lowlevel.config.schema import RunConfig
 from lowlevel.execution import WithFallback, micro_step
 from lowlevel.preflight.step import Taken, demo_config, judge, one_step
-from lowlevel.running.first_step import MARGINS
+from lowlevel.running.observer import MARGINS
 from lowlevel.verification.subject import Subject
 
 GRADIENT = torch.tensor([3.0, 4.0, 0.0])

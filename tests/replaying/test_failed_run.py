@@ -10,7 +10,7 @@ from workspace import CHATS, PAIRS, run
 
 from lowlevel.data.rendering import load_chat_tokenizer
 from lowlevel.model.policy import Policy
-from lowlevel.running import failure_folder
+from lowlevel.running import forensics
 
 BAD = 17  # the only row that has the letter whose embedding is damaged
 
@@ -86,7 +86,7 @@ def test_a_later_start_forgets_the_failure(failed, tmp_path):
     assert run(method, path, "--resume").code == 5
     assert not (folder / "failure" / "old").exists() and (folder / "failure" / "failure.json").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowlevel.running.failure_folder.explained", lambda error, *_: error)
+        patch.setattr("lowlevel.running.forensics.explained", lambda error, *_: error)
         assert run(method, path, "--resume").code == 5
         assert not (folder / "failure").exists(), "the resumed run cleared it before it trained"
         assert run(method, path, "--restart").code == 5
@@ -100,16 +100,16 @@ def test_an_examination_that_breaks_hides_nothing(failed, monkeypatch):
             raise RuntimeError("examination broke")
         return original(self, batch)
 
-    calls, original, explained = [], Policy.scored_hidden_states, failure_folder.explained
+    calls, original, explained = [], Policy.scored_hidden_states, forensics.explained
     monkeypatch.setattr(Policy, "scored_hidden_states", broken)
-    monkeypatch.setattr("lowlevel.running.failure_folder.explained", lambda *a: calls.append(1) or explained(*a))
+    monkeypatch.setattr("lowlevel.running.forensics.explained", lambda *a: calls.append(1) or explained(*a))
     again = run(method, path, "--restart")
     assert again.code == 5 and again.err.startswith(said.err.partition("; first")[0])
     assert "not examined: RuntimeError: examination broke" in again.err
     assert "examination broke" in (folder / "failure" / "failure.json").read_text()
     calls.clear()
     monkeypatch.setattr(
-        "lowlevel.running.failure_folder.write_failure", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
+        "lowlevel.running.forensics.write_failure", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
     )
     again = run(method, path, "--restart")
     assert again.code == 5 and "no report written ([Errno 28] full)" in again.err

@@ -10,8 +10,7 @@ import torch
 from lowlevel.errors import NonFiniteError
 from lowlevel.losses.sums import LossSums
 from lowlevel.optim.loss_scale import LossScale
-from lowlevel.running.failure_folder import explained, write_failure
-from lowlevel.running.forensics import examine_error
+from lowlevel.running.forensics import examine_error, explained, write_failure
 
 LAYER = "model.layers.1"
 

@@ -7,12 +7,12 @@ import lowlevel
 
 ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
-    ("__init__", "config/", "durable", "errors", "redaction", "running/__init__", "running/interrupts"),
+    ("__init__", "config/", "durable", "errors", "redaction", "running/__init__"),
     ("losses/", "labels", "hashing", "determinism", "batch/"),
     ("data/", "demo/", "kernels/"),
     ("model/", "optim/", "checkpoints/", "running/plots", "running/progress", "running/run_folder", "running/endings"),
     ("methods/", "execution", "reference_cache"),
-    ("loop", "tracing/", "running/rehearsal", "running/forensics", "running/failure_folder"),
+    ("loop", "tracing/", "running/rehearsal", "running/forensics"),
     ("running/",),
     ("inspection/", "verification/", "replaying/", "reporting/", "preflight/", "timing/"),
     ("api",),

@@ -147,6 +147,6 @@ def test_a_folder_that_cannot_be_made_is_one_line_before_the_model_is_loaded(wor
     config = write_run(workspace, "nowhere", cache=taken)
     monkeypatch.setattr("lowlevel.running.job.build_run_policy", pytest.fail)
     assert main(["dpo", str(config)]) == 2
-    assert capsys.readouterr().err.strip() == f"error: dpo.reference_cache: {taken} cannot be made: File exists"
+    assert capsys.readouterr().err.strip() == f"error: dpo.reference_cache: {taken} cannot be created: File exists"
     assert not (config.with_suffix("") / "run-status.json").exists()
     check_inputs(load_config(write_run(workspace, "nowhere")))
