@@ -36,7 +36,7 @@ from lowlevel.running.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from lowlevel.inspection.inspection import Inspection
-    from lowlevel.replaying.replay import Replay
+    from lowlevel.replaying.report import Replay
     from lowlevel.verification.report import Report
 
 Rows = Any  # a path or hub name, or rows: dicts, a datasets.Dataset, a torch Dataset

@@ -1,1 +1,1 @@
-"""What `lowlevel doctor` looks at: libraries, device, kernels, disk, and one step of the built-in base."""
+"""The checks of `lowlevel doctor` (libraries, device, kernels, disk, one step) and the forecast of `lowlevel plan`."""

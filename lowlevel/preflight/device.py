@@ -22,8 +22,8 @@ from lowlevel.preflight.step import demo_config
 from lowlevel.running.assembly import check_inputs, choose_execution
 
 GIB = 2**30
-FREE_SHARE = 0.8  # of a GPU's memory: a CUDA context of our own takes less than the rest
-TRIAL_BOUND = 1e-5  # between a compiled fp32 function and the same one as it is
+FREE_SHARE = 0.8  # of a GPU's memory: this process's own CUDA context takes less than the rest
+TRIAL_BOUND = 1e-5  # between an fp32 function and the same one compiled
 MODES = {
     "graphed": "graphed: layers compiled, each batch shape captured in a CUDA graph",
     "compiled": "compiled: each decoder layer compiled",
@@ -32,7 +32,7 @@ MODES = {
 
 
 def device() -> Answer:
-    """The GPU that a run would use, tried with one addition; or the CPU, and why no GPU is seen."""
+    """The GPU that a run would use, tried with one addition; or the CPU, and why no GPU is visible."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         visible = torch.cuda.is_available()
@@ -51,12 +51,14 @@ def device() -> Answer:
     if not _adds_right():
         return fail(f"{found}; 8 x (1 + 1) is not 16 there", "restart the machine, or take another")
     if free < FREE_SHARE * total:
-        return note(f"{found}; others hold {(total - free) / GIB:.1f} GiB", "end them (nvidia-smi), or plan for less")
+        return note(
+            f"{found}; others hold {(total - free) / GIB:.1f} GiB", "stop them (nvidia-smi), or plan for less memory"
+        )
     return ok(found)
 
 
 def _adds_right() -> bool:
-    """One kernel on the GPU. Raises what torch raises where it holds no kernel for it."""
+    """Run one kernel on the GPU. Raises torch's error if this torch has no kernel for it."""
     return float((torch.ones(8, device="cuda") + 1).sum()) == 16
 
 
@@ -64,7 +66,10 @@ def _cpu(warned: list[str]) -> Answer:
     found = f"CPU, {torch.get_num_threads()} threads; no GPU is visible"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if warned:
-        return note(f"{found}: {warned[0].strip().splitlines()[0]}", "a driver that fits this torch, or the reverse")
+        return note(
+            f"{found}: {warned[0].strip().splitlines()[0]}",
+            "install a driver for this torch, or a torch for this driver",
+        )
     if hidden is not None and hidden.strip() in ("", "-1"):
         return note(f"{found}: CUDA_VISIBLE_DEVICES is {hidden!r}", "unset it to use the GPU")
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
@@ -76,7 +81,7 @@ def _cpu(warned: list[str]) -> Answer:
 
 
 def precision() -> Answer:
-    """What train.precision = "auto" stands for, and whether bf16 could be asked for."""
+    """The precision of train.precision = "auto", and whether bf16 is possible."""
     automatic = choose_placement("auto").precision
     try:
         choose_placement("bf16")
@@ -91,26 +96,26 @@ def attention() -> Answer:
     config, placement = ModelConfig(), choose_placement("auto")
     chosen = choose_attention(config, load_model_config(config), placement)
     if placement.device.type == "cuda" and chosen.kernel is None:
-        return note(chosen.reason, "such runs have no packed rows without a mask, and no captured graphs")
+        return note(chosen.reason, "packed rows need a mask, and steps cannot be captured as graphs")
     return ok(chosen.reason)
 
 
 def execution() -> Answer:
-    """How a step would run."""
+    """The execution of a step."""
     config = demo_config("sft")
     return ok(f'{MODES[choose_execution(config, check_inputs(config))]} (train.execution = "auto")')
 
 
 def compiler() -> Answer:
-    """Compile and run one tiny function on the device, with the settings that layers are compiled with."""
+    """Compile and run a tiny function on the device, with the compiler settings of layers."""
     place = choose_placement("auto").device
     x = torch.linspace(-1, 1, 64, device=place)
     began = time.perf_counter()
     try:
         found = torch.compile(_tiny, fullgraph=True, options={**COMPILER, **compiler_options()})(x)
         apart = float((found - _tiny(x)).abs().max())
-    except Exception as error:  # torch's, Triton's, a missing gcc's
-        lost = "runs on a CPU are eager anyway" if place.type == "cpu" else "runs go on eager, which is slower"
+    except Exception as error:  # from torch, Triton, or a missing gcc
+        lost = "runs on a CPU are eager anyway" if place.type == "cpu" else "runs fall back to eager, which is slower"
         reason = f"{type(error).__name__}: {one_line(error)}"[:300]
         return note(f"does not work: {reason}", f"{lost}; usually gcc or python3-dev is missing")
     if not apart <= TRIAL_BOUND:

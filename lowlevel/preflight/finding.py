@@ -1,4 +1,4 @@
-"""A finding: one line of `lowlevel doctor`'s table."""
+"""Findings: the lines of `lowlevel doctor`'s table."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Verdict = Literal["ok", "note", "FAIL"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a check found, its verdict, and what to do where that is not ok.
+    """The result of a check: its verdict, and advice if that is not ok.
 
-    ok: as it should be. note: a run starts, but is slower or lacks something. FAIL: a run would fail or be wrong.
+    note: a run starts, but is slower or lacks something. FAIL: a run would fail or be wrong.
     """
 
     found: str
@@ -26,7 +26,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Finding:
-    """An answer under its name. Holds no secret and no control character."""
+    """An answer and its name, without secrets and control characters."""
 
     what: str
     found: str
@@ -35,12 +35,12 @@ class Finding:
 
 
 def ok(found: str) -> Answer:
-    """As it should be."""
+    """All is well."""
     return Answer(found, "ok")
 
 
 def note(found: str, advice: str) -> Answer:
-    """A run starts."""
+    """A run starts, but is slower or lacks something."""
     return Answer(found, "note", advice)
 
 
@@ -50,12 +50,12 @@ def fail(found: str, advice: str) -> Answer:
 
 
 def look(what: str, check: Callable[[], Answer]) -> Finding:
-    """The finding of a check; one that raises is a FAIL, and the table still gets its other lines."""
+    """The finding of a check. A check that raises is a FAIL, and the other checks still run."""
     try:
         answer = check()
     except LowlevelError as error:
         answer = fail(str(error), "a run would end with this error")
-    except Exception as error:  # drivers, compilers and libraries raise whatever they like
+    except Exception as error:  # drivers, compilers and libraries raise any type
         answer = fail(f"{type(error).__name__}: {one_line(error)}", "a run would meet the same error")
     return Finding(what, _clean(answer.found), answer.verdict, _clean(answer.advice))
 

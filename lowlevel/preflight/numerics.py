@@ -1,4 +1,4 @@
-"""Small computations whose results are known: 4-bit weights, the package's Triton kernels, one optimizer update."""
+"""Small computations with known results: 4-bit weights, the package's Triton kernels, one optimizer update."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from lowlevel.verification.check import relative
 
 NF4_ERROR = 0.092  # |W - NF4(W)| / |W| of Gaussian weights in blocks of 64 (tests/preflight recompute it)
 NF4_TOLERANCE = 0.002
-WORDS = 4097  # a vocabulary that fills one block of the kernel and begins another
+WORDS = 4097  # one more than a block of the kernel
 SLOWER = "the same numbers from slower steps; model.embeddings_on_host needs Triton"
-PAGED_SIZE = 2**17  # weights: bitsandbytes 0.50 pages no state of fewer than 100,000
-UPDATE_BOUND = 1e-6  # an update of 1e-3 onto weights of up to 1, in fp32
+PAGED_SIZE = 2**17  # weights: bitsandbytes 0.50 pages states from 100,000 weights on
+UPDATE_BOUND = 1e-6  # for an update of 1e-3 on weights up to 1, in fp32
 
 
 def four_bit() -> Answer:
-    """Quantise and dequantise on the device: the expected error, and the numbers of plain torch."""
+    """Quantise and dequantise on the device; compare the error with the known one, the numbers with plain torch."""
     place = choose_placement("auto")
     error, equal = _four_bit(256, 512, place)
     if abs(error - NF4_ERROR) > NF4_TOLERANCE or not equal:
-        differs = "" if equal else ", and not what the codes and constants stand for"
+        differs = "" if equal else ", and differs from its codes and constants"
         return fail(
             f"NF4 changes Gaussian weights by {error:.1%} of their norm, not by {NF4_ERROR:.1%}{differs}",
             "bitsandbytes is broken on this device: reinstall it, or set model.load_in_4bit = false",
@@ -42,16 +42,16 @@ def four_bit() -> Answer:
     ragged, equal = _four_bit(64, 96, place)
     if not equal:
         return note(
-            f"{found}; rows that are no multiple of 64 are read wrongly here (error {ragged:.1%})",
-            "a base that has such rows is refused: set model.load_in_4bit = false for it",
+            f"{found}; row lengths that are not a multiple of 64 are read wrongly here (error {ragged:.1%})",
+            "a base with such rows is refused: set model.load_in_4bit = false for it",
         )
     return ok(found)
 
 
 def _four_bit(rows: int, columns: int, placement: Placement) -> tuple[float, bool]:
-    """Relative error of random weights after NF4, and whether bitsandbytes reads them as plain torch does.
+    """Relative error of random weights after NF4, and whether bitsandbytes dequantises them as plain torch does.
 
-    Up to rounding: with AVX-512 some fp16 values are a unit apart. Constants of another block are 20 % and more.
+    Up to rounding: with AVX-512 some fp16 values differ by a unit. Constants of a wrong block differ by 20 % or more.
     """
     values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     values = values.to(placement.device, placement.dtype)
@@ -72,7 +72,7 @@ class Kernel:
 
 
 def triton_kernels() -> Answer:
-    """Each kernel against its torch twin where it would be used."""
+    """Compare each kernel with its torch twin, if a run would use it."""
     placement = choose_placement("auto")
     if placement.device.type != "cuda":
         return ok("torch twins: the Triton kernels are for a GPU")
@@ -80,7 +80,7 @@ def triton_kernels() -> Answer:
 
 
 def compare_kernels(placement: Placement) -> Answer:
-    """Whether each kernel can be used, and gives its twin's numbers."""
+    """Whether each kernel is usable, and gives the numbers of its twin."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         usable = {kernel.name: kernel.usable(placement) for kernel in KERNELS}
@@ -90,7 +90,7 @@ def compare_kernels(placement: Placement) -> Answer:
     wrong = [f"{name} is off by {one:.1e} (bound {bounds[name]:g})" for name, one in apart.items()
              if not one <= bounds[name]]  # fmt: skip
     if wrong:
-        return fail("; ".join(wrong), "these numbers would be wrong: uninstall triton, and torch computes them")
+        return fail("; ".join(wrong), "these numbers would be wrong: uninstall triton, and runs use torch instead")
     if twins:
         reason = str(caught[0].message) if caught else "Triton was refused before"
         return note(f"torch twins for {', '.join(twins)}: {reason}", SLOWER)
@@ -102,7 +102,7 @@ def _vocabulary_usable(placement: Placement) -> bool:
 
 
 def _logits(placement: Placement) -> tuple[Tensor, Tensor]:
-    """(3, WORDS) of standard deviation 5, and targets at both ends and in between."""
+    """Logits (3, WORDS) of standard deviation 5, and targets at both ends and in between."""
     logits = torch.randn(3, WORDS, generator=torch.Generator().manual_seed(0)) * 5
     return logits.to(placement.device, placement.dtype), torch.tensor([0, WORDS - 1, 7], device=placement.device)
 
@@ -166,15 +166,15 @@ def optimizer() -> Answer:
             'bitsandbytes is broken on this device: reinstall it, or set train.optim = "adamw"',
         )
     if place.type == "cpu":
-        return ok(f"{config.optim}, in main memory: a CPU has nothing to page from")
+        return ok(f"{config.optim}, in main memory: a CPU does not page")
     if not is_paged(built.state[weights]["state1"]):
         return note(
             f"{config.optim} falls back to ordinary GPU memory",
-            "8 bytes of state a trained weight stay there; train.optim = paged_adamw_8bit takes 2",
+            "it takes 8 bytes per trained weight; train.optim = paged_adamw_8bit takes 2",
         )
     return ok(f"{config.optim}, its state in paged memory")
 
 
 def is_paged(state: Any) -> bool:
-    """Whether bitsandbytes allocated a tensor in CUDA's managed memory: it then says so on the tensor."""
+    """Whether a tensor is in CUDA's managed memory, which bitsandbytes marks by an attribute."""
     return bool(vars(state).get("is_paged", False))

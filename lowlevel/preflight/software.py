@@ -1,4 +1,4 @@
-"""Python and the libraries, against what the package asks for. Imports none of them: they may be broken."""
+"""Python and library versions against the package's requirements. Imports none of the libraries: they may be broken."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from packaging.specifiers import SpecifierSet
 from lowlevel.preflight.finding import Answer, fail, note, ok
 
 PACKAGE = "lowlevel"
-NAMED = ("torch", "transformers", "peft", "bitsandbytes")  # whose versions are shown where all is well
+NAMED = ("torch", "transformers", "peft", "bitsandbytes")  # their versions are shown if all are well
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"  # in a checkout
 NOT_INSTALLED = note(
-    f"{PACKAGE} is not installed and has no pyproject.toml beside it, so nothing says which versions it needs",
+    f"{PACKAGE} is not installed and has no pyproject.toml, so the versions that it needs are unknown",
     "pip install . in its repository",
 )
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What the package asks for: a range of Pythons, a line for each library, and where that stands."""
+    """Requirements of the package: Python versions, a line for each library, and where they were read."""
 
     python: str
     libraries: list[str]
@@ -32,7 +32,7 @@ class Needs:
 
 
 def needs() -> Needs | None:
-    """By the installed package's metadata, else by the pyproject.toml of a checkout; None where there is neither."""
+    """From the installed package's metadata, else from the pyproject.toml of a checkout; None without both."""
     try:
         python = metadata.metadata(PACKAGE)["Requires-Python"]
         return Needs(python, metadata.requires(PACKAGE) or [], "the package")
@@ -59,13 +59,13 @@ def python() -> Answer:
 
 
 def requirements(asked: Needs) -> list[Requirement]:
-    """Of the libraries those without an extra and for this system."""
+    """The requirements of this system, without extras."""
     parsed = [Requirement(line) for line in asked.libraries]
     return [one for one in parsed if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
 def versions(asked: list[Requirement]) -> dict[str, str | None]:
-    """The installed version of each; None where it is missing."""
+    """The installed version of each; None if missing."""
     found: dict[str, str | None] = {}
     for one in asked:
         try:
@@ -76,7 +76,7 @@ def versions(asked: list[Requirement]) -> dict[str, str | None]:
 
 
 def libraries() -> Answer:
-    """Every library that is missing or out of the package's range."""
+    """Libraries that are missing or outside the required range."""
     asked = needs()
     if asked is None:
         return NOT_INSTALLED
@@ -91,7 +91,7 @@ def libraries() -> Answer:
 
 
 def missing() -> list[str]:
-    """Names of the libraries that are not here at all; without them nothing else can be looked at."""
+    """Names of missing libraries; the other checks need all of them."""
     asked = needs()
     return [name for name, version in versions(requirements(asked)).items() if version is None] if asked else []
 

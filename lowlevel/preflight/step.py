@@ -1,4 +1,4 @@
-"""One step of the built-in base on built-in rows, eager and in this machine's own mode."""
+"""One step of the built-in base on built-in rows, in eager mode and in this machine's default mode."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lowlevel.verification.check import BOUNDS as GRADIENT_BOUNDS
 from lowlevel.verification.check import relative
 from lowlevel.verification.subject import Subject
 
-BOUNDS = {"fp32": 1e-5, "fp16": 2e-3}  # of loss and gradient norm, relative: what tests/gpu hold the modes to
-PASSES = 3  # a mode may set itself up in the first, capture in the second, and replays in the third
+BOUNDS = {"fp32": 1e-5, "fp16": 2e-3}  # of loss and gradient norm, relative; as in tests/gpu
+PASSES = 3  # warm-up, capture, replay
 ROWS = 8
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A step that was taken: how, what it gave, and its flat gradient (n,) fp32."""
+    """A step: execution mode, result, and flat gradient (n,) fp32."""
 
     mode: str
     result: StepResult
@@ -58,13 +58,13 @@ def one_step(method: str) -> Answer:
 
 
 def judge(precision: str, eager: Taken, own: Taken, fallen: list[str]) -> Answer:
-    """Hold a step in the machine's own mode against the eager one.
+    """Compare a step in the machine's default mode with the eager one.
 
     Args:
-        precision: fp16 or fp32; chooses the bounds.
-        eager: the step in the eager mode.
-        own: the same in the mode that this machine ended in.
-        fallen: lines about modes that failed on the way.
+        precision: fp16 or fp32; sets the bounds.
+        eager: the step in eager mode.
+        own: the same in the default mode, or the one it fell back to.
+        fallen: one line for each fallback.
     """
     apart, turned = _relative(own.result, eager.result), relative(own.gradient, eager.gradient)
     bound, gradient_bound = BOUNDS[precision], GRADIENT_BOUNDS[precision].gradient
@@ -73,14 +73,14 @@ def judge(precision: str, eager: Taken, own: Taken, fallen: list[str]) -> Answer
         f"{_numbers(own.result)}; {apart:.1e} apart (bound {bound:g}), the gradient itself {turned:.1e} "
         f"(bound {gradient_bound:g})"
     )
-    if not (apart <= bound and turned <= gradient_bound):  # NaN is neither
+    if not (apart <= bound and turned <= gradient_bound):  # NaN fails both
         return fail(found, 'set train.execution = "eager", and run lowlevel verify on your own run file')
     moved = [one.result.metrics[MARGINS] for one in (eager, own) if not all_ties(one.result)]
     if moved:
         return fail(f"{found}; mean margin {moved[0]:.3g}, not 0", "the reference is not the policy at step 0")
     if MARGINS in eager.result.metrics:
         found += f"; reference equals policy: all {eager.result.count} margins are 0"
-    return note(f"{found}; {fallen[0]}", "runs go on in that mode, which is slower") if fallen else ok(found)
+    return note(f"{found}; {fallen[0]}", "runs use that mode, which is slower") if fallen else ok(found)
 
 
 def _numbers(result: StepResult) -> str:
@@ -88,6 +88,6 @@ def _numbers(result: StepResult) -> str:
 
 
 def _relative(own: StepResult, eager: StepResult) -> float:
-    """Of loss and gradient norm, the larger relative difference."""
+    """The larger relative difference of loss and gradient norm."""
     pairs = (own.metrics["loss"], eager.metrics["loss"]), (own.grad_norm, eager.grad_norm)
     return max(abs(one - other) / abs(other) for one, other in pairs)

@@ -1,4 +1,4 @@
-"""Where runs are written, and where models of the hub lie. Nothing here uses the network."""
+"""The folders of runs and of hub models. Nothing here uses the network."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lowlevel.preflight.finding import Answer, fail, note, ok
 from lowlevel.running.run_folder import run_lock
 
 GIB = 2**30
-LITTLE_ROOM = 2 * GIB  # three checkpoints of the recipe, two kept and one in the making, take 1.7 GiB
+LITTLE_ROOM = 2 * GIB  # three checkpoints of the recipe, two kept and one being written, take 1.7 GiB
 
 
 def run_folder(out: Path) -> Answer:
-    """Lock, write, sync and rename below `out`, as a run does; where it does not exist, below the folder above it."""
+    """Lock, write, sync and rename below `out`, as a run does, or below its nearest existing parent."""
     place = _existing(out)
     if out.exists() and not out.is_dir():
         return fail(f"{out} is a file", "runs need a folder: give another --out, and another train.output_dir")
@@ -38,7 +38,7 @@ def run_folder(out: Path) -> Answer:
 
 
 def hub() -> Answer:
-    """The hub's cache folder, what is in it, and whether anything may be downloaded into it."""
+    """The hub's cache folder, its models, and whether downloads can be written."""
     cache = Path(constants.HF_HUB_CACHE)
     models = len(list(cache.glob("models--*")))
     found = f"{cache}, {models} models in it, offline mode {'on' if constants.HF_HUB_OFFLINE else 'off'}"

@@ -1,4 +1,4 @@
-"""Logged and saved numbers beside those of a replay: where they first differ, and by how much."""
+"""Logged and saved numbers against those of a replay: the first difference, and its size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Times and memory are not compared.
 UNCOMPARED = ("tokens_per_second", "peak_allocated_gib", "peak_reserved_gib")
-# Where bits cannot be asked for (another device or precision, a GPU outside deterministic mode):
+# If bits may differ (another device or precision, a GPU outside deterministic mode):
 NUMBERS = 1e-2  # relative to the logged number, or absolute below 1
 TENSORS = 5e-2  # norm of the difference, relative to the norm of the tensor
 
@@ -25,13 +25,13 @@ class Row:
     quantity: str
     logged: str
     replayed: str
-    difference: float  # largest absolute one; 0 if identical, infinite where one side is missing
+    difference: float  # largest absolute one; 0 if identical, infinite if one side is missing
     identical: bool
-    good: bool  # identical, or within the tolerance where one is used
+    good: bool  # identical, or within a tolerance
 
 
 def number_rows(step: int, logged: Mapping[str, Any], replayed: Mapping[str, Any], *, exact: bool) -> list[Row]:
-    """A logged record beside the replay's, in the order of the replay's keys."""
+    """A logged record against the replay's, in the order of the replay's keys."""
     names = [*replayed, *(name for name in logged if name not in replayed)]
     return [
         _number(step, name, logged.get(name), replayed.get(name), exact)
@@ -54,7 +54,7 @@ def _number(step: int, name: str, logged: float | None, replayed: float | None, 
 def tensors_row(
     step: int, what: str, saved: Mapping[str, Tensor], replayed: Mapping[str, Tensor], *, exact: bool
 ) -> Row:
-    """Saved tensors beside the replay's, bit for bit; the row names the first one that differs, in the replay's order.
+    """Saved tensors against the replay's, bit for bit; the row names the first one that differs, in the replay's order.
 
     Without `exact`, floating tensors may differ by TENSORS, and others (8-bit codes) are not judged.
     """
@@ -79,7 +79,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    """Largest |a - b|; infinite for other shapes or where one side alone is NaN."""
+    """Largest |a - b|; infinite for other shapes or if only one side is NaN."""
     if a.shape != b.shape:
         return math.inf
     difference = (a.detach().cpu().double() - b.detach().cpu().double()).abs()

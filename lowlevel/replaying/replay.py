@@ -2,71 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lowlevel.checkpoints.checkpoint import saved, verify
 from lowlevel.determinism import deterministic_mode
-from lowlevel.errors import CheckpointError, LowlevelError, NonFiniteError
+from lowlevel.errors import CheckpointError, NonFiniteError
 from lowlevel.model.adapters import WEIGHTS, adapter_parameters
 from lowlevel.model.policy import TRAINED
 from lowlevel.optim.optimizer import optimizer_tensors
-from lowlevel.replaying.compare import Row, first_difference, number_rows, tensors_row
+from lowlevel.replaying.compare import Row, number_rows, tensors_row
 from lowlevel.replaying.dump import Dump, check_target, observe
+from lowlevel.replaying.report import Replay
 from lowlevel.replaying.session import Session, open_session
 from lowlevel.replaying.what_if import Outcome, parse_settings, what_if
 from lowlevel.running.forensics import examine_error
 from lowlevel.running.reopening import Reopened
-
-
-class ReplayDiffersError(LowlevelError):
-    """A replay that differs from the log or from saved tensors; exit code 1."""
-
-
-@dataclass
-class Replay:
-    """The result of a replay. `rows` are in the order of steps; `print(replay)` shows them."""
-
-    step: int
-    start: str
-    moved: str | None  # why numbers may differ from the run's in their last bits; None: bits are compared
-    rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what could not be compared, and why
-    record: dict[str, Any] = field(default_factory=dict)  # means over the step's window, as the loop logs them
-    outcomes: list[Outcome] = field(default_factory=list)  # of the step under other settings
-
-    @property
-    def exact(self) -> bool:
-        """Whether bits are compared; else the tolerances of lowlevel.replaying.compare hold."""
-        return self.moved is None
-
-    @property
-    def first_difference(self) -> Row | None:
-        """The first row beyond its tolerance, or None."""
-        return first_difference(self.rows)
-
-    def check(self) -> None:
-        """Raise ReplayDiffersError if a row differs."""
-        row = self.first_difference
-        if row is not None:
-            raise ReplayDiffersError(
-                f"the replay first differs at step {row.step}, {row.quantity}: logged {row.logged}, "
-                f"replayed {row.replayed}, largest difference {row.difference:.3g}"
-            )
-
-    def __str__(self) -> str:
-        from lowlevel.replaying.report import print_replay
-
-        out = io.StringIO()
-        print_replay(self, Console(file=out, width=120))
-        return out.getvalue()
 
 
 def replay_run(

@@ -1,17 +1,61 @@
-"""The tables of `lowlevel replay`."""
+"""The result of a replay, and its tables."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table, box
 
-from lowlevel.replaying.compare import NUMBERS, TENSORS, Row
-from lowlevel.replaying.replay import Replay
+from lowlevel.errors import LowlevelError
+from lowlevel.replaying.compare import NUMBERS, TENSORS, Row, first_difference
 from lowlevel.replaying.what_if import Outcome
+
+
+class ReplayDiffersError(LowlevelError):
+    """A replay that differs from the log or from saved tensors; exit code 1."""
+
+
+@dataclass
+class Replay:
+    """The result of a replay. `rows` are in the order of steps; `print(replay)` shows them."""
+
+    step: int
+    start: str
+    moved: str | None  # why numbers may differ from the run's in their last bits; None: bits are compared
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what could not be compared, and why
+    record: dict[str, Any] = field(default_factory=dict)  # means over the step's window, as the loop logs them
+    outcomes: list[Outcome] = field(default_factory=list)  # of the step under other settings
+
+    @property
+    def exact(self) -> bool:
+        """Whether bits are compared; else the tolerances of lowlevel.replaying.compare hold."""
+        return self.moved is None
+
+    @property
+    def first_difference(self) -> Row | None:
+        """The first row beyond its tolerance, or None."""
+        return first_difference(self.rows)
+
+    def check(self) -> None:
+        """Raise ReplayDiffersError if a row differs."""
+        row = self.first_difference
+        if row is not None:
+            raise ReplayDiffersError(
+                f"the replay first differs at step {row.step}, {row.quantity}: logged {row.logged}, "
+                f"replayed {row.replayed}, largest difference {row.difference:.3g}"
+            )
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        print_replay(self, Console(file=out, width=120))
+        return out.getvalue()
 
 
 def print_replay(found: Replay, console: Console) -> None:

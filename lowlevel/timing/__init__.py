@@ -1,1 +1,1 @@
-"""Where a step's time goes: a clock, the phases of a step, and steps taken through the loop that trains."""
+"""The time of a step and of its phases, measured on steps of the training loop."""

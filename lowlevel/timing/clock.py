@@ -1,4 +1,4 @@
-"""A clock for phases that follow and contain each other: every second belongs to one of them."""
+"""A clock for consecutive and nested phases: every second belongs to one phase."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ OTHER = "other"
 
 
 class PhaseClock:
-    """Seconds by phase. The device is waited for at each boundary, so that its work counts where it was launched."""
+    """Seconds by phase. Each boundary waits for the device, so that its work counts in the phase that launched it."""
 
     def __init__(self, device: torch.device) -> None:
-        """Starts in the phase `OTHER`."""
         self.phase = OTHER
         self._on_gpu = device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._since = self._now()
 
     def switch(self, phase: str) -> str:
-        """End the phase that is on and begin another; returns the one that ended."""
+        """End the current phase and begin another; returns the one that ended."""
         now, ended = self._now(), self.phase
         self._seconds[ended] = self._seconds.get(ended, 0.0) + now - self._since
         self.phase, self._since = phase, now
@@ -30,7 +29,7 @@ class PhaseClock:
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """A phase inside the one that is on, which goes on afterwards."""
+        """A phase inside the current one, which continues afterwards."""
         before = self.switch(phase)
         try:
             yield
@@ -38,7 +37,7 @@ class PhaseClock:
             self.switch(before)
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call: together, all that have passed."""
+        """Seconds by phase since the last call; their sum is the time that passed."""
         self.switch(self.phase)
         taken, self._seconds = self._seconds, {}
         return taken

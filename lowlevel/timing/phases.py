@@ -1,16 +1,16 @@
-"""The phases of a step: the functions that training calls, which tell a clock when they begin and end.
+"""The phases of a step: functions of the training path, wrapped so that a clock sees when they begin and end.
 
     loop.optimizer_step          other, until the first micro-step
       PackedBatch.to             copy to the device
       Eager.run                  other
         method.loss              log-probabilities and loss
-          Policy.reference       reference pass, with all that is called in it
+          Policy.reference       reference pass, with everything inside it
           Policy.scored_hidden_states        policy forward
-        ...                      backward: after the loss, a micro-step has nothing else left
-      ...                        unscale and clip: after the last micro-step, and with it the step's one host sync
+        ...                      backward: all of a micro-step after the loss
+      ...                        unscale and clip: after the last micro-step; includes the step's one host sync
       optimizer.step             optimizer
 
-A captured graph is launched as one, so it cannot be divided: this is for eager and compiled layers.
+A captured graph is one launch and cannot be divided: only eager and compiled layers can.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ BACKWARD = "backward"
 CLIP = "unscale, clip"
 OPTIMIZER = "optimizer"
 Call = Callable[[], Any]
-PHASES = (LAYOUT, COPY, REFERENCE, FORWARD, LOSS, BACKWARD, CLIP, OPTIMIZER, OTHER)  # as they are shown
+PHASES = (LAYOUT, COPY, REFERENCE, FORWARD, LOSS, BACKWARD, CLIP, OPTIMIZER, OTHER)  # in the order of the table
 
 
 @contextmanager
 def divided(clock: PhaseClock, method: Method, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within the block, steps of `method` and `optimizer` are divided into phases. What they compute is the same."""
+    """Within the block, divide steps of `method` and `optimizer` into phases. Their results stay the same."""
 
     def to_device(call: Call) -> Any:
         with clock.during(COPY):
@@ -84,7 +84,7 @@ def divided(clock: PhaseClock, method: Method, optimizer: torch.optim.Optimizer)
 
 @contextmanager
 def _surrounded(owner: type, name: str, around: Callable[[Call], Any]) -> Iterator[None]:
-    """Within the block, calling a method of a class calls `around` with the call to be made."""
+    """Within the block, a call of the method goes through `around`, which gets the call as its argument."""
     original = vars(owner)[name]
 
     @functools.wraps(original)
@@ -100,7 +100,7 @@ def _surrounded(owner: type, name: str, around: Callable[[Call], Any]) -> Iterat
 
 @contextmanager
 def _optimizer_phase(clock: PhaseClock, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """By torch's own hooks, since a class above the optimizer's may define `step`."""
+    """Uses torch's hooks, since a base class of the optimizer may define `step`."""
 
     def before(*_: Any) -> None:
         clock.switch(OPTIMIZER)

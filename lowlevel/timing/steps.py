@@ -1,4 +1,4 @@
-"""The first steps of a run, taken through the loop that trains, each with its seconds; nothing is kept of them."""
+"""The first steps of a run by the training loop, each with its seconds; weights are restored afterwards."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class TimedRun:
 
 @dataclass(frozen=True)
 class Step:
-    """One step, from the end of the one before it to its own, the device idle at both."""
+    """One step, from the end of the step before to its own end; the device is idle at both."""
 
     number: int  # counted from 1
     phases: dict[str, float]  # seconds; an undivided step is all "other"
     result: StepResult
-    set_up: bool  # a batch shape was captured or ran uncaptured, layers were compiled, or the mode fell back
-    repeated: bool  # an fp16 overflow had it start anew at half the scale
+    set_up: bool  # a batch shape was captured or ran uncaptured, layers were compiled, or the execution fell back
+    repeated: bool  # an fp16 overflow repeated it at half the scale
 
     @property
     def seconds(self) -> float:
@@ -58,15 +58,14 @@ class Step:
 
     @property
     def counts(self) -> bool:
-        """Whether it took what most steps of a long run take."""
+        """Whether its time is typical of a long run."""
         return not (self.set_up or self.repeated)
 
 
 class Watched:
-    """An Execution, and whether it set something up since it was last asked."""
+    """An Execution that records whether it set something up, such as a graph."""
 
     def __init__(self, execution: WithFallback) -> None:
-        """Nothing yet."""
         self.execution, self.policy, self.method = execution, execution.policy, execution.method
         self._set_up = False
 
@@ -80,49 +79,48 @@ class Watched:
             self._set_up |= not known or self._state() != before
 
     def take(self) -> bool:
-        """The answer since the last call."""
+        """Whether it did since the last call."""
         taken, self._set_up = self._set_up, False
         return taken
 
     def _state(self) -> tuple[str, int]:
-        """The mode, and how many graphs torch has compiled in this process."""
+        """The mode, and the number of graphs that torch has compiled in this process."""
         return self.execution.mode, counters["stats"]["unique_graphs"]
 
 
 class Recorder:
-    """What the loop reports to: keeps each step's time, and logs and saves nothing."""
+    """Observer of the loop: keeps the time of each step; neither logs nor saves."""
 
     def __init__(self, clock: PhaseClock, watched: Watched) -> None:
-        """`watched` runs the micro-steps."""
         self.clock, self.watched = clock, watched
         self.steps: list[Step] = []
         self._overflows = 0
 
     def log(self, record: dict[str, Any]) -> None:
-        """Nothing."""
+        """Not kept."""
 
     def progress(self, state: TrainState, result: StepResult) -> None:
-        """A step has ended."""
+        """Keep the step that has ended."""
         overflows, self._overflows = self._overflows, state.loss_scale.skipped_steps
         repeated = self._overflows > overflows
         self.steps.append(Step(state.step, self.clock.take(), result, self.watched.take(), repeated))
 
     def save(self, state: TrainState) -> None:
-        """Nothing."""
+        """Not kept."""
 
     def stop_requested(self) -> int:
-        """Never; a signal ends the command at once."""
+        """Never: a signal ends the command at once."""
         return 0
 
 
 def take_steps(run: TimedRun, execution: WithFallback, count: int, *, divide: bool = False) -> list[Step]:
-    """The first `count` steps of a run, updates included. The adapter's weights are put back afterwards.
+    """Take the first `count` steps of a run, with their updates, then restore the adapter's weights.
 
     Args:
-        run: its parts. The optimizer's state goes on from call to call.
+        run: its parts. The optimizer keeps its state between calls.
         execution: how micro-steps run.
-        count: steps; a run that is shorter goes on with its next epoch.
-        divide: into phases, with the rows laid out in the step and not ahead of it; not for the mode "graphed".
+        count: number of steps; a shorter run continues with its next epoch.
+        divide: divide steps into phases, and lay rows out within the step instead of ahead of it; not for "graphed".
 
     Raises:
         NonFiniteError: as in training.
@@ -154,7 +152,7 @@ def take_steps(run: TimedRun, execution: WithFallback, count: int, *, divide: bo
 
 @contextmanager
 def _put_back(policy: Policy) -> Iterator[None]:
-    """The adapter's weights as they were, afterwards; kept on the host, where they are not in the way of a peak."""
+    """Restore the adapter's weights after the block; the copy is on the host, so that it adds nothing to the peak."""
     before = policy.flat.weights.detach().to("cpu", copy=True)
     try:
         yield

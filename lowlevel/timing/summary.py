@@ -1,4 +1,4 @@
-"""What measured steps say: quantiles and rates of whole steps, and the means of their phases."""
+"""Statistics of measured steps: quantiles and rates of whole steps, and means of their phases."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lowlevel.timing.steps import Step
 
 @dataclass(frozen=True)
 class Apart:
-    """Steps that are no measure of a long run's steps."""
+    """Steps excluded from the statistics: they set something up, or were repeated."""
 
     count: int
-    median_ms: float | None  # None: there is none
+    median_ms: float | None  # None without steps
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,18 @@ class Whole:
     median_ms: float
     p10_ms: float
     p90_ms: float
-    tokens_per_second: float  # that are not padding; a pair's shared prompt once
+    tokens_per_second: float  # without padding; a pair's shared prompt counts once
     supervised_tokens_per_second: float
-    padding_share: float  # of the positions that are computed
+    padding_share: float  # of the computed positions
     set_up: Apart
     repeated: Apart
 
 
 def counted_steps(steps: Sequence[Step]) -> list[Step]:
-    """The steps that count.
+    """The steps with a typical time.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: none.
     """
     found = [step for step in steps if step.counts]
     if not found:
@@ -51,7 +51,7 @@ def counted_steps(steps: Sequence[Step]) -> list[Step]:
 
 
 def whole(steps: Sequence[Step]) -> Whole:
-    """Of steps after the warm-up. Raises ConfigError where none of them counts."""
+    """Statistics of the steps after the warm-up. Raises ConfigError if none counts."""
     counted = counted_steps(steps)
     times = [step.seconds for step in counted]
     p10, median, p90 = (1e3 * float(value) for value in np.percentile(times, (10, 50, 90)))
@@ -74,7 +74,7 @@ def _apart(steps: Sequence[Step]) -> Apart:
 
 
 def mean_phases(steps: Sequence[Step]) -> dict[str, float]:
-    """Milliseconds a counted step, by phase in the order of PHASES; together, the mean of the whole step."""
+    """Mean milliseconds of each phase, in the order of PHASES; their sum is the mean of the whole step."""
     counted = counted_steps(steps)
     known = [name for name in PHASES if any(name in step.phases for step in counted)]
     return {name: 1e3 * sum(step.phases.get(name, 0.0) for step in counted) / len(counted) for name in known}

@@ -1,4 +1,4 @@
-"""Group 6, accounting: what a step divides by, that each hyper-parameter has an effect, that the loss scale cancels."""
+"""Group 6, accounting: the divisor of a step, the effect of each hyper-parameter, and the loss scale, which cancels."""
 
 from __future__ import annotations
 

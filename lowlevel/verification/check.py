@@ -1,4 +1,4 @@
-"""A check, and the bounds by precision that checks are held to."""
+"""A check, and its bounds by precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table. A bound of 0 asks for equality, of bits or of counts."""
+    """One line of the table. A bound of 0 requires equality, of bits or of counts."""
 
     group: str
     name: str
@@ -22,18 +22,18 @@ class Check:
 
 
 def check(group: str, name: str, measured: float, bound: float, note: str = "") -> Check:
-    """A check that holds iff measured <= bound; NaN never does."""
+    """A check that holds if measured <= bound; NaN never does."""
     return Check(group, name, measured, bound, math.isfinite(measured) and measured <= bound, note)
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far rounding may move a number, by precision. Where the bounds come from:
+    """How far rounding may move a number. Origin of the bounds, by precision:
 
     fp32    4 to 100 times the largest error seen on a CPU (the demo at its start and after training)
     bf16    4 to 2,500 times the largest error seen there
-    fp16    the demo holds them on an H100; `forward` and `worst_token` are 3 times what SmolLM2 (30 layers, 135M) was
-            off by: 0.006 nats (rms of 793 tokens; worst 0.054) on a CPU, at most 0.078 in a pair on an H100
+    fp16    the demo meets them on an H100; `forward` and `worst_token` are 3 times the errors of SmolLM2 (30 layers,
+            135M): 0.006 nats (rms of 793 tokens; worst 0.054) on a CPU, at most 0.078 in a pair on an H100
 
     Attributes:
         forward: nats, rms of the tokens' log-probabilities: hidden states in the run's precision against a float64
@@ -62,7 +62,7 @@ BOUNDS = {
 
 
 def head_bound(largest_logit: float, dtype: torch.dtype) -> float:
-    """Bound on a token's log-probability from hidden states that are given: nats.
+    """Bound on the error of a token's log-probability, given its hidden state: nats.
 
     A logit is rounded once to `dtype`; its product and the log-sum-exp are accumulated in fp32.
     """
@@ -71,12 +71,12 @@ def head_bound(largest_logit: float, dtype: torch.dtype) -> float:
 
 
 def largest(values: Tensor) -> float:
-    """Largest absolute value; 0 for none."""
+    """Largest absolute value; 0 if empty."""
     return float(values.detach().abs().max()) if values.numel() else 0.0
 
 
 def relative(value: Tensor, expected: Tensor) -> float:
-    """|value - expected| / |expected| in the l2 norm, float64; the plain difference where `expected` is 0."""
+    """|value - expected| / |expected| in the l2 norm, float64; the plain difference if `expected` is 0."""
     expected = expected.detach().double().cpu()
     difference = float(torch.linalg.vector_norm(value.detach().double().cpu() - expected))
     return difference / (float(torch.linalg.vector_norm(expected)) or 1.0)

@@ -21,10 +21,10 @@ BUDGET = 1.5e10  # parameters x tokens of a float64 pass: seconds on a CPU core
 
 @dataclass(frozen=True)
 class Evidence:
-    """By example, dropout off.
+    """Results by example, without dropout.
 
     Attributes:
-        sequences: of each example, as plain tokens.
+        sequences: plain tokens of each example.
         sums: `method.loss` of a micro-batch that holds the example alone.
         policy, reference: its tokens' scores; no reference for sft.
         values: numeric columns of the rows that the loss reads, one number an example.
@@ -101,7 +101,7 @@ def gather(subject: Subject) -> Evidence:
 
 
 def _within(size: int, sequences: list[list[Scored]]) -> int:
-    """Examples, from the first, whose tokens a float64 model of this size can take; at least one."""
+    """How many examples, from the first, fit the budget of a float64 model of this size; at least one."""
     taken, used = 0, 0
     for example in sequences:
         used += sum(len(sequence.ids) for sequence in example)

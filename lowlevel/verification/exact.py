@@ -1,8 +1,8 @@
 """The whole model in float64: dequantised weights with the adapters merged in by arithmetic, one plain row at a time.
 
-No packing, no mask of ours, no PEFT, no kernel of ours: W + s B A in the place of each adapted layer, on the CPU. The
-logits are the model's own: what its forward pass adds after `hidden @ lm_head.T` is seen. Rotary angles stay in fp32,
-as the model defines them.
+It uses no packing, no mask or kernel of this package and no PEFT: W + s B A replaces each adapted layer, on the CPU.
+The logits come from the model itself, with all that its forward pass adds after `hidden @ lm_head.T`. Rotary angles
+stay in fp32, as the model defines them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ PREFIX = "base_model.model."
 
 
 class KeepDouble(TorchFunctionMode):
-    """Norms and softmaxes of transformers cast to fp32 on the way; in here a float64 tensor stays one."""
+    """transformers casts norms and softmaxes to fp32; within this mode a float64 tensor stays float64."""
 
     def __torch_function__(
         self, func: Any, types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Leave casts of float64 tensors to a shorter floating dtype out."""
+        """Skip casts of float64 tensors to a shorter floating dtype."""
         kwargs = kwargs or {}
         double = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
         if double and func is Tensor.float:
@@ -50,7 +50,7 @@ def _shorter(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Update:
-    """One adapter's part of one layer: scaling * B A, from where A and B lie in the flat weights, or as they are."""
+    """One adapter's part of one layer, scaling * B A; A and B are tensors, or slices of the flat weights."""
 
     a: Tensor | slice
     b: Tensor | slice
@@ -87,7 +87,7 @@ class ExactModel:
         ids = torch.as_tensor(sequence.ids, dtype=torch.int64)[None]
         places = torch.as_tensor(sequence.places, dtype=torch.int64)
         takes = inspect.signature(self.model.forward).parameters
-        only = {"logits_to_keep": places - 1} if "logits_to_keep" in takes else {}  # not those of every position
+        only = {"logits_to_keep": places - 1} if "logits_to_keep" in takes else {}  # not all positions
         arguments = {"input_ids": ids[:, : int(places.max()) + 1], "use_cache": False, **only}
         with KeepDouble():
             logits = torch.func.functional_call(self.model, weights, kwargs=arguments).logits[0]
@@ -102,7 +102,7 @@ class ExactModel:
 
 
 def base_parameters(policy: Policy) -> int:
-    """Weights of the base, each 4-bit one counted."""
+    """Number of weights of the base; each 4-bit weight counts."""
     total = 0
     for name, parameter in policy.model.named_parameters():
         if isinstance(parameter, bnb.nn.Params4bit):
@@ -113,12 +113,12 @@ def base_parameters(policy: Policy) -> int:
 
 
 def exact_model(policy: Policy, config: ModelConfig) -> ExactModel:
-    """Read every weight that the policy computes with, in float64."""
+    """The policy's weights in float64."""
     model = empty_model(load_model_config(config)).eval()
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")  # a grouped product has no float64
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    fixed = {f"{head}.weight": policy.lm_head_weight.detach().double().cpu()}  # which a tied model does not name
+    fixed = {f"{head}.weight": policy.lm_head_weight.detach().double().cpu()}  # a tied model does not list it
     for name, parameter in policy.model.named_parameters():
         if ".lora_" not in name:
             plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -144,7 +144,7 @@ def exact_model(policy: Policy, config: ModelConfig) -> ExactModel:
 
 
 def _saved_buffers(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that a file of weights holds (a router's correction), floating ones in float64."""
+    """Buffers that belong to the saved weights (a router's correction), floating ones in float64."""
     for stem, module in policy.causal_lm.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:

@@ -84,7 +84,7 @@ def _difference_check(subject: Subject, evidence: Evidence, found: Tensor, size:
 def _hidden_check(subject: Subject, evidence: Evidence) -> Check:
     """d sum(g logp) / d hidden of `token_logps`, against autograd on full float64 logits.
 
-    A logit that is rounded by d moves its token's probability, which is what the gradient is made of, by a factor e^d.
+    A logit's rounding error d changes its token's probability, and so the gradient, by a factor e^d.
     """
     policy, errors = subject.policy, []
     generator = torch.Generator().manual_seed(0)
@@ -107,7 +107,7 @@ def _hidden_check(subject: Subject, evidence: Evidence) -> Check:
 
 
 def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
-    """A step's flat gradient against float64 autograd, and its slope in random directions against differences."""
+    """A step's flat gradient against float64 autograd, and in random directions against central differences."""
     examples = list(subject.examples)[: evidence.exact]
     _, gradient = subject.run_step(examples=examples)
     gradient = gradient.double().cpu()

@@ -1,4 +1,4 @@
-"""Group 3, invariances: one step is one number, however its examples are laid out, recomputed or executed."""
+"""Group 3, invariances: loss and gradient of a step do not depend on layout, recomputation or execution mode."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GROUP = "invariances"
 
 
 def invariance_checks(subject: Subject, evidence: Evidence) -> list[Check]:
-    """Loss and gradient of the same step, pairwise; dropout as the run has it, since its mask must not change."""
+    """Loss and gradient of the same step, pairwise. Dropout stays on: its masks must not change either."""
     expected = _step(subject, with_batches_of(subject.method, len(subject.examples)))
     checks = []
     for name, method in _layouts(subject):
@@ -38,7 +38,7 @@ def invariance_checks(subject: Subject, evidence: Evidence) -> list[Check]:
 
 
 def _layouts(subject: Subject) -> Iterator[tuple[str, Method]]:
-    """Against all examples in one padded micro-batch. Losses that sort a micro-batch's pairs must have them in one."""
+    """Layouts to compare with one padded micro-batch. A loss that mixes pairs needs them in one micro-batch."""
     method, number = subject.method, len(subject.examples)
     yield "as the run has it", method
     if not subject.mixes:
@@ -57,7 +57,7 @@ def _step(
 def _compare(
     subject: Subject, name: str, found: tuple[float, Tensor], expected: tuple[float, Tensor], other_kernels: float = 0.0
 ) -> list[Check]:
-    """`other_kernels`: the error of the loss where both passes round in ways of their own."""
+    """`other_kernels`: error of the loss if the two passes round differently."""
     bounds, size = subject.bounds, abs(expected[0]) or 1.0
     loss = abs(found[0] - expected[0]) / size
     return [
@@ -69,7 +69,7 @@ def _compare(
 def left_padded(subject: Subject) -> PackedBatch:
     """All examples in one micro-batch, one sequence a row, with the padding before it instead of behind it.
 
-    The padding is a segment of its own, of tokens 0 that nobody looks at and that no loss is taken over.
+    The padding is a segment of tokens 0 that no token attends to and no loss reads.
     """
     rows: list[Segment] = []
     for number, example in enumerate(subject.examples):
@@ -105,8 +105,8 @@ def _checkpointing(subject: Subject, *, on: bool) -> Iterator[None]:
 def _execution_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """The run's own execution, three times: it warms up, captures, and replays.
 
-    Fused kernels round elsewhere than eager ones. A pair's margin sums up to thousands of tokens, so what a forward
-    pass may be off by in each of them, times two passes, bounds the loss.
+    Fused kernels round differently from eager ones. A pair's margin sums up to thousands of tokens, so the error of
+    a forward pass in each token, times two passes, bounds the loss.
     """
     expected = _step(subject)
     notes: list[str] = []

@@ -1,5 +1,5 @@
-"""Group 1, the loss: the training path's numbers against float64, so that the error splits into that of the loss (from
-the same hidden states) and that of the forward pass (the whole model in float64)."""
+"""Group 1, the loss: the training path against float64. The error of the loss (from the same hidden states) and that of
+the forward pass (the whole model in float64) are separate checks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def loss_checks(subject: Subject, evidence: Evidence) -> list[Check]:
 
 
 def _sum_bound(token: float, longest: int, total: float) -> float:
-    """Independent roundings of `longest` tokens, and of their sum in fp32."""
+    """Independent rounding errors of `longest` tokens, and of their sum in fp32."""
     return 2 * token * math.sqrt(longest) + 4 * EPS * total
 
 
@@ -76,7 +76,7 @@ def _pair_checks(subject: Subject, evidence: Evidence, token: float, longest: in
 
 
 def _forward_checks(subject: Subject, evidence: Evidence) -> list[Check]:
-    """The part of the error that the hidden states bring."""
+    """The error of the hidden states."""
     if evidence.model is None:
         return []
     sequences = evidence.sequences[: evidence.exact]
@@ -97,5 +97,5 @@ def _forward_checks(subject: Subject, evidence: Evidence) -> list[Check]:
 
 
 def _errors(expected: Tensor, found: Tensor) -> Tensor:
-    """By token; infinite where other tokens are scored than the example says."""
+    """By token; infinite if the scored tokens are not those of the example."""
     return found - expected if found.shape == expected.shape else torch.full_like(expected, math.inf)

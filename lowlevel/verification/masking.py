@@ -1,4 +1,4 @@
-"""Group 5, masking: what is learned, read from the batches as they are, against the rows rendered again."""
+"""Group 5, masking: the learned tokens, as the batches hold them, against the rows rendered again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PADDING, PackedBatch
+from lowlevel.data.examples import SFTExample
 from lowlevel.labels import IGNORED
 from lowlevel.verification.check import Check, check
 from lowlevel.verification.rendered import Expected, expected_sequences, truncated
@@ -24,9 +25,9 @@ class Read:
 
     Attributes:
         row, side: data row, and 0 sft or chosen, 1 rejected.
-        columns: (L,) places in the flattened rows of the tokens that its last token sees, in order.
+        columns: (L,) places, in the flattened rows, of the tokens that its last token attends to, in order.
         inputs: (L,) tokens there.
-        targets: (L,) what is scored there, IGNORED elsewhere.
+        targets: (L,) targets there, IGNORED if not scored.
     """
 
     row: int
@@ -53,7 +54,7 @@ def masking_checks(subject: Subject) -> list[Check]:
 
 
 def read_sequences(batch: PackedBatch) -> list[Read]:
-    """Every sequence that the batch's sums run over, by the index that they use."""
+    """Every sequence of the batch's sums, read through their index."""
     width, examples = batch.input_ids.shape[1], len(batch.real)
     ids, segments, branches = (
         t.flatten().cpu().numpy() for t in (batch.input_ids, batch.segment_ids, batch.branch_ids)
@@ -81,7 +82,7 @@ Targets = dict[int, list[tuple[np.ndarray, np.ndarray]] | None]
 
 
 def _supervised(subject: Subject, batches: list[PackedBatch], reads: list[Read]) -> Check:
-    """As many scored tokens as the sums run over, and as `count` and the log say."""
+    """The number of scored tokens: in the sums, in the targets and in the log."""
     summed = sum(int((read.targets != IGNORED).sum()) for read in reads)
     counted = sum(batch.num_scored for batch in batches)
     marked = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
@@ -91,7 +92,7 @@ def _supervised(subject: Subject, batches: list[PackedBatch], reads: list[Read])
 
 
 def _targets(reads: list[Read], expected: Targets, number: int, preference: bool) -> Check:
-    """Sequences whose inputs or targets are not those of the row, or that are missing or there twice."""
+    """Sequences whose inputs or targets differ from the row, or that are missing or duplicated."""
     wrong, known = 0, 0
     for read in reads:
         of_row = expected.get(read.row)
@@ -99,17 +100,17 @@ def _targets(reads: list[Read], expected: Targets, number: int, preference: bool
             continue
         known += 1
         inputs, targets = of_row[read.side]
-        size = int(np.flatnonzero(targets != IGNORED)[-1]) + 1  # what follows the last scored token is not seen
+        size = int(np.flatnonzero(targets != IGNORED)[-1]) + 1  # later tokens are not read
         same = np.array_equal(read.inputs, inputs[:size]) and np.array_equal(read.targets, targets[:size])
         wrong += not same
     keys = {(read.row, read.side) for read in reads}
     wrong += len(reads) - len(keys) + abs(len(keys) - number * (2 if preference else 1))
-    left = f", {len(reads) - known} cut or split rows left out" if known < len(reads) else ""
+    left = f", {len(reads) - known} cut or split rows skipped" if known < len(reads) else ""
     return check(GROUP, "targets as the rows say", float(wrong), 0, f"{known} sequences rendered again{left}")
 
 
 def _first(reads: list[Read], expected: Targets) -> Check:
-    """Sequences whose first token to learn is not scored, or in which an earlier one is."""
+    """Sequences whose first learned token is not scored, or in which an earlier token is."""
     wrong = 0
     for read in reads:
         of_row = expected.get(read.row)
@@ -121,7 +122,7 @@ def _first(reads: list[Read], expected: Targets) -> Check:
 
 
 def _ends(subject: Subject, reads: list[Read], expected: dict[int, list[Expected]], by_row: dict[int, Any]) -> Check:
-    """Replies, cut ones left out, whose end-of-turn token is not the last of them that is scored."""
+    """Replies, except cut ones, whose last scored token is not the end of turn."""
     end, wrong, number, cut = subject.tokenizer.end_of_turn_id, 0, 0, 0
     if end is None:
         return check(GROUP, "replies end with end of turn", float("nan"), 0, "the template writes no end-of-turn token")
@@ -133,12 +134,7 @@ def _ends(subject: Subject, reads: list[Read], expected: dict[int, list[Expected
             left = int(whole.learned.argmax()) - len(example.prompt_ids)  # tokens cut from the prompt's left
         for place in whole.ends:
             position = place - left - 1
-            sizes = (
-                (len(example.prompt_ids), len((example.chosen_ids, example.rejected_ids)[read.side]))
-                if (subject.preference)
-                else (len(example.input_ids),)
-            )
-            if position >= sum(sizes) - 1:
+            if position >= _size(example, read.side) - 1:
                 cut += 1
                 continue
             number += 1
@@ -147,17 +143,24 @@ def _ends(subject: Subject, reads: list[Read], expected: dict[int, list[Expected
     return check(GROUP, "replies end with end of turn", float(wrong), 0, note)
 
 
+def _size(example: Any, side: int) -> int:
+    """Tokens of an SFT example, or of the prompt and one completion of a pair."""
+    if isinstance(example, SFTExample):
+        return len(example.input_ids)
+    return len(example.prompt_ids) + len((example.chosen_ids, example.rejected_ids)[side])
+
+
 def _bos(subject: Subject, reads: list[Read]) -> Check:
     bos = subject.tokenizer.bos_id
     if bos is None:
-        return check(GROUP, "one BOS at the start", 0, 0, "the tokenizer puts none")
-    # A template may write more of them before later turns, which "targets as the rows say" compares.
+        return check(GROUP, "one BOS at the start", 0, 0, "the tokenizer has none")
+    # A template may write BOS before later turns too: "targets as the rows say" compares those.
     wrong = sum(read.inputs[0] != bos or bool((read.inputs[1:2] == bos).any()) for read in reads)
     return check(GROUP, "one BOS at the start", float(wrong), 0, f"{len(reads)} sequences, id {bos}")
 
 
 def _gradient(subject: Subject, batches: list[PackedBatch], reads: list[list[Read]], expected: Targets) -> Check:
-    """Largest gradient of a final hidden state where the rows say that nothing is learned: prompts and padding."""
+    """Largest gradient of a final hidden state at positions that teach nothing: prompts and padding."""
     worst, quiet = 0.0, 0
     for batch, of_batch in zip(batches, reads, strict=True):
         allowed = np.zeros(batch.input_ids.numel(), bool)

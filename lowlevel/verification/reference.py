@@ -1,4 +1,4 @@
-"""Group 4, the reference's certificate: the same weights without the trained adapter, and nothing else that differs."""
+"""Group 4, the reference: the same weights without the trained adapter, and no other difference."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ GROUP = "reference"
 
 @dataclass
 class Kernels(TorchDispatchMode):
-    """Names of the attention operators that run inside."""
+    """Names of the attention operators that run within the block."""
 
     names: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Set torch's own part up."""
         super().__init__()
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator and remember it."""
+        """Run the operator and record its name."""
         name = str(func).removeprefix("aten.").removesuffix(".default")
         if "attention" in name or "softmax" in name:
             self.names.add(name.lstrip("_"))
@@ -42,7 +41,7 @@ class Kernels(TorchDispatchMode):
 
 
 def reference_checks(subject: Subject) -> list[Check]:
-    """Dropout as the run has it: it must not reach the reference."""
+    """Dropout stays on: it must not reach the reference."""
     if not subject.preference:
         return []
     batches = subject.batches()
@@ -65,16 +64,9 @@ def _log_ratios(subject: Subject) -> list[Check]:
             ratios += [sums[f"logps/{side}"] - sums[f"logps/ref_{side}"] for side in ("chosen", "rejected")]
             ratios += [sums[f"rewards/{name}"] for name in ("chosen", "rejected", "margins")]
         for batch in subject.batches():
-            ratios.append(
-                largest_of(torch.cat(_logps(subject, batch, False)) - torch.cat(_logps(subject, batch, True)))
-            )
+            ratios.append(torch.cat(_logps(subject, batch, False)) - torch.cat(_logps(subject, batch, True)))
     note = f"{2 * len(subject.examples)} completions, B = 0, log-ratios and rewards"
-    return [check(GROUP, "log-ratios at step 0", largest(torch.stack([r.cpu() for r in ratios])), 0, note)]
-
-
-def largest_of(values: Tensor) -> Tensor:
-    """Largest absolute value, scalar."""
-    return values.abs().max()
+    return [check(GROUP, "log-ratios at step 0", max(map(largest, ratios)), 0, note)]
 
 
 def _logps(subject: Subject, batch: PackedBatch, reference: bool) -> tuple[Tensor, Tensor]:
@@ -104,7 +96,7 @@ def _passes(subject: Subject, batches: list[PackedBatch]) -> list[Check]:
 
 
 def _dropout(subject: Subject, batch: PackedBatch) -> Check:
-    """No dropout module has a key in the reference pass, and each that runs returns its input itself."""
+    """In the reference pass dropout has no key, and each dropout module returns its input."""
     policy, dropping = subject.policy, []
     modules = [module for module in policy.model.modules() if isinstance(module, CounterDropout)]
 
@@ -142,7 +134,7 @@ def _kernels(subject: Subject, batch: PackedBatch) -> list[Check]:
 
 
 def frozen_checks(subject: Subject, names: list[str], before: Tensor, base: tuple[str, str]) -> list[Check]:
-    """What must be as it was after all the other checks, which ran steps and reference passes.
+    """Weights that the other checks, with their steps and reference passes, must not have changed.
 
     Args:
         subject: what was verified.

@@ -1,6 +1,6 @@
-"""Which tokens a row is to teach, derived from the row itself by transformers' own template and offsets.
+"""The learned tokens of a row, derived from the row itself by the chat template and offsets of transformers.
 
-Nothing of `data.rendering` or `data.examples` takes part: prefix and whole are rendered by `apply_chat_template`, and a
+No code of `data.rendering` or `data.examples` is used: prefix and whole are rendered by `apply_chat_template`, and a
 token is the assistant's if it begins in the text between them.
 """
 
@@ -22,7 +22,7 @@ from lowlevel.labels import IGNORED
 class Expected:
     """A whole sequence before truncation: ids (L,), and which tokens are learned (L,).
 
-    `sure` is False where a token lies across the boundary of prompt and reply: such rows are tokenised in parts.
+    `sure` is False if a token crosses the boundary of prompt and reply: such rows are tokenised in parts.
     """
 
     ids: np.ndarray
@@ -88,7 +88,7 @@ def _expected(
 
 
 def _reply_end(tokenizer: ChatTokenizer, text: str) -> int:
-    """Where the last end-of-turn token of a rendered conversation ends: blanks and eos behind it are the template's."""
+    """End of the last end-of-turn token of a rendered conversation; blanks and eos after it belong to the template."""
     if tokenizer.end_of_turn_id is None:
         return len(text)
     token = str(tokenizer.tokenizer.convert_ids_to_tokens(tokenizer.end_of_turn_id))
@@ -98,8 +98,8 @@ def _reply_end(tokenizer: ChatTokenizer, text: str) -> int:
 
 
 def truncated(example: Any, expected: list[Expected], preference: bool) -> list[tuple[np.ndarray, np.ndarray]] | None:
-    """Inputs (L-1,) and targets (L-1,) of each sequence as a batch must hold them, or None where the row was cut so
-    that the cut itself decides (a prompt from the left).
+    """Inputs (L-1,) and targets (L-1,) of each sequence as a batch must hold them, or None for a prompt that
+    was cut from the left: there the cut decides.
     """
     results = []
     for side, whole in enumerate(expected):

@@ -29,8 +29,8 @@ from lowlevel.verification.subject import Subject, fill_b, has_effect, kept_weig
 def run_checks(subject: Subject) -> list[Check]:
     """Every check on one step. The policy is left as it was.
 
-    An adapter at its start has B = 0: then most gradients and all margins are 0 and would prove nothing, so B is filled
-    with random numbers for all groups but the reference's.
+    A new adapter has B = 0, and then most gradients and all margins are 0 and prove nothing. So B gets random numbers,
+    except for the reference's checks.
     """
     policy = subject.policy
     names, before = policy.trainable_names(), policy.flat.weights.detach().clone()

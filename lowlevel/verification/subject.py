@@ -1,4 +1,4 @@
-"""What is verified: a policy, its method, and the examples of one step; and how a step of them is run."""
+"""The subject of the checks: a policy, its method, and the examples of one step; and how that step is run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ZERO_RATE = 0.0  # the gradient stays in the flat buffer and no weight moves
 
 @dataclass(frozen=True)
 class Subject:
-    """Everything a check reads."""
+    """The input of every check."""
 
     config: RunConfig
     tokenizer: ChatTokenizer
@@ -49,12 +49,12 @@ class Subject:
 
     @property
     def bounds(self) -> Bounds:
-        """By the run's precision."""
+        """Bounds of the run's precision."""
         return BOUNDS[self.policy.placement.precision]
 
     @property
     def preference(self) -> bool:
-        """DPO."""
+        """Whether the method is DPO."""
         return isinstance(self.method, DPO)
 
     @property
@@ -91,7 +91,7 @@ class Subject:
         return [batch.to(self.policy.placement.device) for batch in made]
 
     def set_dropout(self, batch: PackedBatch) -> None:
-        """Key the coming passes as the step does."""
+        """Set the step's dropout key for the next passes."""
         self.policy.dropout.set_micro_batch(batch.dropout_keys, key32(self.config.train.seed, self.step))
 
     def sums(self, batch: PackedBatch, method: Method | None = None) -> dict[str, Tensor]:
@@ -112,11 +112,11 @@ class Subject:
         """`optimizer_step` without an update: its result, and the flat gradient (n,) fp32.
 
         Args:
-            method: in the place of the run's.
-            examples: in the place of the step's.
-            scale: loss scale; None is what a run of this precision starts with.
-            execution: in the place of an eager one; brings its own method.
-            batches: in the place of the method's own.
+            method: replaces the run's.
+            examples: replace the step's.
+            scale: loss scale; None: the first one of a run in this precision.
+            execution: replaces an eager one, and brings its own method.
+            batches: replace the method's own.
         """
         execution = execution or Eager(self.policy, method or self.method)
         made = batches or execution.method.micro_batches(self.examples if examples is None else examples)
@@ -135,23 +135,23 @@ class Subject:
         return result, self.policy.flat.grad.clone()
 
     def execution(self, note: list[str]) -> WithFallback:
-        """The run's own way to execute a step; what falls back is noted."""
+        """The run's execution of a step; a fallback is noted."""
         return WithFallback(self.policy, self.method, self.mode, note.append)
 
 
 def with_batches_of(method: Method, size: int) -> Method:
-    """The method with `size` examples a micro-batch, each in a row of its own (a pair: two rows)."""
+    """The method with `size` examples in a micro-batch, each in its own row (a pair: two rows)."""
     return replace(method, batch_size=size, packing=False, shape=None)
 
 
 def packed(method: Method, rows: int) -> Method:
-    """The method with examples packed, `rows` rows a micro-batch, no batch filled up; pairs share their prompt."""
+    """The method with packed examples, `rows` rows in a micro-batch and no dummy examples; pairs share their prompt."""
     return replace(method, batch_size=rows, packing=True, shape=None)
 
 
 @contextmanager
 def kept_weights(policy: Policy) -> Iterator[None]:
-    """Put the adapter's weights back afterwards, bit for bit, whatever happened to them."""
+    """Restore the adapter's weights after the block, bit for bit."""
     before = policy.flat.weights.detach().clone()
     try:
         yield
@@ -163,7 +163,7 @@ def kept_weights(policy: Policy) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(policy: Policy) -> Iterator[None]:
-    """Probability 0 in every dropout module: what float64 recomputes has none."""
+    """Probability 0 in every dropout module: the float64 model has no dropout."""
     modules = [module for module in policy.model.modules() if isinstance(module, CounterDropout)]
     before = [module.p for module in modules]
     for module in modules:
@@ -176,7 +176,7 @@ def without_dropout(policy: Policy) -> Iterator[None]:
 
 
 def zero_b(policy: Policy) -> None:
-    """The adapter as one begins: B = 0, no effect."""
+    """Set B = 0, as in a new adapter, which has no effect."""
     with torch.no_grad():
         for name, view in policy.flat.views.items():
             if ".lora_B." in name:
@@ -184,7 +184,7 @@ def zero_b(policy: Policy) -> None:
 
 
 def fill_b(policy: Policy, seed: int = 0, size: float = 0.05) -> None:
-    """Random B, so that each layer's update is about `size` times 0.6 of its input: an effect that cannot be missed."""
+    """Random B, so that each layer's update is about 0.6 `size` times its input: an effect that checks can see."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, view in policy.flat.views.items():

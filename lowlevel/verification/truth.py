@@ -30,7 +30,7 @@ class HeadScores:
     """Scored tokens of one example's micro-batch, in float64 from hidden states in the run's precision.
 
     Attributes:
-        path: (n,) what the training path's `token_logps` gives.
+        path: (n,) from the training path's `token_logps`.
         exact: (n,) float64 log-softmax of the upcast hidden states and LM head.
         sides: (n,) branch of each token: 0 sft, 1 chosen, 2 rejected.
         largest_logit: in absolute value.
@@ -55,7 +55,7 @@ def sequences_of(example: Any, preference: bool) -> list[Scored]:
 def head_scores(policy: Policy, batch: PackedBatch) -> HeadScores:
     """Score a micro-batch's tokens twice from the same hidden states: by the training path, and in float64.
 
-    Which position is scored with which target is read from `batch.targets`; dummy positions are left out.
+    Targets are read from `batch.targets`; dummy positions are left out.
     """
     policy.dropout.disable()
     with torch.no_grad():

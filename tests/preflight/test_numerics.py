@@ -50,7 +50,7 @@ def test_four_bit_weights_as_they_should_be(monkeypatch):
 def test_rows_that_are_no_multiple_of_the_block(monkeypatch):
     broken(monkeypatch, lambda twin: twin.roll(1), only_ragged=True)
     answer = numerics.four_bit()
-    assert answer.verdict == "note" and "no multiple of 64 are read wrongly" in answer.found
+    assert answer.verdict == "note" and "not a multiple of 64 are read wrongly" in answer.found
     assert "load_in_4bit = false" in answer.advice
 
 

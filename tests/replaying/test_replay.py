@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import random
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from workspace import metrics, run
 
 from lowlevel.checkpoints import checkpoint
 from lowlevel.replaying.compare import number_rows, same_bits, tensors_row
-from lowlevel.replaying.replay import ReplayDiffersError, replay_run
+from lowlevel.replaying.replay import replay_run
+from lowlevel.replaying.report import ReplayDiffersError
 from lowlevel.running.reopening import reopen
 from lowlevel.running.run_folder import run_lock
 
@@ -62,10 +62,10 @@ def alter_weights(folder, file, name, by):
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "dpo8"])
-def test_twenty_steps_are_identical(runs, name):
+def test_steps_are_identical(runs, name):
     before = files_of(runs.folder / name)
     saved = 0
-    for step in random.Random(name).sample(range(1, STEPS + 1), 20):
+    for step in (3, 5, 7, 10, 18, STEPS):
         found = replay(runs.folder / name, step)
         assert all(row.identical and row.difference == 0 for row in found.rows), step
         assert found.exact and found.start == (
@@ -102,7 +102,7 @@ def test_a_run_that_was_stopped_and_resumed(runs, step):
     assert found.start == {3: "the start of the run", 8: "step-00000005", 9: "step-00000008"}.get(step, "step-00000010")
 
 
-@pytest.mark.parametrize("step", range(1, 13))
+@pytest.mark.parametrize("step", [2, 6, 8, 9, 12])
 def test_means_over_windows(runs, step):
     """Also from a checkpoint in the middle of a window: it holds the window's sums."""
     found = replay(runs.folder / "thirds", step)

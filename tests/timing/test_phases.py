@@ -32,6 +32,10 @@ METHODS = {
 OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw")
 
 
+def numbers(result):
+    return result.number, result.metrics, result.grad_norm, result.learning_rate, result.count, result.rows
+
+
 def take(policy, method, examples, optimizer, *, scale=1.0):
     """A real step with its update."""
     loss_scale = LossScale(scale=scale, enabled=scale != 1.0)
@@ -59,7 +63,7 @@ def test_a_divided_step_is_the_same_step_bit_for_bit(tiny_base, name, checkpoint
             result = take(policy, method, examples, optimizer)
         found.append((result, policy.flat.grad.clone(), policy.flat.weights.detach().clone()))
     (plain, grad, weights), (timed, timed_grad, timed_weights) = found
-    assert timed == plain and plain.grad_norm > 0.1
+    assert numbers(timed) == numbers(plain) and plain.grad_norm > 0.1
     assert torch.equal(timed_grad, grad) and torch.equal(timed_weights, weights)
 
 
@@ -101,7 +105,7 @@ def test_each_function_counts_in_its_phase(tiny_base, monkeypatch, name):
     slow.make(Policy, "scored_hidden_states", 10)
     slow.make(policy_module, "token_logps", 100)
     slow.make(torch.Tensor, "backward", 1_000)
-    slow.make(LossScale, "update", 10_000)  # after the norm and the host sync
+    slow.make(LossScale, "accepts", 10_000)  # after the norm and the host sync
     slow.make(PackedBatch, "sequence_sums", 100_000)
     slow.make(loop, "StepResult", 1_000_000)
     clock = PhaseClock(CPU)

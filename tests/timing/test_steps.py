@@ -42,6 +42,10 @@ def eager(run: TimedRun) -> WithFallback:
     return WithFallback(run.policy, run.method, "eager", pytest.fail)
 
 
+def numbers(result):
+    return result.number, result.metrics, result.grad_norm, result.learning_rate, result.count, result.rows
+
+
 class Kept:
     """What the loop reports, as results."""
 
@@ -75,7 +79,7 @@ def test_the_steps_are_those_of_training_bit_for_bit_and_nothing_is_kept(tiny_ba
     run = run_of(tiny_base, name)
     before, names = run.policy.flat.weights.detach().clone(), run.policy.trainable_names()
     taken = take_steps(run, eager(run), COUNT, divide=divide)
-    assert [step.result for step in taken] == expected
+    assert [numbers(step.result) for step in taken] == [numbers(result) for result in expected]
     assert len({result.metrics["loss"] for result in expected}) == COUNT  # so each update was made
     assert torch.equal(run.policy.flat.weights, before) and run.policy.trainable_names() == names
     assert [step.number for step in taken] == [1, 2, 3, 4, 5]
