@@ -18,7 +18,6 @@ from lowlevel.errors import ConfigError
 from lowlevel.inspection.charts import histogram, loss_bands
 from lowlevel.inspection.figures import percent, plain, signed, typographic
 from lowlevel.inspection.inspection import Inspection
-from lowlevel.inspection.lines import loss_path
 from lowlevel.inspection.pieces import VISIBLE
 from lowlevel.inspection.reading import formula, loss_of, source, sum_name, weight_name
 from lowlevel.inspection.view import Article, Scales, pair_article, scales, sequence_article
@@ -76,7 +75,7 @@ def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
     margins = [float(record.margin) for record in pairs]
     return {
         "modes": [contribution, *_modes(scale)],
-        "articles": [pair_article(r, loss_path(r, inspection.method), inspection.pieces, scale, sums) for r in pairs],
+        "articles": [pair_article(r, inspection.method, inspection.pieces, scale) for r in pairs],
         "histogram": histogram(margins),
         "batch": [
             {"row": record.row, "margin": margin, "width": abs(margin) / (max(map(abs, margins)) or 1.0),

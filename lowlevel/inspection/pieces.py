@@ -16,16 +16,7 @@ from lowlevel.data.rendering import ChatTokenizer
 
 SPACE, NEWLINE = "·", "⏎"
 VISIBLE = {" ": SPACE, "\n": NEWLINE, "\t": "⇥", "\r": "␍"}
-HIDDEN = (
-    "Cc",
-    "Cf",
-    "Cn",
-    "Co",
-    "Cs",
-    "Zl",
-    "Zp",
-    "Zs",
-)  # categories without a visible glyph
+HIDDEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs")  # categories without a visible glyph
 MARKS = ("Mc", "Me", "Mn")  # combining: they would be drawn on the character before the token
 METASPACE = "▁"  # SentencePiece's space
 

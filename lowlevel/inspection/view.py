@@ -9,9 +9,19 @@ from torch import Tensor
 
 from lowlevel.inspection.charts import Stair, stair
 from lowlevel.inspection.figures import percent, plain, signed, typographic
-from lowlevel.inspection.lines import FallLine, PathStep, TokenLine, completion_lines, fall_line, sequence_lines
+from lowlevel.inspection.lines import (
+    FallLine,
+    PathStep,
+    TokenLine,
+    completion_lines,
+    fall_line,
+    loss_path,
+    sequence_lines,
+)
 from lowlevel.inspection.pieces import TokenPieces, breaks_line
+from lowlevel.inspection.reading import sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord, TokenRecord
+from lowlevel.methods import Method
 
 CLIPPED = 0.98  # quantile at which a colour scale ends, so that one outlier does not make all others pale
 
@@ -55,8 +65,7 @@ class HeatMap:
 class Article:
     """One example: a pair, or a conversation."""
 
-    anchor: str
-    title: str
+    row: int
     where: str
     facts: tuple[tuple[str, str], ...]
     prompt: str
@@ -84,14 +93,14 @@ def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Scales,
     lines = sequence_lines(record, pieces)
     views = _token_views(tokens, lines, scale, [0.0] * len(tokens), chart.heights)
     learned = dict(zip(tokens.positions.tolist(), views, strict=True))
-    whole = [learned.get(i) or _unscored(int(token), pieces) for i, token in enumerate(record.input_ids)]
+    texts = pieces.texts(record.input_ids)
+    whole = [learned.get(i) or TokenView(text, breaks_line(text), scored=False) for i, text in enumerate(texts)]
     summary = f"{len(tokens)} of {len(record.input_ids)} tokens learned"
     each, share = plain(loss / max(1, len(tokens))), percent(loss / (total or 1.0))
     facts = [("loss", plain(loss)), ("per token", each), ("of the step", share)]
     facts += [(name, f"{value:g}") for name, value in record.values.items()]
     return Article(
-        anchor=f"row-{record.row}",
-        title=f"Row {record.row}",
+        row=record.row,
         where=record.where,
         facts=tuple((name, typographic(value)) for name, value in facts),
         prompt="",
@@ -103,10 +112,9 @@ def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Scales,
     )
 
 
-def pair_article(
-    record: PairRecord, steps: Sequence[PathStep], pieces: TokenPieces, scale: Scales, sums: str
-) -> Article:
-    """A pair; `sums` is the name of the sum of its contributions."""
+def pair_article(record: PairRecord, method: Method, pieces: TokenPieces, scale: Scales) -> Article:
+    """A pair."""
+    sums = sum_name(method.config.loss_type)
     running = record.running_sums.tolist()
     chart, split = stair(running), len(record.chosen.tokens)
     maps = []
@@ -126,12 +134,11 @@ def pair_article(
         ("loss", plain(float(record.loss))),
     )
     return Article(
-        anchor=f"row-{record.row}",
-        title=f"Row {record.row}",
+        row=record.row,
         where=record.where,
         facts=tuple((name, typographic(value)) for name, value in facts),
         prompt=pieces.decode(record.prompt_ids).strip(),
-        steps=tuple(steps),
+        steps=tuple(loss_path(record, method)),
         chart=chart,
         chart_name=f"cumulative {sums} along the tokens",
         split=100 * split / max(1, len(running)),
@@ -177,11 +184,6 @@ def _tip(line: TokenLine) -> str:
     numbers = [f"{name}\t{typographic(number)}" for name, number in line.numbers.items()]
     others = [f"{'instead' if i == 0 else ''}\t{other}" for i, other in enumerate(line.others)]
     return "\n".join([line.token, *numbers, *others])
-
-
-def _unscored(token: int, pieces: TokenPieces) -> TokenView:
-    text = pieces.text(token)
-    return TokenView(text, breaks_line(text), scored=False)
 
 
 def _strength(value: float, full: float) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
-from lowlevel.inspection import PairRecord, inspect_pairs, largest_gains
+from lowlevel.inspection import PairRecord, TokenGain, inspect_pairs, largest_gains
 from lowlevel.inspection.displacement import NOTICED
 from lowlevel.inspection.figures import percent, signed
 from lowlevel.inspection.lines import FallLine, fall_line
@@ -24,16 +24,6 @@ NOTICED_TEXT = percent(NOTICED)
 
 
 @dataclass(frozen=True)
-class GainLine:
-    """A token that gained probability, as texts."""
-
-    token: str
-    id: str
-    gained: str
-    positions: str
-
-
-@dataclass(frozen=True)
 class DisplacedPairs:
     """Pairs that were inspected with the run's weights.
 
@@ -45,7 +35,7 @@ class DisplacedPairs:
         falls: data row and line of the displaced pairs that are shown, farthest first.
         lost: probability that their chosen tokens lost, summed over the positions with a loss.
         positions: number of those positions.
-        gains: the tokens that gained most there.
+        gains: the tokens that gained most there, with their texts.
     """
 
     weights: str
@@ -55,18 +45,18 @@ class DisplacedPairs:
     falls: tuple[tuple[int, FallLine], ...]
     lost: float
     positions: int
-    gains: tuple[GainLine, ...]
+    gains: tuple[tuple[str, TokenGain], ...]
 
     @property
     def sentence(self) -> str:
         """For a terminal."""
         if not self.falls:
             return f"none of {self.looked} pairs {self.origin} is below its reference ({self.weights})"
-        tokens = ", ".join(f"{gain.token} {gain.gained} ({gain.positions})" for gain in self.gains[:NAMED]) or "none"
+        named = [f"{text} {signed(gain.gained, 3)} ({gain.positions})" for text, gain in self.gains[:NAMED]]
         return (
-            f"{self.below} of {self.looked} pairs {self.origin} below their reference ({self.weights}); at the "
+            f"{self.below} of {self.looked} pairs {self.origin} are below their reference ({self.weights}); at the "
             f"{self.positions} positions where chosen tokens of {len(self.falls)} fell, by {self.lost:.3f} in all, "
-            f"gained most: {tokens}"
+            f"gained most: {', '.join(named) or 'none'}"
         )
 
 
@@ -120,8 +110,5 @@ def displaced_pairs(
         falls=tuple(falls),
         lost=sum(one.lost for one in found),
         positions=sum(int((one.losses > 0).sum()) for one in found),
-        gains=tuple(
-            GainLine(pieces.text(gain.token), str(gain.token), signed(gain.gained, 3), str(gain.positions))
-            for gain in largest_gains(found, SHOWN)
-        ),
+        gains=tuple((pieces.text(gain.token), gain) for gain in largest_gains(found, SHOWN)),
     )
