@@ -225,8 +225,8 @@ class Run:
 
     def __repr__(self) -> str:
         last = next((f", loss {record['loss']:.4f}" for record in reversed(self.metrics) if "loss" in record), "")
-        steps = [*(record["step"] for record in self.metrics), *saved(self.path)]
-        return f"Run({str(self.path)!r}: {self.config.method}, step {max(steps, default=0)}{last}, {self.folder.read_state()})"
+        step = max([0, *(record["step"] for record in self.metrics), *saved(self.path)])
+        return f"Run({str(self.path)!r}: {self.config.method}, step {step}{last}, {self.folder.read_state()})"
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
