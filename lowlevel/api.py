@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
+from lowlevel.checkpoints.checkpoint import saved
 from lowlevel.config.file import OTHER_NAMES, config_from_tables, load_tables
 from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import SECTIONS, RunConfig
@@ -224,7 +225,7 @@ class Run:
 
     def __repr__(self) -> str:
         last = next((f", loss {record['loss']:.4f}" for record in reversed(self.metrics) if "loss" in record), "")
-        step = max((record["step"] for record in self.metrics), default=0)
+        step = max([0, *(record["step"] for record in self.metrics), *saved(self.path)])
         return f"Run({str(self.path)!r}: {self.config.method}, step {step}{last}, {self.folder.read_state()})"
 
     @property
@@ -276,7 +277,7 @@ class Run:
         return replay_run(self.opened, step, start=start)
 
     def generate(self, prompt: str, *, system: str | None = None, **sampling: Any) -> str:
-        """Reply to a prompt with the run's adapter.
+        """Reply to a prompt with the run's adapter, of an unfinished run its newest checkpoint's.
 
         Args:
             prompt: what the user says.
@@ -294,7 +295,7 @@ class Run:
     def _for_replies(self) -> Any:
         from lowlevel.running.replies import load_for_replies
 
-        return load_for_replies(self.path, print)
+        return load_for_replies(self.folder.newest_adapter(print) or self.path, print)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the result (adapter, tokenizer, model card) to the hub and return its address.

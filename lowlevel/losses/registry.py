@@ -52,7 +52,7 @@ class LossSpec:
         """One loss a pair (P,) or token (N,), and metrics of the same shape, detached."""
         result = self.function(logps, **settings)
         losses, metrics = result if isinstance(result, tuple) else (result, {})
-        return losses, {name: value.detach() for name, value in metrics.items()}
+        return losses, {name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()}
 
 
 def spec_of(function: Callable[..., Any], formula: str, paper: str = "", *, name: str = "", **flags: bool) -> LossSpec:

@@ -1,0 +1,99 @@
+"""The generator form: what it yields is what is logged; leaving the loop saves, and resuming continues bit for bit."""
+
+import signal
+import threading
+
+import pytest
+import torch
+
+import lowlevel as ll
+from lowlevel.errors import ConfigError
+from lowlevel.optim.train_state import StepResult
+
+
+@pytest.fixture(scope="module")
+def taken(api) -> list[StepResult]:
+    return list(api.steps("taken", logging_steps=10))
+
+
+def test_the_values_of_a_step_are_those_logged(taken, dpo):
+    assert [step.number for step in taken] == [1, 2, 3, 4]
+    for step, record in zip(taken, dpo.metrics, strict=True):
+        assert (step.loss, step.grad_norm, step.learning_rate) == tuple(
+            record[key] for key in ("loss", "grad_norm", "learning_rate")
+        )
+        assert all(record[name] == value for name, value in step.metrics.items())
+        assert step.count == len(step.rows) == len(set(step.rows)) == 4
+        for name in ("rewards/chosen", "rewards/margins", "logps/chosen", "logps/ref_rejected"):
+            assert float(step.examples[name].double().mean()) == pytest.approx(record[name], rel=1e-6, abs=1e-6)
+        assert float(step.examples["loss"].double().mean()) == pytest.approx(step.loss, abs=1e-6)
+        assert not any(value.requires_grad for value in (*step.examples.values(), *step.tokens.values()))
+    assert sum(step.num_tokens for step in taken) == dpo.metrics[-1]["num_tokens"]
+    assert sum(step.supervised_tokens for step in taken) == dpo.metrics[-1]["supervised_tokens"]
+    assert sorted(row for step in taken[:2] for row in step.rows) == list(range(8))
+
+
+def test_the_tokens_of_a_step_add_up_to_its_log_probabilities(taken):
+    step, tokens = taken[2], taken[2].tokens
+    sums = step.examples["logps/chosen"] + step.examples["logps/rejected"]
+    assert {len(value) for value in tokens.values()} == {step.supervised_tokens}
+    for row, chosen, rejected in zip(
+        step.rows, step.examples["logps/chosen"], step.examples["logps/rejected"], strict=True
+    ):
+        own = tokens["logps"][tokens["rows"] == row]
+        assert float(own.sum()) == pytest.approx(float(total), abs=1e-4)
+        reference = tokens["ref_logps"][tokens["rows"] == row]
+        assert reference.shape == own.shape and not torch.equal(reference, own)
+
+
+def test_the_tokens_of_sft(api, sft):
+    (step,) = api.steps("sft-steps", sft.config.data.source, method="sft", max_steps=1, lr_scheduler_type="constant")
+    assert step.count == step.supervised_tokens == len(step.tokens["logps"])
+    assert step.loss == sft.metrics[0]["loss"]
+    assert float(-step.tokens["logps"].double().mean()) == pytest.approx(step.loss, rel=1e-6)
+    last = step.tokens["ids"][step.tokens["rows"] == step.rows[0]]
+    assert len(last) > 1
+
+
+def test_leaving_the_loop_saves_and_resuming_continues_bit_for_bit(api, dpo, taken, same):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for step in api.steps("left", logging_steps=10):
+        if step.number == 1:
+            break
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    run = ll.Run(api.folder / "left", data=dpo.config.data.source)
+    assert run.folder.read_state() == "preempted" and "step 1" in repr(run)
+    assert (run.path / "step-00000001").exists() and not (run.path / "adapter").exists()
+    assert isinstance(run.generate("Hello", max_new_tokens=2), str)  # with its newest checkpoint
+    with pytest.raises(ConfigError, match="resume"):
+        next(api.steps("left"))
+    rest = [step.number for step in api.steps("left", logging_steps=10, resume=True)]
+    assert rest == [2, 3, 4] and same(ll.Run(run.path), ll.Run(api.folder / "taken"))
+
+
+def test_an_exception_in_the_loop_saves_too(api):
+    with pytest.raises(ZeroDivisionError):
+        for step in api.steps("raised"):
+            print(1 // (2 - step.number))
+    run = ll.Run(api.folder / "raised")
+    assert run.folder.read_state() == "preempted" and (run.path / "step-00000002").exists()
+
+
+def test_steps_in_a_thread(api, taken):
+    found: list[float] = []
+
+    def work():
+        torch.set_num_threads(1)
+        found.extend(step.loss for step in api.steps("thread"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [step.loss for step in taken]
+
+
+def test_settings_are_checked_when_steps_is_called(tmp_path):
+    with pytest.raises(ConfigError, match="max_steps"):
+        ll.steps("dpo", max_step=3)
+    ll.steps("dpo", output_dir=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
