@@ -65,7 +65,7 @@ OWN: dict[str, LossSpec] = {}  # filled by `loss`
 
 
 @overload
-def loss(function: Function, /) -> Function: ...
+def loss(function: Function, /, *, name: str = "", mixes_pairs: bool = False, detaches: bool = False) -> Function: ...
 
 
 @overload
