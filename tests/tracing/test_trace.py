@@ -19,6 +19,7 @@ from lowlevel.errors import InterruptedRunError, NonFiniteError
 from lowlevel.execution import Eager
 from lowlevel.losses import PreferenceLoss
 from lowlevel.optim.loss_scale import LossScale
+from lowlevel.reporting.series import panels
 from lowlevel.running.run import RunObserver, run_training
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.tracing import Tracer, drop_after, read_trace
@@ -208,7 +209,8 @@ def test_a_resumed_run_has_the_trace_of_an_uninterrupted_one(space, tmp_path, mo
     assert not list(folder.trace.glob(".tmp-*"))
 
 
-def test_a_restart_forgets_the_trace(space, tmp_path):
+def test_a_restart_forgets_the_trace(space, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowlevel.reporting.report.panels", lambda runs: panels(runs)[:1])  # one PNG file
     path = run_file(space, tmp_path, "again", trace={"every": 1})
     run("dpo", path)
     assert run("dpo", path, "--restart", "--train.max_steps", 2).code == 0
