@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,7 +143,7 @@ def _drop_later(folder: RunFolder, step: int) -> None:
     """Remove what an earlier start wrote about steps after `step`."""
     folder.drop_metrics_after(step)
     drop_after(folder.trace, step)
-    folder.drop_failure()
+    shutil.rmtree(folder.failure, ignore_errors=True)
 
 
 def check_result_is_saved(folder: RunFolder) -> None:
