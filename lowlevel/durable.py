@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -56,11 +56,8 @@ def replaced_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path; the file written there replaces `path` at the end. An error in the block keeps `path`.
 
     The temporary path has another suffix: pass the format to writers that derive it from the suffix.
-
-    Raises:
-        OSError: a disk error.
     """
-    with _temporary(path, _new_file) as temporary:
+    with _temporary(path, folder=False) as temporary:
         try:
             yield temporary
             sync(temporary)
@@ -74,11 +71,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def given_file(path: Path) -> Iterator[Path]:
-    """The same for a path from the user: a link stays a link, and a pipe or device is written directly.
-
-    Raises:
-        OSError: a disk error.
-    """
+    """The same for a path from the user: a link stays a link, and a pipe or device is written directly."""
     if path.exists() and not path.is_file():  # /dev/stdout
         yield path
         return
@@ -88,13 +81,9 @@ def given_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """Yields a new folder, which replaces `target` at the end. Any exception leaves `target` unchanged.
-
-    Raises:
-        OSError: a disk error.
-    """
+    """Yields a new folder, which replaces `target` at the end. Any exception leaves `target` unchanged."""
     old, moved = target.with_name(OLD + target.name), False
-    with _temporary(target, _new_folder) as temporary:
+    with _temporary(target, folder=True) as temporary:
         try:
             yield temporary
             settle(temporary)
@@ -124,10 +113,10 @@ def put_back(old: Path) -> None:
 
 
 def remove_left(folder: Path, name: str | None = None) -> None:
-    """Remove the temporaries in a folder whose writers are dead: those of the file or folder `name`, or all."""
+    """Remove temporary files and folders whose writers have ended: those for `name`, or all."""
     own = re.compile(re.escape(TEMPORARY) + (re.escape(name) if name else ".+") + r"-\d+")
     for left in [path for path in folder.glob(f"{TEMPORARY}*") if own.fullmatch(path.name)]:
-        with suppress(OSError):  # a living writer's lock, or a disk that refuses
+        with suppress(OSError):  # a running writer holds the lock, or a disk error
             _remove_unlocked(left)
 
 
@@ -163,13 +152,16 @@ def _as_json(value: Any) -> str:
 
 
 @contextmanager
-def _temporary(path: Path, make: Callable[[Path], int]) -> Iterator[Path]:
-    """A new file or folder next to `path`, created by `make` and locked until the block ends."""
+def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
+    """A new file or folder next to `path`, locked until the block ends."""
     remove_left(path.parent, path.name)
     for number in count(os.getpid()):
         temporary = path.with_name(f"{TEMPORARY}{path.name}-{number}")
         try:
-            descriptor = make(temporary)
+            if folder:
+                temporary.mkdir()
+            flags = os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL
+            descriptor = os.open(temporary, flags, 0o666)
         except FileExistsError:  # processes of different containers may have the same pid
             continue
         with suppress(OSError):  # a file system without locks
@@ -181,15 +173,6 @@ def _temporary(path: Path, make: Callable[[Path], int]) -> Iterator[Path]:
         yield temporary
     finally:
         os.close(descriptor)
-
-
-def _new_file(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-
-
-def _new_folder(path: Path) -> int:
-    path.mkdir()
-    return os.open(path, os.O_RDONLY)
 
 
 def _remove_unlocked(left: Path) -> None:

@@ -1,1 +1,1 @@
-"""What a run saves: sealed by hashes, complete or absent, verified before it is read."""
+"""Checkpoints of a run: written atomically, with SHA-256 hashes that are verified before reading."""

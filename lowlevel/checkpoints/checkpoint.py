@@ -1,15 +1,15 @@
-"""Checkpoints: safetensors and JSON alone, sealed by SHA-256, committed by a rename, verified before they are read.
+"""Checkpoints: safetensors and JSON files with SHA-256 hashes, committed by a rename, verified before reading.
 
-step-00000120/                      exists only when complete
+step-00000120/                      exists only if complete
   adapter_model.safetensors         the trained adapter in PEFT's format
   adapter_config.json
   optimizer.safetensors             "flat::state1", ...
-  manifest.json                     {"payload": {...}, "payload_sha256": ...} over every other file
-.tmp-step-00000130-<pid>/           a save that did not finish; removed at the next start
-.old-step-00000120/                 the one that a save of the same step takes the place of (lowlevel/durable.py)
-.del-step-00000110/                 one that retention deletes
+  manifest.json                     {"payload": {...}, "payload_sha256": ...} with the hashes of all other files
+.tmp-step-00000130-<pid>/           an unfinished save; removed at the next start
+.old-step-00000120/                 being replaced by a save of the same step (lowlevel/durable.py)
+.del-step-00000110/                 being deleted (train.save_total_limit)
 
-At no point of a save are there fewer good checkpoints than before it.
+A save never reduces the number of good checkpoints.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ MANIFEST = "manifest.json"
 DELETED = ".del-"
 SKIPPED = "skipped a damaged checkpoint: "
 _STEP = re.compile(r"step-(\d{8})")
-_REPLACED = r"(step-\d{8}|adapter|parent|stacked|base|failure)"  # folders of a run that a new one may replace
+_REPLACED = r"(step-\d{8}|adapter|parent|stacked|base|failure)"  # folders of a run that `replaced_folder` writes
 _LITTER = re.compile(rf"{re.escape(TEMPORARY)}.+-\d+|({re.escape(OLD)}|{re.escape(DELETED)}){_REPLACED}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|json)")
 _MAX_MANIFEST_BYTES = 16 * 2**20
-_ROOM = 1.2  # a save needs this many times the size of the newest checkpoint
+_ROOM = 1.2  # free space for a save, relative to the newest checkpoint
 
 
 def save_checkpoint(
     folder: Path, step: int, write_files: Callable[[Path], None], payload: Mapping[str, Any], *, keep: int
 ) -> Path:
-    """Write `step-<step>` under `folder`: all of it or nothing.
+    """Write `step-<step>` under `folder`, complete or not at all.
 
     Args:
         folder: the run folder.
         step: applied steps so far.
-        write_files: writes the checkpoint's files into the folder it is given.
+        write_files: writes the checkpoint's files into the given folder.
         payload: JSON values for the manifest (state, identity, versions).
-        keep: verified checkpoints to keep, this one included.
+        keep: number of verified checkpoints to keep, including this one.
 
     Raises:
-        CheckpointError: the disk is full, too small for a checkpoint like the newest, or refuses; nothing of this
-            checkpoint stays, older ones are untouched.
+        CheckpointError: the disk is full, has less space than the newest checkpoint takes, or refuses. Older
+            checkpoints do not change.
     """
     final, needed = folder / f"step-{step:08d}", 0
     try:
@@ -68,22 +68,21 @@ def save_checkpoint(
         with replaced_folder(final) as temporary:
             write_files(temporary)
             _seal(temporary, {"format": FORMAT, "version": VERSION, "step": step, **payload})
-    except (OSError, SafetensorError) as error:  # safetensors 0.8's own error where a disk is full
+    except (OSError, SafetensorError) as error:  # safetensors 0.8 raises the latter on a full disk
         raise CheckpointError(_not_saved(final, error, needed)) from None
     _retire_old(folder, keep)
     return final
 
 
 def _seal(folder: Path, payload: dict[str, Any]) -> None:
-    """Write the manifest over a folder's files."""
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
-    sealed = {**payload, "files": files}
+    """Write the manifest with the hashes of a folder's files."""
+    sealed = {**payload, "files": {path.name: _describe(path) for path in sorted(folder.iterdir())}}
     text = json.dumps({"payload": sealed, "payload_sha256": _payload_sha256(sealed)}, indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _room_needed(folder: Path) -> int:
-    """Bytes that a save may take: a checkpoint like the newest, and a fifth more; 0 where there is none."""
+    """Bytes that a save may need: 1.2 times the newest checkpoint, or 0 without one."""
     newest = next(iter(checkpoints(folder)), None)
     files = newest.iterdir() if newest and newest.is_dir() else ()
     return math.ceil(_ROOM * sum(path.lstat().st_size for path in files))
@@ -98,19 +97,15 @@ def _not_saved(path: Path, error: Exception, needed: int) -> str:
 
 
 def last_good(folder: Path) -> str:
-    """What is left of a run after an error, as half a sentence."""
+    """The newest good checkpoint, as part of an error message."""
     found = newest_good(folder, lambda line: None)
     return f"the last good checkpoint is {found[0].name}" if found else "there is no checkpoint before it"
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """The manifest's payload, after checking its own hash and size and SHA-256 of every file.
-
-    Raises:
-        CheckpointError: naming the file and what is wrong with it.
-    """
+    """The manifest's payload, after checking its hash, and size and SHA-256 of every file. Raises CheckpointError."""
     for link in filter(Path.is_symlink, (checkpoint, checkpoint / MANIFEST)):
-        raise CheckpointError(f"{link} is a link, not the checkpoint's own")
+        raise CheckpointError(f"{link} is a symbolic link, which may lead to other files")
     payload = _read_manifest(checkpoint / MANIFEST)
     try:
         step, files = payload["step"], payload["files"]
@@ -133,7 +128,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The payload, if its hash is the one beside it."""
+    """The payload, after checking its hash and format."""
     try:
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
             raise CheckpointError(f"{path} is too large to be a manifest")
@@ -167,12 +162,9 @@ def saved(folder: Path) -> dict[int, Path]:
 def newest_good(
     folder: Path, warn: Callable[[str], None], *, before: int | None = None
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that verifies, with its payload; `warn` gets a line for each that does not and is newer.
+    """The newest checkpoint that verifies, with its payload; `warn` gets a line for each newer, damaged one.
 
-    Args:
-        folder: the run folder.
-        warn: takes a line.
-        before: only checkpoints of fewer applied steps.
+    `before`: only checkpoints of fewer applied steps.
     """
     for step, path in saved(folder).items():
         if before is None or step < before:
@@ -184,11 +176,7 @@ def newest_good(
 
 
 def newest_verified(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that verifies, with its payload; None if there is none at all.
-
-    Raises:
-        CheckpointError: there are checkpoints, and each is damaged.
-    """
+    """`newest_good`; None without checkpoints. Raises CheckpointError if all checkpoints are damaged."""
     problems: list[str] = []
 
     def note(line: str) -> None:
@@ -202,10 +190,10 @@ def newest_verified(folder: Path, warn: Callable[[str], None]) -> tuple[Path, di
 
 
 def checkpoint_at(folder: Path, step: int, flag: str) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that a person named with `flag`, by its applied steps, and its payload.
+    """The checkpoint after `step` applied steps and its payload; `flag` names the option in errors.
 
     Raises:
-        ConfigError: there is none, and which there are.
+        ConfigError: no such checkpoint; lists the available ones.
         CheckpointError: it is damaged.
     """
     found = saved(folder)
@@ -218,9 +206,9 @@ def checkpoint_at(folder: Path, step: int, flag: str) -> tuple[Path, dict[str, A
 
 
 def remove_litter(folder: Path) -> None:
-    """Put back what was about to be replaced, and remove what an interrupted write or delete left behind.
+    """Restore folders that were being replaced, and remove the rest of interrupted writes and deletes.
 
-    Call it while holding the run's lock. Hidden files and folders of other names are not a run's, and stay.
+    Call it while holding the run's lock. Hidden files with other names stay.
     """
     litter = [path for path in folder.iterdir() if _LITTER.fullmatch(path.name)]
     for path in litter:
@@ -231,7 +219,7 @@ def remove_litter(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder of a run: at no point is a part of it there under its name."""
+    """Delete a folder of a run; it is renamed first, so that a killed process leaves no part under its name."""
     if path.exists():
         doomed = path.with_name(f"{DELETED}{path.name}")
         os.rename(path, doomed)
@@ -239,7 +227,7 @@ def remove(path: Path) -> None:
 
 
 def _retire_old(folder: Path, keep: int) -> None:
-    """Delete older checkpoints once `keep` verified ones exist; damaged ones do not count."""
+    """Delete older checkpoints if more than `keep` verified ones exist; damaged ones do not count."""
     kept = 0
     for path in checkpoints(folder):
         try:

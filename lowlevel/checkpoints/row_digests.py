@@ -1,15 +1,14 @@
-"""`data_rows.safetensors` in a run folder: the SHA-256 of each row, so that a resumed run can say which one changed.
+"""`data_rows.safetensors` in a run folder: the SHA-256 of each row, so that a resumed run can name a changed row.
 
-train (N, 32) uint8     the rows that gave an example, in training order
+train (N, 32) uint8     the rows that became an example, in training order
 evaluation (M, 32)      likewise
 
-A checkpoint's `data_sha256` and `evaluation_sha256` are hashes over these: a file that does not match is not used.
+`data_sha256` and `evaluation_sha256` of a checkpoint are hashes over these; a file that does not match is ignored.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +23,20 @@ SPLITS = {"data_sha256": "train", "evaluation_sha256": "evaluation"}  # key of t
 
 
 def split_digests(data: PreparedData) -> dict[str, tuple[str, ...]]:
-    """Digests in hexadecimal, by split."""
+    """Hexadecimal digests by split."""
     evaluation = data.report.evaluation
     return {"train": data.report.train.row_digests, "evaluation": evaluation.row_digests if evaluation else ()}
 
 
 def write_row_digests(run_dir: Path, data: PreparedData) -> None:
-    """Write the file."""
-    arrays = {split: _to_array(digests) for split, digests in split_digests(data).items()}
+    """Write data_rows.safetensors."""
+    digests = {split: bytes.fromhex("".join(rows)) for split, rows in split_digests(data).items()}
+    arrays = {split: np.frombuffer(rows, np.uint8).reshape(-1, 32) for split, rows in digests.items()}
     write_bytes(run_dir / FILE, save(arrays))
 
 
 def describe_change(run_dir: Path, key: str, sealed: object, data: PreparedData) -> str:
-    """Which rows changed, in one line.
-
-    Args:
-        run_dir: the run folder.
-        key: "data_sha256" or "evaluation_sha256".
-        sealed: its value at the checkpoint.
-        data: the rows now.
-    """
+    """One line that names the changed rows. `sealed`: the checkpoint's value of `key`, a key of SPLITS."""
     split = SPLITS[key]
     now, then = split_digests(data)[split], _read(run_dir, split)
     if then is None or hashlib.sha256("".join(then).encode()).hexdigest() != sealed:
@@ -66,7 +59,3 @@ def _read(run_dir: Path, split: str) -> list[str] | None:
         return [row.tobytes().hex() for row in load((run_dir / FILE).read_bytes())[split]]
     except (OSError, SafetensorError, KeyError):
         return None
-
-
-def _to_array(digests: Sequence[str]) -> np.ndarray:
-    return np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)

@@ -1,6 +1,6 @@
-"""What a checkpoint holds of a run: the trained adapter, the optimizer's state, the counters, and what they stand on.
+"""Saves and restores the state of a run: trained adapter, optimizer state, counters, and the identity of the run.
 
-No generator state is among them: data order and dropout are pure functions of the seed and the step.
+A checkpoint needs no generator state, because data order and dropout are pure functions of the seed and the step.
 """
 
 from __future__ import annotations
@@ -30,17 +30,14 @@ def save_state(
     config: RunConfig,
     origin: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint of everything that training changes, and of what it stands on: `origin` ("identity" and
-    "versions") goes into the manifest.
+    """Write a checkpoint of everything that training changes; `origin` ("identity", "versions") goes into its manifest.
 
     Raises:
-        CheckpointError: weights that are not finite, or a disk that refuses.
+        CheckpointError: the weights are not finite, or the disk refuses.
     """
-    smallest, largest = torch.aminmax(policy.flat.weights)  # needs no buffer, as isfinite() would; NaN passes through
+    smallest, largest = torch.aminmax(policy.flat.weights)  # unlike isfinite() without a buffer; propagates NaN
     if not bool(torch.isfinite(smallest) & torch.isfinite(largest)):
-        raise CheckpointError(
-            f"step {state.step}: adapter weights are not finite; not saved, older checkpoints are good"
-        )
+        raise CheckpointError(f"step {state.step}: adapter weights are not finite; not saved, older checkpoints stay")
 
     def write_files(target: Path) -> None:
         save_adapter(policy.model, TRAINED, target, public_name(config.model.name))
@@ -53,14 +50,10 @@ def save_state(
 def restore_state(
     policy: Policy, optimizer: torch.optim.Optimizer, path: Path, payload: Mapping[str, Any]
 ) -> TrainState:
-    """Load weights and optimizer state from a verified checkpoint, and return its counters.
-
-    Raises:
-        CheckpointError: tensors or counters that do not fit.
-    """
+    """Load weights and optimizer state from a verified checkpoint, and return its counters. Raises CheckpointError."""
     load_adapter_weights(policy.model, TRAINED, read_adapter_weights(path), str(path / WEIGHTS))
     load_optimizer_tensors(optimizer, policy.flat.weights, load_file(path / "optimizer.safetensors"))
     try:
         return TrainState.from_json(payload["state"])
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its counters are those of another version: {error}") from None
+        raise CheckpointError(f"{path}: its counters are from another version: {error}") from None

@@ -1,8 +1,8 @@
-"""The adapters that a run starts from: which folder a path stands for, and whether it belongs to this base.
+"""The adapters that a run starts from: finding their folders, and checking that they belong to this base.
 
-An adapter is a difference to the weights that it was trained on. On another base, or without the frozen adapter that
-lay under it, it computes something else, and nothing fails. A PEFT folder inside a run folder is checked against that
-run's manifest; of one from elsewhere only the base's name is known.
+An adapter is a difference to the weights that it was trained on. On another base, or without its frozen adapter, it
+gives wrong results without an error. A PEFT folder inside a run folder is compared with that run's manifest; for other
+folders only the base's name is known.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ QUANTISATION = ("dtype", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_do
 
 
 def find_adapter(path: str | None, key: str) -> Path | None:
-    """The PEFT folder that a run folder or PEFT folder stands for; `key` is the setting, for errors.
+    """The PEFT folder at `path`, or the final adapter of a run folder; `key` names the setting in errors.
 
     Raises:
-        ConfigError: nothing there, or an unfinished run.
+        ConfigError: no such folder, or an unfinished run.
     """
     if path is None:
         return None
@@ -39,42 +39,42 @@ def find_adapter(path: str | None, key: str) -> Path | None:
 
 
 def check_frozen_under(parent: Path | None, init_from: Path | None) -> None:
-    """Refuse an adapter that was trained on a frozen one and would do without it here.
+    """Refuse an adapter that was trained on a frozen adapter which is missing here.
 
     Args:
-        parent: the adapter that stays frozen.
-        init_from: the adapter that is trained on; a frozen one under it must be `parent`.
+        parent: the adapter that stays frozen; must itself have been trained without one.
+        init_from: the adapter whose training continues; its frozen adapter must be `parent`.
 
     Raises:
         ConfigError: with what to do.
-        CheckpointError: a manifest that cannot be read.
+        CheckpointError: a manifest cannot be read.
     """
     if parent and _frozen_under(parent):
         raise ConfigError(
-            f"model.adapter: {parent} stands on an adapter of its own; merge it first (lowlevel merge) and start from "
-            "that"
+            f"model.adapter: {parent} was trained on a frozen adapter: merge both first (lowlevel merge) and start "
+            "from the merged model"
         )
     under = _frozen_under(init_from) if init_from else None
     if under and (parent is None or adapter_sha256(parent) != under):
         raise ConfigError(
-            f"lora.init_from: {init_from} stands on an adapter of its own: set model.adapter to that one, or merge "
-            "both first (lowlevel merge) and start from that"
+            f"lora.init_from: {init_from} was trained on a frozen adapter: set model.adapter to that one, or merge "
+            "both first (lowlevel merge) and start from the merged model"
         )
 
 
 def check_bases(folders: Mapping[str, Path | None], base: Mapping[str, Any]) -> list[str]:
-    """Whether adapters were trained on this base.
+    """Check that adapters were trained on this base.
 
     Args:
         folders: PEFT folders by the setting that names them.
-        base: the run's, as its manifest has it (`lowlevel.running.assembly.identity`).
+        base: the run's, as in its manifest (`lowlevel.running.assembly.identity`).
 
     Returns:
-        A line for each that cannot be told by hash and has a base of another name.
+        A line for each adapter whose base has another name and no comparable hash.
 
     Raises:
-        ConfigError: other weights in the same dtype and quantisation.
-        CheckpointError: a manifest or adapter_config.json that cannot be read.
+        ConfigError: same dtype and quantisation, but another hash.
+        CheckpointError: a manifest or adapter_config.json cannot be read.
     """
     notes = []
     for key, folder in folders.items():
@@ -85,8 +85,8 @@ def check_bases(folders: Mapping[str, Path | None], base: Mapping[str, Any]) -> 
             if then["sha256"] != base.get("sha256", then["sha256"]):
                 raise ConfigError(
                     f"{key}: {folder} was trained on the base {quoted(then['name'])} ({then['sha256'][:12]}), and this "
-                    f"one is {quoted(base['name'])} ({base['sha256'][:12]}): set model.name to that base; to use it "
-                    "all the same, copy that folder out of its run"
+                    f"one is {quoted(base['name'])} ({base['sha256'][:12]}): set model.name to that base; to use the "
+                    "adapter anyway, copy its folder out of the run folder"
                 )
             continue
         name = then.get("name") or read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -96,14 +96,14 @@ def check_bases(folders: Mapping[str, Path | None], base: Mapping[str, Any]) -> 
 
 
 def _frozen_under(folder: Path) -> str | None:
-    """SHA-256 of the frozen adapter that an adapter in a run folder was trained on."""
+    """SHA-256 of the frozen adapter on which an adapter in a run folder was trained; None without one."""
     run = RunFolder(folder.resolve().parent)
     inside = folder.resolve() not in (run.parent, run.stacked)
     return _manifest(folder).get("parent_adapter") if inside else None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Of the run that an adapter's folder lies in; empty where it lies in none. Others have a manifest.json, too."""
+    """The manifest of the run folder around an adapter; empty if there is none, or a manifest.json of another kind."""
     run = RunFolder(folder.resolve().parent)
     manifest = run.read_manifest() if (run.path / "manifest.json").exists() else {}
     return manifest if isinstance(manifest.get("base"), dict) and "parent_adapter" in manifest else {}

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: tokenizer, data, base, adapters, method. Cheap checks come first."""
+"""From a configuration to tokenizer, data, base, adapters and method of a run. Cheap checks come first."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ from lowlevel.running.trackers import check_trackers
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that is known before the model is loaded."""
+    """Everything about a run that is known before the model is loaded."""
 
     tokenizer: ChatTokenizer
     data: PreparedData
     placement: Placement
     attention: Attention
     parent: Path | None  # PEFT folder of the frozen adapter
-    init_from: Path | None  # PEFT folder to go on from
+    init_from: Path | None  # PEFT folder whose training continues
     merged_adapter: str | None = None  # SHA-256 of the adapter that the base holds (adapter_mode "original")
 
 
 def build_method(config: RunConfig, attention: Attention) -> Method:
-    """The method of a configuration. A pair's row has room for a prompt and two completions.
+    """The method of a configuration. The row of a pair has room for a prompt and two completions.
 
-    Attention over spans makes rows of any length cheap, so batches are filled up to a few shapes, each captured once:
-    16 to 32 sizes, which leaves 1 to 4 % of the positions empty.
+    Attention over spans makes rows of any length cheap, so batches are padded to 16 to 32 shapes, each captured once;
+    1 to 4 % of the positions are padding.
     """
     batch, data = config.train.per_device_train_batch_size, config.data
     examples = batch * config.train.gradient_accumulation_steps if data.packing else batch
@@ -63,7 +63,7 @@ def build_method(config: RunConfig, attention: Attention) -> Method:
     capacity = config.train.micro_batch_positions or batch * length
     granule = min(max(8, capacity // 16 // 8 * 8), 128 if capacity <= 4096 else 256) if data.packing else 64
     if config.method == "dpo" and loss_spec(config.dpo.loss_type).mixes_pairs:
-        examples = 1  # no pairs that only fill up: they would take part in the sort
+        examples = 1  # no dummy pairs: they would take part in the sort
     shape = Shape(granule, min(8, examples), length, capacity) if attention.kernel else None
     if config.method == "sft":
         return sft.SFT(batch, length, data.packing, shape, config.sft, data.columns)
@@ -76,10 +76,10 @@ def run_loss(config: RunConfig) -> LossSpec:
 
 
 def choose_execution(config: RunConfig, inputs: Inputs) -> str:
-    """The mode of train.execution; "auto" is captured graphs on a GPU, and eager on a CPU: no launches to save.
+    """The mode of train.execution; "auto": CUDA graphs on a GPU, eager on a CPU, which has no launch overhead.
 
     Raises:
-        ConfigError: a mode that needs what the run has not got.
+        ConfigError: the mode needs a GPU or attention over spans, and the run lacks it.
     """
     asked, on_gpu = config.train.execution, inputs.placement.device.type == "cuda"
     spans = inputs.attention.kernel is not None
@@ -93,11 +93,7 @@ def choose_execution(config: RunConfig, inputs: Inputs) -> str:
 
 
 def check_inputs(config: RunConfig) -> Inputs:
-    """Everything that can go wrong before the model is loaded, in the order of its cost.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: with what to do about it.
-    """
+    """All checks that need no loaded model, the cheapest first. Raises ConfigError, DataError or CheckpointError."""
     check_loss(config)
     check_trackers(config)
     placement = choose_placement(config.train.precision)
@@ -113,7 +109,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     if init_from is None:
         check_target_modules(model, config.lora.target_modules)
     tokenizer, data = prepare_data(config)
-    DataOrder.of(config, len(data.train))  # refuses epochs that would never end
+    DataOrder.of(config, len(data.train))  # refuses an endless number of epochs
     attention = choose_attention(config.model, base, placement)
     if attention.implementation != "eager":
         check_sdpa(model)
@@ -121,11 +117,7 @@ def check_inputs(config: RunConfig) -> Inputs:
 
 
 def check_loss(config: RunConfig) -> None:
-    """Refuse a loss that does not exist, is misused, or fails on a trial batch.
-
-    Raises:
-        ConfigError: with what to do about it.
-    """
+    """Refuse a loss that does not exist, is misused, or fails on a trial batch. Raises ConfigError."""
     try:
         if config.method == "sft":
             sft.check_loss(config.sft, config.data.columns)
@@ -139,11 +131,7 @@ def check_loss(config: RunConfig) -> None:
 
 
 def check_run(config: RunConfig) -> tuple[RunConfig, Inputs]:
-    """The configuration with its plan in it, and the inputs: all that can be checked without the model.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: with what to do about it.
-    """
+    """`check_inputs`, with the settings of the memory plan in the configuration, and the execution mode checked."""
     inputs = check_inputs(config)
     if config.train.memory_budget is not None:
         config = with_plan(config, inputs)
@@ -152,27 +140,20 @@ def check_run(config: RunConfig) -> tuple[RunConfig, Inputs]:
 
 
 def check_start(config: RunConfig, scratch: Path) -> tuple[RunConfig, Inputs]:
-    """The same for a run that gets no folder; a merged base (adapter_mode "original") is written to `scratch`."""
-    config, inputs = check_run(config)
-    if config.model.adapter_mode == "original" and inputs.parent:
-        return with_merged_base(config, inputs, RunFolder(scratch))
-    return config, inputs
+    """`check_run` for a run without a folder; a merged base (adapter_mode "original") is written to `scratch`."""
+    return with_merged_base(*check_run(config), RunFolder(scratch))
 
 
 def mixed_by_a_budget(config: RunConfig) -> str:
-    """Why a loss that sorts the pairs of a micro-batch cannot have its micro-batches chosen."""
+    """The error for train.memory_budget with a loss that sorts the pairs of a micro-batch."""
     return (
         f'train.memory_budget chooses the micro-batches, and loss_type = "{config.dpo.loss_type}" compares the pairs '
-        "of one: it would be another loss; set train.micro_batch_positions instead"
+        "of each, so the loss would change; set train.micro_batch_positions instead"
     )
 
 
 def prepare_data(config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:
-    """The tokenizer and the rows of a configuration; its adapters need not exist any more.
-
-    Raises:
-        ConfigError, DataError: with what to do about it.
-    """
+    """The tokenizer and the rows of a configuration; does not look at its adapters. Raises ConfigError, DataError."""
     base = load_model_config(config.model)
     tokenizer = load_run_tokenizer(config)
     vocabulary, positions = size_of(base, "vocab_size"), size_of(base, "max_position_embeddings")
@@ -188,14 +169,15 @@ def load_run_tokenizer(config: RunConfig) -> ChatTokenizer:
 
 
 def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tuple[RunConfig, Inputs]:
-    """adapter_mode "original": the parent adapter merged into the unquantised base, which is then quantised again.
+    """For adapter_mode "original": the parent adapter is merged into the unquantised base, which is then quantised.
 
-    The merged base lies in the run folder, and is the run's base from then on: the reference is that base alone.
+    The merged base is written to the run folder and becomes the run's base; the reference is that base alone.
 
     Raises:
-        ConfigError: the folder holds a base of another adapter.
+        ConfigError: the folder holds a base with another adapter.
     """
-    assert inputs.parent is not None
+    if config.model.adapter_mode != "original" or inputs.parent is None:
+        return config, inputs
     target, sha256 = folder.base, adapter_sha256(inputs.parent)
     if target.exists():
         if read_merged_adapter(folder) != sha256:
@@ -206,14 +188,13 @@ def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tu
             merged.save_pretrained(temporary)
             save_tokenizer(inputs.tokenizer, temporary)
             write_json(temporary / folder.base_record.name, {"merged_adapter": sha256})
-    model = config.model.model_copy(
-        update={"name": str(target), "adapter": None, "revision": None, "adapter_mode": "none"}
-    )
+    own = {"name": str(target), "adapter": None, "revision": None, "adapter_mode": "none"}
+    model = config.model.model_copy(update=own)
     return config.model_copy(update={"model": model}), replace(inputs, parent=None, merged_adapter=sha256)
 
 
 def read_merged_adapter(folder: RunFolder) -> str | None:
-    """SHA-256 of the adapter that the base in a run folder holds; None where there is no such base, or no record."""
+    """SHA-256 of the adapter in the merged base of a run folder; None if it cannot be read."""
     try:
         return str(json.loads(folder.base_record.read_text(encoding="utf-8"))["merged_adapter"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -221,10 +202,10 @@ def read_merged_adapter(folder: RunFolder) -> str | None:
 
 
 def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
-    """train.memory_budget: the settings of the fastest plan that fits, in the place of the budget.
+    """train.memory_budget replaced by the settings of the fastest plan that fits.
 
     Raises:
-        ConfigError: nothing fits, or the run is one that a plan cannot change.
+        ConfigError: no plan fits, or the run is on a CPU or without attention over spans.
     """
     budget = parse_size(config.train.memory_budget or "")
     assert budget is not None  # checked with the configuration
@@ -238,14 +219,14 @@ def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
 
 
 def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
-    """Load the base and attach the adapters."""
+    """The policy of `inputs`."""
     return load_policy(config, inputs.placement, inputs.attention, parent=inputs.parent, init_from=inputs.init_from)
 
 
 def load_policy(
     config: RunConfig, placement: Placement, attention: Attention, *, parent: Path | None, init_from: Path | None
 ) -> Policy:
-    """The same without the rows, which no policy needs."""
+    """Load the base and attach the adapters, without the data."""
     base = load_base(config.model, placement, attention=attention.implementation)
     if config.model.embeddings_on_host:
         move_embeddings_to_host(base)
@@ -264,10 +245,7 @@ def load_policy(
 
 
 def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) -> dict[str, Any]:
-    """What a run stands on: the manifest's answer to "which weights, which data, which reference?".
-
-    `base_hash` is the base's `base_sha256`, which reads all of it.
-    """
+    """manifest.json: hashes of the run's base, adapters, data and loss. `base_hash`: `base_sha256` of the base."""
     model = config.model
     keys = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     quantisation = {key: getattr(model, key) for key in keys} if model.load_in_4bit else {"load_in_4bit": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,23 +58,22 @@ class Start:
             )
 
     def prepare(self, config: RunConfig) -> tuple[RunConfig, Inputs]:
-        """The configuration with its memory plan, and the inputs: everything that can be checked without the model.
-
-        Raises:
-            ConfigError, DataError, CheckpointError: with what to do about it.
-        """
+        """The configuration with its memory plan, and the inputs. Raises ConfigError, DataError, CheckpointError."""
         config, inputs = check_run(self.folder.resolved(config))
-        _make_folder(config.dpo.reference_cache, "dpo.reference_cache")
+        if (cache := config.dpo.reference_cache) is not None:
+            try:
+                Path(cache).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"dpo.reference_cache: {cache} cannot be created: {error.strerror}") from None
         if Path(config.model.name) == self.folder.base:
             inputs = replace(inputs, merged_adapter=read_merged_adapter(self.folder))
         return config, inputs
 
     def merge_base(self, config: RunConfig, inputs: Inputs) -> tuple[RunConfig, Inputs]:
         """For adapter_mode "original": the merged base in the run folder becomes the run's base."""
-        if config.model.adapter_mode != "original" or not inputs.parent:
-            return config, inputs
-        for line in check_bases({"model.adapter": inputs.parent}, {"name": config.model.name}):
-            self.note(f"note: {line}")
+        if config.model.adapter_mode == "original":
+            for line in check_bases({"model.adapter": inputs.parent}, {"name": config.model.name}):
+                self.note(f"note: {line}")
         return with_merged_base(config, inputs, self.folder)
 
     def checkpoint(self) -> Checkpoint | None:
@@ -129,20 +129,11 @@ class Start:
         return state
 
 
-def _make_folder(path: str | None, key: str) -> None:
-    if path is None:
-        return
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{key}: {path} cannot be created: {error.strerror}") from None
-
-
 def _drop_later(folder: RunFolder, step: int) -> None:
     """Remove what an earlier start wrote about steps after `step`."""
     folder.drop_metrics_after(step)
     drop_after(folder.trace, step)
-    folder.drop_failure()
+    shutil.rmtree(folder.failure, ignore_errors=True)
 
 
 def check_result_is_saved(folder: RunFolder) -> None:

@@ -1,4 +1,4 @@
-"""Uploading a result to the Hugging Face hub: adapter/, stacked/ or a merged model, and nothing else of a run."""
+"""Uploads adapter/, stacked/ or a merged model to the Hugging Face hub, and no other files of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowlevel.model.adapters import ADAPTER_CONFIG
 from lowlevel.redaction import REDACTED
 from lowlevel.running.run_folder import RunFolder
 
-# Weights, tokenizer, settings and card; not optimizer.safetensors, logs, traces, or what else lies there.
+# Weights, tokenizer, settings and card; not optimizer.safetensors, logs, traces or other files.
 UPLOADED = re.compile(
     r"(adapter_model|model(-\d+-of-\d+)?)\.safetensors|model\.safetensors\.index\.json|README\.md|lowlevel_merge\.json"
     r"|(adapter_|generation_|tokenizer_)?config\.json|tokenizer\.(json|model)|chat_template\.jinja"
@@ -21,14 +21,14 @@ UPLOADED = re.compile(
 def push_to_hub(
     folder: Path, repo_id: str, *, private: bool = True, token: str | None = None, endpoint: str | None = None
 ) -> str:
-    """Upload a result and return the URL of its repository, which is created if it does not exist.
+    """Upload a result and return the URL of its repository, which is created if necessary.
 
     Args:
-        folder: adapter/, stacked/ or a merged model; of a run folder stacked/, or else adapter/.
+        folder: adapter/, stacked/ or a merged model; or a run folder: its stacked/, or adapter/ if it has none.
         repo_id: "name" or "owner/name".
         private: whether a new repository is private.
-        token: of the hub; None takes HF_TOKEN or the login of `hf auth login`.
-        endpoint: another server than huggingface.co.
+        token: of the hub; None: HF_TOKEN or the login of `hf auth login`.
+        endpoint: a server other than huggingface.co.
 
     Raises:
         ConfigError: no result in the folder, or the hub refuses (name, token or rights).
@@ -48,7 +48,7 @@ def push_to_hub(
             allow_patterns=files,
             commit_message=f"Upload {source.resolve().name}",
         )
-    except Exception as error:  # of huggingface_hub, its HTTP client, and the file system
+    except Exception as error:  # from huggingface_hub, its HTTP client, or the file system
         refused = isinstance(error, ValueError) or (
             isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500
         )

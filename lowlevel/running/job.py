@@ -1,4 +1,4 @@
-"""The parts of a run, put together: model, optimizer, order of the rows, how steps run, what is kept of them."""
+"""Builds the parts of a run: model, optimizer, data order, execution, reference cache, tracer, evaluation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lowlevel.tracing import Tracer
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of a run. `origin` is what its checkpoints record of base, adapters, data and versions."""
+    """The parts of a run. `origin` goes into its checkpoints: identity (base, adapters, data) and versions."""
 
     config: RunConfig
     inputs: Inputs
@@ -52,7 +52,7 @@ class Job:
 
 
 def build_job(config: RunConfig, inputs: Inputs) -> Job:
-    """Load the model and put everything together."""
+    """Load the model and build the other parts."""
     order = DataOrder.of(config, len(inputs.data.train))
     policy = build_run_policy(config, inputs)
     optimizer = build_optimizer(policy.flat.weights, config.train)
@@ -63,7 +63,7 @@ def build_job(config: RunConfig, inputs: Inputs) -> Job:
 
 
 class Engine:
-    """What runs a job's steps: execution, reference cache, prefetched batches, tracer, held-out batches."""
+    """Runs a job's steps: execution, reference cache, prefetched batches, tracer, held-out batches."""
 
     def __init__(self, job: Job, folder: RunFolder, console: Console) -> None:
         config, policy, method = job.config, job.policy, job.method
@@ -71,7 +71,11 @@ class Engine:
             dequantize_once(policy)
         self.job, self.folder = job, folder
         self.execution = WithFallback(policy, method, choose_execution(config, job.inputs), lines_to(console))
-        self.cached = _reference_cache(job, self.execution, console)
+        self.cached: CachedReference | None = None
+        if config.dpo.reference_cache is not None:
+            reference = reference_identity(policy, job.manifest["base"]["sha256"], job.manifest["parent_adapter"])
+            cache = Path(config.dpo.reference_cache)
+            self.cached = CachedReference(self.execution, policy, cache, reference, lines_to(console))
         examples, lay_out = job.inputs.data.train, method.micro_batches
         prepare = with_content(lay_out) if self.cached else lay_out
         rows = job.order.step_rows
@@ -81,7 +85,7 @@ class Engine:
         self.held_out = evaluation_batches(method, config, job.inputs)
 
     def rehearse(self) -> None:
-        """On a GPU: run the largest micro-batch, and write what it takes of the memory."""
+        """On a GPU: run the largest micro-batch, and write its memory use to memory.json."""
         job = self.job
         if job.inputs.placement.device.type == "cuda":
             largest = largest_batch(job.method, job.inputs.data.train, job.order.rows_per_step)
@@ -101,7 +105,7 @@ class Engine:
         return scores
 
     def write_checkpoint(self, state: TrainState) -> None:
-        """Write the checkpoint of a step boundary, with what traces and cache hold until then."""
+        """Write a checkpoint, and flush the trace before it and the reference cache after it."""
         job = self.job
         if self.tracer:
             self.tracer.flush()
@@ -110,15 +114,8 @@ class Engine:
             self.cached.flush()
 
 
-def _reference_cache(job: Job, execution: WithFallback, console: Console) -> CachedReference | None:
-    if job.config.dpo.reference_cache is None:
-        return None
-    reference = reference_identity(job.policy, job.manifest["base"]["sha256"], job.manifest["parent_adapter"])
-    return CachedReference(execution, job.policy, Path(job.config.dpo.reference_cache), reference, lines_to(console))
-
-
 def evaluation_batches(method: Method, config: RunConfig, inputs: Inputs) -> list[PackedBatch]:
-    """Held-out rows as micro-batches, in their own order."""
+    """Held-out rows as micro-batches, in the order of the data."""
     size = config.rows_per_step
     rows: Sequence[Any] = inputs.data.evaluation
     return [batch for start in range(0, len(rows), size) for batch in method.micro_batches(rows[start : start + size])]

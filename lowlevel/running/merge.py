@@ -1,4 +1,4 @@
-"""`lowlevel merge`: one model from base and adapters, and how far it is from the model that was trained."""
+"""`lowlevel merge`: merges base and adapters into one model, and measures its difference to the trained model."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ KL_BOUNDS = {"fp32": 1e-5, "fp16": 1e-4, "bf16": 1e-3}
 
 @dataclass(frozen=True)
 class Fidelity:
-    """A merged model against the training-time model, over the scored tokens of the probe rows."""
+    """A merged model compared with the training-time model, over the scored tokens of the probe rows."""
 
     kl: float  # KL(training-time || merged), nats a token
     loss: float  # cross-entropy of the merged model, nats a token
     training_time_loss: float
-    same_top_token: float  # share of tokens whose likeliest successor is the same
+    same_top_token: float  # share of tokens with the same most likely prediction
     tokens: int
 
 
@@ -48,12 +48,12 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity
         run_dir: a finished run; its parent adapter is merged too.
         into: dequantized, original or requantized.
         out: folder to write; must not exist.
-        console: where the measurement is printed.
+        console: prints the measurement.
 
     Raises:
         ConfigError: `out` exists.
-        DataError: the rows that it is measured on changed since the run.
-        CheckpointError: the dequantised merge is not the model that was trained; nothing is written.
+        DataError: the probe rows changed since the run.
+        CheckpointError: the dequantised merge differs from the trained model; nothing is written.
     """
     _check_new(out)
     rows = probe_rows(run_dir)
@@ -71,33 +71,27 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity
         fidelity = measure(run, rows, temporary)
         bound = KL_BOUNDS[run.policy.placement.precision]
         if into == "dequantized" and not fidelity.kl <= bound:
-            raise CheckpointError(
-                f"merge of {run_dir}: KL {fidelity.kl:.2e} to the training-time model exceeds {bound:g}"
-            )
-        chain = {
-            "run": run_dir.name,
-            "into": into,
-            "manifest": run.folder.read_manifest(),
-            "fidelity": asdict(fidelity),
-        }
-        write_json(temporary / "lowlevel_merge.json", chain)
-        _check_new(out)  # again: what came meanwhile is not replaced
+            text = f"merge of {run_dir}: KL {fidelity.kl:.2e} to the training-time model exceeds {bound:g}"
+            raise CheckpointError(text)
+        chain = {"run": run_dir.name, "into": into, "manifest": run.folder.read_manifest()}
+        write_json(temporary / "lowlevel_merge.json", {**chain, "fidelity": asdict(fidelity)})
+        _check_new(out)  # again, so that a folder made meanwhile is not replaced
     console.print(
         f"merged into {into} base: {out}\n"
         f"  KL to the training-time model  {fidelity.kl:.2e} nats a token over {fidelity.tokens:,} tokens\n"
         f"  loss                           {fidelity.loss:.4f}, training-time model {fidelity.training_time_loss:.4f}\n"
-        f"  same likeliest token           {fidelity.same_top_token:.1%}"
+        f"  same most likely token         {fidelity.same_top_token:.1%}"
     )
     return fidelity
 
 
 def _check_new(out: Path) -> None:
-    if os.path.lexists(out):  # a link that leads nowhere, too
-        raise ConfigError(f"{out} exists; give a folder that does not")
+    if os.path.lexists(out):  # also a broken link
+        raise ConfigError(f"{out} exists: give a new folder")
 
 
 def _write_model(model: PreTrainedModel, run: LoadedRun, folder: Path) -> None:
-    """An ordinary Hugging Face folder: weights, tokenizer, chat template, end-of-reply tokens, model card."""
+    """Write a Hugging Face folder: weights, tokenizer, chat template, end-of-reply tokens, model card."""
     model.config.use_cache = True
     model.generation_config.eos_token_id = run.tokenizer.stop_ids
     model.generation_config.pad_token_id = run.tokenizer.pad_id
@@ -106,7 +100,7 @@ def _write_model(model: PreTrainedModel, run: LoadedRun, folder: Path) -> None:
 
 
 def _requantise(run: LoadedRun, folder: Path) -> PreTrainedModel:
-    """Quantise the merged 16-bit model in `folder` as the run's base was, in place."""
+    """Replace the merged 16-bit model in `folder` by one that is quantised like the run's base."""
     model_config = run.config.model.model_copy(update={"name": str(folder), "revision": None, "load_in_4bit": True})
     model = load_base(model_config, run.policy.placement)
     for file in folder.glob("*.safetensors*"):
@@ -117,7 +111,7 @@ def _requantise(run: LoadedRun, folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def measure(run: LoadedRun, rows: Sequence[Any], merged_dir: Path) -> Fidelity:
-    """Compare the merged folder, loaded as a user would, with base + adapters as they were trained."""
+    """Compare the merged folder, loaded as a user would, with base + adapters as trained."""
     batches = [batch for row in rows for batch in run.method.micro_batches([row])]
     run.activate(run.stages[-1])
     policy = run.policy
@@ -138,11 +132,7 @@ def measure(run: LoadedRun, rows: Sequence[Any], merged_dir: Path) -> Fidelity:
 
 
 def probe_rows(run_dir: Path) -> Sequence[Any]:
-    """A few held-out rows, or training rows where the run kept none out.
-
-    Raises:
-        DataError: they changed since the run.
-    """
+    """A few held-out rows, or training rows without held-out ones. Raises DataError if they changed since the run."""
     opened = reopen(run_dir)
     rows: Sequence[Any] = opened.held_out() or opened.data()[1].train
     return rows[:PROBE_ROWS]
@@ -151,12 +141,9 @@ def probe_rows(run_dir: Path) -> Sequence[Any]:
 def vocabulary_logps(
     model: Any, batch: PackedBatch, placement: Placement, attention: Attention = MASKED
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the whole vocabulary for the n scored tokens of the batch's sequences, and those tokens.
+    """Log-probabilities of the vocabulary, (n, V) float64, at the n scored tokens of a batch, and those tokens, (n,).
 
-    Positions that are scored only to fill up a shape are left out.
-
-    Returns:
-        (n, V) float64 and (n,) int64.
+    Excludes positions that pad the batch to a shape.
     """
     moved = batch.to(placement.device)
     positions, targets = (of_all[moved.belongs] for of_all in (moved.scored_positions, moved.scored_targets))

@@ -13,10 +13,10 @@ from lowlevel.durable import given_file, replaced_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# By Okabe and Ito: colour-blind readers can tell them apart. The report's page has its own shade of each, by theme.
+# Palette of Okabe and Ito, for colour-blind readers. The report's page has a shade of each for its themes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A6D00")
 DASHES = ("-", "--", ":")
-FEW = 30  # points of a curve, up to which each is marked
+FEW = 30  # curves with at most this many points get markers
 LOSS_PANELS = {
     "loss": (("loss", "training"), ("eval_loss", "held out")),
     "reward": (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"), ("rewards/margins", "margin")),
@@ -59,13 +59,13 @@ def points_of(records: Sequence[Mapping[str, Any]], key: str) -> tuple[tuple[flo
 
 
 def colours_of(curves: Sequence[Curve]) -> list[int]:
-    """Index into COLOURS of each curve: by run if there are several, else by kind."""
+    """Index into COLOURS of each curve: by run if there are several runs, else by kind."""
     several = len({curve.run for curve in curves}) > 1
     return [(curve.run if several else curve.kind) % len(COLOURS) for curve in curves]
 
 
 def plot_loss(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Loss, and for DPO rewards and accuracy, over optimizer steps; the PNG is replaced whole or not at all."""
+    """Loss, and for DPO rewards and accuracy, over optimizer steps, as PNG."""
     from matplotlib.figure import Figure
 
     panels = {name: curves for name, curves in LOSS_PANELS.items() if any(curves[0][0] in record for record in records)}
@@ -81,7 +81,7 @@ def plot_loss(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -
 
 
 def plot_panels(panels: Sequence[Panel], folder: Path, *, title: str) -> None:
-    """NAME.png for each panel of the report; each file is replaced whole or not at all. Raises OSError."""
+    """Write NAME.png for each panel of the report. Raises OSError."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def plot_panels(panels: Sequence[Panel], folder: Path, *, title: str) -> None:
 
 
 def draw_curves(axis: Axes, curves: Sequence[Curve], level: tuple[float, str] | None = None) -> None:
-    """Curves with a legend if there are several lines."""
+    """Draw curves, with a legend for more than one line."""
     for curve, colour in zip(curves, colours_of(curves), strict=True):
         marker = "o" if len(curve.points) <= FEW else None
         x, y = zip(*curve.points, strict=True)

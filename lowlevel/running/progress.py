@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live bar in a terminal, plain lines elsewhere."""
+"""Console output of a run: a live progress bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ HIDE_AT_ZERO = ("peak_allocated_gib", "skipped_steps")
 
 
 class PipedConsole(Console):
-    """A console whose reader may leave: rich would end the process as if it had failed."""
+    """A console whose reader may close the pipe: rich would exit with an error code."""
 
     def on_broken_pipe(self) -> None:
-        """Say so to the caller."""
+        """Raise BrokenPipeError."""
         raise BrokenPipeError
 
 
 def make_console() -> Console:
-    """Standard output; a plain stream gets long lines instead of lines wrapped at 80 columns."""
+    """A console on standard output; outside a terminal it does not wrap lines at 80 columns."""
     terminal = sys.stdout.isatty()
     return PipedConsole(highlight=False, soft_wrap=not terminal, width=None if terminal else 140)
 
 
 def quiet_libraries() -> None:
-    """Switch off progress bars and advice of libraries; their errors still show."""
+    """Switch off progress bars and warnings of libraries; their errors still show."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -51,14 +51,14 @@ def quiet_libraries() -> None:
 
     disable_progress_bar()
     disable_loading_bar()
-    # bitsandbytes 0.50 advises on CPUs with AVX512-BF16 to download a kernel from the hub.
+    # On CPUs with AVX512-BF16, bitsandbytes 0.50 advises to download a kernel from the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # transformers 5.23 renamed gradient_checkpointing_enable; PEFT 0.21 calls it by the only name that 5.17 knows.
+    # transformers 5.23 renamed gradient_checkpointing_enable; PEFT 0.21 uses the name that 5.17 requires.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def lines_to(console: Console) -> Callable[[str], None]:
-    """What prints a line as it is: a path may hold what rich reads as markup."""
+    """A function that prints a line without rich's markup, which a path may contain."""
     return lambda line: console.print(line, markup=False)
 
 
@@ -73,10 +73,9 @@ def describe(record: dict[str, Any]) -> str:
 
 
 class TrainingProgress:
-    """A bar over optimizer steps with time left, and the newest record beside it."""
+    """A bar over optimizer steps with the remaining time and the newest record; drawn only in a terminal."""
 
     def __init__(self, console: Console, name: str, total_steps: int, start: int) -> None:
-        """A bar from `start` to `total_steps`; drawn only in a terminal."""
         self.console, self.total_steps = console, total_steps
         self.live = console.is_terminal
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -84,22 +83,20 @@ class TrainingProgress:
         self.task = self.bar.add_task(name, total=total_steps, completed=start, last="")
 
     def __enter__(self) -> TrainingProgress:
-        """Start drawing."""
         if self.live:
             self.bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Stop drawing, and leave the last state on the screen."""
         if self.live:
             self.bar.stop()
 
     def step(self, step: int) -> None:
-        """A step has been applied."""
+        """Show that `step` steps are done."""
         self.bar.update(self.task, completed=step)
 
     def record(self, record: dict[str, Any]) -> None:
-        """A step has been logged."""
+        """Show a logged record."""
         line = describe(record)
         if self.live:
             self.bar.update(self.task, last=line)

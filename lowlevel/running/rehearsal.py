@@ -1,6 +1,6 @@
-"""The largest micro-batch of a run, computed before the first step: out of memory shows at once, and where it goes.
+"""Runs the largest micro-batch before the first step, so that it fails at once if memory is short, and measures it.
 
-It also makes the largest graph the first to be captured: the smaller ones then live in the memory that it leaves.
+The largest graph is thereby captured first, and the smaller ones reuse its memory.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lowlevel.execution import WithFallback
 from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
 
-PASSES = 2  # the first compiles or warms up, the second is as all that follow
+PASSES = 2  # the first compiles or warms up, the second is like all later ones
 
 
 def largest_batch(method: Method, examples: Sequence[Any], count: int) -> PackedBatch:
-    """The largest micro-batch that a step of `count` examples can have, filled up to the method's capacity."""
+    """The largest micro-batch that a step of `count` examples can have, padded to the method's capacity."""
     longest = sorted(examples, key=method.size, reverse=True)[:count]
     if method.packing and method.shape:
         full = -(-method.shape.capacity // 8) * 8
@@ -32,15 +32,15 @@ def largest_batch(method: Method, examples: Sequence[Any], count: int) -> Packed
 def rehearse(
     policy: Policy, method: Method, execution: WithFallback, optimizer: torch.optim.Optimizer, batch: PackedBatch
 ) -> dict[str, Any]:
-    """Run a micro-batch forward and backward, as a step would, and say what took how much memory.
+    """Run a micro-batch forward and backward as in a step, and return the memory use in bytes.
 
-    Changes no weight and leaves the gradient at zero. The optimizer's state is listed apart: it is paged, and the
-    allocator does not count it.
+    Does not change the weights; the gradient is zero afterwards. The optimizer state is a component of its own: it is
+    paged, and the allocator does not count it.
     """
     moved = batch.to(policy.placement.device)
     report: dict[str, Any] = {"positions": batch.input_ids.numel(), "components": components(policy, optimizer)}
     report |= execution.until_it_runs(lambda: _phases(policy, method, moved))
-    # The workspaces of this stream: the step runs in another one. Nothing is captured yet that would use them.
+    # Frees the workspaces of this stream: steps run in another one, and no captured graph uses these.
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -58,7 +58,7 @@ def _phases(policy: Policy, method: Method, batch: PackedBatch) -> dict[str, Any
     policy.dropout.set_micro_batch(batch.dropout_keys, 0)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    sums = method.loss(policy, batch)  # held until the end, as a step holds them
+    sums = method.loss(policy, batch)  # kept until the end, as in a step
     kept, forward = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     sums.loss.backward()
@@ -67,7 +67,7 @@ def _phases(policy: Policy, method: Method, batch: PackedBatch) -> dict[str, Any
 
 
 def components(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of what is there before and after a step, by kind."""
+    """Bytes allocated outside a step, by kind."""
     sizes = {"base weights": 0, "quantisation constants": 0, "embeddings, LM head, norms": 0, "frozen adapter": 0}
     for name, parameter in policy.model.named_parameters():
         if isinstance(parameter, Params4bit):

@@ -1,7 +1,7 @@
-"""A run that was trained, opened again from its folder: where its model runs here, its rows, and its model.
+"""Opens a run from its folder: its placement on this machine, its rows, and its model.
 
-What is opened is what the manifest says, or an error: rows with another fingerprint, a base or a frozen adapter with
-another hash. A machine that has not got the run's precision takes its own, and says so.
+Rows, base and frozen adapter must have the hashes of the manifest. A machine without the run's precision uses its own
+and prints a note.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from lowlevel.running.run_folder import RunFolder
 
 Note = Callable[[str], None]
 ENVIRONMENT = "environment.json"
-NAMED = {"base", "parent_adapter", "data_sha256"}  # what a manifest must say
+NAMED = {"base", "parent_adapter", "data_sha256"}  # required keys of a manifest
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One point of the chain base -> SFT -> DPO, as the adapters that are active in it."""
+    """One point of the chain base -> SFT -> DPO: which adapters are active."""
 
     name: str
     parent: bool
@@ -50,40 +50,32 @@ class LoadedRun:
     """A run, ready for forward passes. `policy.activate` switches between its stages."""
 
     opened: Reopened
+    folder: RunFolder
+    config: RunConfig
     tokenizer: ChatTokenizer
     policy: Policy
     stages: tuple[Stage, ...]
 
-    @property
-    def folder(self) -> RunFolder:
-        """The run folder."""
-        return self.opened.folder
-
-    @property
-    def config(self) -> RunConfig:
-        """The run's configuration."""
-        return self.opened.config
-
     @cached_property
     def method(self) -> Method:
-        """See `Reopened.method`; generating and merging need no loss."""
+        """See `Reopened.method`. Built on demand, because generating and merging need no loss."""
         return self.opened.method()
 
     def activate(self, stage: Stage) -> None:
-        """Make the model that of a stage."""
+        """Switch the adapters to those of a stage."""
         self.policy.activate(parent=stage.parent, trained=stage.trained)
 
 
 @dataclass(frozen=True)
 class Reopened:
-    """What is known of a run before its rows are read and its model is loaded.
+    """A run before its rows are read and its model is loaded.
 
     Attributes:
-        placement: the run's precision where this machine has it, else this machine's own.
-        moved: why numbers need not be the run's bit for bit, or None.
+        placement: with the run's precision if this machine has it, else with this machine's.
+        moved: why numbers may differ from the run's in their last bits, or None.
         elsewhere: the run computed on another device, or on a CPU with another number of threads; None: not known.
         parent: the frozen adapter in the run folder.
-        note: takes lines for people.
+        note: prints a line for the user.
     """
 
     folder: RunFolder
@@ -97,22 +89,22 @@ class Reopened:
     note: Note
 
     def data(self) -> tuple[ChatTokenizer, PreparedData]:
-        """The run's tokenizer and examples. Those for evaluation are not checked: see `held_out`.
+        """The run's tokenizer and examples; checks only the training rows, see `held_out`.
 
         Raises:
-            ConfigError, DataError: they cannot be read, or changed since the run.
+            ConfigError, DataError: the rows cannot be read, or changed since the run.
         """
         tokenizer, data = prepare_data(self.config)
         if data.report.train.fingerprint != self.manifest["data_sha256"]:
             source, folder = self.config.data.source, self.folder.path
-            raise DataError(f"{source}: not the rows that {folder} trained on, so its steps are not known")
+            raise DataError(f"{source}: not the rows that {folder} trained on, so its steps cannot be rebuilt")
         return tokenizer, data
 
     def held_out(self) -> Sequence[Any]:
-        """The examples that the run evaluated on; empty without data.eval_source. Training rows are not checked.
+        """The examples that the run evaluated on; empty without data.eval_source. Does not check the training rows.
 
         Raises:
-            ConfigError, DataError: they cannot be read, or changed since the run.
+            ConfigError, DataError: the rows cannot be read, or changed since the run.
         """
         source, folder = self.config.data.eval_source, self.folder.path
         if source is None:
@@ -121,62 +113,55 @@ class Reopened:
         report = data.report.evaluation
         if report is None or report.fingerprint != self.manifest.get("evaluation_sha256"):
             name = self.config.data.source if source == "holdout" else source
-            raise DataError(f"{name}: not the rows that {folder} held out, so nothing says that it never saw them")
+            raise DataError(f"{name}: not the rows that {folder} held out: the run may have trained on them")
         return data.evaluation
 
-    def first_adapter(self) -> Path | None:
-        """What the trained adapter began as: a PEFT folder, or None for weights from the seed. Raises ConfigError."""
-        return find_adapter(self.config.lora.init_from, "lora.init_from")
-
     def inputs(self, adapter: Path | None = None) -> Inputs:
-        """The inputs that `lowlevel.running.run` had, the rows checked; `adapter` as in `policy`."""
+        """The inputs of the training run, with the training rows checked; `adapter` as in `policy`."""
         tokenizer, data = self.data()
-        trained, merged = adapter or self.first_adapter(), self.manifest["base"].get("merged_adapter")
+        trained = adapter or find_adapter(self.config.lora.init_from, "lora.init_from")
+        merged = self.manifest["base"].get("merged_adapter")
         return Inputs(tokenizer, data, self.placement, self.attention, self.parent, trained, merged)
 
     def policy(self, adapter: Path | None = None, *, training: bool = False) -> Policy:
         """The base with the run's adapters, both checked against the manifest.
 
         Args:
-            adapter: PEFT folder with the trained adapter's weights; None: as the run began.
-            training: recompute and offload as the run did; else for forward passes, with everything on the device.
+            adapter: PEFT folder with the trained adapter's weights; None: the weights at the start of the run.
+            training: recompute and offload as in training; False: for forward passes, with everything on the device.
 
         Raises:
-            CheckpointError: another base or frozen adapter than the run's, or one that is damaged.
+            CheckpointError: base or frozen adapter differ from the run's, or are damaged.
         """
         if self.parent and adapter_sha256(self.parent) != self.manifest["parent_adapter"]:
-            raise CheckpointError(
-                f"{self.parent}: not the adapter that this run stands on (its hash is not the manifest's)"
-            )
+            raise CheckpointError(f"{self.parent}: not the frozen adapter of this run (its hash is not the manifest's)")
         config = self.config if training else _without_backward(self.config)
-        trained = adapter or self.first_adapter()
+        trained = adapter or find_adapter(self.config.lora.init_from, "lora.init_from")
         policy = load_policy(config, self.placement, self.attention, parent=self.parent, init_from=trained)
         hashes = self.base_hashes(policy)
         if hashes and hashes[0] != hashes[1]:
             name, hint = self.config.model.name, ""
             if self.elsewhere is None and self.config.model.load_in_4bit:
-                hint = f"; {ENVIRONMENT}, which says where it was quantised, cannot be read"
-            raise CheckpointError(
-                f"{self.folder.path}: base {name!r} is not the one that was trained on (hash {hashes[0][:12]}){hint}"
-            )
+                hint = f"; {ENVIRONMENT}, which names the machine that quantised it, cannot be read"
+            found = f"(hash {hashes[0][:12]}){hint}"
+            raise CheckpointError(f"{self.folder.path}: base {name!r} is not the one that was trained on {found}")
         return policy
 
     def base_hashes(self, policy: Policy) -> tuple[str, str] | None:
-        """The base's SHA-256 as it is loaded here, and as the run had it; None, and a line, where they say nothing.
+        """SHA-256 of the base as loaded here, and in the manifest; None and a printed note if they cannot be compared.
 
-        The hash is over the tensors that the run computed with: rounded to its dtype, and where they are quantised,
-        quantised from the rounded ones. In another dtype the same file gives other tensors; and nested quantisation
-        takes means, whose last bits depend on the device and on the number of threads. To tell such bases apart, one
-        would have to be loaded a second time, as the run had it, for its hash alone.
+        The hash is over the tensors as used: rounded to the run's dtype, then quantised. In another dtype the same file
+        gives other tensors, and nested quantisation computes means, whose last bits depend on the device and the number
+        of threads. A check would need a second copy of the base, loaded as in the run.
         """
         base, here = self.manifest["base"], dtype_name(self.placement.dtype)
         why = f": {self.moved}" if self.moved else ""
         if base["dtype"] != here:
-            self.note(f"note: the base is not checked, its hash is one of {base['dtype']} and it is {here} here{why}")
+            self.note(f"note: the base is not checked: its hash is for {base['dtype']}, and it is {here} here{why}")
             return None
         found = base_sha256(policy.model)
         if found != base["sha256"] and self.elsewhere and self.config.model.load_in_4bit:
-            self.note(f"note: the base is not checked, it was quantised elsewhere, and has another hash here{why}")
+            self.note(f"note: the base is not checked: quantised on another machine, it has another hash{why}")
             return None
         return found, base["sha256"]
 
@@ -184,7 +169,7 @@ class Reopened:
         """The run's method.
 
         Raises:
-            ConfigError: its loss is not registered here, or cannot be imported.
+            ConfigError: its loss is not registered or cannot be imported.
             CheckpointError: the source of its loss changed since the run.
         """
         try:
@@ -204,50 +189,50 @@ class Reopened:
         if self.parent:
             stages.append(Stage("sft", True, False))
         stages.append(Stage(self.config.method, True, True))
-        return LoadedRun(self, tokenizer, policy, tuple(stages))
+        return LoadedRun(self, self.folder, self.config, tokenizer, policy, tuple(stages))
 
 
 def reopen(
     run_dir: Path, note: Note = print, *, data: GivenRows | None = None, eval_data: GivenRows | None = None
 ) -> Reopened:
-    """Open a run folder, of a finished, stopped or running run; nothing is written and no lock is taken.
+    """Open the folder of a finished, stopped or running run. Writes nothing and takes no lock.
 
-    A run whose rows were given in Python needs them again, as `data` and `eval_data`, where its rows are read.
+    If the run's rows were given in Python, reading them needs the same rows again, as `data` and `eval_data`.
 
     Raises:
-        ConfigError: not a run folder, or a base that cannot be read.
-        CheckpointError: no manifest or a part of one, or no frozen adapter where the manifest names one.
+        ConfigError: not a run folder, or the base cannot be read.
+        CheckpointError: manifest or frozen adapter are missing or incomplete.
     """
     folder = RunFolder(run_dir)
     config, manifest = with_rows(folder.read_config(), data, eval_data), folder.read_manifest()
     base = manifest.get("base")
     if not (isinstance(base, dict) and NAMED <= manifest.keys() and {"sha256", "dtype"} <= base.keys()):
-        raise CheckpointError(f"{folder.path / 'manifest.json'} does not say what the run stands on")
+        raise CheckpointError(f"{folder.path / 'manifest.json'} lacks a hash of the run's base, adapter or data")
     parent = folder.parent if folder.parent.exists() else None
     if manifest["parent_adapter"] and parent is None:
-        raise CheckpointError(f"{folder.parent} is missing: the frozen adapter that this run stands on")
+        raise CheckpointError(f"{folder.parent} is missing: the frozen adapter of this run")
     placement, moved, elsewhere = _placement(folder, config, base["dtype"])
     attention = choose_attention(config.model, load_model_config(config.model), placement)
     return Reopened(folder, config, manifest, placement, moved, elsewhere, attention, parent, note)
 
 
 def with_rows(config: RunConfig, data: GivenRows | None, eval_data: GivenRows | None) -> RunConfig:
-    """The configuration with rows that are given again."""
+    """The configuration with rows given in Python."""
     given = {key: rows for key, rows in (("source", data), ("eval_source", eval_data)) if rows is not None}
     return config.model_copy(update={"data": config.data.model_copy(update=given)})
 
 
 def load_run(run_dir: Path, note: Note = print, *, adapter: Path | None = None) -> LoadedRun:
-    """A finished run's base and adapters as they were trained, for forward passes.
+    """A finished run's base and adapters, for forward passes.
 
     Args:
         run_dir: the run folder.
-        note: takes lines for people.
-        adapter: one of its checkpoints, in the place of the final adapter.
+        note: prints a line for the user.
+        adapter: one of its checkpoints, instead of the final adapter.
 
     Raises:
         ConfigError: not a run folder, or not finished.
-        CheckpointError: base or parent adapter are not those that the run trained on.
+        CheckpointError: base or frozen adapter differ from the run's.
     """
     opened = reopen(run_dir, note)
     trained = adapter or opened.folder.adapter
@@ -257,7 +242,7 @@ def load_run(run_dir: Path, note: Note = print, *, adapter: Path | None = None) 
 
 
 def step_examples(config: RunConfig, data: PreparedData, step: int, flag: str = "--step") -> list[Any]:
-    """The examples of optimizer step `step`, counted from 1 as the log does; `flag` names it in errors.
+    """The examples of optimizer step `step`, counted from 1 as in the log; `flag` names it in errors.
 
     Raises:
         ConfigError: the run has no such step.
@@ -270,10 +255,7 @@ def step_examples(config: RunConfig, data: PreparedData, step: int, flag: str = 
 
 
 def _placement(folder: RunFolder, config: RunConfig, dtype: str) -> tuple[Placement, str | None, bool | None]:
-    """The run's precision where it can be had, why numbers may differ from the run's, and whether it ran elsewhere.
-
-    Where nothing says on what the run computed, the last is None: not a reason to take another base for its own.
-    """
+    """Placement, `moved` and `elsewhere` of `Reopened`. If the run's device is unknown, its base must be the same."""
     was = _environment(folder, dtype)
     device, precision, threads = was or ("a device that environment.json does not name", None, None)
     try:
@@ -286,17 +268,14 @@ def _placement(folder: RunFolder, config: RunConfig, dtype: str) -> tuple[Placem
         moved = f"the run computed in {precision} on {device}, this is {placement.precision} on {here}"
         return placement, moved, device != here if was else None
     if on_gpu and not (config.train.deterministic or torch.are_deterministic_algorithms_enabled()):
-        return placement, "a GPU adds in no fixed order, unless the run has train.deterministic = true", False
+        return placement, "a GPU sums in varying order, unless the run has train.deterministic = true", False
     if not on_gpu and threads not in (None, own_threads):
         return placement, f"the run computed with {threads} threads, this is {own_threads}", True
     return placement, None, False
 
 
 def _environment(folder: RunFolder, dtype: str) -> tuple[str, str, int | None] | None:
-    """Device, precision and threads that the run computed with; None where they cannot be read or are another run's.
-
-    `dtype` is the base's in the manifest.
-    """
+    """Device, precision and threads of the run; None if they cannot be read or do not fit the manifest's `dtype`."""
     try:
         was = json.loads((folder.path / ENVIRONMENT).read_text(encoding="utf-8"))
         device, precision, threads = was["device"], was["precision"], was.get("threads")
@@ -310,10 +289,10 @@ def _environment(folder: RunFolder, dtype: str) -> tuple[str, str, int | None] |
 
 
 def _without_backward(config: RunConfig) -> RunConfig:
-    """The configuration for forward passes alone: they keep no activations, which leaves room for the embeddings.
+    """The configuration for forward passes, which keep no activations and have memory for the embeddings.
 
-    Those must lie with the layers: transformers 5.23's `generate` moves its inputs to where the model's first parameter
-    is, which is the input embedding, and a layer on a GPU refuses what comes from the host.
+    The embeddings must be on the layers' device: transformers 5.23's `generate` moves its inputs to the device of the
+    model's first parameter, the input embedding.
     """
     model = config.model.model_copy(update={"embeddings_on_host": False})
     forward = {"gradient_checkpointing": False, "recomputed_layers": None, "offload_activations": False}

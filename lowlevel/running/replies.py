@@ -1,4 +1,4 @@
-"""Replies from a run, an adapter or a merged model: the prompt is rendered by the same function as training data."""
+"""Replies from a run, an adapter or a merged model. Prompts are rendered by the same function as training data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lowlevel.running.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: temperature 0 takes the likeliest; the same seed gives the same reply."""
+    """Settings of generation; temperature 0 is greedy, and the same seed gives the same reply."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -35,7 +35,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Reply:
-    """A generated reply; `ended` says whether it ended itself instead of being cut."""
+    """A generated reply; `ended` is False if max_new_tokens cut it."""
 
     text: str
     num_tokens: int
@@ -43,7 +43,7 @@ class Reply:
 
 
 def stream_reply(model_dir: Path, prompt: str, system: str | None, sampling: Sampling) -> None:
-    """Load DIR and print its reply to one user message as it is made; nothing else goes to standard output."""
+    """Load DIR and stream its reply to one user message to standard output, which gets nothing else."""
     model, tokenizer, placement = load_for_replies(model_dir, lambda line: print(line, file=sys.stderr))
     messages = [{"role": "system", "content": system}] if system is not None else []
     ids = tokenizer.encode_prompt([*messages, {"role": "user", "content": prompt}])
@@ -60,36 +60,27 @@ def generate_replies(
     *,
     batch_size: int = 16,
 ) -> list[Reply]:
-    """Reply to prompts given as token ids, `batch_size` at a time, in the order given."""
+    """Reply to prompts given as token ids, `batch_size` at a time, in the given order."""
     replies = []
-    stops = tokenizer.stop_ids
     for start in range(0, len(prompts), batch_size):
-        group = prompts[start : start + batch_size]
-        for row in _generate(model, tokenizer, placement, group, sampling):
-            end = next((i for i, token in enumerate(row) if token in stops), None)
-            kept = row[:end]
-            text = str(tokenizer.tokenizer.decode(kept, skip_special_tokens=True))
-            replies.append(Reply(text, len(kept), end is not None))
+        for row in _generate(model, tokenizer, placement, prompts[start : start + batch_size], sampling):
+            end = next((i for i, token in enumerate(row) if token in tokenizer.stop_ids), None)
+            text = str(tokenizer.tokenizer.decode(row[:end], skip_special_tokens=True))
+            replies.append(Reply(text, len(row[:end]), end is not None))
     return replies
 
 
 def load_for_replies(model_dir: Path, note: Note) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
-    """A model that can reply, from a run folder, a PEFT adapter or a merged model; `note` takes lines for people.
-
-    Raises:
-        ConfigError: the folder is none of them.
-    """
+    """The model of a run folder, PEFT adapter or merged model; `note` prints a line. Raises ConfigError for others."""
     if (model_dir / "config.toml").exists():
         run = load_run(model_dir, note)
         return run.policy.model, run.tokenizer, run.policy.placement
     if (model_dir / ADAPTER_CONFIG).exists():
-        if (model_dir.parent / "config.toml").exists():
-            return _load_adapter_of_run(model_dir, note)
-        return _load_adapter_alone(model_dir)
+        of_run = (model_dir.parent / "config.toml").exists()
+        return _load_adapter_of_run(model_dir, note) if of_run else _load_adapter_alone(model_dir)
     if not (model_dir / "config.json").exists():
-        raise ConfigError(
-            f"{model_dir} is no run folder, PEFT adapter or model (config.toml, adapter_config.json, config.json)"
-        )
+        files = "config.toml, adapter_config.json or config.json"
+        raise ConfigError(f"{model_dir} is not a run folder, PEFT adapter or model: it has no {files}")
     placement = choose_placement("auto")
     model = load_base(ModelConfig(name=str(model_dir), load_in_4bit=False), placement)
     model.eval()
@@ -97,7 +88,7 @@ def load_for_replies(model_dir: Path, note: Note) -> tuple[PreTrainedModel | Pef
 
 
 def _load_adapter_of_run(adapter: Path, note: Note) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
-    """An adapter inside a run folder: the final one (also as stacked/), a checkpoint's, or the parent alone."""
+    """An adapter inside a run folder: the final one (also stacked/), a checkpoint's, or the parent without it."""
     folder = RunFolder(adapter.parent)
     run = load_run(folder.path, note, adapter=adapter if adapter.name.startswith("step-") else None)
     if adapter.name == folder.parent.name:
@@ -106,11 +97,11 @@ def _load_adapter_of_run(adapter: Path, note: Note) -> tuple[PreTrainedModel | P
 
 
 def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
-    """An adapter from elsewhere, on its base in 4 bits (nf4, double quantisation), as QLoRA trains it."""
+    """An adapter outside a run folder, on its base in 4 bits (nf4, double quantisation), as in QLoRA."""
     read_adapter_config(adapter)
     name = read_json_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not name:
-        raise ConfigError(f"{adapter}/adapter_config.json names no base model")
+        raise ConfigError(f"{adapter}/adapter_config.json lacks base_model_name_or_path")
     placement = choose_placement("auto")
     base = load_base(ModelConfig(name=name), placement)
     attention = replace(MASKED, implementation=base.config._attn_implementation)
@@ -147,7 +138,7 @@ def _generate(
     )
     torch.manual_seed(sampling.seed)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    own, base.generation_config = base.generation_config, config  # its penalties would fill what is not set here
+    own, base.generation_config = base.generation_config, config  # else generate() adds the base's penalties
     try:
         with plain_attention(base), placement.autocast():
             output = base.generate(

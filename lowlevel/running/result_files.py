@@ -1,6 +1,6 @@
-"""What makes a result folder complete besides its weights: tokenizer, generation settings, and a model card.
+"""Tokenizer, generation settings and model card of a result folder, which make it usable alone.
 
-The folders are adapter/ and stacked/ of a run, and what `lowlevel merge` writes. Each can be copied or uploaded alone.
+Result folders are adapter/ and stacked/ of a run, and the output of `lowlevel merge`.
 """
 
 from __future__ import annotations
@@ -35,17 +35,14 @@ print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=
 
 
 def complete_result(target: Path, tokenizer: ChatTokenizer, folder: RunFolder, config: RunConfig, kind: Kind) -> None:
-    """Add everything but the weights to a result in the making.
+    """Add everything except the weights to a result folder. Raises CheckpointError.
 
     Args:
-        target: holds the weights, and for a merged model its own generation_config.json.
-        tokenizer: the run's, whose chat template is saved.
-        folder: the run; its report, manifest, log and environment are read for the card.
+        target: has the weights, and for a merged model its generation_config.json.
+        tokenizer: the run's, saved with its chat template.
+        folder: the run; the card uses its report, manifest, log and environment.
         config: the run's.
-        kind: what the weights are.
-
-    Raises:
-        CheckpointError: the tokenizer cannot be saved.
+        kind: of the weights.
     """
     save_tokenizer(tokenizer, target)
     if kind != "merged":
@@ -65,7 +62,7 @@ def save_tokenizer(tokenizer: ChatTokenizer, target: Path) -> None:
 
 
 def model_card(folder: RunFolder, config: RunConfig, kind: Kind) -> str:
-    """README.md of a result: YAML front matter for the hub, a table of facts, and how to load it."""
+    """README.md of a result: YAML front matter for the hub, a table of facts, and code that loads it."""
     manifest = _read(folder.path / "manifest.json")
     library = "transformers" if kind == "merged" else "peft"
     on_hub = config.model.name != "demo" and not Path(config.model.name).exists()
@@ -75,7 +72,7 @@ def model_card(folder: RunFolder, config: RunConfig, kind: Kind) -> str:
         "pipeline_tag: text-generation",
         *([f"base_model: {json.dumps(config.model.name)}"] if on_hub else []),
         f"tags: [lowlevel, lora, {config.method}]",
-        "# license: not set by the trainer; set the one that the base and the data allow",
+        "# license: not set by the trainer; set one that the base and the data allow",
         "---",
     ]
     what = {
@@ -135,7 +132,7 @@ def _first_and_last(folder: RunFolder, key: str) -> str:
 
 
 def _loading(config: RunConfig, manifest: dict[str, Any], kind: Kind, folder: str) -> str:
-    """Python lines that load the result as it was trained and print a reply."""
+    """Python code that loads the result with the precision of training and prints a reply."""
     if kind == "merged":
         return LOADING.format(
             imports="AutoModelForCausalLM, GenerationConfig", folder=folder, loader="AutoModelForCausalLM",
@@ -155,5 +152,5 @@ def _loading(config: RunConfig, manifest: dict[str, Any], kind: Kind, folder: st
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of the run; empty if it is missing, as in runs of older versions."""
+    """A JSON file of the run; empty if it is missing (older versions)."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}

@@ -1,9 +1,9 @@
-"""What differs between a checkpoint and the run that would continue from it, and which differences are allowed.
+"""Differences between a checkpoint and the run that continues from it, and which of them are allowed.
 
-The settings, what the run stands on (base, adapters, data, chat template) and the versions that its numbers come from
-are compared. config.toml has the settings of the newest start, which may have been killed before its first checkpoint;
-changes.json has the step of each change, so those of the checkpoint are known. (Its own manifest does not have them:
-there are local paths among the settings.)
+Compared are the settings, the identity of the run (base, adapters, data, chat template) and the library versions.
+config.toml has the settings of the newest start, which may have ended before its first checkpoint; changes.json has the
+step of each change, which gives the settings of the checkpoint. (The checkpoint's manifest does not hold them, because
+they contain local paths.)
 
 torch, transformers, peft, bitsandbytes and tokenizers are compared by major.minor: patch releases are assumed not to
 change numbers. Python, numpy, safetensors and lowlevel itself are recorded and may differ; a lowlevel that computes
@@ -13,16 +13,13 @@ differently has another `order_version` or checkpoint version.
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from lowlevel import __version__
 from lowlevel.checkpoints.row_digests import SPLITS, describe_change
 from lowlevel.config.file import to_tables
 from lowlevel.config.schema import RunConfig
@@ -30,12 +27,12 @@ from lowlevel.data.prepare import PreparedData
 from lowlevel.durable import write_json
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.model.placement import Placement
-from lowlevel.running.run_folder import LIBRARIES, RunFolder
+from lowlevel.running.run_folder import RunFolder, own_versions
 
 CHANGES = "changes.json"
 Change = dict[str, Any]
-CHANGED = ("step", "key", "from", "to")  # after how many steps which key was changed, and how
-# Settings that may differ: they do not change what is learned.
+CHANGED = ("step", "key", "from", "to")  # keys of a change; step: the checkpoint at which it was made
+# Settings that may differ because they do not change the trained weights.
 FREE = (
     *("model.embeddings_on_host", "train.offload_activations"),
     *("train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit", "dpo.reference_cache"),
@@ -45,12 +42,12 @@ FREE = (
     "versions.accelerate",
 )
 BY_MINOR = tuple(f"versions.{name}" for name in ("torch", "transformers", "peft", "bitsandbytes", "tokenizers"))
-GROUPS = ("base", "versions")  # keys that stand for all below them in --allow-change
-# Differences over which the saved state does not fit.
+GROUPS = ("base", "versions")  # in --allow-change these include all keys below them
+# Differences with which the saved state does not fit.
 FIXED = {
-    "method": "sft and dpo count and log other things",
+    "method": "sft and dpo have different counters and metrics",
     "lora.r": "the saved adapter has another shape",
-    "lora.target_modules": "the saved adapter is of other layers",
+    "lora.target_modules": "the saved adapter has other layers",
     "train.optim": "the saved optimizer state is of another kind",
     "trainable_parameters": "the saved adapter has another shape",
     "base.dtype": "the saved loss scale belongs to another precision",
@@ -59,27 +56,21 @@ FIXED = {
 
 @dataclass(frozen=True)
 class Difference:
-    """One key that is not what it was."""
+    """One key whose value changed."""
 
     key: str
     then: Any
     now: Any
 
     def __str__(self) -> str:
-        """`train.learning_rate: 0.0002 (checkpoint) != 0.0001 (now)`."""
         return f"{self.key}: {self.then!r} (checkpoint) != {self.now!r} (now)"
 
 
 def versions(placement: Placement) -> dict[str, str | None]:
-    """What a run computes with; "cuda" and "gpu" are None on a CPU."""
+    """Versions of software and GPU; "cuda" and "gpu" are None on a CPU."""
     on_gpu = placement.device.type == "cuda"
-    return {
-        "lowlevel": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
-        "cuda": torch.version.cuda if on_gpu else None,
-        "gpu": torch.cuda.get_device_name() if on_gpu else None,
-    }
+    cuda, gpu = (torch.version.cuda, torch.cuda.get_device_name()) if on_gpu else (None, None)
+    return {**own_versions(), "cuda": cuda, "gpu": gpu}
 
 
 def differences(
@@ -90,13 +81,13 @@ def differences(
     here: Mapping[str, Any],
     later: Sequence[Change] = (),
 ) -> list[Difference]:
-    """All that differs and counts, by key.
+    """All differences outside FREE, by key.
 
     Args:
         saved: the configuration in the run folder.
         payload: the checkpoint's, with "identity" and "versions".
         config, identity, here: configuration, identity and versions now.
-        later: changes since the checkpoint, oldest first: `saved` has them, and the checkpoint has not.
+        later: changes since the checkpoint, oldest first: `saved` has them, the checkpoint does not.
     """
     before = {change["key"]: change["from"] for change in reversed(later)}
     settings = {**_flat(to_tables(saved)), **before}
@@ -110,32 +101,26 @@ def differences(
 
 
 def check_differences(
-    found: Sequence[Difference],
-    allowed: Sequence[str],
-    step: int,
-    folder: RunFolder,
-    data: PreparedData,
+    found: Sequence[Difference], allowed: Sequence[str], step: int, folder: RunFolder, data: PreparedData
 ) -> None:
-    """Refuse every difference that was not allowed, now or by an earlier start, all of them in one error.
+    """Refuse all differences that neither this start nor an earlier one allows, in one error.
 
     Args:
-        found: what differs from the checkpoint.
-        allowed: keys.
-        step: the checkpoint's.
-        folder: the run's.
-        data: its rows now.
+        found: differences from the checkpoint after `step` steps.
+        allowed: keys of --allow-change.
+        data: the run's rows now.
 
     Raises:
-        ConfigError: a key that did not change, a difference that is not allowed, or one that cannot be.
-        DataError: nothing but the rows differs: which ones.
-        CheckpointError: a changes.json that cannot be read.
+        ConfigError: a key in `allowed` that did not change, or a difference that is not or cannot be allowed.
+        DataError: only rows differ; names them.
+        CheckpointError: changes.json cannot be read.
     """
     earlier = read_changes(folder)
-    changed = ", ".join(difference.key for difference in found) or "nothing did"
+    changed = ", ".join(difference.key for difference in found) or "nothing"
     known = [*(difference.key for difference in found), *(change["key"] for change in earlier)]
     for key in allowed:
         if not any(_covers(key, name) for name in known):
-            raise ConfigError(f"--allow-change {key}: that has not changed since the checkpoint; what has: {changed}")
+            raise ConfigError(f"--allow-change {key}: not changed since the checkpoint; changed: {changed}")
     before = [(change["key"], change["to"]) for change in earlier if change["step"] >= step]
     granted = [d for d in found if (d.key, d.now) in before or any(_covers(key, d.key) for key in allowed)]
     refused = [d for d in found if d.key in FIXED or d not in granted]
@@ -143,21 +128,17 @@ def check_differences(
     if refused and len(rows) == len(refused):
         raise DataError(f"{folder.path}: cannot resume: {'; '.join(rows.values())}")
     if refused:
-        lines = "".join(f"\n  {d}{_reason(d, rows)}" for d in refused)
+        reasons = {key: f"; {row}" for key, row in rows.items()}
+        reasons |= {key: f"; cannot be allowed: {reason}" for key, reason in FIXED.items()}
+        lines = "".join(f"\n  {d}{reasons.get(d.key, '')}" for d in refused)
         raise ConfigError(f"{folder.path}: cannot resume with other settings (--allow-change KEY allows one){lines}")
 
 
-def _reason(difference: Difference, rows: Mapping[str, str]) -> str:
-    if difference.key in FIXED:
-        return f"; cannot be allowed: {FIXED[difference.key]}"
-    return f"; {rows[difference.key]}" if difference.key in rows else ""
-
-
 def read_changes(folder: RunFolder, *, since: int = 0) -> list[Change]:
-    """The changes that were let through after `since` steps or more, oldest first.
+    """Changes that were allowed at checkpoints of `since` steps or more, oldest first.
 
     Raises:
-        CheckpointError: a changes.json that cannot be read.
+        CheckpointError: changes.json cannot be read.
     """
     path = folder.path / CHANGES
     try:
@@ -169,13 +150,13 @@ def read_changes(folder: RunFolder, *, since: int = 0) -> list[Change]:
 
 @contextmanager
 def recorded_changes(folder: RunFolder, step: int, found: Sequence[Difference]) -> Iterator[None]:
-    """The block writes settings that differ from those of the checkpoint after `step` steps; changes.json says so.
+    """Record in changes.json that the block writes settings other than those of the checkpoint after `step` steps.
 
-    What earlier starts let through since that checkpoint is forgotten after the block: it came to nothing, or is among
-    `found`. Until then it is needed to tell what the checkpoint's settings were.
+    Changes that earlier starts made since that checkpoint are removed after the block: they had no effect, or are in
+    `found`. Until then they are needed to know the checkpoint's settings.
 
     Raises:
-        CheckpointError: a changes.json that cannot be read.
+        CheckpointError: changes.json cannot be read.
     """
     earlier = read_changes(folder)
     new: list[Change] = [{"step": step, "key": d.key, "from": d.then, "to": d.now} for d in found]
@@ -189,11 +170,7 @@ def recorded_changes(folder: RunFolder, step: int, found: Sequence[Difference]) 
 
 
 def is_written(folder: RunFolder, config: RunConfig, identity: Mapping[str, Any]) -> bool:
-    """Whether the folder's config.toml and manifest.json say the same as these.
-
-    Raises:
-        ConfigError: no config.toml, or one that cannot be read.
-    """
+    """Whether config.toml and manifest.json in the folder equal these. Raises ConfigError without a config.toml."""
     try:
         return not differences(folder.read_config(), {"identity": folder.read_manifest()}, config, identity, {})
     except CheckpointError:

@@ -44,20 +44,20 @@ def run_steps(
 
     Args:
         config: the resolved configuration.
-        console: where progress goes.
+        console: prints the progress.
         resume, restart, allow_change: see `Start`.
         callbacks: called at the moments that `Callback` names.
-        details: results hold the values of each example and token.
+        details: add the values of each example and token to the results.
 
     Raises:
-        LowlevelError: of the kind whose exit code fits.
+        LowlevelError: by its subclass, with the exit code.
     """
     start = Start(RunFolder(Path(config.train.output_dir)), console, resume, restart, allow_change)
     folder = start.folder
     with deterministic_mode(config.train.deterministic), Interrupts() as interrupts, one_error(folder, interrupts):
         start.check_folder()
-        goes_on = folder.holds_run() and resume
-        prepared = None if goes_on else start.prepare(config)  # bad input makes no folder, and discards none
+        continues = folder.holds_run() and resume
+        prepared = None if continues else start.prepare(config)  # before a folder is made or discarded
         with run_lock(folder.path), recorded_end(folder), one_error(folder, interrupts):
             remove_litter(folder.path)
             if restart:
@@ -71,7 +71,7 @@ def run_steps(
 
 
 def run_training(config: RunConfig, console: Console, **options: Any) -> dict[str, Any]:
-    """Take all steps of `run_steps` and return the summary; options and errors are the same."""
+    """Run all steps of `run_steps` and return the summary; options and errors are the same."""
     steps = run_steps(config, console, **options)
     while True:
         try:

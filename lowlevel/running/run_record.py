@@ -1,4 +1,4 @@
-"""What a run says and writes before its first step and after its last."""
+"""Files and printed lines of a run before its first step and after its last."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from lowlevel.running.plots import plot_loss
 from lowlevel.running.result_files import complete_result
 from lowlevel.running.run_folder import RunFolder, environment
 
-NEARLY_ALL = 0.95  # share of the weights in 4 bits from which "4-bit base" needs no note: norms and routers are not
+NEARLY_ALL = 0.95  # share of weights in 4 bits below which a note is printed; norms and routers stay in 16 bits
 
 
 def write_start(folder: RunFolder, config: RunConfig, inputs: Inputs, identity: dict[str, Any], step: int) -> None:
-    """Write the files that say what a run is: before its first step, and again where --allow-change changed it."""
+    """Write the files that describe a run: before its first step, and again after --allow-change."""
     device: dict[str, Any] = {
         "device": "cpu",
         "threads": torch.get_num_threads(),
@@ -68,7 +68,7 @@ def announce(
     total_steps: int,
     order: DataOrder,
 ) -> None:
-    """Print what is about to be trained, on what."""
+    """Print model, adapter, data and device of the run."""
     train_config, placement = config.train, inputs.placement
     device = torch.cuda.get_device_name() if placement.device.type == "cuda" else "CPU"
     batch, accumulation = train_config.per_device_train_batch_size, train_config.gradient_accumulation_steps
@@ -88,7 +88,8 @@ def announce(
         if quantised < NEARLY_ALL * total:
             console.print(
                 f"  note       {quantised / total:.0%} of the base is in 4 bits, {quantised:,} of {total:,} weights "
-                f"beside embedding and LM head: what is no linear layer (experts) stays {dtype_name(placement.dtype)}",
+                f"outside embedding and LM head: only linear layers are quantised, the rest (experts) stays "
+                f"{dtype_name(placement.dtype)}",
                 markup=False,
             )
     for line in not_learned(inputs.data.report):
@@ -99,9 +100,9 @@ def announce(
 
 
 def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, console: Console) -> dict[str, Any]:
-    """Write the trained adapter, summary, curve and status of a run that has taken its steps; return the summary.
+    """Write the trained adapter, summary, plot and status of a run after its last step; return the summary.
 
-    `mode` is how its last steps were executed: the one asked for, or a simpler one that it fell back to.
+    `mode` is the execution mode of the last steps: the configured one, or a simpler fallback.
     """
     config, model = job.config, job.config.model
     with replaced_folder(folder.adapter) as target:
@@ -135,13 +136,13 @@ def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, cons
 
 
 def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
-    """Command lines that make sense after a run: they can be copied into a shell as they are."""
+    """Useful commands after a run, quoted for the shell."""
     run = shlex.quote(str(folder.path))
     reply, look = f'lowlevel generate {run} --prompt "Hello"', f"lowlevel inspect {run} --step {step}"
     if config.method == "dpo":
         compare, merge = f"lowlevel compare {run}", f"lowlevel merge {run} --out {run}-merged"
         return [reply, compare if config.data.eval_source else merge, look]
-    model = config.model.model_dump(exclude_defaults=True)  # base and quantisation must be those of the adapter
+    model = config.model.model_dump(exclude_defaults=True)  # base and quantisation must match the adapter
     flags = [f"--model.{key} {_flag(value)}" for key, value in model.items()]
     data = config.data.model_dump(exclude_defaults=True, include={"chat_template_from", "max_length"})
     flags += [f"--data.{key} {_flag(value)}" for key, value in data.items()]

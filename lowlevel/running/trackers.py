@@ -1,7 +1,7 @@
 """Experiment trackers (train.report_to): callbacks that send metrics.jsonl to TensorBoard, W&B or Trackio.
 
-No tracker's package is imported unless it is asked for. An exception of a tracker prints one line and drops that
-tracker; the run continues.
+A tracker's package is imported only if train.report_to names it. An exception of a tracker prints one line and drops
+that tracker; the run continues.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tomli_w
 
@@ -25,28 +25,20 @@ from lowlevel.running.callbacks import Callback
 from lowlevel.running.run_folder import TENSORBOARD, TRACKER_ID, RunFolder
 
 PROJECT = "lowlevel"
-
-
-class Backend(Protocol):
-    """One tracker's run."""
-
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        """Send the scalars of one step."""
-
-    def close(self) -> None:
-        """Send what is left, and end the tracker's run."""
+Send = Callable[[dict[str, float], int], None]  # scalars by name, step
+Close = Callable[[], None]
 
 
 class Tracker(Callback):
-    """Forwards log and evaluation lines as scalars, under their names in metrics.jsonl, to one tracker.
+    """Sends log and evaluation lines as scalars, under their names in metrics.jsonl, to one tracker.
 
-    The tracker's run begins in the constructor, with the run's configuration (secrets redacted). A resumed run
-    continues the same tracker run.
+    The constructor starts the tracker's run with the run's configuration (secrets redacted). A resumed run continues
+    the same tracker run.
     """
 
     def __init__(self, name: str, config: RunConfig, folder: Path, note: Callable[[str], None]) -> None:
         self.name, self.note = name, note
-        self.backend: Backend | None = None
+        self.backend: tuple[Send, Close] | None = None
         with self._dropped_on_error():
             self.backend = BACKENDS[name](_redacted(to_tables(config)), folder)
 
@@ -55,7 +47,7 @@ class Tracker(Callback):
         with self._dropped_on_error():
             if self.backend is not None:
                 numbers = {k: v for k, v in record.items() if type(v) in (int, float) and k != "step"}
-                self.backend.log(numbers, record["step"])
+                self.backend[0](numbers, record["step"])
 
     def on_evaluate(self, scores: Mapping[str, Any]) -> None:
         """Send the numbers of an evaluation line."""
@@ -66,99 +58,66 @@ class Tracker(Callback):
         backend, self.backend = self.backend, None
         with self._dropped_on_error():
             if backend is not None:
-                backend.close()
+                backend[1]()
 
     @contextmanager
     def _dropped_on_error(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # trackers raise their own kinds
+        except Exception as error:  # trackers raise exceptions of many types
             self.backend = None
             self.note(redact(f"warning: train.report_to: {self.name} failed and gets no more lines: {one_line(error)}"))
 
 
-class TensorBoard:
+def _tensorboard(tables: dict[str, Any], folder: Path) -> tuple[Send, Close]:
     """Event files in RUN/tensorboard/. A resumed run hides the lines of steps that it repeats."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, tables: dict[str, Any], folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    records = RunFolder(folder).read_metrics()
+    purge = records[-1]["step"] + 1 if records else None
+    writer: Any = SummaryWriter(folder / TENSORBOARD, purge_step=purge)  # type: ignore[no-untyped-call]
+    writer.add_text("configuration", f"```toml\n{tomli_w.dumps(tables)}```")
 
-        records = RunFolder(folder).read_metrics()
-        purge = records[-1]["step"] + 1 if records else None
-        self.writer: Any = SummaryWriter(folder / TENSORBOARD, purge_step=purge)  # type: ignore[no-untyped-call]
-        self.writer.add_text("configuration", f"```toml\n{tomli_w.dumps(tables)}```")
-
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        """Write a scalar event for each value, and flush."""
+    def send(scalars: dict[str, float], step: int) -> None:
         for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        """Close the event file."""
-        self.writer.close()
+    return send, writer.close
 
 
-class WandB:
+def _wandb(tables: dict[str, Any], folder: Path) -> tuple[Send, Close]:
     """A run of Weights & Biases, project WANDB_PROJECT or "lowlevel". Repeated steps of a resumed run are ignored."""
+    import wandb
 
-    def __init__(self, tables: dict[str, Any], folder: Path) -> None:
-        import wandb
-
-        # Not sent: command line and environment (metadata), printed lines, code.
-        settings = wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True)
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=folder.name,
-            id=_tracker_id(folder),
-            resume="allow",
-            dir=str(folder),
-            config=tables,
-            settings=settings,
-        )
-
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        """Send the scalars."""
-        self.run.log(scalars, step=step)
-
-    def close(self) -> None:
-        """Upload what is left."""
-        self.run.finish()
+    # Not sent: command line and environment (metadata), printed lines, code.
+    settings = wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True)
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        name=folder.name,
+        id=_tracker_id(folder),
+        resume="allow",
+        dir=str(folder),
+        config=tables,
+        settings=settings,
+    )
+    return (lambda scalars, step: run.log(scalars, step=step)), run.finish
 
 
-class Trackio:
-    """A run of Trackio, project "lowlevel", in its local store. Repeated steps of a resumed run stand there twice."""
+def _trackio(tables: dict[str, Any], folder: Path) -> tuple[Send, Close]:
+    """A run of Trackio, project "lowlevel", in its local store. Repeated steps of a resumed run appear twice."""
+    import trackio
 
-    def __init__(self, tables: dict[str, Any], folder: Path) -> None:
-        import trackio
-
-        self.run = trackio.init(
-            project=PROJECT, name=_tracker_id(folder), resume="allow", config=tables, embed=False, auto_log_gpu=False,
-            auto_log_cpu=False,
-        )  # fmt: skip
-
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        """Store the scalars."""
-        self.run.log(scalars, step=step)
-
-    def close(self) -> None:
-        """Write what is left."""
-        self.run.finish()
+    options = {"resume": "allow", "embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+    run = trackio.init(project=PROJECT, name=_tracker_id(folder), config=tables, **options)
+    return (lambda scalars, step: run.log(scalars, step=step)), run.finish
 
 
-BACKENDS: dict[str, Callable[[dict[str, Any], Path], Backend]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WandB,
-    "trackio": Trackio,
-}
+BACKENDS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
 
 
 def check_trackers(config: RunConfig) -> None:
-    """Refuse a tracker whose package is not installed, before any work.
-
-    Raises:
-        ConfigError: with the command that installs it.
-    """
+    """Refuse a tracker whose package is not installed. Raises ConfigError with the command that installs it."""
     for name in config.train.report_to:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f'train.report_to: "{name}" is not installed: pip install "lowlevel[{name}]"')
@@ -166,7 +125,7 @@ def check_trackers(config: RunConfig) -> None:
 
 @contextmanager
 def open_trackers(config: RunConfig, folder: Path, note: Callable[[str], None]) -> Iterator[list[Tracker]]:
-    """The trackers of train.report_to, closed when the block ends. A resumed run first cuts metrics.jsonl back."""
+    """The trackers of train.report_to, closed when the block ends. A resumed run must cut metrics.jsonl back first."""
     trackers = [Tracker(name, config, folder, note) for name in dict.fromkeys(config.train.report_to)]
     try:
         yield trackers
@@ -176,7 +135,7 @@ def open_trackers(config: RunConfig, folder: Path, note: Callable[[str], None]) 
 
 
 def _tracker_id(folder: Path) -> str:
-    """The name under which a resumed run finds its tracker run again, kept in the run folder."""
+    """The ID by which a resumed run finds its tracker run; kept in the run folder."""
     file = folder / TRACKER_ID
     if not file.exists():
         write_text(file, f"{folder.resolve().name}-{uuid.uuid4().hex[:8]}\n")

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from workspace import metrics
 
-UNDER = "stands on an adapter of its own"
+UNDER = "was trained on a frozen adapter"
 SHORT = ("--train.max_steps", "1", "--train.save_steps", "1")
 
 

@@ -15,7 +15,7 @@ from lowlevel.model import base
 from lowlevel.model.offload import HostEmbedding
 from lowlevel.running.reopening import load_run, reopen, step_examples
 
-NOTE = "note: the base is not checked, its hash is one of float16 and it is float32 here"
+NOTE = "note: the base is not checked: its hash is for float16, and it is float32 here"
 
 
 def moved_from(folder, precision: str, device: str = "NVIDIA T4") -> None:
@@ -120,9 +120,7 @@ def test_a_base_that_was_quantised_elsewhere_is_not_refused(copied, another_offs
     opened = reopen(copied, lines.append)
     opened.policy()
     (line,) = lines
-    assert line.startswith(
-        "note: the base is not checked, it was quantised elsewhere, and has another hash here: the run"
-    )
+    assert line.startswith("note: the base is not checked: quantised on another machine, it has another hash: the run")
     assert opened.elsewhere and opened.moved is not None
 
 
@@ -148,7 +146,7 @@ def test_a_manifest_that_lacks_a_part_is_one_line(copied, missing):
     manifest = json.loads((copied / "manifest.json").read_text())
     (manifest if missing in manifest else manifest["base"]).pop(missing)
     (copied / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="manifest.json does not say what the run stands on"):
+    with pytest.raises(CheckpointError, match="manifest.json lacks a hash of the run's base"):
         reopen(copied, pytest.fail)
 
 
@@ -166,7 +164,7 @@ def test_a_folder_without_its_environment_goes_by_its_configuration(copied):
     assert opened.load(opened.folder.adapter).policy.placement.precision == "fp32"
 
 
-# What it stands on
+# Frozen adapter and rows
 
 
 def test_a_frozen_adapter_that_is_missing_is_an_error_everywhere(cli, copied, tmp_path):
@@ -180,7 +178,7 @@ def test_a_frozen_adapter_that_is_missing_is_an_error_everywhere(cli, copied, tm
     ):
         said = cli(*command)
         assert (said.code, said.err.count("\n")) == (4, 1)
-        assert "parent is missing: the frozen adapter that this run stands on" in said.err
+        assert "parent is missing: the frozen adapter of this run" in said.err
 
 
 def test_rows_are_read_when_they_are_asked_for_and_must_be_those_of_the_run(runs, cli, tmp_path):
@@ -190,7 +188,9 @@ def test_rows_are_read_when_they_are_asked_for_and_must_be_those_of_the_run(runs
     assert reply(cli, folder) == reply(cli, runs.sft), "there are no rows to be read"
     helpers.write_jsonl(tmp_path / "rows.jsonl", CHATS[1:])
     opened = reopen(folder, pytest.fail)
-    with pytest.raises(DataError, match="rows.jsonl: not the rows that .*sft trained on, so its steps are not known"):
+    with pytest.raises(
+        DataError, match="rows.jsonl: not the rows that .*sft trained on, so its steps cannot be rebuilt"
+    ):
         opened.data()
     helpers.write_jsonl(tmp_path / "rows.jsonl", CHATS)
     tokenizer, data = opened.data()

@@ -21,7 +21,7 @@ def test_a_parent_that_is_not_the_runs_own_is_refused(runs, cli, tmp_path):
     ):
         said = cli(*command)
         assert (said.code, said.err.count("\n")) == (4, 1)
-        assert "not the adapter that this run stands on" in said.err
+        assert "not the frozen adapter of this run" in said.err
     assert [path.name for path in tmp_path.iterdir()] == ["dpo"]
 
 

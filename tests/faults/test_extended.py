@@ -132,4 +132,4 @@ def test_the_checkpoints_own_settings_are_no_change(extended, thorough):
     assert json.loads((folder / "changes.json").read_text()) == []
     assert "max_steps" not in tomllib.loads((folder / "config.toml").read_text())["train"]
     again = extended.play.run(folder, more=(*LONGER[:3], "--allow-change", "train.seed"))
-    assert again.code == 2 and "what has: train.max_steps" in again.err
+    assert again.code == 2 and "changed: train.max_steps" in again.err

@@ -195,7 +195,7 @@ def test_other_rows_another_base_or_parent_are_refused(runs, tmp_path):
     refused(3, "not the rows that", data_sha256="0" * 64)
     refused(4, "is not the one that was trained on", base={**manifest["base"], "sha256": "0" * 64})
     refused(4, "base differ from its manifest", base={**manifest["base"], "load_in_4bit": False})
-    refused(4, "not the adapter that this run stands on", parent_adapter="0" * 64)
+    refused(4, "not the frozen adapter of this run", parent_adapter="0" * 64)
     refused(4, "order_version differ", order_version=99)
 
 
