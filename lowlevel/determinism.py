@@ -1,9 +1,9 @@
 """Deterministic mode: the same run on the same kind of GPU gives the same bits.
 
-On a CPU this always holds. On a GPU three operations sum in an order that varies; this mode makes it fixed:
+On a CPU this always holds. On a GPU three operations sum in varying order, which this mode fixes:
 
     attention's gradient    flash and efficient kernels sum dQ (dK, dV) over blocks by atomic additions
-    matrix products         cuBLAS chooses a workspace per stream; CUBLAS_WORKSPACE_CONFIG fixes it
+    matrix products         cuBLAS chooses workspaces by stream, unless CUBLAS_WORKSPACE_CONFIG is set
     compiled reductions     Inductor times several block sizes and keeps the fastest, which can vary
 
 Dropout, sums by sequence, the gradient of repeated keys and our Triton kernels always have a fixed order.
@@ -24,7 +24,7 @@ FIXED = (":4096:8", ":16:8")  # the two that NVIDIA documents as deterministic
 
 
 def workspace_bytes(setting: str) -> int:
-    """Bytes of one cuBLAS workspace; each stream and thread has one. ":4096:2:16:8" is 2 x 4,096 KiB and 8 x 16 KiB."""
+    """Bytes of one cuBLAS workspace, of which each stream and thread has one; settings are pairs of KiB and count."""
     sizes = [int(number) for number in setting.strip(":").split(":")]
     return 1024 * sum(size * count for size, count in zip(sizes[::2], sizes[1::2], strict=True))
 
@@ -33,8 +33,7 @@ def workspace_bytes(setting: str) -> int:
 def deterministic_mode(wanted: bool) -> Iterator[None]:
     """Switch torch to deterministic algorithms within the block; do nothing if not `wanted`.
 
-    Enter it before the process's first product on a GPU: cuBLAS reads its setting once, so the environment variable
-    stays set. A workspace setting that is not deterministic is replaced.
+    Enter it before the process's first product on a GPU: cuBLAS reads its environment variable once, which stays set.
     """
     if not wanted:
         yield
@@ -54,5 +53,5 @@ def deterministic_mode(wanted: bool) -> Iterator[None]:
 
 
 def compiler_options() -> Mapping[str, Any]:
-    """Inductor's settings: in deterministic mode no choice by timing, so every process runs the same kernels."""
+    """Inductor's settings: in deterministic mode it does not choose kernels by timing."""
     return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}

@@ -1,6 +1,6 @@
 """32- and 64-bit integer hashes: the only source of randomness in a training step (data order, dropout).
 
-A hash has no state: a recomputed, replayed or resumed step gets the same numbers.
+A hash has no state, so a recomputed, replayed or resumed step gets the same numbers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# lowbias32 (C. Wellons, "Prospecting for Hash Functions", 2018): avalanche bias 0.17 of the ideal, two multiplications.
+# lowbias32 (C. Wellons, "Prospecting for Hash Functions", 2018)
 MULTIPLIER_1 = 0x7FEB352D
 MULTIPLIER_2 = 0x846CA68B
 
@@ -17,8 +17,7 @@ MULTIPLIER_2 = 0x846CA68B
 def mix32(values: Tensor) -> Tensor:
     """Hash each int32 element in place (lowbias32).
 
-    torch has no unsigned 32-bit arithmetic. int32 products wrap like unsigned ones; each right shift is masked because
-    it copies the sign bit.
+    int32 products wrap like unsigned ones; right shifts are masked because they copy the sign bit.
     """
     values.bitwise_xor_((values >> 16) & 0xFFFF)
     values.mul_(MULTIPLIER_1)

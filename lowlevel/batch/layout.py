@@ -14,10 +14,9 @@ first token of both:
 
 A `Segment` is one example in a row; its branches are the prompt (0), the chosen (1) and the rejected completion (2). A
 query sees a key if key <= query, both are in one segment, and the key is in branch 0 or in the query's own branch.
-`attention_mask` is this rule as a mask. Spans (spans.py) are the rule for kernels without a mask. A `Shape` fills
-batches up with dummy tokens and examples until few different sizes remain, and execution.py compiles and captures each
-set of sizes (its signature) once. A reader of the losses can ignore all of this: they only use `scored_positions`,
-`scored_targets`, and `sequence_sums`.
+`attention_mask` is this rule as a mask; spans.py has it for kernels without a mask. A `Shape` adds dummy tokens and
+examples until few different sizes remain, and execution.py compiles and captures each set of sizes once. Losses only
+use `scored_positions`, `scored_targets`, and `sequence_sums`.
 """
 
 from __future__ import annotations
@@ -29,15 +28,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lowlevel.batch.spans import build_spans
 from lowlevel.hashing import mix32_array
 from lowlevel.labels import IGNORED
 
 PADDING = -1
-# Separates the branches of a pair in the hash. Another number changes the dropout masks, and older runs could not be
-# resumed or replayed.
-BRANCH_STEP = 0x632BE5AB
+BRANCH_STEP = 0x632BE5AB  # per branch, in dropout keys; another number would change the masks of older runs
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Segment:
     """One example of a row, or one completion of a pair with its prompt. Arrays are (n,) integers."""
 
     row: int  # data row, for dropout keys and error messages
-    number: int  # of the example in the batch; its targets belong to sequence `number`, branch 2 to `number` + examples
+    number: int  # of the example in the batch: its sequence is `number`, for branch 2 `number` + examples
     input_ids: np.ndarray
     position_ids: np.ndarray
     branch_ids: np.ndarray
@@ -58,10 +56,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A micro-batch. It scores S sequences: one per SFT example, two per pair (all chosen, then all rejected).
+    """A micro-batch with S sequences to score: one per SFT example, two per pair (all chosen, then all rejected).
 
-    With a `Shape`, some scored positions belong to no sequence, and some examples are dummies (`real` is False): all
-    sums leave them out.
+    With a `Shape`, some scored positions belong to no sequence, and some examples are dummies (`real` is False); all
+    sums exclude both.
     """
 
     input_ids: Tensor  # (rows, T) int64
@@ -72,14 +70,14 @@ class PackedBatch:
     dropout_keys: Tensor  # (rows, T) int32, a hash of (data row, branch, position)
     scored_positions: Tensor  # (N,) int64, into the flattened rows
     scored_targets: Tensor  # (N,) int64
-    sequence_index: Tensor  # (S, L) int64, into the N scored tokens; N: none
-    sequence_ids: Tensor  # (N,) int64, the sequence of each scored token; S: none
+    sequence_index: Tensor  # (S, L) int64, into the N scored tokens; N marks padding
+    sequence_ids: Tensor  # (N,) int64, the sequence of each scored token; S marks a dummy token
     lengths: Tensor  # (S,) int64, scored tokens
     real: Tensor  # (examples,) bool
     span_queries: Tensor  # (G + 1,) int32: span g has the queries span_queries[g] to span_queries[g + 1]
     span_keys: Tensor  # (G + 1,) int32: and these entries of the list of keys
     key_index: Tensor | None  # (K,) int64: position of each listed key; None: the positions themselves
-    key_uses: Tensor | None  # (2, rows * T) int64: where each position is listed; K: nowhere
+    key_uses: Tensor | None  # (2, rows * T) int64: places of each position in the list; K: unused
     longest: int  # host: upper bound on the queries and keys of a span
     data_rows: tuple[int, ...]  # host: data row of each real example
     num_tokens: int  # host: tokens without padding
@@ -90,7 +88,7 @@ class PackedBatch:
 
     @property
     def belongs(self) -> Tensor:
-        """(N,) bool: scored positions that belong to a sequence; sums leave the others out."""
+        """(N,) bool: scored positions that belong to a sequence."""
         return self.sequence_ids < len(self.lengths)
 
     def values(self, columns: Sequence[str]) -> dict[str, Tensor]:
@@ -100,9 +98,8 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device; copies to a GPU do not wait for it."""
         pin = device.type == "cuda" and not self.input_ids.is_cuda
-        return self.with_tensors(
-            {n: (t.pin_memory() if pin else t).to(device, non_blocking=True) for n, t in self.tensors().items()}
-        )
+        tensors = {name: tensor.pin_memory() if pin else tensor for name, tensor in self.tensors().items()}
+        return self.with_tensors({name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
     def with_tensors(self, tensors: dict[str, Any]) -> PackedBatch:
         """The same batch with other tensors, by field name."""
@@ -164,28 +161,23 @@ def pair_rows(
 def _completions(row: int, number: int, prompt: np.ndarray, completions: dict[int, np.ndarray]) -> Segment:
     """A prompt with completions by branch. Each starts with the prompt's last token, which predicts its first one."""
     shared, ends = len(prompt) - 1, completions.values()
-    return Segment(
-        row,
-        number,
-        np.concatenate([prompt[:-1], *(part for end in ends for part in (prompt[-1:], end[:-1]))]),
-        np.concatenate([np.arange(shared), *(np.arange(shared, shared + len(end)) for end in ends)]),
-        np.repeat([0, *completions], [shared, *map(len, ends)]),
-        np.concatenate([np.full(shared, IGNORED), *ends]),
-    )
+    input_ids = np.concatenate([prompt[:-1], *(part for end in ends for part in (prompt[-1:], end[:-1]))])
+    position_ids = np.concatenate([np.arange(shared), *(np.arange(shared, shared + len(end)) for end in ends)])
+    branch_ids = np.repeat([0, *completions], [shared, *map(len, ends)])
+    return Segment(row, number, input_ids, position_ids, branch_ids, np.concatenate([np.full(shared, IGNORED), *ends]))
 
 
 @dataclass(frozen=True)
 class Shape:
     """How to round up the sizes of a batch, so that few different ones occur.
 
-    Positions become a multiple of `positions`, examples one of `examples`; scored tokens become three quarters of the
-    positions, or all of them; no sequence is longer than `longest`.
+    Scored tokens are rounded up to three quarters of the positions, or to all of them.
     """
 
-    positions: int
-    examples: int
-    longest: int
-    capacity: int  # positions of a packed micro-batch, at most
+    positions: int  # of a row: a multiple of this
+    examples: int  # a multiple of this
+    longest: int  # upper bound on the positions of a sequence
+    capacity: int  # upper bound on the positions of a packed micro-batch
 
 
 def build_batch(
@@ -204,14 +196,14 @@ def build_batch(
     row_of = {segment.number: segment.row for row in rows for segment in row}
     examples = _round_up(len(row_of), shape.examples) if shape else len(row_of)
     sequences = examples * (2 if pairs else 1)
-    longest = shape.longest if shape else None
-    width = _row_width(max(used), shape)
+    longest, width = shape.longest if shape else None, _row_width(max(used), shape)
     grids = _fill_grids(rows, width, examples)
     scored, sequence_ids, num_scored = _scored_tokens(grids["targets"], grids["sequences"], sequences, shape)
     index, lengths = _sequence_index(sequence_ids, sequences, longest)
     branches = [[segment.branch_ids for segment in row] for row in rows]
-    count = sequences + len(rows) * -(-width // longest) if longest else None  # a row may be padding for the most part
+    count = sequences + len(rows) * -(-width // longest) if longest else None  # spans of examples and of padding
     spans = build_spans(branches, width, count=count, longest=longest)
+    columns = None if values is None else torch.tensor(values, dtype=torch.float32).T
     tensor = torch.from_numpy
     return PackedBatch(
         input_ids=tensor(grids["input_ids"]),
@@ -234,26 +226,18 @@ def build_batch(
         data_rows=tuple(row_of[number] for number in range(len(row_of))),
         num_tokens=sum(used),
         num_scored=num_scored,
-        row_values=None if values is None else _row_values(values, examples),
+        row_values=None if columns is None else pad(columns, (0, examples - len(row_of))),
     )
 
 
-def _row_values(values: Sequence[Sequence[float]], examples: int) -> Tensor:
-    """(C, examples) fp32, 0 for dummy examples."""
-    table = torch.tensor(values, dtype=torch.float32).T
-    return torch.nn.functional.pad(table, (0, examples - len(values)))
-
-
 def _row_width(longest: int, shape: Shape | None) -> int:
-    """Positions of every row, if the fullest one needs `longest`."""
+    """Positions of every row, if the longest needs `longest`."""
     width = _round_up(longest, 8)
-    if shape is None:
-        return width
-    return min(_round_up(width, shape.positions), max(width, _round_up(shape.capacity, 8)))  # no row exceeds capacity
+    return min(_round_up(width, shape.positions), max(width, _round_up(shape.capacity, 8))) if shape else width
 
 
 def _fill_grids(rows: Sequence[Sequence[Segment]], width: int, examples: int) -> dict[str, np.ndarray]:
-    """Values of each position by name, (rows, width). "sequences": the sequence of each position, scored or not."""
+    """Values of each position by name, (rows, width)."""
     size = len(rows), width
     grids = {name: np.zeros(size, np.int64) for name in ("input_ids", "position_ids", "branch_ids")}
     grids |= {name: np.full(size, PADDING, np.int64) for name in ("segment_ids", "sequences")}
@@ -278,8 +262,7 @@ def _scored_tokens(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Scored positions (N,), the sequence of each (N,), and how many of them belong to one.
 
-    With a shape, positions without a target fill N up to three quarters of all positions, or to all of them; they get
-    the number `sequences`, which means none.
+    With a shape, dummies follow: positions without a target, whose sequence is `sequences`.
     """
     marked = targets.ravel() != IGNORED
     scored = np.flatnonzero(marked)

@@ -12,13 +12,13 @@ from lowlevel.config.schema import RunConfig, TrainConfig
 from lowlevel.errors import ConfigError
 from lowlevel.hashing import splitmix64
 
-MOST_STEPS = 1_000_000_000  # for runs that count epochs: 30 years at one step per second
+MOST_STEPS = 1_000_000_000  # of runs without max_steps: 30 years at one step per second
 ORDER_VERSION = 1  # in checkpoints: with another algorithm a resumed run would train on other rows
 
 
 @dataclass(frozen=True)
 class DataOrder:
-    """The order of `num_rows` examples over epochs, `rows_per_step` per step; an epoch's last step may have fewer."""
+    """The order of the examples over epochs; the last step of an epoch may have fewer than `rows_per_step`."""
 
     num_rows: int
     rows_per_step: int
@@ -37,7 +37,7 @@ class DataOrder:
         return order
 
     def total_steps(self, train: TrainConfig) -> int:
-        """Optimizer steps of a run; at least one, even for a small fraction of an epoch."""
+        """Optimizer steps of a run, at least one."""
         return train.max_steps or max(1, math.ceil(self.steps_per_epoch * train.num_train_epochs - 1e-9))
 
     @property
@@ -56,9 +56,9 @@ class DataOrder:
         return _shuffled(self.num_rows, self.seed, epoch) if self.shuffled else np.arange(self.num_rows)
 
 
-@lru_cache(maxsize=2)  # each step asks for the order of its epoch; steps at an epoch's end ask for two
+@lru_cache(maxsize=2)  # each step asks for its epoch's order; with prefetching, steps at an epoch's end ask for two
 def _shuffled(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """See `epoch_order`. Read-only, because callers share it."""
+    """See `epoch_order`; read-only, because callers share it."""
     seeded = splitmix64(np.array([seed], np.uint64))
     salt = splitmix64(seeded + np.uint64(epoch))
     order = np.argsort(splitmix64(np.arange(num_rows, dtype=np.uint64) ^ salt), kind="stable")

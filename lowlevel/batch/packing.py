@@ -40,8 +40,7 @@ def micro_batch_rows(
 ) -> list[list[list[Example]]]:
     """Examples by micro-batch and row; `size` gives an example's positions. Without packing, each gets its own row.
 
-    With packing and a `shape`, a micro-batch is one long row: attention over spans costs the same as in short rows, and
-    less padding remains.
+    With packing and a `shape`, a micro-batch is one long row, which needs less padding than several.
     """
     if packing:
         capacity = shape.capacity if shape else row_length

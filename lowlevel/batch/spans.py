@@ -5,8 +5,7 @@
     keys of 1    prompt chosen                 keys of 2    prompt rejected
 
 Prompt and chosen completion are neighbours, so they are one causal span. The rejected completion is a second span; its
-keys are the prompt's, listed again, and its own. Padding gets its own span, or several if spans have a bound, so that
-every position has an output.
+keys are the prompt's, listed again, and its own. Padding gets spans too, so that every position has an output.
 """
 
 from __future__ import annotations
@@ -33,11 +32,8 @@ def build_spans(
 ) -> Spans:
     """Spans of flattened rows of `width` positions, given the branch_ids of each row's segments.
 
-    For a fixed shape, empty spans are added until there are `count`, the list of keys is padded to twice the positions,
-    and no span may be longer than `longest`.
-
-    Raises:
-        ValueError: a span is longer than `longest`.
+    For a fixed shape, empty spans are added up to `count`, and the list of keys is padded to twice the positions.
+    Raises ValueError if a span is longer than `longest`.
     """
     ends, listed = [0], []
     for r, row in enumerate(rows):
@@ -55,9 +51,8 @@ def build_spans(
             start = end
         end = (r + 1) * width
         for first in range(start, end, longest or width):  # padding
-            last = min(first + (longest or width), end)
-            ends.append(last)
-            listed.append(np.arange(first, last))
+            ends.append(min(first + (longest or width), end))
+            listed.append(np.arange(first, ends[-1]))
     found = max(map(len, listed))
     if longest is not None and found > longest:
         raise ValueError(f"a span of {found} positions, longer than the batch's bound of {longest}")
@@ -78,7 +73,7 @@ def _uses(key_index: np.ndarray, positions: int, nowhere: int) -> np.ndarray:
     """First place of each position in the list, and the last one if it differs: (2, positions)."""
     uses = np.full((2, positions), nowhere)
     places = np.arange(len(key_index))
-    uses[1, key_index] = places  # numpy keeps the last of several assignments to one element
+    uses[1, key_index] = places  # numpy keeps the last of several values for one element
     uses[0, key_index[::-1]] = places[::-1]
     uses[1, uses[0] == uses[1]] = nowhere
     return uses

@@ -1,10 +1,10 @@
 """Attention over packed rows without a mask: each span of queries attends causally to its own list of keys.
 
-With a (T, T) mask a kernel computes all scores and discards most of them, and the mask takes memory. But the layout
-only needs causal attention of neighbouring positions to a list of keys: an SFT example attends to itself; prompt and
-chosen completion of a pair to themselves; the rejected completion to the prompt and itself. Kernels for sequences of
-different lengths in one row ("varlen") do exactly this: they take cumulative lengths of queries and keys, align the
-causal triangle to the bottom right, and discard nothing.
+With a (T, T) mask, a kernel computes all scores and discards most of them. The layout only needs causal attention of
+neighbouring positions to a list of keys: an SFT example attends to itself, prompt and chosen completion of a pair to
+themselves, the rejected completion to the prompt and itself. Kernels for sequences of different lengths in one row
+("varlen") do exactly this: they take cumulative lengths of queries and keys, and align the causal triangle to the
+bottom right.
 
 Kernels: `flash` (FlashAttention 2; compute capability 8.0 or higher, fp16 and bf16), `efficient` (CUTLASS; 5.0 or
 higher, so it runs on a T4) and `math` (plain torch, one span at a time, on any device; tests compare the others with
@@ -13,6 +13,7 @@ it). All of them are part of torch; the operator below adds one signature, a gra
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,13 +32,11 @@ def span_attention(
     """Causal attention of each span of queries over its list of keys.
 
     Args:
-        query: (M, H, D); span g holds rows queries[g] to queries[g + 1].
+        query: (M, H, D); span g has rows queries[g] to queries[g + 1].
         key, value: (K, H_kv, D), H a multiple of H_kv; span g sees rows keys[g] to keys[g + 1]. With q queries and k
             keys, query i sees the first k - q + i + 1 of them.
         queries, keys: (G + 1,) int32, cumulative. Spans may be empty; every query must belong to a span.
         longest: upper bound on the queries and keys of a span.
-        scale: factor on the scores.
-        kernel: one of KERNELS.
 
     Returns:
         (M, H, D), in the dtype of `query`. Differentiable once in query, key and value.
@@ -51,7 +50,7 @@ def list_keys(values: Tensor, key_index: Tensor, key_uses: Tensor) -> Tensor:
     """Gather keys or values in the order of the spans' list: (M, H_kv, D) -> (K, H_kv, D).
 
     With `key_uses` (2, M), the places of each position in the list, the gradient is a sum of two gathers; `index_add`
-    would add in an order that changes from run to run. (Not an autograd.Function, for the reason in CounterDropout.)
+    would add in varying order. (Not an autograd.Function, for the reason in CounterDropout.)
     """
     return values.index_select(0, key_index)
 
@@ -63,7 +62,7 @@ def _(values: Tensor, key_index: Tensor, key_uses: Tensor) -> Tensor:
 
 @operator("list_keys_backward")
 def _list_keys_backward(grad: Tensor, key_uses: Tensor) -> Tensor:
-    padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])  # row K stands for nowhere
+    padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])  # row K: an unused place
     return padded.index_select(0, key_uses[0]) + padded.index_select(0, key_uses[1])
 
 
@@ -201,7 +200,7 @@ def _math_backward(
 
 
 def _aligned(longest: int) -> int:
-    """Row length of the efficient kernel's logsumexp."""
+    """Row length of the logsumexp of the efficient kernel."""
     return -(-longest // 32) * 32
 
 
@@ -216,7 +215,5 @@ def _reduce(grad: Tensor, groups: int) -> Tensor:
 
 
 def _spans(queries: Tensor, keys: Tensor) -> list[tuple[slice, slice]]:
-    starts = zip(queries.tolist(), keys.tolist(), strict=True)
-    bounds = list(starts)
-    pairs = zip(bounds, bounds[1:], strict=False)
-    return [(slice(q0, q1), slice(k0, k1)) for (q0, k0), (q1, k1) in pairs if q1 > q0]
+    bounds = pairwise(zip(queries.tolist(), keys.tolist(), strict=True))
+    return [(slice(q0, q1), slice(k0, k1)) for (q0, k0), (q1, k1) in bounds if q1 > q0]

@@ -6,8 +6,7 @@ quantisation this constant is itself an 8-bit code, with one fp32 constant per 2
     c_b = code2[q_b] absmax2[b / 256] + offset        w_i = code[q_i] c_(i / 64)
 
 Its own kernels take three passes: constants to fp32, add the offset, weights. The matrices of a small model are too
-small to fill a GPU in such a pass, and one step of the recipe dequantises 1,848 matrices. This kernel reads codes and
-constants and writes weights: 0.52 bytes read and 2 written per weight.
+small to fill a GPU in such a pass. This kernel reads 0.52 bytes and writes 2 per weight.
 
 The result equals that of bitsandbytes bit for bit: the same fp32 operations in the same order, without fused
 multiply-adds (they round once instead of twice), and one rounding to the weight's dtype.
@@ -53,7 +52,7 @@ class Quantised(NamedTuple):  # made for each product, faster than a dataclass
         return cls(shape, state.blocksize, inner.blocksize, packed, *constants)
 
     def pack(self) -> tuple[list[Tensor], list[int]]:
-        """The same as two lists, for an operator's schema: 3 tensors (6 with double quantisation), and the sizes."""
+        """Two lists for an operator's schema: 3 tensors (6 with double quantisation), and the sizes."""
         tensors = (self.packed, self.code, self.absmax, self.code2, self.absmax2, self.offset)
         return [tensor for tensor in tensors if tensor is not None], [*self.shape, self.blocksize, self.blocksize2]
 
@@ -69,9 +68,7 @@ def dequantize(weight: Quantised, dtype: torch.dtype) -> Tensor:
 
     The kernel handles uint8 codes on a CUDA device in blocks of a power of two; its twin handles everything else.
     """
-    if not _kernel_takes(weight, dtype):
-        return dequantize_reference(weight, dtype)
-    return _launch(weight, dtype)
+    return _launch(weight, dtype) if _kernel_takes(weight, dtype) else dequantize_reference(weight, dtype)
 
 
 def dequantize_reference(weight: Quantised, dtype: torch.dtype) -> Tensor:
@@ -104,7 +101,7 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def kernel() -> Any:
-    """Import Triton and define the kernel; see `lowlevel.kernels.vocabulary.kernels`."""
+    """Import Triton and define the kernel, as `lowlevel.kernels.vocabulary.kernels`."""
     import triton
     import triton.language as tl
 

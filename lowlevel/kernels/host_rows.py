@@ -1,8 +1,7 @@
 """Rows of a table in pinned host memory, read by the GPU over PCIe: a Triton kernel, with a torch twin.
 
 A micro-batch reads a few thousand of the V rows of an input embedding. A GPU can read pinned host memory directly
-(unified addressing), so the table does not need GPU memory: 131 MB less for TinyLlama, at the cost of 4 MB over PCIe
-per micro-batch of 1,024 positions. It needs no copy engine and no host sync, so a CUDA graph can capture it.
+(unified addressing), so the table does not need GPU memory. There is no host sync, so a CUDA graph can capture it.
 """
 
 import functools
@@ -19,14 +18,11 @@ LAUNCH = {"size": COLUMNS, "num_warps": 4}
 
 @operator("host_rows")
 def host_rows(table: Tensor, index: Tensor) -> Tensor:
-    """`table[index]` on the device of `index`.
+    """`table[index]` on the device of `index`, (*index.shape, D) in the table's dtype. Not differentiable.
 
     Args:
         table: (V, D), contiguous; pinned if it is in host memory and `index` on a GPU.
         index: int64 of any shape, in [0, V).
-
-    Returns:
-        (*index.shape, D), in the table's dtype. Not differentiable: the table is frozen.
     """
     if not index.is_cuda or table.is_cuda:
         return host_rows_reference(table, index)
@@ -50,7 +46,7 @@ def host_rows_reference(table: Tensor, index: Tensor) -> Tensor:
 
 @functools.cache
 def kernel() -> Any:
-    """Import Triton and define the kernel; see `lowlevel.kernels.vocabulary.kernels`."""
+    """Import Triton and define the kernel, as `lowlevel.kernels.vocabulary.kernels`."""
     import triton
     import triton.language as tl
 

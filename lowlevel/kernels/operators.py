@@ -1,7 +1,7 @@
 """Custom operators: functions that torch.compile calls as they are instead of tracing into them.
 
-`torch.library.custom_op` does the same with more checks, in several layers of Python per call; a compiled micro-step of
-the recipe (SFT 2x4) makes 528 calls. Here tests do these checks, with `torch.library.opcheck`.
+`torch.library.custom_op` does the same with more checks in every call. Here tests do these checks, with
+`torch.library.opcheck`.
 """
 
 from __future__ import annotations

@@ -6,14 +6,13 @@ product that computes them to the product that reads their gradient::
     forward, per chunk     z = h W^T (cuBLAS)     lse, z_y = one read of z      logp = z_y - lse
     backward, per chunk    z = h W^T (cuBLAS)     dz over z, in place           dh = dz W (cuBLAS)
 
-So a logit is written once and read once in the forward pass, and written twice and read twice in the backward pass, at
-2 bytes each. `lowlevel.losses` makes several passes at 4 bytes, over a buffer of twice the size. Saved for the backward
-pass: hidden (N, D), weight (V, D), targets (N,), lse (N,).
+So a logit is written and read once in the forward pass, and twice in the backward pass, at 2 bytes each.
+`lowlevel.losses` makes several passes at 4 bytes, over a buffer of twice the size.
 
 Conditions of the fast path: all tensors on one CUDA device, a weight in fp16, bf16 or fp32 that does not require a
 gradient (QLoRA's LM head), at least one row, and a Triton that compiles for the GPU. Every other call goes to
-`lowlevel.losses`, with its results and errors. The choice depends on the weight's `requires_grad` and not on the grad
-mode: a policy pass and a reference pass under `no_grad` run the same kernels, so equal weights give equal bits.
+`lowlevel.losses`. The choice depends on the weight's `requires_grad` and not on the grad mode: a policy pass and a
+reference pass under `no_grad` run the same kernels, so equal weights give equal bits.
 """
 
 from typing import Any
@@ -31,15 +30,9 @@ ROW_STEP = 64  # rows of a cuBLAS tile
 
 
 def chunk_rows(vocabulary: int, itemsize: int) -> int:
-    """Rows per chunk, so that its logits take about 32 MiB: 512 for a vocabulary of 32,000 in fp16.
+    """Rows per chunk, so that its logits (`itemsize` bytes each) take at most 32 MiB: a multiple of 64.
 
-    Args:
-        vocabulary: V.
-        itemsize: bytes per logit.
-
-    Returns:
-        The largest multiple of 64 (rows of a cuBLAS tile) within the budget, but at least 64: with fewer rows, reading
-        the weight dominates the product.
+    At least 64: with fewer rows, reading the weight dominates the product.
     """
     return max(CHUNK_BYTES // (max(vocabulary, 1) * itemsize) // ROW_STEP, 1) * ROW_STEP
 
@@ -47,19 +40,8 @@ def chunk_rows(vocabulary: int, itemsize: int) -> int:
 def token_logps(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int | None = None) -> Tensor:
     """`log softmax(hidden @ lm_head_weight.T)[targets]` of each row; fused under the module's conditions.
 
-    Args:
-        hidden: (N, D), floating; any strides.
-        lm_head_weight: (V, D), floating; its dtype is the dtype of the matrix products.
-        targets: (N,) int64 in [0, V), already shifted. Others raise on a CPU and give NaN on the fast path.
-        chunk_size: rows per chunk; None: `chunk_rows` on the fast path, otherwise the default of the losses.
-
-    Returns:
-        (N,) in fp32; float64 if the weight is float64. Differentiable once. No host sync; after one warm-up call a
-        CUDA graph can capture it. Autocast has no effect.
-
-    Raises:
-        ValueError: a shape or dtype does not fit, or `chunk_size < 1`.
-        RuntimeError: a target is outside [0, V) (on CPU).
+    Arguments, result and errors of `lowlevel.losses.token_logps`, but on the fast path a target outside [0, V) gives
+    NaN, and `chunk_size` None means `chunk_rows`. After one warm-up call a CUDA graph can capture it.
     """
     if not _is_fast(hidden, lm_head_weight, targets, chunk_size):
         options = {} if chunk_size is None else {"chunk_size": chunk_size}

@@ -6,26 +6,22 @@ four more times. Each kernel here touches a logit once, with fp32 only in regist
     forward     lse = log sum_v exp(z_v)       z_y                        C V reads
     backward    dz_v = g ([v = y] - exp(z_v - lse)), over z itself        C V reads, C V writes
 
-Forward: one program per row, which walks along the vocabulary. Every lane keeps its own maximum m and sum s (online
-softmax, arXiv 1805.02867, algorithm 3); the lanes are combined once, at the end of the row, so the loop has no barrier.
-The larger of m and z becomes the new m, so one of the textbook's two exponentials is exp(0) = 1, and the other is
-exp(-|z - m|): one exponential per logit::
+Forward: one program per row. Every lane has its own maximum m and sum s (online softmax, arXiv 1805.02867, algorithm
+3); the lanes are combined at the end of the row, so the loop has no barrier. The larger of m and z is the new m, so one
+of the textbook's two exponentials is exp(0) = 1: one exponential per logit::
 
     d = z - m      s <- s exp(-d) + 1  if d > 0,  s + exp(d)  otherwise      m <- max(m, z)
 
 m starts at the lowest finite fp32 number instead of -inf: a lane without logits must not compute inf - inf.
 Backward: no sum, so one program handles one block of a row.
 
-Dtypes. Logits are fp16, bf16 or fp32; all arithmetic is fp32. `dz` is multiplied by the incoming gradient in fp32 *and
-then* rounded once to the logits' dtype: without this factor most entries are below fp16's smallest number (6e-8), and a
+Dtypes. Logits are fp16, bf16 or fp32; all arithmetic is fp32. `dz` is multiplied by the incoming gradient in fp32 and
+only then rounded to the logits' dtype: without this factor most entries are below fp16's smallest number (6e-8), and a
 loss scale could not recover them. A `dz` above 65,504 becomes inf, which the loss scaler detects; finite logits and
 gradients never give NaN.
 
 A target outside [0, V) is not read: its row gets NaN as log-probability and gradient, so the step reports a loss that
-is not finite. (`lowlevel.losses` ends the process there with a device assertion, without any report.)
-
-Left out: `tl.dot` (see `lowlevel.kernels`), and several programs per row in the forward pass. With 64 registers per
-thread, a multiprocessor of a T4 holds four programs, so 512 rows take three rounds on a T4 and one on an H100.
+is not finite. (`lowlevel.losses` ends the process with a device assertion.)
 """
 
 import functools
@@ -42,19 +38,17 @@ LAUNCH = {"block": BLOCK, "num_warps": WARPS, "enable_fp_fusion": True}  # Trito
 
 
 def logsumexp_and_target(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`logits.logsumexp(1)` and `logits[i, targets[i]]`, in one read of the logits.
+    """`logits.logsumexp(1)` and `logits[i, targets[i]]`, in one read of the logits. No host sync.
 
     Args:
         logits: (C, V), floating; contiguous fp16, bf16 or fp32 on CUDA for the kernel, anything else for its twin.
         targets: (C,) int64. One outside [0, V) gives NaN as its target logit.
 
     Returns:
-        lse (C,) and target_logit (C,), fp32; float64 for float64 logits. A +inf or NaN among a row's logits makes its
-        lse inf or NaN. No host sync.
+        lse (C,) and target_logit (C,), fp32; float64 for float64 logits. A +inf or NaN logit makes lse inf or NaN.
     """
-    if not _kernels_take(logits):
-        return logsumexp_and_target_reference(logits, targets)
-    return _launch_logsumexp(logits, targets)
+    run = _launch_logsumexp if _kernels_take(logits) else logsumexp_and_target_reference
+    return run(logits, targets)
 
 
 def logsumexp_and_target_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,12 +69,10 @@ def grad_logits_(logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tenso
         grad_logps: (C,) fp32, including the loss scale.
 
     Returns:
-        `logits` itself, rounded once from fp32 (float64 for float64 logits); inf beyond the dtype's range. No host
-        sync.
+        `logits` itself, rounded once from fp32 (float64 for float64 logits); inf beyond its range. No host sync.
     """
-    if not _kernels_take(logits):
-        return grad_logits_reference_(logits, targets, lse, grad_logps)
-    return _launch_grad_logits_(logits, targets, lse, grad_logps)
+    run = _launch_grad_logits_ if _kernels_take(logits) else grad_logits_reference_
+    return run(logits, targets, lse, grad_logps)
 
 
 def grad_logits_reference_(logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
@@ -96,8 +88,7 @@ def grad_logits_reference_(logits: Tensor, targets: Tensor, lse: Tensor, grad_lo
 def usable(device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
     """Whether both kernels compile and launch on this device; if not, warns once with the reason.
 
-    Tries them on one row before a training step relies on them. This also compiles them, which a CUDA graph needs
-    before it captures them.
+    This also compiles them, which a CUDA graph needs before it captures them.
     """
     logits = torch.zeros(1, vocabulary, dtype=dtype, device=device)
     targets = torch.zeros(1, dtype=torch.int64, device=device)
@@ -120,11 +111,7 @@ class Kernels(NamedTuple):
 
 @functools.cache
 def kernels() -> Kernels:
-    """Import Triton and define the kernels. Not at the top of the file: Triton is optional, and its import takes time.
-
-    Raises:
-        ImportError: Triton is not installed.
-    """
+    """Import Triton, which is optional, and define the kernels. Raises ImportError if it is not installed."""
     import triton
     import triton.language as tl
 

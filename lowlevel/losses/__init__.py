@@ -1,8 +1,7 @@
 """Pure loss functions: tensors in, per-token or per-pair tensors out; only torch and the standard library are imported.
 
-Nothing here averages over a batch. Cross-entropy gives `(sum, count)`, the preference losses one value a pair (in which
-`ipo`, `sigmoid_norm` and `rpo` average over a completion's tokens); the loop divides once by the count of the whole
-optimizer step, so that 1x8, 2x4 and 8x1 give the same gradient for ragged lengths.
+Nothing here averages over a batch: the loop divides sums once by the count of the whole optimizer step, so that 1x8,
+2x4 and 8x1 give the same gradient for ragged lengths.
 """
 
 from lowlevel.losses.cross_entropy import masked_cross_entropy, sequence_logps

@@ -1,7 +1,6 @@
-"""Cross-entropy and sequence log-probabilities on full logits.
+"""Cross-entropy and sequence log-probabilities on full (B, T, V) logits, the reference of the tests.
 
-The plain way, for whoever holds (B, T, V) logits, and the reference of the tests. Training goes through
-`lowlevel.kernels.token_logps`, or its twin in `lowlevel.losses`, which never hold them.
+Training uses `lowlevel.kernels.token_logps`, or its twin in `lowlevel.losses`, without full logits.
 
 Both functions shift: `logits[:, t]` is scored against `labels[:, t + 1]`. So the first token of a completion is
 scored from the last prompt position, and the first token of a row is never scored.
@@ -22,9 +21,9 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
         labels: (B, T) int64, `-100` where nothing is learned. Not yet shifted.
 
     Returns:
-        `loss_sum`, a scalar in fp32 (float64 for float64 logits), and `count`, an int64 scalar tensor on the same
-        device (no host sync). The quotient of the two *sums over a whole step* is the token mean; a mean of means is
-        not. With nothing supervised the sum is a differentiable zero with zero gradient, never 0/0.
+        `loss_sum`, a scalar in fp32 (float64 for float64 logits), and `count`, an int64 scalar tensor; no host sync.
+        Divide the sums of a whole step, not the means of its micro-batches. With nothing supervised the sum is a
+        differentiable zero with zero gradient.
 
     Raises:
         ValueError: a shape does not fit.
@@ -37,17 +36,10 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum each row's supervised token log-probabilities: `log pi(y|x)` in Rafailov et al., arXiv 2305.18290 eq 7.
 
-    Args:
-        logits: (B, T, V), any floating dtype; computed in fp32, float64 stays float64.
-        labels: (B, T) int64, `-100` where nothing is scored. Not yet shifted.
+    Arguments and errors of `masked_cross_entropy`.
 
     Returns:
-        `logps` (B,) in fp32 (float64 for float64 logits) and `lengths` (B,) int64, the number of tokens in each
-        sum.
-
-    Raises:
-        ValueError: a shape does not fit.
-        IndexError: a label is neither -100 nor in [0, V) (on CPU; a device assertion on GPU).
+        `logps` (B,) in fp32 (float64 for float64 logits) and `lengths` (B,) int64, the number of tokens in each sum.
     """
     token_losses = _token_losses(logits, labels)  # (B, T-1)
     return -token_losses.sum(dim=1), (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
@@ -56,12 +48,9 @@ def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-probability of each next token, (B, T-1); exactly 0 with zero gradient where the label is -100."""
     if logits.ndim != 3 or labels.shape != logits.shape[:2]:
-        raise ValueError(
-            f"logits must be (B, T, V) and labels (B, T), got {tuple(logits.shape)} and {tuple(labels.shape)}"
-        )
-    scores = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))  # (B, T-1, V)
+        shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"logits must be (B, T, V) and labels (B, T), got {shapes}")
+    scores = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)  # (B * (T-1), V)
     targets = labels[:, 1:]  # (B, T-1)
-    losses = cross_entropy(
-        scores.reshape(-1, scores.shape[-1]), targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction="none"
-    )
+    losses = cross_entropy(scores, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     return losses.view(targets.shape)

@@ -1,4 +1,4 @@
-"""Every preference loss by name, and the one call that checks what it was asked for before it computes it.
+"""Every preference loss by name, and `dpo_loss`, which checks its arguments.
 
 A hyper-parameter that the chosen loss does not use is an error: a run must not report cDPO and train DPO (TRL 1.16
 ignores `label_smoothing` for `sigmoid`). Which ones a loss uses follows from its signature.
@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from lowlevel.losses.registry import LossSpec, find, spec_of
 
 @dataclass(frozen=True)
 class DPOOutput:
-    """What `dpo_loss` returns; each (P,) fp32, float64 if a log-probability was. Only `losses` has a gradient.
+    """Result of `dpo_loss`; each (P,) fp32, float64 if a log-probability was. Only `losses` has a gradient.
 
     `chosen_rewards`, `rejected_rewards` = beta * log-ratio (arXiv 2305.18290 eq 5); `margins` their difference.
     """
@@ -33,6 +34,7 @@ class DPOOutput:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # of a user's own loss, (P,) each
 
 
+AOT = "cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))"
 _SPECS = (
     spec_of(preference.sigmoid, "-ls(x)", "arXiv 2305.18290 eq 7"),
     spec_of(preference.cdpo, "-(1-eps) ls(x) - eps ls(-x)", "ericmitchell.ai/cdpo.pdf eq 3"),
@@ -44,12 +46,7 @@ _SPECS = (
     spec_of(preference.nca_pair, "-ls(beta a) - ls(-beta a)/2 - ls(-beta b)/2", "arXiv 2402.05369"),
     spec_of(preference.bco_pair, "-ls(beta a) - ls(-beta b)", "arXiv 2404.04656"),
     spec_of(preference.sppo_hard, "(a - 1/(2 beta))^2 + (b + 1/(2 beta))^2", "arXiv 2405.00675 eq 4.7"),
-    spec_of(
-        preference.aot,
-        "cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))",
-        "arXiv 2406.05882",
-        mixes_pairs=True,
-    ),
+    spec_of(preference.aot, AOT, "arXiv 2406.05882", mixes_pairs=True),
     spec_of(preference.aot_unpaired, "cdpo on sort(a) - sort(b)", "arXiv 2406.05882", mixes_pairs=True),
     spec_of(preference.apo_zero, "1 - s(beta a) + s(beta b)", "arXiv 2408.06266 eq 7"),
     spec_of(preference.apo_down, "s(beta a) + 1 - s(x)", "arXiv 2408.06266 eq 8"),
@@ -85,16 +82,12 @@ def dpo_loss(
     """Loss and rewards of P preference pairs; the formulas are in `lowlevel.losses.preference`.
 
     Args:
-        chosen_logps: (P,) log-probability of each chosen completion under the policy, summed over its tokens. This and
-            the next three: any floating dtype, upcast to fp32 at least.
-        rejected_logps: (P,) likewise, rejected completion.
-        ref_chosen_logps: (P,) chosen completion under the reference.
-        ref_rejected_logps: (P,) rejected completion under the reference.
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: (P,) log-probability of each completion
+            under policy and reference, summed over its tokens; any floating dtype, upcast to fp32 at least.
         loss_type: a key of `LOSSES`.
         beta: the KL temperature, finite and above 0.
-        label_smoothing: share of flipped labels, in [0, 0.5); 0 means none. `exo_pair` needs it above 0.
-        chosen_lengths: (P,) tokens in each chosen completion. Used by losses with `needs_lengths`, accepted by all.
-        rejected_lengths: (P,) likewise, rejected completion.
+        label_smoothing: share of flipped labels, in [0, 0.5). `exo_pair` needs it above 0.
+        chosen_lengths, rejected_lengths: (P,) tokens in each completion, for losses with `needs_lengths`.
         discopop_tau: only for `discopop`, in (0, 1]; None means 0.05. Above 1 the loss grows exponentially as x falls.
         dpop_lambda: only for `dpop`, finite, at least 0; None means 50.
         rpo_alpha: only for `rpo`, weight of the NLL term, finite, at least 0; None means 1.
@@ -104,32 +97,24 @@ def dpo_loss(
 
     Raises:
         ValueError: unknown loss, a hyper-parameter that this loss does not use or out of range, missing lengths, or
-            shapes that differ. Values of tensors are not looked at: that would be a host sync.
+            shapes that differ. Values of tensors are not checked: that would be a host sync.
     """
     given = {"discopop_tau": discopop_tau, "dpop_lambda": dpop_lambda, "rpo_alpha": rpo_alpha}
     loss = PreferenceLoss.of(loss_type, beta=beta, label_smoothing=label_smoothing, **given)
-    return loss(
-        _pairs(
-            (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps),
-            chosen_lengths,
-            rejected_lengths,
-            loss.spec,
-        )
-    )
+    logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return loss(_pairs(loss.spec, logps, chosen_lengths, rejected_lengths))
 
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A preference loss with its hyper-parameters: what training calls for each micro-batch."""
+    """A preference loss with its hyper-parameters."""
 
     spec: LossSpec
     beta: float
     settings: Mapping[str, float]  # keyword arguments of the loss function
 
     @classmethod
-    def of(
-        cls, loss_type: str, *, beta: float = 0.1, label_smoothing: float = 0.0, **given: float | None
-    ) -> PreferenceLoss:
+    def of(cls, loss_type: str, *, beta: float = 0.1, label_smoothing: float = 0.0, **given: Any) -> PreferenceLoss:
         """The loss of a name; hyper-parameters that are None, and a label_smoothing of 0, count as not given.
 
         Raises:
@@ -140,8 +125,7 @@ class PreferenceLoss:
         smoothing = {"label_smoothing": label_smoothing}
         _check_parameters(spec, beta, label_smoothing, chosen | (smoothing if label_smoothing != 0 else {}))
         values = {"beta": beta, **smoothing, **chosen}
-        used = {name: values[name] for name in spec.parameters if name in values}  # absent: the function's default
-        return cls(spec, beta, used)
+        return cls(spec, beta, {name: values[name] for name in spec.parameters if name in values})
 
     def __call__(self, pairs: PairLogps) -> DPOOutput:
         """Loss and rewards of P pairs."""
@@ -172,10 +156,7 @@ def _check_parameters(spec: LossSpec, beta: float, label_smoothing: float, given
 
 
 def _pairs(
-    logps: tuple[Tensor, Tensor, Tensor, Tensor],
-    chosen_lengths: Tensor | None,
-    rejected_lengths: Tensor | None,
-    spec: LossSpec,
+    spec: LossSpec, logps: tuple[Tensor, ...], chosen_lengths: Tensor | None, rejected_lengths: Tensor | None
 ) -> PairLogps:
     if spec.needs_lengths and (chosen_lengths is None or rejected_lengths is None):
         raise ValueError(f"loss_type {spec.name!r} averages over tokens: pass chosen_lengths and rejected_lengths")

@@ -1,13 +1,11 @@
-"""The preference losses, one plain function a name: four log-probabilities a pair in, one loss a pair out.
+"""The preference losses, one plain function each: four log-probabilities per pair in, one loss per pair out.
 
-Symbols, per pair: `a = log pi(y+) - log ref(y+)`, `b` likewise for `y-`, `d = a - b`, `x = beta d`; `n+`,
-`n-` are the completion lengths, `eps` is label_smoothing, `s` the sigmoid and `ls = log s`. A function's
-docstring gives the formula in these symbols, and the paper; its keyword arguments are the hyper-parameters that it
-uses, and it uses all of them.
+Symbols, per pair: `a = log pi(y+) - log ref(y+)`, `b` likewise for `y-`, `d = a - b`, `x = beta d`; `n+`, `n-` are the
+completion lengths, `eps` is label_smoothing, `s` the sigmoid and `ls = log s`. A docstring gives the formula in these
+symbols, and the paper. Keyword arguments are the hyper-parameters, whose ranges `lowlevel.losses.dpo` checks.
 
-Every loss and gradient is finite at x = +-1000: `ls` is never `log(sigmoid())`, which is -inf from x = -104 on in
-fp32, and the one bare exponential (DiscoPOP) is written so that its exponent cannot be positive. Callers check ranges:
-`lowlevel.losses.dpo`.
+Every loss and gradient is finite at x = +-1000: `ls` is never `log(sigmoid())`, which is -inf below x = -104 in fp32,
+and the exponent of the one bare exponential (DiscoPOP) cannot be positive.
 """
 
 import math
@@ -23,8 +21,7 @@ from torch.nn.functional import logsigmoid
 class PairLogps:
     """Log-probabilities of P pairs under policy and reference, summed over a completion; each (P,) and floating.
 
-    `chosen_lengths` and `rejected_lengths` (P,) are the numbers of tokens in those sums; only losses that average
-    over tokens read them. In training, three more are filled in, for losses of a user's own:
+    `chosen_lengths` and `rejected_lengths` (P,) are the numbers of tokens in those sums. Training also sets:
 
     Attributes:
         token_logps: (N,) fp32, of every completion token under the policy.
@@ -57,7 +54,7 @@ class PairLogps:
 
     @property
     def deltas(self) -> Tensor:
-        """`d = a - b`, (P,): beta times this is the margin, the sigmoid's argument."""
+        """`d = a - b`, (P,); beta times this is the margin, the sigmoid's argument."""
         return self.chosen_logratios - self.rejected_logratios
 
 
@@ -69,7 +66,7 @@ def sigmoid(pairs: PairLogps, *, beta: float) -> Tensor:
 def cdpo(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
     """Conservative DPO: `-(1-eps) ls(x) - eps ls(-x)`. Mitchell, ericmitchell.ai/cdpo.pdf eq 3.
 
-    A share eps of the labels is taken to be flipped; the gradient vanishes at `x = log((1-eps)/eps)`.
+    It assumes a share eps of flipped labels; the gradient vanishes at `x = log((1-eps)/eps)`.
     """
     return _smoothed_logistic(beta * pairs.deltas, label_smoothing)  # eq 3
 
@@ -92,8 +89,7 @@ def hinge(pairs: PairLogps, *, beta: float) -> Tensor:
 def ipo(pairs: PairLogps, *, beta: float) -> Tensor:
     """IPO, token average: `(a/n+ - b/n- - 1/(2 beta))^2`. Azar et al., arXiv 2310.12036 eq 17.
 
-    The paper sums over tokens (`ipo_sum`); averaging is what TRL does and says that the authors confirmed. Needs
-    lengths.
+    The paper sums over tokens (`ipo_sum`); TRL averages, as confirmed by the authors. Needs lengths.
     """
     average_a, average_b = _average_logratios(pairs)
     return (average_a - average_b - 1 / (2 * beta)) ** 2  # eq 17
@@ -135,8 +131,7 @@ def sppo_hard(pairs: PairLogps, *, beta: float) -> Tensor:
 def aot(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
     """AOT, paired: `cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))`. arXiv 2406.05882.
 
-    Element i belongs to the i-th quantile of the batch, not to pair i, and the sum depends on which pairs share the
-    call.
+    Element i belongs to the i-th quantile of the batch, not to pair i; the sum depends on the pairs of the batch.
     """
     policy = (pairs.chosen_logps - pairs.rejected_logps).sort().values
     reference = (pairs.ref_chosen_logps - pairs.ref_rejected_logps).sort().values
@@ -151,7 +146,7 @@ def aot_unpaired(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Te
 
 def apo_zero(pairs: PairLogps, *, beta: float) -> Tensor:
     """APO-zero: `1 - s(beta a) + s(beta b)`. D'Oosterlinck et al., arXiv 2408.06266 eq 7."""
-    # s(-z) for 1 - s(z): in fp32 the difference has no digits left beyond z = 17
+    # s(-z) instead of 1 - s(z), which is 0 in fp32 beyond z = 17
     return torch.sigmoid(-beta * pairs.chosen_logratios) + torch.sigmoid(beta * pairs.rejected_logratios)  # eq 7
 
 
@@ -173,10 +168,7 @@ def discopop(pairs: PairLogps, *, beta: float, discopop_tau: float = 0.05) -> Te
 
 
 def sigmoid_norm(pairs: PairLogps, *, beta: float) -> Tensor:
-    """Length-normalised DPO: `-ls(beta (a/n+ - b/n-))`. Lambert et al. (Tulu 3), arXiv 2411.15124 eq 6.
-
-    Needs lengths.
-    """
+    """Length-normalised: `-ls(beta (a/n+ - b/n-))`. Lambert et al. (Tulu 3), arXiv 2411.15124 eq 6. Needs lengths."""
     average_a, average_b = _average_logratios(pairs)
     return -logsigmoid(beta * (average_a - average_b))  # eq 6
 
@@ -204,12 +196,11 @@ def _smoothed_logistic(x: Tensor, label_smoothing: float) -> Tensor:
 
 
 def _average_logratios(pairs: PairLogps) -> tuple[Tensor, Tensor]:
-    average_a = pairs.chosen_logratios / _lengths(pairs.chosen_lengths)
-    average_b = pairs.rejected_logratios / _lengths(pairs.rejected_lengths)
-    return average_a, average_b
+    chosen_lengths, rejected_lengths = _lengths(pairs.chosen_lengths), _lengths(pairs.rejected_lengths)
+    return pairs.chosen_logratios / chosen_lengths, pairs.rejected_logratios / rejected_lengths
 
 
 def _lengths(lengths: Tensor | None) -> Tensor:
     if lengths is None:
         raise ValueError("this loss averages over tokens: pass chosen_lengths and rejected_lengths")
-    return lengths.clamp(min=1)  # an empty completion has log-probability 0, and its average is 0, not 0/0
+    return lengths.clamp(min=1)  # the average of an empty completion is 0, not 0/0

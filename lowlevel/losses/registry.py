@@ -1,15 +1,15 @@
-"""Losses by name: the built-in ones, a user's own (`@lowlevel.loss`), and "module:function", imported when it is used.
+"""Losses by name: built-in ones, custom ones (`@lowlevel.loss`), and "module:function", imported when it is used.
 
-A loss of one's own has the same form as a built-in one: the first argument holds log-probabilities (`PairLogps` for
-dpo, `TokenLogps` for sft), keyword-only arguments are its hyper-parameters, and the result is one value for each pair
-or token, optionally with metrics of the same shape:
+A custom loss has the form of a built-in one: the first argument holds log-probabilities (`PairLogps` for dpo,
+`TokenLogps` for sft), keyword-only arguments are its hyper-parameters, and the result is one value for each pair or
+token, optionally with metrics of the same shape:
 
     @lowlevel.loss
     def shifted(pairs: PairLogps, *, beta: float, gamma: float = 1.0):
         return -logsigmoid(beta * pairs.deltas - gamma), {"shifted": (beta * pairs.deltas > gamma).float()}
 
-With CUDA graphs the function runs only when a batch shape is captured: use tensors, no Python state that changes, and
-nothing that waits for the GPU (`.item()`, `if tensor:`); a loss that cannot be captured runs without graphs.
+With CUDA graphs the function only runs when a batch shape is captured: use tensors, without changing Python state, and
+without waiting for the GPU (`.item()`, `if tensor:`). A loss that cannot be captured runs without graphs.
 """
 
 import difflib
@@ -31,7 +31,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A loss: its function, formula and source as text, the hyper-parameters it reads, and whether it reads lengths."""
+    """A loss: its function, its formula and paper as text, and the hyper-parameters that it reads."""
 
     name: str
     function: Callable[..., Any]
@@ -41,22 +41,22 @@ class LossSpec:
     needs_lengths: bool = False
     mixes_pairs: bool = False  # the loss of a pair depends on the other pairs of its micro-batch
     detaches: bool = False  # parts of the loss are without a gradient on purpose
-    own: bool = False  # a user's
+    own: bool = False  # a custom loss
 
     @property
     def sha256(self) -> str | None:
-        """SHA-256 of the source of a user's loss, which a run's manifest keeps; None for a built-in loss."""
+        """SHA-256 of a custom loss's source, for a run's manifest; None for a built-in loss."""
         return hashlib.sha256(source_of(self.function).encode()).hexdigest() if self.own else None
 
     def __call__(self, logps: Any, settings: Mapping[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """One loss a pair (P,) or token (N,), and metrics of the same shape, detached."""
+        """The loss of each pair (P,) or token (N,), and metrics of the same shape, detached."""
         result = self.function(logps, **settings)
         losses, metrics = result if isinstance(result, tuple) else (result, {})
         return losses, {name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()}
 
 
 def spec_of(function: Callable[..., Any], formula: str, paper: str = "", *, name: str = "", **flags: bool) -> LossSpec:
-    """The description of a loss; its hyper-parameters are the keyword-only arguments, so no list can go stale."""
+    """The description of a loss; its hyper-parameters are the function's keyword-only arguments."""
     keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return LossSpec(name or function.__name__, function, formula, paper, tuple(keywords), **flags)
 
@@ -77,23 +77,24 @@ def loss(function: Any = None, /, *, name: str = "", mixes_pairs: bool = False, 
 
     Args:
         function: see the module's docstring for its form.
-        name: the name to register; default: the function's own name.
+        name: by default the function's name.
         mixes_pairs: the loss of a pair depends on the other pairs of its micro-batch.
-        detaches: parts of the loss are without a gradient on purpose, so `lowlevel verify` does not compare its
-            gradient with differences of its value.
+        detaches: parts of the loss have no gradient on purpose: `lowlevel verify` does not compare its gradient with
+            differences of its value.
 
     Raises:
-        ValueError: the name is that of a built-in loss.
+        ValueError: a built-in loss has this name.
     """
-    if function is None:
-        return lambda given: loss(given, name=name, mixes_pairs=mixes_pairs, detaches=detaches)
     from lowlevel.losses import LOSSES, SFT_LOSSES
 
-    if (name or function.__name__) in {**LOSSES, **SFT_LOSSES}:
-        raise ValueError(f"{name or function.__name__!r} is a built-in loss: register yours under another name")
-    spec = _own(function, name, mixes_pairs=mixes_pairs, detaches=detaches)
-    OWN[spec.name] = spec
-    return function
+    def register(given: Callable[..., Any]) -> Callable[..., Any]:
+        spec = _own(given, name, mixes_pairs=mixes_pairs, detaches=detaches)
+        if spec.name in {**LOSSES, **SFT_LOSSES}:
+            raise ValueError(f"{spec.name!r} is a built-in loss: register yours under another name")
+        OWN[spec.name] = spec
+        return given
+
+    return register if function is None else register(function)
 
 
 def _own(function: Callable[..., Any], name: str, **flags: bool) -> LossSpec:
@@ -102,8 +103,9 @@ def _own(function: Callable[..., Any], name: str, **flags: bool) -> LossSpec:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """The name under which a run file can refer to a loss: its registered name, or "module:function"; registers a
-    function that no other process could import (of a notebook or script).
+    """The name of a loss for run files: its registered name, or "module:function".
+
+    Registers a function that other processes cannot import (of a notebook or script).
     """
     registered = next((spec.name for spec in OWN.values() if spec.function is function), None)
     module, name = function.__module__, function.__qualname__
@@ -115,11 +117,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def find(name: str, built_in: Mapping[str, LossSpec]) -> LossSpec:
-    """The loss of a name.
-
-    Raises:
-        ValueError: an unknown name, or a "module:function" that cannot be imported.
-    """
+    """The loss of a name. Raises ValueError: an unknown name, or a "module:function" that cannot be imported."""
     if name in built_in or name in OWN:
         return built_in.get(name) or OWN[name]
     if ":" in name:
@@ -127,26 +125,24 @@ def find(name: str, built_in: Mapping[str, LossSpec]) -> LossSpec:
     known = [*built_in, *OWN]
     nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise ValueError(
-        f"unknown loss_type {name!r}: {hint}Known: {', '.join(known)}; your own: import the module that registers "
-        'it with @lowlevel.loss, or write "module:function"'
-    )
+    custom = 'a custom loss needs @lowlevel.loss and an import, or "module:function"'
+    raise ValueError(f"unknown loss_type {name!r}: {hint}Known: {', '.join(known)}; {custom}")
 
 
 def _imported(name: str) -> LossSpec:
     module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # the command line starts without the working folder
+    if os.getcwd() not in sys.path:  # the command line does not add it
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # the module is the user's: whatever it raises
+    except Exception as error:  # the module is the user's and may raise anything
         raise ValueError(f"loss_type {name!r} cannot be imported: {type(error).__name__}: {error}") from None
     registered = next((spec for spec in OWN.values() if spec.function is function), None)
     return replace(registered, name=name) if registered else _own(function, name)
 
 
 def source_of(function: Callable[..., Any]) -> str:
-    """The function's source text; its compiled code where Python does not know the source."""
+    """The function's source text, or its compiled code if Python does not have the source."""
     try:
         return textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
@@ -155,14 +151,14 @@ def source_of(function: Callable[..., Any]) -> str:
 
 
 def check_result(spec: LossSpec, logps: Any, settings: Mapping[str, Any], leaf: Tensor, *, size: int) -> None:
-    """Call a loss of the user's on a few made-up log-probabilities, so that a mistake shows before a model is loaded.
+    """Try a custom loss on a few made-up log-probabilities, before a model is loaded.
 
     Args:
         leaf: the token log-probabilities from which `logps` is computed, with requires_grad.
         size: pairs or tokens; loss and metrics must be (size,).
 
     Raises:
-        ValueError: it raises, returns another shape or type, or has no gradient.
+        ValueError: it raises, returns another shape or type, or its gradient is missing, NaN or infinite.
     """
     what = f"loss_type {spec.name!r}"
     try:

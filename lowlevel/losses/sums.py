@@ -23,7 +23,7 @@ class LossSums:
         return {"loss": self.loss.detach(), **self.metrics}
 
     def kept(self, details: bool) -> LossSums:
-        """With copies of `examples` and `tokens`, or without them: a captured graph overwrites them when it replays."""
+        """With copies of `examples` and `tokens`, which a captured graph overwrites at its next replay, or without."""
         if not details:
             return replace(self, examples={}, tokens={})
         examples, tokens = ({k: v.clone() for k, v in part.items()} for part in (self.examples, self.tokens))

@@ -1,4 +1,4 @@
-"""The losses of supervised fine-tuning: log-probabilities of the supervised tokens in, one loss a token out."""
+"""The losses of supervised fine-tuning: log-probabilities of supervised tokens in, one loss per token out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class TokenLogps:
 
     Attributes:
         token_logps: (N,) fp32, natural logarithms.
-        sequence_ids: (N,) int64, the example of each token; S marks a dummy token, which is excluded from all sums.
+        sequence_ids: (N,) int64, the example of each token; S marks a dummy token, excluded from all sums.
         lengths: (S,) supervised tokens of each example.
         values: numeric columns of the rows that `data.columns` names, (S,) fp32 each.
     """

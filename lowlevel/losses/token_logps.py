@@ -1,25 +1,19 @@
-"""Log-probabilities of given tokens, from hidden states and the LM head, without ever holding the full logits.
+"""Log-probabilities of given tokens, from hidden states and the LM head, without the full logits.
 
-The idea. `logits = hidden @ W.T` is (N, V): 4,096 tokens of a 32,000-word vocabulary are 0.5 GiB in fp32, several
-times over with softmax and gradient. Only one number a row is wanted, so rows are taken in chunks, and the backward
-pass recomputes a chunk's logits instead of keeping them::
+`logits = hidden @ W.T` is (N, V): 4,096 tokens of a 32,000-word vocabulary take 0.5 GiB in fp32, several times with
+softmax and gradient. So rows are computed in chunks, and the backward pass recomputes a chunk's logits::
 
     forward     z = h W^T          lse = logsumexp(z)      logp = z[y] - lse
     backward    p = exp(z - lse)   dz = g (onehot(y) - p)   dh = dz W      dW = dz^T h
 
-Kept for the backward pass: hidden (N, D), weight (V, D), targets (N,) and lse (N,). No buffer exceeds chunk_size x V,
-but for the gradient of the weight, which a frozen LM head does not ask for.
+Saved for the backward pass: hidden (N, D), weight (V, D), targets (N,) and lse (N,). No buffer exceeds chunk_size x V,
+except the gradient of a weight that is not frozen.
 
-Dtypes. Products run in *the weight's* dtype: if the two differ, hidden is cast (N x D numbers) and never the weight (V
-x D, 262 MB in fp32 for TinyLlama); with an fp16 head and fp32 hidden states that is also what autocast's linear would
-do. From there on everything is fp32, or float64 if the weight is float64: logsumexp, gather, exp. `dz` is multiplied
-by the incoming gradient *in fp32 and then* rounded to the weight's dtype: `onehot - p` alone has most entries below
-fp16's smallest number (6e-8), and a loss scale that arrives after the rounding cannot bring them back. A `dz` above
-65,504 becomes inf, which is what a loss scaler looks for. `dW` is computed and summed over chunks in fp32. Autocast
-is switched off inside, so it changes nothing.
-
-Left out: fusing the softmax into the matrix product (cuBLAS plus elementwise kernels are enough), label smoothing,
-second derivatives.
+Dtypes. Products run in *the weight's* dtype: if the two differ, hidden is cast, never the weight, which is larger.
+Everything else (logsumexp, gather, exp) is fp32, or float64 if the weight is float64. `dz` is multiplied by the
+incoming gradient in fp32 and only then rounded to the weight's dtype: most entries of `onehot - p` are below fp16's
+smallest number (6e-8), and a loss scale after the rounding could not recover them. A `dz` above 65,504 becomes inf,
+which a loss scaler detects. `dW` is computed and summed over chunks in fp32. Autocast is off inside.
 """
 
 from typing import Any
@@ -29,27 +23,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-DEFAULT_CHUNK_SIZE = 1024  # rows: V = 32,000 makes 125 MiB of fp32 a buffer, and the products still fill a large GPU
+DEFAULT_CHUNK_SIZE = 1024  # rows: buffers of 125 MiB in fp32 for V = 32,000, and the products still fill a large GPU
 
 
 def token_logps(
     hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = DEFAULT_CHUNK_SIZE
 ) -> Tensor:
-    """`log softmax(hidden @ lm_head_weight.T)[targets]`, row by row, in chunks of rows.
+    """`log softmax(hidden @ lm_head_weight.T)[targets]` of each row, in chunks of rows.
 
     Args:
         hidden: (N, D), floating; N = 0 is allowed. Supervised positions only.
         lm_head_weight: (V, D), floating; its dtype is the dtype of the matrix products.
-        targets: (N,) int64 in [0, V), already shifted. There is no ignore index: -100 raises on CPU and is a device
-            assertion on GPU, since a position without a target has no log-probability.
-        chunk_size: rows a chunk. Changes memory and speed; the result only by the rounding of the matrix products.
+        targets: (N,) int64 in [0, V), already shifted, without an ignore index.
+        chunk_size: rows per chunk; changes the result only by the rounding of the matrix products.
 
     Returns:
         (N,) in fp32; float64 if the weight is float64. Differentiable once, in hidden and in the weight. No host sync.
 
     Raises:
         ValueError: a shape or dtype does not fit, or `chunk_size < 1`.
-        RuntimeError: a target is outside [0, V) (on CPU).
+        RuntimeError: a target is outside [0, V) (on CPU; a device assertion on GPU).
     """
     _check(hidden, lm_head_weight, targets, chunk_size)
     logps: Tensor = _TokenLogps.apply(hidden, lm_head_weight, targets, chunk_size)  # type: ignore[no-untyped-call]
@@ -59,11 +52,9 @@ def token_logps(
 def token_logps_reference(
     hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = DEFAULT_CHUNK_SIZE
 ) -> Tensor:
-    """Give the same numbers as `token_logps` by plain torch on the full (N, V) logits: what the tests hold it to.
+    """The same numbers in plain torch on the full (N, V) logits, with the same arguments and errors; for tests.
 
-    Same arguments, result and errors. `chunk_size` is checked and has no effect here: there is one chunk, of all
-    rows. Differentiable as often as wanted. Gradients are autograd's, which rounds to the weight's dtype in the same
-    place.
+    `chunk_size` has no effect. Gradients are autograd's, which rounds to the weight's dtype in the same place.
     """
     _check(hidden, lm_head_weight, targets, chunk_size)
     logits = _logits(hidden, lm_head_weight)  # (N, V)
@@ -78,9 +69,9 @@ class _TokenLogps(torch.autograd.Function):
         for rows in _chunks(hidden.shape[0], chunk_size):
             logits = _logits(hidden[rows], weight)  # (chunk, V)
             lse[rows] = logits.logsumexp(dim=1)
-            # gather, not logits[arange, targets]: indexing would wrap -100 around to the vocabulary's end in silence
+            # gather: logits[arange, targets] would silently read -100 from the vocabulary's end
             logps[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
-            del logits  # else the next chunk is computed while this one is alive
+            del logits  # before the next chunk is allocated
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.chunk_size = chunk_size
         return logps
@@ -104,14 +95,14 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _grad_logits(hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
-    """`g (onehot(y) - p)` of one chunk, (chunk, V) in fp32 or float64; in place, in one buffer."""
+    """`g (onehot(y) - p)` of one chunk, (chunk, V) in fp32 or float64, in one buffer."""
     grad = grad_logps.to(lse.dtype)[:, None]  # (chunk, 1)
     grad_logits = _logits(hidden, weight).sub_(lse[:, None]).exp_().mul_(-grad)  # -g p
     return grad_logits.scatter_add_(1, targets[:, None], grad)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """`hidden @ weight.T` in the weight's dtype, then fp32 or float64; always a buffer of its own or a fresh cast."""
+    """`hidden @ weight.T` in the weight's dtype, then fp32 or float64; always a new buffer."""
     with torch.autocast(hidden.device.type, enabled=False):
         return linear(hidden.to(weight.dtype), weight).to(_accumulation_dtype(weight))
 
@@ -126,13 +117,10 @@ def _chunks(rows: int, chunk_size: int) -> list[slice]:
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must be (N, D) and lm_head_weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
+        shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"hidden must be (N, D) and lm_head_weight (V, D), got {shapes}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(
-            f"targets must be ({hidden.shape[0]},) int64 for hidden {tuple(hidden.shape)}, "
-            f"got {tuple(targets.shape)} {targets.dtype}"
-        )
+        found = f"{tuple(targets.shape)} {targets.dtype}"
+        raise ValueError(f"targets must be ({hidden.shape[0]},) int64 for hidden {tuple(hidden.shape)}, got {found}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 row, got {chunk_size}")

@@ -1,4 +1,4 @@
-"""The training methods, a file each: how examples become micro-batches, what they are counted by, their summed loss."""
+"""The training methods, one file each: how examples become micro-batches, their count, and their summed loss."""
 
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.sft import SFT

@@ -1,7 +1,6 @@
-"""Direct Preference Optimization (arXiv 2305.18290): the policy against a frozen reference, the same weights without
-the trained adapter.
+"""Direct Preference Optimization (arXiv 2305.18290); the reference is the policy without the trained adapter.
 
-    L = -log sigmoid( beta * [ (log pi(y+) - log ref(y+)) - (log pi(y-) - log ref(y-)) ] )        (eq. 7)
+L = -log sigmoid( beta * [ (log pi(y+) - log ref(y+)) - (log pi(y-) - log ref(y-)) ] )        (eq. 7)
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ class DPO:
     """The DPO method. With packing, pairs share rows of `row_length` positions and each prompt is computed once."""
 
     config: DPOConfig
-    batch_size: int  # pairs a micro-batch without packing; rows a micro-batch with it
+    batch_size: int  # pairs per micro-batch; with packing, rows
     row_length: int
     packing: bool
-    shape: Shape | None = None  # fill batches up to few shapes; a packed micro-batch is then one long row
-    columns: tuple[str, ...] = ()  # data.columns: what a custom loss reads of the rows
+    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
+    columns: tuple[str, ...] = ()  # data.columns, for a custom loss
     name: ClassVar[str] = "dpo"
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
@@ -61,7 +60,7 @@ class DPO:
         return len(example.prompt_ids) - 1 + len(example.chosen_ids) + len(example.rejected_ids)
 
     def micro_batches(self, examples: Sequence[PreferenceExample]) -> list[PackedBatch]:
-        """Pairs of one step in rows; each pair counts once wherever it lies."""
+        """The pairs of one step in rows."""
         made = micro_batch_rows(examples, self.size, self.batch_size, self.row_length, self.packing, self.shape)
         return [self._batch(rows) for rows in made]
 
@@ -70,9 +69,7 @@ class DPO:
         rows: list[list[Segment]] = []
         for group in groups:
             parts = [(x.row, next(numbers), x.prompt_ids, x.chosen_ids, x.rejected_ids) for x in group]
-            rows.extend(
-                [[pair_segment(*part) for part in parts]] if self.packing else [[s] for s in pair_rows(*parts[0])]
-            )
+            rows += [[pair_segment(*part) for part in parts]] if self.packing else [[s] for s in pair_rows(*parts[0])]
         values = [x.values for group in groups for x in group] if self.columns else None
         return build_batch(rows, pairs=True, shape=self.shape, values=values)
 
@@ -92,9 +89,9 @@ def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor
 def pair_logps(
     batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None, columns: Sequence[str] = ()
 ) -> PairLogps:
-    """What a preference loss reads of P pairs: the (N,) log-probabilities, summed by completion.
+    """The input of a preference loss: the (N,) log-probabilities, summed by completion.
 
-    `ref_token_logps` is None if the reference cache gave the batch its sums.
+    `ref_token_logps` is None if the reference cache has given the batch its sums.
     """
     ref_logps = batch.reference_logps if ref_token_logps is None else batch.sequence_sums(ref_token_logps)
     assert ref_logps is not None
@@ -102,7 +99,7 @@ def pair_logps(
 
 
 def kept_pair_logps(batch: PackedBatch, sums: LossSums, columns: Sequence[str] = ()) -> PairLogps:
-    """The same from what a micro-step kept of its pairs, without a gradient."""
+    """The same from the kept values of a micro-step, without a gradient."""
     kept = {side: torch.cat([sums.examples[f"logps/{side}{end}"] for end in ("chosen", "rejected")])
             for side in ("", "ref_")}  # fmt: skip
     return _pair_logps(batch, kept[""], kept["ref_"], sums.tokens["logps"], sums.tokens.get("ref_logps"), columns)
@@ -116,8 +113,8 @@ def _pair_logps(
     ref_token_logps: Tensor | None,
     columns: Sequence[str],
 ) -> PairLogps:
-    # A dummy pair has no tokens. Its sums of 0 would make a custom loss infinite (a division, a logarithm), and its
-    # gradient NaN even where the loss is masked.
+    # A dummy pair gets -1 instead of its sums of 0, which can make a custom loss infinite (division, logarithm) and its
+    # gradient NaN, although the loss is masked.
     real = batch.real.repeat(2)
     chosen, rejected = torch.where(real, logps, -1.0).chunk(2)
     ref_chosen, ref_rejected = torch.where(real, ref_logps, -1.0).chunk(2)
@@ -173,9 +170,8 @@ def check_loss(config: DPOConfig, columns: Sequence[str] = ()) -> None:
 def reward_slopes(config: DPOConfig, pairs: PairLogps) -> tuple[Tensor, Tensor]:
     """Slopes of the summed loss in the chosen and in the rejected rewards, (P,) each, by autograd.
 
-    A reward is beta times a log-ratio, whatever the loss reads of it; for the sigmoid loss the slopes are -sigma(-x)
-    and sigma(-x). `aot` sorts the pairs that it is given: they must be those of one micro-batch. NaN for a custom loss
-    whose gradient reads token log-probabilities: it is not a function of the rewards.
+    A reward is beta times a log-ratio; for the sigmoid loss the slopes are -sigma(-x) and sigma(-x). `aot` sorts its
+    pairs, which must be those of one micro-batch. NaN for a custom loss that depends on token log-probabilities.
     """
     inputs = {"chosen_logps": pairs.chosen_logps, "rejected_logps": pairs.rejected_logps}
     inputs |= {} if pairs.token_logps is None else {"token_logps": pairs.token_logps}
@@ -183,8 +179,8 @@ def reward_slopes(config: DPOConfig, pairs: PairLogps) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         losses = preference_loss(config)(replace(pairs, **leaves)).losses  # type: ignore[arg-type]
         chosen, rejected, *tokens = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+    zero = torch.zeros_like(pairs.chosen_logps)  # of a completion that the loss does not read
     if any(slopes is not None for slopes in tokens):
-        return torch.full_like(pairs.chosen_logps, torch.nan), torch.full_like(pairs.chosen_logps, torch.nan)
-    zero = torch.zeros_like(pairs.chosen_logps)  # the loss does not read this completion
+        return zero + torch.nan, zero + torch.nan
     for_chosen, for_rejected = (zero if slopes is None else slopes / config.beta for slopes in (chosen, rejected))
     return for_chosen, for_rejected

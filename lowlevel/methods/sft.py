@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SFT:
-    """The SFT method. `row_length` positions a row; without packing, one example a row."""
+    """The SFT method. With packing, examples share rows of `row_length` positions."""
 
-    batch_size: int  # examples a micro-batch without packing; rows a micro-batch with it
+    batch_size: int  # examples per micro-batch; with packing, rows
     row_length: int
     packing: bool
-    shape: Shape | None = None  # fill batches up to few shapes; a packed micro-batch is then one long row
+    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
     config: SFTConfig = field(default_factory=SFTConfig)
-    columns: tuple[str, ...] = ()  # data.columns: what a custom loss reads of the rows
+    columns: tuple[str, ...] = ()  # data.columns, for a custom loss
     name: ClassVar[str] = "sft"
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
@@ -65,7 +65,7 @@ class SFT:
         return len(example.input_ids) - 1
 
     def micro_batches(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
-        """Examples of one step in rows; each example counts once wherever it lies."""
+        """The examples of one step in rows."""
         made = micro_batch_rows(examples, self.size, self.batch_size, self.row_length, self.packing, self.shape)
         return [self._batch(rows) for rows in made]
 
@@ -77,7 +77,7 @@ class SFT:
 
 
 def sft_loss(config: SFTConfig) -> LossSpec:
-    """The loss of `sft.loss_type`. Raises ValueError."""
+    """The loss of `sft.loss_type`. Raises ValueError for an unknown one, or a hyper-parameter that it does not use."""
     spec = find(config.loss_type, SFT_LOSSES)
     unused = [name for name in config.loss_kwargs if name not in spec.parameters]
     if unused:

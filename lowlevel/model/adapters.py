@@ -32,20 +32,13 @@ from lowlevel.model.suitability import check_base
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 STORED = (torch.float32, torch.float16, torch.bfloat16)
-# Keys of adapter_config.json. Each variant of LoRA has its own key, and PEFT releases add more: a key that is not
-# listed here must be null, false or empty.
+# Keys of adapter_config.json. Every variant of LoRA adds one, so a key that is not listed must be null, false or empty.
 OBEYED = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 CHECKED = ("peft_type", "base_model_name_or_path")
-UNREAD = (
-    *("auto_mapping", "inference_mode", "peft_version", "revision", "task_type"),  # who wrote it, what PEFT wraps it in
-    "eva_config",  # only read before training
-    *("megatron_core", "qalora_group_size"),  # only read with megatron_config or use_qalora
-)
+ABOUT = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")  # the writer, PEFT's wrapper class
+UNREAD = ("eva_config", "megatron_core", "qalora_group_size")  # before training; with megatron_config; with use_qalora
 # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the adapter's initial values from the base; MiCA freezes B.
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
-}
+PLAIN: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
 
 
 def build_policy(
@@ -61,38 +54,25 @@ def build_policy(
     recomputed: int | None = None,
     offload: bool = False,
 ) -> Policy:
-    """Attach the adapter to train, stacked on the frozen adapter `parent` if there is one.
+    """Attach the adapter to train to a base from `load_base`.
 
     Args:
-        base: as from `load_base`.
-        lora: shape of the new adapter; `init_from` has its own shape.
-        placement: device and precision.
-        seed: of the adapter's initialisation (A uniform, B zero: the policy starts equal to its reference).
-        parent: PEFT folder of a frozen adapter that the new one is stacked on.
-        init_from: PEFT folder whose weights the trained adapter starts from.
-        gradient_checkpointing: recompute activations layer by layer (never re-entrant).
-        attention: of the base.
-        recomputed: with checkpointing, how many layers are recomputed; None: all of them.
-        offload: keep their inputs in host memory.
+        lora: size of the new adapter; with `init_from`, only its dropout.
+        seed: of the new adapter's initialisation (A uniform, B zero: the policy starts equal to its reference).
+        parent: PEFT folder of a frozen adapter that the trained one is stacked on.
+        init_from: PEFT folder whose sizes and weights the trained adapter starts from.
+        recomputed: with gradient checkpointing, how many layers are recomputed; None: all of them.
+        offload: keep the inputs of these layers in host memory.
 
     Raises:
-        ConfigError: target modules that match no layer, or that match the LM head; an unsupported base.
+        ConfigError: target modules that match no layer, or the LM head; an unsupported base.
         CheckpointError: an adapter folder that is damaged or does not fit.
     """
-    # torch 2.11's cuDNN attention, which it prefers on an H100, gives NaN gradients for masked rows whose length is no
-    # multiple of 128 when scores are large (benchmarks/attention_nan.py). Flash, memory-efficient and math remain.
+    # torch 2.11 prefers cuDNN's attention on an H100. With large scores its gradients are NaN for masked rows whose
+    # length is not a multiple of 128 (benchmarks/attention_nan.py).
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(seed)
-    config = read_adapter_config(init_from) if init_from else _new_config(base, lora)
-    model = _attach(base, config, init_from)
-    if init_from:
-        load_adapter_weights(model, TRAINED, read_adapter_weights(init_from), str(init_from))
-    if parent:
-        try:
-            model.add_adapter(PARENT, read_adapter_config(parent))
-        except ValueError as error:  # its target modules match no layer
-            raise CheckpointError(f"{parent} does not fit the base: {one_line(error)}") from None
-        load_adapter_weights(model, PARENT, read_adapter_weights(parent), str(parent))
+    model = _attach(base, lora, parent, init_from)
     install_side_by_side(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     state = DropoutState()
@@ -101,33 +81,39 @@ def build_policy(
     model.eval()  # no dropout or router noise in the base; the adapter's dropout only depends on its state
     host = HostInputs(placement.device) if offload else None
     decoder_layers = DecoderLayers(base, recomputed if gradient_checkpointing else 0, state, host)
-    policy = Policy(
-        model, flat, placement, state, tuple(layers.values()), parent is not None, attention, decoder_layers
-    )
+    adapted = tuple(layers.values())
+    policy = Policy(model, flat, placement, state, adapted, parent is not None, attention, decoder_layers)
     policy.activate(parent=True, trained=True)
     check_base(policy)
     return policy
 
 
-def _attach(base: PreTrainedModel, config: PeftLoraConfig, init_from: Path | None) -> PeftModel:
+def _attach(base: PreTrainedModel, lora: LoraConfig, parent: Path | None, init_from: Path | None) -> PeftModel:
+    folder = init_from
+    config = read_adapter_config(init_from) if init_from else _new_config(base, lora)
     try:
-        return get_peft_model(base, config, adapter_name=TRAINED, autocast_adapter_dtype=True)  # type: ignore[return-value]
-    except ValueError as error:  # target modules of `init_from` match no layer; others were checked
-        raise CheckpointError(f"{init_from} does not fit the base: {one_line(error)}") from None
+        model: Any = get_peft_model(base, config, adapter_name=TRAINED, autocast_adapter_dtype=True)
+        if parent:
+            folder = parent
+            model.add_adapter(PARENT, read_adapter_config(parent))
+    except ValueError as error:  # the folder's target modules match no layer; `_new_config` checks the others
+        raise CheckpointError(f"{folder} does not fit the base: {one_line(error)}") from None
+    for adapter, source in ((TRAINED, init_from), (PARENT, parent)):
+        if source:
+            load_adapter_weights(model, adapter, read_adapter_weights(source), str(source))
+    return model
 
 
 def check_target_modules(base: nn.Module, targets: Sequence[str]) -> None:
     """Raise ConfigError if a name matches no linear layer, or the LM head; GPT-2 has no linear layers."""
-    linear = sorted(
-        {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
-    )
+    names = {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)}
+    linear = sorted(names - {"lm_head"})
     if not linear:
         raise ConfigError(f"model.name: {type(base).__name__} is not supported: it has no linear layers to adapt")
     for target in targets:
         if target not in linear:
-            raise ConfigError(
-                f'lora.target_modules: "{target}" matches no layer; linear layers here: {", ".join(linear)}'
-            )
+            known = ", ".join(linear)
+            raise ConfigError(f'lora.target_modules: "{target}" matches no layer; linear layers here: {known}')
 
 
 def _new_config(base: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
@@ -143,11 +129,7 @@ def _new_config(base: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
 
 
 def read_adapter_config(folder: Path) -> PeftLoraConfig:
-    """The LoRA configuration of a PEFT folder.
-
-    Raises:
-        CheckpointError: no such folder, not a LoRA adapter, or one with unsupported settings.
-    """
+    """The LoRA configuration of a PEFT folder. Raises CheckpointError: not a LoRA adapter, or unsupported settings."""
     path = folder / ADAPTER_CONFIG
     try:
         raw = read_json_object(path)
@@ -162,7 +144,7 @@ def read_adapter_config(folder: Path) -> PeftLoraConfig:
 
 def _check_kind(raw: dict[str, Any], path: Path) -> None:
     """Raise CheckpointError unless each key is supported, has no effect, or is unset."""
-    for key in sorted(raw.keys() - {*OBEYED, *CHECKED, *UNREAD}):
+    for key in sorted(raw.keys() - {*OBEYED, *CHECKED, *ABOUT, *UNREAD}):
         value, plain = raw[key], PLAIN.get(key, ())
         unused = value is None or value is False or value in ("", [], {})
         if not unused and not any(type(value) is type(one) and value == one for one in plain):
@@ -172,7 +154,7 @@ def _check_kind(raw: dict[str, Any], path: Path) -> None:
 
 
 def _check_settings(raw: dict[str, Any], path: Path) -> None:
-    """Check types and bounds of an adapter's settings. Raises CheckpointError."""
+    """Raise CheckpointError if a type is wrong or a value out of bounds."""
     r, alpha, dropout, targets = (raw.get(k) for k in ("r", "lora_alpha", "lora_dropout", "target_modules"))
     if not (_within(r, 1, MAX_RANK) and isinstance(r, int) and _within(alpha, 0, MAX_ALPHA) and alpha):
         values = f"r = {quoted(repr(r))}, lora_alpha = {quoted(repr(alpha))}"
@@ -193,7 +175,7 @@ def _within(value: Any, low: float, high: float) -> bool:
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
-    """Tensors of a PEFT folder by PEFT's keys; only safetensors, and only finite values."""
+    """Tensors of a PEFT folder by PEFT's keys. Raises CheckpointError: pickles, other dtypes, values not finite."""
     refuse_pickles(folder, "adapter")
     path = folder / WEIGHTS
     try:
@@ -210,11 +192,7 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_adapter_weights(model: PeftModel, adapter: str, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy tensors into an adapter; missing, extra and mis-shaped ones are errors (PEFT 0.21 only warns).
-
-    Raises:
-        CheckpointError: naming up to five tensors.
-    """
+    """Copy tensors into an adapter. Raises CheckpointError if names or shapes differ (PEFT 0.21 only warns)."""
     own = adapter_parameters(model, adapter)
     for what, names in (("missing", own.keys() - tensors.keys()), ("left over", tensors.keys() - own.keys())):
         if names:
@@ -235,21 +213,14 @@ def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter
 
 
 def save_adapter(model: PeftModel, adapter: str, folder: Path, base_name: str, revision: str | None = None) -> None:
-    """Write an adapter as `PeftModel.from_pretrained` reads it: fp32 safetensors and adapter_config.json.
-
-    `base_name` and `revision` of the base go into the configuration as they are.
-    """
+    """Write an adapter for `PeftModel.from_pretrained`: fp32 safetensors, and adapter_config.json naming its base."""
     tensors = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in adapter_parameters(model, adapter).items()}
     base = {"base_model_name_or_path": base_name, "revision": revision}
     write_adapter(folder, tensors, {**model.peft_config[adapter].to_dict(), **base})
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write PEFT's two files: tensors by PEFT's keys, and the configuration, for inference.
-
-    Raises:
-        TypeError: a setting that JSON has no form for, before anything is written.
-    """
+    """Write PEFT's two files. Raises TypeError before it writes, if JSON has no form for a setting."""
     settings = {key: _as_json(value) for key, value in {**config, "inference_mode": True}.items()}
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
@@ -258,7 +229,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
 
 
 def _as_json(value: Any) -> Any:
-    """A set as a list, an empty one as null: PEFT 0.21 leaves one in target_parameters of mixtures of experts."""
+    """A set as a list, an empty set as null: PEFT 0.21 has one in target_parameters of mixtures of experts."""
     return (sorted(value) or None) if isinstance(value, set) else value
 
 

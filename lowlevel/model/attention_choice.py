@@ -19,7 +19,7 @@ from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.model.placement import Placement
 from lowlevel.model.sizes import head_size
 
-# Names of span attention in transformers, which would look on the hub for a kernel whose name contains "flash".
+# Names of span attention in transformers, which downloads a kernel from the hub if a name contains "flash".
 NAMES = {"flash": "lowlevel_fa2", "efficient": "lowlevel_efficient", "math": "lowlevel_math"}
 
 # Arguments of attention kernels that span attention does not have: sinks (GPT-OSS), capped scores (Gemma 2).
@@ -28,7 +28,7 @@ MORE_THAN_A_SOFTMAX = ("s_aux", "softcap")
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of a run, and why it is this one."""
+    """The attention of a run, and the reason for this choice."""
 
     implementation: str  # as transformers names it: sdpa, eager, or one of NAMES
     reason: str
@@ -53,11 +53,7 @@ MASKED = Attention("sdpa", "sdpa with an explicit mask: the run is on a CPU")
 
 
 def choose_attention(config: ModelConfig, base: PretrainedConfig, placement: Placement) -> Attention:
-    """The fastest attention that the device has; FlashAttention 2 needs compute capability 8.0.
-
-    Raises:
-        ConfigError: a kernel that this device or precision does not support.
-    """
+    """The fastest attention that the device has. Raises ConfigError if it does not support the one asked for."""
     asked, on_gpu = config.attn_implementation, placement.device.type == "cuda"
     if asked == "eager":
         return Attention("eager", "eager attention: model.attn_implementation asks for it")
@@ -77,7 +73,6 @@ def choose_attention(config: ModelConfig, base: PretrainedConfig, placement: Pla
     if head % 8:
         return Attention("sdpa", f"sdpa with an explicit mask: heads have {head} features, not a multiple of 8")
     major, minor = torch.cuda.get_device_capability(placement.device)
-    where = f"compute capability {major}.{minor}"
     lacks = ""
     if major < 8:
         lacks = f"FlashAttention 2 needs compute capability 8.0, this GPU has {major}.{minor}"
@@ -89,20 +84,18 @@ def choose_attention(config: ModelConfig, base: PretrainedConfig, placement: Pla
         raise ConfigError(f'model.attn_implementation = "flash": {lacks}')
     if asked == "efficient" or lacks:
         return Attention(NAMES["efficient"], f"spans, memory-efficient kernel: {lacks or 'asked for'}")
-    return Attention(NAMES["flash"], f"spans, flash kernel ({where})")
+    return Attention(NAMES["flash"], f"spans, flash kernel (compute capability {major}.{minor})")
 
 
 def check_sdpa(model: PreTrainedModel) -> None:
     """Raise ConfigError if a model's code only supports eager attention."""
     if not model._supports_sdpa:
-        raise ConfigError(
-            f"model.attn_implementation: this architecture ({model.config.model_type}) only supports eager attention; "
-            'set model.attn_implementation = "eager"'
-        )
+        what = f"this architecture ({model.config.model_type}) only supports eager attention"
+        raise ConfigError(f'{what}; set model.attn_implementation = "eager"')
 
 
 def register() -> None:
-    """Register span attention with transformers, with one name per kernel."""
+    """Register span attention with transformers, under one name per kernel."""
     for kernel, name in NAMES.items():
         AttentionInterface.register(name, partial(_forward, kernel=kernel))
 

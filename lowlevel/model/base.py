@@ -33,13 +33,13 @@ def resolve_name(name: str) -> str:
 
 
 def base_location(name: str) -> str:
-    """A model name that holds in every working folder: of a local folder its absolute path."""
+    """The model name; for a local folder its absolute path, valid in every working folder."""
     folder = Path(resolve_name(name))
     return str(folder.resolve()) if folder.exists() else name
 
 
 def public_name(name: str) -> str:
-    """A model name or data source without local paths: of a file or folder the last part."""
+    """A model name or data source without local paths: for a file or folder only its last part."""
     return Path(name).name if Path(name).exists() else name
 
 
@@ -48,7 +48,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 
     Raises:
         CheckpointError: pickles, or a config.json that is too large or not a JSON object.
-        ConfigError: the folder or hub repository cannot be read, or the model transforms its logits.
+        ConfigError: it cannot be read, or the model transforms its logits.
     """
     name = resolve_name(config.name)
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
@@ -63,9 +63,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     settings = loaded.to_dict()
     transforms = [key for key in OUTPUT_TRANSFORMS if settings.get(key) not in (None, 1, 1.0)]
     if transforms:
-        raise ConfigError(
-            f"model.name {config.name!r} rescales its logits ({transforms[0]}), which the losses do not follow"
-        )
+        raise ConfigError(f"model.name {config.name!r} rescales its logits ({transforms[0]}): no loss here does so")
     return loaded
 
 
@@ -83,13 +81,11 @@ def load_base(
 ) -> PreTrainedModel:
     """Load the frozen base onto the device.
 
-    Quantised linear layers compute in the placement's dtype; every other weight is stored in it, or in `dtype`
-    ("auto": as the file has it). No gradient reaches any of them. `attention` None is sdpa, or eager if
-    the architecture has no other.
+    Quantised linear layers compute in the placement's dtype; all other weights are stored in it, or in `dtype` ("auto":
+    the file's). `attention` None: sdpa if the architecture supports it, otherwise eager.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected, of another shape, or not finite in the file or after the cast
-            to the dtype. Weights are never initialised at random.
+        CheckpointError: a tensor is missing, unexpected, of another shape, or not finite (before or after the cast).
     """
     register()
     load_model_config(config)
@@ -129,14 +125,14 @@ def load_base(
 
 
 def _freeze(model: Any) -> None:
-    """No gradient, no random numbers, no cache, and no repacked weights."""
+    """Switch off gradients, dropout, the cache, and repacking of weights."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(module, bnb.nn.Linear4bit):
-            # bitsandbytes 0.50, on CPUs with AVX512-BF16: an eval-mode pass repacks the weights and computes in bf16.
+            # bitsandbytes 0.50 on CPUs with AVX512-BF16: in eval mode it repacks the weights and computes in bf16.
             module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     model.config.attention_dropout = 0.0
@@ -152,8 +148,8 @@ def base_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
@@ -166,11 +162,8 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _check_loading(name: str, info: dict) -> None:
-    for key, what in (
-        ("missing_keys", "missing"),
-        ("unexpected_keys", "left over"),
-        ("mismatched_keys", "of another shape"),
-    ):
+    kinds = {"missing_keys": "missing", "unexpected_keys": "left over", "mismatched_keys": "of another shape"}
+    for key, what in kinds.items():
         names = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(key) or ())
         if names:
             raise CheckpointError(f"base {name!r}: {len(names)} tensors {what}: {', '.join(names[:5])}")
@@ -178,10 +171,9 @@ def _check_loading(name: str, info: dict) -> None:
 
 @functools.cache
 def _reads_ragged_rows() -> bool:
-    """Whether bitsandbytes on this CPU reads weights correctly whose rows are not a multiple of the block size.
+    """Whether bitsandbytes dequantises rows correctly whose length is not a multiple of the block size.
 
-    Version 0.50 with AVX-512 gives such rows the constants of other blocks (error of a weight 0.21 to 0.33 of its norm,
-    not 0.09); with AVX2 it does not.
+    Version 0.50 on CPUs with AVX-512 gives them the constants of other blocks; with AVX2 it does not.
     """
     values = torch.arange(1.0, 4 * 96 + 1).view(4, 96)
     packed, state = bnb.functional.quantize_4bit(values, quant_type="nf4", blocksize=64)
@@ -190,36 +182,32 @@ def _reads_ragged_rows() -> bool:
 
 
 def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -> None:
-    """Check shapes: transformers 5.23 does not report a wrong shape of a weight that it quantises on loading.
-
-    And refuse rows that bitsandbytes reads wrongly, see `_reads_ragged_rows`.
-    """
+    """Check shapes (transformers 5.23 does not, for weights that it quantises), and `_reads_ragged_rows`."""
     for module_name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            state = quantised_state(module)
-            found, expected = tuple(state.shape), (module.out_features, module.in_features)
-            if found != expected:
-                raise CheckpointError(
-                    f"base {name!r}: 1 tensors of another shape: {module_name}.weight {found}, not {expected}"
-                )
-            if device.type == "cpu" and module.in_features % state.blocksize and not _reads_ragged_rows():
-                raise ConfigError(
-                    f"model.load_in_4bit: {module_name} has {module.in_features} inputs, no multiple of "
-                    f"{state.blocksize}, which bitsandbytes reads wrongly on this CPU; set load_in_4bit = false"
-                )
+        if not isinstance(module, bnb.nn.Linear4bit):
+            continue
+        state = quantised_state(module)
+        found, expected = tuple(state.shape), (module.out_features, module.in_features)
+        if found != expected:
+            shapes = f"{module_name}.weight {found}, not {expected}"
+            raise CheckpointError(f"base {name!r}: 1 tensors of another shape: {shapes}")
+        if device.type == "cpu" and module.in_features % state.blocksize and not _reads_ragged_rows():
+            raise ConfigError(
+                f"model.load_in_4bit: {module_name} has {module.in_features} inputs, not a multiple of "
+                f"{state.blocksize}, which bitsandbytes reads wrongly on this CPU; set load_in_4bit = false"
+            )
 
 
 def _check_finite(name: str, model: PreTrainedModel) -> None:
-    """Weights from the hub, and overflow in the dtype: 1e5 in an fp32 file is infinite in fp16."""
+    """Refuse weights that overflow in the dtype (1e5 of an fp32 file is infinite in fp16) or were not finite before."""
     bad = sorted(n for n, parameter in model.named_parameters() if not all(map(is_finite, _float_values(parameter))))
     if bad:
-        raise CheckpointError(
-            f"base {name!r}: {len(bad)} tensors are not finite in {dtype_name(model.dtype)}: {', '.join(bad[:SHOWN])}"
-        )
+        what = f"{len(bad)} tensors are not finite in {dtype_name(model.dtype)}"
+        raise CheckpointError(f"base {name!r}: {what}: {', '.join(bad[:SHOWN])}")
 
 
 def _float_values(parameter: nn.Parameter) -> list[Tensor]:
-    """A parameter's values; for 4 bits its quantisation constants, which scale the values of their blocks."""
+    """A parameter's values; of a 4-bit weight its quantisation constants, which scale them."""
     if not isinstance(parameter, bnb.nn.Params4bit):
         return [parameter]
     state: Any = parameter.quant_state

@@ -1,7 +1,7 @@
 """Dropout by counter: the mask is a hash of (seed, step, data row, branch, position, module, feature).
 
-It stores nothing and has no generator state, so a recompute, a replay and a resumed run draw the same mask. Because
-the key names the token and not its place in the batch, packing, batch size and accumulation do not change it either.
+There is no generator state: a recomputed, replayed or resumed step draws the same mask. The key names a token, not its
+place in the batch, so packing, batch size and accumulation do not change the mask either.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lowlevel.hashing import MULTIPLIER_1, MULTIPLIER_2, feature_keys, mix32
 
 
 class DropoutState:
-    """The keys of the current micro-batch, shared by all dropout modules of a model; None switches dropout off."""
+    """Keys of the current micro-batch, shared by all dropout modules of a model; None: dropout is off."""
 
     def __init__(self) -> None:
         self.token_keys: Tensor | None = None  # (rows, T) int32
@@ -45,8 +45,7 @@ class CounterDropout(nn.Module):
         if self.state.token_keys is None:
             return x
         if torch.compiler.is_compiling():
-            # torch 2.11 silently compiles _Dropout's gradient to zero (2.13 does not). The plain formula, once
-            # compiled, stores no mask either: it is recomputed from the keys.
+            # torch 2.11 silently compiles _Dropout's gradient to zero. The compiled formula stores no mask either.
             return drop(x, self.state.token_keys, self.feature_keys, self.p)
         return _Dropout.apply(x, self.state.token_keys, self.feature_keys, self.p)
 
@@ -69,9 +68,8 @@ class _Dropout(torch.autograd.Function):
 def drop(x: Tensor, token_keys: Tensor, keys: Tensor, p: float) -> Tensor:
     """x (rows, T, features) times 0 where dropped and 1 / (1 - p) where kept.
 
-    Token keys (rows, T) and feature keys (features,) are hashes already, so two multiplications mix each pair of them
-    well enough (the tests bound rate and correlations); every further operation would be one more kernel over all
-    elements. The comparison is signed: an int32 is below -2**31 + p * 2**32 with probability p.
+    Token keys (rows, T) and feature keys (features,) are hashes already, so two multiplications are enough to mix each
+    pair (the tests bound rate and correlations). A random int32 is below -2**31 + p * 2**32 with probability p.
     """
     bits = token_keys.unsqueeze(-1) ^ keys
     bits.mul_(MULTIPLIER_1)

@@ -24,12 +24,7 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object of at most 16 MiB and 64 levels.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: too large, too deep, or not a JSON object.
-    """
+    """A JSON object of at most 16 MiB and 64 levels. Raises CheckpointError, or FileNotFoundError."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
@@ -41,7 +36,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} cannot be read: it holds no JSON object")
+        raise CheckpointError(f"{path} cannot be read: not a JSON object")
     if _deeper(value, MAX_JSON_DEPTH):
         raise CheckpointError(f"{path} cannot be read: nested deeper than {MAX_JSON_DEPTH} levels")
     return value
@@ -54,9 +49,9 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def refuse_pickles(folder: Path, what: str) -> None:
-    """A pickle runs code when it is opened, so a folder whose weights are pickles is refused by file name.
+    """Raise CheckpointError if a folder's weights are pickles, which run code when opened.
 
-    Next to safetensors they are allowed (`training_args.bin`): nothing here opens them.
+    Pickles next to safetensors (`training_args.bin`) are never opened here, and allowed.
     """
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
@@ -68,8 +63,7 @@ def refuse_pickles(folder: Path, what: str) -> None:
 def check_weight_files(folder: Path) -> None:
     """Check a local model's shards: in the folder, complete, finite, and floats unless the model is quantised.
 
-    Quantisation can hide a NaN: fmaxf, which bitsandbytes' GPU kernels are said to use for a block's largest value,
-    ignores it, and it is then stored as an ordinary number.
+    This runs before quantisation, which can hide a NaN: the largest value of its block may ignore it.
 
     Raises:
         CheckpointError: naming up to five files or tensors.
@@ -85,7 +79,7 @@ def check_weight_files(folder: Path) -> None:
             raise CheckpointError(f"{shard} is damaged or cut: {one_line(error)}") from None
         wrong = [f"{name} ({kind})" for name, kind in sorted(kinds.items()) if kind not in FLOATS]
         if wrong and not quantised:
-            raise CheckpointError(f"{shard}: {len(wrong)} tensors of no floating-point type: {_first(wrong)}")
+            raise CheckpointError(f"{shard}: {len(wrong)} tensors are not floating-point: {_first(wrong)}")
         if bad:
             raise CheckpointError(f"{shard}: {len(bad)} tensors are not finite: {_first(bad)}")
 
@@ -96,13 +90,13 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """Weight files as transformers would choose them: model.safetensors, or else those of the index."""
+    """The weight files that transformers would read: model.safetensors, or those of the index."""
     single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map is no table of file names")
+        raise CheckpointError(f"{index}: weight_map is not a table of file names")
     names = sorted(set(weight_map.values()))
     strange = [quoted(repr(n)) for n in names if Path(n).name != n or not n.endswith(".safetensors")]
     if strange:

@@ -1,7 +1,6 @@
 """How decoder layers run: recomputed in the backward pass or not, compiled or not.
 
-All layers of a model are the same function with other weights, so they share one compiled function: torch turns a
-module's weights into inputs of the graph, and the second layer reuses the graph of the first.
+All layers of a model share one compiled function: their weights are inputs of its graph.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ from lowlevel.model.dropout import DropoutState
 from lowlevel.model.offload import HostInputs
 
 Forward = Callable[..., Tensor]
-# Inductor's settings. combo_kernels: independent small kernels (the 14 casts of a layer's adapter weights) in one
-# launch. emulate_precision_casts: round where the eager layers do, so that fusing more or less changes no number, and
-# the policy of a fresh adapter equals its reference, which is compiled without one.
+# Inductor's settings. combo_kernels: independent small kernels (casts of adapter weights) in one launch.
+# emulate_precision_casts: round where eager layers do, so that the policy of a fresh adapter equals its reference.
 COMPILER: Mapping[str, Any] = {"combo_kernels": True, "emulate_precision_casts": True}
 
 
@@ -34,10 +32,7 @@ class DecoderLayers:
     def __init__(
         self, base: nn.Module, recomputed: int | None, dropout: DropoutState, host: HostInputs | None = None
     ) -> None:
-        """`recomputed`: how many layers, from the first, keep only their input for the backward pass; None: all.
-
-        `host` stores these inputs; None: they stay on the device.
-        """
+        """`recomputed`: how many layers, from the first, keep only their input (in `host` if given); None: all."""
         self.dropout = dropout
         self.host = host
         self.layers: Sequence[nn.Module] = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -49,7 +44,7 @@ class DecoderLayers:
 
     def use(self, *, compiled: bool) -> None:
         """Run the layers compiled or eager."""
-        if compiled:  # dynamo's limit of 8 counts all models of this process, deleted ones too
+        if compiled:  # dynamo's limit of 8 counts all models of this process, also deleted ones
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for number, layer in enumerate(self.layers):
             forward = inspect.unwrap(type(layer).forward)  # transformers 5.23 wraps it in a checkpoint of its own
@@ -67,8 +62,7 @@ class DecoderLayers:
 
         def run(hidden_states: Tensor, **arguments: Any) -> Tensor:
             rotary, spans = arguments["position_embeddings"], arguments["spans"]
-            wide = [hidden_states, *rotary, arguments["position_ids"], self.dropout.token_keys, spans[3]]
-            for tensor in wide:
+            for tensor in (hidden_states, *rotary, arguments["position_ids"], self.dropout.token_keys, spans[3]):
                 if tensor is not None:
                     mark(tensor, 1)
             for index in spans[:3]:
@@ -90,14 +84,14 @@ class DecoderLayers:
 
 
 class _AskForGrad(torch.autograd.Function):
-    """The identity, with an output that requires a gradient, because `anchor` does; the gradient is dropped.
+    """The identity, with an output that requires a gradient because `anchor` does; the gradient is dropped.
 
-    `requires_grad_()` would make it a leaf, and a leaf and its gradient stay in memory until the step's end.
+    `requires_grad_()` would make the output a leaf, whose gradient stays in memory until the step's end.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, anchor: Tensor) -> Tensor:
-        return hidden_states.clone()  # not a view, for which the compiler would make another graph
+        return hidden_states.clone()  # a view would need another compiled graph
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
@@ -110,14 +104,12 @@ def _bind(
     """`layer.forward`, recomputed in the backward pass or not; `keep` decides where its input lies until then."""
 
     def run(hidden_states: Tensor, *others: Any, **kwargs: Any) -> Tensor:
-        if others:  # GPT-BigCode, Gemma 4: what they are, and whether they change on the way, is not known here
-            raise TypeError(f"its layers are given {1 + len(others)} arguments by position, and here they take one")
+        if others:  # GPT-BigCode, Gemma 4: their meaning is not known here
+            raise TypeError(f"its layers take {1 + len(others)} positional arguments; only one is supported")
         if recompute and torch.is_grad_enabled():
-            # The base is in eval mode and draws no random numbers, and dropout is a hash: nothing to restore.
+            settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # dropout is a hash
             with keep():
-                return checkpoint(
-                    forward, layer, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs
-                )
+                return checkpoint(forward, layer, hidden_states, **settings, **kwargs)
         return forward(layer, hidden_states, **kwargs)
 
     return run

@@ -6,8 +6,8 @@
 W is dequantised for each product. PEFT's own layer writes three tensors of y's size: h B^T, its multiple by
 s = lora_alpha / r, and the sum. Here s scales A, which is small, and cuBLAS adds h B^T to x W^T in place. Products of
 rank r are too small to fill a GPU, so they run on a second stream, in parallel with dequantisation and the large
-product. Uncompiled layers run the code of PEFT and bitsandbytes; tests compare the compiled ones with them. (These are
-operators with a registered gradient: torch 2.11 compiles the gradient of some autograd.Functions to zero.)
+product. Uncompiled layers run the code of PEFT and bitsandbytes, with which tests compare the compiled ones.
+These are operators because torch 2.11 compiles the gradient of some autograd.Functions to zero.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ else:
 
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):
-    """A bitsandbytes layer with our product when compiled. Only `install_dequantising_products` makes it."""
+    """A bitsandbytes layer that uses our product when compiled."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in the dtype of x; products in the layer's compute dtype."""
@@ -51,7 +51,7 @@ def install_dequantising_products(model: nn.Module) -> None:
 
 
 class _SideBySide(Adapted):
-    """A PEFT layer that computes the module's first line when compiled. Only `install_side_by_side` makes it."""
+    """A PEFT layer that computes the first line of the module's docstring when compiled."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
@@ -106,10 +106,9 @@ def quantised_state(module: Any) -> Any:
 def adapted_linear(
     x: Tensor, dropped: list[Tensor], down: list[Tensor], up: list[Tensor], weight: list[Tensor], sizes: list[int]
 ) -> list[Tensor]:
-    """y (..., O) of the module's first line, and h (..., r) of each adapter.
+    """y (..., O) and each adapter's h (..., r). Arguments as in `product`; differentiable once, in all but `weight`.
 
-    x, dropped, down and up as in `product`. `weight` and `sizes` are `Quantised.pack()`, or [W] and [O, I] for a weight
-    that is not quantised. Differentiable once, in all arguments but `weight`.
+    `weight` and `sizes` are `Quantised.pack()`, or [W] and [O, I] for a weight that is not quantised.
     """
     inner = [one.new_empty(*one.shape[:-1], a.shape[0]) for one, a in zip(dropped, down, strict=True)]
     with _two_streams(dropped) as second:
@@ -127,7 +126,7 @@ def _backward(
     grad: Tensor, dropped: list[Tensor], inner: list[Tensor], down: list[Tensor], up: list[Tensor],
     trained: list[bool], weight: list[Tensor], sizes: list[int],
 ) -> list[Tensor]:  # fmt: skip
-    """The module's second line: dx; dx' of every adapter; dA' of each trained one; dB of each trained one."""
+    """dx; dx' of every adapter; dA' of each trained one; dB of each trained one."""
     dy = _rows(grad)
     of_inner, of_dropped = _empty(inner), _empty(dropped)
     of_down, of_up = _empty(compress(down, trained)), _empty(compress(up, trained))
@@ -161,16 +160,15 @@ def _rows(x: Tensor) -> Tensor:
 
 @cache
 def _second_stream(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event, torch.cuda.Event]:
-    """A stream with events for its beginning and its end. Cached: making them takes as long as a launch."""
+    """A stream with events for its start and its end, cached because making them takes as long as a launch."""
     return torch.cuda.Stream(device), torch.cuda.Event(), torch.cuda.Event()
 
 
 @contextmanager
 def _two_streams(dropped: list[Tensor]) -> Iterator[AbstractContextManager[Any]]:
-    """Yields a context whose kernels run on a second stream, in parallel with the rest of the block.
+    """Yield a context whose kernels run on a second stream; at the block's end the first stream waits for it.
 
-    At the end of the block the first stream waits for the second. Allocate every tensor that the second stream writes
-    before the block: the allocator tracks only the first stream.
+    Allocate the tensors that the second stream writes before the block: the allocator only tracks the first stream.
     """
     if not (dropped and dropped[0].is_cuda):
         yield nullcontext()

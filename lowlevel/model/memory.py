@@ -7,10 +7,10 @@ Activations are counted in values per position and layer, as the compiled layers
     norms and residuals 4 D, q and output of attention 2 H, k and v 2 K, gate and up and their product 3 F,
     with dropout the dropped inputs of q, k, v, gate and up 5 D, of o H, of down F; without it D
 
-A recomputed layer only saves its input (D). With train.offload_activations it is on the host and comes back one layer
-ahead, so two are on the device. The first layers are recomputed: the backward pass reaches them last, when the
-activations of the others are freed. The constants were fitted to runs on an H100; tests/training/test_memory.py
-compares the forecast with nine of them. Optimizer state is paged, outside the allocator, and listed separately.
+A recomputed layer only saves its input (D). With train.offload_activations inputs are on the host and come back one
+layer ahead, so two are on the device. The first layers are recomputed: the backward pass reaches them last, when the
+activations of the others are freed. The constants were fitted to runs on an H100 (tests/training/test_memory.py).
+Optimizer state is paged, outside the allocator, and listed separately.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from lowlevel.model.placement import DTYPES, Placement
 from lowlevel.model.sizes import head_size, size_of, unsupported
 
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
-WORKSPACES = 4  # of cuBLAS: for two streams (linear.py), each in the threads of forward and of backward pass
-DEQUANTISE_POSITIONS = 500  # on an H100 dequantising a layer takes as long as this many positions' products
+WORKSPACES = 4  # of cuBLAS: two streams (linear.py), each in the threads of the forward and of the backward pass
+DEQUANTISE_POSITIONS = 500  # on an H100, dequantising a layer takes as long as the products of this many positions
 
 
 @dataclass(frozen=True)
@@ -56,33 +56,30 @@ class ModelShape:
     vocabulary: int
     linear: int  # values in the layers' linear weights
     largest: int  # values of the largest of them
-    other: int  # values in embeddings, LM head, norms, and experts that are no linear layers
+    other: int  # values in embeddings, LM head, norms, and experts that are not linear layers
     tied: bool  # the input embedding is the LM head
-    adapted: int  # values in the linear weights under an adapter
-    trained: int  # values of the adapter in training
-    frozen: int  # values of the adapter that it is stacked on
+    adapted: int  # values in the linear weights of layers with an adapter
+    trained: int  # values of the trained adapter
+    frozen: int  # values of the frozen adapter under it
 
 
 @dataclass(frozen=True)
 class Plan:
     """Settings that change speed and memory but not the result."""
 
-    positions: int  # computed at once
+    positions: int  # of a micro-batch
     recomputed: int  # layers
     dequantize_once: bool
 
     def settings(self) -> dict[str, Any]:
-        """As keys of [train]."""
-        return {
-            "micro_batch_positions": self.positions,
-            "recomputed_layers": self.recomputed,
-            "dequantize_once": self.dequantize_once,
-        }
+        """The plan as keys of [train]."""
+        sizes = {"micro_batch_positions": self.positions, "recomputed_layers": self.recomputed}
+        return {**sizes, "dequantize_once": self.dequantize_once}
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes. The peak is all of `static` plus the largest of `phases`."""
+    """Predicted memory of a run, in bytes."""
 
     static: dict[str, int]
     phases: dict[str, int]
@@ -91,18 +88,14 @@ class Forecast:
 
     @property
     def peak(self) -> int:
-        """Predicted torch.cuda.max_memory_allocated."""
+        """torch.cuda.max_memory_allocated: the static part plus the largest phase."""
         return sum(self.static.values()) + max(self.phases.values())
 
 
 def adapter_sizes(
     config: RunConfig, parent: Path | None, init_from: Path | None
 ) -> tuple[AdapterSize, AdapterSize | None]:
-    """Sizes of the trained adapter (those of `init_from`, if given) and of the frozen adapter that it is stacked on.
-
-    Raises:
-        CheckpointError: see `read_adapter_config`.
-    """
+    """Sizes of the trained adapter (with `init_from`: that folder's) and of the frozen one under it, if stacked."""
 
     def of(folder: Path) -> AdapterSize:
         found = read_adapter_config(folder)
@@ -113,11 +106,7 @@ def adapter_sizes(
 
 
 def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSize | None = None) -> ModelShape:
-    """Sizes of a model from its configuration, without its weights, and of its adapters.
-
-    Raises:
-        ConfigError: the configuration lacks one, or no linear layers.
-    """
+    """Sizes of a model, from its configuration only. Raises ConfigError if it lacks a size or has no linear layers."""
     settings = base.to_dict()
     model: Any = empty_model(base)
     head, heads = head_size(base), size_of(base, "num_attention_heads")
@@ -136,7 +125,7 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
     values = sum(m.weight.numel() for m in linear.values())
     parameters = {id(p): p.numel() for p in model.parameters()}
     tied = bool(settings.get("tie_word_embeddings"))
-    if tied:  # a model without weights is not tied yet
+    if tied:  # the empty model still has separate tensors
         parameters.pop(id(model.get_output_embeddings().weight), None)
     return ModelShape(
         layers=size_of(base, "num_hidden_layers"),
@@ -156,25 +145,20 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
 
 
 def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placement) -> Forecast:
-    """Predict a run's memory on a GPU, in bytes."""
+    """Predict a run's memory on a GPU."""
     size = DTYPES[placement.precision].itemsize
     quantised = _quantised(shape, config, plan)
     blocks = quantised // ABSMAX_BLOCK
     constants = blocks + blocks // 64 if config.model.bnb_4bit_use_double_quant else 4 * blocks
     dropped = config.lora.lora_dropout > 0 and not (config.method == "dpo" and config.dpo.disable_dropout)
     kept = 4 * shape.hidden + 2 * shape.query + 2 * shape.key + 3 * shape.intermediate
-    if dropped:
-        kept += 5 * shape.hidden + shape.query + shape.intermediate
-    else:
-        kept += shape.hidden
+    kept += 5 * shape.hidden + shape.query + shape.intermediate if dropped else shape.hidden
     transient = 3 * shape.intermediate + 2 * shape.hidden  # gradients alive in a layer's backward pass
     weights = shape.largest * size if quantised else 0
     inputs = plan.recomputed * shape.hidden
     on_device = min(inputs, 2 * shape.hidden) if config.train.offload_activations else inputs
     stored = on_device + (shape.layers - plan.recomputed) * kept
-    in_backward = (
-        on_device + max(shape.layers - plan.recomputed, 1) * kept
-    )  # of the last layers, or of a recomputed one
+    in_backward = on_device + max(shape.layers - plan.recomputed, 1) * kept  # at least one layer, recomputed or not
     on_host = config.model.embeddings_on_host and not shape.tied
     other = shape.other - (shape.vocabulary * shape.hidden if on_host else 0)
     chunk = chunk_rows(shape.vocabulary, size) * shape.vocabulary * size
@@ -197,14 +181,13 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
 
 
 def _quantised(shape: ModelShape, config: RunConfig, plan: Plan) -> int:
-    """Values that stay in 4 bits; `dequantize_once` changes the adapted layers."""
-    if not config.model.load_in_4bit:
-        return 0
-    return shape.linear - shape.adapted if plan.dequantize_once else shape.linear
+    """Values in 4 bits; `dequantize_once` changes the adapted layers to 16 bits."""
+    in_4_bits = shape.linear - shape.adapted * plan.dequantize_once
+    return in_4_bits if config.model.load_in_4bit else 0
 
 
 def default_plan(shape: ModelShape, config: RunConfig) -> Plan:
-    """The configuration's own plan, without a budget."""
+    """The plan of a configuration without a memory budget."""
     train = config.train
     recomputed = shape.layers if train.recomputed_layers is None else min(train.recomputed_layers, shape.layers)
     return Plan(
@@ -215,7 +198,7 @@ def default_plan(shape: ModelShape, config: RunConfig) -> Plan:
 
 
 def cost(shape: ModelShape, config: RunConfig, plan: Plan) -> float:
-    """Time of an optimizer step, in units of one position's products in one pass. It ranks the plans."""
+    """Time of an optimizer step, in units of one position's products in one pass; for ranking plans."""
     step = step_positions(config)
     share = plan.recomputed / shape.layers
     passes = 3 + share + (config.method == "dpo")
@@ -238,11 +221,7 @@ def plans(shape: ModelShape, config: RunConfig) -> list[Plan]:
 
 
 def best_plan(shape: ModelShape, config: RunConfig, placement: Placement, budget: int) -> Plan:
-    """The fastest plan whose forecast fits `budget` bytes.
-
-    Raises:
-        ConfigError: not even the smallest plan fits.
-    """
+    """The fastest plan whose forecast fits `budget` bytes. Raises ConfigError if even the smallest does not."""
     fitting = [p for p in plans(shape, config) if forecast(shape, config, p, placement).peak <= budget]
     if not fitting:
         least = min(forecast(shape, config, p, placement).peak for p in plans(shape, config))
@@ -256,11 +235,7 @@ def best_plan(shape: ModelShape, config: RunConfig, placement: Placement, budget
 def planned(config: RunConfig, plan: Plan) -> RunConfig:
     """The configuration with the plan's settings."""
     recomputes = plan.recomputed > 0
-    settings = {
-        **plan.settings(),
-        "gradient_checkpointing": recomputes,
-        "offload_activations": config.train.offload_activations and recomputes,
-        "memory_budget": None,
-    }
-    train = config.train.model_copy(update=settings)
+    offload = config.train.offload_activations and recomputes
+    settings = {"gradient_checkpointing": recomputes, "offload_activations": offload, "memory_budget": None}
+    train = config.train.model_copy(update={**plan.settings(), **settings})
     return config.model_copy(update={"train": train})

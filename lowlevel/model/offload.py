@@ -7,9 +7,9 @@ nest), and saves tensors inside the layer through its own hooks. Hooks around a 
     forward     the input of layer i is copied to the host while layer i runs
     backward    the input of layer i - 1 is copied back while layer i is recomputed
 
-The copies run on a second stream that starts from the current stream and joins it around each layer. A CUDA graph
-captures this as a branch, and no memory is freed or written while a copy uses it. Each layer has one buffer with a
-fixed address, pinned if the device is a GPU.
+Copies run on a second stream that forks from the current one and joins it around each layer. A CUDA graph captures
+this as a branch, and no memory is freed or written while a copy uses it. Each layer has one buffer at a fixed address,
+pinned if the device is a GPU.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ class HostInputs:
     """Host buffers for the inputs of the recomputed layers, one micro-batch at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        """`device` runs the layers. Buffers are allocated when a layer first runs, and again for a larger input."""
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._buffers: dict[int, Tensor] = {}  # bytes, by layer
+        self._buffers: dict[int, Tensor] = {}  # bytes, by layer; allocated for its first input, and for a larger one
         self._outgrown: list[Tensor] = []  # captured graphs still copy to and from these
         self._stored: dict[int, Stored] = {}  # by layer
         self._ahead: tuple[Stored, Tensor] | None = None  # the next input, already on its way back
@@ -55,8 +54,8 @@ class HostInputs:
         """Put this around the checkpointed forward of layer `number`; its input must stay alive until the end.
 
         Raises:
-            RuntimeError: the input needs a larger buffer during a CUDA graph capture, when no memory can be pinned; or,
-                in the backward pass, a later forward pass has overwritten the input.
+            RuntimeError: a buffer must grow during a CUDA graph capture, when no memory can be pinned; or, in the
+                backward pass, a later forward pass has overwritten the input.
         """
         with saved_tensors_hooks(partial(self._store, number), self._load):
             yield
@@ -85,7 +84,7 @@ class HostInputs:
         return tensor
 
     def _fetch(self, stored: Stored) -> Tensor:
-        """A copy on the device, complete after the next `_join`; its memory belongs to the current stream."""
+        """A copy on the device, complete after the next `_join`."""
         tensor = torch.empty(stored.host.shape, dtype=stored.host.dtype, device=self._device)
         self._fork()
         with torch.cuda.stream(self._stream):
@@ -115,7 +114,7 @@ class HostEmbedding(nn.Module):
     """Replaces a frozen nn.Embedding: the same numbers, read from pinned host memory."""
 
     def __init__(self, table: Tensor) -> None:
-        """Copies `table` (V, D) to the host, from any device."""
+        """Copy `table` (V, D) to the host."""
         super().__init__()
         host = table.detach().cpu()
         self.weight = nn.Parameter(host.pin_memory() if table.is_cuda else host, requires_grad=False)
@@ -130,8 +129,7 @@ def move_embeddings_to_host(model: Any) -> None:
     """Move a model's input embedding to host memory, and free its GPU memory.
 
     Raises:
-        ConfigError: the table is also the LM head (tied), which every step multiplies with; or the embedding does more
-            than look up a row, as in Gemma 3.
+        ConfigError: it is also the LM head (tied), or does more than look up a row, as in Gemma 3.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embedding) is not nn.Embedding:

@@ -31,10 +31,9 @@ class Placement:
         return DTYPES[self.precision]
 
     def autocast(self) -> torch.autocast:
-        """The autocast region of a forward pass (disabled in fp32).
+        """The autocast region of a forward pass; disabled in fp32.
 
-        Without its cache of 16-bit copies: each adapter weight is used once per pass, so a cache saves no cast
-        and holds a copy of the whole adapter (100 MB for the recipe) until the pass ends.
+        Its cache is off: each adapter weight is used once per pass, so it would only hold copies until the pass ends.
         """
         enabled = self.precision != "fp32"
         return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False)
@@ -43,10 +42,10 @@ class Placement:
 def choose_placement(precision: str) -> Placement:
     """Choose the device, and check that it supports the precision.
 
-    From compute capability 9.0 on, torch's default cuBLAS workspaces are large; this sets small ones in the environment
-    unless it has a setting; call it before the process's first product on the GPU. It saves 96 MiB on an H100
-    (benchmarks/results/workspaces_h100.csv). On older GPUs it only costs time: torch 2.11 parses the variable with a
-    regular expression in every product, an eighth of the host time of a compiled micro-step.
+    Call it before the process's first product on the GPU: from compute capability 9.0 on, torch's default cuBLAS
+    workspaces are large, and this sets small ones in the environment (96 MiB less on an H100,
+    benchmarks/results/workspaces_h100.csv). On older GPUs the variable only costs time: torch 2.11 parses it in every
+    product.
 
     Raises:
         ConfigError: bf16 on a GPU below compute capability 8.0; fp16 without a GPU.

@@ -26,22 +26,19 @@ from lowlevel.model.linear import quantised_state
 from lowlevel.model.placement import Placement
 
 TRAINED = "trained"  # the adapter in training
-PARENT = "parent"  # the frozen adapter that it is stacked on: where DPO started
+PARENT = "parent"  # the frozen adapter that it is stacked on
 
 
 @dataclass(frozen=True)
 class FlatParameters:
-    """All trainable weights in one buffer, and all their gradients in another: an optimizer step is a few kernels.
+    """All trainable weights in one buffer and all gradients in another, so an optimizer step is a few kernels."""
 
-    `weights` (n,) fp32 with `weights.grad` (n,) fp32; `views` are the adapter's parameters, views of both buffers.
-    """
-
-    weights: nn.Parameter
-    views: Mapping[str, nn.Parameter]
+    weights: nn.Parameter  # (n,) fp32, with a gradient (n,) fp32
+    views: Mapping[str, nn.Parameter]  # the adapter's parameters, views of both
 
     @property
     def grad(self) -> Tensor:
-        """The flat gradient, never None: backward passes add into it."""
+        """The flat gradient, never None; backward passes add to it."""
         assert self.weights.grad is not None
         return self.weights.grad
 
@@ -95,8 +92,7 @@ class Policy:
     def reference(self) -> Iterator[None]:
         """Switch to the frozen reference within the block: trained adapter off, dropout off, no gradient.
 
-        PEFT 0.21's `disable_adapter()` also turns the parent off, and afterwards sets `requires_grad` on every adapter
-        weight; this switch only changes the active adapters, and restores them.
+        PEFT 0.21's `disable_adapter()` also turns the parent off, and sets `requires_grad` on every adapter weight.
         """
         keys, self.dropout.token_keys = self.dropout.token_keys, None
         self.activate(parent=True, trained=False)
@@ -121,10 +117,9 @@ class Policy:
 
 
 def quantised_weights(policy: Policy) -> tuple[int, int]:
-    """Number of the base's weights that were loaded in 4 bits, and of all; without input embedding and LM head.
+    """Number of the base's weights that were loaded in 4 bits, and of all, without input embedding and LM head.
 
-    bitsandbytes only quantises linear layers, not experts that are one 3-D parameter per layer. Layers that
-    `dequantize_once` changed count as quantised.
+    bitsandbytes only quantises linear layers. Layers that `dequantize_once` changed count as quantised.
     """
     base, quantised, total = policy.causal_lm, 0, 0
     embeddings = [*base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()]
@@ -140,10 +135,7 @@ def quantised_weights(policy: Policy) -> tuple[int, int]:
 
 
 def dequantize_once(policy: Policy) -> None:
-    """Replace the 4-bit weights of the adapted layers by dequantised ones: 2 bytes per weight instead of 0.5.
-
-    The numbers stay the same. On an H100, dequantising in each pass takes as long as the products of 500 positions.
-    """
+    """Replace the 4-bit weights of the adapted layers by dequantised ones, with the same results."""
     for layer in policy.lora_layers:
         quantised = cast(Any, layer).base_layer
         if not isinstance(quantised, bnb.nn.Linear4bit):
@@ -160,8 +152,7 @@ def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, d
     for salt, name in enumerate(sorted(layers)):
         layer = layers[name]
         features = cast(int, layer.in_features)
-        replacement = CounterDropout(p, salt, features, state, device) if p > 0 else nn.Identity()
-        layer.lora_dropout[TRAINED] = replacement
+        layer.lora_dropout[TRAINED] = CounterDropout(p, salt, features, state, device) if p > 0 else nn.Identity()
         if PARENT in layer.lora_dropout:
             layer.lora_dropout[PARENT] = nn.Identity()
 

@@ -13,11 +13,7 @@ def unsupported(config: PretrainedConfig, why: str) -> ConfigError:
 
 
 def size_of(config: PretrainedConfig, key: str) -> int:
-    """A size by transformers' common name for it: `hidden_size` is GPT-2's `n_embd`.
-
-    Raises:
-        ConfigError: the configuration lacks it.
-    """
+    """A size by its common name in transformers (GPT-2's `hidden_size` is `n_embd`). Raises ConfigError if missing."""
     try:
         value = getattr(config, key)
     except AttributeError:
@@ -28,6 +24,6 @@ def size_of(config: PretrainedConfig, key: str) -> int:
 
 
 def head_size(config: PretrainedConfig) -> int:
-    """Features of an attention head. Raises ConfigError, as `size_of`."""
+    """Features of an attention head. Raises as `size_of`."""
     given = config.to_dict().get("head_dim")
     return given or size_of(config, "hidden_size") // size_of(config, "num_attention_heads")

@@ -1,8 +1,8 @@
 """Check on a few tokens that a base satisfies the assumptions of losses, packing and shared prompts.
 
 Losses assume that logits are `hidden @ lm_head.T`. Packing and shared prompts assume that tokens only interact through
-attention, so that a mask or a list of keys separates examples. Other models would train without an error on wrong
-numbers: a convolution or a recurrent state (LFM2, Mamba hybrids, Qwen3-Next) continues into the next example, and a
+attention, so that a mask or a list of keys separates examples. Other models would train on wrong numbers without an
+error: a convolution or a recurrent state (LFM2, Mamba hybrids, Qwen3-Next) continues into the next example, and a
 model's own attention may ignore the mask.
 """
 
@@ -27,9 +27,9 @@ FIRST, PROMPT, REJECTED = 13, 5, 8  # tokens of the test: an example, its prompt
 
 
 def attention_window(config: PretrainedConfig) -> int | None:
-    """Tokens that a query of the base's narrowest layer sees, including its own; None if it sees all tokens before it.
+    """Tokens that a query of the base's narrowest layer sees, including its own; None: all before it.
 
-    Masks and spans have no window: up to this length of an example there is no difference.
+    Masks and spans here have no window, which makes no difference for examples up to this length.
     """
     settings = config.to_dict()
     kinds = set(settings.get("layer_types") or ())
@@ -47,8 +47,7 @@ def attention_window(config: PretrainedConfig) -> int | None:
 def short_positions(config: PretrainedConfig) -> int | None:
     """Positions up to which the base's longrope takes its short factors; None if it has no longrope.
 
-    transformers chooses short or long factors for a whole batch, by its largest position: with longer examples, a
-    loss would depend on the other examples of the batch.
+    transformers chooses factors by a batch's largest position, so longer examples would change the losses of others.
     """
     parameters = config.to_dict().get("rope_parameters") or {}
     tables = [table for table in (parameters, *parameters.values()) if isinstance(table, dict)]  # one, or one a kind
@@ -65,7 +64,7 @@ def check_base(policy: Policy) -> None:
     examples = [sft_segment(i, i, ids, ids) for i, ids in enumerate((first, second))]
     row = build_batch([examples], pairs=False).to(device)
     pair = build_batch([[pair_segment(0, 0, prompt, chosen, rejected)]], pairs=True).to(device)
-    with policy.reference(), _told_by_architecture(policy):
+    with policy.reference(), _architecture_errors(policy):
         packed = policy.scored_hidden_states(row)
         if not packed.isfinite().all():
             raise ConfigError(f"model.name: hidden states are not finite in {policy.placement.precision}")
@@ -79,13 +78,13 @@ def check_base(policy: Policy) -> None:
 
 
 @contextmanager
-def _told_by_architecture(policy: Policy) -> Iterator[None]:
+def _architecture_errors(policy: Policy) -> Iterator[None]:
     """Report errors of the first forward pass as an unsupported architecture; --debug shows the original."""
     try:
         yield
     except (LowlevelError, OSError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except Exception as error:  # transformers' own code, given other arguments than it was written for
+    except Exception as error:  # the architecture's own code does not accept our arguments
         why = f"its first pass ends with {type(error).__name__}: {one_line(error)}"
         raise unsupported(policy.causal_lm.config, why) from error
 
@@ -94,9 +93,7 @@ def _alone(policy: Policy, ids: np.ndarray) -> Tensor:
     """Final hidden states of one sequence as the model itself computes them, (L, D)."""
     base = policy.causal_lm
     with plain_attention(base), policy.placement.autocast():
-        output = base.get_decoder()(input_ids=_as_row(policy, ids), use_cache=False)
-    hidden: Tensor = output.last_hidden_state[0]
-    return hidden
+        return cast(Tensor, base.get_decoder()(input_ids=_as_row(policy, ids), use_cache=False).last_hidden_state[0])
 
 
 def _as_row(policy: Policy, ids: np.ndarray) -> Tensor:
@@ -108,9 +105,8 @@ def _check_lm_head(policy: Policy, ids: np.ndarray, hidden: Tensor) -> None:
     base, weight = policy.causal_lm, policy.lm_head_weight
     bias = cast("nn.Linear", base.get_output_embeddings()).bias
     if bias is not None and bias.any():
-        raise ConfigError(
-            f"model.name: the LM head has a bias (largest value {bias.abs().max().item():.3g}), which no loss here adds"
-        )
+        largest = f"largest value {bias.abs().max().item():.3g}"
+        raise ConfigError(f"model.name: the LM head has a bias ({largest}), which no loss here adds")
     with plain_attention(base), policy.placement.autocast():
         logits = base(input_ids=_as_row(policy, ids), use_cache=False).logits[0].float()
         expected = (hidden.to(weight.dtype) @ weight.T).float()
@@ -120,12 +116,10 @@ def _check_lm_head(policy: Policy, ids: np.ndarray, hidden: Tensor) -> None:
 
 
 def _rounding(hidden: Tensor, weight: Tensor, logits: Tensor) -> float:
-    """How far two sums of the same D products may be apart: hidden (L, D), weight (V, D), logits (L, V).
+    """Bound on the difference of two sums of the same D products: hidden (L, D), weight (V, D), logits (L, V).
 
-    2 sqrt(D) roundings of fp32, in which every device sums, of the largest sum of absolute products: a random walk
-    would need 4 standard deviations in each of them. And the rounding of both results to their dtype, with 2 to
-    spare for partial sums in it: of the largest logit. At D = 2048 in fp32 that is some 1e-4 of a logit, and no
-    transform or bias that matters hides below it.
+    2 sqrt(D) fp32 roundings of the largest sum of absolute products (4 standard deviations of a random walk in each
+    sum), and 4 roundings of the largest logit in its dtype. At D = 2048 in fp32 it is about 1e-4 of a logit.
     """
     parts = (hidden.float().abs() @ weight.float().abs().T).max().item()
     of_sums = 2 * hidden.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps * parts
@@ -136,13 +130,13 @@ def _rounding(hidden: Tensor, weight: Tensor, logits: Tensor) -> float:
 def _check_apart(policy: Policy, found: Tensor, alone: list[Tensor], what: str) -> None:
     """Raise ConfigError if the hidden states (N, D) of scored tokens differ from those of each sequence alone.
 
-    Bound: 5 % of a hidden state's norm, and 32 roundings of the dtype (25 % in bf16); another example's token that is
-    seen, or one of its own that is not, changes tens of per cent.
+    Bound: 5 % of a hidden state's norm, or 32 roundings of the dtype (25 % in bf16). A wrong set of visible tokens
+    changes tens of per cent.
     """
     expected = torch.cat(alone).float()
     error = ((found.float() - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
     if not error <= max(0.05, 32 * torch.finfo(policy.placement.dtype).eps):
         raise ConfigError(
-            f"model.name: {what} are not what each is alone (a hidden state differs by {error:.0%}): this model joins "
-            "tokens by more than attention with a mask, and cannot be trained here"
+            f"model.name: {what} change each other (a hidden state differs by {error:.0%} from the example alone): "
+            "this model mixes tokens by more than masked attention, and cannot be trained here"
         )

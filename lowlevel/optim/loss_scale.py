@@ -1,7 +1,6 @@
 """Dynamic loss scaling for fp16 (arXiv 1710.03740, section 3.3), with torch.amp.GradScaler's rule and a plain state.
 
-The scale is a number on the host: the loop reads the gradient norm of each step anyway, and the scale is logged, saved
-and compared.
+The scale is a number on the host, because the loop reads the gradient norm of each step anyway.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ class LossScale:
         return cls() if precision == "fp16" else cls(scale=1.0, enabled=False)
 
     def accepts(self, grad_norm: float) -> bool:
-        """Whether the gradient can be applied. Halves the scale after an overflow, doubles it after 2,000 attempts
-        without one; counts only, if disabled.
-        """
+        """Whether to apply the gradient. Halves the scale after an overflow, doubles it after 2,000 steps without."""
         if not math.isfinite(grad_norm):
             self.skipped_steps += 1
             self.skips_in_a_row += 1

@@ -20,14 +20,10 @@ EPSILON = 1e-8
 def build_optimizer(weights: nn.Parameter, config: TrainConfig) -> torch.optim.Optimizer:
     """One optimizer over one flat parameter.
 
-    The state of a paged optimizer lives in CUDA managed memory, which `torch.cuda.max_memory_allocated` does not count.
+    The state of a paged optimizer is in CUDA managed memory, which `torch.cuda.max_memory_allocated` does not count.
     """
-    settings: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": BETAS,
-        "eps": EPSILON,
-        "weight_decay": config.weight_decay,
-    }
+    settings: dict[str, Any] = {"betas": BETAS, "eps": EPSILON, "weight_decay": config.weight_decay}
+    settings["lr"] = config.learning_rate
     if config.optim == "adamw":
         return torch.optim.AdamW([weights], **settings)
     import bitsandbytes as bnb
@@ -41,9 +37,9 @@ def build_optimizer(weights: nn.Parameter, config: TrainConfig) -> torch.optim.O
 
 
 def _allocate_state(optimizer: Any, weights: nn.Parameter) -> None:
-    """Allocate bitsandbytes' state now: checkpoints are then copied into it, and paged memory stays paged.
+    """Allocate bitsandbytes' state now, so that checkpoints are copied into it and paged memory stays paged.
 
-    bitsandbytes 0.50's own `load_state_dict` replaces the state with ordinary device tensors.
+    `load_state_dict` of bitsandbytes 0.50 would replace it with ordinary device tensors.
     """
     optimizer.check_overrides()
     optimizer.to_gpu()
@@ -60,8 +56,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     """The rate of optimizer step `step` (counted from 0): linear warm-up, then constant, linear or half a cosine to 0.
 
-    Equal to transformers' schedules ("constant" to constant_with_warmup): with w warm-up steps, step 0 has rate 0 and
-    step w the peak.
+    Equal to transformers' schedules: with w warm-up steps, step 0 has rate 0 and step w the peak.
     """
     warmup = config.warmup_steps or math.ceil(total_steps * config.warmup_ratio)
     if step < warmup:
@@ -83,11 +78,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, weights: nn.Parameter, saved: Mapping[str, Tensor]
 ) -> None:
-    """Restore what `optimizer_tensors` wrote, in place.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected, or has another shape or dtype.
-    """
+    """Restore `optimizer_tensors` in place. Raises CheckpointError if names, shapes or dtypes differ."""
     if isinstance(optimizer, torch.optim.AdamW) and not optimizer.state:
         zeros = {name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[weights] = {"step": torch.tensor(0.0), **zeros}

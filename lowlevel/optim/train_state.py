@@ -34,25 +34,15 @@ class Window:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One applied optimizer step: numbers on the host, and what it was computed from.
+    """One applied optimizer step: numbers on the host, its micro-batches and their results."""
 
-    Attributes:
-        number: counted from 1.
-        metrics: "loss" and what the method reports, means over the step's count.
-        grad_norm: l2 norm before clipping.
-        learning_rate: of this update.
-        count: supervised tokens (sft) or pairs (dpo).
-        batches: the micro-batches, on the CPU.
-        sums: the result of each micro-batch, on the device, before the update.
-    """
-
-    number: int
-    metrics: dict[str, float]
-    grad_norm: float
+    number: int  # counted from 1
+    metrics: dict[str, float]  # "loss" and the method's metrics, means over `count`
+    grad_norm: float  # l2 norm before clipping
     learning_rate: float
-    count: int
-    batches: tuple[PackedBatch, ...]
-    sums: tuple[LossSums, ...]
+    count: int  # supervised tokens (sft) or pairs (dpo)
+    batches: tuple[PackedBatch, ...]  # on the CPU
+    sums: tuple[LossSums, ...]  # of each micro-batch, on the device, before the update
 
     @property
     def loss(self) -> float:
@@ -71,7 +61,7 @@ class StepResult:
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens that the loss is taken over."""
+        """Tokens with a loss."""
         return sum(batch.num_scored for batch in self.batches)
 
     @property
@@ -81,7 +71,7 @@ class StepResult:
 
     @property
     def examples(self) -> dict[str, Tensor]:
-        """Values of each example in the order of `rows`, (P,) by name: loss, log-probabilities, rewards.
+        """Loss, log-probabilities and rewards of each example, (P,) by name, in the order of `rows`.
 
         Empty unless the step was taken with details.
         """
@@ -91,10 +81,9 @@ class StepResult:
 
     @property
     def tokens(self) -> dict[str, Tensor]:
-        """Values of each scored token, (N,) by name: "logps", "ref_logps", its "ids", and its "rows" (data rows).
+        """Values of each scored token, (N,) by name: "logps", "ref_logps", "ids" and "rows" (data rows).
 
-        The tokens of a pair's chosen completion come before those of all rejected ones of the same micro-batch. Empty
-        unless the step was taken with details.
+        In each micro-batch, tokens of chosen completions come before those of rejected ones. Empty without details.
         """
         parts: dict[str, list[Tensor]] = {}
         for batch, sums in zip(self.batches, self.sums, strict=True):
@@ -102,13 +91,13 @@ class StepResult:
             places = batch.belongs.nonzero()[:, 0][order]
             rows = torch.tensor(batch.data_rows)[batch.sequence_ids[places] % len(batch.real)]
             own = {"ids": batch.scored_targets[places], "rows": rows} if sums.tokens else {}
-            for name, values in {**own, **{n: v.cpu()[places] for n, v in sums.tokens.items()}}.items():
+            for name, values in (own | {n: v.cpu()[places] for n, v in sums.tokens.items()}).items():
                 parts.setdefault(name, []).append(values)
         return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def means_on_host(sums: Sequence[LossSums], count: int, norm: Tensor) -> tuple[dict[str, float], float]:
-    """Loss and metrics of a step, divided by its count, and the gradient's norm; waits once for the device."""
+    """Means of a step's loss and metrics over its count, and the gradient's norm; waits for the device once."""
     named = [one.named() for one in sums]
     totals = {name: torch.stack([one[name] for one in named]).sum() for name in named[0]}
     *means, grad_norm = torch.stack([*(total / count for total in totals.values()), norm]).tolist()
@@ -117,7 +106,7 @@ def means_on_host(sums: Sequence[LossSums], count: int, norm: Tensor) -> tuple[d
 
 @dataclass
 class TrainState:
-    """All that changes during training beside weights and optimizer state. `step` counts applied updates."""
+    """Everything that changes during training besides weights and optimizer state; `step` counts applied updates."""
 
     loss_scale: LossScale
     step: int = 0
@@ -150,7 +139,7 @@ class TrainState:
         self.total.add({"loss": result.metrics["loss"] * result.count}, result.count)
 
     def close_window(self, rate: float, epoch: float) -> dict[str, Any]:
-        """The record of a logged step; starts the next window."""
+        """Return the record of a logged step, and start the next window."""
         record = {
             "step": self.step,
             **self.window.means(),
@@ -181,21 +170,18 @@ class TrainState:
         self.stopped_early = patience is not None and self.evals_without_gain >= patience
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; floats survive JSON exactly."""
+        """Plain values for JSON, which keeps floats exactly."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> TrainState:
-        """What `to_json` gave."""
+        """The inverse of `to_json`."""
         windows = {name: Window(**saved[name]) for name in ("window", "total")}
         return cls(**{**saved, **windows, "loss_scale": LossScale(**saved["loss_scale"])})
 
 
 def peak_memory() -> dict[str, float]:
-    """Peaks of the CUDA allocator in GiB; 0 on a CPU. Paged optimizer state is not in them."""
-    if not torch.cuda.is_available():
-        return {"peak_allocated_gib": 0.0, "peak_reserved_gib": 0.0}
-    return {
-        "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-    }
+    """Peaks of the CUDA allocator in GiB, without paged optimizer state; 0 on a CPU."""
+    gpu = torch.cuda.is_available()
+    allocated, reserved = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if gpu else (0, 0)
+    return {"peak_allocated_gib": allocated / 2**30, "peak_reserved_gib": reserved / 2**30}

@@ -50,8 +50,8 @@ UNSUPPORTED = {
     "gpt_bigcode": (
         OLD,
         ["c_attn"],
-        "this architecture (gpt_bigcode) is not supported: its first pass ends with TypeError: its layers are given "
-        "2 arguments by position, and here they take one",
+        "this architecture (gpt_bigcode) is not supported: its first pass ends with TypeError: "
+        "its layers take 2 positional arguments; only one is supported",
     ),
     "falcon": (FALCON, ["query_key_value"], "this architecture (falcon) is not supported: its first pass ends with "),
     "gptj": (

@@ -107,7 +107,7 @@ def test_a_pickle_in_a_checkpoint_is_refused(tmp_path):
         (lambda t: t.pop(Q), f"1 tensors missing: {Q}"),
         (lambda t: t.update({"model.more": torch.ones(2)}), "1 tensors left over: model.more"),
         (lambda t: t.update({Q: t[Q][:-1].clone()}), f"1 tensors of another shape: {Q}"),
-        (lambda t: t.update({Q: t[Q].to(torch.int64)}), f"1 tensors of no floating-point type: {Q} (I64)"),
+        (lambda t: t.update({Q: t[Q].to(torch.int64)}), f"1 tensors are not floating-point: {Q} (I64)"),
         (lambda t: [t.pop(name) for name in sorted(t) if "layers.1" in name], "9 tensors missing: "),
     ],
 )
@@ -164,7 +164,7 @@ def test_a_cut_base(base, kept):
         (f"../base/{SHARD}", f"names '../base/{SHARD}': shards are plain names"),
         ("/etc/passwd", "names '/etc/passwd': shards are plain names"),
         ("pytorch_model.bin", "names 'pytorch_model.bin': shards are plain names"),
-        (None, "weight_map is no table of file names"),
+        (None, "weight_map is not a table of file names"),
     ],
 )
 def test_an_index_names_files_of_its_own_folder_alone(base, name, message):
@@ -199,7 +199,7 @@ def test_code_in_a_model_folder_is_not_run(base, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a": ' * 80 + "1" + "}" * 80, "nested deeper than 64 levels"),
         ("{", "cannot be read"),

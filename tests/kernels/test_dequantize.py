@@ -101,7 +101,7 @@ def test_weights_that_bitsandbytes_reads_wrongly_are_refused(tmp_path, monkeypat
     base._reads_ragged_rows.cache_clear()
     try:
         load_base(ModelConfig(name=str(tmp_path / "narrow"), load_in_4bit=False), CPU)
-        with pytest.raises(ConfigError, match="q_proj has 96 inputs, no multiple of 64") if wrong else nullcontext():
+        with pytest.raises(ConfigError, match="q_proj has 96 inputs, not a multiple of 64") if wrong else nullcontext():
             load_base(ModelConfig(name=str(tmp_path / "narrow")), CPU)
     finally:
         base._reads_ragged_rows.cache_clear()
