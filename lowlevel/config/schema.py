@@ -34,6 +34,10 @@ def _iso_date(text: str) -> str:
     return text
 
 
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+Date = Annotated[str, AfterValidator(_iso_date)]
+
+
 class Section(BaseModel):
     """A table of the run file: frozen, strictly typed, and closed to unknown keys."""
 
@@ -49,17 +53,13 @@ class ModelConfig(Section):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
     bnb_4bit_use_double_quant: bool = Field(True, description="also quantise the quantisation constants")
     attn_implementation: Literal["auto", "flash", "efficient", "sdpa", "eager"] = Field(
-        "auto",
-        description="attention kernel; auto: flash or efficient without a mask on a GPU, sdpa with one on a CPU",
+        "auto", description="attention kernel; auto: flash or efficient without a mask on a GPU, sdpa with one on a CPU"
     )
-    embeddings_on_host: bool = Field(
-        False, description="keep the input embedding in pinned host memory: less GPU memory, same numbers"
-    )
+    embeddings_on_host: bool = Field(False, description="input embedding in pinned host memory, same numbers")
     adapter: str | None = Field(None, description="dpo: run folder or PEFT folder to start from")
     adapter_mode: Literal["stack", "original", "none"] = Field(
         "stack",
-        description="stack: freeze the adapter under the new one; original: merge it into the 16-bit weights, then "
-        "quantise again; none: start without an adapter",
+        description="stack: freeze it under a new one; original: merge it into 16-bit weights; none: no adapter",
     )
 
 
@@ -67,13 +67,9 @@ class LoraConfig(Section):
     """Low-rank adapters (arXiv 2106.09685): the update of a layer is lora_alpha / r * B A."""
 
     r: Annotated[int, Field(gt=0, le=MAX_RANK)] = Field(64, description="rank")
-    lora_alpha: Annotated[Finite, Field(gt=0, le=MAX_ALPHA)] = Field(
-        32, description="the update is scaled by lora_alpha / r"
-    )
+    lora_alpha: Annotated[Finite, Field(gt=0, le=MAX_ALPHA)] = Field(32, description="update scale: lora_alpha / r")
     lora_dropout: Annotated[Finite, Field(ge=0, lt=1)] = Field(0.1, description="dropout of the adapter's input")
-    target_modules: tuple[str, ...] = Field(
-        ALL_PROJECTIONS, min_length=1, strict=False, description="names of the linear layers with an adapter"
-    )
+    target_modules: Names = Field(ALL_PROJECTIONS, min_length=1, description="linear layers with an adapter")
     init_from: str | None = Field(None, description="run folder or PEFT adapter to continue training")
 
 
@@ -95,22 +91,16 @@ class DataConfig(Section):
     format: Literal["messages", "orca", "preference"] = Field(
         "messages", description="columns of a row: lowlevel/data/README.md; orca: system, input, chosen, rejected"
     )
-    columns: tuple[str, ...] = Field(
-        (), strict=False, description="numeric columns of a row that a custom loss receives"
-    )
+    columns: Names = Field((), description="numeric columns of a row that a custom loss receives")
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions on a row: column, op, value")
     chat_template_from: str | None = Field(None, description="model or .jinja file whose chat template is used")
-    template_date: Annotated[str, AfterValidator(_iso_date)] = Field(
-        "2024-07-26", description="date given to chat templates that print today's date"
-    )
+    template_date: Date = Field("2024-07-26", description="date given to chat templates that print today's date")
     supervise: Literal["assistant", "all"] = Field("assistant", description="tokens in the loss: replies, or all")
     max_length: Length = Field(512, description="most tokens of prompt and completion; demo base: 256")
     max_prompt_length: Positive | None = Field(None, description="dpo: most tokens of a prompt; the start is cut off")
     packing: bool = Field(True, description="put several examples into one row; the loss stays the same")
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an unusable row, or skip it")
-    eval_source: Source | None = Field(
-        None, description='evaluation rows: as source, or "holdout": rows of source that are not trained on'
-    )
+    eval_source: Source | None = Field(None, description='as source, or "holdout": rows of source not trained on')
     eval_split: str = Field("test", description="split of a hub data set for evaluation")
     eval_limit: Positive | None = Field(None, description="rows to evaluate on")
 
@@ -131,9 +121,7 @@ class TrainConfig(Section):
     warmup_steps: Natural = Field(0, description="steps that warm up; overrides warmup_ratio")
     max_steps: Positive | None = Field(None, description="optimizer steps; overrides num_train_epochs")
     num_train_epochs: Annotated[Finite, Field(gt=0)] = Field(1.0, description="passes over the training rows")
-    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
-        "paged_adamw_32bit", description="optimizer"
-    )
+    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field("paged_adamw_32bit", description="AdamW")
     weight_decay: Annotated[Finite, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
     max_grad_norm: Annotated[Finite, Field(gt=0)] = Field(1.0, description="clip the gradient to this l2 norm")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field("auto", description="auto: fp16 on CUDA, fp32 on a CPU")
@@ -141,12 +129,8 @@ class TrainConfig(Section):
     execution: Literal["auto", "eager", "compiled", "graphed"] = Field(
         "auto", description="run layers as they are, compiled, or in a CUDA graph; auto: the fastest on this machine"
     )
-    recomputed_layers: Natural | None = Field(
-        None, description="gradient_checkpointing: number of layers to recompute, counted from the first; default: all"
-    )
-    offload_activations: bool = Field(
-        False, description="keep the inputs of recomputed layers in pinned host memory: less GPU memory, same numbers"
-    )
+    recomputed_layers: Natural | None = Field(None, description="layers to recompute, from the first; default: all")
+    offload_activations: bool = Field(False, description="inputs of recomputed layers in host memory, same numbers")
     micro_batch_positions: Positive | None = Field(
         None, description="packed positions per micro-batch on a GPU; default: per_device_train_batch_size rows"
     )
@@ -156,19 +140,12 @@ class TrainConfig(Section):
         description='GPU memory for the run, such as "15GiB": sets recomputed_layers, micro_batch_positions and '
         "dequantize_once to the fastest values that fit",
     )
-    deterministic: bool = Field(
-        False,
-        description="same bits on every repetition on a GPU (a CPU always has this); may be slower",
-    )
+    deterministic: bool = Field(False, description="same bits on every repetition, also on a GPU; may be slower")
     seed: Seed = Field(42, description="seed of adapter initialisation, dropout and data order")
     data_order: Literal["shuffled", "sequential"] = Field("shuffled", description="order of rows within an epoch")
     logging_steps: Positive = Field(10, description="steps between logged lines")
-    eval_steps: Positive | None = Field(
-        None, description="steps between evaluations; default: only before the first step and after the last"
-    )
-    early_stopping_patience: Positive | None = Field(
-        None, description="evaluations without a better eval_loss until stop"
-    )
+    eval_steps: Positive | None = Field(None, description="steps between evaluations; default: only at start and end")
+    early_stopping_patience: Positive | None = Field(None, description="stop after N evaluations without a lower loss")
     save_steps: Positive | None = Field(None, description="steps between checkpoints; default: only at the end")
     save_total_limit: Positive = Field(2, description="checkpoints to keep")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
@@ -196,10 +173,7 @@ class DPOConfig(Section):
     dpop_lambda: Annotated[Finite, Field(ge=0)] | None = Field(None, description="dpop only: penalty weight")
     rpo_alpha: Annotated[Finite, Field(ge=0)] | None = Field(None, description="rpo only: NLL weight")
     disable_dropout: bool = Field(True, description="policy pass without dropout, as in TRL and the original code")
-    reference_cache: str | None = Field(
-        None,
-        description="folder with reference log-probabilities, reused in later epochs and runs with another beta",
-    )
+    reference_cache: str | None = Field(None, description="folder that keeps reference log-probabilities for reuse")
 
 
 class TraceConfig(Section):
@@ -211,8 +185,7 @@ class TraceConfig(Section):
         "pair", description="token: also record ids and log-probabilities of the tokens of each completion"
     )
     gradients: bool = Field(
-        False,
-        description="also record norms, zeros and terms of the gradient; one more backward pass per traced dpo step",
+        False, description="also record norms, zeros and terms of the gradient; a traced dpo step has one more backward"
     )
 
 
@@ -240,13 +213,7 @@ class RunConfig(Section):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    "model": ModelConfig,
-    "lora": LoraConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "sft": SFTConfig,
-    "dpo": DPOConfig,
-    "trace": TraceConfig,
+    name: type(field.default) for name, field in RunConfig.model_fields.items() if name != "method"
 }
 # Defaults of dpo that differ from those of sft. The recipe has 1e-5.
 DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"data": {"format": "preference"}, "train": {"learning_rate": 1e-5}}

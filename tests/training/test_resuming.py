@@ -170,7 +170,7 @@ def test_versions_that_numbers_depend_on_are_compared(resume, copied, name, then
 def test_allow_change_needs_a_checkpoint_to_differ_from(space, copied, resume):
     path = space.folder / "stopped.toml"
     said = run("sft", path, "--train.output_dir", copied, "--restart", "--allow-change", "train.seed")
-    assert said.code == 2 and "--allow-change is for --resume" in said.err
+    assert said.code == 2 and "--allow-change needs --resume" in said.err
     for checkpoint in checkpoints(copied):
         shutil.rmtree(checkpoint)
     said = resume("--allow-change", "train.seed")
