@@ -36,15 +36,9 @@ OTHER_NAMES = {
 
 
 def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method: str | None = None) -> RunConfig:
-    """Read a run file and apply flags.
+    """Read a run file (None: the defaults) and apply `overrides`: "section.key" -> text as typed on the command line.
 
-    Args:
-        path: TOML file; None gives the defaults.
-        overrides: "section.key" -> text as typed on the command line.
-        method: of the command; a file with another method is an error.
-
-    Raises:
-        ConfigError: with one line for each problem found.
+    `method` is that of the command. Raises ConfigError with one line for each problem found.
     """
     where = str(path) if path else "flags"
     tables = load_tables(path, method)
@@ -59,7 +53,7 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
 
 
 def load_tables(path: Path | None, method: str | None) -> dict[str, Any]:
-    """The tables of a run file, not yet validated; `method` is that of the command. Raises ConfigError."""
+    """The tables of a run file, not yet validated. Raises ConfigError if its method is not that of the command."""
     tables = _read_toml(path) if path else {}
     if method and tables.setdefault("method", method) != method:
         found = quoted(str(tables["method"]))

@@ -35,6 +35,7 @@ def _iso_date(text: str) -> str:
 
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)]
 Date = Annotated[str, AfterValidator(_iso_date)]
 
 
@@ -110,11 +111,9 @@ class TrainConfig(Section):
 
     output_dir: str = Field("out/run", description="run folder")
     per_device_train_batch_size: Batch = Field(
-        2, description="examples (sft) or pairs (dpo) per micro-batch; with packing, its size in full rows"
+        2, description="examples or pairs per micro-batch; packed: its full rows"
     )
-    gradient_accumulation_steps: Batch = Field(
-        4, description="times per_device_train_batch_size = examples per step; without packing, micro-batches per step"
-    )
+    gradient_accumulation_steps: Batch = Field(4, description="examples per step / per_device_train_batch_size")
     learning_rate: Annotated[Finite, Field(gt=0)] = Field(2e-4, description="peak learning rate")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="schedule after warm-up")
     warmup_ratio: Annotated[Finite, Field(ge=0, le=1)] = Field(0.0, description="share of the steps that warm up")
@@ -137,8 +136,7 @@ class TrainConfig(Section):
     dequantize_once: bool = Field(False, description="dequantise the 4-bit weights once: faster, 4 times their memory")
     memory_budget: str | None = Field(
         None,
-        description='GPU memory for the run, such as "15GiB": sets recomputed_layers, micro_batch_positions and '
-        "dequantize_once to the fastest values that fit",
+        description='GPU memory ("15GiB"); sets recomputed_layers, micro_batch_positions, dequantize_once to fit it',
     )
     deterministic: bool = Field(False, description="same bits on every repetition, also on a GPU; may be slower")
     seed: Seed = Field(42, description="seed of adapter initialisation, dropout and data order")
@@ -148,9 +146,7 @@ class TrainConfig(Section):
     early_stopping_patience: Positive | None = Field(None, description="stop after N evaluations without a lower loss")
     save_steps: Positive | None = Field(None, description="steps between checkpoints; default: only at the end")
     save_total_limit: Positive = Field(2, description="checkpoints to keep")
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        (), strict=False, description="experiment trackers that get the logged numbers"
-    )
+    report_to: Trackers = Field((), description="experiment trackers that get the logged numbers")
 
 
 class SFTConfig(Section):

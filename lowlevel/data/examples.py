@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from lowlevel.config.schema import DataConfig
 from lowlevel.data.messages import BadRow, Normalised
-from lowlevel.data.rendering import ChatTokenizer, Encoded, EncodedPair
+from lowlevel.data.rendering import CHANGED, ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import DataError
@@ -18,6 +19,7 @@ from lowlevel.labels import IGNORED
 
 TOO_LONG = "longer than max_length"
 BATCH = 256
+Ids = list[int]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,6 @@ class TokenCounts:
         total, prompt, supervised, chosen, rejected: tokens before truncation; the last two are 0 for a conversation.
         lost, prompt_lost: supervised (or completion) tokens and prompt tokens lost by truncation.
         replies, ended: replies in the example, and those with their end-of-turn token.
-        changed, retokenised, left_out, other_prompt: as in Encoded.
     """
 
     total: int
@@ -76,38 +77,33 @@ class TokenCounts:
     prompt_lost: int = 0
     replies: int = 0
     ended: int = 0
-    changed: int = 0
-    retokenised: int = 0
-    left_out: int = 0
-    other_prompt: bool = False
 
 
 @dataclass(frozen=True)
 class Built:
-    """Examples with their rows and token counts (three parallel lists), and the problems of the other rows."""
+    """Examples with their rows and token counts (three parallel lists); problems of the other rows; all warnings."""
 
     examples: list[SFTExample] | list[PreferenceExample]
     rows: list[Normalised]
     counts: list[TokenCounts]
     problems: list[RowProblem]
-    too_long: list[RowProblem]
+    warnings: Counter[str]
+
+    @property
+    def unusable(self) -> list[RowProblem]:
+        """The problems that data.on_bad_row decides on: all but rows that are too long."""
+        return [problem for problem in self.problems if problem.reason != TOO_LONG]
 
 
 def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Built:
-    """Tokenise, label and truncate rows, in the given order.
+    """Tokenise, label and truncate rows of `data.format`, in the given order.
 
-    Args:
-        rows: only conversations or only preference pairs, according to `data.format`.
-        data: supervise, max_length (tokens of a sequence), max_prompt_length.
-        vocab_size: rows of the model's embedding.
-
-    Raises:
-        DataError: a token id that is outside the model's embedding.
+    Raises DataError for a token id >= `vocab_size`, the rows of the model's embedding.
     """
     make: Callable[..., tuple[Any, TokenCounts]] = sft_example if data.format == "messages" else preference_example
     examples, kept, counts = [], [], []
     problems: list[RowProblem] = []
-    too_long: list[RowProblem] = []
+    warnings: Counter[str] = Counter()
     for row, encoded in zip(rows, _encode(rows, data, tokenizer), strict=True):
         try:
             if isinstance(encoded, RenderError):
@@ -115,13 +111,16 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
             _check_vocabulary(row, encoded, vocab_size)
             example, count = make(row, encoded, data, tokenizer)
         except BadRow as bad:
-            problem = RowProblem(row.row.where, bad.reason, str(bad))
-            (too_long if bad.reason == TOO_LONG else problems).append(problem)
+            problems.append(RowProblem(row.row.where, bad.reason, str(bad)))
             continue
         examples.append(example)
         kept.append(row)
         counts.append(count)
-    return Built(examples, kept, counts, problems, too_long)
+        warnings.update(encoded.warnings)
+    if data.supervise == "all":  # changed replies are learned
+        del warnings[CHANGED]
+    problems.sort(key=lambda problem: problem.reason == TOO_LONG)  # these last
+    return Built(examples, kept, counts, problems, warnings)
 
 
 def sft_example(
@@ -147,10 +146,6 @@ def sft_example(
         lost=int(learned[limit:].sum()),
         replies=len(replies),
         ended=sum(end <= limit and ids[end - 1] == tokenizer.end_of_turn_id for _, end in replies),
-        changed=encoded.changed if data.supervise == "assistant" else 0,
-        retokenised=encoded.retokenised,
-        left_out=encoded.left_out,
-        other_prompt=encoded.other_prompt,
     )
     ids, learned = ids[:limit], learned[:limit]
     labels = np.where(learned, ids, IGNORED).astype(np.int32)
@@ -179,21 +174,14 @@ def preference_example(
         prompt_lost=len(prompt) - len(kept[0]),
         replies=2,
         ended=sum(tokenizer.end_of_turn_id in completion[-tail:] for completion in kept[1:]),
-        retokenised=pair.retokenised,
-        left_out=pair.left_out,
     )
-    arrays = [np.asarray(ids, np.int32) for ids in kept]
-    return PreferenceExample(row.row.id, row.row.where, arrays[0], arrays[1], arrays[2], row.values), counts
+    prompt_ids, chosen_ids, rejected_ids = (np.asarray(ids, np.int32) for ids in kept)
+    return PreferenceExample(row.row.id, row.row.where, prompt_ids, chosen_ids, rejected_ids, row.values), counts
 
 
 def truncate_pair(
-    prompt: list[int],
-    chosen: list[int],
-    rejected: list[int],
-    max_length: int,
-    max_prompt: int | None,
-    bos_id: int | None,
-) -> tuple[list[int], list[int], list[int]]:
+    prompt: Ids, chosen: Ids, rejected: Ids, max_length: int, max_prompt: int | None, bos_id: int | None
+) -> tuple[Ids, Ids, Ids]:
     """Cut a pair so that the prompt with either completion has at most max_length tokens.
 
     The prompt is cut from the left to max_prompt, and to the room that the longer completion leaves; a completion can
@@ -222,10 +210,9 @@ def _encode(
 
 def _check_vocabulary(row: Normalised, encoded: Encoded | EncodedPair, vocab_size: int) -> None:
     if isinstance(encoded, Encoded):
-        ids = encoded.input_ids
+        largest = max(encoded.input_ids, default=0)
     else:
-        ids = encoded.prompt_ids + encoded.chosen_ids + encoded.rejected_ids
-    largest = max(ids, default=0)
+        largest = max(encoded.prompt_ids + encoded.chosen_ids + encoded.rejected_ids, default=0)
     if largest >= vocab_size:
         hint = "the tokenizer does not belong to this model"
         raise DataError(f"{row.row.where}: token id {largest} >= vocabulary {vocab_size} (row {row.row.id}); {hint}")

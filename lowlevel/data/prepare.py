@@ -64,12 +64,12 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
     data = config.data
     _check_length(data.max_length, limits)
     selections = _select(data)
-    finished = [_build(selected, data, tokenizer, limits.vocab_size) for selected in selections]
-    problems = [problem for built, _ in finished for problem in built.problems]
+    splits = [_build(selected, data, tokenizer, limits.vocab_size) for selected in selections]
+    problems = [problem for built in splits for problem in built.unusable]
     if problems and data.on_bad_row == "error":
         raise data_error(problems)
-    reports = [_report(selected, *done, data.max_length) for selected, done in zip(selections, finished, strict=True)]
-    train, evaluation = finished[0][0], finished[1][0] if len(finished) > 1 else None
+    reports = [_report(selected, built, data.max_length) for selected, built in zip(selections, splits, strict=True)]
+    train, evaluation = splits[0], splits[1] if len(splits) > 1 else None
     prompts = {row.prompt_digest for row in train.rows}
     return PreparedData(
         train=train.examples,
@@ -87,8 +87,7 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
 
 
 def _check_length(length: int, limits: ModelLimits) -> None:
-    if length > limits.max_position_embeddings:
-        limit = limits.max_position_embeddings
+    if length > (limit := limits.max_position_embeddings):
         raise ConfigError(f"data.max_length {length} > model limit {limit}: lower data.max_length")
     if limits.window is not None and length > limits.window:
         reason = "the model's attention window, which packed rows do not apply"
@@ -157,23 +156,22 @@ def _filtered(origin: str | GivenRows, split: str, data: DataConfig) -> SourceRo
     return kept
 
 
-def _build(
-    selected: Selected, data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int
-) -> tuple[Built, Counter[str]]:
-    """Examples with all problems, those of reading first; and all warnings."""
+def _build(selected: Selected, data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Built:
+    """Examples with all problems and warnings, those of reading first."""
     rows = [row for row in selected.rows if isinstance(row, Normalised)]
     unusable = [row for row in selected.rows if isinstance(row, RowProblem)]
     built = build_examples(rows, data, tokenizer, vocab_size)
     problems = selected.source.problems + unusable + built.problems
-    return replace(built, problems=problems), selected.source.warnings + count_warnings(rows, tokenizer)
+    warnings = selected.source.warnings + count_warnings(rows, tokenizer) + built.warnings
+    return replace(built, problems=problems, warnings=warnings)
 
 
-def _report(selected: Selected, built: Built, warnings: Counter[str], max_length: int) -> SplitReport:
+def _report(selected: Selected, built: Built, max_length: int) -> SplitReport:
     """Raises DataError if no row is left to train on."""
     if built.examples:
-        return split_report(selected.source, len(selected.rows), built, warnings)
-    reasons = Counter(problem.reason for problem in [*built.problems, *built.too_long])
+        return split_report(selected.source, len(selected.rows), built)
+    reasons, total = Counter(problem.reason for problem in built.problems), len(built.problems)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    if not built.problems:
-        counts = f"{len(built.too_long)} of {len(built.too_long)} longer than max_length {max_length}"
+    if not built.unusable:
+        counts = f"{total} of {total} longer than max_length {max_length}"
     raise DataError(f"{selected.source.name}: no usable rows: {counts}")

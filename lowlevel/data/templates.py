@@ -98,7 +98,7 @@ class ChatTemplate:
         if self.has_markers:
             replies = [(start, self._reply_end(text, end)) for start, end in marked if start < end]
             known = len(replies) == len(turns) > 0  # otherwise the turn of the first one is unknown
-            return Rendering(text, replies, 0, self._asked(messages[: turns[0]]) if known else None)
+            return Rendering(text, replies, 0, self.try_render(messages[: turns[0]], True) if known else None)
         spans = [self._reply(messages, turn, text) for turn in turns]
         replies = [span for span in spans if span is not None]
         return Rendering(text, replies, spans.count(None), text[: replies[0][0]] if replies else None)
@@ -114,9 +114,10 @@ class ChatTemplate:
             raise RenderError(_no_prefix(prefix, text, len(prompt)))
         return text if supervise == "all" else text[: self._reply_end(text, len(text))], len(prefix)
 
-    def _asked(self, prompt: Sequence[Message]) -> str | None:
+    def try_render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str | None:
+        """As `render`, with None instead of an error."""
         try:
-            return self.render(prompt, add_generation_prompt=True)
+            return self.render(messages, add_generation_prompt=add_generation_prompt)
         except RenderError:
             return None
 
@@ -193,13 +194,9 @@ def with_end_of_turn(template: ChatTemplate, special_tokens: Sequence[str]) -> C
     except RenderError as error:
         raise ConfigError(f"unusable chat template: {error}") from None
     tail = text.rpartition(PROBE)[2]
-    try:
-        more = template.render([*messages, messages[0]], add_generation_prompt=False).partition(PROBE)[2]
-    except RenderError:
-        more = ""
+    more = (template.try_render([*messages, messages[0]], False) or "").partition(PROBE)[2]
     for part in (os.path.commonprefix([tail, more]), tail):
         found = sorted((token for token in special_tokens if token and token in part), key=len)
-        ends = {part.rfind(token) + len(token): token for token in found}
-        if ends:
+        if ends := {part.rfind(token) + len(token): token for token in found}:
             return replace(template, end_of_turn=ends[max(ends)], after_turn=tail[max(ends) :])
     return template

@@ -7,12 +7,8 @@ All rows are drawn from `random.Random(seed)`: the same arguments give the same 
 import random
 from dataclasses import dataclass
 
-from lowlevel.demo.replies import draw_style, parse_reply, preferred_style, write_reply
-from lowlevel.demo.skills import Ask, draw, draw_followup
-
-__all__ = [
-    "Item", "check_items", "exact_match", "preference_rows", "preferred_style", "sft_rows",
-]  # fmt: skip
+from lowlevel.demo.replies import draw_style, parse_reply, write_reply
+from lowlevel.demo.skills import draw, draw_followup
 
 Message = dict[str, str]
 FOLLOWUP_SHARE = 0.25
@@ -53,11 +49,10 @@ class Item:
 
 
 def _draw_item(rng: random.Random, split: str) -> Item:
-    first = draw(rng, split)
-    asks: list[Ask] = [first]
-    turns = [rng.choice(first.wordings)]
+    asks = [draw(rng, split)]
+    turns = [rng.choice(asks[0].wordings)]
     if rng.random() < FOLLOWUP_SHARE:
-        asks.append(draw_followup(first, rng, split))
+        asks.append(draw_followup(asks[0], rng, split))
         turns.append(rng.choice(asks[1].followups))
     replies = tuple(write_reply(ask.answer, draw_style(rng), rng) for ask in asks[:-1])
     system = SYSTEM_TEXT if rng.random() < SYSTEM_SHARE else ""
@@ -66,7 +61,7 @@ def _draw_item(rng: random.Random, split: str) -> Item:
 
 
 def _draw_items(split: str, n: int, seed: int, purpose: str) -> tuple[list[Item], random.Random]:
-    """Draw n items; each `purpose` (SFT, preference, check) has its own random stream."""
+    """Draw n items; each `purpose` (SFT, preference, check) has its own random stream. ValueError: unknown split."""
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', not {split!r}")
     # A string seed is hashed by random itself (SHA-512), so it does not depend on PYTHONHASHSEED.
@@ -79,19 +74,13 @@ def _assistant(content: str) -> Message:
 
 
 def sft_rows(split: str, n: int, seed: int) -> list[dict[str, list[Message]]]:
-    """Return n chats {"messages": [...]}, a quarter with two exchanges; answers right, styles mixed at random.
-
-    Raises ValueError when `split` is neither "train" nor "heldout".
-    """
+    """Return n chats {"messages": [...]}, a quarter with two exchanges; answers right, styles mixed at random."""
     items, rng = _draw_items(split, n, seed, "sft")
     return [{"messages": [*item.prompt, _assistant(write_reply(item.answer, draw_style(rng), rng))]} for item in items]
 
 
 def preference_rows(split: str, n: int, seed: int) -> list[dict[str, list[Message]]]:
-    """Return n pairs {"prompt", "chosen", "rejected"}; chosen is right and polite, rejected wrong, curt or rambling.
-
-    Raises ValueError when `split` is neither "train" nor "heldout".
-    """
+    """Return n pairs {"prompt", "chosen", "rejected"}; chosen is right and polite, rejected wrong, curt or rambling."""
     items, rng = _draw_items(split, n, seed, "preference")
     rows = []
     for item in items:

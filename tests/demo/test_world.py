@@ -7,15 +7,8 @@ import pytest
 
 from benchmarks.demo_base.corpus import pretraining_text
 from lowlevel.demo import skills
-from lowlevel.demo.replies import CURT, STYLES, parse_reply, write_reply
-from lowlevel.demo.world import (
-    Item,
-    check_items,
-    exact_match,
-    preference_rows,
-    preferred_style,
-    sft_rows,
-)
+from lowlevel.demo.replies import CURT, STYLES, parse_reply, preferred_style, write_reply
+from lowlevel.demo.world import Item, check_items, exact_match, preference_rows, sft_rows
 
 
 def user_turns(messages: list[dict[str, str]]) -> list[str]:
