@@ -90,7 +90,7 @@ class DataConfig(Section):
     shuffle_seed: Seed | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
     limit: Positive | None = Field(None, description="rows to keep after shuffling and filtering")
     format: Literal["messages", "orca", "preference"] = Field(
-        "messages", description="columns of a row: lowlevel/data/README.md; orca: system, input, chosen, rejected"
+        "messages", description="columns: lowlevel/data/README.md"
     )
     columns: Names = Field((), description="numeric columns of a row that a custom loss receives")
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions on a row: column, op, value")
@@ -159,9 +159,7 @@ class SFTConfig(Section):
 class DPOConfig(Section):
     """The preference loss (arXiv 2305.18290) and its hyper-parameters."""
 
-    loss_type: str = Field(
-        "sigmoid", description='preference loss; `lowlevel losses` lists them; your own by name or as "module:function"'
-    )
+    loss_type: str = Field("sigmoid", description='see `lowlevel losses`; your own by name or as "module:function"')
     loss_kwargs: dict[str, Number] = Field({}, description="hyper-parameters of your own loss")
     beta: Annotated[Finite, Field(gt=0)] = Field(0.1, description="KL temperature: reward = beta * log-ratio")
     label_smoothing: Annotated[Finite, Field(ge=0, lt=0.5)] = Field(0.0, description="assumed share of flipped labels")
@@ -177,12 +175,8 @@ class TraceConfig(Section):
 
     every: Positive | None = Field(None, description="trace steps N, 2N, 3N, ...; default: none")
     steps: tuple[Positive, ...] = Field((), strict=False, description="trace these steps, counted from 1 as in the log")
-    level: Literal["pair", "token"] = Field(
-        "pair", description="token: also record ids and log-probabilities of the tokens of each completion"
-    )
-    gradients: bool = Field(
-        False, description="also record norms, zeros and terms of the gradient; a traced dpo step has one more backward"
-    )
+    level: Literal["pair", "token"] = Field("pair", description="token: also ids and log-probabilities of each token")
+    gradients: bool = Field(False, description="also norms, zeros and terms of the gradient (dpo: one more backward)")
 
 
 class RunConfig(Section):

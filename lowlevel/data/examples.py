@@ -64,11 +64,13 @@ class TokenCounts:
 
     Attributes:
         total, prompt, supervised, chosen, rejected: tokens before truncation; the last two are 0 for a conversation.
+        kept: tokens after truncation.
         lost, prompt_lost: supervised (or completion) tokens and prompt tokens lost by truncation.
         replies, ended: replies in the example, and those with their end-of-turn token.
     """
 
     total: int
+    kept: int
     prompt: int
     supervised: int
     chosen: int = 0
@@ -101,9 +103,7 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
     Raises DataError for a token id >= `vocab_size`, the rows of the model's embedding.
     """
     make: Callable[..., tuple[Any, TokenCounts]] = sft_example if data.format == "messages" else preference_example
-    examples, kept, counts = [], [], []
-    problems: list[RowProblem] = []
-    warnings: Counter[str] = Counter()
+    built = Built([], [], [], [], Counter())
     for row, encoded in zip(rows, _encode(rows, data, tokenizer), strict=True):
         try:
             if isinstance(encoded, RenderError):
@@ -111,16 +111,16 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
             _check_vocabulary(row, encoded, vocab_size)
             example, count = make(row, encoded, data, tokenizer)
         except BadRow as bad:
-            problems.append(RowProblem(row.row.where, bad.reason, str(bad)))
+            built.problems.append(RowProblem(row.row.where, bad.reason, str(bad)))
             continue
-        examples.append(example)
-        kept.append(row)
-        counts.append(count)
-        warnings.update(encoded.warnings)
+        built.examples.append(example)
+        built.rows.append(row)
+        built.counts.append(count)
+        built.warnings.update(encoded.warnings)
     if data.supervise == "all":  # changed replies are learned
-        del warnings[CHANGED]
-    problems.sort(key=lambda problem: problem.reason == TOO_LONG)  # these last
-    return Built(examples, kept, counts, problems, warnings)
+        del built.warnings[CHANGED]
+    built.problems.sort(key=lambda problem: problem.reason == TOO_LONG)  # these last
+    return built
 
 
 def sft_example(
@@ -141,6 +141,7 @@ def sft_example(
     replies = [(start, end) for start, end in encoded.replies if start < limit]
     counts = TokenCounts(
         total=len(ids),
+        kept=min(len(ids), limit),
         prompt=prompt,
         supervised=int(learned.sum()),
         lost=int(learned[limit:].sum()),
@@ -166,6 +167,7 @@ def preference_example(
     tail = 1 + len(tokenizer.chat_template.after_turn)  # tokens at the end, with the end-of-turn token among them
     counts = TokenCounts(
         total=len(prompt) + len(chosen) + len(rejected),
+        kept=sum(map(len, kept)),
         prompt=len(prompt),
         supervised=len(chosen) + len(rejected),
         chosen=len(chosen),

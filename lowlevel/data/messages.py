@@ -58,9 +58,7 @@ class BadRow(Exception):  # noqa: N818 - always caught, never shown as an except
 def check_columns(source: SourceRows, data_format: str, numbers: Sequence[str]) -> None:
     """Report a column that no row has once for the whole source.
 
-    Raises:
-        DataError: a column of the format.
-        ConfigError: one of `numbers`, the names in data.columns.
+    Raises DataError for a column of the format, ConfigError for one of `numbers`, the names in data.columns.
     """
     name, rows = source.name, source.rows
     found = sorted({column for row in rows for column in row.columns})

@@ -46,12 +46,7 @@ class PreparedData:
     report: DataReport
 
 
-@dataclass(frozen=True)
-class Selected:
-    """One split: its source, and its rows after filters, shuffle and limit, each checked, in training order."""
-
-    source: SourceRows
-    rows: list[Normalised | RowProblem]
+Checked = list[Normalised | RowProblem]  # rows of a split after filters, shuffle and limit, in training order
 
 
 def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) -> PreparedData:
@@ -64,11 +59,11 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
     data = config.data
     _check_length(data.max_length, limits)
     selections = _select(data)
-    splits = [_build(selected, data, tokenizer, limits.vocab_size) for selected in selections]
+    splits = [_build(*selected, data, tokenizer, limits.vocab_size) for selected in selections]
     problems = [problem for built in splits for problem in built.unusable]
     if problems and data.on_bad_row == "error":
         raise data_error(problems)
-    reports = [_report(selected, built, data.max_length) for selected, built in zip(selections, splits, strict=True)]
+    reports = [_report(*selected, built, data.max_length) for selected, built in zip(selections, splits, strict=True)]
     train, evaluation = splits[0], splits[1] if len(splits) > 1 else None
     prompts = {row.prompt_digest for row in train.rows}
     return PreparedData(
@@ -97,7 +92,7 @@ def _check_length(length: int, limits: ModelLimits) -> None:
         raise ConfigError(f"data.max_length {length} > {limits.short}, {reason}: set data.max_length = {limits.short}")
 
 
-def _select(data: DataConfig) -> list[Selected]:
+def _select(data: DataConfig) -> list[tuple[SourceRows, Checked]]:
     """The training split, then the evaluation split if there is one."""
     has_splits = isinstance(data.source, str) and not data.source.endswith(FILE_SUFFIXES)
     if data.source == data.eval_source not in ("demo", GIVEN) and not (has_splits and data.split != data.eval_split):
@@ -107,14 +102,14 @@ def _select(data: DataConfig) -> list[Selected]:
     rows = source.rows if data.shuffle_seed is None else shuffled(source.rows, data.shuffle_seed)
     if data.eval_source == "holdout":
         return _with_holdout(source, rows, data)
-    train = Selected(source, list(_checked(rows[: data.limit], data)))
+    train = source, list(_checked(rows[: data.limit], data))
     if data.eval_source is None:
         return [train]
     evaluation = _filtered(data.eval_source, "heldout" if data.eval_source == "demo" else data.eval_split, data)
-    return [train, Selected(evaluation, list(_checked(evaluation.rows[: data.eval_limit], data)))]
+    return [train, (evaluation, list(_checked(evaluation.rows[: data.eval_limit], data)))]
 
 
-def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list[Selected]:
+def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list[tuple[SourceRows, Checked]]:
     """Keep the last eval_limit rows for evaluation, and leave rows with one of their prompts out of training.
 
     Evaluation on a prompt that was trained on would not test what was learned from other prompts.
@@ -126,13 +121,12 @@ def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list
         raise ConfigError(f"data.eval_limit {size} leaves no training rows: {source.name} has {len(rows)}")
     held_out = list(_checked(rows[-size:], data))
     prompts = {row.prompt_digest for row in held_out if isinstance(row, Normalised)}
-    others = (
-        row for row in _checked(rows[:-size], data) if isinstance(row, RowProblem) or row.prompt_digest not in prompts
-    )
+    rest = _checked(rows[:-size], data)
+    others = (row for row in rest if isinstance(row, RowProblem) or row.prompt_digest not in prompts)
     training = list(islice(others, data.limit))
     if not training:
         raise ConfigError(f"data.eval_limit {size} leaves no training rows: every prompt of {source.name} is held out")
-    return [Selected(source, training), Selected(SourceRows(f"{source.name} (holdout)", rows[-size:]), held_out)]
+    return [(source, training), (SourceRows(f"{source.name} (holdout)", rows[-size:]), held_out)]
 
 
 def _checked(rows: Iterable[Row], data: DataConfig) -> Iterator[Normalised | RowProblem]:
@@ -156,22 +150,21 @@ def _filtered(origin: str | GivenRows, split: str, data: DataConfig) -> SourceRo
     return kept
 
 
-def _build(selected: Selected, data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Built:
+def _build(source: SourceRows, checked: Checked, data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Built:
     """Examples with all problems and warnings, those of reading first."""
-    rows = [row for row in selected.rows if isinstance(row, Normalised)]
-    unusable = [row for row in selected.rows if isinstance(row, RowProblem)]
+    rows = [row for row in checked if isinstance(row, Normalised)]
+    unusable = [row for row in checked if isinstance(row, RowProblem)]
     built = build_examples(rows, data, tokenizer, vocab_size)
-    problems = selected.source.problems + unusable + built.problems
-    warnings = selected.source.warnings + count_warnings(rows, tokenizer) + built.warnings
-    return replace(built, problems=problems, warnings=warnings)
+    warnings = source.warnings + count_warnings(rows, tokenizer) + built.warnings
+    return replace(built, problems=source.problems + unusable + built.problems, warnings=warnings)
 
 
-def _report(selected: Selected, built: Built, max_length: int) -> SplitReport:
+def _report(source: SourceRows, checked: Checked, built: Built, max_length: int) -> SplitReport:
     """Raises DataError if no row is left to train on."""
     if built.examples:
-        return split_report(selected.source, len(selected.rows), built)
+        return split_report(source, len(checked), built)
     reasons, total = Counter(problem.reason for problem in built.problems), len(built.problems)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     if not built.unusable:
         counts = f"{total} of {total} longer than max_length {max_length}"
-    raise DataError(f"{selected.source.name}: no usable rows: {counts}")
+    raise DataError(f"{source.name}: no usable rows: {counts}")

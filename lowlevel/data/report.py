@@ -99,7 +99,6 @@ class DataReport:
 def split_report(source: SourceRows, selected: int, built: Built) -> SplitReport:
     """Count what is in a split's examples, of which there must be at least one."""
     counts, digests = built.counts, tuple(row.digest for row in built.rows)
-    lengths = [_length(example) for example in built.examples]
     supervised, lost = sum(c.supervised for c in counts), sum(c.lost for c in counts)
     return SplitReport(
         source=source.name,
@@ -110,8 +109,8 @@ def split_report(source: SourceRows, selected: int, built: Built) -> SplitReport
         dropped=_by_reason(built.problems),
         warnings=dict(+built.warnings),
         lengths={key: summary for key in COUNTED if (summary := _quantiles(counts, key))["max"]},
-        tokens={"total": sum(lengths), "supervised": supervised - lost},
-        truncated_rows=sum(c.total > length for c, length in zip(counts, lengths, strict=True)),
+        tokens={"total": sum(c.kept for c in counts), "supervised": supervised - lost},
+        truncated_rows=sum(c.total > c.kept for c in counts),
         tokens_lost=lost,
         share_lost=lost / supervised,
         prompt_tokens_lost=sum(c.prompt_lost for c in counts),
@@ -244,9 +243,3 @@ def _quantiles(counts: Sequence[TokenCounts], key: str) -> dict[str, float]:
     values = np.array([getattr(count, key) for count in counts])
     summary = {name: float(np.quantile(values, q, method="nearest")) for name, q in QUANTILES.items()}
     return summary | {"mean": round(float(values.mean()), 1)}
-
-
-def _length(example: Example) -> int:
-    if isinstance(example, SFTExample):
-        return len(example.input_ids)
-    return len(example.prompt_ids) + len(example.chosen_ids) + len(example.rejected_ids)

@@ -90,8 +90,7 @@ class ChatTemplate:
     def text_and_replies(self, messages: Sequence[Message]) -> Rendering:
         """Text of a conversation with the positions of its replies.
 
-        Raises:
-            RenderError: the template refuses the conversation, or the prompt of the last reply is not a prefix of it.
+        Raises RenderError if the template refuses it, or if the prompt of the last reply is not a prefix of it.
         """
         text, marked = self._render(messages, False)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
@@ -183,10 +182,7 @@ def with_end_of_turn(template: ChatTemplate, special_tokens: Sequence[str]) -> C
     """Find the end-of-turn token: the last special token after the text of a test reply.
 
     A token that also follows a reply in the middle of a conversation is preferred: Phi 3 ends a reply with <|end|>, and
-    the conversation with another token.
-
-    Raises:
-        ConfigError: the template does not compile, or refuses a question with one answer.
+    the conversation with another token. Raises ConfigError if the template does not compile, or refuses one answer.
     """
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:

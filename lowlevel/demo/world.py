@@ -35,17 +35,12 @@ class Item:
     system: str = ""
 
     @property
-    def question(self) -> str:
-        """The last user turn, to which `answer` belongs."""
-        return self.turns[-1]
-
-    @property
     def prompt(self) -> list[Message]:
-        """The messages up to and including the question."""
+        """The messages up to the last turn of the user, to which `answer` belongs."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for turn, reply in zip(self.turns, self.replies, strict=False):
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": reply}]
-        return [*messages, {"role": "user", "content": self.question}]
+        return [*messages, {"role": "user", "content": self.turns[-1]}]
 
 
 def _draw_item(rng: random.Random, split: str) -> Item:

@@ -145,7 +145,7 @@ def test_check_items_are_different_prompts_that_end_with_the_question() -> None:
     items = check_items(300, 0)
     assert len({str(item.prompt) for item in items}) == 300
     for item in items:
-        assert item.prompt[-1] == {"role": "user", "content": item.question}
+        assert item.prompt[-1] == {"role": "user", "content": item.turns[-1]}
         assert exact_match(CURT[0].format(item.answer), item)
         assert len(item.replies) == len(item.turns) - 1
 
