@@ -24,20 +24,13 @@ Ids = list[int]
 
 @dataclass(frozen=True)
 class SFTExample:
-    """A conversation of L tokens.
+    """A conversation of L tokens. Labels are not shifted; -100 for the first token and all that are not supervised."""
 
-    Attributes:
-        row, where: id and place of its row.
-        input_ids: (L,) int32.
-        labels: (L,) int32, not shifted: input_ids for supervised tokens, -100 otherwise and for the first token.
-        values: numbers of the row in data.columns, for a custom loss.
-    """
-
-    row: int
-    where: str
-    input_ids: np.ndarray
-    labels: np.ndarray
-    values: tuple[float, ...] = ()
+    row: int  # id of the row
+    where: str  # place of the row
+    input_ids: np.ndarray  # (L,) int32
+    labels: np.ndarray  # (L,) int32
+    values: tuple[float, ...] = ()  # numbers of the row in data.columns, for a custom loss
 
 
 @dataclass(frozen=True)
@@ -60,25 +53,18 @@ Example = SFTExample | PreferenceExample
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of a kept row before truncation, and tokens lost by truncation.
-
-    Attributes:
-        total, prompt, supervised, chosen, rejected: tokens before truncation; the last two are 0 for a conversation.
-        kept: tokens after truncation.
-        lost, prompt_lost: supervised (or completion) tokens and prompt tokens lost by truncation.
-        replies, ended: replies in the example, and those with their end-of-turn token.
-    """
+    """Tokens of a row that gives an example: before truncation, and lost by it."""
 
     total: int
-    kept: int
+    kept: int  # after truncation
     prompt: int
     supervised: int
-    chosen: int = 0
+    chosen: int = 0  # of a pair, as `rejected`
     rejected: int = 0
-    lost: int = 0
+    lost: int = 0  # supervised (or completion) tokens lost by truncation
     prompt_lost: int = 0
-    replies: int = 0
-    ended: int = 0
+    replies: int = 0  # in the example
+    ended: int = 0  # replies with their end-of-turn token
 
 
 @dataclass(frozen=True)

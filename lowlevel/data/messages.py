@@ -29,22 +29,15 @@ PAIR_COLUMNS = {"preference": ("prompt", "chosen", "rejected"), "orca": ("system
 
 @dataclass(frozen=True)
 class Normalised:
-    """A row as messages. `completions` is () for a conversation, and (chosen, rejected) for a preference pair.
-
-    Attributes:
-        values: numbers in data.columns, in that order.
-        digest: sha256 of the messages (and the values, if there are any); `prompt_digest` of the messages before the
-            first reply.
-        warnings: kinds of peculiarities with which the row can still be used.
-    """
+    """A row as messages. `completions` is () for a conversation, and (chosen, rejected) for a preference pair."""
 
     row: Row
     messages: list[TextMessage]
     completions: Completions
-    values: tuple[float, ...]
-    digest: str
-    prompt_digest: str
-    warnings: tuple[str, ...]
+    values: tuple[float, ...]  # numbers in data.columns, in that order
+    digest: str  # sha256 of the messages, and of the values if there are any
+    prompt_digest: str  # sha256 of the messages before the first reply
+    warnings: tuple[str, ...]  # kinds of peculiarities with which the row can still be used
 
 
 class BadRow(Exception):  # noqa: N818 - always caught, never shown as an exception

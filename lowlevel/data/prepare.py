@@ -23,18 +23,12 @@ from lowlevel.errors import ConfigError, DataError, quoted
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """Limits from the model's config.json.
+    """Limits from the model's config.json, in tokens of a sequence."""
 
-    Attributes:
-        vocab_size: rows of the embedding.
-        max_position_embeddings, window: tokens of a sequence, and of the attention window if there is one.
-        short: longest sequence that keeps longrope's short factors; a longer one changes them for its whole batch.
-    """
-
-    vocab_size: int
+    vocab_size: int  # rows of the embedding
     max_position_embeddings: int
-    window: int | None = None
-    short: int | None = None
+    window: int | None = None  # of the attention, if there is one
+    short: int | None = None  # with longrope's short factors; a longer sequence changes them for its whole batch
 
 
 @dataclass(frozen=True)

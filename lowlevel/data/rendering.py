@@ -35,17 +35,11 @@ LEFT_OUT = "messages left out or changed by the chat template"
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised conversation, before labels and truncation.
+    """A tokenised conversation, before labels and truncation."""
 
-    Attributes:
-        input_ids: (L,) token ids.
-        replies: half-open token ranges of the assistant's replies, end-of-turn tokens included.
-        warnings: number of boundaries, messages or replies by kind.
-    """
-
-    input_ids: list[int]
-    replies: list[tuple[int, int]]
-    warnings: Counter[str]
+    input_ids: list[int]  # (L,)
+    replies: list[tuple[int, int]]  # half-open token ranges of the assistant's replies, with end-of-turn tokens
+    warnings: Counter[str]  # number of boundaries, messages or replies by kind
 
 
 @dataclass(frozen=True)

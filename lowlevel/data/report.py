@@ -38,37 +38,25 @@ class Dropped:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One split.
-
-    Attributes:
-        rows_read, rows_selected, rows_kept: in the source; after filters, shuffle and limit; as examples.
-        filtered, dropped: rows by the filter that dropped them; selected rows without an example, by reason.
-        warnings: number of rows (or replies, messages, pairs) by kind.
-        lengths: quantiles and mean of tokens per row before truncation.
-        tokens: sums after truncation: total, supervised.
-        truncated_rows, tokens_lost, share_lost: rows cut; supervised (or completion) tokens cut, also as a share.
-        prompt_tokens_lost: prompt tokens cut.
-        replies, replies_ended: replies in the examples; those that end with the end-of-turn token.
-        fingerprint, row_digests: sha256 of the digests in training order; the digests, which say which row changed.
-    """
+    """One split. Rows are counted in the source, after filters, shuffle and limit, and as examples."""
 
     source: str
     rows_read: int
     rows_selected: int
     rows_kept: int
-    filtered: dict[str, int]
-    dropped: dict[str, Dropped]
-    warnings: dict[str, int]
-    lengths: dict[str, dict[str, float]]
-    tokens: dict[str, int]
+    filtered: dict[str, int]  # rows by the filter that dropped them
+    dropped: dict[str, Dropped]  # selected rows without an example, by reason
+    warnings: dict[str, int]  # number of rows (or replies, messages, pairs) by kind
+    lengths: dict[str, dict[str, float]]  # quantiles and mean of tokens per row before truncation
+    tokens: dict[str, int]  # sums after truncation: total, supervised
     truncated_rows: int
-    tokens_lost: int
+    tokens_lost: int  # supervised (or completion) tokens cut
     share_lost: float
     prompt_tokens_lost: int
-    replies: int
-    replies_ended: int
-    fingerprint: str
-    row_digests: tuple[str, ...]
+    replies: int  # in the examples
+    replies_ended: int  # with the end-of-turn token
+    fingerprint: str  # sha256 of the digests in training order
+    row_digests: tuple[str, ...]  # they say which row changed
 
 
 @dataclass(frozen=True)
