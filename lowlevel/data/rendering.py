@@ -54,23 +54,15 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A fast tokenizer with the chat template of this run.
+    """A fast tokenizer with the chat template of this run."""
 
-    Attributes:
-        tokenizer: from Hugging Face; used for tokenizing only, without its template and padding.
-        bos_id: first token of every sequence; None if the tokenizer adds none by default.
-        eos_id, pad_id: pad_id only fills tensors; padding is masked by length, never by id.
-        end_of_turn_id: last special token of a reply; None if the template writes none.
-        special_tokens: texts that the tokenizer turns into control tokens.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase  # used for tokenizing only, without its template and padding
     chat_template: ChatTemplate
-    bos_id: int | None
+    bos_id: int | None  # first token of every sequence; None if the tokenizer adds none by default
     eos_id: int
-    pad_id: int
-    end_of_turn_id: int | None
-    special_tokens: tuple[str, ...]
+    pad_id: int  # only fills tensors: padding is masked by length, never by id
+    end_of_turn_id: int | None  # last special token of a reply; None if the template writes none
+    special_tokens: tuple[str, ...]  # texts that the tokenizer turns into control tokens
 
     @property
     def stop_ids(self) -> list[int]:

@@ -34,39 +34,27 @@ class RenderError(DataError):
 
 @dataclass(frozen=True)
 class Rendering:
-    """Text of a conversation.
+    """Text of a conversation and the character ranges of its replies.
 
-    Attributes:
-        replies: character range of each reply that the text shows as the model would generate it, end-of-turn token
-            included.
-        changed: number of the other replies. Some templates change a reply once more turns follow (Qwen 3 removes its
-            <think> part). The changed form is not what the model should generate, so it is context only.
-        prompt: text from which generation of the first of `replies` starts; None if unknown.
+    Some templates change a reply once more turns follow (Qwen 3 removes its <think> part). The changed form is not what
+    the model should generate, so it is context only: `changed` counts such replies, `replies` leaves them out.
     """
 
     text: str
-    replies: list[Span]
+    replies: list[Span]  # with the end-of-turn token
     changed: int
-    prompt: str | None
+    prompt: str | None  # text from which generation of the first of `replies` starts; None if unknown
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and the values that it can use.
+    """A template and the values that it can use."""
 
-    Attributes:
-        text: Jinja source.
-        variables: names such as eos_token with their values.
-        date: date given to templates that print today's date, so that the same rows give the same tokens tomorrow.
-        end_of_turn: special token that ends a reply ("" if the template writes none).
-        after_turn: text after it at the end of a conversation: a newline, in Phi 3 also another token.
-    """
-
-    text: str
-    variables: Mapping[str, str]
-    date: datetime.date = DATE
-    end_of_turn: str = ""
-    after_turn: str = ""
+    text: str  # Jinja source
+    variables: Mapping[str, str]  # names such as eos_token with their values
+    date: datetime.date = DATE  # for templates that print today's date: the same rows give the same tokens tomorrow
+    end_of_turn: str = ""  # special token that ends a reply; "" if the template writes none
+    after_turn: str = ""  # text after it at the end of a conversation: a newline, in Phi 3 also another token
 
     @property
     def sha256(self) -> str:

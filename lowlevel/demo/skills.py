@@ -35,19 +35,15 @@ NOUNS = "apple sun tree boat stone lamp river cloud spoon drum kite leaf".split(
 
 @dataclass(frozen=True)
 class Ask:
-    """One question of the world.
-
-    `followups` are short forms that need the question before them, `statements` the same fact as plain text for
-    pre-training, `wrong` plausible wrong answers.
-    """
+    """One question of the world."""
 
     task: str
     key: str
     answer: str
     wordings: tuple[str, ...]
-    followups: tuple[str, ...]
-    statements: tuple[str, ...]
-    wrong: tuple[str, ...]
+    followups: tuple[str, ...]  # short forms that need the question before them
+    statements: tuple[str, ...]  # the same fact as plain text for pre-training
+    wrong: tuple[str, ...]  # plausible wrong answers
     subject: str = ""
 
 

@@ -21,17 +21,14 @@ _REJECTED_WEIGHTS = (35, 30, 15, 10, 10)
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt with its answer: `turns` of the user, and `replies` of the assistant to all turns but the last.
+    """One prompt with its answer."""
 
-    `keys` name the facts of the turns; `wrong` are plausible wrong answers to the last turn.
-    """
-
-    turns: tuple[str, ...]
-    replies: tuple[str, ...]
+    turns: tuple[str, ...]  # of the user
+    replies: tuple[str, ...]  # of the assistant, to all turns but the last
     answer: str
     task: str
-    keys: tuple[str, ...]
-    wrong: tuple[str, ...]
+    keys: tuple[str, ...]  # of the facts, a turn each
+    wrong: tuple[str, ...]  # plausible wrong answers to the last turn
     system: str = ""
 
     @property
