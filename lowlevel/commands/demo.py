@@ -82,7 +82,8 @@ def run_demo(out: Path, console: Console, *, resume: bool = False, restart: bool
     Raises:
         ConfigError: `out` holds runs, and neither `resume` nor `restart` is set.
     """
-    from lowlevel.demo.world import check_items, exact_match, preferred_style
+    from lowlevel.demo.replies import preferred_style
+    from lowlevel.demo.world import check_items, exact_match
     from lowlevel.durable import write_json
     from lowlevel.model.policy import dequantize_once
     from lowlevel.reporting.comparison import compare_stages, load_held_out, print_replies

@@ -15,8 +15,6 @@ LARGEST_BATCH = 1_048_576  # examples a step
 ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules")  # with lora.init_from, the adapter has its own
 TRACE_DETAILS = ("level", "gradients")
 PLANNED = ("recomputed_layers", "micro_batch_positions", "dequantize_once")  # set by memory_budget
-
-
 Check = tuple[bool, str]  # whether it is wrong, and what to say
 
 
@@ -53,8 +51,10 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
-    sft, model, data = config.method == "sft", config.model, config.data
-    quantisation = {"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"}
+    sft, model, data, mode = config.method == "sft", config.model, config.data, config.model.adapter_mode
+    no_adapter, continued = model.adapter is None, config.lora.init_from is not None
+    quantisation = bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given)
+    needed_mode = no_adapter and "model.adapter_mode" in given and mode != "none"
     return [
         (sft and "dpo" in given, '[dpo] is not used when method = "sft"'),
         (not sft and "sft" in given, '[sft] is not used when method = "dpo"'),
@@ -63,106 +63,58 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
         (sft and data.format == "preference", 'data.format = "preference" is for dpo; sft needs "messages"'),
         (sft and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo"),
         (not sft and data.format == "messages", 'dpo needs data.format = "preference" or "orca"'),
-        (
-            model.adapter is not None and model.adapter_mode == "none",
-            'model.adapter is set, but model.adapter_mode = "none" ignores it',
-        ),
-        (
-            model.adapter is None and "model.adapter_mode" in given and model.adapter_mode != "none",
-            f'model.adapter_mode = "{model.adapter_mode}" needs model.adapter',
-        ),
-        (
-            not model.load_in_4bit and bool(quantisation & given),
-            "model.bnb_4bit_* keys need model.load_in_4bit = true",
-        ),
-        *(
-            (config.lora.init_from is not None and f"lora.{key}" in given, f"lora.{key} comes from lora.init_from")
-            for key in ADAPTER_SHAPE
-        ),
+        (not no_adapter and mode == "none", 'model.adapter is set, but model.adapter_mode = "none" ignores it'),
+        (needed_mode, f'model.adapter_mode = "{mode}" needs model.adapter'),
+        (not model.load_in_4bit and quantisation, "model.bnb_4bit_* keys need model.load_in_4bit = true"),
+        *((continued and f"lora.{key}" in given, f"lora.{key} comes from lora.init_from") for key in ADAPTER_SHAPE),
     ]
 
 
 def _data(config: RunConfig) -> list[Check]:
     data, train = config.data, config.train
+    prompt, has_evaluation = data.max_prompt_length or 0, data.eval_source is not None
+    patience, holdout = train.early_stopping_patience, data.eval_source == "holdout"
     return [
-        (
-            data.max_prompt_length is not None and data.max_prompt_length > data.max_length,
-            f"data.max_prompt_length {data.max_prompt_length} > data.max_length {data.max_length}",
-        ),
-        (data.eval_limit is not None and data.eval_source is None, "data.eval_limit needs data.eval_source"),
-        (
-            data.eval_source == "holdout" and data.eval_limit is None,
-            'data.eval_source = "holdout" needs data.eval_limit',
-        ),
-        (train.eval_steps is not None and data.eval_source is None, "train.eval_steps needs data.eval_source"),
-        (
-            train.early_stopping_patience is not None and train.eval_steps is None,
-            "train.early_stopping_patience needs train.eval_steps",
-        ),
+        (prompt > data.max_length, f"data.max_prompt_length {prompt} > data.max_length {data.max_length}"),
+        (bool(data.eval_limit) and not has_evaluation, "data.eval_limit needs data.eval_source"),
+        (holdout and not data.eval_limit, 'data.eval_source = "holdout" needs data.eval_limit'),
+        (bool(train.eval_steps) and not has_evaluation, "train.eval_steps needs data.eval_source"),
+        (bool(patience) and not train.eval_steps, "train.early_stopping_patience needs train.eval_steps"),
     ]
 
 
 def _train(config: RunConfig, given: set[str]) -> list[Check]:
-    train, packing = config.train, config.data.packing
-    examples = config.rows_per_step
-    sequence = config.row_positions
+    train, packing, sequence, examples = config.train, config.data.packing, config.row_positions, config.rows_per_step
+    warmup, steps, positions = train.warmup_steps, train.max_steps, train.micro_batch_positions
+    recomputing, layers, offload = train.gradient_checkpointing, train.recomputed_layers, train.offload_activations
+    budget, planned = train.memory_budget or "", train.memory_budget is not None
+    batch = "train.per_device_train_batch_size * gradient_accumulation_steps"
+    size = f'train.memory_budget: expected a size like "15GiB" or "800MiB", got {budget!r}'
+    chosen = "train.memory_budget chooses the recomputed layers: leave out train.gradient_checkpointing = false"
+    unused = "train.offload_activations needs recomputed layers, but train.recomputed_layers = 0"
+    small = f"train.micro_batch_positions {positions} is less than one sequence ({sequence})"
     return [
-        (
-            examples > LARGEST_BATCH,
-            f"train.per_device_train_batch_size * gradient_accumulation_steps = {examples:,} examples a step; "
-            f"at most {LARGEST_BATCH:,}",
-        ),
-        (
-            train.max_steps is not None and train.warmup_steps > train.max_steps,
-            f"train.warmup_steps {train.warmup_steps} > max_steps {train.max_steps}",
-        ),
-        (
-            bool(train.recomputed_layers) and not train.gradient_checkpointing,
-            "train.recomputed_layers needs train.gradient_checkpointing = true",
-        ),
-        (
-            train.offload_activations and not train.gradient_checkpointing,
-            "train.offload_activations needs train.gradient_checkpointing = true",
-        ),
-        (
-            train.offload_activations and train.recomputed_layers == 0,
-            "train.offload_activations needs recomputed layers, but train.recomputed_layers = 0",
-        ),
-        (
-            train.micro_batch_positions is not None and not packing,
-            "train.micro_batch_positions needs data.packing = true",
-        ),
-        (
-            train.micro_batch_positions is not None and train.micro_batch_positions < sequence,
-            f"train.micro_batch_positions {train.micro_batch_positions} is less than one sequence ({sequence})",
-        ),
-        (
-            train.memory_budget is not None and not parse_size(train.memory_budget),
-            f'train.memory_budget: expected a size like "15GiB" or "800MiB", got {train.memory_budget!r}',
-        ),
-        (train.memory_budget is not None and not packing, "train.memory_budget needs data.packing = true"),
-        *(
-            (
-                train.memory_budget is not None and f"train.{key}" in given,
-                f"train.{key} is set by train.memory_budget",
-            )
-            for key in PLANNED
-        ),
-        (
-            train.memory_budget is not None and not train.gradient_checkpointing,
-            "train.memory_budget chooses the recomputed layers: leave out train.gradient_checkpointing = false",
-        ),
+        (examples > LARGEST_BATCH, f"{batch} = {examples:,} examples a step; at most {LARGEST_BATCH:,}"),
+        (steps is not None and warmup > steps, f"train.warmup_steps {warmup} > max_steps {steps}"),
+        (bool(layers) and not recomputing, "train.recomputed_layers needs train.gradient_checkpointing = true"),
+        (offload and not recomputing, "train.offload_activations needs train.gradient_checkpointing = true"),
+        (offload and layers == 0, unused),
+        (positions is not None and not packing, "train.micro_batch_positions needs data.packing = true"),
+        (positions is not None and positions < sequence, small),
+        (planned and not parse_size(budget), size),
+        (planned and not packing, "train.memory_budget needs data.packing = true"),
+        *((planned and f"train.{key}" in given, f"train.{key} is set by train.memory_budget") for key in PLANNED),
+        (planned and not recomputing, chosen),
     ]
 
 
 def _trace(config: RunConfig, given: set[str]) -> list[Check]:
     off = not (config.trace.every or config.trace.steps)
+    sums = config.trace.level == "token" and config.dpo.reference_cache is not None
+    need = 'trace.level = "token" needs reference token log-probabilities; dpo.reference_cache holds only sums'
     return [
         *((f"trace.{key}" in given and off, f"trace.{key} needs trace.every or trace.steps") for key in TRACE_DETAILS),
-        (
-            config.trace.level == "token" and config.dpo.reference_cache is not None,
-            'trace.level = "token" needs reference token log-probabilities; dpo.reference_cache holds only sums',
-        ),
+        (sums, need),
     ]
 
 

@@ -15,24 +15,20 @@ from lowlevel.config.given import Source
 from lowlevel.config.schema import DPO_DEFAULTS, SECTIONS, Filter, RunConfig
 from lowlevel.errors import ConfigError, one_line, quoted
 
-TEXTS = (str, str | None, get_args(Source)[0], Source | None)  # types of keys that a flag's text is taken for as it is
+TEXTS = (str, str | None, get_args(Source)[0], Source | None)  # types of keys whose flags are not parsed as TOML
 # Names of keys in other programs and papers that are too different for a suggestion by spelling.
 OTHER_NAMES = {
+    **dict.fromkeys(("fp16", "bf16", "dtype"), "precision"),
+    **dict.fromkeys(("dataset", "dataset_name", "path"), "source"),
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
     "steps": "max_steps",
     "optimizer": "optim",
     "clip": "max_grad_norm",
-    "fp16": "precision",
-    "bf16": "precision",
-    "dtype": "precision",
     "rank": "r",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
-    "dataset": "source",
-    "dataset_name": "source",
-    "path": "source",
     "seq_len": "max_length",
     "model_name_or_path": "name",
     "loss": "loss_type",
@@ -40,15 +36,9 @@ OTHER_NAMES = {
 
 
 def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method: str | None = None) -> RunConfig:
-    """Read a run file and apply flags.
+    """Read a run file (None: the defaults) and apply `overrides`: "section.key" -> text as typed on the command line.
 
-    Args:
-        path: TOML file; None gives the defaults.
-        overrides: "section.key" -> text as typed on the command line.
-        method: of the command; a file with another method is an error.
-
-    Raises:
-        ConfigError: with one line for each problem found.
+    `method` is that of the command. Raises ConfigError with one line for each problem found.
     """
     where = str(path) if path else "flags"
     tables = load_tables(path, method)
@@ -63,7 +53,7 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
 
 
 def load_tables(path: Path | None, method: str | None) -> dict[str, Any]:
-    """The tables of a run file, not yet validated; `method` is that of the command. Raises ConfigError."""
+    """The tables of a run file, not yet validated. Raises ConfigError if its method is not that of the command."""
     tables = _read_toml(path) if path else {}
     if method and tables.setdefault("method", method) != method:
         found = quoted(str(tables["method"]))
@@ -72,10 +62,9 @@ def load_tables(path: Path | None, method: str | None) -> dict[str, Any]:
 
 
 def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
-    """Validate nested tables into a RunConfig; errors begin with `where`.
+    """Validate nested tables into a RunConfig, with the defaults that depend on other keys; errors begin with `where`.
 
-    Some defaults depend on other keys: `DPO_DEFAULTS` on the method, and data.max_length is 256 for the demo's base,
-    which has only 256 positions.
+    The defaults of DPO are `DPO_DEFAULTS`. data.max_length is 256 for the demo's base, which has only 256 positions.
     """
     model = tables.get("model", {})
     if isinstance(model, Mapping) and model.get("name", "demo") == "demo":
@@ -154,9 +143,8 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
     if location[:2] == ["data", "filters"] and "value" in location:  # pydantic reports each type that does not match
         name = quoted(".".join(location[: location.index("value") + 1]))
         return f"{where}: {name}: expected text, a number, true or false, or a list of them"
-    expected = (
-        problem["msg"].removeprefix("Input should be ").replace("a valid ", "a ").replace("a integer", "an integer")
-    )
+    expected = problem["msg"].removeprefix("Input should be ")
+    expected = expected.replace("a valid ", "a ").replace("a integer", "an integer")
     return f"{where}: {name}: expected {expected}, got {quoted(repr(problem['input']))}"
 
 

@@ -37,14 +37,11 @@ class GivenRows:
         """
         if isinstance(data, GivenRows):
             return data
-        if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
-            items: Iterable[object] = data
-        elif isinstance(data, Sized) and not isinstance(data, str | bytes | Mapping):
-            indexed = cast(Any, data)
-            items = (indexed[i] for i in range(len(data)))
-        else:
+        if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable | Sized):
             expected = "expected a list of dicts, a datasets.Dataset or a torch Dataset"
             raise ConfigError(f"data: got {type(data).__name__}, {expected}")
+        indexed = cast(Any, data)
+        items = data if isinstance(data, Iterable) else (indexed[i] for i in range(len(data)))
         rows = tuple(_row(number, item) for number, item in enumerate(items, 1))
         if not rows:
             raise ConfigError(f"data: the {type(data).__name__} has no rows")

@@ -34,6 +34,11 @@ def _iso_date(text: str) -> str:
     return text
 
 
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)]
+Date = Annotated[str, AfterValidator(_iso_date)]
+
+
 class Section(BaseModel):
     """A table of the run file: frozen, strictly typed, and closed to unknown keys."""
 
@@ -49,17 +54,13 @@ class ModelConfig(Section):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
     bnb_4bit_use_double_quant: bool = Field(True, description="also quantise the quantisation constants")
     attn_implementation: Literal["auto", "flash", "efficient", "sdpa", "eager"] = Field(
-        "auto",
-        description="attention kernel; auto: flash or efficient without a mask on a GPU, sdpa with one on a CPU",
+        "auto", description="attention kernel; auto: flash or efficient without a mask on a GPU, sdpa with one on a CPU"
     )
-    embeddings_on_host: bool = Field(
-        False, description="keep the input embedding in pinned host memory: less GPU memory, same numbers"
-    )
+    embeddings_on_host: bool = Field(False, description="input embedding in pinned host memory, same numbers")
     adapter: str | None = Field(None, description="dpo: run folder or PEFT folder to start from")
     adapter_mode: Literal["stack", "original", "none"] = Field(
         "stack",
-        description="stack: freeze the adapter under the new one; original: merge it into the 16-bit weights, then "
-        "quantise again; none: start without an adapter",
+        description="stack: freeze it under a new one; original: merge it into 16-bit weights; none: no adapter",
     )
 
 
@@ -67,13 +68,9 @@ class LoraConfig(Section):
     """Low-rank adapters (arXiv 2106.09685): the update of a layer is lora_alpha / r * B A."""
 
     r: Annotated[int, Field(gt=0, le=MAX_RANK)] = Field(64, description="rank")
-    lora_alpha: Annotated[Finite, Field(gt=0, le=MAX_ALPHA)] = Field(
-        32, description="the update is scaled by lora_alpha / r"
-    )
+    lora_alpha: Annotated[Finite, Field(gt=0, le=MAX_ALPHA)] = Field(32, description="update scale: lora_alpha / r")
     lora_dropout: Annotated[Finite, Field(ge=0, lt=1)] = Field(0.1, description="dropout of the adapter's input")
-    target_modules: tuple[str, ...] = Field(
-        ALL_PROJECTIONS, min_length=1, strict=False, description="names of the linear layers with an adapter"
-    )
+    target_modules: Names = Field(ALL_PROJECTIONS, min_length=1, description="linear layers with an adapter")
     init_from: str | None = Field(None, description="run folder or PEFT adapter to continue training")
 
 
@@ -93,24 +90,18 @@ class DataConfig(Section):
     shuffle_seed: Seed | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
     limit: Positive | None = Field(None, description="rows to keep after shuffling and filtering")
     format: Literal["messages", "orca", "preference"] = Field(
-        "messages", description="columns of a row: lowlevel/data/README.md; orca: system, input, chosen, rejected"
+        "messages", description="columns: lowlevel/data/README.md"
     )
-    columns: tuple[str, ...] = Field(
-        (), strict=False, description="numeric columns of a row that a custom loss receives"
-    )
+    columns: Names = Field((), description="numeric columns of a row that a custom loss receives")
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions on a row: column, op, value")
     chat_template_from: str | None = Field(None, description="model or .jinja file whose chat template is used")
-    template_date: Annotated[str, AfterValidator(_iso_date)] = Field(
-        "2024-07-26", description="date given to chat templates that print today's date"
-    )
+    template_date: Date = Field("2024-07-26", description="date given to chat templates that print today's date")
     supervise: Literal["assistant", "all"] = Field("assistant", description="tokens in the loss: replies, or all")
     max_length: Length = Field(512, description="most tokens of prompt and completion; demo base: 256")
     max_prompt_length: Positive | None = Field(None, description="dpo: most tokens of a prompt; the start is cut off")
     packing: bool = Field(True, description="put several examples into one row; the loss stays the same")
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an unusable row, or skip it")
-    eval_source: Source | None = Field(
-        None, description='evaluation rows: as source, or "holdout": rows of source that are not trained on'
-    )
+    eval_source: Source | None = Field(None, description='as source, or "holdout": rows of source not trained on')
     eval_split: str = Field("test", description="split of a hub data set for evaluation")
     eval_limit: Positive | None = Field(None, description="rows to evaluate on")
 
@@ -120,20 +111,16 @@ class TrainConfig(Section):
 
     output_dir: str = Field("out/run", description="run folder")
     per_device_train_batch_size: Batch = Field(
-        2, description="examples (sft) or pairs (dpo) per micro-batch; with packing, its size in full rows"
+        2, description="examples or pairs per micro-batch; packed: its full rows"
     )
-    gradient_accumulation_steps: Batch = Field(
-        4, description="times per_device_train_batch_size = examples per step; without packing, micro-batches per step"
-    )
+    gradient_accumulation_steps: Batch = Field(4, description="examples per step / per_device_train_batch_size")
     learning_rate: Annotated[Finite, Field(gt=0)] = Field(2e-4, description="peak learning rate")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="schedule after warm-up")
     warmup_ratio: Annotated[Finite, Field(ge=0, le=1)] = Field(0.0, description="share of the steps that warm up")
     warmup_steps: Natural = Field(0, description="steps that warm up; overrides warmup_ratio")
     max_steps: Positive | None = Field(None, description="optimizer steps; overrides num_train_epochs")
     num_train_epochs: Annotated[Finite, Field(gt=0)] = Field(1.0, description="passes over the training rows")
-    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
-        "paged_adamw_32bit", description="optimizer"
-    )
+    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field("paged_adamw_32bit", description="AdamW")
     weight_decay: Annotated[Finite, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
     max_grad_norm: Annotated[Finite, Field(gt=0)] = Field(1.0, description="clip the gradient to this l2 norm")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field("auto", description="auto: fp16 on CUDA, fp32 on a CPU")
@@ -141,39 +128,25 @@ class TrainConfig(Section):
     execution: Literal["auto", "eager", "compiled", "graphed"] = Field(
         "auto", description="run layers as they are, compiled, or in a CUDA graph; auto: the fastest on this machine"
     )
-    recomputed_layers: Natural | None = Field(
-        None, description="gradient_checkpointing: number of layers to recompute, counted from the first; default: all"
-    )
-    offload_activations: bool = Field(
-        False, description="keep the inputs of recomputed layers in pinned host memory: less GPU memory, same numbers"
-    )
+    recomputed_layers: Natural | None = Field(None, description="layers to recompute, from the first; default: all")
+    offload_activations: bool = Field(False, description="inputs of recomputed layers in host memory, same numbers")
     micro_batch_positions: Positive | None = Field(
         None, description="packed positions per micro-batch on a GPU; default: per_device_train_batch_size rows"
     )
     dequantize_once: bool = Field(False, description="dequantise the 4-bit weights once: faster, 4 times their memory")
     memory_budget: str | None = Field(
         None,
-        description='GPU memory for the run, such as "15GiB": sets recomputed_layers, micro_batch_positions and '
-        "dequantize_once to the fastest values that fit",
+        description='GPU memory ("15GiB"); sets recomputed_layers, micro_batch_positions, dequantize_once to fit it',
     )
-    deterministic: bool = Field(
-        False,
-        description="same bits on every repetition on a GPU (a CPU always has this); may be slower",
-    )
+    deterministic: bool = Field(False, description="same bits on every repetition, also on a GPU; may be slower")
     seed: Seed = Field(42, description="seed of adapter initialisation, dropout and data order")
     data_order: Literal["shuffled", "sequential"] = Field("shuffled", description="order of rows within an epoch")
     logging_steps: Positive = Field(10, description="steps between logged lines")
-    eval_steps: Positive | None = Field(
-        None, description="steps between evaluations; default: only before the first step and after the last"
-    )
-    early_stopping_patience: Positive | None = Field(
-        None, description="evaluations without a better eval_loss until stop"
-    )
+    eval_steps: Positive | None = Field(None, description="steps between evaluations; default: only at start and end")
+    early_stopping_patience: Positive | None = Field(None, description="stop after N evaluations without a lower loss")
     save_steps: Positive | None = Field(None, description="steps between checkpoints; default: only at the end")
     save_total_limit: Positive = Field(2, description="checkpoints to keep")
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        (), strict=False, description="experiment trackers that get the logged numbers"
-    )
+    report_to: Trackers = Field((), description="experiment trackers that get the logged numbers")
 
 
 class SFTConfig(Section):
@@ -186,9 +159,7 @@ class SFTConfig(Section):
 class DPOConfig(Section):
     """The preference loss (arXiv 2305.18290) and its hyper-parameters."""
 
-    loss_type: str = Field(
-        "sigmoid", description='preference loss; `lowlevel losses` lists them; your own by name or as "module:function"'
-    )
+    loss_type: str = Field("sigmoid", description='see `lowlevel losses`; your own by name or as "module:function"')
     loss_kwargs: dict[str, Number] = Field({}, description="hyper-parameters of your own loss")
     beta: Annotated[Finite, Field(gt=0)] = Field(0.1, description="KL temperature: reward = beta * log-ratio")
     label_smoothing: Annotated[Finite, Field(ge=0, lt=0.5)] = Field(0.0, description="assumed share of flipped labels")
@@ -196,10 +167,7 @@ class DPOConfig(Section):
     dpop_lambda: Annotated[Finite, Field(ge=0)] | None = Field(None, description="dpop only: penalty weight")
     rpo_alpha: Annotated[Finite, Field(ge=0)] | None = Field(None, description="rpo only: NLL weight")
     disable_dropout: bool = Field(True, description="policy pass without dropout, as in TRL and the original code")
-    reference_cache: str | None = Field(
-        None,
-        description="folder with reference log-probabilities, reused in later epochs and runs with another beta",
-    )
+    reference_cache: str | None = Field(None, description="folder that keeps reference log-probabilities for reuse")
 
 
 class TraceConfig(Section):
@@ -207,13 +175,8 @@ class TraceConfig(Section):
 
     every: Positive | None = Field(None, description="trace steps N, 2N, 3N, ...; default: none")
     steps: tuple[Positive, ...] = Field((), strict=False, description="trace these steps, counted from 1 as in the log")
-    level: Literal["pair", "token"] = Field(
-        "pair", description="token: also record ids and log-probabilities of the tokens of each completion"
-    )
-    gradients: bool = Field(
-        False,
-        description="also record norms, zeros and terms of the gradient; one more backward pass per traced dpo step",
-    )
+    level: Literal["pair", "token"] = Field("pair", description="token: also ids and log-probabilities of each token")
+    gradients: bool = Field(False, description="also norms, zeros and terms of the gradient (dpo: one more backward)")
 
 
 class RunConfig(Section):
@@ -240,13 +203,7 @@ class RunConfig(Section):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    "model": ModelConfig,
-    "lora": LoraConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "sft": SFTConfig,
-    "dpo": DPOConfig,
-    "trace": TraceConfig,
+    name: type(field.default) for name, field in RunConfig.model_fields.items() if name != "method"
 }
 # Defaults of dpo that differ from those of sft. The recipe has 1e-5.
 DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"data": {"format": "preference"}, "train": {"learning_rate": 1e-5}}

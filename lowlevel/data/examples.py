@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from lowlevel.config.schema import DataConfig
 from lowlevel.data.messages import BadRow, Normalised
-from lowlevel.data.rendering import ChatTokenizer, Encoded, EncodedPair
+from lowlevel.data.rendering import CHANGED, ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import DataError
@@ -18,24 +19,18 @@ from lowlevel.labels import IGNORED
 
 TOO_LONG = "longer than max_length"
 BATCH = 256
+Ids = list[int]
 
 
 @dataclass(frozen=True)
 class SFTExample:
-    """A conversation of L tokens.
+    """A conversation of L tokens. Labels are not shifted; -100 for the first token and all that are not supervised."""
 
-    Attributes:
-        row, where: id and place of its row.
-        input_ids: (L,) int32.
-        labels: (L,) int32, not shifted: input_ids for supervised tokens, -100 otherwise and for the first token.
-        values: numbers of the row in data.columns, for a custom loss.
-    """
-
-    row: int
-    where: str
-    input_ids: np.ndarray
-    labels: np.ndarray
-    values: tuple[float, ...] = ()
+    row: int  # id of the row
+    where: str  # place of the row
+    input_ids: np.ndarray  # (L,) int32
+    labels: np.ndarray  # (L,) int32
+    values: tuple[float, ...] = ()  # numbers of the row in data.columns, for a custom loss
 
 
 @dataclass(frozen=True)
@@ -58,56 +53,43 @@ Example = SFTExample | PreferenceExample
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of a kept row before truncation, and tokens lost by truncation.
-
-    Attributes:
-        total, prompt, supervised, chosen, rejected: tokens before truncation; the last two are 0 for a conversation.
-        lost, prompt_lost: supervised (or completion) tokens and prompt tokens lost by truncation.
-        replies, ended: replies in the example, and those with their end-of-turn token.
-        changed, retokenised, left_out, other_prompt: as in Encoded.
-    """
+    """Tokens of a row that gives an example: before truncation, and lost by it."""
 
     total: int
+    kept: int  # after truncation
     prompt: int
     supervised: int
-    chosen: int = 0
+    chosen: int = 0  # of a pair, as `rejected`
     rejected: int = 0
-    lost: int = 0
+    lost: int = 0  # supervised (or completion) tokens lost by truncation
     prompt_lost: int = 0
-    replies: int = 0
-    ended: int = 0
-    changed: int = 0
-    retokenised: int = 0
-    left_out: int = 0
-    other_prompt: bool = False
+    replies: int = 0  # in the example
+    ended: int = 0  # replies with their end-of-turn token
 
 
 @dataclass(frozen=True)
 class Built:
-    """Examples with their rows and token counts (three parallel lists), and the problems of the other rows."""
+    """Examples with their rows and token counts (three parallel lists); problems of the other rows; all warnings."""
 
     examples: list[SFTExample] | list[PreferenceExample]
     rows: list[Normalised]
     counts: list[TokenCounts]
     problems: list[RowProblem]
-    too_long: list[RowProblem]
+    warnings: Counter[str]
+
+    @property
+    def unusable(self) -> list[RowProblem]:
+        """The problems that data.on_bad_row decides on: all but rows that are too long."""
+        return [problem for problem in self.problems if problem.reason != TOO_LONG]
 
 
 def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Built:
-    """Tokenise, label and truncate rows, in the given order.
+    """Tokenise, label and truncate rows of `data.format`, in the given order.
 
-    Args:
-        rows: only conversations or only preference pairs, according to `data.format`.
-        data: supervise, max_length (tokens of a sequence), max_prompt_length.
-        vocab_size: rows of the model's embedding.
-
-    Raises:
-        DataError: a token id that is outside the model's embedding.
+    Raises DataError for a token id >= `vocab_size`, the rows of the model's embedding.
     """
     make: Callable[..., tuple[Any, TokenCounts]] = sft_example if data.format == "messages" else preference_example
-    examples, kept, counts = [], [], []
-    problems: list[RowProblem] = []
-    too_long: list[RowProblem] = []
+    built = Built([], [], [], [], Counter())
     for row, encoded in zip(rows, _encode(rows, data, tokenizer), strict=True):
         try:
             if isinstance(encoded, RenderError):
@@ -115,13 +97,16 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
             _check_vocabulary(row, encoded, vocab_size)
             example, count = make(row, encoded, data, tokenizer)
         except BadRow as bad:
-            problem = RowProblem(row.row.where, bad.reason, str(bad))
-            (too_long if bad.reason == TOO_LONG else problems).append(problem)
+            built.problems.append(RowProblem(row.row.where, bad.reason, str(bad)))
             continue
-        examples.append(example)
-        kept.append(row)
-        counts.append(count)
-    return Built(examples, kept, counts, problems, too_long)
+        built.examples.append(example)
+        built.rows.append(row)
+        built.counts.append(count)
+        built.warnings.update(encoded.warnings)
+    if data.supervise == "all":  # changed replies are learned
+        del built.warnings[CHANGED]
+    built.problems.sort(key=lambda problem: problem.reason == TOO_LONG)  # these last
+    return built
 
 
 def sft_example(
@@ -142,15 +127,12 @@ def sft_example(
     replies = [(start, end) for start, end in encoded.replies if start < limit]
     counts = TokenCounts(
         total=len(ids),
+        kept=min(len(ids), limit),
         prompt=prompt,
         supervised=int(learned.sum()),
         lost=int(learned[limit:].sum()),
         replies=len(replies),
         ended=sum(end <= limit and ids[end - 1] == tokenizer.end_of_turn_id for _, end in replies),
-        changed=encoded.changed if data.supervise == "assistant" else 0,
-        retokenised=encoded.retokenised,
-        left_out=encoded.left_out,
-        other_prompt=encoded.other_prompt,
     )
     ids, learned = ids[:limit], learned[:limit]
     labels = np.where(learned, ids, IGNORED).astype(np.int32)
@@ -171,6 +153,7 @@ def preference_example(
     tail = 1 + len(tokenizer.chat_template.after_turn)  # tokens at the end, with the end-of-turn token among them
     counts = TokenCounts(
         total=len(prompt) + len(chosen) + len(rejected),
+        kept=sum(map(len, kept)),
         prompt=len(prompt),
         supervised=len(chosen) + len(rejected),
         chosen=len(chosen),
@@ -179,21 +162,14 @@ def preference_example(
         prompt_lost=len(prompt) - len(kept[0]),
         replies=2,
         ended=sum(tokenizer.end_of_turn_id in completion[-tail:] for completion in kept[1:]),
-        retokenised=pair.retokenised,
-        left_out=pair.left_out,
     )
-    arrays = [np.asarray(ids, np.int32) for ids in kept]
-    return PreferenceExample(row.row.id, row.row.where, arrays[0], arrays[1], arrays[2], row.values), counts
+    prompt_ids, chosen_ids, rejected_ids = (np.asarray(ids, np.int32) for ids in kept)
+    return PreferenceExample(row.row.id, row.row.where, prompt_ids, chosen_ids, rejected_ids, row.values), counts
 
 
 def truncate_pair(
-    prompt: list[int],
-    chosen: list[int],
-    rejected: list[int],
-    max_length: int,
-    max_prompt: int | None,
-    bos_id: int | None,
-) -> tuple[list[int], list[int], list[int]]:
+    prompt: Ids, chosen: Ids, rejected: Ids, max_length: int, max_prompt: int | None, bos_id: int | None
+) -> tuple[Ids, Ids, Ids]:
     """Cut a pair so that the prompt with either completion has at most max_length tokens.
 
     The prompt is cut from the left to max_prompt, and to the room that the longer completion leaves; a completion can
@@ -222,10 +198,9 @@ def _encode(
 
 def _check_vocabulary(row: Normalised, encoded: Encoded | EncodedPair, vocab_size: int) -> None:
     if isinstance(encoded, Encoded):
-        ids = encoded.input_ids
+        largest = max(encoded.input_ids, default=0)
     else:
-        ids = encoded.prompt_ids + encoded.chosen_ids + encoded.rejected_ids
-    largest = max(ids, default=0)
+        largest = max(encoded.prompt_ids + encoded.chosen_ids + encoded.rejected_ids, default=0)
     if largest >= vocab_size:
         hint = "the tokenizer does not belong to this model"
         raise DataError(f"{row.row.where}: token id {largest} >= vocabulary {vocab_size} (row {row.row.id}); {hint}")

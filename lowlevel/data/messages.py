@@ -7,6 +7,8 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import UnionType
+from typing import Any
 
 from lowlevel.data.sources import Row, SourceRows, kind_of
 from lowlevel.errors import ConfigError, DataError, printable, quoted
@@ -18,29 +20,24 @@ OF_OTHERS = (
     *("system", "system_prompt", "tools", "functions", "documents", "context", "history", "chat_template_kwargs"),
     *("image", "images", "audio", "audios", "video", "videos", "weight"),
 )
+Columns = Mapping[str, object]
 TextMessage = dict[str, str]
 Completions = tuple[()] | tuple[str, str]
+Read = tuple[list[TextMessage], Completions, set[str]]  # the set: keys of messages that are not used
 PAIR_COLUMNS = {"preference": ("prompt", "chosen", "rejected"), "orca": ("system", "input", "chosen", "rejected")}
 
 
 @dataclass(frozen=True)
 class Normalised:
-    """A row as messages. `completions` is () for a conversation, and (chosen, rejected) for a preference pair.
-
-    Attributes:
-        values: numbers in data.columns, in that order.
-        digest: sha256 of the messages (and the values, if there are any); `prompt_digest` of the messages before the
-            first reply.
-        warnings: kinds of peculiarities with which the row can still be used.
-    """
+    """A row as messages. `completions` is () for a conversation, and (chosen, rejected) for a preference pair."""
 
     row: Row
     messages: list[TextMessage]
     completions: Completions
-    values: tuple[float, ...]
-    digest: str
-    prompt_digest: str
-    warnings: tuple[str, ...]
+    values: tuple[float, ...]  # numbers in data.columns, in that order
+    digest: str  # sha256 of the messages, and of the values if there are any
+    prompt_digest: str  # sha256 of the messages before the first reply
+    warnings: tuple[str, ...]  # kinds of peculiarities with which the row can still be used
 
 
 class BadRow(Exception):  # noqa: N818 - always caught, never shown as an exception
@@ -54,9 +51,7 @@ class BadRow(Exception):  # noqa: N818 - always caught, never shown as an except
 def check_columns(source: SourceRows, data_format: str, numbers: Sequence[str]) -> None:
     """Report a column that no row has once for the whole source.
 
-    Raises:
-        DataError: a column of the format.
-        ConfigError: one of `numbers`, the names in data.columns.
+    Raises DataError for a column of the format, ConfigError for one of `numbers`, the names in data.columns.
     """
     name, rows = source.name, source.rows
     found = sorted({column for row in rows for column in row.columns})
@@ -85,54 +80,13 @@ def listed(columns: Sequence[str], shown: int = 20) -> str:
 
 def normalise(row: Row, data_format: str, columns: Sequence[str] = ()) -> Normalised:
     """Check a row's content, convert it to messages and read the numbers in `columns`. Raises BadRow."""
-    if data_format == "messages":
-        return _conversation(row, columns)
-    found = _with_prompt(row.columns) if data_format == "preference" else row.columns
-    if data_format == "orca":
-        prompt = [_message("system", _text(found, "system")), _message("user", _text(found, "input"))]
-        ignored: set[str] = set()
-    else:
-        prompt, ignored = _prompt(found)
-    chosen, ignored_in_chosen = _completion(found, "chosen", prompt)
-    rejected, ignored_in_rejected = _completion(found, "rejected", prompt)
-    if chosen == rejected:
-        raise BadRow("chosen = rejected", "chosen and rejected are the same text")
-    ignored = ignored | ignored_in_chosen | ignored_in_rejected
-    return _normalised(row, prompt, (chosen, rejected), ignored, columns, ("system",) if data_format == "orca" else ())
-
-
-def _conversation(row: Row, columns: Sequence[str]) -> Normalised:
-    found = row.columns
-    if "messages" in found:
-        messages, ignored = _messages(found["messages"], "messages")
-    else:
-        prompt, completion = _text(found, "prompt"), _text(found, "completion")
-        if not completion.strip():
-            raise BadRow("empty completion", "empty completion")
-        messages, ignored = [_message("user", prompt), _message("assistant", completion)], set()
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadRow("no assistant turn", "nothing to learn from (no assistant turn)")
-    if messages[-1]["role"] != "assistant":
-        raise BadRow("last turn not assistant", f'last turn is "{messages[-1]["role"]}", expected "assistant"')
-    if messages[0]["role"] == "assistant":
-        raise BadRow("no prompt", "first turn is an assistant reply without a prompt")
-    return _normalised(row, messages, (), ignored, columns)
-
-
-def _normalised(
-    row: Row,
-    messages: list[TextMessage],
-    completions: Completions,
-    ignored: set[str],
-    columns: Sequence[str],
-    read: Sequence[str] = (),
-) -> Normalised:
-    """Add warnings and digests. `ignored`: keys of messages; `read`: columns of OF_OTHERS that the format reads."""
+    read = _conversation if data_format == "messages" else _orca if data_format == "orca" else _preference
+    messages, completions, ignored = read(row.columns)
     values = tuple(_number(row.columns, name) for name in columns)
     first_reply = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     prompt = messages if completions else messages[:first_reply]
     warnings = [f'message key "{quoted(redact(printable(key)))}" ignored' for key in sorted(ignored)]
-    warnings += _ignored(row.columns, (*read, *columns))
+    warnings += _ignored(row.columns, (*columns, "system") if data_format == "orca" else columns)
     spoken = [m["role"] for m in messages if m["role"] in ("user", "assistant")] + ["assistant"] * bool(completions)
     late_system = any(m["role"] == "system" for m in messages[1:])
     if late_system or any(a == b for a, b in zip(spoken, spoken[1:], strict=False)) or spoken[0] != "user":
@@ -143,7 +97,46 @@ def _normalised(
     return Normalised(row, messages, completions, values, identity, digest(prompt), tuple(warnings))
 
 
-def _ignored(columns: Mapping[str, object], read: Sequence[str]) -> Iterator[str]:
+def _conversation(columns: Columns) -> Read:
+    if "messages" in columns:
+        messages, ignored = _messages(columns, "messages")
+    else:
+        prompt, completion = _text(columns, "prompt"), _text(columns, "completion")
+        if not completion.strip():
+            raise BadRow("empty completion", "empty completion")
+        messages, ignored = [_message("user", prompt), _message("assistant", completion)], set()
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRow("no assistant turn", "nothing to learn from (no assistant turn)")
+    if messages[-1]["role"] != "assistant":
+        raise BadRow("last turn not assistant", f'last turn is "{messages[-1]["role"]}", expected "assistant"')
+    if messages[0]["role"] == "assistant":
+        raise BadRow("no prompt", "first turn is an assistant reply without a prompt")
+    return messages, (), ignored
+
+
+def _orca(columns: Columns) -> Read:
+    prompt = [_message("system", _text(columns, "system")), _message("user", _text(columns, "input"))]
+    return _pair(columns, prompt, set())
+
+
+def _preference(columns: Columns) -> Read:
+    columns = _with_prompt(columns)
+    if not isinstance(columns.get("prompt"), list):
+        return _pair(columns, [_message("user", _text(columns, "prompt"))], set())
+    prompt, ignored = _messages(columns, "prompt")
+    if prompt[-1]["role"] == "assistant":
+        raise BadRow("prompt ends with assistant", 'the last turn of "prompt" is "assistant", expected "user"')
+    return _pair(columns, prompt, ignored)
+
+
+def _pair(columns: Columns, prompt: list[TextMessage], ignored: set[str]) -> Read:
+    (chosen, in_chosen), (rejected, in_rejected) = (_completion(columns, key, prompt) for key in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise BadRow("chosen = rejected", "chosen and rejected are the same text")
+    return prompt, (chosen, rejected), ignored | in_chosen | in_rejected
+
+
+def _ignored(columns: Columns, read: Sequence[str]) -> Iterator[str]:
     """Warnings about columns that would change training if they were read; a weight of 1 would not."""
     for name in OF_OTHERS:
         value = columns.get(name)
@@ -171,24 +164,23 @@ def _message(role: str, content: str) -> TextMessage:
     return {"role": role, "content": content}
 
 
-def _text(columns: Mapping[str, object], name: str, place: str = "") -> str:
+def _value(columns: Columns, name: str, kind: type | UnionType, expected: str, place: str = "") -> Any:
     if name not in columns:
         raise BadRow("missing column", f'missing "{name}"{place}')
     value = columns[name]
-    if not isinstance(value, str):
+    if not isinstance(value, kind):
         reason = "null" if value is None else "wrong type"
-        raise BadRow(reason, f'"{name}"{place} is {kind_of(value)}, expected text')
+        raise BadRow(reason, f'"{name}"{place} is {kind_of(value)}, expected {expected}')
     return value
 
 
-def _number(columns: Mapping[str, object], name: str) -> float:
-    if name not in columns:
-        raise BadRow("missing column", f'missing "{name}"')
-    value = columns[name]
-    if not isinstance(value, int | float):
-        raise BadRow("null" if value is None else "wrong type", f'"{name}" is {kind_of(value)}, expected a number')
+def _text(columns: Columns, name: str, place: str = "") -> str:
+    return str(_value(columns, name, str, "text", place))
+
+
+def _number(columns: Columns, name: str) -> float:
     try:
-        number = float(value)
+        number = float(_value(columns, name, int | float, "a number"))
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
@@ -196,15 +188,13 @@ def _number(columns: Mapping[str, object], name: str) -> float:
     return number
 
 
-def _messages(value: object, name: str) -> tuple[list[TextMessage], set[str]]:
-    """Messages reduced to role and content, and the names of their other non-empty keys."""
-    if not isinstance(value, list):
-        reason = "null" if value is None else "wrong type"
-        raise BadRow(reason, f'"{name}" is {kind_of(value)}, expected a list of messages')
-    if not value:
+def _messages(columns: Columns, name: str) -> tuple[list[TextMessage], set[str]]:
+    """Messages of a column reduced to role and content, and the names of their other non-empty keys."""
+    items = _value(columns, name, list, "a list of messages")
+    if not items:
         raise BadRow("empty messages", f'"{name}" is empty')
     messages, ignored = [], set()
-    for turn, item in enumerate(value, 1):
+    for turn, item in enumerate(items, 1):
         place = f" (turn {turn})"
         if not isinstance(item, Mapping):
             raise BadRow("wrong type", f'"{name}"{place} is {kind_of(item)}, expected an object with role and content')
@@ -220,7 +210,7 @@ def _messages(value: object, name: str) -> tuple[list[TextMessage], set[str]]:
     return messages, ignored
 
 
-def _with_prompt(columns: Mapping[str, object]) -> Mapping[str, object]:
+def _with_prompt(columns: Columns) -> Columns:
     """Take an implicit prompt (as TRL calls it) from two conversations: all messages before the last, if they agree.
 
     It also replaces a "prompt" that is only the text of the last question, as in UltraFeedback's binarised pairs.
@@ -235,30 +225,18 @@ def _with_prompt(columns: Mapping[str, object]) -> Mapping[str, object]:
     return {**columns, "prompt": chosen[:-1]} if given == asked else columns
 
 
-def _prompt(columns: Mapping[str, object]) -> tuple[list[TextMessage], set[str]]:
-    if "prompt" in columns and isinstance(columns["prompt"], list):
-        messages, ignored = _messages(columns["prompt"], "prompt")
-        if messages[-1]["role"] == "assistant":
-            raise BadRow("prompt ends with assistant", 'the last turn of "prompt" is "assistant", expected "user"')
-        return messages, ignored
-    return [_message("user", _text(columns, "prompt"))], set()
-
-
-def _completion(columns: Mapping[str, object], name: str, prompt: Sequence[TextMessage]) -> tuple[str, set[str]]:
+def _completion(columns: Columns, name: str, prompt: Sequence[TextMessage]) -> tuple[str, set[str]]:
     """Text of a completion, and the names of ignored keys of its messages.
 
     The column holds text, one assistant message, or the whole conversation that begins with the prompt.
     """
     value = columns.get(name)
-    if isinstance(value, list):
-        if not value:
-            raise BadRow(f"empty {name}", f"empty {name}")
-        messages, ignored = _messages(value, name)
-        reply = messages[len(prompt) :] if messages[: len(prompt)] == list(prompt) else messages
-        if [message["role"] for message in reply] != ["assistant"]:
-            raise BadRow("completion is not one reply", f'"{name}" is not one assistant message after the prompt')
-        return reply[0]["content"], ignored
-    text = _text(columns, name)
-    if not text.strip():
+    if value == [] or isinstance(value, str) and not value.strip():
         raise BadRow(f"empty {name}", f"empty {name}")
-    return text, set()
+    if not isinstance(value, list):
+        return _text(columns, name), set()
+    messages, ignored = _messages(columns, name)
+    reply = messages[len(prompt) :] if messages[: len(prompt)] == list(prompt) else messages
+    if [message["role"] for message in reply] != ["assistant"]:
+        raise BadRow("completion is not one reply", f'"{name}" is not one assistant message after the prompt')
+    return reply[0]["content"], ignored

@@ -23,18 +23,12 @@ from lowlevel.errors import ConfigError, DataError, quoted
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """Limits from the model's config.json.
+    """Limits from the model's config.json, in tokens of a sequence."""
 
-    Attributes:
-        vocab_size: rows of the embedding.
-        max_position_embeddings, window: tokens of a sequence, and of the attention window if there is one.
-        short: longest sequence that keeps longrope's short factors; a longer one changes them for its whole batch.
-    """
-
-    vocab_size: int
+    vocab_size: int  # rows of the embedding
     max_position_embeddings: int
-    window: int | None = None
-    short: int | None = None
+    window: int | None = None  # of the attention, if there is one
+    short: int | None = None  # with longrope's short factors; a longer sequence changes them for its whole batch
 
 
 @dataclass(frozen=True)
@@ -46,12 +40,7 @@ class PreparedData:
     report: DataReport
 
 
-@dataclass(frozen=True)
-class Selected:
-    """One split: its source, and its rows after filters, shuffle and limit, each checked, in training order."""
-
-    source: SourceRows
-    rows: list[Normalised | RowProblem]
+Checked = list[Normalised | RowProblem]  # rows of a split after filters, shuffle and limit, in training order
 
 
 def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) -> PreparedData:
@@ -64,12 +53,12 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
     data = config.data
     _check_length(data.max_length, limits)
     selections = _select(data)
-    finished = [_build(selected, data, tokenizer, limits.vocab_size) for selected in selections]
-    problems = [problem for built, _ in finished for problem in built.problems]
+    splits = [_build(*selected, data, tokenizer, limits.vocab_size) for selected in selections]
+    problems = [problem for built in splits for problem in built.unusable]
     if problems and data.on_bad_row == "error":
         raise data_error(problems)
-    reports = [_report(selected, *done, data.max_length) for selected, done in zip(selections, finished, strict=True)]
-    train, evaluation = finished[0][0], finished[1][0] if len(finished) > 1 else None
+    reports = [_report(*selected, built, data.max_length) for selected, built in zip(selections, splits, strict=True)]
+    train, evaluation = splits[0], splits[1] if len(splits) > 1 else None
     prompts = {row.prompt_digest for row in train.rows}
     return PreparedData(
         train=train.examples,
@@ -87,8 +76,7 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
 
 
 def _check_length(length: int, limits: ModelLimits) -> None:
-    if length > limits.max_position_embeddings:
-        limit = limits.max_position_embeddings
+    if length > (limit := limits.max_position_embeddings):
         raise ConfigError(f"data.max_length {length} > model limit {limit}: lower data.max_length")
     if limits.window is not None and length > limits.window:
         reason = "the model's attention window, which packed rows do not apply"
@@ -98,7 +86,7 @@ def _check_length(length: int, limits: ModelLimits) -> None:
         raise ConfigError(f"data.max_length {length} > {limits.short}, {reason}: set data.max_length = {limits.short}")
 
 
-def _select(data: DataConfig) -> list[Selected]:
+def _select(data: DataConfig) -> list[tuple[SourceRows, Checked]]:
     """The training split, then the evaluation split if there is one."""
     has_splits = isinstance(data.source, str) and not data.source.endswith(FILE_SUFFIXES)
     if data.source == data.eval_source not in ("demo", GIVEN) and not (has_splits and data.split != data.eval_split):
@@ -108,14 +96,14 @@ def _select(data: DataConfig) -> list[Selected]:
     rows = source.rows if data.shuffle_seed is None else shuffled(source.rows, data.shuffle_seed)
     if data.eval_source == "holdout":
         return _with_holdout(source, rows, data)
-    train = Selected(source, list(_checked(rows[: data.limit], data)))
+    train = source, list(_checked(rows[: data.limit], data))
     if data.eval_source is None:
         return [train]
     evaluation = _filtered(data.eval_source, "heldout" if data.eval_source == "demo" else data.eval_split, data)
-    return [train, Selected(evaluation, list(_checked(evaluation.rows[: data.eval_limit], data)))]
+    return [train, (evaluation, list(_checked(evaluation.rows[: data.eval_limit], data)))]
 
 
-def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list[Selected]:
+def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list[tuple[SourceRows, Checked]]:
     """Keep the last eval_limit rows for evaluation, and leave rows with one of their prompts out of training.
 
     Evaluation on a prompt that was trained on would not test what was learned from other prompts.
@@ -127,13 +115,12 @@ def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list
         raise ConfigError(f"data.eval_limit {size} leaves no training rows: {source.name} has {len(rows)}")
     held_out = list(_checked(rows[-size:], data))
     prompts = {row.prompt_digest for row in held_out if isinstance(row, Normalised)}
-    others = (
-        row for row in _checked(rows[:-size], data) if isinstance(row, RowProblem) or row.prompt_digest not in prompts
-    )
+    rest = _checked(rows[:-size], data)
+    others = (row for row in rest if isinstance(row, RowProblem) or row.prompt_digest not in prompts)
     training = list(islice(others, data.limit))
     if not training:
         raise ConfigError(f"data.eval_limit {size} leaves no training rows: every prompt of {source.name} is held out")
-    return [Selected(source, training), Selected(SourceRows(f"{source.name} (holdout)", rows[-size:]), held_out)]
+    return [(source, training), (SourceRows(f"{source.name} (holdout)", rows[-size:]), held_out)]
 
 
 def _checked(rows: Iterable[Row], data: DataConfig) -> Iterator[Normalised | RowProblem]:
@@ -157,23 +144,21 @@ def _filtered(origin: str | GivenRows, split: str, data: DataConfig) -> SourceRo
     return kept
 
 
-def _build(
-    selected: Selected, data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int
-) -> tuple[Built, Counter[str]]:
-    """Examples with all problems, those of reading first; and all warnings."""
-    rows = [row for row in selected.rows if isinstance(row, Normalised)]
-    unusable = [row for row in selected.rows if isinstance(row, RowProblem)]
+def _build(source: SourceRows, checked: Checked, data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Built:
+    """Examples with all problems and warnings, those of reading first."""
+    rows = [row for row in checked if isinstance(row, Normalised)]
+    unusable = [row for row in checked if isinstance(row, RowProblem)]
     built = build_examples(rows, data, tokenizer, vocab_size)
-    problems = selected.source.problems + unusable + built.problems
-    return replace(built, problems=problems), selected.source.warnings + count_warnings(rows, tokenizer)
+    warnings = source.warnings + count_warnings(rows, tokenizer) + built.warnings
+    return replace(built, problems=source.problems + unusable + built.problems, warnings=warnings)
 
 
-def _report(selected: Selected, built: Built, warnings: Counter[str], max_length: int) -> SplitReport:
+def _report(source: SourceRows, checked: Checked, built: Built, max_length: int) -> SplitReport:
     """Raises DataError if no row is left to train on."""
     if built.examples:
-        return split_report(selected.source, len(selected.rows), built, warnings)
-    reasons = Counter(problem.reason for problem in [*built.problems, *built.too_long])
+        return split_report(source, len(checked), built)
+    reasons, total = Counter(problem.reason for problem in built.problems), len(built.problems)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    if not built.problems:
-        counts = f"{len(built.too_long)} of {len(built.too_long)} longer than max_length {max_length}"
-    raise DataError(f"{selected.source.name}: no usable rows: {counts}")
+    if not built.unusable:
+        counts = f"{total} of {total} longer than max_length {max_length}"
+    raise DataError(f"{source.name}: no usable rows: {counts}")

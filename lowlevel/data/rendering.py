@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,70 +24,50 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokens = tuple[list[int], np.ndarray]
+Pair = tuple[Sequence[Message], str, str]  # messages of the prompt, text of chosen and rejected
 OPENING = 200  # characters at the end of a prompt that are searched for its last special token
+# Kinds of warnings about tokens. APART: a reply began or ended inside a token, so its text was tokenised on its own.
+APART = "prompt and reply tokenised apart"
+OTHER_PROMPT = "prompt tokens are not those that generation starts from"
+CHANGED = "replies not learned: the chat template changes them in later turns (split conversations to learn them)"
+LEFT_OUT = "messages left out or changed by the chat template"
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised conversation, before labels and truncation.
+    """A tokenised conversation, before labels and truncation."""
 
-    Attributes:
-        input_ids: (L,) token ids.
-        replies: half-open token ranges of the assistant's replies, end-of-turn tokens included.
-        changed: replies that are context only, because the template changes them in later turns.
-        retokenised: boundaries of replies that fell inside a token; the text on each side was tokenised separately.
-        left_out: messages that the template left out or changed.
-        other_prompt: the tokens before the first reply differ from those that generation starts from.
-    """
-
-    input_ids: list[int]
-    replies: list[tuple[int, int]]
-    changed: int
-    retokenised: int
-    left_out: int
-    other_prompt: bool
+    input_ids: list[int]  # (L,)
+    replies: list[tuple[int, int]]  # half-open token ranges of the assistant's replies, with end-of-turn tokens
+    warnings: Counter[str]  # number of boundaries, messages or replies by kind
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A prompt, (P,) ids, and its two completions, (C,) and (R,); `retokenised` and `left_out` as in Encoded."""
+    """A prompt, (P,) ids, and its two completions, (C,) and (R,); `warnings` as in Encoded."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    retokenised: int
-    left_out: int
+    warnings: Counter[str]
 
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A fast tokenizer with the chat template of this run.
+    """A fast tokenizer with the chat template of this run."""
 
-    Attributes:
-        tokenizer: from Hugging Face; used for tokenizing only, without its template and padding.
-        bos_id: first token of every sequence; None if the tokenizer adds none by default.
-        eos_id, pad_id: pad_id only fills tensors; padding is masked by length, never by id.
-        end_of_turn_id: last special token of a reply; None if the template writes none.
-        special_tokens: texts that the tokenizer turns into control tokens.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase  # used for tokenizing only, without its template and padding
     chat_template: ChatTemplate
-    bos_id: int | None
+    bos_id: int | None  # first token of every sequence; None if the tokenizer adds none by default
     eos_id: int
-    pad_id: int
-    end_of_turn_id: int | None
-    special_tokens: tuple[str, ...]
+    pad_id: int  # only fills tensors: padding is masked by length, never by id
+    end_of_turn_id: int | None  # last special token of a reply; None if the template writes none
+    special_tokens: tuple[str, ...]  # texts that the tokenizer turns into control tokens
 
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end a reply: end of sequence, and the template's end of turn."""
         return sorted({i for i in (self.eos_id, self.end_of_turn_id) if i is not None})
-
-    @property
-    def template(self) -> str:
-        """Jinja source of the chat template."""
-        return self.chat_template.text
 
     def encode_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | RenderError]:
         """Tokenise a batch; a conversation that cannot be rendered gives its error instead."""
@@ -95,9 +76,7 @@ class ChatTokenizer:
         tokens = iter(self._tokenise([item.text for item in usable]))
         endings = iter(self._endings([item.prompt or "" for item in usable]))
         return [
-            item
-            if isinstance(item, RenderError)
-            else self._encoded(item, next(tokens), next(endings), left_out(item.text, messages))
+            item if isinstance(item, RenderError) else self._encoded(item, next(tokens), next(endings), messages)
             for item, messages in zip(rendered, conversations, strict=True)
         ]
 
@@ -106,19 +85,12 @@ class ChatTokenizer:
         text = self.chat_template.render(messages, add_generation_prompt=True)
         return self._with_bos(self._ids([text])[0])
 
-    def encode_pairs(
-        self, pairs: Sequence[tuple[Sequence[Message], str, str]], supervise: str
-    ) -> list[EncodedPair | RenderError]:
-        """Tokenise prompts with their completions.
+    def encode_pairs(self, pairs: Sequence[Pair], supervise: str) -> list[EncodedPair | RenderError]:
+        """Tokenise prompts with their completions; a pair that cannot be rendered gives its error instead.
 
-        Args:
-            pairs: (prompt messages, chosen text, rejected text).
-            supervise: "assistant" ends a completion with its end-of-turn token; "all" keeps the template's text after
-                it.
-
-        Returns:
-            One entry per pair; its prompt ids are those of `encode_prompt`. A completion is cut from the tokens of
-            prompt + completion; if a token crosses the boundary, it is tokenised separately, as in generation.
+        With supervise "assistant", a completion ends with its end-of-turn token; with "all", with the template's text
+        after it. Prompt ids are those of `encode_prompt`. A completion is cut from the tokens of prompt + completion;
+        if a token crosses the boundary, it is tokenised separately, as in generation.
         """
         rendered = [_or_error(self._pair_texts, pair, supervise) for pair in pairs]
         texts = [text for item in rendered if not isinstance(item, RenderError) for text in item]
@@ -132,15 +104,13 @@ class ChatTokenizer:
         """Text of token ids, special tokens included."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def _pair_texts(self, pair: tuple[Sequence[Message], str, str], supervise: str) -> tuple[str, str, str]:
+    def _pair_texts(self, pair: Pair, supervise: str) -> tuple[str, str, str]:
         """Texts of prompt, prompt + chosen and prompt + rejected."""
         prompt, chosen, rejected = pair
         with_chosen, cut = self.chat_template.text_and_cut(prompt, chosen, supervise)
         return with_chosen[:cut], with_chosen, self.chat_template.text_and_cut(prompt, rejected, supervise)[0]
 
-    def _cut_pair(
-        self, texts: Sequence[str], ids: Sequence[list[int]], pair: tuple[Sequence[Message], str, str]
-    ) -> EncodedPair:
+    def _cut_pair(self, texts: Sequence[str], ids: Sequence[list[int]], pair: Pair) -> EncodedPair:
         """Cut completions from texts and ids of prompt, prompt + chosen and prompt + rejected."""
         prefix, prompt = texts[0], ids[0]
         straddles = [whole[: len(prompt)] != prompt for whole in ids[1:]]
@@ -148,10 +118,10 @@ class ChatTokenizer:
             self._continue(text[len(prefix) :])[0] if apart else whole[len(prompt) :]
             for text, whole, apart in zip(texts[1:], ids[1:], straddles, strict=True)
         )
-        lost = left_out(prefix, pair[0]) + sum(
-            left_out(text, [{"content": reply}]) for text, reply in zip(texts[1:], pair[1:], strict=True)
-        )
-        return EncodedPair(self._with_bos(prompt), chosen, rejected, sum(straddles), lost)
+        lost = left_out(prefix, pair[0])
+        lost += sum(left_out(text, [{"content": reply}]) for text, reply in zip(texts[1:], pair[1:], strict=True))
+        warnings = Counter({APART: sum(straddles), LEFT_OUT: lost})
+        return EncodedPair(self._with_bos(prompt), chosen, rejected, warnings)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without tokens that the tokenizer adds."""
@@ -175,7 +145,7 @@ class ChatTokenizer:
             return plain
         return ids[len(newline) :], offsets[len(newline) :] - 1
 
-    def _encoded(self, rendered: Rendering, tokens: Tokens, ending: list[int], lost: int) -> Encoded:
+    def _encoded(self, rendered: Rendering, tokens: Tokens, ending: list[int], messages: Sequence[Message]) -> Encoded:
         text, spans = rendered.text, rendered.replies
         ids, offsets = tokens
         straddled = [cut for span in spans for cut in span if np.any((offsets[:, 0] < cut) & (cut < offsets[:, 1]))]
@@ -186,11 +156,13 @@ class ChatTokenizer:
         shift = len(input_ids) - len(ids)
         found = [(bisect_left(starts, start) + shift, bisect_left(starts, end) + shift) for start, end in spans]
         replies = [(start, end) for start, end in found if start < end]
-        known = rendered.prompt is not None and bool(replies) and replies[0] == found[0]
-        other_prompt = known and (
-            rendered.prompt != text[: spans[0][0]] or input_ids[found[0][0] - len(ending) : found[0][0]] != ending
-        )
-        return Encoded(input_ids, replies, rendered.changed, len(straddled), lost, other_prompt)
+        other_prompt = False
+        if rendered.prompt is not None and replies and replies[0] == found[0]:
+            start = found[0][0]
+            other_prompt = rendered.prompt != text[: spans[0][0]] or input_ids[start - len(ending) : start] != ending
+        lost = left_out(text, messages)
+        counts = {APART: len(straddled), OTHER_PROMPT: int(other_prompt), CHANGED: rendered.changed, LEFT_OUT: lost}
+        return Encoded(input_ids, replies, Counter(counts))
 
     def _endings(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids of each prompt from its last special token on; most prompts of a batch have the same.
@@ -207,8 +179,8 @@ class ChatTokenizer:
         return [ids[ending] for ending in endings]
 
     def _tokenise_apart(self, text: str, cuts: Sequence[int]) -> Tokens:
-        ids, offsets = self._tokenise([text[: cuts[0]]])[0]
-        ids, parts = list(ids), [offsets]
+        first, offsets = self._tokenise([text[: cuts[0]]])[0]
+        ids, parts = list(first), [offsets]
         for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
             more, offsets = self._continue(text[start:end])
             ids += more
@@ -225,11 +197,7 @@ def load_chat_tokenizer(
 ) -> ChatTokenizer:
     """Load a tokenizer and its chat template, without running code of the model's repository.
 
-    Args:
-        name: hub name, local folder, or "demo".
-        revision: branch, tag or commit on the hub.
-        chat_template_from: model or .jinja file with the template to use instead.
-        date: date given to chat templates that print today's date.
+    The arguments are model.name, model.revision, data.chat_template_from and data.template_date.
 
     Raises:
         ConfigError: not loadable, not a fast tokenizer, no eos token, no chat template, or one that does not compile.

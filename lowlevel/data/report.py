@@ -16,17 +16,15 @@ from rich.text import Text
 
 from lowlevel.data.examples import Built, Example, SFTExample, TokenCounts
 from lowlevel.data.messages import Normalised
-from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.data.rendering import APART, ChatTokenizer
 from lowlevel.data.sources import SHOWN, RowProblem, SourceRows
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 # Warnings that only describe the rows; with any other warning, a part of the rows is not learned.
 DESCRIBING = (
     *("byte order mark", "turns not alternating", "empty user turn", "special tokens in text", "duplicate rows"),
-    *("contradicting pairs", "prompt and reply tokenised apart"),
+    *("contradicting pairs", APART),
 )
-OTHER_PROMPT = "prompt tokens are not those that generation starts from"
-CHANGED = "replies not learned: the chat template changes them in later turns (split conversations to learn them)"
 COUNTED = ("total", "prompt", "supervised", "chosen", "rejected")
 
 
@@ -40,37 +38,25 @@ class Dropped:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One split.
-
-    Attributes:
-        rows_read, rows_selected, rows_kept: in the source; after filters, shuffle and limit; as examples.
-        filtered, dropped: rows by the filter that dropped them; selected rows without an example, by reason.
-        warnings: number of rows (or replies, messages, pairs) by kind.
-        lengths: quantiles and mean of tokens per row before truncation.
-        tokens: sums after truncation: total, supervised.
-        truncated_rows, tokens_lost, share_lost: rows cut; supervised (or completion) tokens cut, also as a share.
-        prompt_tokens_lost: prompt tokens cut.
-        replies, replies_ended: replies in the examples; those that end with the end-of-turn token.
-        fingerprint, row_digests: sha256 of the digests in training order; the digests, which say which row changed.
-    """
+    """One split. Rows are counted in the source, after filters, shuffle and limit, and as examples."""
 
     source: str
     rows_read: int
     rows_selected: int
     rows_kept: int
-    filtered: dict[str, int]
-    dropped: dict[str, Dropped]
-    warnings: dict[str, int]
-    lengths: dict[str, dict[str, float]]
-    tokens: dict[str, int]
+    filtered: dict[str, int]  # rows by the filter that dropped them
+    dropped: dict[str, Dropped]  # selected rows without an example, by reason
+    warnings: dict[str, int]  # number of rows (or replies, messages, pairs) by kind
+    lengths: dict[str, dict[str, float]]  # quantiles and mean of tokens per row before truncation
+    tokens: dict[str, int]  # sums after truncation: total, supervised
     truncated_rows: int
-    tokens_lost: int
+    tokens_lost: int  # supervised (or completion) tokens cut
     share_lost: float
     prompt_tokens_lost: int
-    replies: int
-    replies_ended: int
-    fingerprint: str
-    row_digests: tuple[str, ...]
+    replies: int  # in the examples
+    replies_ended: int  # with the end-of-turn token
+    fingerprint: str  # sha256 of the digests in training order
+    row_digests: tuple[str, ...]  # they say which row changed
 
 
 @dataclass(frozen=True)
@@ -98,35 +84,24 @@ class DataReport:
         return tables
 
 
-def split_report(source: SourceRows, selected: int, built: Built, warnings: Counter[str]) -> SplitReport:
+def split_report(source: SourceRows, selected: int, built: Built) -> SplitReport:
     """Count what is in a split's examples, of which there must be at least one."""
-    counts = built.counts
-    examples: list[Example] = [*built.examples]
+    counts, digests = built.counts, tuple(row.digest for row in built.rows)
     supervised, lost = sum(c.supervised for c in counts), sum(c.lost for c in counts)
-    total, prompt_lost = sum(map(_length, examples)), sum(c.prompt_lost for c in counts)
-    encoding = Counter(
-        {
-            "prompt and reply tokenised apart": sum(c.retokenised for c in counts),
-            OTHER_PROMPT: sum(c.other_prompt for c in counts),
-            CHANGED: sum(c.changed for c in counts),
-            "messages left out or changed by the chat template": sum(c.left_out for c in counts),
-        }
-    )
-    digests = tuple(row.digest for row in built.rows)
     return SplitReport(
         source=source.name,
         rows_read=source.read,
         rows_selected=selected,
         rows_kept=len(built.examples),
         filtered=dict(source.dropped),
-        dropped=_by_reason([*built.problems, *built.too_long]),
-        warnings=dict(warnings + encoding),
+        dropped=_by_reason(built.problems),
+        warnings=dict(+built.warnings),
         lengths={key: summary for key in COUNTED if (summary := _quantiles(counts, key))["max"]},
-        tokens={"total": total, "supervised": supervised - lost},
-        truncated_rows=sum(c.total > _length(e) for c, e in zip(counts, examples, strict=True)),
+        tokens={"total": sum(c.kept for c in counts), "supervised": supervised - lost},
+        truncated_rows=sum(c.total > c.kept for c in counts),
         tokens_lost=lost,
         share_lost=lost / supervised,
-        prompt_tokens_lost=prompt_lost,
+        prompt_tokens_lost=sum(c.prompt_lost for c in counts),
         replies=sum(c.replies for c in counts),
         replies_ended=int(sum(c.ended for c in counts)),
         fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest(),
@@ -163,13 +138,11 @@ def tokenizer_report(tokenizer: ChatTokenizer) -> dict[str, Any]:
 def render_report(report: DataReport, console: Console) -> None:
     """Print the report as tables of rows and token lengths."""
     splits = report.splits
-    rows = Table(title=f"Rows (format {report.format}, max_length {report.max_length})", title_justify="left")
-    rows.add_column("")
-    tokens = Table(title="Tokens per row, before truncation", title_justify="left")
-    for column in ("", *QUANTILES, "mean"):
-        tokens.add_column(column, justify="right" if column else "left")
-    for name in splits:
-        rows.add_column(name, justify="right")
+    rows = Table("", title=f"Rows (format {report.format}, max_length {report.max_length})", title_justify="left")
+    tokens = Table("", title="Tokens per row, before truncation", title_justify="left")
+    for table, columns in ((rows, splits), (tokens, (*QUANTILES, "mean"))):
+        for column in columns:
+            table.add_column(column, justify="right")
     facts = [_facts(split) for split in splits.values()]
     for label in dict.fromkeys(label for fact in facts for label in fact):
         rows.add_row(label, *(fact.get(label, "") for fact in facts))
@@ -177,25 +150,19 @@ def render_report(report: DataReport, console: Console) -> None:
         for key, summary in split.lengths.items():
             tokens.add_row(f"{name} {key}", *(f"{value:,.0f}" for value in summary.values()))
     console.print(rows, tokens)
-    for split in splits.values():
-        for dropped in split.dropped.values():
-            for line in dropped.first:
-                console.print(f"dropped {line}", markup=False, highlight=False)
+    for line in (line for split in splits.values() for dropped in split.dropped.values() for line in dropped.first):
+        console.print(f"dropped {line}", markup=False, highlight=False)
     console.print(_closing_line(report), markup=False, highlight=False)
 
 
 def not_learned(report: DataReport) -> list[str]:
     """One line for each warning that a part of the rows is not learned, with its counts."""
-    splits = report.splits
-    kinds = list(dict.fromkeys(k for split in splits.values() for k in split.warnings if k not in DESCRIBING))
+    splits = report.splits.items()
+    kinds = list(dict.fromkeys(kind for _, split in splits for kind in split.warnings if kind not in DESCRIBING))
+    counts = [", ".join(f"{split.warnings.get(kind, 0):,} {name}" for name, split in splits) for kind in kinds]
+    lines = [f"{kind}: {count}" for kind, count in zip(kinds[:SHOWN], counts, strict=False)]
     more = len(kinds) - SHOWN
-    return [
-        *(
-            f"{kind}: " + ", ".join(f"{split.warnings.get(kind, 0):,} {name}" for name, split in splits.items())
-            for kind in kinds[:SHOWN]
-        ),
-        *([f"and {more:,} more kinds, which `lowlevel data` lists"] if more > 0 else []),
-    ]
+    return lines + ([f"and {more:,} more kinds, which `lowlevel data` lists"] if more > 0 else [])
 
 
 def show_example(example: Example, tokenizer: ChatTokenizer, console: Console) -> None:
@@ -264,9 +231,3 @@ def _quantiles(counts: Sequence[TokenCounts], key: str) -> dict[str, float]:
     values = np.array([getattr(count, key) for count in counts])
     summary = {name: float(np.quantile(values, q, method="nearest")) for name, q in QUANTILES.items()}
     return summary | {"mean": round(float(values.mean()), 1)}
-
-
-def _length(example: Example) -> int:
-    if isinstance(example, SFTExample):
-        return len(example.input_ids)
-    return len(example.prompt_ids) + len(example.chosen_ids) + len(example.rejected_ids)

@@ -21,17 +21,8 @@ from lowlevel.demo import world
 from lowlevel.errors import ConfigError, DataError, one_line, quoted
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-OTHER_SUFFIXES = (
-    ".json",
-    ".csv",
-    ".tsv",
-    ".txt",
-    ".arrow",
-    ".gz",
-    ".zip",
-    ".zst",
-    ".xz",
-)  # never the end of a hub name
+# Suffixes that never end a hub name.
+OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz")
 DEMO_ROWS = {"train": 2400, "heldout": 240}
 SHOWN = 5
 KINDS = (
@@ -83,12 +74,9 @@ def data_error(problems: Sequence[RowProblem]) -> DataError:
 
 
 def read_source(source: str | GivenRows, split: str, data_format: str = "messages") -> SourceRows:
-    """Read all rows of a source.
+    """Read all rows of "demo", a .jsonl, .jsonl.gz or .parquet file, a hub data set, or rows given in Python.
 
-    Args:
-        source: "demo", a .jsonl, .jsonl.gz or .parquet file, a hub name, or rows given in Python.
-        split: split of a hub data set or of the demo ("train", "heldout"); ignored for files and given rows.
-        data_format: "messages" selects the demo's conversations, any other format its preference pairs.
+    Files and given rows have no splits. The demo has conversations for format "messages", and preference pairs.
 
     Raises:
         ConfigError: no such file, data set or split; rows given in Python are missing.
@@ -105,8 +93,8 @@ def read_source(source: str | GivenRows, split: str, data_format: str = "message
         read = _read_demo(split, data_format)
     elif source.endswith(FILE_SUFFIXES):
         read = _read_file(path)
-    elif path.is_file() or source.endswith(OTHER_SUFFIXES) or source.startswith((".", "/")) and not path.is_dir():
-        state = "unknown kind of file" if path.is_file() or source.endswith(OTHER_SUFFIXES) else "no such file"
+    elif (other := path.is_file() or source.endswith(OTHER_SUFFIXES)) or source[0] in "./" and not path.is_dir():
+        state = "unknown kind of file" if other else "no such file"
         raise ConfigError(f"data source {source}: {state}; use {', '.join(FILE_SUFFIXES)} or a hub name")
     else:
         read = _read_hub(source, split)
@@ -129,7 +117,7 @@ def _read_jsonl(path: Path) -> SourceRows:
     """Read JSON lines with line numbers and reasons for problems, which `datasets` does not give."""
     read = SourceRows(path.name, [])
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-        for number, line in _numbered_lines(stream, read):
+        for number, line in _lines(stream, read):
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
                 line = line[3:]
                 read.warnings["byte order mark"] += 1
@@ -143,7 +131,7 @@ def _read_jsonl(path: Path) -> SourceRows:
     return read
 
 
-def _numbered_lines(stream: Iterable[bytes], read: SourceRows) -> Iterator[tuple[int, bytes]]:
+def _lines(stream: Iterable[bytes], read: SourceRows) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         for number, line in enumerate(stream, 1):
@@ -154,11 +142,7 @@ def _numbered_lines(stream: Iterable[bytes], read: SourceRows) -> Iterator[tuple
 
 
 def parse_line(line: bytes) -> dict[str, object]:
-    """Parse one JSON object.
-
-    Raises:
-        DataError: names the column (from 1, in characters) at which the line becomes invalid.
-    """
+    """Parse one JSON object. The DataError names the column (from 1, in characters) where the line becomes invalid."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -212,28 +196,30 @@ def _read_parquet(path: Path) -> SourceRows:
     except (pyarrow.ArrowException, ValueError, OSError, RecursionError, OverflowError) as error:
         reason = one_line(error).replace(str(path), path.name)
         raise DataError(f"{path.name}: not a readable parquet file: {quoted(reason)}") from None
-    return SourceRows(path.name, [Row(i, f"{path.name}:{i + 1}", row) for i, row in enumerate(columns)])
+    return _numbered(path.name, columns, first=1)
 
 
 def _read_hub(name: str, split: str) -> SourceRows:
     import datasets
 
-    where = f"{name}[{split}]"
     try:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets, fsspec, huggingface_hub and httpx raise many types
         reason = one_line(error.__cause__ or error)  # the cause: datasets often says only that an error occurred
         hint = f"; this is a folder: name a file in it ({', '.join(FILE_SUFFIXES)})" if Path(name).is_dir() else ""
         raise ConfigError(f'data source "{name}", split "{split}": {reason}{hint}') from None
-    return SourceRows(where, [Row(i, f"{where}:{i}", dict(row)) for i, row in enumerate(table)])
+    return _numbered(f"{name}[{split}]", map(dict, table))
+
+
+def _numbered(name: str, rows: Iterable[Mapping[str, object]], first: int = 0) -> SourceRows:
+    return SourceRows(name, [Row(i, f"{name}:{i + first}", row) for i, row in enumerate(rows)])
 
 
 def _read_demo(split: str, data_format: str) -> SourceRows:
     if split not in DEMO_ROWS:
         raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
     make = world.sft_rows if data_format == "messages" else world.preference_rows
-    rows = make(split, DEMO_ROWS[split], 0)
-    return SourceRows(f"demo[{split}]", [Row(i, f"demo[{split}]:{i}", row) for i, row in enumerate(rows)])
+    return _numbered(f"demo[{split}]", make(split, DEMO_ROWS[split], 0))
 
 
 def _read_given(given: GivenRows) -> SourceRows:
@@ -242,10 +228,9 @@ def _read_given(given: GivenRows) -> SourceRows:
         try:
             columns = {name: _json_value(name, value) for name, value in row.items()}
             _reject_lone_surrogates(columns)
+            read.rows.append(Row(i, f"data:{i + 1}", columns))
         except DataError as error:
             read.problems.append(RowProblem(f"data:{i + 1}", "wrong type", str(error)))
-        else:
-            read.rows.append(Row(i, f"data:{i + 1}", columns))
     return read
 
 
@@ -261,7 +246,7 @@ def _json_value(column: str, value: object) -> object:
         return [_json_value(column, item) for item in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _json_value(column, item) for key, item in value.items()}
-    kind = f"{type(value).__name__}" + (" with keys that are not text" if isinstance(value, Mapping) else "")
+    kind = type(value).__name__ + (" with keys that are not text" if isinstance(value, Mapping) else "")
     raise DataError(f'column "{quoted(column)}" is a {kind}, expected text, number, list or object')
 
 

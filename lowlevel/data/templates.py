@@ -34,39 +34,27 @@ class RenderError(DataError):
 
 @dataclass(frozen=True)
 class Rendering:
-    """Text of a conversation.
+    """Text of a conversation and the character ranges of its replies.
 
-    Attributes:
-        replies: character range of each reply that the text shows as the model would generate it, end-of-turn token
-            included.
-        changed: number of the other replies. Some templates change a reply once more turns follow (Qwen 3 removes its
-            <think> part). The changed form is not what the model should generate, so it is context only.
-        prompt: text from which generation of the first of `replies` starts; None if unknown.
+    Some templates change a reply once more turns follow (Qwen 3 removes its <think> part). The changed form is not what
+    the model should generate, so it is context only: `changed` counts such replies, `replies` leaves them out.
     """
 
     text: str
-    replies: list[Span]
+    replies: list[Span]  # with the end-of-turn token
     changed: int
-    prompt: str | None
+    prompt: str | None  # text from which generation of the first of `replies` starts; None if unknown
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and the values that it can use.
+    """A template and the values that it can use."""
 
-    Attributes:
-        text: Jinja source.
-        variables: names such as eos_token with their values.
-        date: date given to templates that print today's date, so that the same rows give the same tokens tomorrow.
-        end_of_turn: special token that ends a reply ("" if the template writes none).
-        after_turn: text after it at the end of a conversation: a newline, in Phi 3 also another token.
-    """
-
-    text: str
-    variables: Mapping[str, str]
-    date: datetime.date = DATE
-    end_of_turn: str = ""
-    after_turn: str = ""
+    text: str  # Jinja source
+    variables: Mapping[str, str]  # names such as eos_token with their values
+    date: datetime.date = DATE  # for templates that print today's date: the same rows give the same tokens tomorrow
+    end_of_turn: str = ""  # special token that ends a reply; "" if the template writes none
+    after_turn: str = ""  # text after it at the end of a conversation: a newline, in Phi 3 also another token
 
     @property
     def sha256(self) -> str:
@@ -90,15 +78,14 @@ class ChatTemplate:
     def text_and_replies(self, messages: Sequence[Message]) -> Rendering:
         """Text of a conversation with the positions of its replies.
 
-        Raises:
-            RenderError: the template refuses the conversation, or the prompt of the last reply is not a prefix of it.
+        Raises RenderError if the template refuses it, or if the prompt of the last reply is not a prefix of it.
         """
         text, marked = self._render(messages, False)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         if self.has_markers:
             replies = [(start, self._reply_end(text, end)) for start, end in marked if start < end]
             known = len(replies) == len(turns) > 0  # otherwise the turn of the first one is unknown
-            return Rendering(text, replies, 0, self._asked(messages[: turns[0]]) if known else None)
+            return Rendering(text, replies, 0, self.try_render(messages[: turns[0]], True) if known else None)
         spans = [self._reply(messages, turn, text) for turn in turns]
         replies = [span for span in spans if span is not None]
         return Rendering(text, replies, spans.count(None), text[: replies[0][0]] if replies else None)
@@ -114,9 +101,10 @@ class ChatTemplate:
             raise RenderError(_no_prefix(prefix, text, len(prompt)))
         return text if supervise == "all" else text[: self._reply_end(text, len(text))], len(prefix)
 
-    def _asked(self, prompt: Sequence[Message]) -> str | None:
+    def try_render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str | None:
+        """As `render`, with None instead of an error."""
         try:
-            return self.render(prompt, add_generation_prompt=True)
+            return self.render(messages, add_generation_prompt=add_generation_prompt)
         except RenderError:
             return None
 
@@ -182,10 +170,7 @@ def with_end_of_turn(template: ChatTemplate, special_tokens: Sequence[str]) -> C
     """Find the end-of-turn token: the last special token after the text of a test reply.
 
     A token that also follows a reply in the middle of a conversation is preferred: Phi 3 ends a reply with <|end|>, and
-    the conversation with another token.
-
-    Raises:
-        ConfigError: the template does not compile, or refuses a question with one answer.
+    the conversation with another token. Raises ConfigError if the template does not compile, or refuses one answer.
     """
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:
@@ -193,13 +178,9 @@ def with_end_of_turn(template: ChatTemplate, special_tokens: Sequence[str]) -> C
     except RenderError as error:
         raise ConfigError(f"unusable chat template: {error}") from None
     tail = text.rpartition(PROBE)[2]
-    try:
-        more = template.render([*messages, messages[0]], add_generation_prompt=False).partition(PROBE)[2]
-    except RenderError:
-        more = ""
+    more = (template.try_render([*messages, messages[0]], False) or "").partition(PROBE)[2]
     for part in (os.path.commonprefix([tail, more]), tail):
         found = sorted((token for token in special_tokens if token and token in part), key=len)
-        ends = {part.rfind(token) + len(token): token for token in found}
-        if ends:
+        if ends := {part.rfind(token) + len(token): token for token in found}:
             return replace(template, end_of_turn=ends[max(ends)], after_turn=tail[max(ends) :])
     return template

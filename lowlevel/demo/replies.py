@@ -65,13 +65,8 @@ def draw_style(rng: random.Random) -> str:
 
 def parse_reply(reply: str) -> tuple[str, str] | None:
     """Return (style, answer) if the whole reply has one of the known forms, else None."""
-    text = reply.strip()
-    for style, patterns in _PATTERNS.items():
-        for pattern in patterns:
-            match = pattern.fullmatch(text)
-            if match:
-                return style, match.group(1)
-    return None
+    found = ((style, pattern.fullmatch(reply.strip())) for style, patterns in _PATTERNS.items() for pattern in patterns)
+    return next(((style, match[1]) for style, match in found if match), None)
 
 
 def preferred_style(reply: str) -> bool:

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 HELDOUT_SHARE = 0.4
 ATTRIBUTES = ("town", "pet", "door", "food")
@@ -35,19 +35,15 @@ NOUNS = "apple sun tree boat stone lamp river cloud spoon drum kite leaf".split(
 
 @dataclass(frozen=True)
 class Ask:
-    """One question of the world.
-
-    `wordings` are full questions, `followups` are short forms that need the question before them, `statements` are the
-    same fact as plain text for pre-training, `wrong` are plausible wrong answers.
-    """
+    """One question of the world."""
 
     task: str
     key: str
     answer: str
     wordings: tuple[str, ...]
-    followups: tuple[str, ...]
-    statements: tuple[str, ...]
-    wrong: tuple[str, ...]
+    followups: tuple[str, ...]  # short forms that need the question before them
+    statements: tuple[str, ...]  # the same fact as plain text for pre-training
+    wrong: tuple[str, ...]  # plausible wrong answers
     subject: str = ""
 
 
@@ -142,19 +138,17 @@ def pick(words: list[str], which: str) -> Ask:
 def fact(name: str, attribute: str) -> Ask:
     """Ask for one attribute of one person."""
     value = world_facts()[name][attribute]
-    wordings, statements = {
-        "town": ((f"Where does {name} live?", f"In which town does {name} live?"),
+    wordings, followup, statements = {
+        "town": ((f"Where does {name} live?", f"In which town does {name} live?"), "And which town?",
                  (f"{name} lives in {value}.", f"the town of {name} is {value}.")),
-        "pet": ((f"Which pet does {name} have?", f"What pet does {name} keep?"),
+        "pet": ((f"Which pet does {name} have?", f"What pet does {name} keep?"), "And which pet?",
                 (f"{name} keeps a {value}.", f"the pet of {name} is a {value}.")),
         "door": ((f"Which colour is the door of {name}?", f"What colour is {name}'s door?"),
-                 (f"{name} has a {value} door.", f"the door of {name} is {value}.")),
-        "food": ((f"What does {name} like to eat?", f"Which food does {name} like?"),
+                 "And which colour of door?", (f"{name} has a {value} door.", f"the door of {name} is {value}.")),
+        "food": ((f"What does {name} like to eat?", f"Which food does {name} like?"), "And which food?",
                  (f"{name} likes to eat {value}.", f"the food of {name} is {value}.")),
     }[attribute]  # fmt: skip
-    followups = {"town": "And which town?", "pet": "And which pet?", "door": "And which colour of door?",
-                 "food": "And which food?"}  # fmt: skip
-    return Ask(attribute, f"{attribute} {name}", value, wordings, (followups[attribute],), statements,
+    return Ask(attribute, f"{attribute} {name}", value, wordings, (followup,), statements,
                tuple(other for other in _VALUES[attribute] if other != value), subject=name)  # fmt: skip
 
 
@@ -194,8 +188,7 @@ _DRAWS: tuple[tuple[int, Callable[[random.Random], Ask]], ...] = (
 
 def draw(rng: random.Random, split: str | None = None) -> Ask:
     """Draw a question of any skill, from one split or (None) from both."""
-    draws = [function for _, function in _DRAWS]
-    weights = [weight for weight, _ in _DRAWS]
+    weights, draws = zip(*_DRAWS, strict=True)
     while True:
         ask = rng.choices(draws, weights)[0](rng)
         if split is None or split_of(ask.key) == split:
@@ -223,4 +216,4 @@ def draw_followup(first: Ask, rng: random.Random, split: str | None = None) -> A
             return ask
     # A person may have no second attribute in this split; then a full question of any kind follows.
     ask = draw(rng, split)
-    return Ask(ask.task, ask.key, ask.answer, ask.wordings, ask.wordings, ask.statements, ask.wrong, ask.subject)
+    return replace(ask, followups=ask.wordings)

@@ -7,12 +7,8 @@ All rows are drawn from `random.Random(seed)`: the same arguments give the same 
 import random
 from dataclasses import dataclass
 
-from lowlevel.demo.replies import draw_style, parse_reply, preferred_style, write_reply
-from lowlevel.demo.skills import Ask, draw, draw_followup
-
-__all__ = [
-    "Item", "check_items", "exact_match", "preference_rows", "preferred_style", "sft_rows",
-]  # fmt: skip
+from lowlevel.demo.replies import draw_style, parse_reply, write_reply
+from lowlevel.demo.skills import draw, draw_followup
 
 Message = dict[str, str]
 FOLLOWUP_SHARE = 0.25
@@ -25,39 +21,30 @@ _REJECTED_WEIGHTS = (35, 30, 15, 10, 10)
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt with its answer: `turns` of the user, and `replies` of the assistant to all turns but the last.
+    """One prompt with its answer."""
 
-    `keys` name the facts of the turns; `wrong` are plausible wrong answers to the last turn.
-    """
-
-    turns: tuple[str, ...]
-    replies: tuple[str, ...]
+    turns: tuple[str, ...]  # of the user
+    replies: tuple[str, ...]  # of the assistant, to all turns but the last
     answer: str
     task: str
-    keys: tuple[str, ...]
-    wrong: tuple[str, ...]
+    keys: tuple[str, ...]  # of the facts, a turn each
+    wrong: tuple[str, ...]  # plausible wrong answers to the last turn
     system: str = ""
 
     @property
-    def question(self) -> str:
-        """The last user turn, to which `answer` belongs."""
-        return self.turns[-1]
-
-    @property
     def prompt(self) -> list[Message]:
-        """The messages up to and including the question."""
+        """The messages up to the last turn of the user, to which `answer` belongs."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for turn, reply in zip(self.turns, self.replies, strict=False):
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": reply}]
-        return [*messages, {"role": "user", "content": self.question}]
+        return [*messages, {"role": "user", "content": self.turns[-1]}]
 
 
 def _draw_item(rng: random.Random, split: str) -> Item:
-    first = draw(rng, split)
-    asks: list[Ask] = [first]
-    turns = [rng.choice(first.wordings)]
+    asks = [draw(rng, split)]
+    turns = [rng.choice(asks[0].wordings)]
     if rng.random() < FOLLOWUP_SHARE:
-        asks.append(draw_followup(first, rng, split))
+        asks.append(draw_followup(asks[0], rng, split))
         turns.append(rng.choice(asks[1].followups))
     replies = tuple(write_reply(ask.answer, draw_style(rng), rng) for ask in asks[:-1])
     system = SYSTEM_TEXT if rng.random() < SYSTEM_SHARE else ""
@@ -66,7 +53,7 @@ def _draw_item(rng: random.Random, split: str) -> Item:
 
 
 def _draw_items(split: str, n: int, seed: int, purpose: str) -> tuple[list[Item], random.Random]:
-    """Draw n items; each `purpose` (SFT, preference, check) has its own random stream."""
+    """Draw n items; each `purpose` (SFT, preference, check) has its own random stream. ValueError: unknown split."""
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', not {split!r}")
     # A string seed is hashed by random itself (SHA-512), so it does not depend on PYTHONHASHSEED.
@@ -79,19 +66,13 @@ def _assistant(content: str) -> Message:
 
 
 def sft_rows(split: str, n: int, seed: int) -> list[dict[str, list[Message]]]:
-    """Return n chats {"messages": [...]}, a quarter with two exchanges; answers right, styles mixed at random.
-
-    Raises ValueError when `split` is neither "train" nor "heldout".
-    """
+    """Return n chats {"messages": [...]}, a quarter with two exchanges; answers right, styles mixed at random."""
     items, rng = _draw_items(split, n, seed, "sft")
     return [{"messages": [*item.prompt, _assistant(write_reply(item.answer, draw_style(rng), rng))]} for item in items]
 
 
 def preference_rows(split: str, n: int, seed: int) -> list[dict[str, list[Message]]]:
-    """Return n pairs {"prompt", "chosen", "rejected"}; chosen is right and polite, rejected wrong, curt or rambling.
-
-    Raises ValueError when `split` is neither "train" nor "heldout".
-    """
+    """Return n pairs {"prompt", "chosen", "rejected"}; chosen is right and polite, rejected wrong, curt or rambling."""
     items, rng = _draw_items(split, n, seed, "preference")
     rows = []
     for item in items:

@@ -194,4 +194,4 @@ def _problem(row: Row, config: RunConfig, tokenizer: ChatTokenizer) -> str | Non
     except BadRow as bad:
         return str(bad)
     built = build_examples([normalised], config.data, tokenizer, len(tokenizer.tokenizer))
-    return next((problem.message for problem in [*built.problems, *built.too_long]), None)
+    return next((problem.message for problem in built.problems), None)

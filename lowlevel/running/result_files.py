@@ -52,7 +52,7 @@ def complete_result(target: Path, tokenizer: ChatTokenizer, folder: RunFolder, c
 
 def save_tokenizer(tokenizer: ChatTokenizer, target: Path) -> None:
     """Save a tokenizer with the chat template of its run. Raises CheckpointError."""
-    tokenizer.tokenizer.chat_template = tokenizer.template
+    tokenizer.tokenizer.chat_template = tokenizer.chat_template.text
     try:
         tokenizer.tokenizer.save_pretrained(target)
     except OSError:

@@ -60,7 +60,7 @@ def _expected(
 
     def render(upto: int, prompt: bool) -> str:
         return own.apply_chat_template(
-            messages[:upto], chat_template=tokenizer.template, tokenize=False, add_generation_prompt=prompt
+            messages[:upto], chat_template=tokenizer.chat_template.text, tokenize=False, add_generation_prompt=prompt
         )
 
     text = render(len(messages), False)

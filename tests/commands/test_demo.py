@@ -76,7 +76,8 @@ def test_dpo_starts_at_ln_2(demo):
 
 
 def test_the_result_is_written_and_its_scores_are_those_of_its_replies(demo):
-    from lowlevel.demo.world import check_items, exact_match, preferred_style
+    from lowlevel.demo.replies import preferred_style
+    from lowlevel.demo.world import check_items, exact_match
 
     folder, result = demo
     written = json.loads((folder / "demo.json").read_text())

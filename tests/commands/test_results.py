@@ -132,7 +132,7 @@ def test_a_base_on_the_hub_is_in_the_front_matter_and_the_adapter_has_its_name(r
 
 def test_an_adapter_copied_out_of_its_run_replies_in_its_template(plain, cli, tmp_path):
     copied = shutil.copytree(plain / "sft" / "adapter", tmp_path / "copied")
-    assert load_run(plain / "sft").tokenizer.template == TEMPLATE
+    assert load_run(plain / "sft").tokenizer.chat_template.text == TEMPLATE
     assert reply(cli, copied) == reply(cli, copied) != ""
     assert AutoTokenizer.from_pretrained(copied).chat_template == TEMPLATE
 

@@ -8,8 +8,8 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from lowlevel.config.schema import DataConfig
-from lowlevel.data.rendering import chat_tokenizer, load_chat_tokenizer
-from lowlevel.data.report import CHANGED, OTHER_PROMPT, not_learned, tokenizer_report
+from lowlevel.data.rendering import APART, CHANGED, OTHER_PROMPT, chat_tokenizer, load_chat_tokenizer
+from lowlevel.data.report import not_learned, tokenizer_report
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import ConfigError
 from lowlevel.verification.rendered import expected_sequences, truncated
@@ -104,12 +104,12 @@ def test_a_reply_that_merges_with_the_prompts_newline_is_tokenised_apart(chatml)
     (pair,) = chatml.encode_pairs([([USER], "\nhm", "plain")], "assistant")
     assert pair.prompt_ids == chatml.encode_prompt([USER])
     assert chatml.decode(pair.chosen_ids) == "\nhm<|im_end|>"
-    assert pair.retokenised == 1
+    assert pair.warnings[APART] == 1
     encoded = encode_conversation(chatml, [USER, reply])
     assert encoded.input_ids[: encoded.replies[0][0]] == pair.prompt_ids
     assert supervised_text(chatml, encoded) == ["\nhm<|im_end|>"]
-    assert encoded.retokenised == 1
-    assert encode_conversation(chatml, TALK).retokenised == 0
+    assert encoded.warnings[APART] == 1
+    assert encode_conversation(chatml, TALK).warnings[APART] == 0
 
 
 def test_sentencepiece_puts_no_space_before_a_completion(kit):
@@ -234,10 +234,10 @@ def test_loading_a_folder_and_where_its_template_comes_from(tmp_path, kit):
     raw.save_pretrained(tmp_path / "chat")
     (tmp_path / "t.jinja").write_text(kit.TINYLLAMA)
     bare, with_template = str(tmp_path / "bare"), str(tmp_path / "chat")
-    assert load_chat_tokenizer(with_template, None, None).template == kit.CHATML
-    assert load_chat_tokenizer(bare, None, with_template).template == kit.CHATML
+    assert load_chat_tokenizer(with_template, None, None).chat_template.text == kit.CHATML
+    assert load_chat_tokenizer(bare, None, with_template).chat_template.text == kit.CHATML
     from_file = load_chat_tokenizer(with_template, None, str(tmp_path / "t.jinja"))
-    assert from_file.template == kit.TINYLLAMA
+    assert from_file.chat_template.text == kit.TINYLLAMA
     assert from_file.chat_template.sha256 != load_chat_tokenizer(with_template, None, None).chat_template.sha256
     with pytest.raises(ConfigError, match="no chat template; set data.chat_template_from"):
         load_chat_tokenizer(bare, None, None)

@@ -7,15 +7,8 @@ import pytest
 
 from benchmarks.demo_base.corpus import pretraining_text
 from lowlevel.demo import skills
-from lowlevel.demo.replies import CURT, STYLES, parse_reply, write_reply
-from lowlevel.demo.world import (
-    Item,
-    check_items,
-    exact_match,
-    preference_rows,
-    preferred_style,
-    sft_rows,
-)
+from lowlevel.demo.replies import CURT, STYLES, parse_reply, preferred_style, write_reply
+from lowlevel.demo.world import Item, check_items, exact_match, preference_rows, sft_rows
 
 
 def user_turns(messages: list[dict[str, str]]) -> list[str]:
@@ -152,7 +145,7 @@ def test_check_items_are_different_prompts_that_end_with_the_question() -> None:
     items = check_items(300, 0)
     assert len({str(item.prompt) for item in items}) == 300
     for item in items:
-        assert item.prompt[-1] == {"role": "user", "content": item.question}
+        assert item.prompt[-1] == {"role": "user", "content": item.turns[-1]}
         assert exact_match(CURT[0].format(item.answer), item)
         assert len(item.replies) == len(item.turns) - 1
 
