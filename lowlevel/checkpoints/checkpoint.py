@@ -192,16 +192,13 @@ def newest_verified(folder: Path, warn: Callable[[str], None]) -> tuple[Path, di
 def checkpoint_at(folder: Path, step: int, flag: str) -> tuple[Path, dict[str, Any]]:
     """The checkpoint after `step` applied steps and its payload; `flag` names the option in errors.
 
-    Raises:
-        ConfigError: no such checkpoint; lists the available ones.
-        CheckpointError: it is damaged.
+    Raises ConfigError with the list of available checkpoints, or CheckpointError for a damaged one.
     """
     found = saved(folder)
     if step not in found:
         known = ", ".join(map(str, sorted(found))) or "none"
-        raise ConfigError(
-            f"{flag} {step}: {folder} has no such checkpoint; there are: {known}, and 0 for the start of the run"
-        )
+        there = f"there are: {known}, and 0 for the start of the run"
+        raise ConfigError(f"{flag} {step}: {folder} has no such checkpoint; {there}")
     return found[step], verify(found[step])
 
 

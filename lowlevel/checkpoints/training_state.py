@@ -30,11 +30,7 @@ def save_state(
     config: RunConfig,
     origin: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint of everything that training changes; `origin` ("identity", "versions") goes into its manifest.
-
-    Raises:
-        CheckpointError: the weights are not finite, or the disk refuses.
-    """
+    """Write a checkpoint of everything that training changes, with `origin` in its manifest. Raises CheckpointError."""
     smallest, largest = torch.aminmax(policy.flat.weights)  # unlike isfinite() without a buffer; propagates NaN
     if not bool(torch.isfinite(smallest) & torch.isfinite(largest)):
         raise CheckpointError(f"step {state.step}: adapter weights are not finite; not saved, older checkpoints stay")

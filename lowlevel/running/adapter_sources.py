@@ -21,11 +21,7 @@ QUANTISATION = ("dtype", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_do
 
 
 def find_adapter(path: str | None, key: str) -> Path | None:
-    """The PEFT folder at `path`, or the final adapter of a run folder; `key` names the setting in errors.
-
-    Raises:
-        ConfigError: no such folder, or an unfinished run.
-    """
+    """The PEFT folder at `path`, or the final adapter of that run. Raises ConfigError, which names `key`."""
     if path is None:
         return None
     folder = RunFolder(Path(path))
@@ -39,15 +35,9 @@ def find_adapter(path: str | None, key: str) -> Path | None:
 
 
 def check_frozen_under(parent: Path | None, init_from: Path | None) -> None:
-    """Refuse an adapter that was trained on a frozen adapter which is missing here.
+    """Refuse an adapter whose own frozen adapter is missing here. Raises ConfigError, CheckpointError.
 
-    Args:
-        parent: the adapter that stays frozen; must itself have been trained without one.
-        init_from: the adapter whose training continues; its frozen adapter must be `parent`.
-
-    Raises:
-        ConfigError: with what to do.
-        CheckpointError: a manifest cannot be read.
+    `parent`, which stays frozen, must have been trained without one; that of `init_from`, if any, must be `parent`.
     """
     if parent and _frozen_under(parent):
         raise ConfigError(

@@ -76,11 +76,7 @@ def run_loss(config: RunConfig) -> LossSpec:
 
 
 def choose_execution(config: RunConfig, inputs: Inputs) -> str:
-    """The mode of train.execution; "auto": CUDA graphs on a GPU, eager on a CPU, which has no launch overhead.
-
-    Raises:
-        ConfigError: the mode needs a GPU or attention over spans, and the run lacks it.
-    """
+    """The mode of train.execution; "auto": CUDA graphs on a GPU, else eager. Raises ConfigError if it is impossible."""
     asked, on_gpu = config.train.execution, inputs.placement.device.type == "cuda"
     spans = inputs.attention.kernel is not None
     if asked == "auto":
@@ -171,10 +167,8 @@ def load_run_tokenizer(config: RunConfig) -> ChatTokenizer:
 def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tuple[RunConfig, Inputs]:
     """For adapter_mode "original": the parent adapter is merged into the unquantised base, which is then quantised.
 
-    The merged base is written to the run folder and becomes the run's base; the reference is that base alone.
-
-    Raises:
-        ConfigError: the folder holds a base with another adapter.
+    The merged base is written to the run folder and becomes the run's base; the reference is that base alone. Raises
+    ConfigError if the folder holds a base with another adapter.
     """
     if config.model.adapter_mode != "original" or inputs.parent is None:
         return config, inputs
@@ -202,11 +196,7 @@ def read_merged_adapter(folder: RunFolder) -> str | None:
 
 
 def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
-    """train.memory_budget replaced by the settings of the fastest plan that fits.
-
-    Raises:
-        ConfigError: no plan fits, or the run is on a CPU or without attention over spans.
-    """
+    """train.memory_budget replaced by the settings of the fastest plan that fits. Raises ConfigError if none does."""
     budget = parse_size(config.train.memory_budget or "")
     assert budget is not None  # checked with the configuration
     if inputs.placement.device.type != "cuda":

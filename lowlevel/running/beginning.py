@@ -137,11 +137,7 @@ def _drop_later(folder: RunFolder, step: int) -> None:
 
 
 def check_result_is_saved(folder: RunFolder) -> None:
-    """Refuse to continue if no checkpoint holds the weights of `adapter/`, which would be lost.
-
-    Raises:
-        ConfigError: with what to do.
-    """
+    """Refuse to continue if no checkpoint holds the weights of `adapter/`, which would be lost. Raises ConfigError."""
     if not (folder.adapter / WEIGHTS).exists():
         return
     sha256 = adapter_sha256(folder.adapter)

@@ -52,11 +52,9 @@ class Interrupts:
             self._deferred = False
 
     def on_signal(self, signum: int, frame: object) -> None:
-        """The handler. Raises BaseException subclasses, because libraries swallow Exceptions.
+        """Raise KeyboardInterrupt for a first signal outside `deferred`, and SystemExit for a second signal.
 
-        Raises:
-            KeyboardInterrupt: the first signal, outside `deferred`.
-            SystemExit: a second signal, anywhere.
+        These are not subclasses of Exception, so that libraries do not catch them.
         """
         if self.signum:
             raise SystemExit(128 + signum)

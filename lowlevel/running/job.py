@@ -94,11 +94,7 @@ class Engine:
             write_json(self.folder.path / "memory.json", report)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Loss and metrics of the held-out rows after `step` updates.
-
-        Raises:
-            NonFiniteError: their loss is NaN or infinite.
-        """
+        """Loss and metrics of the held-out rows after `step` updates. Raises NonFiniteError."""
         policy, method = self.job.policy, self.job.method
         scores = self.execution.until_it_runs(lambda: evaluate_examples(policy, method, self.held_out, prefix="eval_"))
         check_evaluation(scores, step, self.held_out)

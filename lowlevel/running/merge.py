@@ -44,11 +44,7 @@ class Fidelity:
 def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity:
     """Merge the adapters of a run into its base and write an ordinary model folder.
 
-    Args:
-        run_dir: a finished run; its parent adapter is merged too.
-        into: dequantized, original or requantized.
-        out: folder to write; must not exist.
-        console: prints the measurement.
+    `run_dir`: a finished run; its parent adapter is merged too. `into`: dequantized, original or requantized.
 
     Raises:
         ConfigError: `out` exists.

@@ -82,13 +82,8 @@ def all_ties(result: StepResult) -> bool:
 def check_first_step(result: StepResult, config: RunConfig, precision: str) -> str | None:
     """A warning if policy and reference differ by rounding; None if they are equal.
 
-    Args:
-        result: of step 1 of a run that `starts_as_reference`.
-        config: the run's.
-        precision: fp32, fp16 or bf16; chooses the bound.
-
-    Raises:
-        ConfigError: they differ by more.
+    `result`: of step 1 of a run that `starts_as_reference`. `precision` (fp32, fp16, bf16) chooses the bound. Raises
+    ConfigError for a larger difference.
     """
     if all_ties(result):
         return None

@@ -89,11 +89,7 @@ class Reopened:
     note: Note
 
     def data(self) -> tuple[ChatTokenizer, PreparedData]:
-        """The run's tokenizer and examples; checks only the training rows, see `held_out`.
-
-        Raises:
-            ConfigError, DataError: the rows cannot be read, or changed since the run.
-        """
+        """The run's tokenizer and examples. Raises ConfigError, or DataError if the training rows changed."""
         tokenizer, data = prepare_data(self.config)
         if data.report.train.fingerprint != self.manifest["data_sha256"]:
             source, folder = self.config.data.source, self.folder.path
@@ -101,11 +97,7 @@ class Reopened:
         return tokenizer, data
 
     def held_out(self) -> Sequence[Any]:
-        """The examples that the run evaluated on; empty without data.eval_source. Does not check the training rows.
-
-        Raises:
-            ConfigError, DataError: the rows cannot be read, or changed since the run.
-        """
+        """The examples for evaluation, if any. Raises ConfigError, or DataError if they changed since the run."""
         source, folder = self.config.data.eval_source, self.folder.path
         if source is None:
             return []
@@ -150,9 +142,8 @@ class Reopened:
     def base_hashes(self, policy: Policy) -> tuple[str, str] | None:
         """SHA-256 of the base as loaded here, and in the manifest; None and a printed note if they cannot be compared.
 
-        The hash is over the tensors as used: rounded to the run's dtype, then quantised. In another dtype the same file
-        gives other tensors, and nested quantisation computes means, whose last bits depend on the device and the number
-        of threads. A check would need a second copy of the base, loaded as in the run.
+        The hash is over the tensors as used: rounded to the run's dtype, then quantised. Another dtype gives other
+        tensors, and the means of nested quantisation depend on the device and the number of threads in their last bits.
         """
         base, here = self.manifest["base"], dtype_name(self.placement.dtype)
         why = f": {self.moved}" if self.moved else ""
@@ -166,12 +157,7 @@ class Reopened:
         return found, base["sha256"]
 
     def method(self) -> Method:
-        """The run's method.
-
-        Raises:
-            ConfigError: its loss is not registered or cannot be imported.
-            CheckpointError: the source of its loss changed since the run.
-        """
+        """The run's method. Raises ConfigError without its loss, CheckpointError if the loss's source changed."""
         try:
             spec = run_loss(self.config)
         except ValueError as error:
@@ -225,10 +211,7 @@ def with_rows(config: RunConfig, data: GivenRows | None, eval_data: GivenRows | 
 def load_run(run_dir: Path, note: Note = print, *, adapter: Path | None = None) -> LoadedRun:
     """A finished run's base and adapters, for forward passes.
 
-    Args:
-        run_dir: the run folder.
-        note: prints a line for the user.
-        adapter: one of its checkpoints, instead of the final adapter.
+    `note` prints a line for the user; `adapter` is a checkpoint to use instead of the final adapter.
 
     Raises:
         ConfigError: not a run folder, or not finished.
@@ -242,11 +225,7 @@ def load_run(run_dir: Path, note: Note = print, *, adapter: Path | None = None) 
 
 
 def step_examples(config: RunConfig, data: PreparedData, step: int, flag: str = "--step") -> list[Any]:
-    """The examples of optimizer step `step`, counted from 1 as in the log; `flag` names it in errors.
-
-    Raises:
-        ConfigError: the run has no such step.
-    """
+    """The examples of step `step`, counted from 1 as in the log. Raises ConfigError, which names the option `flag`."""
     order = DataOrder.of(config, len(data.train))
     total = order.total_steps(config.train)
     if not 1 <= step <= total:
@@ -281,11 +260,9 @@ def _environment(folder: RunFolder, dtype: str) -> tuple[str, str, int | None] |
         device, precision, threads = was["device"], was["precision"], was.get("threads")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not (isinstance(device, str) and isinstance(precision, str) and isinstance(threads, int | None)):
-        return None
-    if precision in DTYPES and dtype_name(DTYPES[precision]) != dtype:
-        return None
-    return device, precision, threads
+    typed = isinstance(device, str) and isinstance(precision, str) and isinstance(threads, int | None)
+    fits = typed and (precision not in DTYPES or dtype_name(DTYPES[precision]) == dtype)
+    return (device, precision, threads) if fits else None
 
 
 def _without_backward(config: RunConfig) -> RunConfig:

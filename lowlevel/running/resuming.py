@@ -103,12 +103,9 @@ def differences(
 def check_differences(
     found: Sequence[Difference], allowed: Sequence[str], step: int, folder: RunFolder, data: PreparedData
 ) -> None:
-    """Refuse all differences that neither this start nor an earlier one allows, in one error.
+    """Refuse all differences that neither this start (`allowed` keys) nor an earlier one allows, in one error.
 
-    Args:
-        found: differences from the checkpoint after `step` steps.
-        allowed: keys of --allow-change.
-        data: the run's rows now.
+    `found`: differences from the checkpoint after `step` steps. `data`: the run's rows now.
 
     Raises:
         ConfigError: a key in `allowed` that did not change, or a difference that is not or cannot be allowed.
@@ -135,11 +132,7 @@ def check_differences(
 
 
 def read_changes(folder: RunFolder, *, since: int = 0) -> list[Change]:
-    """Changes that were allowed at checkpoints of `since` steps or more, oldest first.
-
-    Raises:
-        CheckpointError: changes.json cannot be read.
-    """
+    """Changes allowed at checkpoints of `since` steps or more, oldest first. Raises CheckpointError."""
     path = folder.path / CHANGES
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -153,10 +146,7 @@ def recorded_changes(folder: RunFolder, step: int, found: Sequence[Difference]) 
     """Record in changes.json that the block writes settings other than those of the checkpoint after `step` steps.
 
     Changes that earlier starts made since that checkpoint are removed after the block: they had no effect, or are in
-    `found`. Until then they are needed to know the checkpoint's settings.
-
-    Raises:
-        CheckpointError: changes.json cannot be read.
+    `found`. Until then they are needed to know the checkpoint's settings. Raises CheckpointError.
     """
     earlier = read_changes(folder)
     new: list[Change] = [{"step": step, "key": d.key, "from": d.then, "to": d.now} for d in found]

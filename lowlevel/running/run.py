@@ -50,7 +50,7 @@ def run_steps(
         details: add the values of each example and token to the results.
 
     Raises:
-        LowlevelError: by its subclass, with the exit code.
+        LowlevelError: a subclass with the exit code.
     """
     start = Start(RunFolder(Path(config.train.output_dir)), console, resume, restart, allow_change)
     folder = start.folder
@@ -92,7 +92,7 @@ def _steps(
     folder, config = start.folder, job.config
     state = start.begin(job, found)
     engine = Engine(job, folder, start.console)
-    announce(start.console, config, job.inputs, job.policy, job.method, job.total_steps, job.order)
+    announce(start.console, config, job.inputs, job.policy, job.order)
     engine.rehearse()
     with TrainingProgress(start.console, config.method, job.total_steps, state.step) as bar:
         with (

@@ -69,11 +69,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
 
     def newest_adapter(self, warn: Callable[[str], None]) -> Path | None:
-        """The final adapter, or the newest checkpoint of an unfinished run; None if there is neither.
-
-        Raises:
-            CheckpointError: no final adapter, and all checkpoints are damaged; `warn` gets a line for each.
-        """
+        """The final adapter, else the newest good checkpoint, else None. Raises CheckpointError if all are damaged."""
         if self.adapter.exists():
             return self.adapter
         found = newest_verified(self.path, warn)
@@ -128,11 +124,7 @@ class RunFolder:
             raise CheckpointError(f"{self.path / 'manifest.json'} cannot be read: it is missing") from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Logged records, oldest first. A last line without a line feed, left by a power cut, is ignored.
-
-        Raises:
-            CheckpointError: another line is not a record.
-        """
+        """Logged records, oldest first, without an incomplete last line. Raises CheckpointError for damaged lines."""
         records = [(number, _record(line)) for number, line in self._metrics_lines()]
         for number, record in records:
             if record is None:
@@ -178,7 +170,7 @@ class RunFolder:
             return None
 
     def write_end(self, state: str, exit_code: int, error: str) -> None:
-        """Write the status of a run that an error ended, with the newest good checkpoint, if the run wrote any file."""
+        """Write the status of a run that an error ended, if the run wrote any file."""
         with suppress(OSError):  # a full disk must not hide the error
             if self.holds_run():
                 found = newest_good(self.path, lambda line: None)
@@ -187,23 +179,19 @@ class RunFolder:
 
     def write_status(self, state: str, step: int, *, exit_code: int | None = None) -> None:
         """Write run-status.json: running or finished, after `step` steps, with the newest checkpoint."""
-        self._write_status(state, step, next(iter(checkpoints(self.path)), None), exit_code, None)
+        self._write_status(state, step, next(iter(checkpoints(self.path)), None), exit_code)
 
     def _write_status(
-        self, state: str, step: int, checkpoint: Path | None, exit_code: int | None, error: str | None
+        self, state: str, step: int, checkpoint: Path | None, code: int | None, error: str | None = None
     ) -> None:
         name = checkpoint.name if checkpoint else None
-        status = {"state": state, "step": step, "checkpoint": name, "exit": exit_code, "error": error}
+        status = {"state": state, "step": step, "checkpoint": name, "exit": code, "error": error}
         write_json(self.path / "run-status.json", status)
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Lock a run folder for this process; the kernel frees the lock when the process ends.
-
-    Raises:
-        ConfigError: another process holds the lock.
-    """
+    """Lock a run folder until the process ends. Raises ConfigError if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "run.lock", "a+", encoding="utf-8") as file:
         try:

@@ -16,7 +16,6 @@ from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.report import not_learned
 from lowlevel.durable import replaced_folder, write_json
-from lowlevel.methods import Method
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.base import base_location
 from lowlevel.model.merging import write_stacked_adapter
@@ -34,11 +33,8 @@ NEARLY_ALL = 0.95  # share of weights in 4 bits below which a note is printed; n
 
 def write_start(folder: RunFolder, config: RunConfig, inputs: Inputs, identity: dict[str, Any], step: int) -> None:
     """Write the files that describe a run: before its first step, and again after --allow-change."""
-    device: dict[str, Any] = {
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "precision": inputs.placement.precision,
-    }
+    precision = inputs.placement.precision
+    device: dict[str, Any] = {"device": "cpu", "threads": torch.get_num_threads(), "precision": precision}
     if inputs.placement.device.type == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         device |= {"device": torch.cuda.get_device_name(), "compute_capability": capability, "cuda": torch.version.cuda}
@@ -48,39 +44,26 @@ def write_start(folder: RunFolder, config: RunConfig, inputs: Inputs, identity: 
     write_row_digests(folder.path, inputs.data)
     write_json(folder.path / "manifest.json", identity)
     if inputs.parent:
-        _copy_adapter(folder, inputs.parent)
+        files = [path for path in sorted(inputs.parent.iterdir()) if path.name.startswith("adapter_")]
+        with replaced_folder(folder.parent) as target:
+            for path in filter(Path.is_file, files):
+                shutil.copyfile(path, target / path.name)
     folder.write_status("running", step)
 
 
-def _copy_adapter(folder: RunFolder, source: Path) -> None:
-    files = [path for path in sorted(source.iterdir()) if path.name.startswith("adapter_") and path.is_file()]
-    with replaced_folder(folder.parent) as target:
-        for path in files:
-            shutil.copyfile(path, target / path.name)
-
-
-def announce(
-    console: Console,
-    config: RunConfig,
-    inputs: Inputs,
-    policy: Policy,
-    method: Method,
-    total_steps: int,
-    order: DataOrder,
-) -> None:
+def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy, order: DataOrder) -> None:
     """Print model, adapter, data and device of the run."""
-    train_config, placement = config.train, inputs.placement
+    train, placement = config.train, inputs.placement
     device = torch.cuda.get_device_name() if placement.device.type == "cuda" else "CPU"
-    batch, accumulation = train_config.per_device_train_batch_size, train_config.gradient_accumulation_steps
-    p = config.lora.lora_dropout
     off = config.method == "dpo" and config.dpo.disable_dropout
     base = f"4-bit {config.model.bnb_4bit_quant_type}" if config.model.load_in_4bit else "unquantised"
-    dropout = "off (dpo.disable_dropout)" if off else f"{p:g}"
+    dropout = "off (dpo.disable_dropout)" if off else f"{config.lora.lora_dropout:g}"
     console.print(
         f"{config.method}: {config.model.name}, {base} base, {placement.precision} on {device}\n"
         f"  attention  {inputs.attention.reason}\n"
         f"  adapter    {policy.flat.weights.numel():,} trainable parameters, dropout {dropout}\n"
-        f"  data       {order.num_rows:,} examples, {total_steps:,} steps of {batch} x {accumulation}",
+        f"  data       {order.num_rows:,} examples, {order.total_steps(train):,} steps of "
+        f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}",
         markup=False,
     )
     if config.model.load_in_4bit:

@@ -70,7 +70,7 @@ def time_run(config: RunConfig, console: Console, *, steps: int, json_file: Path
     with tempfile.TemporaryDirectory() as scratch, deterministic_mode(config.train.deterministic):
         resolved, inputs = check_start(config, Path(scratch))
         run = _build(resolved, inputs)
-        announce(console, resolved, inputs, run.policy, run.method, run.order.total_steps(config.train), run.order)
+        announce(console, resolved, inputs, run.policy, run.order)
         if config.dpo.reference_cache is not None:
             console.print("  dpo.reference_cache is left out: the reference pass is timed")
         timed, taken = _measure(run, choose_execution(resolved, inputs), steps, console)
