@@ -30,11 +30,7 @@ def adapter_updates(folder: Path) -> dict[str, Tensor]:
 
 
 def scaled_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each layer's A (r, in) and scaling * B (out, r) in fp32, by PEFT's key without its end.
-
-    Raises:
-        CheckpointError: the folder is damaged, or one matrix of a pair is missing.
-    """
+    """Each layer's A (r, in) and scaling * B (out, r), fp32, by PEFT's key without its end. Raises CheckpointError."""
     config, weights = read_adapter_config(folder), read_adapter_weights(folder)
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     stems = sorted(key.removesuffix(SUFFIX_A) for key in weights if key.endswith(SUFFIX_A))

@@ -126,11 +126,7 @@ class HostEmbedding(nn.Module):
 
 
 def move_embeddings_to_host(model: Any) -> None:
-    """Move a model's input embedding to host memory, and free its GPU memory.
-
-    Raises:
-        ConfigError: it is also the LM head (tied), or does more than look up a row, as in Gemma 3.
-    """
+    """Move the input embedding to the host. Raises ConfigError if it is tied, or more than a lookup (Gemma 3)."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embedding) is not nn.Embedding:
         raise ConfigError(f"model.embeddings_on_host: {type(embedding).__name__} does more than look up; leave it out")
