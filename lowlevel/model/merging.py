@@ -86,10 +86,8 @@ def merged_model(
 ) -> PreTrainedModel:
     """The base on the CPU with the updates of all PEFT folders `adapters`: added in fp32, rounded once to `dtype`.
 
-    The weights are those of the base's files, or the dequantised ones of a 4-bit model `quantised`.
-
-    Raises:
-        CheckpointError: an adapter changes a layer that the base lacks or has in another shape.
+    The weights are those of the base's files, or the dequantised ones of a 4-bit model `quantised`. Raises
+    CheckpointError if an adapter changes a layer that the base lacks or has in another shape.
     """
     unquantised = config.model_copy(update={"load_in_4bit": False})
     model = load_base(unquantised, Placement(torch.device("cpu"), "fp32"), dtype="auto")

@@ -53,9 +53,8 @@ class HostInputs:
     def keeping(self, number: int) -> Iterator[None]:
         """Put this around the checkpointed forward of layer `number`; its input must stay alive until the end.
 
-        Raises:
-            RuntimeError: a buffer must grow during a CUDA graph capture, when no memory can be pinned; or, in the
-                backward pass, a later forward pass has overwritten the input.
+        Raises RuntimeError if a buffer must grow during a CUDA graph capture, when no memory can be pinned, or if a
+        later forward pass has overwritten an input of the backward pass.
         """
         with saved_tensors_hooks(partial(self._store, number), self._load):
             yield

@@ -13,7 +13,6 @@ from workspace import HELD_OUT, PAIRS, PROMPTS, reply
 
 from benchmarks.merge import held_out_loss
 from lowlevel.model.attention_choice import NAMES, Attention
-from lowlevel.running.assembly import build_method
 from lowlevel.running.merge import measure, probe_rows
 from lowlevel.running.reopening import LoadedRun, load_run
 
@@ -70,7 +69,7 @@ def filled(runs) -> LoadedRun:
     run = load_run(runs.dpo)
     run.policy.causal_lm.set_attn_implementation(NAMES["math"])
     spans = Attention(NAMES["math"], "")
-    return replace(run, policy=replace(run.policy, attention=spans), method=build_method(run.config, spans))
+    return replace(run, policy=replace(run.policy, attention=spans), opened=replace(run.opened, attention=spans))
 
 
 def test_positions_that_only_fill_up_a_shape_are_not_measured(runs, merged, filled):
