@@ -260,10 +260,7 @@ def _fill_grids(rows: Sequence[Sequence[Segment]], width: int, examples: int) ->
 def _scored_tokens(
     targets: np.ndarray, sequence_of: np.ndarray, sequences: int, shape: Shape | None
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Scored positions (N,), the sequence of each (N,), and how many of them belong to one.
-
-    With a shape, dummies follow: positions without a target, whose sequence is `sequences`.
-    """
+    """Scored positions (N,), with a shape followed by dummies; the sequence of each (N,); the number of real ones."""
     marked = targets.ravel() != IGNORED
     scored = np.flatnonzero(marked)
     sequence_ids, num_scored = sequence_of.ravel()[scored], len(scored)

@@ -121,8 +121,8 @@ def _attend_backward(
     keys: Tensor, longest: int, scale: float, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query (M, H, D), key and value (K, H_kv, D)."""
-    unused = torch.zeros(2, dtype=torch.uint64, device=query.device) if kernel == "flash" else None
     if kernel == "flash":
+        unused = torch.zeros(2, dtype=torch.uint64, device=query.device)
         return torch.ops.aten._flash_attention_backward(
             grad.contiguous(), query, key, value, output, logsumexp, queries, keys, longest, longest, 0.0, True, unused,
             torch.empty(0, device=query.device), scale=scale,

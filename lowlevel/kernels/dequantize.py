@@ -64,10 +64,7 @@ class Quantised(NamedTuple):  # made for each product, faster than a dataclass
 
 
 def dequantize(weight: Quantised, dtype: torch.dtype) -> Tensor:
-    """The weight in `dtype`, a new tensor of its shape. No host sync.
-
-    The kernel handles uint8 codes on a CUDA device in blocks of a power of two; its twin handles everything else.
-    """
+    """The weight in `dtype`, a new tensor of its shape; by the kernel if it accepts it. No host sync."""
     return _launch(weight, dtype) if _kernel_takes(weight, dtype) else dequantize_reference(weight, dtype)
 
 

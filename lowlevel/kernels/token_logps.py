@@ -26,14 +26,11 @@ from lowlevel import losses
 from lowlevel.kernels import vocabulary as ops
 
 CHUNK_BYTES = 32 * 2**20  # of logits: they stay in an H100's L2 (50 MB), and the products still fill the GPU
-ROW_STEP = 64  # rows of a cuBLAS tile
+ROW_STEP = 64  # rows of a cuBLAS tile; with fewer, reading the weight dominates the product
 
 
 def chunk_rows(vocabulary: int, itemsize: int) -> int:
-    """Rows per chunk, so that its logits (`itemsize` bytes each) take at most 32 MiB: a multiple of 64.
-
-    At least 64: with fewer rows, reading the weight dominates the product.
-    """
+    """Rows per chunk: the largest multiple of 64 whose logits (`itemsize` bytes each) fit in 32 MiB, at least 64."""
     return max(CHUNK_BYTES // (max(vocabulary, 1) * itemsize) // ROW_STEP, 1) * ROW_STEP
 
 

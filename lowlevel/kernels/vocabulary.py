@@ -15,10 +15,9 @@ of the textbook's two exponentials is exp(0) = 1: one exponential per logit::
 m starts at the lowest finite fp32 number instead of -inf: a lane without logits must not compute inf - inf.
 Backward: no sum, so one program handles one block of a row.
 
-Dtypes. Logits are fp16, bf16 or fp32; all arithmetic is fp32. `dz` is multiplied by the incoming gradient in fp32 and
-only then rounded to the logits' dtype: without this factor most entries are below fp16's smallest number (6e-8), and a
-loss scale could not recover them. A `dz` above 65,504 becomes inf, which the loss scaler detects; finite logits and
-gradients never give NaN.
+Dtypes. Logits are fp16, bf16 or fp32; all arithmetic is fp32. `dz` is rounded to the logits' dtype after its
+multiplication by the incoming gradient, for the reason in `lowlevel.losses.token_logps`; finite logits and gradients
+never give NaN.
 
 A target outside [0, V) is not read: its row gets NaN as log-probability and gradient, so the step reports a loss that
 is not finite. (`lowlevel.losses` ends the process with a device assertion.)
@@ -86,10 +85,7 @@ def grad_logits_reference_(logits: Tensor, targets: Tensor, lse: Tensor, grad_lo
 
 @functools.cache
 def usable(device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
-    """Whether both kernels compile and launch on this device; if not, warns once with the reason.
-
-    This also compiles them, which a CUDA graph needs before it captures them.
-    """
+    """Whether both kernels compile and launch, tried before a CUDA graph needs them; if not, warns once why."""
     logits = torch.zeros(1, vocabulary, dtype=dtype, device=device)
     targets = torch.zeros(1, dtype=torch.int64, device=device)
     try:

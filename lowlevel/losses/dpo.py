@@ -115,11 +115,7 @@ class PreferenceLoss:
 
     @classmethod
     def of(cls, loss_type: str, *, beta: float = 0.1, label_smoothing: float = 0.0, **given: Any) -> PreferenceLoss:
-        """The loss of a name; hyper-parameters that are None, and a label_smoothing of 0, count as not given.
-
-        Raises:
-            ValueError: unknown loss, or a hyper-parameter that it does not use or that is out of range.
-        """
+        """The loss of a name; None, and a label_smoothing of 0, count as not given. Raises ValueError as `dpo_loss`."""
         spec = loss_spec(loss_type)
         chosen = {name: value for name, value in given.items() if value is not None}
         smoothing = {"label_smoothing": label_smoothing}

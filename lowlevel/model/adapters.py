@@ -118,14 +118,8 @@ def check_target_modules(base: nn.Module, targets: Sequence[str]) -> None:
 
 def _new_config(base: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
     check_target_modules(base, lora.target_modules)
-    return PeftLoraConfig(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides
-        lora_dropout=lora.lora_dropout,
-        target_modules=list(lora.target_modules),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    settings = {**lora.model_dump(exclude={"init_from"}), "target_modules": list(lora.target_modules)}
+    return PeftLoraConfig(**settings, bias="none", task_type="CAUSAL_LM")
 
 
 def read_adapter_config(folder: Path) -> PeftLoraConfig:

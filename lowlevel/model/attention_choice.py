@@ -102,7 +102,7 @@ def register() -> None:
 
 @contextmanager
 def plain_attention(base: Any) -> Iterator[None]:
-    """Use sdpa or eager attention within the block: for calls without a PackedBatch."""
+    """Use sdpa or eager attention within the block, for calls without a PackedBatch."""
     before = base.config._attn_implementation
     base.set_attn_implementation("sdpa" if before in NAMES.values() else before)
     try:

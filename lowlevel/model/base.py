@@ -171,10 +171,7 @@ def _check_loading(name: str, info: dict) -> None:
 
 @functools.cache
 def _reads_ragged_rows() -> bool:
-    """Whether bitsandbytes dequantises rows correctly whose length is not a multiple of the block size.
-
-    Version 0.50 on CPUs with AVX-512 gives them the constants of other blocks; with AVX2 it does not.
-    """
+    """Whether bitsandbytes dequantises rows that end inside a block correctly; 0.50 does not on CPUs with AVX-512."""
     values = torch.arange(1.0, 4 * 96 + 1).view(4, 96)
     packed, state = bnb.functional.quantize_4bit(values, quant_type="nf4", blocksize=64)
     expected = dequantize_reference(Quantised.of(packed, state), torch.float32)
@@ -182,7 +179,7 @@ def _reads_ragged_rows() -> bool:
 
 
 def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -> None:
-    """Check shapes (transformers 5.23 does not, for weights that it quantises), and `_reads_ragged_rows`."""
+    """Check shapes, which transformers 5.23 does not do for weights that it quantises, and `_reads_ragged_rows`."""
     for module_name, module in model.named_modules():
         if not isinstance(module, bnb.nn.Linear4bit):
             continue

@@ -49,10 +49,7 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def refuse_pickles(folder: Path, what: str) -> None:
-    """Raise CheckpointError if a folder's weights are pickles, which run code when opened.
-
-    Pickles next to safetensors (`training_args.bin`) are never opened here, and allowed.
-    """
+    """Raise CheckpointError if a folder's weights are pickles, which run code; next to safetensors they may stay."""
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
@@ -63,10 +60,7 @@ def refuse_pickles(folder: Path, what: str) -> None:
 def check_weight_files(folder: Path) -> None:
     """Check a local model's shards: in the folder, complete, finite, and floats unless the model is quantised.
 
-    This runs before quantisation, which can hide a NaN: the largest value of its block may ignore it.
-
-    Raises:
-        CheckpointError: naming up to five files or tensors.
+    Raises CheckpointError before quantisation, which can hide a NaN: the largest value of a block may ignore it.
     """
     quantised = (folder / "config.json").is_file() and "quantization_config" in read_json_object(folder / "config.json")
     for shard in _shards(folder):

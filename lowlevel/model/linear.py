@@ -84,10 +84,9 @@ def install_side_by_side(model: nn.Module) -> None:
 
 
 def product(layer: nn.Linear, x: Tensor, dropped: list[Tensor], down: list[Tensor], up: list[Tensor]) -> Tensor:
-    """x W^T + sum_k (dropped_k down_k^T) up_k^T + bias.
+    """x W^T + sum_k (dropped_k down_k^T) up_k^T + bias, for a frozen layer in 4 bits or in the dtype of x.
 
-    x and dropped_k (..., I), down_k (r, I), up_k (O, r) -> (..., O), all in one dtype. `layer` is frozen, in 4 bits or
-    in the same dtype.
+    x and dropped_k (..., I), down_k (r, I), up_k (O, r) -> (..., O), all in one dtype.
     """
     if isinstance(layer, bnb.nn.Linear4bit):
         weight, sizes = Quantised.of(layer.weight, quantised_state(layer)).pack()

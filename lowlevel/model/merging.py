@@ -30,11 +30,7 @@ def adapter_updates(folder: Path) -> dict[str, Tensor]:
 
 
 def scaled_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each layer's A (r, in) and scaling * B (out, r) in fp32, by PEFT's key without its end.
-
-    Raises:
-        CheckpointError: the folder is damaged, or one matrix of a pair is missing.
-    """
+    """Each layer's A (r, in) and scaling * B (out, r), fp32, by PEFT's key without its end. Raises CheckpointError."""
     config, weights = read_adapter_config(folder), read_adapter_weights(folder)
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     stems = sorted(key.removesuffix(SUFFIX_A) for key in weights if key.endswith(SUFFIX_A))
@@ -90,10 +86,8 @@ def merged_model(
 ) -> PreTrainedModel:
     """The base on the CPU with the updates of all PEFT folders `adapters`: added in fp32, rounded once to `dtype`.
 
-    The weights are those of the base's files, or the dequantised ones of a 4-bit model `quantised`.
-
-    Raises:
-        CheckpointError: an adapter changes a layer that the base lacks or has in another shape.
+    The weights are those of the base's files, or the dequantised ones of a 4-bit model `quantised`. Raises
+    CheckpointError if an adapter changes a layer that the base lacks or has in another shape.
     """
     unquantised = config.model_copy(update={"load_in_4bit": False})
     model = load_base(unquantised, Placement(torch.device("cpu"), "fp32"), dtype="auto")

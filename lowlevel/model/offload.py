@@ -53,9 +53,8 @@ class HostInputs:
     def keeping(self, number: int) -> Iterator[None]:
         """Put this around the checkpointed forward of layer `number`; its input must stay alive until the end.
 
-        Raises:
-            RuntimeError: a buffer must grow during a CUDA graph capture, when no memory can be pinned; or, in the
-                backward pass, a later forward pass has overwritten the input.
+        Raises RuntimeError if a buffer must grow during a CUDA graph capture, when no memory can be pinned, or if a
+        later forward pass has overwritten an input of the backward pass.
         """
         with saved_tensors_hooks(partial(self._store, number), self._load):
             yield
@@ -126,11 +125,7 @@ class HostEmbedding(nn.Module):
 
 
 def move_embeddings_to_host(model: Any) -> None:
-    """Move a model's input embedding to host memory, and free its GPU memory.
-
-    Raises:
-        ConfigError: it is also the LM head (tied), or does more than look up a row, as in Gemma 3.
-    """
+    """Move the input embedding to the host. Raises ConfigError if it is tied, or more than a lookup (Gemma 3)."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embedding) is not nn.Embedding:
         raise ConfigError(f"model.embeddings_on_host: {type(embedding).__name__} does more than look up; leave it out")

@@ -42,10 +42,8 @@ class Placement:
 def choose_placement(precision: str) -> Placement:
     """Choose the device, and check that it supports the precision.
 
-    Call it before the process's first product on the GPU: from compute capability 9.0 on, torch's default cuBLAS
-    workspaces are large, and this sets small ones in the environment (96 MiB less on an H100,
-    benchmarks/results/workspaces_h100.csv). On older GPUs the variable only costs time: torch 2.11 parses it in every
-    product.
+    Call it before the process's first product on the GPU: from compute capability 9.0 on, where torch's default cuBLAS
+    workspaces are large, it sets small ones in the environment. On older GPUs the variable only costs time.
 
     Raises:
         ConfigError: bf16 on a GPU below compute capability 8.0; fp16 without a GPU.

@@ -158,11 +158,7 @@ def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, d
 
 
 def flatten(parameters: Mapping[str, nn.Parameter]) -> FlatParameters:
-    """Move parameters into one buffer and make them views of it.
-
-    Raises:
-        ValueError: no parameters, or one that is not fp32 (fp16 cannot be unscaled or updated exactly).
-    """
+    """Move parameters into one buffer and make them views of it. Raises ValueError: none, or one that is not fp32."""
     if not parameters:
         raise ValueError("no trainable parameters")
     wrong = [name for name, parameter in parameters.items() if parameter.dtype != torch.float32]

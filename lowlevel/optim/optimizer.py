@@ -18,10 +18,7 @@ EPSILON = 1e-8
 
 
 def build_optimizer(weights: nn.Parameter, config: TrainConfig) -> torch.optim.Optimizer:
-    """One optimizer over one flat parameter.
-
-    The state of a paged optimizer is in CUDA managed memory, which `torch.cuda.max_memory_allocated` does not count.
-    """
+    """One optimizer over one flat parameter; torch's memory statistics do not count paged (managed) state."""
     settings: dict[str, Any] = {"betas": BETAS, "eps": EPSILON, "weight_decay": config.weight_decay}
     settings["lr"] = config.learning_rate
     if config.optim == "adamw":
@@ -31,20 +28,14 @@ def build_optimizer(weights: nn.Parameter, config: TrainConfig) -> torch.optim.O
     kinds = {"paged_adamw_32bit": bnb.optim.PagedAdamW32bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Pp]aged.*")  # a CPU has no device memory to page from
-        optimizer = kinds[config.optim]([weights], **settings)
-        _allocate_state(optimizer, weights)
+        optimizer: Any = kinds[config.optim]([weights], **settings)
+        # Allocate the state now, so that checkpoints are copied into it and paged memory stays paged. `load_state_dict`
+        # of bitsandbytes 0.50 would replace it with ordinary device tensors.
+        optimizer.check_overrides()
+        optimizer.to_gpu()
+        optimizer.initialized = True
+        optimizer.init_state(optimizer.param_groups[0], weights, 0, 0)
     return optimizer
-
-
-def _allocate_state(optimizer: Any, weights: nn.Parameter) -> None:
-    """Allocate bitsandbytes' state now, so that checkpoints are copied into it and paged memory stays paged.
-
-    `load_state_dict` of bitsandbytes 0.50 would replace it with ordinary device tensors.
-    """
-    optimizer.check_overrides()
-    optimizer.to_gpu()
-    optimizer.initialized = True
-    optimizer.init_state(optimizer.param_groups[0], weights, 0, 0)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -54,10 +45,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """The rate of optimizer step `step` (counted from 0): linear warm-up, then constant, linear or half a cosine to 0.
-
-    Equal to transformers' schedules: with w warm-up steps, step 0 has rate 0 and step w the peak.
-    """
+    """The rate of step `step` (from 0) as in transformers: linear warm-up from 0, then constant, linear or cosine."""
     warmup = config.warmup_steps or math.ceil(total_steps * config.warmup_ratio)
     if step < warmup:
         return config.learning_rate * step / warmup
