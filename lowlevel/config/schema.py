@@ -56,11 +56,11 @@ class ModelConfig(Section):
     attn_implementation: Literal["auto", "flash", "efficient", "sdpa", "eager"] = Field(
         "auto", description="attention kernel; auto: flash or efficient without a mask on a GPU, sdpa with one on a CPU"
     )
-    embeddings_on_host: bool = Field(False, description="input embedding in pinned host memory, same numbers")
+    embeddings_on_host: bool = Field(False, description="input embedding in host memory: less GPU memory, same numbers")
     adapter: str | None = Field(None, description="dpo: run folder or PEFT folder to start from")
     adapter_mode: Literal["stack", "original", "none"] = Field(
         "stack",
-        description="stack: freeze it under a new one; original: merge it into 16-bit weights; none: no adapter",
+        description="stack: freeze adapter under a new one; original: merge into 16-bit weights; none: no adapter",
     )
 
 
@@ -68,7 +68,7 @@ class LoraConfig(Section):
     """Low-rank adapters (arXiv 2106.09685): the update of a layer is lora_alpha / r * B A."""
 
     r: Annotated[int, Field(gt=0, le=MAX_RANK)] = Field(64, description="rank")
-    lora_alpha: Annotated[Finite, Field(gt=0, le=MAX_ALPHA)] = Field(32, description="update scale: lora_alpha / r")
+    lora_alpha: Annotated[Finite, Field(gt=0, le=MAX_ALPHA)] = Field(32, description="update scale is lora_alpha / r")
     lora_dropout: Annotated[Finite, Field(ge=0, lt=1)] = Field(0.1, description="dropout of the adapter's input")
     target_modules: Names = Field(ALL_PROJECTIONS, min_length=1, description="linear layers with an adapter")
     init_from: str | None = Field(None, description="run folder or PEFT adapter to continue training")
@@ -90,7 +90,7 @@ class DataConfig(Section):
     shuffle_seed: Seed | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
     limit: Positive | None = Field(None, description="rows to keep after shuffling and filtering")
     format: Literal["messages", "orca", "preference"] = Field(
-        "messages", description="columns: lowlevel/data/README.md"
+        "messages", description="columns of a row: lowlevel/data/README.md; orca: system, input, chosen, rejected"
     )
     columns: Names = Field((), description="numeric columns of a row that a custom loss receives")
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions on a row: column, op, value")
@@ -101,7 +101,7 @@ class DataConfig(Section):
     max_prompt_length: Positive | None = Field(None, description="dpo: most tokens of a prompt; the start is cut off")
     packing: bool = Field(True, description="put several examples into one row; the loss stays the same")
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an unusable row, or skip it")
-    eval_source: Source | None = Field(None, description='as source, or "holdout": rows of source not trained on')
+    eval_source: Source | None = Field(None, description='evaluation rows; "holdout": rows of source not trained on')
     eval_split: str = Field("test", description="split of a hub data set for evaluation")
     eval_limit: Positive | None = Field(None, description="rows to evaluate on")
 
@@ -111,9 +111,9 @@ class TrainConfig(Section):
 
     output_dir: str = Field("out/run", description="run folder")
     per_device_train_batch_size: Batch = Field(
-        2, description="examples or pairs per micro-batch; packed: its full rows"
+        2, description="examples (sft) or pairs (dpo) per micro-batch; with packing, its size in full rows"
     )
-    gradient_accumulation_steps: Batch = Field(4, description="examples per step / per_device_train_batch_size")
+    gradient_accumulation_steps: Batch = Field(4, description="times per_device_train_batch_size = examples per step")
     learning_rate: Annotated[Finite, Field(gt=0)] = Field(2e-4, description="peak learning rate")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="schedule after warm-up")
     warmup_ratio: Annotated[Finite, Field(ge=0, le=1)] = Field(0.0, description="share of the steps that warm up")
@@ -129,7 +129,7 @@ class TrainConfig(Section):
         "auto", description="run layers as they are, compiled, or in a CUDA graph; auto: the fastest on this machine"
     )
     recomputed_layers: Natural | None = Field(None, description="layers to recompute, from the first; default: all")
-    offload_activations: bool = Field(False, description="inputs of recomputed layers in host memory, same numbers")
+    offload_activations: bool = Field(False, description="inputs of recomputed layers in host memory: less GPU memory")
     micro_batch_positions: Positive | None = Field(
         None, description="packed positions per micro-batch on a GPU; default: per_device_train_batch_size rows"
     )
@@ -176,7 +176,7 @@ class TraceConfig(Section):
     every: Positive | None = Field(None, description="trace steps N, 2N, 3N, ...; default: none")
     steps: tuple[Positive, ...] = Field((), strict=False, description="trace these steps, counted from 1 as in the log")
     level: Literal["pair", "token"] = Field("pair", description="token: also ids and log-probabilities of each token")
-    gradients: bool = Field(False, description="also norms, zeros and terms of the gradient (dpo: one more backward)")
+    gradients: bool = Field(False, description="also gradient norms, zeros and terms; one more dpo backward pass")
 
 
 class RunConfig(Section):

@@ -128,4 +128,4 @@ def test_a_users_script_passes_mypy(tmp_path):
     )
     notes, errors = ([line for line in done.stdout.splitlines() if f" {kind}:" in line] for kind in ("note", "error"))
     assert len(errors) == 1 and 'expression has type "str"' in errors[0], done.stdout + done.stderr
-    assert "verification.report.Report" in notes[0] and "replaying.replay.Replay" in notes[1]
+    assert "verification.report.Report" in notes[0] and "replaying.report.Replay" in notes[1]
