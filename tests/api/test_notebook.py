@@ -19,7 +19,7 @@ def text_of(cell) -> str:
 def key_outputs(cells) -> None:
     text = "".join(text_of(cell) for cell in cells if cell["cell_type"] == "code")
     assert "50 of 50 checks hold" in text and "FAIL" not in text
-    assert text.count("identical\n") == 2  # a step of ll.steps and the run's; the replayed step
+    assert text.count("identical\n") == 3  # the steps of ll.steps and of the run; replayed: its log, all of it
     assert "sum of contributions" in text and "full sentences" in text and "preempted" in text
 
 
