@@ -43,6 +43,7 @@ def run(options: Options, overrides: Overrides) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         opened = reopen(path, note) if path.is_dir() else open_file(path, overrides, Path(scratch), note)
         report = verify_run(opened, step=options.step, exact_parameters=options.exact_parameters)
+    note(report.heading)
     print_checks(report.checks, console)
     target = options.json or (path / "verify.json" if path.is_dir() else None)
     if target:

@@ -54,7 +54,7 @@ class Replay:
 
     def __str__(self) -> str:
         out = io.StringIO()
-        print_replay(self, Console(file=out, width=120))
+        print_replay(self, Console(file=out, width=120, force_terminal=False, force_jupyter=False))
         return out.getvalue()
 
 

@@ -38,7 +38,8 @@ class PipedConsole(Console):
 def make_console() -> Console:
     """A console on standard output; outside a terminal it does not wrap lines at 80 columns."""
     terminal = sys.stdout.isatty()
-    return PipedConsole(highlight=False, soft_wrap=not terminal, width=None if terminal else 140)
+    plain = {"width": None if terminal else 140, "force_terminal": terminal, "force_jupyter": False}  # notebooks: text
+    return PipedConsole(highlight=False, soft_wrap=not terminal, **plain)
 
 
 def quiet_libraries() -> None:
@@ -46,6 +47,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, in a notebook without ipywidgets
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_loading_bar
 

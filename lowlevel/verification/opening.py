@@ -95,7 +95,6 @@ def verify_run(opened: Reopened | Opened, *, step: int = 1, exact_parameters: in
             precision=placement.precision,
             execution=subject.mode,
         )
-        opened.note(report.heading)
         return replace(report, checks=run_checks(subject))
 
 

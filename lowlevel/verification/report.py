@@ -100,7 +100,7 @@ class Report:
 
     def __str__(self) -> str:
         out = io.StringIO()
-        print_checks(self.checks, Console(file=out, width=120))
+        print_checks(self.checks, Console(file=out, width=120, force_terminal=False, force_jupyter=False))
         return f"{self.heading}\n{out.getvalue()}"
 
 
