@@ -86,18 +86,24 @@ class Evidence:
 def gather(subject: Subject) -> Evidence:
     """Run every example of the step alone."""
     sequences = [sequences_of(example, subject.preference) for example in subject.examples]
-    sums, policy, reference = [], [], []
+    sums = [subject.sums(batch) for example in subject.examples for batch in subject.batches(examples=[example])]
+    policy, reference = head_scores_of(subject)
+    size = base_parameters(subject.policy)
+    model = exact_model(subject.policy, subject.config.model) if size <= subject.exact_parameters else None
+    values = subject.values(subject.examples)
+    return Evidence(sequences, sums, policy, reference, values, model, _within(size, sequences))
+
+
+def head_scores_of(subject: Subject) -> tuple[list[HeadScores], list[HeadScores] | None]:
+    """Scores of every example alone, under policy and reference; no reference for sft."""
+    policy, reference = [], []
     for example in subject.examples:
         (batch,) = subject.batches(examples=[example])
-        sums.append(subject.sums(batch))
         policy.append(head_scores(subject.policy, batch))
         if subject.preference:
             with subject.policy.reference():
                 reference.append(head_scores(subject.policy, batch))
-    size = base_parameters(subject.policy)
-    model = exact_model(subject.policy, subject.config.model) if size <= subject.exact_parameters else None
-    values = subject.values(subject.examples)
-    return Evidence(sequences, sums, policy, reference or None, values, model, _within(size, sequences))
+    return policy, reference or None
 
 
 def _within(size: int, sequences: list[list[Scored]]) -> int:

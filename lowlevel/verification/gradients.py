@@ -10,17 +10,16 @@ from torch import Tensor
 from lowlevel import kernels
 from lowlevel.losses import token_logps_reference
 from lowlevel.verification.check import Check, check, head_bound, largest, relative
-from lowlevel.verification.evidence import Evidence, by_side, flat64
+from lowlevel.verification.evidence import Evidence, by_side, flat64, head_scores_of
 from lowlevel.verification.formulas import exact_losses, gradients, logps_of, slopes, tokens_of, with_tokens
-from lowlevel.verification.subject import Subject
-from lowlevel.verification.truth import HeadScores, head_scores
+from lowlevel.verification.subject import Subject, kept_weights
 
 GROUP = "gradients"
 DIRECTIONS = 3
 STEP = 1e-4  # of the adapter's norm: central differences in float64 err by about 1e-8 of the derivative
-COARSE_STEP = 2e-2  # for values in the run's own precision: the difference must exceed their rounding
-MOST_TOKENS = 1000  # of one step, each moved up and down
+COARSE_STEP = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-2}  # the difference must exceed the rounding of the values
 COARSE_BOUND = {"fp32": 1e-2, "fp16": 1e-1, "bf16": 5e-1}
+MOST_TOKENS = 1000  # of one step, each moved up and down
 
 
 def gradient_checks(subject: Subject, evidence: Evidence) -> list[Check]:
@@ -64,7 +63,7 @@ def _difference_check(subject: Subject, evidence: Evidence, found: Tensor, size:
     logps = evidence.logps
     tokens, reference = tokens_of(logps)
     double = exact_losses(logps, subject.config).dtype == torch.float64
-    h, bound = (1e-5, subject.bounds.closed) if double else (COARSE_STEP, COARSE_BOUND["fp32"])
+    h, bound = (1e-5, subject.bounds.closed) if double else (2e-2, COARSE_BOUND["fp32"])
     places = torch.linspace(0, len(tokens) - 1, min(len(tokens), MOST_TOKENS)).long()
     errors = []
     for place in places.tolist():
@@ -129,7 +128,9 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
         return [*checks, _left_out()]
     errors = []
     for seed in range(DIRECTIONS):
-        direction = _direction(subject, seed)
+        generator = torch.Generator().manual_seed(1000 + seed)
+        direction = torch.randn(len(weights), generator=generator, dtype=torch.float64)
+        direction /= torch.linalg.vector_norm(direction)
         h = STEP * float(torch.linalg.vector_norm(weights))
         with torch.no_grad():
             slope = float(mean_loss(weights + h * direction) - mean_loss(weights - h * direction)) / (2 * h)
@@ -138,43 +139,30 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     return [*checks, check(GROUP, "step, central differences", max(errors), subject.bounds.gradient, note)]
 
 
-def _direction(subject: Subject, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 + seed)
-    direction = torch.randn(subject.policy.flat.weights.numel(), generator=generator, dtype=torch.float64)
-    return direction / torch.linalg.vector_norm(direction)
-
-
 def _coarse_check(subject: Subject, evidence: Evidence) -> Check:
-    """Central differences along the gradient itself, the losses summed in float64 from the run's hidden states."""
+    """Central differences along the gradient itself, the losses summed in float64 from the run's hidden states.
+
+    Extrapolated from steps h and h/2 (Richardson): a loss can curve strongly within such a coarse step.
+    """
+    precision = subject.policy.placement.precision
     if subject.spec.detaches:
         return _left_out()
-    policy = subject.policy
+    flat = subject.policy.flat.weights
     _, gradient = subject.run_step()
     norm = torch.linalg.vector_norm(gradient)
-    weights = policy.flat.weights.detach().clone()
-    h = COARSE_STEP * float(torch.linalg.vector_norm(weights))
-    losses = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            policy.flat.weights.copy_(weights + sign * h * gradient / norm)
-        losses.append(_step_loss(subject))
-    with torch.no_grad():
-        policy.flat.weights.copy_(weights)
-    slope = (losses[0] - losses[1]) / (2 * h)
+
+    def loss_at(distance: float) -> float:
+        with kept_weights(subject.policy):
+            with torch.no_grad():
+                flat.add_(gradient, alpha=distance / float(norm))
+            policy, reference = head_scores_of(subject)
+        values = subject.values(subject.examples)
+        logps = logps_of(by_side(policy), reference and by_side(reference), values)
+        return float(exact_losses(logps, subject.config).mean())
+
+    h = COARSE_STEP[precision] * float(torch.linalg.vector_norm(flat.detach()))
+    whole, half = ((loss_at(step) - loss_at(-step)) / (2 * step) for step in (h, h / 2))
+    slope = (4 * half - whole) / 3
     note = "along the gradient; the base is too large for float64 (--exact-parameters)"
     error = abs(slope - float(norm)) / float(norm)
-    return check(GROUP, "step, central differences", error, COARSE_BOUND[policy.placement.precision], note)
-
-
-def _step_loss(subject: Subject) -> float:
-    scores: list[HeadScores] = []
-    references: list[HeadScores] = []
-    for example in subject.examples:
-        (batch,) = subject.batches(examples=[example])
-        scores.append(head_scores(subject.policy, batch))
-        if subject.preference:
-            with subject.policy.reference():
-                references.append(head_scores(subject.policy, batch))
-    reference = by_side(references) if references else None
-    logps = logps_of(by_side(scores), reference, subject.values(subject.examples))
-    return float(exact_losses(logps, subject.config).mean())
+    return check(GROUP, "step, central differences", error, COARSE_BOUND[precision], note)

@@ -49,6 +49,10 @@ def weighted_by_itself(pairs: PairLogps, *, beta: float):
     return -torch.sigmoid(x).detach() * logsigmoid(x)
 
 
+def steep(pairs: PairLogps, *, beta: float):
+    return torch.exp(10 * beta * pairs.deltas)
+
+
 def centred(pairs: PairLogps, *, beta: float):
     x = beta * pairs.deltas
     return -logsigmoid(x - x.mean())
@@ -126,6 +130,12 @@ def test_a_gradient_that_is_not_of_the_value_is_found(own, function):
     found = failures(own(function))
     assert found.keys() == {"gradients: loss, central differences", "gradients: step, central differences"}
     assert "detaches=True" in found["gradients: loss, central differences"]
+
+
+@pytest.mark.parametrize(("function", "found"), [(steep, set()), (weighted_by_itself, {"loss", "step"})])
+def test_a_base_too_large_for_float64(own, function, found):
+    names = {f"gradients: {what}, central differences" for what in found}
+    assert failures(replace(own(function), exact_parameters=0)).keys() == names
 
 
 def test_a_loss_that_mixes_pairs_without_saying_so_is_found(own):
