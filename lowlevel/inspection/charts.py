@@ -1,4 +1,4 @@
-"""Geometry of the page's charts, in percent of their box: a step chart of cumulative sums, and histograms."""
+"""Geometry of charts on pages, in percent of their box: a step chart of cumulative sums, and histograms."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ from lowlevel.inspection.figures import plain, signed, typographic
 BINS = 14  # approximate number of bins of a histogram of margins
 NEAR = 0.16  # share of an axis: about a label's width on a phone
 TOO_NEAR = 0.08  # and on a wide page
+OVERLAP = 12  # percent: labels of sums that are closer overlap
 LOSS_EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, math.inf)  # nats a token
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A label on an axis, `at` percent from its start.
-
-    Attributes:
-        last: the label of the last sum.
-        near: so close to the label of zero that a narrow page shows only one of them.
-    """
+    """A label on an axis, `at` percent from its start (top or left)."""
 
     at: float
     label: str
-    last: bool = False
-    near: bool = False
+    last: bool = False  # the label of the last sum
+    near: bool = False  # so close to the label of zero that a narrow page shows only one of them
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,10 @@ def stair(sums: Sequence[float]) -> Stair:
     heights = [y(value) for value in sums]
     middles = [round(100 * (i + 0.5) / len(sums), 3) for i in range(len(sums))]
     steps = list(zip(middles, [y(0.0), *heights], heights, strict=False))
+    ticks: list[Tick] = []
+    for value in (end, 0.0, high, low):
+        if all(abs(y(value) - other.at) > OVERLAP for other in ticks):
+            ticks.append(Tick(y(value), typographic(f"{value:+.3g}") if value else "0", value == end))
     line = f"M0 {y(0.0)}" + "".join(f"H{x}V{after}" for x, _, after in steps) + "H100"
     return Stair(
         line=line,
@@ -64,21 +64,8 @@ def stair(sums: Sequence[float]) -> Stair:
         zero=y(0.0),
         heights=tuple(heights),
         end=y(end),
-        ticks=_apart([Tick(y(value), _level(value), value == end) for value in (end, 0.0, high, low)]),
+        ticks=tuple(ticks),
     )
-
-
-def _level(value: float) -> str:
-    return typographic(f"{value:+.3g}") if value else "0"
-
-
-def _apart(ticks: Sequence[Tick]) -> tuple[Tick, ...]:
-    """Without those that overlap an earlier one."""
-    kept: list[Tick] = []
-    for tick in ticks:
-        if all(abs(tick.at - other.at) > 12 for other in kept):
-            kept.append(tick)
-    return tuple(kept)
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,8 @@ class Histogram:
 def histogram(values: Sequence[float]) -> Histogram:
     """The histogram of values, with round bin edges."""
     low, high = min([0.0, *values]), max([0.0, *values])
-    width = _round_width((high - low) / BINS) if high > low else 1.0
+    width = round_width((high - low) / BINS) if high > low else 1.0
+    digits = max(0, 1 - math.floor(math.log10(width)))
     first, last = math.floor(low / width), max(math.floor(high / width), math.floor(low / width))
     columns: dict[int, list[int]] = {column: [] for column in range(min(first, -1), max(last, 0) + 1)}
     for item in sorted(range(len(values)), key=lambda i: values[i]):
@@ -109,7 +97,11 @@ def histogram(values: Sequence[float]) -> Histogram:
     edges = [column * width for column in [*columns, max(columns) + 1]]
     zero = edges.index(0.0)
     ticks = [
-        Tick(100 * i / len(columns), _edge(edges[i], width), near=0 < abs(i - zero) < NEAR * len(columns))
+        Tick(
+            100 * i / len(columns),
+            typographic(signed(edges[i], digits)) if edges[i] else "0",
+            near=0 < abs(i - zero) < NEAR * len(columns),
+        )
         for i in sorted({0, zero, len(edges) - 1})
         if i == zero or abs(i - zero) >= TOO_NEAR * len(columns)
     ]
@@ -120,15 +112,10 @@ def histogram(values: Sequence[float]) -> Histogram:
     )
 
 
-def _edge(value: float, width: float) -> str:
-    digits = max(0, 1 - math.floor(math.log10(width)))
-    return typographic(signed(value, digits)) if value else "0"
-
-
-def _round_width(width: float) -> float:
-    """The smallest of 1, 2, 5 times a power of ten that is at least `width`."""
+def round_width(width: float, factors: Sequence[float] = (1, 2, 5, 10)) -> float:
+    """The smallest of `factors` times a power of ten that is at least `width`."""
     power: float = 10.0 ** math.floor(math.log10(width))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width * (1 - 1e-9))
+    return next(factor * power for factor in factors if factor * power >= width * (1 - 1e-9))
 
 
 @dataclass(frozen=True)

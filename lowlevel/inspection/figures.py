@@ -7,20 +7,17 @@ import math
 NONE = "–"
 
 
+def plain(value: float, digits: int = 4, sign: str = "-") -> str:
+    """A number; `sign="+"` also marks positive values. A value that rounds to zero has no sign."""
+    if math.isnan(value):
+        return NONE
+    text = f"{value:{sign}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text
+
+
 def signed(value: float, digits: int = 4) -> str:
-    """A summand: with its sign, except for a value that rounds to zero."""
-    if math.isnan(value):
-        return NONE
-    text = f"{value:+.{digits}f}"
-    return text[1:] if float(text) == 0 else text
-
-
-def plain(value: float, digits: int = 4) -> str:
-    """A number with a sign only if it is negative."""
-    if math.isnan(value):
-        return NONE
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0 else text
+    """A summand, with its sign."""
+    return plain(value, digits, "+")
 
 
 def percent(share: float) -> str:

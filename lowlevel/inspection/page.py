@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,11 @@ from lowlevel.errors import ConfigError
 from lowlevel.inspection.charts import histogram, loss_bands
 from lowlevel.inspection.figures import percent, plain, signed, typographic
 from lowlevel.inspection.inspection import Inspection
-from lowlevel.inspection.pieces import VISIBLE
+from lowlevel.inspection.pieces import VISIBLE, breaks_line
 from lowlevel.inspection.reading import formula, loss_of, source, sum_name, weight_name
-from lowlevel.inspection.view import Article, Scales, pair_article, scales, sequence_article
+from lowlevel.inspection.view import pair_article, scales, sequence_article
 
-
-@dataclass(frozen=True)
-class Mode:
-    """A way to colour the tokens: its name, its meaning, and the values at the ends of its scale."""
-
-    key: str
-    label: str
-    meaning: str
-    low: str
-    high: str
+Mode = tuple[str, str, str, str, str]  # a way to colour the tokens: key, label, meaning, and both ends of its scale
 
 
 def write_page(inspection: Inspection, path: Path) -> None:
@@ -49,19 +39,34 @@ def write_page(inspection: Inspection, path: Path) -> None:
 
 
 def render_page(inspection: Inspection) -> str:
-    """The page as HTML. Every text is escaped, and the page's policy forbids all scripts but its own."""
-    folder = files("lowlevel.inspection")
-    template, style, script = ((folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"inked": inked, "signed": _signed, "number": _number}
-    view = _pairs_view(inspection) if inspection.pairs else _sequences_view(inspection)
-    return environment.from_string(template).render(
+    """The page as HTML; its policy forbids all scripts but its own."""
+    script = read_part("inspection/page.js")
+    return render_template(
+        "inspection/page.html",
+        ["inspection/page.css"],
         inspection=inspection,
-        style=Markup(style),  # noqa: S704 - a file of this package
-        script=Markup(script),  # noqa: S704
+        script=script,
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        **view,
+        **(_pairs_view(inspection) if inspection.pairs else _sequences_view(inspection)),
     )
+
+
+def render_template(name: str, styles: Sequence[str], **values: Any) -> str:
+    """A page of this package as HTML. Every text is escaped; numbers have minus signs instead of hyphens."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "inked": inked,
+        "breaks_line": breaks_line,
+        "typographic": typographic,
+        "plain": lambda value, digits=4: typographic(plain(value, digits)),
+        "signed": lambda value, digits=4: typographic(signed(value, digits)),
+    }
+    return environment.from_string(read_part(name)).render(style=Markup().join(map(read_part, styles)), **values)
+
+
+def read_part(name: str) -> Markup:
+    """A template, style or script, by its path in the package; its text is not escaped."""
+    return Markup((files("lowlevel") / name).read_text(encoding="utf-8"))  # noqa: S704 - a file of this package
 
 
 def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
@@ -70,8 +75,8 @@ def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
     scale = scales([side.tokens for side in sides], [side.contributions for side in sides])
     sums = sum_name(spec.name)
     adds = f"β · log-ratio{'' if sums == 'margin' else ' / n'} of each token, negated for the rejected"
-    end = typographic(f"{scale.contribution:.2g}")
-    contribution = Mode("contribution", f"adds to the {sums}", adds, f"≤ −{end}", f"≥ +{end}")
+    end = typographic(f"{scale['contribution']:.2g}")
+    contribution = ("contribution", f"adds to the {sums}", adds, f"≤ −{end}", f"≥ +{end}")
     margins = [float(record.margin) for record in pairs]
     return {
         "modes": [contribution, *_modes(scale)],
@@ -93,29 +98,26 @@ def _sequences_view(inspection: Inspection) -> Mapping[str, Any]:
     records, (spec, _) = inspection.sequences, loss_of(inspection.method)
     scale = scales([record.tokens for record in records], [])
     total = inspection.loss * inspection.count
-    articles: list[Article] = [sequence_article(r, inspection.pieces, scale, total) for r in records]
-    losses = [float(loss) for record in records for loss in record.token_losses]
     largest = max(abs(float(record.loss)) for record in records) or 1.0
     return {
         "modes": _modes(scale),
-        "articles": articles,
+        "articles": [sequence_article(r, inspection.pieces, scale, total) for r in records],
         "histogram": None,
         "batch": [
             {"row": r.row, "tokens": len(r.tokens), "loss": plain(float(r.loss)), "width": abs(float(r.loss)) / largest,
              "mean": plain(float(r.loss) / max(1, len(r.tokens))), "share": percent(float(r.loss) / (total or 1.0))}
             for r in records
         ],
-        "bands": loss_bands(losses),
+        "bands": loss_bands([loss for record in records for loss in record.token_losses.tolist()]),
         "formula": formula(spec) if spec.own else f"Σ {formula(spec)}",
         "paper": source(spec),
     }  # fmt: skip
 
 
-def _modes(scale: Scales) -> list[Mode]:
-    loss, entropy = f"{scale.loss:.2g}", f"{scale.entropy:.2g}"
+def _modes(scale: Mapping[str, float]) -> list[Mode]:
     return [
-        Mode("loss", "surprise", "−log-probability of the token, in nats", "0", f"≥ {loss}"),
-        Mode("entropy", "entropy", "entropy of the prediction, in nats", "0", f"≥ {entropy}"),
+        ("loss", "surprise", "−log-probability of the token, in nats", "0", f"≥ {scale['loss']:.2g}"),
+        ("entropy", "entropy", "entropy of the prediction, in nats", "0", f"≥ {scale['entropy']:.2g}"),
     ]
 
 
@@ -125,11 +127,3 @@ def inked(text: str) -> Markup:
     for sign in VISIBLE.values():
         marked = marked.replace(sign, Markup("<i>{}</i>").format(sign))
     return marked
-
-
-def _signed(value: float) -> str:
-    return typographic(signed(value))
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else typographic(plain(value, 5))

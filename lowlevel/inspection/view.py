@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from lowlevel.inspection.lines import (
     loss_path,
     sequence_lines,
 )
-from lowlevel.inspection.pieces import TokenPieces, breaks_line
+from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord, TokenRecord
 from lowlevel.methods import Method
@@ -27,27 +27,14 @@ CLIPPED = 0.98  # quantile at which a colour scale ends, so that one outlier doe
 
 
 @dataclass(frozen=True)
-class Scales:
-    """The value with the full colour, for each way to colour; the same for the whole page."""
-
-    contribution: float
-    loss: float
-    entropy: float
-
-
-@dataclass(frozen=True)
 class TokenView:
-    """One token of a heat map. The three strengths lie in [0, 1]; `height` is the chart's y after the token."""
+    """One token of a heat map."""
 
     text: str
-    breaks: bool
-    scored: bool
     tip: str = ""  # lines of "label, tab, value"
     sign: str = ""  # "up" or "down": effect of its contribution on the margin
-    contribution: float = 0.0
-    loss: float = 0.0
-    entropy: float = 0.0
-    height: float = 0.0
+    strengths: str = ""  # CSS: strength of each colour in [0, 1]; empty if the token is not scored
+    height: float = 0.0  # the chart's y after the token
 
 
 @dataclass(frozen=True)
@@ -56,9 +43,9 @@ class HeatMap:
 
     name: str
     summary: str
-    tokens: tuple[TokenView, ...]
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    tokens: Sequence[TokenView]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -67,26 +54,27 @@ class Article:
 
     row: int
     where: str
-    facts: tuple[tuple[str, str], ...]
-    prompt: str
-    steps: tuple[PathStep, ...]
+    facts: Sequence[tuple[str, str]]
     chart: Stair
     chart_name: str
-    split: float | None  # percent: start of the rejected completion
-    maps: tuple[HeatMap, ...]
+    maps: Sequence[HeatMap]
+    prompt: str = ""
+    steps: Sequence[PathStep] = ()
+    split: float | None = None  # percent: start of the rejected completion
     fall: FallLine | None = None  # of a displaced pair
 
 
-def scales(tokens: Sequence[TokenRecord], contributions: Sequence[Tensor]) -> Scales:
-    """The ends of the colour scales, over all tokens of the page."""
-    return Scales(
-        contribution=_high([float(c) for values in contributions for c in values.abs()]) or 1.0,
-        loss=_high([-float(logp) for record in tokens for logp in record.logps]) or 1.0,
-        entropy=_high([float(value) for record in tokens for value in record.predicted.entropies]) or 1.0,
-    )
+def scales(tokens: Sequence[TokenRecord], contributions: Sequence[Tensor]) -> dict[str, float]:
+    """The value with the full colour, for each way to colour; the same for all tokens of the page."""
+    columns = {
+        "contribution": [values.abs() for values in contributions],
+        "loss": [-record.logps for record in tokens],
+        "entropy": [record.predicted.entropies for record in tokens],
+    }
+    return {name: _high([value for part in parts for value in part.tolist()]) or 1.0 for name, parts in columns.items()}
 
 
-def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Scales, total: float) -> Article:
+def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Mapping[str, float], total: float) -> Article:
     """An SFT example; `total` is the loss of the whole batch."""
     tokens, loss = record.tokens, float(record.loss)
     chart = stair(record.token_losses.double().cumsum(0).tolist())
@@ -94,7 +82,7 @@ def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Scales,
     views = _token_views(tokens, lines, scale, [0.0] * len(tokens), chart.heights)
     learned = dict(zip(tokens.positions.tolist(), views, strict=True))
     texts = pieces.texts(record.input_ids)
-    whole = [learned.get(i) or TokenView(text, breaks_line(text), scored=False) for i, text in enumerate(texts)]
+    whole = [learned.get(i) or TokenView(text) for i, text in enumerate(texts)]
     summary = f"{len(tokens)} of {len(record.input_ids)} tokens learned"
     each, share = plain(loss / max(1, len(tokens))), percent(loss / (total or 1.0))
     facts = [("loss", plain(loss)), ("per token", each), ("of the step", share)]
@@ -102,17 +90,14 @@ def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Scales,
     return Article(
         row=record.row,
         where=record.where,
-        facts=tuple((name, typographic(value)) for name, value in facts),
-        prompt="",
-        steps=(),
+        facts=[(name, typographic(value)) for name, value in facts],
         chart=chart,
         chart_name="cumulative loss of the learned tokens",
-        split=None,
-        maps=(_heat_map("conversation", summary, whole, lines),),
+        maps=[_heat_map("conversation", summary, whole, lines)],
     )
 
 
-def pair_article(record: PairRecord, method: Method, pieces: TokenPieces, scale: Scales) -> Article:
+def pair_article(record: PairRecord, method: Method, pieces: TokenPieces, scale: Mapping[str, float]) -> Article:
     """A pair."""
     sums = sum_name(method.config.loss_type)
     running = record.running_sums.tolist()
@@ -136,13 +121,13 @@ def pair_article(record: PairRecord, method: Method, pieces: TokenPieces, scale:
     return Article(
         row=record.row,
         where=record.where,
-        facts=tuple((name, typographic(value)) for name, value in facts),
-        prompt=pieces.decode(record.prompt_ids).strip(),
-        steps=tuple(loss_path(record, method)),
+        facts=[(name, typographic(value)) for name, value in facts],
         chart=chart,
         chart_name=f"cumulative {sums} along the tokens",
+        maps=maps,
+        prompt=pieces.decode(record.prompt_ids).strip(),
+        steps=loss_path(record, method),
         split=100 * split / max(1, len(running)),
-        maps=tuple(maps),
         fall=fall_line(record, pieces),
     )
 
@@ -150,44 +135,33 @@ def pair_article(record: PairRecord, method: Method, pieces: TokenPieces, scale:
 def _heat_map(name: str, summary: str, tokens: Sequence[TokenView], lines: Sequence[TokenLine]) -> HeatMap:
     """Hyphens become minus signs in numbers, not in tokens."""
     columns = ("#", "token", *(lines[0].numbers if lines else ()), "others")
-    rows = tuple(
+    rows = [
         (line.position, line.token, *map(typographic, line.numbers.values()), ", ".join(line.others)) for line in lines
-    )
-    return HeatMap(name, summary, tuple(tokens), columns, rows)
+    ]
+    return HeatMap(name, summary, tokens, columns, rows)
 
 
 def _token_views(
     tokens: TokenRecord,
     lines: Sequence[TokenLine],
-    scale: Scales,
+    scale: Mapping[str, float],
     contributions: Sequence[float],
     heights: Sequence[float],
 ) -> list[TokenView]:
+    views = []
     columns = (lines, tokens.logps.tolist(), tokens.predicted.entropies.tolist(), contributions, heights)
-    return [
-        TokenView(
-            text=line.token,
-            breaks=breaks_line(line.token),
-            scored=True,
-            tip=_tip(line),
-            sign="up" if adds > 0 else "down" if adds < 0 else "",
-            contribution=_strength(abs(adds), scale.contribution),
-            loss=_strength(-logp, scale.loss),
-            entropy=_strength(entropy, scale.entropy),
-            height=height,
-        )
-        for line, logp, entropy, adds, height in zip(*columns, strict=True)
-    ]
+    for line, logp, entropy, adds, height in zip(*columns, strict=True):
+        values = {"contribution": abs(adds), "loss": -logp, "entropy": entropy}
+        strengths = {name[0]: round(min(1.0, max(0.0, value / scale[name])), 3) for name, value in values.items()}
+        css = ";".join(f"--{letter}:{strength}" for letter, strength in strengths.items())
+        views.append(TokenView(line.token, _tip(line), "up" if adds > 0 else "down" if adds < 0 else "", css, height))
+    return views
 
 
 def _tip(line: TokenLine) -> str:
     numbers = [f"{name}\t{typographic(number)}" for name, number in line.numbers.items()]
     others = [f"{'instead' if i == 0 else ''}\t{other}" for i, other in enumerate(line.others)]
     return "\n".join([line.token, *numbers, *others])
-
-
-def _strength(value: float, full: float) -> float:
-    return round(min(1.0, max(0.0, value / full)), 3)
 
 
 def _high(values: Sequence[float]) -> float:

@@ -5,19 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lowlevel.inspection.charts import Tick, round_width
 from lowlevel.inspection.figures import typographic
 from lowlevel.running.plots import Panel, colours_of
 
 TICKS = 4
 ROOM = 0.06  # of the range, above and below
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A label on an axis, `at` percent from its start (top or left)."""
-
-    at: float
-    label: str
 
 
 @dataclass(frozen=True)
@@ -72,9 +65,7 @@ def chart(panel: Panel) -> Chart:
 
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers between `low` and `high`, about `TICKS` of them."""
-    raw = (high - low) / TICKS
-    power = 10.0 ** math.floor(math.log10(raw))
-    width = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    width = round_width((high - low) / TICKS, (1, 2, 2.5, 5, 10))
     return [round(i * width, 12) for i in range(math.ceil(low / width - 1e-9), math.floor(high / width + 1e-9) + 1)]
 
 

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from lowlevel.durable import write_text
 from lowlevel.errors import ConfigError
-from lowlevel.inspection.figures import plain, signed, typographic
-from lowlevel.inspection.page import inked
+from lowlevel.inspection.page import render_template
 from lowlevel.reporting.charts import chart
 from lowlevel.reporting.displaced import NOTICED_TEXT, DisplacedPairs
 from lowlevel.reporting.pairs import SHOWN, PairTables
@@ -51,17 +46,10 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """The page as HTML; every text is escaped, and the page's policy forbids all scripts."""
-    own, look = files("lowlevel.reporting"), files("lowlevel.inspection")
-    style = (look / "page.css").read_text(encoding="utf-8") + (own / "report.css").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"signed": _signed, "plain": _plain, "typographic": typographic, "inked": inked}
-    return environment.from_string((own / "report.html").read_text(encoding="utf-8")).render(
-        report=report,
-        noticed=NOTICED_TEXT,
-        charts=[chart(panel) for panel in report.panels],
-        style=Markup(style),  # noqa: S704 - files of this package
-    )
+    """The page as HTML; its policy forbids all scripts."""
+    styles = ["inspection/page.css", "reporting/report.css"]
+    charts = [chart(panel) for panel in report.panels]
+    return render_template("reporting/report.html", styles, report=report, noticed=NOTICED_TEXT, charts=charts)
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -74,11 +62,3 @@ def write_report(report: Report, path: Path) -> None:
         write_text(path, render(report))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-
-
-def _signed(value: float) -> str:
-    return typographic(signed(value, 3))
-
-
-def _plain(value: float) -> str:
-    return typographic(plain(value, 3))
