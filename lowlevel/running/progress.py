@@ -38,8 +38,10 @@ class PipedConsole(Console):
 def make_console() -> Console:
     """A console on standard output; outside a terminal it does not wrap lines at 80 columns."""
     terminal = sys.stdout.isatty()
-    plain = {"width": None if terminal else 140, "force_terminal": terminal, "force_jupyter": False}  # notebooks: text
-    return PipedConsole(highlight=False, soft_wrap=not terminal, **plain)
+    width = None if terminal else 140
+    return PipedConsole(  # text in a notebook too
+        highlight=False, soft_wrap=not terminal, width=width, force_terminal=terminal, force_jupyter=False
+    )
 
 
 def quiet_libraries() -> None:
