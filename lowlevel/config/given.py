@@ -31,9 +31,7 @@ class GivenRows:
         """Rows of a list or other iterable of dicts, a `datasets.Dataset`, or a `torch.utils.data.Dataset`.
 
         A map-style torch dataset is read through `__len__` and `__getitem__`; everything else is iterated once.
-
-        Raises:
-            ConfigError: another type, an item that is not a mapping with text keys, or no rows.
+        Raises ConfigError for another type, an item that is not a mapping with text keys, or no rows.
         """
         if isinstance(data, GivenRows):
             return data

@@ -20,8 +20,7 @@ ORDERS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.
 def apply_filters(source: SourceRows, filters: Sequence[Filter]) -> SourceRows:
     """Keep the rows that meet every condition. Conditions are tried in order; the first that fails drops the row.
 
-    Raises:
-        ConfigError: a column that no row has, a list for an operator on one value, or one value for "in" / "not in".
+    Raises ConfigError for a column that no row has, a list for an operator on one value, or one value for "in".
     """
     kept = replace(source, rows=[], problems=[*source.problems], dropped=Counter())
     for condition in filters:

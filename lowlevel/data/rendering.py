@@ -197,10 +197,8 @@ def load_chat_tokenizer(
 ) -> ChatTokenizer:
     """Load a tokenizer and its chat template, without running code of the model's repository.
 
-    The arguments are model.name, model.revision, data.chat_template_from and data.template_date.
-
-    Raises:
-        ConfigError: not loadable, not a fast tokenizer, no eos token, no chat template, or one that does not compile.
+    The arguments are model.name, model.revision, data.chat_template_from and data.template_date. Raises ConfigError if
+    it cannot be loaded, is not fast, has no eos token or no chat template, or has one that does not compile.
     """
     tokenizer = _load_tokenizer(name, revision)
     return chat_tokenizer(tokenizer, _template_text(tokenizer, name, chat_template_from), name, date)

@@ -77,10 +77,7 @@ def read_source(source: str | GivenRows, split: str, data_format: str = "message
     """Read all rows of "demo", a .jsonl, .jsonl.gz or .parquet file, a hub data set, or rows given in Python.
 
     Files and given rows have no splits. The demo has conversations for format "messages", and preference pairs.
-
-    Raises:
-        ConfigError: no such file, data set or split; rows given in Python are missing.
-        DataError: no rows.
+    Raises ConfigError for an unknown file, data set or split, or missing given rows; DataError if there are no rows.
     """
     if isinstance(source, GivenRows):
         return _read_given(source)
