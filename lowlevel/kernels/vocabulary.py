@@ -19,8 +19,7 @@ Dtypes. Logits are fp16, bf16 or fp32; all arithmetic is fp32. `dz` is rounded t
 multiplication by the incoming gradient, for the reason in `lowlevel.losses.token_logps`; finite logits and gradients
 never give NaN.
 
-A target outside [0, V) is not read: its row gets NaN as log-probability and gradient, so the step reports a loss that
-is not finite. (`lowlevel.losses` ends the process with a device assertion.)
+A target outside [0, V) is not read: its row gets NaN as log-probability and gradient, and the step reports it.
 """
 
 import functools

@@ -11,10 +11,10 @@ from lowlevel.losses.registry import LossSpec, spec_of
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """Log-probabilities of N supervised tokens of S examples.
+    """Log-probabilities (natural logarithms) of N supervised tokens of S examples.
 
     Attributes:
-        token_logps: (N,) fp32, natural logarithms.
+        token_logps: (N,) fp32.
         sequence_ids: (N,) int64, the example of each token; S marks a dummy token, excluded from all sums.
         lengths: (S,) supervised tokens of each example.
         values: numeric columns of the rows that `data.columns` names, (S,) fp32 each.

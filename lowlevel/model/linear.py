@@ -76,11 +76,9 @@ class _AdaptedLinear(_SideBySide, peft_layer.Linear):
 
 def install_side_by_side(model: nn.Module) -> None:
     """Change the class of each adapted layer to one of these; names and eager results stay PEFT's."""
+    classes: dict[type, type] = {peft_bnb.Linear4bit: _AdaptedLinear4bit, peft_layer.Linear: _AdaptedLinear}
     for module in model.modules():
-        if type(module) is peft_bnb.Linear4bit:
-            module.__class__ = _AdaptedLinear4bit
-        elif type(module) is peft_layer.Linear:
-            module.__class__ = _AdaptedLinear
+        module.__class__ = classes.get(type(module), type(module))
 
 
 def product(layer: nn.Linear, x: Tensor, dropped: list[Tensor], down: list[Tensor], up: list[Tensor]) -> Tensor:

@@ -190,11 +190,8 @@ def default_plan(shape: ModelShape, config: RunConfig) -> Plan:
     """The plan of a configuration without a memory budget."""
     train = config.train
     recomputed = shape.layers if train.recomputed_layers is None else min(train.recomputed_layers, shape.layers)
-    return Plan(
-        positions=train.micro_batch_positions or train.per_device_train_batch_size * config.row_positions,
-        recomputed=recomputed if train.gradient_checkpointing else 0,
-        dequantize_once=train.dequantize_once,
-    )
+    positions = train.micro_batch_positions or train.per_device_train_batch_size * config.row_positions
+    return Plan(positions, recomputed if train.gradient_checkpointing else 0, train.dequantize_once)
 
 
 def cost(shape: ModelShape, config: RunConfig, plan: Plan) -> float:

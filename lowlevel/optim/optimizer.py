@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lowlevel.config.schema import TrainConfig
 from lowlevel.errors import CheckpointError
@@ -17,7 +18,7 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 
 
-def build_optimizer(weights: nn.Parameter, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(weights: nn.Parameter, config: TrainConfig) -> Optimizer:
     """One optimizer over one flat parameter; torch's memory statistics do not count paged (managed) state."""
     settings: dict[str, Any] = {"betas": BETAS, "eps": EPSILON, "weight_decay": config.weight_decay}
     settings["lr"] = config.learning_rate
@@ -38,7 +39,7 @@ def build_optimizer(weights: nn.Parameter, config: TrainConfig) -> torch.optim.O
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
     """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -54,7 +55,7 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     return config.learning_rate * max(0.0, shapes[config.lr_scheduler_type])
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """Copies of the optimizer's state on the CPU, "flat::<name>"; step counts become int64 tensors."""
     (state,) = optimizer.state.values() or ({},)
     return {
@@ -63,9 +64,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, weights: nn.Parameter, saved: Mapping[str, Tensor]
-) -> None:
+def load_optimizer_tensors(optimizer: Optimizer, weights: nn.Parameter, saved: Mapping[str, Tensor]) -> None:
     """Restore `optimizer_tensors` in place. Raises CheckpointError if names, shapes or dtypes differ."""
     if isinstance(optimizer, torch.optim.AdamW) and not optimizer.state:
         zeros = {name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq")}
