@@ -1,1 +1,1 @@
-"""A run from its inputs to its ending, and the folder it leaves; run.py is where it starts."""
+"""A training run: inputs, resume, observation, endings, and the run folder; run.py is the entry point."""

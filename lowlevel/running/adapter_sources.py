@@ -93,7 +93,7 @@ def _frozen_under(folder: Path) -> str | None:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of the run folder around an adapter; empty if there is none, or a manifest.json of another kind."""
+    """The manifest of the run folder around an adapter; empty without one, or for another kind of manifest.json."""
     run = RunFolder(folder.resolve().parent)
     manifest = run.read_manifest() if (run.path / "manifest.json").exists() else {}
     return manifest if isinstance(manifest.get("base"), dict) and "parent_adapter" in manifest else {}

@@ -87,7 +87,9 @@ def test_a_result_that_no_checkpoint_has_is_not_given_up(extended, loss):
         shutil.rmtree(folder / "step-00000003")
     before = content(folder)
     ended = extended.play.run(folder)
-    assert ended.code == 2 and ended.err.startswith(f"error: {folder / 'adapter'} holds a result that no usable check")
+    assert ended.code == 2 and ended.err.startswith(
+        f"error: {folder / 'adapter'} holds a result that is in no usable check"
+    )
     assert content(folder) == before
     shutil.move(folder / "adapter", folder.parent / "mine")
     assert extended.play.resumed(folder) == []
