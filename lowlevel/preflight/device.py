@@ -17,7 +17,7 @@ from lowlevel.model.attention_choice import choose_attention
 from lowlevel.model.base import load_model_config
 from lowlevel.model.layers import COMPILER
 from lowlevel.model.placement import choose_placement
-from lowlevel.preflight.finding import Answer, fail, note, ok
+from lowlevel.preflight.finding import Finding, fail, note, ok
 from lowlevel.preflight.step import demo_config
 from lowlevel.running.assembly import check_inputs, choose_execution
 
@@ -31,7 +31,7 @@ MODES = {
 }
 
 
-def device() -> Answer:
+def device() -> Finding:
     """The GPU that a run would use, tried with one addition; or the CPU, and why no GPU is visible."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -51,9 +51,8 @@ def device() -> Answer:
     if not _adds_right():
         return fail(f"{found}; 8 x (1 + 1) is not 16 there", "restart the machine, or take another")
     if free < FREE_SHARE * total:
-        return note(
-            f"{found}; others hold {(total - free) / GIB:.1f} GiB", "stop them (nvidia-smi), or plan for less memory"
-        )
+        found += f"; others hold {(total - free) / GIB:.1f} GiB"
+        return note(found, "stop them (nvidia-smi), or plan for less memory")
     return ok(found)
 
 
@@ -62,25 +61,21 @@ def _adds_right() -> bool:
     return float((torch.ones(8, device="cuda") + 1).sum()) == 16
 
 
-def _cpu(warned: list[str]) -> Answer:
+def _cpu(warned: list[str]) -> Finding:
     found = f"CPU, {torch.get_num_threads()} threads; no GPU is visible"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if warned:
-        return note(
-            f"{found}: {warned[0].strip().splitlines()[0]}",
-            "install a driver for this torch, or a torch for this driver",
-        )
+        reason = warned[0].strip().splitlines()[0]
+        return note(f"{found}: {reason}", "install a driver for this torch, or a torch for this driver")
     if hidden is not None and hidden.strip() in ("", "-1"):
         return note(f"{found}: CUDA_VISIBLE_DEVICES is {hidden!r}", "unset it to use the GPU")
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
-        return note(
-            f"{found}: nvidia-smi is here, but torch {torch.__version__} is built without CUDA",
-            "install a torch with CUDA (pytorch.org)",
-        )
+        found += f": nvidia-smi is here, but torch {torch.__version__} is built without CUDA"
+        return note(found, "install a torch with CUDA (pytorch.org)")
     return note(found, "small models train on a CPU; in a notebook, choose a GPU runtime (T4)")
 
 
-def precision() -> Answer:
+def precision() -> Finding:
     """The precision of train.precision = "auto", and whether bf16 is possible."""
     automatic = choose_placement("auto").precision
     try:
@@ -91,7 +86,7 @@ def precision() -> Answer:
     return ok(f'{automatic} (train.precision = "auto"); {bf16}')
 
 
-def attention() -> Answer:
+def attention() -> Finding:
     """The kernel that a run of the built-in base would use, and why."""
     config, placement = ModelConfig(), choose_placement("auto")
     chosen = choose_attention(config, load_model_config(config), placement)
@@ -100,13 +95,13 @@ def attention() -> Answer:
     return ok(chosen.reason)
 
 
-def execution() -> Answer:
+def execution() -> Finding:
     """The execution of a step."""
     config = demo_config("sft")
     return ok(f'{MODES[choose_execution(config, check_inputs(config))]} (train.execution = "auto")')
 
 
-def compiler() -> Answer:
+def compiler() -> Finding:
     """Compile and run a tiny function on the device, with the compiler settings of layers."""
     place = choose_placement("auto").device
     x = torch.linspace(-1, 1, 64, device=place)

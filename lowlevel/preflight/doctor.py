@@ -14,9 +14,9 @@ from rich.text import Text
 from lowlevel.durable import write_given_json
 from lowlevel.errors import ConfigError, LowlevelError
 from lowlevel.preflight import software
-from lowlevel.preflight.finding import Answer, Finding, look
+from lowlevel.preflight.finding import Finding, look
 
-Checks = Sequence[tuple[str, Callable[[], Answer]]]
+Checks = Sequence[tuple[str, Callable[[], Finding]]]
 STYLES = {"ok": "green", "note": "yellow", "FAIL": "bold red"}
 SOFTWARE: Checks = (("python", software.python), ("libraries", software.libraries))
 
@@ -30,11 +30,7 @@ class PreflightError(LowlevelError):
 def run_doctor(out: Path, json_file: Path | None, console: Console, silence: Callable[[], object]) -> list[Finding]:
     """Run all checks, print a line as each one ends, and write the findings as JSON.
 
-    Args:
-        out: where runs would be written.
-        json_file: file for the findings, or None.
-        console: where the table goes.
-        silence: called before the libraries are imported; keeps their advice out of the table.
+    `silence` is called before the libraries are imported: it keeps their advice out of the table.
 
     Raises:
         PreflightError: a check failed.
@@ -86,12 +82,12 @@ def step_checks() -> Checks:
     return ("sft step", partial(one_step, "sft")), ("dpo step", partial(one_step, "dpo"))
 
 
-def _shown(name: str, check: Callable[[], Answer], console: Console) -> Finding:
+def _shown(name: str, check: Callable[[], Finding], console: Console) -> Finding:
     """The finding, printed at once: if a check ends the process, it is the one after the last line."""
     found = look(name, check)
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(width=14, no_wrap=True)
-    table.add_column(width=4, no_wrap=True)
+    for width in (14, 4):
+        table.add_column(width=width, no_wrap=True)
     table.add_column(overflow="fold")
     advice = Text(f"\n-> {found.advice}", style="bold") if found.advice else Text()
     table.add_row(Text(name), Text(found.verdict, style=STYLES[found.verdict]), Text(found.found) + advice)

@@ -13,20 +13,8 @@ Verdict = Literal["ok", "note", "FAIL"]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The result of a check: its verdict, and advice if that is not ok.
-
-    note: a run starts, but is slower or lacks something. FAIL: a run would fail or be wrong.
-    """
-
-    found: str
-    verdict: Verdict
-    advice: str = ""
-
-
-@dataclass(frozen=True)
 class Finding:
-    """An answer and its name, without secrets and control characters."""
+    """The result of a check; `look` fills in its name, `what`."""
 
     what: str
     found: str
@@ -34,31 +22,28 @@ class Finding:
     advice: str
 
 
-def ok(found: str) -> Answer:
+def ok(found: str) -> Finding:
     """All is well."""
-    return Answer(found, "ok")
+    return Finding("", found, "ok", "")
 
 
-def note(found: str, advice: str) -> Answer:
+def note(found: str, advice: str) -> Finding:
     """A run starts, but is slower or lacks something."""
-    return Answer(found, "note", advice)
+    return Finding("", found, "note", advice)
 
 
-def fail(found: str, advice: str) -> Answer:
+def fail(found: str, advice: str) -> Finding:
     """A run would fail or be wrong."""
-    return Answer(found, "FAIL", advice)
+    return Finding("", found, "FAIL", advice)
 
 
-def look(what: str, check: Callable[[], Answer]) -> Finding:
-    """The finding of a check. A check that raises is a FAIL, and the other checks still run."""
+def look(what: str, check: Callable[[], Finding]) -> Finding:
+    """The finding of a check, without secrets and control characters. A check that raises is a FAIL."""
     try:
         answer = check()
     except LowlevelError as error:
         answer = fail(str(error), "a run would end with this error")
     except Exception as error:  # drivers, compilers and libraries raise any type
         answer = fail(f"{type(error).__name__}: {one_line(error)}", "a run would meet the same error")
-    return Finding(what, _clean(answer.found), answer.verdict, _clean(answer.advice))
-
-
-def _clean(text: str) -> str:
-    return redact(printable(text))
+    found, advice = (redact(printable(text)) for text in (answer.found, answer.advice))
+    return Finding(what, found, answer.verdict, advice)

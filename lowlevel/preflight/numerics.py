@@ -17,7 +17,7 @@ from lowlevel.kernels.dequantize import Quantised, dequantize_reference
 from lowlevel.kernels.host_rows import host_rows, host_rows_reference
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.optim.optimizer import build_optimizer
-from lowlevel.preflight.finding import Answer, fail, note, ok
+from lowlevel.preflight.finding import Finding, fail, note, ok
 from lowlevel.verification.check import relative
 
 NF4_ERROR = 0.092  # |W - NF4(W)| / |W| of Gaussian weights in blocks of 64 (tests/preflight recompute it)
@@ -28,7 +28,7 @@ PAGED_SIZE = 2**17  # weights: bitsandbytes 0.50 pages states from 100,000 weigh
 UPDATE_BOUND = 1e-6  # for an update of 1e-3 on weights up to 1, in fp32
 
 
-def four_bit() -> Answer:
+def four_bit() -> Finding:
     """Quantise and dequantise on the device; compare the error with the known one, the numbers with plain torch."""
     place = choose_placement("auto")
     error, equal = _four_bit(256, 512, place)
@@ -71,7 +71,7 @@ class Kernel:
     bound: dict[str, float]  # by precision
 
 
-def triton_kernels() -> Answer:
+def triton_kernels() -> Finding:
     """Compare each kernel with its torch twin, if a run would use it."""
     placement = choose_placement("auto")
     if placement.device.type != "cuda":
@@ -79,7 +79,7 @@ def triton_kernels() -> Answer:
     return compare_kernels(placement)
 
 
-def compare_kernels(placement: Placement) -> Answer:
+def compare_kernels(placement: Placement) -> Finding:
     """Whether each kernel is usable, and gives the numbers of its twin."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -151,7 +151,7 @@ KERNELS = (
 )
 
 
-def optimizer() -> Answer:
+def optimizer() -> Finding:
     """One update of the default optimizer, whose first step is the learning rate times the gradient's sign."""
     place, config = choose_placement("auto").device, TrainConfig(learning_rate=1e-3)
     weights = nn.Parameter(torch.linspace(-1, 1, PAGED_SIZE, device=place))

@@ -43,9 +43,7 @@ ON_HOST = ("model.embeddings_on_host", "train.offload_activations")  # may be ke
 def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
     """Forecast the configuration as it stands and the fastest plan within the budget, side by side.
 
-    Raises:
-        ConfigError: a malformed budget, or one that no plan fits.
-        CheckpointError: an adapter that is not a LoRA adapter.
+    Raises ConfigError for a malformed budget, or one that no plan fits; CheckpointError if an adapter is not LoRA.
     """
     text = budget or config.train.memory_budget or "15GiB"
     size = parse_size(text)
@@ -174,10 +172,8 @@ def _plan_table(shape: ModelShape, columns: Sequence[Column], forecasts: Sequenc
 
 
 def show_memory(run_dir: Path, console: Console, plot: Path | None) -> None:
-    """Print the memory of a run's largest micro-batch, measured before its first step.
-
-    Raises:
-        ConfigError: the run has no measurement.
+    """Print the memory of a run's largest micro-batch, measured before its first step. Raises ConfigError if it was
+    not measured.
     """
     try:
         report: dict[str, Any] = json.loads((run_dir / "memory.json").read_text(encoding="utf-8"))

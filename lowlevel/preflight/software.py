@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from lowlevel.preflight.finding import Answer, fail, note, ok
+from lowlevel.preflight.finding import Finding, fail, note, ok
 
 PACKAGE = "lowlevel"
 NAMED = ("torch", "transformers", "peft", "bitsandbytes")  # their versions are shown if all are well
@@ -33,11 +34,9 @@ class Needs:
 
 def needs() -> Needs | None:
     """From the installed package's metadata, else from the pyproject.toml of a checkout; None without both."""
-    try:
+    with suppress(metadata.PackageNotFoundError):
         python = metadata.metadata(PACKAGE)["Requires-Python"]
         return Needs(python, metadata.requires(PACKAGE) or [], "the package")
-    except metadata.PackageNotFoundError:
-        pass
     try:
         project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
         found = Needs(project["requires-python"], project["dependencies"], PROJECT.name)
@@ -46,7 +45,7 @@ def needs() -> Needs | None:
         return None
 
 
-def python() -> Answer:
+def python() -> Finding:
     """The interpreter, and the range of `requires-python`."""
     asked = needs()
     if asked is None:
@@ -66,16 +65,14 @@ def requirements(asked: Needs) -> list[Requirement]:
 
 def versions(asked: list[Requirement]) -> dict[str, str | None]:
     """The installed version of each; None if missing."""
-    found: dict[str, str | None] = {}
-    for one in asked:
-        try:
-            found[one.name] = metadata.version(one.name)
-        except metadata.PackageNotFoundError:
-            found[one.name] = None
+    found: dict[str, str | None] = {one.name: None for one in asked}
+    for name in found:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
 
 
-def libraries() -> Answer:
+def libraries() -> Finding:
     """Libraries that are missing or outside the required range."""
     asked = needs()
     if asked is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lowlevel.config.file import config_from_tables
 from lowlevel.config.schema import RunConfig
 from lowlevel.optim.train_state import StepResult
-from lowlevel.preflight.finding import Answer, fail, note, ok
+from lowlevel.preflight.finding import Finding, fail, note, ok
 from lowlevel.running.assembly import build_method, build_run_policy, check_inputs, choose_execution
 from lowlevel.running.observer import MARGINS, all_ties
 from lowlevel.verification.check import BOUNDS as GRADIENT_BOUNDS
@@ -41,7 +41,7 @@ def demo_config(method: str) -> RunConfig:
     return config_from_tables(tables, "doctor")
 
 
-def one_step(method: str) -> Answer:
+def one_step(method: str) -> Finding:
     """Loss and gradient of step 1 of `sft` or `dpo` in both modes; nothing is updated."""
     config = demo_config(method)
     inputs = check_inputs(config)
@@ -57,16 +57,14 @@ def one_step(method: str) -> Answer:
     return judge(policy.placement.precision, eager, Taken(execution.mode, result, gradient), fallen)
 
 
-def judge(precision: str, eager: Taken, own: Taken, fallen: list[str]) -> Answer:
-    """Compare a step in the machine's default mode with the eager one.
+def judge(precision: str, eager: Taken, own: Taken, fallen: list[str]) -> Finding:
+    """Compare a step in the machine's default mode, or the one it fell back to, with the eager one.
 
-    Args:
-        precision: fp16 or fp32; sets the bounds.
-        eager: the step in eager mode.
-        own: the same in the default mode, or the one it fell back to.
-        fallen: one line for each fallback.
+    The precision, fp16 or fp32, sets the bounds; `fallen` has one line for each fallback.
     """
-    apart, turned = _relative(own.result, eager.result), relative(own.gradient, eager.gradient)
+    numbers = [(one.result.metrics["loss"], one.result.grad_norm) for one in (own, eager)]
+    apart = max(abs(one - other) / abs(other) for one, other in zip(*numbers, strict=True))
+    turned = relative(own.gradient, eager.gradient)
     bound, gradient_bound = BOUNDS[precision], GRADIENT_BOUNDS[precision].gradient
     found = (
         f"{precision}; eager: {_numbers(eager.result)}; {own.mode}{' again' if own.mode == 'eager' else ''}: "
@@ -85,9 +83,3 @@ def judge(precision: str, eager: Taken, own: Taken, fallen: list[str]) -> Answer
 
 def _numbers(result: StepResult) -> str:
     return f"loss {result.metrics['loss']:.4f}, gradient norm {result.grad_norm:.4f}"
-
-
-def _relative(own: StepResult, eager: StepResult) -> float:
-    """The larger relative difference of loss and gradient norm."""
-    pairs = (own.metrics["loss"], eager.metrics["loss"]), (own.grad_norm, eager.grad_norm)
-    return max(abs(one - other) / abs(other) for one, other in pairs)

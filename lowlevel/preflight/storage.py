@@ -10,14 +10,14 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from lowlevel.durable import write_json
-from lowlevel.preflight.finding import Answer, fail, note, ok
+from lowlevel.preflight.finding import Finding, fail, note, ok
 from lowlevel.running.run_folder import run_lock
 
 GIB = 2**30
 LITTLE_ROOM = 2 * GIB  # three checkpoints of the recipe, two kept and one being written, take 1.7 GiB
 
 
-def run_folder(out: Path) -> Answer:
+def run_folder(out: Path) -> Finding:
     """Lock, write, sync and rename below `out`, as a run does, or below its nearest existing parent."""
     place = _existing(out)
     if out.exists() and not out.is_dir():
@@ -27,9 +27,8 @@ def run_folder(out: Path) -> Answer:
             write_json(Path(trial) / "step" / "file.json", {})
             os.rename(Path(trial) / "step", Path(trial) / "step-00000001")
     except OSError as error:
-        return fail(
-            f"{place.resolve()}: {error.strerror}", "set train.output_dir to a folder on a disk that can be written"
-        )
+        advice = "set train.output_dir to a folder on a disk that can be written"
+        return fail(f"{place.resolve()}: {error.strerror}", advice)
     free = shutil.disk_usage(place).free
     found = f"{place.resolve()} can be written and synced, {free / GIB:,.1f} GiB free"
     if free < LITTLE_ROOM:
@@ -37,7 +36,7 @@ def run_folder(out: Path) -> Answer:
     return ok(found)
 
 
-def hub() -> Answer:
+def hub() -> Finding:
     """The hub's cache folder, its models, and whether downloads can be written."""
     cache = Path(constants.HF_HUB_CACHE)
     models = len(list(cache.glob("models--*")))

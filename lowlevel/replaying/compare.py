@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +93,3 @@ def _near(saved: Tensor, replayed: Tensor) -> bool:
         return True
     saved, replayed = saved.double().cpu(), replayed.detach().double().cpu()
     return bool((saved - replayed).norm() <= TENSORS * saved.norm())
-
-
-def first_difference(rows: Sequence[Row]) -> Row | None:
-    """The first row that is not good: rows come in the order of steps."""
-    return next((row for row in rows if not row.good), None)

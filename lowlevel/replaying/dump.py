@@ -67,11 +67,7 @@ class Dump:
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Write everything, or nothing.
-
-        Raises:
-            ConfigError: a folder that is not empty, or a disk error.
-        """
+        """Write everything, or nothing. Raises ConfigError for a folder that is not empty, and for a disk error."""
         check_target(folder)
         try:
             with replaced_folder(folder.resolve()) as temporary:
@@ -84,13 +80,9 @@ class Dump:
 
     def index(self) -> dict[str, Any]:
         """Description of each tensor."""
-        described = {
-            file: {
-                name: {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
-                for name, tensor in tensors.items()
-            }
-            for file, tensors in self.files.items()
-        }
+        described: dict[str, Any] = {}
+        for file, tensors in self.files.items():
+            described[file] = {k: {"shape": list(t.shape), "dtype": dtype_name(t.dtype)} for k, t in tensors.items()}
         return {"step": self.step, **self.numbers, "meanings": MEANINGS, "files": described}
 
     def add_update(self, session: Session) -> None:
@@ -109,14 +101,15 @@ def observe(session: Session, *, layers: bool) -> Dump:
     count, scale = sum(session.method.count(batch) for batch in batches), state.loss_scale.scale
     policy.layers.use(compiled=False)
     policy.flat.grad.zero_()
-    sums: list[dict[str, float]] = []
+    described: list[dict[str, Any]] = []
     try:
         for number, batch in enumerate(batches):
             moved = batch.to(policy.placement.device)
             with _watched(session, layers) as seen:
                 key = key32(session.config.train.seed, state.step)
                 parts = micro_step(policy, session.method, moved, scale / count, key).named()
-            sums.append({name: float(value) for name, value in parts.items()})
+            sums = {name: float(value) for name, value in parts.items()}
+            described.append({"data_rows": list(batch.data_rows), "sums": sums})
             dump.files[f"micro-{number}.safetensors"] = _micro_tensors(session, moved, seen)
             if layers:
                 dump.files[f"layers-{number}.safetensors"] = {k: v for k, v in seen.items() if k.startswith("layer.")}
@@ -127,9 +120,7 @@ def observe(session: Session, *, layers: bool) -> Dump:
     step |= {f"before.{name}": _copy(view) for name, view in policy.flat.views.items()}
     step |= {f"optimizer.before.{name}": value for name, value in optimizer_tensors(session.optimizer).items()}
     dump.files["step.safetensors"] = step
-    dump.numbers = {"method": session.method.name, "count": count, "loss_scale": scale, "micro_batches": []}
-    for batch, parts_sums in zip(batches, sums, strict=True):
-        dump.numbers["micro_batches"].append({"data_rows": list(batch.data_rows), "sums": parts_sums})
+    dump.numbers = {"method": session.method.name, "count": count, "loss_scale": scale, "micro_batches": described}
     return dump
 
 

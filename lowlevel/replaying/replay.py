@@ -75,15 +75,9 @@ def replay_run(
 
 
 def replay(session: Session, step: int, before_last: Callable[[], None] = lambda: None) -> Replay:
-    """Take the steps up to `step` and compare the numbers that are logged on the way.
+    """Take the steps up to `step`, counted from 1, and compare the numbers that are logged on the way.
 
-    Args:
-        session: as opened for `step`.
-        step: counted from 1.
-        before_last: called with the weights before step `step`.
-
-    Raises:
-        NonFiniteError: loss or gradient of a step are NaN or infinite, as in the run.
+    `before_last` is called with the weights before that step. Raises NonFiniteError as the run did.
     """
     found = Replay(step, session.start, session.moved)
     logged = {record["step"]: record for record in session.folder.read_metrics() if "loss" in record}
@@ -131,7 +125,8 @@ def _saved_rows(session: Session, step: int, found: Replay) -> list[Row]:
     else:
         found.notes.append(f"no checkpoint of step {step}: its update is compared only through later steps")
     final = session.folder.adapter / WEIGHTS
-    if final.exists() and _last_step(session) == step:
+    last = max((record["step"] for record in session.folder.read_metrics() if "loss" in record), default=0)
+    if final.exists() and last == step:
         rows.append(_file_row(step, "final adapter", final, weights, found.exact))
     return rows
 
@@ -142,7 +137,3 @@ def _file_row(step: int, what: str, path: Path, own: dict[str, Any], exact: bool
     except (OSError, SafetensorError) as error:
         return Row(step, f"{what} ({error})", "unreadable", f"{len(own)} tensors", float("inf"), False, False)
     return tensors_row(step, what, saved, own, exact=exact)
-
-
-def _last_step(session: Session) -> int:
-    return max((record["step"] for record in session.folder.read_metrics() if "loss" in record), default=0)

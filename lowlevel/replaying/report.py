@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table, box
 
 from lowlevel.errors import LowlevelError
-from lowlevel.replaying.compare import NUMBERS, TENSORS, Row, first_difference
+from lowlevel.replaying.compare import NUMBERS, TENSORS, Row
 from lowlevel.replaying.what_if import Outcome
 
 
@@ -41,7 +41,7 @@ class Replay:
     @property
     def first_difference(self) -> Row | None:
         """The first row beyond its tolerance, or None."""
-        return first_difference(self.rows)
+        return next((row for row in self.rows if not row.good), None)
 
     def check(self) -> None:
         """Raise ReplayDiffersError if a row differs."""

@@ -26,7 +26,7 @@ from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.assembly import Inputs, choose_execution, identity
-from lowlevel.running.reopening import Note, Reopened, step_examples
+from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.running.run_folder import RunFolder
 
 
@@ -42,7 +42,6 @@ class Session:
     optimizer: torch.optim.Optimizer
     execution: Execution
     order: DataOrder
-    total_steps: int
     state: TrainState
     start: str  # the checkpoint's name, or "the start"
     moved: str | None  # why numbers may differ from the run's in their last bits, or None
@@ -58,14 +57,11 @@ class Session:
 
     def rate(self, config: RunConfig | None = None) -> float:
         """The learning rate of the coming step."""
-        return learning_rate(self.state.step, self.total_steps, (config or self.config).train)
+        total_steps = self.order.total_steps(self.config.train)
+        return learning_rate(self.state.step, total_steps, (config or self.config).train)
 
     def advance(self) -> StepResult:
-        """Take one step, as `lowlevel.loop.train` does.
-
-        Raises:
-            NonFiniteError: as in training.
-        """
+        """Take one step, as `lowlevel.loop.train` does. Raises NonFiniteError as in training."""
         started = time.perf_counter()
         result = take_step(self, self.config, self.execution, self.state.loss_scale)
         self.state.record(result, time.perf_counter() - started)
@@ -91,12 +87,9 @@ def take_step(session: Session, config: RunConfig, execution: Execution, scale: 
 
 
 def open_session(opened: Reopened, step: int, *, start: int | None = None) -> Session:
-    """Set a run up at the newest verified checkpoint before step `step`, or at its start.
+    """Set a run up at the newest verified checkpoint before step `step`, counted from 1, or at its start.
 
-    Args:
-        opened: the run; its `note` takes a line for each checkpoint that is skipped.
-        step: the optimizer step to replay, counted from 1 as in the log.
-        start: start from the checkpoint after this many steps instead; 0: from the start of the run.
+    `start`: from the checkpoint after this many steps instead; 0: from the start of the run.
 
     Raises:
         ConfigError: no such step or checkpoint.
@@ -108,12 +101,15 @@ def open_session(opened: Reopened, step: int, *, start: int | None = None) -> Se
         raise ConfigError(f"--from {start}: a replay of step {step} starts before it")
     inputs = opened.inputs()
     step_examples(config, inputs.data, step)  # refuses a step beyond the run's last
-    order = DataOrder.of(config, len(inputs.data.train))
     policy = opened.policy(training=True)
     _check_identity(opened, identity(config, inputs, policy, opened.manifest["base"]["sha256"]))
     optimizer = build_optimizer(policy.flat.weights, config.train)
     state = TrainState(LossScale.for_precision(inputs.placement.precision))
-    found = _choose_start(opened.folder, step, note, start)
+    found: tuple[Path, dict[str, Any]] | None = None  # the start of the run
+    if start is None:
+        found = newest_good(opened.folder.path, note, before=step)
+    elif start:
+        found = checkpoint_at(opened.folder.path, start, "--from")
     if found:
         try:
             state = restore_state(policy, optimizer, *found)
@@ -130,19 +126,11 @@ def open_session(opened: Reopened, step: int, *, start: int | None = None) -> Se
         method=method,
         optimizer=optimizer,
         execution=WithFallback(policy, method, choose_execution(config, inputs), note),
-        order=order,
-        total_steps=order.total_steps(config.train),
+        order=DataOrder.of(config, len(inputs.data.train)),
         state=state,
         start=found[0].name if found else "the start of the run",
         moved=opened.moved,
     )
-
-
-def _choose_start(folder: RunFolder, step: int, note: Note, start: int | None) -> tuple[Path, dict[str, Any]] | None:
-    """The newest good checkpoint before `step`, or the one of `start`; None: the start of the run."""
-    if start is None:
-        return newest_good(folder.path, note, before=step)
-    return checkpoint_at(folder.path, start, "--from") if start else None
 
 
 def _check_identity(opened: Reopened, found: dict[str, Any]) -> None:

@@ -34,8 +34,7 @@ class Outcome:
 def parse_settings(config: RunConfig, text: str) -> RunConfig:
     """The configuration changed by "beta=0.3", "loss_type=ipo,beta=0.2" or "loss_kwargs.gamma=2".
 
-    Raises:
-        ConfigError: not a setting of one step, or a value that a run file could not have either.
+    Raises ConfigError for a key that is not a setting of one step, and for a value that a run file refuses.
     """
     tables, method = to_tables(config), config.method
     for part in text.split(","):
@@ -49,13 +48,9 @@ def parse_settings(config: RunConfig, text: str) -> RunConfig:
             known = ", ".join([*TRAIN_KEYS, *keys, "loss_kwargs.KEY"])
             raise ConfigError(f"--what-if {text}: expected NAME=VALUE, NAME one of {known}")
         section = "train" if name in TRAIN_KEYS else method
-        given = dict(tables.get(section, {}))
-        given |= (
-            {"loss_kwargs": {**given.get("loss_kwargs", {}), kwarg: _value(value.strip())}}
-            if is_kwarg
-            else {name: _value(value.strip())}
-        )
-        tables[section] = given
+        given, new = tables.get(section, {}), _value(value.strip())
+        update = {"loss_kwargs": {**given.get("loss_kwargs", {}), kwarg: new}} if is_kwarg else {name: new}
+        tables[section] = {**given, **update}
     changed = config_from_tables(tables, f"--what-if {text}")
     try:
         check_loss(changed)
@@ -74,8 +69,7 @@ def _value(text: str) -> Any:
 def what_if(session: Session, settings: Sequence[tuple[str, RunConfig]]) -> list[Outcome]:
     """The next step with the run's settings, then with each of the others; weights, state and counters stay.
 
-    Raises:
-        NonFiniteError: a loss or gradient is NaN or infinite.
+    Raises NonFiniteError if a loss or gradient is NaN or infinite.
     """
     outcomes: list[Outcome] = []
     actual: Tensor | None = None

@@ -69,6 +69,9 @@ def divided(clock: PhaseClock, method: Method, optimizer: torch.optim.Optimizer)
         with clock.during(REFERENCE if clock.phase == REFERENCE else FORWARD):
             return call()
 
+    def enter(phase: str) -> None:
+        clock.switch(phase)
+
     with ExitStack() as stack:
         for owner, name, around in (
             (PackedBatch, "to", to_device),
@@ -78,7 +81,9 @@ def divided(clock: PhaseClock, method: Method, optimizer: torch.optim.Optimizer)
             (Policy, "scored_hidden_states", forward),
         ):
             stack.enter_context(_surrounded(owner, name, around))
-        stack.enter_context(_optimizer_phase(clock, optimizer))
+        # hooks of torch, because a base class of the optimizer may define `step`
+        stack.callback(optimizer.register_step_pre_hook(lambda *_: enter(OPTIMIZER)).remove)
+        stack.callback(optimizer.register_step_post_hook(lambda *_: enter(OTHER)).remove)
         yield
 
 
@@ -96,21 +101,3 @@ def _surrounded(owner: type, name: str, around: Callable[[Call], Any]) -> Iterat
         yield
     finally:
         setattr(owner, name, original)
-
-
-@contextmanager
-def _optimizer_phase(clock: PhaseClock, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Uses torch's hooks, since a base class of the optimizer may define `step`."""
-
-    def before(*_: Any) -> None:
-        clock.switch(OPTIMIZER)
-
-    def after(*_: Any) -> None:
-        clock.switch(OTHER)
-
-    handles = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -21,18 +21,12 @@ from lowlevel.execution import WithFallback
 from lowlevel.model.policy import dequantize_once
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import peak_memory
-from lowlevel.running.assembly import (
-    Inputs,
-    build_method,
-    build_run_policy,
-    check_start,
-    choose_execution,
-)
+from lowlevel.running.assembly import Inputs, build_method, build_run_policy, check_start, choose_execution
 from lowlevel.running.progress import lines_to
 from lowlevel.running.rehearsal import largest_batch, rehearse
 from lowlevel.running.run_record import announce
 from lowlevel.timing.steps import Step, TimedRun, take_steps
-from lowlevel.timing.summary import Apart, Whole, mean_phases, whole
+from lowlevel.timing.summary import Whole, mean_phases, whole
 
 WARM_UP = 3  # steps before the measured ones, in both parts
 BOUNDARIES = "each boundary waits for the device; a run packs its rows ahead, in a thread"
@@ -55,15 +49,7 @@ class Timed:
 def time_run(config: RunConfig, console: Console, *, steps: int, json_file: Path | None = None) -> Timed:
     """Take the first steps of a run twice, whole and divided into phases, and print both; saves no weights.
 
-    Args:
-        config: of the run, with its own model, data and settings.
-        console: where the tables go.
-        steps: steps to measure, after WARM_UP unmeasured ones.
-        json_file: file for the result, or None.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: as a run would.
-        NonFiniteError: a step's loss is not finite.
+    `steps` steps are measured, after WARM_UP unmeasured ones. Raises as a run would.
     """
     if json_file and not json_file.parent.is_dir():
         raise ConfigError(f"--json {json_file}: no such folder")
@@ -126,25 +112,23 @@ def _print_whole(timed: Timed, steps: int, console: Console) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row(*cells.values())
     console.print(table)
-    _print_apart(one.set_up, "captured or compiled a new batch shape", console)
-    _print_apart(one.repeated, "overflowed in fp16 and were repeated at half the loss scale", console)
+    for apart, what in (
+        (one.set_up, "captured or compiled a new batch shape"),
+        (one.repeated, "overflowed in fp16 and were repeated at half the loss scale"),
+    ):
+        if apart.count:
+            console.print(f"not counted: {apart.count} that {what}, median {apart.median_ms:,.1f} ms")
     if timed.memory["peak_reserved_gib"]:
         allocated, reserved = timed.memory["peak_allocated_gib"], timed.memory["peak_reserved_gib"]
         console.print(f"peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved")
 
 
-def _print_apart(apart: Apart, what: str, console: Console) -> None:
-    if apart.count:
-        console.print(f"not counted: {apart.count} that {what}, median {apart.median_ms:,.1f} ms")
-
-
 def _print_phases(timed: Timed, console: Console) -> None:
     total = sum(timed.phases.values())
     console.print(f"a step by phase, {timed.divided_mode}: means of {timed.divided_steps} steps")
-    table = Table()
-    table.add_column("phase")
-    table.add_column("ms", justify="right")
-    table.add_column("share", justify="right")
+    table = Table("phase")
+    for name in ("ms", "share"):
+        table.add_column(name, justify="right")
     for name, milliseconds in timed.phases.items():
         table.add_row(name, f"{milliseconds:,.2f}", f"{milliseconds / total:.1%}")
     table.add_section()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.timing.clock import PhaseClock
 from lowlevel.timing.phases import LAYOUT, divided
+from lowlevel.verification.subject import kept_weights
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,8 @@ class Recorder:
 def take_steps(run: TimedRun, execution: WithFallback, count: int, *, divide: bool = False) -> list[Step]:
     """Take the first `count` steps of a run, with their updates, then restore the adapter's weights.
 
-    Args:
-        run: its parts. The optimizer keeps its state between calls.
-        execution: how micro-steps run.
-        count: number of steps; a shorter run continues with its next epoch.
-        divide: divide steps into phases, and lay rows out within the step instead of ahead of it; not for "graphed".
-
-    Raises:
-        NonFiniteError: as in training.
+    A shorter run continues with its next epoch. The optimizer keeps its state between calls. `divide`: divide steps
+    into phases, and lay rows out within the step instead of ahead of it; not for "graphed". Raises as in training.
     """
     policy = run.policy
     clock, watched = PhaseClock(policy.placement.device), Watched(execution)
@@ -133,7 +128,7 @@ def take_steps(run: TimedRun, execution: WithFallback, count: int, *, divide: bo
         with clock.during(LAYOUT):
             return run.batches(step)
 
-    with _put_back(policy), divided(clock, run.method, run.optimizer) if divide else nullcontext():
+    with kept_weights(policy), divided(clock, run.method, run.optimizer) if divide else nullcontext():
         steps = train(
             watched,
             run.optimizer,
@@ -148,14 +143,3 @@ def take_steps(run: TimedRun, execution: WithFallback, count: int, *, divide: bo
         for _ in steps:
             pass
     return recorder.steps
-
-
-@contextmanager
-def _put_back(policy: Policy) -> Iterator[None]:
-    """Restore the adapter's weights after the block; the copy is on the host, so that it adds nothing to the peak."""
-    before = policy.flat.weights.detach().to("cpu", copy=True)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            policy.flat.weights.copy_(before)

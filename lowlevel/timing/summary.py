@@ -37,11 +37,7 @@ class Whole:
 
 
 def counted_steps(steps: Sequence[Step]) -> list[Step]:
-    """The steps with a typical time.
-
-    Raises:
-        ConfigError: none.
-    """
+    """The steps with a typical time. Raises ConfigError if there is none."""
     found = [step for step in steps if step.counts]
     if not found:
         raise ConfigError(
@@ -53,17 +49,17 @@ def counted_steps(steps: Sequence[Step]) -> list[Step]:
 def whole(steps: Sequence[Step]) -> Whole:
     """Statistics of the steps after the warm-up. Raises ConfigError if none counts."""
     counted = counted_steps(steps)
-    times = [step.seconds for step in counted]
+    times, results = [step.seconds for step in counted], [step.result for step in counted]
     p10, median, p90 = (1e3 * float(value) for value in np.percentile(times, (10, 50, 90)))
-    tokens = sum(step.result.num_tokens for step in counted)
+    tokens = sum(result.num_tokens for result in results)
     return Whole(
         counted=len(counted),
         median_ms=median,
         p10_ms=p10,
         p90_ms=p90,
         tokens_per_second=tokens / sum(times),
-        supervised_tokens_per_second=sum(step.result.supervised_tokens for step in counted) / sum(times),
-        padding_share=1.0 - tokens / sum(step.result.positions for step in counted),
+        supervised_tokens_per_second=sum(result.supervised_tokens for result in results) / sum(times),
+        padding_share=1.0 - tokens / sum(result.positions for result in results),
         set_up=_apart([step for step in steps if step.set_up]),
         repeated=_apart([step for step in steps if step.repeated and not step.set_up]),
     )

@@ -30,12 +30,11 @@ def _division(subject: Subject, evidence: Evidence) -> Check:
     expected = evidence.step_loss(subject)
     notes: list[str] = []
     execution = subject.execution(notes)
-    losses = [
-        subject.run_step(execution=execution)[0].metrics["loss"] for _ in range(3 if subject.mode == "graphed" else 1)
-    ]
+    taken = [subject.run_step(execution=execution)[0] for _ in range(3 if subject.mode == "graphed" else 1)]
     execution.use("eager")
     if not subject.mixes:
-        losses += [subject.run_step(with_batches_of(subject.method, n))[0].metrics["loss"] for n in (1, 3)]
+        taken += [subject.run_step(with_batches_of(subject.method, n))[0] for n in (1, 3)]
+    losses = [result.metrics["loss"] for result in taken]
     error = max(abs(loss - expected) for loss in losses) / (abs(expected) or 1.0)
     note = f"{expected:.7f} = sum / {'pairs' if subject.preference else 'tokens'} of the step, float64"
     rounding = 0.3 * head_bound(evidence.largest_logit, subject.policy.lm_head_weight.dtype)  # rms of an even spread
@@ -64,10 +63,8 @@ def _loss_scale(subject: Subject) -> Check:
 def _alone(subject: Subject, evidence: Evidence) -> Check:
     """A user's own loss in float64: each example alone against all of the step together."""
     together = exact_losses(evidence.logps, subject.config)
-    parts = [
-        exact_losses(evidence.logps_of(slice(number, number + 1)), subject.config)
-        for number in range(len(subject.examples))
-    ]
+    alone = [evidence.logps_of(slice(number, number + 1)) for number in range(len(subject.examples))]
+    parts = [exact_losses(logps, subject.config) for logps in alone]
     error = largest(together - torch.cat(parts)) / (largest(together) or 1.0)
     bound, note = subject.bounds.closed, f"{len(parts)} examples, float64, relative"
     if not error <= bound and subject.preference:
@@ -79,10 +76,13 @@ def _alone(subject: Subject, evidence: Evidence) -> Check:
 
 def _parameter(subject: Subject, evidence: Evidence, name: str) -> Check:
     """Change one hyper-parameter: the loss must change as much as the formula says."""
-    title, old = f"{name} reaches the loss", _value(subject, name)
-    new = _another(name, old)
-    section = subject.config.method
+    title, section = f"{name} reaches the loss", subject.config.method
     settings = getattr(subject.config, section)
+    value = (settings.model_dump() | settings.loss_kwargs).get(name)
+    old = float(inspect.signature(subject.spec.function).parameters[name].default if value is None else value)
+    new = 0.5 * old or 0.5  # allowed, and gives another loss
+    if name == "label_smoothing":
+        new = 0.25 if old < 0.2 else 0.1
     update = {name: new} if name in type(settings).model_fields else {"loss_kwargs": settings.loss_kwargs | {name: new}}
     changed = settings.model_copy(update=update)
     method = replace(subject.method, config=changed)
@@ -101,18 +101,3 @@ def _parameter(subject: Subject, evidence: Evidence, name: str) -> Check:
     bound = max(1e-3, subject.bounds.layout_loss * 10 * size / (abs(expected) or 1.0))
     note = f"{old:g} -> {new:g} changes the loss by {expected / len(losses):+.4g}, relative"
     return check(GROUP, title, error, min(bound, 0.5), note)
-
-
-def _value(subject: Subject, name: str) -> float:
-    """A hyper-parameter's value: configured, or the default of the loss function."""
-    settings = getattr(subject.config, subject.config.method)
-    given = settings.model_dump() | settings.loss_kwargs
-    value = given.get(name)
-    return float(inspect.signature(subject.spec.function).parameters[name].default if value is None else value)
-
-
-def _another(name: str, value: float) -> float:
-    """A value that is allowed and gives another loss."""
-    if name == "label_smoothing":
-        return 0.25 if value < 0.2 else 0.1
-    return 0.5 * value or 0.5

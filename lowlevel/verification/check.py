@@ -34,24 +34,15 @@ class Bounds:
     bf16    4 to 2,500 times the largest error seen there
     fp16    the demo meets them on an H100; `forward` and `worst_token` are 3 times the errors of SmolLM2 (30 layers,
             135M): 0.006 nats (rms of 793 tokens; worst 0.054) on a CPU, at most 0.078 in a pair on an H100
-
-    Attributes:
-        forward: nats, rms of the tokens' log-probabilities: hidden states in the run's precision against a float64
-            forward.
-        worst_token: nats, the largest of these errors.
-        closed: relative, gradient of a loss formula in fp32 against its closed form.
-        hidden: relative, largest element of the gradient of the hidden states from `token_logps`.
-        gradient: relative l2, the gradient of a whole step against float64.
-        layout_loss, layout_gradient: relative, and relative l2: the same step in another layout.
     """
 
-    forward: float
-    worst_token: float
-    closed: float
-    hidden: float
-    gradient: float
-    layout_loss: float
-    layout_gradient: float
+    forward: float  # nats, rms of the tokens' log-probabilities against a whole forward pass in float64
+    worst_token: float  # nats, the largest of these errors
+    closed: float  # relative: gradient of a loss formula in fp32 against its closed form
+    hidden: float  # relative, largest element: gradient of the hidden states from `token_logps`
+    gradient: float  # relative l2: gradient of a whole step against float64
+    layout_loss: float  # relative: the same step in another layout
+    layout_gradient: float  # relative l2
 
 
 BOUNDS = {

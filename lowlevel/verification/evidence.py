@@ -21,24 +21,15 @@ BUDGET = 1.5e10  # parameters x tokens of a float64 pass: seconds on a CPU core
 
 @dataclass(frozen=True)
 class Evidence:
-    """Results by example, without dropout.
-
-    Attributes:
-        sequences: plain tokens of each example.
-        sums: `method.loss` of a micro-batch that holds the example alone.
-        policy, reference: its tokens' scores; no reference for sft.
-        values: numeric columns of the rows that the loss reads, one number an example.
-        model: the whole model in float64, or None if the base is too large.
-        exact: how many examples are run through it.
-    """
+    """Results by example, without dropout."""
 
     sequences: list[list[Scored]]
-    sums: list[dict[str, Tensor]]
+    sums: list[dict[str, Tensor]]  # `method.loss` of a micro-batch that holds the example alone
     policy: list[HeadScores]
-    reference: list[HeadScores] | None
-    values: Mapping[str, Tensor]
-    model: ExactModel | None
-    exact: int
+    reference: list[HeadScores] | None  # None for sft
+    values: Mapping[str, Tensor]  # numeric columns of the rows that the loss reads, one number an example
+    model: ExactModel | None  # in float64; None if the base is too large
+    exact: int  # how many examples are run through it
 
     @property
     def tokens(self) -> int:

@@ -26,10 +26,7 @@ def logps_of(
 ) -> Logps:
     """What a loss reads, from token log-probabilities [example][chosen, rejected] or [example][whole], (n,) each.
 
-    Args:
-        policy: under the policy.
-        reference: under the reference; None for sft.
-        values: numeric columns of the rows, one number an example.
+    `reference` is None for sft; `values`: numeric columns of the rows, one number an example.
     """
     lengths = torch.tensor([len(part) for part in _sequences(policy)])
     ids = torch.arange(len(lengths)).repeat_interleave(lengths)
@@ -76,8 +73,7 @@ def softplus(x: Tensor) -> Tensor:
 def exact_losses(logps: Logps, config: RunConfig) -> Tensor:
     """The configured loss of each pair (P,) or token (N,), differentiable in the log-probabilities.
 
-    Raises:
-        ConfigError: a user's own loss that fails in float64.
+    Raises ConfigError for a user's own loss that fails in float64.
     """
     if isinstance(logps, TokenLogps):
         if config.sft.loss_type == "cross_entropy":

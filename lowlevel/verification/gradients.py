@@ -157,7 +157,7 @@ def _coarse_check(subject: Subject, evidence: Evidence) -> Check:
                 flat.add_(gradient, alpha=distance / float(norm))
             policy, reference = head_scores_of(subject)
         values = subject.values(subject.examples)
-        logps = logps_of(by_side(policy), reference and by_side(reference), values)
+        logps = logps_of(by_side(policy), by_side(reference) if reference else None, values)
         return float(exact_losses(logps, subject.config).mean())
 
     h = COARSE_STEP[precision] * float(torch.linalg.vector_norm(flat.detach()))

@@ -63,9 +63,8 @@ def _pair_checks(subject: Subject, evidence: Evidence, token: float, longest: in
     checks = []
     for who, prefix in (("policy", "logps/"), ("reference", "logps/ref_")):
         error = max(largest(found[key] - named[key]) for key in (f"{prefix}chosen", f"{prefix}rejected"))
-        checks.append(
-            check(GROUP, f"completion log-probability, {who}", error, bound, f"{len(logps.chosen_logps)} pairs")
-        )
+        note = f"{len(logps.chosen_logps)} pairs"
+        checks.append(check(GROUP, f"completion log-probability, {who}", error, bound, note))
     error = largest(found["rewards/margins"] - beta * logps.deltas)
     checks.append(check(GROUP, "margin of a pair", error, 4 * beta * bound))
     if subject.mixes:
@@ -87,15 +86,12 @@ def _forward_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     for name, flat, scores in models:
         with torch.no_grad():
             exact = evidence.model.examples(flat, sequences)
-        errors = torch.cat([_errors(torch.cat(tokens), one.exact) for tokens, one in zip(exact, scores, strict=False)])
+        pairs = [(torch.cat(tokens), one.exact) for tokens, one in zip(exact, scores, strict=False)]
+        # infinite if the scored tokens are not those of the example
+        errors = torch.cat([b - a if a.shape == b.shape else torch.full_like(a, math.inf) for a, b in pairs])
         note = f"the whole model in float64, {len(sequences)} of {len(subject.examples)} examples, rms of tokens"
         rms = float(errors.square().mean().sqrt())
         checks.append(check(GROUP, f"forward pass, {name}", rms, subject.bounds.forward, note))
-        worst = f"{len(errors):,} tokens"
-        checks.append(check(GROUP, f"its worst token, {name}", largest(errors), subject.bounds.worst_token, worst))
+        note = f"{len(errors):,} tokens"
+        checks.append(check(GROUP, f"its worst token, {name}", largest(errors), subject.bounds.worst_token, note))
     return checks
-
-
-def _errors(expected: Tensor, found: Tensor) -> Tensor:
-    """By token; infinite if the scored tokens are not those of the example."""
-    return found - expected if found.shape == expected.shape else torch.full_like(expected, math.inf)

@@ -10,31 +10,24 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PADDING, PackedBatch
-from lowlevel.data.examples import SFTExample
 from lowlevel.labels import IGNORED
 from lowlevel.verification.check import Check, check
 from lowlevel.verification.rendered import Expected, expected_sequences, truncated
 from lowlevel.verification.subject import Subject
+from lowlevel.verification.truth import sequences_of
 
 GROUP = "masking"
 
 
 @dataclass(frozen=True)
 class Read:
-    """One scored sequence as a micro-batch holds it.
+    """One scored sequence as a micro-batch holds it."""
 
-    Attributes:
-        row, side: data row, and 0 sft or chosen, 1 rejected.
-        columns: (L,) places, in the flattened rows, of the tokens that its last token attends to, in order.
-        inputs: (L,) tokens there.
-        targets: (L,) targets there, IGNORED if not scored.
-    """
-
-    row: int
-    side: int
-    columns: np.ndarray
-    inputs: np.ndarray
-    targets: np.ndarray
+    row: int  # of the data
+    side: int  # 0 sft or chosen, 1 rejected
+    columns: np.ndarray  # (L,) places, in the flattened rows, of the tokens that its last token attends to, in order
+    inputs: np.ndarray  # (L,) tokens there
+    targets: np.ndarray  # (L,) targets there, IGNORED if not scored
 
 
 def masking_checks(subject: Subject) -> list[Check]:
@@ -48,8 +41,8 @@ def masking_checks(subject: Subject) -> list[Check]:
         row: truncated(by_row[row], wholes, subject.preference) if all(w.sure for w in wholes) else None
         for row, wholes in expected.items()
     }
-    checks = [_supervised(subject, batches, flat), _targets(flat, targets, len(subject.examples), subject.preference)]
-    checks += [_first(flat, targets), _ends(subject, flat, expected, by_row), _bos(subject, flat)]
+    checks = [_supervised(batches, flat), *_targets(flat, targets, len(subject.examples) * (1 + subject.preference))]
+    checks += [_ends(subject, flat, expected, by_row), _bos(subject, flat)]
     return [*checks, _gradient(subject, batches, reads, targets)]
 
 
@@ -81,7 +74,7 @@ def read_sequences(batch: PackedBatch) -> list[Read]:
 Targets = dict[int, list[tuple[np.ndarray, np.ndarray]] | None]
 
 
-def _supervised(subject: Subject, batches: list[PackedBatch], reads: list[Read]) -> Check:
+def _supervised(batches: list[PackedBatch], reads: list[Read]) -> Check:
     """The number of scored tokens: in the sums, in the targets and in the log."""
     summed = sum(int((read.targets != IGNORED).sum()) for read in reads)
     counted = sum(batch.num_scored for batch in batches)
@@ -91,34 +84,30 @@ def _supervised(subject: Subject, batches: list[PackedBatch], reads: list[Read])
     return check(GROUP, "supervised tokens", float(abs(summed - counted) + abs(marked - counted)), 0, share)
 
 
-def _targets(reads: list[Read], expected: Targets, number: int, preference: bool) -> Check:
-    """Sequences whose inputs or targets differ from the row, or that are missing or duplicated."""
-    wrong, known = 0, 0
+def _targets(reads: list[Read], expected: Targets, number: int) -> list[Check]:
+    """Sequences whose inputs or targets differ from the row, or that are missing or duplicated of the `number`.
+
+    Second check: sequences whose first learned token is not scored, or in which an earlier token is.
+    """
+    wrong, wrong_start, known = 0, 0, 0
     for read in reads:
         of_row = expected.get(read.row)
         if of_row is None:
             continue
         known += 1
         inputs, targets = of_row[read.side]
-        size = int(np.flatnonzero(targets != IGNORED)[-1]) + 1  # later tokens are not read
+        wanted, found = (np.flatnonzero(t != IGNORED) for t in (targets, read.targets))
+        wrong_start += not len(found) or found[0] != wanted[0]
+        size = int(wanted[-1]) + 1  # later tokens are not read
         same = np.array_equal(read.inputs, inputs[:size]) and np.array_equal(read.targets, targets[:size])
         wrong += not same
     keys = {(read.row, read.side) for read in reads}
-    wrong += len(reads) - len(keys) + abs(len(keys) - number * (2 if preference else 1))
+    wrong += len(reads) - len(keys) + abs(len(keys) - number)
     left = f", {len(reads) - known} cut or split rows skipped" if known < len(reads) else ""
-    return check(GROUP, "targets as the rows say", float(wrong), 0, f"{known} sequences rendered again{left}")
-
-
-def _first(reads: list[Read], expected: Targets) -> Check:
-    """Sequences whose first learned token is not scored, or in which an earlier token is."""
-    wrong = 0
-    for read in reads:
-        of_row = expected.get(read.row)
-        if of_row is None:
-            continue
-        wanted, found = (np.flatnonzero(t != IGNORED) for t in (of_row[read.side][1], read.targets))
-        wrong += not len(found) or found[0] != wanted[0]
-    return check(GROUP, "first reply token is scored", float(wrong), 0)
+    return [
+        check(GROUP, "targets as the rows say", float(wrong), 0, f"{known} sequences rendered again{left}"),
+        check(GROUP, "first reply token is scored", float(wrong_start), 0),
+    ]
 
 
 def _ends(subject: Subject, reads: list[Read], expected: dict[int, list[Expected]], by_row: dict[int, Any]) -> Check:
@@ -134,20 +123,13 @@ def _ends(subject: Subject, reads: list[Read], expected: dict[int, list[Expected
             left = int(whole.learned.argmax()) - len(example.prompt_ids)  # tokens cut from the prompt's left
         for place in whole.ends:
             position = place - left - 1
-            if position >= _size(example, read.side) - 1:
+            if position >= len(sequences_of(example, subject.preference)[read.side].ids) - 1:
                 cut += 1
                 continue
             number += 1
             wrong += position >= len(read.targets) or read.targets[position] != end
     note = f"{number} replies, id {end}" + (f"; {cut} cut by max_length" if cut else "")
     return check(GROUP, "replies end with end of turn", float(wrong), 0, note)
-
-
-def _size(example: Any, side: int) -> int:
-    """Tokens of an SFT example, or of the prompt and one completion of a pair."""
-    if isinstance(example, SFTExample):
-        return len(example.input_ids)
-    return len(example.prompt_ids) + len((example.chosen_ids, example.rejected_ids)[side])
 
 
 def _bos(subject: Subject, reads: list[Read]) -> Check:

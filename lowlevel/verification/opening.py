@@ -11,16 +11,9 @@ from lowlevel.config.file import load_config
 from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.losses import loss_spec
-from lowlevel.methods import Method
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
 from lowlevel.model.policy import PARENT, Policy, dequantize_once
-from lowlevel.running.assembly import (
-    Inputs,
-    build_method,
-    build_run_policy,
-    check_start,
-    choose_execution,
-)
+from lowlevel.running.assembly import Inputs, build_method, build_run_policy, check_start, choose_execution
 from lowlevel.running.reopening import Note, Reopened, step_examples
 from lowlevel.verification.report import Report, run_checks
 from lowlevel.verification.subject import Subject
@@ -40,22 +33,14 @@ class Opened:
 
 
 def open_file(path: Path, overrides: Mapping[str, str], scratch: Path, note: Note = print) -> Opened:
-    """The start of a run file's run; a merged base is written to `scratch`.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: as training would.
-    """
+    """The start of a run file's run; a merged base is written to `scratch`. Raises as training would."""
     config, inputs = check_start(load_config(path, overrides), scratch)
     weights = "the run's start (B = 0); checks that need an adapter with an effect use a random B"
     return Opened(config, inputs, weights, note)
 
 
 def open_run(run: Reopened) -> Opened:
-    """A run with its newest adapter.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: changed rows or loss, or damaged weights.
-    """
+    """A run with its newest adapter. Raises for changed rows or another loss, and for damaged weights."""
     run.method()  # refuses another loss before anything is loaded
     adapter = run.folder.newest_adapter(run.note)
     if adapter is None:
@@ -106,17 +91,11 @@ def make_subject(opened: Opened, examples: Sequence[Any], step: int, exact_param
     if config.train.dequantize_once:
         dequantize_once(policy)
     method = build_method(config, inputs.attention)
+    if config.method == "dpo" and loss_spec(config.dpo.loss_type).mixes_pairs:
+        rows = set(method.micro_batches(examples)[0].data_rows)  # one micro-batch: the float64 formulas mix all pairs
+        examples = [example for example in examples if example.row in rows]
     mode = choose_execution(config, inputs)
-    checkable = _checkable(config, method, tuple(examples))
-    return Subject(config, inputs.tokenizer, policy, method, checkable, step, mode, hashes, exact_parameters)
-
-
-def _checkable(config: RunConfig, method: Method, examples: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The examples. For a loss that mixes pairs, only those of the first micro-batch: the float64 formulas mix all."""
-    if config.method == "sft" or not loss_spec(config.dpo.loss_type).mixes_pairs:
-        return examples
-    rows = set(method.micro_batches(examples)[0].data_rows)
-    return tuple(example for example in examples if example.row in rows)
+    return Subject(config, inputs.tokenizer, policy, method, tuple(examples), step, mode, hashes, exact_parameters)
 
 
 def _hashes(run: Reopened, policy: Policy) -> dict[str, tuple[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,19 +15,17 @@ from lowlevel.methods import dpo
 from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.placement import dtype_name
 from lowlevel.verification.check import Check, check, largest
-from lowlevel.verification.subject import Subject, fill_b, kept_weights, zero_b
+from lowlevel.verification.subject import Subject, b_views, fill_b, kept_weights
 
 GROUP = "reference"
 
 
-@dataclass
 class Kernels(TorchDispatchMode):
     """Names of the attention operators that run within the block."""
 
-    names: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.names: set[str] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -45,44 +42,40 @@ def reference_checks(subject: Subject) -> list[Check]:
     if not subject.preference:
         return []
     batches = subject.batches()
-    return [
-        *_log_ratios(subject),
-        *_passes(subject, batches),
-        _dropout(subject, batches[0]),
-        *_kernels(subject, batches[0]),
-    ]
+    checks = [_log_ratios(subject, batches), *_passes(subject, batches), _dropout(subject, batches[0])]
+    return checks + _kernels(subject, batches[0])
 
 
-def _log_ratios(subject: Subject) -> list[Check]:
+def _log_ratios(subject: Subject, batches: list[PackedBatch]) -> Check:
     """With B = 0 policy and reference are the same function: equal bits, through `method.loss` and in each pass."""
     ratios = []
     with kept_weights(subject.policy), torch.no_grad():
-        zero_b(subject.policy)
+        for view in b_views(subject.policy):
+            view.zero_()
         for example in subject.examples:
             (batch,) = subject.batches(examples=[example])
             sums = subject.sums(batch)
             ratios += [sums[f"logps/{side}"] - sums[f"logps/ref_{side}"] for side in ("chosen", "rejected")]
             ratios += [sums[f"rewards/{name}"] for name in ("chosen", "rejected", "margins")]
-        for batch in subject.batches():
-            ratios.append(torch.cat(_logps(subject, batch, False)) - torch.cat(_logps(subject, batch, True)))
+        ratios += [_logps(subject, batch, reference=False) - _logps(subject, batch) for batch in batches]
     note = f"{2 * len(subject.examples)} completions, B = 0, log-ratios and rewards"
-    return [check(GROUP, "log-ratios at step 0", max(map(largest, ratios)), 0, note)]
+    return check(GROUP, "log-ratios at step 0", max(map(largest, ratios)), 0, note)
 
 
-def _logps(subject: Subject, batch: PackedBatch, reference: bool) -> tuple[Tensor, Tensor]:
+def _logps(subject: Subject, batch: PackedBatch, *, reference: bool = True) -> Tensor:
     subject.set_dropout(batch)
     with torch.no_grad(), subject.policy.reference() if reference else nullcontext():
-        return dpo.completion_logps(subject.policy, batch)
+        return torch.cat(dpo.completion_logps(subject.policy, batch))
 
 
 def _passes(subject: Subject, batches: list[PackedBatch]) -> list[Check]:
     """Two passes are equal; the trained adapter's weights and the step's dropout key do not reach them."""
     policy = subject.policy
-    first = [torch.cat(_logps(subject, batch, True)) for batch in batches]
-    second = [torch.cat(_logps(subject, batch, True)) for batch in batches]
+    first = [_logps(subject, batch) for batch in batches]
+    second = [_logps(subject, batch) for batch in batches]
     with kept_weights(policy):
         fill_b(policy, seed=7)
-        blind = [torch.cat(_logps(subject, batch, True)) for batch in batches]
+        blind = [_logps(subject, batch) for batch in batches]
     keyed = []
     for batch in batches:
         policy.dropout.set_micro_batch(batch.dropout_keys, 12345)
@@ -134,16 +127,12 @@ def _kernels(subject: Subject, batch: PackedBatch) -> list[Check]:
 
 
 def frozen_checks(subject: Subject, names: list[str], before: Tensor, base: tuple[str, str]) -> list[Check]:
-    """Weights that the other checks, with their steps and reference passes, must not have changed.
+    """Weights that the other checks must not have changed.
 
-    Args:
-        subject: what was verified.
-        names: trainable parameters before.
-        before: the trained adapter's weights before, (n,).
-        base: hash of the base before and now.
+    `names`, `before`: trainable parameters and adapter weights (n,) before; `base`: hash of the base before and now.
     """
-    now = subject.policy.trainable_names()
-    views = list(subject.policy.flat.views)
+    now, views = subject.policy.trainable_names(), subject.policy.flat.views
+    wrong = len({*now} ^ {*names}) + len({*now} ^ {*views})
     checks = [
         check("weights", f"{what} as in the manifest", float(found != expected), 0, found[:12])
         for what, (found, expected) in subject.hashes.items()
@@ -151,8 +140,6 @@ def frozen_checks(subject: Subject, names: list[str], before: Tensor, base: tupl
     return [
         *checks,
         check("weights", "base unchanged by steps", float(base[0] != base[1]), 0, base[1][:12]),
-        check(
-            "weights", "trainable set", float(len({*now} ^ {*names}) + len({*now} ^ {*views})), 0, f"{len(now)} tensors"
-        ),
+        check("weights", "trainable set", float(wrong), 0, f"{len(now)} tensors"),
         check("weights", "adapter unchanged by checks", float(not torch.equal(before, subject.policy.flat.weights)), 0),
     ]

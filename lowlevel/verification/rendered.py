@@ -16,6 +16,7 @@ from lowlevel.data.messages import normalise
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.sources import read_source
 from lowlevel.labels import IGNORED
+from lowlevel.verification.truth import sequences_of
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,10 @@ def truncated(example: Any, expected: list[Expected], preference: bool) -> list[
     was cut from the left: there the cut decides.
     """
     results = []
-    for side, whole in enumerate(expected):
-        if preference:
-            size = len(example.prompt_ids) + len((example.chosen_ids, example.rejected_ids)[side])
-            if int(whole.learned.argmax()) != len(example.prompt_ids):
-                return None
-        else:
-            size = len(example.input_ids)
+    for sequence, whole in zip(sequences_of(example, preference), expected, strict=True):
+        if preference and int(whole.learned.argmax()) != len(example.prompt_ids):
+            return None
+        size = len(sequence.ids)
         ids, learned = whole.ids[:size], whole.learned[:size]
         results.append((ids[:-1], np.where(learned, ids, IGNORED)[1:]))
     return results

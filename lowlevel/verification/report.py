@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ from lowlevel.verification.invariances import invariance_checks
 from lowlevel.verification.loss import loss_checks
 from lowlevel.verification.masking import masking_checks
 from lowlevel.verification.reference import frozen_checks, reference_checks
-from lowlevel.verification.subject import Subject, fill_b, has_effect, kept_weights, without_dropout
+from lowlevel.verification.subject import Subject, b_views, fill_b, kept_weights, without_dropout
 
 
 def run_checks(subject: Subject) -> list[Check]:
@@ -35,12 +36,11 @@ def run_checks(subject: Subject) -> list[Check]:
     policy = subject.policy
     names, before = policy.trainable_names(), policy.flat.weights.detach().clone()
     base = base_sha256(policy.model)
-    checks: list[Check] = []
     with kept_weights(policy):
-        if not has_effect(policy):
+        if not any(bool(view.any()) for view in b_views(policy)):
             fill_b(policy)
         with without_dropout(policy):
-            checks += masking_checks(subject)
+            checks = masking_checks(subject)
             evidence = gather(subject)
             checks += loss_checks(subject, evidence)
             checks += gradient_checks(subject, evidence)
@@ -109,19 +109,17 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
     wide = console.width >= 120
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("check", no_wrap=True, overflow="ellipsis", max_width=46)
-    table.add_column("measured", justify="right", no_wrap=True)
-    table.add_column("bound", justify="right", no_wrap=True)
+    for name in ("measured", "bound"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     if wide:
         table.add_column("note", overflow="fold")
-    group = ""
-    for one in checks:
-        if one.group != group:
-            group = one.group
-            table.add_row(Text(group, style="bold"), *([""] * (4 if wide else 3)))
-        verdict = Text("ok", style="green") if one.ok else Text("FAIL", style="bold red")
-        cells: list[Any] = [Text(f"  {one.name}"), number(one.measured), number(one.bound), verdict]
-        table.add_row(*cells, *([Text(one.note, style="dim")] * wide))
+    for group, of_group in itertools.groupby(checks, lambda one: one.group):
+        table.add_row(Text(group, style="bold"))
+        for one in of_group:
+            verdict = Text("ok", style="green") if one.ok else Text("FAIL", style="bold red")
+            cells: list[Any] = [Text(f"  {one.name}"), number(one.measured), number(one.bound), verdict]
+            table.add_row(*cells, *([Text(one.note, style="dim")] * wide))
     console.print(table)
     for one in checks:
         if not (wide or one.ok) and one.note:

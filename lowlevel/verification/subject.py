@@ -30,8 +30,6 @@ from lowlevel.verification.check import BOUNDS, Bounds
 if TYPE_CHECKING:
     from lowlevel.data.rendering import ChatTokenizer
 
-ZERO_RATE = 0.0  # the gradient stays in the flat buffer and no weight moves
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -111,27 +109,16 @@ class Subject:
     ) -> tuple[StepResult, Tensor]:
         """`optimizer_step` without an update: its result, and the flat gradient (n,) fp32.
 
-        Args:
-            method: replaces the run's.
-            examples: replace the step's.
-            scale: loss scale; None: the first one of a run in this precision.
-            execution: replaces an eager one, and brings its own method.
-            batches: replace the method's own.
+        By default in eager mode, with the first loss scale of a run; an `execution` brings its own method.
         """
         execution = execution or Eager(self.policy, method or self.method)
         made = batches or execution.method.micro_batches(self.examples if examples is None else examples)
         loss_scale = LossScale.for_precision(self.policy.placement.precision)
         if scale is not None:
             loss_scale = replace(loss_scale, scale=scale)
-        result = loop.optimizer_step(
-            execution,
-            torch.optim.SGD([self.policy.flat.weights], lr=ZERO_RATE),
-            made,
-            loss_scale,
-            seed=self.config.train.seed,
-            step=self.step,
-            max_grad_norm=math.inf,
-        )
+        still = torch.optim.SGD([self.policy.flat.weights], lr=0.0)  # the gradient stays and no weight moves
+        seed, step = self.config.train.seed, self.step
+        result = loop.optimizer_step(execution, still, made, loss_scale, seed=seed, step=step, max_grad_norm=math.inf)
         return result, self.policy.flat.grad.clone()
 
     def execution(self, note: list[str]) -> WithFallback:
@@ -151,8 +138,8 @@ def packed(method: Method, rows: int) -> Method:
 
 @contextmanager
 def kept_weights(policy: Policy) -> Iterator[None]:
-    """Restore the adapter's weights after the block, bit for bit."""
-    before = policy.flat.weights.detach().clone()
+    """Restore the adapter's weights after the block, bit for bit; the copy is on the host: the peak stays."""
+    before = policy.flat.weights.detach().to("cpu", copy=True)
     try:
         yield
     finally:
@@ -175,23 +162,14 @@ def without_dropout(policy: Policy) -> Iterator[None]:
             module.p = p
 
 
-def zero_b(policy: Policy) -> None:
-    """Set B = 0, as in a new adapter, which has no effect."""
-    with torch.no_grad():
-        for name, view in policy.flat.views.items():
-            if ".lora_B." in name:
-                view.zero_()
+def b_views(policy: Policy) -> list[Tensor]:
+    """The trained adapter's B, views of its flat weights; all 0 in a new adapter, which has no effect."""
+    return [view for name, view in policy.flat.views.items() if ".lora_B." in name]
 
 
 def fill_b(policy: Policy, seed: int = 0, size: float = 0.05) -> None:
     """Random B, so that each layer's update is about 0.6 `size` times its input: an effect that checks can see."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, view in policy.flat.views.items():
-            if ".lora_B." in name:
-                view.copy_(torch.randn(view.shape, generator=generator) * (size / math.sqrt(view.shape[1])))
-
-
-def has_effect(policy: Policy) -> bool:
-    """Whether any B is not 0."""
-    return any(bool(view.any()) for name, view in policy.flat.views.items() if ".lora_B." in name)
+        for view in b_views(policy):
+            view.copy_(torch.randn(view.shape, generator=generator) * (size / math.sqrt(view.shape[1])))

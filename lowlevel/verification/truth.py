@@ -27,19 +27,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Scored tokens of one example's micro-batch, in float64 from hidden states in the run's precision.
+    """Scored tokens of one example's micro-batch, in float64 from hidden states in the run's precision."""
 
-    Attributes:
-        path: (n,) from the training path's `token_logps`.
-        exact: (n,) float64 log-softmax of the upcast hidden states and LM head.
-        sides: (n,) branch of each token: 0 sft, 1 chosen, 2 rejected.
-        largest_logit: in absolute value.
-    """
-
-    path: Tensor
-    exact: Tensor
-    sides: Tensor
-    largest_logit: float
+    path: Tensor  # (n,) from the training path's `token_logps`
+    exact: Tensor  # (n,) float64 log-softmax of the upcast hidden states and LM head
+    sides: Tensor  # (n,) branch of each token: 0 sft, 1 chosen, 2 rejected
+    largest_logit: float  # in absolute value
 
 
 def sequences_of(example: Any, preference: bool) -> list[Scored]:
