@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,30 +55,26 @@ def sequence_lines(record: SequenceRecord, pieces: TokenPieces) -> list[TokenLin
     """
     own = {} if torch.equal(record.token_losses, -record.tokens.logps) else {"loss": record.token_losses}
     own |= record.metrics
-    columns = [values.tolist() for values in (record.tokens.logps, record.shares, *own.values())]
-    numbers = [
-        {"logp": plain(logp), **common, **dict(zip(own, map(plain, rest), strict=True)), "share": percent(share)}
-        for common, logp, share, *rest in zip(_common(record.tokens), *columns, strict=True)
-    ]
-    return _lines(record.tokens, numbers, pieces)
+    columns = {
+        "logp": map(plain, record.tokens.logps.tolist()),
+        **_predictions(record.tokens),
+        **{name: map(plain, values.tolist()) for name, values in own.items()},
+        "share": map(percent, record.shares.tolist()),
+    }
+    return _lines(record.tokens, columns, pieces)
 
 
 def completion_lines(side: CompletionRecord, running: Sequence[float], pieces: TokenPieces) -> list[TokenLine]:
     """The tokens of a completion; `running` is the sum of contributions after each."""
-    columns = (side.tokens.logps, side.ref_token_logps, side.token_logratios, side.contributions)
-    rows = zip(*(column.tolist() for column in columns), running, _common(side.tokens), strict=True)
-    numbers = [
-        {
-            "policy": plain(logp),
-            "reference": plain(ref_logp),
-            "log-ratio": signed(logratio),
-            "adds": signed(adds),
-            "sum": signed(total),
-            **common,
-        }
-        for logp, ref_logp, logratio, adds, total, common in rows
-    ]
-    return _lines(side.tokens, numbers, pieces)
+    columns = {
+        "policy": map(plain, side.tokens.logps.tolist()),
+        "reference": map(plain, side.ref_token_logps.tolist()),
+        "log-ratio": map(signed, side.token_logratios.tolist()),
+        "adds": map(signed, side.contributions.tolist()),
+        "sum": map(signed, running),
+        **_predictions(side.tokens),
+    }
+    return _lines(side.tokens, columns, pieces)
 
 
 def fall_line(record: PairRecord, pieces: TokenPieces) -> FallLine | None:
@@ -87,10 +83,10 @@ def fall_line(record: PairRecord, pieces: TokenPieces) -> FallLine | None:
     if found is None:
         return None
     i = int(side.token_logratios.argmin())
-    columns = (found.gainer_ids[i], found.gainer_ref_probs[i], found.gainer_probs[i])
+    columns = (values[i].tolist() for values in (found.gainer_ids, found.gainer_ref_probs, found.gainer_probs))
     gainers = tuple(
         (pieces.text(token), f"{percent(before)} → {percent(after)}")
-        for token, before, after in zip(*(column.tolist() for column in columns), strict=True)
+        for token, before, after in zip(*columns, strict=True)
         if after > before
     )
     return FallLine(
@@ -147,19 +143,20 @@ def _both(name: str, text: str, chosen: Tensor, rejected: Tensor) -> PathStep:
     return PathStep(name, text, float(chosen), float(rejected))
 
 
-def _common(tokens: TokenRecord) -> list[dict[str, str]]:
-    columns = (tokens.logps, tokens.predicted.ranks, tokens.predicted.entropies)
-    return [
-        {"prob": percent(math.exp(logp)), "rank": str(rank), "entropy": plain(entropy, 2)}
-        for logp, rank, entropy in zip(*(column.tolist() for column in columns), strict=True)
-    ]
+def _predictions(tokens: TokenRecord) -> dict[str, Iterable[str]]:
+    return {
+        "prob": [percent(math.exp(logp)) for logp in tokens.logps.tolist()],
+        "rank": map(str, tokens.predicted.ranks.tolist()),
+        "entropy": [plain(entropy, 2) for entropy in tokens.predicted.entropies.tolist()],
+    }
 
 
-def _lines(tokens: TokenRecord, numbers: Sequence[dict[str, str]], pieces: TokenPieces) -> list[TokenLine]:
+def _lines(tokens: TokenRecord, columns: Mapping[str, Iterable[str]], pieces: TokenPieces) -> list[TokenLine]:
+    numbers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     predicted = tokens.predicted
     others = [
         tuple(f"{text} {percent(share)}" for text, share in zip(pieces.texts(ids), shares, strict=True))
         for ids, shares in zip(predicted.alternative_ids, predicted.alternative_logps.exp().tolist(), strict=True)
     ]
-    columns = (map(str, tokens.positions.tolist()), pieces.texts(tokens.ids), numbers, others)
-    return [TokenLine(*line) for line in zip(*columns, strict=True)]
+    lines = zip(map(str, tokens.positions.tolist()), pieces.texts(tokens.ids), numbers, others, strict=True)
+    return [TokenLine(*line) for line in lines]

@@ -23,7 +23,7 @@ from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.inspection.inspection import Inspection, logged_loss
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.records import inspect_pairs, inspect_sequences
-from lowlevel.methods.dpo import DPO
+from lowlevel.methods import DPO, SFT
 from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.running.run_folder import RunFolder
 
@@ -49,17 +49,14 @@ def inspect_run(
     folder, config = opened.folder, opened.config
     weights = choose_weights(folder, step, checkpoint, opened.note)
     tokenizer, data = opened.data()
-    if step is not None:
-        examples, subject = step_examples(config, data, step), f"step {step}"
-    else:
-        assert example is not None
+    if example is not None:
         examples, subject = [example_of_row(config, tokenizer, data, example)], f"row {example}"
-    run = opened.load(weights.adapter)
-    records: dict[str, Any]
-    if isinstance(run.method, DPO):
-        records = {"pairs": tuple(inspect_pairs(run.policy, run.method, examples))}
     else:
-        records = {"sequences": tuple(inspect_sequences(run.policy, run.method, examples))}
+        assert step is not None
+        examples, subject = step_examples(config, data, step), f"step {step}"
+    run = opened.load(weights.adapter)
+    pairs = inspect_pairs(run.policy, run.method, examples) if isinstance(run.method, DPO) else ()
+    sequences = inspect_sequences(run.policy, run.method, examples) if isinstance(run.method, SFT) else ()
     return Inspection(
         run=folder.path.resolve().name,
         subject=subject,
@@ -67,7 +64,8 @@ def inspect_run(
         logged=logged_loss(folder.read_metrics(), step, config) if step is not None else None,
         pieces=TokenPieces(run.tokenizer),
         method=run.method,
-        **records,
+        sequences=tuple(sequences),
+        pairs=tuple(pairs),
     )
 
 
@@ -92,11 +90,15 @@ def choose_weights(folder: RunFolder, step: int | None, checkpoint: int | None, 
         ConfigError: no such checkpoint, or nothing saved yet.
         CheckpointError: the named checkpoint, or every usable one, is damaged.
     """
+    if checkpoint == 0 or (checkpoint is None and step == 1):
+        return Weights(None, f"adapter as initialised{_relation(0, step) or ', before the first step'}")
     if checkpoint is not None:
-        return _of_checkpoint(folder, checkpoint, step)
-    if step is None:
-        return last_weights(folder, warn)
-    return _initial(step) if step == 1 else _before(folder, step, warn)
+        try:
+            path, _ = checkpoint_at(folder.path, checkpoint, "--checkpoint")
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; choose another checkpoint with --checkpoint") from None
+        return Weights(path, f"{path.name}{_relation(checkpoint, step)}")
+    return last_weights(folder, warn) if step is None else _before(folder, step, warn)
 
 
 def last_weights(folder: RunFolder, warn: Callable[[str], None]) -> Weights:
@@ -128,21 +130,6 @@ def _nothing_saved(folder: RunFolder) -> ConfigError:
         f"{folder.path} has no saved weights yet: set train.save_steps, or wait until the run ends; "
         "inspect --checkpoint 0 uses the initial weights"
     )
-
-
-def _of_checkpoint(folder: RunFolder, number: int, step: int | None) -> Weights:
-    if number == 0:
-        return _initial(step)
-    try:
-        path, _ = checkpoint_at(folder.path, number, "--checkpoint")
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; choose another checkpoint with --checkpoint") from None
-    return Weights(path, f"{path.name}{_relation(number, step)}")
-
-
-def _initial(step: int | None) -> Weights:
-    relation = _relation(0, step) if step is not None else ", before the first step"
-    return Weights(None, f"adapter as initialised{relation}")
 
 
 def _relation(number: int, step: int | None) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Literal
 
 from lowlevel.losses.registry import LossSpec
@@ -19,32 +18,17 @@ from lowlevel.methods.dpo import DPO
 
 Reading = Literal["margin", "averages", "both", "quantiles"]
 
-_BY_READING: dict[Reading, tuple[str, ...]] = {
-    "margin": ("sigmoid", "cdpo", "robust", "hinge", "ipo_sum", "exo_pair", "discopop"),
-    "averages": ("ipo", "sigmoid_norm"),
-    "both": ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "dpop", "rpo"),
-    "quantiles": ("aot", "aot_unpaired"),
+READINGS: dict[str, Reading] = {
+    **dict.fromkeys(("sigmoid", "cdpo", "robust", "hinge", "ipo_sum", "exo_pair", "discopop"), "margin"),
+    **dict.fromkeys(("ipo", "sigmoid_norm"), "averages"),
+    **dict.fromkeys(("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "dpop", "rpo"), "both"),
+    **dict.fromkeys(("aot", "aot_unpaired"), "quantiles"),
 }
-READINGS: Mapping[str, Reading] = MappingProxyType(
-    {name: reading for reading, names in _BY_READING.items() for name in names}
-)
-SYMBOLS = (
-    (r"\bls\(", "log σ("),
-    (r"\bs\(", "σ("),
-    (r"\blog pi\(", "log π("),
-    (r"\bbeta\b", "β"),
-    (r"\beps\b", "ε"),
-    (r"\btau\b", "τ"),
-    (r"\blambda\b", "λ"),
-    (r"\balpha\b", "α"),
-    (r"\^2", "²"),
-    (r"\bn\+", "n₊"),
-    (r"\bn-", "n₋"),
-    (r"\by\+", "y₊"),
-    (r"\by-", "y₋"),
-    (r"\by_t\b", "yₜ"),
-    (r"\by_<t\b", "y<ₜ"),
-)
+SIGNS = {
+    "ls(": "log σ(", "s(": "σ(", "log pi(": "log π(",
+    "beta": "β", "eps": "ε", "tau": "τ", "lambda": "λ", "alpha": "α",
+    "n+": "n₊", "n-": "n₋", "y+": "y₊", "y-": "y₋", "y_t": "yₜ", "y_<t": "y<ₜ",
+}  # fmt: skip
 
 
 def reading_of(loss_type: str) -> Reading:
@@ -68,12 +52,11 @@ def settings(method: Method) -> str:
 
 def formula(spec: LossSpec) -> str:
     """The formula in mathematical signs; for a custom loss the first line of its docstring, unchanged."""
-    text = spec.formula
     if spec.own:
-        return text
-    for pattern, sign in SYMBOLS:
-        text = re.sub(pattern, sign, text)
-    return text.replace("-", "−")
+        return spec.formula
+    words = "|".join(re.escape(word) + r"\b" * word.isalpha() for word in SIGNS)
+    signs = re.sub(rf"\b({words})", lambda found: SIGNS[found[0]], spec.formula)
+    return signs.replace("^2", "²").replace("-", "−")
 
 
 def source(spec: LossSpec) -> str:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.config.schema import DPOConfig
 from lowlevel.inspection.displacement import Displacement, displacement_of
 from lowlevel.inspection.distribution import Distribution, distribution
 from lowlevel.inspection.reading import reading_of
@@ -136,8 +135,8 @@ def inspect_sequences(policy: Policy, method: SFT, examples: Sequence[SFTExample
         moved = batch.to(policy.placement.device)
         logps, predicted = _predict(policy, policy.scored_hidden_states(moved), moved)
         losses, metrics = method.token_losses(moved, logps)
-        values = batch.values(method.columns)
-        logps, losses, metrics = logps.cpu(), losses.cpu(), _on_cpu(metrics)
+        values, metrics = batch.values(method.columns), {name: metric.cpu() for name, metric in metrics.items()}
+        logps, losses = logps.cpu(), losses.cpu()
         for number, row in enumerate(batch.data_rows):
             index = _index(batch, number)
             found[row] = SequenceRecord(
@@ -161,8 +160,7 @@ def inspect_pairs(policy: Policy, method: DPO, examples: Sequence[PreferenceExam
     """
     by_row, found = _by_row(examples), {}
     for batch in method.micro_batches(examples):
-        for record in _pairs_of(policy, method, batch, by_row):
-            found[record.row] = record
+        found |= {record.row: record for record in _pairs_of(policy, method, batch, by_row)}
     return [found[example.row] for example in examples]
 
 
@@ -179,16 +177,18 @@ def _pairs_of(
     pairs = pair_logps(moved, logps, ref_logps, method.columns)
     output, slopes = method.preference_loss(pairs), reward_slopes(method.config, pairs)
     logps, ref_logps, values = logps.cpu(), ref_logps.cpu(), batch.values(method.columns)
-    margins, losses, metrics = output.margins.cpu(), output.losses.cpu(), _on_cpu(output.metrics)
+    margins, losses = output.margins.cpu(), output.losses.cpu()
+    metrics = {name: metric.cpu() for name, metric in output.metrics.items()}
     # both completions of each pair, dummy pairs included: all chosen, then all rejected, (2P,) each
     sums = torch.cat([pairs.chosen_logps, pairs.rejected_logps]).cpu()
     ref_sums = torch.cat([pairs.ref_chosen_logps, pairs.ref_rejected_logps]).cpu()
-    factors = contribution_factors(method.config, batch.lengths)
+    # contribution of a token: beta * log-ratio, or beta / n * log-ratio if the loss reads averages; minus if rejected
+    half, averages = len(batch.real), reading_of(method.config.loss_type) == "averages"
+    counts = batch.lengths.clamp(min=1).float() if averages else torch.ones(2 * half)
+    factors = method.config.beta / counts * torch.tensor([1.0, -1.0]).repeat_interleave(half)
     # a reward that rises by 1 raises an averaged contribution by 1 / n
-    weights = torch.cat([-slopes[0], slopes[1]]).cpu() * _averaged_over(method.config, batch.lengths)
-    half = len(batch.real)
-    chosen, rejected = (factors * (sums - ref_sums)).chunk(2)
-    arguments = chosen + rejected
+    weights = torch.cat([-slopes[0], slopes[1]]).cpu() * counts
+    arguments = (factors * (sums - ref_sums)).view(2, half).sum(0)
 
     def completion(i: int) -> CompletionRecord:
         index = _index(batch, i)
@@ -227,25 +227,6 @@ def _pairs_of(
     ]
 
 
-def contribution_factors(config: DPOConfig, lengths: Tensor) -> Tensor:
-    """Factor from a token's log-ratio to its contribution: beta, or beta / n if the loss reads averages.
-
-    Args:
-        config: the loss and beta.
-        lengths: (2P,) int64, scored tokens of each completion; all chosen, then all rejected.
-
-    Returns:
-        (2P,) fp32, negative for the rejected.
-    """
-    chosen, rejected = (config.beta / _averaged_over(config, lengths)).chunk(2)
-    return torch.cat([chosen, -rejected])
-
-
-def _averaged_over(config: DPOConfig, lengths: Tensor) -> Tensor:
-    """(2P,) fp32: n if the loss reads averages, else 1."""
-    return lengths.clamp(min=1).float() if reading_of(config.loss_type) == "averages" else torch.ones(len(lengths))
-
-
 def _predict(policy: Policy, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Distribution]:
     """From (N, D): log-probabilities of the N scored tokens, (N,) fp32, and the whole predictions."""
     logps = token_logps(hidden, policy.lm_head_weight, batch.scored_targets)
@@ -261,10 +242,6 @@ def _tokens(batch: PackedBatch, index: Tensor, logps: Tensor, predicted: Distrib
 def _index(batch: PackedBatch, sequence: int) -> Tensor:
     """Places of a sequence's tokens among the N scored ones, (n,) int64."""
     return batch.sequence_index[sequence, : int(batch.lengths[sequence])]
-
-
-def _on_cpu(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: metric.cpu() for name, metric in metrics.items()}
 
 
 def _by_row(examples: Sequence[Any]) -> dict[int, Any]:

@@ -58,12 +58,10 @@ def _table(
         widths[i] = max(3, min(widths[i], room if number + 1 == len(texts) else room // 2))
         room -= widths[i]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left", pad_edge=False)
+    overflow: Any = "fold" if wrap else "ellipsis"
     for i, name in enumerate(names):
-        left = i in texts or i == 0
-        overflow: Any = "fold" if wrap else "ellipsis"
-        table.add_column(
-            name, justify="left" if left else "right", width=widths[i], no_wrap=not wrap, overflow=overflow
-        )
+        justify: Any = "left" if i in texts or i == 0 else "right"
+        table.add_column(name, justify=justify, width=widths[i], no_wrap=not wrap, overflow=overflow)
     for row in cells:
         table.add_row(*row)
     return table
@@ -81,21 +79,14 @@ def _sequences_table(inspection: Inspection, width: int) -> Table:
 def _pairs_table(inspection: Inspection, width: int) -> Table:
     """One line per pair; with two weights if the loss weighs the completions separately."""
     reading = reading_of(inspection.method.config.loss_type)
-    apart = reading in ("both", "quantiles")
-    weights = ("weight+", "weight-") if apart else ("weight",)
+    weights = ("weight+", "weight-") if reading in ("both", "quantiles") else ("weight",)
     rows: list[Sequence[str | Text]] = []
     for record in inspection.pairs:
-        sides, margin = (record.chosen, record.rejected), signed(float(record.margin))
-        rows.append(
-            (
-                str(record.row),
-                *(str(len(side.tokens)) for side in sides),
-                *(signed(float(side.reward)) for side in sides),
-                Text(margin, style=_style("margin", margin)),
-                *(plain(float(side.weight)) for side in sides[: len(weights)]),
-                plain(float(record.loss)),
-            )
-        )
+        sides = (record.chosen, record.rejected)
+        tokens, rewards = [str(len(side.tokens)) for side in sides], [signed(float(side.reward)) for side in sides]
+        slopes = [plain(float(side.weight)) for side in sides[: len(weights)]]
+        margin, loss = _coloured("margin", signed(float(record.margin))), plain(float(record.loss))
+        rows.append((str(record.row), *tokens, *rewards, margin, *slopes, loss))
     headings = ("row", "tokens+", "tokens-", "reward+", "reward-", "margin", *weights, "loss")
     caption = "weight: of the averaged margin" if reading == "averages" else None
     return _table(headings, rows, width, caption=caption)
@@ -132,28 +123,19 @@ def _print_pair(record: PairRecord, inspection: Inspection, console: Console) ->
 def _tokens_table(
     lines: Sequence[TokenLine], columns: Sequence[str], width: int, *, others: bool, caption: str | None = None
 ) -> Table:
-    """One line per token with the named numbers; contributions are coloured by sign."""
-    rows: list[Sequence[str | Text]] = [
-        (
-            line.position,
-            line.token,
-            *(Text(line.numbers[name], style=_style(name, line.numbers[name])) for name in columns),
-            *(["  ".join(line.others)] * others),
-        )
-        for line in lines
-    ]
+    """One line per token with the named numbers."""
+    rows: list[Sequence[str | Text]] = []
+    for line in lines:
+        numbers, likeliest = (_coloured(name, line.numbers[name]) for name in columns), "  ".join(line.others)
+        rows.append((line.position, line.token, *numbers, *([likeliest] * others)))
     return _table(("#", "<token", *columns, *(["<likeliest others"] * others)), rows, width, caption=caption)
 
 
 def _path_table(record: PairRecord, inspection: Inspection, width: int) -> Table:
-    rows = [
-        (
-            step.name,
-            step.formula,
-            *("" if number is None else plain(number, 5) for number in (step.chosen, step.rejected, step.pair)),
-        )
-        for step in loss_path(record, inspection.method)
-    ]
+    rows = []
+    for step in loss_path(record, inspection.method):
+        numbers = (step.chosen, step.rejected, step.pair)
+        rows.append((step.name, step.formula, *("" if number is None else plain(number, 5) for number in numbers)))
     spec, _ = loss_of(inspection.method)
     caption = f"{source(spec)}; σ sigmoid, x margin, a, b log-ratios, d = a − b"
     return _table(("quantity", "<formula", "chosen", "rejected", "pair"), rows, width, caption=caption, wrap=True)
@@ -166,8 +148,7 @@ def _print_title(row: int, where: str, prompt: Tensor, pieces: TokenPieces, cons
     console.print(cut, style="dim", markup=False, highlight=False)
 
 
-def _style(name: str, number: str) -> str:
-    """The colour of a contribution to the margin."""
-    if name not in ("adds", "margin"):
-        return ""
-    return LOWERS if number.startswith("-") else RAISES if number.startswith("+") else ""
+def _coloured(name: str, number: str) -> Text:
+    """A number; contributions to the margin in the colour of their sign."""
+    styles = {"-": LOWERS, "+": RAISES} if name in ("adds", "margin") else {}
+    return Text(number, style=styles.get(number[:1], ""))

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowlevel.batch.layout import PackedBatch
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError
@@ -71,12 +70,11 @@ def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
             f"{run_dir}: compare needs held-out rows, and the run has no data.eval_source; train with "
             "--data.eval_source holdout --data.eval_limit 100"
         )
-    rows = opened.held_out()
+    marked = rows = opened.held_out()
     if config.method == "sft" and config.data.supervise == "all":  # the labels do not show where the first reply starts
         replies = config.data.model_copy(update={"supervise": "assistant"})
         marked = prepare_data(config.model_copy(update={"data": replies}))[1].evaluation
-        return rows, [prompt_ids(row) for row in marked]
-    return rows, [prompt_ids(row) for row in rows]
+    return rows, [prompt_ids(row) for row in marked]
 
 
 def compare_stages(
@@ -118,22 +116,17 @@ def compare_stages(
 def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
     """Summed log-probability and number of scored tokens of every held-out sequence, dropout off."""
     run.policy.dropout.disable()
-    size = run.config.rows_per_step
-    parts: list[list[Scored]] = []
+    size, branches = run.config.rows_per_step, 2 if run.config.method == "dpo" else 1
+    logps: list[torch.Tensor] = []
+    lengths: list[torch.Tensor] = []
     for start in range(0, len(rows), size):
         for batch in run.method.micro_batches(rows[start : start + size]):
-            scored = _score_batch(run, batch)
-            branches = 2 if run.config.method == "dpo" else 1
-            pieces = zip(scored.logps.chunk(branches), scored.lengths.chunk(branches), strict=True)
+            moved = batch.to(run.policy.placement.device)
+            sums = moved.sequence_sums(run.policy.token_logps(moved)).cpu()
             real = len(batch.data_rows)  # dummy examples come after them
-            parts.append([Scored(logps[:real], lengths[:real]) for logps, lengths in pieces])
-    branch_major = [part for branch in zip(*parts, strict=True) for part in branch]
-    return Scored(torch.cat([p.logps for p in branch_major]), torch.cat([p.lengths for p in branch_major]))
-
-
-def _score_batch(run: LoadedRun, batch: PackedBatch) -> Scored:
-    moved = batch.to(run.policy.placement.device)
-    return Scored(moved.sequence_sums(run.policy.token_logps(moved)).cpu(), batch.lengths)
+            logps.append(sums.view(branches, -1)[:, :real])
+            lengths.append(batch.lengths.view(branches, -1)[:, :real])
+    return Scored(torch.cat(logps, 1).flatten(), torch.cat(lengths, 1).flatten())
 
 
 def sft_scores(scored: Scored) -> dict[str, float]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.inspection import PairRecord, TokenGain, inspect_pairs, largest_gains
 from lowlevel.inspection.displacement import NOTICED
@@ -15,8 +14,7 @@ from lowlevel.inspection.opening import example_of_row, last_weights
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.methods.dpo import DPO
 from lowlevel.reporting.pairs import PairTables
-from lowlevel.running.reopening import reopen, step_examples
-from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.reopening import Reopened, step_examples
 
 SHOWN = 10  # tokens in the table
 NAMED = 3  # of them in the terminal
@@ -28,13 +26,10 @@ class DisplacedPairs:
     """Pairs that were inspected with the run's weights.
 
     Attributes:
-        weights: one line.
-        origin: where the pairs come from.
-        looked: number of inspected pairs.
-        below: number of those that are displaced under these weights.
+        weights, origin: the weights, and where the pairs come from, as text.
+        looked, below: number of inspected pairs, and of those that are displaced under these weights.
         falls: data row and line of the displaced pairs that are shown, farthest first.
-        lost: probability that their chosen tokens lost, summed over the positions with a loss.
-        positions: number of those positions.
+        lost, positions: probability that their chosen tokens lost, summed over the positions with a loss; their number.
         gains: the tokens that gained most there, with their texts.
     """
 
@@ -60,27 +55,23 @@ class DisplacedPairs:
         )
 
 
-def look_at_displaced(
-    folder: RunFolder, config: RunConfig, tables: PairTables | None, limit: int, warn: Callable[[str], None]
-) -> DisplacedPairs:
+def look_at_displaced(opened: Reopened, tables: PairTables | None, limit: int) -> DisplacedPairs:
     """The tokens that gained the probability of up to `limit` displaced pairs, under the final or newest good weights.
 
     Args:
-        folder: of a dpo run.
-        config: of the run.
+        opened: a dpo run.
         tables: of its trace, to choose the pairs that fell farthest; None: inspect those of the last logged step.
         limit: number of pairs.
-        warn: receives lines about damaged checkpoints and a base that cannot be checked.
 
     Raises:
         ConfigError: an sft run, or nothing saved yet.
         DataError: data that changed since the run.
         CheckpointError: no good checkpoint, or a base or adapter that is not the run's.
     """
+    folder, config = opened.folder, opened.config
     if config.method != "dpo":
         raise ConfigError(f"--displaced: {folder.path} is an sft run; only dpo runs have a reference")
-    weights = last_weights(folder, warn)
-    opened = reopen(folder.path, warn)
+    weights = last_weights(folder, opened.note)
     tokenizer, data = opened.data()
     if tables is None:
         step = max(record["step"] for record in folder.read_metrics())

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from lowlevel.durable import write_text
-from lowlevel.errors import ConfigError
 from lowlevel.inspection.page import render_template
 from lowlevel.reporting.charts import chart
 from lowlevel.reporting.displaced import NOTICED_TEXT, DisplacedPairs
@@ -50,15 +47,3 @@ def render(report: Report) -> str:
     styles = ["inspection/page.css", "reporting/report.css"]
     charts = [chart(panel) for panel in report.panels]
     return render_template("reporting/report.html", styles, report=report, noticed=NOTICED_TEXT, charts=charts)
-
-
-def write_report(report: Report, path: Path) -> None:
-    """Write the page; the file is replaced atomically.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    try:
-        write_text(path, render(report))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None

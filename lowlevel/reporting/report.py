@@ -11,14 +11,16 @@ from pathlib import Path
 from rich.console import Console
 
 from lowlevel.config.schema import RunConfig
+from lowlevel.durable import write_text
 from lowlevel.errors import ConfigError, LowlevelError
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.reporting.displaced import look_at_displaced
-from lowlevel.reporting.page import Report, write_report
+from lowlevel.reporting.page import Report, render
 from lowlevel.reporting.pairs import PairTables, pair_tables
 from lowlevel.reporting.series import panels
 from lowlevel.running.assembly import load_run_tokenizer
 from lowlevel.running.plots import plot_panels
+from lowlevel.running.reopening import Reopened, reopen
 from lowlevel.running.run_folder import RunFolder
 
 NO_TRACE = (
@@ -27,7 +29,14 @@ NO_TRACE = (
 )
 
 
-def report_run(run_dir: Path, console: Console, *, compare: Sequence[Path] = (), displaced: int | None = None) -> Path:
+def report_run(
+    run_dir: Path,
+    console: Console,
+    *,
+    compare: Sequence[Path] = (),
+    displaced: int | None = None,
+    opened: Reopened | None = None,
+) -> Path:
     """Write RUN_DIR/report.html and RUN_DIR/report/*.png.
 
     Args:
@@ -35,26 +44,26 @@ def report_run(run_dir: Path, console: Console, *, compare: Sequence[Path] = (),
         console: receives the paths of the files, and the alarm if there is one.
         compare: other run folders, drawn into the same charts.
         displaced: number of pairs to inspect with the run's model: which tokens gained what the chosen ones lost.
+        opened: the run, for `displaced`; required if its rows were given in Python, else reopened if None.
 
     Raises:
         ConfigError: not a run folder, nothing logged yet, or a file that cannot be written.
         CheckpointError: a damaged trace; with `displaced`, no good weights, or a base that is not the run's.
         DataError: with `displaced`, data that changed since the run.
     """
-    folder = RunFolder(run_dir)
-    config = folder.read_config()
-    names = _names([run_dir, *compare])
-    for other in compare:
-        RunFolder(other).read_config()
-    records = [RunFolder(path).read_metrics() for path in (run_dir, *compare)]
-    for path, found in zip((run_dir, *compare), records, strict=True):
+    folders = [RunFolder(path) for path in (run_dir, *compare)]
+    folder, names = folders[0], _names([run_dir, *compare])
+    config, *_ = [each.read_config() for each in folders]
+    records = [each.read_metrics() for each in folders]
+    for each, found in zip(folders, records, strict=True):
         if not found:
-            raise ConfigError(f"{path}: nothing is logged yet")
+            raise ConfigError(f"{each.path}: nothing is logged yet")
     made = panels(list(zip(names, records, strict=True)))
     tables = pair_tables(folder.trace) if config.method == "dpo" else None
     moved = None
     if displaced is not None:
-        moved = look_at_displaced(folder, config, tables, displaced, lambda text: _say(console, text))
+        opened = opened or reopen(run_dir, lambda text: _say(console, text))
+        moved = look_at_displaced(opened, tables, displaced)
     report = Report(
         name=names[0],
         folder=shlex.quote(str(run_dir)),
@@ -63,15 +72,15 @@ def report_run(run_dir: Path, console: Console, *, compare: Sequence[Path] = (),
         tables=tables,
         missing=NO_TRACE if config.method == "dpo" and tables is None else None,
         tokens=_token_texts(config, tables),
-        pages=_inspection_pages(folder.path),
+        pages=_inspection_pages(folder),
         displaced=moved,
     )
+    page = folder.path / "report.html"
     try:
         plot_panels(made, folder.report, title=" / ".join(names))
+        write_text(page, render(report))
     except OSError as error:
-        raise ConfigError(f"{folder.report}: {error.strerror}") from None
-    page = folder.path / "report.html"
-    write_report(report, page)
+        raise ConfigError(f"{folder.path}: the report cannot be written: {error.strerror}") from None
     _say(console, f"page written to {page}, {len(made)} charts to {folder.report}")
     if tables and tables.alarm:
         _say(console, _alarm(tables, report.command))
@@ -132,10 +141,10 @@ def _token_texts(config: RunConfig, tables: PairTables | None) -> dict[int, str]
     return {fall.token: pieces.text(fall.token) for fall in tables.falls}
 
 
-def _inspection_pages(folder: Path) -> dict[int, str]:
+def _inspection_pages(folder: RunFolder) -> dict[int, str]:
     """Links to pages of `lowlevel inspect --html` in the run folder, by data row; their articles have the id row-N."""
     found: dict[int, str] = {}
-    for path in RunFolder(folder).inspection_pages():
+    for path in folder.inspection_pages():
         text = path.read_text(encoding="utf-8", errors="replace")
         found |= {int(row): f"{path.name}#row-{row}" for row in re.findall(r'id="row-(\d+)"', text)}
     return found

@@ -91,10 +91,8 @@ def _token_slopes(method: DPO, batch: PackedBatch, kept: LossSums) -> Tensor:
     leaf = kept.tokens["logps"].clone().requires_grad_()
     chosen, rejected = torch.where(batch.real.repeat(2), batch.sequence_sums(leaf), -1.0).chunk(2)
     pairs = kept_pair_logps(batch, kept, method.columns)
-    losses = method.preference_loss(
-        replace(pairs, chosen_logps=chosen, rejected_logps=rejected, token_logps=leaf)
-    ).losses
-    (slopes,) = torch.autograd.grad(losses[batch.real].sum(), leaf)
+    pairs = replace(pairs, chosen_logps=chosen, rejected_logps=rejected, token_logps=leaf)
+    (slopes,) = torch.autograd.grad(method.preference_loss(pairs).losses[batch.real].sum(), leaf)
     return slopes
 
 

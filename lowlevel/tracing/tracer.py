@@ -114,21 +114,20 @@ class Tracer:
 
     def _pair_columns(self, method: DPO, batch: PackedBatch, kept: LossSums) -> Columns:
         size, half = len(batch.data_rows), len(batch.lengths) // 2  # filled batches contain dummy pairs
-        logps = {name: kept.examples[source][:size] for name, source in LOGPS.items()}
-        chosen, rejected = _lengths(batch, 0), _lengths(batch, half)
+        examples = {name: values[:size].numpy() for name, values in kept.examples.items()}
+        logps = {name: examples[source] for name, source in LOGPS.items()}
         slopes = reward_slopes(method.config, kept_pair_logps(batch, kept, method.columns))
-        for_chosen, for_rejected = (values[:size] for values in slopes)
-        columns: Columns = {name: values.numpy() for name, values in logps.items()}
-        columns |= {
-            "chosen_length": chosen,
-            "rejected_length": rejected,
-            "chosen_logratio": (logps["chosen_logps"] - logps["ref_chosen_logps"]).numpy(),
-            "rejected_logratio": (logps["rejected_logps"] - logps["ref_rejected_logps"]).numpy(),
-            **{name: kept.examples[source][:size].numpy() for name, source in REWARDS.items()},
-            "weight": (-for_chosen).numpy(),
-            "rejected_weight": for_rejected.numpy(),
-            "loss": kept.examples["loss"][:size].numpy(),
-            **{f"metrics/{name}": kept.examples[name][:size].numpy() for name in kept.examples if name not in BUILT_IN},
+        columns: Columns = {
+            **logps,
+            "chosen_length": _lengths(batch, 0),
+            "rejected_length": _lengths(batch, half),
+            "chosen_logratio": logps["chosen_logps"] - logps["ref_chosen_logps"],
+            "rejected_logratio": logps["rejected_logps"] - logps["ref_rejected_logps"],
+            **{name: examples[source] for name, source in REWARDS.items()},
+            "weight": -slopes[0][:size].numpy(),
+            "rejected_weight": slopes[1][:size].numpy(),
+            "loss": examples["loss"],
+            **{f"metrics/{name}": values for name, values in examples.items() if name not in BUILT_IN},
         }
         if self.token_level:
             columns |= _token_columns(batch, kept, "chosen_", 0) | _token_columns(batch, kept, "rejected_", half)
@@ -146,8 +145,7 @@ def _to_host(sums: Sequence[LossSums]) -> list[LossSums]:
 
 def _lengths(batch: PackedBatch, first: int) -> list[int]:
     """Numbers of scored tokens of the real examples' sequences, from sequence `first` on."""
-    lengths: list[int] = batch.lengths[first : first + len(batch.data_rows)].tolist()
-    return lengths
+    return [int(length) for length in batch.lengths[first : first + len(batch.data_rows)]]
 
 
 def _token_columns(batch: PackedBatch, kept: LossSums, prefix: str, first: int) -> Columns:

@@ -120,7 +120,7 @@ def test_without_the_option_no_model_is_loaded_and_the_alarm_gives_the_command(r
     columns = {"step": [6] * 4, "row": [2, 3, 5, 7], "chosen_logratio": [-1.0, -3.0, 0.5, -2.0]}
     zeros = dict.fromkeys(("margin", "rejected_logratio", "weight", "loss"), [0.0] * 4)
     write_table(folder / "trace", "pairs", columns | zeros)
-    monkeypatch.setattr("lowlevel.reporting.displaced.reopen", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lowlevel.reporting.report.reopen", lambda *_, **__: pytest.fail("loaded"))
     said = run("report", folder)
     assert said.code == 0 and not section(folder)
     assert (
