@@ -96,12 +96,12 @@ def test_numbers_come_from_the_loss_that_trains(cli, monkeypatch):
 
 
 def test_a_loss_of_the_users(cli, tmp_path, monkeypatch):
-    (tmp_path / "own_losses.py").write_text("def doubled(pairs, *, gamma=2.0):\n    return -gamma * pairs.deltas\n")
+    (tmp_path / "doubled_losses.py").write_text("def doubled(pairs, *, gamma=2.0):\n    return -gamma * pairs.deltas\n")
     monkeypatch.syspath_prepend(tmp_path)
-    row = by_name(cli, "--loss", "own_losses:doubled")["own_losses:doubled"]
+    row = by_name(cli, "--loss", "doubled_losses:doubled")["doubled_losses:doubled"]
     assert (row["loss"], row["parameters"]) == (-3, {"gamma": 2.0})
     assert row["gradients"] == {"chosen": -2, "rejected": 2, "ref_chosen": 2, "ref_rejected": -2}
-    assert "gamma" in shown(cli, "--loss", "own_losses:doubled")
+    assert "gamma" in shown(cli, "--loss", "doubled_losses:doubled")
 
 
 # Defaults and hyper-parameters

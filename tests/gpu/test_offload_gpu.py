@@ -91,7 +91,7 @@ def micro_steps(one, method, mode):
         while True:
             one.flat.grad.zero_()
             try:
-                sums = execution.run(batch, 1024.0, key32(1, step))
+                sums = execution.run(batch, 1024.0, key32(1, step)).named()
                 break
             except ExecutionFailedError:
                 retried.append(step)

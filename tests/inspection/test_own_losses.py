@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import helpers
-import own_losses
+import sample_losses
 import pytest
 import torch
 from rich.console import Console
@@ -23,10 +23,10 @@ from lowlevel.tracing import read_trace
 
 STEPS = 3
 LOSSES = {
-    "weighted": {"loss_type": "own_losses:weighted", "beta": 0.4, "loss_kwargs": {"gamma": 0.5}},
-    "all_tokens": {"loss_type": "own_losses:all_tokens", "beta": 0.4},
+    "weighted": {"loss_type": "sample_losses:weighted", "beta": 0.4, "loss_kwargs": {"gamma": 0.5}},
+    "all_tokens": {"loss_type": "sample_losses:all_tokens", "beta": 0.4},
     "registered": {"loss_type": "registered"},
-    "focal": {"loss_type": "own_losses:focal", "loss_kwargs": {"power": 1.5}},
+    "focal": {"loss_type": "sample_losses:focal", "loss_kwargs": {"power": 1.5}},
 }
 
 
@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
     trace = {"every": 1, "level": "token", "gradients": True}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lowlevel.losses.registry, "OWN", {})
-        loss(own_losses.chosen_only, name="registered")
+        loss(sample_losses.chosen_only, name="registered")
         for name, settings in LOSSES.items():
             method = "sft" if name == "focal" else "dpo"
             more = {method: settings, "data": {"columns": ["score"]}, "lora": {"lora_dropout": 0.0}}
@@ -71,13 +71,13 @@ def test_an_inspected_step_has_the_numbers_that_were_logged(runs, name):
 
 def test_formula_and_name_of_a_custom_loss_are_shown(runs):
     for name, text in (
-        ("weighted", "own_losses:weighted, β 0.4, gamma 0.5"),
+        ("weighted", "sample_losses:weighted, β 0.4, gamma 0.5"),
         ("registered", "registered, β 0.1"),
-        ("focal", "own_losses:focal, power 1.5"),
+        ("focal", "sample_losses:focal, power 1.5"),
     ):
         found = inspect_run(reopen(runs[name], lambda line: None), step=1)
         spec, _ = loss_of(found.method)
-        first = getattr(own_losses, "chosen_only" if name == "registered" else name).__doc__.split("\n")[0]
+        first = getattr(sample_losses, "chosen_only" if name == "registered" else name).__doc__.split("\n")[0]
         assert settings(found.method) == text and formula(spec) == first
         page = render_page(found)
         assert all(part in page for part in (first.replace("'", "&#39;"), source(spec), "score"))
@@ -110,13 +110,13 @@ def test_the_weight_of_a_loss_of_the_margin(policy):
 
 
 def test_a_loss_of_one_completion_has_no_weight_for_the_other(policy):
-    for record in inspect_pairs(policy, helpers.dpo(loss_type="own_losses:chosen_only", beta=0.4), pairs()):
+    for record in inspect_pairs(policy, helpers.dpo(loss_type="sample_losses:chosen_only", beta=0.4), pairs()):
         assert (float(record.chosen.weight), float(record.rejected.weight)) == (pytest.approx(1.0), 0.0)
         assert float(record.loss) == pytest.approx(-0.4 * float(record.chosen.logp), rel=1e-6)
 
 
 def test_a_loss_of_tokens_has_no_weights_and_shows_a_dash(policy, pieces):
-    found = inspection_of_pairs(policy, pieces, loss_type="own_losses:all_tokens", beta=0.4)
+    found = inspection_of_pairs(policy, pieces, loss_type="sample_losses:all_tokens", beta=0.4)
     for record in found.pairs:
         assert record.chosen.weight.isnan() and record.rejected.weight.isnan()
         clipped = [side.token_logratios.clamp(-1, 1).sum() for side in (record.chosen, record.rejected)]
