@@ -27,7 +27,7 @@ def gradient_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     checks = _formula_checks(subject, evidence) if subject.preference or subject.spec.own else []
     checks.append(_hidden_check(subject, evidence))
     if evidence.model is None:
-        return [*checks, _coarse_check(subject, evidence)]
+        return [*checks, _coarse_check(subject)]
     return checks + _exact_checks(subject, evidence)
 
 
@@ -139,7 +139,7 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     return [*checks, check(GROUP, "step, central differences", max(errors), subject.bounds.gradient, note)]
 
 
-def _coarse_check(subject: Subject, evidence: Evidence) -> Check:
+def _coarse_check(subject: Subject) -> Check:
     """Central differences along the gradient itself, the losses summed in float64 from the run's hidden states.
 
     Extrapolated from steps h and h/2 (Richardson): a loss can curve strongly within such a coarse step.
