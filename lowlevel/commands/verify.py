@@ -41,7 +41,7 @@ def run(options: Options, overrides: Overrides) -> None:
 
     path, note = options.path, lines_to(console)
     with tempfile.TemporaryDirectory() as scratch:
-        opened = reopen(path, note) if path.is_dir() else open_file(path, overrides, Path(scratch), note)
+        opened = reopen(path, note) if path.is_dir() else open_file(path, overrides, Path(scratch))
         report = verify_run(opened, step=options.step, exact_parameters=options.exact_parameters)
     note(report.heading)
     print_checks(report.checks, console)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lowlevel.losses import loss_spec
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
 from lowlevel.model.policy import PARENT, Policy, dequantize_once
 from lowlevel.running.assembly import Inputs, build_method, build_run_policy, check_start, choose_execution
-from lowlevel.running.reopening import Note, Reopened, step_examples
+from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.verification.report import Report, run_checks
 from lowlevel.verification.subject import Subject
 
@@ -28,15 +28,14 @@ class Opened:
     config: RunConfig
     inputs: Inputs
     weights: str
-    note: Note
     run: Reopened | None = None  # None: a run file
 
 
-def open_file(path: Path, overrides: Mapping[str, str], scratch: Path, note: Note = print) -> Opened:
+def open_file(path: Path, overrides: Mapping[str, str], scratch: Path) -> Opened:
     """The start of a run file's run; a merged base is written to `scratch`. Raises as training would."""
     config, inputs = check_start(load_config(path, overrides), scratch)
     weights = "the run's start (B = 0); checks that need an adapter with an effect use a random B"
-    return Opened(config, inputs, weights, note)
+    return Opened(config, inputs, weights)
 
 
 def open_run(run: Reopened) -> Opened:
@@ -49,7 +48,7 @@ def open_run(run: Reopened) -> Opened:
         line = "final adapter"
     else:
         line = f"{adapter.name}, the newest checkpoint: the run has not finished"
-    return Opened(run.config, run.inputs(adapter), line, run.note, run)
+    return Opened(run.config, run.inputs(adapter), line, run)
 
 
 def verify_run(opened: Reopened | Opened, *, step: int = 1, exact_parameters: int = EXACT_PARAMETERS) -> Report:
@@ -70,7 +69,7 @@ def verify_run(opened: Reopened | Opened, *, step: int = 1, exact_parameters: in
     with deterministic_mode(opened.config.train.deterministic):
         subject = make_subject(opened, examples, step - 1, exact_parameters)
         placement = subject.policy.placement
-        report = Report(
+        return Report(
             method=subject.config.method,
             loss=subject.spec.name,
             step=step,
@@ -79,8 +78,8 @@ def verify_run(opened: Reopened | Opened, *, step: int = 1, exact_parameters: in
             device=str(placement.device),
             precision=placement.precision,
             execution=subject.mode,
+            checks=run_checks(subject),
         )
-        return replace(report, checks=run_checks(subject))
 
 
 def make_subject(opened: Opened, examples: Sequence[Any], step: int, exact_parameters: int) -> Subject:

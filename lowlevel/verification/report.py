@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
@@ -68,7 +68,7 @@ class Report:
     device: str
     precision: str
     execution: str
-    checks: list[Check] = field(default_factory=list)
+    checks: list[Check]
 
     @property
     def ok(self) -> bool:
