@@ -47,7 +47,7 @@ def inspect_run(
     if (step is None) == (example is None):
         raise ConfigError(f"inspect: give either a step or an example, got step {step} and example {example}")
     folder, config = opened.folder, opened.config
-    weights = choose_weights(folder, step, checkpoint, opened.note)
+    weights = _choose_weights(folder, step, checkpoint, opened.note)
     tokenizer, data = opened.data()
     if example is not None:
         examples, subject = [example_of_row(config, tokenizer, data, example)], f"row {example}"
@@ -77,18 +77,12 @@ class Weights:
     line: str
 
 
-def choose_weights(folder: RunFolder, step: int | None, checkpoint: int | None, warn: Callable[[str], None]) -> Weights:
-    """The weights for optimizer step `step` (counted from 1), or for a row.
+def _choose_weights(
+    folder: RunFolder, step: int | None, checkpoint: int | None, warn: Callable[[str], None]
+) -> Weights:
+    """Those after `checkpoint` updates, 0: as initialised; None: the default for optimizer step `step`, or for a row.
 
-    Args:
-        folder: the run.
-        step: None for a row.
-        checkpoint: number of updates of the checkpoint to use; 0 for the adapter as initialised; None: the default.
-        warn: receives a line for each damaged checkpoint that is skipped.
-
-    Raises:
-        ConfigError: no such checkpoint, or nothing saved yet.
-        CheckpointError: the named checkpoint, or every usable one, is damaged.
+    `warn` receives a line for each damaged checkpoint that is skipped.
     """
     if checkpoint == 0 or (checkpoint is None and step == 1):
         return Weights(None, f"adapter as initialised{_relation(0, step) or ', before the first step'}")
@@ -102,7 +96,12 @@ def choose_weights(folder: RunFolder, step: int | None, checkpoint: int | None, 
 
 
 def last_weights(folder: RunFolder, warn: Callable[[str], None]) -> Weights:
-    """The final adapter, or the newest good checkpoint of an unfinished run; arguments and errors as above."""
+    """The final adapter, or the newest good checkpoint of an unfinished run.
+
+    Raises:
+        ConfigError: nothing saved yet.
+        CheckpointError: every checkpoint is damaged.
+    """
     adapter = folder.newest_adapter(warn)
     if adapter is None:
         raise _nothing_saved(folder)

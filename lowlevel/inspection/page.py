@@ -40,12 +40,14 @@ def write_page(inspection: Inspection, path: Path) -> None:
 
 def render_page(inspection: Inspection) -> str:
     """The page as HTML; its policy forbids all scripts but its own."""
-    script = read_part("inspection/page.js")
+    script, (spec, _) = read_part("inspection/page.js"), loss_of(inspection.method)
     return render_template(
         "inspection/page.html",
         ["inspection/page.css"],
         inspection=inspection,
         script=script,
+        formula=formula(spec) if spec.own or inspection.pairs else f"Σ {formula(spec)}",
+        paper=source(spec),
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         **(_pairs_view(inspection) if inspection.pairs else _sequences_view(inspection)),
     )
@@ -70,10 +72,10 @@ def read_part(name: str) -> Markup:
 
 
 def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
-    pairs, (spec, _) = inspection.pairs, loss_of(inspection.method)
+    pairs, loss_type = inspection.pairs, inspection.method.config.loss_type
     sides = [side for record in pairs for side in (record.chosen, record.rejected)]
     scale = scales([side.tokens for side in sides], [side.contributions for side in sides])
-    sums = sum_name(spec.name)
+    sums = sum_name(loss_type)
     adds = f"β · log-ratio{'' if sums == 'margin' else ' / n'} of each token, negated for the rejected"
     end = typographic(f"{scale['contribution']:.2g}")
     contribution = ("contribution", f"adds to the {sums}", adds, f"≤ −{end}", f"≥ +{end}")
@@ -87,15 +89,13 @@ def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
              "weight": plain(float(record.chosen.weight)), "loss": plain(float(record.loss))}
             for record, margin in zip(pairs, margins, strict=True)
         ],
-        "weight_name": weight_name(spec.name),
+        "weight_name": weight_name(loss_type),
         "bands": [],
-        "formula": formula(spec),
-        "paper": source(spec),
     }  # fmt: skip
 
 
 def _sequences_view(inspection: Inspection) -> Mapping[str, Any]:
-    records, (spec, _) = inspection.sequences, loss_of(inspection.method)
+    records = inspection.sequences
     scale = scales([record.tokens for record in records], [])
     total = inspection.loss * inspection.count
     largest = max(abs(float(record.loss)) for record in records) or 1.0
@@ -109,8 +109,6 @@ def _sequences_view(inspection: Inspection) -> Mapping[str, Any]:
             for r in records
         ],
         "bands": loss_bands([loss for record in records for loss in record.token_losses.tolist()]),
-        "formula": formula(spec) if spec.own else f"Σ {formula(spec)}",
-        "paper": source(spec),
     }  # fmt: skip
 
 

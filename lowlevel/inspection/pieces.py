@@ -36,7 +36,7 @@ class TokenPieces:
         piece: Any = self.tokenizer.tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # an embedding may have more rows than the tokenizer has tokens
             return f"<id={token}>"
-        if _is_byte(piece):
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):  # SentencePiece's byte
             return piece
         return visible(_decoded(piece) if self._byte_level else piece.replace(METASPACE, " "))
 
@@ -81,10 +81,6 @@ def _seen(char: str) -> str:
     if "\udc80" <= char <= "\udcff":  # Python's surrogateescape: a byte that is not valid UTF-8
         return f"<0x{ord(char) - 0xDC00:02X}>"
     return f"<U+{ord(char):04X}>" if unicodedata.category(char) in HIDDEN else char
-
-
-def _is_byte(piece: str) -> bool:
-    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
 def _decoded(piece: str) -> str:

@@ -121,6 +121,12 @@ class PairRecord:
         return f"PairRecord(row {self.row}: {tokens}, margin {float(self.margin):+.4f}, loss {float(self.loss):.4f})"
 
     @property
+    def sides(self) -> list[tuple[str, CompletionRecord, slice]]:
+        """Name and record of both completions, and the slice of `running_sums` that belongs to each."""
+        split = len(self.chosen.tokens)
+        return [("chosen", self.chosen, slice(0, split)), ("rejected", self.rejected, slice(split, None))]
+
+    @property
     def running_sums(self) -> Tensor:
         """Cumulative contributions of chosen, then rejected tokens, (n+ + n-,) float64; the last is `argument`."""
         return torch.cat([self.chosen.contributions, self.rejected.contributions]).double().cumsum(0)

@@ -103,17 +103,14 @@ def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Consol
 
 def _print_pair(record: PairRecord, inspection: Inspection, console: Console) -> None:
     _print_title(record.row, record.where, record.prompt_ids, inspection.pieces, console)
-    running, split = record.running_sums.tolist(), len(record.chosen.tokens)
+    running = record.running_sums.tolist()
     sums = sum_name(inspection.method.config.loss_type)
     per_token = "beta x log-ratio" if sums == "margin" else "beta x log-ratio / n"
     wide = console.width >= WIDE
-    for name, side, sign, part in (
-        ("chosen", record.chosen, "", running[:split]),
-        ("rejected", record.rejected, "-", running[split:]),
-    ):
-        end = f"; the last sum is the {sums}" if side is record.rejected else ""
+    for name, side, part in record.sides:
+        sign, end = ("-", f"; the last sum is the {sums}") if side is record.rejected else ("", "")
         console.print(f"{name}: each token adds {sign}{per_token} to the {sums}{end}", markup=False, highlight=False)
-        lines = completion_lines(side, part, inspection.pieces)
+        lines = completion_lines(side, running[part], inspection.pieces)
         console.print(_tokens_table(lines, PAIR_COLUMNS + ("prob", "rank") * wide, console.width, others=wide))
     if fall := fall_line(record, inspection.pieces):
         console.print(fall.sentence, markup=False, highlight=False)

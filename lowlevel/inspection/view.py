@@ -39,13 +39,12 @@ class TokenView:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The tokens of a sequence, and a table of their numbers."""
+    """The tokens of a sequence, and the lines of a table of their numbers."""
 
     name: str
     summary: str
     tokens: Sequence[TokenView]
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    lines: Sequence[TokenLine]
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,10 @@ def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Mapping
     return Article(
         row=record.row,
         where=record.where,
-        facts=[(name, typographic(value)) for name, value in facts],
+        facts=facts,
         chart=chart,
         chart_name="cumulative loss of the learned tokens",
-        maps=[_heat_map("conversation", summary, whole, lines)],
+        maps=[HeatMap("conversation", summary, whole, lines)],
     )
 
 
@@ -101,16 +100,12 @@ def pair_article(record: PairRecord, method: Method, pieces: TokenPieces, scale:
     """A pair."""
     sums = sum_name(method.config.loss_type)
     running = record.running_sums.tolist()
-    chart, split = stair(running), len(record.chosen.tokens)
-    maps = []
-    for name, side, part in (
-        ("chosen", record.chosen, slice(0, split)),
-        ("rejected", record.rejected, slice(split, None)),
-    ):
+    chart, maps = stair(running), []
+    for name, side, part in record.sides:
         lines = completion_lines(side, running[part], pieces)
         views = _token_views(side.tokens, lines, scale, side.contributions.tolist(), chart.heights[part])
         summary = f"{len(side.tokens)} tokens, reward {typographic(signed(float(side.reward)))}"
-        maps.append(_heat_map(name, summary, views, lines))
+        maps.append(HeatMap(name, summary, views, lines))
     weights = dict.fromkeys(plain(float(side.weight)) for side in (record.chosen, record.rejected))
     facts = (
         ("margin", signed(float(record.margin))),
@@ -121,24 +116,15 @@ def pair_article(record: PairRecord, method: Method, pieces: TokenPieces, scale:
     return Article(
         row=record.row,
         where=record.where,
-        facts=[(name, typographic(value)) for name, value in facts],
+        facts=facts,
         chart=chart,
         chart_name=f"cumulative {sums} along the tokens",
         maps=maps,
         prompt=pieces.decode(record.prompt_ids).strip(),
         steps=loss_path(record, method),
-        split=100 * split / max(1, len(running)),
+        split=100 * len(record.chosen.tokens) / max(1, len(running)),
         fall=fall_line(record, pieces),
     )
-
-
-def _heat_map(name: str, summary: str, tokens: Sequence[TokenView], lines: Sequence[TokenLine]) -> HeatMap:
-    """Hyphens become minus signs in numbers, not in tokens."""
-    columns = ("#", "token", *(lines[0].numbers if lines else ()), "others")
-    rows = [
-        (line.position, line.token, *map(typographic, line.numbers.values()), ", ".join(line.others)) for line in lines
-    ]
-    return HeatMap(name, summary, tokens, columns, rows)
 
 
 def _token_views(

@@ -39,7 +39,6 @@ def measure(
 
     Args:
         policy: holds the step's gradient, times `scale`; it is left unchanged.
-        method: the method.
         batches: the micro-batches of the step, on the CPU.
         kept: the result of each, with details, on the CPU.
         scale: loss scale.
