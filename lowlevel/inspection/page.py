@@ -60,8 +60,8 @@ def render_template(name: str, styles: Sequence[str], **values: Any) -> str:
         "inked": inked,
         "breaks_line": breaks_line,
         "typographic": typographic,
-        "plain": lambda value, digits=4: typographic(plain(value, digits)),
-        "signed": lambda value, digits=4: typographic(signed(value, digits)),
+        "plain": lambda *number: typographic(plain(*number)),
+        "signed": lambda *number: typographic(signed(*number)),
     }
     return environment.from_string(read_part(name)).render(style=Markup().join(map(read_part, styles)), **values)
 

@@ -164,7 +164,7 @@ def inspect_pairs(policy: Policy, method: DPO, examples: Sequence[PreferenceExam
     Raises:
         ValueError: two come from one data row.
     """
-    by_row, found = _by_row(examples), {}
+    by_row, found = _by_row(examples), dict[int, PairRecord]()
     for batch in method.micro_batches(examples):
         found |= {record.row: record for record in _pairs_of(policy, method, batch, by_row)}
     return [found[example.row] for example in examples]

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import helpers
-import sample_losses
 import pytest
+import sample_losses
 import torch
 from rich.console import Console
 from samples import inspection_of_pairs, pairs
