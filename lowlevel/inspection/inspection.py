@@ -17,23 +17,14 @@ from lowlevel.methods import Method
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """The inspected examples; either `pairs` (dpo) or `sequences` (sft) is not empty.
+    """The inspected examples; either `pairs` (dpo) or `sequences` (sft) is not empty."""
 
-    Attributes:
-        run: name of the run folder.
-        subject: "step 5" or "row 12".
-        weights: description of the trained adapter.
-        logged: the loss that the run logged for this step, and what it is a mean of; None if there is none.
-        pieces: token ids as text.
-        method: holds the configured loss.
-    """
-
-    run: str
-    subject: str
-    weights: str
-    logged: str | None
-    pieces: TokenPieces
-    method: Method
+    run: str  # name of the run folder
+    subject: str  # "step 5" or "row 12"
+    weights: str  # description of the trained adapter
+    logged: str | None  # the loss that the run logged for this step, and what it is a mean of; None if not logged
+    pieces: TokenPieces  # token ids as text
+    method: Method  # holds the configured loss
     sequences: tuple[SequenceRecord, ...] = ()
     pairs: tuple[PairRecord, ...] = ()
 

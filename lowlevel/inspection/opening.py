@@ -96,12 +96,7 @@ def _choose_weights(
 
 
 def last_weights(folder: RunFolder, warn: Callable[[str], None]) -> Weights:
-    """The final adapter, or the newest good checkpoint of an unfinished run.
-
-    Raises:
-        ConfigError: nothing saved yet.
-        CheckpointError: every checkpoint is damaged.
-    """
+    """The final adapter, or the newest good checkpoint of an unfinished run; ConfigError if nothing is saved yet."""
     adapter = folder.newest_adapter(warn)
     if adapter is None:
         raise _nothing_saved(folder)

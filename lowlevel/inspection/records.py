@@ -90,31 +90,19 @@ class CompletionRecord:
 
 @dataclass(frozen=True, repr=False)
 class PairRecord:
-    """A preference pair.
-
-    Attributes:
-        prompt_ids: (p,) int64.
-        argument: () fp32, sum of both completions' contributions: the margin, or beta (a/n+ - b/n-) for a loss that
-            reads averages.
-        margin: () fp32, chosen reward minus rejected reward, as it is logged for every loss.
-        loss: () fp32; for `aot` that of the quantile with this pair's number.
-        displacement: where the probability of the chosen completion went; None if it is at least as likely as under
-            the reference.
-        metrics: () each, of a custom loss.
-        values: `data.columns` of the row.
-    """
+    """A preference pair."""
 
     row: int
     where: str
-    prompt_ids: Tensor
+    prompt_ids: Tensor  # (p,) int64
     chosen: CompletionRecord
     rejected: CompletionRecord
-    argument: Tensor
-    margin: Tensor
-    loss: Tensor
-    displacement: Displacement | None
-    metrics: Mapping[str, Tensor]
-    values: Mapping[str, float]
+    argument: Tensor  # () fp32, sum of all contributions: the margin, or beta (a/n+ - b/n-) if the loss reads averages
+    margin: Tensor  # () fp32, chosen reward minus rejected reward, as it is logged for every loss
+    loss: Tensor  # () fp32; for `aot` that of the quantile with this pair's number
+    displacement: Displacement | None  # None: the chosen completion is at least as likely as under the reference
+    metrics: Mapping[str, Tensor]  # () each, of a custom loss
+    values: Mapping[str, float]  # data.columns of the row
 
     def __repr__(self) -> str:
         tokens = f"{len(self.chosen.tokens)} chosen and {len(self.rejected.tokens)} rejected tokens"
@@ -139,7 +127,8 @@ def inspect_sequences(policy: Policy, method: SFT, examples: Sequence[SFTExample
     for batch in method.micro_batches(examples):
         policy.dropout.disable()
         moved = batch.to(policy.placement.device)
-        logps, predicted = _predict(policy, policy.scored_hidden_states(moved), moved)
+        predictions = policy.scored_hidden_states(moved), policy.lm_head_weight, moved.scored_targets
+        logps, predicted = token_logps(*predictions), distribution(*predictions)
         losses, metrics = method.token_losses(moved, logps)
         values, metrics = batch.values(method.columns), {name: metric.cpu() for name, metric in metrics.items()}
         logps, losses = logps.cpu(), losses.cpu()
@@ -174,12 +163,13 @@ def _pairs_of(
     policy: Policy, method: DPO, batch: PackedBatch, by_row: dict[int, PreferenceExample]
 ) -> list[PairRecord]:
     moved, head = batch.to(policy.placement.device), policy.lm_head_weight
+    targets = moved.scored_targets
     with policy.reference():
         ref_hidden = policy.scored_hidden_states(moved)
-        ref_logps = token_logps(ref_hidden, head, moved.scored_targets)
+        ref_logps = token_logps(ref_hidden, head, targets)
     policy.dropout.disable()
     hidden = policy.scored_hidden_states(moved)
-    logps, predicted = _predict(policy, hidden, moved)
+    logps, predicted = token_logps(hidden, head, targets), distribution(hidden, head, targets)
     pairs = pair_logps(moved, logps, ref_logps, method.columns)
     output, slopes = method.preference_loss(pairs), reward_slopes(method.config, pairs)
     logps, ref_logps, values = logps.cpu(), ref_logps.cpu(), batch.values(method.columns)
@@ -213,7 +203,7 @@ def _pairs_of(
         if sums[i] >= ref_sums[i]:
             return None
         index = _index(batch, i).to(hidden.device)
-        return displacement_of(hidden[index], ref_hidden[index], head, moved.scored_targets[index])
+        return displacement_of(hidden[index], ref_hidden[index], head, targets[index])
 
     return [
         PairRecord(
@@ -231,12 +221,6 @@ def _pairs_of(
         )
         for i, row in enumerate(batch.data_rows)
     ]
-
-
-def _predict(policy: Policy, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Distribution]:
-    """From (N, D): log-probabilities of the N scored tokens, (N,) fp32, and the whole predictions."""
-    logps = token_logps(hidden, policy.lm_head_weight, batch.scored_targets)
-    return logps, distribution(hidden, policy.lm_head_weight, batch.scored_targets)
 
 
 def _tokens(batch: PackedBatch, index: Tensor, logps: Tensor, predicted: Distribution) -> TokenRecord:

@@ -23,24 +23,16 @@ NOTICED_TEXT = percent(NOTICED)
 
 @dataclass(frozen=True)
 class DisplacedPairs:
-    """Pairs that were inspected with the run's weights.
+    """Pairs that were inspected with the run's weights."""
 
-    Attributes:
-        weights, origin: the weights, and where the pairs come from, as text.
-        looked, below: number of inspected pairs, and of those that are displaced under these weights.
-        falls: data row and line of the displaced pairs that are shown, farthest first.
-        lost, positions: probability that their chosen tokens lost, summed over the positions with a loss; their number.
-        gains: the tokens that gained most there, with their texts.
-    """
-
-    weights: str
-    origin: str
-    looked: int
-    below: int
-    falls: tuple[tuple[int, FallLine], ...]
-    lost: float
-    positions: int
-    gains: tuple[tuple[str, TokenGain], ...]
+    weights: str  # one line
+    origin: str  # where the pairs come from
+    looked: int  # number of inspected pairs
+    below: int  # number of those that are displaced under these weights
+    falls: tuple[tuple[int, FallLine], ...]  # data row and line of the displaced pairs that are shown, farthest first
+    lost: float  # probability that their chosen tokens lost, summed over the positions with a loss
+    positions: int  # number of those positions
+    gains: tuple[tuple[str, TokenGain], ...]  # the tokens that gained most there, with their texts
 
     @property
     def sentence(self) -> str:

@@ -14,27 +14,17 @@ from lowlevel.running.plots import Panel
 
 @dataclass(frozen=True)
 class Report:
-    """The contents of the page.
-
-    Attributes:
-        folder: the run folder, quoted for a shell.
-        facts: name and value, in the head.
-        tables: of a dpo run with a trace.
-        missing: what a trace would add; None if there is one.
-        tokens: text of the token ids in `tables.falls`, if the tokenizer could be loaded.
-        pages: links to inspection pages in the run folder, by data row.
-        displaced: the tokens that gained the probability of displaced pairs, if requested.
-    """
+    """The contents of the page."""
 
     name: str
-    folder: str
-    facts: Sequence[tuple[str, str]]
+    folder: str  # the run folder, quoted for a shell
+    facts: Sequence[tuple[str, str]]  # name and value, in the head
     panels: Sequence[Panel]
-    tables: PairTables | None
-    missing: str | None
-    tokens: dict[int, str]
-    pages: dict[int, str]
-    displaced: DisplacedPairs | None = None
+    tables: PairTables | None  # of a dpo run with a trace
+    missing: str | None  # what a trace would add; None if there is one
+    tokens: dict[int, str]  # text of the token ids in `tables.falls`, if the tokenizer could be loaded
+    pages: dict[int, str]  # links to inspection pages in the run folder, by data row
+    displaced: DisplacedPairs | None = None  # the tokens that gained the probability of displaced pairs, if requested
 
     @property
     def command(self) -> str:

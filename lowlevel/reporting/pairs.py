@@ -31,20 +31,14 @@ class TokenFall:
 
 @dataclass(frozen=True)
 class PairTables:
-    """The tables of a dpo trace.
-
-    Attributes:
-        below: pairs of the last traced steps whose chosen completion is less likely than under the reference.
-        both_fell: those of them whose rejected completion fell, too.
-        lowest: all pairs, the lowest log-ratio of a chosen completion first.
-    """
+    """The tables of a dpo trace: pairs of the last traced steps, `first` to `last`."""
 
     first: int
     last: int
     count: int
-    below: int
-    both_fell: int
-    lowest: tuple[Row, ...]
+    below: int  # pairs whose chosen completion is less likely than under the reference
+    both_fell: int  # those of them whose rejected completion fell, too
+    lowest: tuple[Row, ...]  # all pairs, the lowest log-ratio of a chosen completion first
     best: tuple[Row, ...]
     worst: tuple[Row, ...]
     falls: tuple[TokenFall, ...]

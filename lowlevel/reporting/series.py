@@ -4,48 +4,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lowlevel.running.plots import Curve, Panel, points_of
 
 Record = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    name: str
-    title: str
-    unit: str
-    note: str
-    keys: tuple[tuple[str, str], ...]
-
-
-PLANS = (
-    _Plan("loss", "Loss", "nats", "", (("loss", "training"), ("eval_loss", "held out"))),
-    _Plan("margin", "Margin", "", "chosen reward minus rejected reward.",
-          (("rewards/margins", "training"), ("eval_rewards/margins", "held out"))),
-    _Plan("rewards", "Rewards", "", "beta times the log-ratio of policy to reference; both start at 0.",
-          (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
-    _Plan("accuracy", "Pairs ranked right", "share", "margin above 0; a tie counts one half.",
-          (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out"))),
-    _Plan("chosen_logps", "Log-probability of the chosen", "nats", "",
-          (("logps/chosen", "policy"), ("logps/ref_chosen", "reference"))),
-    _Plan("rejected_logps", "Log-probability of the rejected", "nats", "",
-          (("logps/rejected", "policy"), ("logps/ref_rejected", "reference"))),
-    _Plan("grad_norm", "Gradient norm", "", "before clipping.", (("grad_norm", "norm"),)),
-    _Plan("learning_rate", "Learning rate", "", "", (("learning_rate", "rate"),)),
-    _Plan("loss_scale", "Loss scale", "", "fp16 only; each halving is a step that overflowed and was repeated.",
-          (("loss_scale", "scale"),)),
-    _Plan("skipped_steps", "Repeated steps", "so far", "steps that were repeated after an fp16 overflow.",
-          (("skipped_steps", "steps"),)),
-    _Plan("tokens_per_second", "Speed", "tokens/s", "without padding.",
-          (("tokens_per_second", "speed"),)),
-    _Plan("padding_share", "Padding", "share", "computed positions without a token.", (("padding_share", "share"),)),
-    _Plan("memory", "GPU memory", "GiB", "peaks of the allocator so far, without paged optimizer state.",
-          (("peak_allocated_gib", "allocated"), ("peak_reserved_gib", "reserved"))),
+# name, title, unit, note, and (key, label) of each curve
+Plan = tuple[str, str, str, str, tuple[tuple[str, str], ...]]
+PLANS: tuple[Plan, ...] = (
+    ("loss", "Loss", "nats", "", (("loss", "training"), ("eval_loss", "held out"))),
+    ("margin", "Margin", "", "chosen reward minus rejected reward.",
+     (("rewards/margins", "training"), ("eval_rewards/margins", "held out"))),
+    ("rewards", "Rewards", "", "beta times the log-ratio of policy to reference; both start at 0.",
+     (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
+    ("accuracy", "Pairs ranked right", "share", "margin above 0; a tie counts one half.",
+     (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out"))),
+    ("chosen_logps", "Log-probability of the chosen", "nats", "",
+     (("logps/chosen", "policy"), ("logps/ref_chosen", "reference"))),
+    ("rejected_logps", "Log-probability of the rejected", "nats", "",
+     (("logps/rejected", "policy"), ("logps/ref_rejected", "reference"))),
+    ("grad_norm", "Gradient norm", "", "before clipping.", (("grad_norm", "norm"),)),
+    ("learning_rate", "Learning rate", "", "", (("learning_rate", "rate"),)),
+    ("loss_scale", "Loss scale", "", "fp16 only; each halving is a step that overflowed and was repeated.",
+     (("loss_scale", "scale"),)),
+    ("skipped_steps", "Repeated steps", "so far", "steps that were repeated after an fp16 overflow.",
+     (("skipped_steps", "steps"),)),
+    ("tokens_per_second", "Speed", "tokens/s", "without padding.",
+     (("tokens_per_second", "speed"),)),
+    ("padding_share", "Padding", "share", "computed positions without a token.", (("padding_share", "share"),)),
+    ("memory", "GPU memory", "GiB", "peaks of the allocator so far, without paged optimizer state.",
+     (("peak_allocated_gib", "allocated"), ("peak_reserved_gib", "reserved"))),
 )  # fmt: skip
-KNOWN = {key for plan in PLANS for key, _ in plan.keys} | {"step", "epoch", "num_tokens", "supervised_tokens"}
+KNOWN = {key for *_, keys in PLANS for key, _ in keys} | {"step", "epoch", "num_tokens", "supervised_tokens"}
 ZERO_SAYS_NOTHING = ("memory", "skipped_steps")  # on a CPU; in a run without an overflow
 LEVELS = {"accuracy": (0.5, "chance"), "margin": (0.0, "start"), "rewards": (0.0, "start")}
 
@@ -57,25 +47,25 @@ def panels(runs: Sequence[tuple[str, Sequence[Record]]]) -> list[Panel]:
         runs: name and logged records of each; the first one is the report's own.
     """
     own = sorted({key for _, records in runs for record in records for key in record} - KNOWN)
-    metrics = [
-        _Plan(re.sub(r"\W+", "_", f"metric_{key}"), key, "", "metric of the loss.",
-              ((key, "training"), (f"eval_{key}", "held out")))
+    metrics: list[Plan] = [
+        (re.sub(r"\W+", "_", f"metric_{key}"), key, "", "metric of the loss.",
+         ((key, "training"), (f"eval_{key}", "held out")))
         for key in own if not key.startswith("eval_")
     ]  # fmt: skip
     made = []
-    for plan in (*PLANS, *metrics):
+    for chart, title, unit, note, keys in (*PLANS, *metrics):
         curves = [
             Curve(f"{name}: {label}" if len(runs) > 1 else label, points, number, kind)
             for number, (name, records) in enumerate(runs)
-            for kind, (key, label) in enumerate(plan.keys)
+            for kind, (key, label) in enumerate(keys)
             if (points := points_of(records, key))
         ]
-        empty = plan.name in ZERO_SAYS_NOTHING and all(y == 0 for curve in curves for _, y in curve.points)
-        constant = plan.name == "loss_scale" and all(y == 1 for curve in curves for _, y in curve.points)
+        empty = chart in ZERO_SAYS_NOTHING and all(y == 0 for curve in curves for _, y in curve.points)
+        constant = chart == "loss_scale" and all(y == 1 for curve in curves for _, y in curve.points)
         if curves and not empty and not constant:
-            level = LEVELS.get(plan.name)
-            alarm = fallen(runs[0][1]) if plan.name == "chosen_logps" else None
-            made.append(Panel(plan.name, plan.title, plan.unit, plan.note, tuple(curves), level, alarm))
+            level = LEVELS.get(chart)
+            alarm = fallen(runs[0][1]) if chart == "chosen_logps" else None
+            made.append(Panel(chart, title, unit, note, tuple(curves), level, alarm))
     return made
 
 

@@ -36,21 +36,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart.
+    """One chart."""
 
-    Attributes:
-        name: of its PNG file.
-        level: a horizontal line and its meaning, such as the value at the start of every run.
-        alarm: a warning that the page shows.
-    """
-
-    name: str
+    name: str  # of its PNG file
     title: str
     unit: str
     note: str
     curves: tuple[Curve, ...]
-    level: tuple[float, str] | None = None
-    alarm: str | None = None
+    level: tuple[float, str] | None = None  # a horizontal line and its meaning, such as every run's value at its start
+    alarm: str | None = None  # a warning that the page shows
 
 
 def points_of(records: Sequence[Mapping[str, Any]], key: str) -> tuple[tuple[float, float], ...]:

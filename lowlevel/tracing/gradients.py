@@ -9,6 +9,7 @@ pass of the policy, with the numbers dL/dl_t as factors. The rejected term is th
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -99,14 +100,12 @@ def _norms(policy: Policy, scale: float) -> dict[str, list[Any]]:
     """Norms by layer, and by projection over all layers."""
     grads = policy.flat.named_grads()
     norms = torch.stack(torch._foreach_norm(list(grads.values()))).double().cpu() / scale
-    layers: dict[int, float] = {}
-    projections: dict[str, float] = {}
+    layers: dict[int, float] = defaultdict(float)
+    projections: dict[str, float] = defaultdict(float)
     for name, norm in zip(grads, norms.tolist(), strict=True):
-        found = _LAYER.search(name)
-        if found:
-            layer, projection = int(found[1]), found[2]
-            layers[layer] = layers.get(layer, 0.0) + norm**2
-            projections[projection] = projections.get(projection, 0.0) + norm**2
+        if found := _LAYER.search(name):
+            layers[int(found[1])] += norm**2
+            projections[found[2]] += norm**2
     by_projection = {f"{name}_grad_norm": [square**0.5] for name, square in projections.items()}
     return {"layer_norms": [[layers[layer] ** 0.5 for layer in sorted(layers)]], **by_projection}
 
