@@ -9,8 +9,11 @@ from pathlib import Path
 
 import helpers
 import pytest
+from rich.console import Console
 from workspace import PAIRS, run
 
+import lowlevel as ll
+from lowlevel.errors import ConfigError
 from lowlevel.inspection import inspect_pairs
 from lowlevel.inspection.opening import example_of_row
 from lowlevel.inspection.pieces import TokenPieces
@@ -18,6 +21,7 @@ from lowlevel.model.adapters import save_adapter
 from lowlevel.model.policy import TRAINED
 from lowlevel.reporting.displaced import displaced_pairs
 from lowlevel.reporting.pairs import pair_tables
+from lowlevel.reporting.report import report_run
 from lowlevel.running.assembly import prepare_data
 from lowlevel.running.reopening import load_run, reopen
 from lowlevel.tracing.files import write_table
@@ -169,6 +173,18 @@ def test_an_unfinished_run_is_looked_at_with_its_newest_good_checkpoint(runs, sp
         shutil.rmtree(path)
     said = run("report", folder, "--displaced", 1)
     assert said.code == 2 and "no saved weights yet" in said.err and len(said.err.splitlines()) == 1
+
+
+def test_rows_given_in_python_come_with_the_reopened_run(space, tmp_path):
+    quiet = Console(quiet=True)
+    keys = {"model": str(space.base), "output_dir": str(tmp_path / "given"), "max_steps": 2, "logging_steps": 1}
+    given = ll.dpo(
+        data=PAIRS, r=4, max_length=128, per_device_train_batch_size=2, learning_rate=1e-2, console=quiet, **keys
+    )
+    page = report_run(given.path, quiet, displaced=2, opened=given.opened)
+    assert "pairs of step 2" in section(page.parent)
+    with pytest.raises(ConfigError, match="given in Python"):
+        report_run(given.path, quiet, displaced=2)
 
 
 def test_refusals_are_one_line(runs, tmp_path):
