@@ -46,12 +46,6 @@ def test_a_loss_equal_to_the_built_in_one_trains_the_same_bits(api, dpo, same):
     assert run.config.dpo.loss_type == f"{__name__}:plain" and "sha256" in json.dumps(manifest)
 
 
-@pytest.mark.slow
-def test_the_same_bits_when_compiled(api, same):
-    settings = {"execution": "compiled", "max_steps": 2}
-    assert same(api.dpo("compiled", loss=plain, **settings), api.dpo("compiled-sigmoid", **settings))
-
-
 def test_a_loss_of_tokens_gets_their_log_probabilities(api, dpo):
     run = api.dpo("by-token", loss=ll.loss(by_token))
     assert run.config.dpo.loss_type == "by_token"

@@ -1,6 +1,7 @@
 """Spans against the mask, batches of fixed shape against plain ones, and compiled layers against eager ones."""
 
 import copy
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -212,7 +213,7 @@ def test_changing_one_example_leaves_the_others_bit_equal(tiny_base):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])  # the same layers
-def test_compiled_layers_give_the_same_step_from_one_graph_a_mode(tiny_base, name, checkpointing):
+def test_compiled_layers_give_the_same_step_from_one_graph_a_mode(tiny_base, monkeypatch, name, checkpointing):
     torch._dynamo.reset()
     counters.clear()
     policy = helpers.make_policy(tiny_base, dropout=0.3, attention=SPANS, checkpointing=checkpointing)
@@ -231,6 +232,19 @@ def test_compiled_layers_give_the_same_step_from_one_graph_a_mode(tiny_base, nam
     modes = 1 if name == "sft" else 2  # dpo: the policy's pass and the reference's
     assert counters["stats"]["unique_graphs"] == modes
     assert sum(counters["graph_break"].values()) == 0
+    if name == "dpo":  # a loss of the user's with the same formula: the same bits, and nothing compiled again
+        compiled = policy.flat.grad.clone()
+        policy.flat.grad.zero_()
+        own = replace(method, config=method.config.model_copy(update={"loss_type": f"{__name__}:own_sigmoid"}))
+        monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(own_sigmoid=own_sigmoid))
+        execution = WithFallback(policy, own, "compiled", pytest.fail)
+        again = [execution.run(batch, 1.0, key32(1, 0)).named() for batch in own.micro_batches(examples)]
+        assert [float(one["loss"]) for one in again] == [float(one["loss"]) for one in sums]
+        assert torch.equal(policy.flat.grad, compiled) and counters["stats"]["unique_graphs"] == modes
+
+
+def own_sigmoid(pairs, *, beta):
+    return -torch.nn.functional.logsigmoid(beta * pairs.deltas)
 
 
 def test_a_mode_that_fails_falls_back_with_one_line(tiny_base):
