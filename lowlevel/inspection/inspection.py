@@ -61,14 +61,6 @@ class Inspection:
         """The loss, and the one that the run logged, in one line."""
         return f"loss {self.loss:.6f}" + (f" ({self.logged})" if self.logged else "")
 
-    def show(self, *, details: bool = True) -> None:
-        """Print the table of the batch, and with `details` a table of tokens for each example."""
-        from rich.console import Console
-
-        from lowlevel.inspection.terminal import print_inspection
-
-        print_inspection(self, Console(), details=details)
-
 
 def logged_loss(metrics: Sequence[dict[str, Any]], step: int, config: RunConfig) -> str | None:
     """The logged loss of a step as text, with the steps that it is a mean of; None if the step was not logged."""
