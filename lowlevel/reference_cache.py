@@ -240,7 +240,7 @@ class CachedReference:
             problem = _difference(found, live.cpu(), batch.data_rows)
         if problem:
             self.refused = True
-            self.note(f"reference cache: refused: {problem}, in {self._cache().folder}; going on with the live pass")
+            self.note(f"reference cache: refused: {problem}, in {self._cache().folder}; continuing with the live pass")
             raise ExecutionFailedError("live reference pass")
 
 

@@ -136,7 +136,7 @@ def test_a_run_over_an_altered_cache_says_so_and_is_the_live_run(workspace, live
     alter(only(shards(cache)), lambda key, value: next_float(value))
     config = write_run(workspace, "altered", cache=cache)
     printed = run(config)
-    assert printed.count("reference cache: refused: ") == 1 and "going on with the live pass" in printed
+    assert printed.count("reference cache: refused: ") == 1 and "continuing with the live pass" in printed
     assert ", then refused" in printed
     assert outcome(config) == live["shuffled", 0.1]
 

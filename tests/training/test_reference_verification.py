@@ -65,7 +65,7 @@ def test_an_altered_number_is_refused_and_the_step_is_live(filled, place, passes
     difference, row, stored, lived = re.match(expected, note).groups()
     assert int(row) == batches[place].data_rows[pair]
     assert float(difference) == pytest.approx(float(stored) - float(lived), rel=0.05) and 0 < float(difference) < 1e-4
-    assert note.endswith("; going on with the live pass")
+    assert note.endswith("; continuing with the live pass")
     assert cache.refused
     with cache:
         pass
