@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.config.schema import DPOConfig
 from lowlevel.inspection.displacement import Displacement, displacement_of
 from lowlevel.inspection.distribution import Distribution, distribution
 from lowlevel.inspection.reading import reading_of
@@ -159,6 +160,15 @@ def inspect_pairs(policy: Policy, method: DPO, examples: Sequence[PreferenceExam
     return [found[example.row] for example in examples]
 
 
+def _token_factors(config: DPOConfig, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each completion, (2P,): the count that its sum is divided by (tokens if the loss reads averages, else 1), and
+    the factor from a token's log-ratio to its contribution: beta / count, negative for the rejected ones.
+    """
+    averages = reading_of(config.loss_type) == "averages"
+    counts = lengths.clamp(min=1).float() if averages else torch.ones(len(lengths))
+    return counts, config.beta / counts * torch.tensor([1.0, -1.0]).repeat_interleave(len(lengths) // 2)
+
+
 def _pairs_of(
     policy: Policy, method: DPO, batch: PackedBatch, by_row: dict[int, PreferenceExample]
 ) -> list[PairRecord]:
@@ -178,10 +188,7 @@ def _pairs_of(
     # both completions of each pair, dummy pairs included: all chosen, then all rejected, (2P,) each
     sums = torch.cat([pairs.chosen_logps, pairs.rejected_logps]).cpu()
     ref_sums = torch.cat([pairs.ref_chosen_logps, pairs.ref_rejected_logps]).cpu()
-    # contribution of a token: beta * log-ratio, or beta / n * log-ratio if the loss reads averages; minus if rejected
-    half, averages = len(batch.real), reading_of(method.config.loss_type) == "averages"
-    counts = batch.lengths.clamp(min=1).float() if averages else torch.ones(2 * half)
-    factors = method.config.beta / counts * torch.tensor([1.0, -1.0]).repeat_interleave(half)
+    half, (counts, factors) = len(batch.real), _token_factors(method.config, batch.lengths)
     # a reward that rises by 1 raises an averaged contribution by 1 / n
     weights = torch.cat([-slopes[0], slopes[1]]).cpu() * counts
     arguments = (factors * (sums - ref_sums)).view(2, half).sum(0)
