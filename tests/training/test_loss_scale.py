@@ -30,11 +30,14 @@ class _Poison(torch.autograd.Function):
 
 @dataclass
 class Faulty:
-    """SFT whose first `bad` micro-batches have a loss times `loss_factor` and a gradient times `grad_factor`."""
+    """SFT whose first `bad` micro-batches have a loss times `loss_factor`, plus `loss_offset`, and a gradient times
+    `grad_factor`.
+    """
 
     bad: float
     loss_factor: float = 1.0
     grad_factor: float = 1.0
+    loss_offset: float = 0.0
     inner: object = field(default_factory=lambda: helpers.sft(4))
     seen: list = field(default_factory=list)
     name: str = "sft"
@@ -49,7 +52,7 @@ class Faulty:
         self.seen.append((batch.data_rows, batch.input_ids.clone(), policy.dropout.token_keys.clone()))
         loss = self.inner.loss(policy, batch).loss
         if len(self.seen) <= self.bad:
-            loss = _Poison.apply(loss, self.grad_factor) * self.loss_factor
+            loss = _Poison.apply(loss, self.grad_factor) * self.loss_factor + self.loss_offset
         return LossSums(loss=loss, metrics={})
 
 
@@ -170,15 +173,16 @@ def test_more_than_ten_skips_in_a_row_stop_the_run(tiny_base):
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "adamw"])
+@pytest.mark.parametrize("gradient", ["loss_offset", "loss_factor"], ids=["finite gradient", "NaN gradient"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("scale", [LossScale, lambda: LossScale.for_precision("fp32")], ids=["fp16", "fp32"])
-def test_a_loss_that_is_no_number_changes_nothing(tiny_base, optim, value, scale):
+def test_a_loss_that_is_not_finite_changes_nothing(tiny_base, optim, value, scale, gradient):
     policy, optimizer = trainer(tiny_base, optim)
     helpers.step(policy, helpers.sft(4), helpers.ragged_examples(), optimizer)  # a state to keep
     before = state_of(policy, optimizer)
     rows = r"\[10, 17, 24, 31, 38, 45, 52, 59\]"
     with pytest.raises(NonFiniteError, match=rf"step 6: loss is (nan|inf); nothing was updated; data rows {rows}"):
-        faulty = Faulty(bad=1, loss_factor=value)
+        faulty = Faulty(bad=1, **{gradient: value})
         helpers.step(policy, faulty, helpers.ragged_examples(), optimizer, scale=scale(), number=5)
     assert same(before, state_of(policy, optimizer))
 
