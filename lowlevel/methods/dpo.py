@@ -158,9 +158,12 @@ def check_loss(config: DPOConfig, columns: Sequence[str] = ()) -> None:
     """Raise ValueError as `preference_loss`, and for a custom loss that fails on a trial batch; needs no model."""
     loss = preference_loss(config)
     if loss.spec.own:
-        ids, lengths = torch.tensor([0, 0, 1, 2, 3, 4, 4, 4, 5]), torch.tensor([2, 1, 1, 1, 3, 1])  # three pairs
+        ids, lengths = (
+            torch.tensor([0, 0, 1, 2, 3, 4, 4, 4, 5, 6]),
+            torch.tensor([2, 1, 1, 1, 3, 1]),
+        )  # 3 pairs, a dummy
         tokens = torch.linspace(-0.5, -2.0, len(ids)).requires_grad_()
-        chosen, rejected = torch.zeros(6).index_add(0, ids, tokens).chunk(2)
+        chosen, rejected = torch.zeros(7).index_add(0, ids, tokens)[:6].chunk(2)
         sums = [chosen, rejected, chosen.detach() - 0.1, rejected.detach() + 0.2]
         pairs = PairLogps(sums[0], sums[1], sums[2], sums[3], lengths[:3], lengths[3:], tokens, tokens.detach(), ids,
                           values={name: torch.ones(3) for name in columns})  # fmt: skip

@@ -88,7 +88,7 @@ def sft_loss(config: SFTConfig) -> LossSpec:
 def check_loss(config: SFTConfig, columns: Sequence[str] = ()) -> None:
     """Raise ValueError for an unknown loss, or a custom one that fails on a trial batch; needs no model."""
     spec = sft_loss(config)
-    logps = torch.tensor([-0.5, -1.0, -2.0], requires_grad=True)
+    logps = torch.tensor([-0.5, -1.0, -2.0, -1.5], requires_grad=True)  # the last token is a dummy
     values = {name: torch.ones(2) for name in columns}
-    tokens = TokenLogps(logps, torch.tensor([0, 0, 1]), torch.tensor([2, 1]), values)
-    check_result(spec, tokens, config.loss_kwargs, logps, size=3)
+    tokens = TokenLogps(logps, torch.tensor([0, 0, 1, 2]), torch.tensor([2, 1]), values)
+    check_result(spec, tokens, config.loss_kwargs, logps, size=4)

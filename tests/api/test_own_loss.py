@@ -9,6 +9,7 @@ from torch.nn.functional import logsigmoid
 import lowlevel as ll
 from lowlevel.cli import main
 from lowlevel.errors import ConfigError
+from lowlevel.methods.dpo import check_loss
 
 
 def plain(pairs: ll.PairLogps, *, beta: float):
@@ -134,7 +135,7 @@ def bad_rows(tokens):
         ("dpo", bad_metric, {}, "'share'"),
         ("dpo", shifted, {}, "KeyError: 'score'"),  # data.columns is missing
         ("dpo", plain, {"loss_kwargs": {"gama": 1.0}}, "gama"),
-        ("sft", bad_rows, {}, "expected a tensor of shape (3,)"),
+        ("sft", bad_rows, {}, "expected a tensor of shape (4,)"),
         ("sft", doubled, {"loss_kwargs": {"fact": 1.0}}, "fact"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -161,3 +162,15 @@ def test_a_loss_that_this_process_does_not_know_is_named(api, dpo, rows):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="'sigmoid' is a built-in loss"):
         ll.loss(plain, name="sigmoid")
+
+
+def test_a_loss_that_forgets_dummy_tokens_is_refused_before_a_gpu_meets_them():
+    """`sequence_ids` is 2P for a dummy token; an index of 2P into 2P sums fails on a GPU in the middle of a run."""
+
+    def summed(pairs):
+        sums = torch.zeros(2 * len(pairs.chosen_logps)).index_add(0, pairs.sequence_ids, pairs.token_logps)
+        return -sums.chunk(2)[0]
+
+    config = ll.configure("dpo", loss=ll.loss(summed, name="summed_without_dummies")).dpo
+    with pytest.raises(ValueError, match="failed on a trial batch"):
+        check_loss(config)
