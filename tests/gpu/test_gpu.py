@@ -17,7 +17,7 @@ from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.loop import optimizer_step
 from lowlevel.losses import token_logps, token_logps_reference
-from lowlevel.losses.registry import loss
+from lowlevel.losses.registry import loss as custom_loss
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import build_policy
@@ -260,7 +260,7 @@ def shaped(name):
     return method, examples(pairs)
 
 
-@loss
+@custom_loss
 def focal_margin(pairs, *, beta, gamma=2.0):
     """A custom loss of every kind of input: pair sums, and token log-probabilities summed by completion."""
     x = beta * pairs.deltas
