@@ -19,12 +19,14 @@ from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import CheckpointError, ConfigError, one_line
 from lowlevel.kernels.dequantize import Quantised, dequantize_reference
 from lowlevel.model.attention_choice import register
+from lowlevel.model.base_folder import NO_ADAPTER, check_is_model, note_of_adapter, refuse_adapter
 from lowlevel.model.files import SHOWN, check_weight_files, is_finite, read_json_object, refuse_pickles
 from lowlevel.model.linear import install_dequantising_products, quantised_state
 from lowlevel.model.placement import Placement, dtype_name
 
 # Logit transforms that are missing in `hidden @ lm_head.T`: Gemma 2, Cohere, Granite.
 OUTPUT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+NO_HEAD = "; config.json says tie_word_embeddings = false: set true there if the head is the input embedding"
 
 
 def resolve_name(name: str) -> str:
@@ -48,17 +50,19 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 
     Raises:
         CheckpointError: pickles, or a config.json that is too large or not a JSON object.
-        ConfigError: it cannot be read, or the model transforms its logits.
+        ConfigError: it cannot be read, is an adapter or a run, or the model transforms its logits.
     """
     name = resolve_name(config.name)
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
         raise ConfigError(f"model.name {config.name!r}: no such folder")
+    check_is_model(name)
     refuse_pickles(Path(name), "model.name")
     if (Path(name) / "config.json").is_file():
         read_json_object(Path(name) / "config.json")
     try:
         loaded = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
     except Exception as error:  # transformers, huggingface_hub and httpx each raise their own kinds here
+        refuse_adapter(name, config.revision)
         raise ConfigError(f"model.name {config.name!r} cannot be read: {one_line(error)}") from None
     settings = loaded.to_dict()
     transforms = [key for key in OUTPUT_TRANSFORMS if settings.get(key) not in (None, 1, 1.0)]
@@ -109,6 +113,7 @@ def load_base(
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # _check_loading refuses them, by name
+            adapter_kwargs=NO_ADAPTER,
             **quantisation,
         )
     except torch.cuda.OutOfMemoryError:
@@ -120,6 +125,7 @@ def load_base(
     _check_quantised_layers(config.name, model, placement.device)
     _check_finite(config.name, model)
     _freeze(model)
+    _untie(model)
     install_dequantising_products(model)
     return model
 
@@ -136,6 +142,26 @@ def _freeze(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     model.config.attention_dropout = 0.0
+
+
+def _untie(model: Any) -> None:
+    """Let the configuration say so if the LM head is the file's own: transformers 5.23 uses it, but keeps "tied".
+
+    A merged model whose config.json says "tied" would lose its head in tools that believe it.
+    """
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
+
+
+def notes_of_base(config: ModelConfig, loaded: PretrainedConfig) -> list[str]:
+    """A line for each thing in the base's folder that is used otherwise than it says. `loaded`: of `load_base`."""
+    notes = note_of_adapter(config, resolve_name(config.name))
+    if load_model_config(config).tie_word_embeddings and not loaded.tie_word_embeddings:
+        notes.append(
+            f"{config.name}: config.json says tie_word_embeddings = true, but its files hold another LM head, which is "
+            "used; a merged model says false"
+        )
+    return notes
 
 
 def base_sha256(model: nn.Module) -> str:
@@ -166,7 +192,8 @@ def _check_loading(name: str, info: dict) -> None:
     for key, what in kinds.items():
         names = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(key) or ())
         if names:
-            raise CheckpointError(f"base {name!r}: {len(names)} tensors {what}: {', '.join(names[:5])}")
+            hint = NO_HEAD if what == "missing" and names == ["lm_head.weight"] else ""
+            raise CheckpointError(f"base {name!r}: {len(names)} tensors {what}: {', '.join(names[:5])}{hint}")
 
 
 @functools.cache

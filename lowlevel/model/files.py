@@ -48,6 +48,14 @@ def _deeper(value: Any, levels: int) -> bool:
     return levels == 0 or any(_deeper(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value))
 
 
+def folders_with(file: str, folder: Path) -> list[Path]:
+    """Subfolders that hold a file, shortest names first: those of the folder; without one, those one level below."""
+    for level in ("*", "*/*"):
+        if found := [path.parent for path in folder.glob(f"{level}/{file}")]:
+            return sorted(found, key=lambda path: (len(path.name), path.name))
+    return []
+
+
 def refuse_pickles(folder: Path, what: str) -> None:
     """Raise CheckpointError if a folder's weights are pickles, which run code; next to safetensors they may stay."""
     if not folder.is_dir() or any(folder.glob("*.safetensors")):

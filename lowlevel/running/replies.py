@@ -18,6 +18,7 @@ from lowlevel.errors import ConfigError
 from lowlevel.model.adapters import ADAPTER_CONFIG, build_policy, read_adapter_config
 from lowlevel.model.attention_choice import MASKED, plain_attention
 from lowlevel.model.base import load_base, resolve_name
+from lowlevel.model.base_folder import CONFIG, holds_model_weights, note_of_adapter
 from lowlevel.model.files import read_json_object
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.running.reopening import Note, load_run
@@ -75,14 +76,16 @@ def load_for_replies(model_dir: Path, note: Note) -> tuple[PreTrainedModel | Pef
     if (model_dir / "config.toml").exists():
         run = load_run(model_dir, note)
         return run.policy.model, run.tokenizer, run.policy.placement
-    if (model_dir / ADAPTER_CONFIG).exists():
+    if (model_dir / ADAPTER_CONFIG).exists() and not ((model_dir / CONFIG).exists() and holds_model_weights(model_dir)):
         of_run = (model_dir.parent / "config.toml").exists()
         return _load_adapter_of_run(model_dir, note) if of_run else _load_adapter_alone(model_dir)
-    if not (model_dir / "config.json").exists():
+    if not (model_dir / CONFIG).exists():
         files = "config.toml, adapter_config.json or config.json"
         raise ConfigError(f"{model_dir} is not a run folder, PEFT adapter or model: it has no {files}")
-    placement = choose_placement("auto")
-    model = load_base(ModelConfig(name=str(model_dir), load_in_4bit=False), placement)
+    placement, config = choose_placement("auto"), ModelConfig(name=str(model_dir), load_in_4bit=False)
+    for line in note_of_adapter(config, str(model_dir)):
+        note(f"note: {line}")
+    model = load_base(config, placement)
     model.eval()
     return model, load_chat_tokenizer(str(model_dir), None, None), placement
 

@@ -17,7 +17,7 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.data.report import not_learned
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.model.adapters import save_adapter
-from lowlevel.model.base import base_location
+from lowlevel.model.base import base_location, notes_of_base
 from lowlevel.model.merging import write_stacked_adapter
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import TRAINED, Policy, quantised_weights
@@ -75,6 +75,8 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
                 f"{dtype_name(placement.dtype)}",
                 markup=False,
             )
+    for line in notes_of_base(config.model, policy.causal_lm.config):
+        console.print(f"  note       {line}", markup=False, highlight=False, soft_wrap=True)
     for line in not_learned(inputs.data.report):
         console.print(f"  warning    {line}", markup=False, highlight=False)
     if config.method == "dpo":

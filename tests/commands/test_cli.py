@@ -219,7 +219,11 @@ def test_configuration_of_dpo(cli, runs, tmp_path):
     refused(cli("dpo", config, "--dpo.loss_type", "sigmod"), 2, "[dpo]", "sigmod", "sigmoid")
     refused(cli("dpo", config, "--dpo.rpo_alpha", 1.0), 2, "[dpo]", "rpo_alpha")
     (tmp_path / "empty").mkdir()
-    refused(cli("dpo", config, "--model.adapter", tmp_path / "empty"), 2, "holds no adapter; has that run finished?")
+    refused(
+        cli("dpo", config, "--model.adapter", tmp_path / "empty"),
+        2,
+        "holds no adapter; no adapter_config.json is in it",
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "run.toml"]
 
 
