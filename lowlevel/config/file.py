@@ -122,7 +122,7 @@ def _parse_flag(section: str, key: str, text: str) -> object:
     if field is not None and field.annotation in TEXTS:
         return text
     if key in ("target_modules", "columns") and not text.startswith("["):
-        return text.split(",")
+        return text if key == "target_modules" else text.split(",")
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -5,11 +5,12 @@ Keys that transformers, PEFT or TRL have keep the same name. file.py reads and w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from lowlevel.config.given import Source
@@ -23,6 +24,7 @@ Batch = Annotated[int, Field(gt=0, le=65_536)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Number = int | Annotated[float, Field(allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+ALL_LINEAR = "all-linear"
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -34,7 +36,21 @@ def _iso_date(text: str) -> str:
     return text
 
 
+def stands_alone(target: str) -> bool:
+    """Whether a target module is "all-linear" or a regular expression, and not a name."""
+    return target.lower() == ALL_LINEAR or bool(re.search(r"[^\w.-]", target))
+
+
+def _targets(value: Any) -> Any:
+    """A text as a list: one pattern, or names between commas."""
+    if not isinstance(value, str):
+        return value
+    names = value.split(",")
+    return [value] if any(map(stands_alone, names)) else names
+
+
 Names = Annotated[tuple[str, ...], Field(strict=False)]
+Targets = Annotated[Names, BeforeValidator(_targets)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)]
 Date = Annotated[str, AfterValidator(_iso_date)]
 
@@ -70,7 +86,9 @@ class LoraConfig(Section):
     r: Annotated[int, Field(gt=0, le=MAX_RANK)] = Field(64, description="rank")
     lora_alpha: Annotated[Finite, Field(gt=0, le=MAX_ALPHA)] = Field(32, description="update scale is lora_alpha / r")
     lora_dropout: Annotated[Finite, Field(ge=0, lt=1)] = Field(0.1, description="dropout of the adapter's input")
-    target_modules: Names = Field(ALL_PROJECTIONS, min_length=1, description="linear layers with an adapter")
+    target_modules: Targets = Field(
+        ALL_PROJECTIONS, min_length=1, description='linear layers with an adapter: names, "all-linear" or a pattern'
+    )
     init_from: str | None = Field(None, description="run folder or PEFT adapter to continue training")
 
 

@@ -30,6 +30,7 @@ from lowlevel.model.adapters import read_adapter_config
 from lowlevel.model.base import empty_model
 from lowlevel.model.placement import DTYPES, Placement
 from lowlevel.model.sizes import head_size, size_of, unsupported
+from lowlevel.model.targets import matched
 
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
 WORKSPACES = 4  # of cuBLAS: two streams (linear.py), each in the threads of the forward and of the backward pass
@@ -41,7 +42,7 @@ class AdapterSize:
     """Rank and target modules of an adapter."""
 
     rank: int
-    targets: tuple[str, ...]
+    targets: tuple[str, ...]  # as `lowlevel.model.targets.matched` reads them
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def adapter_sizes(
 
     def of(folder: Path) -> AdapterSize:
         found = read_adapter_config(folder)
-        return AdapterSize(found.r, tuple(found.target_modules or ()))
+        targets = found.target_modules or ()
+        return AdapterSize(found.r, (targets,) if isinstance(targets, str) else tuple(targets))
 
     trained = of(init_from) if init_from else AdapterSize(config.lora.r, config.lora.target_modules)
     return trained, of(parent) if parent and config.model.adapter_mode == "stack" else None
@@ -114,8 +116,8 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in embeddings}
 
     def under(*adapters: AdapterSize | None) -> list[nn.Linear]:
-        targets = {target for adapter in adapters if adapter for target in adapter.targets}
-        return [m for n, m in linear.items() if n.rsplit(".", 1)[-1] in targets]
+        names = {name for adapter in adapters if adapter for name in matched(adapter.targets, linear)}
+        return [linear[name] for name in names]
 
     def size(adapter: AdapterSize | None) -> int:
         return adapter.rank * sum(m.in_features + m.out_features for m in under(adapter)) if adapter else 0

@@ -63,6 +63,8 @@ def write_stacked_adapter(lower: Path, upper: Path, out: Path) -> None:
         tensors[stem + SUFFIX_B] = torch.cat([b for _, b in filled], 1)
     rank = sum(config.r for config in configs)
     targets = {target for config in configs for target in config.target_modules or ()}
+    if any(isinstance(config.target_modules, str) for config in configs):  # a pattern: the weights name its layers
+        targets = {stem.removeprefix(PREFIX) for stem in first.keys() | second.keys()}
     stacked = {"r": rank, "lora_alpha": rank, "use_rslora": False, "target_modules": targets, "lora_dropout": 0.0}
     raw = json.loads((upper / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = {key: raw.get(key) for key in ("base_model_name_or_path", "revision")}

@@ -136,3 +136,64 @@ def test_a_tied_base_stays_tied_and_a_missing_head_is_refused(runs, cli, tmp_pat
     configure(tied, tie_word_embeddings=False)
     config = runs.space.write("run", "sft", folder=tmp_path, model={"name": str(tied)}, **ONE_STEP)
     refused(cli("sft", config), 4, "1 tensors missing: lm_head.weight", "tie_word_embeddings = false")
+
+
+@pytest.fixture
+def adapters(runs, tmp_path):
+    """Make folders of adapters: PEFT's multi-adapter save, or the checkpoints of a trainer."""
+
+    def make(parent: str, *names: str) -> Path:
+        for name in names:
+            shutil.copytree(runs.sft / "adapter", tmp_path / parent / name)
+        return tmp_path / parent
+
+    return make
+
+
+def test_the_only_adapter_in_a_folder_is_used_and_said(runs, cli, tmp_path, adapters):
+    for key, name, inside in (
+        ("lora.init_from", "named", "sft"),
+        ("lora.init_from", "trainer", "checkpoint-500"),
+        ("model.adapter", "deep", "checkpoint-500/default"),
+    ):
+        method, made = "dpo" if key == "model.adapter" else "sft", adapters(name, inside)
+        shape = {} if method == "dpo" else {"r": None, "lora_alpha": None}
+        config = runs.space.write(f"run-{name}", method, folder=tmp_path, lora=shape, **ONE_STEP)
+        said = cli(method, config, f"--{key}", made)
+        assert said.code == 0, said.err
+        assert f"note: {key}: {made} holds one adapter, {inside}: it is used" in flat(said.out).replace("/ ", "/")
+        losses = [metrics(tmp_path / f"run-{name}")[0]["loss"]]
+        if method == "sft":
+            said = cli(method, config, "--restart", f"--{key}", made / inside)
+            assert said.code == 0 and "holds one adapter" not in said.out, said.err
+            assert losses == [metrics(tmp_path / f"run-{name}")[0]["loss"]]
+
+
+def test_what_is_no_adapter_is_refused_with_what_it_is(runs, cli, tmp_path, adapters):
+    unfinished = runs.space.copy("sft", tmp_path)
+    shutil.rmtree(unfinished / "adapter")
+    config = runs.space.write("run", "sft", folder=tmp_path, lora={"r": None, "lora_alpha": None})
+    for path, text in (
+        (adapters("two", "sft", "dpo"), "holds no adapter; these in it do, give the path of one: dpo, sft"),
+        (adapters("old", "checkpoint-1000", "checkpoint-500"), "give the path of one: checkpoint-500, checkpoint-1000"),
+        (unfinished, "has that run finished? Its checkpoints can be given: step-00000003, step-00000006"),
+        (runs.space.base, "holds no adapter; it holds a whole model: set model.name to it"),
+        (
+            runs.sft / "adapter" / "adapter_model.safetensors",
+            "is a file; give the folder that holds adapter_config.json",
+        ),
+        ("someone/sft", "someone/sft does not exist; to use one of the hub: hf download someone/sft --local-dir DIR"),
+    ):
+        refused(cli("sft", config, "--lora.init_from", path), 2, f"lora.init_from: {path}", text)
+        assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_run_is_refused_with_what_it_is(runs, cli, tmp_path):
+    alone = Path(shutil.copytree(runs.sft / "adapter", tmp_path / "alone"))
+    for path, text in (
+        (runs.sft / "adapter", f"its run folder is {runs.sft}"),
+        (runs.sft / "step-00000006", f"its run folder is {runs.sft}"),
+        (alone, "it holds an adapter: set lora.init_from (dpo: or model.adapter) to it"),
+        (runs.sft.parent, "runs in it: "),
+    ):
+        refused(cli("merge", path, "--out", tmp_path / "merged"), 2, f"{path} is not a run folder", text)
