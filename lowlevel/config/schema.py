@@ -151,7 +151,9 @@ class TrainConfig(Section):
     micro_batch_positions: Positive | None = Field(
         None, description="packed positions per micro-batch on a GPU; default: per_device_train_batch_size rows"
     )
-    dequantize_once: bool = Field(False, description="dequantise the 4-bit weights once: faster, 4 times their memory")
+    dequantize_once: bool | None = Field(
+        None, description="dequantise the 4-bit weights once: 4 to 8 times their memory; default: on a CPU with room"
+    )
     memory_budget: str | None = Field(
         None,
         description='GPU memory ("15GiB"); sets recomputed_layers, micro_batch_positions, dequantize_once to fit it',

@@ -193,7 +193,7 @@ def default_plan(shape: ModelShape, config: RunConfig) -> Plan:
     train = config.train
     recomputed = shape.layers if train.recomputed_layers is None else min(train.recomputed_layers, shape.layers)
     positions = train.micro_batch_positions or train.per_device_train_batch_size * config.row_positions
-    return Plan(positions, recomputed if train.gradient_checkpointing else 0, train.dequantize_once)
+    return Plan(positions, recomputed if train.gradient_checkpointing else 0, bool(train.dequantize_once))
 
 
 def cost(shape: ModelShape, config: RunConfig, plan: Plan) -> float:

@@ -20,7 +20,8 @@ from lowlevel.execution import WithFallback
 from lowlevel.loop import check_evaluation, evaluate_examples
 from lowlevel.methods import Method
 from lowlevel.model.base import base_sha256
-from lowlevel.model.policy import Policy, dequantize_once
+from lowlevel.model.dequantised import dequantize_as_set
+from lowlevel.model.policy import Policy
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import TrainState
 from lowlevel.reference_cache import CachedReference, reference_identity, with_blanks, with_content
@@ -67,8 +68,7 @@ class Engine:
 
     def __init__(self, job: Job, folder: RunFolder, console: Console) -> None:
         config, policy, method = job.config, job.policy, job.method
-        if config.train.dequantize_once:
-            dequantize_once(policy)
+        dequantize_as_set(policy, config.train.dequantize_once)
         self.job, self.folder = job, folder
         self.execution = WithFallback(policy, method, choose_execution(config, job.inputs), lines_to(console))
         self.cached: CachedReference | None = None

@@ -18,6 +18,7 @@ from lowlevel.data.report import not_learned
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.base import base_location, notes_of_base
+from lowlevel.model.dequantised import describe
 from lowlevel.model.merging import write_stacked_adapter
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import TRAINED, Policy, quantised_weights
@@ -67,6 +68,8 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
         markup=False,
     )
     if config.model.load_in_4bit:
+        if line := describe(policy, train.dequantize_once):
+            console.print(f"  weights    {line}", markup=False, highlight=False, soft_wrap=True)
         quantised, total = quantised_weights(policy)
         if quantised < NEARLY_ALL * total:
             console.print(

@@ -12,7 +12,8 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.losses import loss_spec
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
-from lowlevel.model.policy import PARENT, Policy, dequantize_once
+from lowlevel.model.dequantised import dequantize_as_set
+from lowlevel.model.policy import PARENT, Policy
 from lowlevel.running.assembly import Inputs, build_method, build_run_policy, check_start, choose_execution
 from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.verification.report import Report, run_checks
@@ -87,8 +88,7 @@ def make_subject(opened: Opened, examples: Sequence[Any], step: int, exact_param
     config, inputs = opened.config, opened.inputs
     policy = build_run_policy(config, inputs)
     hashes = _hashes(opened.run, policy) if opened.run else {}
-    if config.train.dequantize_once:
-        dequantize_once(policy)
+    dequantize_as_set(policy, config.train.dequantize_once)
     method = build_method(config, inputs.attention)
     if config.method == "dpo" and loss_spec(config.dpo.loss_type).mixes_pairs:
         rows = set(method.micro_batches(examples)[0].data_rows)  # one micro-batch: the float64 formulas mix all pairs
