@@ -35,11 +35,11 @@ def describe(policy: Policy, once: bool | None) -> str | None:
     left = _copy_bytes(policy)
     if left and once is None:
         why = f"a copy takes {left / 1e9:.2f} GB, more than half of the free {available_memory() / 1e9:.2f} GB"
-        return f"4-bit weights dequantised in each pass: {why}; train.dequantize_once = true makes it all the same"
+        return f"4-bit, dequantised in each pass: {why}; train.dequantize_once = true makes it all the same"
     if left:
-        return "4-bit weights dequantised in each pass (train.dequantize_once)"
+        return "4-bit, dequantised in each pass (train.dequantize_once)"
     copies = sum(layer.weight.nbytes for layer in _layers(policy) if not isinstance(layer, bnb.nn.Linear4bit))
-    return f"4-bit weights dequantised once: {copies / 1e9:.2f} GB in {dtype_name(policy.placement.dtype)}"
+    return f"4-bit, dequantised once: {copies / 1e9:.2f} GB in {dtype_name(policy.placement.dtype)}"
 
 
 def available_memory(machine: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
