@@ -40,6 +40,11 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
 
     `method` is that of the command. Raises ConfigError with one line for each problem found.
     """
+    return config_from_tables(given_tables(path, overrides, method), str(path or "flags"))
+
+
+def given_tables(path: Path | None, overrides: Mapping[str, str], method: str | None) -> dict[str, Any]:
+    """The tables of a run file with flags applied, not yet validated. Arguments and errors as in `load_config`."""
     where = str(path) if path else "flags"
     tables = load_tables(path, method)
     for dotted, text in overrides.items():
@@ -49,7 +54,7 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
             name, value = quoted(section), quoted(repr(table))
             raise ConfigError(f"{where}: --{quoted(dotted)}: {name} is {value}, not a section")
         table[key] = _parse_flag(section, key, text)
-    return config_from_tables(tables, where)
+    return tables
 
 
 def load_tables(path: Path | None, method: str | None) -> dict[str, Any]:
