@@ -14,12 +14,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from importlib import import_module
 from typing import TextIO, cast
 
 from lowlevel import __version__
 from lowlevel.commands.common import Parser
 from lowlevel.errors import ConfigError, LowlevelError, OutOfMemoryError, printable, quoted
+from lowlevel.heartbeat import heartbeat
 from lowlevel.redaction import RedactedStream
 
 EXIT_CODES = (
@@ -45,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         text = METHODS.get(name, command.__doc__)
         style = argparse.RawDescriptionHelpFormatter
         added = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=style)
-        added.set_defaults(takes_config=False)
+        added.set_defaults(takes_config=False, output_is_result=False)
         added.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.add_arguments(added)
     return parser
@@ -68,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if unknown or (overrides and not options.takes_config):
                 word = unknown[0] if unknown else f"--{next(iter(overrides))}"
                 raise ConfigError(f"unknown argument {word!r}; lowlevel {options.command} --help lists the options")
-            COMMANDS[options.command].run(options, overrides)
+            say = partial(print, file=sys.stderr if options.output_is_result else sys.stdout, flush=True)
+            with heartbeat(say, f"lowlevel {options.command}", on=not sys.stdout.isatty()):
+                COMMANDS[options.command].run(options, overrides)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

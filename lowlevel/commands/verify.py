@@ -51,7 +51,7 @@ def run(options: Options, overrides: Overrides) -> None:
 
     note = lines_to(console)
     with tempfile.TemporaryDirectory() as scratch:
-        opened = open_start(config, Path(scratch)) if config else reopen(folder, note)
+        opened = open_start(config, Path(scratch)) if config else reopen(options.config, note)
         report = verify_run(opened, step=options.step, exact_parameters=options.exact_parameters)
     note(report.heading)
     print_checks(report.checks, console)

@@ -15,6 +15,7 @@ from lowlevel.data.rendering import CHANGED, ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import DataError
+from lowlevel.heartbeat import counted
 from lowlevel.labels import IGNORED
 
 TOO_LONG = "longer than max_length"
@@ -90,7 +91,7 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
     """
     make: Callable[..., tuple[Any, TokenCounts]] = sft_example if data.format == "messages" else preference_example
     built = Built([], [], [], [], Counter())
-    for row, encoded in zip(rows, _encode(rows, data, tokenizer), strict=True):
+    for row, encoded in zip(counted("tokenising", rows, "rows"), _encode(rows, data, tokenizer), strict=True):
         try:
             if isinstance(encoded, RenderError):
                 raise BadRow("chat template", str(encoded))
