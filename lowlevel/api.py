@@ -12,7 +12,7 @@ The command line calls the same functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from difflib import get_close_matches
 from functools import cached_property, wraps
 from inspect import signature
@@ -25,7 +25,7 @@ from lowlevel.checkpoints.checkpoint import saved
 from lowlevel.config.file import OTHER_NAMES, config_from_tables, load_tables
 from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import SECTIONS, RunConfig
-from lowlevel.errors import ConfigError, quoted
+from lowlevel.errors import ConfigError, errors_for_python, quoted
 from lowlevel.losses.registry import name_of
 from lowlevel.model.files import read_json_object
 from lowlevel.model.policy import Policy
@@ -104,7 +104,8 @@ def train(
         LowlevelError: as in `sft`.
     """
     options = {"callbacks": callbacks, "resume": resume, "restart": restart, "allow_change": allow_change}
-    taken = _taken(_config(method, settings), console, options)
+    by_command = isinstance(method, RunConfig)
+    taken = _taken(_config(method, settings), console, options, by_command=by_command)
     while True:
         try:
             next(taken)
@@ -202,13 +203,14 @@ def _config(method: str | RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     return method
 
 
-def _taken(config: RunConfig, console: Console | None, options: Mapping[str, Any]) -> Any:
+def _taken(config: RunConfig, console: Console | None, options: Mapping[str, Any], *, by_command: bool = False) -> Any:
     """A generator over the steps that returns the run: the one way in, of the command line too."""
     quiet_libraries()
     console = console or make_console()
     details = options.get("details", False) or bool(options.get("callbacks"))
     taken = run_steps(config, console, **{**options, "details": details})
-    with speaking(console, config.method) as beat, closing(taken):
+    words = nullcontext() if by_command else errors_for_python()
+    with words, speaking(console, config.method) as beat, closing(taken):
         for step in taken:
             with beat.pause():
                 yield step
@@ -220,11 +222,11 @@ def _taken(config: RunConfig, console: Console | None, options: Mapping[str, Any
 
 
 def _long(work: Callable[Options, Result]) -> Callable[Options, Result]:
-    """Outside a terminal, print where the work is, as the commands do."""
+    """Outside a terminal, print where the work is, as the commands do; errors name keywords instead of flags."""
 
     @wraps(work)
     def wrapped(*arguments: Options.args, **named: Options.kwargs) -> Result:
-        with speaking(make_console(), work.__name__):
+        with errors_for_python(), speaking(make_console(), work.__name__):
             return work(*arguments, **named)
 
     return wrapped

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import io
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,7 +21,15 @@ from typing import TextIO, cast
 
 from lowlevel import __version__
 from lowlevel.commands.common import Parser
-from lowlevel.errors import ConfigError, LowlevelError, OutOfMemoryError, printable, quoted
+from lowlevel.errors import (
+    CONTINUE,
+    ConfigError,
+    InterruptedRunError,
+    LowlevelError,
+    OutOfMemoryError,
+    printable,
+    quoted,
+)
 from lowlevel.heartbeat import heartbeat
 from lowlevel.redaction import RedactedStream
 
@@ -80,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python prints an error at its last flush
             return 130
         except Exception as error:
-            return _failed(error, options.debug)
+            return _failed(error, options.debug, arguments)
     return 0
 
 
@@ -90,8 +99,11 @@ def _redacted(stream: TextIO) -> TextIO:
     return cast("TextIO", RedactedStream(stream))
 
 
-def _failed(error: Exception, debug: bool) -> int:
-    """Print the error, with --debug after its traceback, and return the exit code."""
+def _failed(error: Exception, debug: bool, arguments: Sequence[str] = ()) -> int:
+    """Print the error, with --debug after its traceback, and return the exit code.
+
+    A run that was stopped and saved is no error: the line has the command that continues it.
+    """
     if debug:
         sys.stderr.write(traceback.format_exc())
     if isinstance(error, LowlevelError):
@@ -100,7 +112,10 @@ def _failed(error: Exception, debug: bool) -> int:
         code, line = OutOfMemoryError.exit_code, f"out of memory: {error}"
     else:
         code, line = 1, printable(f"{type(error).__name__}: {error}{'' if debug else ' (--debug shows where)'}")
-    print(f"error: {line}", file=sys.stderr)
+    saved = isinstance(error, InterruptedRunError) and CONTINUE in line
+    again = [word for word in arguments if word not in ("--resume", "--restart")]
+    shown = f"continue with: {shlex.join(['lowlevel', *again, '--resume'])}"
+    print(line.replace(CONTINUE, shown) if saved else f"error: {line}", file=sys.stderr)
     return code
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from lowlevel.checkpoints.checkpoint import remove_litter
 from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
-from lowlevel.errors import InterruptedRunError, OutOfMemoryError
+from lowlevel.errors import CONTINUE, InterruptedRunError, OutOfMemoryError
 from lowlevel.loop import train
 from lowlevel.optim.train_state import StepResult
 from lowlevel.running.beginning import Checkpoint, Start
@@ -125,7 +125,7 @@ def _steps(
                     raise
     if interrupts.signum and state.step < job.total_steps:
         raise InterruptedRunError(
-            f"stopped at step {state.step} of {job.total_steps} and saved; continue with --resume", interrupts.signum
+            f"stopped at step {state.step} of {job.total_steps} and saved; {CONTINUE}", interrupts.signum
         )
     with interrupts.deferred():
         return write_finish(folder, job, state, engine.execution.mode, start.console)
