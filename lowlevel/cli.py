@@ -10,6 +10,7 @@ import argparse
 import difflib
 import io
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -62,12 +63,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def usages() -> dict[str, str]:
+    """The usage of each command."""
+    parsers = {name: Parser(prog=name) for name in COMMANDS}
+    for name, parser in parsers.items():
+        COMMANDS[name].add_arguments(parser)
+    return {name: parser.format_usage() for name, parser in parsers.items()}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; both output streams are redacted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     with redirect_stdout(_redacted(sys.stdout)), redirect_stderr(_redacted(sys.stderr)):
         try:
             words, overrides = split_overrides(arguments)
+            if overrides and not words:
+                key = next(iter(overrides))
+                raise ConfigError(f"no command before --{quoted(key)}; lowlevel --help lists the commands")
             if words and not words[0].startswith("-") and words[0] not in COMMANDS:
                 near = difflib.get_close_matches(words[0], COMMANDS, n=1)
                 hint = f'did you mean "{near[0]}"?' if near else "lowlevel --help lists the commands"
@@ -77,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _failed(error, debug=False)
         try:
             if unknown or (overrides and not options.takes_config):
-                word = unknown[0] if unknown else f"--{next(iter(overrides))}"
-                raise ConfigError(f"unknown argument {word!r}; lowlevel {options.command} --help lists the options")
+                raise _unknown(unknown[0] if unknown else f"--{next(iter(overrides))}", options)
             say = partial(print, file=sys.stderr if options.output_is_result else sys.stdout, flush=True)
             with heartbeat(say, f"lowlevel {options.command}", on=not sys.stdout.isatty()):
                 COMMANDS[options.command].run(options, overrides)
@@ -117,6 +128,26 @@ def _failed(error: Exception, debug: bool, arguments: Sequence[str] = ()) -> int
     shown = f"continue with: {shlex.join(['lowlevel', *again, '--resume'])}"
     print(line.replace(CONTINUE, shown) if saved else f"error: {line}", file=sys.stderr)
     return code
+
+
+def _unknown(word: str, options: argparse.Namespace) -> ConfigError:
+    """The error for an argument that a command does not have: a near one, or the commands that have it."""
+    flag, command = word.partition("=")[0], options.command
+    flags = {name: re.findall(r"--[a-z][a-z-]*", usage) for name, usage in usages().items()}
+    keys: list[str] = []
+    if options.takes_config and flag.startswith("--"):
+        from lowlevel.config.file import flags_of
+
+        keys = flags_of(flag[2:].replace("-", "_"), command)
+    near = keys if len(keys) == 1 else difflib.get_close_matches(flag, [*flags[command], *keys], n=1)
+    owners = [name for name, own in flags.items() if flag in own]
+    if near:
+        hint = f"did you mean {near[0]}?"
+    elif owners:
+        hint = f"it is an option of {', '.join(owners)}: leave it out"
+    else:
+        hint = f"lowlevel {command} --help lists the options"
+    return ConfigError(f"unknown argument {quoted(word)!r}; {hint}")
 
 
 def join_negative_numbers(words: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,6 +110,14 @@ def to_tables(config: RunConfig) -> dict[str, Any]:
     return tables
 
 
+def flags_of(name: str, method: str) -> list[str]:
+    """The flags of the keys with this name, or with its name in OTHER_NAMES; of all keys if there are none."""
+    other = {"sft": "dpo", "dpo": "sft"}.get(method)
+    flags = {f"--{section}.{key}": key for section, model in SECTIONS.items() if section != other
+             for key in model.model_fields}  # fmt: skip
+    return [flag for flag, key in flags.items() if key == OTHER_NAMES.get(name, name)] or list(flags)
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -126,7 +135,7 @@ def _parse_flag(section: str, key: str, text: str) -> object:
     field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
     if field is not None and field.annotation in TEXTS:
         return text
-    if key in ("target_modules", "columns") and not text.startswith("["):
+    if key in ("target_modules", "columns", "report_to") and not text.startswith("["):
         return text.split(",")
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -150,7 +159,10 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
         return f"{where}: {name}: expected text, a number, true or false, or a list of them"
     expected = problem["msg"].removeprefix("Input should be ")
     expected = expected.replace("a valid ", "a ").replace("a integer", "an integer")
-    return f"{where}: {name}: expected {expected}, got {quoted(repr(problem['input']))}"
+    known = re.findall("'(.*?)'", expected) if problem["type"] == "literal_error" else []
+    near = difflib.get_close_matches(str(problem["input"]), known, n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    return f"{where}: {name}: expected {expected}, got {quoted(repr(problem['input']))}{hint}"
 
 
 def _known_keys(location: list[str]) -> list[str]:
