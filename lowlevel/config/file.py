@@ -161,8 +161,8 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
     expected = expected.replace("a valid ", "a ").replace("a integer", "an integer")
     known = re.findall("'(.*?)'", expected) if problem["type"] == "literal_error" else []
     near = difflib.get_close_matches(str(problem["input"]), known, n=1)
-    hint = f'; did you mean "{near[0]}"?' if near else ""
-    return f"{where}: {name}: expected {expected}, got {quoted(repr(problem['input']))}{hint}"
+    hint = f' (did you mean "{near[0]}"?)' if near else ""
+    return f"{where}: {name}: expected {expected}{hint}, got {quoted(repr(problem['input']))}"
 
 
 def _known_keys(location: list[str]) -> list[str]:

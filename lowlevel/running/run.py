@@ -22,6 +22,7 @@ from lowlevel.running.endings import Interrupts, one_error, recorded_end
 from lowlevel.running.forensics import explaining
 from lowlevel.running.job import Engine, Job, build_job
 from lowlevel.running.observer import RunObserver
+from lowlevel.running.pace import Pace
 from lowlevel.running.progress import TrainingProgress
 from lowlevel.running.run_folder import RunFolder, run_lock
 from lowlevel.running.run_record import announce, write_finish
@@ -101,7 +102,8 @@ def _steps(
             engine.cached or nullcontext(),
             engine.tracer or nullcontext(),
         ):
-            observer = RunObserver(folder, bar, engine, interrupts, start.note, [*callbacks, *trackers])
+            pace = Pace(config, job.policy, job.total_steps, state.step, state.seconds)
+            observer = RunObserver(folder, bar, engine, interrupts, start.note, pace, [*callbacks, *trackers])
             if engine.held_out and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **engine.evaluate(0)})
             with interrupts.deferred():

@@ -18,13 +18,13 @@ import pytest
         ("compare x --model.name y", "unknown argument '--model.name'; lowlevel compare --help lists the options"),
         (
             "sft --train.lr_scheduler_type cosin",
-            "flags: train.lr_scheduler_type: expected 'cosine', 'linear' or 'constant', got 'cosin'; did you mean "
-            '"cosine"?',
+            "flags: train.lr_scheduler_type: expected 'cosine', 'linear' or 'constant' (did you mean \"cosine\"?), got "
+            "'cosin'",
         ),
         (
             "sft --train.report_to wand",
-            "flags: train.report_to.0: expected 'tensorboard', 'wandb' or 'trackio', got 'wand'; did you mean "
-            '"wandb"?',
+            "flags: train.report_to.0: expected 'tensorboard', 'wandb' or 'trackio' (did you mean \"wandb\"?), got "
+            "'wand'",
         ),
     ],
 )
