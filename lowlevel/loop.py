@@ -72,7 +72,8 @@ def accumulate(
     while True:
         policy.flat.grad.zero_()
         try:  # moved one by one: the GPU starts on the first
-            moved = (batch.to(policy.placement.device) for batch in batches)
+            waiting = counted("this step", batches, "micro-batches")
+            moved = (batch.to(policy.placement.device) for batch in waiting)
             return tuple(execution.run(batch, factor, dropout_key).kept(details) for batch in moved)
         except ExecutionFailedError:  # it, or a simpler mode, is ready to start over
             continue
