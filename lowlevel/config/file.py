@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,11 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
 
     `method` is that of the command. Raises ConfigError with one line for each problem found.
     """
+    return config_from_tables(given_tables(path, overrides, method), str(path or "flags"))
+
+
+def given_tables(path: Path | None, overrides: Mapping[str, str], method: str | None) -> dict[str, Any]:
+    """The tables of a run file with flags applied, not yet validated. Arguments and errors as in `load_config`."""
     where = str(path) if path else "flags"
     tables = load_tables(path, method)
     for dotted, text in overrides.items():
@@ -49,7 +55,7 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
             name, value = quoted(section), quoted(repr(table))
             raise ConfigError(f"{where}: --{quoted(dotted)}: {name} is {value}, not a section")
         table[key] = _parse_flag(section, key, text)
-    return config_from_tables(tables, where)
+    return tables
 
 
 def load_tables(path: Path | None, method: str | None) -> dict[str, Any]:
@@ -104,6 +110,14 @@ def to_tables(config: RunConfig) -> dict[str, Any]:
     return tables
 
 
+def flags_of(name: str, method: str) -> list[str]:
+    """The flags of the keys with this name, or with its name in OTHER_NAMES; of all keys if there are none."""
+    other = {"sft": "dpo", "dpo": "sft"}.get(method)
+    flags = {f"--{section}.{key}": key for section, model in SECTIONS.items() if section != other
+             for key in model.model_fields}  # fmt: skip
+    return [flag for flag, key in flags.items() if key == OTHER_NAMES.get(name, name)] or list(flags)
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -121,7 +135,7 @@ def _parse_flag(section: str, key: str, text: str) -> object:
     field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
     if field is not None and field.annotation in TEXTS:
         return text
-    if key in ("target_modules", "columns") and not text.startswith("["):
+    if key in ("target_modules", "columns", "report_to") and not text.startswith("["):
         return text if key == "target_modules" else text.split(",")
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -145,7 +159,10 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
         return f"{where}: {name}: expected text, a number, true or false, or a list of them"
     expected = problem["msg"].removeprefix("Input should be ")
     expected = expected.replace("a valid ", "a ").replace("a integer", "an integer")
-    return f"{where}: {name}: expected {expected}, got {quoted(repr(problem['input']))}"
+    known = re.findall("'(.*?)'", expected) if problem["type"] == "literal_error" else []
+    near = difflib.get_close_matches(str(problem["input"]), known, n=1)
+    hint = f' (did you mean "{near[0]}"?)' if near else ""
+    return f"{where}: {name}: expected {expected}{hint}, got {quoted(repr(problem['input']))}"
 
 
 def _known_keys(location: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,13 @@ from lowlevel.data.messages import BadRow, Normalised
 from lowlevel.data.rendering import CHANGED, ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
+from lowlevel.data.truncation import Sizes, sizes_of
 from lowlevel.errors import DataError
+from lowlevel.heartbeat import counted
 from lowlevel.labels import IGNORED
 
 TOO_LONG = "longer than max_length"
+EQUAL_WHEN_CUT = "chosen = rejected after truncation"
 BATCH = 256
 Ids = list[int]
 
@@ -76,6 +79,7 @@ class Built:
     counts: list[TokenCounts]
     problems: list[RowProblem]
     warnings: Counter[str]
+    sizes: list[Sizes] = field(default_factory=list)  # of the examples, and of rows that truncation made unusable
 
     @property
     def unusable(self) -> list[RowProblem]:
@@ -90,7 +94,7 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
     """
     make: Callable[..., tuple[Any, TokenCounts]] = sft_example if data.format == "messages" else preference_example
     built = Built([], [], [], [], Counter())
-    for row, encoded in zip(rows, _encode(rows, data, tokenizer), strict=True):
+    for row, encoded in zip(counted("tokenising", rows, "rows"), _encode(rows, data, tokenizer), strict=True):
         try:
             if isinstance(encoded, RenderError):
                 raise BadRow("chat template", str(encoded))
@@ -98,7 +102,10 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
             example, count = make(row, encoded, data, tokenizer)
         except BadRow as bad:
             built.problems.append(RowProblem(row.row.where, bad.reason, str(bad)))
+            if bad.reason in (TOO_LONG, EQUAL_WHEN_CUT) and not isinstance(encoded, RenderError):
+                built.sizes.append(sizes_of(encoded, data))
             continue
+        built.sizes.append(sizes_of(encoded, data))
         built.examples.append(example)
         built.rows.append(row)
         built.counts.append(count)
@@ -149,7 +156,7 @@ def preference_example(
     kept = truncate_pair(prompt, chosen, rejected, data.max_length, data.max_prompt_length, tokenizer.bos_id)
     if kept[1] == kept[2]:
         cut = f"truncation to max_length {data.max_length} ({len(kept[1])} tokens left)"
-        raise BadRow("chosen = rejected after truncation", f"chosen and rejected are the same after {cut}")
+        raise BadRow(EQUAL_WHEN_CUT, f"chosen and rejected are the same after {cut}")
     tail = 1 + len(tokenizer.chat_template.after_turn)  # tokens at the end, with the end-of-turn token among them
     counts = TokenCounts(
         total=len(prompt) + len(chosen) + len(rejected),

@@ -18,6 +18,7 @@ from lowlevel.data.messages import BadRow, Normalised, check_columns, normalise
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.report import DataReport, SplitReport, count_warnings, split_report, tokenizer_report
 from lowlevel.data.sources import FILE_SUFFIXES, Row, RowProblem, SourceRows, data_error, read_source, shuffled
+from lowlevel.data.truncation import truncation
 from lowlevel.errors import ConfigError, DataError, quoted
 
 
@@ -29,6 +30,11 @@ class ModelLimits:
     max_position_embeddings: int
     window: int | None = None  # of the attention, if there is one
     short: int | None = None  # with longrope's short factors; a longer sequence changes them for its whole batch
+
+    @property
+    def longest(self) -> int:
+        """The least of these limits."""
+        return min(length for length in (self.max_position_embeddings, self.window, self.short) if length is not None)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
     problems = [problem for built in splits for problem in built.unusable]
     if problems and data.on_bad_row == "error":
         raise data_error(problems)
-    reports = [_report(*selected, built, data.max_length) for selected, built in zip(selections, splits, strict=True)]
+    reports = [_report(*selected, built, data, limits) for selected, built in zip(selections, splits, strict=True)]
     train, evaluation = splits[0], splits[1] if len(splits) > 1 else None
     prompts = {row.prompt_digest for row in train.rows}
     return PreparedData(
@@ -153,12 +159,13 @@ def _build(source: SourceRows, checked: Checked, data: DataConfig, tokenizer: Ch
     return replace(built, problems=source.problems + unusable + built.problems, warnings=warnings)
 
 
-def _report(source: SourceRows, checked: Checked, built: Built, max_length: int) -> SplitReport:
+def _report(source: SourceRows, checked: Checked, built: Built, data: DataConfig, limits: ModelLimits) -> SplitReport:
     """Raises DataError if no row is left to train on."""
     if built.examples:
-        return split_report(source, len(checked), built)
+        cut = truncation(built.sizes, data, limits.longest)
+        return replace(split_report(source, len(checked), built), truncation=cut)
     reasons, total = Counter(problem.reason for problem in built.problems), len(built.problems)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     if not built.unusable:
-        counts = f"{total} of {total} longer than max_length {max_length}"
+        counts = f"{total} of {total} longer than max_length {data.max_length}"
     raise DataError(f"{source.name}: no usable rows: {counts}")

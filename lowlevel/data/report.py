@@ -18,6 +18,7 @@ from lowlevel.data.examples import Built, Example, SFTExample, TokenCounts
 from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import APART, ChatTokenizer
 from lowlevel.data.sources import SHOWN, RowProblem, SourceRows
+from lowlevel.data.truncation import Truncation
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 # Warnings that only describe the rows; with any other warning, a part of the rows is not learned.
@@ -57,6 +58,7 @@ class SplitReport:
     replies_ended: int  # with the end-of-turn token
     fingerprint: str  # sha256 of the digests in training order
     row_digests: tuple[str, ...]  # they say which row changed
+    truncation: Truncation | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,15 @@ def render_report(report: DataReport, console: Console) -> None:
     console.print(rows, tokens)
     for line in (line for split in splits.values() for dropped in split.dropped.values() for line in dropped.first):
         console.print(f"dropped {line}", markup=False, highlight=False)
+    for line in truncated(report):
+        console.print(line, markup=False, highlight=False)
     console.print(_closing_line(report), markup=False, highlight=False)
+
+
+def truncated(report: DataReport) -> list[str]:
+    """One line for each split with rows that max_length cuts, with the lengths that would keep more."""
+    splits = ((name, split.truncation) for name, split in report.splits.items())
+    return [f"{name}: {found}" for name, found in splits if found and found.rows_cut]
 
 
 def not_learned(report: DataReport) -> list[str]:

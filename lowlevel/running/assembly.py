@@ -19,6 +19,7 @@ from lowlevel.data.prepare import ModelLimits, PreparedData, prepare
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
+from lowlevel.heartbeat import working
 from lowlevel.losses import SFT_LOSSES, loss_spec
 from lowlevel.losses.registry import LossSpec, find
 from lowlevel.methods import Method, dpo, sft
@@ -154,7 +155,8 @@ def prepare_data(config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:
     tokenizer = load_run_tokenizer(config)
     vocabulary, positions = size_of(base, "vocab_size"), size_of(base, "max_position_embeddings")
     limits = ModelLimits(vocabulary, positions, attention_window(base), short_positions(base))
-    return tokenizer, prepare(config, tokenizer, limits)
+    with working(f"reading {config.data.source}"):
+        return tokenizer, prepare(config, tokenizer, limits)
 
 
 def load_run_tokenizer(config: RunConfig) -> ChatTokenizer:
@@ -177,7 +179,8 @@ def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tu
         if read_merged_adapter(folder) != sha256:
             raise ConfigError(f"{target} is not the base with {config.model.adapter} merged in: --restart removes it")
     else:
-        merged = merged_model(config.model, [inputs.parent], torch.float16)
+        with working("merging model.adapter into the base"):
+            merged = merged_model(config.model, [inputs.parent], torch.float16)
         with replaced_folder(target) as temporary:
             merged.save_pretrained(temporary)
             save_tokenizer(inputs.tokenizer, temporary)
@@ -217,21 +220,22 @@ def load_policy(
     config: RunConfig, placement: Placement, attention: Attention, *, parent: Path | None, init_from: Path | None
 ) -> Policy:
     """Load the base and attach the adapters, without the data."""
-    base = load_base(config.model, placement, attention=attention.implementation)
-    if config.model.embeddings_on_host:
-        move_embeddings_to_host(base)
-    return build_policy(
-        base,
-        config.lora,
-        placement,
-        seed=config.train.seed,
-        parent=parent,
-        init_from=init_from,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-        recomputed=config.train.recomputed_layers,
-        offload=config.train.offload_activations,
-        attention=attention,
-    )
+    with working(f"loading {config.model.name}"):
+        base = load_base(config.model, placement, attention=attention.implementation)
+        if config.model.embeddings_on_host:
+            move_embeddings_to_host(base)
+        return build_policy(
+            base,
+            config.lora,
+            placement,
+            seed=config.train.seed,
+            parent=parent,
+            init_from=init_from,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+            recomputed=config.train.recomputed_layers,
+            offload=config.train.offload_activations,
+            attention=attention,
+        )
 
 
 def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lowlevel.checkpoints.training_state import save_state
 from lowlevel.config.schema import RunConfig
 from lowlevel.durable import write_json
 from lowlevel.execution import WithFallback
+from lowlevel.heartbeat import working
 from lowlevel.loop import check_evaluation, evaluate_examples
 from lowlevel.methods import Method
 from lowlevel.model.base import base_sha256
@@ -68,7 +69,8 @@ class Engine:
 
     def __init__(self, job: Job, folder: RunFolder, console: Console) -> None:
         config, policy, method = job.config, job.policy, job.method
-        dequantize_as_set(policy, config.train.dequantize_once)
+        with working("dequantising the base"):
+            dequantize_as_set(policy, config.train.dequantize_once)
         self.job, self.folder = job, folder
         self.execution = WithFallback(policy, method, choose_execution(config, job.inputs), lines_to(console))
         self.cached: CachedReference | None = None
@@ -90,7 +92,8 @@ class Engine:
         if job.inputs.placement.device.type == "cuda":
             largest = largest_batch(job.method, job.inputs.data.train, job.order.rows_per_step)
             largest = with_blanks(largest) if self.cached else largest
-            report = rehearse(job.policy, job.method, self.execution, job.optimizer, largest)
+            with working("compiling, and running the largest micro-batch"):
+                report = rehearse(job.policy, job.method, self.execution, job.optimizer, largest)
             write_json(self.folder.path / "memory.json", report)
 
     def evaluate(self, step: int) -> dict[str, float]:

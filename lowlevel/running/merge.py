@@ -17,6 +17,7 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import ModelConfig
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.heartbeat import working
 from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.merging import merged_model
@@ -57,14 +58,17 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity
     adapters = [folder for folder in (run.folder.parent, run.folder.adapter) if folder.exists()]
     dtype = torch.bfloat16 if run.policy.placement.precision == "bf16" else torch.float16
     quantised = run.policy.model if into == "dequantized" and run.config.model.load_in_4bit else None
-    merged = merged_model(run.config.model, adapters, dtype, quantised=quantised)
+    with working("merging"):
+        merged = merged_model(run.config.model, adapters, dtype, quantised=quantised)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replaced_folder(out) as temporary:
-        _write_model(merged, run, temporary)
+        with working("writing the merged model"):
+            _write_model(merged, run, temporary)
         if into == "requantized":
             del merged
             merged = _requantise(run, temporary)
-        fidelity = measure(run, rows, temporary)
+        with working("comparing the merged model with the run"):
+            fidelity = measure(run, rows, temporary)
         bound = KL_BOUNDS[run.policy.placement.precision]
         if into == "dequantized" and not fidelity.kl <= bound:
             text = f"merge of {run_dir}: KL {fidelity.kl:.2e} to the training-time model exceeds {bound:g}"

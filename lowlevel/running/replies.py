@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import ConfigError
+from lowlevel.heartbeat import counted
 from lowlevel.model.adapters import ADAPTER_CONFIG, build_policy, read_adapter_config
 from lowlevel.model.attention_choice import MASKED, plain_attention
 from lowlevel.model.base import load_base, resolve_name
@@ -63,7 +64,7 @@ def generate_replies(
 ) -> list[Reply]:
     """Reply to prompts given as token ids, `batch_size` at a time, in the given order."""
     replies = []
-    for start in range(0, len(prompts), batch_size):
+    for start in counted("generating", range(0, len(prompts), batch_size), f"batches of {batch_size} replies"):
         for row in _generate(model, tokenizer, placement, prompts[start : start + batch_size], sampling):
             end = next((i for i, token in enumerate(row) if token in tokenizer.stop_ids), None)
             text = str(tokenizer.tokenizer.decode(row[:end], skip_special_tokens=True))

@@ -14,7 +14,7 @@ from rich.console import Console
 from lowlevel.batch.order import DataOrder
 from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config.schema import RunConfig
-from lowlevel.data.report import not_learned
+from lowlevel.data.report import not_learned, truncated
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.base import base_location, notes_of_base
@@ -80,6 +80,8 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
             )
     for line in notes_of_base(config.model, policy.causal_lm.config):
         console.print(f"  note       {line}", markup=False, highlight=False, soft_wrap=True)
+    for line in truncated(inputs.data.report):
+        console.print(f"  truncation {line}", markup=False, highlight=False)
     for line in not_learned(inputs.data.report):
         console.print(f"  warning    {line}", markup=False, highlight=False)
     if config.method == "dpo":

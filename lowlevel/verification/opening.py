@@ -1,13 +1,12 @@
-"""Verifying the newest weights of a run folder, or the start of a run file."""
+"""Verifying the newest weights of a run folder, or the start of a configuration's run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlevel.config.file import load_config
 from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.losses import loss_spec
@@ -29,12 +28,12 @@ class Opened:
     config: RunConfig
     inputs: Inputs
     weights: str
-    run: Reopened | None = None  # None: a run file
+    run: Reopened | None = None  # None: the start of a run
 
 
-def open_file(path: Path, overrides: Mapping[str, str], scratch: Path) -> Opened:
-    """The start of a run file's run; a merged base is written to `scratch`. Raises as training would."""
-    config, inputs = check_start(load_config(path, overrides), scratch)
+def open_start(config: RunConfig, scratch: Path) -> Opened:
+    """The start of a configuration's run; a merged base is written to `scratch`. Raises as training would."""
+    config, inputs = check_start(config, scratch)
     weights = "the run's start (B = 0); checks that need an adapter with an effect use a random B"
     return Opened(config, inputs, weights)
 
@@ -56,7 +55,7 @@ def verify_run(opened: Reopened | Opened, *, step: int = 1, exact_parameters: in
     """Recompute an optimizer step of a run, and compare; failed checks are in the report.
 
     Args:
-        opened: a run from `lowlevel.running.reopening.reopen` (its newest weights), or from `open_file` (its start).
+        opened: a run from `lowlevel.running.reopening.reopen` (its newest weights), or from `open_start` (its start).
         step: optimizer step whose examples are taken, counted from 1.
         exact_parameters: a base of up to this many weights is also run in float64, on the CPU.
 

@@ -69,3 +69,14 @@ def test_columns_that_are_not_read_are_named_by_the_report_and_at_the_runs_start
     assert 'warning: column "system" ignored' in shown.out
     assert '  warning    column "system" ignored (make it the first message): 6 train\n' in trained.out
     assert "warning  " not in runs.said["sft"].out, "nothing is left out of those rows"
+
+
+def test_truncation_is_said_with_the_lengths_that_keep_more(runs, tmp_path, cli):
+    """By the report, at the start of a run, and in data_report.json."""
+    config = runs.space.write("cut", "sft", folder=tmp_path, data={"max_length": 58}, train={"max_steps": 1})
+    shown, trained = cli("data", config), cli("sft", config)
+    found = json.loads((tmp_path / "cut" / "data_report.json").read_text())["train"]["truncation"]
+    share = found["tokens_cut"] / found["tokens"]
+    line = f"train: max_length 58 cuts {found['rows_cut']} of 24 rows ({share:.1%} of tokens); "
+    assert 0 < share < 1 and line in shown.out and f"  truncation {line}" in trained.out
+    assert f"{found['keeping']['90']} keeps 90 %" in shown.out and "truncation" not in runs.said["sft"].out

@@ -70,7 +70,7 @@ def test_verify_takes_the_keys_of_a_run_file(runs, cli, tmp_path):
     said = cli("verify", config, "--train.precision", "fp32")
     assert said.code == 0, said.err
     said = cli("verify", runs.sft, "--train.precision", "fp32")
-    assert said.code == 2 and "config.toml; flags are for a run file" in said.err
+    assert said.code == 2 and "config.toml; flags are for the start of a run" in said.err
 
 
 def test_help_names_the_choices(cli):
