@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -74,8 +75,6 @@ def write_stacked_adapter(lower: Path, upper: Path, out: Path) -> None:
 
 def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
     """The dequantised weights of a model's 4-bit layers, fp32 on the CPU, by module name."""
-    import bitsandbytes as bnb
-
     weights = {}
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -93,12 +92,16 @@ def check_is_original(config: ModelConfig, quantised: nn.Module) -> None:
     where = f"--base {config.name!r}"
     unquantised = config.model_copy(update={"load_in_4bit": False})
     original = load_base(unquantised, Placement(torch.device("cpu"), "fp32"), dtype="auto").state_dict()
-    for name, found in dequantized_weights(quantised).items():
-        weight = original.get(f"{name}.weight")
+    rounded = {f"{name}.weight": weight for name, weight in dequantized_weights(quantised).items()}
+    plain = {name.removeprefix(PREFIX).replace(".base_layer.", "."): p for name, p in quantised.named_parameters()}
+    for name, found in {**plain, **rounded}.items():
+        if ".lora_" in name:
+            continue
+        weight = original.get(name)
         if weight is None or weight.shape != found.shape:
             shape = "is missing" if weight is None else f"is {tuple(weight.shape)}"
             raise ConfigError(f"{where}: {name} {shape}, and the run's base has {tuple(found.shape)}: another model")
-        difference = float((weight.float() - found).norm() / weight.float().norm())
+        difference = float((weight.float() - found).norm() / weight.float().norm()) if name in rounded else 0.0
         if not difference < LARGEST_ROUNDING:
             raise ConfigError(f"{where}: {name} differs by {difference:.0%} from the run's base: another model")
 
@@ -113,9 +116,11 @@ def merged_model(
     """
     unquantised = config.model_copy(update={"load_in_4bit": False})
     model = load_base(unquantised, Placement(torch.device("cpu"), "fp32"), dtype="auto")
-    weights = dequantized_weights(quantised) if quantised is not None else {}
-    if model.is_quantized:  # a pre-quantised folder: its 4-bit layers become nn.Linear, its config forgets them
+    if any(isinstance(parameter, bnb.nn.Params4bit) for parameter in model.parameters()):  # a pre-quantised folder
         model = model.dequantize(torch.float32)
+        # transformers 5.23 still has the folder's deserialiser here, and cannot reverse it when it saves the model.
+        model._weight_conversions = None
+    weights = dequantized_weights(quantised) if quantised is not None else {}
     modules = dict(model.named_modules())
     for updates in map(adapter_updates, adapters):
         for name, update in updates.items():

@@ -55,10 +55,8 @@ class StoredQuantisation:
     def unquantised(self, model: Any) -> list[str]:
         """Names of the linear layers of `model`, without the LM head, that the folder leaves in 16 bits."""
         head = model.get_output_embeddings()
-        linear = [
-            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
-        ]
-        return [name for name in linear if not should_convert_module(name, self.skipped)]
+        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+        return [name for name, _ in layers if not should_convert_module(name, self.skipped)]
 
 
 def stored_quantisation(base: PretrainedConfig, name: str) -> StoredQuantisation | None:

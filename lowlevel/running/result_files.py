@@ -93,13 +93,12 @@ def model_card(folder: RunFolder, config: RunConfig, kind: Kind, merged_into: st
     }[kind]
     lacking = kind == "adapter" and manifest.get("parent_adapter") is not None
     note = "\nThis adapter lacks the frozen adapter on which it was trained: load `stacked/` of the run instead.\n"
-    facts = "\n".join(
-        f"| {name} | {value.replace('|', '/')} |" for name, value in _facts(folder, config, manifest, merged_into)
-    )
+    facts = _facts(folder, config, manifest, merged_into)
+    table = "\n".join(f"| {key} | {value.replace('|', '/')} |" for key, value in facts)
     return (
         "\n".join(front) + f"\n\n# {folder.path.resolve().name}\n\n"
         f"{what} from {METHODS[config.method]} with `lowlevel`.\n{note if lacking else ''}\n"
-        f"| | |\n|---|---|\n{facts}\n\n"
+        f"| | |\n|---|---|\n{table}\n\n"
         f"## Load it\n\n```python\n{_loading(config, manifest, kind, '../stacked' if lacking else '.')}```\n"
     )
 
