@@ -8,7 +8,6 @@ deserialiser claims every tensor whose name contains "weight", quantised or not,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,6 @@ def stored_quantisation(base: PretrainedConfig, name: str) -> StoredQuantisation
     if found is None:
         return None
     where = f"model.name {name!r}"
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{where}: quantization_config in its config.json is not an object")
     method = found.get("quant_method") or ("bitsandbytes" if found.get("load_in_4bit") else None)
     if method != "bitsandbytes":
         kind = quoted(str(method)) if method else "an unnamed method"

@@ -57,11 +57,11 @@ def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
         columns.append(Column(f"fastest in {text}", config, target.fastest(config, size)))
         columns += _with_host(columns[-1], target, size)
     forecasts = [target.forecast(column) for column in columns]
-    base = f"{config.model.name}, {describe_base(config.model)}"
-    console.print(f"{config.method}: {base}", markup=False, highlight=False, soft_wrap=True)
     console.print(_plan_table(target.shape, columns, forecasts))
     console.print(f"optimizer state: {forecasts[0].paged / MIB:,.0f} MiB more, paged (outside the allocator's peak)")
     console.print(OUTSIDE)
+    base = f"{config.model.name}, {describe_base(config.model)}"
+    console.print(f"{config.method}: {base}", markup=False, highlight=False, soft_wrap=True)
     if fixed:
         console.print(fixed)
     for column in columns[1:]:
