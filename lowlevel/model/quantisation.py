@@ -76,7 +76,8 @@ def stored_quantisation(base: PretrainedConfig, name: str) -> StoredQuantisation
         kind = quoted(str(method)) if method else "an unnamed method"
         raise ConfigError(f"{where}: its weights are quantised with {kind}; {TRAINABLE}: use the original model")
     if found.get("load_in_8bit") or not found.get("load_in_4bit"):
-        raise ConfigError(f"{where}: its weights are 8-bit bitsandbytes ones; {TRAINABLE}: use the original model")
+        bits = "8-bit" if found.get("load_in_8bit") else "not 4-bit"
+        raise ConfigError(f"{where}: its weights are {bits} bitsandbytes ones; {TRAINABLE}: use the original model")
     kind = found.get("bnb_4bit_quant_type", "fp4")  # absent keys: the defaults of BitsAndBytesConfig
     if kind not in ("nf4", "fp4"):
         raise ConfigError(f"{where}: bnb_4bit_quant_type {quoted(repr(kind))} in its config.json; known: nf4, fp4")
@@ -175,6 +176,10 @@ def to_precision(
             module.compute_dtype, module.compute_type_is_set = compute, True
             module.quant_storage = weight.quant_storage = torch.uint8
             weight.quant_state.dtype = compute
+            for constants in filter(None, (weight.quant_state, weight.quant_state.state2)):
+                constants.code = constants.code.float()
+                if constants.absmax.is_floating_point():  # with double quantisation, the first is in 8 bits
+                    constants.absmax = constants.absmax.float()
             weight.data = weight.data.view(torch.uint8).view(-1, 1)  # the bytes, whatever bnb_4bit_quant_storage is
     _agree(stored, found, f"model.name {name!r}")
     if isinstance(model.get_output_embeddings(), bnb.nn.Linear4bit):

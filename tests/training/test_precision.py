@@ -62,6 +62,7 @@ def test_no_bfloat16_in_an_fp16_step_on_a_base_that_is_stored_in_it(tiny_base, t
     policy = helpers.make_policy(base, quantised=True, dropout=0.1, checkpointing=True, placement=FP16)
     states = [m.weight.quant_state for m in policy.model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert {state.dtype for state in states} == {torch.float16}
+    assert {t.dtype for s in states for t in (s.code, s.state2.code, s.state2.absmax, s.offset)} == {torch.float32}
     held = {t.dtype for t in (*policy.model.parameters(), *policy.model.buffers())}
     assert torch.bfloat16 not in held and {torch.float16, torch.uint8} < held
     with Dtypes() as dtypes:
