@@ -126,7 +126,7 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
 
     if not linear:
         raise unsupported(base, "it has no linear layers")
-    stored = stored_quantisation(base, base.name_or_path)
+    stored = stored_quantisation(base, base.name_or_path or "")
     plain = [linear[name] for name in stored.unquantised(model) if name in linear] if stored else []
     values = sum(m.weight.numel() for m in linear.values())
     parameters = {id(p): p.numel() for p in model.parameters()}

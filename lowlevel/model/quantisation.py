@@ -38,7 +38,7 @@ class StoredQuantisation:
 
     quant_type: str  # nf4 or fp4
     double_quant: bool
-    skipped: tuple[str, ...] | None  # modules left in 16 bits, in transformers' patterns; None: the LM head
+    skipped: list[str] | None  # modules left in 16 bits, in transformers' patterns; None: the LM head
 
     def settings(self) -> dict[str, Any]:
         """The keys of [model] that describe these weights."""
@@ -83,7 +83,7 @@ def stored_quantisation(base: PretrainedConfig, name: str) -> StoredQuantisation
         raise ConfigError(f"{where}: bnb_4bit_quant_type {quoted(repr(kind))} in its config.json; known: nf4, fp4")
     skipped = found.get("llm_int8_skip_modules")
     double = found.get("bnb_4bit_use_double_quant") is True
-    return StoredQuantisation(kind, double, None if skipped is None else tuple(map(str, skipped)))
+    return StoredQuantisation(kind, double, None if skipped is None else list(map(str, skipped)))
 
 
 def check_stored(stored: StoredQuantisation | None, folder: Path, name: str) -> None:
@@ -92,7 +92,7 @@ def check_stored(stored: StoredQuantisation | None, folder: Path, name: str) -> 
     Reads only the headers of the files. A hub name is checked when it is loaded (`to_precision`).
     """
     names, where = weight_names(folder), f"model.name {name!r}"
-    packed = dict(found.groups() for found in map(PACKED.fullmatch, names) if found)
+    packed = {found[1]: found[2] for found in map(PACKED.fullmatch, names) if found}
     if stored is None:
         strange = next(filter(QUANTISED.fullmatch, names), None)
         if strange:
