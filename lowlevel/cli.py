@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if unknown or (overrides and not options.takes_config):
                 raise _unknown(unknown[0] if unknown else f"--{next(iter(overrides))}", options)
             say = partial(print, file=sys.stderr if options.output_is_result else sys.stdout, flush=True)
-            with heartbeat(say, f"lowlevel {options.command}", on=not sys.stdout.isatty()):
+            long = options.command != "losses" and not sys.stdout.isatty()
+            with heartbeat(say, f"lowlevel {options.command}", on=long):
                 COMMANDS[options.command].run(options, overrides)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

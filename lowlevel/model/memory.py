@@ -29,6 +29,7 @@ from lowlevel.kernels import chunk_rows
 from lowlevel.model.adapters import read_adapter_config
 from lowlevel.model.base import empty_model
 from lowlevel.model.placement import DTYPES, Placement
+from lowlevel.model.quantisation import stored_quantisation
 from lowlevel.model.sizes import head_size, size_of, unsupported
 from lowlevel.model.targets import matched
 
@@ -59,9 +60,10 @@ class ModelShape:
     largest: int  # values of the largest of them
     other: int  # values in embeddings, LM head, norms, and experts that are not linear layers
     tied: bool  # the input embedding is the LM head
-    adapted: int  # values in the linear weights of layers with an adapter
+    adapted: int  # values in the linear weights of layers with an adapter, without `unquantised` ones
     trained: int  # values of the trained adapter
     frozen: int  # values of the frozen adapter under it
+    unquantised: int = 0  # values in linear weights that a pre-quantised folder leaves in 16 bits
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
 
     if not linear:
         raise unsupported(base, "it has no linear layers")
+    stored = stored_quantisation(base, base.name_or_path or "")
+    plain = [linear[name] for name in stored.unquantised(model) if name in linear] if stored else []
     values = sum(m.weight.numel() for m in linear.values())
     parameters = {id(p): p.numel() for p in model.parameters()}
     tied = bool(settings.get("tie_word_embeddings"))
@@ -140,9 +144,10 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
         largest=max(m.weight.numel() for m in linear.values()),
         other=sum(parameters.values()) - values,
         tied=tied,
-        adapted=sum(m.weight.numel() for m in under(trained, frozen)),
+        adapted=sum(m.weight.numel() for m in under(trained, frozen) if m not in plain),
         trained=size(trained),
         frozen=size(frozen),
+        unquantised=sum(m.weight.numel() for m in plain),
     )
 
 
@@ -184,7 +189,7 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
 
 def _quantised(shape: ModelShape, config: RunConfig, plan: Plan) -> int:
     """Values in 4 bits; `dequantize_once` changes the adapted layers to 16 bits."""
-    in_4_bits = shape.linear - shape.adapted * plan.dequantize_once
+    in_4_bits = shape.linear - shape.unquantised - shape.adapted * plan.dequantize_once
     return in_4_bits if config.model.load_in_4bit else 0
 
 

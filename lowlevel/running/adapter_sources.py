@@ -16,9 +16,10 @@ from lowlevel.errors import ConfigError, quoted
 from lowlevel.model.adapters import ADAPTER_CONFIG, adapter_sha256
 from lowlevel.model.base import resolve_name
 from lowlevel.model.files import SHOWN, folders_with, read_json_object
+from lowlevel.model.quantisation import KEYS
 from lowlevel.running.run_folder import RunFolder
 
-QUANTISATION = ("dtype", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+QUANTISATION = ("dtype", *KEYS)
 
 
 def find_adapter(path: str | None, key: str) -> Path | None:

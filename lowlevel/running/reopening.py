@@ -144,6 +144,7 @@ class Reopened:
 
         The hash is over the tensors as used: rounded to the run's dtype, then quantised. Another dtype gives other
         tensors, and the means of nested quantisation depend on the device and the number of threads in their last bits.
+        Those of a pre-quantised base are in its files.
         """
         base, here = self.manifest["base"], dtype_name(self.placement.dtype)
         why = f": {self.moved}" if self.moved else ""
@@ -151,7 +152,8 @@ class Reopened:
             self.note(f"note: the base is not checked: its hash is for {base['dtype']}, and it is {here} here{why}")
             return None
         found = base_sha256(policy.model)
-        if found != base["sha256"] and self.elsewhere and self.config.model.load_in_4bit:
+        quantised_here = self.config.model.load_in_4bit and not base.get("prequantised")
+        if found != base["sha256"] and self.elsewhere and quantised_here:
             self.note(f"note: the base is not checked: quantised on another machine, it has another hash{why}")
             return None
         return found, base["sha256"]

@@ -38,6 +38,7 @@ FREE = (
     *("train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit", "dpo.reference_cache"),
     "train.report_to",
     *("trace.every", "trace.steps", "trace.level", "trace.gradients"),
+    "base.prequantised",  # older versions did not write it
     *("attention", "versions.lowlevel", "versions.python", "versions.safetensors", "versions.numpy"),
     "versions.accelerate",
 )

@@ -17,7 +17,7 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.data.report import not_learned, truncated
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.model.adapters import save_adapter
-from lowlevel.model.base import base_location, notes_of_base
+from lowlevel.model.base import base_location, describe_base, notes_of_base
 from lowlevel.model.dequantised import describe
 from lowlevel.model.merging import write_stacked_adapter
 from lowlevel.model.placement import dtype_name
@@ -57,10 +57,10 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
     train, placement = config.train, inputs.placement
     device = torch.cuda.get_device_name() if placement.device.type == "cuda" else "CPU"
     off = config.method == "dpo" and config.dpo.disable_dropout
-    base = f"4-bit {config.model.bnb_4bit_quant_type}" if config.model.load_in_4bit else "unquantised"
+    base = describe_base(config.model)
     dropout = "off (dpo.disable_dropout)" if off else f"{config.lora.lora_dropout:g}"
     console.print(
-        f"{config.method}: {config.model.name}, {base} base, {placement.precision} on {device}\n"
+        f"{config.method}: {config.model.name}, {base}, {placement.precision} on {device}\n"
         f"  attention  {inputs.attention.reason}\n"
         f"  adapter    {policy.flat.weights.numel():,} trainable parameters, dropout {dropout}\n"
         f"  data       {order.num_rows:,} examples, {order.total_steps(train):,} steps of "
