@@ -11,7 +11,7 @@ import numpy as np
 
 from lowlevel.config.schema import DataConfig
 from lowlevel.data.messages import BadRow, Normalised
-from lowlevel.data.rendering import CHANGED, ChatTokenizer, Encoded, EncodedPair
+from lowlevel.data.rendering import CHANGED, CROSSED, ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import DataError
@@ -103,8 +103,8 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
         built.rows.append(row)
         built.counts.append(count)
         built.warnings.update(encoded.warnings)
-    if data.supervise == "all":  # changed replies are learned
-        del built.warnings[CHANGED]
+    if data.supervise == "all":  # these replies are learned, too
+        del built.warnings[CHANGED], built.warnings[CROSSED]
     built.problems.sort(key=lambda problem: problem.reason == TOO_LONG)  # these last
     return built
 

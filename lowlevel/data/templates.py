@@ -14,13 +14,14 @@ import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowlevel.errors import ConfigError, DataError, one_line
 
 Message = Mapping[str, str]
 Span = tuple[int, int]
 NOT_A_PREFIX = "prompt tokens are not a prefix of prompt+answer tokens"
+OTHER_TEMPLATE = "data.chat_template_from can name another template"
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = "Reply"
 SHOWN = 40  # characters of a rendering in an error
@@ -32,18 +33,25 @@ class RenderError(DataError):
     """The template refuses a conversation, or the rendered prompt is not a prefix of the rendered conversation."""
 
 
+class Reply(NamedTuple):
+    """A reply, or a marked part of one: text[start:end], with the end-of-turn token; `turn` indexes its message."""
+
+    start: int
+    end: int
+    turn: int
+
+
 @dataclass(frozen=True)
 class Rendering:
-    """Text of a conversation and the character ranges of its replies.
+    """Text of a conversation and the character ranges of its replies; generation starts from text[:start].
 
     Some templates change a reply once more turns follow (Qwen 3 removes its <think> part). The changed form is not what
     the model should generate, so it is context only: `changed` counts such replies, `replies` leaves them out.
     """
 
     text: str
-    replies: list[Span]  # with the end-of-turn token
+    replies: list[Reply]
     changed: int
-    prompt: str | None  # text from which generation of the first of `replies` starts; None if unknown
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class ChatTemplate:
     date: datetime.date = DATE  # for templates that print today's date: the same rows give the same tokens tomorrow
     end_of_turn: str = ""  # special token that ends a reply; "" if the template writes none
     after_turn: str = ""  # text after it at the end of a conversation: a newline, in Phi 3 also another token
+    lead: str = ""  # text between a prompt and a reply's content, part of what the model writes: Qwen 3's empty <think>
 
     @property
     def sha256(self) -> str:
@@ -82,13 +91,15 @@ class ChatTemplate:
         """
         text, marked = self._render(messages, False)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        if self.has_markers:
-            replies = [(start, self._reply_end(text, end)) for start, end in marked if start < end]
-            known = len(replies) == len(turns) > 0  # otherwise the turn of the first one is unknown
-            return Rendering(text, replies, 0, self.try_render(messages[: turns[0]], True) if known else None)
         spans = [self._reply(messages, turn, text) for turn in turns]
         replies = [span for span in spans if span is not None]
-        return Rendering(text, replies, spans.count(None), text[: replies[0][0]] if replies else None)
+        changed = spans.count(None)
+        if self.has_markers:
+            replies, unknown = self._marked(text, marked, replies)
+            changed = min(changed, unknown)
+        for start, end, turn in replies:
+            self._check_reply(text[start:end], messages[turn]["content"], turn)
+        return Rendering(text, replies, changed)
 
     def text_and_cut(self, prompt: Sequence[Message], reply: str, supervise: str) -> tuple[str, int]:
         """Text of a prompt with one reply, and the index of the reply's first character.
@@ -99,7 +110,9 @@ class ChatTemplate:
         text = self.render([*prompt, {"role": "assistant", "content": reply}], add_generation_prompt=False)
         if not text.startswith(prefix):
             raise RenderError(_no_prefix(prefix, text, len(prompt)))
-        return text if supervise == "all" else text[: self._reply_end(text, len(text))], len(prefix)
+        end = self._reply_end(text, len(text))
+        self._check_reply(text[len(prefix) : end], reply, len(prompt))
+        return text if supervise == "all" else text[:end], len(prefix)
 
     def try_render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str | None:
         """As `render`, with None instead of an error."""
@@ -108,7 +121,7 @@ class ChatTemplate:
         except RenderError:
             return None
 
-    def _reply(self, messages: Sequence[Message], turn: int, text: str) -> Span | None:
+    def _reply(self, messages: Sequence[Message], turn: int, text: str) -> Reply | None:
         """Range of a reply in the text; None if later turns change the reply or its prompt."""
         prefix = self.render(messages[:turn], add_generation_prompt=True)
         last = turn == len(messages) - 1
@@ -116,10 +129,33 @@ class ChatTemplate:
         if through.startswith(prefix):
             end = self._reply_end(through, len(through))
             if text.startswith(through[:end]):
-                return len(prefix), self._reply_end(text, end) if end == len(through) else end
+                return Reply(len(prefix), self._reply_end(text, end) if end == len(through) else end, turn)
         if last:
             raise RenderError(_no_prefix(prefix, text, turn))
         return None
+
+    def _marked(self, text: str, marked: Sequence[Span], replies: Sequence[Reply]) -> tuple[list[Reply], int]:
+        """The marked parts of the replies, and the number of marks outside of them.
+
+        A marked reply begins where generation starts, even if its mark begins elsewhere: a mark around the header would
+        teach the model to write it, a mark behind a forced text to leave it out.
+        """
+        parts: list[Reply] = []
+        marks = [(start, self._reply_end(text, end)) for start, end in marked if start < end]
+        for start, end in marks:
+            for reply in replies:
+                if start < reply.end and reply.start < end:
+                    follows = bool(parts) and parts[-1].turn == reply.turn
+                    parts.append(Reply(start if follows else reply.start, end, reply.turn))
+        return parts, len(marks) - len(parts)
+
+    def _check_reply(self, written: str, content: str, turn: int) -> None:
+        """Raise RenderError if a rendered reply lacks a part of its content. Blanks can differ: many templates trim."""
+        inside = written.removeprefix(self.lead).removesuffix(self.end_of_turn)
+        if content.strip() not in inside and "".join(content.split()) not in "".join(inside.split()):
+            own, made = (json.dumps(part[:SHOWN], ensure_ascii=False) for part in (content, inside))
+            lost = f"leaves out a part of the reply (turn {turn + 1})"
+            raise RenderError(f"the chat template {lost}: {own} became {made}; {OTHER_TEMPLATE}")
 
     def _reply_end(self, text: str, end: int) -> int:
         """End of the end-of-turn token. `end` can be after it, or before it (markers around the content only)."""
@@ -162,8 +198,7 @@ def _no_prefix(prefix: str, text: str, turn: int) -> str:
     """Error text with the first characters in which the prompt and the conversation differ."""
     same = len(os.path.commonprefix([prefix, text]))
     asked, written = (json.dumps(part[same : same + SHOWN], ensure_ascii=False) for part in (prefix, text))
-    hint = "data.chat_template_from can name another template"
-    return f"{NOT_A_PREFIX} (turn {turn + 1}): prompt {asked}, prompt+answer {written}; {hint}"
+    return f"{NOT_A_PREFIX} (turn {turn + 1}): prompt {asked}, prompt+answer {written}; {OTHER_TEMPLATE}"
 
 
 def with_end_of_turn(template: ChatTemplate, special_tokens: Sequence[str]) -> ChatTemplate:

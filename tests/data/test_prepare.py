@@ -253,7 +253,6 @@ def test_messages_that_the_template_leaves_out_are_counted(run, write, kit, chat
     report = run(rows, tokenizer=chat_tokenizer(chatml.tokenizer, silent)).report
     assert report.train.warnings[kind] == 1
     pair = {"prompt": row["messages"][:3], "chosen": "rain", "rejected": "sun"}
-    loud = kit.CHATML.replace("m['content']", "m['content'] | replace('sun', 'snow')")
-    for template, count in ((kit.CHATML, 0), (silent, 1), (loud, 1)):
+    for template, count in ((kit.CHATML, 0), (silent, 1)):
         tokenizer = chat_tokenizer(chatml.tokenizer, template)
         assert run(write(pair), "preference", tokenizer=tokenizer).report.train.warnings.get(kind, 0) == count
