@@ -54,15 +54,18 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
     sft, model, data, mode = config.method == "sft", config.model, config.data, config.model.adapter_mode
     no_adapter, continued = model.adapter is None, config.lora.init_from is not None
     quantisation = bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given)
+    pairs = data.format in ("preference", "hh", "orca")
     needed_mode = no_adapter and "model.adapter_mode" in given and mode != "none"
     return [
         (sft and "dpo" in given, '[dpo] is not used when method = "sft"'),
         (not sft and "sft" in given, '[sft] is not used when method = "dpo"'),
         (sft and bool(model.adapter), "model.adapter is for dpo; to continue training an adapter use lora.init_from"),
-        (sft and data.format == "orca", 'data.format = "orca" holds preferences; sft needs "messages"'),
-        (sft and data.format == "preference", 'data.format = "preference" is for dpo; sft needs "messages"'),
+        (sft and pairs, f'data.format = "{data.format}" is for dpo; sft takes "auto" or "messages"'),
         (sft and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo"),
-        (not sft and data.format == "messages", 'dpo needs data.format = "preference" or "orca"'),
+        (
+            not sft and data.format == "messages",
+            'data.format = "messages" is for sft; dpo takes "preference"',
+        ),
         (not no_adapter and mode == "none", 'model.adapter is set, but model.adapter_mode = "none" ignores it'),
         (needed_mode, f'model.adapter_mode = "{mode}" needs model.adapter'),
         (not model.load_in_4bit and quantisation, "model.bnb_4bit_* keys need model.load_in_4bit = true"),

@@ -89,8 +89,8 @@ class DataConfig(Section):
     split: str = Field("train", description="split of a hub data set")
     shuffle_seed: Seed | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
     limit: Positive | None = Field(None, description="rows to keep after shuffling and filtering")
-    format: Literal["messages", "orca", "preference"] = Field(
-        "messages", description="columns of a row: lowlevel/data/README.md; orca: system, input, chosen, rejected"
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "question", "preference", "hh", "orca"] = Field(
+        "auto", description="format of the rows (lowlevel/data/README.md); auto: the one that fits their columns"
     )
     columns: Names = Field((), description="numeric columns of a row that a custom loss receives")
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions on a row: column, op, value")
@@ -206,4 +206,4 @@ SECTIONS: dict[str, type[Section]] = {
     name: type(field.default) for name, field in RunConfig.model_fields.items() if name != "method"
 }
 # Defaults of dpo that differ from those of sft. The recipe has 1e-5.
-DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"data": {"format": "preference"}, "train": {"learning_rate": 1e-5}}
+DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"train": {"learning_rate": 1e-5}}

@@ -14,10 +14,12 @@ from lowlevel.config.given import GIVEN, GivenRows
 from lowlevel.config.schema import DataConfig, RunConfig
 from lowlevel.data.examples import Built, PreferenceExample, SFTExample, build_examples
 from lowlevel.data.filters import apply_filters
-from lowlevel.data.messages import BadRow, Normalised, check_columns, normalise
+from lowlevel.data.formats import recognised
+from lowlevel.data.messages import Normalised, normalise
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.report import DataReport, SplitReport, count_warnings, split_report, tokenizer_report
 from lowlevel.data.sources import FILE_SUFFIXES, Row, RowProblem, SourceRows, data_error, read_source, shuffled
+from lowlevel.data.turns import BadRow
 from lowlevel.errors import ConfigError, DataError, quoted
 
 
@@ -52,7 +54,7 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
     """
     data = config.data
     _check_length(data.max_length, limits)
-    selections = _select(data)
+    selections = _select(data, config.method)
     splits = [_build(*selected, data, tokenizer, limits.vocab_size) for selected in selections]
     problems = [problem for built in splits for problem in built.unusable]
     if problems and data.on_bad_row == "error":
@@ -64,7 +66,7 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
         train=train.examples,
         evaluation=evaluation.examples if evaluation else [],
         report=DataReport(
-            format=data.format,
+            format=", ".join(dict.fromkeys(row.row.format.name for row in train.rows)),
             supervise=data.supervise,
             max_length=data.max_length,
             train=reports[0],
@@ -86,20 +88,21 @@ def _check_length(length: int, limits: ModelLimits) -> None:
         raise ConfigError(f"data.max_length {length} > {limits.short}, {reason}: set data.max_length = {limits.short}")
 
 
-def _select(data: DataConfig) -> list[tuple[SourceRows, Checked]]:
+def _select(data: DataConfig, method: str) -> list[tuple[SourceRows, Checked]]:
     """The training split, then the evaluation split if there is one."""
     has_splits = isinstance(data.source, str) and not data.source.endswith(FILE_SUFFIXES)
     if data.source == data.eval_source not in ("demo", GIVEN) and not (has_splits and data.split != data.eval_split):
         name = quoted(str(data.source))
         raise ConfigError(f'data.eval_source {name} is also the training source: name other rows, or "holdout"')
-    source = _filtered(data.source, data.split, data)
+    source = _filtered(data.source, data.split, data, method)
     rows = source.rows if data.shuffle_seed is None else shuffled(source.rows, data.shuffle_seed)
     if data.eval_source == "holdout":
         return _with_holdout(source, rows, data)
     train = source, list(_checked(rows[: data.limit], data))
     if data.eval_source is None:
         return [train]
-    evaluation = _filtered(data.eval_source, "heldout" if data.eval_source == "demo" else data.eval_split, data)
+    split = "heldout" if data.eval_source == "demo" else data.eval_split
+    evaluation = _filtered(data.eval_source, split, data, method)
     return [train, (evaluation, list(_checked(evaluation.rows[: data.eval_limit], data)))]
 
 
@@ -127,17 +130,16 @@ def _checked(rows: Iterable[Row], data: DataConfig) -> Iterator[Normalised | Row
     """Normalise each row; an unusable one becomes a problem."""
     for row in rows:
         try:
-            yield normalise(row, data.format, data.columns)
+            yield normalise(row, data.columns)
         except BadRow as bad:
             yield RowProblem(row.where, bad.reason, str(bad))
 
 
-def _filtered(origin: str | GivenRows, split: str, data: DataConfig) -> SourceRows:
-    source = read_source(origin, split, data.format)
+def _filtered(origin: str | GivenRows, split: str, data: DataConfig, method: str) -> SourceRows:
+    source = read_source(origin, split, method)
     if not source.rows:
         raise data_error(source.problems)
-    check_columns(source, data.format, data.columns)
-    kept = apply_filters(source, data.filters)
+    kept = apply_filters(recognised(source, data.format, method, data.columns), data.filters)
     if not kept.rows and not kept.problems:
         drops = "; ".join(f"{condition} drops {count}" for condition, count in kept.dropped.items())
         raise DataError(f"{kept.name}: no usable rows: {kept.read} of {kept.read} filtered out ({drops})")

@@ -39,6 +39,7 @@ Tokens = tuple[list[int], np.ndarray]
 # token, so these ids are independent of the text before it.
 Opening = tuple[int, list[int]]
 Pair = tuple[Sequence[Message], str, str]  # messages of the prompt, text of chosen and rejected
+Tools = Sequence[Message]
 OPENING = 200  # characters at the end of a prompt that are searched for its last special token
 # Kinds of warnings about tokens. APART: a token of the whole text crosses the beginning of the last reply, so prompt
 # and reply were tokenised on their own, as in generation. CROSSED: the same for an earlier reply, which is context:
@@ -47,6 +48,7 @@ APART = "prompt and reply tokenised apart"
 CROSSED = "replies not learned: a token crosses their beginning (split conversations to learn them)"
 CHANGED = "replies not learned: the chat template changes them in later turns (split conversations to learn them)"
 LEFT_OUT = "messages left out or changed by the chat template"
+TOOLS_LEFT_OUT = 'column "tools" ignored (the chat template does not write it)'
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Encoded:
     input_ids: list[int]  # (L,)
     replies: list[tuple[int, int]]  # half-open token ranges of the assistant's replies, with end-of-turn tokens
     warnings: Counter[str]  # number of boundaries, messages or replies by kind
+    context: tuple[tuple[int, int], ...] = ()  # replies that are not to be learned
 
 
 @dataclass(frozen=True)
@@ -85,45 +88,69 @@ class ChatTokenizer:
         """Tokens that end a reply: end of sequence, and the template's end of turn."""
         return sorted({i for i in (self.eos_id, self.end_of_turn_id) if i is not None})
 
-    def encode_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | RenderError]:
-        """Tokenise a batch; a conversation that cannot be rendered gives its error instead."""
-        rendered = [_or_error(self.chat_template.text_and_replies, messages) for messages in conversations]
+    def encode_conversations(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        tools: Sequence[Tools] | None = None,
+        context: Sequence[frozenset[int]] | None = None,
+    ) -> list[Encoded | RenderError]:
+        """Tokenise a batch; a conversation that cannot be rendered gives its error instead.
+
+        For each conversation, `tools` are given to the chat template, and `context` has the indices of assistant
+        messages that are not to be learned.
+        """
+        tools, context = tools or [()] * len(conversations), context or [frozenset()] * len(conversations)
+        templates = [self.chat_template.with_tools(given) for given in tools]
+        rendered = [_or_error(t.text_and_replies, m) for t, m in zip(templates, conversations, strict=True)]
         usable = [item for item in rendered if not isinstance(item, RenderError)]
         tokens, openings = iter(self._tokenise([item.text for item in usable])), iter(self._openings(usable))
-        return [
-            item if isinstance(item, RenderError) else self._encoded(item, next(tokens), next(openings), messages)
-            for item, messages in zip(rendered, conversations, strict=True)
+        encoded = [
+            item if isinstance(item, RenderError) else self._encoded(item, next(tokens), next(openings), messages, said)
+            for item, messages, said in zip(rendered, conversations, context, strict=True)
         ]
+        return self._with_unread_tools(encoded, tools)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids that generation starts from: messages and the opening of a reply. Raises RenderError."""
         text = self.chat_template.render(messages, add_generation_prompt=True)
         return self._with_bos(self._ids([text])[0])
 
-    def encode_pairs(self, pairs: Sequence[Pair], supervise: str) -> list[EncodedPair | RenderError]:
+    def encode_pairs(
+        self, pairs: Sequence[Pair], supervise: str, tools: Sequence[Tools] | None = None
+    ) -> list[EncodedPair | RenderError]:
         """Tokenise prompts with their completions; a pair that cannot be rendered gives its error instead.
 
         With supervise "assistant", a completion ends with its end-of-turn token; with "all", with the template's text
         after it. Prompt ids are those of `encode_prompt`. A completion is cut from the tokens of prompt + completion;
         if a token crosses the boundary, it is tokenised separately, as in generation.
         """
-        rendered = [_or_error(self._pair_texts, pair, supervise) for pair in pairs]
+        tools = tools or [()] * len(pairs)
+        rendered = [_or_error(self._pair_texts, *given, supervise) for given in zip(pairs, tools, strict=True)]
         texts = [text for item in rendered if not isinstance(item, RenderError) for text in item]
         ids = iter(self._ids(texts))
-        return [
+        encoded = [
             item if isinstance(item, RenderError) else self._cut_pair(item, (next(ids), next(ids), next(ids)), pair)
             for item, pair in zip(rendered, pairs, strict=True)
         ]
+        return self._with_unread_tools(encoded, tools)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def _pair_texts(self, pair: Pair, supervise: str) -> tuple[str, str, str]:
+    def _with_unread_tools(self, encoded: list[Any], tools: Sequence[Tools]) -> list[Any]:
+        """Count the rows whose tools the template has no place for."""
+        unread = re.search(r"\btools\b", self.chat_template.text) is None
+        for item, given in zip(encoded, tools, strict=True):
+            if given and unread and not isinstance(item, RenderError):
+                item.warnings[TOOLS_LEFT_OUT] = 1
+        return encoded
+
+    def _pair_texts(self, pair: Pair, tools: Tools, supervise: str) -> tuple[str, str, str]:
         """Texts of prompt, prompt + chosen and prompt + rejected."""
-        prompt, chosen, rejected = pair
-        with_chosen, cut = self.chat_template.text_and_cut(prompt, chosen, supervise)
-        return with_chosen[:cut], with_chosen, self.chat_template.text_and_cut(prompt, rejected, supervise)[0]
+        (prompt, chosen, rejected), template = pair, self.chat_template.with_tools(tools)
+        with_chosen, cut = template.text_and_cut(prompt, chosen, supervise)
+        return with_chosen[:cut], with_chosen, template.text_and_cut(prompt, rejected, supervise)[0]
 
     def _cut_pair(self, texts: Sequence[str], ids: Sequence[list[int]], pair: Pair) -> EncodedPair:
         """Cut completions from texts and ids of prompt, prompt + chosen and prompt + rejected."""
@@ -157,7 +184,12 @@ class ChatTokenizer:
         return ids[len(newline) :] if ids[: len(newline)] == newline else plain
 
     def _encoded(
-        self, rendered: Rendering, tokens: Tokens, openings: Sequence[Opening], messages: Sequence[Message]
+        self,
+        rendered: Rendering,
+        tokens: Tokens,
+        openings: Sequence[Opening],
+        messages: Sequence[Message],
+        context: frozenset[int],
     ) -> Encoded:
         """Find the tokens of each reply; its context must be exactly the tokens of its prompt, as in generation.
 
@@ -169,23 +201,25 @@ class ChatTokenizer:
             start, end = bisect_left(starts, reply.start), bisect_left(starts, reply.end)
             closed = end > 0 and (ids[end - 1] == self.end_of_turn_id or offsets[end - 1, 1] <= reply.end)
             if closed and ids[bisect_left(starts, place) : start] == opening:
-                found.append((start, end))
+                found.append((start, end, reply.turn))
         if len(found) < len(rendered.replies):
             ids, found, apart = self._by_prefixes(text, rendered.replies, ids)
         crossed = len(rendered.replies) - len(found)
         input_ids = self._with_bos(ids)
         shift = len(input_ids) - len(ids)
-        replies = [(start + shift, end + shift) for start, end in found if start < end]
+        spans = [(start + shift, end + shift, turn) for start, end, turn in found if start < end]
+        replies = [(start, end) for start, end, turn in spans if turn not in context]
+        said = tuple((start, end) for start, end, turn in spans if turn in context)
         lost = left_out(text, [message for message in messages if message["role"] != "assistant"])
         counts = {APART: int(apart), CROSSED: crossed, CHANGED: rendered.changed, LEFT_OUT: lost}
-        return Encoded(input_ids, replies, Counter(counts))
+        return Encoded(input_ids, replies, Counter(counts), said)
 
     def _by_prefixes(
         self, text: str, replies: Sequence[Reply], ids: list[int]
-    ) -> tuple[list[int], list[tuple[int, int]], bool]:
+    ) -> tuple[list[int], list[tuple[int, int, int]], bool]:
         """As the offsets in `_encoded`, by tokenising every prompt; `ids` are those of the whole text.
 
-        Returns ids, the ranges of the replies whose prompts they begin with, and whether the last reply was cut off.
+        Returns ids, the ranges and turns of the replies whose prompts they begin with, and whether the last reply was cut off.
         """
         last = replies[-1]
         prompts, wholes = (self._ids([text[:end] for end in cuts]) for cuts in list(zip(*replies, strict=True))[:2])
@@ -194,8 +228,8 @@ class ChatTokenizer:
             ids = prompts[-1] + self._continue(text[last.start :])
             wholes[-1] = prompts[-1] + self._continue(text[last.start : last.end])
         found = [
-            (len(prompt), len(os.path.commonprefix([whole, ids])))
-            for prompt, whole in zip(prompts, wholes, strict=True)
+            (len(prompt), len(os.path.commonprefix([whole, ids])), reply.turn)
+            for prompt, whole, reply in zip(prompts, wholes, replies, strict=True)
             if ids[: len(prompt)] == prompt
         ]
         return ids, found, apart

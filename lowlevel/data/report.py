@@ -55,6 +55,7 @@ class SplitReport:
     prompt_tokens_lost: int
     replies: int  # in the examples
     replies_ended: int  # with the end-of-turn token
+    read_as: str  # format and columns, if it is not a plain one
     fingerprint: str  # sha256 of the digests in training order
     row_digests: tuple[str, ...]  # they say which row changed
 
@@ -104,6 +105,7 @@ def split_report(source: SourceRows, selected: int, built: Built) -> SplitReport
         prompt_tokens_lost=sum(c.prompt_lost for c in counts),
         replies=sum(c.replies for c in counts),
         replies_ended=int(sum(c.ended for c in counts)),
+        read_as=source.read_as,
         fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest(),
         row_digests=digests,
     )
@@ -197,6 +199,7 @@ def _facts(split: SplitReport) -> dict[str, str]:
     ended = f"{split.replies_ended:,} of {split.replies:,} ({split.replies_ended / max(split.replies, 1):.0%})"
     return {
         "source": split.source,
+        **({"read as": split.read_as} if split.read_as else {}),
         "rows read": f"{split.rows_read:,}",
         **{f"  filtered out: not {condition}": f"{count:,}" for condition, count in split.filtered.items()},
         "rows selected": f"{split.rows_selected:,}",

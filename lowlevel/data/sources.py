@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Row:
     id: int
     where: str
     columns: Mapping[str, object]
+    format: Any = None  # formats.Format, once recognised
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class SourceRows:
     problems: list[RowProblem] = field(default_factory=list)
     warnings: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    read_as: str = ""  # format and columns, if it is not a plain one
 
     @property
     def read(self) -> int:
@@ -73,10 +76,10 @@ def data_error(problems: Sequence[RowProblem]) -> DataError:
     return DataError("\n".join(lines))
 
 
-def read_source(source: str | GivenRows, split: str, data_format: str = "messages") -> SourceRows:
+def read_source(source: str | GivenRows, split: str, method: str = "sft") -> SourceRows:
     """Read all rows of "demo", a .jsonl, .jsonl.gz or .parquet file, a hub data set, or rows given in Python.
 
-    Files and given rows have no splits. The demo has conversations for format "messages", and preference pairs.
+    Files and given rows have no splits. The demo has conversations for sft, and preference pairs.
     Raises ConfigError for an unknown file, data set or split, or missing given rows; DataError if there are no rows.
     """
     if isinstance(source, GivenRows):
@@ -87,7 +90,7 @@ def read_source(source: str | GivenRows, split: str, data_format: str = "message
     if not source.strip() or "\0" in source:
         raise ConfigError(f"data source {source!r} is not a name: use {', '.join(FILE_SUFFIXES)} or a hub name")
     if source == "demo":
-        read = _read_demo(split, data_format)
+        read = _read_demo(split, method)
     elif source.endswith(FILE_SUFFIXES):
         read = _read_file(path)
     elif (other := path.is_file() or source.endswith(OTHER_SUFFIXES)) or source[0] in "./" and not path.is_dir():
@@ -212,10 +215,10 @@ def _numbered(name: str, rows: Iterable[Mapping[str, object]], first: int = 0) -
     return SourceRows(name, [Row(i, f"{name}:{i + first}", row) for i, row in enumerate(rows)])
 
 
-def _read_demo(split: str, data_format: str) -> SourceRows:
+def _read_demo(split: str, method: str) -> SourceRows:
     if split not in DEMO_ROWS:
         raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
-    make = world.sft_rows if data_format == "messages" else world.preference_rows
+    make = world.sft_rows if method == "sft" else world.preference_rows
     return _numbered(f"demo[{split}]", make(split, DEMO_ROWS[split], 0))
 
 

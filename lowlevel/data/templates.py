@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from lowlevel.errors import ConfigError, DataError, one_line
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 Span = tuple[int, int]
 NOT_A_PREFIX = "prompt tokens are not a prefix of prompt+answer tokens"
 OTHER_TEMPLATE = "data.chat_template_from can name another template"
@@ -59,7 +59,7 @@ class ChatTemplate:
     """A template and the values that it can use."""
 
     text: str  # Jinja source
-    variables: Mapping[str, str]  # names such as eos_token with their values
+    variables: Mapping[str, Any]  # names such as eos_token with their values
     date: datetime.date = DATE  # for templates that print today's date: the same rows give the same tokens tomorrow
     end_of_turn: str = ""  # special token that ends a reply; "" if the template writes none
     after_turn: str = ""  # text after it at the end of a conversation: a newline, in Phi 3 also another token
@@ -80,6 +80,10 @@ class ChatTemplate:
         """Whether the template marks the assistant's text."""
         return MARKERS.search(self.text) is not None
 
+    def with_tools(self, tools: Sequence[Message]) -> ChatTemplate:
+        """The template for conversations with these tools."""
+        return replace(self, variables={**self.variables, "tools": list(tools)}) if tools else self
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Text of a conversation, with the opening of a reply if `add_generation_prompt`. Raises RenderError."""
         return self._render(messages, add_generation_prompt)[0]
@@ -99,6 +103,9 @@ class ChatTemplate:
             changed = min(changed, unknown)
         for start, end, turn in replies:
             self._check_reply(text[start:end], messages[turn]["content"], turn)
+        for turn in turns:
+            own = "".join(text[reply.start : reply.end] for reply in replies if reply.turn == turn)
+            check_calls(own or text, messages[turn], turn)
         return Rendering(text, replies, changed)
 
     def text_and_cut(self, prompt: Sequence[Message], reply: str, supervise: str) -> tuple[str, int]:
@@ -110,6 +117,8 @@ class ChatTemplate:
         text = self.render([*prompt, {"role": "assistant", "content": reply}], add_generation_prompt=False)
         if not text.startswith(prefix):
             raise RenderError(_no_prefix(prefix, text, len(prompt)))
+        for turn, message in enumerate(prompt):
+            check_calls(prefix, message, turn)
         end = self._reply_end(text, len(text))
         self._check_reply(text[len(prefix) : end], reply, len(prompt))
         return text if supervise == "all" else text[:end], len(prefix)
@@ -187,6 +196,14 @@ def _fixed_date(date: datetime.date) -> str:
     """Jinja source that redefines transformers' `strftime_now` with a fixed date."""
     directives = "".join(f" | replace('{code}', '{date.strftime(code)}')" for code in DATE_CODES)
     return "{%- macro strftime_now(format) -%}{{ format" + directives + " }}{%- endmacro -%}{{ '' }}"
+
+
+def check_calls(written: str, message: Message, turn: int) -> None:
+    """Raise RenderError if the text of a message lacks the name of one of its tool calls."""
+    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    if lost := next((name for name in names if name not in written), None):
+        hint = "data.chat_template_from can name a template with tool calls"
+        raise RenderError(f"the chat template leaves out the tool call {json.dumps(lost)} (turn {turn + 1}); {hint}")
 
 
 def left_out(text: str, messages: Sequence[Message]) -> int:

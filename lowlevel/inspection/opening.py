@@ -15,10 +15,12 @@ from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good, saved, s
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import build_examples
 from lowlevel.data.filters import apply_filters
-from lowlevel.data.messages import BadRow, normalise
+from lowlevel.data.formats import recognised
+from lowlevel.data.messages import normalise
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.sources import Row, read_source
+from lowlevel.data.turns import BadRow
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.inspection.inspection import Inspection, logged_loss
 from lowlevel.inspection.pieces import TokenPieces
@@ -153,7 +155,7 @@ def example_of_row(config: RunConfig, tokenizer: ChatTokenizer, data: PreparedDa
 
 def _why_missing(config: RunConfig, tokenizer: ChatTokenizer, row: int) -> str:
     data = config.data
-    source = read_source(data.source, data.split, data.format)
+    source = recognised(read_source(data.source, data.split, config.method), data.format, config.method)
     found = next((candidate for candidate in source.rows if candidate.id == row), None)
     if found is None:
         return f"row {row}: {source.name} has the rows 0 to {len(source.rows) - 1}"
@@ -171,7 +173,7 @@ def _why_missing(config: RunConfig, tokenizer: ChatTokenizer, row: int) -> str:
 def _problem(row: Row, config: RunConfig, tokenizer: ChatTokenizer) -> str | None:
     """Why a row gives no example, or None if it gives one."""
     try:
-        normalised = normalise(row, config.data.format, config.data.columns)
+        normalised = normalise(row, config.data.columns)
     except BadRow as bad:
         return str(bad)
     built = build_examples([normalised], config.data, tokenizer, len(tokenizer.tokenizer))

@@ -75,6 +75,8 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
                 f"{dtype_name(placement.dtype)}",
                 markup=False,
             )
+    for read_as in dict.fromkeys(split.read_as for split in inputs.data.report.splits.values() if split.read_as):
+        console.print(f"  rows       read as {read_as}", markup=False, highlight=False)
     for line in not_learned(inputs.data.report):
         console.print(f"  warning    {line}", markup=False, highlight=False)
     if config.method == "dpo":

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from lowlevel.config.schema import DataConfig
+from lowlevel.data.examples import PreferenceExample
+from lowlevel.data.formats import recognised
 from lowlevel.data.messages import normalise
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.sources import read_source
@@ -37,10 +39,12 @@ def expected_sequences(
 ) -> dict[int, list[Expected]]:
     """By data row: one sequence of a conversation, chosen and rejected of a pair."""
     wanted = {example.row for example in examples}
-    rows = [row for row in read_source(config.source, config.split, config.format).rows if row.id in wanted]
+    method = "dpo" if any(isinstance(example, PreferenceExample) for example in examples) else "sft"
+    source = recognised(read_source(config.source, config.split, method), config.format, method)
+    rows = [row for row in source.rows if row.id in wanted]
     found = {}
     for row in rows:
-        normalised = normalise(row, config.format)
+        normalised = normalise(row)
         messages: list[Any] = [dict(message) for message in normalised.messages]
         if normalised.completions:
             wholes = [[*messages, {"role": "assistant", "content": text}] for text in normalised.completions]

@@ -99,8 +99,8 @@ def test_a_configuration_cannot_be_changed():
 
 def test_dpo_has_defaults_of_its_own_where_nothing_is_given():
     sft, dpo = config_from_tables({}, "test"), config_from_tables({"method": "dpo"}, "test")
-    assert (sft.train.learning_rate, sft.data.format) == (2e-4, "messages")
-    assert (dpo.train.learning_rate, dpo.data.format) == (1e-5, "preference")
+    assert (sft.train.learning_rate, sft.data.format) == (2e-4, "auto")
+    assert (dpo.train.learning_rate, dpo.data.format) == (1e-5, "auto")
     given = {"method": "dpo", "train": {"learning_rate": 3e-4}, "data": {"format": "orca"}}
     assert config_from_tables(given, "test").train.learning_rate == 3e-4
     assert config_from_tables(given, "test").data.format == "orca"

@@ -19,9 +19,9 @@ from lowlevel.errors import ConfigError, DataError, LowlevelError
 GOOD = b'{"a": 1}\n'
 
 
-def read_rows(source: str, split: str, data_format: str = "messages") -> list[Row]:
+def read_rows(source: str, split: str, method: str = "sft") -> list[Row]:
     """All rows of a source, or the error that `prepare` raises for those that cannot be read."""
-    read = read_source(source, split, data_format)
+    read = read_source(source, split, method)
     if read.problems:
         raise data_error(read.problems)
     return read.rows
@@ -157,10 +157,10 @@ def test_no_rows(write, content):
         read_rows(write(*content), "train")
 
 
-def test_demo_rows_by_format_and_split():
+def test_demo_rows_by_method_and_split():
     assert len(read_rows("demo", "train")) == 2400
-    assert "messages" in read_rows("demo", "train", "messages")[0].columns
-    pairs = read_rows("demo", "heldout", "preference")
+    assert "messages" in read_rows("demo", "train", "sft")[0].columns
+    pairs = read_rows("demo", "heldout", "dpo")
     assert len(pairs) == 240
     assert {"prompt", "chosen", "rejected"} <= set(pairs[0].columns)
     with pytest.raises(ConfigError, match='"demo" has the splits train, heldout, not "test"'):
