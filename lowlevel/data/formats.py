@@ -29,7 +29,8 @@ from lowlevel.data.turns import (
 from lowlevel.errors import ConfigError, DataError, quoted
 
 Method = Literal["sft", "dpo"]
-Completions = tuple[()] | tuple[str, str]
+Completion = str | Message  # a message if it has tool calls
+Completions = tuple[()] | tuple[Completion, Completion]
 Read = tuple[Turns, Completions]
 PAIR = ("chosen", "rejected")
 QUESTIONS = ("question", "query", "instruction", "input")
@@ -55,10 +56,12 @@ class Format:
 
     def describe(self, columns: Columns) -> str:
         """How the report says it, from a row of the source; "" for the plain formats."""
-        given = columns.get("messages")
-        shared = isinstance(given, list) and given and isinstance(given[0], dict) and "from" in given[0]
+        given = columns.get(self.columns[0])
+        shared = isinstance(given, list) and bool(given) and isinstance(given[0], dict) and "from" in given[0]
         if self.name in ("messages", "preference"):
-            return f"ShareGPT: {self.columns[0]}" if shared and self.columns == ("messages",) else ""
+            return f"ShareGPT: {self.columns[0]}" if shared else ""
+        if self.name == "sharegpt" and not shared:
+            return f"lists of messages: {', '.join(self.columns)}"
         added = [name for name in ADDED if name in self.aside and name in columns and name != self.columns[0]]
         joined = f" ({self.columns[0]} and {' and '.join(added)} joined by a blank line)" if added else ""
         names = [*self.columns, *(name for name in self.aside if name in columns and name not in self.columns)]
@@ -197,18 +200,15 @@ def _pair(prompt: Turns, chosen: Turns, rejected: Turns) -> Read:
     return Turns(prompt.messages, notes=notes), (texts[0], texts[1])
 
 
-def _reply(name: str, turns: Turns, prompt: Turns) -> str:
-    """Text of a completion: one assistant message, or the last one of a conversation that begins with the prompt."""
+def _reply(name: str, turns: Turns, prompt: Turns) -> Completion:
+    """A completion: one assistant message, or the last one of a conversation that begins with the prompt."""
     size = len(prompt.messages)
     reply = turns.after(size) if turns.messages[:size] == prompt.messages else turns
     if [turn["role"] for turn in reply.messages] != ["assistant"]:
         raise BadRow("completion is not one reply", f'"{name}" is not one assistant message after the prompt')
     if reply.context:
         raise BadRow("not to be learned", f'"{name}" is marked as not to be learned (weight 0)')
-    if "tool_calls" in reply.messages[0]:
-        hint = "a pair compares texts; leave the row out, or learn the call with sft"
-        raise BadRow("tool call in a completion", f'"{name}" is a tool call; {hint}')
-    return str(reply.messages[0]["content"])
+    return reply.messages[0] if "tool_calls" in reply.messages[0] else str(reply.messages[0]["content"])
 
 
 def _check_prompt(prompt: Turns) -> None:
@@ -346,7 +346,7 @@ def _several(source: str, fitting: Sequence[Format]) -> str:
     shown = "; ".join(f"{f.title} ({', '.join(f.columns)})" for f in fitting)
     names = list(dict.fromkeys(f.name for f in fitting))
     choice = " or ".join(f'"{name}"' for name in names)
-    mend = f"set data.format to {choice}" if len(names) > 1 else "rename or remove the columns of the others"
+    mend = f"set data.format to {choice}" if len(names) > 1 else "rename or remove the columns of others"
     return f"{source}: its columns fit several formats: {shown}; {mend}"
 
 

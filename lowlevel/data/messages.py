@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lowlevel.data.formats import Completions
+from lowlevel.data.formats import Completion, Completions
 from lowlevel.data.sources import Row
 from lowlevel.data.turns import MASKED, BadRow, Columns, Message, Turns, is_filled, tools_of, value_of
 
@@ -33,6 +33,17 @@ class Normalised:
     tools: tuple[Message, ...] = ()  # for the chat template
     context: frozenset[int] = frozenset()  # indices of replies that are only context
 
+    @property
+    def texts(self) -> list[str]:
+        """The text of each message and completion."""
+        return [_text(said) for said in (*self.messages, *self.completions)]
+
+    @property
+    def replies(self) -> list[str]:
+        """The text of each reply that can be learned."""
+        learned = (m for i, m in enumerate(self.messages) if m["role"] == "assistant" and i not in self.context)
+        return [_text(said) for said in (self.completions or learned)]
+
 
 def normalise(row: Row, columns: Sequence[str] = ()) -> Normalised:
     """Check a row's content, convert it to messages and read the numbers in `columns`. Raises BadRow."""
@@ -42,7 +53,8 @@ def normalise(row: Row, columns: Sequence[str] = ()) -> Normalised:
         _check_conversation(turns)
     _check_marks(row.columns, columns, is_pair=bool(completions))
     values = tuple(_number(row.columns, name) for name in columns)
-    tools = tools_of(row.columns, needed=any("tool_calls" in message for message in messages))
+    said = (*messages, *(reply for reply in completions if not isinstance(reply, str)))
+    tools = tools_of(row.columns, needed=any("tool_calls" in message for message in said))
     first_reply = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     prompt = messages if completions else messages[:first_reply]
     warnings = [*turns.notes, *_ignored(row.columns, (*columns, *row.format.aside, *(["tools"] if tools else [])))]
@@ -59,6 +71,10 @@ def normalise(row: Row, columns: Sequence[str] = ()) -> Normalised:
     return Normalised(
         row, messages, completions, values, identity, digest(prompt), tuple(warnings), tuple(tools), context
     )
+
+
+def _text(said: Completion) -> str:
+    return said if isinstance(said, str) else str(said["content"])
 
 
 def _check_conversation(turns: Turns) -> None:

@@ -38,7 +38,8 @@ Tokens = tuple[list[int], np.ndarray]
 # The index of a prompt's last special token (0: none) and the ids from there to its end. Tokens do not cross a special
 # token, so these ids are independent of the text before it.
 Opening = tuple[int, list[int]]
-Pair = tuple[Sequence[Message], str, str]  # messages of the prompt, text of chosen and rejected
+# messages of the prompt, chosen and rejected: each a text, or a message with tool calls
+Pair = tuple[Sequence[Message], str | Message, str | Message]
 Tools = Sequence[Message]
 OPENING = 200  # characters at the end of a prompt that are searched for its last special token
 # Kinds of warnings about tokens. APART: a token of the whole text crosses the beginning of the last reply, so prompt
@@ -219,7 +220,7 @@ class ChatTokenizer:
     ) -> tuple[list[int], list[tuple[int, int, int]], bool]:
         """As the offsets in `_encoded`, by tokenising every prompt; `ids` are those of the whole text.
 
-        Returns ids, the ranges and turns of the replies whose prompts they begin with, and whether the last reply was cut off.
+        Returns ids, ranges and turns of replies whose prompts they begin with, and whether the last reply was cut off.
         """
         last = replies[-1]
         prompts, wholes = (self._ids([text[:end] for end in cuts]) for cuts in list(zip(*replies, strict=True))[:2])

@@ -25,6 +25,7 @@ DESCRIBING = (
     *("byte order mark", "turns not alternating", "empty user turn", "special tokens in text", "duplicate rows"),
     *("contradicting pairs", APART),
 )
+DOUBLE_END = "replies that end with an end-of-turn token in their text (the chat template adds one: the end is double)"
 COUNTED = ("total", "prompt", "supervised", "chosen", "rejected")
 
 
@@ -115,11 +116,11 @@ def count_warnings(rows: Sequence[Normalised], tokenizer: ChatTokenizer) -> Coun
     """Number of rows by kind of warning."""
     warnings = Counter(kind for row in rows for kind in row.warnings)
     special = re.compile("|".join(re.escape(token) for token in tokenizer.special_tokens) or "(?!)")
-    warnings["special tokens in text"] = sum(
-        any(special.search(text) for text in (*(m["content"] for m in row.messages), *row.completions)) for row in rows
-    )
+    warnings["special tokens in text"] = sum(any(special.search(text) for text in row.texts) for row in rows)
+    ends = tuple(tokenizer.decode([i]) for i in tokenizer.stop_ids)
+    warnings[DOUBLE_END] = sum(any(text.rstrip().endswith(ends) for text in row.replies) for row in rows)
     warnings["duplicate rows"] = len(rows) - len({row.digest for row in rows})
-    pairs = {(row.prompt_digest, *row.completions) for row in rows if row.completions}
+    pairs = {(row.prompt_digest, *map(str, row.completions)) for row in rows if row.completions}
     warnings["contradicting pairs"] = sum((prompt, b, a) in pairs for prompt, a, b in pairs) // 2
     return +warnings
 

@@ -108,19 +108,21 @@ class ChatTemplate:
             check_calls(own or text, messages[turn], turn)
         return Rendering(text, replies, changed)
 
-    def text_and_cut(self, prompt: Sequence[Message], reply: str, supervise: str) -> tuple[str, int]:
+    def text_and_cut(self, prompt: Sequence[Message], reply: str | Message, supervise: str) -> tuple[str, int]:
         """Text of a prompt with one reply, and the index of the reply's first character.
 
         With supervise "assistant" the text ends after the end-of-turn token, with "all" where the template ends it.
         """
         prefix = self.render(prompt, add_generation_prompt=True)
-        text = self.render([*prompt, {"role": "assistant", "content": reply}], add_generation_prompt=False)
+        answer = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
+        text = self.render([*prompt, answer], add_generation_prompt=False)
         if not text.startswith(prefix):
             raise RenderError(_no_prefix(prefix, text, len(prompt)))
         for turn, message in enumerate(prompt):
             check_calls(prefix, message, turn)
         end = self._reply_end(text, len(text))
-        self._check_reply(text[len(prefix) : end], reply, len(prompt))
+        self._check_reply(text[len(prefix) : end], answer["content"], len(prompt))
+        check_calls(text[len(prefix) : end], answer, len(prompt))
         return text if supervise == "all" else text[:end], len(prefix)
 
     def try_render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str | None:

@@ -42,7 +42,11 @@ OPENED = re.compile(
     r"|### ?(?:Assistant|Response):|\n(?:Assistant|ASSISTANT):)\s*$"
 )
 SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-LISTED = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:.*["'](?:role|from)["']\s*:""", re.S)
+LISTED = re.compile(
+    r"""\s*\[\s*\{\s*(?:["'](?:role|from)["']\s*:\s*["'](?:system|user|human|assistant|gpt|tool)["']"""
+    r"""|["'](?:content|value)["']\s*:.*["'](?:role|from)["']\s*:)""",
+    re.S,
+)
 OBJECT = re.compile(r"""\s*\[?\s*\{\s*["']""")
 Columns = Mapping[str, object]
 Message = dict[str, Any]  # role and content; an assistant's tool_calls; a tool's name and tool_call_id
@@ -97,6 +101,8 @@ def text_of(columns: Columns, name: str) -> str:
         where = text[:30] if FRAME.match(text) else text[-30:]
         hint = "give the messages alone: the chat template is added later"
         raise BadRow("chat template in text", f'"{name}" is already in a chat template ({json.dumps(where)}); {hint}')
+    if decoded(text, name) is not None:
+        raise BadRow("transcript", f'"{name}" is a list of messages written as text, expected one message')
     if is_transcript(text):
         hint = 'expected one message; give a list of messages (pairs of transcripts: data.format = "hh")'
         raise BadRow("transcript", f'"{name}" is a transcript (Human: ... Assistant: ...), {hint}')

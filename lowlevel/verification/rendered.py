@@ -14,7 +14,7 @@ import numpy as np
 from lowlevel.config.schema import DataConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.data.formats import recognised
-from lowlevel.data.messages import normalise
+from lowlevel.data.messages import Normalised, normalise
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.sources import read_source
 from lowlevel.labels import IGNORED
@@ -47,32 +47,40 @@ def expected_sequences(
         normalised = normalise(row)
         messages: list[Any] = [dict(message) for message in normalised.messages]
         if normalised.completions:
-            wholes = [[*messages, {"role": "assistant", "content": text}] for text in normalised.completions]
+            replies = [{"role": "assistant", "content": c} if isinstance(c, str) else c for c in normalised.completions]
+            wholes = [[*messages, reply] for reply in replies]
             turns = [[len(messages)]] * 2
         else:
             wholes = [messages]
             turns = [[i for i, message in enumerate(messages) if message["role"] == "assistant"]]
         found[row.id] = [
-            _expected(tokenizer, config, w, t, pair=len(wholes) > 1) for w, t in zip(wholes, turns, strict=True)
+            _expected(tokenizer, config, w, t, normalised, pair=len(wholes) > 1)
+            for w, t in zip(wholes, turns, strict=True)
         ]
     return found
 
 
 def _expected(
-    tokenizer: ChatTokenizer, config: DataConfig, messages: list[Any], turns: list[int], *, pair: bool
+    tokenizer: ChatTokenizer, config: DataConfig, messages: list[Any], turns: list[int], row: Normalised, *, pair: bool
 ) -> Expected:
     own: Any = tokenizer.tokenizer
 
     def render(upto: int, prompt: bool) -> str:
         return own.apply_chat_template(
-            messages[:upto], chat_template=tokenizer.chat_template.text, tokenize=False, add_generation_prompt=prompt
+            messages[:upto],
+            tools=list(row.tools) or None,
+            chat_template=tokenizer.chat_template.text,
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
 
     text = render(len(messages), False)
     asked = [(render(turn, True), render(turn + 1, False)) for turn in turns]
     found = [(len(prompt), _reply_end(tokenizer, answered), answered) for prompt, answered in asked]
     # a reply that the template changes in later turns is not learned
-    spans = [(start, end) for start, end, answered in found if text.startswith(answered[:end])]
+    kept = [(turn, span) for turn, span in zip(turns, found, strict=True) if text.startswith(span[2][: span[1]])]
+    spans = [(start, end) for turn, (start, end, _) in kept if turn not in row.context]
+    masked = [(start, end) for turn, (start, end, _) in kept if turn in row.context]
     if pair and config.supervise == "assistant":
         text = text[: spans[-1][1]]
     encoded = own(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -82,6 +90,8 @@ def _expected(
     learned = np.logical_or.reduce(replies)
     if config.supervise == "all":
         learned = starts >= spans[-1][0] if pair else np.ones(len(ids), bool)
+        for start, end in masked:
+            learned &= (starts < start) | (starts >= end)
     sure = not any(bool(np.any((starts < cut) & (cut < ends))) for span in spans for cut in span)
     shift = 0
     if tokenizer.bos_id is not None and (not len(ids) or ids[0] != tokenizer.bos_id):

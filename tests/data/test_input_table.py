@@ -102,8 +102,8 @@ def test_orca_rows(run, write, column, value):
         (
             {"prompt": "q"},
             "messages",
-            NO_SFT
-            + "prompt; nearest: prompt, completion (missing: completion); rename them (lowlevel/data/README.md, Row formats)",
+            NO_SFT + "prompt; nearest: prompt, completion (missing: completion); rename them "
+            "(lowlevel/data/README.md, Row formats)",
         ),
         (
             {"prompt": "q", "chosen": "a"},
