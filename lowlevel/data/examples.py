@@ -14,7 +14,7 @@ from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import CHANGED, CROSSED, ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
-from lowlevel.data.turns import BadRow
+from lowlevel.data.texts import BadRow
 from lowlevel.errors import DataError
 from lowlevel.labels import IGNORED
 

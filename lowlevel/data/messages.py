@@ -8,9 +8,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lowlevel.data.formats import Completion, Completions
+from lowlevel.data.readers import Completion, Completions
 from lowlevel.data.sources import Row
-from lowlevel.data.turns import MASKED, BadRow, Columns, Message, Turns, is_filled, tools_of, value_of
+from lowlevel.data.texts import BadRow, Columns, Message, is_filled, value_of
+from lowlevel.data.tool_calls import tools_of
+from lowlevel.data.turns import MASKED, Turns
 
 # columns with which other trainers change the tokens or the loss; some formats read some of them
 OF_OTHERS = (

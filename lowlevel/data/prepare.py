@@ -19,7 +19,7 @@ from lowlevel.data.messages import Normalised, normalise
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.report import DataReport, SplitReport, count_warnings, split_report, tokenizer_report
 from lowlevel.data.sources import FILE_SUFFIXES, Row, RowProblem, SourceRows, data_error, read_source, shuffled
-from lowlevel.data.turns import BadRow
+from lowlevel.data.texts import BadRow
 from lowlevel.errors import ConfigError, DataError, quoted
 
 

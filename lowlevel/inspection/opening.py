@@ -20,7 +20,7 @@ from lowlevel.data.messages import normalise
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.sources import Row, read_source
-from lowlevel.data.turns import BadRow
+from lowlevel.data.texts import BadRow
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.inspection.inspection import Inspection, logged_loss
 from lowlevel.inspection.pieces import TokenPieces

@@ -9,7 +9,8 @@ from lowlevel.data.messages import normalise
 from lowlevel.data.rendering import chat_tokenizer
 from lowlevel.data.report import DOUBLE_END
 from lowlevel.data.sources import Row, SourceRows
-from lowlevel.data.turns import DECODED, MASKED, BadRow
+from lowlevel.data.texts import BadRow
+from lowlevel.data.turns import DECODED, MASKED
 from lowlevel.errors import DataError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
