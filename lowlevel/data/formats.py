@@ -12,7 +12,7 @@ from typing import Literal
 from lowlevel.data import readers
 from lowlevel.data.readers import ADDED, PAIR, SYSTEM, Read
 from lowlevel.data.sources import SourceRows
-from lowlevel.data.texts import BadRow, Columns, decoded, is_transcript
+from lowlevel.data.texts import BadRow, Columns, decoded, is_message, is_transcript
 from lowlevel.errors import ConfigError, DataError, quoted
 
 Method = Literal["sft", "dpo"]
@@ -62,6 +62,10 @@ def _holds_prompt(columns: Columns) -> bool:
     return isinstance(found, list) and len(found) > 1
 
 
+def _holds_messages(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and is_message(value[0])
+
+
 def _question_formats() -> Iterator[Format]:
     for question, answer in (
         *(("instruction", "output"), ("question", "answer"), ("question", "response"), ("instruction", "response")),
@@ -89,7 +93,15 @@ FORMATS = (
     Format("preference", "preference", "dpo", ("prompt", *PAIR), readers.preference, first=True),
     Format("preference", "preference", "dpo", PAIR, readers.preference, first=True, fits=_holds_prompt),
     Format("orca", "Orca", "dpo", ("system", "input", *PAIR), readers.orca, ("system",), True),
-    Format("sharegpt", "ShareGPT pairs", "dpo", ("conversations", *PAIR), readers.conversation_pair, SYSTEM),
+    Format(
+        "sharegpt",
+        "ShareGPT pairs",
+        "dpo",
+        ("conversations", *PAIR),
+        readers.conversation_pair("conversations"),
+        SYSTEM,
+    ),
+    Format("sharegpt", "messages and pair", "dpo", ("messages", *PAIR), readers.conversation_pair("messages"), SYSTEM),
     *_question_formats(),
 )
 
@@ -161,7 +173,12 @@ def _none(source: SourceRows, found: Sequence[str], formats: Sequence[Format], m
     if "text" in have:
         hint = 'does not say which part is the reply: split it into "prompt" and "completion", or "messages"'
         return f'{problem}; "text" {hint}'
-    return f"{problem}; nearest: {', '.join(nearest.columns)} (missing: {missing}); rename them ({READ_ME})"
+    if listing := next((name for name in found if _holds_messages(source.rows[0].columns.get(name))), None):
+        return f'{problem}; rename "{quoted(listing)}", a list of messages, to "{nearest.columns[0]}"'
+    near = f"{', '.join(nearest.columns)} (missing: {missing}); rename them"
+    if not have & set(nearest.columns):
+        near = f"{' or '.join(dict.fromkeys('+'.join(f.columns) for f in formats if f.first))}; rename yours"
+    return f"{problem}; nearest: {near} ({READ_ME})"
 
 
 def listed(columns: Sequence[str], shown: int = 20) -> str:

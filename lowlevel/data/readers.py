@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -53,10 +54,13 @@ def conversations(columns: Columns) -> Read:
     return _with_system(columns, turns_of(columns, "conversations")), ()
 
 
-def conversation_pair(columns: Columns) -> Read:
-    """ShareGPT as LLaMA-Factory has it for pairs: the prompt is a list of messages."""
-    prompt = _with_system(columns, turns_of(columns, "conversations"))
-    return _pair(prompt, *(_completion(columns, name) for name in PAIR))
+def conversation_pair(name: str) -> Callable[[Columns], Read]:
+    """ShareGPT as LLaMA-Factory has it for pairs: the column `name` holds the prompt as a list of messages."""
+
+    def read(columns: Columns) -> Read:
+        return _pair(_with_system(columns, turns_of(columns, name)), *(_completion(columns, key) for key in PAIR))
+
+    return read
 
 
 def preference(columns: Columns) -> Read:
@@ -168,10 +172,19 @@ def _reply(name: str, turns: Turns, prompt: Turns) -> Completion:
     size = len(prompt.messages)
     reply = turns.after(size) if turns.messages[:size] == prompt.messages else turns
     if [turn["role"] for turn in reply.messages] != ["assistant"]:
-        raise BadRow("completion is not one reply", f'"{name}" is not one assistant message after the prompt')
+        differ = "" if len(turns.messages) == 1 else _difference(prompt.messages, turns.messages, name)
+        raise BadRow("completion is not one reply", f'"{name}" is not one assistant message after the prompt{differ}')
     if reply.context:
         raise BadRow("not to be learned", f'"{name}" is marked as not to be learned (weight 0)')
     return reply.messages[0] if "tool_calls" in reply.messages[0] else str(reply.messages[0]["content"])
+
+
+def _difference(prompt: Sequence[Message], messages: Sequence[Message], name: str) -> str:
+    """Where a conversation leaves its prompt, or nothing if it begins with it."""
+    pairs = enumerate(zip(prompt, messages, strict=False), 1)
+    turn, one, other = next(((i, a, b) for i, (a, b) in pairs if a != b), (0, {}, {}))
+    shown = " and ".join(json.dumps(f"{m['role']}: {m['content']}"[:40], ensure_ascii=False) for m in (one, other) if m)
+    return f'; turn {turn} of "prompt" and "{name}" differ: {shown}' if turn else ""
 
 
 def _check_prompt(prompt: Turns) -> None:

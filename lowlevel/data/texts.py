@@ -108,12 +108,13 @@ def decoded(text: str, name: str) -> list[Any] | None:
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
         items = value if isinstance(value, list) else [value]
-        return items if items and all(_is_message(item) for item in items) else None
+        return items if items and all(is_message(item) for item in items) else None
     if LISTED.match(text):
         hint = "neither JSON nor Python; write the list itself, not its text"
         raise BadRow("transcript", f'"{name}" is the text of a list of messages, {hint}')
     return None
 
 
-def _is_message(item: object) -> bool:
+def is_message(item: object) -> bool:
+    """Whether a value has the keys of a message, or of ShareGPT's."""
     return isinstance(item, Mapping) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())

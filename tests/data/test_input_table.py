@@ -97,7 +97,7 @@ def test_orca_rows(run, write, column, value):
         (
             {"foo": 1},
             "messages",
-            NO_SFT + "foo; nearest: messages (missing: messages); rename them (lowlevel/data/README.md, Row formats)",
+            NO_SFT + "foo; nearest: messages or prompt+completion; rename yours (lowlevel/data/README.md, Row formats)",
         ),
         (
             {"prompt": "q"},
