@@ -151,10 +151,14 @@ class ChatTokenizer:
     def _continue(self, text: str) -> list[int]:
         """Ids of text that follows other text.
 
-        SentencePiece puts a space before the first word of a text, but not after a newline.
+        Some tokenizers put a space before the first word of a text, but not after a newline. A newline can merge with
+        the text; then a letter is tried.
         """
-        newline, ids, plain = self._ids(["\n", "\n" + text, text])
-        return ids[len(newline) :] if ids[: len(newline)] == newline else plain
+        before = self._ids(["\n", "a"])
+        for first, ids in zip(before, self._ids(["\n" + text, "a" + text]), strict=True):
+            if ids[: len(first)] == first:
+                return ids[len(first) :]
+        return self._ids([text])[0]
 
     def _encoded(
         self, rendered: Rendering, tokens: Tokens, openings: Sequence[Opening], messages: Sequence[Message]

@@ -1,7 +1,7 @@
-"""The learned tokens of a row, derived from the row itself by the chat template and offsets of transformers.
+"""The learned tokens of a row, derived from the row itself by the chat template and the tokenizer.
 
-No code of `data.rendering` or `data.examples` is used: prefix and whole are rendered by `apply_chat_template`, and a
-token is the assistant's if it begins in the text between them.
+No code of `data.rendering` or `data.examples` is used: prefix and whole are rendered by `apply_chat_template` and
+tokenised, and the tokens that the whole has more than the prefix are the assistant's.
 """
 
 from __future__ import annotations
@@ -71,21 +71,20 @@ def _expected(
     spans = [(start, end) for start, end, answered in found if text.startswith(answered[:end])]
     if pair and config.supervise == "assistant":
         text = text[: spans[-1][1]]
-    encoded = own(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
-    ids = np.asarray(encoded["input_ids"], np.int64)
-    replies = [(starts >= start) & (starts < end) for start, end in spans]
-    learned = np.logical_or.reduce(replies)
+    parts = [text, *(text[:cut] for span in spans for cut in span)]
+    tokens, *prefixes = own(parts, add_special_tokens=False, verbose=False)["input_ids"]
+    sure = all(tokens[: len(prefix)] == prefix for prefix in prefixes)
+    ids, shift = np.asarray(tokens, np.int64), 0
+    cuts = [len(prefix) for prefix in prefixes]
+    learned = np.zeros(len(ids), bool)
+    for start, end in zip(cuts[::2], cuts[1::2], strict=True):
+        learned[start:end] = True
     if config.supervise == "all":
-        learned = starts >= spans[-1][0] if pair else np.ones(len(ids), bool)
-    sure = not any(bool(np.any((starts < cut) & (cut < ends))) for span in spans for cut in span)
-    shift = 0
+        learned[cuts[-2] if pair else 0 :] = True
     if tokenizer.bos_id is not None and (not len(ids) or ids[0] != tokenizer.bos_id):
         ids, learned, shift = np.concatenate([[tokenizer.bos_id], ids]), np.concatenate([[False], learned]), 1
     learned[:1] = False
-    return Expected(
-        ids, learned, tuple(int(np.flatnonzero(reply)[-1]) + shift for reply in replies if reply.any()), sure
-    )
+    return Expected(ids, learned, tuple(end - 1 + shift for end in cuts[1::2]) if sure else (), sure)
 
 
 def _reply_end(tokenizer: ChatTokenizer, text: str) -> int:
