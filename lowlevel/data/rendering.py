@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lowlevel.data.template_probe import probed
 from lowlevel.data.templates import (
     DATE,
     ChatTemplate,
@@ -26,7 +27,6 @@ from lowlevel.data.templates import (
     Rendering,
     Reply,
     left_out,
-    with_end_of_turn,
 )
 from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import ConfigError, one_line
@@ -240,7 +240,7 @@ def load_chat_tokenizer(
     """Load a tokenizer and its chat template, without running code of the model's repository.
 
     The arguments are model.name, model.revision, data.chat_template_from and data.template_date. Raises ConfigError if
-    it cannot be loaded, is not fast, has no eos token or no chat template, or has one that does not compile.
+    it cannot be loaded, is not fast, has no eos token or no chat template, or has an unusable one (see `probed`).
     """
     tokenizer = _load_tokenizer(name, revision)
     return chat_tokenizer(tokenizer, _template_text(tokenizer, name, chat_template_from), name, date)
@@ -252,7 +252,7 @@ def chat_tokenizer(tokenizer: Any, template: str, name: str = "tokenizer", date:
         raise ConfigError(f"{name}: tokenizer has no eos token; completions would never end")
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = tuple(sorted({*added, *tokenizer.all_special_tokens}))
-    chat_template = with_end_of_turn(ChatTemplate(template, dict(tokenizer.special_tokens_map), date), special)
+    chat_template = probed(ChatTemplate(template, dict(tokenizer.special_tokens_map), date), special)
     end = chat_template.end_of_turn
     bos = tokenizer.bos_token_id
     return ChatTokenizer(
