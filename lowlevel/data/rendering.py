@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lowlevel.data.template_probe import probed
 from lowlevel.data.templates import (
     DATE,
     ChatTemplate,
@@ -26,7 +27,6 @@ from lowlevel.data.templates import (
     Rendering,
     Reply,
     left_out,
-    with_end_of_turn,
 )
 from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import ConfigError, one_line
@@ -179,10 +179,14 @@ class ChatTokenizer:
     def _continue(self, text: str) -> list[int]:
         """Ids of text that follows other text.
 
-        SentencePiece puts a space before the first word of a text, but not after a newline.
+        Some tokenizers put a space before the first word of a text, but not after a newline. A newline can merge with
+        the text; then a letter is tried.
         """
-        newline, ids, plain = self._ids(["\n", "\n" + text, text])
-        return ids[len(newline) :] if ids[: len(newline)] == newline else plain
+        before = self._ids(["\n", "a"])
+        for first, ids in zip(before, self._ids(["\n" + text, "a" + text]), strict=True):
+            if ids[: len(first)] == first:
+                return ids[len(first) :]
+        return self._ids([text])[0]
 
     def _encoded(
         self,
@@ -271,7 +275,7 @@ def load_chat_tokenizer(
     """Load a tokenizer and its chat template, without running code of the model's repository.
 
     The arguments are model.name, model.revision, data.chat_template_from and data.template_date. Raises ConfigError if
-    it cannot be loaded, is not fast, has no eos token or no chat template, or has one that does not compile.
+    it cannot be loaded, is not fast, has no eos token or no chat template, or has an unusable one (see `probed`).
     """
     tokenizer = _load_tokenizer(name, revision)
     return chat_tokenizer(tokenizer, _template_text(tokenizer, name, chat_template_from), name, date)
@@ -283,7 +287,7 @@ def chat_tokenizer(tokenizer: Any, template: str, name: str = "tokenizer", date:
         raise ConfigError(f"{name}: tokenizer has no eos token; completions would never end")
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = tuple(sorted({*added, *tokenizer.all_special_tokens}))
-    chat_template = with_end_of_turn(ChatTemplate(template, dict(tokenizer.special_tokens_map), date), special)
+    chat_template = probed(ChatTemplate(template, dict(tokenizer.special_tokens_map), date), special)
     end = chat_template.end_of_turn
     bos = tokenizer.bos_token_id
     return ChatTokenizer(

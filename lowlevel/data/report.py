@@ -126,7 +126,7 @@ def count_warnings(rows: Sequence[Normalised], tokenizer: ChatTokenizer) -> Coun
 
 
 def tokenizer_report(tokenizer: ChatTokenizer) -> dict[str, Any]:
-    """Special token ids, and the hash and date of the chat template."""
+    """Special token ids, and hash, peculiarities and date of the chat template."""
     return {
         "chat_template_sha256": tokenizer.chat_template.sha256,
         "vocab_size": len(tokenizer.tokenizer),
@@ -134,6 +134,8 @@ def tokenizer_report(tokenizer: ChatTokenizer) -> dict[str, Any]:
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,
         "end_of_turn_id": tokenizer.end_of_turn_id,
+        "template_warnings": tokenizer.chat_template.warnings,
+        "template_notes": tokenizer.chat_template.notes,
         "template_date": str(tokenizer.chat_template.date) if tokenizer.chat_template.asks_for_date else None,
     }
 
@@ -155,7 +157,16 @@ def render_report(report: DataReport, console: Console) -> None:
     console.print(rows, tokens)
     for line in (line for split in splits.values() for dropped in split.dropped.values() for line in dropped.first):
         console.print(f"dropped {line}", markup=False, highlight=False)
+    for line in template_lines(report):
+        console.print(line, markup=False, highlight=False)
     console.print(_closing_line(report), markup=False, highlight=False)
+
+
+def template_lines(report: DataReport) -> list[str]:
+    """What the chat template does differently from most: a line for each warning, and one for all notes."""
+    found = report.tokenizer
+    lines = [f"warning    chat template: {warning}" for warning in found["template_warnings"]]
+    return lines + ([f"template   {'; '.join(found['template_notes'])}"] if found["template_notes"] else [])
 
 
 def not_learned(report: DataReport) -> list[str]:
@@ -219,9 +230,7 @@ def _facts(split: SplitReport) -> dict[str, str]:
 def _closing_line(report: DataReport) -> str:
     ids = ", ".join(f"{name} {report.tokenizer[name + '_id']}" for name in ("bos", "eos", "pad", "end_of_turn"))
     shared = "" if report.overlap is None else f"; {report.overlap} evaluation prompts are also trained on"
-    date = report.tokenizer["template_date"]
-    dated = f"; the chat template prints the date {date} (data.template_date)" if date else ""
-    return f"ids: {ids} (padding is masked by length){shared}{dated}; rows {report.train.fingerprint[:12]}"
+    return f"ids: {ids} (padding is masked by length){shared}; rows {report.train.fingerprint[:12]}"
 
 
 def _by_reason(problems: Sequence[RowProblem]) -> dict[str, Dropped]:

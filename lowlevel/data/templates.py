@@ -16,14 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from lowlevel.errors import ConfigError, DataError, one_line
+from lowlevel.errors import DataError, one_line
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 NOT_A_PREFIX = "prompt tokens are not a prefix of prompt+answer tokens"
 OTHER_TEMPLATE = "data.chat_template_from can name another template"
+SYSTEM_HINT = f" (it takes no system messages: put their text into the first user message; {OTHER_TEMPLATE})"
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-PROBE = "Reply"
+TAGS = re.compile(r"</?\w+>")
 SHOWN = 40  # characters of a rendering in an error
 DATE_CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "YymdBbAajHMSIpF"))  # of strftime, as templates use them
 DATE = datetime.date(2024, 7, 26)  # Llama 3.1's default date
@@ -61,9 +62,13 @@ class ChatTemplate:
     text: str  # Jinja source
     variables: Mapping[str, Any]  # names such as eos_token with their values
     date: datetime.date = DATE  # for templates that print today's date: the same rows give the same tokens tomorrow
+    # what its probe found (template_probe.py)
     end_of_turn: str = ""  # special token that ends a reply; "" if the template writes none
     after_turn: str = ""  # text after it at the end of a conversation: a newline, in Phi 3 also another token
     lead: str = ""  # text between a prompt and a reply's content, part of what the model writes: Qwen 3's empty <think>
+    refuses_system: bool = False
+    warnings: tuple[str, ...] = ()  # a line for each thing that is learned wrongly or not at all
+    notes: tuple[str, ...] = ()  # other peculiarities
 
     @property
     def sha256(self) -> str:
@@ -161,11 +166,14 @@ class ChatTemplate:
         return parts, len(marks) - len(parts)
 
     def _check_reply(self, written: str, content: str, turn: int) -> None:
-        """Raise RenderError if a rendered reply lacks a part of its content. Blanks can differ: many templates trim."""
+        """Raise RenderError if a rendered reply lacks a part of its content.
+
+        Templates may remove blanks around it, and move or remove tags such as <think>.
+        """
         inside = written.removeprefix(self.lead).removesuffix(self.end_of_turn)
-        if content.strip() not in inside and "".join(content.split()) not in "".join(inside.split()):
+        if content.strip() not in inside and not all(part.strip() in inside for part in TAGS.split(content)):
             own, made = (json.dumps(part[:SHOWN], ensure_ascii=False) for part in (content, inside))
-            lost = f"leaves out a part of the reply (turn {turn + 1})"
+            lost = f"leaves out or changes a part of the reply (turn {turn + 1})"
             raise RenderError(f"the chat template {lost}: {own} became {made}; {OTHER_TEMPLATE}")
 
     def _reply_end(self, text: str, end: int) -> int:
@@ -190,7 +198,8 @@ class ChatTemplate:
         try:
             texts, marked = render([[dict(message) for message in messages]], **options)
         except Exception as error:  # third-party code can raise anything
-            raise RenderError(f"the chat template refuses the row: {one_line(error)}") from None
+            hint = SYSTEM_HINT if self.refuses_system and messages[0]["role"] == "system" else ""
+            raise RenderError(f"the chat template refuses the row: {one_line(error)}{hint}") from None
         return texts[0], list(marked[0]) if marked else []
 
 
@@ -218,23 +227,3 @@ def _no_prefix(prefix: str, text: str, turn: int) -> str:
     same = len(os.path.commonprefix([prefix, text]))
     asked, written = (json.dumps(part[same : same + SHOWN], ensure_ascii=False) for part in (prefix, text))
     return f"{NOT_A_PREFIX} (turn {turn + 1}): prompt {asked}, prompt+answer {written}; {OTHER_TEMPLATE}"
-
-
-def with_end_of_turn(template: ChatTemplate, special_tokens: Sequence[str]) -> ChatTemplate:
-    """Find the end-of-turn token: the last special token after the text of a test reply.
-
-    A token that also follows a reply in the middle of a conversation is preferred: Phi 3 ends a reply with <|end|>, and
-    the conversation with another token. Raises ConfigError if the template does not compile, or refuses one answer.
-    """
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-    try:
-        text = template.render(messages, add_generation_prompt=False)
-    except RenderError as error:
-        raise ConfigError(f"unusable chat template: {error}") from None
-    tail = text.rpartition(PROBE)[2]
-    more = (template.try_render([*messages, messages[0]], False) or "").partition(PROBE)[2]
-    for part in (os.path.commonprefix([tail, more]), tail):
-        found = sorted((token for token in special_tokens if token and token in part), key=len)
-        if ends := {part.rfind(token) + len(token): token for token in found}:
-            return replace(template, end_of_turn=ends[max(ends)], after_turn=tail[max(ends) :])
-    return template

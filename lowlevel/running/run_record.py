@@ -14,7 +14,7 @@ from rich.console import Console
 from lowlevel.batch.order import DataOrder
 from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config.schema import RunConfig
-from lowlevel.data.report import not_learned
+from lowlevel.data.report import not_learned, template_lines
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.base import base_location
@@ -77,6 +77,8 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
             )
     for read_as in dict.fromkeys(split.read_as for split in inputs.data.report.splits.values() if split.read_as):
         console.print(f"  rows       read as {read_as}", markup=False, highlight=False)
+    for line in template_lines(inputs.data.report):
+        console.print(f"  {line}", markup=False, highlight=False)
     for line in not_learned(inputs.data.report):
         console.print(f"  warning    {line}", markup=False, highlight=False)
     if config.method == "dpo":
