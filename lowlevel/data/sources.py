@@ -33,11 +33,16 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `id` counts the rows of the source from 0; `where` is "train.jsonl:7", "name[split]:7" or "data:7"."""
+    """One row. `id` counts the rows of all sources from 0; `where` is "train.jsonl:7", "name[split]:7" or "data:7".
+
+    `source` is its place in data.sources, `format` the source's own.
+    """
 
     id: int
     where: str
     columns: Mapping[str, object]
+    source: int = 0
+    format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,19 +55,30 @@ class RowProblem:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One source of a mix: its name, its number of rows, and its share by weight."""
+
+    name: str
+    read: int
+    share: float | None = None
+
+
+@dataclass(frozen=True)
 class SourceRows:
-    """Rows of a source, problems with other rows, warnings by kind, and rows dropped by each filter."""
+    """Rows of one or more sources, problems with other rows, warnings by kind, and rows dropped by each filter."""
 
     name: str
     rows: list[Row]
     problems: list[RowProblem] = field(default_factory=list)
     warnings: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    parts: tuple[Part, ...] = ()  # of a mix
+    left: int = 0  # rows beyond their source's weight
 
     @property
     def read(self) -> int:
-        """Number of rows in the source, unreadable and dropped ones included."""
-        return len(self.rows) + len(self.problems) + self.dropped.total()
+        """Number of rows in the source, unreadable, dropped and left ones included."""
+        return len(self.rows) + len(self.problems) + self.dropped.total() + self.left
 
 
 def data_error(problems: Sequence[RowProblem]) -> DataError:

@@ -13,8 +13,8 @@ import numpy as np
 
 from lowlevel.config.schema import DataConfig
 from lowlevel.data.messages import normalise
+from lowlevel.data.mixing import read_parts
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.data.sources import read_source
 from lowlevel.labels import IGNORED
 from lowlevel.verification.truth import sequences_of
 
@@ -37,10 +37,10 @@ def expected_sequences(
 ) -> dict[int, list[Expected]]:
     """By data row: one sequence of a conversation, chosen and rejected of a pair."""
     wanted = {example.row for example in examples}
-    rows = [row for row in read_source(config.source, config.split, config.format).rows if row.id in wanted]
+    rows = [row for part in read_parts(config) for row in part.rows if row.id in wanted]
     found = {}
     for row in rows:
-        normalised = normalise(row, config.format)
+        normalised = normalise(row, row.format or config.format)
         messages: list[Any] = [dict(message) for message in normalised.messages]
         if normalised.completions:
             wholes = [[*messages, {"role": "assistant", "content": text}] for text in normalised.completions]
