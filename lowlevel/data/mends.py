@@ -5,9 +5,13 @@ What a file is, its first bytes say; its name only counts for kinds that have no
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from lowlevel.errors import quoted
 
 BOM = b"\xef\xbb\xbf"
 # Suffixes that never end a hub name.
@@ -40,8 +44,8 @@ FIRST_BYTES = (
         "fetch the data: git lfs pull (or hf download --repo-type dataset NAME)",
     ),
     (
-        rb"(?i)\s*<(!doctype|html|head|\?xml)",
-        "is a web page, not data",
+        rb"\s*<[!?a-zA-Z]",
+        "is a web page or XML, not data",
         "download the raw file (on the hub the address has /resolve/, not /blob/)",
     ),
 )
@@ -51,13 +55,18 @@ TEXT_KINDS = {
     ".tsv": ("is a table with tabs", PANDAS.replace("SEP", ", sep='\\t'")),
     ".txt": ("is plain text", 'write one JSON object a line, such as {"prompt": "...", "completion": "..."}'),
 }
+ANY_TEXT = "write one JSON object a line"
 OBJECT_A_LINE = "write one object a line, for example with jq -c . {name} > lines-{name}"
 # What stands at the place where a line becomes invalid; what it is; the mend.
 AT_ERROR = (
     (r"\s*\0", "holds NUL bytes, as after an interrupted copy", "copy or download {name} again"),
     (r"\s*(True|False|None)\b", "is Python's notation, not JSON", 'write json.dumps(row) + "\\n" for each row'),
     (r"\s*'", "has single quotes: Python's notation, not JSON", 'write json.dumps(row) + "\\n" for each row'),
-    (r"\s*[A-Za-z_$][\w$]*\s*:", "has keys without quotes (JSON5), not JSON", "write plain JSON, one object a line"),
+    (
+        r"(?<=[{,])\s*[A-Za-z_$][\w$]*\s*:",
+        "has keys without quotes (JSON5), not JSON",
+        "write plain JSON, one object a line",
+    ),
     (r"\s*(//|#|/\*)", "holds a comment, which JSON has not", "remove the comments"),
     (r"(?<=[}\]]),?\s*\{", "holds several objects", OBJECT_A_LINE),
     (r"(?<=[}\]]),\s*$", "ends with a comma", "write one object a line without commas between them"),
@@ -70,11 +79,12 @@ def refusal(head: bytes, name: str) -> str | None:
     return next((said(cause, mend, name) for start, cause, mend in FIRST_BYTES if re.match(start, head)), None)
 
 
-def text_refusal(first: bytes, path: Path) -> str:
-    """Why a text file whose first line is no JSON is not JSON lines."""
-    kind = (
-        path.suffix if path.suffix in TEXT_KINDS else ".tsv" if b"\t" in first else ".csv" if b"," in first else ".txt"
-    )
+def text_refusal(first: bytes, path: Path) -> str | None:
+    """Why a text file without valid JSON in any line is not JSON lines; None if it has the brackets of JSON."""
+    if b"{" in first or b"[" in first:
+        return None
+    by_content = ".tsv" if b"\t" in first else ".csv" if b"," in first else ".txt"
+    kind = path.suffix if path.suffix in TEXT_KINDS else by_content
     return said(*TEXT_KINDS[kind], path.name)
 
 
@@ -98,12 +108,16 @@ def line_mend(text: str, place: int) -> tuple[str, str]:
     return next(found, ("", ""))
 
 
-def nested(row: Mapping[str, object]) -> str | None:
-    """The column of a lone row that holds the rows of the file: a list of objects that are not messages."""
-    for name, items in row.items():
-        if (len(row) == 1 or name in ("data", "rows", "train")) and isinstance(items, list) and items:
+def table_refusal(row: Mapping[str, Any], name: str) -> str | None:
+    """Why the only row of a file is no row: it holds all rows under one key, or the values of each column."""
+    for key, items in row.items():
+        if (len(row) == 1 or key in ("data", "rows", "train")) and isinstance(items, list) and items:
             if isinstance(items[0], dict) and not {"role", "from"} & items[0].keys():
-                return name
+                one_a_line = f"write them one a line: jq -c '.[{json.dumps(key)}][]' {{name}} > lines-{{name}}"
+                return said(f'holds its rows in "{quoted(key)}"', one_a_line, name)
+    columns = [v if isinstance(v, list) else list(v.values()) for v in row.values() if isinstance(v, list | dict)]
+    if columns and len(columns) == len(row) and not any(isinstance(item, dict) for items in columns for item in items):
+        return said("holds columns, not rows", PANDAS.replace("read_csv", "read_json").replace("SEP", ""), name)
     return None
 
 

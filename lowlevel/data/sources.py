@@ -11,7 +11,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -158,12 +158,22 @@ def _read_text(path: Path, compressed: bool) -> SourceRows:
             _add_rows(read, whole_file(read.name, [*start, *lines]))
         else:
             _add_rows(read, ((f"{read.name}:{number}", line) for number, line in chain(start, lines)))
-    if start and not read.rows and not mends.is_json(start[0][1]) and not any(p.mend for p in read.problems):
-        raise DataError(f"{quoted(path.name)}: {mends.text_refusal(start[0][1], path)}")
-    if len(read.rows) == 1 and not read.problems and (key := mends.nested(read.rows[0].columns)):
-        mend = f"write them one a line: jq -c '.[{json.dumps(key)}][]' {path.name} > lines-{path.name}"
-        raise DataError(f'{quoted(path.name)}: holds its rows in "{quoted(key)}"; {mend}')
+    wrong = None
+    if start and read.problems and not read.rows:
+        wrong = None if any(p.mend for p in read.problems) else mends.text_refusal(start[0][1], path)
+        _one_cause(read.problems)
+    elif len(read.rows) == 1 and not read.problems:
+        wrong = mends.table_refusal(read.rows[0].columns, path.name)
+    if wrong:
+        raise DataError(f"{quoted(path.name)}: {wrong}")
     return read
+
+
+def _one_cause(problems: list[RowProblem]) -> None:
+    """Where no line is a row, the first known cause is that of the file."""
+    problems.sort(key=lambda problem: not problem.mend)
+    mend = problems[0].mend or (f"; {mends.ANY_TEXT}" if len(problems) > 1 else "")
+    problems[:] = [replace(problem, mend=mend) for problem in problems]
 
 
 def _lines(stream: Iterable[bytes], read: SourceRows) -> Iterator[tuple[int, bytes]]:
@@ -186,7 +196,7 @@ def _add_rows(read: SourceRows, items: Iterable[tuple[str, object]]) -> None:
     for where, item in items:
         try:
             columns = _columns(parse_line(item) if isinstance(item, bytes) else item)
-            if not isinstance(item, bytes) or b"\\ud" in item.lower():
+            if not isinstance(item, bytes) or b"\\ud" in item or b"\\uD" in item:
                 _reject_lone_surrogates(columns)
             read.rows.append(Row(len(read.rows), where, columns))
         except LineError as bad:
@@ -197,6 +207,8 @@ def _columns(value: object) -> dict[str, object]:
     if not isinstance(value, dict):
         messages = isinstance(value, list) and value and isinstance(value[0], dict)
         mend = 'name the column: {"messages": [...]}' if messages else ""
+        if isinstance(value, str) and value.startswith("{"):
+            mend = "it was encoded twice: json.dumps each row once"
         raise LineError(f"is {kind_of(value)}, expected an object with the columns of a row", mend)
     return value
 

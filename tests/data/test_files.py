@@ -73,7 +73,7 @@ REFUSED = [
     ("x.jsonl", LINES.replace("café", "Привет").encode("cp1251"), "3 more lines; find its encoding and"),
     ("x.jsonl", LFS, ": is a Git LFS pointer, not the"),
     ("x.parquet", LFS, "fetch the data: git lfs pull"),
-    ("x.jsonl", b"\n<!DOCTYPE html>\n<html>\n<head>\n", ": is a web page, not data; download the raw file"),
+    ("x.jsonl", b"\n<!DOCTYPE html>\n<html>\n<head>\n", ": is a web page or XML, not data; download the raw file"),
     ("x.jsonl.zst", b"\x28\xb5\x2f\xfd$1234\n", ": is compressed with zstd; unpack it: zstd -d x.jsonl.zst"),
     ("x.jsonl", b"PK\x03\x04\n123", ": is a zip archive or a spreadsheet"),
     ("x.arrow", b"\xff\xff\xff\xff\x10\x02\0\0", ": is an Arrow file; write JSON lines: datasets.Dataset."),
@@ -96,6 +96,12 @@ REFUSED = [
     ("x.jsonl", b"# rows\n// more\n" + LINES.encode(), ":1: holds a comment, which JSON has not (column 1), and 1"),
     ("x.jsonl", LINES.encode() + b"\0" * 99, ":5: holds NUL bytes, as after an interrupted copy (column 1); copy"),
     ("x.jsonl", b'[{"role": "user", "content": "q"}]\n' * 3, ":1: is a list, expected an object with the columns of"),
+    ("x.jsonl", LINES.replace("}\n", "};\n").encode(), ":1: not valid JSON (Extra data at column 41), and 3"),
+    ("x.jsonl", b"- prompt: a\n  completion: b\n", ": is plain text"),
+    ("x.jsonl", (json.dumps(json.dumps(ROWS[0])) + "\n").encode() * 3, "and 2 more lines; it was encoded twice"),
+    ("x.json", b"// rows\n" + pretty(ROWS), ":1: holds a comment"),
+    ("x.json", json.dumps({"prompt": ["a"], "completion": ["b"]}).encode(), ": holds columns, not rows; write"),
+    ("x.json", json.dumps({"prompt": {"0": "a"}, "completion": {"0": "b"}}).encode(), ": holds columns, not rows"),
     ("x.jsonl", b"", " has no rows"),
 ]  # fmt: skip
 

@@ -67,9 +67,9 @@ def test_a_byte_order_mark_inside_the_file_is_an_error(write):
 
 def test_five_problems_are_shown_and_the_rest_counted(write):
     with pytest.raises(DataError) as caught:
-        read_rows(write(*[b"{?\n"] * 8), "train")
+        read_rows(write(GOOD, *[b"{?\n"] * 8), "train")
     lines = str(caught.value).splitlines()
-    assert [line.partition(": ")[0] for line in lines[:5]] == [f"train.jsonl:{n}" for n in range(1, 6)]
+    assert [line.partition(": ")[0] for line in lines[:5]] == [f"train.jsonl:{n}" for n in range(2, 7)]
     assert lines[5:] == ["and 3 more; --on-bad-row skip continues without them"]
 
 
