@@ -37,6 +37,7 @@ def _iso_date(text: str) -> str:
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)]
 Date = Annotated[str, AfterValidator(_iso_date)]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "question", "preference", "hh", "orca"]
 
 
 class Section(BaseModel):
@@ -82,14 +83,27 @@ class Filter(Section):
     value: str | int | float | bool | list[str | int | float | bool]
 
 
+class DataSource(Section):
+    """One of several sources: its rows, and their share of the training rows."""
+
+    source: Source
+    split: str = "train"
+    weight: Annotated[Finite, Field(gt=0)] | None = None
+    format: Format | None = None  # default: data.format
+    filters: tuple[Filter, ...] = Field((), strict=False)  # of this source alone, after data.filters
+
+
 class DataConfig(Section):
     """Where the rows come from and how they become tokens."""
 
     source: Source = Field("demo", description='hub name, .jsonl, .jsonl.gz or .parquet file, or "demo"')
     split: str = Field("train", description="split of a hub data set")
+    sources: tuple[DataSource, ...] = Field(
+        (), strict=False, description="several sources instead of one: source, split, weight, format, filters"
+    )
     shuffle_seed: Seed | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
     limit: Positive | None = Field(None, description="rows to keep after shuffling and filtering")
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "question", "preference", "hh", "orca"] = Field(
+    format: Format = Field(
         "auto", description="format of the rows (lowlevel/data/README.md); auto: the one that fits their columns"
     )
     columns: Names = Field((), description="numeric columns of a row that a custom loss receives")
@@ -104,6 +118,16 @@ class DataConfig(Section):
     eval_source: Source | None = Field(None, description='evaluation rows; "holdout": rows of source not trained on')
     eval_split: str = Field("test", description="split of a hub data set for evaluation")
     eval_limit: Positive | None = Field(None, description="rows to evaluate on")
+
+    @property
+    def parts(self) -> tuple[DataSource, ...]:
+        """The sources of the training rows, one or several."""
+        return self.sources or (DataSource(source=self.source, split=self.split),)
+
+    @property
+    def names(self) -> str:
+        """The sources for a message."""
+        return ", ".join(str(part.source) for part in self.parts)
 
 
 class TrainConfig(Section):

@@ -111,6 +111,8 @@ def recognised(source: SourceRows, name: str, method: str, numbers: Sequence[str
 
     Raises DataError if no format fits, or several; ConfigError for a column in `numbers`, data.columns, that is absent.
     """
+    if not source.rows:
+        return source
     found = sorted({column for row in source.rows for column in row.columns})
     absent = next((column for column in numbers if column not in found), None)
     if absent is not None:

@@ -17,7 +17,7 @@ from rich.text import Text
 from lowlevel.data.examples import Built, Example, SFTExample, TokenCounts
 from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import APART, ChatTokenizer
-from lowlevel.data.sources import SHOWN, RowProblem, SourceRows
+from lowlevel.data.sources import SHOWN, Part, RowProblem, SourceRows
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 # Warnings that only describe the rows; with any other warning, a part of the rows is not learned.
@@ -35,6 +35,21 @@ class Dropped:
 
     count: int
     first: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One source of a mix: rows read, rows that gave an example, and their share of all examples."""
+
+    source: str
+    rows_read: int
+    rows_kept: int
+    share: float
+    share_wanted: float | None  # by weight
+
+    def __str__(self) -> str:
+        wanted = "" if self.share_wanted is None else f", weight {self.share_wanted:.1%}"
+        return f"{self.rows_kept:,} of {self.rows_read:,}: {self.share:.1%}{wanted}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,7 @@ class SplitReport:
     read_as: str  # format and columns, if it is not a plain one
     fingerprint: str  # sha256 of the digests in training order
     row_digests: tuple[str, ...]  # they say which row changed
+    sources: tuple[PartReport, ...]  # of a mix
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,8 @@ class DataReport:
         tables = asdict(self)
         for name in self.splits:
             del tables[name]["row_digests"]
+            if not tables[name]["sources"]:
+                del tables[name]["sources"]
         return tables
 
 
@@ -109,7 +127,13 @@ def split_report(source: SourceRows, selected: int, built: Built) -> SplitReport
         read_as=source.read_as,
         fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest(),
         row_digests=digests,
+        sources=_by_part(source.parts, built),
     )
+
+
+def _by_part(parts: Sequence[Part], built: Built) -> tuple[PartReport, ...]:
+    kept, total = Counter(row.row.source for row in built.rows), len(built.rows)
+    return tuple(PartReport(p.name, p.read, kept[i], kept[i] / total, p.share) for i, p in enumerate(parts))
 
 
 def count_warnings(rows: Sequence[Normalised], tokenizer: ChatTokenizer) -> Counter[str]:
@@ -217,6 +241,7 @@ def _facts(split: SplitReport) -> dict[str, str]:
         "rows selected": f"{split.rows_selected:,}",
         **{f"  dropped: {reason}": f"{dropped.count:,}" for reason, dropped in split.dropped.items()},
         "rows kept": f"{split.rows_kept:,}",
+        **{f"  {i}. {part.source}": str(part) for i, part in enumerate(split.sources, 1)},
         "tokens (after truncation)": f"{split.tokens['total']:,}",
         "supervised tokens": f"{split.tokens['supervised']:,}",
         "truncated rows": f"{split.truncated_rows:,}",

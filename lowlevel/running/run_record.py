@@ -66,6 +66,8 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
         f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}",
         markup=False,
     )
+    for part in inputs.data.report.train.sources:
+        console.print(f"  source     {part.source}: {part} of the examples", markup=False, highlight=False)
     if config.model.load_in_4bit:
         quantised, total = quantised_weights(policy)
         if quantised < NEARLY_ALL * total:
@@ -133,7 +135,7 @@ def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
     flags = [f"--model.{key} {_flag(value)}" for key, value in model.items()]
     data = config.data.model_dump(exclude_defaults=True, include={"chat_template_from", "max_length"})
     flags += [f"--data.{key} {_flag(value)}" for key, value in data.items()]
-    rows = [] if config.data.source == "demo" else ["--data.source pairs.jsonl"]
+    rows = [] if config.data.names == "demo" else ["--data.source pairs.jsonl"]
     out = f"--train.output_dir {run}-dpo"
     return [reply, " ".join(["lowlevel dpo", *flags, f"--model.adapter {run}", *rows, out]), look]
 

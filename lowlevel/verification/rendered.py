@@ -13,10 +13,9 @@ import numpy as np
 
 from lowlevel.config.schema import DataConfig
 from lowlevel.data.examples import PreferenceExample
-from lowlevel.data.formats import recognised
 from lowlevel.data.messages import Normalised, normalise
+from lowlevel.data.mixing import read_parts
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.data.sources import read_source
 from lowlevel.labels import IGNORED
 from lowlevel.verification.truth import sequences_of
 
@@ -40,8 +39,7 @@ def expected_sequences(
     """By data row: one sequence of a conversation, chosen and rejected of a pair."""
     wanted = {example.row for example in examples}
     method = "dpo" if any(isinstance(example, PreferenceExample) for example in examples) else "sft"
-    source = recognised(read_source(config.source, config.split, method), config.format, method)
-    rows = [row for row in source.rows if row.id in wanted]
+    rows = [row for part in read_parts(config, method) for row in part.rows if row.id in wanted]
     found = {}
     for row in rows:
         normalised = normalise(row)

@@ -26,6 +26,8 @@ def test_a_key_arrives_from_a_file_and_from_a_flag(tmp_path, key):
     text = value if isinstance(value, str) else re.sub(r"^x = ", "", tomli_w.dumps({"x": value})).strip()
     if key == "data.filters":
         text = '[{column = "score", op = ">=", value = 8}]'
+    if key == "data.sources":
+        text = '[{source = "a.jsonl", weight = 0.7}, {source = "b.jsonl", weight = 0.3}]'
     if isinstance(value, dict):
         text = "{" + ", ".join(f"{key} = {number}" for key, number in value.items()) + "}"
     assert load_config(write(tmp_path, needs), {key: text}) == from_file

@@ -17,6 +17,7 @@ from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.loop import optimizer_step
 from lowlevel.losses import token_logps, token_logps_reference
+from lowlevel.losses.registry import loss as custom_loss
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import build_policy
@@ -257,6 +258,28 @@ def shaped(name):
     method = copy.copy(method)
     object.__setattr__(method, "shape", SHAPE)
     return method, examples(pairs)
+
+
+@custom_loss
+def focal_margin(pairs, *, beta, gamma=2.0):
+    """A custom loss of every kind of input: pair sums, and token log-probabilities summed by completion."""
+    x = beta * pairs.deltas
+    confidence = torch.zeros(2 * len(x) + 1, device=x.device).index_add(0, pairs.sequence_ids, pairs.token_logps.exp())
+    shares = confidence[: len(x)] / pairs.chosen_lengths.clamp(min=1)
+    return -torch.nn.functional.logsigmoid(x) * torch.sigmoid(-x) ** gamma - 0.1 * shares, {"shares": shares}
+
+
+def test_a_custom_loss_is_captured_and_equals_eager(model_dir):
+    config = DPOConfig(loss_type="focal_margin", loss_kwargs={"gamma": 1.5}, disable_dropout=False)
+    method, rows = DPO(config, 2, 256, True, SHAPE), examples(pairs=True)
+    one = policy(model_dir, "fp16", attention="lowlevel_efficient")
+    expected = steps(one, method, rows, Eager(one, method), scale=1024.0, count=3)
+    execution = WithFallback(one, method, "graphed", pytest.fail)
+    found = steps(one, method, rows, execution, scale=1024.0, count=3)
+    assert execution.execution.captured
+    for (loss_sum, grad), (wanted_loss, wanted) in zip(found, expected, strict=True):
+        assert loss_sum == pytest.approx(wanted_loss, rel=2e-3)
+        assert (grad - wanted).norm() / wanted.norm() < 2e-3
 
 
 @pytest.mark.parametrize("name", METHODS)
