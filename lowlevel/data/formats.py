@@ -49,7 +49,7 @@ class Format:
 
 
 def _hh(columns: Columns) -> bool:
-    return any(is_transcript(columns.get(name)) for name in PAIR)
+    return any(is_transcript(columns.get(name)) for name in ("prompt", *PAIR))
 
 
 def _holds_prompt(columns: Columns) -> bool:

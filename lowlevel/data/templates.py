@@ -123,8 +123,9 @@ class ChatTemplate:
         text = self.render([*prompt, answer], add_generation_prompt=False)
         if not text.startswith(prefix):
             raise RenderError(_no_prefix(prefix, text, len(prompt)))
-        for turn, message in enumerate(prompt):
-            check_calls(prefix, message, turn)
+        for turn in (turn for turn, message in enumerate(prompt) if "tool_calls" in message):
+            before, through = (self.render(prompt[:count], add_generation_prompt=False) for count in (turn, turn + 1))
+            check_calls(through[len(os.path.commonprefix([before, through])) :], prompt[turn], turn)
         end = self._reply_end(text, len(text))
         self._check_reply(text[len(prefix) : end], answer["content"], len(prompt))
         check_calls(text[len(prefix) : end], answer, len(prompt))

@@ -79,7 +79,7 @@ def _turns(items: Sequence[object], name: str) -> Turns:
         place = f" (turn {turn})"
         if not isinstance(item, Mapping):
             raise BadRow("wrong type", f'"{name}"{place} is {kind_of(item)}, expected an object with role and content')
-        shared = "from" in item and "role" not in item  # ShareGPT's names
+        shared = item.get("role") is None and item.get("from") is not None  # ShareGPT's names
         keys = ("from", "value") if shared else ("role", "content")
         role, spoken = _role(item, keys[0], place)
         read: set[str] = {*keys}

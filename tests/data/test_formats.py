@@ -101,7 +101,7 @@ PAIRS = {  # row, messages of the prompt, read as
     "messages": ({"messages": TALK[:1], "chosen": TALK[1], "rejected": turns("q", "b")[1]}, TALK[:1], None),
     "HH": ({"chosen": hh(*"q1ra"), "rejected": hh(*"q1rb")}, turns(*"q1r"), "HH transcripts: chosen, rejected"),
     "HH with prompt": ({"prompt": hh("q", "")[:-1], "chosen": hh("q", "a"), "rejected": hh("q", "b")}, TALK[:1], None),
-    "HH replies": ({"prompt": hh("q", "")[:-1], "chosen": " a", "rejected": hh("q", "b")}, TALK[:1], None),
+    "HH replies": ({"prompt": hh("q", "")[:-1], "chosen": " a", "rejected": " b"}, TALK[:1], None),
 }  # fmt: skip
 
 
@@ -242,9 +242,11 @@ def test_tool_calls_and_tools_are_written_by_the_template(run, write, chatml, co
     pairs = {"prompt": turns("q"), "chosen": asked[1:2], "rejected": "no", "tools": [TOOL]}
     pair = run(write(pairs), "auto", method="dpo", tokenizer=tokenizer).train[0]
     assert tokenizer.decode(pair.chosen_ids.tolist()) == written.removesuffix("It is sunny.<|im_end|>")
-    for bad, method in ((row, "sft"), (pairs, "dpo")):
+    deaf = chat_tokenizer(chatml.tokenizer, CALLING.replace("m.tool_calls or []", "[]"))  # writes only the tools
+    earlier = {**pairs, "prompt": [*asked, *turns("more")], "chosen": "a"}
+    for bad, method in ((row, "sft"), (pairs, "dpo"), (earlier, "dpo")):
         with pytest.raises(DataError, match=r'1: the chat template leaves out the tool call "weather" \(turn 2\)'):
-            run(write(bad), "auto", method=method)
+            run(write(bad), "auto", method=method, tokenizer=deaf)
 
 
 def test_an_end_that_is_in_the_text_is_named(run, write):
