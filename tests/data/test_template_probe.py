@@ -79,7 +79,7 @@ def test_the_beginning_and_the_end_of_a_reply(template, end, warning):
         (changed((LOOP, LOOP + " if m['role'] != 'system'")), "leaves out system messages"),
         (changed((LOOP, LOOP + " if m['role'] != 'tool'")), "leaves out tool messages"),
         (changed((LOOP, "for m in messages[-2:]")), "leaves out system messages; leaves out earlier turns"),
-        (changed((LOOP + " %}", LOOP + " %}" + ALTERNATING)), "refuses system messages; refuses two user messages in a"),
+        (changed((LOOP + " %}", LOOP + " %}" + ALTERNATING)), "refuses system messages; refuses two user messages"),
         (changed((WRITTEN, OF_USER.format("lower"))), "changes the text of user messages"),
         (changed((WRITTEN, THINKING)), "removes the <think> part of every reply"),
         (changed((WRITTEN, f"(m['content'] if loop.last else {THINKING})")), "removes the <think> part of earlier"),
