@@ -96,7 +96,7 @@ class DataSource(Section):
 class DataConfig(Section):
     """Where the rows come from and how they become tokens."""
 
-    source: Source = Field("demo", description='hub name, .jsonl, .jsonl.gz or .parquet file, or "demo"')
+    source: Source = Field("demo", description='file (JSON lines, JSON array, parquet), hub name, or "demo"')
     split: str = Field("train", description="split of a hub data set")
     sources: tuple[DataSource, ...] = Field(
         (), strict=False, description="several sources instead of one: source, split, weight, format, filters"

@@ -116,6 +116,15 @@ def test_each_source_has_its_format_and_its_filters(write, chatml):
         )
 
 
+def test_each_source_is_recognised_by_its_own_columns(write, kit, chatml):
+    shared = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    paths = write(kit.chat("hi", "yo"), name="chat.jsonl"), write(shared, name="shared.jsonl")
+    data = prepared(chatml, *({"source": path, "weight": 1} for path in paths))
+    assert [e.where for e in data.train] == ["chat.jsonl:1", "shared.jsonl:1"]
+    assert data.report.train.read_as == "ShareGPT: conversations (shared.jsonl)"
+    assert data.report.format == "messages, sharegpt"
+
+
 def test_files_of_one_name_are_told_apart_and_problems_name_their_source(write, tmp_path, chatml):
     for folder in ("en", "de"):
         (tmp_path / folder).mkdir()
