@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from lowlevel.config.contradictions import ADAPTER_SHAPE, contradictions, empty_texts, secrets_in
 from lowlevel.config.given import Source
-from lowlevel.config.schema import DPO_DEFAULTS, SECTIONS, Filter, RunConfig
+from lowlevel.config.schema import DPO_DEFAULTS, SECTIONS, DataSource, Filter, RunConfig
 from lowlevel.errors import ConfigError, one_line, quoted
 
 TEXTS = (str, str | None, get_args(Source)[0], Source | None)  # types of keys whose flags are not parsed as TOML
@@ -97,6 +97,8 @@ def _with_defaults(tables: Mapping[str, Any], section: str, defaults: Mapping[st
 def to_tables(config: RunConfig) -> dict[str, Any]:
     """The configuration as tables for `config_from_tables`, without unset and unused keys."""
     tables = config.model_dump(mode="json", exclude_none=True)
+    for key in ("source", "split") if config.data.sources else ("sources",):
+        del tables["data"][key]
     del tables["dpo" if config.method == "sft" else "sft"]
     if not (config.trace.every or config.trace.steps):
         del tables["trace"]
@@ -154,7 +156,7 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
         return f'{where}: unknown key "{name}"; {hint}'
     if problem["type"] == "missing":
         return f"{where}: {name}: is missing"
-    if location[:2] == ["data", "filters"] and "value" in location:  # pydantic reports each type that does not match
+    if "filters" in location and "value" in location:  # pydantic reports each type that does not match
         name = quoted(".".join(location[: location.index("value") + 1]))
         return f"{where}: {name}: expected text, a number, true or false, or a list of them"
     expected = problem["msg"].removeprefix("Input should be ")
@@ -168,6 +170,6 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
 def _known_keys(location: list[str]) -> list[str]:
     if not location:
         return list(RunConfig.model_fields)
-    if location[:2] == ["data", "filters"]:
-        return list(Filter.model_fields)
+    if location[:2] in (["data", "filters"], ["data", "sources"]):
+        return list((Filter if "filters" in location else DataSource).model_fields)
     return list(SECTIONS[location[0]].model_fields) if location[0] in SECTIONS else []

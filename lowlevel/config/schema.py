@@ -53,6 +53,7 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 Targets = Annotated[Names, BeforeValidator(_targets)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)]
 Date = Annotated[str, AfterValidator(_iso_date)]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "question", "preference", "hh", "orca"]
 
 
 class Section(BaseModel):
@@ -100,15 +101,28 @@ class Filter(Section):
     value: str | int | float | bool | list[str | int | float | bool]
 
 
+class DataSource(Section):
+    """One of several sources: its rows, and their share of the training rows."""
+
+    source: Source
+    split: str = "train"
+    weight: Annotated[Finite, Field(gt=0)] | None = None
+    format: Format | None = None  # default: data.format
+    filters: tuple[Filter, ...] = Field((), strict=False)  # of this source alone, after data.filters
+
+
 class DataConfig(Section):
     """Where the rows come from and how they become tokens."""
 
-    source: Source = Field("demo", description='hub name, .jsonl, .jsonl.gz or .parquet file, or "demo"')
+    source: Source = Field("demo", description='file (JSON lines, JSON array, parquet), hub name, or "demo"')
     split: str = Field("train", description="split of a hub data set")
+    sources: tuple[DataSource, ...] = Field(
+        (), strict=False, description="several sources instead of one: source, split, weight, format, filters"
+    )
     shuffle_seed: Seed | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
     limit: Positive | None = Field(None, description="rows to keep after shuffling and filtering")
-    format: Literal["messages", "orca", "preference"] = Field(
-        "messages", description="columns of a row: lowlevel/data/README.md; orca: system, input, chosen, rejected"
+    format: Format = Field(
+        "auto", description="format of the rows (lowlevel/data/README.md); auto: the one that fits their columns"
     )
     columns: Names = Field((), description="numeric columns of a row that a custom loss receives")
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions on a row: column, op, value")
@@ -122,6 +136,16 @@ class DataConfig(Section):
     eval_source: Source | None = Field(None, description='evaluation rows; "holdout": rows of source not trained on')
     eval_split: str = Field("test", description="split of a hub data set for evaluation")
     eval_limit: Positive | None = Field(None, description="rows to evaluate on")
+
+    @property
+    def parts(self) -> tuple[DataSource, ...]:
+        """The sources of the training rows, one or several."""
+        return self.sources or (DataSource(source=self.source, split=self.split),)
+
+    @property
+    def names(self) -> str:
+        """The sources for a message."""
+        return ", ".join(str(part.source) for part in self.parts)
 
 
 class TrainConfig(Section):
@@ -226,4 +250,4 @@ SECTIONS: dict[str, type[Section]] = {
     name: type(field.default) for name, field in RunConfig.model_fields.items() if name != "method"
 }
 # Defaults of dpo that differ from those of sft. The recipe has 1e-5.
-DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"data": {"format": "preference"}, "train": {"learning_rate": 1e-5}}
+DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"train": {"learning_rate": 1e-5}}

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from lowlevel.config.schema import DataConfig
-from lowlevel.data.messages import BadRow, Normalised
-from lowlevel.data.rendering import CHANGED, ChatTokenizer, Encoded, EncodedPair
+from lowlevel.data.messages import Normalised
+from lowlevel.data.rendering import CHANGED, CROSSED, ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
+from lowlevel.data.texts import BadRow
 from lowlevel.data.truncation import Sizes, sizes_of
 from lowlevel.errors import DataError
 from lowlevel.heartbeat import counted
@@ -88,11 +89,12 @@ class Built:
 
 
 def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Built:
-    """Tokenise, label and truncate rows of `data.format`, in the given order.
+    """Tokenise, label and truncate rows of one method, in the given order.
 
     Raises DataError for a token id >= `vocab_size`, the rows of the model's embedding.
     """
-    make: Callable[..., tuple[Any, TokenCounts]] = sft_example if data.format == "messages" else preference_example
+    pairs = any(row.completions for row in rows)
+    make: Callable[..., tuple[Any, TokenCounts]] = preference_example if pairs else sft_example
     built = Built([], [], [], [], Counter())
     for row, encoded in zip(counted("tokenising", rows, "rows"), _encode(rows, data, tokenizer), strict=True):
         try:
@@ -110,8 +112,8 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
         built.rows.append(row)
         built.counts.append(count)
         built.warnings.update(encoded.warnings)
-    if data.supervise == "all":  # changed replies are learned
-        del built.warnings[CHANGED]
+    if data.supervise == "all":  # these replies are learned, too
+        del built.warnings[CHANGED], built.warnings[CROSSED]
     built.problems.sort(key=lambda problem: problem.reason == TOO_LONG)  # these last
     return built
 
@@ -124,10 +126,16 @@ def sft_example(
     learned = np.full(len(ids), data.supervise == "all")
     for start, end in encoded.replies:
         learned[start:end] = True
+    for start, end in encoded.context:
+        learned[start:end] = False
+    if len(encoded.context) < len(row.context) and data.supervise == "all":
+        reason = 'the chat template changes it in later turns: set data.supervise = "assistant"'
+        raise BadRow("not to be learned", f"a reply is marked as not to be learned, but {reason}")
     learned[:1] = False
     limit = data.max_length
     if not learned.any():
-        raise BadRow("no assistant turn", "nothing to learn from (the chat template marks no reply)")
+        also = ", but those that the data masks" if encoded.context else ""
+        raise BadRow("no assistant turn", f"nothing to learn from (the chat template marks no reply{also})")
     prompt = int(learned.argmax()) if data.supervise == "assistant" else encoded.replies[0][0] if encoded.replies else 0
     if not learned[:limit].any():
         raise BadRow(TOO_LONG, f"prompt has {prompt} tokens, max_length {limit} leaves no completion token")
@@ -197,10 +205,13 @@ def _encode(
     """Tokenise in batches: a call on one row costs mostly Python overhead."""
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        if data.format == "messages":
-            yield from tokenizer.encode_conversations([row.messages for row in batch])
+        tools = [row.tools for row in batch]
+        pairs = [(row.messages, *row.completions) for row in batch if row.completions]
+        if pairs:
+            yield from tokenizer.encode_pairs(pairs, data.supervise, tools)
         else:
-            yield from tokenizer.encode_pairs([(row.messages, *row.completions) for row in batch], data.supervise)
+            conversations = [row.messages for row in batch]
+            yield from tokenizer.encode_conversations(conversations, tools, [row.context for row in batch])
 
 
 def _check_vocabulary(row: Normalised, encoded: Encoded | EncodedPair, vocab_size: int) -> None:

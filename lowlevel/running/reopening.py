@@ -92,7 +92,7 @@ class Reopened:
         """The run's tokenizer and examples. Raises ConfigError, or DataError if the training rows changed."""
         tokenizer, data = prepare_data(self.config)
         if data.report.train.fingerprint != self.manifest["data_sha256"]:
-            source, folder = self.config.data.source, self.folder.path
+            source, folder = self.config.data.names, self.folder.path
             raise DataError(f"{source}: not the rows that {folder} trained on, so its steps cannot be rebuilt")
         return tokenizer, data
 
@@ -104,7 +104,7 @@ class Reopened:
         data = prepare_data(self.config)[1]
         report = data.report.evaluation
         if report is None or report.fingerprint != self.manifest.get("evaluation_sha256"):
-            name = self.config.data.source if source == "holdout" else source
+            name = self.config.data.names if source == "holdout" else source
             raise DataError(f"{name}: not the rows that {folder} held out: the run may have trained on them")
         return data.evaluation
 
@@ -206,7 +206,8 @@ def reopen(
 
 def with_rows(config: RunConfig, data: GivenRows | None, eval_data: GivenRows | None) -> RunConfig:
     """The configuration with rows given in Python."""
-    given = {key: rows for key, rows in (("source", data), ("eval_source", eval_data)) if rows is not None}
+    given: dict[str, Any] = {} if data is None else {"source": data, "sources": ()}
+    given |= {} if eval_data is None else {"eval_source": eval_data}
     return config.model_copy(update={"data": config.data.model_copy(update=given)})
 
 

@@ -32,8 +32,10 @@ from lowlevel.running.run_folder import RunFolder, own_versions
 CHANGES = "changes.json"
 Change = dict[str, Any]
 CHANGED = ("step", "key", "from", "to")  # keys of a change; step: the checkpoint at which it was made
-# Settings that may differ because they do not change the trained weights.
+# Settings that may differ because they do not change the trained weights. data.format only says how rows are read:
+# the hash of the rows is compared.
 FREE = (
+    "data.format",
     *("model.embeddings_on_host", "train.offload_activations"),
     *("train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit", "dpo.reference_cache"),
     "train.report_to",

@@ -14,7 +14,7 @@ from rich.console import Console
 from lowlevel.batch.order import DataOrder
 from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config.schema import RunConfig
-from lowlevel.data.report import not_learned, truncated
+from lowlevel.data.report import not_learned, template_lines, truncated
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.base import base_location, describe_base, notes_of_base
@@ -67,6 +67,8 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
         f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}",
         markup=False,
     )
+    for part in inputs.data.report.train.sources:
+        console.print(f"  source     {part.source}: {part} of the examples", markup=False, highlight=False)
     if config.model.load_in_4bit:
         if line := describe(policy, train.dequantize_once):
             console.print(f"  weights    {line}", markup=False, highlight=False, soft_wrap=True)
@@ -78,6 +80,10 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
                 f"{dtype_name(placement.dtype)}",
                 markup=False,
             )
+    for read_as in dict.fromkeys(split.read_as for split in inputs.data.report.splits.values() if split.read_as):
+        console.print(f"  rows       read as {read_as}", markup=False, highlight=False)
+    for line in template_lines(inputs.data.report):
+        console.print(f"  {line}", markup=False, highlight=False)
     for line in notes_of_base(config.model, policy.causal_lm.config):
         console.print(f"  note       {line}", markup=False, highlight=False, soft_wrap=True)
     for line in truncated(inputs.data.report):
@@ -136,7 +142,7 @@ def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
     flags = [f"--model.{key} {_flag(value)}" for key, value in model.items()]
     data = config.data.model_dump(exclude_defaults=True, include={"chat_template_from", "max_length"})
     flags += [f"--data.{key} {_flag(value)}" for key, value in data.items()]
-    rows = [] if config.data.source == "demo" else ["--data.source pairs.jsonl"]
+    rows = [] if config.data.names == "demo" else ["--data.source pairs.jsonl"]
     out = f"--train.output_dir {run}-dpo"
     return [reply, " ".join(["lowlevel dpo", *flags, f"--model.adapter {run}", *rows, out]), look]
 

@@ -275,7 +275,7 @@ def test_bad_rows(cli, space, tmp_path, command):
 
 def test_data_that_is_of_another_kind(cli, space, tmp_path):
     config = space.write("run", "dpo", folder=tmp_path, data={"source": str(space.sft_rows)})
-    refused(cli("dpo", config), 3, "DPO needs")
+    refused(cli("dpo", config), 3, "they fit SFT (messages)")
     (tmp_path / "empty.jsonl").write_text("")
     refused(cli("dpo", config, "--data.source", tmp_path / "empty.jsonl"), 3, "empty.jsonl has no rows")
     assert not (tmp_path / "run").exists()

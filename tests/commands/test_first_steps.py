@@ -34,7 +34,7 @@ def test_what_is_given_goes_before_defaults():
     config = config_from_tables(tables, "x")
     assert (config.data.format, config.data.max_length) == ("orca", 64)
     other = config_from_tables({"model": {"name": "some/base"}}, "x")
-    assert (other.data.format, other.data.max_length) == ("messages", 512)
+    assert (other.data.format, other.data.max_length) == ("auto", 512)
 
 
 def test_restart_removes_what_runs_wrote_and_nothing_else(runs, cli, tmp_path):
