@@ -41,6 +41,7 @@ Opening = tuple[int, list[int]]
 # messages of the prompt, chosen and rejected: each a text, or a message with tool calls
 Pair = tuple[Sequence[Message], str | Message, str | Message]
 Tools = Sequence[Message]
+PLAIN: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}  # ids alone
 OPENING = 200  # characters at the end of a prompt that are searched for its last special token
 # Kinds of warnings about tokens. APART: a token of the whole text crosses the beginning of the last reply, so prompt
 # and reply were tokenised on their own, as in generation. CROSSED: the same for an earlier reply, which is context:
@@ -166,13 +167,13 @@ class ChatTokenizer:
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without tokens that the tokenizer adds."""
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return self.tokenizer(list(texts), **PLAIN)["input_ids"] if texts else []
 
     def _tokenise(self, texts: Sequence[str]) -> list[Tokens]:
         """Ids and character offsets (L, 2) of each text, without tokens that the tokenizer adds."""
         if not texts:
             return []
-        batch = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        batch = self.tokenizer(list(texts), return_offsets_mapping=True, **PLAIN)
         offsets = [np.asarray(pairs, np.int64).reshape(-1, 2) for pairs in batch["offset_mapping"]]
         return list(zip(batch["input_ids"], offsets, strict=True))
 
