@@ -91,7 +91,8 @@ def read_any_run(options: Options, overrides: Overrides, console: Console) -> Ru
     tables = given_tables(path, _with_short_flags(options, overrides), options.method)
     if "method" not in tables:
         data = tables.get("data", {})
-        source, split = data.get("source", "demo"), data.get("split", "train")
+        first = next(iter(data.get("sources") or ()), data)  # of a mix, whose parts must fit one method
+        source, split = first.get("source", "demo"), first.get("split", "train")
         tables["method"], why = infer_method(tables, lambda: column_names(source, split))
         console.print(f"method: {tables['method']} ({why})", markup=False)
     return config_from_tables(tables, str(path or "flags"))

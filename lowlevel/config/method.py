@@ -8,7 +8,7 @@ from typing import Any
 from lowlevel.errors import ConfigError
 
 OF_DPO = ("model.adapter", "model.adapter_mode", "data.max_prompt_length")
-FORMATS = {"messages": "sft", "preference": "dpo", "orca": "dpo"}  # of data.format
+FORMATS = {"messages": "sft", "preference": "dpo", "hh": "dpo", "orca": "dpo"}  # of data.format; others: both
 PAIR = {"chosen", "rejected"}
 
 

@@ -1,4 +1,4 @@
-"""The columns of a data source, from its first rows: what the source is for, before it is read whole."""
+"""The columns of a data source, from its first rows: what the source is for, before all of it is read."""
 
 from __future__ import annotations
 
@@ -7,38 +7,32 @@ from itertools import islice
 from pathlib import Path
 
 from lowlevel.config.given import GivenRows
-from lowlevel.data.sources import parse_line
-from lowlevel.errors import DataError
+from lowlevel.data.json_lines import parse_line
+from lowlevel.data.sources import read_source
+from lowlevel.errors import LowlevelError
 
 FIRST_ROWS = 20
 
 
 def column_names(source: str | GivenRows, split: str) -> set[str]:
     """Names of the columns of the first rows; none for the demo, and for what cannot be read: reading it says why."""
-    if isinstance(source, GivenRows):
-        return {name for row in source.rows[:FIRST_ROWS] for name in row}
+    if source == "demo":
+        return set()
     try:
-        if source == "demo":
-            return set()
-        if source.endswith((".jsonl", ".jsonl.gz")):
-            return _of_lines(Path(source))
-        if source.endswith(".parquet"):
-            import pyarrow.parquet
-
-            return set(pyarrow.parquet.read_schema(source).names)
-        import datasets
-
-        return set(datasets.load_dataset(source, split=split).column_names)
-    except Exception:  # as in sources.py, of many types
+        if isinstance(source, str) and source.endswith((".jsonl", ".jsonl.gz")) and (names := _of_lines(Path(source))):
+            return names
+        return {name for row in read_source(source, split).rows[:FIRST_ROWS] for name in row.columns}
+    except LowlevelError:
         return set()
 
 
 def _of_lines(path: Path) -> set[str]:
+    """Of a large file only the first lines are read; none if they are not JSON lines."""
     names: set[str] = set()
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-        for line in islice(stream, FIRST_ROWS):
-            try:
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            for line in islice(stream, FIRST_ROWS):
                 names |= parse_line(line.removeprefix(b"\xef\xbb\xbf")).keys() if line.strip() else set()
-            except DataError:
-                continue
+    except (OSError, EOFError, LowlevelError):
+        return set()
     return names

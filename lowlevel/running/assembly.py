@@ -163,7 +163,7 @@ def prepare_data(config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:
     tokenizer = load_run_tokenizer(config)
     vocabulary, positions = size_of(base, "vocab_size"), size_of(base, "max_position_embeddings")
     limits = ModelLimits(vocabulary, positions, attention_window(base), short_positions(base))
-    with working(f"reading {config.data.source}"):
+    with working(f"reading {config.data.names}"):
         return tokenizer, prepare(config, tokenizer, limits)
 
 
