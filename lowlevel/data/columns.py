@@ -32,7 +32,8 @@ def _of_lines(path: Path) -> set[str]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
             for line in islice(stream, FIRST_ROWS):
-                names |= parse_line(line.removeprefix(b"\xef\xbb\xbf")).keys() if line.strip() else set()
+                row = parse_line(line.removeprefix(b"\xef\xbb\xbf")) if line.strip() else {}
+                names |= row.keys() if isinstance(row, dict) else set()
     except (OSError, EOFError, LowlevelError):
         return set()
     return names
