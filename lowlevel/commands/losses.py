@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from lowlevel.commands.common import Options, Overrides, Parser
@@ -15,6 +15,8 @@ from lowlevel.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from lowlevel.losses.registry import LossSpec
 
 # One pair: log-probabilities in nats, summed over a completion's tokens, and the tokens in each.
 LOGPS = {"chosen": -10.0, "rejected": -12.0, "ref_chosen": -11.0, "ref_rejected": -11.5}
@@ -24,21 +26,28 @@ NUMBERS = {
     "rejected": "of the rejected completion (default: -12)",
     "ref_chosen": "of the chosen completion under the reference (default: -11)",
     "ref_rejected": "of the rejected completion under the reference (default: -11.5)",
-    "chosen_length": "tokens in the chosen completion: ipo, sigmoid_norm, rpo (default: 4)",
+    "chosen_length": "tokens in the chosen completion, for losses that average (default: 4)",
     "rejected_length": "tokens in the rejected completion (default: 5)",
-    "beta": "temperature (default: 0.1)",
+    "margin": "rated margin of the pair, for odpo (default: 1)",
+    "beta": "temperature (default: 0.1; simpo 2)",
     "label_smoothing": "share of flipped labels, for cdpo, robust, exo_pair and both aot (default: 0; exo_pair 0.001)",
     "discopop_tau": "discopop's temperature (default: 0.05)",
     "dpop_lambda": "dpop's penalty (default: 50)",
     "rpo_alpha": "weight of rpo's NLL term (default: 1)",
+    "f_alpha": "alpha of f_alpha's divergence (default: 0.5)",
+    "ld_alpha": "ld_dpo's weight of the longer completion's tail (default: 0.5)",
+    "odpo_alpha": "odpo's weight of the rated margin (default: 1)",
+    "simpo_gamma": "simpo's target margin (default: 1)",
+    "orpo_lambda": "weight of orpo's odds term (default: 0.1)",
+    "cpo_alpha": "weight of cpo's NLL term (default: 1)",
 }
-SYMBOLS = {"label_smoothing": "eps", "discopop_tau": "tau", "dpop_lambda": "lambda", "rpo_alpha": "alpha"}
+SETTINGS = tuple(NUMBERS)[tuple(NUMBERS).index("beta") :]
 EXO_SMOOTHING = 0.001  # exo_pair takes log(label_smoothing), so the usual default 0 is invalid
 HEADINGS = ("at\nmargin", "value", "dL/d\nchosen", "dL/d\nrejected", "dL/d ref\nchosen", "dL/d ref\nrejected")
 CONVENTIONS = (
     "y+ chosen, y- rejected completion; pi policy, ref reference; log natural, summed over a completion's tokens; "
     "a = log pi(y+) - log ref(y+), b likewise for y-, d = a - b, margin x = beta d; s sigmoid, ls = log s; "
-    "n+, n- tokens; eps label_smoothing, tau discopop_tau, lambda dpop_lambda, alpha rpo_alpha.",
+    "n+, n- tokens; p+ = log pi(y+); eps label_smoothing; tau, lambda, alpha and gamma are the loss's own: --help.",
     "Signs: losses are minimised, so a negative derivative raises that log-probability and a positive one lowers it. "
     "Margin > 0: the policy prefers y+ to y- by more than the reference does.",
 )
@@ -61,7 +70,7 @@ def run(options: Options, overrides: Overrides) -> None:
     given = {key: _number(key, text) for key in NUMBERS if (text := vars(options)[key]) is not None}
     point = read_point(given)
     beta = given.get("beta", 0.1)
-    settings = {key: given[key] for key in ("beta", *SYMBOLS) if key in given}
+    settings = {key: given[key] for key in SETTINGS if key in given}
     if options.loss is None:
         rows = [evaluate(loss, point, _used_by(loss, settings)) for loss in LOSSES]
     else:
@@ -118,7 +127,8 @@ def read_point(given: Mapping[str, float]) -> dict[str, float]:
         if key in LENGTHS and not (value.is_integer() and 1 <= value < 2**31):
             raise ConfigError(f"{_flag(key)} is a number of tokens: expected a whole number >= 1, got {value:g}")
     lengths = {key: int(given.get(key, default)) for key, default in LENGTHS.items()}
-    return {**{key: given.get(key, default) for key, default in LOGPS.items()}, **lengths}
+    logps = {key: given.get(key, default) for key, default in LOGPS.items()}
+    return {**logps, **lengths, "margin": given.get("margin", 1.0)}
 
 
 def _used_by(loss: str, settings: Mapping[str, float]) -> dict[str, float]:
@@ -140,15 +150,21 @@ def evaluate(name: str, point: Mapping[str, float], settings: Mapping[str, float
     from lowlevel.losses import PairLogps, PreferenceLoss
 
     logps = [torch.tensor([point[key]], dtype=torch.float64, requires_grad=True) for key in LOGPS]
-    lengths = [torch.tensor([point[key]]) for key in LENGTHS]
+    lengths = torch.tensor([point[key] for key in LENGTHS])
+    tokens = [(torch.cat(sums) / lengths).repeat_interleave(lengths) for sums in (logps[:2], logps[2:])]
+    values = {"margin": torch.tensor([point["margin"]], dtype=torch.float64)}
+    pairs = PairLogps(*logps, *lengths.split(1), *tokens, torch.arange(2).repeat_interleave(lengths), values=values)
     try:
         parameters = {**_defaults(name), **settings}
         loss = PreferenceLoss.of(name, **parameters)
-        output = loss(PairLogps(*logps, *lengths))
+        if loss.spec.reference_free:
+            zero = torch.zeros(1, dtype=torch.float64)
+            pairs = replace(pairs, ref_chosen_logps=zero, ref_rejected_logps=zero)
+        output = loss(pairs)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    derivatives = torch.autograd.grad(output.losses.sum(), logps)
-    gradients = {key: derivative.item() for key, derivative in zip(LOGPS, derivatives, strict=True)}
+    found = torch.autograd.grad(output.losses.sum(), logps, allow_unused=True)
+    gradients = {key: 0.0 if one is None else one.item() for key, one in zip(LOGPS, found, strict=True)}
     slope = (gradients["chosen"] - gradients["rejected"]) / (2 * loss.beta)
     margin, value = output.margins.item(), output.losses.item()
     if not all(map(math.isfinite, (margin, value, slope, *gradients.values()))):
@@ -161,11 +177,14 @@ def _defaults(name: str) -> dict[str, float]:
     from inspect import signature
 
     from lowlevel.losses import loss_spec
+    from lowlevel.losses.dpo import BETA, BETAS, HYPERPARAMETERS
 
     spec = loss_spec(name)
-    common = {"beta": 0.1, "label_smoothing": EXO_SMOOTHING if name == "exo_pair" else 0.0}
-    own = signature(spec.function).parameters
-    return {key: common[key] if key in common else own[key].default for key in spec.parameters}
+    found = {key: one.default for key, one in HYPERPARAMETERS.items()}
+    found |= {"beta": BETAS.get(name, BETA), "label_smoothing": EXO_SMOOTHING if name == "exo_pair" else 0.0}
+    if spec.own:
+        found |= {key: one.default for key, one in signature(spec.function).parameters.items()}
+    return {key: found[key] for key in spec.parameters}
 
 
 def path_of(point: Mapping[str, float], beta: float) -> dict[str, float]:
@@ -189,9 +208,11 @@ def print_path(point: Mapping[str, float], beta: float, given: Mapping[str, floa
     from rich.table import Table, box
 
     path = {key: f"{value:.10g}" for key, value in path_of(point, beta).items()}
+    numbers = {**point, "beta": beta}
+    del numbers["margin"]  # only odpo reads the rated margin
     shown = {
         key: f"{sign}{value:.10g}" + ("" if key in given else "  (default)")
-        for (key, value), sign in zip({**point, "beta": beta}.items(), ("",) * 4 + ("n+ = ", "n- = ", ""), strict=True)
+        for (key, value), sign in zip(numbers.items(), ("",) * 4 + ("n+ = ", "n- = ", ""), strict=True)
     }
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("", "chosen y+", "rejected y-"):
@@ -223,18 +244,36 @@ def print_numbers(rows: Sequence[LossAtPoint], console: Console) -> None:
 
 
 def print_formulas(rows: Sequence[LossAtPoint], console: Console) -> None:
-    """Formula, parameter and paper."""
+    """Every loss with what it reads, formula, parameters and paper; the losses of sft come last."""
     from rich.table import Table, box
 
+    from lowlevel.losses import SFT_LOSSES, loss_spec
+    from lowlevel.losses.dpo import HYPERPARAMETERS
+
+    signs = {"label_smoothing": "eps", **{key: one.sign for key, one in HYPERPARAMETERS.items()}}
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
-    for heading in ("loss", "formula", "parameter", "paper"):
+    for heading in ("loss", "reads", "formula", "parameter", "paper"):
         table.add_column(heading, overflow="fold", no_wrap=heading == "loss")
     for row in rows:
-        own = ", ".join(f"{SYMBOLS[key]} {value:g}" for key, value in row.parameters.items() if key != "beta")
-        table.add_row(row.name, row.formula, own, row.paper)
+        own = ", ".join(f"{signs[key]} {value:g}" for key, value in row.parameters.items() if key in signs)
+        table.add_row(row.name, reads(loss_spec(row.name)), row.formula, own, row.paper)
+    for spec in SFT_LOSSES.values():
+        table.add_row(spec.name, "sft: messages", spec.formula, ", ".join(spec.parameters), spec.paper)
     console.print(table)
     if {0.0, EXO_SMOOTHING} <= {row.parameters.get("label_smoothing") for row in rows}:
         console.print(f"With eps 0, cdpo, robust and aot are sigmoid; exo_pair needs eps > 0, here {EXO_SMOOTHING}.")
+
+
+def reads(spec: LossSpec) -> str:
+    """What a preference loss reads besides the policy's log-probabilities of pairs."""
+    more = {
+        "no reference": spec.reference_free,
+        "lengths": spec.needs_lengths,
+        "tokens": spec.needs_tokens,
+        "rated margin": spec.needs_margin,
+        "other pairs": spec.mixes_pairs,
+    }
+    return ", ".join(["dpo: pairs", *(name for name, needed in more.items() if needed)])
 
 
 def print_detail(row: LossAtPoint, console: Console) -> None:

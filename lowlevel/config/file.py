@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from lowlevel.config.contradictions import ADAPTER_SHAPE, contradictions, empty_texts, secrets_in
 from lowlevel.config.given import Source
-from lowlevel.config.schema import DPO_DEFAULTS, SECTIONS, DataSource, Filter, RunConfig
+from lowlevel.config.schema import DPO_DEFAULTS, LOSS_DEFAULTS, SECTIONS, DataSource, Filter, RunConfig
 from lowlevel.errors import ConfigError, one_line, quoted
 
 TEXTS = (str, str | None, get_args(Source)[0], Source | None)  # types of keys whose flags are not parsed as TOML
@@ -78,6 +78,9 @@ def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
     if tables.get("method") == "dpo":
         for section, defaults in DPO_DEFAULTS.items():
             tables = _with_defaults(tables, section, defaults)
+        given = tables.get("dpo")
+        loss = given.get("loss_type") if isinstance(given, Mapping) else None
+        tables = _with_defaults(tables, "dpo", LOSS_DEFAULTS.get(str(loss), {}))
     try:
         config = RunConfig.model_validate(tables)
     except ValidationError as error:

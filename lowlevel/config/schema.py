@@ -22,6 +22,7 @@ Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Length = Annotated[int, Field(gt=1, le=LARGEST)]
 Batch = Annotated[int, Field(gt=0, le=65_536)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = int | Annotated[float, Field(allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 ALL_LINEAR = "all-linear"
@@ -203,13 +204,21 @@ class SFTConfig(Section):
 class DPOConfig(Section):
     """The preference loss (arXiv 2305.18290) and its hyper-parameters."""
 
-    loss_type: str = Field("sigmoid", description='see `lowlevel losses`; your own by name or as "module:function"')
+    loss_type: str = Field(
+        "sigmoid", description='see `lowlevel losses`; a sum ("0.8*sigmoid + 0.2*nll"); your own by "module:function"'
+    )
     loss_kwargs: dict[str, Number] = Field({}, description="hyper-parameters of your own loss")
-    beta: Annotated[Finite, Field(gt=0)] = Field(0.1, description="KL temperature: reward = beta * log-ratio")
+    beta: Annotated[Finite, Field(gt=0)] = Field(0.1, description="KL temperature: reward = beta * log-ratio; simpo: 2")
     label_smoothing: Annotated[Finite, Field(ge=0, lt=0.5)] = Field(0.0, description="assumed share of flipped labels")
-    discopop_tau: Annotated[Finite, Field(gt=0)] | None = Field(None, description="discopop only: temperature")
-    dpop_lambda: Annotated[Finite, Field(ge=0)] | None = Field(None, description="dpop only: penalty weight")
-    rpo_alpha: Annotated[Finite, Field(ge=0)] | None = Field(None, description="rpo only: NLL weight")
+    discopop_tau: Annotated[Finite, Field(gt=0)] | None = Field(None, description="discopop: temperature (0.05)")
+    dpop_lambda: NotNegative | None = Field(None, description="dpop: penalty weight (50)")
+    rpo_alpha: NotNegative | None = Field(None, description="rpo: NLL weight (1)")
+    f_alpha: NotNegative | None = Field(None, description="f_alpha: the divergence's alpha, below 1 (0.5)")
+    ld_alpha: NotNegative | None = Field(None, description="ld_dpo: weight of the longer completion's tail (0.5)")
+    odpo_alpha: NotNegative | None = Field(None, description="odpo: weight of the rated margin (1)")
+    simpo_gamma: NotNegative | None = Field(None, description="simpo: target margin (1)")
+    orpo_lambda: NotNegative | None = Field(None, description="orpo: weight of the odds term (0.1)")
+    cpo_alpha: NotNegative | None = Field(None, description="cpo, cpo_sum: NLL weight (1)")
     disable_dropout: bool = Field(True, description="policy pass without dropout, as in TRL and the original code")
     reference_cache: str | None = Field(None, description="folder that keeps reference log-probabilities for reuse")
 
@@ -250,4 +259,5 @@ SECTIONS: dict[str, type[Section]] = {
     name: type(field.default) for name, field in RunConfig.model_fields.items() if name != "method"
 }
 # Defaults of dpo that differ from those of sft. The recipe has 1e-5.
+LOSS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"simpo": {"beta": 2.0}}  # of [dpo], by loss_type
 DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"train": {"learning_rate": 1e-5}}

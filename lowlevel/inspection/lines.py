@@ -117,7 +117,7 @@ def loss_path(record: PairRecord, method: Method) -> list[PathStep]:
     spec, reading = method.preference_loss.spec, reading_of(method.config.loss_type)
     steps = [
         _both("policy", "log π(y|x), sum over tokens", chosen.logp, rejected.logp),
-        _both("reference", "log ref(y|x)", chosen.ref_logp, rejected.ref_logp),
+        _both("reference", "none: 0" if spec.reference_free else "log ref(y|x)", chosen.ref_logp, rejected.ref_logp),
         _both("log-ratio a, b", "log π − log ref", chosen.logratio, rejected.logratio),
         _both("reward", f"β · log-ratio, β = {method.config.beta:g}", chosen.reward, rejected.reward),
         PathStep("margin x", "chosen − rejected reward", pair=float(record.margin)),

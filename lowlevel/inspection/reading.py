@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
+from lowlevel.losses.dpo import HYPERPARAMETERS
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods import Method
 from lowlevel.methods.dpo import DPO
@@ -19,14 +20,14 @@ from lowlevel.methods.dpo import DPO
 Reading = Literal["margin", "averages", "both", "quantiles"]
 
 READINGS: dict[str, Reading] = {
-    **dict.fromkeys(("sigmoid", "cdpo", "robust", "hinge", "ipo_sum", "exo_pair", "discopop"), "margin"),
-    **dict.fromkeys(("ipo", "sigmoid_norm"), "averages"),
+    **dict.fromkeys(("sigmoid", "cdpo", "robust", "hinge", "ipo_sum", "exo_pair", "discopop", "odpo"), "margin"),
+    **dict.fromkeys(("ipo", "sigmoid_norm", "simpo"), "averages"),
     **dict.fromkeys(("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "dpop", "rpo"), "both"),
     **dict.fromkeys(("aot", "aot_unpaired"), "quantiles"),
 }
 SIGNS = {
     "ls(": "log σ(", "s(": "σ(", "log pi(": "log π(",
-    "beta": "β", "eps": "ε", "tau": "τ", "lambda": "λ", "alpha": "α",
+    "beta": "β", "eps": "ε", "tau": "τ", "lambda": "λ", "alpha": "α", "gamma": "γ",
     "n+": "n₊", "n-": "n₋", "y+": "y₊", "y-": "y₋", "y_t": "yₜ", "y_<t": "y<ₜ",
 }  # fmt: skip
 
@@ -46,7 +47,8 @@ def loss_of(method: Method) -> tuple[LossSpec, Mapping[str, float]]:
 def settings(method: Method) -> str:
     """Loss and hyper-parameters as one phrase."""
     spec, values = loss_of(method)
-    names = {"beta": "β", "label_smoothing": "ε", "discopop_tau": "τ", "dpop_lambda": "λ", "rpo_alpha": "α"}
+    signs = {name: SIGNS[one.sign] for name, one in HYPERPARAMETERS.items()}
+    names = {"beta": "β", "label_smoothing": "ε", **signs}
     return ", ".join([spec.name, *(f"{names.get(key, key)} {value:g}" for key, value in values.items())])
 
 

@@ -174,9 +174,11 @@ def _pairs_of(
 ) -> list[PairRecord]:
     moved, head = batch.to(policy.placement.device), policy.lm_head_weight
     targets = moved.scored_targets
-    with policy.reference():
-        ref_hidden = policy.scored_hidden_states(moved)
-        ref_logps = token_logps(ref_hidden, head, targets)
+    ref_hidden, ref_logps = None, torch.zeros_like(targets, dtype=torch.float32)
+    if not method.preference_loss.spec.reference_free:
+        with policy.reference():
+            ref_hidden = policy.scored_hidden_states(moved)
+            ref_logps = token_logps(ref_hidden, head, targets)
     policy.dropout.disable()
     hidden = policy.scored_hidden_states(moved)
     logps, predicted = token_logps(hidden, head, targets), distribution(hidden, head, targets)
@@ -207,7 +209,7 @@ def _pairs_of(
         )
 
     def displaced(i: int) -> Displacement | None:
-        if sums[i] >= ref_sums[i]:
+        if ref_hidden is None or sums[i] >= ref_sums[i]:
             return None
         index = _index(batch, i).to(hidden.device)
         return displacement_of(hidden[index], ref_hidden[index], head, targets[index])

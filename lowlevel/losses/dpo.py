@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlevel.losses import preference
+from lowlevel.losses import modifiers, preference, reference_free
 from lowlevel.losses.preference import PairLogps
 from lowlevel.losses.registry import LossSpec, find, spec_of
 
@@ -34,7 +34,12 @@ class DPOOutput:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # of a user's own loss, (P,) each
 
 
+BETA, BETAS = 0.1, {"simpo": 2.0}  # the default of beta, and of the losses that have another
 AOT = "cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))"
+F_ALPHA = "-ls(beta (g(a) - g(b))), g(r) = (exp((alpha-1) r) - 1) / (alpha-1)"
+LD_DPO = "-ls(x), tokens after min(n+, n-) times alpha"
+ORPO = "-p+/n+ - lambda ls(o(p+/n+) - o(p-/n-)), o(p) = p - log(1 - exp(p))"
+FREE = {"reference_free": True, "needs_lengths": True}
 _SPECS = (
     spec_of(preference.sigmoid, "-ls(x)", "arXiv 2305.18290 eq 7"),
     spec_of(preference.cdpo, "-(1-eps) ls(x) - eps ls(-x)", "ericmitchell.ai/cdpo.pdf eq 3"),
@@ -54,14 +59,67 @@ _SPECS = (
     spec_of(preference.sigmoid_norm, "-ls(beta (a/n+ - b/n-))", "arXiv 2411.15124 eq 6", needs_lengths=True),
     spec_of(preference.dpop, "-ls(x - beta lambda max(0, -a))", "arXiv 2402.13228"),
     spec_of(preference.rpo, "-ls(x) - alpha log pi(y+) / n+", "arXiv 2404.19733", needs_lengths=True),
+    spec_of(modifiers.f_forward_kl, "-ls(beta (exp(-b) - exp(-a)))", "arXiv 2309.16240 eq 8"),
+    spec_of(modifiers.f_js, "-ls(beta (ls(a) - ls(b)))", "arXiv 2309.16240 eq 8"),
+    spec_of(modifiers.f_alpha, F_ALPHA, "arXiv 2309.16240 eq 8"),
+    spec_of(modifiers.ld_dpo, LD_DPO, "arXiv 2409.06411 eq 10", needs_tokens=True),
+    spec_of(modifiers.odpo, "-ls(x - alpha m)", "arXiv 2402.10571 eq 8", needs_margin=True),
+    spec_of(reference_free.simpo, "-ls(beta (p+/n+ - p-/n-) - gamma)", "arXiv 2405.14734 eq 6", **FREE),
+    spec_of(reference_free.orpo, ORPO, "arXiv 2403.07691 eq 6", **FREE),
+    spec_of(reference_free.cpo, "-ls(beta (p+ - p-)) - alpha p+/n+", "arXiv 2401.08417 eq 5", **FREE),
+    spec_of(reference_free.cpo_sum, "-ls(beta (p+ - p-)) - alpha p+", "arXiv 2401.08417 eq 5", reference_free=True),
+    spec_of(reference_free.nll, "-p+/n+", "maximum likelihood", **FREE),
 )
 
 LOSSES: Mapping[str, LossSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
 
 
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A number that some losses read, besides beta and label_smoothing: its sign in formulas, and its range."""
+
+    sign: str
+    default: float
+    low: float = 0.0
+    high: float = math.inf
+    ends: str = "[)"  # whether low and high are in the range
+
+    def holds(self, value: float) -> bool:
+        """Whether the range contains a value."""
+        above = value >= self.low if self.ends[0] == "[" else value > self.low
+        return above and (value <= self.high if self.ends[1] == "]" else value < self.high)
+
+    @property
+    def range(self) -> str:
+        """Such as "in [0, 1)"."""
+        if self.high == math.inf:
+            return f"finite and at least {self.low:g}"
+        return f"in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
+
+
+HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType(
+    {
+        "discopop_tau": Hyperparameter(
+            "tau", 0.05, high=1.0, ends="(]"
+        ),  # above 1 the loss grows exponentially as x falls
+        "dpop_lambda": Hyperparameter("lambda", 50.0),
+        "rpo_alpha": Hyperparameter("alpha", 1.0),
+        "f_alpha": Hyperparameter("alpha", 0.5, high=1.0),
+        "ld_alpha": Hyperparameter("alpha", 0.5, high=1.0, ends="[]"),
+        "odpo_alpha": Hyperparameter("alpha", 1.0),
+        "simpo_gamma": Hyperparameter("gamma", 1.0),
+        "orpo_lambda": Hyperparameter("lambda", 0.1),
+        "cpo_alpha": Hyperparameter("alpha", 1.0),
+    }
+)
+
+
 def loss_spec(loss_type: str) -> LossSpec:
-    """The preference loss of a name: built in, or a user's own. Raises ValueError for an unknown one."""
-    return find(loss_type, LOSSES)
+    """The preference loss of a name: built in, a user's own, or a weighted sum ("0.8*sigmoid + 0.2*bco_pair").
+
+    Raises ValueError for an unknown one.
+    """
+    return modifiers.mixture(loss_type, loss_spec) if set("+*") & set(loss_type) else find(loss_type, LOSSES)
 
 
 def dpo_loss(
@@ -71,26 +129,22 @@ def dpo_loss(
     ref_rejected_logps: Tensor,
     *,
     loss_type: str = "sigmoid",
-    beta: float = 0.1,
+    beta: float | None = None,
     label_smoothing: float = 0.0,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
-    discopop_tau: float | None = None,
-    dpop_lambda: float | None = None,
-    rpo_alpha: float | None = None,
+    **hyperparameters: float | None,
 ) -> DPOOutput:
-    """Loss and rewards of P preference pairs; the formulas are in `lowlevel.losses.preference`.
+    """Loss and rewards of P preference pairs; the formulas are in `preference`, `modifiers` and `reference_free`.
 
     Args:
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: (P,) log-probability of each completion
             under policy and reference, summed over its tokens; any floating dtype, upcast to fp32 at least.
-        loss_type: a key of `LOSSES`.
-        beta: the KL temperature, finite and above 0.
+        loss_type: a key of `LOSSES`, or a weighted sum of them such as "0.8*sigmoid + 0.2*bco_pair".
+        beta: the KL temperature, finite and above 0; None means 0.1, for `simpo` 2.
         label_smoothing: share of flipped labels, in [0, 0.5). `exo_pair` needs it above 0.
         chosen_lengths, rejected_lengths: (P,) tokens in each completion, for losses with `needs_lengths`.
-        discopop_tau: only for `discopop`, in (0, 1]; None means 0.05. Above 1 the loss grows exponentially as x falls.
-        dpop_lambda: only for `dpop`, finite, at least 0; None means 50.
-        rpo_alpha: only for `rpo`, weight of the NLL term, finite, at least 0; None means 1.
+        **hyperparameters: see `HYPERPARAMETERS`; None means the default in the loss's signature.
 
     Returns:
         `DPOOutput`. `losses` are per pair, in order (`aot` and `aot_unpaired`: per quantile of the batch).
@@ -99,8 +153,7 @@ def dpo_loss(
         ValueError: unknown loss, a hyper-parameter that this loss does not use or out of range, missing lengths, or
             shapes that differ. Values of tensors are not checked: that would be a host sync.
     """
-    given = {"discopop_tau": discopop_tau, "dpop_lambda": dpop_lambda, "rpo_alpha": rpo_alpha}
-    loss = PreferenceLoss.of(loss_type, beta=beta, label_smoothing=label_smoothing, **given)
+    loss = PreferenceLoss.of(loss_type, beta=beta, label_smoothing=label_smoothing, **hyperparameters)
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     return loss(_pairs(loss.spec, logps, chosen_lengths, rejected_lengths))
 
@@ -114,9 +167,14 @@ class PreferenceLoss:
     settings: Mapping[str, float]  # keyword arguments of the loss function
 
     @classmethod
-    def of(cls, loss_type: str, *, beta: float = 0.1, label_smoothing: float = 0.0, **given: Any) -> PreferenceLoss:
+    def of(
+        cls, loss_type: str, *, beta: float | None = None, label_smoothing: float = 0.0, **given: Any
+    ) -> PreferenceLoss:
         """The loss of a name; None, and a label_smoothing of 0, count as not given. Raises ValueError as `dpo_loss`."""
         spec = loss_spec(loss_type)
+        if beta not in (None, BETA) and "beta" not in spec.parameters and not spec.own:
+            raise ValueError(f"loss_type {spec.name!r} does not use beta (got {beta:g})")
+        beta = BETAS.get(spec.name, BETA) if beta is None else beta
         chosen = {name: value for name, value in given.items() if value is not None}
         smoothing = {"label_smoothing": label_smoothing}
         _check_parameters(spec, beta, label_smoothing, chosen | (smoothing if label_smoothing != 0 else {}))
@@ -144,11 +202,9 @@ def _check_parameters(spec: LossSpec, beta: float, label_smoothing: float, given
         raise ValueError(f"label_smoothing is a share of flipped labels and must be in [0, 0.5), got {label_smoothing}")
     if spec.name == "exo_pair" and label_smoothing == 0:
         raise ValueError("loss_type 'exo_pair' takes log(label_smoothing) and needs it above 0: try 0.001, as TRL does")
-    if not 0 < given.get("discopop_tau", 1.0) <= 1:
-        raise ValueError(f"discopop_tau must be in (0, 1], got {given['discopop_tau']}")
-    for name in ("dpop_lambda", "rpo_alpha"):
-        if not 0 <= given.get(name, 0.0) < math.inf:
-            raise ValueError(f"{name} must be finite and at least 0, got {given[name]}")
+    for name in HYPERPARAMETERS.keys() & given.keys():
+        if not HYPERPARAMETERS[name].holds(given[name]):
+            raise ValueError(f"{name} must be {HYPERPARAMETERS[name].range}, got {given[name]}")
 
 
 def _pairs(

@@ -42,6 +42,12 @@ class PairLogps:
     sequence_ids: Tensor | None = None
     values: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
 
+    def completion_sums(self, token_values: Tensor) -> Tensor:
+        """The (N,) values of tokens summed by completion, (2P,): all chosen, then all rejected; without dummies."""
+        assert self.sequence_ids is not None
+        completions = torch.arange(2 * len(self.chosen_logps), device=self.sequence_ids.device)
+        return torch.where(self.sequence_ids == completions[:, None], token_values, 0.0).sum(1)  # in a fixed order
+
     @property
     def chosen_logratios(self) -> Tensor:
         """`a`, policy minus reference for the chosen completion, (P,)."""
@@ -187,7 +193,7 @@ def rpo(pairs: PairLogps, *, beta: float, rpo_alpha: float = 1.0) -> Tensor:
 
     alpha weighs the NLL term, as TRL's `rpo_alpha` did; each pair averages over its own tokens.
     """
-    nll = -pairs.chosen_logps / _lengths(pairs.chosen_lengths)
+    nll = -pairs.chosen_logps / token_counts(pairs)[0]
     return sigmoid(pairs, beta=beta) + rpo_alpha * nll
 
 
@@ -196,11 +202,12 @@ def _smoothed_logistic(x: Tensor, label_smoothing: float) -> Tensor:
 
 
 def _average_logratios(pairs: PairLogps) -> tuple[Tensor, Tensor]:
-    chosen_lengths, rejected_lengths = _lengths(pairs.chosen_lengths), _lengths(pairs.rejected_lengths)
-    return pairs.chosen_logratios / chosen_lengths, pairs.rejected_logratios / rejected_lengths
+    chosen_count, rejected_count = token_counts(pairs)
+    return pairs.chosen_logratios / chosen_count, pairs.rejected_logratios / rejected_count
 
 
-def _lengths(lengths: Tensor | None) -> Tensor:
-    if lengths is None:
+def token_counts(pairs: PairLogps) -> tuple[Tensor, Tensor]:
+    """Tokens of the chosen and the rejected completions, (P,) each, at least 1: an empty completion's average is 0."""
+    if pairs.chosen_lengths is None or pairs.rejected_lengths is None:
         raise ValueError("this loss averages over tokens: pass chosen_lengths and rejected_lengths")
-    return lengths.clamp(min=1)  # the average of an empty completion is 0, not 0/0
+    return pairs.chosen_lengths.clamp(min=1), pairs.rejected_lengths.clamp(min=1)

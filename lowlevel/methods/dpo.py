@@ -15,8 +15,10 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, pair_rows, pair_segment
 from lowlevel.batch.packing import micro_batch_rows
-from lowlevel.config.schema import DPOConfig
-from lowlevel.losses import DPOOutput, LossSums, PairLogps, PreferenceLoss
+from lowlevel.config.schema import DPOConfig, RunConfig
+from lowlevel.losses import DPOOutput, LossSums, PairLogps, PreferenceLoss, loss_spec
+from lowlevel.losses.dpo import HYPERPARAMETERS
+from lowlevel.losses.modifiers import rated_margins
 from lowlevel.losses.registry import check_result
 from lowlevel.model.policy import Policy
 
@@ -38,18 +40,24 @@ class DPO:
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The preference loss, summed over the batch's pairs."""
-        reference = None if batch.reference_logps is not None else reference_token_logps(policy, batch)
+        reference = self.reference_logps(policy, batch)  # (N,) fp32
         if self.config.disable_dropout:
             policy.dropout.disable()
         token_logps = policy.token_logps(batch)  # (N,) fp32
         pairs = pair_logps(batch, token_logps, reference, self.columns)  # sums over a completion, (P,) each
         output = self.preference_loss(pairs)  # eq. 7: -logsigmoid(beta * pairs.deltas)
-        return _sums_of(batch, pairs, output)
+        return _sums_of(batch, pairs, output, self.preference_loss.spec.reference_free)
 
     @cached_property
     def preference_loss(self) -> PreferenceLoss:
         """The loss of `dpo.loss_type`, with its hyper-parameters."""
         return preference_loss(self.config)
+
+    def reference_logps(self, policy: Policy, batch: PackedBatch) -> Tensor | None:
+        """Of each scored token, (N,) fp32: 0 for a reference-free loss, None if a cache has given their sums."""
+        if self.preference_loss.spec.reference_free:
+            return torch.zeros_like(batch.scored_targets, dtype=torch.float32)
+        return None if batch.reference_logps is not None else reference_token_logps(policy, batch)
 
     def count(self, batch: PackedBatch) -> int:
         """Preference pairs."""
@@ -125,8 +133,9 @@ def _pair_logps(
     )  # fmt: skip
 
 
-def _sums_of(batch: PackedBatch, pairs: PairLogps, output: DPOOutput) -> LossSums:
+def _sums_of(batch: PackedBatch, pairs: PairLogps, output: DPOOutput, reference_free: bool) -> LossSums:
     """Sums of loss and metrics over the real pairs, and the values of each pair and token for a trace."""
+    reference = {"logps/ref_chosen": pairs.ref_chosen_logps, "logps/ref_rejected": pairs.ref_rejected_logps}
     metrics = {
         "rewards/chosen": output.chosen_rewards,
         "rewards/rejected": output.rejected_rewards,
@@ -134,30 +143,39 @@ def _sums_of(batch: PackedBatch, pairs: PairLogps, output: DPOOutput) -> LossSum
         "rewards/accuracies": (output.margins > 0).float() + 0.5 * (output.margins == 0).float(),
         "logps/chosen": pairs.chosen_logps.detach(),
         "logps/rejected": pairs.rejected_logps.detach(),
-        "logps/ref_chosen": pairs.ref_chosen_logps,
-        "logps/ref_rejected": pairs.ref_rejected_logps,
+        **({} if reference_free else reference),
         **output.metrics,
     }
     tokens = {"logps": pairs.token_logps, "ref_logps": pairs.ref_token_logps}
     return LossSums(
         torch.where(batch.real, output.losses, 0.0).sum(),
         {name: torch.where(batch.real, value, 0.0).sum() for name, value in metrics.items()},
-        examples={"loss": output.losses.detach(), **metrics},
+        examples={"loss": output.losses.detach(), **reference, **metrics},
         tokens={name: value.detach() for name, value in tokens.items() if value is not None},
     )
 
 
 def preference_loss(config: DPOConfig) -> PreferenceLoss:
     """The configured loss. Raises ValueError for an unknown one, or a hyper-parameter that it does not use."""
-    names = ("discopop_tau", "dpop_lambda", "rpo_alpha")
-    given = {name: getattr(config, name) for name in names} | dict(config.loss_kwargs)
+    given = {name: getattr(config, name) for name in HYPERPARAMETERS} | dict(config.loss_kwargs)
     return PreferenceLoss.of(config.loss_type, beta=config.beta, label_smoothing=config.label_smoothing, **given)
+
+
+def reads_reference(config: RunConfig) -> bool:
+    """Whether a run compares the policy with a reference."""
+    return config.method == "dpo" and not loss_spec(config.dpo.loss_type).reference_free
 
 
 def check_loss(config: DPOConfig, columns: Sequence[str] = ()) -> None:
     """Raise ValueError as `preference_loss`, and for a custom loss that fails on a trial batch; needs no model."""
     loss = preference_loss(config)
-    if loss.spec.own:
+    spec, cached = loss.spec, config.reference_cache is not None
+    if cached and (spec.reference_free or spec.needs_tokens):
+        why = "has no reference" if spec.reference_free else "reads the reference's single tokens"
+        raise ValueError(f"loss_type {spec.name!r} {why}: leave out reference_cache, which holds sums of completions")
+    if spec.needs_margin:
+        rated_margins(dict.fromkeys(columns, torch.zeros(0)))
+    if spec.own:
         ids, lengths = (
             torch.tensor([0, 0, 1, 2, 3, 4, 4, 4, 5, 6]),
             torch.tensor([2, 1, 1, 1, 3, 1]),

@@ -26,6 +26,7 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import FIXED, SMALL, workspace_bytes
 from lowlevel.errors import ConfigError
 from lowlevel.kernels import chunk_rows
+from lowlevel.losses import loss_spec
 from lowlevel.model.adapters import read_adapter_config
 from lowlevel.model.base import empty_model
 from lowlevel.model.placement import DTYPES, Placement
@@ -205,10 +206,11 @@ def cost(shape: ModelShape, config: RunConfig, plan: Plan) -> float:
     """Time of an optimizer step, in units of one position's products in one pass; for ranking plans."""
     step = step_positions(config)
     share = plan.recomputed / shape.layers
-    passes = 3 + share + (config.method == "dpo")
+    reference = config.method == "dpo" and not loss_spec(config.dpo.loss_type).reference_free
+    passes = 3 + share + reference
     repeated = DEQUANTISE_POSITIONS * _quantised(shape, config, plan) / shape.linear
     micro_batches = -(-step // plan.positions)
-    return step * passes + micro_batches * (2 + share + (config.method == "dpo")) * (repeated + 60)
+    return step * passes + micro_batches * (2 + share + reference) * (repeated + 60)
 
 
 def step_positions(config: RunConfig) -> int:

@@ -169,7 +169,8 @@ def _micro_tensors(session: Session, batch: PackedBatch, seen: Tensors) -> Tenso
 
 def _losses(method: Method, batch: PackedBatch, by_token: Tensors) -> Tensor:
     if isinstance(method, DPO):
-        pairs = pair_logps(batch, by_token["policy"], by_token["reference"], method.columns)
+        reference = by_token.get("reference", torch.zeros_like(by_token["policy"]))  # of a reference-free loss
+        pairs = pair_logps(batch, by_token["policy"], reference, method.columns)
         return torch.where(batch.real, method.preference_loss(pairs).losses, 0.0)
     assert isinstance(method, SFT)
     tokens = TokenLogps(by_token["policy"], batch.sequence_ids, batch.lengths, batch.values(method.columns))

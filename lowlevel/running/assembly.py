@@ -266,7 +266,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) 
             **({"merged_adapter": inputs.merged_adapter} if inputs.merged_adapter else {}),
         },
         "parent_adapter": parent,
-        "reference": None if config.method == "sft" else ("base + parent adapter" if parent else "base"),
+        "reference": None if not dpo.reads_reference(config) else ("base + parent adapter" if parent else "base"),
         "trainable_parameters": policy.flat.weights.numel(),
         "data_sha256": inputs.data.report.train.fingerprint,
         "evaluation_sha256": evaluation.fingerprint if evaluation else None,

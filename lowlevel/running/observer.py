@@ -14,6 +14,7 @@ from typing import Any
 from lowlevel.checkpoints.checkpoint import checkpoints
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import EVAL_LOSS, ConfigError
+from lowlevel.methods.dpo import reads_reference
 from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.callbacks import Callback
 from lowlevel.running.endings import Interrupts
@@ -75,7 +76,7 @@ class RunObserver:
 def starts_as_reference(config: RunConfig) -> bool:
     """Whether a new run's policy equals its reference at the start: no active dropout, and no lora.init_from."""
     without_dropout = config.dpo.disable_dropout or config.lora.lora_dropout == 0
-    return config.method == "dpo" and without_dropout and config.lora.init_from is None
+    return reads_reference(config) and without_dropout and config.lora.init_from is None
 
 
 def all_ties(result: StepResult) -> bool:

@@ -16,6 +16,7 @@ from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.report import not_learned, template_lines, truncated
 from lowlevel.durable import replaced_folder, write_json
+from lowlevel.methods.dpo import reads_reference
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.base import base_location, describe_base, notes_of_base
 from lowlevel.model.dequantised import describe
@@ -92,6 +93,7 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
         console.print(f"  warning    {line}", markup=False, highlight=False)
     if config.method == "dpo":
         reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
+        reference = reference if reads_reference(config) else "none"
         console.print(f"  reference  {reference}; loss {config.dpo.loss_type}, beta {config.dpo.beta:g}", markup=False)
 
 

@@ -26,7 +26,7 @@ class Evidence:
     sequences: list[list[Scored]]
     sums: list[dict[str, Tensor]]  # `method.loss` of a micro-batch that holds the example alone
     policy: list[HeadScores]
-    reference: list[HeadScores] | None  # None for sft
+    reference: list[HeadScores] | None  # None if the loss has no reference
     values: Mapping[str, Tensor]  # numeric columns of the rows that the loss reads, one number an example
     model: ExactModel | None  # in float64; None if the base is too large
     exact: int  # how many examples are run through it
@@ -86,12 +86,12 @@ def gather(subject: Subject) -> Evidence:
 
 
 def head_scores_of(subject: Subject) -> tuple[list[HeadScores], list[HeadScores] | None]:
-    """Scores of every example alone, under policy and reference; no reference for sft."""
+    """Scores of every example alone, under policy and reference (None if the loss reads none)."""
     policy, reference = [], []
     for example in subject.examples:
         (batch,) = subject.batches(examples=[example])
         policy.append(head_scores(subject.policy, batch))
-        if subject.preference:
+        if subject.reads_reference:
             with subject.policy.reference():
                 reference.append(head_scores(subject.policy, batch))
     return policy, reference or None

@@ -26,17 +26,19 @@ def logps_of(
 ) -> Logps:
     """What a loss reads, from token log-probabilities [example][chosen, rejected] or [example][whole], (n,) each.
 
-    `reference` is None for sft; `values`: numeric columns of the rows, one number an example.
+    `reference` is None for sft and reference-free losses; `values`: numeric columns of the rows, one number an example.
     """
     lengths = torch.tensor([len(part) for part in _sequences(policy)])
     ids = torch.arange(len(lengths)).repeat_interleave(lengths)
     tokens = torch.cat(_sequences(policy))
-    if reference is None:
+    if len(policy[0]) == 1:
         return TokenLogps(tokens, ids, lengths, values)
     empty = tokens.new_zeros(len(policy))
     chosen, rejected = lengths.chunk(2)
     pairs = PairLogps(empty, empty, empty, empty, chosen, rejected, sequence_ids=ids, values=values)
-    return with_tokens(pairs, tokens, torch.cat(_sequences(reference)))
+    return with_tokens(
+        pairs, tokens, torch.zeros_like(tokens) if reference is None else torch.cat(_sequences(reference))
+    )
 
 
 def _sequences(examples: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -54,14 +54,14 @@ def _pair_checks(subject: Subject, evidence: Evidence, token: float, longest: in
     named = {
         "logps/chosen": logps.chosen_logps,
         "logps/rejected": logps.rejected_logps,
-        "logps/ref_chosen": logps.ref_chosen_logps,
-        "logps/ref_rejected": logps.ref_rejected_logps,
     }
+    if subject.reads_reference:
+        named |= {"logps/ref_chosen": logps.ref_chosen_logps, "logps/ref_rejected": logps.ref_rejected_logps}
     keys = (*named, "loss", "rewards/margins")
     found = {key: torch.stack([s[key].double().cpu() for s in evidence.sums]) for key in keys}
     bound = _sum_bound(token, longest, max(map(largest, named.values())))
     checks = []
-    for who, prefix in (("policy", "logps/"), ("reference", "logps/ref_")):
+    for who, prefix in (("policy", "logps/"), ("reference", "logps/ref_"))[: len(named) // 2]:
         error = max(largest(found[key] - named[key]) for key in (f"{prefix}chosen", f"{prefix}rejected"))
         note = f"{len(logps.chosen_logps)} pairs"
         checks.append(check(GROUP, f"completion log-probability, {who}", error, bound, note))

@@ -39,7 +39,7 @@ class Kernels(TorchDispatchMode):
 
 def reference_checks(subject: Subject) -> list[Check]:
     """Dropout stays on: it must not reach the reference."""
-    if not subject.preference:
+    if not subject.reads_reference:
         return []
     batches = subject.batches()
     checks = [_log_ratios(subject, batches), *_passes(subject, batches), _dropout(subject, batches[0])]

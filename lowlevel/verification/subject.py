@@ -56,6 +56,11 @@ class Subject:
         return isinstance(self.method, DPO)
 
     @property
+    def reads_reference(self) -> bool:
+        """Whether the loss compares the policy with a reference."""
+        return self.preference and not self.spec.reference_free
+
+    @property
     def spec(self) -> LossSpec:
         """The configured loss."""
         return self.method.preference_loss.spec if isinstance(self.method, DPO) else self._sft.token_loss

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from lowlevel.losses import LOSSES
+from lowlevel.losses.dpo import HYPERPARAMETERS
 
 REFERENCES = json.loads((Path(__file__).parents[1] / "references" / "losses.json").read_text(encoding="utf-8"))
 LOGPS = ("chosen", "rejected", "ref_chosen", "ref_rejected")
@@ -12,9 +13,8 @@ FLAGS = {**{key: f"--{key.replace('_', '-')}" for key in LOGPS}, "n": "--chosen-
 P = ("--chosen", -10, "--rejected", -12, "--ref-chosen", -11, "--ref-rejected", -11.5, "--beta", 0.1)
 ALL_FLAGS = {
     key: f"--{key.replace('_', '-')}"
-    for key in (*LOGPS, "chosen_length", "rejected_length", "beta", "label_smoothing", "discopop_tau", "dpop_lambda",
-                "rpo_alpha")
-}  # fmt: skip
+    for key in (*LOGPS, "chosen_length", "rejected_length", "margin", "beta", "label_smoothing", *HYPERPARAMETERS)
+}
 
 
 def alone_is_other(case: dict) -> bool:
@@ -50,7 +50,7 @@ def shown(cli, *words: object) -> str:
 def table_of(text: str) -> dict[str, list[str]]:
     """The numbers of the first table, by loss."""
     rows = (re.match(r"^ *([a-z_]+) +(?=[-\d])([-+.\de ]+)$", line.rstrip()) for line in text.splitlines())
-    return {row[1]: row[2].split() for row in rows if row and row[1] in LOSSES}
+    return {row[1]: row[2].split() for row in rows if row and row[1] in LOSSES and " " in row[2].strip()}
 
 
 def refused(said, *texts: str) -> None:

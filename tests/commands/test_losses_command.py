@@ -1,5 +1,6 @@
 """`lowlevel losses`: its numbers are those of `tests/references`, and its flags reach the loss."""
 
+import math
 import os
 import re
 import subprocess
@@ -26,11 +27,15 @@ from losses_table import (
 import lowlevel
 from lowlevel.cli import join_negative_numbers
 from lowlevel.losses import LOSSES, PreferenceLoss, dpo_loss
+from lowlevel.losses.dpo import HYPERPARAMETERS
 
 # Numbers
 
 
-@pytest.mark.parametrize("name", LOSSES)
+SUMS = [name for name, spec in LOSSES.items() if not (spec.needs_tokens or spec.needs_margin)]
+
+
+@pytest.mark.parametrize("name", SUMS)
 def test_values_and_gradients_are_those_of_the_reference_file(cli, name):
     """One case of each loss, at its last pair: tests/losses checks every case without the command line."""
     case = next(case for case in REFERENCES["cases"] if case["loss"] == name and not alone_is_other(case))
@@ -40,7 +45,8 @@ def test_values_and_gradients_are_those_of_the_reference_file(cli, name):
     assert row["loss"] == pytest.approx(case["losses"][pair], rel=1e-12, abs=1e-12)
     for key in LOGPS:
         assert row["gradients"][key] == pytest.approx(case[f"grad_{key}_logps"][pair], rel=1e-12, abs=1e-12)
-    beta, a, b = case["parameters"]["beta"], *(point[key][pair] - point[f"ref_{key}"][pair] for key in LOGPS[:2])
+    beta, free = case["parameters"].get("beta", 0.1), LOSSES[name].reference_free
+    a, b = (point[key][pair] - (0 if free else point[f"ref_{key}"][pair]) for key in LOGPS[:2])
     assert row["margin"] == pytest.approx(beta * (a - b), rel=1e-12, abs=1e-15)
     slope = (case["grad_chosen_logps"][pair] - case["grad_rejected_logps"][pair]) / (2 * beta)
     assert row["slope"] == pytest.approx(slope, rel=1e-12, abs=1e-12)
@@ -53,7 +59,8 @@ def test_the_table_has_every_loss_once_in_order_with_what_the_detail_has(cli):
     assert [row["name"] for row in rows] == list(LOSSES)
     for row in rows:
         assert (row["formula"], row["paper"]) == (LOSSES[row["name"]].formula, LOSSES[row["name"]].paper)
-        assert by_name(cli, "--loss", row["name"], *words) == {row["name"]: row}
+        own = words if "beta" in LOSSES[row["name"]].parameters else (*words[:8], *words[10:])
+        assert by_name(cli, "--loss", row["name"], *own) == {row["name"]: row}
 
 
 def test_the_example_of_the_issue(cli):
@@ -108,17 +115,18 @@ def test_a_loss_of_the_users(cli, tmp_path, monkeypatch):
 
 
 def test_without_flags_the_point_is_the_documented_one_and_marked_as_default(cli):
-    assert document(cli)["defaults"] == [*LOGPS, "chosen_length", "rejected_length", "beta"]
-    assert document(cli)["losses"] == document(cli, *P, "--chosen-length", 4, "--rejected-length", 5)["losses"]
+    defaults = [*LOGPS, "chosen_length", "rejected_length", "margin", "beta"]
+    assert document(cli)["defaults"] == defaults
+    assert document(cli)["losses"] == document(cli, *P[:-2], "--chosen-length", 4, "--rejected-length", 5)["losses"]
     assert shown(cli).count("(default)") == 7
     partly = shown(cli, "--chosen", -10, "--beta", 0.2)
     assert partly.count("(default)") == 5
-    assert document(cli, "--chosen", -10)["defaults"] == [*LOGPS[1:], "chosen_length", "rejected_length", "beta"]
+    assert document(cli, "--chosen", -10)["defaults"] == defaults[1:]
     assert "(default)" not in shown(cli, *P, "--chosen-length", 4, "--rejected-length", 5)
 
 
 def test_hyper_parameters_go_to_the_losses_that_use_them(cli):
-    given = {"label_smoothing": 0.2, "discopop_tau": 0.3, "dpop_lambda": 7.0, "rpo_alpha": 0.6}
+    given = {"label_smoothing": 0.2, **{name: one.default * 0.6 for name, one in HYPERPARAMETERS.items()}}
     worse = ("--chosen", -12)  # a < 0: dpop's penalty counts
     plain = by_name(cli, *worse)
     for key, value in given.items():
@@ -129,11 +137,14 @@ def test_hyper_parameters_go_to_the_losses_that_use_them(cli):
             assert row["parameters"].get(key) == (value if used else None)
 
 
-def test_beta_goes_to_every_loss(cli):
+def test_beta_goes_to_every_loss_that_has_one(cli):
     plain, other = by_name(cli), by_name(cli, "--beta", 0.7)
-    assert all(other[name]["loss"] != plain[name]["loss"] for name in LOSSES)
-    assert {row["parameters"]["beta"] for row in other.values()} == {0.7}
-    assert [row["margin"] for row in other.values()] == pytest.approx([1.05] * len(LOSSES))
+    for name, row in other.items():
+        spec, reads_beta = LOSSES[name], "beta" in LOSSES[name].parameters
+        assert (row["loss"] != plain[name]["loss"]) == reads_beta
+        assert row["parameters"].get("beta") == (0.7 if reads_beta else None)
+        beta, difference = (0.7 if reads_beta else 0.1), (2.0 if spec.reference_free else 1.5)
+        assert row["margin"] == pytest.approx(beta * difference)
 
 
 def test_lengths_go_to_the_losses_that_average(cli):
@@ -143,7 +154,14 @@ def test_lengths_go_to_the_losses_that_average(cli):
         key: {name for name, row in by_name(cli, *flag).items() if row["loss"] != plain[name]["loss"]}
         for key, flag in words.items()
     }
-    assert changed == {"chosen": {"ipo", "sigmoid_norm", "rpo"}, "rejected": {"ipo", "sigmoid_norm"}}
+    both = {"ipo", "sigmoid_norm", "simpo", "orpo", "ld_dpo"}
+    assert changed == {"chosen": both | {"rpo", "cpo", "nll"}, "rejected": both}
+
+
+def test_a_rated_margin_goes_to_odpo(cli):
+    plain, other = by_name(cli), by_name(cli, "--margin", 3)
+    assert [name for name in plain if plain[name]["loss"] != other[name]["loss"]] == ["odpo"]
+    assert other["odpo"]["loss"] == pytest.approx(math.log1p(math.exp(3 - 0.15)))
 
 
 def test_defaults_of_hyper_parameters_are_those_of_dpo_loss(cli):
@@ -151,11 +169,14 @@ def test_defaults_of_hyper_parameters_are_those_of_dpo_loss(cli):
     found = {name: {k: v for k, v in row["parameters"].items() if k != "beta"} for name, row in rows.items()}
     smoothed = dict.fromkeys(("cdpo", "robust", "aot", "aot_unpaired"), {"label_smoothing": 0.0})
     own = {"discopop": {"discopop_tau": 0.05}, "dpop": {"dpop_lambda": 50.0}, "rpo": {"rpo_alpha": 1.0}}
+    own |= {"f_alpha": {"f_alpha": 0.5}, "ld_dpo": {"ld_alpha": 0.5}, "odpo": {"odpo_alpha": 1.0}}
+    own |= {"simpo": {"simpo_gamma": 1.0}, "orpo": {"orpo_lambda": 0.1}}
+    own |= dict.fromkeys(("cpo", "cpo_sum"), {"cpo_alpha": 1.0})
     exo = {"exo_pair": {"label_smoothing": 0.001}}
     assert {name: value for name, value in found.items() if value} == smoothed | own | exo
     logps = [torch.tensor([value], dtype=torch.float64) for value in (-10, -12, -11, -11.5)]
     lengths = {"chosen_lengths": torch.tensor([4]), "rejected_lengths": torch.tensor([5])}
-    for name in set(LOSSES) - {"exo_pair"}:
+    for name in set(SUMS) - {"exo_pair"}:
         assert dpo_loss(*logps, loss_type=name, **lengths).losses.item() == rows[name]["loss"]
 
 
@@ -173,6 +194,7 @@ def test_the_help_states_the_defaults(cli):
     found = document(cli)
     defaults = found["point"] | {k: v for row in found["losses"] for k, v in row["parameters"].items()}
     assert stated.pop("label_smoothing") == "0; exo_pair 0.001"
+    assert stated.pop("beta") == "0.1; simpo 2"
     assert {key: float(text) for key, text in stated.items()} == {key: defaults[key] for key in stated}
 
 

@@ -1,6 +1,7 @@
 """What `dpo_loss` refuses, and that it says what to do instead. A setting that is ignored is the defect to rule out."""
 
 import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from lowlevel.losses import LOSSES, dpo_loss
+from lowlevel.losses.dpo import HYPERPARAMETERS
 from lowlevel.losses.preference import PairLogps
 
-OPTIONS = {"label_smoothing": 0.1, "discopop_tau": 0.05, "dpop_lambda": 50.0, "rpo_alpha": 1.0}
+OPTIONS = {"label_smoothing": 0.1, **{name: one.default for name, one in HYPERPARAMETERS.items()}}
 LENGTHS = {"chosen_lengths": torch.tensor([4, 4]), "rejected_lengths": torch.tensor([5, 5])}
 
 
@@ -39,11 +41,52 @@ def test_the_parameters_that_each_loss_uses() -> None:
         "discopop": ("beta", "discopop_tau"),
         "dpop": ("beta", "dpop_lambda"),
         "rpo": ("beta", "rpo_alpha"),
+        "f_alpha": ("beta", "f_alpha"),
+        "ld_dpo": ("beta", "ld_alpha"),
+        "odpo": ("beta", "odpo_alpha"),
+        "simpo": ("beta", "simpo_gamma"),
+        "cpo": ("beta", "cpo_alpha"),
+        "cpo_sum": ("beta", "cpo_alpha"),
+        "orpo": ("orpo_lambda",),
+        "nll": (),
     }
     assert {name: spec.parameters for name, spec in LOSSES.items()} == {
         name: (smoothed | own).get(name, ("beta",)) for name in LOSSES
     }
-    assert {name for name, spec in LOSSES.items() if spec.needs_lengths} == {"ipo", "sigmoid_norm", "rpo"}
+    averaging = {"ipo", "sigmoid_norm", "rpo", "simpo", "orpo", "cpo", "nll"}
+    assert {name for name, spec in LOSSES.items() if spec.needs_lengths} == averaging
+    for name, one in HYPERPARAMETERS.items():
+        for function in (spec.function for spec in LOSSES.values() if name in spec.parameters):
+            assert inspect.signature(function).parameters[name].default == one.default
+
+
+@pytest.mark.parametrize(("name", "beta"), [("orpo", 0.3), ("nll", 2.0)])
+def test_beta_is_refused_by_a_loss_without_it(name: str, beta: float) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' does not use beta"):
+        call(loss_type=name, beta=beta, **LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0.8*sigmoid + sigmiod", "unknown loss_type 'sigmiod'"),
+        ("-1*sigmoid + nll", "'-1.sigmoid' is not"),
+        ("sigmoid +", "'' is not"),
+        ("x*sigmoid", "'x.sigmoid' is not"),
+        ("inf*nll", "'inf.nll' is not"),
+    ],
+)
+def test_a_sum_of_losses_that_is_not_one(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(loss_type=text, **LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("ld_dpo", "reads single tokens"), ("odpo", 'data.columns = ."margin".')]
+)
+def test_a_loss_that_reads_more_than_sums_says_what(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(loss_type=name, **LENGTHS)
 
 
 def test_label_smoothing_with_sigmoid_points_to_cdpo() -> None:

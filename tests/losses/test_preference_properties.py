@@ -14,6 +14,7 @@ SHIFT_INVARIANT = {
     "sigmoid", "cdpo", "robust", "hinge", "ipo_sum", "exo_pair", "aot", "aot_unpaired", "discopop",
 }  # fmt: skip
 LOGISTIC = {"sigmoid", "cdpo", "robust", "aot", "aot_unpaired", "sigmoid_norm", "dpop"}
+SUMS = [name for name, spec in LOSSES.items() if not (spec.needs_tokens or spec.needs_margin)]
 SMOOTHED = [name for name, spec in LOSSES.items() if "label_smoothing" in spec.parameters]
 
 
@@ -36,7 +37,7 @@ def random_logratios(pairs: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
     return draws[0], draws[1]
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SUMS)
 def test_gradcheck(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     logps = [(-20 + 4 * torch.randn(4, generator=generator, dtype=torch.float64)).requires_grad_() for _ in range(4)]
@@ -59,7 +60,7 @@ def test_sigmoid_is_antisymmetric_up_to_x() -> None:
     torch.testing.assert_close(losses_at("sigmoid", a, b) - losses_at("sigmoid", b, a), -0.1 * (a - b))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SUMS)
 def test_shift_of_both_logratios(name: str) -> None:
     """A constant on a and on b (say, a reference that is off by a constant) drops out of losses of a - b alone."""
     a, b = random_logratios()
@@ -116,13 +117,13 @@ EXTREMES = [(5e3, -5e3), (-5e3, 5e3), (1e4, 0.0), (0.0, 1e4), (-1e4, 0.0), (0.0,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SUMS)
 def test_extremes_are_finite(name: str, dtype: torch.dtype) -> None:
     """x = +-1000 at beta = 0.1, split between a and b in every way."""
     for tau in (0.05, 1.0) if name == "discopop" else (None,):
         a, b = (torch.tensor(column, dtype=dtype, requires_grad=True) for column in zip(*EXTREMES, strict=True))
         losses = losses_at(name, a, b, discopop_tau=tau)
-        gradients = torch.autograd.grad(losses.sum(), (a, b))
+        gradients = torch.autograd.grad(losses.sum(), (a, b), allow_unused=True, materialize_grads=True)
         assert all(tensor.isfinite().all() for tensor in (losses, *gradients))
 
 
@@ -149,7 +150,7 @@ def test_stable_discopop_is_the_printed_formula_where_that_one_is_finite(x: floa
     assert loss.item() == pytest.approx(printed, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SUMS)
 def test_an_empty_batch_and_an_empty_completion(name: str) -> None:
     empty = torch.zeros(0, requires_grad=True)
     losses = losses_at(name, empty, empty)
@@ -172,11 +173,11 @@ def test_precision_is_at_least_fp32(given: torch.dtype, expected: torch.dtype) -
 
 
 @pytest.mark.parametrize(
-    ("name", "parameter"), [(name, parameter) for name, spec in LOSSES.items() for parameter in spec.parameters]
+    ("name", "parameter"), [(name, parameter) for name in SUMS for parameter in LOSSES[name].parameters]
 )
 def test_every_parameter_is_read(name: str, parameter: str) -> None:
     a, b = torch.tensor([-1.5], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
-    other = {"beta": 0.3, "label_smoothing": 0.3, "discopop_tau": 0.3, "dpop_lambda": 3.0, "rpo_alpha": 0.3}[parameter]
+    other = {"dpop_lambda": 3.0}.get(parameter, 0.3)
     assert (losses_at(name, a, b, **{parameter: other}) - losses_at(name, a, b)).abs().item() > 1e-4
 
 
@@ -196,7 +197,7 @@ class _HostSyncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SUMS)
 def test_no_host_sync(name: str) -> None:
     a, b = (tensor.requires_grad_() for tensor in random_logratios())
     with _HostSyncs() as syncs:

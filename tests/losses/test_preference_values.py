@@ -14,7 +14,8 @@ import make_losses
 import pytest
 import torch
 
-from lowlevel.losses import LOSSES, DPOOutput, dpo_loss
+from lowlevel.losses import LOSSES, DPOOutput, PairLogps, PreferenceLoss, dpo_loss
+from lowlevel.losses.reference_free import log1mexp
 
 REFERENCES = Path(__file__).parents[1] / "references"
 DOCUMENT = json.loads((REFERENCES / "losses.json").read_text(encoding="utf-8"))
@@ -44,7 +45,18 @@ TABLE: list[tuple[str, dict[str, float], float, float, float]] = [
     ("sigmoid_norm", {}, LOG2, 0.6758002977448283, 0.7095292059996041),
     ("rpo", {"rpo_alpha": 1.0}, 3.1931471805599454, 3.1209570477895320, 3.7709570477895320),
     ("dpop", {"dpop_lambda": 50.0}, LOG2, 0.6209570477895321, 2.7182670736825040),
+    ("f_forward_kl", {}, LOG2, 0.6311543835721054, 0.7592385665249740),
+    ("f_js", {}, LOG2, 0.6606521625101546, 0.7267336921763430),
+    ("f_alpha", {"f_alpha": 0.5}, LOG2, 0.6276909470685579, 0.7631898984635794),
+    ("simpo", {"simpo_gamma": 1.0, "beta": 2.0}, 1.4632824673380314, 1.4632824673380314, 3.0485873515737420),
+    ("orpo", {"orpo_lambda": 0.1}, 2.5749368565368305, 2.5749368565368305, 3.1383095061270776),
+    # cpo: -ls(0.2) + 10/4, and -ls(-0.2) + 12/4
+    ("cpo", {"cpo_alpha": 1.0}, 3.0981388693815920, 3.0981388693815920, 3.7981388693815918),
+    ("cpo_sum", {"cpo_alpha": 1.0}, 10.598138869381592, 10.598138869381592, 12.798138869381592),
+    ("nll", {}, 2.5, 2.5, 3.0),
 ]
+MPO = "0.8*sigmoid + 0.2*bco_pair + 1*nll"  # arXiv 2411.10442
+SUMS = {name for name, spec in LOSSES.items() if not (spec.needs_tokens or spec.needs_margin)}
 
 # loss, point, parameters, dL/da = dL/dchosen_logps, dL/db
 GRADIENTS: list[tuple[str, str, dict[str, float], float, float]] = [
@@ -68,7 +80,7 @@ def evaluate(
     logps = [torch.tensor(point[key], dtype=torch.float64, requires_grad=True) for key in LOGPS]
     lengths = {"chosen_lengths": torch.tensor(point["n"]), "rejected_lengths": torch.tensor(point["m"])}
     output = dpo_loss(*logps, loss_type=loss, **parameters, **lengths)
-    gradients = torch.autograd.grad(output.losses.sum(), logps)
+    gradients = torch.autograd.grad(output.losses.sum(), logps, allow_unused=True, materialize_grads=True)
     return output, dict(zip(GRADIENT_KEYS, gradients, strict=True))
 
 
@@ -104,14 +116,60 @@ def test_closed_form_gradients(row: tuple[str, str, dict[str, float], float, flo
 
 
 def test_every_loss_is_in_the_table_and_in_the_file() -> None:
-    assert {row[0] for row in TABLE} == set(LOSSES)
-    assert {case["loss"] for case in CASES} == set(LOSSES)
-    for loss, spec in LOSSES.items():
-        cases = [case for case in CASES if case["loss"] == loss]
-        places = {(point, 0.1) for point in ("Z", "P", "R", "B", "E")} | {("B", 0.5)}
-        assert {(case["point"], case["parameters"]["beta"]) for case in cases} == places
+    assert {row[0] for row in TABLE} == SUMS
+    assert {case["loss"] for case in CASES} == SUMS
+    for loss in SUMS:
+        spec, cases = LOSSES[loss], [case for case in CASES if case["loss"] == loss]
+        extremes = set() if loss in make_losses.WITHOUT_EXTREMES else {("E", 0.1)}
+        places = {(point, 0.1) for point in ("Z", "P", "R", "B")} | {("B", 0.5)} | extremes
+        if "beta" in spec.parameters:
+            assert {(case["point"], case["parameters"]["beta"]) for case in cases} == places
         for name in spec.parameters:  # at two values at least, so that a constant in its place is noticed
             assert len({case["parameters"][name] for case in cases}) > 1
+
+
+def test_mpo_is_the_weighted_sum_of_its_terms() -> None:
+    output = evaluate(POINTS["P"], MPO, {})[0]
+    close(output.losses, [3.2593368998489973])
+    assert {name: value.item() for name, value in output.metrics.items()} == pytest.approx(
+        {"loss/sigmoid": 0.6209570477895321, "loss/bco_pair": 1.3128563080868572, "loss/nll": 2.5}, abs=1e-15
+    )
+
+
+def test_ld_dpo_discounts_the_tail_of_the_longer_completion() -> None:
+    """Tokens of the chosen completion [1], of the rejected one [2 and 3], and a dummy; alpha = 0.25, beta = 0.5."""
+    tokens = torch.tensor([-1.0, -2.0, -3.0, -99.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-1.5, -1.0, -1.0, -98.0], dtype=torch.float64)
+    one = torch.zeros(1, dtype=torch.float64)
+    pairs = PairLogps(one, one, one, one, torch.tensor([1]), torch.tensor([2]), tokens, reference,
+                      torch.tensor([0, 1, 1, 2]))  # fmt: skip
+    x = 0.5 * ((-1 + 1.5) - ((-2 + 1) + 0.25 * (-3 + 1)))  # 1.0
+    losses = PreferenceLoss.of("ld_dpo", beta=0.5, ld_alpha=0.25)(pairs).losses
+    close(losses, [math.log1p(math.exp(-x))])
+    slope = -0.5 / (1 + math.exp(x))
+    close(torch.autograd.grad(losses.sum(), tokens)[0], [slope, -slope, -0.25 * slope, 0.0])
+    sums = PairLogps(*(values.sum()[None] for part in (tokens, reference) for values in (part[:1], part[1:3])))
+    plain = PreferenceLoss.of("ld_dpo", beta=0.5, ld_alpha=1.0)(pairs).losses
+    close(plain.detach(), PreferenceLoss.of("sigmoid", beta=0.5)(sums).losses.tolist())
+
+
+@pytest.mark.parametrize("columns", [{"margin": 2.0}, {"chosen_score": 5.0, "rejected_score": 3.0}])
+def test_odpo_subtracts_the_rated_margin(columns: dict[str, float]) -> None:
+    values = {name: torch.tensor([value], dtype=torch.float64) for name, value in columns.items()}
+    logps = (torch.tensor([value], dtype=torch.float64) for value in (-10.0, -12.0, -11.0, -11.5))
+    loss = PreferenceLoss.of("odpo", odpo_alpha=0.5)(PairLogps(*logps, values=values)).losses
+    close(loss, [math.log1p(math.exp(-(0.15 - 0.5 * 2.0)))])
+
+
+def test_log1mexp_is_exact_at_both_ends() -> None:
+    """Naive `log1p(-exp(x))` is -inf in fp32 at x = -1e-9, where log(1 - exp(x)) = log(1e-9) = -20.7232658."""
+    x = torch.tensor([0.0, -1e-9, -1e-3, -0.6931, -0.6932, -5.0, -200.0], requires_grad=True)
+    found = log1mexp(x)
+    expected = [-87.33654, -20.7232658, *(math.log(-math.expm1(v)) for v in (-1e-3, -0.6931, -0.6932, -5.0)), 0.0]
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=1e-12)
+    slopes = torch.autograd.grad(found.sum(), x)[0]
+    assert slopes.isfinite().all()
+    assert slopes[5].item() == pytest.approx(-1 / math.expm1(5.0), rel=1e-6)
 
 
 def test_every_case_has_its_inputs_outputs_four_gradients_and_provenance() -> None:

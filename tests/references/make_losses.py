@@ -6,7 +6,7 @@ Nothing of the project is imported: `math` alone, and derivatives taken by hand.
 """
 
 from collections.abc import Callable
-from math import exp, log, log1p
+from math import exp, expm1, log, log1p
 from pathlib import Path
 
 from reference_file import as_text
@@ -156,6 +156,61 @@ def rpo(a: float, b: float, beta: float, alpha: float, chosen: float, n: float) 
     return loss - alpha * chosen / n, da - alpha / n, db
 
 
+def f_divergence(a: float, b: float, beta: float, g: Callable[[float], float], dg: Callable[[float], float]) -> Triple:
+    """-ls(beta (g(a) - g(b))) with g = f': arXiv 2309.16240 eq 8; dL/da = -beta s(-u) g'(a)."""
+    u = beta * (g(a) - g(b))
+    return -ls(u), -beta * s(-u) * dg(a), beta * s(-u) * dg(b)
+
+
+def f_forward_kl(a: float, b: float, beta: float) -> Triple:
+    """f-DPO, forward KL: g(r) = -exp(-r), g'(r) = exp(-r)."""
+    return f_divergence(a, b, beta, lambda r: -exp(-r), lambda r: exp(-r))
+
+
+def f_js(a: float, b: float, beta: float) -> Triple:
+    """f-DPO, Jensen-Shannon: g(r) = ls(r), g'(r) = s(-r)."""
+    return f_divergence(a, b, beta, ls, lambda r: s(-r))
+
+
+def f_alpha(a: float, b: float, beta: float, alpha: float) -> Triple:
+    """f-DPO, alpha divergence: g(r) = (exp((alpha-1) r) - 1) / (alpha-1), g'(r) = exp((alpha-1) r)."""
+    k = alpha - 1
+    return f_divergence(a, b, beta, lambda r: (exp(k * r) - 1) / k, lambda r: exp(k * r))
+
+
+def simpo(p: float, q: float, beta: float, gamma: float, n: float, m: float) -> Triple:
+    """-ls(u), u = beta p/n - beta q/m - gamma; p, q: log-probabilities under the policy."""
+    u = beta * (p / n - q / m) - gamma
+    return -ls(u), -beta * s(-u) / n, beta * s(-u) / m
+
+
+def cpo(p: float, q: float, beta: float, alpha: float, n: float) -> Triple:
+    """-ls(beta (p - q)) - alpha p/n."""
+    loss, dp, dq = sigmoid(p, q, beta)
+    return loss - alpha * p / n, dp - alpha / n, dq
+
+
+def cpo_sum(p: float, q: float, beta: float, alpha: float) -> Triple:
+    """-ls(beta (p - q)) - alpha p."""
+    return cpo(p, q, beta, alpha, 1)
+
+
+def nll(p: float, n: float) -> Triple:
+    """-p/n."""
+    return -p / n, -1 / n, 0.0
+
+
+def orpo(p: float, q: float, lam: float, n: float, m: float) -> Triple:
+    """-p/n - lam ls(u), u = o(p/n) - o(q/m), o(z) = z - log(1 - e^z), o'(z) = 1 / (1 - e^z)."""
+
+    def o(z: float) -> float:
+        return z - log(-expm1(z))
+
+    u = o(p / n) - o(q / m)
+    slope = lam * s(-u)
+    return -p / n - lam * ls(u), -1 / n + slope / (n * expm1(p / n)), -slope / (m * expm1(q / m))
+
+
 def order(values: list[float]) -> list[int]:
     """Which element comes first, second, ... in ascending order."""
     return sorted(range(len(values)), key=values.__getitem__)
@@ -170,12 +225,15 @@ def four_gradients(name: str, parameters: dict[str, float], triples: list[Triple
     Not for RPO: its NLL term -alpha log pi(y+) / n is in dL/da here, and the reference is not in it.
     """
     nll = [parameters["rpo_alpha"] / n if name == "rpo" else 0.0 for n in lengths]
+    free = name in REFERENCE_FREE
     return {
         "losses": [loss for loss, _, _ in triples],
         "grad_chosen_logps": [da for _, da, _ in triples],
         "grad_rejected_logps": [db for _, _, db in triples],
-        "grad_ref_chosen_logps": [-(da + share) for (_, da, _), share in zip(triples, nll, strict=True)],
-        "grad_ref_rejected_logps": [-db for _, _, db in triples],
+        "grad_ref_chosen_logps": [
+            0.0 if free else -(da + share) for (_, da, _), share in zip(triples, nll, strict=True)
+        ],
+        "grad_ref_rejected_logps": [0.0 if free else -db for _, _, db in triples],
     }
 
 
@@ -198,7 +256,9 @@ def sorted_logistic(kind: str, point: dict[str, list[float]], beta: float, eps: 
     return {"losses": losses, **{f"grad_{key}_logps": grads[key] for key in LOGPS}}
 
 
-# name, parameters, function of (a, b, beta, chosen, n, m)
+REFERENCE_FREE = ("simpo", "cpo", "cpo_sum", "nll", "orpo")
+WITHOUT_EXTREMES = ("f_forward_kl", "f_alpha")  # exponentials: at E they are above what a float holds
+# name, parameters, function of (a, b, beta, chosen, n, m); a and b of a reference-free loss are log-probabilities p, q
 FORMULAS: list[tuple[str, dict[str, float], Callable[..., Triple]]] = [
     ("sigmoid", {}, lambda a, b, beta, c, n, m: sigmoid(a, b, beta)),
     ("cdpo", {"label_smoothing": 0.1}, lambda a, b, beta, c, n, m: cdpo(a, b, beta, 0.1)),
@@ -222,6 +282,19 @@ FORMULAS: list[tuple[str, dict[str, float], Callable[..., Triple]]] = [
     ("dpop", {"dpop_lambda": 5.0}, lambda a, b, beta, c, n, m: dpop(a, b, beta, 5.0)),
     ("rpo", {"rpo_alpha": 1.0}, lambda a, b, beta, c, n, m: rpo(a, b, beta, 1.0, c, n)),
     ("rpo", {"rpo_alpha": 0.3}, lambda a, b, beta, c, n, m: rpo(a, b, beta, 0.3, c, n)),
+    ("f_forward_kl", {}, lambda a, b, beta, c, n, m: f_forward_kl(a, b, beta)),
+    ("f_js", {}, lambda a, b, beta, c, n, m: f_js(a, b, beta)),
+    ("f_alpha", {"f_alpha": 0.5}, lambda a, b, beta, c, n, m: f_alpha(a, b, beta, 0.5)),
+    ("f_alpha", {"f_alpha": 0.0}, lambda a, b, beta, c, n, m: f_alpha(a, b, beta, 0.0)),
+    ("simpo", {"simpo_gamma": 1.0}, lambda p, q, beta, c, n, m: simpo(p, q, beta, 1.0, n, m)),
+    ("simpo", {"simpo_gamma": 0.3}, lambda p, q, beta, c, n, m: simpo(p, q, beta, 0.3, n, m)),
+    ("orpo", {"orpo_lambda": 0.1}, lambda p, q, beta, c, n, m: orpo(p, q, 0.1, n, m)),
+    ("orpo", {"orpo_lambda": 1.0}, lambda p, q, beta, c, n, m: orpo(p, q, 1.0, n, m)),
+    ("cpo", {"cpo_alpha": 1.0}, lambda p, q, beta, c, n, m: cpo(p, q, beta, 1.0, n)),
+    ("cpo", {"cpo_alpha": 0.2}, lambda p, q, beta, c, n, m: cpo(p, q, beta, 0.2, n)),
+    ("cpo_sum", {"cpo_alpha": 1.0}, lambda p, q, beta, c, n, m: cpo_sum(p, q, beta, 1.0)),
+    ("cpo_sum", {"cpo_alpha": 0.2}, lambda p, q, beta, c, n, m: cpo_sum(p, q, beta, 0.2)),
+    ("nll", {}, lambda p, q, beta, c, n, m: nll(p, n)),
 ]
 PLACES = [*((name, 0.1) for name in POINTS), ("B", 0.5)]  # points and betas at which every loss is worked out
 
@@ -233,9 +306,16 @@ def cases() -> list[dict[str, object]]:
         point = POINTS[point_name]
         columns = list(zip(*point.values(), strict=True))
         for name, parameters, function in FORMULAS:
-            triples = [function(c - rc, r - rr, beta, c, n, m) for c, r, rc, rr, n, m in columns]
+            if point_name == "E" and name in WITHOUT_EXTREMES:
+                continue
+            free = name in REFERENCE_FREE
+            triples = [
+                function(c, r, beta, c, n, m) if free else function(c - rc, r - rr, beta, c, n, m)
+                for c, r, rc, rr, n, m in columns
+            ]
             result = four_gradients(name, parameters, triples, point["n"])
-            rows.append(case(name, point_name, {"beta": beta, **parameters}, result, str(globals()[name].__doc__)))
+            with_beta = parameters if name in ("orpo", "nll") else {"beta": beta, **parameters}
+            rows.append(case(name, point_name, with_beta, result, str(globals()[name].__doc__)))
         for name in ("aot", "aot_unpaired"):
             for eps in (0.0, 0.1):
                 result = sorted_logistic(name, point, beta, eps)
