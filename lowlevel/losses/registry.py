@@ -39,6 +39,9 @@ class LossSpec:
     paper: str
     parameters: tuple[str, ...]
     needs_lengths: bool = False
+    needs_tokens: bool = False  # log-probabilities of single tokens, under the reference too
+    needs_margin: bool = False  # a rated margin of each pair: data.columns
+    reference_free: bool = False  # log-probabilities under the reference are 0, and there is no reference pass
     mixes_pairs: bool = False  # the loss of a pair depends on the other pairs of its micro-batch
     detaches: bool = False  # parts of the loss are without a gradient on purpose
     own: bool = False  # a custom loss
