@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +22,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig
+from lowlevel.config.schema import DPOConfig, KTOConfig, LoraConfig, ModelConfig
 from lowlevel.execution import Eager, Execution
 from lowlevel.kernels import token_logps
 from lowlevel.loop import optimizer_step
 from lowlevel.methods import Method
 from lowlevel.methods.dpo import DPO
+from lowlevel.methods.kto import KTO
 from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import build_policy, save_adapter
 from lowlevel.model.attention_choice import Attention
@@ -54,6 +55,7 @@ class Tokens:
     row: int
     input_ids: np.ndarray
     labels: np.ndarray
+    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,17 @@ def ragged_pairs(count: int = 8, *, seed: int = 0, longest: int = 18) -> list[Pa
     return pairs
 
 
+def labelled_examples(count: int = 8, *, seed: int = 0, longest: int = 40) -> list[Tokens]:
+    """Completions with labels for KTO; each second one has the prompt of the one before."""
+    examples = ragged_examples(count, seed=seed, longest=longest)
+    for i in range(1, count, 2):
+        before, own = examples[i - 1], examples[i]
+        prompt, reply = (x.labels == -100 for x in (before, own))
+        ids = np.concatenate([before.input_ids[prompt], own.input_ids[~reply]])
+        examples[i] = replace(own, input_ids=ids, labels=np.where(np.arange(len(ids)) < prompt.sum(), -100, ids))
+    return [replace(x, values=(float(i % 3 == 0),)) for i, x in enumerate(examples)]
+
+
 def make_policy(
     base: Path,
     *,
@@ -196,6 +209,10 @@ def sft(batch_size: int = 8, *, packing: bool = False, row_length: int = 64) -> 
 
 def dpo(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **config: Any) -> DPO:
     return DPO(DPOConfig(**config), batch_size, row_length, packing)
+
+
+def kto(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **config: Any) -> KTO:
+    return KTO(KTOConfig(**config), batch_size, row_length, packing)
 
 
 def step(

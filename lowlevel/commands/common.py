@@ -125,7 +125,7 @@ def quiet_console() -> Console:
 
 def describe_keys() -> str:
     """Every key of a run file as a flag, with its choices and default."""
-    from lowlevel.config.schema import DPO_DEFAULTS, SECTIONS
+    from lowlevel.config.schema import METHOD_DEFAULTS, SECTIONS
 
     lines = ["every key of the run file is also a flag:"]
     for section, model in SECTIONS.items():
@@ -133,7 +133,10 @@ def describe_keys() -> str:
         for key, field in model.model_fields.items():
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             listed = f" [{' | '.join(choices)}]" if choices else ""
-            for_dpo = f"; for dpo: {DPO_DEFAULTS[section][key]}" if key in DPO_DEFAULTS.get(section, {}) else ""
-            default = "" if field.default is None else f" (default: {field.default}{for_dpo})"
+            others = {
+                method: own[section][key] for method, own in METHOD_DEFAULTS.items() if key in own.get(section, {})
+            }
+            differing = "".join(f"; for {method}: {value}" for method, value in others.items())
+            default = "" if field.default is None else f" (default: {field.default}{differing})"
             lines.append(f"  --{section}.{key:<30} {field.description}{listed}{default}")
     return "\n".join(lines)

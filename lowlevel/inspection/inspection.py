@@ -70,8 +70,7 @@ def logged_loss(metrics: Sequence[dict[str, Any]], step: int, config: RunConfig)
     first = max((other for other in steps if other < step), default=0) + 1
     loss = next(record["loss"] for record in metrics if record["step"] == step and "loss" in record)
     window = "" if first == step else f", the mean of steps {first} to {step}"
-    noisy = config.lora.lora_dropout > 0 and not (config.method == "dpo" and config.dpo.disable_dropout)
-    dropout = f", with dropout {config.lora.lora_dropout:g}" if noisy else ""
+    dropout = f", with dropout {config.active_dropout:g}" if config.active_dropout else ""
     return f"logged: {loss:.6f}{window}{dropout}"
 
 

@@ -5,7 +5,7 @@ L = -log sigmoid( beta * [ (log pi(y+) - log ref(y+)) - (log pi(y-) - log ref(y-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
@@ -17,7 +17,7 @@ from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, pair
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.config.schema import DPOConfig
 from lowlevel.losses import DPOOutput, LossSums, PairLogps, PreferenceLoss
-from lowlevel.losses.registry import check_result
+from lowlevel.losses.registry import LossSpec, check_result
 from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ class DPO:
     shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
     columns: tuple[str, ...] = ()  # data.columns, for a custom loss
     name: ClassVar[str] = "dpo"
+    unit: ClassVar[str] = "pairs"
+    paired: ClassVar[bool] = True
+    has_reference: ClassVar[bool] = True
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The preference loss, summed over the batch's pairs."""
@@ -50,6 +53,21 @@ class DPO:
     def preference_loss(self) -> PreferenceLoss:
         """The loss of `dpo.loss_type`, with its hyper-parameters."""
         return preference_loss(self.config)
+
+    @property
+    def spec(self) -> LossSpec:
+        """The configured loss."""
+        return self.preference_loss.spec
+
+    @property
+    def settings(self) -> Mapping[str, float]:
+        """The hyper-parameters that it reads."""
+        return self.preference_loss.settings
+
+    def example_losses(self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None) -> Tensor:
+        """The loss of each pair, (P,), from its tokens' log-probabilities; 0 for dummies."""
+        pairs = pair_logps(batch, token_logps, ref_token_logps, self.columns)
+        return torch.where(batch.real, self.preference_loss(pairs).losses, 0.0)
 
     def count(self, batch: PackedBatch) -> int:
         """Preference pairs."""

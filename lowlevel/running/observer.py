@@ -74,8 +74,7 @@ class RunObserver:
 
 def starts_as_reference(config: RunConfig) -> bool:
     """Whether a new run's policy equals its reference at the start: no active dropout, and no lora.init_from."""
-    without_dropout = config.dpo.disable_dropout or config.lora.lora_dropout == 0
-    return config.method == "dpo" and without_dropout and config.lora.init_from is None
+    return config.has_reference and config.active_dropout == 0 and config.lora.init_from is None
 
 
 def all_ties(result: StepResult) -> bool:

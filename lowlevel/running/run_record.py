@@ -56,9 +56,9 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
     """Print model, adapter, data and device of the run."""
     train, placement = config.train, inputs.placement
     device = torch.cuda.get_device_name() if placement.device.type == "cuda" else "CPU"
-    off = config.method == "dpo" and config.dpo.disable_dropout
     base = describe_base(config.model)
-    dropout = "off (dpo.disable_dropout)" if off else f"{config.lora.lora_dropout:g}"
+    off = f"off ({config.method}.disable_dropout)"
+    dropout = off if config.own.disable_dropout else f"{config.lora.lora_dropout:g}"
     console.print(
         f"{config.method}: {config.model.name}, {base}, {placement.precision} on {device}\n"
         f"  attention  {inputs.attention.reason}\n"
@@ -90,9 +90,9 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
         console.print(f"  truncation {line}", markup=False, highlight=False)
     for line in not_learned(inputs.data.report):
         console.print(f"  warning    {line}", markup=False, highlight=False)
-    if config.method == "dpo":
+    if config.has_reference:
         reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
-        console.print(f"  reference  {reference}; loss {config.dpo.loss_type}, beta {config.dpo.beta:g}", markup=False)
+        console.print(f"  reference  {reference}; {config.loss_line}", markup=False)
 
 
 def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, console: Console) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
     """Useful commands after a run, quoted for the shell."""
     run = shlex.quote(str(folder.path))
     reply, look = f'lowlevel generate {run} --prompt "Hello"', f"lowlevel inspect {run} --step {step}"
-    if config.method == "dpo":
+    if config.has_reference:
         compare, merge = f"lowlevel compare {run}", f"lowlevel merge {run} --out {run}-merged"
         return [reply, compare if config.data.eval_source else merge, look]
     model = config.model.model_dump(exclude_defaults=True)  # base and quantisation must match the adapter
