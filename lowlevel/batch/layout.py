@@ -85,10 +85,8 @@ class PackedBatch:
     row_values: Tensor | None = None  # (C, examples) fp32: the columns of data.columns, for a custom loss
     reference_logps: Tensor | None = None  # (S,) fp32, from reference_cache.py; 0 for dummies
     content: str = ""  # host: hash of what the reference pass reads, if there is a cache
-    kl: Tensor | None = (
-        None  # () fp32, kto: mean log-ratio of the step's mismatched completions; None if it holds these
-    )
-    mismatched: tuple[PackedBatch, ...] = ()  # host, kto: on the first micro-batch, those of the mismatched completions
+    kl: Tensor | None = None  # () fp32, kto: mean log-ratio of the step's mismatched completions; None: it holds these
+    mismatched: tuple[PackedBatch, ...] = ()  # host, kto: on the first micro-batch of a step, those that hold these
 
     @property
     def belongs(self) -> Tensor:

@@ -133,10 +133,8 @@ def describe_keys() -> str:
         for key, field in model.model_fields.items():
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             listed = f" [{' | '.join(choices)}]" if choices else ""
-            others = {
-                method: own[section][key] for method, own in METHOD_DEFAULTS.items() if key in own.get(section, {})
-            }
-            differing = "".join(f"; for {method}: {value}" for method, value in others.items())
+            own = {method: tables.get(section, {}) for method, tables in METHOD_DEFAULTS.items()}
+            differing = "".join(f"; for {method}: {table[key]}" for method, table in own.items() if key in table)
             default = "" if field.default is None else f" (default: {field.default}{differing})"
             lines.append(f"  --{section}.{key:<30} {field.description}{listed}{default}")
     return "\n".join(lines)

@@ -14,7 +14,6 @@ from typing import Literal
 
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods import Method
-from lowlevel.methods.dpo import DPO
 
 Reading = Literal["margin", "averages", "both", "quantiles"]
 
@@ -38,9 +37,7 @@ def reading_of(loss_type: str) -> Reading:
 
 def loss_of(method: Method) -> tuple[LossSpec, Mapping[str, float]]:
     """The configured loss, and the hyper-parameters that were given to it."""
-    if isinstance(method, DPO):
-        return method.preference_loss.spec, method.preference_loss.settings
-    return method.token_loss, method.config.loss_kwargs
+    return method.spec, method.settings
 
 
 def settings(method: Method) -> str:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from lowlevel.inspection.figures import percent, plain, signed
 from lowlevel.inspection.inspection import Inspection
+from lowlevel.inspection.labelled import LabelledRecord, labelled_path
 from lowlevel.inspection.lines import TokenLine, completion_lines, fall_line, loss_path, sequence_lines
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import loss_of, reading_of, source, sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord
+from lowlevel.methods import KTO
 
 WIDE = 110  # terminal width from which a pair's tables include the likeliest alternatives
 RAISES, LOWERS = "blue", "dark_orange"
@@ -29,8 +31,8 @@ def print_inspection(inspection: Inspection, console: Console, *, details: bool 
     """Print the batch, and with `details` each example."""
     for line in (inspection.headline, inspection.conditions, inspection.result):
         console.print(line, markup=False, highlight=False)
-    if len(inspection.pairs or inspection.sequences) > 1:
-        table = _pairs_table if inspection.pairs else _sequences_table
+    if len(inspection.pairs or inspection.sequences or inspection.labelled) > 1:
+        table = _pairs_table if inspection.pairs else _labelled_table if inspection.labelled else _sequences_table
         console.print(table(inspection, console.width))
     if not details:
         return
@@ -38,6 +40,8 @@ def print_inspection(inspection: Inspection, console: Console, *, details: bool 
         _print_sequence(sequence, inspection.pieces, console)
     for pair in inspection.pairs:
         _print_pair(pair, inspection, console)
+    for labelled in inspection.labelled:
+        _print_labelled(labelled, inspection, console)
 
 
 def _table(
@@ -92,6 +96,18 @@ def _pairs_table(inspection: Inspection, width: int) -> Table:
     return _table(headings, rows, width, caption=caption)
 
 
+def _labelled_table(inspection: Inspection, width: int) -> Table:
+    rows: list[Sequence[str | Text]] = []
+    for record in inspection.labelled:
+        one, label = record.completion, "desirable" if record.desirable else "undesirable"
+        reward, weight = _coloured("margin", signed(float(one.reward))), signed(float(one.weight))
+        rows.append(
+            (str(record.row), label, str(len(one.tokens)), reward, weight, plain(float(record.loss)), record.where)
+        )
+    caption = f"z₀ {plain(float(inspection.labelled[0].kl.clamp(min=0)))}; weight: −dL/d(reward)"
+    return _table(("row", "label", "tokens", "reward", "weight", "loss", "<from"), rows, width, caption=caption)
+
+
 def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Console) -> None:
     _print_title(record.row, record.where, record.input_ids[: int(record.tokens.positions[0])], pieces, console)
     lines = sequence_lines(record, pieces)
@@ -115,6 +131,19 @@ def _print_pair(record: PairRecord, inspection: Inspection, console: Console) ->
     if fall := fall_line(record, inspection.pieces):
         console.print(fall.sentence, markup=False, highlight=False)
     console.print(_path_table(record, inspection, console.width))
+
+
+def _print_labelled(record: LabelledRecord, inspection: Inspection, console: Console) -> None:
+    _print_title(record.row, record.where, record.prompt_ids, inspection.pieces, console)
+    label, wide = "desirable" if record.desirable else "undesirable", console.width >= WIDE
+    console.print(f"{label}: each token adds beta x log-ratio to the reward", markup=False, highlight=False)
+    running = record.completion.contributions.double().cumsum(0).tolist()
+    lines = completion_lines(record.completion, running, inspection.pieces)
+    console.print(_tokens_table(lines, PAIR_COLUMNS + ("prob", "rank") * wide, console.width, others=wide))
+    assert isinstance(inspection.method, KTO)
+    rows = [(step.name, step.formula, plain(step.pair, 5)) for step in labelled_path(record, inspection.method)]
+    caption = f"{source(inspection.method.spec)}; σ sigmoid"
+    console.print(_table(("quantity", "<formula", "value"), rows, console.width, caption=caption, wrap=True))
 
 
 def _tokens_table(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-
 LABELS = ("desirable", "undesirable")
 
 
