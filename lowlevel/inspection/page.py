@@ -42,6 +42,7 @@ def write_page(inspection: Inspection, path: Path) -> None:
 def render_page(inspection: Inspection) -> str:
     """The page as HTML; its policy forbids all scripts but its own."""
     script, (spec, _) = read_part("inspection/page.js"), loss_of(inspection.method)
+    view = _sequences_view if inspection.sequences else _pairs_view if inspection.pairs else _labelled_view
     return render_template(
         "inspection/page.html",
         ["inspection/page.css"],
@@ -50,9 +51,7 @@ def render_page(inspection: Inspection) -> str:
         formula=f"Σ {formula(spec)}" if inspection.sequences and not spec.own else formula(spec),
         paper=source(spec),
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        **(_sequences_view if inspection.sequences else _pairs_view if inspection.pairs else _labelled_view)(
-            inspection
-        ),
+        **view(inspection),
     )
 
 
@@ -94,8 +93,8 @@ def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
         ],
         "weight_name": weight_name(loss_type),
         "measure": "margin",
-        "caption": f"Margins of {len(pairs)} pairs, one square per pair. Blue: the policy prefers the chosen completion "
-                   "more than the reference does; orange: less.",
+        "caption": f"Margins of {len(pairs)} pairs, one square per pair. Blue: the policy prefers the chosen "
+                   "completion more than the reference does; orange: less.",
         "bands": [],
     }  # fmt: skip
 

@@ -101,9 +101,8 @@ def _labelled_table(inspection: Inspection, width: int) -> Table:
     for record in inspection.labelled:
         one, label = record.completion, "desirable" if record.desirable else "undesirable"
         reward, weight = _coloured("margin", signed(float(one.reward))), signed(float(one.weight))
-        rows.append(
-            (str(record.row), label, str(len(one.tokens)), reward, weight, plain(float(record.loss)), record.where)
-        )
+        numbers = (reward, weight, plain(float(record.loss)))
+        rows.append((str(record.row), label, str(len(one.tokens)), *numbers, record.where))
     caption = f"z₀ {plain(float(inspection.labelled[0].kl.clamp(min=0)))}; weight: −dL/d(reward)"
     return _table(("row", "label", "tokens", "reward", "weight", "loss", "<from"), rows, width, caption=caption)
 

@@ -1,8 +1,8 @@
 """The losses once more, in float64 and from the configuration alone: nothing of `PreferenceLoss` takes part.
 
-Cross-entropy, `kto`, `sigmoid`, `cdpo`, `robust`, `hinge` and `ipo_sum` are written out here. The other built-in losses use
-their function of `lowlevel.losses.preference`, whose values the tests compare with numbers from elsewhere. A user's own
-loss is its own formula: its function is called in float64.
+Cross-entropy, `kto`, `sigmoid`, `cdpo`, `robust`, `hinge` and `ipo_sum` are written out here. The other built-in losses
+use their function of `lowlevel.losses.preference`, whose values the tests compare with numbers from elsewhere. A user's
+own loss is its own formula: its function is called in float64.
 """
 
 from __future__ import annotations
