@@ -1,4 +1,4 @@
-"""QLoRA fine-tuning of small language models, SFT, DPO and KTO, from hand-written loops whose every number can be checked.
+"""QLoRA fine-tuning of small language models (SFT, DPO, KTO), by hand-written loops whose every number can be checked.
 
     sft, dpo, kto   train a run                       steps       take its steps one by one
     Run             open a run folder                 Callback    be called at each step, log line, checkpoint

@@ -249,7 +249,7 @@ class RunConfig(Section):
     @property
     def own(self) -> SFTConfig | DPOConfig | KTOConfig:
         """The section of the method."""
-        return {"sft": self.sft, "dpo": self.dpo, "kto": self.kto}[self.method]
+        return self.sft if self.method == "sft" else self.dpo if self.method == "dpo" else self.kto
 
     @property
     def has_reference(self) -> bool:

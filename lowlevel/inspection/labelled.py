@@ -93,7 +93,7 @@ def labelled_path(record: LabelledRecord, method: KTO) -> list[PathStep]:
     sign, name = ("", "desirable") if record.desirable else ("−", "undesirable")
     weight = settings.desirable_weight if record.desirable else settings.undesirable_weight
     z0 = float(record.kl.clamp(min=0))
-    steps = [
+    steps: list[tuple[str, str, Tensor | float]] = [
         ("policy", "log π(y|x), sum over tokens", one.logp),
         ("reference", "log ref(y|x)", one.ref_logp),
         ("log-ratio r", "log π − log ref", one.logratio),

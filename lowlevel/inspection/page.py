@@ -74,7 +74,7 @@ def read_part(name: str) -> Markup:
 
 
 def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
-    pairs, loss_type = inspection.pairs, inspection.method.config.loss_type
+    pairs, loss_type = inspection.pairs, inspection.method.spec.name
     sides = [side for record in pairs for side in (record.chosen, record.rejected)]
     scale = scales([side.tokens for side in sides], [side.contributions for side in sides])
     sums = sum_name(loss_type)

@@ -82,7 +82,7 @@ def _sequences_table(inspection: Inspection, width: int) -> Table:
 
 def _pairs_table(inspection: Inspection, width: int) -> Table:
     """One line per pair; with two weights if the loss weighs the completions separately."""
-    reading = reading_of(inspection.method.config.loss_type)
+    reading = reading_of(inspection.method.spec.name)
     weights = ("weight+", "weight-") if reading in ("both", "quantiles") else ("weight",)
     rows: list[Sequence[str | Text]] = []
     for record in inspection.pairs:
@@ -119,7 +119,7 @@ def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Consol
 def _print_pair(record: PairRecord, inspection: Inspection, console: Console) -> None:
     _print_title(record.row, record.where, record.prompt_ids, inspection.pieces, console)
     running = record.running_sums.tolist()
-    sums = sum_name(inspection.method.config.loss_type)
+    sums = sum_name(inspection.method.spec.name)
     per_token = "beta x log-ratio" if sums == "margin" else "beta x log-ratio / n"
     wide = console.width >= WIDE
     for name, side, part in record.sides:
@@ -140,7 +140,7 @@ def _print_labelled(record: LabelledRecord, inspection: Inspection, console: Con
     lines = completion_lines(record.completion, running, inspection.pieces)
     console.print(_tokens_table(lines, PAIR_COLUMNS + ("prob", "rank") * wide, console.width, others=wide))
     assert isinstance(inspection.method, KTO)
-    rows = [(step.name, step.formula, plain(step.pair, 5)) for step in labelled_path(record, inspection.method)]
+    rows = [(step.name, step.formula, plain(step.pair or 0.0, 5)) for step in labelled_path(record, inspection.method)]
     caption = f"{source(inspection.method.spec)}; σ sigmoid"
     console.print(_table(("quantity", "<formula", "value"), rows, console.width, caption=caption, wrap=True))
 

@@ -99,7 +99,7 @@ def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Mapping
 
 def pair_article(record: PairRecord, method: Method, pieces: TokenPieces, scale: Mapping[str, float]) -> Article:
     """A pair."""
-    sums = sum_name(method.config.loss_type)
+    sums = sum_name(method.spec.name)
     running = record.running_sums.tolist()
     chart, maps = stair(running), []
     for name, side, part in record.sides:

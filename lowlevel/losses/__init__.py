@@ -6,7 +6,7 @@ Nothing here averages over a batch: the loop divides sums once by the count of t
 
 from lowlevel.losses.cross_entropy import masked_cross_entropy, sequence_logps
 from lowlevel.losses.dpo import LOSSES, DPOOutput, PreferenceLoss, dpo_loss, loss_spec
-from lowlevel.losses.kto import KTO_LOSSES, LabelledLogps, kto
+from lowlevel.losses.kto import KTO_LOSSES, LabelledLogps
 from lowlevel.losses.preference import PairLogps
 from lowlevel.losses.registry import loss
 from lowlevel.losses.sums import LossSums
@@ -24,7 +24,6 @@ __all__ = [
     "PreferenceLoss",
     "TokenLogps",
     "dpo_loss",
-    "kto",
     "loss",
     "loss_spec",
     "masked_cross_entropy",

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from lowlevel.losses import LabelledLogps, kto
-from lowlevel.losses.kto import mismatched
+from lowlevel.losses.kto import LabelledLogps, kto, mismatched
 
 
 def losses(ratios, desirable, kl, dtype=torch.float64, **settings):
