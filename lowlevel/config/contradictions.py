@@ -72,6 +72,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
         (sft and bool(model.adapter), "model.adapter is for dpo and kto; to continue an adapter use lora.init_from"),
         (sft and pairs, f'data.format = "{data.format}" is for dpo and kto; sft takes "auto" or "messages"'),
         (not dpo and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo"),
+        (config.method == "kto" and data.supervise == "all", 'data.supervise = "all" is for sft and dpo'),
         (dpo and data.format == "messages", 'data.format = "messages" is for sft and kto; dpo takes "preference"'),
         (not no_adapter and mode == "none", 'model.adapter is set, but model.adapter_mode = "none" ignores it'),
         (needed_mode, f'model.adapter_mode = "{mode}" needs model.adapter'),

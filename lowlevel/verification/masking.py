@@ -32,7 +32,7 @@ class Read:
 
 def masking_checks(subject: Subject) -> list[Check]:
     """Dropout must be off."""
-    expected = expected_sequences(subject.config.data, subject.tokenizer, subject.examples)
+    expected = expected_sequences(subject.config.data, subject.method.name, subject.tokenizer, subject.examples)
     batches = subject.batches()
     reads = [read_sequences(batch) for batch in batches]
     flat = [read for of_batch in reads for read in of_batch]

@@ -33,11 +33,11 @@ class Expected:
 
 
 def expected_sequences(
-    config: DataConfig, tokenizer: ChatTokenizer, examples: tuple[Any, ...]
+    config: DataConfig, method: str, tokenizer: ChatTokenizer, examples: tuple[Any, ...]
 ) -> dict[int, list[Expected]]:
     """By data row: one sequence of a conversation, chosen and rejected of a pair."""
     wanted = {example.row for example in examples}
-    rows = [row for part in read_parts(config.data, config.method) for row in part.rows if row.id in wanted]
+    rows = [row for part in read_parts(config, method) for row in part.rows if row.id in wanted]
     found = {}
     for row in rows:
         normalised = normalise(row)

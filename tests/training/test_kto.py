@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowlevel.batch.layout import Shape
-from lowlevel.execution import Eager
+from lowlevel.execution import Eager, WithFallback
 from lowlevel.loop import evaluate_examples, with_baseline
 from lowlevel.optim.loss_scale import LossScale
 
@@ -135,3 +135,14 @@ def test_rounded_shapes_change_nothing(tiny_base):
     (first, *_) = shaped.micro_batches(examples)
     assert {batch.input_ids.shape[1] for batch in first.mismatched} <= {64, 128}
     assert all(batch.kl is not None for batch in with_baseline(Eager(policy, shaped), shaped.micro_batches(examples)))
+
+
+@pytest.mark.slow  # the same layers as dpo's
+def test_compiled_layers_give_the_same_step(tiny_base):
+    policy, examples = helpers.make_policy(tiny_base, attention="lowlevel_math", seed=1), helpers.labelled_examples()
+    method = replace(helpers.kto(2, packing=True), shape=Shape(16, 4, 64, 96))
+    expected, gradient = helpers.loss_and_gradient(policy, method, examples)
+    execution = WithFallback(policy, method, "compiled", pytest.fail)
+    result = helpers.step(policy, method, examples, execution=execution)
+    assert result.loss == pytest.approx(expected, rel=1e-5) and result.metrics["kl"] > 0
+    assert max(helpers.drifts(policy.flat.grad, gradient)) < 1e-4
