@@ -21,8 +21,6 @@ from torch import Tensor
 
 from lowlevel.losses.registry import LossSpec, spec_of
 
-BALANCED = (1.0, 4 / 3)  # desirable_weight n_desirable / (undesirable_weight n_undesirable), eq 9
-
 
 @dataclass(frozen=True)
 class LabelledLogps:

@@ -14,6 +14,7 @@ from rich.console import Console
 from lowlevel.batch.order import DataOrder
 from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config.schema import RunConfig
+from lowlevel.data.labelled import balance
 from lowlevel.data.report import not_learned, template_lines, truncated
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.model.adapters import save_adapter
@@ -82,6 +83,8 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
             )
     for read_as in dict.fromkeys(split.read_as for split in inputs.data.report.splits.values() if split.read_as):
         console.print(f"  rows       read as {read_as}", markup=False, highlight=False)
+    if config.method == "kto":
+        console.print(f"  labels     {balance(inputs.data.train, config.kto)}", markup=False, highlight=False)
     for line in template_lines(inputs.data.report):
         console.print(f"  {line}", markup=False, highlight=False)
     for line in notes_of_base(config.model, policy.causal_lm.config):
