@@ -144,14 +144,19 @@ def ragged_pairs(count: int = 8, *, seed: int = 0, longest: int = 18) -> list[Pa
 
 
 def labelled_examples(count: int = 8, *, seed: int = 0, longest: int = 40) -> list[Tokens]:
-    """Completions with labels for KTO; each second one has the prompt of the one before."""
+    """Completions with labels for KTO; each second one has the prompt of the one before.
+
+    The last token of each third is not scored, as the newline that some templates write behind a reply.
+    """
     examples = ragged_examples(count, seed=seed, longest=longest)
     for i in range(1, count, 2):
-        before, own = examples[i - 1], examples[i]
-        prompt, reply = (x.labels == -100 for x in (before, own))
-        ids = np.concatenate([before.input_ids[prompt], own.input_ids[~reply]])
-        examples[i] = replace(own, input_ids=ids, labels=np.where(np.arange(len(ids)) < prompt.sum(), -100, ids))
-    return [replace(x, values=(float(i % 3 == 0),)) for i, x in enumerate(examples)]
+        start, own = int((examples[i - 1].labels >= 0).argmax()), examples[i]
+        reply = own.input_ids[own.labels >= 0]
+        ids = np.concatenate([examples[i - 1].input_ids[:start], reply])
+        examples[i] = replace(own, input_ids=ids, labels=np.where(np.arange(len(ids)) < start, -100, ids))
+    for x in examples[::3]:
+        x.labels[-1] = -100
+    return [replace(x, values=(float(i % 4 == 0),)) for i, x in enumerate(examples)]
 
 
 def make_policy(

@@ -24,7 +24,7 @@ READ_ME = "lowlevel/data/README.md, Row formats"
 
 @dataclass(frozen=True)
 class Format:
-    """Columns that a row must have, and a function from columns to messages (SFT, KTO), or prompt and completions (DPO)."""
+    """Columns that a row must have, and a function from columns to messages (SFT, KTO) or prompt and completions."""
 
     name: str  # in data.format
     title: str
@@ -182,7 +182,8 @@ def _none(source: SourceRows, found: Sequence[str], formats: Sequence[Format], m
         return f"{problem}; missing: {LABEL}, true for desirable and false for undesirable completions"
     if other := next(iter(_fitting(source, [f for f in FORMATS if f.method == method], have)), None):
         return f'{problem}; missing: {missing}; they fit data.format = "{other.name}"'
-    if other := next(iter(_fitting(source, [f for f in FORMATS if f.method != method], have)), None):
+    others = sorted((f for f in FORMATS if f.method != method), key=lambda f: not f.labelled)
+    if other := next(iter(_fitting(source, others, have)), None):
         return f"{problem}; they fit {other.method.upper()} ({', '.join(other.columns)})"
     if "text" in have:
         hint = 'does not say which part is the reply: split it into "prompt" and "completion", or "messages"'

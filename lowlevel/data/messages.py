@@ -99,7 +99,7 @@ def _check_marks(columns: Columns, read: Sequence[str], *, is_pair: bool) -> Non
     label, weight = columns.get("label"), columns.get("weight")
     kto = label is False or "completion" in columns and isinstance(label, int | float) and label == 0
     if kto and not is_pair and "label" not in read:
-        hint = "keep the others with [[data.filters]] label == true"
+        hint = "keep the others with [[data.filters]] label == true, or train on both with kto"
         shown = json.dumps(label)
         raise BadRow("not to be learned", f'"label" is {shown}: an answer that is not to be learned; {hint}')
     if isinstance(weight, int | float) and weight == 0 and "weight" not in read:

@@ -100,8 +100,11 @@ class KTO:
         return [self._joined(examples[i], starts[i], examples[j], starts[j]) for i, j in pairs]
 
     def _joined(self, example: SFTExample, start: int, other: SFTExample, other_start: int) -> SFTExample:
-        ids = np.concatenate([example.input_ids[:start], other.input_ids[other_start:]])[: self.row_length]
-        return replace(example, input_ids=ids, labels=np.where(np.arange(len(ids)) < start, IGNORED, ids))
+        ids, labels = (
+            np.concatenate([own[:start], others[other_start:]])[: self.row_length]
+            for own, others in ((example.input_ids, other.input_ids), (example.labels, other.labels))
+        )
+        return replace(example, input_ids=ids, labels=labels)
 
     def _batches(self, examples: Sequence[SFTExample], shape: Shape | None) -> list[PackedBatch]:
         made = micro_batch_rows(examples, self.size, self.batch_size, self.row_length, self.packing, shape)

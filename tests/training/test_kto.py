@@ -59,8 +59,10 @@ def test_a_step_by_hand(tiny_base):
     others = [2, 2, 4, 4, 0]  # rows 0 and 1, and 2 and 3, have one prompt
     kls = []
     for i, j in enumerate(others):
-        ids = np.concatenate([examples[i].input_ids[: starts[i]], examples[j].input_ids[starts[j] :]])
-        kls.append(ratio(policy, helpers.Tokens(0, ids, np.where(np.arange(len(ids)) < starts[i], -100, ids))))
+        parts = ((getattr(examples[k], name) for k in (i, j)) for name in ("input_ids", "labels"))
+        kls.append(
+            ratio(policy, helpers.Tokens(0, *(np.concatenate([a[: starts[i]], b[starts[j] :]]) for a, b in parts)))
+        )
     kl = sum(kls) / 5
     terms = []
     for example in examples:
