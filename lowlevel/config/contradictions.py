@@ -59,9 +59,8 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
-    sft, dpo, model, data, mode = (
-        *(config.method == method for method in ("sft", "dpo")), config.model, config.data, config.model.adapter_mode,
-    )  # fmt: skip
+    sft, dpo, kto = (config.method == method for method in METHODS)
+    model, data, mode = config.model, config.data, config.model.adapter_mode
     others = [method for method in METHODS if method != config.method]
     no_adapter, continued = model.adapter is None, config.lora.init_from is not None
     quantisation = bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given)
@@ -72,7 +71,8 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
         (sft and bool(model.adapter), "model.adapter is for dpo and kto; to continue an adapter use lora.init_from"),
         (sft and pairs, f'data.format = "{data.format}" is for dpo and kto; sft takes "auto" or "messages"'),
         (not dpo and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo"),
-        (config.method == "kto" and data.supervise == "all", 'data.supervise = "all" is for sft and dpo'),
+        (kto and data.supervise == "all", 'data.supervise = "all" is for sft and dpo'),
+        (kto and bool(data.columns), "data.columns is for a custom loss of sft or dpo"),
         (dpo and data.format == "messages", 'data.format = "messages" is for sft and kto; dpo takes "preference"'),
         (not no_adapter and mode == "none", 'model.adapter is set, but model.adapter_mode = "none" ignores it'),
         (needed_mode, f'model.adapter_mode = "{mode}" needs model.adapter'),

@@ -34,7 +34,6 @@ class LabelledRecord:
     desirable: bool
     kl: Tensor  # () fp32, mean log-ratio of the inspected examples' mismatched completions
     loss: Tensor  # () fp32
-    values: Mapping[str, float]  # data.columns of the row
 
     def __repr__(self) -> str:
         label = "desirable" if self.desirable else "undesirable"
@@ -57,7 +56,7 @@ def _records(policy: Policy, method: KTO, batch: PackedBatch, by_row: Mapping[in
     policy.dropout.disable()
     predictions = policy.scored_hidden_states(moved), policy.lm_head_weight, moved.scored_targets
     logps, predicted = token_logps(*predictions), distribution(*predictions)
-    rows = labelled_logps(moved, logps, ref_logps, method.columns)
+    rows = labelled_logps(moved, logps, ref_logps)
     with torch.enable_grad():
         leaf = rows.logps.detach().clone().requires_grad_()
         losses, _ = method.spec(replace(rows, logps=leaf), method.settings)
@@ -65,7 +64,6 @@ def _records(policy: Policy, method: KTO, batch: PackedBatch, by_row: Mapping[in
     weights, losses = -slopes.cpu() / beta, losses.detach().cpu()
     sums, ref_sums, desirable = rows.logps.cpu(), rows.ref_logps.cpu(), rows.desirable.cpu()
     logps, ref_logps, kl = logps.cpu(), ref_logps.cpu(), rows.kl.cpu()
-    values = batch.values(method.columns)
     found = []
     for i, row in enumerate(batch.data_rows):
         index = places_of(batch, i)
@@ -80,10 +78,7 @@ def _records(policy: Policy, method: KTO, batch: PackedBatch, by_row: Mapping[in
             weight=weights[i],
         )
         prompt = torch.as_tensor(by_row[row].input_ids[: int(tokens.positions[0])], dtype=torch.int64)
-        columns = {name: float(value[i]) for name, value in values.items() if name != "label"}
-        found.append(
-            LabelledRecord(row, by_row[row].where, prompt, completion, bool(desirable[i]), kl, losses[i], columns)
-        )
+        found.append(LabelledRecord(row, by_row[row].where, prompt, completion, bool(desirable[i]), kl, losses[i]))
     return found
 
 
@@ -102,7 +97,6 @@ def labelled_path(record: LabelledRecord, method: KTO) -> list[PathStep]:
         ("z₀", "max(0, KL estimate)", z0),
         ("x", "β (r − z₀)", settings.beta * (float(one.logratio) - z0)),
         ("weight", "−dL/d(reward)", one.weight),
-        *((name, "column of the row", value) for name, value in record.values.items()),
         ("loss L", f"{weight:g} · σ({'−' if record.desirable else ''}x), {name}", record.loss),
     ]
     return [PathStep(name, text, pair=float(value)) for name, text, value in steps]

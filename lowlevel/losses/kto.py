@@ -13,7 +13,7 @@ gradient do not depend on how a step is divided. `mismatched` chooses y'.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -32,7 +32,6 @@ class LabelledLogps:
         kl: (P,) or (), the mean log-ratio of the step's mismatched completions, before the clamp; without a gradient.
         token_logps, ref_token_logps: (N,) fp32, of every completion token.
         sequence_ids: (N,) int64, the completion of each token; P marks a dummy token.
-        values: numeric columns of the rows, (P,) fp32 each.
     """
 
     logps: Tensor
@@ -42,7 +41,6 @@ class LabelledLogps:
     token_logps: Tensor | None = None
     ref_token_logps: Tensor | None = None
     sequence_ids: Tensor | None = None
-    values: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     @property
     def logratios(self) -> Tensor:

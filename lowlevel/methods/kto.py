@@ -33,14 +33,14 @@ COARSER = 4  # the last micro-batch of mismatched completions is padded to few s
 
 @dataclass(frozen=True)
 class KTO:
-    """The KTO method. Its examples are conversations with one scored reply, and the label as first of `values`."""
+    """The KTO method. Its examples are conversations with one scored reply, and the label in `values`."""
 
     config: KTOConfig
     batch_size: int  # examples per micro-batch; with packing, rows
     row_length: int  # most tokens of prompt and completion; with packing, positions of a row
     packing: bool
     shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
-    columns: tuple[str, ...] = ("label",)  # of the rows' values: the label, 1 or 0, then data.columns
+    columns: ClassVar[tuple[str, ...]] = ("label",)  # of the examples' values: 1 is desirable, 0 is not
     name: ClassVar[str] = "kto"
     unit: ClassVar[str] = "examples"
     paired: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class KTO:
         if self.config.disable_dropout:
             policy.dropout.disable()
         token_logps = policy.token_logps(batch)  # (N,) fp32
-        rows = labelled_logps(batch, token_logps, reference, self.columns)  # sums over a completion, (P,) each
+        rows = labelled_logps(batch, token_logps, reference)  # sums over a completion, (P,) each
         losses, _ = self.spec(rows, self.settings)  # eq 8
         return _sums_of(batch, rows, losses, self.config.beta * rows.logratios.detach())
 
@@ -74,7 +74,7 @@ class KTO:
     def example_losses(self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None) -> Tensor:
         """The loss of each example, (P,), from its tokens' log-probabilities; 0 for dummies."""
         assert ref_token_logps is not None
-        rows = labelled_logps(batch, token_logps, ref_token_logps, self.columns)
+        rows = labelled_logps(batch, token_logps, ref_token_logps)
         return torch.where(batch.real, self.spec(rows, self.settings)[0], 0.0)
 
     def count(self, batch: PackedBatch) -> int:
@@ -117,15 +117,12 @@ class KTO:
         return replace(batch, kl=torch.zeros(()))
 
 
-def labelled_logps(
-    batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor, columns: Sequence[str]
-) -> LabelledLogps:
+def labelled_logps(batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor) -> LabelledLogps:
     """The input of the loss: the (N,) log-probabilities, summed by completion."""
-    values, (logps, ref_logps) = batch.values(columns), map(batch.sequence_sums, (token_logps, ref_token_logps))
+    logps, ref_logps = map(batch.sequence_sums, (token_logps, ref_token_logps))
     assert batch.kl is not None
-    return LabelledLogps(
-        logps, ref_logps, values["label"] > 0, batch.kl, token_logps, ref_token_logps, batch.sequence_ids, values=values
-    )
+    desirable = batch.values(KTO.columns)["label"] > 0
+    return LabelledLogps(logps, ref_logps, desirable, batch.kl, token_logps, ref_token_logps, batch.sequence_ids)
 
 
 def _sums_of(batch: PackedBatch, rows: LabelledLogps, losses: Tensor, rewards: Tensor) -> LossSums:

@@ -70,7 +70,7 @@ def build_method(config: RunConfig, attention: Attention) -> Method:
     if config.method == "sft":
         return sft.SFT(batch, length, data.packing, shape, config.sft, data.columns)
     if config.method == "kto":
-        return kto.KTO(config.kto, batch, length, data.packing, shape, ("label", *data.columns))
+        return kto.KTO(config.kto, batch, length, data.packing, shape)
     return dpo.DPO(config.dpo, batch, length, data.packing, shape, data.columns)
 
 

@@ -34,8 +34,8 @@ def logps_of(
     if reference is None:
         return TokenLogps(tokens, ids, lengths, values)
     empty = tokens.new_zeros(len(policy))
-    if len(policy[0]) == 1:
-        rows = LabelledLogps(empty, empty, values["label"] > 0, values["kl"], sequence_ids=ids, values=values)
+    if len(policy[0]) == 1 and "kl" in values:
+        rows = LabelledLogps(empty, empty, values["label"] > 0, values["kl"], sequence_ids=ids)
         return with_tokens(rows, tokens, torch.cat(_sequences(reference)))
     chosen, rejected = lengths.chunk(2)
     pairs = PairLogps(empty, empty, empty, empty, chosen, rejected, sequence_ids=ids, values=values)
@@ -49,15 +49,16 @@ def _sequences(examples: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 def with_tokens(logps: Logps, policy: Tensor, reference: Tensor | None) -> Logps:
     """The same with other token log-probabilities (N,), all in their dtype; differentiable in them."""
-    values = {name: value.to(policy.dtype) for name, value in logps.values.items()}
-    if isinstance(logps, TokenLogps):
-        return replace(logps, token_logps=policy, values=values)
-    assert reference is not None and logps.sequence_ids is not None
     if isinstance(logps, LabelledLogps):
+        assert reference is not None and logps.sequence_ids is not None
         zeros = policy.new_zeros(len(logps.desirable))
         own, ref = (zeros.index_add(0, logps.sequence_ids, tokens) for tokens in (policy, reference))
         kl = logps.kl.to(policy.dtype)
         return replace(logps, logps=own, ref_logps=ref, kl=kl, token_logps=policy, ref_token_logps=reference)
+    values = {name: value.to(policy.dtype) for name, value in logps.values.items()}
+    if isinstance(logps, TokenLogps):
+        return replace(logps, token_logps=policy, values=values)
+    assert reference is not None and logps.sequence_ids is not None
     zeros = policy.new_zeros(2 * len(logps.chosen_logps))
     sums = [zeros.index_add(0, logps.sequence_ids, tokens).chunk(2) for tokens in (policy, reference)]
     (chosen, rejected), (ref_chosen, ref_rejected) = sums

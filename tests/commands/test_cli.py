@@ -90,7 +90,7 @@ def test_every_key_has_its_description_and_default_in_the_help(cli):
             (line,) = re.findall(rf"^  --{section}\.{key} +(.*)$", out, re.MULTILINE)
             assert field.description in line
             assert (f"(default: {field.default}" in line) == (field.default is not None)
-    assert "peak learning rate (default: 0.0002; for dpo: 1e-05)" in out
+    assert "peak learning rate (default: 0.0002; for dpo: 1e-05; for kto: 1e-05)" in out
 
 
 def test_help_imports_nothing_heavy_and_answers_at_once():

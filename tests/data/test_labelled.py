@@ -110,10 +110,10 @@ def test_columns_of_another_method(rows, method, words):
     assert words in str(error.value)
 
 
-def test_filters_columns_and_repeated_rows():
+def test_filters_and_repeated_rows():
     rows = [{**PAIR, "score": 3}, {**PAIR, "prompt": "And three?", "score": 1}, {**HALVES[0], "score": 2}]
-    _, data = prepared(*rows[:2], columns=["score"], filters=[{"column": "score", "op": ">", "value": 2}])
-    assert [x.values for x in data.train] == [(1.0, 3.0), (0.0, 3.0)]
+    _, data = prepared(*rows[:2], filters=[{"column": "score", "op": ">", "value": 2}])
+    assert [x.values for x in data.train] == [(1.0,), (0.0,)]
     warnings = prepared(HALVES[0], {**HALVES[0], "label": False}, HALVES[1])[1].report.train.warnings
     assert warnings == {"contradicting labels": 1}
 
