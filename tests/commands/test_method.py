@@ -22,6 +22,7 @@ KEYS, ROWS, DEFAULT = "is given", "its rows have", "the default"
         ({"lora": {"init_from": "out/a"}}, CHATS[0], "sft", f"{ROWS} no columns chosen and rejected"),
         ({"data": "not a table"}, (), "sft", DEFAULT),
         ({"kto": {"beta": 0.2}, "model": {"adapter": "a"}}, PAIRS[0], "kto", f"kto.beta {KEYS}"),
+        ({"kto": {"beta": 0.2}, "data": {"format": "messages"}}, (), "kto", f"kto.beta {KEYS}"),
         ({"model": {"adapter": "a"}}, LABELLED, "kto", f"model.adapter {KEYS}"),
         ({}, LABELLED, "kto", f"{ROWS} the columns completion and label"),
     ],
