@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import DPOConfig, KTOConfig, LoraConfig, ModelConfig
 from lowlevel.execution import Eager, Execution
 from lowlevel.kernels import token_logps
@@ -218,6 +219,12 @@ def dpo(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **c
 
 def kto(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **config: Any) -> KTO:
     return KTO(KTOConfig(**config), batch_size, row_length, packing)
+
+
+def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """log pi(y+ | x) and log pi(y- | x), (P,) each."""
+    chosen, rejected = batch.sequence_sums(policy.token_logps(batch)).chunk(2)
+    return chosen, rejected
 
 
 def step(

@@ -18,7 +18,7 @@ from lowlevel.inspection.charts import histogram, loss_bands
 from lowlevel.inspection.figures import percent, plain, signed, typographic
 from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.pieces import VISIBLE, breaks_line
-from lowlevel.inspection.reading import formula, loss_of, source, sum_name, weight_name
+from lowlevel.inspection.reading import formula, source, sum_name, weight_name
 from lowlevel.inspection.view import labelled_article, pair_article, scales, sequence_article
 from lowlevel.methods import KTO
 
@@ -41,7 +41,7 @@ def write_page(inspection: Inspection, path: Path) -> None:
 
 def render_page(inspection: Inspection) -> str:
     """The page as HTML; its policy forbids all scripts but its own."""
-    script, (spec, _) = read_part("inspection/page.js"), loss_of(inspection.method)
+    script, spec = read_part("inspection/page.js"), inspection.method.spec
     view = _sequences_view if inspection.sequences else _pairs_view if inspection.pairs else _labelled_view
     return render_template(
         "inspection/page.html",

@@ -9,7 +9,6 @@ quantiles  sorted over the micro-batch: element i of the loss belongs to quantil
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Literal
 
 from lowlevel.losses.registry import LossSpec
@@ -35,14 +34,9 @@ def reading_of(loss_type: str) -> Reading:
     return READINGS.get(loss_type, "both")
 
 
-def loss_of(method: Method) -> tuple[LossSpec, Mapping[str, float]]:
-    """The configured loss, and the hyper-parameters that were given to it."""
-    return method.spec, method.settings
-
-
 def settings(method: Method) -> str:
     """Loss and hyper-parameters as one phrase."""
-    spec, values = loss_of(method)
+    spec, values = method.spec, method.settings
     names = {"beta": "β", "label_smoothing": "ε", "discopop_tau": "τ", "dpop_lambda": "λ", "rpo_alpha": "α"}
     return ", ".join([spec.name, *(f"{names.get(key, key)} {value:g}" for key, value in values.items())])
 

@@ -17,7 +17,7 @@ from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.labelled import LabelledRecord, labelled_path
 from lowlevel.inspection.lines import TokenLine, completion_lines, fall_line, loss_path, sequence_lines
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.reading import loss_of, reading_of, source, sum_name
+from lowlevel.inspection.reading import reading_of, source, sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord
 from lowlevel.methods import KTO
 
@@ -161,8 +161,7 @@ def _path_table(record: PairRecord, inspection: Inspection, width: int) -> Table
     for step in loss_path(record, inspection.method):
         numbers = (step.chosen, step.rejected, step.pair)
         rows.append((step.name, step.formula, *("" if number is None else plain(number, 5) for number in numbers)))
-    spec, _ = loss_of(inspection.method)
-    caption = f"{source(spec)}; σ sigmoid, x margin, a, b log-ratios, d = a − b"
+    caption = f"{source(inspection.method.spec)}; σ sigmoid, x margin, a, b log-ratios, d = a − b"
     return _table(("quantity", "<formula", "chosen", "rejected", "pair"), rows, width, caption=caption, wrap=True)
 
 

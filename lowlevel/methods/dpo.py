@@ -98,12 +98,6 @@ def reference_token_logps(policy: Policy, batch: PackedBatch) -> Tensor:
         return policy.token_logps(batch)
 
 
-def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """log pi(y+ | x) and log pi(y- | x), summed over the tokens of each completion: two (P,) fp32 tensors."""
-    chosen, rejected = batch.sequence_sums(policy.token_logps(batch)).chunk(2)
-    return chosen, rejected
-
-
 def pair_logps(
     batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None, columns: Sequence[str] = ()
 ) -> PairLogps:

@@ -48,12 +48,9 @@ class KTO:
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The KTO loss, summed over the batch's examples; of mismatched completions, their summed log-ratio."""
-        reference = reference_token_logps(policy, batch)
         if batch.kl is None:
-            policy.dropout.disable()
-            with torch.no_grad():
-                logratios = batch.sequence_sums(policy.token_logps(batch) - reference)
-            return LossSums(torch.where(batch.real, logratios, 0.0).sum(), {})
+            return _summed_logratio(policy, batch)
+        reference = reference_token_logps(policy, batch)
         if self.config.disable_dropout:
             policy.dropout.disable()
         token_logps = policy.token_logps(batch)  # (N,) fp32
@@ -89,8 +86,7 @@ class KTO:
         """The examples of one step in rows; the first micro-batch holds those of the mismatched completions."""
         first, *others = self._batches(examples, self.shape)
         coarse = self.shape and replace(self.shape, positions=COARSER * self.shape.positions)
-        pairs = self.mismatched(examples)
-        without = [replace(batch, kl=None) for batch in self._batches(pairs, coarse)] if pairs else []
+        without = [replace(batch, kl=None) for batch in self._batches(self.mismatched(examples), coarse)]
         return [replace(first, mismatched=tuple(without)), *others]
 
     def mismatched(self, examples: Sequence[SFTExample]) -> list[SFTExample]:
@@ -100,11 +96,9 @@ class KTO:
         return [self._joined(examples[i], starts[i], examples[j], starts[j]) for i, j in pairs]
 
     def _joined(self, example: SFTExample, start: int, other: SFTExample, other_start: int) -> SFTExample:
-        ids, labels = (
-            np.concatenate([own[:start], others[other_start:]])[: self.row_length]
-            for own, others in ((example.input_ids, other.input_ids), (example.labels, other.labels))
-        )
-        return replace(example, input_ids=ids, labels=labels)
+        ids = np.concatenate([example.input_ids[:start], other.input_ids[other_start:]])
+        labels = np.concatenate([example.labels[:start], other.labels[other_start:]])
+        return replace(example, input_ids=ids[: self.row_length], labels=labels[: self.row_length])
 
     def _batches(self, examples: Sequence[SFTExample], shape: Shape | None) -> list[PackedBatch]:
         made = micro_batch_rows(examples, self.size, self.batch_size, self.row_length, self.packing, shape)
@@ -115,6 +109,15 @@ class KTO:
         segments = [[sft_segment(x.row, next(numbers), x.input_ids, x.labels) for x in row] for row in rows]
         batch = build_batch(segments, pairs=False, shape=shape, values=[x.values for row in rows for x in row])
         return replace(batch, kl=torch.zeros(()))
+
+
+def _summed_logratio(policy: Policy, batch: PackedBatch) -> LossSums:
+    """Of mismatched completions: without gradient, and without dropout as in the reference."""
+    reference = reference_token_logps(policy, batch)
+    policy.dropout.disable()
+    with torch.no_grad():
+        logratios = batch.sequence_sums(policy.token_logps(batch) - reference)
+    return LossSums(torch.where(batch.real, logratios, 0.0).sum(), {})
 
 
 def labelled_logps(batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor) -> LabelledLogps:
