@@ -24,7 +24,7 @@ from rich.console import Console
 from lowlevel.checkpoints.checkpoint import saved
 from lowlevel.config.file import OTHER_NAMES, config_from_tables, load_tables
 from lowlevel.config.given import GivenRows
-from lowlevel.config.schema import SECTIONS, RunConfig
+from lowlevel.config.schema import METHODS, SECTIONS, RunConfig
 from lowlevel.errors import ConfigError, errors_for_python, quoted
 from lowlevel.losses.registry import name_of
 from lowlevel.model.files import read_json_object
@@ -79,6 +79,20 @@ def dpo(
     return train("dpo", model=model, data=data, adapter=adapter, **settings)
 
 
+def kto(
+    model: str | None = None, data: Rows = None, *, adapter: Run | str | Path | None = None, **settings: Any
+) -> Run:
+    """Kahneman-Tversky Optimization (arXiv 2402.01306) on completions with a label, desirable or not.
+
+    Args:
+        model: as in `sft`.
+        data: as in `sft`; rows with "prompt", "completion" and "label", or pairs as in `dpo`, two rows each.
+        adapter: as in `dpo`.
+        **settings: see `train`.
+    """
+    return train("kto", model=model, data=data, adapter=adapter, **settings)
+
+
 def train(
     method: str | RunConfig,
     *,
@@ -92,7 +106,7 @@ def train(
     """Train a run and return it.
 
     Args:
-        method: "sft" or "dpo"; or a resolved configuration, and then no settings.
+        method: "sft", "dpo" or "kto"; or a resolved configuration, and then no settings.
         callbacks: objects whose methods are called at each step, log line, evaluation, checkpoint and at the end.
         resume: continue the run in `output_dir` from its newest good checkpoint, with the same data and settings.
         restart: discard the run in `output_dir`.
@@ -142,7 +156,7 @@ def configure(
     """The configuration of a run from keyword arguments, checked as a run file is.
 
     Args:
-        method: "sft" or "dpo".
+        method: "sft", "dpo" or "kto".
         file: a run file (TOML) whose keys the other arguments replace.
         model: `model.name`.
         data: `data.source`, or rows.
@@ -176,8 +190,8 @@ def configure(
 
 
 def _section_of(key: str, method: str) -> str:
-    """The section of a key; those of both [sft] and [dpo] belong to the method. Raises ConfigError for unknown keys."""
-    own = {name: section for name, section in SECTIONS.items() if name not in ("sft", "dpo") or name == method}
+    """The section of a key; [sft], [dpo] and [kto] share keys: the method's. Raises ConfigError for unknown keys."""
+    own = {name: section for name, section in SECTIONS.items() if name not in METHODS or name == method}
     sections = {key: name for name, section in own.items() for key in section.model_fields}
     if key not in sections:
         known = [*sections, *signature(configure).parameters, *signature(train).parameters]

@@ -38,8 +38,14 @@ EXIT_CODES = (
     "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint or model, 5 loss or gradient NaN or \
 infinite, 6 out of memory, 130/143 interrupted and saved"
 )
-NAMES = "demo doctor sft dpo data losses plan time memory merge generate compare inspect verify report replay".split()
-METHODS = {"sft": "supervised fine-tuning", "dpo": "Direct Preference Optimization"}  # both are commands/train.py
+NAMES = (
+    "demo doctor sft dpo kto data losses plan time memory merge generate compare inspect verify report replay".split()
+)
+METHODS = {  # each is commands/train.py
+    "sft": "supervised fine-tuning",
+    "dpo": "Direct Preference Optimization",
+    "kto": "Kahneman-Tversky Optimization: completions with a label instead of pairs",
+}
 COMMANDS = {name: import_module(f"lowlevel.commands.{'train' if name in METHODS else name}") for name in NAMES}
 
 
@@ -47,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands with their options."""
     parser = argparse.ArgumentParser(
         prog="lowlevel",
-        description="QLoRA SFT and DPO on one small GPU, from hand-written loops whose every number can be checked.",
+        description="QLoRA SFT, DPO and KTO on one small GPU: hand-written loops, and every number can be checked.",
         epilog=EXIT_CODES,
         allow_abbrev=False,
     )

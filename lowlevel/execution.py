@@ -70,7 +70,8 @@ def micro_step(
     """Forward pass, loss and backward pass of one micro-batch; see Execution."""
     policy.dropout.set_micro_batch(batch.dropout_keys, dropout_key)
     sums = method.loss(policy, batch)
-    (sums.loss * factor).backward()
+    if sums.loss.requires_grad:  # not that of kto's mismatched completions
+        (sums.loss * factor).backward()
     return replace(sums, loss=sums.loss.detach())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +13,11 @@ import torch
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import TrainConfig
 from lowlevel.errors import EVAL_LOSS, NonFiniteError
-from lowlevel.execution import Execution, ExecutionFailedError
+from lowlevel.execution import Eager, Execution, ExecutionFailedError
 from lowlevel.hashing import key32
 from lowlevel.heartbeat import counted
 from lowlevel.losses import LossSums
+from lowlevel.losses.sums import by_label
 from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
@@ -45,6 +47,7 @@ def optimizer_step(
         NonFiniteError: the loss is NaN or infinite, or the gradient is at every scale tried; nothing was updated.
     """
     method, grad = execution.method, execution.policy.flat.grad
+    batches = with_baseline(execution, batches)
     count, dropout_key = sum(map(method.count, batches)), key32(seed, step)
     attempts: list[dict[str, float]] = []
     while True:
@@ -62,6 +65,19 @@ def optimizer_step(
             raise _not_finite(attempts, loss_scale, step, seed, batches)
     optimizer.step()
     return StepResult(step + 1, metrics, grad_norm, optimizer.param_groups[0]["lr"], count, tuple(batches), sums)
+
+
+def with_baseline(execution: Execution, batches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+    """kto: the micro-batches with the mean log-ratio of all their mismatched completions. Others: as they are.
+
+    A sum on the device: a repeated attempt of the step uses the same number, and the host does not wait for it.
+    """
+    others = [other for batch in batches for other in batch.mismatched]
+    if not others:
+        return batches
+    sums = accumulate(execution, others, 0.0, 0, details=False)
+    kl = torch.stack([one.loss for one in sums]).sum() / sum(len(other.data_rows) for other in others)
+    return [replace(batch, kl=kl) for batch in batches]
 
 
 def accumulate(
@@ -178,8 +194,9 @@ def evaluate_examples(
 ) -> dict[str, float]:
     """Means over held-out micro-batches, dropout off, each name with `prefix` before it."""
     window = Window()
+    batches = with_baseline(Eager(policy, method), batches)
     policy.dropout.disable()
     for batch in counted("evaluating", batches, "micro-batches"):
         named = method.loss(policy, batch.to(policy.placement.device)).named()
         window.add(dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True)), method.count(batch))
-    return {f"{prefix}{name}": value for name, value in window.means().items()}
+    return {f"{prefix}{name}": value for name, value in by_label(window.means()).items()}

@@ -15,6 +15,7 @@ PACKAGE = Path(lowlevel.__file__).parent
 
 # A value other than the default for each key, and the other settings without which it would contradict something.
 PREFERENCES = {"method": "dpo", "data": {"format": "orca"}}
+KTO = {"method": "kto"}
 HOLDOUT = {"data": {"eval_source": "holdout", "eval_limit": 5}}
 KEYS = {
     "model.name": ("some/base", {}),
@@ -89,6 +90,10 @@ KEYS = {
     "dpo.rpo_alpha": (1.0, PREFERENCES),
     "dpo.disable_dropout": (False, PREFERENCES),
     "dpo.reference_cache": ("out/reference", PREFERENCES),
+    "kto.beta": (0.2, KTO),
+    "kto.desirable_weight": (1.5, KTO),
+    "kto.undesirable_weight": (0.5, KTO),
+    "kto.disable_dropout": (False, KTO),
     "trace.every": (5, {}),
     "trace.steps": ([1, 8], {}),
     "trace.level": ("token", {"trace": {"every": 1}}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +22,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.config.schema import DPOConfig, KTOConfig, LoraConfig, ModelConfig
 from lowlevel.execution import Eager, Execution
 from lowlevel.kernels import token_logps
 from lowlevel.loop import optimizer_step
 from lowlevel.methods import Method
 from lowlevel.methods.dpo import DPO
+from lowlevel.methods.kto import KTO
 from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import build_policy, save_adapter
 from lowlevel.model.attention_choice import Attention
@@ -54,6 +56,7 @@ class Tokens:
     row: int
     input_ids: np.ndarray
     labels: np.ndarray
+    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,22 @@ def ragged_pairs(count: int = 8, *, seed: int = 0, longest: int = 18) -> list[Pa
     return pairs
 
 
+def labelled_examples(count: int = 8, *, seed: int = 0, longest: int = 40) -> list[Tokens]:
+    """Completions with labels for KTO; each second one has the prompt of the one before.
+
+    The last token of each third is not scored, as the newline that some templates write behind a reply.
+    """
+    examples = ragged_examples(count, seed=seed, longest=longest)
+    for i in range(1, count, 2):
+        start, own = int((examples[i - 1].labels >= 0).argmax()), examples[i]
+        reply = own.input_ids[own.labels >= 0]
+        ids = np.concatenate([examples[i - 1].input_ids[:start], reply])
+        examples[i] = replace(own, input_ids=ids, labels=np.where(np.arange(len(ids)) < start, -100, ids))
+    for x in examples[::3]:
+        x.labels[-1] = -100
+    return [replace(x, values=(float(i % 4 == 0),)) for i, x in enumerate(examples)]
+
+
 def make_policy(
     base: Path,
     *,
@@ -196,6 +215,16 @@ def sft(batch_size: int = 8, *, packing: bool = False, row_length: int = 64) -> 
 
 def dpo(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **config: Any) -> DPO:
     return DPO(DPOConfig(**config), batch_size, row_length, packing)
+
+
+def kto(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **config: Any) -> KTO:
+    return KTO(KTOConfig(**config), batch_size, row_length, packing)
+
+
+def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """log pi(y+ | x) and log pi(y- | x), (P,) each."""
+    chosen, rejected = batch.sequence_sums(policy.token_logps(batch)).chunk(2)
+    return chosen, rejected
 
 
 def step(

@@ -85,6 +85,8 @@ class PackedBatch:
     row_values: Tensor | None = None  # (C, examples) fp32: the columns of data.columns, for a custom loss
     reference_logps: Tensor | None = None  # (S,) fp32, from reference_cache.py; 0 for dummies
     content: str = ""  # host: hash of what the reference pass reads, if there is a cache
+    kl: Tensor | None = None  # () fp32, kto: mean log-ratio of the step's mismatched completions; None: it holds these
+    mismatched: tuple[PackedBatch, ...] = ()  # host, kto: on the first micro-batch of a step, those that hold these
 
     @property
     def belongs(self) -> Tensor:
@@ -97,8 +99,8 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device; copies to a GPU do not wait for it."""
-        pin = device.type == "cuda" and not self.input_ids.is_cuda
-        tensors = {name: tensor.pin_memory() if pin else tensor for name, tensor in self.tensors().items()}
+        pin = device.type == "cuda"
+        tensors = {n: t.pin_memory() if pin and not t.is_cuda else t for n, t in self.tensors().items()}
         return self.with_tensors({name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
     def with_tensors(self, tensors: dict[str, Any]) -> PackedBatch:

@@ -53,7 +53,7 @@ def add_run_file(parser: argparse.ArgumentParser, *, method: bool = True) -> Non
     parser.set_defaults(takes_config=True)
     if method:
         text = "default: by the keys that only one has, else by the rows"
-        parser.add_argument("--method", choices=("sft", "dpo"), help=text)
+        parser.add_argument("--method", choices=("sft", "dpo", "kto"), help=text)
     parser.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
     parser.add_argument(
         "--as-t4", action="store_true", help="on a larger GPU: fp16, 15 GiB, and only the attention that a T4 has"
@@ -125,7 +125,7 @@ def quiet_console() -> Console:
 
 def describe_keys() -> str:
     """Every key of a run file as a flag, with its choices and default."""
-    from lowlevel.config.schema import DPO_DEFAULTS, SECTIONS
+    from lowlevel.config.schema import METHOD_DEFAULTS, SECTIONS
 
     lines = ["every key of the run file is also a flag:"]
     for section, model in SECTIONS.items():
@@ -133,7 +133,8 @@ def describe_keys() -> str:
         for key, field in model.model_fields.items():
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             listed = f" [{' | '.join(choices)}]" if choices else ""
-            for_dpo = f"; for dpo: {DPO_DEFAULTS[section][key]}" if key in DPO_DEFAULTS.get(section, {}) else ""
-            default = "" if field.default is None else f" (default: {field.default}{for_dpo})"
+            own = {method: tables.get(section, {}) for method, tables in METHOD_DEFAULTS.items()}
+            differing = "".join(f"; for {method}: {table[key]}" for method, table in own.items() if key in table)
+            default = "" if field.default is None else f" (default: {field.default}{differing})"
             lines.append(f"  --{section}.{key:<30} {field.description}{listed}{default}")
     return "\n".join(lines)

@@ -26,11 +26,14 @@ def run(options: Options, overrides: Overrides) -> None:
 def show_data(config: RunConfig, console: Console) -> None:
     """Print the data report, how the rows fill batches, and one example with its supervised tokens coloured."""
     from lowlevel.batch.order import DataOrder
+    from lowlevel.data.labelled import balance
     from lowlevel.data.report import render_report, show_example
     from lowlevel.running.assembly import build_method, prepare_data
 
     tokenizer, data = prepare_data(config)
     render_report(data.report, console)
+    if config.method == "kto":
+        console.print(balance(data.train, config.kto), markup=False, highlight=False)
     order = DataOrder.of(config, len(data.train))
     attention, where = layout_of(config)
     method = build_method(config, attention)

@@ -153,7 +153,9 @@ def evaluate(name: str, point: Mapping[str, float], settings: Mapping[str, float
     lengths = torch.tensor([point[key] for key in LENGTHS])
     tokens = [(torch.cat(sums) / lengths).repeat_interleave(lengths) for sums in (logps[:2], logps[2:])]
     values = {"margin": torch.tensor([point["margin"]], dtype=torch.float64)}
-    pairs = PairLogps(*logps, *lengths.split(1), *tokens, torch.arange(2).repeat_interleave(lengths), values=values)
+    chosen_length, rejected_length = lengths.split(1)
+    ids = torch.arange(2).repeat_interleave(lengths)
+    pairs = PairLogps(*logps, chosen_length, rejected_length, tokens[0], tokens[1], ids, values=values)
     try:
         parameters = {**_defaults(name), **settings}
         loss = PreferenceLoss.of(name, **parameters)

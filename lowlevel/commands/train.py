@@ -1,4 +1,4 @@
-"""`lowlevel sft` and `lowlevel dpo`"""
+"""`lowlevel sft`, `lowlevel dpo` and `lowlevel kto`"""
 
 from lowlevel.commands.common import (
     Options,

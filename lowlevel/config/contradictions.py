@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lowlevel.config.schema import METHODS
 from lowlevel.redaction import holds_secret
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ Check = tuple[bool, str]  # whether it is wrong, and what to say
 def contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
     """One line for each contradiction; `tables` holds the keys that were given."""
     given = {f"{s}.{k}" for s, table in tables.items() if isinstance(table, Mapping) for k in table}
-    given |= {key for key in tables if key in ("sft", "dpo")}
+    given |= {key for key in tables if key in METHODS}
     checks = [
         *_method_and_model(config, given),
         *_data(config),
@@ -58,21 +59,21 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
-    sft, model, data, mode = config.method == "sft", config.model, config.data, config.model.adapter_mode
+    sft, dpo, kto = (config.method == method for method in METHODS)
+    model, data, mode = config.model, config.data, config.model.adapter_mode
+    others = [method for method in METHODS if method != config.method]
     no_adapter, continued = model.adapter is None, config.lora.init_from is not None
     quantisation = bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given)
     pairs = data.format in PAIRS
     needed_mode = no_adapter and "model.adapter_mode" in given and mode != "none"
     return [
-        (sft and "dpo" in given, '[dpo] is not used when method = "sft"'),
-        (not sft and "sft" in given, '[sft] is not used when method = "dpo"'),
-        (sft and bool(model.adapter), "model.adapter is for dpo; to continue training an adapter use lora.init_from"),
-        (sft and pairs, f'data.format = "{data.format}" is for dpo; sft takes "auto" or "messages"'),
-        (sft and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo"),
-        (
-            not sft and data.format == "messages",
-            'data.format = "messages" is for sft; dpo takes "preference"',
-        ),
+        *((other in given, f'[{other}] is not used when method = "{config.method}"') for other in others),
+        (sft and bool(model.adapter), "model.adapter is for dpo and kto; to continue an adapter use lora.init_from"),
+        (sft and pairs, f'data.format = "{data.format}" is for dpo and kto; sft takes "auto" or "messages"'),
+        (not dpo and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo"),
+        (kto and data.supervise == "all", 'data.supervise = "all" is for sft and dpo'),
+        (kto and bool(data.columns), "data.columns is for a custom loss of sft or dpo"),
+        (dpo and data.format == "messages", 'data.format = "messages" is for sft and kto; dpo takes "preference"'),
         (not no_adapter and mode == "none", 'model.adapter is set, but model.adapter_mode = "none" ignores it'),
         (needed_mode, f'model.adapter_mode = "{mode}" needs model.adapter'),
         (not model.load_in_4bit and quantisation, "model.bnb_4bit_* keys need model.load_in_4bit = true"),

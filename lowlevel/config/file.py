@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from lowlevel.config.contradictions import ADAPTER_SHAPE, contradictions, empty_texts, secrets_in
 from lowlevel.config.given import Source
-from lowlevel.config.schema import DPO_DEFAULTS, LOSS_DEFAULTS, SECTIONS, DataSource, Filter, RunConfig
+from lowlevel.config.schema import LOSS_DEFAULTS, METHOD_DEFAULTS, METHODS, SECTIONS, DataSource, Filter, RunConfig
 from lowlevel.errors import ConfigError, one_line, quoted
 
 TEXTS = (str, str | None, get_args(Source)[0], Source | None)  # types of keys whose flags are not parsed as TOML
@@ -70,17 +70,15 @@ def load_tables(path: Path | None, method: str | None) -> dict[str, Any]:
 def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
     """Validate nested tables into a RunConfig, with the defaults that depend on other keys; errors begin with `where`.
 
-    The defaults of DPO are `DPO_DEFAULTS`. data.max_length is 256 for the demo's base, which has only 256 positions.
+    `METHOD_DEFAULTS` are those of the method. data.max_length is 256 for the demo's base, which has only 256 positions.
     """
     model = tables.get("model", {})
     if isinstance(model, Mapping) and model.get("name", "demo") == "demo":
         tables = _with_defaults(tables, "data", {"max_length": 256})
-    if tables.get("method") == "dpo":
-        for section, defaults in DPO_DEFAULTS.items():
-            tables = _with_defaults(tables, section, defaults)
-        given = tables.get("dpo")
-        loss = given.get("loss_type") if isinstance(given, Mapping) else None
-        tables = _with_defaults(tables, "dpo", LOSS_DEFAULTS.get(str(loss), {}))
+    for section, defaults in METHOD_DEFAULTS.get(str(tables.get("method")), {}).items():
+        tables = _with_defaults(tables, section, defaults)
+    if isinstance(given := tables.get("dpo"), Mapping):
+        tables = _with_defaults(tables, "dpo", LOSS_DEFAULTS.get(str(given.get("loss_type")), {}))
     try:
         config = RunConfig.model_validate(tables)
     except ValidationError as error:
@@ -102,7 +100,9 @@ def to_tables(config: RunConfig) -> dict[str, Any]:
     tables = config.model_dump(mode="json", exclude_none=True)
     for key in ("source", "split") if config.data.sources else ("sources",):
         del tables["data"][key]
-    del tables["dpo" if config.method == "sft" else "sft"]
+    for other in METHODS:
+        if other != config.method:
+            del tables[other]
     if not (config.trace.every or config.trace.steps):
         del tables["trace"]
     if config.model.adapter is None:

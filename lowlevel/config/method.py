@@ -7,9 +7,10 @@ from typing import Any
 
 from lowlevel.errors import ConfigError
 
-OF_DPO = ("model.adapter", "model.adapter_mode", "data.max_prompt_length")
-FORMATS = {"messages": "sft", "preference": "dpo", "hh": "dpo", "orca": "dpo"}  # of data.format; others: both
-PAIR = {"chosen", "rejected"}
+SHARED = ("model.adapter", "model.adapter_mode")  # by dpo and kto
+OF_DPO = (*SHARED, "data.max_prompt_length")
+FORMATS = {"messages": "sft", "preference": "dpo", "hh": "dpo", "orca": "dpo"}  # of data.format; kto takes each
+PAIR, LABELLED = {"chosen", "rejected"}, {"completion", "label"}
 
 
 def infer_method(tables: Mapping[str, Any], columns: Callable[[], Collection[str]]) -> tuple[str, str]:
@@ -19,15 +20,22 @@ def infer_method(tables: Mapping[str, Any], columns: Callable[[], Collection[str
         ConfigError: the keys, or the columns, are those of both methods.
     """
     signs = _signs(tables)
-    if signs["sft"] and signs["dpo"]:
-        one, other = signs["sft"][0], signs["dpo"][0]
-        raise ConfigError(f"{one} is for sft, {other} is for dpo: leave one of them out")
-    for method, keys in signs.items():
-        if keys:
-            return method, f"{keys[0]} is given"
+    if signs["dpo"] and {*signs["dpo"]} <= {*SHARED} and {*columns()} >= LABELLED:
+        signs = {**signs, "dpo": [], "kto": signs["kto"] + signs["dpo"]}
+    if signs["kto"]:  # kto reads the rows and the adapter of the others, too
+        own = ("sft.", "dpo.", "data.max_prompt_length")
+        signs = {m: [key for key in keys if m == "kto" or key.startswith(own)] for m, keys in signs.items()}
+    named = [(method, keys[0]) for method, keys in signs.items() if keys]
+    if len(named) > 1:
+        (method, one), (another, other), *_ = named
+        raise ConfigError(f"{one} is for {method}, {other} is for {another}: leave one of them out")
+    if named:
+        return named[0][0], f"{named[0][1]} is given"
     found = set(columns())
     if not found:
         return "sft", "the default; nothing names another"
+    if found >= LABELLED and not found >= PAIR:
+        return "kto", "its rows have the columns completion and label"
     if not found >= PAIR:
         return "sft", "its rows have no columns chosen and rejected"
     if both := sorted(found & {"messages", "completion"}):
@@ -39,7 +47,7 @@ def _signs(tables: Mapping[str, Any]) -> dict[str, list[str]]:
     """Keys that only one method reads, by method."""
     given = {f"{section}.{key}": value for section, table in tables.items() if isinstance(table, Mapping)
              for key, value in table.items()}  # fmt: skip
-    signs: dict[str, list[str]] = {"sft": [], "dpo": []}
+    signs: dict[str, list[str]] = {"sft": [], "dpo": [], "kto": []}
     for name, value in given.items():
         section = name.partition(".")[0]
         if section in signs:

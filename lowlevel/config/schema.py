@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -197,6 +197,7 @@ class TrainConfig(Section):
 class SFTConfig(Section):
     """The loss of supervised fine-tuning."""
 
+    disable_dropout: ClassVar[bool] = False
     loss_type: str = Field("cross_entropy", description='loss of a token; your own by name or as "module:function"')
     loss_kwargs: dict[str, Number] = Field({}, description="hyper-parameters of your own loss")
 
@@ -223,6 +224,15 @@ class DPOConfig(Section):
     reference_cache: str | None = Field(None, description="folder that keeps reference log-probabilities for reuse")
 
 
+class KTOConfig(Section):
+    """KTO (arXiv 2402.01306): completions with a label, desirable or not."""
+
+    beta: Annotated[Finite, Field(gt=0)] = Field(0.1, description="KL temperature: reward = beta * log-ratio")
+    desirable_weight: Annotated[Finite, Field(ge=0)] = Field(1.0, description="weight of desirable completions")
+    undesirable_weight: Annotated[Finite, Field(ge=0)] = Field(1.0, description="weight of undesirable completions")
+    disable_dropout: bool = Field(True, description="policy pass without dropout")
+
+
 class TraceConfig(Section):
     """Records of single examples and steps, as parquet in the run folder's trace/ (lowlevel/tracing)."""
 
@@ -235,14 +245,37 @@ class TraceConfig(Section):
 class RunConfig(Section):
     """All settings of a run, from a TOML file and flags."""
 
-    method: Literal["sft", "dpo"] = "sft"
+    method: Literal["sft", "dpo", "kto"] = "sft"
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     sft: SFTConfig = SFTConfig()
     dpo: DPOConfig = DPOConfig()
+    kto: KTOConfig = KTOConfig()
     trace: TraceConfig = TraceConfig()
+
+    @property
+    def own(self) -> SFTConfig | DPOConfig | KTOConfig:
+        """The section of the method."""
+        return self.sft if self.method == "sft" else self.dpo if self.method == "dpo" else self.kto
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares the policy with the policy without the trained adapter."""
+        return self.method != "sft"
+
+    @property
+    def loss_line(self) -> str:
+        """The loss and its main settings, in words."""
+        if self.method == "kto":
+            return f"beta {self.kto.beta:g}, weights {self.kto.desirable_weight:g} and {self.kto.undesirable_weight:g}"
+        return f"loss {self.dpo.loss_type}, beta {self.dpo.beta:g}" if self.method == "dpo" else self.sft.loss_type
+
+    @property
+    def active_dropout(self) -> float:
+        """Dropout of the policy's training pass."""
+        return 0.0 if self.own.disable_dropout else self.lora.lora_dropout
 
     @property
     def rows_per_step(self) -> int:
@@ -252,12 +285,15 @@ class RunConfig(Section):
     @property
     def row_positions(self) -> int:
         """Most positions of an example; a pair needs them twice, for both completions."""
-        return self.data.max_length * (1 if self.method == "sft" else 2)
+        return self.data.max_length * (2 if self.method == "dpo" else 1)
 
 
 SECTIONS: dict[str, type[Section]] = {
     name: type(field.default) for name, field in RunConfig.model_fields.items() if name != "method"
 }
-# Defaults of dpo that differ from those of sft. The recipe has 1e-5.
+METHODS = ("sft", "dpo", "kto")  # each has a section of its name
+# Defaults of a method that differ from those of sft. The recipe has 1e-5.
+METHOD_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    method: {"train": {"learning_rate": 1e-5}} for method in ("dpo", "kto")
+}
 LOSS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"simpo": {"beta": 2.0}}  # of [dpo], by loss_type
-DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"train": {"learning_rate": 1e-5}}

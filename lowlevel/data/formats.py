@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lowlevel.data import readers
+from lowlevel.data.labelled import LABEL, with_label
 from lowlevel.data.readers import ADDED, PAIR, SYSTEM, Read
 from lowlevel.data.sources import SourceRows
 from lowlevel.data.texts import BadRow, Columns, decoded, is_message, is_transcript
 from lowlevel.errors import ConfigError, DataError, quoted
 
-Method = Literal["sft", "dpo"]
+Method = Literal["sft", "dpo", "kto"]
 QUESTIONS = ("question", "query", "instruction", "input")
 ASIDE = (*SYSTEM, *ADDED, "history")  # read next to a question
 READ_ME = "lowlevel/data/README.md, Row formats"
@@ -23,7 +24,7 @@ READ_ME = "lowlevel/data/README.md, Row formats"
 
 @dataclass(frozen=True)
 class Format:
-    """Columns that a row must have, and a function from columns to messages (SFT), or prompt and completions (DPO)."""
+    """Columns that a row must have, and a function from columns to messages (SFT, KTO) or prompt and completions."""
 
     name: str  # in data.format
     title: str
@@ -33,6 +34,7 @@ class Format:
     aside: tuple[str, ...] = ()  # columns that it also reads
     first: bool = False  # taken before formats that fit, too
     fits: Callable[[Columns], bool] = lambda columns: True  # whether the values of a row can be this format
+    labelled: bool = False  # the first of a row's values is its label (KTO)
 
     def describe(self, columns: Columns) -> str:
         """How the report says it, from a row of the source; "" for the plain formats."""
@@ -106,6 +108,13 @@ FORMATS = (
 )
 
 
+FORMATS += tuple(
+    replace(f, method="kto", columns=(*f.columns, LABEL), read=with_label(f.read), labelled=True)
+    for f in FORMATS
+    if f.method == "sft"
+)
+
+
 def recognised(source: SourceRows, name: str, method: str, numbers: Sequence[str] = ()) -> SourceRows:
     """The source with the format of its rows: `name`, from data.format, or the one that fits the columns.
 
@@ -118,7 +127,8 @@ def recognised(source: SourceRows, name: str, method: str, numbers: Sequence[str
     if absent is not None:
         raise ConfigError(f'data.columns: {source.name} has no column "{quoted(absent)}"; found: {listed(found)}')
     filled = {column for row in source.rows for column, value in row.columns.items() if value is not None}
-    formats = [f for f in FORMATS if f.method == method and name in ("auto", f.name)]
+    methods = (method, "dpo") if method == "kto" else (method,)  # of a pair, both completions have a label
+    formats = [f for f in FORMATS if f.method in methods and name in ("auto", f.name)]
     fitting = _fitting(source, formats, filled) or _fitting(source, formats, set(found))
     if len(fitting) != 1:
         raise DataError(_several(source.name, fitting) if fitting else _none(source, found, formats, method))
@@ -168,9 +178,12 @@ def _none(source: SourceRows, found: Sequence[str], formats: Sequence[Format], m
     nearest = max(lacking, key=lambda f: (len(have & set(f.columns)), -len(f.columns)))
     missing = ", ".join(column for column in nearest.columns if column not in have)
     problem = f"{source.name}: no format of {method.upper()} rows fits the columns; found: {listed(found)}"
+    if missing == LABEL:
+        return f"{problem}; missing: {LABEL}, true for desirable and false for undesirable completions"
     if other := next(iter(_fitting(source, [f for f in FORMATS if f.method == method], have)), None):
         return f'{problem}; missing: {missing}; they fit data.format = "{other.name}"'
-    if other := next(iter(_fitting(source, [f for f in FORMATS if f.method != method], have)), None):
+    others = sorted((f for f in FORMATS if f.method != method), key=lambda f: not f.labelled)
+    if other := next(iter(_fitting(source, others, have)), None):
         return f"{problem}; they fit {other.method.upper()} ({', '.join(other.columns)})"
     if "text" in have:
         hint = 'does not say which part is the reply: split it into "prompt" and "completion", or "messages"'

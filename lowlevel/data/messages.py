@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from lowlevel.data.labelled import LABEL, label_of
 from lowlevel.data.readers import Completion, Completions
 from lowlevel.data.sources import Row
 from lowlevel.data.texts import BadRow, Columns, Message, is_filled, value_of
@@ -28,7 +29,7 @@ class Normalised:
     row: Row
     messages: list[Message]
     completions: Completions
-    values: tuple[float, ...]  # numbers in data.columns, in that order
+    values: tuple[float, ...]  # of KTO the label, then the numbers in data.columns, in that order
     digest: str  # sha256 of the messages, and of values, tools and context if there are any
     prompt_digest: str  # sha256 of the messages before the first reply
     warnings: tuple[str, ...]  # kinds of peculiarities with which the row can still be used
@@ -53,8 +54,9 @@ def normalise(row: Row, columns: Sequence[str] = ()) -> Normalised:
     messages, context = turns.messages, turns.context
     if not completions:
         _check_conversation(turns)
-    _check_marks(row.columns, columns, is_pair=bool(completions))
-    values = tuple(_number(row.columns, name) for name in columns)
+    labels = [label_of(row.columns)] if row.format.labelled else []
+    _check_marks(row.columns, [*columns, *[LABEL] * len(labels)], is_pair=bool(completions))
+    values = (*labels, *(_number(row.columns, name) for name in columns))
     said = (*messages, *(reply for reply in completions if not isinstance(reply, str)))
     tools = tools_of(row.columns, needed=any("tool_calls" in message for message in said))
     first_reply = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
@@ -97,7 +99,7 @@ def _check_marks(columns: Columns, read: Sequence[str], *, is_pair: bool) -> Non
     label, weight = columns.get("label"), columns.get("weight")
     kto = label is False or "completion" in columns and isinstance(label, int | float) and label == 0
     if kto and not is_pair and "label" not in read:
-        hint = "keep the others with [[data.filters]] label == true"
+        hint = "keep the others with [[data.filters]] label == true, or train on both with kto"
         shown = json.dumps(label)
         raise BadRow("not to be learned", f'"label" is {shown}: an answer that is not to be learned; {hint}')
     if isinstance(weight, int | float) and weight == 0 and "weight" not in read:

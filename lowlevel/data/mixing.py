@@ -17,6 +17,7 @@ from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import DataConfig, Filter
 from lowlevel.data.filters import apply_filters
 from lowlevel.data.formats import recognised
+from lowlevel.data.labelled import halves
 from lowlevel.data.sources import Part, Row, SourceRows, data_error, read_source, shuffled
 from lowlevel.errors import ConfigError, DataError
 
@@ -75,7 +76,8 @@ def evaluation_rows(source: str | GivenRows, split: str, data: DataConfig, metho
 
 
 def _read(source: str | GivenRows, split: str, name: str, data: DataConfig, method: str) -> SourceRows:
-    return recognised(read_source(source, split, method), name, method, data.columns)
+    read = recognised(read_source(source, split, method), name, method, data.columns)
+    return halves(read) if method == "kto" else read
 
 
 def filtered(source: SourceRows, filters: Sequence[Filter]) -> SourceRows:

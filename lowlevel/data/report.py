@@ -24,7 +24,7 @@ QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 # Warnings that only describe the rows; with any other warning, a part of the rows is not learned.
 DESCRIBING = (
     *("byte order mark", "turns not alternating", "empty user turn", "special tokens in text", "duplicate rows"),
-    *("contradicting pairs", APART),
+    *("contradicting pairs", "contradicting labels", APART),
 )
 DOUBLE_END = "replies that end with an end-of-turn token in their text (the chat template adds one: the end is double)"
 COUNTED = ("total", "prompt", "supervised", "chosen", "rejected")
@@ -146,6 +146,8 @@ def count_warnings(rows: Sequence[Normalised], tokenizer: ChatTokenizer) -> Coun
     ends = tuple(tokenizer.decode([i]) for i in tokenizer.stop_ids)
     warnings[DOUBLE_END] = sum(any(text.rstrip().endswith(ends) for text in row.replies) for row in rows)
     warnings["duplicate rows"] = len(rows) - len({row.digest for row in rows})
+    said = {(row.prompt_digest, row.texts[-1], row.values[0]) for row in rows if row.row.format.labelled}
+    warnings["contradicting labels"] = sum((prompt, text, 1 - label) in said for prompt, text, label in said) // 2
     pairs = {(row.prompt_digest, *map(str, row.completions)) for row in rows if row.completions}
     warnings["contradicting pairs"] = sum((prompt, b, a) in pairs for prompt, a, b in pairs) // 2
     return +warnings

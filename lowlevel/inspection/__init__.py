@@ -1,6 +1,7 @@
 """The parts of a loss: each scored token of a step or a row, and the path from log-probabilities to the loss.
 
-records = inspect_pairs(policy, method, examples)     # or inspect_sequences, for SFT; `opening.inspect_run` for a run
+records = inspect_pairs(policy, method, examples)     # inspect_sequences for sft, inspect_labelled for kto;
+                                                      # `opening.inspect_run` for a run
 records[0].chosen.contributions                       # (n,): beta * log-ratio of each token; together with the rejected
 records[0].margin                                     # ones they sum to the margin
 records[0].displacement                               # tokens that gained what the chosen completion lost, or None
@@ -8,6 +9,7 @@ records[0].displacement                               # tokens that gained what 
 
 from lowlevel.inspection.displacement import Displacement, TokenGain, displacement_of, largest_gains
 from lowlevel.inspection.distribution import Distribution
+from lowlevel.inspection.labelled import LabelledRecord, inspect_labelled
 from lowlevel.inspection.records import (
     CompletionRecord,
     PairRecord,
@@ -21,11 +23,13 @@ __all__ = [
     "CompletionRecord",
     "Displacement",
     "Distribution",
+    "LabelledRecord",
     "PairRecord",
     "SequenceRecord",
     "TokenGain",
     "TokenRecord",
     "displacement_of",
+    "inspect_labelled",
     "inspect_pairs",
     "inspect_sequences",
     "largest_gains",

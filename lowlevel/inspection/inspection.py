@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lowlevel.config.schema import RunConfig
+from lowlevel.inspection.labelled import LabelledRecord
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import settings
 from lowlevel.inspection.records import PairRecord, SequenceRecord
@@ -17,7 +18,7 @@ from lowlevel.methods import Method
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """The inspected examples; either `pairs` (dpo) or `sequences` (sft) is not empty."""
+    """The inspected examples: `pairs` (dpo), `sequences` (sft) or `labelled` (kto)."""
 
     run: str  # name of the run folder
     subject: str  # "step 5" or "row 12"
@@ -27,26 +28,27 @@ class Inspection:
     method: Method  # holds the configured loss
     sequences: tuple[SequenceRecord, ...] = ()
     pairs: tuple[PairRecord, ...] = ()
+    labelled: tuple[LabelledRecord, ...] = ()
 
     def __repr__(self) -> str:
         return "\n".join((self.headline, self.conditions, self.result))
 
     @property
     def loss(self) -> float:
-        """The loss as the training loop logs it: the sum over tokens (sft) or pairs (dpo), divided by their number."""
-        records: Sequence[SequenceRecord | PairRecord] = self.sequences or self.pairs
+        """The loss as the training loop logs it: the sum over tokens (sft), pairs or examples, by their number."""
+        records: Sequence[SequenceRecord | PairRecord | LabelledRecord] = self.sequences or self.pairs or self.labelled
         return float(torch.stack([record.loss for record in records]).double().sum()) / self.count
 
     @property
     def count(self) -> int:
-        """Learned tokens (sft) or pairs (dpo)."""
-        return len(self.pairs) or sum(len(record.tokens) for record in self.sequences)
+        """Learned tokens (sft), pairs (dpo) or labelled completions (kto)."""
+        return len(self.pairs or self.labelled) or sum(len(record.tokens) for record in self.sequences)
 
     @property
     def headline(self) -> str:
         """Run, subject, number of examples and loss, in one line."""
-        if self.pairs:
-            counts = [_count(len(self.pairs), "pair")]
+        if self.pairs or self.labelled:
+            counts = [_count(self.count, "pair" if self.pairs else "labelled completion")]
         else:
             counts = [_count(len(self.sequences), "example"), _count(self.count, "learned token")]
         return f"{self.run}, {self.subject}: {', '.join([*counts, settings(self.method)])}"
@@ -70,8 +72,7 @@ def logged_loss(metrics: Sequence[dict[str, Any]], step: int, config: RunConfig)
     first = max((other for other in steps if other < step), default=0) + 1
     loss = next(record["loss"] for record in metrics if record["step"] == step and "loss" in record)
     window = "" if first == step else f", the mean of steps {first} to {step}"
-    noisy = config.lora.lora_dropout > 0 and not (config.method == "dpo" and config.dpo.disable_dropout)
-    dropout = f", with dropout {config.lora.lora_dropout:g}" if noisy else ""
+    dropout = f", with dropout {config.active_dropout:g}" if config.active_dropout else ""
     return f"logged: {loss:.6f}{window}{dropout}"
 
 

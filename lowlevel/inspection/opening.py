@@ -23,9 +23,10 @@ from lowlevel.data.sources import Row
 from lowlevel.data.texts import BadRow
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.inspection.inspection import Inspection, logged_loss
+from lowlevel.inspection.labelled import inspect_labelled
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.records import inspect_pairs, inspect_sequences
-from lowlevel.methods import DPO, SFT
+from lowlevel.methods import DPO, KTO, SFT
 from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.running.run_folder import RunFolder
 
@@ -59,6 +60,7 @@ def inspect_run(
     run = opened.load(weights.adapter)
     pairs = inspect_pairs(run.policy, run.method, examples) if isinstance(run.method, DPO) else ()
     sequences = inspect_sequences(run.policy, run.method, examples) if isinstance(run.method, SFT) else ()
+    labelled = inspect_labelled(run.policy, run.method, examples) if isinstance(run.method, KTO) else ()
     return Inspection(
         run=folder.path.resolve().name,
         subject=subject,
@@ -68,6 +70,7 @@ def inspect_run(
         method=run.method,
         sequences=tuple(sequences),
         pairs=tuple(pairs),
+        labelled=tuple(labelled),
     )
 
 

@@ -18,8 +18,9 @@ from lowlevel.inspection.charts import histogram, loss_bands
 from lowlevel.inspection.figures import percent, plain, signed, typographic
 from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.pieces import VISIBLE, breaks_line
-from lowlevel.inspection.reading import formula, loss_of, source, sum_name, weight_name
-from lowlevel.inspection.view import pair_article, scales, sequence_article
+from lowlevel.inspection.reading import formula, source, sum_name, weight_name
+from lowlevel.inspection.view import labelled_article, pair_article, scales, sequence_article
+from lowlevel.methods import KTO
 
 Mode = tuple[str, str, str, str, str]  # a way to colour the tokens: key, label, meaning, and both ends of its scale
 
@@ -40,16 +41,17 @@ def write_page(inspection: Inspection, path: Path) -> None:
 
 def render_page(inspection: Inspection) -> str:
     """The page as HTML; its policy forbids all scripts but its own."""
-    script, (spec, _) = read_part("inspection/page.js"), loss_of(inspection.method)
+    script, spec = read_part("inspection/page.js"), inspection.method.spec
+    view = _sequences_view if inspection.sequences else _pairs_view if inspection.pairs else _labelled_view
     return render_template(
         "inspection/page.html",
         ["inspection/page.css"],
         inspection=inspection,
         script=script,
-        formula=formula(spec) if spec.own or inspection.pairs else f"Σ {formula(spec)}",
+        formula=f"Σ {formula(spec)}" if inspection.sequences and not spec.own else formula(spec),
         paper=source(spec),
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        **(_pairs_view(inspection) if inspection.pairs else _sequences_view(inspection)),
+        **view(inspection),
     )
 
 
@@ -72,7 +74,7 @@ def read_part(name: str) -> Markup:
 
 
 def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
-    pairs, loss_type = inspection.pairs, inspection.method.config.loss_type
+    pairs, loss_type = inspection.pairs, inspection.method.spec.name
     sides = [side for record in pairs for side in (record.chosen, record.rejected)]
     scale = scales([side.tokens for side in sides], [side.contributions for side in sides])
     sums = sum_name(loss_type)
@@ -90,6 +92,33 @@ def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
             for record, margin in zip(pairs, margins, strict=True)
         ],
         "weight_name": weight_name(loss_type),
+        "measure": "margin",
+        "caption": f"Margins of {len(pairs)} pairs, one square per pair. Blue: the policy prefers the chosen "
+                   "completion more than the reference does; orange: less.",
+        "bands": [],
+    }  # fmt: skip
+
+
+def _labelled_view(inspection: Inspection) -> Mapping[str, Any]:
+    records, method = inspection.labelled, inspection.method
+    assert isinstance(method, KTO)
+    scale = scales([r.completion.tokens for r in records], [r.completion.contributions for r in records])
+    end = typographic(f"{scale['contribution']:.2g}")
+    adds = "β · log-ratio of each token"
+    rewards = [float(record.completion.reward) for record in records]
+    return {
+        "modes": [("contribution", "adds to the reward", adds, f"≤ −{end}", f"≥ +{end}"), *_modes(scale)],
+        "articles": [labelled_article(record, method, inspection.pieces, scale) for record in records],
+        "histogram": histogram(rewards),
+        "batch": [
+            {"row": record.row, "margin": reward, "width": abs(reward) / (max(map(abs, rewards)) or 1.0),
+             "weight": signed(float(record.completion.weight)), "loss": plain(float(record.loss))}
+            for record, reward in zip(records, rewards, strict=True)
+        ],
+        "weight_name": "weight, below 0 if undesirable",
+        "measure": "reward",
+        "caption": f"Rewards of {len(records)} completions, one square each. Blue: likelier than under the reference; "
+                   "orange: less likely.",
         "bands": [],
     }  # fmt: skip
 

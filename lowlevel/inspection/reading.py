@@ -9,13 +9,11 @@ quantiles  sorted over the micro-batch: element i of the loss belongs to quantil
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Literal
 
 from lowlevel.losses.dpo import HYPERPARAMETERS
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods import Method
-from lowlevel.methods.dpo import DPO
 
 Reading = Literal["margin", "averages", "both", "quantiles"]
 
@@ -37,16 +35,9 @@ def reading_of(loss_type: str) -> Reading:
     return READINGS.get(loss_type, "both")
 
 
-def loss_of(method: Method) -> tuple[LossSpec, Mapping[str, float]]:
-    """The configured loss, and the hyper-parameters that were given to it."""
-    if isinstance(method, DPO):
-        return method.preference_loss.spec, method.preference_loss.settings
-    return method.token_loss, method.config.loss_kwargs
-
-
 def settings(method: Method) -> str:
     """Loss and hyper-parameters as one phrase."""
-    spec, values = loss_of(method)
+    spec, values = method.spec, method.settings
     signs = {name: SIGNS[one.sign] for name, one in HYPERPARAMETERS.items()}
     names = {"beta": "β", "label_smoothing": "ε", **signs}
     return ", ".join([spec.name, *(f"{names.get(key, key)} {value:g}" for key, value in values.items())])

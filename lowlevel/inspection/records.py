@@ -124,7 +124,7 @@ class PairRecord:
 @torch.no_grad()
 def inspect_sequences(policy: Policy, method: SFT, examples: Sequence[SFTExample]) -> list[SequenceRecord]:
     """The learned tokens of SFT examples, in the given order. Raises ValueError if two come from one data row."""
-    by_row, found = _by_row(examples), {}
+    by_row, found = examples_by_row(examples), {}
     for batch in method.micro_batches(examples):
         policy.dropout.disable()
         moved = batch.to(policy.placement.device)
@@ -134,12 +134,12 @@ def inspect_sequences(policy: Policy, method: SFT, examples: Sequence[SFTExample
         values, metrics = batch.values(method.columns), {name: metric.cpu() for name, metric in metrics.items()}
         logps, losses = logps.cpu(), losses.cpu()
         for number, row in enumerate(batch.data_rows):
-            index = _index(batch, number)
+            index = places_of(batch, number)
             found[row] = SequenceRecord(
                 row,
                 by_row[row].where,
                 torch.as_tensor(by_row[row].input_ids, dtype=torch.int64),
-                _tokens(batch, index, logps, predicted),
+                tokens_at(batch, index, logps, predicted),
                 losses[index],
                 {name: metric[index] for name, metric in metrics.items()},
                 {name: float(value[number]) for name, value in values.items()},
@@ -154,7 +154,7 @@ def inspect_pairs(policy: Policy, method: DPO, examples: Sequence[PreferenceExam
     Raises:
         ValueError: two come from one data row.
     """
-    by_row, found = _by_row(examples), dict[int, PairRecord]()
+    by_row, found = examples_by_row(examples), dict[int, PairRecord]()
     for batch in method.micro_batches(examples):
         found |= {record.row: record for record in _pairs_of(policy, method, batch, by_row)}
     return [found[example.row] for example in examples]
@@ -196,8 +196,8 @@ def _pairs_of(
     arguments = (factors * (sums - ref_sums)).view(2, half).sum(0)
 
     def completion(i: int) -> CompletionRecord:
-        index = _index(batch, i)
-        tokens, reference = _tokens(batch, index, logps, predicted), ref_logps[index]
+        index = places_of(batch, i)
+        tokens, reference = tokens_at(batch, index, logps, predicted), ref_logps[index]
         return CompletionRecord(
             tokens=tokens,
             ref_token_logps=reference,
@@ -211,7 +211,7 @@ def _pairs_of(
     def displaced(i: int) -> Displacement | None:
         if ref_hidden is None or sums[i] >= ref_sums[i]:
             return None
-        index = _index(batch, i).to(hidden.device)
+        index = places_of(batch, i).to(hidden.device)
         return displacement_of(hidden[index], ref_hidden[index], head, targets[index])
 
     return [
@@ -232,18 +232,19 @@ def _pairs_of(
     ]
 
 
-def _tokens(batch: PackedBatch, index: Tensor, logps: Tensor, predicted: Distribution) -> TokenRecord:
+def tokens_at(batch: PackedBatch, index: Tensor, logps: Tensor, predicted: Distribution) -> TokenRecord:
     """The tokens at `index` among a batch's N scored ones; all on the CPU."""
     positions = batch.position_ids.flatten()[batch.scored_positions[index]] + 1  # a position predicts the next token
     return TokenRecord(batch.scored_targets[index], positions, logps[index], predicted.at(index))
 
 
-def _index(batch: PackedBatch, sequence: int) -> Tensor:
+def places_of(batch: PackedBatch, sequence: int) -> Tensor:
     """Places of a sequence's tokens among the N scored ones, (n,) int64."""
     return batch.sequence_index[sequence, : int(batch.lengths[sequence])]
 
 
-def _by_row(examples: Sequence[Any]) -> dict[int, Any]:
+def examples_by_row(examples: Sequence[Any]) -> dict[int, Any]:
+    """Examples by data row. Raises ValueError if two come from one."""
     found = {example.row: example for example in examples}
     if len(found) < len(examples):
         raise ValueError(f"{len(examples)} examples come from {len(found)} data rows; inspect each row once")

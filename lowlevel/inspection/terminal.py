@@ -14,10 +14,12 @@ from torch import Tensor
 
 from lowlevel.inspection.figures import percent, plain, signed
 from lowlevel.inspection.inspection import Inspection
+from lowlevel.inspection.labelled import LabelledRecord, labelled_path
 from lowlevel.inspection.lines import TokenLine, completion_lines, fall_line, loss_path, sequence_lines
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.reading import loss_of, reading_of, source, sum_name
+from lowlevel.inspection.reading import reading_of, source, sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord
+from lowlevel.methods import KTO
 
 WIDE = 110  # terminal width from which a pair's tables include the likeliest alternatives
 RAISES, LOWERS = "blue", "dark_orange"
@@ -29,8 +31,8 @@ def print_inspection(inspection: Inspection, console: Console, *, details: bool 
     """Print the batch, and with `details` each example."""
     for line in (inspection.headline, inspection.conditions, inspection.result):
         console.print(line, markup=False, highlight=False)
-    if len(inspection.pairs or inspection.sequences) > 1:
-        table = _pairs_table if inspection.pairs else _sequences_table
+    if len(inspection.pairs or inspection.sequences or inspection.labelled) > 1:
+        table = _pairs_table if inspection.pairs else _labelled_table if inspection.labelled else _sequences_table
         console.print(table(inspection, console.width))
     if not details:
         return
@@ -38,6 +40,8 @@ def print_inspection(inspection: Inspection, console: Console, *, details: bool 
         _print_sequence(sequence, inspection.pieces, console)
     for pair in inspection.pairs:
         _print_pair(pair, inspection, console)
+    for labelled in inspection.labelled:
+        _print_labelled(labelled, inspection, console)
 
 
 def _table(
@@ -78,7 +82,7 @@ def _sequences_table(inspection: Inspection, width: int) -> Table:
 
 def _pairs_table(inspection: Inspection, width: int) -> Table:
     """One line per pair; with two weights if the loss weighs the completions separately."""
-    reading = reading_of(inspection.method.config.loss_type)
+    reading = reading_of(inspection.method.spec.name)
     weights = ("weight+", "weight-") if reading in ("both", "quantiles") else ("weight",)
     rows: list[Sequence[str | Text]] = []
     for record in inspection.pairs:
@@ -90,6 +94,17 @@ def _pairs_table(inspection: Inspection, width: int) -> Table:
     headings = ("row", "tokens+", "tokens-", "reward+", "reward-", "margin", *weights, "loss")
     caption = "weight: of the averaged margin" if reading == "averages" else None
     return _table(headings, rows, width, caption=caption)
+
+
+def _labelled_table(inspection: Inspection, width: int) -> Table:
+    rows: list[Sequence[str | Text]] = []
+    for record in inspection.labelled:
+        one, label = record.completion, "desirable" if record.desirable else "undesirable"
+        reward, weight = _coloured("margin", signed(float(one.reward))), signed(float(one.weight))
+        numbers = (reward, weight, plain(float(record.loss)))
+        rows.append((str(record.row), label, str(len(one.tokens)), *numbers, record.where))
+    caption = f"z₀ {plain(float(inspection.labelled[0].kl.clamp(min=0)))}; weight: −dL/d(reward)"
+    return _table(("row", "label", "tokens", "reward", "weight", "loss", "<from"), rows, width, caption=caption)
 
 
 def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Console) -> None:
@@ -104,7 +119,7 @@ def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Consol
 def _print_pair(record: PairRecord, inspection: Inspection, console: Console) -> None:
     _print_title(record.row, record.where, record.prompt_ids, inspection.pieces, console)
     running = record.running_sums.tolist()
-    sums = sum_name(inspection.method.config.loss_type)
+    sums = sum_name(inspection.method.spec.name)
     per_token = "beta x log-ratio" if sums == "margin" else "beta x log-ratio / n"
     wide = console.width >= WIDE
     for name, side, part in record.sides:
@@ -115,6 +130,19 @@ def _print_pair(record: PairRecord, inspection: Inspection, console: Console) ->
     if fall := fall_line(record, inspection.pieces):
         console.print(fall.sentence, markup=False, highlight=False)
     console.print(_path_table(record, inspection, console.width))
+
+
+def _print_labelled(record: LabelledRecord, inspection: Inspection, console: Console) -> None:
+    _print_title(record.row, record.where, record.prompt_ids, inspection.pieces, console)
+    label, wide = "desirable" if record.desirable else "undesirable", console.width >= WIDE
+    console.print(f"{label}: each token adds beta x log-ratio to the reward", markup=False, highlight=False)
+    running = record.completion.contributions.double().cumsum(0).tolist()
+    lines = completion_lines(record.completion, running, inspection.pieces)
+    console.print(_tokens_table(lines, PAIR_COLUMNS + ("prob", "rank") * wide, console.width, others=wide))
+    assert isinstance(inspection.method, KTO)
+    rows = [(step.name, step.formula, plain(step.pair or 0.0, 5)) for step in labelled_path(record, inspection.method)]
+    caption = f"{source(inspection.method.spec)}; σ sigmoid"
+    console.print(_table(("quantity", "<formula", "value"), rows, console.width, caption=caption, wrap=True))
 
 
 def _tokens_table(
@@ -133,8 +161,7 @@ def _path_table(record: PairRecord, inspection: Inspection, width: int) -> Table
     for step in loss_path(record, inspection.method):
         numbers = (step.chosen, step.rejected, step.pair)
         rows.append((step.name, step.formula, *("" if number is None else plain(number, 5) for number in numbers)))
-    spec, _ = loss_of(inspection.method)
-    caption = f"{source(spec)}; σ sigmoid, x margin, a, b log-ratios, d = a − b"
+    caption = f"{source(inspection.method.spec)}; σ sigmoid, x margin, a, b log-ratios, d = a − b"
     return _table(("quantity", "<formula", "chosen", "rejected", "pair"), rows, width, caption=caption, wrap=True)
 
 

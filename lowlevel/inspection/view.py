@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowlevel.inspection.charts import Stair, stair
 from lowlevel.inspection.figures import percent, plain, signed, typographic
+from lowlevel.inspection.labelled import LabelledRecord, labelled_path
 from lowlevel.inspection.lines import (
     FallLine,
     PathStep,
@@ -21,7 +22,7 @@ from lowlevel.inspection.lines import (
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord, TokenRecord
-from lowlevel.methods import Method
+from lowlevel.methods import KTO, Method
 
 CLIPPED = 0.98  # quantile at which a colour scale ends, so that one outlier does not make all others pale
 
@@ -98,7 +99,7 @@ def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Mapping
 
 def pair_article(record: PairRecord, method: Method, pieces: TokenPieces, scale: Mapping[str, float]) -> Article:
     """A pair."""
-    sums = sum_name(method.config.loss_type)
+    sums = sum_name(method.spec.name)
     running = record.running_sums.tolist()
     chart, maps = stair(running), []
     for name, side, part in record.sides:
@@ -124,6 +125,26 @@ def pair_article(record: PairRecord, method: Method, pieces: TokenPieces, scale:
         steps=loss_path(record, method),
         split=100 * len(record.chosen.tokens) / max(1, len(running)),
         fall=fall_line(record, pieces),
+    )
+
+
+def labelled_article(record: LabelledRecord, method: KTO, pieces: TokenPieces, scale: Mapping[str, float]) -> Article:
+    """A labelled completion."""
+    one, label = record.completion, "desirable" if record.desirable else "undesirable"
+    running = one.contributions.double().cumsum(0).tolist()
+    chart, lines = stair(running), completion_lines(one, running, pieces)
+    views = _token_views(one.tokens, lines, scale, one.contributions.tolist(), chart.heights)
+    reward, weight = signed(float(one.reward)), signed(float(one.weight))
+    summary = f"{len(one.tokens)} tokens, reward {typographic(reward)}"
+    return Article(
+        row=record.row,
+        where=record.where,
+        facts=(("label", label), ("reward", reward), ("weight", weight), ("loss", plain(float(record.loss)))),
+        chart=chart,
+        chart_name="cumulative reward along the tokens",
+        maps=[HeatMap(label, summary, views, lines)],
+        prompt=pieces.decode(record.prompt_ids).strip(),
+        steps=labelled_path(record, method),
     )
 
 

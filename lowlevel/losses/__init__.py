@@ -6,6 +6,7 @@ Nothing here averages over a batch: the loop divides sums once by the count of t
 
 from lowlevel.losses.cross_entropy import masked_cross_entropy, sequence_logps
 from lowlevel.losses.dpo import LOSSES, DPOOutput, PreferenceLoss, dpo_loss, loss_spec
+from lowlevel.losses.kto import KTO_LOSSES, LabelledLogps
 from lowlevel.losses.preference import PairLogps
 from lowlevel.losses.registry import loss
 from lowlevel.losses.sums import LossSums
@@ -13,9 +14,11 @@ from lowlevel.losses.supervised import SFT_LOSSES, TokenLogps
 from lowlevel.losses.token_logps import token_logps, token_logps_reference
 
 __all__ = [
+    "KTO_LOSSES",
     "LOSSES",
     "SFT_LOSSES",
     "DPOOutput",
+    "LabelledLogps",
     "LossSums",
     "PairLogps",
     "PreferenceLoss",

@@ -39,7 +39,6 @@ AOT = "cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))"
 F_ALPHA = "-ls(beta (g(a) - g(b))), g(r) = (exp((alpha-1) r) - 1) / (alpha-1)"
 LD_DPO = "-ls(x), tokens after min(n+, n-) times alpha"
 ORPO = "-p+/n+ - lambda ls(o(p+/n+) - o(p-/n-)), o(p) = p - log(1 - exp(p))"
-FREE = {"reference_free": True, "needs_lengths": True}
 _SPECS = (
     spec_of(preference.sigmoid, "-ls(x)", "arXiv 2305.18290 eq 7"),
     spec_of(preference.cdpo, "-(1-eps) ls(x) - eps ls(-x)", "ericmitchell.ai/cdpo.pdf eq 3"),
@@ -64,11 +63,23 @@ _SPECS = (
     spec_of(modifiers.f_alpha, F_ALPHA, "arXiv 2309.16240 eq 8"),
     spec_of(modifiers.ld_dpo, LD_DPO, "arXiv 2409.06411 eq 10", needs_tokens=True),
     spec_of(modifiers.odpo, "-ls(x - alpha m)", "arXiv 2402.10571 eq 8", needs_margin=True),
-    spec_of(reference_free.simpo, "-ls(beta (p+/n+ - p-/n-) - gamma)", "arXiv 2405.14734 eq 6", **FREE),
-    spec_of(reference_free.orpo, ORPO, "arXiv 2403.07691 eq 6", **FREE),
-    spec_of(reference_free.cpo, "-ls(beta (p+ - p-)) - alpha p+/n+", "arXiv 2401.08417 eq 5", **FREE),
+    spec_of(
+        reference_free.simpo,
+        "-ls(beta (p+/n+ - p-/n-) - gamma)",
+        "arXiv 2405.14734 eq 6",
+        reference_free=True,
+        needs_lengths=True,
+    ),
+    spec_of(reference_free.orpo, ORPO, "arXiv 2403.07691 eq 6", reference_free=True, needs_lengths=True),
+    spec_of(
+        reference_free.cpo,
+        "-ls(beta (p+ - p-)) - alpha p+/n+",
+        "arXiv 2401.08417 eq 5",
+        reference_free=True,
+        needs_lengths=True,
+    ),
     spec_of(reference_free.cpo_sum, "-ls(beta (p+ - p-)) - alpha p+", "arXiv 2401.08417 eq 5", reference_free=True),
-    spec_of(reference_free.nll, "-p+/n+", "maximum likelihood", **FREE),
+    spec_of(reference_free.nll, "-p+/n+", "maximum likelihood", reference_free=True, needs_lengths=True),
 )
 
 LOSSES: Mapping[str, LossSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+LABELS = ("desirable", "undesirable")
+
 
 @dataclass(frozen=True)
 class LossSums:
@@ -28,3 +30,20 @@ class LossSums:
             return replace(self, examples={}, tokens={})
         examples, tokens = ({k: v.clone() for k, v in part.items()} for part in (self.examples, self.tokens))
         return replace(self, examples=examples, tokens=tokens)
+
+
+def by_label(means: Mapping[str, float]) -> dict[str, float]:
+    """Means over a step where those of kto's labels ("rewards/desirable") become means over their own examples.
+
+    "share/desirable" is the share of these examples in the step; without any, the label has no means. The difference
+    of both rewards is "rewards/margins".
+    """
+    shares = {label: means.get(f"share/{label}", 1.0) for label in LABELS}
+
+    def share(name: str) -> float:
+        group, _, label = name.partition("/")
+        return 1.0 if group == "share" else shares.get(label.removeprefix("ref_"), 1.0)
+
+    found = {name: value / share(name) for name, value in means.items() if share(name)}
+    rewards = [found[f"rewards/{label}"] for label in LABELS if f"rewards/{label}" in found]
+    return found | ({"rewards/margins": rewards[0] - rewards[1]} if len(rewards) == 2 else {})

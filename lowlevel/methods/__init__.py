@@ -1,6 +1,7 @@
 """The training methods, one file each: how examples become micro-batches, their count, and their summed loss."""
 
 from lowlevel.methods.dpo import DPO
+from lowlevel.methods.kto import KTO
 from lowlevel.methods.sft import SFT
 
-Method = SFT | DPO
+Method = SFT | DPO | KTO

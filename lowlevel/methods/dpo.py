@@ -5,7 +5,7 @@ L = -log sigmoid( beta * [ (log pi(y+) - log ref(y+)) - (log pi(y-) - log ref(y-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
@@ -19,7 +19,7 @@ from lowlevel.config.schema import DPOConfig, RunConfig
 from lowlevel.losses import DPOOutput, LossSums, PairLogps, PreferenceLoss, loss_spec
 from lowlevel.losses.dpo import HYPERPARAMETERS
 from lowlevel.losses.modifiers import rated_margins
-from lowlevel.losses.registry import check_result
+from lowlevel.losses.registry import LossSpec, check_result
 from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class DPO:
     shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
     columns: tuple[str, ...] = ()  # data.columns, for a custom loss
     name: ClassVar[str] = "dpo"
+    unit: ClassVar[str] = "pairs"
+    paired: ClassVar[bool] = True
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The preference loss, summed over the batch's pairs."""
@@ -46,7 +48,7 @@ class DPO:
         token_logps = policy.token_logps(batch)  # (N,) fp32
         pairs = pair_logps(batch, token_logps, reference, self.columns)  # sums over a completion, (P,) each
         output = self.preference_loss(pairs)  # eq. 7: -logsigmoid(beta * pairs.deltas)
-        return _sums_of(batch, pairs, output, self.preference_loss.spec.reference_free)
+        return _sums_of(batch, pairs, output, self.spec.reference_free)
 
     @cached_property
     def preference_loss(self) -> PreferenceLoss:
@@ -55,9 +57,29 @@ class DPO:
 
     def reference_logps(self, policy: Policy, batch: PackedBatch) -> Tensor | None:
         """Of each scored token, (N,) fp32: 0 for a reference-free loss, None if a cache has given their sums."""
-        if self.preference_loss.spec.reference_free:
+        if self.spec.reference_free:
             return torch.zeros_like(batch.scored_targets, dtype=torch.float32)
         return None if batch.reference_logps is not None else reference_token_logps(policy, batch)
+
+    @property
+    def spec(self) -> LossSpec:
+        """The configured loss."""
+        return self.preference_loss.spec
+
+    @property
+    def settings(self) -> Mapping[str, float]:
+        """The hyper-parameters that it reads."""
+        return self.preference_loss.settings
+
+    def example_losses(self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None) -> Tensor:
+        """The loss of each pair, (P,), from its tokens' log-probabilities; 0 for dummies."""
+        pairs = pair_logps(batch, token_logps, ref_token_logps, self.columns)
+        return torch.where(batch.real, self.preference_loss(pairs).losses, 0.0)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares the policy with a reference."""
+        return not self.spec.reference_free
 
     def count(self, batch: PackedBatch) -> int:
         """Preference pairs."""
@@ -86,12 +108,6 @@ def reference_token_logps(policy: Policy, batch: PackedBatch) -> Tensor:
     """Log-probability of each scored token under the reference, (N,) fp32: no dropout, no gradient."""
     with policy.reference():  # the same batch, layout and kernels: equal weights give equal bits
         return policy.token_logps(batch)
-
-
-def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """log pi(y+ | x) and log pi(y- | x), summed over the tokens of each completion: two (P,) fp32 tensors."""
-    chosen, rejected = batch.sequence_sums(policy.token_logps(batch)).chunk(2)
-    return chosen, rejected
 
 
 def pair_logps(
@@ -163,7 +179,8 @@ def preference_loss(config: DPOConfig) -> PreferenceLoss:
 
 def reads_reference(config: RunConfig) -> bool:
     """Whether a run compares the policy with a reference."""
-    return config.method == "dpo" and not loss_spec(config.dpo.loss_type).reference_free
+    free = config.method == "dpo" and loss_spec(config.dpo.loss_type).reference_free
+    return config.has_reference and not free
 
 
 def check_loss(config: DPOConfig, columns: Sequence[str] = ()) -> None:

@@ -32,6 +32,9 @@ class SFT:
     config: SFTConfig = field(default_factory=SFTConfig)
     columns: tuple[str, ...] = ()  # data.columns, for a custom loss
     name: ClassVar[str] = "sft"
+    unit: ClassVar[str] = "tokens"  # of the loss's mean
+    paired: ClassVar[bool] = False  # an example has two completions
+    has_reference: ClassVar[bool] = False
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """Cross-entropy in nats (or the loss of `sft.loss_type`), summed over the batch's supervised tokens."""
@@ -55,6 +58,20 @@ class SFT:
     def token_loss(self) -> LossSpec:
         """The loss of `sft.loss_type`."""
         return sft_loss(self.config)
+
+    @property
+    def spec(self) -> LossSpec:
+        """The configured loss."""
+        return self.token_loss
+
+    @property
+    def settings(self) -> Mapping[str, float]:
+        """The hyper-parameters that were given to it."""
+        return self.config.loss_kwargs
+
+    def example_losses(self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None) -> Tensor:
+        """The summed loss of each example, (S,), from its tokens' log-probabilities; 0 for dummies."""
+        return batch.sequence_sums(self.token_losses(batch, token_logps)[0])
 
     def count(self, batch: PackedBatch) -> int:
         """Supervised tokens."""

@@ -158,7 +158,7 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
     quantised = _quantised(shape, config, plan)
     blocks = quantised // ABSMAX_BLOCK
     constants = blocks + blocks // 64 if config.model.bnb_4bit_use_double_quant else 4 * blocks
-    dropped = config.lora.lora_dropout > 0 and not (config.method == "dpo" and config.dpo.disable_dropout)
+    dropped = config.active_dropout > 0
     kept = 4 * shape.hidden + 2 * shape.query + 2 * shape.key + 3 * shape.intermediate
     kept += 5 * shape.hidden + shape.query + shape.intermediate if dropped else shape.hidden
     transient = 3 * shape.intermediate + 2 * shape.hidden  # gradients alive in a layer's backward pass
@@ -206,11 +206,13 @@ def cost(shape: ModelShape, config: RunConfig, plan: Plan) -> float:
     """Time of an optimizer step, in units of one position's products in one pass; for ranking plans."""
     step = step_positions(config)
     share = plan.recomputed / shape.layers
-    reference = config.method == "dpo" and not loss_spec(config.dpo.loss_type).reference_free
-    passes = 3 + share + reference
+    forward = {"sft": 0, "dpo": 1, "kto": 3}[config.method]  # passes of the reference, and of mismatched completions
+    if config.method == "dpo" and loss_spec(config.dpo.loss_type).reference_free:
+        forward = 0
+    passes = 3 + share + forward
     repeated = DEQUANTISE_POSITIONS * _quantised(shape, config, plan) / shape.linear
     micro_batches = -(-step // plan.positions)
-    return step * passes + micro_batches * (2 + share + reference) * (repeated + 60)
+    return step * passes + micro_batches * (2 + share + forward) * (repeated + 60)
 
 
 def step_positions(config: RunConfig) -> int:

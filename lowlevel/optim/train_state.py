@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.losses import LossSums
+from lowlevel.losses.sums import by_label
 from lowlevel.optim.loss_scale import LossScale
 
 
@@ -37,17 +38,22 @@ class StepResult:
     """One applied optimizer step: numbers on the host, its micro-batches and their results."""
 
     number: int  # counted from 1
-    metrics: dict[str, float]  # "loss" and the method's metrics, means over `count`
+    means: dict[str, float]  # "loss" and the method's metrics, over `count`
     grad_norm: float  # l2 norm before clipping
     learning_rate: float
-    count: int  # supervised tokens (sft) or pairs (dpo)
+    count: int  # supervised tokens (sft), pairs (dpo) or examples (kto)
     batches: tuple[PackedBatch, ...]  # on the CPU
     sums: tuple[LossSums, ...]  # of each micro-batch, on the device, before the update
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """The means as they are logged; kto's are over the examples of a label."""
+        return by_label(self.means)
+
+    @property
     def loss(self) -> float:
         """Mean over `count`."""
-        return self.metrics["loss"]
+        return self.means["loss"]
 
     @property
     def rows(self) -> list[int]:
@@ -135,14 +141,14 @@ class TrainState:
         self.window_seconds += seconds
         self.seconds += seconds
         self.grad_norm = result.grad_norm
-        self.window.add({name: value * result.count for name, value in result.metrics.items()}, result.count)
-        self.total.add({"loss": result.metrics["loss"] * result.count}, result.count)
+        self.window.add({name: value * result.count for name, value in result.means.items()}, result.count)
+        self.total.add({"loss": result.loss * result.count}, result.count)
 
     def close_window(self, rate: float, epoch: float) -> dict[str, Any]:
         """Return the record of a logged step, and start the next window."""
         record = {
             "step": self.step,
-            **self.window.means(),
+            **by_label(self.window.means()),
             "grad_norm": self.grad_norm,
             "learning_rate": rate,
             "loss_scale": self.loss_scale.scale,

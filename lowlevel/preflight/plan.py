@@ -16,7 +16,6 @@ from rich.table import Table
 from lowlevel.config.contradictions import parse_size
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
-from lowlevel.losses import loss_spec
 from lowlevel.model.base import describe_base, load_model_config
 from lowlevel.model.memory import (
     AdapterSize,
@@ -33,7 +32,7 @@ from lowlevel.model.memory import (
 )
 from lowlevel.model.placement import Placement
 from lowlevel.running.adapter_sources import find_adapter
-from lowlevel.running.assembly import mixed_by_a_budget, with_stored
+from lowlevel.running.assembly import mixed_by_a_budget, run_loss, with_stored
 from lowlevel.running.plots import plot_memory
 
 MIB = 2**20
@@ -126,7 +125,7 @@ def _why_fixed(config: RunConfig) -> str:
     """Why a budget cannot choose the micro-batches of this run; empty if it can."""
     if not config.data.packing:
         return "data.packing = false: rows of one example each; a plan for a budget needs data.packing = true"
-    if config.method == "dpo" and loss_spec(config.dpo.loss_type).mixes_pairs:
+    if run_loss(config).mixes_pairs:
         return mixed_by_a_budget(config)
     return ""
 

@@ -21,13 +21,10 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
-from lowlevel.execution import micro_step
+from lowlevel.execution import Eager, micro_step
 from lowlevel.hashing import key32
 from lowlevel.kernels import token_logps
-from lowlevel.losses import TokenLogps
-from lowlevel.methods import Method
-from lowlevel.methods.dpo import DPO, pair_logps
-from lowlevel.methods.sft import SFT
+from lowlevel.loop import with_baseline
 from lowlevel.model.placement import dtype_name
 from lowlevel.optim.optimizer import optimizer_tensors
 from lowlevel.replaying.session import Session
@@ -40,7 +37,7 @@ MEANINGS = {
     "which are in no sum",
     "policy.logps": "(S,) token_logps summed by sequence: for pairs all chosen, then all rejected",
     "reference": "the same without the trained adapter and without dropout",
-    "losses": "(P,) loss of each pair (dpo), (S,) of each example (sft); their sum is the micro-batch's loss",
+    "losses": "(P,) loss of each pair (dpo), (S,) of each example (sft, kto); their sum is the micro-batch's loss",
     "layer": "(rows, T, D) output of a decoder layer",
     "gradient": "of the step's mean loss, without loss scale and before clipping",
     "before": "adapter weights before the step",
@@ -97,7 +94,7 @@ class Dump:
 def observe(session: Session, *, layers: bool) -> Dump:
     """Forward and backward over the coming step's micro-batches, eagerly and under hooks; updates nothing."""
     policy, state, dump = session.policy, session.state, Dump(session.state.step + 1)
-    batches = session.batches(state.step)
+    batches = with_baseline(Eager(policy, session.method), session.batches(state.step))
     count, scale = sum(session.method.count(batch) for batch in batches), state.loss_scale.scale
     policy.layers.use(compiled=False)
     policy.flat.grad.zero_()
@@ -164,17 +161,8 @@ def _micro_tensors(session: Session, batch: PackedBatch, seen: Tensors) -> Tenso
         by_token[name] = token_logps(hidden, session.policy.lm_head_weight, batch.scored_targets)
         parts = {"hidden": hidden, "token_logps": by_token[name], "logps": batch.sequence_sums(by_token[name])}
         tensors |= {f"{name}.{part}": _copy(value) for part, value in parts.items()}
-    return tensors | {"losses": _copy(_losses(session.method, batch, by_token))}
-
-
-def _losses(method: Method, batch: PackedBatch, by_token: Tensors) -> Tensor:
-    if isinstance(method, DPO):
-        reference = by_token.get("reference", torch.zeros_like(by_token["policy"]))  # of a reference-free loss
-        pairs = pair_logps(batch, by_token["policy"], reference, method.columns)
-        return torch.where(batch.real, method.preference_loss(pairs).losses, 0.0)
-    assert isinstance(method, SFT)
-    tokens = TokenLogps(by_token["policy"], batch.sequence_ids, batch.lengths, batch.values(method.columns))
-    return batch.sequence_sums(method.token_loss(tokens, method.config.loss_kwargs)[0])
+    losses = session.method.example_losses(batch, by_token["policy"], by_token.get("reference"))
+    return tensors | {"losses": _copy(losses)}
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.config.file import config_from_tables, to_tables
-from lowlevel.config.schema import DPOConfig, RunConfig
+from lowlevel.config.schema import METHODS, SECTIONS, RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.execution import Eager
 from lowlevel.optim.optimizer import load_optimizer_tensors, optimizer_tensors
@@ -20,7 +20,10 @@ from lowlevel.replaying.session import Session, take_step
 from lowlevel.running.assembly import build_method, check_loss
 
 TRAIN_KEYS = ("learning_rate", "max_grad_norm")
-DPO_KEYS = tuple(name for name in DPOConfig.model_fields if name not in ("reference_cache", "loss_kwargs"))
+LOSS_KEYS = {  # settings of a step by method
+    method: tuple(name for name in SECTIONS[method].model_fields if name not in ("reference_cache", "loss_kwargs"))
+    for method in METHODS
+}
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,13 @@ def parse_settings(config: RunConfig, text: str) -> RunConfig:
     for part in text.split(","):
         key, equals, value = part.partition("=")
         name = key.strip().removeprefix(f"{method}.").removeprefix("train.")
-        keys = DPO_KEYS if method == "dpo" else ("loss_type",)
+        keys = LOSS_KEYS[method]
         _, is_kwarg, kwarg = name.partition("loss_kwargs.")
         if not equals or not (name in (*TRAIN_KEYS, *keys) or is_kwarg):
-            if name in DPO_KEYS and equals:
-                raise ConfigError(f"--what-if {text}: {name} is a setting of dpo, and this is an {method} run")
-            known = ", ".join([*TRAIN_KEYS, *keys, "loss_kwargs.KEY"])
+            other = next((other for other in METHODS if name in LOSS_KEYS[other]), None)
+            if other and equals:
+                raise ConfigError(f"--what-if {text}: {name} is a setting of {other}, and the run is {method}")
+            known = ", ".join([*TRAIN_KEYS, *keys, *["loss_kwargs.KEY"] * ("loss_type" in keys)])
             raise ConfigError(f"--what-if {text}: expected NAME=VALUE, NAME one of {known}")
         section = "train" if name in TRAIN_KEYS else method
         given, new = tables.get(section, {}), _value(value.strip())

@@ -24,6 +24,8 @@ from lowlevel.running.replies import Reply, Sampling, generate_replies
 COLUMNS = {
     "eval_loss": ("held-out loss", "{:.4f}"),
     "chosen_nll": ("chosen NLL", "{:.4f}"),
+    **{f"{label}_nll": (f"{label} NLL", "{:.4f}") for label in ("desirable", "undesirable")},
+    **{f"{label}_logratio": (f"{label} log-ratio", "{:+.4f}") for label in ("desirable", "undesirable")},
     "pair_accuracy": ("pair accuracy", "{:.1%}"),
     "reward_accuracy": ("reward accuracy", "{:.1%}"),
     "reply_tokens": ("reply tokens", "{:.1f}"),
@@ -37,6 +39,7 @@ class Scored:
 
     logps: torch.Tensor
     lengths: torch.Tensor
+    labels: torch.Tensor  # kto: 1 for desirable, 0 for undesirable; else empty
 
 
 def compare_run(run_dir: Path, console: Console, *, prompts: int, max_new_tokens: int, show: int) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def compare_stages(
     judges: Mapping[str, Callable[[int, str], float]] = {},
 ) -> dict[str, Any]:
     """Score held-out rows and reply to prompts with every stage; the means of `judges` over replies become columns."""
-    pairs = run.config.method == "dpo"
+    score = {"sft": sft_scores, "dpo": pair_scores, "kto": label_scores}[run.config.method]
     scores: dict[str, dict[str, float]] = {}
     replies: dict[str, list[Reply]] = {}
     reference: Scored | None = None
@@ -97,7 +100,7 @@ def compare_stages(
         scored = score_rows(run, rows)
         made = generate_replies(run.policy.model, run.tokenizer, run.policy.placement, prompts, sampling)
         scores[stage.name] = {
-            **(pair_scores(scored, reference) if pairs else sft_scores(scored)),
+            **score(scored, reference),
             "reply_tokens": sum(reply.num_tokens for reply in made) / len(made),
             "ended_rate": sum(reply.ended for reply in made) / len(made),
             **{name: sum(judge(i, r.text) for i, r in enumerate(made)) / len(made) for name, judge in judges.items()},
@@ -120,6 +123,7 @@ def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
     size, branches = run.config.rows_per_step, 2 if run.config.method == "dpo" else 1
     logps: list[torch.Tensor] = []
     lengths: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = [torch.zeros(0)]
     for start in counted("scoring held-out rows", range(0, len(rows), size), "micro-batches"):
         for batch in run.method.micro_batches(rows[start : start + size]):
             moved = batch.to(run.policy.placement.device)
@@ -127,10 +131,11 @@ def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
             real = len(batch.data_rows)  # dummy examples come after them
             logps.append(sums.view(branches, -1)[:, :real])
             lengths.append(batch.lengths.view(branches, -1)[:, :real])
-    return Scored(torch.cat(logps, 1).flatten(), torch.cat(lengths, 1).flatten())
+            labels += [batch.values(run.method.columns)["label"][:real]] if run.config.method == "kto" else []
+    return Scored(torch.cat(logps, 1).flatten(), torch.cat(lengths, 1).flatten(), torch.cat(labels))
 
 
-def sft_scores(scored: Scored) -> dict[str, float]:
+def sft_scores(scored: Scored, reference: Scored | None = None) -> dict[str, float]:
     """Cross-entropy in nats per supervised token."""
     return {"eval_loss": float(-scored.logps.double().sum() / scored.lengths.sum())}
 
@@ -150,6 +155,17 @@ def pair_scores(scored: Scored, reference: Scored | None) -> dict[str, float]:
     if reference is not None:
         chosen_ratio, rejected_ratio = (scored.logps - reference.logps).chunk(2)
         scores["reward_accuracy"] = _share_positive(chosen_ratio - rejected_ratio)
+    return scores
+
+
+def label_scores(scored: Scored, reference: Scored | None) -> dict[str, float]:
+    """Cross-entropy of each label's completions, nats per token, and their mean log-ratio to the reference."""
+    scores = {}
+    for label, belongs in (("desirable", scored.labels > 0), ("undesirable", scored.labels == 0)):
+        if bool(belongs.any()):
+            scores[f"{label}_nll"] = float(-scored.logps[belongs].double().sum() / scored.lengths[belongs].sum())
+            ratios = scored.logps - reference.logps if reference else torch.zeros_like(scored.logps)
+            scores[f"{label}_logratio"] = float(ratios[belongs].double().mean())
     return scores
 
 

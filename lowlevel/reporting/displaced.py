@@ -62,7 +62,7 @@ def look_at_displaced(opened: Reopened, tables: PairTables | None, limit: int) -
     """
     folder, config = opened.folder, opened.config
     if config.method != "dpo":
-        raise ConfigError(f"--displaced: {folder.path} is an sft run; only dpo runs have a reference")
+        raise ConfigError(f"--displaced: {folder.path} is a run of {config.method}; only dpo runs have pairs")
     weights = last_weights(folder, opened.note)
     tokenizer, data = opened.data()
     if tables is None:

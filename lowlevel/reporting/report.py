@@ -114,8 +114,7 @@ def _facts(folder: RunFolder, config: RunConfig, others: Sequence[str]) -> list[
     train = config.train
     rows = f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}"
     facts = [
-        ("method", f"dpo, {config.dpo.loss_type}, beta {config.dpo.beta:g}" if config.method == "dpo"
-         else f"sft, {config.sft.loss_type}"),
+        ("method", f"{config.method}, {config.loss_line}"),
         ("base", config.model.name + (", 4-bit" if config.model.load_in_4bit else "")),
         ("adapter", f"r = {config.lora.r}, dropout {config.lora.lora_dropout:g}"),
         ("data", config.data.names),

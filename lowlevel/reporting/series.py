@@ -13,10 +13,17 @@ Record = Mapping[str, Any]
 Plan = tuple[str, str, str, str, tuple[tuple[str, str], ...]]
 PLANS: tuple[Plan, ...] = (
     ("loss", "Loss", "nats", "", (("loss", "training"), ("eval_loss", "held out"))),
-    ("margin", "Margin", "", "chosen reward minus rejected reward.",
+    ("margin", "Margin", "", "chosen reward minus rejected reward; desirable minus undesirable in kto.",
      (("rewards/margins", "training"), ("eval_rewards/margins", "held out"))),
     ("rewards", "Rewards", "", "beta times the log-ratio of policy to reference; both start at 0.",
      (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
+    ("labelled_rewards", "Rewards by label", "", "beta times the log-ratio of policy to reference; both start at 0.",
+     (("rewards/desirable", "desirable"), ("rewards/undesirable", "undesirable"))),
+    ("kl", "KL baseline", "nats", "mean log-ratio of mismatched completions; z0 is its part above 0.",
+     (("kl", "training"), ("eval_kl", "held out"))),
+    ("labelled_logps", "Log-probability by label", "nats", "",
+     (("logps/desirable", "desirable"), ("logps/ref_desirable", "its reference"),
+      ("logps/undesirable", "undesirable"), ("logps/ref_undesirable", "its reference"))),
     ("accuracy", "Pairs ranked right", "share", "margin above 0; a tie counts one half.",
      (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out"))),
     ("chosen_logps", "Log-probability of the chosen", "nats", "",
@@ -36,6 +43,7 @@ PLANS: tuple[Plan, ...] = (
      (("peak_allocated_gib", "allocated"), ("peak_reserved_gib", "reserved"))),
 )  # fmt: skip
 KNOWN = {key for *_, keys in PLANS for key, _ in keys} | {"step", "epoch", "num_tokens", "supervised_tokens"}
+KNOWN |= {"share/desirable", "share/undesirable"}
 ZERO_SAYS_NOTHING = ("memory", "skipped_steps")  # on a CPU; in a run without an overflow
 LEVELS = {"accuracy": (0.5, "chance"), "margin": (0.0, "start"), "rewards": (0.0, "start")}
 

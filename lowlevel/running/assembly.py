@@ -20,9 +20,9 @@ from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import working
-from lowlevel.losses import SFT_LOSSES, loss_spec
+from lowlevel.losses import KTO_LOSSES, SFT_LOSSES, loss_spec
 from lowlevel.losses.registry import LossSpec, find
-from lowlevel.methods import Method, dpo, sft
+from lowlevel.methods import Method, dpo, kto, sft
 from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, load_stored, public_name, resolve_name
@@ -64,16 +64,20 @@ def build_method(config: RunConfig, attention: Attention) -> Method:
     length = config.row_positions
     capacity = config.train.micro_batch_positions or batch * length
     granule = min(max(8, capacity // 16 // 8 * 8), 128 if capacity <= 4096 else 256) if data.packing else 64
-    if config.method == "dpo" and loss_spec(config.dpo.loss_type).mixes_pairs:
+    if run_loss(config).mixes_pairs:
         examples = 1  # no dummy pairs: they would take part in the sort
     shape = Shape(granule, min(8, examples), length, capacity) if attention.kernel else None
     if config.method == "sft":
         return sft.SFT(batch, length, data.packing, shape, config.sft, data.columns)
+    if config.method == "kto":
+        return kto.KTO(config.kto, batch, length, data.packing, shape)
     return dpo.DPO(config.dpo, batch, length, data.packing, shape, data.columns)
 
 
 def run_loss(config: RunConfig) -> LossSpec:
     """The configured loss. Raises ValueError for an unknown one."""
+    if config.method == "kto":
+        return KTO_LOSSES["kto"]
     return find(config.sft.loss_type, SFT_LOSSES) if config.method == "sft" else loss_spec(config.dpo.loss_type)
 
 
@@ -119,12 +123,11 @@ def check_loss(config: RunConfig) -> None:
     try:
         if config.method == "sft":
             sft.check_loss(config.sft, config.data.columns)
-        else:
+        elif config.method == "dpo":
             dpo.check_loss(config.dpo, config.data.columns)
     except ValueError as error:
         raise ConfigError(f"[{config.method}]: {error}") from None
-    mixes = config.method == "dpo" and loss_spec(config.dpo.loss_type).mixes_pairs
-    if config.train.memory_budget is not None and mixes:
+    if config.train.memory_budget is not None and run_loss(config).mixes_pairs:
         raise ConfigError(mixed_by_a_budget(config))
 
 

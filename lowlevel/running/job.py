@@ -115,6 +115,6 @@ class Engine:
 
 def evaluation_batches(method: Method, config: RunConfig, inputs: Inputs) -> list[PackedBatch]:
     """Held-out rows as micro-batches, in the order of the data."""
-    size = config.rows_per_step
     rows: Sequence[Any] = inputs.data.evaluation
+    size = max(1, len(rows)) if config.method == "kto" else config.rows_per_step  # mismatched completions of all rows
     return [batch for start in range(0, len(rows), size) for batch in method.micro_batches(rows[start : start + size])]

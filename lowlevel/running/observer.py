@@ -24,7 +24,6 @@ from lowlevel.running.progress import TrainingProgress
 from lowlevel.running.run_folder import RunFolder
 
 MARGINS = "rewards/margins"
-SIDES = ("chosen", "rejected")
 # Relative to the mean log-probability of a completion: about 100 roundings of fp32, 2 of fp16 and bf16.
 BOUNDS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}
 
@@ -75,13 +74,13 @@ class RunObserver:
 
 def starts_as_reference(config: RunConfig) -> bool:
     """Whether a new run's policy equals its reference at the start: no active dropout, and no lora.init_from."""
-    without_dropout = config.dpo.disable_dropout or config.lora.lora_dropout == 0
-    return reads_reference(config) and without_dropout and config.lora.init_from is None
+    return reads_reference(config) and config.active_dropout == 0 and config.lora.init_from is None
 
 
 def all_ties(result: StepResult) -> bool:
-    """Whether every margin is exactly 0, or there are no margins; a tie counts one half."""
-    return result.metrics.get(MARGINS, 0.0) == 0.0 and result.metrics.get("rewards/accuracies", 0.5) == 0.5
+    """Whether every margin and reward is exactly 0, or there are none; a tie counts one half."""
+    ties = {"rewards/accuracies": 0.5}
+    return all(value == ties.get(name, 0.0) for name, value in result.metrics.items() if name.startswith("rewards/"))
 
 
 def check_first_step(result: StepResult, config: RunConfig, precision: str) -> str | None:
@@ -93,11 +92,12 @@ def check_first_step(result: StepResult, config: RunConfig, precision: str) -> s
     if all_ties(result):
         return None
     found = result.metrics
-    logps = [(found[f"logps/{side}"], found[f"logps/ref_{side}"]) for side in SIDES]
-    apart = max(abs(found[MARGINS]) / config.dpo.beta, *(abs(own - reference) for own, reference in logps))
+    margin, beta = found.get(MARGINS, 0.0), config.kto.beta if config.method == "kto" else config.dpo.beta
+    logps = [(found[name.replace("ref_", "")], found[name]) for name in found if name.startswith("logps/ref_")]
+    apart = max(abs(margin) / beta, *(abs(own - reference) for own, reference in logps))
     bound = BOUNDS[precision] * max(abs(reference) for _, reference in logps)
     what = (
-        f"step 1: a fresh adapter's margins are not 0: mean {found[MARGINS]:.3g}; mean log-probabilities of policy and "
+        f"step 1: a fresh adapter's margins are not 0: mean {margin:.3g}; mean log-probabilities of policy and "
         f"reference differ by {apart:.3g}"
     )
     if apart <= bound:

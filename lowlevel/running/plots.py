@@ -20,6 +20,7 @@ FEW = 30  # curves with at most this many points get markers
 LOSS_PANELS = {
     "loss": (("loss", "training"), ("eval_loss", "held out")),
     "reward": (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"), ("rewards/margins", "margin")),
+    "reward by label": (("rewards/desirable", "desirable"), ("rewards/undesirable", "undesirable")),
     "accuracy": (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out")),
 }
 
@@ -59,7 +60,7 @@ def colours_of(curves: Sequence[Curve]) -> list[int]:
 
 
 def plot_loss(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Loss, and for DPO rewards and accuracy, over optimizer steps, as PNG."""
+    """Loss, and rewards and accuracy if there are any, over optimizer steps, as PNG."""
     from matplotlib.figure import Figure
 
     panels = {name: curves for name, curves in LOSS_PANELS.items() if any(curves[0][0] in record for record in records)}

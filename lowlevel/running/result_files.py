@@ -20,7 +20,11 @@ from lowlevel.redaction import redact
 from lowlevel.running.run_folder import LIBRARIES, RunFolder
 
 Kind = Literal["adapter", "stacked", "merged"]
-METHODS = {"sft": "supervised fine-tuning (SFT)", "dpo": "direct preference optimisation (DPO)"}
+METHODS = {
+    "sft": "supervised fine-tuning (SFT)",
+    "dpo": "direct preference optimisation (DPO)",
+    "kto": "Kahneman-Tversky optimisation (KTO)",
+}
 LOADING = """\
 import torch
 from transformers import AutoTokenizer, {imports}
@@ -112,7 +116,7 @@ def _facts(
     if base.get("prequantised"):
         bits += f", pre-quantised {double_quantisation(model.bnb_4bit_use_double_quant)}"
     revision = f", revision {model.revision}" if model.revision else ""
-    loss = f", loss {config.dpo.loss_type}, beta {config.dpo.beta:g}" if config.method == "dpo" else ""
+    loss = f", {config.loss_line}" if config.has_reference else ""
     parent = manifest.get("parent_adapter")
     facts = [
         ("base", f"{base_location(model.name)}{revision}, {bits}, SHA-256 of its weights {base.get('sha256')}"),

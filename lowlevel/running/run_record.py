@@ -14,6 +14,7 @@ from rich.console import Console
 from lowlevel.batch.order import DataOrder
 from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config.schema import RunConfig
+from lowlevel.data.labelled import balance
 from lowlevel.data.report import not_learned, template_lines, truncated
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.methods.dpo import reads_reference
@@ -57,9 +58,9 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
     """Print model, adapter, data and device of the run."""
     train, placement = config.train, inputs.placement
     device = torch.cuda.get_device_name() if placement.device.type == "cuda" else "CPU"
-    off = config.method == "dpo" and config.dpo.disable_dropout
     base = describe_base(config.model)
-    dropout = "off (dpo.disable_dropout)" if off else f"{config.lora.lora_dropout:g}"
+    off = f"off ({config.method}.disable_dropout)"
+    dropout = off if config.own.disable_dropout else f"{config.lora.lora_dropout:g}"
     console.print(
         f"{config.method}: {config.model.name}, {base}, {placement.precision} on {device}\n"
         f"  attention  {inputs.attention.reason}\n"
@@ -83,6 +84,8 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
             )
     for read_as in dict.fromkeys(split.read_as for split in inputs.data.report.splits.values() if split.read_as):
         console.print(f"  rows       read as {read_as}", markup=False, highlight=False)
+    if config.method == "kto":
+        console.print(f"  labels     {balance(inputs.data.train, config.kto)}", markup=False, highlight=False)
     for line in template_lines(inputs.data.report):
         console.print(f"  {line}", markup=False, highlight=False)
     for line in notes_of_base(config.model, policy.causal_lm.config):
@@ -91,10 +94,10 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
         console.print(f"  truncation {line}", markup=False, highlight=False)
     for line in not_learned(inputs.data.report):
         console.print(f"  warning    {line}", markup=False, highlight=False)
-    if config.method == "dpo":
+    if config.has_reference:
         reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
         reference = reference if reads_reference(config) else "none"
-        console.print(f"  reference  {reference}; loss {config.dpo.loss_type}, beta {config.dpo.beta:g}", markup=False)
+        console.print(f"  reference  {reference}; {config.loss_line}", markup=False)
 
 
 def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, console: Console) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
     """Useful commands after a run, quoted for the shell."""
     run = shlex.quote(str(folder.path))
     reply, look = f'lowlevel generate {run} --prompt "Hello"', f"lowlevel inspect {run} --step {step}"
-    if config.method == "dpo":
+    if config.has_reference:
         compare, merge = f"lowlevel compare {run}", f"lowlevel merge {run} --out {run}-merged"
         return [reply, compare if config.data.eval_source else merge, look]
     model = config.model.model_dump(exclude_defaults=True)  # base and quantisation must match the adapter

@@ -16,12 +16,15 @@ class PhaseClock:
 
     def __init__(self, device: torch.device) -> None:
         self.phase = OTHER
+        self.held = False  # within `throughout`
         self._on_gpu = device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._since = self._now()
 
     def switch(self, phase: str) -> str:
         """End the current phase and begin another; returns the one that ended."""
+        if self.held:
+            return self.phase
         now, ended = self._now(), self.phase
         self._seconds[ended] = self._seconds.get(ended, 0.0) + now - self._since
         self.phase, self._since = phase, now
@@ -35,6 +38,16 @@ class PhaseClock:
             yield
         finally:
             self.switch(before)
+
+    @contextmanager
+    def throughout(self, phase: str) -> Iterator[None]:
+        """A phase to which all phases inside it belong."""
+        with self.during(phase):
+            self.held = True
+            try:
+                yield
+            finally:
+                self.held = False
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call; their sum is the time that passed."""

@@ -1,6 +1,7 @@
 """The phases of a step: functions of the training path, wrapped so that a clock sees when they begin and end.
 
     loop.optimizer_step          other, until the first micro-step
+      with_baseline              kto's mismatched completions, with everything inside it
       PackedBatch.to             copy to the device
       Eager.run                  other
         method.loss              log-probabilities and loss
@@ -17,11 +18,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
+from lowlevel import loop
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.execution import Eager
 from lowlevel.methods import Method
@@ -30,6 +32,7 @@ from lowlevel.timing.clock import OTHER, PhaseClock
 
 LAYOUT = "lay out the rows (CPU)"
 COPY = "copy to the device"
+BASELINE = "mismatched completions"
 REFERENCE = "reference pass"
 FORWARD = "policy forward"
 LOSS = "log-probabilities, loss"
@@ -37,12 +40,27 @@ BACKWARD = "backward"
 CLIP = "unscale, clip"
 OPTIMIZER = "optimizer"
 Call = Callable[[], Any]
-PHASES = (LAYOUT, COPY, REFERENCE, FORWARD, LOSS, BACKWARD, CLIP, OPTIMIZER, OTHER)  # in the order of the table
+PHASES = (
+    LAYOUT,
+    BASELINE,
+    COPY,
+    REFERENCE,
+    FORWARD,
+    LOSS,
+    BACKWARD,
+    CLIP,
+    OPTIMIZER,
+    OTHER,
+)  # in the order of the table
 
 
 @contextmanager
 def divided(clock: PhaseClock, method: Method, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within the block, divide steps of `method` and `optimizer` into phases. Their results stay the same."""
+
+    def baseline(call: Call) -> Any:
+        with clock.throughout(BASELINE) if method.name == "kto" else nullcontext():
+            return call()
 
     def to_device(call: Call) -> Any:
         with clock.during(COPY):
@@ -74,6 +92,7 @@ def divided(clock: PhaseClock, method: Method, optimizer: torch.optim.Optimizer)
 
     with ExitStack() as stack:
         for owner, name, around in (
+            (loop, "with_baseline", baseline),
             (PackedBatch, "to", to_device),
             (Eager, "run", micro_step),
             (type(method), "loss", loss),
@@ -88,7 +107,7 @@ def divided(clock: PhaseClock, method: Method, optimizer: torch.optim.Optimizer)
 
 
 @contextmanager
-def _surrounded(owner: type, name: str, around: Callable[[Call], Any]) -> Iterator[None]:
+def _surrounded(owner: Any, name: str, around: Callable[[Call], Any]) -> Iterator[None]:
     """Within the block, a call of the method goes through `around`, which gets the call as its argument."""
     original = vars(owner)[name]
 

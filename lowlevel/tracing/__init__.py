@@ -2,7 +2,7 @@
 
 RUN/trace/
   pairs-00000001-00000050.parquet      one row per pair and step (dpo), steps 1 to 50
-  examples-00000001-00000050.parquet   one row per example and step (sft)
+  examples-00000001-00000050.parquet   one row per example and step (sft, kto)
   steps-00000001-00000050.parquet      one row per step; with trace.gradients also norms of its gradient
 
     datasets.load_dataset("parquet", data_files="RUN/trace/pairs-*.parquet")     pandas.read_parquet(one of the files)

@@ -84,7 +84,7 @@ def _table(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
             return pa.list_(pa.int32())
         if name.endswith(("token_logps", "layer_norms")):
             return pa.list_(pa.float32())
-        whole = name in ("step", "row", "micro_batch", "pairs", "tokens") or name.endswith("length")
+        whole = name in ("step", "row", "micro_batch", "pairs", "tokens", "examples") or name.endswith("length")
         return pa.int64() if whole else pa.float64() if name == "loss_scale" else pa.float32()
 
     return pa.table({name: pa.array(values, kind(name)) for name, values in columns.items()})

@@ -73,9 +73,11 @@ class Tracer:
             self.flush()
         kind = "pairs" if isinstance(self.method, DPO) else "examples"
         rows = [self._rows(step, number, *part) for number, part in enumerate(zip(batches, host, strict=True))]
-        counted, count = ("pairs" if kind == "pairs" else "tokens"), sum(map(self.method.count, batches))
+        count = sum(map(self.method.count, batches))
         loss = sum(float(np.sum(part["loss"], dtype=np.float64)) for part in rows) / count
-        line: Columns = {"step": [step], "loss": [loss], counted: [count], "loss_scale": [scale]}
+        line: Columns = {"step": [step], "loss": [loss], self.method.unit: [count], "loss_scale": [scale]}
+        if batches[0].kl is not None:
+            line["kl"] = [float(batches[0].kl)]
         if self.with_gradients:
             line |= measure(self.policy, self.method, batches, host, scale, dropout_key)
         self._taken[step] = {kind: rows, "steps": [line]}
@@ -108,8 +110,8 @@ class Tracer:
         head: Columns = {"step": [step] * size, "row": batch.data_rows, "micro_batch": [number] * size}
         if isinstance(self.method, DPO):
             return head | self._pair_columns(self.method, batch, kept)
-        logps, losses = (kept.examples[name][:size].numpy() for name in ("logps", "loss"))
-        columns: Columns = {"length": _lengths(batch, 0), "logps": logps, "loss": losses}
+        columns: Columns = {"length": _lengths(batch, 0)}
+        columns |= {name: values[:size].numpy() for name, values in kept.examples.items()}
         return head | columns | (_token_columns(batch, kept, "", 0) if self.token_level else {})
 
     def _pair_columns(self, method: DPO, batch: PackedBatch, kept: LossSums) -> Columns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def _division(subject: Subject, evidence: Evidence) -> Check:
         taken += [subject.run_step(with_batches_of(subject.method, n))[0] for n in (1, 3)]
     losses = [result.metrics["loss"] for result in taken]
     error = max(abs(loss - expected) for loss in losses) / (abs(expected) or 1.0)
-    note = f"{expected:.7f} = sum / {'pairs' if subject.preference else 'tokens'} of the step, float64"
+    note = f"{expected:.7f} = sum / {subject.method.unit} of the step, float64"
     rounding = 0.3 * head_bound(evidence.largest_logit, subject.policy.lm_head_weight.dtype)  # rms of an even spread
     bound = subject.bounds.layout_loss * 5 + evidence.loss_error(rounding, subject.config) / (abs(expected) or 1.0)
     return check(GROUP, "step loss", error, bound, note)
@@ -44,7 +45,7 @@ def _division(subject: Subject, evidence: Evidence) -> Check:
 
 def _counts(subject: Subject, evidence: Evidence) -> Check:
     result, _ = subject.run_step()
-    count = len(subject.examples) if subject.preference else evidence.tokens
+    count = evidence.tokens if subject.method.unit == "tokens" else len(subject.examples)
     wrong = abs(result.count - count) + abs(result.supervised_tokens - evidence.tokens)
     wrong += abs(len(result.rows) - len(subject.examples))
     note = f"{len(result.rows)} examples, {result.supervised_tokens:,} supervised tokens, divided by {result.count:,}"
@@ -67,7 +68,7 @@ def _alone(subject: Subject, evidence: Evidence) -> Check:
     parts = [exact_losses(logps, subject.config) for logps in alone]
     error = largest(together - torch.cat(parts)) / (largest(together) or 1.0)
     bound, note = subject.bounds.closed, f"{len(parts)} examples, float64, relative"
-    if not error <= bound and subject.preference:
+    if not error <= bound and subject.paired:
         note = "the loss of a pair depends on the other pairs: declare mixes_pairs=True"
     elif not error <= bound:
         note = "the loss of a token depends on other examples, and so on how micro-batches are made"
@@ -77,9 +78,9 @@ def _alone(subject: Subject, evidence: Evidence) -> Check:
 def _parameter(subject: Subject, evidence: Evidence, name: str) -> Check:
     """Change one hyper-parameter: the loss must change as much as the formula says."""
     title, section = f"{name} reaches the loss", subject.config.method
-    settings = getattr(subject.config, section)
-    value = (settings.model_dump() | settings.loss_kwargs).get(name)
-    old = float(inspect.signature(subject.spec.function).parameters[name].default if value is None else value)
+    settings: Any = subject.config.own
+    default = inspect.signature(subject.spec.function).parameters[name].default
+    old = float(subject.method.settings.get(name, default))
     new = 0.5 * old or 0.5  # allowed, and gives another loss
     if name == "label_smoothing":
         new = 0.25 if old < 0.2 else 0.1

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowlevel.config.schema import RunConfig
+from lowlevel.methods.kto import KTO
 from lowlevel.verification.exact import ExactModel, base_parameters, exact_model
 from lowlevel.verification.formulas import Logps, exact_losses, logps_of, slopes
 from lowlevel.verification.subject import Subject
@@ -27,7 +29,8 @@ class Evidence:
     sums: list[dict[str, Tensor]]  # `method.loss` of a micro-batch that holds the example alone
     policy: list[HeadScores]
     reference: list[HeadScores] | None  # None if the loss has no reference
-    values: Mapping[str, Tensor]  # numeric columns of the rows that the loss reads, one number an example
+    values: Mapping[str, Tensor]  # numeric columns that the loss reads, one number an example; kto: also "kl"
+    kl: Tensor | None  # () of the training path, kto
     model: ExactModel | None  # in float64; None if the base is too large
     exact: int  # how many examples are run through it
 
@@ -76,22 +79,34 @@ class Evidence:
 
 def gather(subject: Subject) -> Evidence:
     """Run every example of the step alone."""
-    sequences = [sequences_of(example, subject.preference) for example in subject.examples]
-    sums = [subject.sums(batch) for example in subject.examples for batch in subject.batches(examples=[example])]
-    policy, reference = head_scores_of(subject)
+    sequences = [sequences_of(example, subject.paired) for example in subject.examples]
+    kl = subject.batches()[0].kl
+    alone = [replace(batch, kl=kl) for example in subject.examples for batch in subject.batches(examples=[example])]
+    sums = [subject.sums(batch) for batch in alone]
+    policy, reference = head_scores_of(subject, subject.examples)
     size = base_parameters(subject.policy)
     model = exact_model(subject.policy, subject.config.model) if size <= subject.exact_parameters else None
     values = subject.values(subject.examples)
-    return Evidence(sequences, sums, policy, reference, values, model, _within(size, sequences))
+    if isinstance(subject.method, KTO):
+        scores = [by_side(one or []) for one in head_scores_of(subject, subject.method.mismatched(subject.examples))]
+        values["kl"] = mean_logratio(*scores).expand(len(sequences))
+    return Evidence(sequences, sums, policy, reference, values, kl, model, _within(size, sequences))
 
 
-def head_scores_of(subject: Subject) -> tuple[list[HeadScores], list[HeadScores] | None]:
+def mean_logratio(policy: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Mean over sequences of log pi - log ref, (); 0 without any. From token log-probabilities [example][whole]."""
+    pairs = zip(policy, reference, strict=True)
+    ratios = [one.sum() - other.sum() for (one,), (other,) in pairs]
+    return torch.stack(ratios).mean() if ratios else torch.zeros((), dtype=torch.float64)
+
+
+def head_scores_of(subject: Subject, examples: Sequence[Any]) -> tuple[list[HeadScores], list[HeadScores] | None]:
     """Scores of every example alone, under policy and reference (None if the loss reads none)."""
     policy, reference = [], []
-    for example in subject.examples:
+    for example in examples:
         (batch,) = subject.batches(examples=[example])
         policy.append(head_scores(subject.policy, batch))
-        if subject.reads_reference:
+        if subject.method.has_reference:
             with subject.policy.reference():
                 reference.append(head_scores(subject.policy, batch))
     return policy, reference or None
@@ -110,7 +125,7 @@ def _within(size: int, sequences: list[list[Scored]]) -> int:
 
 def by_side(scores: list[HeadScores]) -> list[list[Tensor]]:
     """[example][chosen, rejected], or [example][whole] for sft."""
-    sides = (0,) if bool((scores[0].sides == 0).any()) else (1, 2)
+    sides = (0,) if not scores or bool((scores[0].sides == 0).any()) else (1, 2)
     return [[one.exact[one.sides == side] for side in sides] for one in scores]
 
 

@@ -1,8 +1,8 @@
 """The losses once more, in float64 and from the configuration alone: nothing of `PreferenceLoss` takes part.
 
-Cross-entropy, `sigmoid`, `cdpo`, `robust`, `hinge` and `ipo_sum` are written out here. The other built-in losses use
-their function of `lowlevel.losses.preference`, whose values the tests compare with numbers from elsewhere. A user's own
-loss is its own formula: its function is called in float64.
+Cross-entropy, `kto`, `sigmoid`, `cdpo`, `robust`, `hinge` and `ipo_sum` are written out here. The other built-in losses
+use their function of `lowlevel.losses.preference`, whose values the tests compare with numbers from elsewhere. A user's
+own loss is its own formula: its function is called in float64.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError, one_line
-from lowlevel.losses import SFT_LOSSES, PairLogps, TokenLogps, loss_spec
+from lowlevel.losses import SFT_LOSSES, LabelledLogps, PairLogps, TokenLogps, loss_spec
 from lowlevel.losses.registry import LossSpec, find
 
-Logps = PairLogps | TokenLogps
+Logps = PairLogps | TokenLogps | LabelledLogps
 
 
 def logps_of(
@@ -26,14 +26,18 @@ def logps_of(
 ) -> Logps:
     """What a loss reads, from token log-probabilities [example][chosen, rejected] or [example][whole], (n,) each.
 
-    `reference` is None for sft and reference-free losses; `values`: numeric columns of the rows, one number an example.
+    `reference` is None without one; `values`: numeric columns of the rows, one number an example; for kto with "kl".
     """
     lengths = torch.tensor([len(part) for part in _sequences(policy)])
     ids = torch.arange(len(lengths)).repeat_interleave(lengths)
     tokens = torch.cat(_sequences(policy))
-    if len(policy[0]) == 1:
+    if len(policy[0]) == 1 and "kl" not in values:
         return TokenLogps(tokens, ids, lengths, values)
     empty = tokens.new_zeros(len(policy))
+    if len(policy[0]) == 1:
+        assert reference is not None
+        rows = LabelledLogps(empty, empty, values["label"] > 0, values["kl"], sequence_ids=ids)
+        return with_tokens(rows, tokens, torch.cat(_sequences(reference)))
     chosen, rejected = lengths.chunk(2)
     pairs = PairLogps(empty, empty, empty, empty, chosen, rejected, sequence_ids=ids, values=values)
     return with_tokens(
@@ -48,6 +52,12 @@ def _sequences(examples: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 def with_tokens(logps: Logps, policy: Tensor, reference: Tensor | None) -> Logps:
     """The same with other token log-probabilities (N,), all in their dtype; differentiable in them."""
+    if isinstance(logps, LabelledLogps):
+        assert reference is not None and logps.sequence_ids is not None
+        zeros = policy.new_zeros(len(logps.desirable))
+        own, ref = (zeros.index_add(0, logps.sequence_ids, tokens) for tokens in (policy, reference))
+        kl = logps.kl.to(policy.dtype)
+        return replace(logps, logps=own, ref_logps=ref, kl=kl, token_logps=policy, ref_token_logps=reference)
     values = {name: value.to(policy.dtype) for name, value in logps.values.items()}
     if isinstance(logps, TokenLogps):
         return replace(logps, token_logps=policy, values=values)
@@ -64,7 +74,7 @@ def with_tokens(logps: Logps, policy: Tensor, reference: Tensor | None) -> Logps
 def tokens_of(logps: Logps) -> tuple[Tensor, Tensor | None]:
     """Token log-probabilities under policy and reference, (N,) each."""
     assert logps.token_logps is not None
-    return logps.token_logps, logps.ref_token_logps if isinstance(logps, PairLogps) else None
+    return logps.token_logps, None if isinstance(logps, TokenLogps) else logps.ref_token_logps
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -73,7 +83,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def exact_losses(logps: Logps, config: RunConfig) -> Tensor:
-    """The configured loss of each pair (P,) or token (N,), differentiable in the log-probabilities.
+    """The configured loss of each pair or example (P,), or token (N,), differentiable in the log-probabilities.
 
     Raises ConfigError for a user's own loss that fails in float64.
     """
@@ -81,6 +91,11 @@ def exact_losses(logps: Logps, config: RunConfig) -> Tensor:
         if config.sft.loss_type == "cross_entropy":
             return -logps.token_logps
         return _by_function(find(config.sft.loss_type, SFT_LOSSES), logps, config.sft.loss_kwargs)
+    if isinstance(logps, LabelledLogps):  # eq 8 of arXiv 2402.01306 as printed: 1 - sigmoid
+        kto, z0 = config.kto, logps.kl.clamp(min=0)
+        desirable = kto.desirable_weight * (1 - 1 / (1 + torch.exp(kto.beta * (z0 - logps.logratios))))
+        undesirable = kto.undesirable_weight * (1 - 1 / (1 + torch.exp(kto.beta * (logps.logratios - z0))))
+        return torch.where(logps.desirable, desirable, undesirable)
     dpo = config.dpo
     beta, eps, d = dpo.beta, dpo.label_smoothing, logps.deltas
     x = beta * d

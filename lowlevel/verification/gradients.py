@@ -9,10 +9,12 @@ from torch import Tensor
 
 from lowlevel import kernels
 from lowlevel.losses import token_logps_reference
+from lowlevel.methods.kto import KTO
 from lowlevel.verification.check import Check, check, head_bound, largest, relative
-from lowlevel.verification.evidence import Evidence, by_side, flat64, head_scores_of
+from lowlevel.verification.evidence import Evidence, by_side, flat64, head_scores_of, mean_logratio
 from lowlevel.verification.formulas import exact_losses, gradients, logps_of, slopes, tokens_of, with_tokens
 from lowlevel.verification.subject import Subject, kept_weights
+from lowlevel.verification.truth import sequences_of
 
 GROUP = "gradients"
 DIRECTIONS = 3
@@ -24,10 +26,14 @@ MOST_TOKENS = 1000  # of one step, each moved up and down
 
 def gradient_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """Dropout must be off."""
-    checks = _formula_checks(subject, evidence) if subject.preference or subject.spec.own else []
+    checks = (
+        _formula_checks(subject, evidence)
+        if subject.method.paired or subject.method.has_reference or subject.spec.own
+        else []
+    )
     checks.append(_hidden_check(subject, evidence))
     if evidence.model is None:
-        return [*checks, _coarse_check(subject)]
+        return [*checks, _coarse_check(subject, evidence)]
     return checks + _exact_checks(subject, evidence)
 
 
@@ -42,7 +48,7 @@ def _formula_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     single = None if reference is None else reference.float()
     found = gradients(logps, tokens.float(), single, subject.losses)
     expected = slopes(logps, subject.config)
-    closed = subject.preference and subject.config.dpo.loss_type == "sigmoid"
+    closed = subject.paired and subject.config.dpo.loss_type == "sigmoid"
     form = "-beta sigma(-x)" if closed else f"{subject.spec.name}, autograd in float64"
     size = max(map(largest, expected)) or 1.0
     error = max(largest(a.double() - b) for a, b in zip(found, expected, strict=True)) / size
@@ -115,6 +121,11 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     with torch.no_grad():
         reference = model.examples(None, sequences) if evidence.reference is not None else None
     values = subject.values(examples)
+    if isinstance(subject.method, KTO):
+        others = [sequences_of(example, False) for example in subject.method.mismatched(examples)]
+        with torch.no_grad():  # z0 has no gradient
+            kl = mean_logratio(*(model.examples(flat, others) for flat in (flat64(subject), None)))
+        values["kl"] = kl.expand(len(examples))
 
     def mean_loss(flat: Tensor) -> Tensor:
         return exact_losses(logps_of(model.examples(flat, sequences), reference, values), subject.config).mean()
@@ -139,7 +150,7 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     return [*checks, check(GROUP, "step, central differences", max(errors), subject.bounds.gradient, note)]
 
 
-def _coarse_check(subject: Subject) -> Check:
+def _coarse_check(subject: Subject, evidence: Evidence) -> Check:
     """Central differences along the gradient itself, the losses summed in float64 from the run's hidden states.
 
     Extrapolated from steps h and h/2 (Richardson): a loss can curve strongly within such a coarse step.
@@ -155,9 +166,8 @@ def _coarse_check(subject: Subject) -> Check:
         with kept_weights(subject.policy):
             with torch.no_grad():
                 flat.add_(gradient, alpha=distance / float(norm))
-            policy, reference = head_scores_of(subject)
-        values = subject.values(subject.examples)
-        logps = logps_of(by_side(policy), by_side(reference) if reference else None, values)
+            policy, reference = head_scores_of(subject, subject.examples)
+        logps = logps_of(by_side(policy), by_side(reference) if reference else None, evidence.values)
         return float(exact_losses(logps, subject.config).mean())
 
     h = COARSE_STEP[precision] * float(torch.linalg.vector_norm(flat.detach()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -43,7 +44,7 @@ def _layouts(subject: Subject) -> Iterator[tuple[str, Method]]:
     if not subject.mixes:
         yield f"{number} x 1 = 1 x {number}", with_batches_of(method, 1)
         yield f"3 a micro-batch = 1 x {number}", with_batches_of(method, 3)
-    yield "shared prompt = two rows" if subject.preference else "packed = padded", packed(method, number)
+    yield "shared prompt = two rows" if subject.paired else "packed = padded", packed(method, number)
 
 
 def _step(
@@ -72,7 +73,7 @@ def left_padded(subject: Subject) -> PackedBatch:
     """
     rows: list[Segment] = []
     for number, example in enumerate(subject.examples):
-        if subject.preference:
+        if subject.paired:
             ids = (example.prompt_ids, example.chosen_ids, example.rejected_ids)
             rows += pair_rows(example.row, number, *ids)
         else:
@@ -82,8 +83,10 @@ def left_padded(subject: Subject) -> PackedBatch:
     for row in rows:
         zeros = np.zeros(width - len(row), np.int64)
         padded.append([Segment(row.row, row.number, zeros, zeros, zeros, np.full(len(zeros), IGNORED)), row])
-    values = [x.values for x in subject.examples] if subject.config.data.columns else None
-    return build_batch(padded, pairs=subject.preference, values=values).to(subject.policy.placement.device)
+    values = [x.values for x in subject.examples] if subject.method.columns else None
+    (plain,) = with_batches_of(subject.method, len(subject.examples)).micro_batches(subject.examples)
+    batch = build_batch(padded, pairs=subject.paired, values=values)
+    return replace(batch, kl=plain.kl, mismatched=plain.mismatched).to(subject.policy.placement.device)
 
 
 @contextmanager

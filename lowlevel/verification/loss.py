@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from lowlevel.losses import PairLogps, TokenLogps
+from lowlevel.losses import LabelledLogps, PairLogps, TokenLogps
 from lowlevel.verification.check import Check, check, head_bound, largest
 from lowlevel.verification.evidence import Evidence, flat64
 from lowlevel.verification.formulas import exact_losses
@@ -27,7 +27,7 @@ def loss_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     note = f"{evidence.tokens:,} tokens, nats, from the same hidden states"
     checks = [check(GROUP, "token log-probability", tokens, bound, note)]
     longest = max(len(sequence.places) for example in evidence.sequences for sequence in example)
-    of_method = _pair_checks if subject.preference else _token_checks
+    of_method = {"sft": _token_checks, "dpo": _pair_checks, "kto": _labelled_checks}[subject.method.name]
     checks += of_method(subject, evidence, bound, longest)
     return checks + _forward_checks(subject, evidence)
 
@@ -55,7 +55,7 @@ def _pair_checks(subject: Subject, evidence: Evidence, token: float, longest: in
         "logps/chosen": logps.chosen_logps,
         "logps/rejected": logps.rejected_logps,
     }
-    if subject.reads_reference:
+    if subject.method.has_reference:
         named |= {"logps/ref_chosen": logps.ref_chosen_logps, "logps/ref_rejected": logps.ref_rejected_logps}
     keys = (*named, "loss", "rewards/margins")
     found = {key: torch.stack([s[key].double().cpu() for s in evidence.sums]) for key in keys}
@@ -72,6 +72,22 @@ def _pair_checks(subject: Subject, evidence: Evidence, token: float, longest: in
     losses = exact_losses(logps, subject.config)
     loss_bound = evidence.steepest(subject.config) * bound + 4 * EPS * max(1.0, largest(losses))
     return [*checks, check(GROUP, "loss of a pair", largest(found["loss"] - losses), loss_bound, subject.spec.name)]
+
+
+def _labelled_checks(subject: Subject, evidence: Evidence, token: float, longest: int) -> list[Check]:
+    rows, losses = evidence.logps, exact_losses(evidence.logps, subject.config)
+    assert isinstance(rows, LabelledLogps) and evidence.kl is not None
+    bound, checks = _sum_bound(token, longest, max(map(largest, (rows.logps, rows.ref_logps)))), []
+    for who, prefix, exact in (("policy", "logps/", rows.logps), ("reference", "logps/ref_", rows.ref_logps)):
+        found = torch.stack([s[f"{prefix}desirable"] + s[f"{prefix}undesirable"] for s in evidence.sums])  # one is 0
+        error, note = largest(found.double().cpu() - exact), f"{len(losses)} examples"
+        checks.append(check(GROUP, f"completion log-probability, {who}", error, bound, note))
+    error = largest(evidence.kl.double().cpu() - rows.kl)
+    note = f"mean log-ratio of the step's mismatched completions, {float(rows.kl[0]):+.6f}"
+    checks.append(check(GROUP, "baseline of the step", error, 2 * bound, note))
+    error = largest(torch.stack([s["loss"].double().cpu() for s in evidence.sums]) - losses)
+    loss_bound = evidence.steepest(subject.config) * 2 * bound + 4 * EPS * max(1.0, largest(losses))
+    return [*checks, check(GROUP, "loss of an example", error, loss_bound, subject.spec.name)]
 
 
 def _forward_checks(subject: Subject, evidence: Evidence) -> list[Check]:

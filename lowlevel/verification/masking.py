@@ -32,16 +32,16 @@ class Read:
 
 def masking_checks(subject: Subject) -> list[Check]:
     """Dropout must be off."""
-    expected = expected_sequences(subject.config.data, subject.tokenizer, subject.examples)
+    expected = expected_sequences(subject.config.data, subject.method.name, subject.tokenizer, subject.examples)
     batches = subject.batches()
     reads = [read_sequences(batch) for batch in batches]
     flat = [read for of_batch in reads for read in of_batch]
     by_row = {example.row: example for example in subject.examples}
     targets = {
-        row: truncated(by_row[row], wholes, subject.preference) if all(w.sure for w in wholes) else None
+        row: truncated(by_row[row], wholes, subject.paired) if all(w.sure for w in wholes) else None
         for row, wholes in expected.items()
     }
-    checks = [_supervised(batches, flat), *_targets(flat, targets, len(subject.examples) * (1 + subject.preference))]
+    checks = [_supervised(batches, flat), *_targets(flat, targets, len(subject.examples) * (1 + subject.paired))]
     checks += [_ends(subject, flat, expected, by_row), _bos(subject, flat)]
     return [*checks, _gradient(subject, batches, reads, targets)]
 
@@ -119,11 +119,11 @@ def _ends(subject: Subject, reads: list[Read], expected: dict[int, list[Expected
         whole = expected[read.row][read.side]
         example = by_row[read.row]
         left = 0
-        if subject.preference:
+        if subject.paired:
             left = int(whole.learned.argmax()) - len(example.prompt_ids)  # tokens cut from the prompt's left
         for place in whole.ends:
             position = place - left - 1
-            if position >= len(sequences_of(example, subject.preference)[read.side].ids) - 1:
+            if position >= len(sequences_of(example, subject.paired)[read.side].ids) - 1:
                 cut += 1
                 continue
             number += 1

@@ -9,7 +9,6 @@ from typing import Any
 
 from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
-from lowlevel.losses import loss_spec
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import PARENT, Policy
@@ -89,7 +88,7 @@ def make_subject(opened: Opened, examples: Sequence[Any], step: int, exact_param
     hashes = _hashes(opened.run, policy) if opened.run else {}
     dequantize_as_set(policy, config.train.dequantize_once)
     method = build_method(config, inputs.attention)
-    if config.method == "dpo" and loss_spec(config.dpo.loss_type).mixes_pairs:
+    if method.spec.mixes_pairs:
         rows = set(method.micro_batches(examples)[0].data_rows)  # one micro-batch: the float64 formulas mix all pairs
         examples = [example for example in examples if example.row in rows]
     mode = choose_execution(config, inputs)

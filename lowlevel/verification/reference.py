@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.methods import dpo
 from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.placement import dtype_name
 from lowlevel.verification.check import Check, check, largest
@@ -39,7 +38,7 @@ class Kernels(TorchDispatchMode):
 
 def reference_checks(subject: Subject) -> list[Check]:
     """Dropout stays on: it must not reach the reference."""
-    if not subject.reads_reference:
+    if not subject.method.has_reference:
         return []
     batches = subject.batches()
     checks = [_log_ratios(subject, batches), *_passes(subject, batches), _dropout(subject, batches[0])]
@@ -55,17 +54,17 @@ def _log_ratios(subject: Subject, batches: list[PackedBatch]) -> Check:
         for example in subject.examples:
             (batch,) = subject.batches(examples=[example])
             sums = subject.sums(batch)
-            ratios += [sums[f"logps/{side}"] - sums[f"logps/ref_{side}"] for side in ("chosen", "rejected")]
-            ratios += [sums[f"rewards/{name}"] for name in ("chosen", "rejected", "margins")]
+            ratios += [sums[name.replace("ref_", "")] - sums[name] for name in sums if name.startswith("logps/ref_")]
+            ratios += [sums[name] for name in sums if name.startswith("rewards/") and name != "rewards/accuracies"]
         ratios += [_logps(subject, batch, reference=False) - _logps(subject, batch) for batch in batches]
-    note = f"{2 * len(subject.examples)} completions, B = 0, log-ratios and rewards"
+    note = f"{(1 + subject.paired) * len(subject.examples)} completions, B = 0, log-ratios and rewards"
     return check(GROUP, "log-ratios at step 0", max(map(largest, ratios)), 0, note)
 
 
 def _logps(subject: Subject, batch: PackedBatch, *, reference: bool = True) -> Tensor:
     subject.set_dropout(batch)
     with torch.no_grad(), subject.policy.reference() if reference else nullcontext():
-        return torch.cat(dpo.completion_logps(subject.policy, batch))
+        return batch.sequence_sums(subject.policy.token_logps(batch))
 
 
 def _passes(subject: Subject, batches: list[PackedBatch]) -> list[Check]:
@@ -80,7 +79,7 @@ def _passes(subject: Subject, batches: list[PackedBatch]) -> list[Check]:
     for batch in batches:
         policy.dropout.set_micro_batch(batch.dropout_keys, 12345)
         with policy.reference():
-            keyed.append(torch.cat(dpo.completion_logps(policy, batch)))
+            keyed.append(batch.sequence_sums(policy.token_logps(batch)))
     pairs = {"two passes": second, "another trained adapter": blind, "another dropout key": keyed}
     return [
         check(GROUP, f"unchanged by: {name}", max(largest(a - b) for a, b in zip(first, other, strict=True)), 0, "nats")
@@ -101,7 +100,7 @@ def _dropout(subject: Subject, batch: PackedBatch) -> Check:
     subject.set_dropout(batch)
     with policy.reference():
         keyed = policy.dropout.token_keys is not None
-        dpo.completion_logps(policy, batch)
+        policy.token_logps(batch)
     for hook in hooks:
         hook.remove()
     note = f"{len(modules)} dropout modules, key {'set' if keyed else 'off'}, {len(dropping)} dropped"

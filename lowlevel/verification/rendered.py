@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from lowlevel.config.schema import DataConfig
-from lowlevel.data.examples import PreferenceExample
 from lowlevel.data.messages import Normalised, normalise
 from lowlevel.data.mixing import read_parts
 from lowlevel.data.rendering import ChatTokenizer
@@ -34,11 +33,10 @@ class Expected:
 
 
 def expected_sequences(
-    config: DataConfig, tokenizer: ChatTokenizer, examples: tuple[Any, ...]
+    config: DataConfig, method: str, tokenizer: ChatTokenizer, examples: tuple[Any, ...]
 ) -> dict[int, list[Expected]]:
     """By data row: one sequence of a conversation, chosen and rejected of a pair."""
     wanted = {example.row for example in examples}
-    method = "dpo" if any(isinstance(example, PreferenceExample) for example in examples) else "sft"
     rows = [row for part in read_parts(config, method) for row in part.rows if row.id in wanted]
     found = {}
     for row in rows:
@@ -107,13 +105,13 @@ def _reply_end(tokenizer: ChatTokenizer, text: str) -> int:
     return place + len(token) if place >= 0 and not after.strip() else len(text)
 
 
-def truncated(example: Any, expected: list[Expected], preference: bool) -> list[tuple[np.ndarray, np.ndarray]] | None:
+def truncated(example: Any, expected: list[Expected], paired: bool) -> list[tuple[np.ndarray, np.ndarray]] | None:
     """Inputs (L-1,) and targets (L-1,) of each sequence as a batch must hold them, or None for a prompt that
     was cut from the left: there the cut decides.
     """
     results = []
-    for sequence, whole in zip(sequences_of(example, preference), expected, strict=True):
-        if preference and int(whole.learned.argmax()) != len(example.prompt_ids):
+    for sequence, whole in zip(sequences_of(example, paired), expected, strict=True):
+        if paired and int(whole.learned.argmax()) != len(example.prompt_ids):
             return None
         size = len(sequence.ids)
         ids, learned = whole.ids[:size], whole.learned[:size]

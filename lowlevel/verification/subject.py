@@ -16,16 +16,14 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import RunConfig
 from lowlevel.execution import Eager, Execution, WithFallback
 from lowlevel.hashing import key32
-from lowlevel.losses import PairLogps, TokenLogps
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods import Method
-from lowlevel.methods.dpo import DPO
-from lowlevel.methods.sft import SFT
 from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import StepResult
 from lowlevel.verification.check import BOUNDS, Bounds
+from lowlevel.verification.formulas import Logps
 
 if TYPE_CHECKING:
     from lowlevel.data.rendering import ChatTokenizer
@@ -51,46 +49,34 @@ class Subject:
         return BOUNDS[self.policy.placement.precision]
 
     @property
-    def preference(self) -> bool:
-        """Whether the method is DPO."""
-        return isinstance(self.method, DPO)
-
-    @property
-    def reads_reference(self) -> bool:
-        """Whether the loss compares the policy with a reference."""
-        return self.preference and not self.spec.reference_free
+    def paired(self) -> bool:
+        """Whether an example has two completions."""
+        return self.method.paired
 
     @property
     def spec(self) -> LossSpec:
         """The configured loss."""
-        return self.method.preference_loss.spec if isinstance(self.method, DPO) else self._sft.token_loss
+        return self.method.spec
 
     @property
     def mixes(self) -> bool:
         """Whether the loss of a pair depends on the other pairs of its micro-batch."""
-        return self.preference and self.spec.mixes_pairs
+        return self.paired and self.spec.mixes_pairs
 
-    @property
-    def _sft(self) -> SFT:
-        assert isinstance(self.method, SFT)
-        return self.method
-
-    def losses(self, logps: PairLogps | TokenLogps) -> Tensor:
-        """The loss of each pair (P,) or token (N,) as `method.loss` computes it from log-probabilities."""
-        if isinstance(logps, PairLogps):
-            assert isinstance(self.method, DPO)
-            return self.method.preference_loss(logps).losses
-        return self._sft.token_loss(logps, self._sft.config.loss_kwargs)[0]
+    def losses(self, logps: Logps) -> Tensor:
+        """The loss of each pair or example (P,), or token (N,), as `method.loss` computes it from log-probabilities."""
+        return self.spec(logps, self.method.settings)[0]
 
     def values(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """The numeric columns that the loss reads, one number an example; float64, rounded to fp32 as in a batch."""
-        names = self.config.data.columns
         rows = torch.tensor([x.values for x in examples], dtype=torch.float32).double()
-        return {name: rows[:, i] for i, name in enumerate(names)}
+        return {name: rows[:, i] for i, name in enumerate(self.method.columns)}
 
     def batches(self, method: Method | None = None, examples: Sequence[Any] | None = None) -> list[PackedBatch]:
-        """Micro-batches of the training path, on the device."""
+        """Micro-batches of the training path, on the device. Those of the whole step have its baseline (kto)."""
         made = (method or self.method).micro_batches(self.examples if examples is None else examples)
+        if examples is None:
+            made = [*loop.with_baseline(Eager(self.policy, method or self.method), made)]
         return [batch.to(self.policy.placement.device) for batch in made]
 
     def set_dropout(self, batch: PackedBatch) -> None:

@@ -35,9 +35,9 @@ class HeadScores:
     largest_logit: float  # in absolute value
 
 
-def sequences_of(example: Any, preference: bool) -> list[Scored]:
+def sequences_of(example: Any, paired: bool) -> list[Scored]:
     """One sequence of a conversation; two of a pair, chosen and rejected."""
-    if not preference:
+    if not paired:
         scored = np.flatnonzero(example.labels != IGNORED)
         return [Scored(example.input_ids, scored[scored > 0])]
     first = len(example.prompt_ids)

@@ -6,6 +6,7 @@ from workspace import CHATS, PAIRS
 from lowlevel.config.method import infer_method
 from lowlevel.errors import ConfigError
 
+LABELLED = ("prompt", "completion", "label")
 KEYS, ROWS, DEFAULT = "is given", "its rows have", "the default"
 
 
@@ -20,6 +21,10 @@ KEYS, ROWS, DEFAULT = "is given", "its rows have", "the default"
         ({"lora": {"init_from": "out/a"}}, PAIRS[0], "dpo", f"{ROWS} the columns chosen and rejected"),
         ({"lora": {"init_from": "out/a"}}, CHATS[0], "sft", f"{ROWS} no columns chosen and rejected"),
         ({"data": "not a table"}, (), "sft", DEFAULT),
+        ({"kto": {"beta": 0.2}, "model": {"adapter": "a"}}, PAIRS[0], "kto", f"kto.beta {KEYS}"),
+        ({"kto": {"beta": 0.2}, "data": {"format": "messages"}}, (), "kto", f"kto.beta {KEYS}"),
+        ({"model": {"adapter": "a"}}, LABELLED, "kto", f"model.adapter {KEYS}"),
+        ({}, LABELLED, "kto", f"{ROWS} the columns completion and label"),
     ],
 )
 def test_the_method_comes_from_the_keys_before_the_rows(tables, columns, method, why):
@@ -31,6 +36,7 @@ def test_the_method_comes_from_the_keys_before_the_rows(tables, columns, method,
     ("tables", "columns", "words"),
     [
         ({"model": {"adapter": "a"}, "data": {"format": "messages"}}, (), ("model.adapter is for dpo", "messages")),
+        ({"dpo": {"beta": 1}, "kto": {"beta": 1}}, (), ("dpo.beta is for dpo", "kto.beta is for kto")),
         ({"sft": {"loss_type": "a"}, "dpo": {"beta": 1}}, (), ("sft.loss_type is for sft", "dpo.beta is for dpo")),
         ({}, ("prompt", "messages", "chosen", "rejected"), ("both methods", "--method")),
     ],

@@ -207,7 +207,7 @@ def test_verify_derives_the_same_targets_from_such_templates(run, write, kit, te
     raw = kit.byte_tokenizer(special=("<|end|>", "<|user|>", "<|assistant|>", "<|im_start|>", "<|im_end|>"))
     tokenizer, path = chat_tokenizer(raw, template), write({"messages": TALK}, {"messages": TALK[:2]})
     for example in run(path, tokenizer=tokenizer).train:
-        expected = expected_sequences(DataConfig(source=path), tokenizer, (example,))[example.row]
+        expected = expected_sequences(DataConfig(source=path), "sft", tokenizer, (example,))[example.row]
         ((inputs, targets),) = truncated(example, expected, False) or []
         assert inputs.tolist() == example.input_ids[:-1].tolist()
         assert targets.tolist() == example.labels[1:].tolist()

@@ -15,7 +15,7 @@ from lowlevel.inspection import inspect_pairs
 from lowlevel.inspection.lines import loss_path
 from lowlevel.inspection.opening import inspect_run
 from lowlevel.inspection.page import render_page
-from lowlevel.inspection.reading import formula, loss_of, settings, source
+from lowlevel.inspection.reading import formula, settings, source
 from lowlevel.inspection.terminal import print_inspection
 from lowlevel.losses import loss
 from lowlevel.running.reopening import reopen
@@ -76,7 +76,7 @@ def test_formula_and_name_of_a_custom_loss_are_shown(runs):
         ("focal", "sample_losses:focal, power 1.5"),
     ):
         found = inspect_run(reopen(runs[name], lambda line: None), step=1)
-        spec, _ = loss_of(found.method)
+        spec = found.method.spec
         first = getattr(sample_losses, "chosen_only" if name == "registered" else name).__doc__.split("\n")[0]
         assert settings(found.method) == text and formula(spec) == first
         page = render_page(found)

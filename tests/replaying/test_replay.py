@@ -206,7 +206,7 @@ def test_other_rows_another_base_or_parent_are_refused(runs, tmp_path):
         (("--step", "7", "--from", "7"), "starts before it"),
         (("--step", "7", "--from", "3"), "has no such checkpoint; there are: 5, 10, 15, 20, 24, and 0"),
         (("--step", "7", "--dump-layers"), "--dump-layers needs --dump"),
-        (("--step", "7", "--what-if", "beta=0.3"), "beta is a setting of dpo, and this is an sft run"),
+        (("--step", "7", "--what-if", "beta=0.3"), "beta is a setting of dpo, and the run is sft"),
         (
             ("--step", "7", "--what-if", "seed=3"),
             "NAME one of learning_rate, max_grad_norm, loss_type, loss_kwargs.KEY",

@@ -189,7 +189,7 @@ def test_rows_given_in_python_come_with_the_reopened_run(space, tmp_path):
 
 def test_refusals_are_one_line(runs, tmp_path):
     said = run("report", runs["sft"], "--displaced", 1)
-    assert said.code == 2 and "is an sft run" in said.err and len(said.err.splitlines()) == 1
+    assert said.code == 2 and "is a run of sft" in said.err and len(said.err.splitlines()) == 1
     said = run("report", runs["dpo"], "--displaced", 0)
     assert said.code == 2 and "argument --displaced: expected a whole number >= 1, got '0'" in said.err
     folder = copied(runs["dpo"], tmp_path)

@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
 METHODS = {
     "sft": (SFT(2, 48, True), helpers.ragged_examples()),
     "dpo": (DPO(DPOConfig(disable_dropout=False), 2, 64, True), helpers.ragged_pairs()),
+    "kto": (helpers.kto(2, packing=True, disable_dropout=False), helpers.labelled_examples(6)),
     "dpo, a row each": (DPO(DPOConfig(), 2, 64, False), helpers.ragged_pairs()),
 }
 OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw")
@@ -57,7 +58,8 @@ def test_a_divided_step_is_the_same_step_bit_for_bit(tiny_base, name, checkpoint
         if divide:
             with divided(clock, method, optimizer):
                 result = take(policy, method, examples, optimizer)
-            expected = set(phases.PHASES) - {phases.LAYOUT} - ({phases.REFERENCE} if name == "sft" else set())
+            absent = {phases.LAYOUT} | ({phases.REFERENCE} if name == "sft" else set())
+            expected = set(phases.PHASES) - absent - ({phases.BASELINE} if name != "kto" else set())
             assert set(clock.take()) == expected and clock.phase == OTHER
         else:
             result = take(policy, method, examples, optimizer)
@@ -112,8 +114,11 @@ def test_each_function_counts_in_its_phase(tiny_base, monkeypatch, name):
     with divided(clock, method, optimizer):
         take(policy, method, examples, optimizer)
     taken, references = clock.take(), name != "sft"
+    mismatched = sum(len(batch.mismatched) for batch in method.micro_batches(examples))
+    assert (mismatched > 1) == (name == "kto")
     assert batches > 1
     assert taken == {
+        **({phases.BASELINE: (1 + 2 * (10 + 100) + 100_000) * mismatched} if mismatched else {}),
         phases.COPY: 1 * batches,
         **({phases.REFERENCE: (10 + 100) * batches} if references else {}),
         phases.FORWARD: 10 * batches,

@@ -10,7 +10,6 @@ import torch
 from lowlevel.batch.layout import build_batch, pair_segment, sft_segment
 from lowlevel.hashing import feature_keys, key32, mix32, mix32_array
 from lowlevel.loop import evaluate_examples
-from lowlevel.methods.dpo import completion_logps
 from lowlevel.model.dropout import CounterDropout, DropoutState, drop
 
 CPU = torch.device("cpu")
@@ -236,13 +235,13 @@ def test_no_dropout_in_the_reference_and_the_same_keys_after_it(tiny_base, paren
     policy.dropout.set_micro_batch(batch.dropout_keys, key32(1, 2))
     keys = policy.dropout.token_keys.clone()
     with torch.no_grad():
-        before = completion_logps(policy, batch)
+        before = helpers.completion_logps(policy, batch)
         with policy.reference():
             assert policy.dropout.token_keys is None
-            reference = completion_logps(policy, batch)
+            reference = helpers.completion_logps(policy, batch)
         with plain.reference():
-            expected = completion_logps(plain, batch)
-        after = completion_logps(policy, batch)
+            expected = helpers.completion_logps(plain, batch)
+        after = helpers.completion_logps(policy, batch)
     assert all(map(torch.equal, reference, expected))
     assert torch.equal(policy.dropout.token_keys, keys) and all(map(torch.equal, before, after))
     with pytest.raises(KeyError), policy.reference():

@@ -14,13 +14,14 @@ from torch._dynamo.utils import counters
 from lowlevel import execution
 from lowlevel.batch.layout import Shape, attention_mask, build_batch, pair_rows, pair_segment, sft_segment
 from lowlevel.config.file import config_from_tables
-from lowlevel.config.schema import DataConfig, DPOConfig, RunConfig
+from lowlevel.config.schema import DataConfig, DPOConfig, KTOConfig, RunConfig
 from lowlevel.execution import MODES, Eager, Graphed, WithFallback, signature_of
 from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
 from lowlevel.methods.dpo import DPO
+from lowlevel.methods.kto import KTO
 from lowlevel.methods.sft import SFT
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
 from lowlevel.running.assembly import build_method
@@ -34,6 +35,7 @@ def methods(shape=None):
     return {
         "sft": (SFT(2, 48, True, shape), helpers.ragged_examples()),
         "dpo": (DPO(DPOConfig(disable_dropout=False), 2, 64, True, shape), helpers.ragged_pairs()),
+        "kto": (KTO(KTOConfig(disable_dropout=False), 2, 48, True, shape), helpers.labelled_examples()),
         "sft, a row each": (SFT(2, 48, False, shape), helpers.ragged_examples()),
         "dpo, a row each": (DPO(DPOConfig(disable_dropout=False), 2, 64, False, shape), helpers.ragged_pairs()),
     }

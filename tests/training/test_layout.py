@@ -20,7 +20,6 @@ from lowlevel.batch.layout import (
 from lowlevel.batch.packing import pack
 from lowlevel.labels import IGNORED
 from lowlevel.losses import token_logps
-from lowlevel.methods.dpo import completion_logps
 
 
 def ints(*values):
@@ -199,7 +198,7 @@ def test_pairs_of_one_row_do_not_read_each_other_nor_a_branch_its_sibling(tiny_b
         (batch,) = method.micro_batches(pairs)
         assert batch.input_ids.shape[0] == 1
         with torch.no_grad():
-            return completion_logps(policy, batch)
+            return helpers.completion_logps(policy, batch)
 
     chosen, rejected = logps(pairs)
     for changed, pair in enumerate(pairs):

@@ -12,7 +12,6 @@ from lowlevel.batch.layout import attention_mask
 from lowlevel.config.schema import ModelConfig, TrainConfig
 from lowlevel.hashing import key32
 from lowlevel.losses import token_logps
-from lowlevel.methods.dpo import completion_logps
 from lowlevel.model.adapters import read_adapter_weights
 from lowlevel.model.base import base_sha256, load_base
 from lowlevel.model.policy import PARENT, TRAINED
@@ -37,8 +36,8 @@ def test_step_0_is_exactly_ln_2(tiny_base, parent_adapter, quantised, packing, s
         batch = method.micro_batches(helpers.ragged_pairs())[0]
         policy.dropout.set_micro_batch(batch.dropout_keys, key32(1, 0))
         with policy.reference():
-            reference = completion_logps(policy, batch)
-        assert all(map(torch.equal, completion_logps(policy, batch), reference))
+            reference = helpers.completion_logps(policy, batch)
+        assert all(map(torch.equal, helpers.completion_logps(policy, batch), reference))
         metrics = helpers.step(policy, method, helpers.ragged_pairs()).metrics
         assert metrics["loss"] == LN2
         assert metrics["rewards/accuracies"] == 0.5
@@ -107,11 +106,11 @@ def test_the_trainable_set_is_the_trained_adapter_and_stays_so(tiny_base, parent
         raise RuntimeError("stop")
     assert policy.trainable_names() == names
     (batch,) = helpers.dpo().micro_batches(helpers.ragged_pairs())
-    first = completion_logps(policy, batch)
+    first = helpers.completion_logps(policy, batch)
     with policy.reference():
-        reference = completion_logps(policy, batch)
+        reference = helpers.completion_logps(policy, batch)
     assert not torch.equal(first[0], reference[0]), "the adapter has an effect"
-    assert all(map(torch.equal, completion_logps(policy, batch), first)), "and is on again"
+    assert all(map(torch.equal, helpers.completion_logps(policy, batch), first)), "and is on again"
 
 
 def test_dropout_moves_the_policy_and_never_the_reference(tiny_base, parent_adapter):
@@ -135,7 +134,7 @@ def test_the_reference_is_what_plain_peft_loads(tiny_base, parent_adapter, quant
     (batch,) = helpers.dpo(packing=packing, row_length=256).micro_batches(helpers.ragged_pairs())
     policy.dropout.set_micro_batch(batch.dropout_keys, key32(1, 0))
     with policy.reference():
-        reference = torch.cat(completion_logps(policy, batch))
+        reference = torch.cat(helpers.completion_logps(policy, batch))
     plain = load_base(ModelConfig(name=str(tiny_base), load_in_4bit=quantised), helpers.CPU)
     if stacked:
         plain = PeftModel.from_pretrained(plain, parent_adapter).eval().get_base_model()
@@ -149,4 +148,4 @@ def test_the_reference_is_what_plain_peft_loads(tiny_base, parent_adapter, quant
     if stacked:  # the parent has an effect: without it these would be other numbers
         bare = helpers.make_policy(tiny_base, quantised=quantised)
         with bare.reference():
-            assert not torch.equal(torch.cat(completion_logps(bare, batch)), reference)
+            assert not torch.equal(torch.cat(helpers.completion_logps(bare, batch)), reference)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lowlevel.config.schema import DPOConfig
 from lowlevel.execution import signature_of
 from lowlevel.hashing import key32
-from lowlevel.methods.dpo import DPO, completion_logps
+from lowlevel.methods.dpo import DPO
 from lowlevel.reference_cache import content_sha256, with_blanks
 
 STEPS = [
@@ -92,7 +92,7 @@ def test_entries_are_what_completion_logps_says_and_fillers_are_0(tiny_base, tmp
     assert entries.keys() == {content_sha256(batch) for batch in batches}
     for batch, given in zip(batches, seen, strict=True):
         with policy.reference():
-            chosen, rejected = completion_logps(policy, batch)
+            chosen, rejected = helpers.completion_logps(policy, batch)
         entry, pairs = entries[content_sha256(batch)], len(batch.real)
         assert entry.dtype == torch.float32 and torch.equal(entry, given.reference_logps)
         assert torch.equal(entry[:pairs], chosen) and torch.equal(entry[pairs:], rejected)

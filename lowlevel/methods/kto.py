@@ -1,0 +1,146 @@
+"""Kahneman-Tversky Optimization (arXiv 2402.01306) of completions with a label; the loss is in losses/kto.py.
+
+A step needs two kinds of micro-batches: its examples, and the same prompts with completions of other prompts. The loop
+runs the second kind first, without a gradient, and gives its mean log-ratio to the first (`loop.with_baseline`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowlevel.batch.layout import PackedBatch, Shape, build_batch, sft_segment
+from lowlevel.batch.packing import micro_batch_rows
+from lowlevel.config.schema import KTOConfig
+from lowlevel.labels import IGNORED
+from lowlevel.losses import LossSums
+from lowlevel.losses.kto import KTO_LOSSES, LabelledLogps, mismatched
+from lowlevel.losses.registry import LossSpec
+from lowlevel.methods.dpo import reference_token_logps
+from lowlevel.model.policy import Policy
+
+if TYPE_CHECKING:
+    from lowlevel.data.examples import SFTExample
+
+COARSER = 4  # the last micro-batch of mismatched completions is padded to few sizes, each of which is captured
+
+
+@dataclass(frozen=True)
+class KTO:
+    """The KTO method. Its examples are conversations with one scored reply, and the label in `values`."""
+
+    config: KTOConfig
+    batch_size: int  # examples per micro-batch; with packing, rows
+    row_length: int  # most tokens of prompt and completion; with packing, positions of a row
+    packing: bool
+    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
+    columns: ClassVar[tuple[str, ...]] = ("label",)  # of the examples' values: 1 is desirable, 0 is not
+    name: ClassVar[str] = "kto"
+    unit: ClassVar[str] = "examples"
+    paired: ClassVar[bool] = False
+    has_reference: ClassVar[bool] = True
+
+    def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
+        """The KTO loss, summed over the batch's examples; of mismatched completions, their summed log-ratio."""
+        if batch.kl is None:
+            return _summed_logratio(policy, batch)
+        reference = reference_token_logps(policy, batch)
+        if self.config.disable_dropout:
+            policy.dropout.disable()
+        token_logps = policy.token_logps(batch)  # (N,) fp32
+        rows = labelled_logps(batch, token_logps, reference)  # sums over a completion, (P,) each
+        losses, _ = self.spec(rows, self.settings)  # eq 8
+        return _sums_of(batch, rows, losses, self.config.beta * rows.logratios.detach())
+
+    @property
+    def spec(self) -> LossSpec:
+        """The loss."""
+        return KTO_LOSSES["kto"]
+
+    @cached_property
+    def settings(self) -> Mapping[str, float]:
+        """The loss's hyper-parameters."""
+        return {name: getattr(self.config, name) for name in self.spec.parameters}
+
+    def example_losses(self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None) -> Tensor:
+        """The loss of each example, (P,), from its tokens' log-probabilities; 0 for dummies."""
+        assert ref_token_logps is not None
+        rows = labelled_logps(batch, token_logps, ref_token_logps)
+        return torch.where(batch.real, self.spec(rows, self.settings)[0], 0.0)
+
+    def count(self, batch: PackedBatch) -> int:
+        """Completions."""
+        return len(batch.data_rows)
+
+    def size(self, example: SFTExample) -> int:
+        """Positions: all tokens but the last."""
+        return len(example.input_ids) - 1
+
+    def micro_batches(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
+        """The examples of one step in rows; the first micro-batch holds those of the mismatched completions."""
+        first, *others = self._batches(examples, self.shape)
+        coarse = self.shape and replace(self.shape, positions=COARSER * self.shape.positions)
+        without = [replace(batch, kl=None) for batch in self._batches(self.mismatched(examples), coarse)]
+        return [replace(first, mismatched=tuple(without)), *others]
+
+    def mismatched(self, examples: Sequence[SFTExample]) -> list[SFTExample]:
+        """Each prompt with the completion of the next example that has another prompt, cut to the row's length."""
+        starts = [int((x.labels != IGNORED).argmax()) for x in examples]
+        pairs = mismatched([x.input_ids[:start].tobytes() for x, start in zip(examples, starts, strict=True)])
+        return [self._joined(examples[i], starts[i], examples[j], starts[j]) for i, j in pairs]
+
+    def _joined(self, example: SFTExample, start: int, other: SFTExample, other_start: int) -> SFTExample:
+        ids = np.concatenate([example.input_ids[:start], other.input_ids[other_start:]])
+        labels = np.concatenate([example.labels[:start], other.labels[other_start:]])
+        return replace(example, input_ids=ids[: self.row_length], labels=labels[: self.row_length])
+
+    def _batches(self, examples: Sequence[SFTExample], shape: Shape | None) -> list[PackedBatch]:
+        made = micro_batch_rows(examples, self.size, self.batch_size, self.row_length, self.packing, shape)
+        return [self._batch(rows, shape) for rows in made]
+
+    def _batch(self, rows: list[list[SFTExample]], shape: Shape | None) -> PackedBatch:
+        numbers = iter(range(sum(map(len, rows))))
+        segments = [[sft_segment(x.row, next(numbers), x.input_ids, x.labels) for x in row] for row in rows]
+        batch = build_batch(segments, pairs=False, shape=shape, values=[x.values for row in rows for x in row])
+        return replace(batch, kl=torch.zeros(()))
+
+
+def _summed_logratio(policy: Policy, batch: PackedBatch) -> LossSums:
+    """Of mismatched completions: without gradient, and without dropout as in the reference."""
+    reference = reference_token_logps(policy, batch)
+    policy.dropout.disable()
+    with torch.no_grad():
+        logratios = batch.sequence_sums(policy.token_logps(batch) - reference)
+    return LossSums(torch.where(batch.real, logratios, 0.0).sum(), {})
+
+
+def labelled_logps(batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor) -> LabelledLogps:
+    """The input of the loss: the (N,) log-probabilities, summed by completion."""
+    logps, ref_logps = map(batch.sequence_sums, (token_logps, ref_token_logps))
+    assert batch.kl is not None
+    desirable = batch.values(KTO.columns)["label"] > 0
+    return LabelledLogps(logps, ref_logps, desirable, batch.kl, token_logps, ref_token_logps, batch.sequence_ids)
+
+
+def _sums_of(batch: PackedBatch, rows: LabelledLogps, losses: Tensor, rewards: Tensor) -> LossSums:
+    """Sums of loss and metrics over the real examples, those of each label apart; and the values of each."""
+    logps, ref_logps = rows.logps.detach(), rows.ref_logps
+    metrics = {"kl": rows.kl.expand_as(rewards)}
+    for label, belongs in (("desirable", rows.desirable), ("undesirable", ~rows.desirable)):
+        parts = {"share": torch.ones_like(rewards), "rewards": rewards, "logps": logps}
+        metrics |= {f"{name}/{label}": torch.where(belongs, value, 0.0) for name, value in parts.items()}
+        metrics |= {f"logps/ref_{label}": torch.where(belongs, ref_logps, 0.0)}
+    examples = {"logps": logps, "ref_logps": ref_logps, "reward": rewards, "desirable": rows.desirable.float()}
+    tokens = {"logps": rows.token_logps, "ref_logps": rows.ref_token_logps}
+    return LossSums(
+        torch.where(batch.real, losses, 0.0).sum(),
+        {name: torch.where(batch.real, value, 0.0).sum() for name, value in metrics.items()},
+        examples={**examples, "loss": losses.detach()},
+        tokens={name: value.detach() for name, value in tokens.items() if value is not None},
+    )
