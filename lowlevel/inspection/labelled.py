@@ -33,6 +33,7 @@ class LabelledRecord:
     completion: CompletionRecord  # contributions: to the reward; weight: -dL/d(reward), below 0 if undesirable
     desirable: bool
     kl: Tensor  # () fp32, mean log-ratio of the inspected examples' mismatched completions
+    mismatched: int  # their number; 0 for a row alone
     loss: Tensor  # () fp32
 
     def __repr__(self) -> str:
@@ -44,12 +45,16 @@ class LabelledRecord:
 def inspect_labelled(policy: Policy, method: KTO, examples: Sequence[SFTExample]) -> list[LabelledRecord]:
     """Labelled completions, in the given order; z0 is that of these examples. Raises ValueError for a repeated row."""
     by_row, found = examples_by_row(examples), dict[int, LabelledRecord]()
-    for batch in with_baseline(Eager(policy, method), method.micro_batches(examples)):
-        found |= {record.row: record for record in _records(policy, method, batch, by_row)}
+    batches = method.micro_batches(examples)
+    number = sum(len(other.data_rows) for batch in batches for other in batch.mismatched)
+    for batch in with_baseline(Eager(policy, method), batches):
+        found |= {record.row: record for record in _records(policy, method, batch, by_row, number)}
     return [found[example.row] for example in examples]
 
 
-def _records(policy: Policy, method: KTO, batch: PackedBatch, by_row: Mapping[int, SFTExample]) -> list[LabelledRecord]:
+def _records(
+    policy: Policy, method: KTO, batch: PackedBatch, by_row: Mapping[int, SFTExample], mismatched: int
+) -> list[LabelledRecord]:
     moved, beta = batch.to(policy.placement.device), method.config.beta
     with policy.reference():
         ref_logps = policy.token_logps(moved)
@@ -78,7 +83,8 @@ def _records(policy: Policy, method: KTO, batch: PackedBatch, by_row: Mapping[in
             weight=weights[i],
         )
         prompt = torch.as_tensor(by_row[row].input_ids[: int(tokens.positions[0])], dtype=torch.int64)
-        found.append(LabelledRecord(row, by_row[row].where, prompt, completion, bool(desirable[i]), kl, losses[i]))
+        label, where = bool(desirable[i]), by_row[row].where
+        found.append(LabelledRecord(row, where, prompt, completion, label, kl, mismatched, losses[i]))
     return found
 
 
@@ -93,7 +99,7 @@ def labelled_path(record: LabelledRecord, method: KTO) -> list[PathStep]:
         ("reference", "log ref(y|x)", one.ref_logp),
         ("log-ratio r", "log π − log ref", one.logratio),
         ("reward", f"β r, β = {settings.beta:g}", one.reward),
-        ("KL estimate", "mean log-ratio of mismatched completions", record.kl),
+        ("KL estimate", f"mean log-ratio of {record.mismatched} mismatched completions", record.kl),
         ("z₀", "max(0, KL estimate)", z0),
         ("x", "β (r − z₀)", settings.beta * (float(one.logratio) - z0)),
         ("weight", "−dL/d(reward)", one.weight),

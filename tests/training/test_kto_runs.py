@@ -11,6 +11,7 @@ from workspace import PROMPTS, make_workspace, metrics, run
 
 import lowlevel as ll
 import lowlevel.loop
+from lowlevel.loop import evaluate_examples
 from lowlevel.losses.kto import LabelledLogps, kto
 from lowlevel.methods.kto import KTO
 from lowlevel.tracing import read_trace
@@ -80,7 +81,7 @@ def test_the_path_of_an_inspected_row(whole):
     """From the log-probabilities of the path, by hand, to the loss that the step logged without dropout."""
     found = whole.inspect(step=1)
     kl, losses = float(found.labelled[0].kl), []
-    assert len({float(record.kl) for record in found.labelled}) == 1
+    assert len({float(record.kl) for record in found.labelled}) == 1 and found.labelled[0].mismatched == 4
     for record in found.labelled:
         one, sign = record.completion, 1 if record.desirable else -1
         x = 0.1 * (float(one.logp - one.ref_logp) - max(0.0, kl))
@@ -125,14 +126,16 @@ def test_stages_are_compared_by_label(whole):
     from lowlevel.reporting.comparison import compare_stages
     from lowlevel.running.replies import Sampling
 
-    opened = whole.opened
-    rows = opened.held_out()
-    found = compare_stages(opened.load(whole.path / "adapter"), rows, [[5, 6]], Sampling(4), console=QUIET)
+    rows, opened = whole.opened.held_out(), whole.opened.load(whole.path / "adapter")
+    found = compare_stages(opened, rows, [[5, 6]], Sampling(4), console=QUIET)
     assert list(found["scores"]) == ["base", "sft", "kto"]
     sums = [row for row in metrics(whole.path) if "eval_loss" in row][-1]
     for label in ("desirable", "undesirable"):
         ratio = found["scores"]["kto"][f"{label}_logratio"]
         assert 0.1 * ratio == pytest.approx(sums[f"eval_rewards/{label}"], abs=1e-4)
+    batches = replace(opened.method, batch_size=1, packing=False).micro_batches(rows)
+    again = evaluate_examples(opened.policy, opened.method, batches, prefix="eval_")
+    assert again == pytest.approx({key: sums[key] for key in again}, rel=1e-4, abs=1e-4)  # z0 of all rows together
 
 
 def failures(report):
