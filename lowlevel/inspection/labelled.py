@@ -52,7 +52,9 @@ def inspect_labelled(policy: Policy, method: KTO, examples: Sequence[SFTExample]
     return [found[example.row] for example in examples]
 
 
-def _records(policy: Policy, method: KTO, batch: PackedBatch, by_row: Mapping[int, SFTExample]) -> list[LabelledRecord]:
+def _records(
+    policy: Policy, method: KTO, batch: PackedBatch, by_row: Mapping[int, SFTExample], mismatched: int
+) -> list[LabelledRecord]:
     moved, beta = batch.to(policy.placement.device), method.config.beta
     with policy.reference():
         ref_logps = policy.token_logps(moved)
@@ -81,9 +83,8 @@ def _records(policy: Policy, method: KTO, batch: PackedBatch, by_row: Mapping[in
             weight=weights[i],
         )
         prompt = torch.as_tensor(by_row[row].input_ids[: int(tokens.positions[0])], dtype=torch.int64)
-        found.append(
-            LabelledRecord(row, by_row[row].where, prompt, completion, bool(desirable[i]), kl, number, losses[i])
-        )
+        label, where = bool(desirable[i]), by_row[row].where
+        found.append(LabelledRecord(row, where, prompt, completion, label, kl, mismatched, losses[i]))
     return found
 
 
