@@ -155,7 +155,8 @@ def evaluate(name: str, point: Mapping[str, float], settings: Mapping[str, float
     values = {"margin": torch.tensor([point["margin"]], dtype=torch.float64)}
     chosen_length, rejected_length = lengths.split(1)
     ids = torch.arange(2).repeat_interleave(lengths)
-    pairs = PairLogps(*logps, chosen_length, rejected_length, tokens[0], tokens[1], ids, values=values)
+    pairs = PairLogps(logps[0], logps[1], logps[2], logps[3], chosen_length, rejected_length, tokens[0], tokens[1],
+                      ids, values=values)  # fmt: skip
     try:
         parameters = {**_defaults(name), **settings}
         loss = PreferenceLoss.of(name, **parameters)
