@@ -23,7 +23,7 @@ def test_all_defaults_together_run(cli, tmp_path, method):
     said = cli(method, "--train.output_dir", tmp_path / "run", *SHORT)
     assert said.code == 0, said.err
     config = RunFolder(tmp_path / "run").read_config()
-    assert (config.data.format, config.data.max_length) == ({"sft": "messages", "dpo": "preference"}[method], 256)
+    assert (config.data.format, config.data.max_length) == ("auto", 256)
     assert cli("data", "--data.limit", "4").code == 0
     said = cli(method, "--train.output_dir", tmp_path / "none", "--data.source", tmp_path / "none.jsonl")
     assert said.code == 2 and "no such file" in said.err and "max_length" not in said.err
@@ -75,7 +75,7 @@ def test_verify_takes_the_keys_of_a_run_file(runs, cli, tmp_path):
 
 def test_help_names_the_choices(cli):
     said = run("sft", "--help")
-    for choices in ("messages | orca | preference", "assistant | all", "paged_adamw_32bit"):
+    for choices in ("auto | messages | sharegpt", "assistant | all", "paged_adamw_32bit"):
         assert choices in said.out
 
 

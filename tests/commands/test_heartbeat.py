@@ -118,7 +118,7 @@ def test_each_long_part_of_a_run_has_a_name(runs, cli, tmp_path, named):
     config = runs.space.write("named", "sft", folder=tmp_path, data=data, train={"max_steps": 1})
     assert cli("sft", config).code == 0
     before = [f"reading {runs.space.sft_rows}", "tokenising", "tokenising", f"loading {runs.space.base}"]
-    assert named == [*before, "training", "evaluating", "this step", "evaluating"]
+    assert named == [*before, "dequantising the base", "training", "evaluating", "this step", "evaluating"]
 
 
 @pytest.mark.parametrize(
