@@ -93,6 +93,7 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
         console.print(f"  warning    {line}", markup=False, highlight=False)
     if config.method == "dpo":
         reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
+        reference += f", moving: {policy.moving.following}" if policy.moving else ""
         reference = reference if reads_reference(config) else "none"
         console.print(f"  reference  {reference}; loss {config.dpo.loss_type}, beta {config.dpo.beta:g}", markup=False)
 
