@@ -91,6 +91,13 @@ class LoraConfig(Section):
     target_modules: Targets = Field(
         ALL_PROJECTIONS, min_length=1, description='linear layers with an adapter: names, "all-linear" or a pattern'
     )
+    use_rslora: bool = Field(False, description="rsLoRA (arXiv 2312.03732): update scale is lora_alpha / sqrt(r)")
+    loraplus_lr_ratio: Annotated[Finite, Field(gt=0)] | None = Field(
+        None, description="LoRA+ (arXiv 2402.12354): learning rate of B in units of train.learning_rate, A's; say 16"
+    )
+    init_lora_weights: Literal["default", "loftq"] = Field(
+        "default", description="sft: start with B = 0, or (arXiv 2310.08659) from the 4-bit base's quantisation error"
+    )
     init_from: str | None = Field(None, description="run folder or PEFT adapter to continue training")
 
 
@@ -221,6 +228,12 @@ class DPOConfig(Section):
     orpo_lambda: NotNegative | None = Field(None, description="orpo: weight of the odds term (0.1)")
     cpo_alpha: NotNegative | None = Field(None, description="cpo, cpo_sum: NLL weight (1)")
     disable_dropout: bool = Field(True, description="policy pass without dropout, as in TRL and the original code")
+    ref_model_sync_steps: Positive | None = Field(
+        None, description="TR-DPO (arXiv 2404.09656): after every N steps the reference moves towards the policy"
+    )
+    ref_model_mixup_alpha: Annotated[Finite, Field(gt=0, le=1)] | None = Field(
+        None, description="TR-DPO: share of the policy in the moved reference, 1: a copy of the policy; default 0.6"
+    )
     reference_cache: str | None = Field(None, description="folder that keeps reference log-probabilities for reuse")
 
 

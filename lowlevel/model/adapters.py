@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,20 +25,25 @@ from lowlevel.model.dropout import DropoutState
 from lowlevel.model.files import is_finite, read_json_object, refuse_pickles
 from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.linear import install_side_by_side
+from lowlevel.model.moving_reference import Following
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import PARENT, TRAINED, Policy, flatten, place_dropout
+from lowlevel.model.policy import PARENT, REFERENCE, TRAINED, Policy, flatten, moving_reference, place_dropout
 from lowlevel.model.suitability import check_base
 from lowlevel.model.targets import linear_layers, matched
 
 WEIGHTS = "adapter_model.safetensors"
+REFERENCE_WEIGHTS = "reference.safetensors"  # in checkpoints: a moving reference, with the names of WEIGHTS
 ADAPTER_CONFIG = "adapter_config.json"
+START, DEFAULT = "init_lora_weights", "default"  # in the metadata of WEIGHTS, unless it is the default
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 # Keys of adapter_config.json. Every variant of LoRA adds one, so a key that is not listed must be null, false or empty.
 OBEYED = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 CHECKED = ("peft_type", "base_model_name_or_path")
 ABOUT = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")  # the writer, PEFT's wrapper class
 UNREAD = ("eva_config", "megatron_core", "qalora_group_size")  # before training; with megatron_config; with use_qalora
+# Keys of [lora] that PEFT's LoraConfig lacks, or (init_lora_weights) reads otherwise: it would change the base.
+NOT_PEFTS = {"init_from", "loraplus_lr_ratio", "init_lora_weights"}
 # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the adapter's initial values from the base; MiCA freezes B.
 PLAIN: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
 
@@ -55,6 +60,7 @@ def build_policy(
     attention: Attention = MASKED,
     recomputed: int | None = None,
     offload: bool = False,
+    following: Following | None = None,
 ) -> Policy:
     """Attach the adapter to train to a base from `load_base`.
 
@@ -65,6 +71,7 @@ def build_policy(
         init_from: PEFT folder whose sizes and weights the trained adapter starts from.
         recomputed: with gradient checkpointing, how many layers are recomputed; None: all of them.
         offload: keep the inputs of these layers in host memory.
+        following: give the policy a moving reference.
 
     Raises:
         ConfigError: target modules that match no layer, or the LM head; an unsupported base.
@@ -74,27 +81,35 @@ def build_policy(
     # length is not a multiple of 128 (benchmarks/attention_nan.py).
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(seed)
-    model = _attach(base, lora, parent, init_from)
+    model = _attach(base, lora, parent, init_from, moving=following is not None)
     install_side_by_side(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     state = DropoutState()
     place_dropout(layers, lora.lora_dropout, state, placement.device)
-    flat = flatten({name: p for name, p in model.named_parameters() if f".{TRAINED}." in name})
+    flat = flatten({name: p for name, p in model.named_parameters() if f".{TRAINED}." in name}, lora.loraplus_lr_ratio)
     model.eval()  # no dropout or router noise in the base; the adapter's dropout only depends on its state
     host = HostInputs(placement.device) if offload else None
     decoder_layers = DecoderLayers(base, recomputed if gradient_checkpointing else 0, state, host)
     adapted = tuple(layers.values())
-    policy = Policy(model, flat, placement, state, adapted, parent is not None, attention, decoder_layers)
+    moving = moving_reference(model, flat, following) if following else None
+    start = adapter_start(init_from) if init_from else lora.init_lora_weights
+    policy = Policy(
+        model, flat, placement, state, adapted, parent is not None, attention, decoder_layers, moving, start
+    )
     policy.activate(parent=True, trained=True)
     check_base(policy)
     return policy
 
 
-def _attach(base: PreTrainedModel, lora: LoraConfig, parent: Path | None, init_from: Path | None) -> PeftModel:
+def _attach(
+    base: PreTrainedModel, lora: LoraConfig, parent: Path | None, init_from: Path | None, *, moving: bool
+) -> PeftModel:
     folder = init_from
     config, layers = read_adapter_config(init_from) if init_from else _new_config(base, lora), linear_layers(base)
     try:
         model: Any = get_peft_model(base, _expanded(config, layers), adapter_name=TRAINED, autocast_adapter_dtype=True)
+        if moving:  # not before the trained one, whose random numbers must not change
+            model.add_adapter(REFERENCE, _expanded(config, layers))
         if parent:
             folder = parent
             model.add_adapter(PARENT, _expanded(read_adapter_config(parent), layers))
@@ -133,7 +148,7 @@ def _new_config(base: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
     check_target_modules(base, lora.target_modules)
     targets = list(lora.target_modules)
     alone = targets[0] if len(targets) == 1 and stands_alone(targets[0]) else targets
-    settings = {**lora.model_dump(exclude={"init_from"}), "target_modules": alone}
+    settings = {**lora.model_dump(exclude=NOT_PEFTS), "target_modules": alone}
     return PeftLoraConfig(**settings, bias="none", task_type="CAUSAL_LM")
 
 
@@ -188,10 +203,10 @@ def _within(value: Any, low: float, high: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
-def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+def read_adapter_weights(folder: Path, file: str = WEIGHTS) -> dict[str, Tensor]:
     """Tensors of a PEFT folder by PEFT's keys. Raises CheckpointError: pickles, other dtypes, values not finite."""
     refuse_pickles(folder, "adapter")
-    path = folder / WEIGHTS
+    path = folder / file
     try:
         tensors = load_file(path)
     except (FileNotFoundError, SafetensorError, OSError) as error:
@@ -226,20 +241,40 @@ def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter
     return {name.replace(marker, "."): p for name, p in model.named_parameters() if ".lora_" in name and marker in name}
 
 
-def save_adapter(model: PeftModel, adapter: str, folder: Path, base_name: str, revision: str | None = None) -> None:
-    """Write an adapter for `PeftModel.from_pretrained`: fp32 safetensors, and adapter_config.json naming its base."""
-    tensors = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in adapter_parameters(model, adapter).items()}
+def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """Copies of `adapter_parameters` on the CPU."""
+    return {k: p.detach().to("cpu", copy=True).contiguous() for k, p in adapter_parameters(model, adapter).items()}
+
+
+def save_adapter(
+    model: PeftModel, adapter: str, folder: Path, base_name: str, revision: str | None = None, *, start: str = DEFAULT
+) -> None:
+    """Write an adapter for `PeftModel.from_pretrained`: fp32 safetensors, and adapter_config.json naming its base.
+
+    `start`: lora.init_lora_weights, for `adapter_start`.
+    """
+    tensors = adapter_tensors(model, adapter)
     base = {"base_model_name_or_path": base_name, "revision": revision}
-    write_adapter(folder, tensors, {**model.peft_config[adapter].to_dict(), **base})
+    write_adapter(folder, tensors, {**model.peft_config[adapter].to_dict(), **base}, start=start)
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], *, start: str = DEFAULT) -> None:
     """Write PEFT's two files. Raises TypeError before it writes, if JSON has no form for a setting."""
     settings = {key: _as_json(value) for key, value in {**config, "inference_mode": True}.items()}
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    more = {} if start == DEFAULT else {START: start}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **more})
     (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def adapter_start(folder: Path) -> str:
+    """The lora.init_lora_weights with which an adapter of a run started; "default" for adapters from elsewhere."""
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            return (file.metadata() or {}).get(START, DEFAULT)
+    except (OSError, SafetensorError):  # `read_adapter_weights` says what is wrong with it
+        return DEFAULT
 
 
 def _as_json(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The policy: a frozen base, an optional frozen adapter (the parent), and the trained adapter.
 
-The reference is the same model with the trained adapter switched off.
+The reference is the same model with the trained adapter switched off; a moving one (moving_reference.py) has an adapter
+of its own in its place.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from lowlevel.model.attention_choice import Attention
 from lowlevel.model.dropout import CounterDropout, DropoutState
 from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.linear import quantised_state
+from lowlevel.model.moving_reference import Following, MovingReference
 from lowlevel.model.placement import Placement
 
 TRAINED = "trained"  # the adapter in training
 PARENT = "parent"  # the frozen adapter that it is stacked on
+REFERENCE = "reference"  # the adapter of a moving reference
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class FlatParameters:
 
     weights: nn.Parameter  # (n,) fp32, with a gradient (n,) fp32
     views: Mapping[str, nn.Parameter]  # the adapter's parameters, views of both
+    parts: tuple[tuple[nn.Parameter, float], ...]  # for the optimizer: views of both, and factors of the learning rate
 
     @property
     def grad(self) -> Tensor:
@@ -59,6 +63,8 @@ class Policy:
     has_parent: bool
     attention: Attention
     layers: DecoderLayers
+    moving: MovingReference | None = None
+    start: str = "default"  # lora.init_lora_weights of the trained adapter's beginning
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -90,12 +96,12 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Switch to the frozen reference within the block: trained adapter off, dropout off, no gradient.
+        """Switch to the reference within the block: trained adapter off, dropout off, no gradient.
 
         PEFT 0.21's `disable_adapter()` also turns the parent off, and sets `requires_grad` on every adapter weight.
         """
         keys, self.dropout.token_keys = self.dropout.token_keys, None
-        self.activate(parent=True, trained=False)
+        self.activate(parent=True, trained=False, reference=self.moving is not None)
         try:
             with torch.no_grad():
                 yield
@@ -103,9 +109,14 @@ class Policy:
             self.activate(parent=True, trained=True)
             self.dropout.token_keys = keys
 
-    def activate(self, *, parent: bool, trained: bool) -> None:
+    def move_reference(self, step: int) -> None:
+        """After `step` updates: let a moving reference follow, if it is due."""
+        if self.moving is not None:
+            self.moving.follow(self.flat.weights, step)
+
+    def activate(self, *, parent: bool, trained: bool, reference: bool = False) -> None:
         """Choose the adapters of a forward pass. Only the trained one receives gradients."""
-        names = [PARENT] * (parent and self.has_parent) + [TRAINED] * trained
+        names = [PARENT] * (parent and self.has_parent) + [TRAINED] * trained + [REFERENCE] * reference
         for layer in self.lora_layers:
             layer.set_adapter(names, inference_mode=True)
         for parameter in self.flat.views.values():
@@ -148,22 +159,28 @@ def dequantize_once(policy: Policy) -> None:
 
 
 def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, device: torch.device) -> None:
-    """Replace the trained adapter's `lora_dropout` by `CounterDropout`; the parent gets no dropout."""
+    """Replace the trained adapter's `lora_dropout` by `CounterDropout`; the other adapters get no dropout."""
     for salt, name in enumerate(sorted(layers)):
         layer = layers[name]
         features = cast(int, layer.in_features)
         layer.lora_dropout[TRAINED] = CounterDropout(p, salt, features, state, device) if p > 0 else nn.Identity()
-        if PARENT in layer.lora_dropout:
-            layer.lora_dropout[PARENT] = nn.Identity()
+        for other in layer.lora_dropout.keys() - {TRAINED}:
+            layer.lora_dropout[other] = nn.Identity()
 
 
-def flatten(parameters: Mapping[str, nn.Parameter]) -> FlatParameters:
-    """Move parameters into one buffer and make them views of it. Raises ValueError: none, or one that is not fp32."""
+def flatten(parameters: Mapping[str, nn.Parameter], ratio: float | None = None) -> FlatParameters:
+    """Move parameters into one buffer and make them views of it. Raises ValueError: none, or one that is not fp32.
+
+    `ratio`: learning rate of every B relative to that of every A (LoRA+). All A then come before all B, so that each
+    kind is one contiguous part; without a ratio the order is the given one.
+    """
     if not parameters:
         raise ValueError("no trainable parameters")
     wrong = [name for name, parameter in parameters.items() if parameter.dtype != torch.float32]
     if wrong:
         raise ValueError(f"trainable parameters must be fp32, and {wrong[0]} is {parameters[wrong[0]].dtype}")
+    up = {name: parameter for name, parameter in parameters.items() if ratio is not None and ".lora_B." in name}
+    parameters = {name: parameter for name, parameter in parameters.items() if name not in up} | up
     weights = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()]))
     weights.grad = torch.zeros_like(weights)
     start = 0
@@ -172,4 +189,24 @@ def flatten(parameters: Mapping[str, nn.Parameter]) -> FlatParameters:
         parameter.data = weights.data[span].view_as(parameter)
         parameter.grad = weights.grad[span].view_as(parameter)
         start = span.stop
-    return FlatParameters(weights, dict(parameters))
+    if ratio is None:
+        return FlatParameters(weights, dict(parameters), ((weights, 1.0),))
+    parts = []
+    middle = weights.numel() - sum(parameter.numel() for parameter in up.values())
+    for span, factor in ((slice(0, middle), 1.0), (slice(middle, None), ratio)):
+        part = nn.Parameter(weights.data[span])
+        part.grad = weights.grad[span]
+        parts.append((part, factor))
+    return FlatParameters(weights, dict(parameters), tuple(parts))
+
+
+def moving_reference(model: nn.Module, flat: FlatParameters, following: Following) -> MovingReference:
+    """The start of a moving reference: A of the trained adapter and B = 0, in the model's adapter `REFERENCE`."""
+    parameters, weights, start = dict(model.named_parameters()), flat.weights.detach().clone(), 0
+    for name, view in flat.views.items():
+        span = slice(start, start + view.numel())
+        if ".lora_B." in name:
+            weights[span] = 0.0
+        parameters[name.replace(f".{TRAINED}.", f".{REFERENCE}.")].data = weights[span].view_as(view)
+        start = span.stop
+    return MovingReference(weights, following)

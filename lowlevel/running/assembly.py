@@ -28,10 +28,12 @@ from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attent
 from lowlevel.model.base import empty_model, load_base, load_model_config, load_stored, public_name, resolve_name
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
+from lowlevel.model.moving_reference import Following
 from lowlevel.model.offload import TIED, move_embeddings_to_host
 from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
-from lowlevel.model.quantisation import KEYS, as_stored
+from lowlevel.model.quantisation import KEYS, as_stored, lacks_16_bits
+from lowlevel.model.quantisation_error import start_from_error
 from lowlevel.model.sizes import size_of
 from lowlevel.model.suitability import attention_window, short_positions
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
@@ -110,6 +112,8 @@ def check_inputs(config: RunConfig) -> Inputs:
     model = empty_model(base)
     if init_from is None:
         check_target_modules(model, config.lora.target_modules)
+    if config.lora.init_lora_weights == "loftq" and (stored := load_stored(config.model)):
+        raise ConfigError(f'lora.init_lora_weights = "loftq" {lacks_16_bits(config.model.name, stored)}')
     tokenizer, data = prepare_data(config)
     DataOrder.of(config, len(data.train))  # refuses an endless number of epochs
     attention = choose_attention(config.model, base, placement)
@@ -235,7 +239,7 @@ def load_policy(
         base = load_base(config.model, placement, attention=attention.implementation)
         if config.model.embeddings_on_host:
             move_embeddings_to_host(base)
-        return build_policy(
+        policy = build_policy(
             base,
             config.lora,
             placement,
@@ -246,7 +250,11 @@ def load_policy(
             recomputed=config.train.recomputed_layers,
             offload=config.train.offload_activations,
             attention=attention,
+            following=Following.of(config),
         )
+    if config.lora.init_lora_weights == "loftq" and init_from is None:
+        start_from_error(policy, config.model)
+    return policy
 
 
 def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) -> dict[str, Any]:
@@ -256,6 +264,9 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) 
     quantisation |= {"prequantised": True} if load_stored(model) else {}
     parent = adapter_sha256(inputs.parent) if inputs.parent else None
     evaluation, own_loss = inputs.data.report.evaluation, run_loss(config).sha256
+    reference = "base + parent adapter" if parent else "base"
+    if following := Following.of(config):
+        reference = f"moving reference, at first {reference}; {following}"
     return {
         "method": config.method,
         **({"loss_sha256": own_loss} if own_loss else {}),
@@ -269,7 +280,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) 
             **({"merged_adapter": inputs.merged_adapter} if inputs.merged_adapter else {}),
         },
         "parent_adapter": parent,
-        "reference": None if not dpo.reads_reference(config) else ("base + parent adapter" if parent else "base"),
+        "reference": reference if dpo.reads_reference(config) else None,
         "trainable_parameters": policy.flat.weights.numel(),
         "data_sha256": inputs.data.report.train.fingerprint,
         "evaluation_sha256": evaluation.fingerprint if evaluation else None,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lowlevel.batch.order import DataOrder
+from lowlevel.checkpoints.training_state import checkpoint_with_reference, restore_reference
 from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import PreparedData
@@ -170,9 +171,22 @@ class Reopened:
             raise CheckpointError(f'{self.folder.path}: loss "{spec.name}": its source is not the run\'s ({hashes})')
         return build_method(self.config, self.attention)
 
-    def load(self, adapter: Path | None) -> LoadedRun:
-        """The run for forward passes; `adapter` and errors as in `policy`. Reads no rows."""
+    def load_reference(self, policy: Policy, adapter: Path | None) -> None:
+        """Give a moving reference the weights that it had when the trained adapter was `adapter`; None: at the start.
+
+        Raises CheckpointError if they are gone.
+        """
+        if policy.moving is not None and adapter is not None:
+            restore_reference(policy, checkpoint_with_reference(self.folder.path, adapter))
+
+    def load(self, adapter: Path | None, *, reference: bool = False) -> LoadedRun:
+        """The run for forward passes; `adapter` and errors as in `policy`. Reads no rows.
+
+        `reference`: also for passes of a moving reference; errors as in `load_reference`.
+        """
         tokenizer, policy = load_run_tokenizer(self.config), self.policy(adapter)
+        if reference:
+            self.load_reference(policy, adapter)
         stages = [Stage("base", False, False)]
         if self.parent:
             stages.append(Stage("sft", True, False))
