@@ -1,8 +1,8 @@
 """Receives what the loop of a run reports: metrics, checkpoints, status, the bar, the callbacks, and the first step.
 
-In the first step of DPO with a fresh adapter B = 0, so the policy is its reference and every margin is exactly 0: both
-pass the same batch through the same layers and kernels. A base that is not deterministic, or another reference, would
-train on wrong margins without an error.
+In the first step of DPO or KTO with a fresh adapter B = 0, so the policy is its reference and every margin is exactly
+0: both pass the same batch through the same layers and kernels. A base that is not deterministic, or another reference,
+would train on wrong margins without an error.
 """
 
 from __future__ import annotations

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+import lowlevel.methods.kto
 from lowlevel.batch.layout import Shape
+from lowlevel.config.file import config_from_tables
+from lowlevel.errors import ConfigError
 from lowlevel.execution import Eager, WithFallback
 from lowlevel.loop import evaluate_examples, with_baseline
 from lowlevel.optim.loss_scale import LossScale
+from lowlevel.running.observer import check_first_step, starts_as_reference
 
 BOUND = 1e-6
 
@@ -148,3 +152,16 @@ def test_compiled_layers_give_the_same_step(tiny_base):
     result = helpers.step(policy, method, examples, execution=execution)
     assert result.loss == pytest.approx(expected, rel=1e-5) and result.metrics["kl"] > 0
     assert max(helpers.drifts(policy.flat.grad, gradient)) < 1e-4
+
+
+def test_a_first_step_with_another_reference_is_refused(tiny_base, monkeypatch):
+    """With a fresh adapter every log-ratio is exactly 0, that of the mismatched completions too."""
+    policy, examples = helpers.make_policy(tiny_base, randomize=False), helpers.labelled_examples()
+    config = config_from_tables({"method": "kto"}, "test")
+    result = helpers.step(policy, helpers.kto(2), examples)
+    assert starts_as_reference(config) and check_first_step(result, config, "fp32") is None
+    assert result.loss == 0.5 and result.metrics["kl"] == 0.0
+    plain = lowlevel.methods.kto.reference_token_logps
+    monkeypatch.setattr(lowlevel.methods.kto, "reference_token_logps", lambda *given: plain(*given) + 1e-3)
+    with pytest.raises(ConfigError, match="step 1: a fresh adapter's margins are not 0"):
+        check_first_step(helpers.step(policy, helpers.kto(2), examples), config, "fp32")
