@@ -31,6 +31,8 @@ KEYS = {
     "lora.lora_alpha": (12.5, {}),
     "lora.lora_dropout": (0.25, {}),
     "lora.target_modules": (["q_proj", "v_proj"], {}),
+    "lora.use_rslora": (True, {}),
+    "lora.loraplus_lr_ratio": (16.0, {}),
     "lora.init_from": ("out/older", {}),
     "data.source": ("rows.jsonl", {}),
     "data.split": ("test_sft", {}),

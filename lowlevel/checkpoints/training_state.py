@@ -48,7 +48,7 @@ def restore_state(
 ) -> TrainState:
     """Load weights and optimizer state from a verified checkpoint, and return its counters. Raises CheckpointError."""
     load_adapter_weights(policy.model, TRAINED, read_adapter_weights(path), str(path / WEIGHTS))
-    load_optimizer_tensors(optimizer, policy.flat.weights, load_file(path / "optimizer.safetensors"))
+    load_optimizer_tensors(optimizer, load_file(path / "optimizer.safetensors"))
     try:
         return TrainState.from_json(payload["state"])
     except (KeyError, TypeError) as error:

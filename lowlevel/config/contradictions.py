@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lowlevel.config.schema import RunConfig
 
 LARGEST_BATCH = 1_048_576  # examples a step
-ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules")  # with lora.init_from, the adapter has its own
+ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules", "use_rslora")  # with lora.init_from, the adapter has its own
 TRACE_DETAILS = ("level", "gradients")
 PLANNED = ("recomputed_layers", "micro_batch_positions", "dequantize_once")  # set by memory_budget
 PAIRS = ("preference", "hh", "orca")  # formats that only dpo has

@@ -34,6 +34,9 @@ OTHER_NAMES = {
     "model_name_or_path": "name",
     "loss": "loss_type",
 }
+REFUSED = {
+    "use_dora": "DoRA (arXiv 2402.09353) is not supported: the norms of W + B A need a dense product in each pass",
+}
 
 
 def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method: str | None = None) -> RunConfig:
@@ -151,6 +154,8 @@ def _parse_flag(section: str, key: str, text: str) -> object:
 def _describe(problem: Mapping[str, Any], where: str) -> str:
     location = [str(part) for part in problem["loc"]]
     name = quoted(".".join(location))
+    if problem["type"] == "extra_forbidden" and location[-1] in REFUSED:
+        return f"{where}: {name}: {REFUSED[location[-1]]}"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         near = [OTHER_NAMES[location[-1]]] if OTHER_NAMES.get(location[-1]) in known else []

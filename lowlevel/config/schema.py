@@ -91,6 +91,10 @@ class LoraConfig(Section):
     target_modules: Targets = Field(
         ALL_PROJECTIONS, min_length=1, description='linear layers with an adapter: names, "all-linear" or a pattern'
     )
+    use_rslora: bool = Field(False, description="rsLoRA (arXiv 2312.03732): update scale is lora_alpha / sqrt(r)")
+    loraplus_lr_ratio: Annotated[Finite, Field(gt=0)] | None = Field(
+        None, description="LoRA+ (arXiv 2402.12354): learning rate of B in units of train.learning_rate, A's; say 16"
+    )
     init_from: str | None = Field(None, description="run folder or PEFT adapter to continue training")
 
 

@@ -39,6 +39,7 @@ OBEYED = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 CHECKED = ("peft_type", "base_model_name_or_path")
 ABOUT = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")  # the writer, PEFT's wrapper class
 UNREAD = ("eva_config", "megatron_core", "qalora_group_size")  # before training; with megatron_config; with use_qalora
+NOT_PEFTS = {"init_from", "loraplus_lr_ratio"}  # keys of [lora] that are none of PEFT's LoraConfig
 # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the adapter's initial values from the base; MiCA freezes B.
 PLAIN: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
 
@@ -79,7 +80,7 @@ def build_policy(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     state = DropoutState()
     place_dropout(layers, lora.lora_dropout, state, placement.device)
-    flat = flatten({name: p for name, p in model.named_parameters() if f".{TRAINED}." in name})
+    flat = flatten({name: p for name, p in model.named_parameters() if f".{TRAINED}." in name}, lora.loraplus_lr_ratio)
     model.eval()  # no dropout or router noise in the base; the adapter's dropout only depends on its state
     host = HostInputs(placement.device) if offload else None
     decoder_layers = DecoderLayers(base, recomputed if gradient_checkpointing else 0, state, host)
@@ -133,7 +134,7 @@ def _new_config(base: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
     check_target_modules(base, lora.target_modules)
     targets = list(lora.target_modules)
     alone = targets[0] if len(targets) == 1 and stands_alone(targets[0]) else targets
-    settings = {**lora.model_dump(exclude={"init_from"}), "target_modules": alone}
+    settings = {**lora.model_dump(exclude=NOT_PEFTS), "target_modules": alone}
     return PeftLoraConfig(**settings, bias="none", task_type="CAUSAL_LM")
 
 

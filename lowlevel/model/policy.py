@@ -35,6 +35,7 @@ class FlatParameters:
 
     weights: nn.Parameter  # (n,) fp32, with a gradient (n,) fp32
     views: Mapping[str, nn.Parameter]  # the adapter's parameters, views of both
+    parts: tuple[tuple[nn.Parameter, float], ...]  # for the optimizer: views of both, and factors of the learning rate
 
     @property
     def grad(self) -> Tensor:
@@ -157,13 +158,19 @@ def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, d
             layer.lora_dropout[PARENT] = nn.Identity()
 
 
-def flatten(parameters: Mapping[str, nn.Parameter]) -> FlatParameters:
-    """Move parameters into one buffer and make them views of it. Raises ValueError: none, or one that is not fp32."""
+def flatten(parameters: Mapping[str, nn.Parameter], ratio: float | None = None) -> FlatParameters:
+    """Move parameters into one buffer and make them views of it. Raises ValueError: none, or one that is not fp32.
+
+    `ratio`: learning rate of every B relative to that of every A (LoRA+). All A then come before all B, so that each
+    kind is one contiguous part; without a ratio the order is the given one.
+    """
     if not parameters:
         raise ValueError("no trainable parameters")
     wrong = [name for name, parameter in parameters.items() if parameter.dtype != torch.float32]
     if wrong:
         raise ValueError(f"trainable parameters must be fp32, and {wrong[0]} is {parameters[wrong[0]].dtype}")
+    up = {name: parameter for name, parameter in parameters.items() if ratio is not None and ".lora_B." in name}
+    parameters = {name: parameter for name, parameter in parameters.items() if name not in up} | up
     weights = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()]))
     weights.grad = torch.zeros_like(weights)
     start = 0
@@ -172,4 +179,12 @@ def flatten(parameters: Mapping[str, nn.Parameter]) -> FlatParameters:
         parameter.data = weights.data[span].view_as(parameter)
         parameter.grad = weights.grad[span].view_as(parameter)
         start = span.stop
-    return FlatParameters(weights, dict(parameters))
+    if ratio is None:
+        return FlatParameters(weights, dict(parameters), ((weights, 1.0),))
+    parts = []
+    middle = weights.numel() - sum(parameter.numel() for parameter in up.values())
+    for span, factor in ((slice(0, middle), 1.0), (slice(middle, None), ratio)):
+        part = nn.Parameter(weights.data[span])
+        part.grad = weights.grad[span]
+        parts.append((part, factor))
+    return FlatParameters(weights, dict(parameters), tuple(parts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,33 +16,44 @@ from lowlevel.errors import CheckpointError
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
+FACTOR = "lr_factor"  # of a parameter group: its learning rate relative to that of the schedule
+GROUPS = ("flat", "flat_B")  # names of the groups in a checkpoint
 
 
-def build_optimizer(weights: nn.Parameter, config: TrainConfig) -> Optimizer:
-    """One optimizer over one flat parameter; torch's memory statistics do not count paged (managed) state."""
+def build_optimizer(
+    weights: nn.Parameter, config: TrainConfig, parts: Sequence[tuple[nn.Parameter, float]] = ()
+) -> Optimizer:
+    """One optimizer over one flat parameter; torch's memory statistics do not count paged (managed) state.
+
+    `parts`: views that make up `weights`, each with a factor of the learning rate; by default all has one rate.
+    """
+    groups = [
+        {"params": [part], "lr": config.learning_rate * factor, FACTOR: factor}
+        for part, factor in parts or ((weights, 1.0),)
+    ]
     settings: dict[str, Any] = {"betas": BETAS, "eps": EPSILON, "weight_decay": config.weight_decay}
-    settings["lr"] = config.learning_rate
     if config.optim == "adamw":
-        return torch.optim.AdamW([weights], **settings)
+        return torch.optim.AdamW(groups, **settings)
     import bitsandbytes as bnb
 
     kinds = {"paged_adamw_32bit": bnb.optim.PagedAdamW32bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Pp]aged.*")  # a CPU has no device memory to page from
-        optimizer: Any = kinds[config.optim]([weights], **settings)
+        optimizer: Any = kinds[config.optim](groups, **settings)
         # Allocate the state now, so that checkpoints are copied into it and paged memory stays paged. `load_state_dict`
         # of bitsandbytes 0.50 would replace it with ordinary device tensors.
         optimizer.check_overrides()
         optimizer.to_gpu()
         optimizer.initialized = True
-        optimizer.init_state(optimizer.param_groups[0], weights, 0, 0)
+        for number, group in enumerate(optimizer.param_groups):
+            optimizer.init_state(group, group["params"][0], number, 0)
     return optimizer
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of the next step."""
+    """Set the learning rate of the next step, in each group times its own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(FACTOR, 1.0)
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -56,25 +67,31 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Copies of the optimizer's state on the CPU, "flat::<name>"; step counts become int64 tensors."""
-    (state,) = optimizer.state.values() or ({},)
+    """Copies of the optimizer's state on the CPU, "flat::<name>"; step counts become int64 tensors.
+
+    With LoRA+, "flat" is the state of every A and "flat_B" that of every B.
+    """
+    states = [optimizer.state.get(group["params"][0], {}) for group in optimizer.param_groups]
     return {
-        f"flat::{name}": (value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else torch.tensor(value))
+        f"{group}::{name}": (value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else torch.tensor(value))
+        for group, state in zip(GROUPS, states, strict=False)
         for name, value in state.items()
     }
 
 
-def load_optimizer_tensors(optimizer: Optimizer, weights: nn.Parameter, saved: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
     """Restore `optimizer_tensors` in place. Raises CheckpointError if names, shapes or dtypes differ."""
+    parts = [group["params"][0] for group in optimizer.param_groups]
     if isinstance(optimizer, torch.optim.AdamW) and not optimizer.state:
-        zeros = {name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[weights] = {"step": torch.tensor(0.0), **zeros}
-    state = optimizer.state[weights]
-    names = {f"flat::{name}" for name in state}
-    if names != saved.keys():
-        raise CheckpointError(f"optimizer state: tensors differ: {', '.join(sorted(names ^ saved.keys())[:5])}")
-    for name, value in state.items():
-        tensor = saved[f"flat::{name}"]
+        for part in parts:
+            zeros = {name: torch.zeros_like(part) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[part] = {"step": torch.tensor(0.0), **zeros}
+    own = {f"{group}::{name}": (optimizer.state[part], name)
+           for group, part in zip(GROUPS, parts, strict=False) for name in optimizer.state[part]}  # fmt: skip
+    if own.keys() != saved.keys():
+        raise CheckpointError(f"optimizer state: tensors differ: {', '.join(sorted(own.keys() ^ saved.keys())[:5])}")
+    for key, (state, name) in own.items():
+        value, tensor = state[name], saved[key]
         if isinstance(value, Tensor):
             if value.shape != tensor.shape or value.dtype != tensor.dtype:
                 raise CheckpointError(f"optimizer state {name}: {tuple(tensor.shape)} {tensor.dtype} does not fit")

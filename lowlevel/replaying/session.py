@@ -104,7 +104,7 @@ def open_session(opened: Reopened, step: int, *, start: int | None = None) -> Se
     step_examples(config, inputs.data, step)  # refuses a step beyond the run's last
     policy = opened.policy(training=True)
     _check_identity(opened, identity(config, inputs, policy, opened.manifest["base"]["sha256"]))
-    optimizer = build_optimizer(policy.flat.weights, config.train)
+    optimizer = build_optimizer(policy.flat.weights, config.train, policy.flat.parts)
     state = TrainState(LossScale.for_precision(inputs.placement.precision))
     found: tuple[Path, dict[str, Any]] | None = None  # the start of the run
     if start is None:

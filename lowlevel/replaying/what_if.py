@@ -100,7 +100,7 @@ def _outcome(session: Session, config: RunConfig) -> tuple[dict[str, float], Ten
         with torch.no_grad():
             weights.copy_(before)
         if state:
-            load_optimizer_tensors(optimizer, weights, state)
+            load_optimizer_tensors(optimizer, state)
         else:
             optimizer.state.clear()
         session.policy.layers.use(compiled=session.compiled)

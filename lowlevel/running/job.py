@@ -57,7 +57,7 @@ def build_job(config: RunConfig, inputs: Inputs) -> Job:
     """Load the model and build the other parts."""
     order = DataOrder.of(config, len(inputs.data.train))
     policy = build_run_policy(config, inputs)
-    optimizer = build_optimizer(policy.flat.weights, config.train)
+    optimizer = build_optimizer(policy.flat.weights, config.train, policy.flat.parts)
     manifest = identity(config, inputs, policy, base_sha256(policy.model))
     origin = {"identity": manifest, "versions": versions(inputs.placement)}
     method = build_method(config, inputs.attention)

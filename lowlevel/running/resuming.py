@@ -51,6 +51,7 @@ FIXED = {
     "method": "sft and dpo have different counters and metrics",
     "lora.r": "the saved adapter has another shape",
     "lora.target_modules": "the saved adapter has other layers",
+    "lora.loraplus_lr_ratio": "with or without it, the saved optimizer state has another order",
     "train.optim": "the saved optimizer state is of another kind",
     "trainable_parameters": "the saved adapter has another shape",
     "base.dtype": "the saved loss scale belongs to another precision",

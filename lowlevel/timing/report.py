@@ -71,7 +71,7 @@ def time_run(config: RunConfig, console: Console, *, steps: int, json_file: Path
 
 def _build(config: RunConfig, inputs: Inputs) -> TimedRun:
     policy = build_run_policy(config, inputs)
-    optimizer = build_optimizer(policy.flat.weights, config.train)
+    optimizer = build_optimizer(policy.flat.weights, config.train, policy.flat.parts)
     dequantize_as_set(policy, config.train.dequantize_once)
     examples = inputs.data.train
     order = DataOrder.of(config, len(examples))

@@ -163,7 +163,7 @@ def test_optimizer_state_is_paged_also_after_restoring(optim):
         optimizer.step()
     saved = optimizer_tensors(optimizer)
     again = build_optimizer(weights, config)
-    load_optimizer_tensors(again, weights, saved)
+    load_optimizer_tensors(again, saved)
     state = again.state[weights]
     assert state["state1"].is_paged and state["state2"].is_paged
     restored = optimizer_tensors(again)

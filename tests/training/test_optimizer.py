@@ -123,7 +123,7 @@ def test_state_survives_a_file_bit_for_bit(kind):
     restored = flatten(random_parameters())
     restored.weights.data.copy_(flat.weights.data)
     other = build_optimizer(restored.weights, config)
-    load_optimizer_tensors(other, restored.weights, load(data))
+    load_optimizer_tensors(other, load(data))
     assert save(optimizer_tensors(other)) == data
     take_steps(optimizer, flat, 5, 5)
     assert save(optimizer_tensors(optimizer)) != data, "what was saved is a copy"
@@ -147,7 +147,7 @@ def test_state_that_does_not_fit_is_refused(kind):
 
     def load_into_a_new_one(tensors):
         target = flatten(random_parameters())
-        load_optimizer_tensors(build_optimizer(target.weights, TrainConfig(optim=kind)), target.weights, tensors)
+        load_optimizer_tensors(build_optimizer(target.weights, TrainConfig(optim=kind)), tensors)
 
     load_into_a_new_one(saved)
     for broken in (
