@@ -172,6 +172,7 @@ def train(
             details=details,
         )
         state.record(result, time.perf_counter() - started)
+        execution.policy.move_reference(state.step)
         observer.progress(state, result)
         last = state.step == total_steps
         if state.step % config.logging_steps == 0 or last:

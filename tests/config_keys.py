@@ -91,6 +91,8 @@ KEYS = {
     "dpo.dpop_lambda": (50.0, PREFERENCES),
     "dpo.rpo_alpha": (1.0, PREFERENCES),
     "dpo.disable_dropout": (False, PREFERENCES),
+    "dpo.ref_model_sync_steps": (64, PREFERENCES),
+    "dpo.ref_model_mixup_alpha": (0.5, {**PREFERENCES, "dpo": {"ref_model_sync_steps": 64}}),
     "dpo.reference_cache": ("out/reference", PREFERENCES),
     "kto.beta": (0.2, KTO),
     "kto.desirable_weight": (1.5, KTO),

@@ -15,9 +15,16 @@ from safetensors.torch import load_file, save_file
 from lowlevel.checkpoints.checkpoint import save_checkpoint
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import CheckpointError
-from lowlevel.model.adapters import WEIGHTS, load_adapter_weights, read_adapter_weights, save_adapter
+from lowlevel.model.adapters import (
+    REFERENCE_WEIGHTS,
+    WEIGHTS,
+    adapter_tensors,
+    load_adapter_weights,
+    read_adapter_weights,
+    save_adapter,
+)
 from lowlevel.model.base import public_name
-from lowlevel.model.policy import TRAINED, Policy
+from lowlevel.model.policy import REFERENCE, TRAINED, Policy
 from lowlevel.optim.optimizer import load_optimizer_tensors, optimizer_tensors
 from lowlevel.optim.train_state import TrainState
 
@@ -38,6 +45,8 @@ def save_state(
     def write_files(target: Path) -> None:
         save_adapter(policy.model, TRAINED, target, public_name(config.model.name))
         save_file(optimizer_tensors(optimizer), target / "optimizer.safetensors")
+        if policy.moving is not None:
+            save_file(adapter_tensors(policy.model, REFERENCE), target / REFERENCE_WEIGHTS)
 
     payload = {"state": state.to_json(), **origin}
     save_checkpoint(run_dir, state.step, write_files, payload, keep=config.train.save_total_limit)
@@ -47,9 +56,20 @@ def restore_state(
     policy: Policy, optimizer: torch.optim.Optimizer, path: Path, payload: Mapping[str, Any]
 ) -> TrainState:
     """Load weights and optimizer state from a verified checkpoint, and return its counters. Raises CheckpointError."""
+    if (policy.moving is not None) != (path / REFERENCE_WEIGHTS).exists():
+        has = "no moving reference" if policy.moving else "a moving reference"
+        raise CheckpointError(f"{path} holds {has}: dpo.ref_model_sync_steps cannot be set or removed when resuming")
     load_adapter_weights(policy.model, TRAINED, read_adapter_weights(path), str(path / WEIGHTS))
+    restore_reference(policy, path)
     load_optimizer_tensors(optimizer, load_file(path / "optimizer.safetensors"))
     try:
         return TrainState.from_json(payload["state"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its counters are from another version: {error}") from None
+
+
+def restore_reference(policy: Policy, path: Path) -> None:
+    """Load a moving reference from a verified checkpoint. Raises CheckpointError."""
+    if policy.moving is not None:
+        tensors = read_adapter_weights(path, REFERENCE_WEIGHTS)
+        load_adapter_weights(policy.model, REFERENCE, tensors, str(path / REFERENCE_WEIGHTS))

@@ -30,6 +30,7 @@ def contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
         *_sources(config, given),
         *_train(config, given),
         *_trace(config, given),
+        *_reference(config),
     ]
     return [message for wrong, message in checks if wrong]
 
@@ -78,6 +79,15 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
         (needed_mode, f'model.adapter_mode = "{mode}" needs model.adapter'),
         (not model.load_in_4bit and quantisation, "model.bnb_4bit_* keys need model.load_in_4bit = true"),
         *((continued and f"lora.{key}" in given, f"lora.{key} comes from lora.init_from") for key in ADAPTER_SHAPE),
+    ]
+
+
+def _reference(config: RunConfig) -> list[Check]:
+    dpo = config.dpo
+    moves, cached = dpo.ref_model_sync_steps is not None, dpo.reference_cache is not None
+    return [
+        (not moves and dpo.ref_model_mixup_alpha is not None, "dpo.ref_model_mixup_alpha needs ref_model_sync_steps"),
+        (moves and cached, "dpo.reference_cache is for a reference that stays: leave it out or ref_model_sync_steps"),
     ]
 
 

@@ -225,6 +225,12 @@ class DPOConfig(Section):
     orpo_lambda: NotNegative | None = Field(None, description="orpo: weight of the odds term (0.1)")
     cpo_alpha: NotNegative | None = Field(None, description="cpo, cpo_sum: NLL weight (1)")
     disable_dropout: bool = Field(True, description="policy pass without dropout, as in TRL and the original code")
+    ref_model_sync_steps: Positive | None = Field(
+        None, description="TR-DPO (arXiv 2404.09656): after every N steps the reference moves towards the policy"
+    )
+    ref_model_mixup_alpha: Annotated[Finite, Field(gt=0, le=1)] | None = Field(
+        None, description="TR-DPO: share of the policy in the moved reference, 1: a copy of the policy; default 0.6"
+    )
     reference_cache: str | None = Field(None, description="folder that keeps reference log-probabilities for reuse")
 
 

@@ -57,14 +57,14 @@ def inspect_run(
     else:
         assert step is not None
         examples, subject = step_examples(config, data, step), f"step {step}"
-    run = opened.load(weights.adapter)
+    run = opened.load(weights.adapter, reference=True)
     pairs = inspect_pairs(run.policy, run.method, examples) if isinstance(run.method, DPO) else ()
     sequences = inspect_sequences(run.policy, run.method, examples) if isinstance(run.method, SFT) else ()
     labelled = inspect_labelled(run.policy, run.method, examples) if isinstance(run.method, KTO) else ()
     return Inspection(
         run=folder.path.resolve().name,
         subject=subject,
-        weights=weights.line,
+        weights=f"{weights.line}; the moving reference as it was then" if run.policy.moving else weights.line,
         logged=logged_loss(folder.read_metrics(), step, config) if step is not None else None,
         pieces=TokenPieces(run.tokenizer),
         method=run.method,

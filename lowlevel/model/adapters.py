@@ -25,13 +25,15 @@ from lowlevel.model.dropout import DropoutState
 from lowlevel.model.files import is_finite, read_json_object, refuse_pickles
 from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.linear import install_side_by_side
+from lowlevel.model.moving_reference import Following
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import PARENT, TRAINED, Policy, flatten, place_dropout
+from lowlevel.model.policy import PARENT, REFERENCE, TRAINED, Policy, flatten, moving_reference, place_dropout
 from lowlevel.model.suitability import check_base
 from lowlevel.model.targets import linear_layers, matched
 
 WEIGHTS = "adapter_model.safetensors"
+REFERENCE_WEIGHTS = "reference.safetensors"  # in checkpoints: a moving reference, with the names of WEIGHTS
 ADAPTER_CONFIG = "adapter_config.json"
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 # Keys of adapter_config.json. Every variant of LoRA adds one, so a key that is not listed must be null, false or empty.
@@ -56,6 +58,7 @@ def build_policy(
     attention: Attention = MASKED,
     recomputed: int | None = None,
     offload: bool = False,
+    following: Following | None = None,
 ) -> Policy:
     """Attach the adapter to train to a base from `load_base`.
 
@@ -66,6 +69,7 @@ def build_policy(
         init_from: PEFT folder whose sizes and weights the trained adapter starts from.
         recomputed: with gradient checkpointing, how many layers are recomputed; None: all of them.
         offload: keep the inputs of these layers in host memory.
+        following: give the policy a moving reference.
 
     Raises:
         ConfigError: target modules that match no layer, or the LM head; an unsupported base.
@@ -75,7 +79,7 @@ def build_policy(
     # length is not a multiple of 128 (benchmarks/attention_nan.py).
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(seed)
-    model = _attach(base, lora, parent, init_from)
+    model = _attach(base, lora, parent, init_from, moving=following is not None)
     install_side_by_side(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     state = DropoutState()
@@ -85,17 +89,22 @@ def build_policy(
     host = HostInputs(placement.device) if offload else None
     decoder_layers = DecoderLayers(base, recomputed if gradient_checkpointing else 0, state, host)
     adapted = tuple(layers.values())
-    policy = Policy(model, flat, placement, state, adapted, parent is not None, attention, decoder_layers)
+    moving = moving_reference(model, flat, following) if following else None
+    policy = Policy(model, flat, placement, state, adapted, parent is not None, attention, decoder_layers, moving)
     policy.activate(parent=True, trained=True)
     check_base(policy)
     return policy
 
 
-def _attach(base: PreTrainedModel, lora: LoraConfig, parent: Path | None, init_from: Path | None) -> PeftModel:
+def _attach(
+    base: PreTrainedModel, lora: LoraConfig, parent: Path | None, init_from: Path | None, *, moving: bool
+) -> PeftModel:
     folder = init_from
     config, layers = read_adapter_config(init_from) if init_from else _new_config(base, lora), linear_layers(base)
     try:
         model: Any = get_peft_model(base, _expanded(config, layers), adapter_name=TRAINED, autocast_adapter_dtype=True)
+        if moving:  # not before the trained one, whose random numbers must not change
+            model.add_adapter(REFERENCE, _expanded(config, layers))
         if parent:
             folder = parent
             model.add_adapter(PARENT, _expanded(read_adapter_config(parent), layers))
@@ -189,10 +198,10 @@ def _within(value: Any, low: float, high: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
-def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+def read_adapter_weights(folder: Path, file: str = WEIGHTS) -> dict[str, Tensor]:
     """Tensors of a PEFT folder by PEFT's keys. Raises CheckpointError: pickles, other dtypes, values not finite."""
     refuse_pickles(folder, "adapter")
-    path = folder / WEIGHTS
+    path = folder / file
     try:
         tensors = load_file(path)
     except (FileNotFoundError, SafetensorError, OSError) as error:
@@ -227,9 +236,14 @@ def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter
     return {name.replace(marker, "."): p for name, p in model.named_parameters() if ".lora_" in name and marker in name}
 
 
+def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """Copies of `adapter_parameters` on the CPU."""
+    return {k: p.detach().to("cpu", copy=True).contiguous() for k, p in adapter_parameters(model, adapter).items()}
+
+
 def save_adapter(model: PeftModel, adapter: str, folder: Path, base_name: str, revision: str | None = None) -> None:
     """Write an adapter for `PeftModel.from_pretrained`: fp32 safetensors, and adapter_config.json naming its base."""
-    tensors = {k: p.detach().to("cpu", copy=True).contiguous() for k, p in adapter_parameters(model, adapter).items()}
+    tensors = adapter_tensors(model, adapter)
     base = {"base_model_name_or_path": base_name, "revision": revision}
     write_adapter(folder, tensors, {**model.peft_config[adapter].to_dict(), **base})
 

@@ -29,6 +29,7 @@ from lowlevel.kernels import chunk_rows
 from lowlevel.losses import loss_spec
 from lowlevel.model.adapters import read_adapter_config
 from lowlevel.model.base import empty_model
+from lowlevel.model.moving_reference import Following
 from lowlevel.model.placement import DTYPES, Placement
 from lowlevel.model.quantisation import stored_quantisation
 from lowlevel.model.sizes import head_size, size_of, unsupported
@@ -175,7 +176,7 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
             "base weights": quantised // 2 + (shape.linear - quantised) * size,
             "quantisation constants": constants,
             "embeddings, LM head, norms": other * size,
-            "adapters": (shape.trained + shape.frozen) * 4,
+            "adapters": (shape.trained * (1 + (Following.of(config) is not None)) + shape.frozen) * 4,
             "gradient": shape.trained * 4,
             "cuBLAS workspaces": WORKSPACES * workspace_bytes(FIXED[0] if config.train.deterministic else SMALL),
         },

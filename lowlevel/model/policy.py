@@ -1,6 +1,7 @@
 """The policy: a frozen base, an optional frozen adapter (the parent), and the trained adapter.
 
-The reference is the same model with the trained adapter switched off.
+The reference is the same model with the trained adapter switched off; a moving one (moving_reference.py) has an adapter
+of its own in its place.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from lowlevel.model.attention_choice import Attention
 from lowlevel.model.dropout import CounterDropout, DropoutState
 from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.linear import quantised_state
+from lowlevel.model.moving_reference import Following, MovingReference
 from lowlevel.model.placement import Placement
 
 TRAINED = "trained"  # the adapter in training
 PARENT = "parent"  # the frozen adapter that it is stacked on
+REFERENCE = "reference"  # the adapter of a moving reference
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Policy:
     has_parent: bool
     attention: Attention
     layers: DecoderLayers
+    moving: MovingReference | None = None
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -91,12 +95,12 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Switch to the frozen reference within the block: trained adapter off, dropout off, no gradient.
+        """Switch to the reference within the block: trained adapter off, dropout off, no gradient.
 
         PEFT 0.21's `disable_adapter()` also turns the parent off, and sets `requires_grad` on every adapter weight.
         """
         keys, self.dropout.token_keys = self.dropout.token_keys, None
-        self.activate(parent=True, trained=False)
+        self.activate(parent=True, trained=False, reference=self.moving is not None)
         try:
             with torch.no_grad():
                 yield
@@ -104,9 +108,14 @@ class Policy:
             self.activate(parent=True, trained=True)
             self.dropout.token_keys = keys
 
-    def activate(self, *, parent: bool, trained: bool) -> None:
+    def move_reference(self, step: int) -> None:
+        """After `step` updates: let a moving reference follow, if it is due."""
+        if self.moving is not None:
+            self.moving.follow(self.flat.weights, step)
+
+    def activate(self, *, parent: bool, trained: bool, reference: bool = False) -> None:
         """Choose the adapters of a forward pass. Only the trained one receives gradients."""
-        names = [PARENT] * (parent and self.has_parent) + [TRAINED] * trained
+        names = [PARENT] * (parent and self.has_parent) + [TRAINED] * trained + [REFERENCE] * reference
         for layer in self.lora_layers:
             layer.set_adapter(names, inference_mode=True)
         for parameter in self.flat.views.values():
@@ -149,13 +158,13 @@ def dequantize_once(policy: Policy) -> None:
 
 
 def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, device: torch.device) -> None:
-    """Replace the trained adapter's `lora_dropout` by `CounterDropout`; the parent gets no dropout."""
+    """Replace the trained adapter's `lora_dropout` by `CounterDropout`; the other adapters get no dropout."""
     for salt, name in enumerate(sorted(layers)):
         layer = layers[name]
         features = cast(int, layer.in_features)
         layer.lora_dropout[TRAINED] = CounterDropout(p, salt, features, state, device) if p > 0 else nn.Identity()
-        if PARENT in layer.lora_dropout:
-            layer.lora_dropout[PARENT] = nn.Identity()
+        for other in layer.lora_dropout.keys() - {TRAINED}:
+            layer.lora_dropout[other] = nn.Identity()
 
 
 def flatten(parameters: Mapping[str, nn.Parameter], ratio: float | None = None) -> FlatParameters:
@@ -188,3 +197,15 @@ def flatten(parameters: Mapping[str, nn.Parameter], ratio: float | None = None) 
         part.grad = weights.grad[span]
         parts.append((part, factor))
     return FlatParameters(weights, dict(parameters), tuple(parts))
+
+
+def moving_reference(model: nn.Module, flat: FlatParameters, following: Following) -> MovingReference:
+    """The start of a moving reference: A of the trained adapter and B = 0, in the model's adapter `REFERENCE`."""
+    parameters, weights, start = dict(model.named_parameters()), flat.weights.detach().clone(), 0
+    for name, view in flat.views.items():
+        span = slice(start, start + view.numel())
+        if ".lora_B." in name:
+            weights[span] = 0.0
+        parameters[name.replace(f".{TRAINED}.", f".{REFERENCE}.")].data = weights[span].view_as(view)
+        start = span.stop
+    return MovingReference(weights, following)

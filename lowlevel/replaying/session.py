@@ -66,6 +66,7 @@ class Session:
         started = time.perf_counter()
         result = take_step(self, self.config, self.execution, self.state.loss_scale)
         self.state.record(result, time.perf_counter() - started)
+        self.policy.move_reference(self.state.step)
         return result
 
     def close_window(self, rate: float) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def look_at_displaced(opened: Reopened, tables: PairTables | None, limit: int) -
         rows = [row["row"] for row in tables.lowest[:limit]]
         examples = [example_of_row(config, tokenizer, data, row) for row in rows]
         origin = f"with the lowest chosen log-ratios of steps {tables.first} to {tables.last}"
-    run = opened.load(weights.adapter)
+    run = opened.load(weights.adapter, reference=True)
     assert isinstance(run.method, DPO)
     records = inspect_pairs(run.policy, run.method, examples)
     return displaced_pairs(records, TokenPieces(run.tokenizer), weights=weights.line, origin=origin, limit=limit)

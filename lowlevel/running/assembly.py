@@ -28,6 +28,7 @@ from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attent
 from lowlevel.model.base import empty_model, load_base, load_model_config, load_stored, public_name, resolve_name
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
+from lowlevel.model.moving_reference import Following
 from lowlevel.model.offload import TIED, move_embeddings_to_host
 from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
@@ -246,6 +247,7 @@ def load_policy(
             recomputed=config.train.recomputed_layers,
             offload=config.train.offload_activations,
             attention=attention,
+            following=Following.of(config),
         )
 
 
@@ -256,6 +258,9 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) 
     quantisation |= {"prequantised": True} if load_stored(model) else {}
     parent = adapter_sha256(inputs.parent) if inputs.parent else None
     evaluation, own_loss = inputs.data.report.evaluation, run_loss(config).sha256
+    reference = "base + parent adapter" if parent else "base"
+    if following := Following.of(config):
+        reference = f"moving reference, at first {reference}; {following}"
     return {
         "method": config.method,
         **({"loss_sha256": own_loss} if own_loss else {}),
@@ -269,7 +274,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) 
             **({"merged_adapter": inputs.merged_adapter} if inputs.merged_adapter else {}),
         },
         "parent_adapter": parent,
-        "reference": None if not dpo.reads_reference(config) else ("base + parent adapter" if parent else "base"),
+        "reference": reference if dpo.reads_reference(config) else None,
         "trainable_parameters": policy.flat.weights.numel(),
         "data_sha256": inputs.data.report.train.fingerprint,
         "evaluation_sha256": evaluation.fingerprint if evaluation else None,

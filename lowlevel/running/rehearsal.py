@@ -15,7 +15,7 @@ from bitsandbytes.nn import Params4bit
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.execution import WithFallback
 from lowlevel.methods import Method
-from lowlevel.model.policy import Policy
+from lowlevel.model.policy import REFERENCE, Policy
 
 PASSES = 2  # the first compiles or warms up, the second is like all later ones
 
@@ -68,14 +68,16 @@ def _phases(policy: Policy, method: Method, batch: PackedBatch) -> dict[str, Any
 
 def components(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes allocated outside a step, by kind."""
-    sizes = {"base weights": 0, "quantisation constants": 0, "embeddings, LM head, norms": 0, "frozen adapter": 0}
+    sizes = {"base weights": 0, "quantisation constants": 0, "embeddings, LM head, norms": 0}
+    sizes |= {"frozen adapter": 0, "moving reference": 0}
     for name, parameter in policy.model.named_parameters():
         if isinstance(parameter, Params4bit):
             sizes["base weights"] += parameter.nbytes
             constants = parameter.quant_state.as_dict(packed=False).values()
             sizes["quantisation constants"] += sum(c.nbytes for c in constants if isinstance(c, torch.Tensor))
         elif ".lora_" in name:
-            sizes["frozen adapter"] += 0 if name in policy.flat.views else parameter.nbytes
+            other = "moving reference" if f".{REFERENCE}." in name else "frozen adapter"
+            sizes[other] += 0 if name in policy.flat.views else parameter.nbytes
         elif ".base_layer." in name:
             sizes["base weights"] += parameter.nbytes
         elif parameter.device == policy.placement.device:

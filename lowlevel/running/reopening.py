@@ -16,13 +16,15 @@ from typing import Any
 import torch
 
 from lowlevel.batch.order import DataOrder
+from lowlevel.checkpoints.checkpoint import checkpoints
+from lowlevel.checkpoints.training_state import restore_reference
 from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.methods import Method
-from lowlevel.model.adapters import adapter_sha256
+from lowlevel.model.adapters import REFERENCE_WEIGHTS, adapter_sha256
 from lowlevel.model.attention_choice import Attention, choose_attention
 from lowlevel.model.base import base_sha256, load_model_config
 from lowlevel.model.placement import DTYPES, Placement, choose_placement, dtype_name
@@ -170,9 +172,28 @@ class Reopened:
             raise CheckpointError(f'{self.folder.path}: loss "{spec.name}": its source is not the run\'s ({hashes})')
         return build_method(self.config, self.attention)
 
-    def load(self, adapter: Path | None) -> LoadedRun:
-        """The run for forward passes; `adapter` and errors as in `policy`. Reads no rows."""
+    def load_reference(self, policy: Policy, adapter: Path | None) -> None:
+        """Give a moving reference the weights that it had when the trained adapter was `adapter`; None: at the start.
+
+        Raises CheckpointError if they are gone: only checkpoints hold them, not the final adapter.
+        """
+        if policy.moving is None or adapter is None:
+            return
+        places, weights = [adapter, *checkpoints(self.folder.path)], adapter_sha256(adapter)
+        for place in places:
+            if (place / REFERENCE_WEIGHTS).exists() and adapter_sha256(place) == weights:
+                restore_reference(policy, place)
+                return
+        raise CheckpointError(f"{adapter}: the moving reference of its step is in no checkpoint of {self.folder.path}")
+
+    def load(self, adapter: Path | None, *, reference: bool = False) -> LoadedRun:
+        """The run for forward passes; `adapter` and errors as in `policy`. Reads no rows.
+
+        `reference`: also for passes of a moving reference; errors as in `load_reference`.
+        """
         tokenizer, policy = load_run_tokenizer(self.config), self.policy(adapter)
+        if reference:
+            self.load_reference(policy, adapter)
         stages = [Stage("base", False, False)]
         if self.parent:
             stages.append(Stage("sft", True, False))

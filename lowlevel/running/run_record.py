@@ -96,6 +96,7 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
         console.print(f"  warning    {line}", markup=False, highlight=False)
     if config.has_reference:
         reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
+        reference += f", moving: {policy.moving.following}" if policy.moving else ""
         reference = reference if reads_reference(config) else "none"
         console.print(f"  reference  {reference}; {config.loss_line}", markup=False)
 

@@ -132,3 +132,9 @@ def by_side(scores: list[HeadScores]) -> list[list[Tensor]]:
 def flat64(subject: Subject) -> Tensor:
     """The trained adapter's weights (n,) float64 on the CPU."""
     return subject.policy.flat.weights.detach().to("cpu", torch.float64)
+
+
+def reference64(subject: Subject) -> Tensor | None:
+    """The same of a moving reference; None for the reference without a trained adapter."""
+    moving = subject.policy.moving
+    return None if moving is None else moving.weights.to("cpu", torch.float64)

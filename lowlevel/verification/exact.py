@@ -75,7 +75,10 @@ class ExactModel:
     parent: dict[str, Update]
 
     def weights(self, flat: Tensor | None) -> dict[str, Tensor]:
-        """Merged weights by name: with the trained adapter at `flat` (n,) float64, or without it (the reference)."""
+        """Merged weights by name: with the trained adapter at `flat` (n,) float64, or without it.
+
+        A moving reference is the trained adapter at other weights.
+        """
         merged = dict(self.fixed)
         for updates in (self.parent, self.trained if flat is not None else {}):
             for name, update in updates.items():

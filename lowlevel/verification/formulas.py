@@ -78,8 +78,8 @@ def tokens_of(logps: Logps) -> tuple[Tensor, Tensor | None]:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), without overflow."""
-    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+    """log(1 + e^x), without overflow, and with the slope 1/2 at exactly 0."""
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def exact_losses(logps: Logps, config: RunConfig) -> Tensor:

@@ -11,7 +11,7 @@ from lowlevel import kernels
 from lowlevel.losses import token_logps_reference
 from lowlevel.methods.kto import KTO
 from lowlevel.verification.check import Check, check, head_bound, largest, relative
-from lowlevel.verification.evidence import Evidence, by_side, flat64, head_scores_of, mean_logratio
+from lowlevel.verification.evidence import Evidence, by_side, flat64, head_scores_of, mean_logratio, reference64
 from lowlevel.verification.formulas import exact_losses, gradients, logps_of, slopes, tokens_of, with_tokens
 from lowlevel.verification.subject import Subject, kept_weights
 from lowlevel.verification.truth import sequences_of
@@ -119,7 +119,8 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     assert evidence.model is not None
     model, sequences = evidence.model, evidence.sequences[: evidence.exact]
     with torch.no_grad():
-        reference = model.examples(None, sequences) if evidence.reference is not None else None
+        has_reference = evidence.reference is not None
+        reference = model.examples(reference64(subject), sequences) if has_reference else None
     values = subject.values(examples)
     if isinstance(subject.method, KTO):
         others = [sequences_of(example, False) for example in subject.method.mismatched(examples)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowlevel.losses import LabelledLogps, PairLogps, TokenLogps
 from lowlevel.verification.check import Check, check, head_bound, largest
-from lowlevel.verification.evidence import Evidence, flat64
+from lowlevel.verification.evidence import Evidence, flat64, reference64
 from lowlevel.verification.formulas import exact_losses
 from lowlevel.verification.subject import Subject
 from lowlevel.verification.truth import HeadScores
@@ -97,7 +97,7 @@ def _forward_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     sequences = evidence.sequences[: evidence.exact]
     models: list[tuple[str, Tensor | None, list[HeadScores]]] = [("policy", flat64(subject), evidence.policy)]
     if evidence.reference is not None:
-        models.append(("reference", None, evidence.reference))
+        models.append(("reference", reference64(subject), evidence.reference))
     checks = []
     for name, flat, scores in models:
         with torch.no_grad():

@@ -15,7 +15,7 @@ from lowlevel.model.policy import PARENT, Policy
 from lowlevel.running.assembly import Inputs, build_method, build_run_policy, check_start, choose_execution
 from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.verification.report import Report, run_checks
-from lowlevel.verification.subject import Subject
+from lowlevel.verification.subject import Subject, without_effect
 
 EXACT_PARAMETERS = 500_000_000
 
@@ -28,6 +28,7 @@ class Opened:
     inputs: Inputs
     weights: str
     run: Reopened | None = None  # None: the start of a run
+    adapter: Path | None = None  # of a run: the folder of these weights; None: its start
 
 
 def open_start(config: RunConfig, scratch: Path) -> Opened:
@@ -47,7 +48,7 @@ def open_run(run: Reopened) -> Opened:
         line = "final adapter"
     else:
         line = f"{adapter.name}, the newest checkpoint: the run has not finished"
-    return Opened(run.config, run.inputs(adapter), line, run)
+    return Opened(run.config, run.inputs(adapter), line, run, adapter)
 
 
 def verify_run(opened: Reopened | Opened, *, step: int = 1, exact_parameters: int = EXACT_PARAMETERS) -> Report:
@@ -67,13 +68,14 @@ def verify_run(opened: Reopened | Opened, *, step: int = 1, exact_parameters: in
     examples = step_examples(opened.config, opened.inputs.data, step)
     with deterministic_mode(opened.config.train.deterministic):
         subject = make_subject(opened, examples, step - 1, exact_parameters)
-        placement = subject.policy.placement
+        placement, moving = subject.policy.placement, subject.policy.moving
+        equal = opened.adapter is not None and moving is not None and without_effect(subject.policy)
         return Report(
             method=subject.config.method,
             loss=subject.spec.name,
             step=step,
             data_rows=[example.row for example in subject.examples],
-            weights=opened.weights,
+            weights=opened.weights + "; its moving reference equals it, so checks use a random B" * equal,
             device=str(placement.device),
             precision=placement.precision,
             execution=subject.mode,
@@ -86,6 +88,8 @@ def make_subject(opened: Opened, examples: Sequence[Any], step: int, exact_param
     config, inputs = opened.config, opened.inputs
     policy = build_run_policy(config, inputs)
     hashes = _hashes(opened.run, policy) if opened.run else {}
+    if opened.run:
+        opened.run.load_reference(policy, opened.adapter)
     dequantize_as_set(policy, config.train.dequantize_once)
     method = build_method(config, inputs.attention)
     if method.spec.mixes_pairs:

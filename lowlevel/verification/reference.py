@@ -46,11 +46,16 @@ def reference_checks(subject: Subject) -> list[Check]:
 
 
 def _log_ratios(subject: Subject, batches: list[PackedBatch]) -> Check:
-    """With B = 0 policy and reference are the same function: equal bits, through `method.loss` and in each pass."""
+    """With B = 0 policy and reference are the same function: equal bits, through `method.loss` and in each pass.
+
+    A moving reference gets the policy's weights.
+    """
     ratios = []
     with kept_weights(subject.policy), torch.no_grad():
         for view in b_views(subject.policy):
             view.zero_()
+        if subject.policy.moving:
+            subject.policy.moving.weights.copy_(subject.policy.flat.weights)
         for example in subject.examples:
             (batch,) = subject.batches(examples=[example])
             sums = subject.sums(batch)

@@ -25,21 +25,21 @@ from lowlevel.verification.invariances import invariance_checks
 from lowlevel.verification.loss import loss_checks
 from lowlevel.verification.masking import masking_checks
 from lowlevel.verification.reference import frozen_checks, reference_checks
-from lowlevel.verification.subject import Subject, b_views, fill_b, kept_weights, without_dropout
+from lowlevel.verification.subject import Subject, fill_b, kept_weights, without_dropout, without_effect
 
 
 def run_checks(subject: Subject) -> list[Check]:
     """Every check on one step. The policy is left as it was.
 
-    A new adapter has B = 0, and then most gradients and all margins are 0 and prove nothing. So B gets random numbers,
-    except for the reference's checks.
+    If the policy has no effect, most gradients and all margins are 0 and prove nothing. So B gets random numbers, except
+    for the reference's checks.
     """
     policy = subject.policy
     names, before = policy.trainable_names(), policy.flat.weights.detach().clone()
     with working("verifying") as work:
         base = base_sha256(policy.model)
         with kept_weights(policy):
-            if not any(bool(view.any()) for view in b_views(policy)):
+            if without_effect(policy):
                 fill_b(policy)
             with without_dropout(policy):
                 work.what = "verifying: checking the masks"

@@ -130,12 +130,13 @@ def packed(method: Method, rows: int) -> Method:
 @contextmanager
 def kept_weights(policy: Policy) -> Iterator[None]:
     """Restore the adapter's weights after the block, bit for bit; the copy is on the host: the peak stays."""
-    before = policy.flat.weights.detach().to("cpu", copy=True)
+    kept = [policy.flat.weights.detach(), *([policy.moving.weights] if policy.moving else [])]
+    before = [weights.to("cpu", copy=True) for weights in kept]
     try:
         yield
     finally:
-        with torch.no_grad():
-            policy.flat.weights.copy_(before)
+        for weights, copy in zip(kept, before, strict=True):
+            weights.copy_(copy)
         policy.flat.grad.zero_()
 
 
@@ -156,6 +157,13 @@ def without_dropout(policy: Policy) -> Iterator[None]:
 def b_views(policy: Policy) -> list[Tensor]:
     """The trained adapter's B, views of its flat weights; all 0 in a new adapter, which has no effect."""
     return [view for name, view in policy.flat.views.items() if ".lora_B." in name]
+
+
+def without_effect(policy: Policy) -> bool:
+    """Whether the trained adapter is new (B = 0), or equal to a moving reference."""
+    if policy.moving is not None:
+        return torch.equal(policy.flat.weights, policy.moving.weights)
+    return not any(bool(view.any()) for view in b_views(policy))
 
 
 def fill_b(policy: Policy, seed: int = 0, size: float = 0.05) -> None:

@@ -51,6 +51,8 @@ sft model.load_in_4bit=false model.bnb_4bit_quant_type=nf4 | model.bnb_4bit_* | 
 sft model.load_in_4bit=false model.bnb_4bit_use_double_quant=true | model.bnb_4bit_* | model.load_in_4bit = true
 sft trace.level=pair | trace.level needs trace.every or trace.steps
 sft trace.gradients=true | trace.gradients needs trace.every or trace.steps
+dpo dpo.ref_model_mixup_alpha=0.5 | dpo.ref_model_mixup_alpha needs ref_model_sync_steps
+dpo dpo.ref_model_sync_steps=4 dpo.reference_cache=a | dpo.reference_cache is for a reference that stays
 dpo dpo.reference_cache=a trace.every=1 trace.level=token | trace.level = "token" | dpo.reference_cache
 """.strip().splitlines()
 

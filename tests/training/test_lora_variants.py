@@ -47,6 +47,5 @@ def test_two_learning_rates_on_the_flat_buffer_are_pefts_loraplus_optimizer(tiny
 
 
 def test_dora_is_refused_by_name():
-    assert refused({"lora": {"use_dora": True}})[0].startswith(
-        "run.toml: lora.use_dora: DoRA (arXiv 2402.09353) is not"
-    )
+    (line,) = refused({"lora": {"use_dora": True}})
+    assert line.startswith("run.toml: lora.use_dora: DoRA (arXiv 2402.09353) is not supported")
