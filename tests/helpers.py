@@ -34,6 +34,7 @@ from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import build_policy, save_adapter
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
+from lowlevel.model.moving_reference import Following
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import TRAINED, Policy
 from lowlevel.optim.loss_scale import LossScale
@@ -174,6 +175,7 @@ def make_policy(
     recomputed: int | None = None,
     offload: bool = False,
     targets: tuple[str, ...] = LoraConfig().target_modules,
+    following: Following | None = None,
 ) -> Policy:
     """A policy over the tiny base. `randomize` fills B, so that the adapter has an effect and A a gradient."""
     model = load_base(ModelConfig(name=str(base), load_in_4bit=quantised), placement, attention=attention)
@@ -188,6 +190,7 @@ def make_policy(
         attention=Attention(attention, "for a test"),
         recomputed=recomputed,
         offload=offload,
+        following=following,
     )
     if randomize:
         fill_lora_b(policy, seed)

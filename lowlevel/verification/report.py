@@ -31,8 +31,8 @@ from lowlevel.verification.subject import Subject, fill_b, kept_weights, without
 def run_checks(subject: Subject) -> list[Check]:
     """Every check on one step. The policy is left as it was.
 
-    If the policy has no effect, most gradients and all margins are 0 and prove nothing. So B gets random numbers, except
-    for the reference's checks.
+    If the trained adapter has no effect, most gradients and all margins are 0 and prove nothing. So B gets random
+    numbers, except for the reference's checks.
     """
     policy = subject.policy
     names, before = policy.trainable_names(), policy.flat.weights.detach().clone()

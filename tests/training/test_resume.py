@@ -50,6 +50,8 @@ class Case:
     stops: tuple[int, ...]
     steps: int  # all of them
     train: dict = field(default_factory=dict)
+    lora: dict = field(default_factory=dict)
+    dpo: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
 
     @property
@@ -60,10 +62,12 @@ class Case:
 HOLDOUT = {"eval_source": "holdout", "eval_limit": 2}  # leaves 9 rows: 5 steps an epoch, or 2
 CASES = (
     Case("sft", 1, stops=(12,), steps=18, train={"logging_steps": 1}),  # at the second epoch's end
-    Case("sft", 3, stops=(3,), steps=6, train={"logging_steps": 2}),  # with a half-full logging window
+    Case("sft", 3, stops=(3,), steps=6, train={"logging_steps": 2},  # with a half-full logging window
+         lora={"use_rslora": True, "loraplus_lr_ratio": 4.0}),
     Case("dpo", 1, stops=(7,), steps=15, train={"logging_steps": 1, "eval_steps": 4}, data=HOLDOUT),
-    Case("dpo", 3, stops=(2,), steps=6, train={"logging_steps": 1}),
-)
+    Case("dpo", 3, stops=(2,), steps=6, train={"logging_steps": 1},
+         dpo={"ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.5}),
+)  # fmt: skip
 STOPPED = [(case, stop) for case in CASES for stop in case.stops]
 
 
@@ -73,7 +77,7 @@ def write_config(folder: Path, case: Case, workspace: dict, **train) -> Path:
     tables = {
         "method": case.method,
         "model": {"name": str(workspace["base"])},
-        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, **case.lora},
         "data": {**data, "format": "messages" if case.method == "sft" else "preference"},
         "train": {
             "output_dir": str(folder),
@@ -88,7 +92,7 @@ def write_config(folder: Path, case: Case, workspace: dict, **train) -> Path:
     }
     if case.method == "dpo":
         tables["model"]["adapter"] = str(workspace["parent"])
-        tables["dpo"] = {"disable_dropout": False}
+        tables["dpo"] = {"disable_dropout": False, **case.dpo}
     path = folder.with_suffix(".toml")
     path.write_text(tomli_w.dumps(tables))
     return path
@@ -203,6 +207,10 @@ def assert_same_run(run: Path, expected: Path, steps: int) -> None:
     for file in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json",
                  f"{last}/adapter_model.safetensors", f"{last}/optimizer.safetensors"):  # fmt: skip
         assert sha256(run / file) == sha256(expected / file), file
+    names = [{path.name for path in (folder / last).iterdir()} for folder in (run, expected)]
+    assert names[0] == names[1]
+    if "reference.safetensors" in names[0]:
+        assert sha256(run / last / "reference.safetensors") == sha256(expected / last / "reference.safetensors")
     states = [verify(folder / last)["state"] for folder in (run, expected)]
     for state in states:
         assert state.pop("seconds") > 0
