@@ -43,7 +43,7 @@ def save_state(
         raise CheckpointError(f"step {state.step}: adapter weights are not finite; not saved, older checkpoints stay")
 
     def write_files(target: Path) -> None:
-        save_adapter(policy.model, TRAINED, target, public_name(config.model.name))
+        save_adapter(policy.model, TRAINED, target, public_name(config.model.name), start=policy.start)
         save_file(optimizer_tensors(optimizer), target / "optimizer.safetensors")
         if policy.moving is not None:
             save_file(adapter_tensors(policy.model, REFERENCE), target / REFERENCE_WEIGHTS)

@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from lowlevel.config.schema import RunConfig
 
 LARGEST_BATCH = 1_048_576  # examples a step
-ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules", "use_rslora")  # with lora.init_from, the adapter has its own
+ADAPTER_SHAPE = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "use_rslora",
+    "init_lora_weights",
+)  # with lora.init_from, the adapter has its own
+LOFTQ = 'lora.init_lora_weights = "loftq"'
 TRACE_DETAILS = ("level", "gradients")
 PLANNED = ("recomputed_layers", "micro_batch_positions", "dequantize_once")  # set by memory_budget
 PAIRS = ("preference", "hh", "orca")  # formats that only dpo has
@@ -64,6 +71,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
     model, data, mode = config.model, config.data, config.model.adapter_mode
     others = [method for method in METHODS if method != config.method]
     no_adapter, continued = model.adapter is None, config.lora.init_from is not None
+    loftq = config.lora.init_lora_weights == "loftq"
     quantisation = bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given)
     pairs = data.format in PAIRS
     needed_mode = no_adapter and "model.adapter_mode" in given and mode != "none"
@@ -78,6 +86,8 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
         (not no_adapter and mode == "none", 'model.adapter is set, but model.adapter_mode = "none" ignores it'),
         (needed_mode, f'model.adapter_mode = "{mode}" needs model.adapter'),
         (not model.load_in_4bit and quantisation, "model.bnb_4bit_* keys need model.load_in_4bit = true"),
+        (loftq and not sft, f"{LOFTQ} is for sft: dpo starts as its reference, which is without the trained adapter"),
+        (loftq and not model.load_in_4bit, f"{LOFTQ} needs model.load_in_4bit = true: it starts from the error"),
         *((continued and f"lora.{key}" in given, f"lora.{key} comes from lora.init_from") for key in ADAPTER_SHAPE),
     ]
 

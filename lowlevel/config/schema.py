@@ -95,6 +95,9 @@ class LoraConfig(Section):
     loraplus_lr_ratio: Annotated[Finite, Field(gt=0)] | None = Field(
         None, description="LoRA+ (arXiv 2402.12354): learning rate of B in units of train.learning_rate, A's; say 16"
     )
+    init_lora_weights: Literal["default", "loftq"] = Field(
+        "default", description="sft: start with B = 0, or (arXiv 2310.08659) from the 4-bit base's quantisation error"
+    )
     init_from: str | None = Field(None, description="run folder or PEFT adapter to continue training")
 
 

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -35,13 +35,15 @@ from lowlevel.model.targets import linear_layers, matched
 WEIGHTS = "adapter_model.safetensors"
 REFERENCE_WEIGHTS = "reference.safetensors"  # in checkpoints: a moving reference, with the names of WEIGHTS
 ADAPTER_CONFIG = "adapter_config.json"
+START, DEFAULT = "init_lora_weights", "default"  # in the metadata of WEIGHTS, unless it is the default
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 # Keys of adapter_config.json. Every variant of LoRA adds one, so a key that is not listed must be null, false or empty.
 OBEYED = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 CHECKED = ("peft_type", "base_model_name_or_path")
 ABOUT = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")  # the writer, PEFT's wrapper class
 UNREAD = ("eva_config", "megatron_core", "qalora_group_size")  # before training; with megatron_config; with use_qalora
-NOT_PEFTS = {"init_from", "loraplus_lr_ratio"}  # keys of [lora] that are none of PEFT's LoraConfig
+# Keys of [lora] that PEFT's LoraConfig lacks, or (init_lora_weights) reads otherwise: it would change the base.
+NOT_PEFTS = {"init_from", "loraplus_lr_ratio", "init_lora_weights"}
 # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the adapter's initial values from the base; MiCA freezes B.
 PLAIN: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
 
@@ -90,7 +92,10 @@ def build_policy(
     decoder_layers = DecoderLayers(base, recomputed if gradient_checkpointing else 0, state, host)
     adapted = tuple(layers.values())
     moving = moving_reference(model, flat, following) if following else None
-    policy = Policy(model, flat, placement, state, adapted, parent is not None, attention, decoder_layers, moving)
+    start = adapter_start(init_from) if init_from else lora.init_lora_weights
+    policy = Policy(
+        model, flat, placement, state, adapted, parent is not None, attention, decoder_layers, moving, start
+    )
     policy.activate(parent=True, trained=True)
     check_base(policy)
     return policy
@@ -241,20 +246,35 @@ def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     return {k: p.detach().to("cpu", copy=True).contiguous() for k, p in adapter_parameters(model, adapter).items()}
 
 
-def save_adapter(model: PeftModel, adapter: str, folder: Path, base_name: str, revision: str | None = None) -> None:
-    """Write an adapter for `PeftModel.from_pretrained`: fp32 safetensors, and adapter_config.json naming its base."""
+def save_adapter(
+    model: PeftModel, adapter: str, folder: Path, base_name: str, revision: str | None = None, *, start: str = DEFAULT
+) -> None:
+    """Write an adapter for `PeftModel.from_pretrained`: fp32 safetensors, and adapter_config.json naming its base.
+
+    `start`: lora.init_lora_weights, for `adapter_start`.
+    """
     tensors = adapter_tensors(model, adapter)
     base = {"base_model_name_or_path": base_name, "revision": revision}
-    write_adapter(folder, tensors, {**model.peft_config[adapter].to_dict(), **base})
+    write_adapter(folder, tensors, {**model.peft_config[adapter].to_dict(), **base}, start=start)
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], *, start: str = DEFAULT) -> None:
     """Write PEFT's two files. Raises TypeError before it writes, if JSON has no form for a setting."""
     settings = {key: _as_json(value) for key, value in {**config, "inference_mode": True}.items()}
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    more = {} if start == DEFAULT else {START: start}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **more})
     (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def adapter_start(folder: Path) -> str:
+    """The lora.init_lora_weights with which an adapter of a run started; "default" for adapters from elsewhere."""
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            return (file.metadata() or {}).get(START, DEFAULT)
+    except (OSError, SafetensorError):  # `read_adapter_weights` says what is wrong with it
+        return DEFAULT
 
 
 def _as_json(value: Any) -> Any:

@@ -17,7 +17,14 @@ from transformers import PreTrainedModel
 
 from lowlevel.config.schema import ModelConfig
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.model.adapters import ADAPTER_CONFIG, read_adapter_config, read_adapter_weights, write_adapter
+from lowlevel.model.adapters import (
+    ADAPTER_CONFIG,
+    DEFAULT,
+    adapter_start,
+    read_adapter_config,
+    read_adapter_weights,
+    write_adapter,
+)
 from lowlevel.model.base import load_base
 from lowlevel.model.linear import quantised_state
 from lowlevel.model.placement import Placement
@@ -70,7 +77,8 @@ def write_stacked_adapter(lower: Path, upper: Path, out: Path) -> None:
     stacked = {"r": rank, "lora_alpha": rank, "use_rslora": False, "target_modules": targets, "lora_dropout": 0.0}
     raw = json.loads((upper / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = {key: raw.get(key) for key in ("base_model_name_or_path", "revision")}
-    write_adapter(out, tensors, {**configs[1].to_dict(), **stacked, **base})
+    start = next((start for start in map(adapter_start, (lower, upper)) if start != DEFAULT), DEFAULT)
+    write_adapter(out, tensors, {**configs[1].to_dict(), **stacked, **base}, start=start)
 
 
 def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -106,14 +114,27 @@ def check_is_original(config: ModelConfig, quantised: nn.Module) -> None:
             raise ConfigError(f"{where}: {name} differs by {difference:.0%} from the run's base: another model")
 
 
+def refuse_quantisation_errors(adapters: Sequence[Path]) -> None:
+    """Raise ConfigError for adapters that correct the error of a 4-bit base: the original weights do not have it."""
+    for folder in adapters:
+        if adapter_start(folder) == "loftq":
+            raise ConfigError(
+                f'{folder} started from the quantisation error of its 4-bit base (lora.init_lora_weights = "loftq"), '
+                "so it does not belong to the 16-bit weights: merge with --into dequantized"
+            )
+
+
 def merged_model(
     config: ModelConfig, adapters: Sequence[Path], dtype: torch.dtype, *, quantised: nn.Module | None = None
 ) -> PreTrainedModel:
     """The base on the CPU with the updates of all PEFT folders `adapters`: added in fp32, rounded once to `dtype`.
 
     The weights are those of the base's files, but those of the 4-bit layers of `quantised` (the trained model) are its
-    dequantised ones. Raises CheckpointError if an adapter changes a layer that the base lacks or has in another shape.
+    dequantised ones. Raises CheckpointError if an adapter changes a layer that the base lacks or has in another shape,
+    ConfigError as `refuse_quantisation_errors`.
     """
+    if quantised is None:
+        refuse_quantisation_errors(adapters)
     unquantised = config.model_copy(update={"load_in_4bit": False})
     model = load_base(unquantised, Placement(torch.device("cpu"), "fp32"), dtype="auto")
     if any(isinstance(parameter, bnb.nn.Params4bit) for parameter in model.parameters()):  # a pre-quantised folder

@@ -64,6 +64,7 @@ class Policy:
     attention: Attention
     layers: DecoderLayers
     moving: MovingReference | None = None
+    start: str = "default"  # lora.init_lora_weights of the trained adapter's beginning
 
     @property
     def causal_lm(self) -> PreTrainedModel:

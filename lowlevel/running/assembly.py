@@ -32,7 +32,8 @@ from lowlevel.model.moving_reference import Following
 from lowlevel.model.offload import TIED, move_embeddings_to_host
 from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
-from lowlevel.model.quantisation import KEYS, as_stored
+from lowlevel.model.quantisation import KEYS, as_stored, lacks_16_bits
+from lowlevel.model.quantisation_error import start_from_error
 from lowlevel.model.sizes import size_of
 from lowlevel.model.suitability import attention_window, short_positions
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
@@ -111,6 +112,8 @@ def check_inputs(config: RunConfig) -> Inputs:
     model = empty_model(base)
     if init_from is None:
         check_target_modules(model, config.lora.target_modules)
+    if config.lora.init_lora_weights == "loftq" and (stored := load_stored(config.model)):
+        raise ConfigError(f'lora.init_lora_weights = "loftq" {lacks_16_bits(config.model.name, stored)}')
     tokenizer, data = prepare_data(config)
     DataOrder.of(config, len(data.train))  # refuses an endless number of epochs
     attention = choose_attention(config.model, base, placement)
@@ -236,7 +239,7 @@ def load_policy(
         base = load_base(config.model, placement, attention=attention.implementation)
         if config.model.embeddings_on_host:
             move_embeddings_to_host(base)
-        return build_policy(
+        policy = build_policy(
             base,
             config.lora,
             placement,
@@ -249,6 +252,9 @@ def load_policy(
             attention=attention,
             following=Following.of(config),
         )
+    if config.lora.init_lora_weights == "loftq" and init_from is None:
+        start_from_error(policy, config.model)
+    return policy
 
 
 def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.heartbeat import working
 from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.base import load_base, load_stored, public_name
-from lowlevel.model.merging import check_is_original, merged_model
+from lowlevel.model.merging import check_is_original, merged_model, refuse_quantisation_errors
 from lowlevel.model.placement import Placement
 from lowlevel.model.quantisation import lacks_16_bits
 from lowlevel.running.progress import lines_to
@@ -61,9 +61,12 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: st
     """
     _check_new(out)
     source = _source(RunFolder(run_dir).read_config().model, into, base)
+    folder = RunFolder(run_dir)
+    adapters = [adapter for adapter in (folder.parent, folder.adapter) if adapter.exists()]
+    if into != "dequantized":
+        refuse_quantisation_errors(adapters)
     rows = probe_rows(run_dir)
     run = load_run(run_dir, lines_to(console))
-    adapters = [folder for folder in (run.folder.parent, run.folder.adapter) if folder.exists()]
     dtype = torch.bfloat16 if run.policy.placement.precision == "bf16" else torch.float16
     if base is not None:
         check_is_original(source, run.policy.model)

@@ -108,7 +108,8 @@ def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, cons
     """
     config, model = job.config, job.config.model
     with replaced_folder(folder.adapter) as target:
-        save_adapter(job.policy.model, TRAINED, target, base_location(model.name), model.revision)
+        name, revision, policy = base_location(model.name), model.revision, job.policy
+        save_adapter(policy.model, TRAINED, target, name, revision, start=policy.start)
         complete_result(target, job.inputs.tokenizer, folder, config, "adapter")
     if folder.parent.exists():
         with replaced_folder(folder.stacked) as target:

@@ -35,6 +35,8 @@ def open_start(config: RunConfig, scratch: Path) -> Opened:
     """The start of a configuration's run; a merged base is written to `scratch`. Raises as training would."""
     config, inputs = check_start(config, scratch)
     weights = "the run's start (B = 0); checks that need an adapter with an effect use a random B"
+    if config.lora.init_lora_weights == "loftq":
+        weights = "the run's start (from the quantisation error)"
     return Opened(config, inputs, weights)
 
 

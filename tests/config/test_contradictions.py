@@ -45,6 +45,9 @@ sft train.per_device_train_batch_size=2048 train.gradient_accumulation_steps=102
 sft train.warmup_steps=11 train.max_steps=10 | train.warmup_steps 11 > max_steps 10
 sft lora.init_from=a lora.r=8 | lora.r comes from lora.init_from
 sft lora.init_from=a lora.lora_alpha=8 | lora.lora_alpha comes from
+sft lora.init_from=a lora.init_lora_weights=loftq | lora.init_lora_weights comes from
+sft lora.init_lora_weights=loftq model.load_in_4bit=false | lora.init_lora_weights = "loftq" needs model.load_in_4bit
+dpo lora.init_lora_weights=loftq | lora.init_lora_weights = "loftq" is for sft
 sft lora.init_from=a lora.use_rslora=true | lora.use_rslora comes from
 sft lora.init_from=a lora.target_modules=q_proj | lora.target_modules comes from
 sft model.load_in_4bit=false model.bnb_4bit_quant_type=nf4 | model.bnb_4bit_* | model.load_in_4bit = true

@@ -1,15 +1,25 @@
-"""Variants of LoRA: each against PEFT, resumed bit for bit, verified, merged."""
+"""Variants of LoRA: each against PEFT, compiled, resumed bit for bit, verified, merged."""
 
+import bitsandbytes as bnb
 import helpers
 import pytest
 import torch
 from config_keys import refused
+from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
+from peft.utils.loftq_utils import _low_rank_decomposition
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from workspace import make_workspace, run
 
 from lowlevel.config.schema import LoraConfig, ModelConfig, TrainConfig
-from lowlevel.model.adapters import build_policy
-from lowlevel.model.base import load_base
+from lowlevel.execution import WithFallback
+from lowlevel.model.adapters import adapter_start, build_policy
+from lowlevel.model.attention_choice import Attention
+from lowlevel.model.base import base_sha256, load_base
+from lowlevel.model.policy import TRAINED
+from lowlevel.model.quantisation_error import low_rank, start_from_error
 from lowlevel.optim.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
+from lowlevel.running.reopening import reopen
 
 
 def made(base, **lora):
@@ -49,3 +59,118 @@ def test_two_learning_rates_on_the_flat_buffer_are_pefts_loraplus_optimizer(tiny
 def test_dora_is_refused_by_name():
     (line,) = refused({"lora": {"use_dora": True}})
     assert line.startswith("run.toml: lora.use_dora: DoRA (arXiv 2402.09353) is not supported")
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((12, 40), 5), ((40, 12), 5), ((7, 9), 16), ((6, 6), 6)])
+def test_the_low_rank_product_is_the_truncated_singular_value_decomposition(shape, rank):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix[:, 0] = 0.0  # a matrix without full rank
+    up, down = low_rank(matrix, rank)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert up.shape == (shape[0], min(rank, *shape)) and down.shape == (min(rank, *shape), shape[1])
+    torch.testing.assert_close(up @ down, (u[:, :rank] * s[:rank]) @ v[:rank], rtol=0, atol=1e-9)
+    assert float(up.norm()) == pytest.approx(float(down.norm()), rel=1e-6), "each has half of the size"
+
+
+def test_loftq_is_pefts_and_the_base_keeps_its_bytes(tiny_base):
+    """PEFT's function for a quantised model, which needs a GPU, ends in `_low_rank_decomposition`."""
+    model_config = ModelConfig(name=str(tiny_base))
+    lora = LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, use_rslora=True)
+    policy = build_policy(load_base(model_config, helpers.CPU), lora, helpers.CPU, seed=0)
+    before = base_sha256(policy.model)
+    (batch,) = helpers.sft(packing=True).micro_batches(helpers.ragged_examples())
+    exact = load_base(model_config.model_copy(update={"load_in_4bit": False}), helpers.CPU)
+    quantised = policy.scored_hidden_states(batch)
+    start_from_error(policy, model_config)
+    assert base_sha256(policy.model) == before
+    for layer, (name, weight) in zip(policy.lora_layers, _linear(exact), strict=True):
+        dense = bnb.functional.dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state)
+        expected = _low_rank_decomposition(weight - dense, 4)
+        update = layer.scaling[TRAINED] * layer.lora_B[TRAINED].weight @ layer.lora_A[TRAINED].weight
+        error = (update - expected["L"] @ expected["R"]).norm() / expected["L"].norm()
+        assert error < 1e-4, name
+        assert (weight - dense - update).norm() < 0.95 * (weight - dense).norm()
+    wanted = made(tiny_base, target_modules=("q_proj",))  # at B = 0 the 16-bit base
+    for name, view in wanted.flat.views.items():
+        view.data.zero_() if ".lora_B." in name else None
+    truth = wanted.scored_hidden_states(batch)
+    errors = [(hidden - truth).norm() for hidden in (policy.scored_hidden_states(batch), quantised)]
+    assert errors[0] < 0.95 * errors[1], "closer to the base before quantisation"
+
+
+def _linear(model):
+    """Name and weight of the adapted layers, in their order."""
+    return [(n, m.weight) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+
+
+VARIANTS = {
+    "rslora, loraplus": {"use_rslora": True, "loraplus_lr_ratio": 4.0},
+    "loftq": {"init_lora_weights": "loftq"},
+}
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("variants"))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_is_loaded_by_peft_verified_continued_and_merged(space, tmp_path, name):
+    settings = {"lora": {**VARIANTS[name], "lora_dropout": 0.0}, "train": {"save_steps": 3, "optim": "adamw"}}
+    said = run("sft", space.write(name, "sft", folder=tmp_path, **settings))
+    assert said.code == 0, said.err
+    folder = tmp_path / name
+    opened = reopen(folder)
+    own, ids = opened.policy(folder / "adapter"), torch.arange(3, 40)[None]
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    plain = AutoModelForCausalLM.from_pretrained(space.base, dtype=torch.float32, quantization_config=quantisation)
+    for module in plain.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # as lowlevel.model.base says
+    peft = PeftModel.from_pretrained(plain, folder / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(own.model(input_ids=ids).logits, peft(input_ids=ids).logits, rtol=0, atol=1e-5)
+    assert run("verify", folder).code == 0
+    assert run("verify", tmp_path / f"{name}.toml").code == 0
+    assert run("replay", folder, "--step", 6, "--from", 3).code == 0, "every update again, from the saved state"
+    assert run("merge", folder, "--out", tmp_path / "merged").code == 0
+    said = run("merge", folder, "--into", "original", "--out", tmp_path / "original")
+    assert (said.code, "so it does not belong to the 16-bit weights" in said.err) == ((2, True) if name == "loftq" else
+                                                                                       (0, False))  # fmt: skip
+    if name == "loftq":
+        more = {"model": {"adapter": str(folder), "adapter_mode": "original"}}
+        said = run("dpo", space.write("next", "dpo", folder=tmp_path, **more))
+        assert said.code == 2 and "so it does not belong to the 16-bit weights" in said.err
+        more = {"lora": {"init_from": str(folder), "r": None, "lora_alpha": None}, "train": {"max_steps": 1}}
+        assert run("sft", space.write("more", "sft", folder=tmp_path, **more)).code == 0
+        assert adapter_start(tmp_path / "more" / "adapter") == "loftq"
+        assert adapter_start(folder / "step-00000003") == "loftq"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiled_layers_give_the_same_gradient(tiny_base, name):
+    base = load_base(ModelConfig(name=str(tiny_base)), helpers.CPU, attention="lowlevel_math")
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, **VARIANTS[name])
+    attention = Attention("lowlevel_math", "for a test")
+    policy = build_policy(base, lora, helpers.CPU, seed=0, gradient_checkpointing=False, attention=attention)
+    if name == "loftq":
+        start_from_error(policy, ModelConfig(name=str(tiny_base)))
+    else:
+        helpers.fill_lora_b(policy)
+    method = helpers.sft(packing=True)
+    loss, gradient = helpers.loss_and_gradient(policy, method, helpers.ragged_examples())
+    torch._dynamo.reset()
+    execution = WithFallback(policy, method, "compiled", pytest.fail)
+    found, other = helpers.loss_and_gradient(policy, method, helpers.ragged_examples(), execution=execution)
+    assert found == pytest.approx(loss, rel=1e-5) and (other - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_loftq_needs_the_weights_before_quantisation(space, tmp_path):
+    config = ModelConfig(name=str(space.base))
+    load_base(config, helpers.CPU).save_pretrained(tmp_path / "stored")
+    for file in space.base.glob("token*"):
+        (tmp_path / "stored" / file.name).write_bytes(file.read_bytes())
+    sections = {"model": {"name": str(tmp_path / "stored")}, "lora": {"init_lora_weights": "loftq"}}
+    said = run("sft", space.write("run", "sft", folder=tmp_path, **sections))
+    assert said.code == 2 and "needs the base's 16-bit weights, and" in said.err and "holds only 4-bit ones" in said.err
