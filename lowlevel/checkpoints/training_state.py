@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowlevel.checkpoints.checkpoint import save_checkpoint
+from lowlevel.checkpoints.checkpoint import checkpoints, save_checkpoint
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.model.adapters import (
     REFERENCE_WEIGHTS,
     WEIGHTS,
+    adapter_sha256,
     adapter_tensors,
     load_adapter_weights,
     read_adapter_weights,
@@ -73,3 +74,15 @@ def restore_reference(policy: Policy, path: Path) -> None:
     if policy.moving is not None:
         tensors = read_adapter_weights(path, REFERENCE_WEIGHTS)
         load_adapter_weights(policy.model, REFERENCE, tensors, str(path / REFERENCE_WEIGHTS))
+
+
+def checkpoint_with_reference(run_dir: Path, adapter: Path) -> Path:
+    """The checkpoint with the trained weights of `adapter`, itself or another: only checkpoints hold the reference.
+
+    Raises CheckpointError if there is none.
+    """
+    weights = adapter_sha256(adapter)
+    for path in (adapter, *checkpoints(run_dir)):
+        if (path / REFERENCE_WEIGHTS).exists() and adapter_sha256(path) == weights:
+            return path
+    raise CheckpointError(f"{adapter}: the moving reference of its step is in no checkpoint of {run_dir}")

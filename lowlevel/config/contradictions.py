@@ -13,13 +13,8 @@ if TYPE_CHECKING:
     from lowlevel.config.schema import RunConfig
 
 LARGEST_BATCH = 1_048_576  # examples a step
-ADAPTER_SHAPE = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "use_rslora",
-    "init_lora_weights",
-)  # with lora.init_from, the adapter has its own
+# With lora.init_from, the adapter has its own.
+ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights")
 LOFTQ = 'lora.init_lora_weights = "loftq"'
 TRACE_DETAILS = ("level", "gradients")
 PLANNED = ("recomputed_layers", "micro_batch_positions", "dequantize_once")  # set by memory_budget

@@ -16,15 +16,14 @@ from typing import Any
 import torch
 
 from lowlevel.batch.order import DataOrder
-from lowlevel.checkpoints.checkpoint import checkpoints
-from lowlevel.checkpoints.training_state import restore_reference
+from lowlevel.checkpoints.training_state import checkpoint_with_reference, restore_reference
 from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.methods import Method
-from lowlevel.model.adapters import REFERENCE_WEIGHTS, adapter_sha256
+from lowlevel.model.adapters import adapter_sha256
 from lowlevel.model.attention_choice import Attention, choose_attention
 from lowlevel.model.base import base_sha256, load_model_config
 from lowlevel.model.placement import DTYPES, Placement, choose_placement, dtype_name
@@ -175,16 +174,10 @@ class Reopened:
     def load_reference(self, policy: Policy, adapter: Path | None) -> None:
         """Give a moving reference the weights that it had when the trained adapter was `adapter`; None: at the start.
 
-        Raises CheckpointError if they are gone: only checkpoints hold them, not the final adapter.
+        Raises CheckpointError if they are gone.
         """
-        if policy.moving is None or adapter is None:
-            return
-        places, weights = [adapter, *checkpoints(self.folder.path)], adapter_sha256(adapter)
-        for place in places:
-            if (place / REFERENCE_WEIGHTS).exists() and adapter_sha256(place) == weights:
-                restore_reference(policy, place)
-                return
-        raise CheckpointError(f"{adapter}: the moving reference of its step is in no checkpoint of {self.folder.path}")
+        if policy.moving is not None and adapter is not None:
+            restore_reference(policy, checkpoint_with_reference(self.folder.path, adapter))
 
     def load(self, adapter: Path | None, *, reference: bool = False) -> LoadedRun:
         """The run for forward passes; `adapter` and errors as in `policy`. Reads no rows.

@@ -23,7 +23,9 @@ from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import base_sha256, load_base
+from lowlevel.model.moving_reference import Following
 from lowlevel.model.placement import Placement
+from lowlevel.model.policy import flatten
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 
@@ -154,18 +156,20 @@ def test_no_bf16_tensor_in_an_fp16_step(model_dir, name):
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
-def test_optimizer_state_is_paged_also_after_restoring(optim):
-    weights = torch.nn.Parameter(torch.randn(1_000_003, device=CUDA))
+@pytest.mark.parametrize("ratio", [None, 16.0])
+def test_optimizer_state_is_paged_also_after_restoring(optim, ratio):
+    views = {f"{name}.weight": torch.nn.Parameter(torch.randn(500_003, device=CUDA)) for name in (".lora_A", ".lora_B")}
+    flat = flatten(views, ratio)
     config = TrainConfig(optim=optim)
-    optimizer = build_optimizer(weights, config)
+    optimizer = build_optimizer(flat.weights, config, flat.parts)
     for _ in range(3):
-        weights.grad = torch.randn_like(weights)
+        flat.grad.normal_()
         optimizer.step()
     saved = optimizer_tensors(optimizer)
-    again = build_optimizer(weights, config)
+    again = build_optimizer(flat.weights, config, flat.parts)
     load_optimizer_tensors(again, saved)
-    state = again.state[weights]
-    assert state["state1"].is_paged and state["state2"].is_paged
+    states = [again.state[part] for part, _ in flat.parts]
+    assert all(state["state1"].is_paged and state["state2"].is_paged for state in states)
     restored = optimizer_tensors(again)
     assert saved.keys() == restored.keys() and all(torch.equal(saved[k], restored[k]) for k in saved)
 
@@ -308,6 +312,23 @@ def test_a_custom_loss_is_captured_and_equals_eager(model_dir):
     for (loss_sum, grad), (wanted_loss, wanted) in zip(found, expected, strict=True):
         assert loss_sum == pytest.approx(wanted_loss, rel=2e-3)
         assert (grad - wanted).norm() / wanted.norm() < 2e-3
+
+
+@pytest.mark.parametrize("mode", ["compiled", "graphed"])
+def test_a_moving_reference_is_read_by_captured_graphs_where_it_moves(model_dir, mode):
+    """A copy of the policy after each step: every step starts at log 2, also in a graph captured before the moves."""
+    method, rows = DPO(DPOConfig(), 2, 256, True, SHAPE), examples(pairs=True)
+    one = policy(model_dir, "fp16", attention="lowlevel_efficient", following=Following(1, 1.0))
+    optimizer = build_optimizer(one.flat.weights, TrainConfig(learning_rate=1e-3))
+    execution = WithFallback(one, method, mode, pytest.fail)
+    references = set()
+    for step in range(5):
+        batches, scale = method.micro_batches(rows), LossScale.for_precision("fp16")
+        result = optimizer_step(execution, optimizer, batches, scale, seed=1, step=step, max_grad_norm=1.0)
+        assert result.metrics["rewards/margins"] == 0 and result.loss == pytest.approx(np.log(2), rel=1e-6)
+        references.add(result.metrics["logps/ref_chosen"])
+        one.move_reference(step + 1)
+    assert len(references) == 5
 
 
 @pytest.mark.parametrize("name", METHODS)
