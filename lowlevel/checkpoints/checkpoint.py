@@ -4,6 +4,7 @@ step-00000120/                      exists only if complete
   adapter_model.safetensors         the trained adapter in PEFT's format
   adapter_config.json
   optimizer.safetensors             "flat::state1", ...
+  reference.safetensors             only with a moving reference: its adapter
   manifest.json                     {"payload": {...}, "payload_sha256": ...} with the hashes of all other files
 .tmp-step-00000130-<pid>/           an unfinished save; removed at the next start
 .old-step-00000120/                 being replaced by a save of the same step (lowlevel/durable.py)
