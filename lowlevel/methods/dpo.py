@@ -190,6 +190,8 @@ def check_loss(config: DPOConfig, columns: Sequence[str] = ()) -> None:
     if cached and (spec.reference_free or spec.needs_tokens):
         why = "has no reference" if spec.reference_free else "reads the reference's single tokens"
         raise ValueError(f"loss_type {spec.name!r} {why}: leave out reference_cache, which holds sums of completions")
+    if spec.reference_free and config.ref_model_sync_steps is not None:
+        raise ValueError(f"loss_type {spec.name!r} has no reference that could move: leave out ref_model_sync_steps")
     if spec.needs_margin:
         rated_margins(dict.fromkeys(columns, torch.zeros(0)))
     if spec.own:

@@ -31,7 +31,7 @@ class Following:
     def of(cls, config: RunConfig) -> Following | None:
         """As configured in [dpo]; None for a reference that stays."""
         dpo = config.dpo
-        if config.method == "sft" or dpo.ref_model_sync_steps is None:
+        if config.method != "dpo" or dpo.ref_model_sync_steps is None:
             return None
         return cls(dpo.ref_model_sync_steps, dpo.ref_model_mixup_alpha or DEFAULT_ALPHA)
 

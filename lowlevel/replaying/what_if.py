@@ -20,9 +20,9 @@ from lowlevel.replaying.session import Session, take_step
 from lowlevel.running.assembly import build_method, check_loss
 
 TRAIN_KEYS = ("learning_rate", "max_grad_norm")
+NOT_OF_A_STEP = ("reference_cache", "loss_kwargs", "ref_model_sync_steps", "ref_model_mixup_alpha")
 LOSS_KEYS = {  # settings of a step by method
-    method: tuple(name for name in SECTIONS[method].model_fields if name not in ("reference_cache", "loss_kwargs"))
-    for method in METHODS
+    method: tuple(name for name in SECTIONS[method].model_fields if name not in NOT_OF_A_STEP) for method in METHODS
 }
 
 

@@ -10,9 +10,10 @@ from workspace import make_workspace, run
 
 from lowlevel.checkpoints.training_state import restore_state
 from lowlevel.config.file import config_from_tables
+from lowlevel.config.schema import DPOConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.execution import WithFallback
-from lowlevel.methods.dpo import completion_logps
+from lowlevel.methods.dpo import check_loss, completion_logps
 from lowlevel.model.adapters import adapter_parameters
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import adapter_sizes, default_plan, forecast, model_shape
@@ -103,6 +104,12 @@ def test_the_forecast_counts_the_copy(tiny_base):
     found, less = (forecast(shape, c, default_plan(shape, c), Placement(torch.device("cuda"), "fp16")).peak
                    for c in (config, still))  # fmt: skip
     assert found - less == 4 * shape.trained
+
+
+def test_a_loss_without_a_reference_refuses_to_move_it():
+    check_loss(DPOConfig(loss_type="ipo", ref_model_sync_steps=2))
+    with pytest.raises(ValueError, match="'simpo' has no reference that could move: leave out ref_model_sync_steps"):
+        check_loss(DPOConfig(loss_type="simpo", ref_model_sync_steps=2))
 
 
 @pytest.fixture(scope="module")
