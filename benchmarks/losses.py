@@ -30,7 +30,7 @@ from rich.console import Console
 import lowlevel as ll
 from lowlevel.config.schema import DPOConfig, RunConfig
 from lowlevel.data.examples import PreferenceExample
-from lowlevel.methods.dpo import DPO, completion_logps
+from lowlevel.methods.dpo import DPO, reference_token_logps
 from lowlevel.model.policy import Policy
 from lowlevel.running.assembly import check_inputs
 from lowlevel.running.replies import Sampling, generate_replies
@@ -102,9 +102,8 @@ def change(policy: Policy, pairs: Sequence[PreferenceExample]) -> torch.Tensor:
     for start in range(0, len(pairs), 8):
         for batch in method.micro_batches(pairs[start : start + 8]):
             moved = batch.to(policy.placement.device)
-            own = torch.stack(completion_logps(policy, moved))
-            with policy.reference():
-                parts.append(own - torch.stack(completion_logps(policy, moved)))
+            logratios = policy.token_logps(moved) - reference_token_logps(policy, moved)
+            parts.append(moved.sequence_sums(logratios).view(2, -1)[:, : len(batch.data_rows)])
     return torch.cat(parts, 1).cpu()
 
 
