@@ -280,3 +280,8 @@ def test_no_model_library_is_imported(tmp_path, words):
     assert done.returncode == (2 if "x" in words else 0), done.stderr
     assert "imported: []" in done.stderr
     assert "\x1b" not in done.stdout
+
+
+def test_the_losses_of_the_other_methods_are_listed_too(cli):
+    said = cli("losses")
+    assert all(words in said.out for words in ("sft: messages", "kto: labels", "2402.01306"))

@@ -47,7 +47,8 @@ def test_a_run(cli, runs, tmp_path, elsewhere, method):
     assert ("shared prompt" in said.out) == ("reference pass" in said.out) == (method == "dpo")
     assert "graph" not in said.out and "GiB" not in said.out
     shown = rows(said.out)
-    names = [name for name in phases.PHASES if name != phases.REFERENCE or method == "dpo"]
+    absent = {phases.BASELINE} | ({phases.REFERENCE} if method == "sft" else set())
+    names = [name for name in phases.PHASES if name not in absent]
     assert list(shown) == [*names, "the whole step"]
     shares = [float(share.rstrip("%")) for _, share in shown.values()]
     assert sum(shares[:-1]) == pytest.approx(100, abs=0.5) and shares[-1] == 100
