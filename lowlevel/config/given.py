@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, cast
 
 from pydantic import PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from lowlevel.config.paths import expanded
 from lowlevel.errors import ConfigError
 
 GIVEN = "rows given in Python"
@@ -57,8 +57,7 @@ def _row(number: int, item: object) -> Mapping[str, object]:
 
 
 def _validated(value: object) -> str | GivenRows:
-    if isinstance(value, Path):
-        return str(value)
+    value = expanded(value)
     if not isinstance(value, str | GivenRows):
         raise PydanticCustomError("string_type", "Input should be a valid string")
     return value

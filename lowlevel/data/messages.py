@@ -112,7 +112,8 @@ def _check_marks(columns: Columns, read: Sequence[str], last: str, *, is_pair: b
     kto = label is False or "completion" in columns and number is not None and number <= 0 or word in NO
     if kto and not is_pair and "label" not in read and word != last.strip().lower():  # the name of a class, if equal
         shown = json.dumps(label)
-        hint = f"keep the others with [[data.filters]] label {'== true' if word is None else f'!= {shown}'}, or train on both with kto"
+        keep = "== true" if word is None else f"!= {shown}"
+        hint = f"keep the others with [[data.filters]] label {keep}, or train on both with kto"
         raise BadRow("not to be learned", f'"label" is {shown}: an answer that is not to be learned; {hint}')
     if weight == 0 and "weight" not in read:
         hint = "keep the others with [[data.filters]] weight > 0"

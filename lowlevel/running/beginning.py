@@ -50,7 +50,9 @@ class Start:
         self.console.print(line, markup=False)
 
     def check_folder(self) -> None:
-        """Refuse a folder with a run, without resume or restart. Raises ConfigError."""
+        """Refuse a file, and a folder with a run, without resume or restart. Raises ConfigError."""
+        if self.folder.path.is_file():
+            raise ConfigError(f"train.output_dir {self.folder.path} is a file, expected the name of a folder")
         if self.folder.holds_run() and not (self.resume or self.restart):
             raise ConfigError(
                 f"{self.folder.path} holds a run: add --resume to continue it, --restart to discard it, or set "
@@ -59,6 +61,8 @@ class Start:
 
     def prepare(self, config: RunConfig) -> tuple[RunConfig, Inputs]:
         """The configuration with its memory plan, and the inputs. Raises ConfigError, DataError, CheckpointError."""
+        if not self.resume:
+            self._check_apart(config)
         config, inputs = check_run(self.folder.resolved(config))
         if (cache := config.dpo.reference_cache) is not None:
             try:
@@ -68,6 +72,16 @@ class Start:
         if Path(config.model.name) == self.folder.base:
             inputs = replace(inputs, merged_adapter=read_merged_adapter(self.folder))
         return config, inputs
+
+    def _check_apart(self, config: RunConfig) -> None:
+        """Refuse a run folder that also holds what the run starts from: base and run would overwrite each other."""
+        own = self.folder.path.resolve()
+        adapters = {"model.adapter": config.model.adapter, "lora.init_from": config.lora.init_from}
+        for key, name in {"model.name": config.model.name, **adapters}.items():
+            place = Path(name).resolve() if name and Path(name).is_dir() else None
+            if place and (place == own or key in adapters and self.restart and place.is_relative_to(own)):
+                what = f"train.output_dir {self.folder.path} is the folder of {key}"
+                raise ConfigError(f"{what}: give the run a folder of its own")
 
     def merge_base(self, config: RunConfig, inputs: Inputs) -> tuple[RunConfig, Inputs]:
         """For adapter_mode "original": the merged base in the run folder becomes the run's base."""
