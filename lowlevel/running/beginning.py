@@ -17,7 +17,7 @@ from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.adapters import WEIGHTS, adapter_sha256
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import TrainState
-from lowlevel.running.adapter_sources import check_bases, notes_of_sources
+from lowlevel.running.adapter_sources import check_bases, notes_of_sources, notes_of_templates
 from lowlevel.running.assembly import Inputs, check_run, read_merged_adapter, with_merged_base
 from lowlevel.running.job import Job
 from lowlevel.running.progress import lines_to
@@ -110,7 +110,8 @@ class Start:
                 continuing would lose a result.
         """
         sources = {"model.adapter": job.inputs.parent, "lora.init_from": job.inputs.init_from}
-        for line in [*notes_of_sources(job.config, sources), *check_bases(sources, job.manifest["base"])]:
+        notes = [*notes_of_sources(job.config, sources), *check_bases(sources, job.manifest["base"])]
+        for line in [*notes, *notes_of_templates(sources, job.manifest["chat_template_sha256"])]:
             self.note(f"note: {line}")
         if found is None:
             check_result_is_saved(self.folder)

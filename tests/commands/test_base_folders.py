@@ -288,3 +288,11 @@ def test_a_template_that_another_file_replaces_is_named(runs, tmp_path):
     for other, notes in (((base / "chat_template.jinja").read_text(), 0), ("another", 1)):
         _template(base, other, file=True)
         assert load_chat_tokenizer(str(base), None, None).chat_template.notes.count(UNUSED_TEMPLATE) == notes
+
+
+@pytest.mark.parametrize("source", ["demo", None])
+def test_a_run_on_ones_own_base_says_that_its_rows_are_the_demos(runs, cli, tmp_path, source):
+    data = {"source": source, "limit": 8, "max_length": 256} if source else {}
+    said = cli("sft", runs.space.write("run", "sft", folder=tmp_path, data=data, **ONE_STEP))
+    assert said.code == 0, said.err
+    assert ("the rows are those of the built-in demo" in flat(said.out)) == (source == "demo")
