@@ -169,9 +169,9 @@ def configure(
     Raises:
         ConfigError: one line for each problem.
     """
-    for name, value in (("model", model), ("adapter", adapter)):
-        if not isinstance(value, str | Path | Run | None):
-            raise ConfigError(f"{name}: got a {type(value).__name__}, expected a hub name or a folder")
+    for given, folder in (("model", model), ("adapter", adapter)):
+        if not isinstance(folder, str | Path | Run | None):
+            raise ConfigError(f"{given}: got a {type(folder).__name__}, expected a hub name or a folder")
     tables: dict[str, Any] = load_tables(Path(file), method) if file else {"method": method}
     named = {
         "model.name": model,
