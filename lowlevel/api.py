@@ -46,7 +46,7 @@ Result = TypeVar("Result")
 Options = ParamSpec("Options")
 
 
-def sft(model: str | None = None, data: Rows = None, **settings: Any) -> Run:
+def sft(model: str | Path | None = None, data: Rows = None, **settings: Any) -> Run:
     """Supervised fine-tuning of a model on conversations.
 
     Args:
@@ -66,7 +66,7 @@ def sft(model: str | None = None, data: Rows = None, **settings: Any) -> Run:
 
 
 def dpo(
-    model: str | None = None, data: Rows = None, *, adapter: Run | str | Path | None = None, **settings: Any
+    model: str | Path | None = None, data: Rows = None, *, adapter: Run | str | Path | None = None, **settings: Any
 ) -> Run:
     """Direct Preference Optimization (arXiv 2305.18290) on pairs of a chosen and a rejected completion.
 
@@ -146,7 +146,7 @@ def configure(
     method: str,
     *,
     file: str | Path | None = None,
-    model: str | None = None,
+    model: str | Path | None = None,
     data: Rows = None,
     eval_data: Rows = None,
     adapter: Run | str | Path | None = None,
@@ -169,6 +169,9 @@ def configure(
     Raises:
         ConfigError: one line for each problem.
     """
+    for given, folder in (("model", model), ("adapter", adapter)):
+        if not isinstance(folder, str | Path | Run | None):
+            raise ConfigError(f"{given}: got a {type(folder).__name__}, expected a hub name or a folder")
     tables: dict[str, Any] = load_tables(Path(file), method) if file else {"method": method}
     named = {
         "model.name": model,

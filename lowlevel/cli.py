@@ -38,6 +38,7 @@ EXIT_CODES = (
     "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint or model, 5 loss or gradient NaN or \
 infinite, 6 out of memory, 130/143 interrupted and saved"
 )
+LONG_DASH = re.compile("[\u2013\u2014\u2212]+-?(?=[a-z]+[.][a-z])")  # what editors and web pages make of two hyphens
 NAMES = (
     "demo doctor sft dpo kto data losses plan time memory merge generate compare inspect verify report replay".split()
 )
@@ -142,9 +143,10 @@ def _unknown(word: str, options: argparse.Namespace) -> ConfigError:
     flag, command = word.partition("=")[0], options.command
     flags = {name: re.findall(r"--[a-z][a-z-]*", usage) for name, usage in usages().items()}
     keys: list[str] = []
-    if options.takes_config and flag.startswith("--"):
+    if options.takes_config and re.match("--?[A-Za-z]{2}", flag):
         from lowlevel.config.file import flags_of
 
+        flag = f"--{flag.lstrip('-')}"
         keys = flags_of(flag[2:].replace("-", "_"), command)
     near = keys if len(keys) == 1 else difflib.get_close_matches(flag, [*flags[command], *keys], n=1)
     owners = [name for name, own in flags.items() if flag in own]
@@ -189,6 +191,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
     while words:
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
+        if LONG_DASH.match(word):
+            meant = LONG_DASH.sub("--", word, count=1)
+            raise ConfigError(f"{quoted(word)!r} begins with a long dash: write two hyphens, {quoted(meant)}")
         if not word.startswith("--") or "." not in name:
             rest.append(word)
             continue

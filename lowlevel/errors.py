@@ -29,8 +29,10 @@ LONGEST_QUOTE = 80  # characters of an input value quoted in a message
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message with what its colon announces, or its type if the message is empty."""
+    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines() if line.strip()]
+    end = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: end + 1])
 
 
 def quoted(text: str) -> str:

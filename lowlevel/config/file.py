@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -30,8 +31,17 @@ OTHER_NAMES = {
     "rank": "r",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
-    "seq_len": "max_length",
-    "model_name_or_path": "name",
+    **dict.fromkeys(
+        ("seq_len", "seq_length", "max_seq_length", "max_seq_len", "sequence_len", "cutoff_len"), "max_length"
+    ),
+    **dict.fromkeys(("model_name_or_path", "base_model", "model_name"), "name"),
+    **dict.fromkeys(("adapter_name_or_path", "lora_model_dir"), "adapter"),
+    **dict.fromkeys(("lora_target", "lora_target_modules"), "target_modules"),
+    "micro_batch_size": "per_device_train_batch_size",
+    "sample_packing": "packing",
+    "eval_dataset": "eval_source",
+    "lora_rank": "r",
+    "lora_r": "r",
     "loss": "loss_type",
 }
 REFUSED = {
@@ -127,14 +137,22 @@ def flags_of(name: str, method: str) -> list[str]:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    text = ""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")  # Notepad writes a byte order mark
+        return tomllib.loads(text)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such run file") from None
+        hint = "; flags begin with two hyphens: --train.max_steps 3" if "=" in path.name else ""
+        raise ConfigError(f"{path}: no such run file{hint}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a readable TOML file: {one_line(error)}; save it as UTF-8") from None
     except RecursionError:
         raise ConfigError(f"{path}: not a readable TOML file: nested too deeply") from None
     except (ValueError, OSError) as error:  # ValueError: bad TOML or UTF-8, too many digits, a NUL in the name
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        place = re.search(r"at line (\d+)", reason)
+        if place and (line := text.split("\n")[int(place[1]) - 1].strip()):
+            reason += f": {quoted(line)}"
         raise ConfigError(f"{path}: not a readable TOML file: {reason}") from None
 
 
@@ -144,10 +162,20 @@ def _parse_flag(section: str, key: str, text: str) -> object:
     if field is not None and field.annotation in TEXTS:
         return text
     if key in ("target_modules", "columns", "report_to") and not text.startswith("["):
-        return text if key == "target_modules" else text.split(",")
+        return text
+    if text in ("True", "False"):  # Python's
+        return text == "True"
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        return _json_or_text(text)
+
+
+def _json_or_text(text: str) -> object:
+    """The list or object of a JSON text, any other text as it is."""
+    try:
+        return json.loads(text) if text.startswith(("[", "{")) else text
+    except (ValueError, RecursionError):
         return text
 
 
@@ -158,7 +186,11 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
         return f"{where}: {name}: {REFUSED[location[-1]]}"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
-        near = [OTHER_NAMES[location[-1]]] if OTHER_NAMES.get(location[-1]) in known else []
+        key = location[-1].replace("-", "_")
+        key = OTHER_NAMES.get(key, key)
+        near = [key] if key in known else []
+        if not near and len(location) <= 2:
+            near = [f"{section}.{key}" for section, model in SECTIONS.items() if key in model.model_fields]
         near = near or difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}"
         return f'{where}: unknown key "{name}"; {hint}'
@@ -172,7 +204,7 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
     known = re.findall("'(.*?)'", expected) if problem["type"] == "literal_error" else []
     near = difflib.get_close_matches(str(problem["input"]), known, n=1)
     hint = f' (did you mean "{near[0]}"?)' if near else ""
-    return f"{where}: {name}: expected {expected}{hint}, got {quoted(repr(problem['input']))}"
+    return f"{where}: {name}: expected {expected}{hint}, got {quoted(' '.join(repr(problem['input']).split()))}"
 
 
 def _known_keys(location: list[str]) -> list[str]:

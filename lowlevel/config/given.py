@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, cast
 
 from pydantic import PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from lowlevel.config.paths import expanded
 from lowlevel.errors import ConfigError
 
 GIVEN = "rows given in Python"
+ROWS_OF = {  # by package and type: tables that are no lists of rows
+    ("pandas", "DataFrame"): 'data.to_dict("records")',
+    ("polars", "DataFrame"): "data.to_dicts()",
+    ("pyarrow", "Table"): "data.to_pylist()",
+    ("datasets", "DatasetDict"): 'data["train"]',
+    ("datasets", "IterableDatasetDict"): 'data["train"]',
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +43,9 @@ class GivenRows:
         """
         if isinstance(data, GivenRows):
             return data
+        kind = (type(data).__module__.partition(".")[0], type(data).__name__)
+        if kind in ROWS_OF:
+            raise ConfigError(f"data: got a {kind[1]} of {kind[0]}, expected its rows: {ROWS_OF[kind]}")
         if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable | Sized):
             expected = "expected a list of dicts, a datasets.Dataset or a torch Dataset"
             raise ConfigError(f"data: got {type(data).__name__}, {expected}")
@@ -49,7 +59,9 @@ class GivenRows:
 
 def _row(number: int, item: object) -> Mapping[str, object]:
     if not isinstance(item, Mapping):
-        raise ConfigError(f"data: row {number} is a {type(item).__name__}, expected a dict with the columns of a row")
+        hint = "" if isinstance(item, str) else " (pydantic: row.model_dump(); a dataclass: dataclasses.asdict(row))"
+        expected = f"expected a dict with the columns of a row{hint}"
+        raise ConfigError(f"data: row {number} is a {type(item).__name__}, {expected}")
     other = next((key for key in item if not isinstance(key, str)), None)
     if other is not None:
         raise ConfigError(f"data: row {number} has the key {other!r} ({type(other).__name__}), expected text keys")
@@ -57,8 +69,7 @@ def _row(number: int, item: object) -> Mapping[str, object]:
 
 
 def _validated(value: object) -> str | GivenRows:
-    if isinstance(value, Path):
-        return str(value)
+    value = expanded(value)
     if not isinstance(value, str | GivenRows):
         raise PydanticCustomError("string_type", "Input should be a valid string")
     return value

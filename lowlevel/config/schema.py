@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from lowlevel.config.given import Source
+from lowlevel.config.paths import Location, OptionalLocation
 
 LARGEST = 2**31 - 1  # counts are also tensors' sizes and int32 indices
 MAX_RANK, MAX_ALPHA = 4096, 1_048_576  # of an adapter: trained here, or opened
@@ -46,13 +47,22 @@ def _targets(value: Any) -> Any:
     """A text as a list: one pattern, or names between commas."""
     if not isinstance(value, str):
         return value
-    names = value.split(",")
+    names = re.split(r"[,\s]+", value.strip())
     return [value] if any(map(stands_alone, names)) else names
 
 
-Names = Annotated[tuple[str, ...], Field(strict=False)]
+def _list(value: Any) -> Any:
+    """A text as a list: names between commas; "none", as other programs say it, is none."""
+    if not isinstance(value, str):
+        return value
+    return [] if value == "none" else [name.strip() for name in value.split(",")]
+
+
+Names = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_list)]
 Targets = Annotated[Names, BeforeValidator(_targets)]
-Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)]
+Trackers = Annotated[
+    tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False), BeforeValidator(_list)
+]
 Date = Annotated[str, AfterValidator(_iso_date)]
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "question", "preference", "hh", "orca"]
 
@@ -66,7 +76,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model, its quantisation, and the adapter that DPO starts from."""
 
-    name: str = Field("demo", description='hub name, local folder, or "demo" (the built-in base)')
+    name: Location = Field("demo", description='hub name, local folder, or "demo" (the built-in base)')
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     load_in_4bit: bool = Field(True, description="quantise the base's linear layers with bitsandbytes")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
@@ -75,7 +85,7 @@ class ModelConfig(Section):
         "auto", description="attention kernel; auto: flash or efficient without a mask on a GPU, sdpa with one on a CPU"
     )
     embeddings_on_host: bool = Field(False, description="input embedding in host memory: less GPU memory, same numbers")
-    adapter: str | None = Field(None, description="dpo: run folder or PEFT folder to start from")
+    adapter: OptionalLocation = Field(None, description="dpo: run folder or PEFT folder to start from")
     adapter_mode: Literal["stack", "original", "none"] = Field(
         "stack",
         description="stack: freeze adapter under a new one; original: merge into 16-bit weights; none: no adapter",
@@ -98,7 +108,7 @@ class LoraConfig(Section):
     init_lora_weights: Literal["default", "loftq"] = Field(
         "default", description="sft: start with B = 0, or (arXiv 2310.08659) from the 4-bit base's quantisation error"
     )
-    init_from: str | None = Field(None, description="run folder or PEFT adapter to continue training")
+    init_from: OptionalLocation = Field(None, description="run folder or PEFT adapter to continue training")
 
 
 class Filter(Section):
@@ -134,7 +144,7 @@ class DataConfig(Section):
     )
     columns: Names = Field((), description="numeric columns of a row that a custom loss receives")
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions on a row: column, op, value")
-    chat_template_from: str | None = Field(None, description="model or .jinja file whose chat template is used")
+    chat_template_from: OptionalLocation = Field(None, description="model or .jinja file whose chat template is used")
     template_date: Date = Field("2024-07-26", description="date given to chat templates that print today's date")
     supervise: Literal["assistant", "all"] = Field("assistant", description="tokens in the loss: replies, or all")
     max_length: Length = Field(512, description="most tokens of prompt and completion; demo base: 256")
@@ -159,12 +169,12 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """Optimisation, precision, logging and checkpoints."""
 
-    output_dir: str = Field("out/run", description="run folder")
+    output_dir: Location = Field("out/run", description="run folder")
     per_device_train_batch_size: Batch = Field(
         2, description="examples (sft) or pairs (dpo) per micro-batch; with packing, its size in full rows"
     )
     gradient_accumulation_steps: Batch = Field(4, description="times per_device_train_batch_size = examples per step")
-    learning_rate: Annotated[Finite, Field(gt=0)] = Field(2e-4, description="peak learning rate")
+    learning_rate: Annotated[Finite, Field(gt=0, le=1)] = Field(2e-4, description="peak learning rate")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="schedule after warm-up")
     warmup_ratio: Annotated[Finite, Field(ge=0, le=1)] = Field(0.0, description="share of the steps that warm up")
     warmup_steps: Natural = Field(0, description="steps that warm up; overrides warmup_ratio")
@@ -234,7 +244,9 @@ class DPOConfig(Section):
     ref_model_mixup_alpha: Annotated[Finite, Field(gt=0, le=1)] | None = Field(
         None, description="TR-DPO: share of the policy in the moved reference, 1: a copy of the policy; default 0.6"
     )
-    reference_cache: str | None = Field(None, description="folder that keeps reference log-probabilities for reuse")
+    reference_cache: OptionalLocation = Field(
+        None, description="folder that keeps reference log-probabilities for reuse"
+    )
 
 
 class KTOConfig(Section):

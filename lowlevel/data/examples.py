@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import CHANGED, CROSSED, ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
-from lowlevel.data.texts import BadRow
+from lowlevel.data.texts import BadRow, is_blank
 from lowlevel.data.truncation import Sizes, sizes_of
 from lowlevel.errors import DataError
 from lowlevel.heartbeat import counted
@@ -96,11 +97,13 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
     pairs = any(row.completions for row in rows)
     make: Callable[..., tuple[Any, TokenCounts]] = preference_example if pairs else sft_example
     built = Built([], [], [], [], Counter())
+    ends = [tokenizer.decode([i]) for i in tokenizer.stop_ids]
     for row, encoded in zip(counted("tokenising", rows, "rows"), _encode(rows, data, tokenizer), strict=True):
         try:
             if isinstance(encoded, RenderError):
                 raise BadRow("chat template", str(encoded))
             _check_vocabulary(row, encoded, vocab_size)
+            _check_replies(row, ends)
             example, count = make(row, encoded, data, tokenizer)
         except BadRow as bad:
             built.problems.append(RowProblem(row.row.where, bad.reason, str(bad)))
@@ -116,6 +119,16 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
         del built.warnings[CHANGED], built.warnings[CROSSED]
     built.problems.sort(key=lambda problem: problem.reason == TOO_LONG)  # these last
     return built
+
+
+def _check_replies(row: Normalised, ends: Sequence[str]) -> None:
+    """Raise BadRow for a reply of which nothing is left without the tokens that end a reply."""
+    for text in row.replies:
+        rest = text
+        for end in ends:
+            rest = rest.replace(end, "")
+        if rest != text and is_blank(rest):
+            raise BadRow("empty completion", f"a reply is nothing but {json.dumps(text.strip())}, the end of a reply")
 
 
 def sft_example(

@@ -20,6 +20,11 @@ OF_OTHERS = (
     *("system", "system_prompt", "tools", "functions", "documents", "context", "history", "chat_template_kwargs"),
     *("image", "images", "audio", "audios", "video", "videos", "weight"),
 )
+NO = ("false", "no", "bad", "undesirable", "rejected")  # texts in "label"
+SCORES = [
+    (f"{a}chosen{b}", f"{a}rejected{b}")
+    for a, b in (("score_", ""), ("", "_score"), ("rating_", ""), ("", "_rating"), ("", "-rating"))
+]
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,19 @@ def normalise(row: Row, columns: Sequence[str] = ()) -> Normalised:
     if not completions:
         _check_conversation(turns)
     labels = [label_of(row.columns)] if row.format.labelled else []
-    _check_marks(row.columns, [*columns, *[LABEL] * len(labels)], is_pair=bool(completions))
+    read = [*columns, *[LABEL] * len(labels)]
+    _check_marks(row.columns, read, str(messages[-1]["content"]), is_pair=bool(completions))
     values = (*labels, *(_number(row.columns, name) for name in columns))
     said = (*messages, *(reply for reply in completions if not isinstance(reply, str)))
     tools = tools_of(row.columns, needed=any("tool_calls" in message for message in said))
     first_reply = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     prompt = messages if completions else messages[:first_reply]
-    warnings = [*turns.notes, *_ignored(row.columns, (*columns, *row.format.aside, *(["tools"] if tools else [])))]
+    scores = _scores(row.columns) if completions else ()
+    warnings = [
+        *turns.notes,
+        *scores,
+        *_ignored(row.columns, (*columns, *row.format.aside, *(["tools"] if tools else []))),
+    ]
     spoken = [m["role"] for m in messages if m["role"] != "system"] + ["assistant"] * bool(completions)
     late_system = any(m["role"] == "system" for m in messages[1:])
     twice = any(a == b != "tool" for a, b in zip(spoken, spoken[1:], strict=False))
@@ -94,17 +105,36 @@ def _check_conversation(turns: Turns) -> None:
         raise BadRow("not to be learned", f"nothing to learn from ({MASKED}: all {len(replies)})")
 
 
-def _check_marks(columns: Columns, read: Sequence[str], *, is_pair: bool) -> None:
+def _check_marks(columns: Columns, read: Sequence[str], last: str, *, is_pair: bool) -> None:
     """Refuse rows whose columns say that they are not to be learned: KTO's undesired completions, and weight 0."""
-    label, weight = columns.get("label"), columns.get("weight")
-    kto = label is False or "completion" in columns and isinstance(label, int | float) and label == 0
-    if kto and not is_pair and "label" not in read:
-        hint = "keep the others with [[data.filters]] label == true, or train on both with kto"
+    label, weight = columns.get("label"), _as_number(columns.get("weight"))
+    number, word = _as_number(label), label.strip().lower() if isinstance(label, str) else None
+    kto = label is False or "completion" in columns and number is not None and number <= 0 or word in NO
+    if kto and not is_pair and "label" not in read and word != last.strip().lower():  # the name of a class, if equal
         shown = json.dumps(label)
+        keep = "== true" if word is None else f"!= {shown}"
+        hint = f"keep the others with [[data.filters]] label {keep}, or train on both with kto"
         raise BadRow("not to be learned", f'"label" is {shown}: an answer that is not to be learned; {hint}')
-    if isinstance(weight, int | float) and weight == 0 and "weight" not in read:
+    if weight == 0 and "weight" not in read:
         hint = "keep the others with [[data.filters]] weight > 0"
         raise BadRow("not to be learned", f'"weight" is 0: the row is not to be learned; {hint}')
+
+
+def _as_number(value: object) -> float | None:
+    """A number, also one written as text (CSV files hold only texts); None for any other value."""
+    try:
+        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _scores(columns: Columns) -> Iterator[str]:
+    """A warning about a pair whose scores contradict its order. It stays: scores and choices can have two authors."""
+    for chosen, rejected in SCORES:
+        better, worse = (_as_number(columns.get(name)) for name in (chosen, rejected))
+        if better is not None and worse is not None and better <= worse:
+            than = "less than" if better < worse else "equal to"
+            yield f'pairs with "{chosen}" {than} "{rejected}" (are they swapped? data.filters can leave rows out)'
 
 
 def _ignored(columns: Columns, read: Sequence[str]) -> Iterator[str]:

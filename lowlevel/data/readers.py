@@ -26,13 +26,16 @@ Read = tuple[Turns, Completions]
 PAIR = ("chosen", "rejected")
 ADDED = ("input", "context")  # joined to the question by a blank line
 SYSTEM = ("system", "system_prompt")
+BOTH = 'columns "prompt" and "completion" ignored ("messages" is read)'
 REPEATED = 20  # characters, or three words: shorter prompts are also the first words of right replies
 
 
 def messages(columns: Columns) -> Read:
     """`messages`, or `prompt` and `completion`: each a text or messages. Replies in a prompt are context."""
     if "messages" in columns and (columns["messages"] is not None or "completion" not in columns):
-        return turns_of(columns, "messages"), ()
+        turns = turns_of(columns, "messages")
+        unread = (BOTH,) if columns.get("completion") is not None else ()
+        return replace(turns, notes=turns.notes + unread), ()
     prompt, completion = turns_or_none(columns, "prompt"), turns_or_none(columns, "completion")
     if prompt is None and completion is None:
         asked, answer = text_of(columns, "prompt"), reply_of(columns, "completion")

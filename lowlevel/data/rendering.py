@@ -6,12 +6,13 @@ A conversation is rendered to text and tokenised once. Character offsets say whi
 from __future__ import annotations
 
 import datetime
+import json
 import os.path
 import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ APART = "prompt and reply tokenised apart"
 CROSSED = "replies not learned: a token crosses their beginning (split conversations to learn them)"
 CHANGED = "replies not learned: the chat template changes them in later turns (split conversations to learn them)"
 LEFT_OUT = "messages left out or changed by the chat template"
+UNUSED_TEMPLATE = "chat_template.jinja is used; tokenizer_config.json has another chat template, which is not"
 TOOLS_LEFT_OUT = 'column "tools" ignored (the chat template does not write it)'
 
 
@@ -279,7 +281,20 @@ def load_chat_tokenizer(
     it cannot be loaded, is not fast, has no eos token or no chat template, or has an unusable one (see `probed`).
     """
     tokenizer = _load_tokenizer(name, revision)
-    return chat_tokenizer(tokenizer, _template_text(tokenizer, name, chat_template_from), name, date)
+    loaded = chat_tokenizer(tokenizer, _template_text(tokenizer, name, chat_template_from), name, date)
+    template = loaded.chat_template
+    if note := _unused_template(Path(chat_template_from or name), template.text):
+        template = replace(template, notes=(*template.notes, note))
+    return replace(loaded, chat_template=template)
+
+
+def _unused_template(folder: Path, used: str) -> str:
+    """A note if tokenizer_config.json has another template than chat_template.jinja, which transformers prefers."""
+    file = folder / "tokenizer_config.json"
+    if not ((folder / "chat_template.jinja").is_file() and file.is_file()):
+        return ""
+    other = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    return UNUSED_TEMPLATE if isinstance(other, str) and other.strip() != used.strip() else ""
 
 
 def chat_tokenizer(tokenizer: Any, template: str, name: str = "tokenizer", date: datetime.date = DATE) -> ChatTokenizer:
@@ -303,15 +318,22 @@ def chat_tokenizer(tokenizer: Any, template: str, name: str = "tokenizer", date:
 
 
 def _load_tokenizer(name: str, revision: str | None) -> Any:
+    from tokenizers.models import BPE
     from transformers import AutoTokenizer
 
     path = str(DEMO_BASE) if name == "demo" else name
+    if Path(path).is_dir() and not any(Path(path).glob("*token*")):
+        raise ConfigError(f"{name} holds no tokenizer (tokenizer.json)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, use_fast=True, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError and others from hub and tokenizers
         raise ConfigError(f"{name}: no usable tokenizer: {one_line(error)}") from None
     if not tokenizer.is_fast:
         raise ConfigError(f"{name}: needs a fast tokenizer (tokenizer.json), which gives character offsets")
+    core = tokenizer.backend_tokenizer.model
+    if isinstance(core, BPE) and core.dropout:
+        hint = "set model.dropout to null in its tokenizer.json"
+        raise ConfigError(f"{name}: the tokenizer has BPE dropout, which draws other tokens each time; {hint}")
     return tokenizer
 
 
@@ -325,7 +347,13 @@ def _template_text(tokenizer: Any, name: str, chat_template_from: str | None) ->
     if source.chat_template is None:
         hint = "set data.chat_template_from to a model that has one, or to a .jinja file"
         raise ConfigError(f"{chat_template_from or name} has no chat template; {hint}")
-    return str(source.get_chat_template())
+    try:
+        return str(source.get_chat_template())
+    except ValueError:  # transformers 5.23: several templates in additional_chat_templates/ or a list, no default
+        hint = "set data.chat_template_from to a .jinja file, or to a model with one template"
+        raise ConfigError(
+            f"{chat_template_from or name} has several chat templates and no default one; {hint}"
+        ) from None
 
 
 def _or_error(render: Callable[..., Any], *args: Any) -> Any:

@@ -26,6 +26,7 @@ from lowlevel.errors import ConfigError, DataError, one_line, quoted
 
 FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
 DEMO_ROWS = {"train": 2400, "heldout": 240}
+ABOUT = ("dataset_infos.json", "dataset_info.json")  # files about a data set, not of its rows
 SHOWN = 5
 KINDS = (
     *((type(None), "null"), (bool, "true or false"), (int, "a number"), (float, "a number"), (str, "text")),
@@ -241,12 +242,31 @@ def _read_hub(name: str, split: str) -> SourceRows:
     try:
         saved = Path(name, split) if Path(name, "dataset_dict.json").is_file() else Path(name)  # by save_to_disk
         on_disk = (saved / "state.json").is_file()
+        if not on_disk and Path(name).is_dir():
+            _check_all_read(Path(name), datasets.load_dataset_builder(name).config.data_files or {})
         table = datasets.load_from_disk(str(saved)) if on_disk else datasets.load_dataset(name, split=split)
+    except ConfigError:
+        raise
     except Exception as error:  # datasets, fsspec, huggingface_hub and httpx raise many types
         reason = one_line(error.__cause__ or error)  # the cause: datasets often says only that an error occurred
         hint = f"; this is a folder: name a file in it ({', '.join(FILE_SUFFIXES)})" if Path(name).is_dir() else ""
         raise ConfigError(f'data source "{name}", split "{split}": {reason}{hint}') from None
     return _numbered(f"{name}[{split}]", map(dict, table))
+
+
+def _check_all_read(folder: Path, splits: Mapping[str, Iterable[str]]) -> None:
+    """Refuse files that belong to no split: datasets 5.2 takes those with "train" in their names and leaves the others.
+
+    A README.md can say which files are meant.
+    """
+    if (folder / "README.md").is_file():
+        return
+    read = {Path(file).resolve() for files in splits.values() for file in files}
+    files = sorted(path for path in folder.rglob("*") if path.name.endswith(FILE_SUFFIXES) and path.name not in ABOUT)
+    if left := [str(path.relative_to(folder)) for path in files if path.resolve() not in read]:
+        some = f"{quoted(left[0])}{f' and {len(left) - 1:,} more' if len(left) > 1 else ''}"
+        hint = "name one file, or list the files as data.sources"
+        raise ConfigError(f'data source "{folder}": {len(left):,} of its files belong to no split ({some}); {hint}')
 
 
 def _numbered(name: str, rows: Iterable[Mapping[str, object]], first: int = 0) -> SourceRows:

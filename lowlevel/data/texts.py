@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import unicodedata
 import warnings
 from collections.abc import Mapping
 from types import UnionType
@@ -72,9 +73,14 @@ def text_of(columns: Columns, name: str) -> str:
 def reply_of(columns: Columns, name: str, called: str = "") -> str:
     """A text that is a reply, not empty. Raises BadRow."""
     text = text_of(columns, name)
-    if not text.strip():
+    if is_blank(text):
         raise BadRow(f"empty {called or name}", f"empty {called or name}")
     return text
+
+
+def is_blank(text: str) -> bool:
+    """Whether no character of a text can be seen: blanks, and zero-width, direction and byte order marks."""
+    return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)
 
 
 def is_transcript(text: object) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lowlevel.data.sources import kind_of
-from lowlevel.data.texts import BadRow, Columns, Message, decoded, is_filled, value_of
+from lowlevel.data.texts import BadRow, Columns, Message, decoded, is_blank, is_filled, value_of
 from lowlevel.data.tool_calls import call_of, calls_of
 from lowlevel.errors import printable, quoted
 from lowlevel.redaction import redact
@@ -22,10 +22,11 @@ ALIASES = {  # roles of ShareGPT, OpenAI, Gemma and OASST, each with one meaning
     "developer": "system",
 }
 CALLS = ("function_call", "tool_call")  # roles of ShareGPT whose text is a call as JSON
-# keys of a message that say whether a reply is learned, with the value that says so; the last three may hold other data
+# keys of a message that say whether a reply is learned, with the value that says so; the last two may hold other data
 MARKS = {"weight": 1, "train": 1, "training": 1, "masked": 0, "trainable": 1, "loss": 1, "mask": 0}
 RESULT_KEYS = ("name", "tool_call_id")
-STRICT_MARKS = ("weight", "train", "training", "masked")
+STRICT_MARKS = ("weight", "train", "training", "masked", "trainable")
+PARTLY = ("train_detail", "training_detail")  # axolotl's marks of parts of a reply
 MASKED = "replies that the data marks as not to be learned (context only)"
 DECODED = "list of messages written as text: decoded"
 
@@ -114,7 +115,7 @@ def _said(item: Columns, key: str, name: str, place: str, *, is_call: bool) -> T
     """A message of the assistant: a text, tool calls, or both; `is_call`: the text is a call as JSON."""
     calls = [call_of(value_of(item, key, str, "text", place), place)] if is_call else calls_of(item, place)
     content = "" if is_call else _content(item, key, place, optional=bool(calls))
-    if not content.strip() and not calls:
+    if is_blank(content) and not calls:
         what = "completion" if name in ("messages", "conversations") else name
         raise BadRow(f"empty {what}", f"empty {what}{place}")
     one = message("assistant", content).messages[0] | ({"tool_calls": calls} if calls else {})
@@ -139,6 +140,10 @@ def _content(item: Columns, key: str, place: str, *, optional: bool = False) -> 
 def _is_learned(item: Columns, place: str) -> bool:
     """Whether no mark says that a reply is only context. Raises BadRow for a mark that is neither yes nor no."""
     learned = True
+    if part := next((key for key in PARTLY if is_filled(item.get(key))), None):
+        raise BadRow(
+            "unclear weight", f'"{part}"{place} marks parts of a reply; a reply is learned whole or not at all'
+        )
     for key, yes in MARKS.items():
         value = item.get(key)
         if isinstance(value, bool | int | float) and value in (0, 1) and (key in STRICT_MARKS or value is bool(value)):

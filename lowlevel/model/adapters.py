@@ -117,7 +117,10 @@ def _attach(
         raise CheckpointError(f"{folder} does not fit the base: {one_line(error)}") from None
     for adapter, source in ((TRAINED, init_from), (PARENT, parent)):
         if source:
-            load_adapter_weights(model, adapter, read_adapter_weights(source), str(source))
+            tensors = read_adapter_weights(source)
+            if adapter == PARENT and not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
+                raise CheckpointError(f"{source}: each lora_B is zero: it is untrained, or its values were not saved")
+            load_adapter_weights(model, adapter, tensors, str(source))
     return model
 
 
@@ -225,7 +228,10 @@ def load_adapter_weights(model: PeftModel, adapter: str, tensors: dict[str, Tens
     own = adapter_parameters(model, adapter)
     for what, names in (("missing", own.keys() - tensors.keys()), ("left over", tensors.keys() - own.keys())):
         if names:
-            raise CheckpointError(f"{where}: {len(names)} adapter tensors {what}: {', '.join(sorted(names)[:5])}")
+            whole = what == "left over" and not any(".lora_" in name for name in names)
+            hint = "; it also has whole layers, which are not supported: merge it with PEFT and start there" * whole
+            shown = ", ".join(sorted(names)[:5])
+            raise CheckpointError(f"{where}: {len(names)} adapter tensors {what}: {shown}{hint}")
     wrong = sorted(name for name in own if own[name].shape != tensors[name].shape)
     if wrong:
         shapes = f"{tuple(tensors[wrong[0]].shape)}, expected {tuple(own[wrong[0]].shape)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +17,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from lowlevel.config.schema import ModelConfig
 from lowlevel.demo import DEMO_BASE
-from lowlevel.errors import CheckpointError, ConfigError, one_line
+from lowlevel.errors import CheckpointError, ConfigError, one_line, quoted
 from lowlevel.kernels.dequantize import Quantised, dequantize_reference
 from lowlevel.model.attention_choice import register
 from lowlevel.model.base_folder import NO_ADAPTER, check_is_model, note_of_adapter, refuse_adapter
-from lowlevel.model.files import SHOWN, check_weight_files, is_finite, read_json_object, refuse_pickles
+from lowlevel.model.files import (
+    SHOWN,
+    check_weight_files,
+    is_finite,
+    read_json_object,
+    refuse_no_weights,
+    refuse_pickles,
+)
 from lowlevel.model.linear import install_dequantising_products, quantised_state
 from lowlevel.model.placement import Placement, dtype_name
 from lowlevel.model.quantisation import StoredQuantisation, check_stored, stored_quantisation, to_precision
 
 # Logit transforms that are missing in `hidden @ lm_head.T`: Gemma 2, Cohere, Granite.
 OUTPUT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+DTYPES = ("float32", "float16", "bfloat16", "float64")  # in config.json
 NO_HEAD = "; config.json says tie_word_embeddings = false: set true there if the head is the input embedding"
 
 
@@ -55,23 +64,34 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
             quantised in a way that cannot be trained.
     """
     name = resolve_name(config.name)
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
-        raise ConfigError(f"model.name {config.name!r}: no such folder")
     check_is_model(name)
     refuse_pickles(Path(name), "model.name")
     if (Path(name) / "config.json").is_file():
-        read_json_object(Path(name) / "config.json")
+        _check_dtype(read_json_object(Path(name) / "config.json"), config.name)
     try:
         loaded = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
     except Exception as error:  # transformers, huggingface_hub and httpx each raise their own kinds here
         refuse_adapter(name, config.revision)
         raise ConfigError(f"model.name {config.name!r} cannot be read: {one_line(error)}") from None
+    if loaded.get_text_config() is not loaded:
+        what = f"({loaded.model_type}) reads more than text"
+        raise ConfigError(
+            f"model.name {config.name!r} {what}; only a text decoder in a folder of its own can be trained"
+        )
     settings = loaded.to_dict()
     transforms = [key for key in OUTPUT_TRANSFORMS if settings.get(key) not in (None, 1, 1.0)]
     if transforms:
         raise ConfigError(f"model.name {config.name!r} rescales its logits ({transforms[0]}): no loss here does so")
     stored_quantisation(loaded, config.name)
     return loaded
+
+
+def _check_dtype(settings: Mapping[str, Any], name: str) -> None:
+    """Raise ConfigError for a dtype that transformers cannot read, or that no weights here can have."""
+    dtype = settings.get("dtype", settings.get("torch_dtype"))
+    if dtype not in (None, *DTYPES):
+        expected = ", ".join(DTYPES)
+        raise ConfigError(f"model.name {name!r}: config.json says dtype = {quoted(repr(dtype))}, expected {expected}")
 
 
 def load_stored(config: ModelConfig) -> StoredQuantisation | None:
@@ -119,6 +139,7 @@ def load_base(
     """
     register()
     stored = load_stored(config)
+    refuse_no_weights(Path(resolve_name(config.name)))
     check_weight_files(Path(resolve_name(config.name)), quantised=stored is not None)
     quantisation = {}  # transformers 5.23 takes `quantization_config=None` for "ignore that the folder is quantised"
     if config.load_in_4bit and stored is None:

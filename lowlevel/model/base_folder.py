@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import find_adapter_config_file
 
 from lowlevel.config.schema import ModelConfig
 from lowlevel.errors import ConfigError, quoted
-from lowlevel.model.files import folders_with, read_json_object
+from lowlevel.model.files import folders_with, read_json_object, refuse_pointers
 
 CONFIG, ADAPTER_CONFIG, RUN_CONFIG = "config.json", "adapter_config.json", "config.toml"
 # transformers 5.23 also loads an adapter that it finds beside the weights: let it look where there is none.
@@ -16,9 +19,12 @@ NO_ADAPTER = {"subfolder": "no-adapter"}
 
 
 def check_is_model(name: str) -> None:
-    """Refuse a local folder without a model, but with an adapter or a run. Raises ConfigError."""
+    """Refuse what is no model's folder or hub name: a file, an address, an adapter, a run. Raises ConfigError."""
     folder = Path(name)
-    if not folder.is_dir() or (folder / CONFIG).is_file() and holds_model_weights(folder):
+    if not folder.is_dir():
+        return _check_name(name)
+    refuse_pointers(folder)
+    if (folder / CONFIG).is_file() and holds_model_weights(folder):
         return
     if (folder / RUN_CONFIG).is_file():
         raise ConfigError(
@@ -32,6 +38,19 @@ def check_is_model(name: str) -> None:
             if found := folders_with(file, folder):
                 inside = ", ".join(str(path.relative_to(folder)) for path in found[:5])
                 raise ConfigError(f"model.name {name!r} has no {CONFIG}; in it, {inside} holds {what}: give its path")
+
+
+def _check_name(name: str) -> None:
+    """Raise ConfigError for a name that is no folder and cannot be one of the hub."""
+    if Path(name).is_file():
+        hint = "; GGUF cannot be trained: its original weights can" if name.lower().endswith(".gguf") else ""
+        raise ConfigError(f"model.name {name!r} is a file; give a folder with {CONFIG} and *.safetensors{hint}")
+    if address := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/@?#]+)", name):
+        raise ConfigError(f'model.name {quoted(name)!r} is a web address: use the hub name "{address[1]}"')
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ConfigError(f"model.name {quoted(name)!r}: no such folder") from None
 
 
 def holds_model_weights(folder: Path) -> bool:

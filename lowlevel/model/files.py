@@ -16,9 +16,11 @@ from torch import Tensor
 from lowlevel.errors import CheckpointError, one_line, quoted
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 16 * 2**20
 MAX_JSON_DEPTH = 64
+MAX_POINTER_BYTES = 1024
 SHOWN = 5
 FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -65,6 +67,21 @@ def refuse_pickles(folder: Path, what: str) -> None:
         raise CheckpointError(f"{what}: {folder / pickles[0]} is a pickle; convert the weights to safetensors first")
 
 
+def refuse_pointers(folder: Path) -> None:
+    """Raise CheckpointError if Git has left pointers in a folder instead of the files themselves."""
+    for file in sorted(file for suffix in ("json", "safetensors") for file in folder.glob(f"*.{suffix}")):
+        if file.stat().st_size < MAX_POINTER_BYTES and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself: git lfs pull in its folder")
+
+
+def refuse_no_weights(folder: Path) -> None:
+    """Raise CheckpointError if a local folder has no weights under the names that transformers reads."""
+    if not folder.is_dir() or _shards(folder):
+        return
+    found = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf", ".pth"))
+    raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}; found: {_first(found) or 'no weights'}")
+
+
 def weight_names(folder: Path) -> list[str]:
     """Names of the tensors in a local model's shards, from their headers; none for a hub name."""
     names: list[str] = []
@@ -106,7 +123,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def _shards(folder: Path) -> list[Path]:
     """The weight files that transformers would read: model.safetensors, or those of the index."""
-    single, index = folder / "model.safetensors", folder / INDEX
+    single, index = folder / SINGLE, folder / INDEX
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []
     weight_map = read_json_object(index).get("weight_map")

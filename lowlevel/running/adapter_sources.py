@@ -118,6 +118,13 @@ def check_bases(folders: Mapping[str, Path | None], base: Mapping[str, Any]) -> 
     return notes
 
 
+def notes_of_templates(folders: Mapping[str, Path | None], sha256: str) -> list[str]:
+    """A line for each adapter whose run had another chat template than this one, with the hash `sha256`."""
+    then = {key: _manifest(folder).get("chat_template_sha256") for key, folder in folders.items() if folder}
+    hint = "another chat template: it has not learned this one's tokens (data.chat_template_from)"
+    return [f"{key}: {folders[key]} was trained with {hint}" for key, old in then.items() if old not in (None, sha256)]
+
+
 def _frozen_under(folder: Path) -> str | None:
     """SHA-256 of the frozen adapter on which an adapter in a run folder was trained; None without one."""
     run = RunFolder(folder.resolve().parent)

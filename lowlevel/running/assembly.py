@@ -26,6 +26,7 @@ from lowlevel.methods import Method, dpo, kto, sft
 from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, load_stored, public_name, resolve_name
+from lowlevel.model.files import refuse_no_weights
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
 from lowlevel.model.moving_reference import Following
@@ -138,6 +139,7 @@ def check_loss(config: RunConfig) -> None:
 def check_run(config: RunConfig) -> tuple[RunConfig, Inputs]:
     """`check_inputs`; the configuration gets what the folder of a pre-quantised base sets, and the memory plan."""
     config = with_stored(config)
+    refuse_no_weights(Path(resolve_name(config.model.name)))
     inputs = check_inputs(config)
     if config.train.memory_budget is not None:
         config = with_plan(config, inputs)

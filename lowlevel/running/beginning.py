@@ -17,7 +17,7 @@ from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.adapters import WEIGHTS, adapter_sha256
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import TrainState
-from lowlevel.running.adapter_sources import check_bases, notes_of_sources
+from lowlevel.running.adapter_sources import check_bases, notes_of_sources, notes_of_templates
 from lowlevel.running.assembly import Inputs, check_run, read_merged_adapter, with_merged_base
 from lowlevel.running.job import Job
 from lowlevel.running.progress import lines_to
@@ -50,7 +50,9 @@ class Start:
         self.console.print(line, markup=False)
 
     def check_folder(self) -> None:
-        """Refuse a folder with a run, without resume or restart. Raises ConfigError."""
+        """Refuse a file, and a folder with a run, without resume or restart. Raises ConfigError."""
+        if self.folder.path.is_file():
+            raise ConfigError(f"train.output_dir {self.folder.path} is a file, expected the name of a folder")
         if self.folder.holds_run() and not (self.resume or self.restart):
             raise ConfigError(
                 f"{self.folder.path} holds a run: add --resume to continue it, --restart to discard it, or set "
@@ -59,6 +61,8 @@ class Start:
 
     def prepare(self, config: RunConfig) -> tuple[RunConfig, Inputs]:
         """The configuration with its memory plan, and the inputs. Raises ConfigError, DataError, CheckpointError."""
+        if not self.resume:
+            self._check_apart(config)
         config, inputs = check_run(self.folder.resolved(config))
         if (cache := config.dpo.reference_cache) is not None:
             try:
@@ -68,6 +72,16 @@ class Start:
         if Path(config.model.name) == self.folder.base:
             inputs = replace(inputs, merged_adapter=read_merged_adapter(self.folder))
         return config, inputs
+
+    def _check_apart(self, config: RunConfig) -> None:
+        """Refuse a run folder that also holds what the run starts from: base and run would overwrite each other."""
+        own = self.folder.path.resolve()
+        adapters = {"model.adapter": config.model.adapter, "lora.init_from": config.lora.init_from}
+        for key, name in {"model.name": config.model.name, **adapters}.items():
+            place = Path(name).resolve() if name and Path(name).is_dir() else None
+            if place and (place == own or key in adapters and self.restart and place.is_relative_to(own)):
+                what = f"train.output_dir {self.folder.path} is the folder of {key}"
+                raise ConfigError(f"{what}: give the run a folder of its own")
 
     def merge_base(self, config: RunConfig, inputs: Inputs) -> tuple[RunConfig, Inputs]:
         """For adapter_mode "original": the merged base in the run folder becomes the run's base."""
@@ -96,7 +110,8 @@ class Start:
                 continuing would lose a result.
         """
         sources = {"model.adapter": job.inputs.parent, "lora.init_from": job.inputs.init_from}
-        for line in [*notes_of_sources(job.config, sources), *check_bases(sources, job.manifest["base"])]:
+        notes = [*notes_of_sources(job.config, sources), *check_bases(sources, job.manifest["base"])]
+        for line in [*notes, *notes_of_templates(sources, job.manifest["chat_template_sha256"])]:
             self.note(f"note: {line}")
         if found is None:
             check_result_is_saved(self.folder)

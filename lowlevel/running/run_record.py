@@ -69,6 +69,8 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
         f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}",
         markup=False,
     )
+    if config.data.names == "demo" != config.model.name:
+        console.print("  warning    data.source is not given: the rows are those of the built-in demo", markup=False)
     for part in inputs.data.report.train.sources:
         console.print(f"  source     {part.source}: {part} of the examples", markup=False, highlight=False)
     if config.model.load_in_4bit:

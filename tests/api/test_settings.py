@@ -148,3 +148,10 @@ def test_errors_name_keywords_instead_of_flags(said, expected):
     with pytest.raises(ConfigError) as error, errors_for_python():
         raise ConfigError(said)
     assert str(error.value) == expected
+
+
+def test_model_and_adapter_are_names_or_folders(tmp_path):
+    assert ll.configure("dpo", model=tmp_path, adapter=tmp_path).model.name == str(tmp_path)
+    for key in ("model", "adapter"):
+        with pytest.raises(ConfigError, match=f"^{key}: got a dict, expected a hub name or a folder$"):
+            ll.configure("dpo", **{key: {"a": 1}})

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from workspace import metrics
 
@@ -93,3 +94,34 @@ def test_a_manifest_that_is_not_a_runs_says_nothing(runs, cli, tmp_path):
         (tmp_path / "site" / "manifest.json").write_text(json.dumps(manifest))
         said = train(cli, runs, tmp_path, "--restart", "--model.adapter", folder)
         assert said.code == 0, said.err
+
+
+def change(folder: Path, edit) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: [v.zero_() for name, v in t.items() if "lora_B" in name], "each lora_B is zero: it is untrained"),
+        (
+            lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.zeros(3, 4)}),
+            "1 adapter tensors left over: base_model.model.model.embed_tokens.weight; it also has whole layers",
+        ),
+    ],
+)
+def test_an_adapter_that_is_less_or_more_than_one(runs, cli, tmp_path, edit, message):
+    adapter = Path(shutil.copytree(runs.sft / "adapter", tmp_path / "adapter"))
+    change(adapter, edit)
+    said = train(cli, runs, tmp_path, "--model.adapter", adapter)
+    assert said.code == 4 and message in said.err, said.err
+
+
+def test_an_adapter_trained_with_another_chat_template_is_named(runs, cli, tmp_path):
+    (tmp_path / "other.jinja").write_text((runs.space.base / "chat_template.jinja").read_text() + "{# another #}")
+    for options, count in (((), 0), (("--data.chat_template_from", tmp_path / "other.jinja", "--restart"), 1)):
+        said = train(cli, runs, tmp_path, "--model.adapter", runs.sft, *options)
+        assert said.code == 0, said.err
+        assert " ".join(said.out.split()).count("was trained with another chat template") == count

@@ -1,6 +1,7 @@
 """A folder given as base or adapter that holds something else, or more: used as said in one line, or refused in one."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from workspace import metrics
 
 from lowlevel.config.schema import ModelConfig
+from lowlevel.data.rendering import UNUSED_TEMPLATE, load_chat_tokenizer
 from lowlevel.errors import ConfigError
 from lowlevel.model.base import load_base, load_model_config
 
@@ -197,3 +199,100 @@ def test_what_is_no_run_is_refused_with_what_it_is(runs, cli, tmp_path):
         (runs.sft.parent, "runs in it: "),
     ):
         refused(cli("merge", path, "--out", tmp_path / "merged"), 2, f"{path} is not a run folder", text)
+
+
+def _edit(file: str, change) -> None:
+    def edit(folder: Path) -> None:
+        settings = json.loads((folder / file).read_text())
+        change(settings)
+        (folder / file).write_text(json.dumps(settings))
+
+    return edit
+
+
+def _pointer(file: str):
+    return lambda folder: (folder / file).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+
+
+def _template(folder: Path, value: object, *, file: bool) -> None:
+    """Let tokenizer_config.json have this template, too, or alone."""
+    _edit("tokenizer_config.json", lambda settings: settings.update(chat_template=value))(folder)
+    if not file:
+        (folder / "chat_template.jinja").unlink()
+
+
+UNUSABLE = {
+    "dtype with torch.": (
+        lambda folder: configure(folder, dtype="torch.bfloat16"),
+        2,
+        "dtype = 'torch.bfloat16', expected",
+    ),
+    "old dtype": (
+        _edit("config.json", lambda s: (s.pop("dtype"), s.update(torch_dtype="auto"))),
+        2,
+        "dtype = 'auto', expected",
+    ),
+    "fp8": (lambda folder: configure(folder, dtype="float8_e4m3fn"), 2, "dtype = 'float8_e4m3fn', expected"),
+    "multimodal": (
+        lambda folder: configure(folder, model_type="llava", text_config={"model_type": "llama"}, vision_config={}),
+        *(2, "(llava) reads more than text; only a text decoder"),
+    ),
+    "weights are a pointer": (_pointer("model.safetensors"), 4, "model.safetensors is a Git LFS pointer"),
+    "tokenizer is a pointer": (_pointer("tokenizer.json"), 4, "tokenizer.json is a Git LFS pointer"),
+    "no index": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
+        *(4, "no model.safetensors.index.json; found: model-00001-of-00002.safetensors"),
+    ),
+    "gguf": (lambda folder: (folder / "model.safetensors").rename(folder / "m.gguf"), 4, "found: m.gguf"),
+    "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("*token*")], 2, "holds no tokenizer"),
+    "several templates": (
+        lambda folder: _template(folder, [{"name": name, "template": name} for name in ("rag", "tool")], file=False),
+        *(2, "has several chat templates and no default one"),
+    ),
+    "dropout of tokens": (
+        _edit("tokenizer.json", lambda s: s["model"].update(dropout=0.1)),
+        *(2, "BPE dropout, which draws other tokens each time"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_folder_that_cannot_be_used_is_refused_before_any_work(runs, cli, tmp_path, case):
+    edit, code, message = UNUSABLE[case]
+    folder = Path(shutil.copytree(runs.space.base, tmp_path / "base"))
+    edit(folder)
+    refused(cli("sft", runs.space.write("run", "sft", folder=tmp_path, model={"name": str(folder)})), code, message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("C:\\models\\llama", "no such folder"),
+        ("https://huggingface.co/owner/name/tree/main", 'is a web address: use the hub name "owner/name"'),
+        ("{base}/model.safetensors", "is a file; give a folder with config.json and *.safetensors"),
+        ("{base}/m.gguf", "GGUF cannot be trained"),
+    ],
+)
+def test_a_name_that_is_no_model(runs, tmp_path, name, message):
+    base = Path(shutil.copytree(runs.space.base, tmp_path / "base"))
+    (base / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_model_config(ModelConfig(name=name.format(base=base)))
+
+
+def test_a_template_that_another_file_replaces_is_named(runs, tmp_path):
+    base = Path(shutil.copytree(runs.space.base, tmp_path / "base"))
+    for other, notes in (((base / "chat_template.jinja").read_text(), 0), ("another", 1)):
+        _template(base, other, file=True)
+        assert load_chat_tokenizer(str(base), None, None).chat_template.notes.count(UNUSED_TEMPLATE) == notes
+
+
+@pytest.mark.parametrize("source", ["demo", None])
+def test_a_run_on_ones_own_base_says_that_its_rows_are_the_demos(runs, cli, tmp_path, source):
+    data = {"source": source, "limit": 8, "max_length": 256} if source else {}
+    said = cli("sft", runs.space.write("run", "sft", folder=tmp_path, data=data, **ONE_STEP))
+    assert said.code == 0, said.err
+    assert ("the rows are those of the built-in demo" in flat(said.out)) == (source == "demo")

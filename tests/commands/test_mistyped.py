@@ -13,8 +13,18 @@ import pytest
         ("sft --learning_rate 1e-4", "unknown argument '--learning_rate'; did you mean --train.learning_rate?"),
         ("sft --lr=1", "unknown argument '--lr=1'; did you mean --train.learning_rate?"),
         ("sft --loss-type x", "unknown argument '--loss-type'; did you mean --sft.loss_type?"),
+        ("sft -train.max_steps 3", "unknown argument '-train.max_steps'; did you mean --train.max_steps?"),
+        ("sft -lr 1e-4", "unknown argument '-lr'; did you mean --train.learning_rate?"),
+        (
+            "sft \u2014train.max_steps 3",
+            "'\u2014train.max_steps' begins with a long dash: write two hyphens, --train.max_steps",
+        ),
+        (
+            "sft train.max_steps=3",
+            "train.max_steps=3: no such run file; flags begin with two hyphens: --train.max_steps 3",
+        ),
         ("dpo --resum", "unknown argument '--resum'; did you mean --resume?"),
-        ("data --resume", "unknown argument '--resume'; it is an option of demo, sft, dpo: leave it out"),
+        ("data --resume", "unknown argument '--resume'; it is an option of demo, sft, dpo, kto: leave it out"),
         ("compare x --model.name y", "unknown argument '--model.name'; lowlevel compare --help lists the options"),
         (
             "sft --train.lr_scheduler_type cosin",

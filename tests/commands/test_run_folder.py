@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -117,3 +118,26 @@ def test_the_run_says_what_it_trains(runs):
                  "18 examples, 6 steps of 2 x 2", "(frozen); loss sigmoid, beta 0.1"):  # fmt: skip
         assert text in out
     assert "dropout 0.1" in runs.said["sft"].out
+
+
+@pytest.mark.parametrize("key", ["model.name", "model.adapter", "lora.init_from"])
+def test_a_run_does_not_write_into_what_it_starts_from(runs, cli, tmp_path, key):
+    """With --restart it would even delete the adapter that it starts from."""
+    source = shutil.copytree(runs.space.base if key == "model.name" else runs.sft, tmp_path / "source")
+    before = sorted(file.name for file in source.rglob("*"))
+    shape = {"r": None, "lora_alpha": None} if key == "lora.init_from" else {}
+    config = runs.space.write("next", "dpo", folder=tmp_path, lora=shape)
+    given = source if key == "model.name" else source / "adapter"
+    for place in (given, *([source] if key != "model.name" else [])):
+        said = cli("dpo", config, "--restart", f"--{key}", given, "--train.output_dir", place)
+        assert said.code == 2 and f"train.output_dir {place} is the folder of {key}" in said.err, said.err
+    assert sorted(file.name for file in source.rglob("*")) == before
+
+
+def test_a_file_is_no_run_folder(runs, cli, tmp_path):
+    (tmp_path / "file").write_text("x")
+    said = cli("sft", runs.space.write("next", "sft", folder=tmp_path), "--train.output_dir", tmp_path / "file")
+    assert (said.code, said.err) == (
+        2,
+        f"error: train.output_dir {tmp_path / 'file'} is a file, expected the name of a folder\n",
+    )

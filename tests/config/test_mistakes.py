@@ -20,6 +20,12 @@ from lowlevel.errors import ConfigError
         ("lora.alpha", 'did you mean "lora_alpha"?'),
         ("train.lr", 'did you mean "learning_rate"?'),
         ("train.fp16", 'did you mean "precision"?'),
+        ("train.max_seq_length", 'did you mean "data.max_length"?'),
+        ("train.packing", 'did you mean "data.packing"?'),
+        ("model.max_length", 'did you mean "data.max_length"?'),
+        ("learning_rate", 'did you mean "train.learning_rate"?'),
+        ("epochs", 'did you mean "train.num_train_epochs"?'),
+        ("lora.lora_rank", 'did you mean "r"?'),
         ("lora.zzzzzz", f"known: {', '.join(SECTIONS['lora'].model_fields)}"),
     ],
 )
@@ -63,6 +69,7 @@ def test_names_of_other_programs_are_of_keys_that_exist():
     ("key", "value", "expected"),
     [
         ("train.learning_rate", "abc", "expected a number, got 'abc'"),
+        ("train.learning_rate", 2, "expected less than or equal to 1, got 2"),  # a typing error of 2e-4
         ("train.learning_rate", True, "expected a number, got True"),
         ("train.learning_rate", 0.0, "expected greater than 0, got 0.0"),
         ("train.learning_rate", -1e-4, "expected greater than 0, got -0.0001"),
@@ -182,6 +189,71 @@ def test_a_file_that_cannot_be_read_names_itself(tmp_path, content, said):
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="not a readable TOML file"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[train]\nseed = True\n", "(at line 2, column 8): seed = True"),
+        ("[data]\nsource = rows.jsonl", "(at line 2, column 10): source = rows.jsonl"),
+        ("train:\n  seed: 1\n", "(at line 1, column 6): train:"),
+    ],
+)
+def test_a_line_that_is_no_toml_is_shown(tmp_path, content, said):
+    (tmp_path / "run.toml").write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(tmp_path / "run.toml")
+
+
+def test_a_run_file_as_notepad_writes_it(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf[train]\r\nseed = 7\r\n")
+    assert load_config(tmp_path / "run.toml").train.seed == 7
+    (tmp_path / "run.toml").write_bytes("[train]\nseed = 7\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"not a readable TOML file: .*; save it as UTF-8$"):
+        load_config(tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "value"),
+    [
+        ("lora.target_modules", "q_proj v_proj", ("q_proj", "v_proj")),
+        ("lora.target_modules", "q_proj, v_proj", ("q_proj", "v_proj")),
+        ("lora.target_modules", r".*\.(q|v)_proj{1,2}", (r".*\.(q|v)_proj{1,2}",)),
+        ("train.report_to", "none", ()),
+        ("train.report_to", "wandb, tensorboard", ("wandb", "tensorboard")),
+        ("train.deterministic", "True", True),
+        ("data.packing", "False", False),
+        ("data.columns", "a b,c", ("a b", "c")),
+    ],
+)
+def test_values_as_other_programs_write_them(flag, text, value):
+    section, _, key = flag.partition(".")
+    assert getattr(getattr(load_config(None, {flag: text}), section), key) == value
+
+
+def test_tables_of_a_flag_may_be_json():
+    (source,) = load_config(None, {"data.sources": '[{"source": "a.jsonl", "weight": 1}]'}).data.sources
+    assert (source.source, source.weight) == ("a.jsonl", 1)
+
+
+LOCATIONS = "model.name model.adapter lora.init_from data.source data.eval_source train.output_dir".split()
+
+
+@pytest.mark.parametrize("key", LOCATIONS)
+def test_paths_are_expanded_as_a_shell_does(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    section, _, name = key.partition(".")
+    for text in ("~/a b", "$HOME/a b", "${HOME}/a b"):
+        tables = merged(PREFERENCES, {section: {name: text}})
+        assert getattr(getattr(config_from_tables(tables, "x"), section), name) == str(tmp_path / "a b")
+    (line,) = refused(merged(PREFERENCES, {section: {name: "$NO_SUCH/x"}}))
+    assert line == f"run.toml: {key}: expected a path whose variables are set in the environment, got '$NO_SUCH/x'"
+
+
+def test_a_path_that_exists_as_written_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$a").mkdir()
+    assert load_config(None, {"train.output_dir": "$a"}).train.output_dir == "$a"
 
 
 def test_the_command_and_the_file_must_agree(tmp_path):

@@ -136,3 +136,17 @@ def test_a_folder_of_save_to_disk(tmp_path):
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "split")
     for name in ("one", "split"):
         assert [row.columns for row in read_source(str(tmp_path / name), "train").rows] == ROWS
+
+
+def test_a_folder_whose_files_datasets_would_leave_out_is_refused(tmp_path):
+    """It takes files with "train" in their names as the split, and says nothing of the others."""
+    line = json.dumps({"prompt": "q", "completion": "a"}) + "\n"
+    for name in ("a.jsonl", "more/b.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(line)
+    assert len(read_source(str(tmp_path), "train").rows) == 2
+    (tmp_path / "train-c.jsonl").write_text(line)
+    with pytest.raises(ConfigError, match=r"2 of its files belong to no split \(a.jsonl and 1 more\); name one file"):
+        read_source(str(tmp_path), "train")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- {config_name: default, data_files: more/*}\n---\n")
+    assert len(read_source(str(tmp_path), "train").rows) == 1

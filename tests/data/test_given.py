@@ -1,10 +1,14 @@
 """Rows given in Python: the same checks, fingerprints and report as rows of a file."""
 
+import dataclasses
 import enum
 import json
+import re
 
 import datasets
 import numpy as np
+import pandas
+import pyarrow
 import pytest
 import torch
 
@@ -152,3 +156,22 @@ def test_the_saved_configuration_names_the_rows_and_cannot_read_them(run):
 def test_neither_text_nor_rows_is_a_config_error():
     with pytest.raises(ConfigError, match=r"^x: data.source: expected a string, got 3\nx: data.eval_source: expected"):
         config_from_tables({"data": {"source": 3, "eval_source": []}}, "x")
+
+
+@dataclasses.dataclass
+class AsObject:
+    prompt: str
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        (pandas.DataFrame(PAIRS), 'got a DataFrame of pandas, expected its rows: data.to_dict("records")'),
+        (pyarrow.Table.from_pylist(PAIRS), "got a Table of pyarrow, expected its rows: data.to_pylist()"),
+        (datasets.DatasetDict({"train": datasets.Dataset.from_list(PAIRS)}), 'its rows: data["train"]'),
+        ([AsObject("q")], "row 1 is a AsObject, expected a dict with the columns of a row (pydantic: row.model_dump()"),
+    ],
+)
+def test_tables_and_objects_are_refused_with_what_gives_their_rows(data, hint):
+    with pytest.raises(ConfigError, match=re.escape(hint)):
+        GivenRows.of(data)
