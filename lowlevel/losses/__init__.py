@@ -10,7 +10,7 @@ from lowlevel.losses.preference import PairLogps
 from lowlevel.losses.registry import loss
 from lowlevel.losses.sums import LossSums
 from lowlevel.losses.supervised import SFT_LOSSES, TokenLogps
-from lowlevel.losses.token_logps import token_logps, token_logps_reference
+from lowlevel.losses.token_logps import token_logps, token_logps_reference, token_scores, token_scores_reference
 
 __all__ = [
     "LOSSES",
@@ -27,4 +27,6 @@ __all__ = [
     "sequence_logps",
     "token_logps",
     "token_logps_reference",
+    "token_scores",
+    "token_scores_reference",
 ]
