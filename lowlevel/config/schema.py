@@ -153,8 +153,15 @@ class TrainConfig(Section):
 class SFTConfig(Section):
     """The loss of supervised fine-tuning."""
 
-    loss_type: str = Field("cross_entropy", description='loss of a token; your own by name or as "module:function"')
+    loss_type: str = Field(
+        "cross_entropy",
+        description='cross_entropy, smoothed_cross_entropy or dft; your own by name or as "module:function"',
+    )
     loss_kwargs: dict[str, Number] = Field({}, description="hyper-parameters of your own loss")
+    label_smoothing: Annotated[Finite, Field(gt=0, lt=1)] | None = Field(
+        None, description="smoothed_cross_entropy only: share of the target spread over the vocabulary (default 0.1)"
+    )
+    z_loss_weight: Annotated[Finite, Field(ge=0)] = Field(0.0, description="adds z_loss_weight * logsumexp(logits)^2")
 
 
 class DPOConfig(Section):

@@ -26,7 +26,7 @@ READINGS: dict[str, Reading] = {
     **dict.fromkeys(("aot", "aot_unpaired"), "quantiles"),
 }
 SIGNS = {
-    "ls(": "log σ(", "s(": "σ(", "log pi(": "log π(",
+    "ls(": "log σ(", "s(": "σ(", "log pi(": "log π(", "pi(": "π(",
     "beta": "β", "eps": "ε", "tau": "τ", "lambda": "λ", "alpha": "α", "gamma": "γ",
     "n+": "n₊", "n-": "n₋", "y+": "y₊", "y-": "y₋", "y_t": "yₜ", "y_<t": "y<ₜ",
 }  # fmt: skip
@@ -41,7 +41,8 @@ def loss_of(method: Method) -> tuple[LossSpec, Mapping[str, float]]:
     """The configured loss, and the hyper-parameters that were given to it."""
     if isinstance(method, DPO):
         return method.preference_loss.spec, method.preference_loss.settings
-    return method.token_loss, method.config.loss_kwargs
+    loss, z_loss = method.token_loss, {"z_loss_weight": method.token_loss.z_loss_weight}
+    return loss.spec, {**loss.settings, **(z_loss if loss.z_loss_weight > 0 else {})}
 
 
 def settings(method: Method) -> str:

@@ -18,7 +18,7 @@ from lowlevel.config.schema import DPOConfig
 from lowlevel.inspection.displacement import Displacement, displacement_of
 from lowlevel.inspection.distribution import Distribution, distribution
 from lowlevel.inspection.reading import reading_of
-from lowlevel.kernels import token_logps
+from lowlevel.kernels import token_logps, token_scores
 from lowlevel.methods.dpo import DPO, pair_logps, reward_slopes
 from lowlevel.methods.sft import SFT
 from lowlevel.model.policy import Policy
@@ -129,8 +129,9 @@ def inspect_sequences(policy: Policy, method: SFT, examples: Sequence[SFTExample
         policy.dropout.disable()
         moved = batch.to(policy.placement.device)
         predictions = policy.scored_hidden_states(moved), policy.lm_head_weight, moved.scored_targets
-        logps, predicted = token_logps(*predictions), distribution(*predictions)
-        losses, metrics = method.token_losses(moved, logps)
+        logps, statistics = token_scores(*predictions, method.token_loss.statistics)
+        predicted = distribution(*predictions)
+        losses, metrics = method.token_losses(moved, logps, statistics)
         values, metrics = batch.values(method.columns), {name: metric.cpu() for name, metric in metrics.items()}
         logps, losses = logps.cpu(), losses.cpu()
         for number, row in enumerate(batch.data_rows):

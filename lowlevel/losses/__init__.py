@@ -9,7 +9,7 @@ from lowlevel.losses.dpo import LOSSES, DPOOutput, PreferenceLoss, dpo_loss, los
 from lowlevel.losses.preference import PairLogps
 from lowlevel.losses.registry import loss
 from lowlevel.losses.sums import LossSums
-from lowlevel.losses.supervised import SFT_LOSSES, TokenLogps
+from lowlevel.losses.supervised import SFT_LOSSES, SupervisedLoss, TokenLogps
 from lowlevel.losses.token_logps import token_logps, token_logps_reference, token_scores, token_scores_reference
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "LossSums",
     "PairLogps",
     "PreferenceLoss",
+    "SupervisedLoss",
     "TokenLogps",
     "dpo_loss",
     "loss",

@@ -130,6 +130,7 @@ def mixture(text: str, find: Callable[[str], LossSpec]) -> LossSpec:
         parameters=tuple(dict.fromkeys(name for spec in specs for name in spec.parameters)),
         reference_free=all(spec.reference_free for spec in specs),
         own=any(spec.own for spec in specs),
+        statistics=tuple(dict.fromkeys(name for spec in specs for name in spec.statistics)),
         **{
             flag: any(getattr(spec, flag) for spec in specs)
             for flag in ("needs_lengths", "needs_tokens", "needs_margin", "mixes_pairs", "detaches")

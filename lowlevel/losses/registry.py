@@ -44,6 +44,7 @@ class LossSpec:
     reference_free: bool = False  # log-probabilities under the reference are 0, and there is no reference pass
     mixes_pairs: bool = False  # the loss of a pair depends on the other pairs of its micro-batch
     detaches: bool = False  # parts of the loss are without a gradient on purpose
+    statistics: tuple[str, ...] = ()  # of the vocabulary at each token, which it reads: token_logps.STATISTICS
     own: bool = False  # a custom loss
 
     @property
@@ -58,10 +59,10 @@ class LossSpec:
         return losses, {name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()}
 
 
-def spec_of(function: Callable[..., Any], formula: str, paper: str = "", *, name: str = "", **flags: bool) -> LossSpec:
+def spec_of(function: Callable[..., Any], formula: str, paper: str = "", *, name: str = "", **needs: Any) -> LossSpec:
     """The description of a loss; its hyper-parameters are the function's keyword-only arguments."""
     keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return LossSpec(name or function.__name__, function, formula, paper, tuple(keywords), **flags)
+    return LossSpec(name or function.__name__, function, formula, paper, tuple(keywords), **needs)
 
 
 OWN: dict[str, LossSpec] = {}  # filled by `loss`

@@ -13,8 +13,8 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch, Shape, build_batch, sft_segment
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.config.schema import SFTConfig
-from lowlevel.losses import SFT_LOSSES, LossSums, TokenLogps
-from lowlevel.losses.registry import LossSpec, check_result, find
+from lowlevel.losses import LossSums, SupervisedLoss, TokenLogps
+from lowlevel.losses.registry import check_result
 from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class SFT:
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """Cross-entropy in nats (or the loss of `sft.loss_type`), summed over the batch's supervised tokens."""
-        token_logps = policy.token_logps(batch)  # (N,) fp32
-        losses, metrics = self.token_losses(batch, token_logps)  # (N,): -token_logps
+        token_logps, statistics = policy.token_scores(batch, self.token_loss.statistics)  # (N,) fp32 each
+        losses, metrics = self.token_losses(batch, token_logps, statistics)  # (N,): -token_logps
         sums = batch.sequence_sums(losses)  # (S,)
         logps = batch.sequence_sums(token_logps.detach())
         return LossSums(
@@ -46,14 +46,16 @@ class SFT:
             tokens={"logps": token_logps.detach()},
         )
 
-    def token_losses(self, batch: PackedBatch, token_logps: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of each scored token, (N,), and a custom loss's metrics, (N,) each."""
-        tokens = TokenLogps(token_logps, batch.sequence_ids, batch.lengths, batch.values(self.columns))
-        return self.token_loss(tokens, self.config.loss_kwargs)
+    def token_losses(
+        self, batch: PackedBatch, token_logps: Tensor, statistics: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of each scored token, (N,), and its metrics, (N,) each."""
+        values = batch.values(self.columns)
+        return self.token_loss(TokenLogps(token_logps, batch.sequence_ids, batch.lengths, values, statistics))
 
     @cached_property
-    def token_loss(self) -> LossSpec:
-        """The loss of `sft.loss_type`."""
+    def token_loss(self) -> SupervisedLoss:
+        """The loss of `sft.loss_type`, with its hyper-parameters."""
         return sft_loss(self.config)
 
     def count(self, batch: PackedBatch) -> int:
@@ -76,19 +78,17 @@ class SFT:
         return build_batch(segments, pairs=False, shape=self.shape, values=values)
 
 
-def sft_loss(config: SFTConfig) -> LossSpec:
-    """The loss of `sft.loss_type`. Raises ValueError for an unknown one, or a hyper-parameter that it does not use."""
-    spec = find(config.loss_type, SFT_LOSSES)
-    unused = [name for name in config.loss_kwargs if name not in spec.parameters]
-    if unused:
-        raise ValueError(f"loss_type {spec.name!r} does not use {unused[0]}; it takes: {', '.join(spec.parameters)}")
-    return spec
+def sft_loss(config: SFTConfig) -> SupervisedLoss:
+    """The configured loss. Raises ValueError for an unknown one, or a hyper-parameter that it does not use."""
+    given = {"label_smoothing": config.label_smoothing, **config.loss_kwargs}
+    return SupervisedLoss.of(config.loss_type, z_loss_weight=config.z_loss_weight, **given)
 
 
 def check_loss(config: SFTConfig, columns: Sequence[str] = ()) -> None:
-    """Raise ValueError for an unknown loss, or a custom one that fails on a trial batch; needs no model."""
-    spec = sft_loss(config)
+    """Raise ValueError as `sft_loss`, and for a custom loss that fails on a trial batch; needs no model."""
+    loss = sft_loss(config)
     logps = torch.tensor([-0.5, -1.0, -2.0, -1.5], requires_grad=True)  # the last token is a dummy
     values = {name: torch.ones(2) for name in columns}
-    tokens = TokenLogps(logps, torch.tensor([0, 0, 1, 2]), torch.tensor([2, 1]), values)
-    check_result(spec, tokens, config.loss_kwargs, logps, size=4)
+    statistics = {name: torch.full((4,), -1.0) for name in loss.spec.statistics}
+    tokens = TokenLogps(logps, torch.tensor([0, 0, 1, 2]), torch.tensor([2, 1]), values, statistics)
+    check_result(loss.spec, tokens, loss.settings, logps, size=4)

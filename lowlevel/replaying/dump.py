@@ -23,8 +23,7 @@ from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.execution import micro_step
 from lowlevel.hashing import key32
-from lowlevel.kernels import token_logps
-from lowlevel.losses import TokenLogps
+from lowlevel.kernels import token_scores
 from lowlevel.methods import Method
 from lowlevel.methods.dpo import DPO, pair_logps
 from lowlevel.methods.sft import SFT
@@ -38,6 +37,7 @@ MEANINGS = {
     "policy.hidden": "(N, D) final hidden states at the scored positions",
     "policy.token_logps": "(N,) log-probability of each scored target; batch.sequence_ids = S marks dummy tokens, "
     "which are in no sum",
+    "policy.lse": "(N,) statistics of the vocabulary, where the loss reads them; likewise mean_logp, log_square_sum",
     "policy.logps": "(S,) token_logps summed by sequence: for pairs all chosen, then all rejected",
     "reference": "the same without the trained adapter and without dropout",
     "losses": "(P,) loss of each pair (dpo), (S,) of each example (sft); their sum is the micro-batch's loss",
@@ -156,25 +156,28 @@ def _keep(seen: Tensors, name: str) -> Callable[..., None]:
 def _micro_tensors(session: Session, batch: PackedBatch, seen: Tensors) -> Tensors:
     tensors = {f"batch.{name}": _copy(tensor) for name, tensor in batch.tensors().items()}
     by_token: Tensors = {}
+    method, statistics = session.method, dict[str, Tensor]()
+    loss = method.preference_loss.spec if isinstance(method, DPO) else method.token_loss
     for name in ("policy", "reference"):
         if f"hidden.{name}" not in seen:
             continue
         decoded = seen[f"hidden.{name}"].to(batch.input_ids.device)
         hidden = decoded.flatten(0, 1).index_select(0, batch.scored_positions)
-        by_token[name] = token_logps(hidden, session.policy.lm_head_weight, batch.scored_targets)
-        parts = {"hidden": hidden, "token_logps": by_token[name], "logps": batch.sequence_sums(by_token[name])}
+        needs = loss.statistics if name == "policy" else ()
+        by_token[name], found = token_scores(hidden, session.policy.lm_head_weight, batch.scored_targets, needs)
+        statistics |= found
+        parts = found | {"hidden": hidden, "token_logps": by_token[name], "logps": batch.sequence_sums(by_token[name])}
         tensors |= {f"{name}.{part}": _copy(value) for part, value in parts.items()}
-    return tensors | {"losses": _copy(_losses(session.method, batch, by_token))}
+    return tensors | {"losses": _copy(_losses(method, batch, by_token, statistics))}
 
 
-def _losses(method: Method, batch: PackedBatch, by_token: Tensors) -> Tensor:
+def _losses(method: Method, batch: PackedBatch, by_token: Tensors, statistics: Tensors) -> Tensor:
     if isinstance(method, DPO):
         reference = by_token.get("reference", torch.zeros_like(by_token["policy"]))  # of a reference-free loss
         pairs = pair_logps(batch, by_token["policy"], reference, method.columns)
         return torch.where(batch.real, method.preference_loss(pairs).losses, 0.0)
     assert isinstance(method, SFT)
-    tokens = TokenLogps(by_token["policy"], batch.sequence_ids, batch.lengths, batch.values(method.columns))
-    return batch.sequence_sums(method.token_loss(tokens, method.config.loss_kwargs)[0])
+    return batch.sequence_sums(method.token_losses(batch, by_token["policy"], statistics)[0])
 
 
 def _copy(tensor: Tensor) -> Tensor:

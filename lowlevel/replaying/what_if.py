@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.config.file import config_from_tables, to_tables
-from lowlevel.config.schema import DPOConfig, RunConfig
+from lowlevel.config.schema import DPOConfig, RunConfig, SFTConfig
 from lowlevel.errors import ConfigError
 from lowlevel.execution import Eager
 from lowlevel.optim.optimizer import load_optimizer_tensors, optimizer_tensors
@@ -21,6 +21,7 @@ from lowlevel.running.assembly import build_method, check_loss
 
 TRAIN_KEYS = ("learning_rate", "max_grad_norm")
 DPO_KEYS = tuple(name for name in DPOConfig.model_fields if name not in ("reference_cache", "loss_kwargs"))
+SFT_KEYS = tuple(name for name in SFTConfig.model_fields if name != "loss_kwargs")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def parse_settings(config: RunConfig, text: str) -> RunConfig:
     for part in text.split(","):
         key, equals, value = part.partition("=")
         name = key.strip().removeprefix(f"{method}.").removeprefix("train.")
-        keys = DPO_KEYS if method == "dpo" else ("loss_type",)
+        keys = DPO_KEYS if method == "dpo" else SFT_KEYS
         _, is_kwarg, kwarg = name.partition("loss_kwargs.")
         if not equals or not (name in (*TRAIN_KEYS, *keys) or is_kwarg):
             if name in DPO_KEYS and equals:

@@ -22,7 +22,8 @@ def accounting_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     checks = [_division(subject, evidence), _counts(subject, evidence), _loss_scale(subject)]
     if subject.spec.own and not subject.mixes:
         checks.append(_alone(subject, evidence))
-    return checks + [_parameter(subject, evidence, name) for name in subject.spec.parameters]
+    names = [*subject.spec.parameters, *(["z_loss_weight"] if "lse" in subject.statistics else [])]
+    return checks + [_parameter(subject, evidence, name) for name in names]
 
 
 def _division(subject: Subject, evidence: Evidence) -> Check:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowlevel.config.schema import RunConfig
 from lowlevel.verification.exact import ExactModel, base_parameters, exact_model
-from lowlevel.verification.formulas import Logps, exact_losses, logps_of, slopes
+from lowlevel.verification.formulas import Logps, exact_losses, logps_of, value_slopes
 from lowlevel.verification.subject import Subject
 from lowlevel.verification.truth import HeadScores, Scored, head_scores, sequences_of
 
@@ -28,6 +28,7 @@ class Evidence:
     policy: list[HeadScores]
     reference: list[HeadScores] | None  # None if the loss has no reference
     values: Mapping[str, Tensor]  # numeric columns of the rows that the loss reads, one number an example
+    statistics: tuple[str, ...]  # names of those that the loss reads
     model: ExactModel | None  # in float64; None if the base is too large
     exact: int  # how many examples are run through it
 
@@ -50,14 +51,15 @@ class Evidence:
         """The same of some of the examples."""
         reference = None if self.reference is None else by_side(self.reference[part])
         values = {name: column[part] for name, column in self.values.items()}
-        return logps_of(by_side(self.policy[part]), reference, values)
+        return logps_of(by_side(self.policy[part]), reference, values, self.statistics)
 
     def steepest(self, config: RunConfig) -> float:
         """How far an error of one nat in each sequence can move the loss of an example, the largest of all."""
         ids = self.logps.sequence_ids
         assert ids is not None
         zeros = torch.zeros(int(ids.max()) + 1, dtype=torch.float64)
-        parts = [zeros.scatter_reduce(0, ids, slope.abs(), "amax") for slope in slopes(self.logps, config)]
+        found = value_slopes(self.logps, config)
+        parts = [zeros.scatter_reduce(0, ids, slope.abs().sum(1), "amax") for slope in found]
         return float(torch.stack(parts).reshape(-1, len(self.policy)).sum(0).max())
 
     def loss_error(self, nats: float, config: RunConfig) -> float:
@@ -65,7 +67,7 @@ class Evidence:
 
         First order: the slopes of the loss in all of them, under policy and reference.
         """
-        square = float(torch.cat(slopes(self.logps, config)).square().sum())
+        square = float(sum(slope.square().sum() for slope in value_slopes(self.logps, config)))
         return nats * math.sqrt(square) / len(exact_losses(self.logps, config))
 
     def step_loss(self, subject: Subject) -> float:
@@ -79,10 +81,10 @@ def gather(subject: Subject) -> Evidence:
     sequences = [sequences_of(example, subject.preference) for example in subject.examples]
     sums = [subject.sums(batch) for example in subject.examples for batch in subject.batches(examples=[example])]
     policy, reference = head_scores_of(subject)
-    size = base_parameters(subject.policy)
-    model = exact_model(subject.policy, subject.config.model) if size <= subject.exact_parameters else None
+    size, names = base_parameters(subject.policy), subject.statistics
+    model = exact_model(subject.policy, subject.config.model, names) if size <= subject.exact_parameters else None
     values = subject.values(subject.examples)
-    return Evidence(sequences, sums, policy, reference, values, model, _within(size, sequences))
+    return Evidence(sequences, sums, policy, reference, values, names, model, _within(size, sequences))
 
 
 def head_scores_of(subject: Subject) -> tuple[list[HeadScores], list[HeadScores] | None]:
@@ -90,10 +92,10 @@ def head_scores_of(subject: Subject) -> tuple[list[HeadScores], list[HeadScores]
     policy, reference = [], []
     for example in subject.examples:
         (batch,) = subject.batches(examples=[example])
-        policy.append(head_scores(subject.policy, batch))
+        policy.append(head_scores(subject.policy, batch, subject.statistics))
         if subject.reads_reference:
             with subject.policy.reference():
-                reference.append(head_scores(subject.policy, batch))
+                reference.append(head_scores(subject.policy, batch, subject.statistics))
     return policy, reference or None
 
 

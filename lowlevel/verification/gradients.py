@@ -24,7 +24,8 @@ MOST_TOKENS = 1000  # of one step, each moved up and down
 
 def gradient_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """Dropout must be off."""
-    checks = _formula_checks(subject, evidence) if subject.preference or subject.spec.own else []
+    plain = subject.spec.name == "cross_entropy" and not subject.statistics  # -log p: nothing to compare
+    checks = [] if plain else _formula_checks(subject, evidence)
     checks.append(_hidden_check(subject, evidence))
     if evidence.model is None:
         return [*checks, _coarse_check(subject)]
@@ -35,7 +36,8 @@ def _formula_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """The loss function as `method.loss` calls it, at the real token log-probabilities in fp32.
 
     Its gradient is compared with the closed form or with autograd in float64, and that of a user's own loss also with
-    central differences of its value: they find a backward pass that does not belong to the value.
+    central differences of its value: they find a backward pass that does not belong to the value. So is that of every
+    token loss.
     """
     logps = evidence.logps
     tokens, reference = tokens_of(logps)
@@ -48,7 +50,7 @@ def _formula_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     error = max(largest(a.double() - b) for a, b in zip(found, expected, strict=True)) / size
     name = "loss in the log-probabilities"
     checks = [check(GROUP, name, error, subject.bounds.closed, f"against {form}, relative")]
-    if not subject.spec.own:
+    if subject.preference and not subject.spec.own:
         return checks
     return [*checks, _left_out() if subject.spec.detaches else _difference_check(subject, evidence, found[0], size)]
 
@@ -59,20 +61,20 @@ def _left_out() -> Check:
 
 
 def _difference_check(subject: Subject, evidence: Evidence, found: Tensor, size: float) -> Check:
-    """Central differences of a user's loss, one log-probability at a time; `found` is its gradient (N,) fp32."""
+    """Central differences of a loss, one number of a token at a time; `found` is its gradient, as `tokens_of`, fp32."""
     logps = evidence.logps
     tokens, reference = tokens_of(logps)
     double = exact_losses(logps, subject.config).dtype == torch.float64
     h, bound = (1e-5, subject.bounds.closed) if double else (2e-2, COARSE_BOUND["fp32"])
-    places = torch.linspace(0, len(tokens) - 1, min(len(tokens), MOST_TOKENS)).long()
+    places = torch.linspace(0, tokens.numel() - 1, min(tokens.numel(), MOST_TOKENS)).long()
     errors = []
     for place in places.tolist():
         moved = [tokens.clone(), tokens.clone()]
-        moved[0][place] += h
-        moved[1][place] -= h
+        moved[0].view(-1)[place] += h
+        moved[1].view(-1)[place] -= h
         up, down = (exact_losses(with_tokens(logps, one, reference), subject.config) for one in moved)
-        errors.append(abs(float((up - down).sum()) / (2 * h) - float(found[place])))
-    note = f"{subject.spec.name}, {len(places):,} of {len(tokens):,} tokens, float64, relative"
+        errors.append(abs(float((up - down).sum()) / (2 * h) - float(found.flatten()[place])))
+    note = f"{subject.spec.name}, {len(places):,} of {tokens.numel():,} numbers of tokens, float64, relative"
     if not double:
         note += "; the loss computes in fp32: keep the dtype of its tensors"
     if not max(errors) / size <= bound:
@@ -117,7 +119,8 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     values = subject.values(examples)
 
     def mean_loss(flat: Tensor) -> Tensor:
-        return exact_losses(logps_of(model.examples(flat, sequences), reference, values), subject.config).mean()
+        logps = logps_of(model.examples(flat, sequences), reference, values, model.statistics)
+        return exact_losses(logps, subject.config).mean()
 
     weights = flat64(subject)
     leaf = weights.clone().requires_grad_()
@@ -157,7 +160,7 @@ def _coarse_check(subject: Subject) -> Check:
                 flat.add_(gradient, alpha=distance / float(norm))
             policy, reference = head_scores_of(subject)
         values = subject.values(subject.examples)
-        logps = logps_of(by_side(policy), by_side(reference) if reference else None, values)
+        logps = logps_of(by_side(policy), by_side(reference) if reference else None, values, subject.statistics)
         return float(exact_losses(logps, subject.config).mean())
 
     h = COARSE_STEP[precision] * float(torch.linalg.vector_norm(flat.detach()))

@@ -63,7 +63,12 @@ class Subject:
     @property
     def spec(self) -> LossSpec:
         """The configured loss."""
-        return self.method.preference_loss.spec if isinstance(self.method, DPO) else self._sft.token_loss
+        return self.method.preference_loss.spec if isinstance(self.method, DPO) else self._sft.token_loss.spec
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the statistics of the vocabulary that the loss reads."""
+        return self.spec.statistics if self.preference else self._sft.token_loss.statistics
 
     @property
     def mixes(self) -> bool:
@@ -80,7 +85,7 @@ class Subject:
         if isinstance(logps, PairLogps):
             assert isinstance(self.method, DPO)
             return self.method.preference_loss(logps).losses
-        return self._sft.token_loss(logps, self._sft.config.loss_kwargs)[0]
+        return self._sft.token_loss(logps)[0]
 
     def values(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """The numeric columns that the loss reads, one number an example; float64, rounded to fp32 as in a batch."""
