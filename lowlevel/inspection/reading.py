@@ -20,7 +20,7 @@ from lowlevel.methods.dpo import DPO
 Reading = Literal["margin", "averages", "both", "quantiles"]
 
 READINGS: dict[str, Reading] = {
-    **dict.fromkeys(("sigmoid", "cdpo", "robust", "hinge", "ipo_sum", "exo_pair", "discopop", "odpo"), "margin"),
+    **dict.fromkeys(("sigmoid", "cdpo", "robust", "hinge", "ipo_sum", "exo_pair", "discopop", "odpo", "wpo"), "margin"),
     **dict.fromkeys(("ipo", "sigmoid_norm", "simpo"), "averages"),
     **dict.fromkeys(("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "dpop", "rpo"), "both"),
     **dict.fromkeys(("aot", "aot_unpaired"), "quantiles"),

@@ -174,7 +174,7 @@ def _micro_tensors(session: Session, batch: PackedBatch, seen: Tensors) -> Tenso
 def _losses(method: Method, batch: PackedBatch, by_token: Tensors, statistics: Tensors) -> Tensor:
     if isinstance(method, DPO):
         reference = by_token.get("reference", torch.zeros_like(by_token["policy"]))  # of a reference-free loss
-        pairs = pair_logps(batch, by_token["policy"], reference, method.columns)
+        pairs = pair_logps(batch, by_token["policy"], reference, method.columns, statistics)
         return torch.where(batch.real, method.preference_loss(pairs).losses, 0.0)
     assert isinstance(method, SFT)
     return batch.sequence_sums(method.token_losses(batch, by_token["policy"], statistics)[0])

@@ -21,7 +21,7 @@ REFERENCES = Path(__file__).parents[1] / "references"
 FILES = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(REFERENCES.glob("*.json"))}
 POINTS = FILES["losses"]["points"]
 WITHOUT_PEER = {"cdpo", "ipo_sum", "dpop"} | {  # by hand only
-    *("f_forward_kl", "f_js", "f_alpha", "ld_dpo", "odpo", "simpo", "orpo", "cpo", "cpo_sum", "nll"),
+    *("f_forward_kl", "f_js", "f_alpha", "ld_dpo", "odpo", "wpo", "simpo", "orpo", "cpo", "cpo_sum", "nll"),
 }
 
 
