@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig
+from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig, SFTConfig
 from lowlevel.execution import Eager, Execution
 from lowlevel.kernels import token_logps
 from lowlevel.loop import optimizer_step
@@ -160,8 +160,8 @@ def save_random_adapter(base: Path, folder: Path, seed: int = 5) -> Path:
     return folder
 
 
-def sft(batch_size: int = 8, *, packing: bool = False, row_length: int = 64) -> SFT:
-    return SFT(batch_size, row_length, packing)
+def sft(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **config: Any) -> SFT:
+    return SFT(batch_size, row_length, packing, config=SFTConfig(**config))
 
 
 def dpo(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **config: Any) -> DPO:
