@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from lowlevel.config.file import config_from_tables
 from lowlevel.errors import ConfigError
 from lowlevel.losses import SFT_LOSSES, SupervisedLoss, TokenLogps, token_scores
+from lowlevel.perplexity import PERPLEXITIES, perplexities
 from lowlevel.running.assembly import check_loss
 
 LOGITS = [[2.0, 1.0, 0.0, -1.0]]  # lse = 2.4401896985611953, p = .6439, .2369, .0871, .0321
@@ -81,3 +82,13 @@ def test_what_costs_nothing_is_not_computed() -> None:
     needs = {name: SupervisedLoss.of(name).statistics for name in SFT_LOSSES}
     assert needs == {"cross_entropy": (), "smoothed_cross_entropy": ("mean_logp",), "dft": ()}
     assert SupervisedLoss.of("smoothed_cross_entropy", z_loss_weight=1e-4).statistics == ("mean_logp", "lse")
+
+
+def test_perplexity_by_length() -> None:
+    """Means of 1 nat over 64 tokens, 2 over 65 and 66, 3 over 2000; of all: (64 + 262 + 6000) / 2195."""
+    found = perplexities([-64.0, -130.0, -6000.0, -132.0], [64, 65, 2000, 66])
+    expected = {"": 6326 / 2195, "/1-64": 1, "/65-256": 2, "/1025+": 3}
+    assert found == {f"perplexity{name}": pytest.approx(math.exp(nats)) for name, nats in expected.items()}
+    assert found.keys() <= set(PERPLEXITIES)
+    assert perplexities([-2.0, -4.0], [1, 2]) == {"perplexity": pytest.approx(math.exp(2))}
+    assert perplexities([-1e6], [1]) == {"perplexity": math.exp(700)}
