@@ -47,6 +47,7 @@ class Tokens:
     row: int
     input_ids: np.ndarray
     labels: np.ndarray
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

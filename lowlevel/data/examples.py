@@ -31,6 +31,7 @@ class SFTExample:
     input_ids: np.ndarray  # (L,) int32
     labels: np.ndarray  # (L,) int32
     values: tuple[float, ...] = ()  # numbers of the row in data.columns, for a custom loss
+    weights: np.ndarray | None = None  # (L,) fp32, of each token in the loss, above 0 where learned; None: 1
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class TokenLogps:
         lengths: (S,) supervised tokens of each example.
         values: numeric columns of the rows that `data.columns` names, (S,) fp32 each.
         statistics: of the vocabulary at each token, those that the loss declares, (N,) fp32 each.
+        weights: (N,) fp32, by which each token's loss is multiplied afterwards; None: 1.
     """
 
     token_logps: Tensor
@@ -31,6 +32,7 @@ class TokenLogps:
     lengths: Tensor
     values: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
 
 
 def cross_entropy(tokens: TokenLogps) -> Tensor:
@@ -92,9 +94,9 @@ class SupervisedLoss:
         return tuple(dict.fromkeys((*self.spec.statistics, *["lse"] * (self.z_loss_weight > 0))))
 
     def __call__(self, tokens: TokenLogps) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of each token and metrics, (N,) each."""
+        """The loss of each token, times its weight, and metrics without weights, (N,) each."""
         losses, metrics = self.spec(tokens, self.settings)
         if self.z_loss_weight > 0:
             z_losses = self.z_loss_weight * tokens.statistics["lse"].square()
             losses, metrics = losses + z_losses, {**metrics, "z_loss": z_losses.detach()}
-        return losses, metrics
+        return losses if tokens.weights is None else losses * tokens.weights, metrics

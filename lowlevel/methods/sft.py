@@ -34,14 +34,15 @@ class SFT:
     name: ClassVar[str] = "sft"
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
-        """Cross-entropy in nats (or the loss of `sft.loss_type`), summed over the batch's supervised tokens."""
+        """Cross-entropy in nats (or the loss of `sft.loss_type`), summed over the supervised tokens by weight."""
         token_logps, statistics = policy.token_scores(batch, self.token_loss.statistics)  # (N,) fp32 each
         losses, metrics = self.token_losses(batch, token_logps, statistics)  # (N,): -token_logps
         sums = batch.sequence_sums(losses)  # (S,)
         logps = batch.sequence_sums(token_logps.detach())
+        weights = 1.0 if batch.token_weights is None else batch.token_weights
         return LossSums(
             sums.sum(),
-            {name: torch.where(batch.belongs, value, 0.0).sum() for name, value in metrics.items()},
+            {name: torch.where(batch.belongs, value * weights, 0.0).sum() for name, value in metrics.items()},
             examples={"logps": logps, "loss": sums.detach()},
             tokens={"logps": token_logps.detach()},
         )
@@ -49,18 +50,18 @@ class SFT:
     def token_losses(
         self, batch: PackedBatch, token_logps: Tensor, statistics: Mapping[str, Tensor]
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of each scored token, (N,), and its metrics, (N,) each."""
-        values = batch.values(self.columns)
-        return self.token_loss(TokenLogps(token_logps, batch.sequence_ids, batch.lengths, values, statistics))
+        """The loss of each scored token, (N,), times its weight, and metrics without weights, (N,) each."""
+        values, weights = batch.values(self.columns), batch.token_weights
+        return self.token_loss(TokenLogps(token_logps, batch.sequence_ids, batch.lengths, values, statistics, weights))
 
     @cached_property
     def token_loss(self) -> SupervisedLoss:
         """The loss of `sft.loss_type`, with its hyper-parameters."""
         return sft_loss(self.config)
 
-    def count(self, batch: PackedBatch) -> int:
-        """Supervised tokens."""
-        return batch.num_scored
+    def count(self, batch: PackedBatch) -> float:
+        """Supervised tokens; the sum of their weights, if they have any."""
+        return batch.num_scored if batch.total_weight is None else batch.total_weight
 
     def size(self, example: SFTExample) -> int:
         """Positions: all tokens but the last."""
@@ -73,7 +74,7 @@ class SFT:
 
     def _batch(self, rows: list[list[SFTExample]]) -> PackedBatch:
         numbers = iter(range(sum(map(len, rows))))
-        segments = [[sft_segment(x.row, next(numbers), x.input_ids, x.labels) for x in row] for row in rows]
+        segments = [[sft_segment(x.row, next(numbers), x.input_ids, x.labels, x.weights) for x in row] for row in rows]
         values = [x.values for row in rows for x in row] if self.columns else None
         return build_batch(segments, pairs=False, shape=self.shape, values=values)
 

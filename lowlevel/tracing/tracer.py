@@ -73,9 +73,12 @@ class Tracer:
             self.flush()
         kind = "pairs" if isinstance(self.method, DPO) else "examples"
         rows = [self._rows(step, number, *part) for number, part in enumerate(zip(batches, host, strict=True))]
-        counted, count = ("pairs" if kind == "pairs" else "tokens"), sum(map(self.method.count, batches))
-        loss = sum(float(np.sum(part["loss"], dtype=np.float64)) for part in rows) / count
-        line: Columns = {"step": [step], "loss": [loss], counted: [count], "loss_scale": [scale]}
+        total = sum(float(np.sum(part["loss"], dtype=np.float64)) for part in rows)
+        loss = total / sum(map(self.method.count, batches))
+        counted, sizes = "tokens", [batch.num_scored for batch in batches]
+        if kind == "pairs":
+            counted, sizes = "pairs", [len(batch.data_rows) for batch in batches]
+        line: Columns = {"step": [step], "loss": [loss], counted: [sum(sizes)], "loss_scale": [scale]}
         if self.with_gradients:
             line |= measure(self.policy, self.method, batches, host, scale, dropout_key)
         self._taken[step] = {kind: rows, "steps": [line]}

@@ -10,7 +10,7 @@ import torch
 from lowlevel.errors import one_line
 from lowlevel.verification.check import Check, check, head_bound, largest, relative
 from lowlevel.verification.evidence import Evidence
-from lowlevel.verification.formulas import exact_losses
+from lowlevel.verification.formulas import count_of, exact_losses
 from lowlevel.verification.subject import Subject, with_batches_of
 
 GROUP = "accounting"
@@ -37,7 +37,8 @@ def _division(subject: Subject, evidence: Evidence) -> Check:
         taken += [subject.run_step(with_batches_of(subject.method, n))[0] for n in (1, 3)]
     losses = [result.metrics["loss"] for result in taken]
     error = max(abs(loss - expected) for loss in losses) / (abs(expected) or 1.0)
-    note = f"{expected:.7f} = sum / {'pairs' if subject.preference else 'tokens'} of the step, float64"
+    counted = "pairs" if subject.preference else "tokens by weight" if evidence.weights else "tokens"
+    note = f"{expected:.7f} = sum / {counted} of the step, float64"
     rounding = 0.3 * head_bound(evidence.largest_logit, subject.policy.lm_head_weight.dtype)  # rms of an even spread
     bound = subject.bounds.layout_loss * 5 + evidence.loss_error(rounding, subject.config) / (abs(expected) or 1.0)
     return check(GROUP, "step loss", error, bound, note)
@@ -45,10 +46,11 @@ def _division(subject: Subject, evidence: Evidence) -> Check:
 
 def _counts(subject: Subject, evidence: Evidence) -> Check:
     result, _ = subject.run_step()
-    count = len(subject.examples) if subject.preference else evidence.tokens
-    wrong = abs(result.count - count) + abs(result.supervised_tokens - evidence.tokens)
+    count = count_of(evidence.logps)
+    wrong = abs(result.supervised_tokens - evidence.tokens) + (abs(result.count - count) > 1e-9 * count)
     wrong += abs(len(result.rows) - len(subject.examples))
-    note = f"{len(result.rows)} examples, {result.supervised_tokens:,} supervised tokens, divided by {result.count:,}"
+    examples, tokens = len(result.rows), f"{evidence.tokens:,} supervised tokens"
+    note = f"{examples} examples, {tokens}, divided by {result.count:,.10g}"
     return check(GROUP, "counts of the step", float(wrong), 0, note)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowlevel.config.schema import RunConfig
 from lowlevel.verification.exact import ExactModel, base_parameters, exact_model
-from lowlevel.verification.formulas import Logps, exact_losses, logps_of, value_slopes
+from lowlevel.verification.formulas import Logps, count_of, exact_losses, logps_of, value_slopes
 from lowlevel.verification.subject import Subject
 from lowlevel.verification.truth import HeadScores, Scored, head_scores, sequences_of
 
@@ -29,6 +29,7 @@ class Evidence:
     reference: list[HeadScores] | None  # None if the loss has no reference
     values: Mapping[str, Tensor]  # numeric columns of the rows that the loss reads, one number an example
     statistics: tuple[str, ...]  # names of those that the loss reads
+    weights: list[Tensor] | None  # of the scored tokens in the loss, by example
     model: ExactModel | None  # in float64; None if the base is too large
     exact: int  # how many examples are run through it
 
@@ -51,7 +52,8 @@ class Evidence:
         """The same of some of the examples."""
         reference = None if self.reference is None else by_side(self.reference[part])
         values = {name: column[part] for name, column in self.values.items()}
-        return logps_of(by_side(self.policy[part]), reference, values, self.statistics)
+        weights = None if self.weights is None else self.weights[part]
+        return logps_of(by_side(self.policy[part]), reference, values, self.statistics, weights)
 
     def steepest(self, config: RunConfig) -> float:
         """How far an error of one nat in each sequence can move the loss of an example, the largest of all."""
@@ -68,12 +70,11 @@ class Evidence:
         First order: the slopes of the loss in all of them, under policy and reference.
         """
         square = float(sum(slope.square().sum() for slope in value_slopes(self.logps, config)))
-        return nats * math.sqrt(square) / len(exact_losses(self.logps, config))
+        return nats * math.sqrt(square) / count_of(self.logps)
 
     def step_loss(self, subject: Subject) -> float:
         """What the step must log: the sum over the step, divided once."""
-        losses = exact_losses(self.logps, subject.config)
-        return float(losses.sum()) / len(losses)
+        return float(exact_losses(self.logps, subject.config).sum()) / count_of(self.logps)
 
 
 def gather(subject: Subject) -> Evidence:
@@ -83,8 +84,8 @@ def gather(subject: Subject) -> Evidence:
     policy, reference = head_scores_of(subject)
     size, names = base_parameters(subject.policy), subject.statistics
     model = exact_model(subject.policy, subject.config.model, names) if size <= subject.exact_parameters else None
-    values = subject.values(subject.examples)
-    return Evidence(sequences, sums, policy, reference, values, names, model, _within(size, sequences))
+    values, weights = subject.values(subject.examples), subject.weights(subject.examples)
+    return Evidence(sequences, sums, policy, reference, values, names, weights, model, _within(size, sequences))
 
 
 def head_scores_of(subject: Subject) -> tuple[list[HeadScores], list[HeadScores] | None]:

@@ -28,18 +28,20 @@ def logps_of(
     reference: Sequence[Sequence[Tensor]] | None,
     values: Mapping[str, Tensor],
     statistics: Sequence[str] = (),
+    weights: list[Tensor] | None = None,
 ) -> Logps:
     """What a loss reads, from scores [example][chosen, rejected] or [example][whole]: (n, 1 + K) each, the
     log-probability and the `statistics`.
 
-    `reference` is None for sft and reference-free losses; `values`: numeric columns of the rows, one number an example.
+    `reference` is None for sft and reference-free losses; `values`: numeric columns of the rows, one number an example;
+    `weights`: of the tokens of each example in the loss.
     """
     lengths = torch.tensor([len(part) for part in _sequences(policy)])
     ids = torch.arange(len(lengths)).repeat_interleave(lengths)
     tokens = torch.cat(_sequences(policy))
     named = dict(zip(statistics, tokens[:, 1:].unbind(1), strict=True))
     if len(policy[0]) == 1:
-        return TokenLogps(tokens[:, 0], ids, lengths, values, named)
+        return TokenLogps(tokens[:, 0], ids, lengths, values, named, None if weights is None else torch.cat(weights))
     empty = tokens.new_zeros(len(policy))
     chosen, rejected = lengths.chunk(2)
     pairs = PairLogps(empty, empty, empty, empty, chosen, rejected, sequence_ids=ids, values=values, statistics=named)
@@ -58,7 +60,8 @@ def with_tokens(logps: Logps, policy: Tensor, reference: Tensor | None) -> Logps
     tokens, *columns = policy.unbind(1)
     statistics = dict(zip(logps.statistics, columns, strict=True))
     if isinstance(logps, TokenLogps):
-        return replace(logps, token_logps=tokens, values=values, statistics=statistics)
+        weights = None if logps.weights is None else logps.weights.to(policy.dtype)
+        return replace(logps, token_logps=tokens, values=values, statistics=statistics, weights=weights)
     assert reference is not None and logps.sequence_ids is not None
     zeros = tokens.new_zeros(2 * len(logps.chosen_logps))
     sums = [zeros.index_add(0, logps.sequence_ids, part).chunk(2) for part in (tokens, reference[:, 0])]
@@ -78,6 +81,13 @@ def tokens_of(logps: Logps) -> tuple[Tensor, Tensor | None]:
     reference = logps.ref_token_logps if isinstance(logps, PairLogps) else None
     scores = torch.stack([logps.token_logps, *logps.statistics.values()], dim=1)
     return scores, None if reference is None else reference[:, None]
+
+
+def count_of(logps: Logps) -> float:
+    """What a sum of losses is divided by: pairs, tokens, or the sum of the tokens' weights."""
+    if isinstance(logps, PairLogps):
+        return len(logps.chosen_logps)
+    return len(logps.token_logps) if logps.weights is None else float(logps.weights.sum())
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -116,7 +126,8 @@ def _exact_token_losses(logps: TokenLogps, sft: SFTConfig) -> Tensor:
         losses = (eps - 1) * logps.token_logps - eps * statistics["mean_logp"]
     else:
         losses = _by_function(find(sft.loss_type, SFT_LOSSES), logps, sft.loss_kwargs)
-    return losses + sft.z_loss_weight * statistics["lse"] ** 2 if sft.z_loss_weight else losses
+    losses = losses + sft.z_loss_weight * statistics["lse"] ** 2 if sft.z_loss_weight else losses
+    return losses if logps.weights is None else logps.weights * losses
 
 
 def _by_function(spec: LossSpec, logps: Logps, values: Mapping[str, float | None]) -> Tensor:

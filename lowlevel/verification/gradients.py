@@ -11,7 +11,7 @@ from lowlevel import kernels
 from lowlevel.losses import token_logps_reference
 from lowlevel.verification.check import Check, check, head_bound, largest, relative
 from lowlevel.verification.evidence import Evidence, by_side, flat64, head_scores_of
-from lowlevel.verification.formulas import exact_losses, gradients, logps_of, slopes, tokens_of, with_tokens
+from lowlevel.verification.formulas import count_of, exact_losses, gradients, logps_of, slopes, tokens_of, with_tokens
 from lowlevel.verification.subject import Subject, kept_weights
 
 GROUP = "gradients"
@@ -116,11 +116,11 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     model, sequences = evidence.model, evidence.sequences[: evidence.exact]
     with torch.no_grad():
         reference = model.examples(None, sequences) if evidence.reference is not None else None
-    values = subject.values(examples)
+    values, token_weights = subject.values(examples), subject.weights(examples)
 
     def mean_loss(flat: Tensor) -> Tensor:
-        logps = logps_of(model.examples(flat, sequences), reference, values, model.statistics)
-        return exact_losses(logps, subject.config).mean()
+        logps = logps_of(model.examples(flat, sequences), reference, values, model.statistics, token_weights)
+        return exact_losses(logps, subject.config).sum() / count_of(logps)
 
     weights = flat64(subject)
     leaf = weights.clone().requires_grad_()
@@ -159,9 +159,11 @@ def _coarse_check(subject: Subject) -> Check:
             with torch.no_grad():
                 flat.add_(gradient, alpha=distance / float(norm))
             policy, reference = head_scores_of(subject)
-        values = subject.values(subject.examples)
-        logps = logps_of(by_side(policy), by_side(reference) if reference else None, values, subject.statistics)
-        return float(exact_losses(logps, subject.config).mean())
+        values, weights = subject.values(subject.examples), subject.weights(subject.examples)
+        logps = logps_of(
+            by_side(policy), by_side(reference) if reference else None, values, subject.statistics, weights
+        )
+        return float(exact_losses(logps, subject.config).sum()) / count_of(logps)
 
     h = COARSE_STEP[precision] * float(torch.linalg.vector_norm(flat.detach()))
     whole, half = ((loss_at(step) - loss_at(-step)) / (2 * step) for step in (h, h / 2))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import StepResult
 from lowlevel.verification.check import BOUNDS, Bounds
+from lowlevel.verification.truth import sequences_of
 
 if TYPE_CHECKING:
     from lowlevel.data.rendering import ChatTokenizer
@@ -92,6 +94,14 @@ class Subject:
         names = self.config.data.columns
         rows = torch.tensor([x.values for x in examples], dtype=torch.float32).double()
         return {name: rows[:, i] for i, name in enumerate(names)}
+
+    def weights(self, examples: Sequence[Any]) -> list[Tensor] | None:
+        """The weight of each scored token in the loss, by example, (n,) float64; None if there are none."""
+        if self.preference or all(x.weights is None for x in examples):
+            return None
+        places = [sequences_of(x, preference=False)[0].places for x in examples]
+        given = [np.ones(len(x.input_ids)) if x.weights is None else x.weights for x in examples]
+        return [torch.from_numpy(w[p]).double() for w, p in zip(given, places, strict=True)]
 
     def batches(self, method: Method | None = None, examples: Sequence[Any] | None = None) -> list[PackedBatch]:
         """Micro-batches of the training path, on the device."""
