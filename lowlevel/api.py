@@ -12,11 +12,12 @@ The command line calls the same functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, wraps
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from rich.console import Console
 
@@ -24,13 +25,13 @@ from lowlevel.checkpoints.checkpoint import saved
 from lowlevel.config.file import OTHER_NAMES, config_from_tables, load_tables
 from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import SECTIONS, RunConfig
-from lowlevel.errors import ConfigError, quoted
+from lowlevel.errors import ConfigError, errors_for_python, quoted
 from lowlevel.losses.registry import name_of
 from lowlevel.model.files import read_json_object
 from lowlevel.model.policy import Policy
 from lowlevel.optim.train_state import StepResult
 from lowlevel.running.callbacks import Callback
-from lowlevel.running.progress import make_console, quiet_libraries
+from lowlevel.running.progress import make_console, quiet_libraries, speaking
 from lowlevel.running.reopening import Reopened, reopen, with_rows
 from lowlevel.running.run import run_steps
 from lowlevel.running.run_folder import RunFolder
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 Rows = Any  # a path or hub name, or rows: dicts, a datasets.Dataset, a torch Dataset
 Result = TypeVar("Result")
+Options = ParamSpec("Options")
 
 
 def sft(model: str | None = None, data: Rows = None, **settings: Any) -> Run:
@@ -102,7 +104,8 @@ def train(
         LowlevelError: as in `sft`.
     """
     options = {"callbacks": callbacks, "resume": resume, "restart": restart, "allow_change": allow_change}
-    taken = _taken(_config(method, settings), console, options)
+    by_command = isinstance(method, RunConfig)
+    taken = _taken(_config(method, settings), console, options, by_command=by_command)
     while True:
         try:
             next(taken)
@@ -200,17 +203,33 @@ def _config(method: str | RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     return method
 
 
-def _taken(config: RunConfig, console: Console | None, options: Mapping[str, Any]) -> Any:
+def _taken(config: RunConfig, console: Console | None, options: Mapping[str, Any], *, by_command: bool = False) -> Any:
     """A generator over the steps that returns the run: the one way in, of the command line too."""
     quiet_libraries()
     console = console or make_console()
     details = options.get("details", False) or bool(options.get("callbacks"))
-    yield from run_steps(config, console, **{**options, "details": details})
+    taken = run_steps(config, console, **{**options, "details": details})
+    words = nullcontext() if by_command else errors_for_python()
+    with words, speaking(console, config.method) as beat, closing(taken):
+        for step in taken:
+            with beat.pause():
+                yield step
     sources = {"data": config.data.source, "eval_data": config.data.eval_source}
     run = Run(config.train.output_dir, **{k: v for k, v in sources.items() if isinstance(v, GivenRows)})
     for callback in options.get("callbacks", ()):
         callback.on_end(run)
     return run
+
+
+def _long(work: Callable[Options, Result]) -> Callable[Options, Result]:
+    """Outside a terminal, print where the work is, as the commands do; errors name keywords instead of flags."""
+
+    @wraps(work)
+    def wrapped(*arguments: Options.args, **named: Options.kwargs) -> Result:
+        with errors_for_python(), speaking(make_console(), work.__name__):
+            return work(*arguments, **named)
+
+    return wrapped
 
 
 class Run:
@@ -249,6 +268,7 @@ class Run:
         """The model with the run's newest adapter, loaded for forward passes when first asked for."""
         return self.opened.policy(self.folder.newest_adapter(print))
 
+    @_long
     def inspect(
         self, *, step: int | None = None, example: int | None = None, checkpoint: int | None = None
     ) -> Inspection:
@@ -264,18 +284,21 @@ class Run:
 
         return inspect_run(self.opened, step=step, example=example, checkpoint=checkpoint)
 
+    @_long
     def verify(self, *, step: int = 1, **options: Any) -> Report:
         """Check a step of the run against its formula in float64; `print()` shows the table."""
         from lowlevel.verification.opening import verify_run
 
         return verify_run(self.opened, step=step, **options)
 
+    @_long
     def replay(self, step: int, *, start: int | None = None) -> Replay:
         """Take a step again, from checkpoint `start` or the newest one before it, and compare it with the log."""
         from lowlevel.replaying.replay import replay_run
 
         return replay_run(self.opened, step, start=start)
 
+    @_long
     def generate(self, prompt: str, *, system: str | None = None, **sampling: Any) -> str:
         """Reply to a prompt with the run's adapter, of an unfinished run its newest checkpoint's.
 

@@ -10,16 +10,28 @@ import argparse
 import difflib
 import io
 import os
+import re
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from importlib import import_module
 from typing import TextIO, cast
 
 from lowlevel import __version__
 from lowlevel.commands.common import Parser
-from lowlevel.errors import ConfigError, LowlevelError, OutOfMemoryError, printable, quoted
+from lowlevel.errors import (
+    CONTINUE,
+    ConfigError,
+    InterruptedRunError,
+    LowlevelError,
+    OutOfMemoryError,
+    printable,
+    quoted,
+)
+from lowlevel.heartbeat import heartbeat
 from lowlevel.redaction import RedactedStream
 
 EXIT_CODES = (
@@ -45,10 +57,18 @@ def build_parser() -> argparse.ArgumentParser:
         text = METHODS.get(name, command.__doc__)
         style = argparse.RawDescriptionHelpFormatter
         added = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=style)
-        added.set_defaults(takes_config=False)
+        added.set_defaults(takes_config=False, output_is_result=False)
         added.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.add_arguments(added)
     return parser
+
+
+def usages() -> dict[str, str]:
+    """The usage of each command."""
+    parsers = {name: Parser(prog=name) for name in COMMANDS}
+    for name, parser in parsers.items():
+        COMMANDS[name].add_arguments(parser)
+    return {name: parser.format_usage() for name, parser in parsers.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with redirect_stdout(_redacted(sys.stdout)), redirect_stderr(_redacted(sys.stderr)):
         try:
             words, overrides = split_overrides(arguments)
+            if overrides and not words:
+                key = next(iter(overrides))
+                raise ConfigError(f"no command before --{quoted(key)}; lowlevel --help lists the commands")
             if words and not words[0].startswith("-") and words[0] not in COMMANDS:
                 near = difflib.get_close_matches(words[0], COMMANDS, n=1)
                 hint = f'did you mean "{near[0]}"?' if near else "lowlevel --help lists the commands"
@@ -66,9 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _failed(error, debug=False)
         try:
             if unknown or (overrides and not options.takes_config):
-                word = unknown[0] if unknown else f"--{next(iter(overrides))}"
-                raise ConfigError(f"unknown argument {word!r}; lowlevel {options.command} --help lists the options")
-            COMMANDS[options.command].run(options, overrides)
+                raise _unknown(unknown[0] if unknown else f"--{next(iter(overrides))}", options)
+            say = partial(print, file=sys.stderr if options.output_is_result else sys.stdout, flush=True)
+            long = options.command != "losses" and not sys.stdout.isatty()
+            with heartbeat(say, f"lowlevel {options.command}", on=long):
+                COMMANDS[options.command].run(options, overrides)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -76,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python prints an error at its last flush
             return 130
         except Exception as error:
-            return _failed(error, options.debug)
+            return _failed(error, options.debug, arguments)
     return 0
 
 
@@ -86,8 +111,11 @@ def _redacted(stream: TextIO) -> TextIO:
     return cast("TextIO", RedactedStream(stream))
 
 
-def _failed(error: Exception, debug: bool) -> int:
-    """Print the error, with --debug after its traceback, and return the exit code."""
+def _failed(error: Exception, debug: bool, arguments: Sequence[str] = ()) -> int:
+    """Print the error, with --debug after its traceback, and return the exit code.
+
+    A run that was stopped and saved is no error: the line has the command that continues it.
+    """
     if debug:
         sys.stderr.write(traceback.format_exc())
     if isinstance(error, LowlevelError):
@@ -96,8 +124,31 @@ def _failed(error: Exception, debug: bool) -> int:
         code, line = OutOfMemoryError.exit_code, f"out of memory: {error}"
     else:
         code, line = 1, printable(f"{type(error).__name__}: {error}{'' if debug else ' (--debug shows where)'}")
-    print(f"error: {line}", file=sys.stderr)
+    saved = isinstance(error, InterruptedRunError) and CONTINUE in line
+    again = [word for word in arguments if word not in ("--resume", "--restart")]
+    shown = f"continue with: {shlex.join(['lowlevel', *again, '--resume'])}"
+    print(line.replace(CONTINUE, shown) if saved else f"error: {line}", file=sys.stderr)
     return code
+
+
+def _unknown(word: str, options: argparse.Namespace) -> ConfigError:
+    """The error for an argument that a command does not have: a near one, or the commands that have it."""
+    flag, command = word.partition("=")[0], options.command
+    flags = {name: re.findall(r"--[a-z][a-z-]*", usage) for name, usage in usages().items()}
+    keys: list[str] = []
+    if options.takes_config and flag.startswith("--"):
+        from lowlevel.config.file import flags_of
+
+        keys = flags_of(flag[2:].replace("-", "_"), command)
+    near = keys if len(keys) == 1 else difflib.get_close_matches(flag, [*flags[command], *keys], n=1)
+    owners = [name for name, own in flags.items() if flag in own]
+    if near:
+        hint = f"did you mean {near[0]}?"
+    elif owners:
+        hint = f"it is an option of {', '.join(owners)}: leave it out"
+    else:
+        hint = f"lowlevel {command} --help lists the options"
+    return ConfigError(f"unknown argument {quoted(word)!r}; {hint}")
 
 
 def join_negative_numbers(words: Sequence[str]) -> list[str]:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lowlevel.redaction import redact
 
 _UNPRINTABLE = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 EVAL_LOSS = "eval_loss"  # quantity of a NonFiniteError in an evaluation
+CONTINUE = "continue with --resume"
+# Flags in messages, as the Python API has them.
+_KEYWORDS = [
+    (re.compile(rf"(?<![\w-])--{flag}"), keyword)
+    for flag, keyword in (
+        (r"(resume|restart)\b", r"\1=True"),
+        (r"allow-change ([\w.]+)", r'allow_change=["\1"]'),
+        (r"on-bad-row (\w+)", r'on_bad_row="\1"'),
+        (r"from (\d+)", r"start=\1"),
+        (r"(step|checkpoint) (\d+)", r"\1=\2"),
+        (r"[a-z]+\.(\w+) (\w+)", r'\1="\2"'),
+        (r"allow-change\b", "allow_change"),
+    )
+]
 LONGEST_QUOTE = 80  # characters of an input value quoted in a message
 
 
@@ -41,6 +56,19 @@ class LowlevelError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(redact(printable(message)))
+
+
+@contextmanager
+def errors_for_python() -> Iterator[None]:
+    """Name keywords of the Python API instead of flags in the error that leaves the block."""
+    try:
+        yield
+    except LowlevelError as error:
+        text = str(error)
+        for flag, keyword in _KEYWORDS:
+            text = flag.sub(keyword, text)
+        error.args = (text,)
+        raise
 
 
 class ConfigError(LowlevelError):

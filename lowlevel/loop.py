@@ -14,6 +14,7 @@ from lowlevel.config.schema import TrainConfig
 from lowlevel.errors import EVAL_LOSS, NonFiniteError
 from lowlevel.execution import Execution, ExecutionFailedError
 from lowlevel.hashing import key32
+from lowlevel.heartbeat import counted
 from lowlevel.losses import LossSums
 from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
@@ -72,7 +73,8 @@ def accumulate(
     while True:
         policy.flat.grad.zero_()
         try:  # moved one by one: the GPU starts on the first
-            moved = (batch.to(policy.placement.device) for batch in batches)
+            waiting = counted("this step", batches, "micro-batches")
+            moved = (batch.to(policy.placement.device) for batch in waiting)
             return tuple(execution.run(batch, factor, dropout_key).kept(details) for batch in moved)
         except ExecutionFailedError:  # it, or a simpler mode, is ready to start over
             continue
@@ -178,7 +180,7 @@ def evaluate_examples(
     """Means over held-out micro-batches, dropout off, each name with `prefix` before it; for sft also perplexities."""
     window, logps, lengths = Window(), list[float](), list[int]()
     policy.dropout.disable()
-    for batch in batches:
+    for batch in counted("evaluating", batches, "micro-batches"):
         sums = method.loss(policy, batch.to(policy.placement.device))
         named = sums.named()
         window.add(dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True)), method.count(batch))

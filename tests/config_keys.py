@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+from pydantic import BaseModel
 
 import lowlevel
 from lowlevel.config.file import config_from_tables
-from lowlevel.config.schema import Filter, RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
 
 PACKAGE = Path(lowlevel.__file__).parent
@@ -32,6 +33,7 @@ KEYS = {
     "lora.init_from": ("out/older", {}),
     "data.source": ("rows.jsonl", {}),
     "data.split": ("test_sft", {}),
+    "data.sources": ([{"source": "a.jsonl", "weight": 0.7}, {"source": "b.jsonl", "weight": 0.3}], {}),
     "data.shuffle_seed": (42, {}),
     "data.limit": (3000, {}),
     "data.format": ("orca", {"method": "dpo"}),
@@ -113,7 +115,7 @@ def value_of(config: RunConfig, key: str) -> object:
     section, name = key.split(".")
     value = getattr(getattr(config, section), name)
     if isinstance(value, tuple):
-        value = [item.model_dump() if isinstance(item, Filter) else item for item in value]
+        value = [item.model_dump(exclude_unset=True) if isinstance(item, BaseModel) else item for item in value]
     return value
 
 

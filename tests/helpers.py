@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig, SFTConfig
 from lowlevel.execution import Eager, Execution
@@ -89,6 +96,29 @@ def write_tiny_base(folder: Path, **settings: object) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=ZEPHYR
     ).save_pretrained(folder)
+
+
+def write_stored_base(
+    base: Path,
+    folder: Path,
+    kind: str = "nf4",
+    double: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    **settings: Any,
+) -> Path:
+    """Save a base as people publish pre-quantised ones: 4-bit linear layers, everything else in `dtype`."""
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+        **settings,
+    )
+    AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, quantization_config=quantisation, device_map={"": "cpu"}
+    ).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
 
 
 def ragged_examples(count: int = 8, *, seed: int = 0, longest: int = 40) -> list[Tokens]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 Options = argparse.Namespace
 Overrides = dict[str, str]  # "section.key" -> text as typed
+# A T4 lacks bf16 and FlashAttention 2 (compute capability 8.0); a process can use 15 GiB of it.
+AS_T4 = {"train.precision": "fp16", "model.attn_implementation": "efficient"}
+T4_BYTES = 15 * 2**30
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,11 +46,18 @@ def _whole_number(text: str, least: int) -> int:
     return int(text)
 
 
-def add_run_file(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """RUN.toml; every key of it is also a flag."""
-    text = None if required else "run file; without one, only flags"
-    parser.add_argument("config", type=Path, nargs=None if required else "?", metavar="RUN.toml", help=text)
+def add_run_file(parser: argparse.ArgumentParser, *, method: bool = True) -> None:
+    """RUN.toml, whose keys are also flags, and what else changes them; `method`: the command's name gives no method."""
+    what = "run file or run folder" if method else "run file"
+    parser.add_argument("config", type=Path, nargs="?", metavar="RUN.toml", help=f"{what}; without one, only flags")
     parser.set_defaults(takes_config=True)
+    if method:
+        text = "default: by the keys that only one has, else by the rows"
+        parser.add_argument("--method", choices=("sft", "dpo"), help=text)
+    parser.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
+    parser.add_argument(
+        "--as-t4", action="store_true", help="on a larger GPU: fp16, 15 GiB, and only the attention that a T4 has"
+    )
 
 
 def check_resume(options: Options) -> None:
@@ -56,17 +66,53 @@ def check_resume(options: Options) -> None:
         raise ConfigError("--resume continues a run and --restart discards it: give one of them")
 
 
-def read_run_file(options: Options, overrides: Overrides, method: str | None = None) -> RunConfig:
-    """The configuration of the run file with flags applied.
+def read_run_file(options: Options, overrides: Overrides, method: str) -> RunConfig:
+    """The configuration of the run file with flags applied, for a command that names the method.
 
     Raises:
         ConfigError: one line for each problem.
     """
     from lowlevel.config.file import load_config
 
-    if vars(options).get("on_bad_row"):
-        overrides = {**overrides, "data.on_bad_row": options.on_bad_row}
-    return load_config(options.config, overrides, method=method)
+    return load_config(options.config, _with_short_flags(options, overrides), method=method)
+
+
+def read_any_run(options: Options, overrides: Overrides, console: Console) -> RunConfig:
+    """As `read_run_file`, of either method and also of a run folder; prints the method if it was inferred."""
+    from lowlevel.config.file import config_from_tables, given_tables
+    from lowlevel.config.method import infer_method
+    from lowlevel.data.columns import column_names
+
+    path: Path | None = options.config
+    if path and path.is_dir():
+        path /= "config.toml"
+        if not path.exists():
+            raise ConfigError(f"{path.parent} is not a run folder: it has no config.toml")
+    tables = given_tables(path, _with_short_flags(options, overrides), options.method)
+    if "method" not in tables:
+        data = tables.get("data", {})
+        first = next(iter(data.get("sources") or ()), data)  # of a mix, whose parts must fit one method
+        source, split = first.get("source", "demo"), first.get("split", "train")
+        tables["method"], why = infer_method(tables, lambda: column_names(source, split))
+        console.print(f"method: {tables['method']} ({why})", markup=False)
+    return config_from_tables(tables, str(path or "flags"))
+
+
+def _with_short_flags(options: Options, overrides: Overrides) -> Overrides:
+    if options.as_t4:
+        if AS_T4.keys() & overrides.keys():
+            raise ConfigError(f"--as-t4 sets {' and '.join(AS_T4)}: leave them out")
+        overrides = {**overrides, **AS_T4}
+    return {**overrides, "data.on_bad_row": options.on_bad_row} if options.on_bad_row else overrides
+
+
+def cap_gpu_memory(options: Options) -> None:
+    """With --as-t4: this process gets no more memory than on a T4."""
+    import torch
+
+    if options.as_t4 and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, T4_BYTES / total))
 
 
 def quiet_console() -> Console:

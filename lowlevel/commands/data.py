@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowlevel.commands.common import Options, Overrides, Parser, add_run_file, quiet_console, read_run_file
+from lowlevel.commands.common import Options, Overrides, Parser, add_run_file, quiet_console, read_any_run
 from lowlevel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: Parser) -> None:
     add_run_file(parser)
-    parser.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
 
 
 def run(options: Options, overrides: Overrides) -> None:
-    show_data(read_run_file(options, overrides), quiet_console())
+    console = quiet_console()
+    show_data(read_any_run(options, overrides, console), console)
 
 
 def show_data(config: RunConfig, console: Console) -> None:

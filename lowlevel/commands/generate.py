@@ -7,6 +7,7 @@ from lowlevel.commands.common import Options, Overrides, Parser, positive, quiet
 
 
 def add_arguments(parser: Parser) -> None:
+    parser.set_defaults(output_is_result=True)
     parser.add_argument("model_dir", type=Path, metavar="DIR", help="run folder, PEFT adapter or merged model")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="user message")
     parser.add_argument("--system", metavar="TEXT", help="system message")

@@ -55,6 +55,7 @@ CONVENTIONS = (
 
 
 def add_arguments(parser: Parser) -> None:
+    parser.set_defaults(output_is_result=True)
     for name, text in NUMBERS.items():  # as text: `_number` checks them, with one line per error
         parser.add_argument(_flag(name), metavar="NUMBER", help=text)
     parser.add_argument(

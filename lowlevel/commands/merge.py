@@ -14,6 +14,9 @@ def add_arguments(parser: Parser) -> None:
         help="dequantized: the 4-bit base used in training, in 16 bits (default); original: the unquantised base; "
         "requantized: the merged original, quantised again",
     )
+    parser.add_argument(
+        "--base", metavar="NAME", help="original, requantized: folder or hub name with the base's 16-bit weights"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the merged model")
 
 
@@ -21,4 +24,4 @@ def run(options: Options, overrides: Overrides) -> None:
     console = quiet_console()
     from lowlevel.running.merge import merge_run
 
-    merge_run(options.run_dir, options.into, options.out, console)
+    merge_run(options.run_dir, options.into, options.out, console, base=options.base)

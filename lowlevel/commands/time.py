@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
-from lowlevel.commands.common import Options, Overrides, Parser, add_run_file, positive, quiet_console, read_run_file
+from lowlevel.commands.common import (
+    Options,
+    Overrides,
+    Parser,
+    add_run_file,
+    cap_gpu_memory,
+    positive,
+    quiet_console,
+    read_any_run,
+)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -14,7 +23,9 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: Options, overrides: Overrides) -> None:
-    config, console = read_run_file(options, overrides), quiet_console()
+    console = quiet_console()
+    config = read_any_run(options, overrides, console)
+    cap_gpu_memory(options)
     from lowlevel.timing.report import time_run
 
     time_run(config, console, steps=options.steps, json_file=options.json)

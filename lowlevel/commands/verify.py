@@ -3,15 +3,22 @@
 import tempfile
 from pathlib import Path
 
-from lowlevel.commands.common import Options, Overrides, Parser, not_negative, positive, quiet_console
+from lowlevel.commands.common import (
+    Options,
+    Overrides,
+    Parser,
+    add_run_file,
+    cap_gpu_memory,
+    not_negative,
+    positive,
+    quiet_console,
+    read_any_run,
+)
 from lowlevel.errors import ConfigError
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.set_defaults(takes_config=True)
-    parser.add_argument(
-        "path", type=Path, metavar="RUN_DIR|RUN.toml", help="run folder, or run file for the start of a run"
-    )
+    add_run_file(parser)
     parser.add_argument(
         "--step", "--batch", type=positive, default=1, metavar="N", help="optimizer step to check (default: 1)"
     )
@@ -26,26 +33,29 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: Options, overrides: Overrides) -> None:
-    if overrides and options.path.is_dir():
-        raise ConfigError(
-            f"--{next(iter(overrides))}: {options.path} has its own config.toml; flags are for a run file"
-        )
+    folder: Path | None = options.config if options.config and options.config.is_dir() else None
+    given = [f"--{key}" for key in overrides]
+    given += [f"--{key.replace('_', '-')}" for key in ("method", "on_bad_row", "as_t4") if vars(options)[key]]
+    if folder and given:
+        raise ConfigError(f"{given[0]}: {folder} has its own config.toml; flags are for the start of a run")
     if options.json and not options.json.parent.is_dir():
         raise ConfigError(f"--json {options.json}: no such folder")
     console = quiet_console()
+    config = None if folder else read_any_run(options, overrides, console)
+    cap_gpu_memory(options)
     from lowlevel.durable import write_given_json
     from lowlevel.running.progress import lines_to
     from lowlevel.running.reopening import reopen
-    from lowlevel.verification.opening import open_file, verify_run
+    from lowlevel.verification.opening import open_start, verify_run
     from lowlevel.verification.report import print_checks
 
-    path, note = options.path, lines_to(console)
+    note = lines_to(console)
     with tempfile.TemporaryDirectory() as scratch:
-        opened = reopen(path, note) if path.is_dir() else open_file(path, overrides, Path(scratch))
+        opened = open_start(config, Path(scratch)) if config else reopen(options.config, note)
         report = verify_run(opened, step=options.step, exact_parameters=options.exact_parameters)
     note(report.heading)
     print_checks(report.checks, console)
-    target = options.json or (path / "verify.json" if path.is_dir() else None)
+    target = options.json or (folder / "verify.json" if folder else None)
     if target:
         write_given_json(target, report.as_json())
     report.check()

@@ -15,6 +15,7 @@ LARGEST_BATCH = 1_048_576  # examples a step
 ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules")  # with lora.init_from, the adapter has its own
 TRACE_DETAILS = ("level", "gradients")
 PLANNED = ("recomputed_layers", "micro_batch_positions", "dequantize_once")  # set by memory_budget
+PAIRS = ("preference", "hh", "orca")  # formats that only dpo has
 Check = tuple[bool, str]  # whether it is wrong, and what to say
 
 
@@ -22,7 +23,13 @@ def contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
     """One line for each contradiction; `tables` holds the keys that were given."""
     given = {f"{s}.{k}" for s, table in tables.items() if isinstance(table, Mapping) for k in table}
     given |= {key for key in tables if key in ("sft", "dpo")}
-    checks = [*_method_and_model(config, given), *_data(config), *_train(config, given), *_trace(config, given)]
+    checks = [
+        *_method_and_model(config, given),
+        *_data(config),
+        *_sources(config, given),
+        *_train(config, given),
+        *_trace(config, given),
+    ]
     return [message for wrong, message in checks if wrong]
 
 
@@ -34,7 +41,7 @@ def secrets_in(tables: Mapping[str, Any]) -> list[str]:
 
 def empty_texts(tables: Mapping[str, Any]) -> list[str]:
     """One line for each empty path or name: an empty path would be the current folder. Filter values may be empty."""
-    texts = (found for found in _texts(tables, "") if not found[0].startswith("data.filters"))
+    texts = (found for found in _texts(tables, "") if ".filters" not in found[0])
     return [f"{key}: is empty; leave the key out for its default" for key, text in texts if not text.strip()]
 
 
@@ -54,15 +61,18 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
     sft, model, data, mode = config.method == "sft", config.model, config.data, config.model.adapter_mode
     no_adapter, continued = model.adapter is None, config.lora.init_from is not None
     quantisation = bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given)
+    pairs = data.format in PAIRS
     needed_mode = no_adapter and "model.adapter_mode" in given and mode != "none"
     return [
         (sft and "dpo" in given, '[dpo] is not used when method = "sft"'),
         (not sft and "sft" in given, '[sft] is not used when method = "dpo"'),
         (sft and bool(model.adapter), "model.adapter is for dpo; to continue training an adapter use lora.init_from"),
-        (sft and data.format == "orca", 'data.format = "orca" holds preferences; sft needs "messages"'),
-        (sft and data.format == "preference", 'data.format = "preference" is for dpo; sft needs "messages"'),
+        (sft and pairs, f'data.format = "{data.format}" is for dpo; sft takes "auto" or "messages"'),
         (sft and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo"),
-        (not sft and data.format == "messages", 'dpo needs data.format = "preference" or "orca"'),
+        (
+            not sft and data.format == "messages",
+            'data.format = "messages" is for sft; dpo takes "preference"',
+        ),
         (not no_adapter and mode == "none", 'model.adapter is set, but model.adapter_mode = "none" ignores it'),
         (needed_mode, f'model.adapter_mode = "{mode}" needs model.adapter'),
         (not model.load_in_4bit and quantisation, "model.bnb_4bit_* keys need model.load_in_4bit = true"),
@@ -80,6 +90,26 @@ def _data(config: RunConfig) -> list[Check]:
         (holdout and not data.eval_limit, 'data.eval_source = "holdout" needs data.eval_limit'),
         (bool(train.eval_steps) and not has_evaluation, "train.eval_steps needs data.eval_source"),
         (bool(patience) and not train.eval_steps, "train.early_stopping_patience needs train.eval_steps"),
+    ]
+
+
+def _sources(config: RunConfig, given: set[str]) -> list[Check]:
+    parts, unfit = config.data.sources, PAIRS if config.method == "sft" else ("messages",)
+    if not parts:
+        return []
+    unweighted = next((f"{i} ({part.source})" for i, part in enumerate(parts, 1) if part.weight is None), None)
+    rows = any(not isinstance(part.source, str) for part in parts)
+    formats = (part.format for part in parts if part.format in unfit)
+    return [
+        ("data.source" in given, "data.source and data.sources are both set: give one of them"),
+        ("data.split" in given, "data.split is not used with data.sources: give each source its split"),
+        (rows, "data.sources takes files and hub names; rows given in Python go into data.source"),
+        (any(part.source == "holdout" for part in parts), '"holdout" is a value of data.eval_source'),
+        (
+            unweighted is not None and any(part.weight for part in parts),
+            f"data.sources: source {unweighted} has no weight: give all sources a weight, or none",
+        ),
+        *((True, f'data.sources: format "{other}" does not fit {config.method}') for other in formats),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 
 from lowlevel.config.contradictions import ADAPTER_SHAPE, contradictions, empty_texts, secrets_in
 from lowlevel.config.given import Source
-from lowlevel.config.schema import DPO_DEFAULTS, LOSS_DEFAULTS, SECTIONS, Filter, RunConfig
+from lowlevel.config.schema import DPO_DEFAULTS, LOSS_DEFAULTS, SECTIONS, DataSource, Filter, RunConfig
 from lowlevel.errors import ConfigError, one_line, quoted
 
 TEXTS = (str, str | None, get_args(Source)[0], Source | None)  # types of keys whose flags are not parsed as TOML
@@ -40,6 +41,11 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
 
     `method` is that of the command. Raises ConfigError with one line for each problem found.
     """
+    return config_from_tables(given_tables(path, overrides, method), str(path or "flags"))
+
+
+def given_tables(path: Path | None, overrides: Mapping[str, str], method: str | None) -> dict[str, Any]:
+    """The tables of a run file with flags applied, not yet validated. Arguments and errors as in `load_config`."""
     where = str(path) if path else "flags"
     tables = load_tables(path, method)
     for dotted, text in overrides.items():
@@ -49,7 +55,7 @@ def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method:
             name, value = quoted(section), quoted(repr(table))
             raise ConfigError(f"{where}: --{quoted(dotted)}: {name} is {value}, not a section")
         table[key] = _parse_flag(section, key, text)
-    return config_from_tables(tables, where)
+    return tables
 
 
 def load_tables(path: Path | None, method: str | None) -> dict[str, Any]:
@@ -94,6 +100,8 @@ def _with_defaults(tables: Mapping[str, Any], section: str, defaults: Mapping[st
 def to_tables(config: RunConfig) -> dict[str, Any]:
     """The configuration as tables for `config_from_tables`, without unset and unused keys."""
     tables = config.model_dump(mode="json", exclude_none=True)
+    for key in ("source", "split") if config.data.sources else ("sources",):
+        del tables["data"][key]
     del tables["dpo" if config.method == "sft" else "sft"]
     if not (config.trace.every or config.trace.steps):
         del tables["trace"]
@@ -105,6 +113,14 @@ def to_tables(config: RunConfig) -> dict[str, Any]:
     if not config.model.load_in_4bit:
         del tables["model"]["bnb_4bit_quant_type"], tables["model"]["bnb_4bit_use_double_quant"]
     return tables
+
+
+def flags_of(name: str, method: str) -> list[str]:
+    """The flags of the keys with this name, or with its name in OTHER_NAMES; of all keys if there are none."""
+    other = {"sft": "dpo", "dpo": "sft"}.get(method)
+    flags = {f"--{section}.{key}": key for section, model in SECTIONS.items() if section != other
+             for key in model.model_fields}  # fmt: skip
+    return [flag for flag, key in flags.items() if key == OTHER_NAMES.get(name, name)] or list(flags)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -124,8 +140,8 @@ def _parse_flag(section: str, key: str, text: str) -> object:
     field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
     if field is not None and field.annotation in TEXTS:
         return text
-    if key in ("target_modules", "columns") and not text.startswith("["):
-        return text.split(",")
+    if key in ("target_modules", "columns", "report_to") and not text.startswith("["):
+        return text if key == "target_modules" else text.split(",")
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -143,17 +159,20 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
         return f'{where}: unknown key "{name}"; {hint}'
     if problem["type"] == "missing":
         return f"{where}: {name}: is missing"
-    if location[:2] == ["data", "filters"] and "value" in location:  # pydantic reports each type that does not match
+    if "filters" in location and "value" in location:  # pydantic reports each type that does not match
         name = quoted(".".join(location[: location.index("value") + 1]))
         return f"{where}: {name}: expected text, a number, true or false, or a list of them"
     expected = problem["msg"].removeprefix("Input should be ")
     expected = expected.replace("a valid ", "a ").replace("a integer", "an integer")
-    return f"{where}: {name}: expected {expected}, got {quoted(repr(problem['input']))}"
+    known = re.findall("'(.*?)'", expected) if problem["type"] == "literal_error" else []
+    near = difflib.get_close_matches(str(problem["input"]), known, n=1)
+    hint = f' (did you mean "{near[0]}"?)' if near else ""
+    return f"{where}: {name}: expected {expected}{hint}, got {quoted(repr(problem['input']))}"
 
 
 def _known_keys(location: list[str]) -> list[str]:
     if not location:
         return list(RunConfig.model_fields)
-    if location[:2] == ["data", "filters"]:
-        return list(Filter.model_fields)
+    if location[:2] in (["data", "filters"], ["data", "sources"]):
+        return list((Filter if "filters" in location else DataSource).model_fields)
     return list(SECTIONS[location[0]].model_fields) if location[0] in SECTIONS else []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 from pydantic import PlainSerializer, PlainValidator
@@ -56,6 +57,8 @@ def _row(number: int, item: object) -> Mapping[str, object]:
 
 
 def _validated(value: object) -> str | GivenRows:
+    if isinstance(value, Path):
+        return str(value)
     if not isinstance(value, str | GivenRows):
         raise PydanticCustomError("string_type", "Input should be a valid string")
     return value

@@ -5,11 +5,12 @@ Keys that transformers, PEFT or TRL have keep the same name. file.py reads and w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from lowlevel.config.given import Source
@@ -24,6 +25,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = int | Annotated[float, Field(allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+ALL_LINEAR = "all-linear"
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -35,9 +37,24 @@ def _iso_date(text: str) -> str:
     return text
 
 
+def stands_alone(target: str) -> bool:
+    """Whether a target module is "all-linear" or a regular expression, and not a name."""
+    return target.lower() == ALL_LINEAR or bool(re.search(r"[^\w.-]", target))
+
+
+def _targets(value: Any) -> Any:
+    """A text as a list: one pattern, or names between commas."""
+    if not isinstance(value, str):
+        return value
+    names = value.split(",")
+    return [value] if any(map(stands_alone, names)) else names
+
+
 Names = Annotated[tuple[str, ...], Field(strict=False)]
+Targets = Annotated[Names, BeforeValidator(_targets)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)]
 Date = Annotated[str, AfterValidator(_iso_date)]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "question", "preference", "hh", "orca"]
 
 
 class Section(BaseModel):
@@ -71,7 +88,9 @@ class LoraConfig(Section):
     r: Annotated[int, Field(gt=0, le=MAX_RANK)] = Field(64, description="rank")
     lora_alpha: Annotated[Finite, Field(gt=0, le=MAX_ALPHA)] = Field(32, description="update scale is lora_alpha / r")
     lora_dropout: Annotated[Finite, Field(ge=0, lt=1)] = Field(0.1, description="dropout of the adapter's input")
-    target_modules: Names = Field(ALL_PROJECTIONS, min_length=1, description="linear layers with an adapter")
+    target_modules: Targets = Field(
+        ALL_PROJECTIONS, min_length=1, description='linear layers with an adapter: names, "all-linear" or a pattern'
+    )
     init_from: str | None = Field(None, description="run folder or PEFT adapter to continue training")
 
 
@@ -83,15 +102,28 @@ class Filter(Section):
     value: str | int | float | bool | list[str | int | float | bool]
 
 
+class DataSource(Section):
+    """One of several sources: its rows, and their share of the training rows."""
+
+    source: Source
+    split: str = "train"
+    weight: Annotated[Finite, Field(gt=0)] | None = None
+    format: Format | None = None  # default: data.format
+    filters: tuple[Filter, ...] = Field((), strict=False)  # of this source alone, after data.filters
+
+
 class DataConfig(Section):
     """Where the rows come from and how they become tokens."""
 
-    source: Source = Field("demo", description='hub name, .jsonl, .jsonl.gz or .parquet file, or "demo"')
+    source: Source = Field("demo", description='file (JSON lines, JSON array, parquet), hub name, or "demo"')
     split: str = Field("train", description="split of a hub data set")
+    sources: tuple[DataSource, ...] = Field(
+        (), strict=False, description="several sources instead of one: source, split, weight, format, filters"
+    )
     shuffle_seed: Seed | None = Field(None, description="shuffle the rows as datasets.shuffle(seed) does, before limit")
     limit: Positive | None = Field(None, description="rows to keep after shuffling and filtering")
-    format: Literal["messages", "orca", "preference"] = Field(
-        "messages", description="columns of a row: lowlevel/data/README.md; orca: system, input, chosen, rejected"
+    format: Format = Field(
+        "auto", description="format of the rows (lowlevel/data/README.md); auto: the one that fits their columns"
     )
     columns: Names = Field((), description="numeric columns of a row that a custom loss receives")
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions on a row: column, op, value")
@@ -105,6 +137,16 @@ class DataConfig(Section):
     eval_source: Source | None = Field(None, description='evaluation rows; "holdout": rows of source not trained on')
     eval_split: str = Field("test", description="split of a hub data set for evaluation")
     eval_limit: Positive | None = Field(None, description="rows to evaluate on")
+
+    @property
+    def parts(self) -> tuple[DataSource, ...]:
+        """The sources of the training rows, one or several."""
+        return self.sources or (DataSource(source=self.source, split=self.split),)
+
+    @property
+    def names(self) -> str:
+        """The sources for a message."""
+        return ", ".join(str(part.source) for part in self.parts)
 
 
 class TrainConfig(Section):
@@ -134,7 +176,9 @@ class TrainConfig(Section):
     micro_batch_positions: Positive | None = Field(
         None, description="packed positions per micro-batch on a GPU; default: per_device_train_batch_size rows"
     )
-    dequantize_once: bool = Field(False, description="dequantise the 4-bit weights once: faster, 4 times their memory")
+    dequantize_once: bool | None = Field(
+        None, description="dequantise the 4-bit weights once: 4 to 8 times their memory; default: on a CPU with room"
+    )
     memory_budget: str | None = Field(
         None,
         description='GPU memory ("15GiB"); sets recomputed_layers, micro_batch_positions, dequantize_once to fit it',
@@ -223,4 +267,4 @@ SECTIONS: dict[str, type[Section]] = {
 }
 # Defaults of dpo that differ from those of sft. The recipe has 1e-5.
 LOSS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"simpo": {"beta": 2.0}}  # of [dpo], by loss_type
-DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"data": {"format": "preference"}, "train": {"learning_rate": 1e-5}}
+DPO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"train": {"learning_rate": 1e-5}}

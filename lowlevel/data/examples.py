@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from lowlevel.config.schema import DataConfig
-from lowlevel.data.messages import BadRow, Normalised
-from lowlevel.data.rendering import CHANGED, ChatTokenizer, Encoded, EncodedPair
+from lowlevel.data.messages import Normalised
+from lowlevel.data.rendering import CHANGED, CROSSED, ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
+from lowlevel.data.texts import BadRow
+from lowlevel.data.truncation import Sizes, sizes_of
 from lowlevel.errors import DataError
+from lowlevel.heartbeat import counted
 from lowlevel.labels import IGNORED
 
 TOO_LONG = "longer than max_length"
+EQUAL_WHEN_CUT = "chosen = rejected after truncation"
 BATCH = 256
 Ids = list[int]
 
@@ -77,6 +81,7 @@ class Built:
     counts: list[TokenCounts]
     problems: list[RowProblem]
     warnings: Counter[str]
+    sizes: list[Sizes] = field(default_factory=list)  # of the examples, and of rows that truncation made unusable
 
     @property
     def unusable(self) -> list[RowProblem]:
@@ -85,13 +90,14 @@ class Built:
 
 
 def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Built:
-    """Tokenise, label and truncate rows of `data.format`, in the given order.
+    """Tokenise, label and truncate rows of one method, in the given order.
 
     Raises DataError for a token id >= `vocab_size`, the rows of the model's embedding.
     """
-    make: Callable[..., tuple[Any, TokenCounts]] = sft_example if data.format == "messages" else preference_example
+    pairs = any(row.completions for row in rows)
+    make: Callable[..., tuple[Any, TokenCounts]] = preference_example if pairs else sft_example
     built = Built([], [], [], [], Counter())
-    for row, encoded in zip(rows, _encode(rows, data, tokenizer), strict=True):
+    for row, encoded in zip(counted("tokenising", rows, "rows"), _encode(rows, data, tokenizer), strict=True):
         try:
             if isinstance(encoded, RenderError):
                 raise BadRow("chat template", str(encoded))
@@ -99,13 +105,16 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
             example, count = make(row, encoded, data, tokenizer)
         except BadRow as bad:
             built.problems.append(RowProblem(row.row.where, bad.reason, str(bad)))
+            if bad.reason in (TOO_LONG, EQUAL_WHEN_CUT) and not isinstance(encoded, RenderError):
+                built.sizes.append(sizes_of(encoded, data))
             continue
+        built.sizes.append(sizes_of(encoded, data))
         built.examples.append(example)
         built.rows.append(row)
         built.counts.append(count)
         built.warnings.update(encoded.warnings)
-    if data.supervise == "all":  # changed replies are learned
-        del built.warnings[CHANGED]
+    if data.supervise == "all":  # these replies are learned, too
+        del built.warnings[CHANGED], built.warnings[CROSSED]
     built.problems.sort(key=lambda problem: problem.reason == TOO_LONG)  # these last
     return built
 
@@ -118,10 +127,16 @@ def sft_example(
     learned = np.full(len(ids), data.supervise == "all")
     for start, end in encoded.replies:
         learned[start:end] = True
+    for start, end in encoded.context:
+        learned[start:end] = False
+    if len(encoded.context) < len(row.context) and data.supervise == "all":
+        reason = 'the chat template changes it in later turns: set data.supervise = "assistant"'
+        raise BadRow("not to be learned", f"a reply is marked as not to be learned, but {reason}")
     learned[:1] = False
     limit = data.max_length
     if not learned.any():
-        raise BadRow("no assistant turn", "nothing to learn from (the chat template marks no reply)")
+        also = ", but those that the data masks" if encoded.context else ""
+        raise BadRow("no assistant turn", f"nothing to learn from (the chat template marks no reply{also})")
     prompt = int(learned.argmax()) if data.supervise == "assistant" else encoded.replies[0][0] if encoded.replies else 0
     if not learned[:limit].any():
         raise BadRow(TOO_LONG, f"prompt has {prompt} tokens, max_length {limit} leaves no completion token")
@@ -150,7 +165,7 @@ def preference_example(
     kept = truncate_pair(prompt, chosen, rejected, data.max_length, data.max_prompt_length, tokenizer.bos_id)
     if kept[1] == kept[2]:
         cut = f"truncation to max_length {data.max_length} ({len(kept[1])} tokens left)"
-        raise BadRow("chosen = rejected after truncation", f"chosen and rejected are the same after {cut}")
+        raise BadRow(EQUAL_WHEN_CUT, f"chosen and rejected are the same after {cut}")
     tail = 1 + len(tokenizer.chat_template.after_turn)  # tokens at the end, with the end-of-turn token among them
     counts = TokenCounts(
         total=len(prompt) + len(chosen) + len(rejected),
@@ -191,10 +206,13 @@ def _encode(
     """Tokenise in batches: a call on one row costs mostly Python overhead."""
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        if data.format == "messages":
-            yield from tokenizer.encode_conversations([row.messages for row in batch])
+        tools = [row.tools for row in batch]
+        pairs = [(row.messages, *row.completions) for row in batch if row.completions]
+        if pairs:
+            yield from tokenizer.encode_pairs(pairs, data.supervise, tools)
         else:
-            yield from tokenizer.encode_pairs([(row.messages, *row.completions) for row in batch], data.supervise)
+            conversations = [row.messages for row in batch]
+            yield from tokenizer.encode_conversations(conversations, tools, [row.context for row in batch])
 
 
 def _check_vocabulary(row: Normalised, encoded: Encoded | EncodedPair, vocab_size: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowlevel.config.schema import Filter
-from lowlevel.data.messages import listed
+from lowlevel.data.formats import listed
 from lowlevel.data.sources import RowProblem, SourceRows, kind_of
 from lowlevel.errors import ConfigError
 

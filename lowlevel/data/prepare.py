@@ -9,15 +9,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
-from lowlevel.config.given import GIVEN, GivenRows
+from lowlevel.config.given import GIVEN
 from lowlevel.config.schema import DataConfig, RunConfig
 from lowlevel.data.examples import Built, PreferenceExample, SFTExample, build_examples
-from lowlevel.data.filters import apply_filters
-from lowlevel.data.messages import BadRow, Normalised, check_columns, normalise
+from lowlevel.data.messages import Normalised, normalise
+from lowlevel.data.mixing import evaluation_rows, training_rows
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.report import DataReport, SplitReport, count_warnings, split_report, tokenizer_report
-from lowlevel.data.sources import FILE_SUFFIXES, Row, RowProblem, SourceRows, data_error, read_source, shuffled
+from lowlevel.data.sources import Row, RowProblem, SourceRows, data_error
+from lowlevel.data.texts import BadRow
+from lowlevel.data.truncation import truncation
 from lowlevel.errors import ConfigError, DataError, quoted
 
 
@@ -29,6 +32,11 @@ class ModelLimits:
     max_position_embeddings: int
     window: int | None = None  # of the attention, if there is one
     short: int | None = None  # with longrope's short factors; a longer sequence changes them for its whole batch
+
+    @property
+    def longest(self) -> int:
+        """The least of these limits."""
+        return min(length for length in (self.max_position_embeddings, self.window, self.short) if length is not None)
 
 
 @dataclass(frozen=True)
@@ -52,19 +60,19 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
     """
     data = config.data
     _check_length(data.max_length, limits)
-    selections = _select(data)
+    selections = _select(data, config.method)
     splits = [_build(*selected, data, tokenizer, limits.vocab_size) for selected in selections]
     problems = [problem for built in splits for problem in built.unusable]
     if problems and data.on_bad_row == "error":
         raise data_error(problems)
-    reports = [_report(*selected, built, data.max_length) for selected, built in zip(selections, splits, strict=True)]
+    reports = [_report(*selected, built, data, limits) for selected, built in zip(selections, splits, strict=True)]
     train, evaluation = splits[0], splits[1] if len(splits) > 1 else None
     prompts = {row.prompt_digest for row in train.rows}
     return PreparedData(
         train=train.examples,
         evaluation=evaluation.examples if evaluation else [],
         report=DataReport(
-            format=data.format,
+            format=", ".join(dict.fromkeys(row.row.format.name for row in train.rows)),
             supervise=data.supervise,
             max_length=data.max_length,
             train=reports[0],
@@ -86,29 +94,31 @@ def _check_length(length: int, limits: ModelLimits) -> None:
         raise ConfigError(f"data.max_length {length} > {limits.short}, {reason}: set data.max_length = {limits.short}")
 
 
-def _select(data: DataConfig) -> list[tuple[SourceRows, Checked]]:
+def _select(data: DataConfig, method: str) -> list[tuple[SourceRows, Checked]]:
     """The training split, then the evaluation split if there is one."""
-    has_splits = isinstance(data.source, str) and not data.source.endswith(FILE_SUFFIXES)
-    if data.source == data.eval_source not in ("demo", GIVEN) and not (has_splits and data.split != data.eval_split):
-        name = quoted(str(data.source))
-        raise ConfigError(f'data.eval_source {name} is also the training source: name other rows, or "holdout"')
-    source = _filtered(data.source, data.split, data)
-    rows = source.rows if data.shuffle_seed is None else shuffled(source.rows, data.shuffle_seed)
+    other = data.eval_source if data.eval_source not in ("demo", GIVEN) else None
+    for part in data.parts:
+        has_splits = isinstance(other, str) and not Path(other).is_file()
+        if part.source == other and not (has_splits and part.split != data.eval_split):
+            name = quoted(str(other))
+            raise ConfigError(f'data.eval_source {name} is also the training source: name other rows, or "holdout"')
+    source = training_rows(data, method)
     if data.eval_source == "holdout":
-        return _with_holdout(source, rows, data)
-    train = source, list(_checked(rows[: data.limit], data))
+        return _with_holdout(source, data)
+    train = source, list(_checked(source.rows[: data.limit], data))
     if data.eval_source is None:
         return [train]
-    evaluation = _filtered(data.eval_source, "heldout" if data.eval_source == "demo" else data.eval_split, data)
+    split = "heldout" if data.eval_source == "demo" else data.eval_split
+    evaluation = evaluation_rows(data.eval_source, split, data, method)
     return [train, (evaluation, list(_checked(evaluation.rows[: data.eval_limit], data)))]
 
 
-def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list[tuple[SourceRows, Checked]]:
+def _with_holdout(source: SourceRows, data: DataConfig) -> list[tuple[SourceRows, Checked]]:
     """Keep the last eval_limit rows for evaluation, and leave rows with one of their prompts out of training.
 
     Evaluation on a prompt that was trained on would not test what was learned from other prompts.
     """
-    size = data.eval_limit or 0
+    rows, size = source.rows, data.eval_limit or 0
     if size >= len(rows):
         if source.problems and data.on_bad_row == "error":
             raise data_error(source.problems)
@@ -120,28 +130,17 @@ def _with_holdout(source: SourceRows, rows: list[Row], data: DataConfig) -> list
     training = list(islice(others, data.limit))
     if not training:
         raise ConfigError(f"data.eval_limit {size} leaves no training rows: every prompt of {source.name} is held out")
-    return [(source, training), (SourceRows(f"{source.name} (holdout)", rows[-size:]), held_out)]
+    holdout = SourceRows(f"{source.name} (holdout)", rows[-size:], parts=source.parts)
+    return [(source, training), (holdout, held_out)]
 
 
 def _checked(rows: Iterable[Row], data: DataConfig) -> Iterator[Normalised | RowProblem]:
     """Normalise each row; an unusable one becomes a problem."""
     for row in rows:
         try:
-            yield normalise(row, data.format, data.columns)
+            yield normalise(row, data.columns)
         except BadRow as bad:
             yield RowProblem(row.where, bad.reason, str(bad))
-
-
-def _filtered(origin: str | GivenRows, split: str, data: DataConfig) -> SourceRows:
-    source = read_source(origin, split, data.format)
-    if not source.rows:
-        raise data_error(source.problems)
-    check_columns(source, data.format, data.columns)
-    kept = apply_filters(source, data.filters)
-    if not kept.rows and not kept.problems:
-        drops = "; ".join(f"{condition} drops {count}" for condition, count in kept.dropped.items())
-        raise DataError(f"{kept.name}: no usable rows: {kept.read} of {kept.read} filtered out ({drops})")
-    return kept
 
 
 def _build(source: SourceRows, checked: Checked, data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Built:
@@ -153,12 +152,13 @@ def _build(source: SourceRows, checked: Checked, data: DataConfig, tokenizer: Ch
     return replace(built, problems=source.problems + unusable + built.problems, warnings=warnings)
 
 
-def _report(source: SourceRows, checked: Checked, built: Built, max_length: int) -> SplitReport:
+def _report(source: SourceRows, checked: Checked, built: Built, data: DataConfig, limits: ModelLimits) -> SplitReport:
     """Raises DataError if no row is left to train on."""
     if built.examples:
-        return split_report(source, len(checked), built)
+        cut = truncation(built.sizes, data, limits.longest)
+        return replace(split_report(source, len(checked), built), truncation=cut)
     reasons, total = Counter(problem.reason for problem in built.problems), len(built.problems)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     if not built.unusable:
-        counts = f"{total} of {total} longer than max_length {max_length}"
+        counts = f"{total} of {total} longer than max_length {data.max_length}"
     raise DataError(f"{source.name}: no usable rows: {counts}")

@@ -17,7 +17,8 @@ from rich.text import Text
 from lowlevel.data.examples import Built, Example, SFTExample, TokenCounts
 from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import APART, ChatTokenizer
-from lowlevel.data.sources import SHOWN, RowProblem, SourceRows
+from lowlevel.data.sources import SHOWN, Part, RowProblem, SourceRows
+from lowlevel.data.truncation import Truncation
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 # Warnings that only describe the rows; with any other warning, a part of the rows is not learned.
@@ -25,6 +26,7 @@ DESCRIBING = (
     *("byte order mark", "turns not alternating", "empty user turn", "special tokens in text", "duplicate rows"),
     *("contradicting pairs", APART),
 )
+DOUBLE_END = "replies that end with an end-of-turn token in their text (the chat template adds one: the end is double)"
 COUNTED = ("total", "prompt", "supervised", "chosen", "rejected")
 
 
@@ -34,6 +36,21 @@ class Dropped:
 
     count: int
     first: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One source of a mix: rows read, rows that gave an example, and their share of all examples."""
+
+    source: str
+    rows_read: int
+    rows_kept: int
+    share: float
+    share_wanted: float | None  # by weight
+
+    def __str__(self) -> str:
+        wanted = "" if self.share_wanted is None else f", weight {self.share_wanted:.1%}"
+        return f"{self.rows_kept:,} of {self.rows_read:,}: {self.share:.1%}{wanted}"
 
 
 @dataclass(frozen=True)
@@ -55,8 +72,11 @@ class SplitReport:
     prompt_tokens_lost: int
     replies: int  # in the examples
     replies_ended: int  # with the end-of-turn token
+    read_as: str  # format and columns, if it is not a plain one
     fingerprint: str  # sha256 of the digests in training order
     row_digests: tuple[str, ...]  # they say which row changed
+    sources: tuple[PartReport, ...]  # of a mix
+    truncation: Truncation | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +101,8 @@ class DataReport:
         tables = asdict(self)
         for name in self.splits:
             del tables[name]["row_digests"]
+            if not tables[name]["sources"]:
+                del tables[name]["sources"]
         return tables
 
 
@@ -104,26 +126,33 @@ def split_report(source: SourceRows, selected: int, built: Built) -> SplitReport
         prompt_tokens_lost=sum(c.prompt_lost for c in counts),
         replies=sum(c.replies for c in counts),
         replies_ended=int(sum(c.ended for c in counts)),
+        read_as=source.read_as,
         fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest(),
         row_digests=digests,
+        sources=_by_part(source.parts, built),
     )
+
+
+def _by_part(parts: Sequence[Part], built: Built) -> tuple[PartReport, ...]:
+    kept, total = Counter(row.row.source for row in built.rows), len(built.rows)
+    return tuple(PartReport(p.name, p.read, kept[i], kept[i] / total, p.share) for i, p in enumerate(parts))
 
 
 def count_warnings(rows: Sequence[Normalised], tokenizer: ChatTokenizer) -> Counter[str]:
     """Number of rows by kind of warning."""
     warnings = Counter(kind for row in rows for kind in row.warnings)
     special = re.compile("|".join(re.escape(token) for token in tokenizer.special_tokens) or "(?!)")
-    warnings["special tokens in text"] = sum(
-        any(special.search(text) for text in (*(m["content"] for m in row.messages), *row.completions)) for row in rows
-    )
+    warnings["special tokens in text"] = sum(any(special.search(text) for text in row.texts) for row in rows)
+    ends = tuple(tokenizer.decode([i]) for i in tokenizer.stop_ids)
+    warnings[DOUBLE_END] = sum(any(text.rstrip().endswith(ends) for text in row.replies) for row in rows)
     warnings["duplicate rows"] = len(rows) - len({row.digest for row in rows})
-    pairs = {(row.prompt_digest, *row.completions) for row in rows if row.completions}
+    pairs = {(row.prompt_digest, *map(str, row.completions)) for row in rows if row.completions}
     warnings["contradicting pairs"] = sum((prompt, b, a) in pairs for prompt, a, b in pairs) // 2
     return +warnings
 
 
 def tokenizer_report(tokenizer: ChatTokenizer) -> dict[str, Any]:
-    """Special token ids, and the hash and date of the chat template."""
+    """Special token ids, and hash, peculiarities and date of the chat template."""
     return {
         "chat_template_sha256": tokenizer.chat_template.sha256,
         "vocab_size": len(tokenizer.tokenizer),
@@ -131,6 +160,8 @@ def tokenizer_report(tokenizer: ChatTokenizer) -> dict[str, Any]:
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,
         "end_of_turn_id": tokenizer.end_of_turn_id,
+        "template_warnings": tokenizer.chat_template.warnings,
+        "template_notes": tokenizer.chat_template.notes,
         "template_date": str(tokenizer.chat_template.date) if tokenizer.chat_template.asks_for_date else None,
     }
 
@@ -152,7 +183,22 @@ def render_report(report: DataReport, console: Console) -> None:
     console.print(rows, tokens)
     for line in (line for split in splits.values() for dropped in split.dropped.values() for line in dropped.first):
         console.print(f"dropped {line}", markup=False, highlight=False)
+    for line in [*template_lines(report), *truncated(report)]:
+        console.print(line, markup=False, highlight=False)
     console.print(_closing_line(report), markup=False, highlight=False)
+
+
+def truncated(report: DataReport) -> list[str]:
+    """One line for each split with rows that max_length cuts, with the lengths that would keep more."""
+    splits = ((name, split.truncation) for name, split in report.splits.items())
+    return [f"{name}: {found}" for name, found in splits if found and found.rows_cut]
+
+
+def template_lines(report: DataReport) -> list[str]:
+    """What the chat template does differently from most: a line for each warning, and one for all notes."""
+    found = report.tokenizer
+    lines = [f"warning    chat template: {warning}" for warning in found["template_warnings"]]
+    return lines + ([f"template   {'; '.join(found['template_notes'])}"] if found["template_notes"] else [])
 
 
 def not_learned(report: DataReport) -> list[str]:
@@ -197,11 +243,13 @@ def _facts(split: SplitReport) -> dict[str, str]:
     ended = f"{split.replies_ended:,} of {split.replies:,} ({split.replies_ended / max(split.replies, 1):.0%})"
     return {
         "source": split.source,
+        **({"read as": split.read_as} if split.read_as else {}),
         "rows read": f"{split.rows_read:,}",
         **{f"  filtered out: not {condition}": f"{count:,}" for condition, count in split.filtered.items()},
         "rows selected": f"{split.rows_selected:,}",
         **{f"  dropped: {reason}": f"{dropped.count:,}" for reason, dropped in split.dropped.items()},
         "rows kept": f"{split.rows_kept:,}",
+        **{f"  {i}. {part.source}": str(part) for i, part in enumerate(split.sources, 1)},
         "tokens (after truncation)": f"{split.tokens['total']:,}",
         "supervised tokens": f"{split.tokens['supervised']:,}",
         "truncated rows": f"{split.truncated_rows:,}",
@@ -215,9 +263,7 @@ def _facts(split: SplitReport) -> dict[str, str]:
 def _closing_line(report: DataReport) -> str:
     ids = ", ".join(f"{name} {report.tokenizer[name + '_id']}" for name in ("bos", "eos", "pad", "end_of_turn"))
     shared = "" if report.overlap is None else f"; {report.overlap} evaluation prompts are also trained on"
-    date = report.tokenizer["template_date"]
-    dated = f"; the chat template prints the date {date} (data.template_date)" if date else ""
-    return f"ids: {ids} (padding is masked by length){shared}{dated}; rows {report.train.fingerprint[:12]}"
+    return f"ids: {ids} (padding is masked by length){shared}; rows {report.train.fingerprint[:12]}"
 
 
 def _by_reason(problems: Sequence[RowProblem]) -> dict[str, Dropped]:

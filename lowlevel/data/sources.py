@@ -11,18 +11,20 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lowlevel.config.given import GIVEN, GivenRows
+from lowlevel.data import mends
+from lowlevel.data.json_lines import LineError, parse_line, spans_lines, whole_file
 from lowlevel.demo import world
 from lowlevel.errors import ConfigError, DataError, one_line, quoted
 
-FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-# Suffixes that never end a hub name.
-OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz")
+FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
 DEMO_ROWS = {"train": 2400, "heldout": 240}
 SHOWN = 5
 KINDS = (
@@ -33,50 +35,77 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `id` counts the rows of the source from 0; `where` is "train.jsonl:7", "name[split]:7" or "data:7"."""
+    """One row. `id` counts the rows of all sources from 0; `where` is "train.jsonl:7", "name[split]:7" or "data:7".
+
+    `source` is its place in data.sources, `format` the source's own.
+    """
 
     id: int
     where: str
     columns: Mapping[str, object]
+    source: int = 0
+    format: Any = None  # formats.Format, once recognised
 
 
 @dataclass(frozen=True)
 class RowProblem:
-    """Why a row cannot be used. The report counts problems by `reason`; `message` is for the user."""
+    """Why a row cannot be used. The report counts problems by `reason`; `message` is for the user.
+
+    Rows with the same `mend` ("; " and what to do with their whole file) have one cause.
+    """
 
     where: str
     reason: str
     message: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mix: its name, its number of rows, and its share by weight."""
+
+    name: str
+    read: int
+    share: float | None = None
 
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Rows of a source, problems with other rows, warnings by kind, and rows dropped by each filter."""
+    """Rows of one or more sources, problems with other rows, warnings by kind, and rows dropped by each filter."""
 
     name: str
     rows: list[Row]
     problems: list[RowProblem] = field(default_factory=list)
     warnings: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    parts: tuple[Part, ...] = ()  # of a mix
+    left: int = 0  # rows beyond their source's weight
+    read_as: str = ""  # format and columns, if it is not a plain one
 
     @property
     def read(self) -> int:
-        """Number of rows in the source, unreadable and dropped ones included."""
-        return len(self.rows) + len(self.problems) + self.dropped.total()
+        """Number of rows in the source, unreadable, dropped and left ones included."""
+        return len(self.rows) + len(self.problems) + self.dropped.total() + self.left
 
 
 def data_error(problems: Sequence[RowProblem]) -> DataError:
-    """An error with one line for each of the first five problems, then the number of the others."""
-    lines = [f"{problem.where}: {problem.message}" for problem in problems[:SHOWN]]
-    if len(problems) > SHOWN:
-        lines.append(f"and {len(problems) - SHOWN} more; --on-bad-row skip continues without them")
+    """An error with one line for each of the first five causes, then the number of the other problems."""
+    causes: dict[str, list[RowProblem]] = {}
+    for problem in problems:
+        causes.setdefault(problem.mend or problem.where, []).append(problem)
+    shown, lines = list(causes.values())[:SHOWN], []
+    for first, *others in shown:
+        more = f", and {len(others):,} more lines" if others and first.mend else ""
+        lines.append(f"{first.where}: {first.message}{more}{first.mend}")
+    if rest := len(problems) - sum(map(len, shown)):
+        lines.append(f"and {rest} more; --on-bad-row skip continues without them")
     return DataError("\n".join(lines))
 
 
-def read_source(source: str | GivenRows, split: str, data_format: str = "messages") -> SourceRows:
-    """Read all rows of "demo", a .jsonl, .jsonl.gz or .parquet file, a hub data set, or rows given in Python.
+def read_source(source: str | GivenRows, split: str, method: str = "sft") -> SourceRows:
+    """Read all rows of "demo", a file of JSON lines, a JSON array or parquet, a hub data set, or rows given in Python.
 
-    Files and given rows have no splits. The demo has conversations for format "messages", and preference pairs.
+    Files and given rows have no splits. The demo has conversations for sft, and preference pairs.
     Raises ConfigError for an unknown file, data set or split, or missing given rows; DataError if there are no rows.
     """
     if isinstance(source, GivenRows):
@@ -87,12 +116,13 @@ def read_source(source: str | GivenRows, split: str, data_format: str = "message
     if not source.strip() or "\0" in source:
         raise ConfigError(f"data source {source!r} is not a name: use {', '.join(FILE_SUFFIXES)} or a hub name")
     if source == "demo":
-        read = _read_demo(split, data_format)
-    elif source.endswith(FILE_SUFFIXES):
+        read = _read_demo(split, method)
+    elif mend := mends.address_refusal(source):
+        raise ConfigError(f"data source {quoted(source)} is a web address: {mend}")
+    elif source.endswith(FILE_SUFFIXES) or path.is_file():
         read = _read_file(path)
-    elif (other := path.is_file() or source.endswith(OTHER_SUFFIXES)) or source[0] in "./" and not path.is_dir():
-        state = "unknown kind of file" if other else "no such file"
-        raise ConfigError(f"data source {source}: {state}; use {', '.join(FILE_SUFFIXES)} or a hub name")
+    elif source.endswith(mends.OTHER_SUFFIXES) or source[0] in "./~" and not path.is_dir():
+        raise ConfigError(f"data source {source}: no such file; use {', '.join(FILE_SUFFIXES)} or a hub name")
     else:
         read = _read_hub(source, split)
     if not read.rows and not read.problems:
@@ -101,79 +131,88 @@ def read_source(source: str | GivenRows, split: str, data_format: str = "message
 
 
 def _read_file(path: Path) -> SourceRows:
+    """What a file is, its content says; the suffix counts where the content has no mark."""
     try:
         if not path.is_file():
             state = "is a folder; name a file in it" if path.is_dir() else "no such file"
             raise ConfigError(f"data source {quoted(str(path))}: {state}")
-        return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+        with path.open("rb") as stream:
+            head = stream.read(512)
+        if wrong := mends.refusal(head, path.name):
+            raise DataError(f"{quoted(path.name)}: {wrong}")
+        as_named = not mends.is_json(head)
+        if head.startswith(b"PAR1") or as_named and path.suffix == ".parquet":
+            return _read_parquet(path)
+        return _read_text(path, head.startswith(b"\x1f\x8b") or as_named and path.suffix == ".gz")
     except OSError as error:  # pyarrow raises it too, for damaged pages
         raise DataError(f"{quoted(path.name)}: cannot be read: {error.strerror or one_line(error)}") from None
 
 
-def _read_jsonl(path: Path) -> SourceRows:
-    """Read JSON lines with line numbers and reasons for problems, which `datasets` does not give."""
+def _read_text(path: Path, compressed: bool) -> SourceRows:
+    """Read JSON lines with line numbers and reasons for problems, which `datasets` does not give; or one JSON array."""
     read = SourceRows(path.name, [])
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-        for number, line in _lines(stream, read):
-            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                line = line[3:]
-                read.warnings["byte order mark"] += 1
-            if not line.strip():
-                continue
-            where = f"{path.name}:{number}"
-            try:
-                read.rows.append(Row(len(read.rows), where, parse_line(line)))
-            except DataError as error:
-                read.problems.append(RowProblem(where, "not valid JSON", str(error)))
+    with gzip.open(path, "rb") if compressed else path.open("rb") as stream:
+        lines = _lines(stream, read)
+        start = list(islice(lines, 2))
+        if start and (wrong := mends.refusal(start[0][1], path.name)):
+            raise DataError(f"{quoted(path.name)}: {wrong}")
+        if spans_lines([line for _, line in start]):
+            _add_rows(read, whole_file(read.name, [*start, *lines]))
+        else:
+            _add_rows(read, ((f"{read.name}:{number}", line) for number, line in chain(start, lines)))
+    wrong = None
+    if start and read.problems and not read.rows:
+        wrong = None if any(p.mend for p in read.problems) else mends.text_refusal(start[0][1], path)
+        _one_cause(read.problems)
+    elif len(read.rows) == 1 and not read.problems:
+        wrong = mends.table_refusal(read.rows[0].columns, path.name)
+    if wrong:
+        raise DataError(f"{quoted(path.name)}: {wrong}")
     return read
 
 
+def _one_cause(problems: list[RowProblem]) -> None:
+    """Where no line is a row, the first known cause is that of the file."""
+    problems.sort(key=lambda problem: not problem.mend)
+    mend = problems[0].mend or (f"; {mends.ANY_TEXT}" if len(problems) > 1 else "")
+    problems[:] = [replace(problem, mend=mend) for problem in problems]
+
+
 def _lines(stream: Iterable[bytes], read: SourceRows) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers."""
     number = 0
     try:
         for number, line in enumerate(stream, 1):
-            yield number, line
+            if number == 1 and line.startswith(mends.BOM):
+                line = line[len(mends.BOM) :]
+                read.warnings["byte order mark"] += 1
+            if line.strip():
+                yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         problem = f"the compressed data is damaged or cut ({error})"
         read.problems.append(RowProblem(f"{read.name}:{number + 1}", "damaged file", problem))
 
 
-def parse_line(line: bytes) -> dict[str, object]:
-    """Parse one JSON object. The DataError names the column (from 1, in characters) where the line becomes invalid."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"not valid UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})") from None
-    text = text.rstrip("\r\n")
-    try:
-        value = json.loads(text, object_pairs_hook=_object_without_duplicates, parse_constant=_reject_constant)
-    except json.JSONDecodeError as error:
-        cut = not line.endswith(b"\n") or error.pos >= len(text) or error.msg.startswith("Unterminated")
-        problem = f"cut at column {len(text)}?" if cut else f"{error.msg} at column {error.colno}"
-        raise DataError(f"not valid JSON ({problem})") from None
-    except RecursionError:
-        raise DataError("not valid JSON (nested too deeply)") from None
-    except ValueError as error:
-        too_large = str(error).startswith("Exceeds the limit")  # Python's, on digits of an integer
-        problem = "a number of more than 4,300 digits" if too_large else one_line(error)
-        raise DataError(f"not valid JSON ({problem})") from None
+def _add_rows(read: SourceRows, items: Iterable[tuple[str, object]]) -> None:
+    """Add each item, the bytes of a line or a parsed value, as a row or a problem."""
+    for where, item in items:
+        try:
+            columns = _columns(parse_line(item) if isinstance(item, bytes) else item)
+            if not isinstance(item, bytes) or b"\\ud" in item or b"\\uD" in item:
+                _reject_lone_surrogates(columns)
+            read.rows.append(Row(len(read.rows), where, columns))
+        except LineError as bad:
+            read.problems.append(RowProblem(where, "not valid JSON", str(bad), mends.said("", bad.mend, read.name)))
+
+
+def _columns(value: object) -> dict[str, object]:
     if not isinstance(value, dict):
-        raise DataError(f"is {kind_of(value)}, expected an object with the columns of a row")
-    if "\\ud" in text or "\\uD" in text:
-        _reject_lone_surrogates(value)
+        messages = isinstance(value, list) and value and isinstance(value[0], dict)
+        mend = 'name the column: {"messages": [...]}' if messages else ""
+        if isinstance(value, str) and value.startswith("{"):
+            mend = "it was encoded twice: json.dumps each row once"
+        raise LineError(f"is {kind_of(value)}, expected an object with the columns of a row", mend)
     return value
-
-
-def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"duplicate key {quoted(json.dumps(twice))}")
-    return result
-
-
-def _reject_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a JSON value")
 
 
 def _reject_lone_surrogates(value: object) -> None:
@@ -181,7 +220,7 @@ def _reject_lone_surrogates(value: object) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise DataError("holds half a surrogate pair (\\ud800 to \\udfff), which is not text") from None
+        raise LineError("holds half a surrogate pair (\\ud800 to \\udfff), which is not text") from None
 
 
 def _read_parquet(path: Path) -> SourceRows:
@@ -200,7 +239,9 @@ def _read_hub(name: str, split: str) -> SourceRows:
     import datasets
 
     try:
-        table = datasets.load_dataset(name, split=split)
+        saved = Path(name, split) if Path(name, "dataset_dict.json").is_file() else Path(name)  # by save_to_disk
+        on_disk = (saved / "state.json").is_file()
+        table = datasets.load_from_disk(str(saved)) if on_disk else datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets, fsspec, huggingface_hub and httpx raise many types
         reason = one_line(error.__cause__ or error)  # the cause: datasets often says only that an error occurred
         hint = f"; this is a folder: name a file in it ({', '.join(FILE_SUFFIXES)})" if Path(name).is_dir() else ""
@@ -212,10 +253,10 @@ def _numbered(name: str, rows: Iterable[Mapping[str, object]], first: int = 0) -
     return SourceRows(name, [Row(i, f"{name}:{i + first}", row) for i, row in enumerate(rows)])
 
 
-def _read_demo(split: str, data_format: str) -> SourceRows:
+def _read_demo(split: str, method: str) -> SourceRows:
     if split not in DEMO_ROWS:
         raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
-    make = world.sft_rows if data_format == "messages" else world.preference_rows
+    make = world.sft_rows if method == "sft" else world.preference_rows
     return _numbered(f"demo[{split}]", make(split, DEMO_ROWS[split], 0))
 
 

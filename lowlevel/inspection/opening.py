@@ -15,10 +15,12 @@ from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good, saved, s
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import build_examples
 from lowlevel.data.filters import apply_filters
-from lowlevel.data.messages import BadRow, normalise
+from lowlevel.data.messages import normalise
+from lowlevel.data.mixing import read_parts
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.data.sources import Row, read_source
+from lowlevel.data.sources import Row
+from lowlevel.data.texts import BadRow
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.inspection.inspection import Inspection, logged_loss
 from lowlevel.inspection.pieces import TokenPieces
@@ -153,25 +155,27 @@ def example_of_row(config: RunConfig, tokenizer: ChatTokenizer, data: PreparedDa
 
 def _why_missing(config: RunConfig, tokenizer: ChatTokenizer, row: int) -> str:
     data = config.data
-    source = read_source(data.source, data.split, data.format)
-    found = next((candidate for candidate in source.rows if candidate.id == row), None)
+    parts = read_parts(data, config.method)
+    found = next((candidate for part in parts for candidate in part.rows if candidate.id == row), None)
     if found is None:
-        return f"row {row}: {source.name} has the rows 0 to {len(source.rows) - 1}"
-    kept = apply_filters(source, data.filters)
+        names, count = ", ".join(part.name for part in parts), sum(len(part.rows) for part in parts)
+        return f"row {row}: {names} has the rows 0 to {count - 1}"
+    kept = apply_filters(parts[found.source], [*data.filters, *data.parts[found.source].filters])
     problem = next((problem.message for problem in kept.problems if problem.where == found.where), None)
     if problem is None and all(candidate.id != row for candidate in kept.rows):
         return f"row {row} ({found.where}) was filtered out by data.filters, so it was not trained on"
     problem = problem or _problem(found, config, tokenizer)
     if problem:
         return f"row {row} ({found.where}) was dropped, so it was not trained on: {problem}"
-    limits = f"data.limit = {data.limit}" if data.limit else "the held-out rows"
+    limits = "the weights of data.sources" if data.parts[0].weight else "the held-out rows"
+    limits = f"data.limit = {data.limit}" if data.limit else limits
     return f"row {row} ({found.where}) was left out by {limits}, so it was not trained on"
 
 
 def _problem(row: Row, config: RunConfig, tokenizer: ChatTokenizer) -> str | None:
     """Why a row gives no example, or None if it gives one."""
     try:
-        normalised = normalise(row, config.data.format, config.data.columns)
+        normalised = normalise(row, config.data.columns)
     except BadRow as bad:
         return str(bad)
     built = build_examples([normalised], config.data, tokenizer, len(tokenizer.tokenizer))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowlevel.config.schema import MAX_ALPHA, MAX_RANK, LoraConfig
+from lowlevel.config.schema import MAX_ALPHA, MAX_RANK, LoraConfig, stands_alone
 from lowlevel.errors import CheckpointError, ConfigError, one_line, quoted
 from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.dropout import DropoutState
@@ -28,6 +29,7 @@ from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import PARENT, TRAINED, Policy, flatten, place_dropout
 from lowlevel.model.suitability import check_base
+from lowlevel.model.targets import linear_layers, matched
 
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -90,12 +92,12 @@ def build_policy(
 
 def _attach(base: PreTrainedModel, lora: LoraConfig, parent: Path | None, init_from: Path | None) -> PeftModel:
     folder = init_from
-    config = read_adapter_config(init_from) if init_from else _new_config(base, lora)
+    config, layers = read_adapter_config(init_from) if init_from else _new_config(base, lora), linear_layers(base)
     try:
-        model: Any = get_peft_model(base, config, adapter_name=TRAINED, autocast_adapter_dtype=True)
+        model: Any = get_peft_model(base, _expanded(config, layers), adapter_name=TRAINED, autocast_adapter_dtype=True)
         if parent:
             folder = parent
-            model.add_adapter(PARENT, read_adapter_config(parent))
+            model.add_adapter(PARENT, _expanded(read_adapter_config(parent), layers))
     except ValueError as error:  # the folder's target modules match no layer; `_new_config` checks the others
         raise CheckpointError(f"{folder} does not fit the base: {one_line(error)}") from None
     for adapter, source in ((TRAINED, init_from), (PARENT, parent)):
@@ -104,21 +106,34 @@ def _attach(base: PreTrainedModel, lora: LoraConfig, parent: Path | None, init_f
     return model
 
 
+def _expanded(config: PeftLoraConfig, layers: Sequence[str]) -> PeftLoraConfig:
+    """The same with the names of the layers that a pattern or "all-linear" matches; the saved adapter has the names."""
+    targets = config.target_modules
+    return replace(config, target_modules=matched(targets, layers)) if isinstance(targets, str) else config
+
+
 def check_target_modules(base: nn.Module, targets: Sequence[str]) -> None:
-    """Raise ConfigError if a name matches no linear layer, or the LM head; GPT-2 has no linear layers."""
-    names = {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)}
-    linear = sorted(names - {"lm_head"})
-    if not linear:
+    """Raise ConfigError if a name or pattern matches no linear layer, or the LM head; GPT-2 has no linear layers."""
+    layers = linear_layers(base)
+    if not layers:
         raise ConfigError(f"model.name: {type(base).__name__} is not supported: it has no linear layers to adapt")
     for target in targets:
-        if target not in linear:
-            known = ", ".join(linear)
-            raise ConfigError(f'lora.target_modules: "{target}" matches no layer; linear layers here: {known}')
+        try:
+            found = matched(targets if len(targets) == 1 else (target, target), layers)  # a pattern counts only alone
+        except ValueError as error:
+            raise ConfigError(f'lora.target_modules: "{quoted(target)}" {error}') from None
+        if not found:
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
+            what = f'lora.target_modules: "{quoted(target)}" matches no layer'
+            hint = "; a regular expression stands alone and matches the whole name" if stands_alone(target) else ""
+            raise ConfigError(f"{what}; linear layers here: {known}{hint}")
 
 
 def _new_config(base: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
     check_target_modules(base, lora.target_modules)
-    settings = {**lora.model_dump(exclude={"init_from"}), "target_modules": list(lora.target_modules)}
+    targets = list(lora.target_modules)
+    alone = targets[0] if len(targets) == 1 and stands_alone(targets[0]) else targets
+    settings = {**lora.model_dump(exclude={"init_from"}), "target_modules": alone}
     return PeftLoraConfig(**settings, bias="none", task_type="CAUSAL_LM")
 
 
@@ -155,8 +170,13 @@ def _check_settings(raw: dict[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path}: {values} are out of bounds (r to {MAX_RANK:,}, lora_alpha to {MAX_ALPHA:,})")
     if not (dropout is None or _within(dropout, 0, 1) and dropout < 1):
         raise CheckpointError(f"{path}: lora_dropout = {quoted(repr(dropout))}, expected a number in [0, 1)")
-    if not (isinstance(targets, list) and targets and all(isinstance(t, str) and t for t in targets)):
-        raise CheckpointError(f"{path}: target_modules = {quoted(repr(targets))}, expected a list of names")
+    names = targets if isinstance(targets, list) else [targets]
+    if not (names and all(isinstance(t, str) and t for t in names)):
+        raise CheckpointError(f"{path}: target_modules = {quoted(repr(targets))}, expected names or a pattern")
+    try:
+        matched(targets or "", ())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: target_modules = {quoted(repr(targets))} {error}") from None
     if not isinstance(raw.get("use_rslora", False), bool):
         raise CheckpointError(f"{path}: use_rslora = {quoted(repr(raw['use_rslora']))}, expected true or false")
     name = raw.get("base_model_name_or_path")

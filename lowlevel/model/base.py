@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
@@ -19,12 +19,15 @@ from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import CheckpointError, ConfigError, one_line
 from lowlevel.kernels.dequantize import Quantised, dequantize_reference
 from lowlevel.model.attention_choice import register
+from lowlevel.model.base_folder import NO_ADAPTER, check_is_model, note_of_adapter, refuse_adapter
 from lowlevel.model.files import SHOWN, check_weight_files, is_finite, read_json_object, refuse_pickles
 from lowlevel.model.linear import install_dequantising_products, quantised_state
 from lowlevel.model.placement import Placement, dtype_name
+from lowlevel.model.quantisation import StoredQuantisation, check_stored, stored_quantisation, to_precision
 
 # Logit transforms that are missing in `hidden @ lm_head.T`: Gemma 2, Cohere, Granite.
 OUTPUT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+NO_HEAD = "; config.json says tie_word_embeddings = false: set true there if the head is the input embedding"
 
 
 def resolve_name(name: str) -> str:
@@ -48,23 +51,38 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 
     Raises:
         CheckpointError: pickles, or a config.json that is too large or not a JSON object.
-        ConfigError: it cannot be read, or the model transforms its logits.
+        ConfigError: it cannot be read, is an adapter or a run, the model transforms its logits, or its weights are
+            quantised in a way that cannot be trained.
     """
     name = resolve_name(config.name)
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
         raise ConfigError(f"model.name {config.name!r}: no such folder")
+    check_is_model(name)
     refuse_pickles(Path(name), "model.name")
     if (Path(name) / "config.json").is_file():
         read_json_object(Path(name) / "config.json")
     try:
         loaded = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
     except Exception as error:  # transformers, huggingface_hub and httpx each raise their own kinds here
+        refuse_adapter(name, config.revision)
         raise ConfigError(f"model.name {config.name!r} cannot be read: {one_line(error)}") from None
     settings = loaded.to_dict()
     transforms = [key for key in OUTPUT_TRANSFORMS if settings.get(key) not in (None, 1, 1.0)]
     if transforms:
         raise ConfigError(f"model.name {config.name!r} rescales its logits ({transforms[0]}): no loss here does so")
+    stored_quantisation(loaded, config.name)
     return loaded
+
+
+def load_stored(config: ModelConfig) -> StoredQuantisation | None:
+    """How the base's folder is quantised, from its config.json and the names of its weights; None: not.
+
+    Raises:
+        ConfigError: in a way that cannot be trained, or config.json does not agree with the weights.
+    """
+    stored = stored_quantisation(load_model_config(config), config.name)
+    check_stored(stored, Path(resolve_name(config.name)), config.name)
+    return stored
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -76,22 +94,34 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         raise ConfigError(f"model.name: cannot be trained as a decoder: {one_line(error)}") from None
 
 
+def describe_base(config: ModelConfig) -> str:
+    """How the base is quantised, in words for people."""
+    base = load_model_config(config)
+    stored = stored_quantisation(base, config.name)
+    if not stored:
+        return f"4-bit {config.bnb_4bit_quant_type} base" if config.load_in_4bit else "unquantised base"
+    left = len(stored.unquantised(empty_model(base))) if stored.skipped else 0
+    return f"4-bit {stored.in_words()}" + (f", {left} linear layers in 16 bits" if left else "")
+
+
 def load_base(
-    config: ModelConfig, placement: Placement, *, attention: str | None = None, dtype: torch.dtype | str | None = None
+    config: ModelConfig, placement: Placement, *, attention: str | None = None, dtype: Literal["auto"] | None = None
 ) -> PreTrainedModel:
     """Load the frozen base onto the device.
 
     Quantised linear layers compute in the placement's dtype; all other weights are stored in it, or in `dtype` ("auto":
-    the file's). `attention` None: sdpa if the architecture supports it, otherwise eager.
+    the file's). A pre-quantised folder stays as it is quantised, whatever `config` says. `attention` None: sdpa if the
+    architecture supports it, otherwise eager.
 
     Raises:
+        ConfigError: as `load_stored`.
         CheckpointError: a tensor is missing, unexpected, of another shape, or not finite (before or after the cast).
     """
     register()
-    load_model_config(config)
-    check_weight_files(Path(resolve_name(config.name)))
+    stored = load_stored(config)
+    check_weight_files(Path(resolve_name(config.name)), quantised=stored is not None)
     quantisation = {}  # transformers 5.23 takes `quantization_config=None` for "ignore that the folder is quantised"
-    if config.load_in_4bit:
+    if config.load_in_4bit and stored is None:
         quantisation["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=config.bnb_4bit_quant_type,
@@ -109,6 +139,7 @@ def load_base(
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # _check_loading refuses them, by name
+            adapter_kwargs=NO_ADAPTER,
             **quantisation,
         )
     except torch.cuda.OutOfMemoryError:
@@ -118,8 +149,11 @@ def load_base(
     model, info = loaded
     _check_loading(config.name, info)
     _check_quantised_layers(config.name, model, placement.device)
+    if stored:
+        to_precision(model, stored, config.name, placement.dtype, None if dtype else placement.dtype)
     _check_finite(config.name, model)
     _freeze(model)
+    _untie(model)
     install_dequantising_products(model)
     return model
 
@@ -136,6 +170,26 @@ def _freeze(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     model.config.attention_dropout = 0.0
+
+
+def _untie(model: Any) -> None:
+    """Let the configuration say so if the LM head is the file's own: transformers 5.23 uses it, but keeps "tied".
+
+    A merged model whose config.json says "tied" would lose its head in tools that believe it.
+    """
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
+
+
+def notes_of_base(config: ModelConfig, loaded: PretrainedConfig) -> list[str]:
+    """A line for each thing in the base's folder that is used otherwise than it says. `loaded`: of `load_base`."""
+    notes = note_of_adapter(config, resolve_name(config.name))
+    if load_model_config(config).tie_word_embeddings and not loaded.tie_word_embeddings:
+        notes.append(
+            f"{config.name}: config.json says tie_word_embeddings = true, but its files hold another LM head, which is "
+            "used; a merged model says false"
+        )
+    return notes
 
 
 def base_sha256(model: nn.Module) -> str:
@@ -166,7 +220,8 @@ def _check_loading(name: str, info: dict) -> None:
     for key, what in kinds.items():
         names = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(key) or ())
         if names:
-            raise CheckpointError(f"base {name!r}: {len(names)} tensors {what}: {', '.join(names[:5])}")
+            hint = NO_HEAD if what == "missing" and names == ["lm_head.weight"] else ""
+            raise CheckpointError(f"base {name!r}: {len(names)} tensors {what}: {', '.join(names[:5])}{hint}")
 
 
 @functools.cache
@@ -183,6 +238,9 @@ def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -
     for module_name, module in model.named_modules():
         if not isinstance(module, bnb.nn.Linear4bit):
             continue
+        if not isinstance(module.weight, bnb.nn.Params4bit) or quantised_state(module) is None:  # pre-quantised folder
+            hint = "correct llm_int8_skip_modules there"
+            raise CheckpointError(f"base {name!r}: config.json says that {module_name} is quantised; it is not: {hint}")
         state = quantised_state(module)
         found, expected = tuple(state.shape), (module.out_features, module.in_features)
         if found != expected:
@@ -204,8 +262,10 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
 
 
 def _float_values(parameter: nn.Parameter) -> list[Tensor]:
-    """A parameter's values; of a 4-bit weight its quantisation constants, which scale them."""
+    """A parameter's values; of a 4-bit weight the largest of each block, in the dtype that it is dequantised to."""
     if not isinstance(parameter, bnb.nn.Params4bit):
         return [parameter]
     state: Any = parameter.quant_state
-    return [state.offset, state.state2.absmax] if state.nested else [state.absmax]
+    if not state.nested:
+        return [state.absmax.to(state.dtype)]
+    return [(bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).to(state.dtype)]

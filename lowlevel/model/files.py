@@ -48,6 +48,14 @@ def _deeper(value: Any, levels: int) -> bool:
     return levels == 0 or any(_deeper(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value))
 
 
+def folders_with(file: str, folder: Path) -> list[Path]:
+    """Subfolders that hold a file, shortest names first: those of the folder; without one, those one level below."""
+    for level in ("*", "*/*"):
+        if found := [path.parent for path in folder.glob(f"{level}/{file}")]:
+            return sorted(found, key=lambda path: (len(path.name), path.name))
+    return []
+
+
 def refuse_pickles(folder: Path, what: str) -> None:
     """Raise CheckpointError if a folder's weights are pickles, which run code; next to safetensors they may stay."""
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
@@ -57,17 +65,30 @@ def refuse_pickles(folder: Path, what: str) -> None:
         raise CheckpointError(f"{what}: {folder / pickles[0]} is a pickle; convert the weights to safetensors first")
 
 
-def check_weight_files(folder: Path) -> None:
+def weight_names(folder: Path) -> list[str]:
+    """Names of the tensors in a local model's shards, from their headers; none for a hub name."""
+    names: list[str] = []
+    for shard in _shards(folder):
+        try:
+            with safe_open(shard, framework="pt") as file:
+                names += file.keys()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{shard} is damaged or cut: {one_line(error)}") from None
+    return names
+
+
+def check_weight_files(folder: Path, *, quantised: bool = False) -> None:
     """Check a local model's shards: in the folder, complete, finite, and floats unless the model is quantised.
 
     Raises CheckpointError before quantisation, which can hide a NaN: the largest value of a block may ignore it.
     """
-    quantised = (folder / "config.json").is_file() and "quantization_config" in read_json_object(folder / "config.json")
+    # Bytes of 4-bit weights in a floating dtype (bnb_4bit_quant_storage), which mean nothing as numbers:
+    packed = {n.removesuffix(".absmax") for n in (weight_names(folder) if quantised else ()) if n.endswith(".absmax")}
     for shard in _shards(folder):
         try:
             with safe_open(shard, framework="pt") as file:
                 kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
-                floats = sorted(name for name, kind in kinds.items() if kind in FLOATS)
+                floats = sorted(name for name, kind in kinds.items() if kind in FLOATS and name not in packed)
                 bad = [name for name in floats if not is_finite(file.get_tensor(name))]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{shard} is damaged or cut: {one_line(error)}") from None

@@ -30,7 +30,9 @@ from lowlevel.losses import loss_spec
 from lowlevel.model.adapters import read_adapter_config
 from lowlevel.model.base import empty_model
 from lowlevel.model.placement import DTYPES, Placement
+from lowlevel.model.quantisation import stored_quantisation
 from lowlevel.model.sizes import head_size, size_of, unsupported
+from lowlevel.model.targets import matched
 
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
 WORKSPACES = 4  # of cuBLAS: two streams (linear.py), each in the threads of the forward and of the backward pass
@@ -42,7 +44,7 @@ class AdapterSize:
     """Rank and target modules of an adapter."""
 
     rank: int
-    targets: tuple[str, ...]
+    targets: tuple[str, ...]  # as `lowlevel.model.targets.matched` reads them
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ class ModelShape:
     largest: int  # values of the largest of them
     other: int  # values in embeddings, LM head, norms, and experts that are not linear layers
     tied: bool  # the input embedding is the LM head
-    adapted: int  # values in the linear weights of layers with an adapter
+    adapted: int  # values in the linear weights of layers with an adapter, without `unquantised` ones
     trained: int  # values of the trained adapter
     frozen: int  # values of the frozen adapter under it
+    unquantised: int = 0  # values in linear weights that a pre-quantised folder leaves in 16 bits
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def adapter_sizes(
 
     def of(folder: Path) -> AdapterSize:
         found = read_adapter_config(folder)
-        return AdapterSize(found.r, tuple(found.target_modules or ()))
+        targets = found.target_modules or ()
+        return AdapterSize(found.r, (targets,) if isinstance(targets, str) else tuple(targets))
 
     trained = of(init_from) if init_from else AdapterSize(config.lora.r, config.lora.target_modules)
     return trained, of(parent) if parent and config.model.adapter_mode == "stack" else None
@@ -115,14 +119,16 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in embeddings}
 
     def under(*adapters: AdapterSize | None) -> list[nn.Linear]:
-        targets = {target for adapter in adapters if adapter for target in adapter.targets}
-        return [m for n, m in linear.items() if n.rsplit(".", 1)[-1] in targets]
+        names = {name for adapter in adapters if adapter for name in matched(adapter.targets, linear)}
+        return [linear[name] for name in names]
 
     def size(adapter: AdapterSize | None) -> int:
         return adapter.rank * sum(m.in_features + m.out_features for m in under(adapter)) if adapter else 0
 
     if not linear:
         raise unsupported(base, "it has no linear layers")
+    stored = stored_quantisation(base, base.name_or_path or "")
+    plain = [linear[name] for name in stored.unquantised(model) if name in linear] if stored else []
     values = sum(m.weight.numel() for m in linear.values())
     parameters = {id(p): p.numel() for p in model.parameters()}
     tied = bool(settings.get("tie_word_embeddings"))
@@ -139,9 +145,10 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
         largest=max(m.weight.numel() for m in linear.values()),
         other=sum(parameters.values()) - values,
         tied=tied,
-        adapted=sum(m.weight.numel() for m in under(trained, frozen)),
+        adapted=sum(m.weight.numel() for m in under(trained, frozen) if m not in plain),
         trained=size(trained),
         frozen=size(frozen),
+        unquantised=sum(m.weight.numel() for m in plain),
     )
 
 
@@ -183,7 +190,7 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
 
 def _quantised(shape: ModelShape, config: RunConfig, plan: Plan) -> int:
     """Values in 4 bits; `dequantize_once` changes the adapted layers to 16 bits."""
-    in_4_bits = shape.linear - shape.adapted * plan.dequantize_once
+    in_4_bits = shape.linear - shape.unquantised - shape.adapted * plan.dequantize_once
     return in_4_bits if config.model.load_in_4bit else 0
 
 
@@ -192,7 +199,7 @@ def default_plan(shape: ModelShape, config: RunConfig) -> Plan:
     train = config.train
     recomputed = shape.layers if train.recomputed_layers is None else min(train.recomputed_layers, shape.layers)
     positions = train.micro_batch_positions or train.per_device_train_batch_size * config.row_positions
-    return Plan(positions, recomputed if train.gradient_checkpointing else 0, train.dequantize_once)
+    return Plan(positions, recomputed if train.gradient_checkpointing else 0, bool(train.dequantize_once))
 
 
 def cost(shape: ModelShape, config: RunConfig, plan: Plan) -> float:

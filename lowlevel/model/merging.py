@@ -10,17 +10,19 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowlevel.config.schema import ModelConfig
-from lowlevel.errors import CheckpointError
+from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.adapters import ADAPTER_CONFIG, read_adapter_config, read_adapter_weights, write_adapter
 from lowlevel.model.base import load_base
 from lowlevel.model.linear import quantised_state
 from lowlevel.model.placement import Placement
 
+LARGEST_ROUNDING = 0.3  # of a weight matrix by quantisation to 4 bits, relative
 PREFIX, SUFFIX_A, SUFFIX_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
@@ -63,6 +65,8 @@ def write_stacked_adapter(lower: Path, upper: Path, out: Path) -> None:
         tensors[stem + SUFFIX_B] = torch.cat([b for _, b in filled], 1)
     rank = sum(config.r for config in configs)
     targets = {target for config in configs for target in config.target_modules or ()}
+    if any(isinstance(config.target_modules, str) for config in configs):  # a pattern: the weights name its layers
+        targets = {stem.removeprefix(PREFIX) for stem in first.keys() | second.keys()}
     stacked = {"r": rank, "lora_alpha": rank, "use_rslora": False, "target_modules": targets, "lora_dropout": 0.0}
     raw = json.loads((upper / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = {key: raw.get(key) for key in ("base_model_name_or_path", "revision")}
@@ -71,8 +75,6 @@ def write_stacked_adapter(lower: Path, upper: Path, out: Path) -> None:
 
 def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
     """The dequantised weights of a model's 4-bit layers, fp32 on the CPU, by module name."""
-    import bitsandbytes as bnb
-
     weights = {}
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -81,16 +83,43 @@ def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def check_is_original(config: ModelConfig, quantised: nn.Module) -> None:
+    """Check that a base has the 16-bit weights of which a model has the 4-bit ones. Raises ConfigError.
+
+    Quantisation to 4 bits moves a weight matrix by 7 to 14 % of its norm, and weights of other models differ by more
+    than 100 %. Fine-tuned versions of one model can be closer than that.
+    """
+    where = f"--base {config.name!r}"
+    unquantised = config.model_copy(update={"load_in_4bit": False})
+    original = load_base(unquantised, Placement(torch.device("cpu"), "fp32"), dtype="auto").state_dict()
+    rounded = {f"{name}.weight": weight for name, weight in dequantized_weights(quantised).items()}
+    plain = {name.removeprefix(PREFIX).replace(".base_layer.", "."): p for name, p in quantised.named_parameters()}
+    for name, found in {**plain, **rounded}.items():
+        if ".lora_" in name:
+            continue
+        weight = original.get(name)
+        if weight is None or weight.shape != found.shape:
+            shape = "is missing" if weight is None else f"is {tuple(weight.shape)}"
+            raise ConfigError(f"{where}: {name} {shape}, and the run's base has {tuple(found.shape)}: another model")
+        difference = float((weight.float() - found).norm() / weight.float().norm()) if name in rounded else 0.0
+        if not difference < LARGEST_ROUNDING:
+            raise ConfigError(f"{where}: {name} differs by {difference:.0%} from the run's base: another model")
+
+
 def merged_model(
     config: ModelConfig, adapters: Sequence[Path], dtype: torch.dtype, *, quantised: nn.Module | None = None
 ) -> PreTrainedModel:
     """The base on the CPU with the updates of all PEFT folders `adapters`: added in fp32, rounded once to `dtype`.
 
-    The weights are those of the base's files, or the dequantised ones of a 4-bit model `quantised`. Raises
-    CheckpointError if an adapter changes a layer that the base lacks or has in another shape.
+    The weights are those of the base's files, but those of the 4-bit layers of `quantised` (the trained model) are its
+    dequantised ones. Raises CheckpointError if an adapter changes a layer that the base lacks or has in another shape.
     """
     unquantised = config.model_copy(update={"load_in_4bit": False})
     model = load_base(unquantised, Placement(torch.device("cpu"), "fp32"), dtype="auto")
+    if any(isinstance(parameter, bnb.nn.Params4bit) for parameter in model.parameters()):  # a pre-quantised folder
+        model = model.dequantize(torch.float32)
+        # transformers 5.23 still has the folder's deserialiser here, and cannot reverse it when it saves the model.
+        model._weight_conversions = None
     weights = dequantized_weights(quantised) if quantised is not None else {}
     modules = dict(model.named_modules())
     for updates in map(adapter_updates, adapters):

@@ -17,7 +17,7 @@ from lowlevel.config.contradictions import parse_size
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.losses import loss_spec
-from lowlevel.model.base import load_model_config
+from lowlevel.model.base import describe_base, load_model_config
 from lowlevel.model.memory import (
     AdapterSize,
     Forecast,
@@ -33,7 +33,7 @@ from lowlevel.model.memory import (
 )
 from lowlevel.model.placement import Placement
 from lowlevel.running.adapter_sources import find_adapter
-from lowlevel.running.assembly import mixed_by_a_budget
+from lowlevel.running.assembly import mixed_by_a_budget, with_stored
 from lowlevel.running.plots import plot_memory
 
 MIB = 2**20
@@ -49,6 +49,7 @@ def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
     size = parse_size(text)
     if not size:
         raise ConfigError(f'--budget: expected a size like "15GiB" or "800MiB", got {text!r}')
+    config = with_stored(config)
     target = _target(config)
     columns = [_as_configured(config, target)]
     fixed = _why_fixed(config)
@@ -59,6 +60,8 @@ def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
     console.print(_plan_table(target.shape, columns, forecasts))
     console.print(f"optimizer state: {forecasts[0].paged / MIB:,.0f} MiB more, paged (outside the allocator's peak)")
     console.print(OUTSIDE)
+    base = f"{config.model.name}, {describe_base(config.model)}"
+    console.print(f"{config.method}: {base}", markup=False, highlight=False, soft_wrap=True)
     if fixed:
         console.print(fixed)
     for column in columns[1:]:

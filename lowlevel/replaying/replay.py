@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from lowlevel.checkpoints.checkpoint import saved, verify
 from lowlevel.determinism import deterministic_mode
 from lowlevel.errors import CheckpointError, NonFiniteError
+from lowlevel.heartbeat import counted
 from lowlevel.model.adapters import WEIGHTS, adapter_parameters
 from lowlevel.model.policy import TRAINED
 from lowlevel.optim.optimizer import optimizer_tensors
@@ -81,7 +82,7 @@ def replay(session: Session, step: int, before_last: Callable[[], None] = lambda
     """
     found = Replay(step, session.start, session.moved)
     logged = {record["step"]: record for record in session.folder.read_metrics() if "loss" in record}
-    while session.state.step < step:
+    for _ in counted("replaying", range(session.state.step, step), "steps"):
         if session.state.step == step - 1:
             before_last()
         rate = session.rate()

@@ -21,7 +21,8 @@ from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.execution import Execution, WithFallback
 from lowlevel.loop import optimizer_step
 from lowlevel.methods import Method
-from lowlevel.model.policy import Policy, dequantize_once
+from lowlevel.model.dequantised import dequantize_as_set
+from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lowlevel.optim.train_state import StepResult, TrainState
@@ -116,8 +117,7 @@ def open_session(opened: Reopened, step: int, *, start: int | None = None) -> Se
         except OSError as error:  # a run that is still training deletes old checkpoints
             raise CheckpointError(f"{found[0]} went away while it was read ({error.strerror}); try again") from None
         _check_identity(opened, found[1]["identity"])
-    if config.train.dequantize_once:
-        dequantize_once(policy)
+    dequantize_as_set(policy, config.train.dequantize_once)
     return Session(
         folder=opened.folder,
         config=config,
@@ -139,6 +139,7 @@ def _check_identity(opened: Reopened, found: dict[str, Any]) -> None:
     The base was checked by its hash, which differs in another precision.
     """
     expected, other = dict(opened.manifest), dict(found)
+    other["base"] = {key: found["base"].get(key) for key in expected["base"]}  # older manifests lack "prequantised"
     for side in (expected, other):
         side.pop("attention", None)
     if expected["base"]["dtype"] != found["base"]["dtype"]:

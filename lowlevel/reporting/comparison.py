@@ -14,6 +14,7 @@ from rich.table import Table
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError
+from lowlevel.heartbeat import counted
 from lowlevel.labels import IGNORED
 from lowlevel.perplexity import PERPLEXITIES, perplexities
 from lowlevel.running.assembly import prepare_data
@@ -121,7 +122,7 @@ def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
     size, branches = run.config.rows_per_step, 2 if run.config.method == "dpo" else 1
     logps: list[torch.Tensor] = []
     lengths: list[torch.Tensor] = []
-    for start in range(0, len(rows), size):
+    for start in counted("scoring held-out rows", range(0, len(rows), size), "micro-batches"):
         for batch in run.method.micro_batches(rows[start : start + size]):
             moved = batch.to(run.policy.placement.device)
             sums = moved.sequence_sums(run.policy.token_logps(moved)).cpu()

@@ -118,7 +118,7 @@ def _facts(folder: RunFolder, config: RunConfig, others: Sequence[str]) -> list[
          else f"sft, {config.sft.loss_type}"),
         ("base", config.model.name + (", 4-bit" if config.model.load_in_4bit else "")),
         ("adapter", f"r = {config.lora.r}, dropout {config.lora.lora_dropout:g}"),
-        ("data", str(config.data.source)),
+        ("data", config.data.names),
         ("step", f"{rows}, learning rate {train.learning_rate:g}, {train.lr_scheduler_type}"),
     ]  # fmt: skip
     try:

@@ -11,27 +11,60 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError, quoted
 from lowlevel.model.adapters import ADAPTER_CONFIG, adapter_sha256
 from lowlevel.model.base import resolve_name
-from lowlevel.model.files import read_json_object
+from lowlevel.model.files import SHOWN, folders_with, read_json_object
+from lowlevel.model.quantisation import KEYS
 from lowlevel.running.run_folder import RunFolder
 
-QUANTISATION = ("dtype", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+QUANTISATION = ("dtype", *KEYS)
 
 
 def find_adapter(path: str | None, key: str) -> Path | None:
-    """The PEFT folder at `path`, or the final adapter of that run. Raises ConfigError, which names `key`."""
+    """The PEFT folder at `path`: itself, the final adapter of that run, or the only one in it.
+
+    Raises:
+        ConfigError: none or several; names `key`, and what the folder holds instead.
+    """
     if path is None:
         return None
     folder = RunFolder(Path(path))
     if (folder.path / ADAPTER_CONFIG).exists():
         return folder.path
+    if folder.path.is_file():
+        raise ConfigError(f"{key}: {path} is a file; give the folder that holds {ADAPTER_CONFIG}")
     if not folder.path.exists():
-        raise ConfigError(f"{key}: {path} does not exist")
-    if not folder.adapter.exists():
-        raise ConfigError(f"{key}: {path} holds no adapter; has that run finished?")
-    return folder.adapter
+        hub = f"; to use one of the hub: hf download {path} --local-dir DIR" if path.count("/") == 1 else ""
+        raise ConfigError(f"{key}: {path} does not exist{hub}")
+    if folder.adapter.exists():
+        return folder.adapter
+    inside = folders_with(ADAPTER_CONFIG, folder.path)
+    if len(inside) == 1 and not folder.holds_run():
+        return inside[0]
+    raise ConfigError(f"{key}: {path} holds no adapter; {_instead(folder, inside)}")
+
+
+def _instead(folder: RunFolder, inside: list[Path]) -> str:
+    names = ", ".join(str(path.relative_to(folder.path)) for path in inside[-SHOWN:])
+    if folder.holds_run():
+        return f"has that run finished?{f' Its checkpoints can be given: {names}' if inside else ''}"
+    if inside:
+        return f"these in it do, give the path of one: {names}"
+    if (folder.path / "config.json").exists():
+        return "it holds a whole model: set model.name to it"
+    return f"no {ADAPTER_CONFIG} is in it"
+
+
+def notes_of_sources(config: RunConfig, folders: Mapping[str, Path | None]) -> list[str]:
+    """A line for each adapter that `find_adapter` took from a subfolder. `folders`: as for `check_bases`."""
+    given = {"model.adapter": config.model.adapter, "lora.init_from": config.lora.init_from}
+    return [
+        f"{key}: {given[key]} holds one adapter, {folder.relative_to(given[key] or '')}: it is used"
+        for key, folder in folders.items()
+        if folder and folder not in (path := Path(given[key] or ""), RunFolder(path).adapter)
+    ]
 
 
 def check_frozen_under(parent: Path | None, init_from: Path | None) -> None:

@@ -19,17 +19,19 @@ from lowlevel.data.prepare import ModelLimits, PreparedData, prepare
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
+from lowlevel.heartbeat import working
 from lowlevel.losses import SFT_LOSSES, loss_spec
 from lowlevel.losses.registry import LossSpec, find
 from lowlevel.methods import Method, dpo, sft
 from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
-from lowlevel.model.base import empty_model, load_base, load_model_config, public_name, resolve_name
+from lowlevel.model.base import empty_model, load_base, load_model_config, load_stored, public_name, resolve_name
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
 from lowlevel.model.offload import TIED, move_embeddings_to_host
 from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
+from lowlevel.model.quantisation import KEYS, as_stored
 from lowlevel.model.sizes import size_of
 from lowlevel.model.suitability import attention_window, short_positions
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
@@ -127,12 +129,19 @@ def check_loss(config: RunConfig) -> None:
 
 
 def check_run(config: RunConfig) -> tuple[RunConfig, Inputs]:
-    """`check_inputs`, with the settings of the memory plan in the configuration, and the execution mode checked."""
+    """`check_inputs`; the configuration gets what the folder of a pre-quantised base sets, and the memory plan."""
+    config = with_stored(config)
     inputs = check_inputs(config)
     if config.train.memory_budget is not None:
         config = with_plan(config, inputs)
     choose_execution(config, inputs)
     return config, inputs
+
+
+def with_stored(config: RunConfig) -> RunConfig:
+    """The configuration with the quantisation of a pre-quantised base. Raises ConfigError if settings contradict it."""
+    model = as_stored(config.model, load_stored(config.model))
+    return config.model_copy(update={"model": model})
 
 
 def check_start(config: RunConfig, scratch: Path) -> tuple[RunConfig, Inputs]:
@@ -154,7 +163,8 @@ def prepare_data(config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:
     tokenizer = load_run_tokenizer(config)
     vocabulary, positions = size_of(base, "vocab_size"), size_of(base, "max_position_embeddings")
     limits = ModelLimits(vocabulary, positions, attention_window(base), short_positions(base))
-    return tokenizer, prepare(config, tokenizer, limits)
+    with working(f"reading {config.data.names}"):
+        return tokenizer, prepare(config, tokenizer, limits)
 
 
 def load_run_tokenizer(config: RunConfig) -> ChatTokenizer:
@@ -177,7 +187,8 @@ def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tu
         if read_merged_adapter(folder) != sha256:
             raise ConfigError(f"{target} is not the base with {config.model.adapter} merged in: --restart removes it")
     else:
-        merged = merged_model(config.model, [inputs.parent], torch.float16)
+        with working("merging model.adapter into the base"):
+            merged = merged_model(config.model, [inputs.parent], torch.float16)
         with replaced_folder(target) as temporary:
             merged.save_pretrained(temporary)
             save_tokenizer(inputs.tokenizer, temporary)
@@ -217,28 +228,29 @@ def load_policy(
     config: RunConfig, placement: Placement, attention: Attention, *, parent: Path | None, init_from: Path | None
 ) -> Policy:
     """Load the base and attach the adapters, without the data."""
-    base = load_base(config.model, placement, attention=attention.implementation)
-    if config.model.embeddings_on_host:
-        move_embeddings_to_host(base)
-    return build_policy(
-        base,
-        config.lora,
-        placement,
-        seed=config.train.seed,
-        parent=parent,
-        init_from=init_from,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-        recomputed=config.train.recomputed_layers,
-        offload=config.train.offload_activations,
-        attention=attention,
-    )
+    with working(f"loading {config.model.name}"):
+        base = load_base(config.model, placement, attention=attention.implementation)
+        if config.model.embeddings_on_host:
+            move_embeddings_to_host(base)
+        return build_policy(
+            base,
+            config.lora,
+            placement,
+            seed=config.train.seed,
+            parent=parent,
+            init_from=init_from,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+            recomputed=config.train.recomputed_layers,
+            offload=config.train.offload_activations,
+            attention=attention,
+        )
 
 
 def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) -> dict[str, Any]:
     """manifest.json: hashes of the run's base, adapters, data and loss. `base_hash`: `base_sha256` of the base."""
     model = config.model
-    keys = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-    quantisation = {key: getattr(model, key) for key in keys} if model.load_in_4bit else {"load_in_4bit": False}
+    quantisation = {key: getattr(model, key) for key in KEYS if model.load_in_4bit or key == "load_in_4bit"}
+    quantisation |= {"prequantised": True} if load_stored(model) else {}
     parent = adapter_sha256(inputs.parent) if inputs.parent else None
     evaluation, own_loss = inputs.data.report.evaluation, run_loss(config).sha256
     return {

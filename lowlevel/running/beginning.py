@@ -17,7 +17,7 @@ from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.adapters import WEIGHTS, adapter_sha256
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import TrainState
-from lowlevel.running.adapter_sources import check_bases
+from lowlevel.running.adapter_sources import check_bases, notes_of_sources
 from lowlevel.running.assembly import Inputs, check_run, read_merged_adapter, with_merged_base
 from lowlevel.running.job import Job
 from lowlevel.running.progress import lines_to
@@ -72,7 +72,8 @@ class Start:
     def merge_base(self, config: RunConfig, inputs: Inputs) -> tuple[RunConfig, Inputs]:
         """For adapter_mode "original": the merged base in the run folder becomes the run's base."""
         if config.model.adapter_mode == "original":
-            for line in check_bases({"model.adapter": inputs.parent}, {"name": config.model.name}):
+            sources = {"model.adapter": inputs.parent}
+            for line in [*notes_of_sources(config, sources), *check_bases(sources, {"name": config.model.name})]:
                 self.note(f"note: {line}")
         return with_merged_base(config, inputs, self.folder)
 
@@ -95,7 +96,7 @@ class Start:
                 continuing would lose a result.
         """
         sources = {"model.adapter": job.inputs.parent, "lora.init_from": job.inputs.init_from}
-        for line in check_bases(sources, job.manifest["base"]):
+        for line in [*notes_of_sources(job.config, sources), *check_bases(sources, job.manifest["base"])]:
             self.note(f"note: {line}")
         if found is None:
             check_result_is_saved(self.folder)

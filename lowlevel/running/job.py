@@ -17,10 +17,12 @@ from lowlevel.checkpoints.training_state import save_state
 from lowlevel.config.schema import RunConfig
 from lowlevel.durable import write_json
 from lowlevel.execution import WithFallback
+from lowlevel.heartbeat import working
 from lowlevel.loop import check_evaluation, evaluate_examples
 from lowlevel.methods import Method
 from lowlevel.model.base import base_sha256
-from lowlevel.model.policy import Policy, dequantize_once
+from lowlevel.model.dequantised import dequantize_as_set
+from lowlevel.model.policy import Policy
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import TrainState
 from lowlevel.reference_cache import CachedReference, reference_identity, with_blanks, with_content
@@ -67,8 +69,8 @@ class Engine:
 
     def __init__(self, job: Job, folder: RunFolder, console: Console) -> None:
         config, policy, method = job.config, job.policy, job.method
-        if config.train.dequantize_once:
-            dequantize_once(policy)
+        with working("dequantising the base"):
+            dequantize_as_set(policy, config.train.dequantize_once)
         self.job, self.folder = job, folder
         self.execution = WithFallback(policy, method, choose_execution(config, job.inputs), lines_to(console))
         self.cached: CachedReference | None = None
@@ -90,7 +92,8 @@ class Engine:
         if job.inputs.placement.device.type == "cuda":
             largest = largest_batch(job.method, job.inputs.data.train, job.order.rows_per_step)
             largest = with_blanks(largest) if self.cached else largest
-            report = rehearse(job.policy, job.method, self.execution, job.optimizer, largest)
+            with working("compiling, and running the largest micro-batch"):
+                report = rehearse(job.policy, job.method, self.execution, job.optimizer, largest)
             write_json(self.folder.path / "memory.json", report)
 
     def evaluate(self, step: int) -> dict[str, float]:

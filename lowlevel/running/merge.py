@@ -17,13 +17,16 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import ModelConfig
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.heartbeat import working
 from lowlevel.model.attention_choice import MASKED, Attention
-from lowlevel.model.base import load_base
-from lowlevel.model.merging import merged_model
+from lowlevel.model.base import load_base, load_stored, public_name
+from lowlevel.model.merging import check_is_original, merged_model
 from lowlevel.model.placement import Placement
+from lowlevel.model.quantisation import lacks_16_bits
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import LoadedRun, load_run, reopen
 from lowlevel.running.result_files import complete_result
+from lowlevel.running.run_folder import RunFolder
 
 PROBE_ROWS = 8
 # The dequantised target is the same function up to rounding, so a larger divergence means a wrong merge.
@@ -41,39 +44,51 @@ class Fidelity:
     tokens: int
 
 
-def merge_run(run_dir: Path, into: str, out: Path, console: Console) -> Fidelity:
+def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: str | None = None) -> Fidelity:
     """Merge the adapters of a run into its base and write an ordinary model folder.
 
-    `run_dir`: a finished run; its parent adapter is merged too. `into`: dequantized, original or requantized.
+    Args:
+        run_dir: a finished run; its parent adapter is merged too.
+        into: dequantized, original or requantized.
+        out: a new folder.
+        console: prints the result.
+        base: original, requantized: the model with the 16-bit weights; None: the run's base.
 
     Raises:
-        ConfigError: `out` exists.
+        ConfigError: `out` exists; the 16-bit weights are missing, or those of `base` are of another model.
         DataError: the probe rows changed since the run.
         CheckpointError: the dequantised merge differs from the trained model; nothing is written.
     """
     _check_new(out)
+    source = _source(RunFolder(run_dir).read_config().model, into, base)
     rows = probe_rows(run_dir)
     run = load_run(run_dir, lines_to(console))
     adapters = [folder for folder in (run.folder.parent, run.folder.adapter) if folder.exists()]
     dtype = torch.bfloat16 if run.policy.placement.precision == "bf16" else torch.float16
-    quantised = run.policy.model if into == "dequantized" and run.config.model.load_in_4bit else None
-    merged = merged_model(run.config.model, adapters, dtype, quantised=quantised)
+    if base is not None:
+        check_is_original(source, run.policy.model)
+    quantised = run.policy.model if into == "dequantized" else None
+    with working("merging"):
+        merged = merged_model(source, adapters, dtype, quantised=quantised)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replaced_folder(out) as temporary:
-        _write_model(merged, run, temporary)
+        with working("writing the merged model"):
+            _write_model(merged, run, temporary, base)
         if into == "requantized":
             del merged
-            merged = _requantise(run, temporary)
-        fidelity = measure(run, rows, temporary)
+            merged = _requantise(run, temporary, base)
+        with working("comparing the merged model with the run"):
+            fidelity = measure(run, rows, temporary)
         bound = KL_BOUNDS[run.policy.placement.precision]
         if into == "dequantized" and not fidelity.kl <= bound:
             text = f"merge of {run_dir}: KL {fidelity.kl:.2e} to the training-time model exceeds {bound:g}"
             raise CheckpointError(text)
         chain = {"run": run_dir.name, "into": into, "manifest": run.folder.read_manifest()}
+        chain |= {"base": public_name(base)} if base is not None else {}
         write_json(temporary / "lowlevel_merge.json", {**chain, "fidelity": asdict(fidelity)})
         _check_new(out)  # again, so that a folder made meanwhile is not replaced
     console.print(
-        f"merged into {into} base: {out}\n"
+        f"merged into {into} base{f' {base}' if base is not None else ''}: {out}\n"
         f"  KL to the training-time model  {fidelity.kl:.2e} nats a token over {fidelity.tokens:,} tokens\n"
         f"  loss                           {fidelity.loss:.4f}, training-time model {fidelity.training_time_loss:.4f}\n"
         f"  same most likely token         {fidelity.same_top_token:.1%}"
@@ -86,22 +101,34 @@ def _check_new(out: Path) -> None:
         raise ConfigError(f"{out} exists: give a new folder")
 
 
-def _write_model(model: PreTrainedModel, run: LoadedRun, folder: Path) -> None:
+def _source(model: ModelConfig, into: str, base: str | None) -> ModelConfig:
+    """The base whose files are merged into. Raises ConfigError if it has to have 16-bit weights and has not."""
+    if base is not None and into == "dequantized":
+        raise ConfigError("--base is for --into original and requantized; dequantized merges into the run's own base")
+    source = model if base is None else model.model_copy(update={"name": base, "revision": None})
+    stored = load_stored(source)
+    if stored and into != "dequantized":
+        hint = "give the original model with --base, or use --into dequantized"
+        raise ConfigError(f"--into {into} {lacks_16_bits(source.name, stored)}: {hint}")
+    return source
+
+
+def _write_model(model: PreTrainedModel, run: LoadedRun, folder: Path, base: str | None) -> None:
     """Write a Hugging Face folder: weights, tokenizer, chat template, end-of-reply tokens, model card."""
     model.config.use_cache = True
     model.generation_config.eos_token_id = run.tokenizer.stop_ids
     model.generation_config.pad_token_id = run.tokenizer.pad_id
     model.save_pretrained(folder)
-    complete_result(folder, run.tokenizer, run.folder, run.config, "merged")
+    complete_result(folder, run.tokenizer, run.folder, run.config, "merged", merged_into=base)
 
 
-def _requantise(run: LoadedRun, folder: Path) -> PreTrainedModel:
+def _requantise(run: LoadedRun, folder: Path, base: str | None) -> PreTrainedModel:
     """Replace the merged 16-bit model in `folder` by one that is quantised like the run's base."""
     model_config = run.config.model.model_copy(update={"name": str(folder), "revision": None, "load_in_4bit": True})
     model = load_base(model_config, run.policy.placement)
     for file in folder.glob("*.safetensors*"):
         file.unlink()
-    _write_model(model, run, folder)
+    _write_model(model, run, folder, base)
     return model
 
 

@@ -19,6 +19,7 @@ from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.callbacks import Callback
 from lowlevel.running.endings import Interrupts
 from lowlevel.running.job import Engine
+from lowlevel.running.pace import Pace
 from lowlevel.running.progress import TrainingProgress
 from lowlevel.running.run_folder import RunFolder
 
@@ -37,6 +38,7 @@ class RunObserver:
     engine: Engine
     interrupts: Interrupts
     note: Callable[[str], None]
+    pace: Pace
     callbacks: Sequence[Callback] = ()
 
     def log(self, record: dict[str, Any]) -> None:
@@ -52,6 +54,8 @@ class RunObserver:
         if state.step == 1 and starts_as_reference(config):
             if line := check_first_step(result, config, self.engine.job.inputs.placement.precision):
                 self.note(line)
+        if line := self.pace.forecast(state):
+            self.note(line)
         self.progress_bar.step(state.step)
         for callback in self.callbacks:
             callback.on_step(result)

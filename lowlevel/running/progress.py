@@ -7,10 +7,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lowlevel.heartbeat import Heartbeat, heartbeat, spoke, working
 
 LINE_KEYS = {
     "loss": "loss {:.4f}",
@@ -66,6 +69,11 @@ def lines_to(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, markup=False)
 
 
+def speaking(console: Console, name: str) -> AbstractContextManager[Heartbeat]:
+    """Lines of long work on a console; none in a terminal, on a quiet console, or inside another such block."""
+    return heartbeat(lines_to(console), name, on=not (console.is_terminal or console.quiet))
+
+
 def describe(record: dict[str, Any]) -> str:
     """One line for a logged record."""
     shown = [
@@ -77,7 +85,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 class TrainingProgress:
-    """A bar over optimizer steps with the remaining time and the newest record; drawn only in a terminal."""
+    """A bar over optimizer steps with the remaining time and the newest record; without a terminal, lines."""
 
     def __init__(self, console: Console, name: str, total_steps: int, start: int) -> None:
         self.console, self.total_steps = console, total_steps
@@ -85,19 +93,21 @@ class TrainingProgress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[last]}"), console=console)
         self.task = self.bar.add_task(name, total=total_steps, completed=start, last="")
+        self._work, self._opened = working("training", total_steps, "steps", first=start), ExitStack()
 
     def __enter__(self) -> TrainingProgress:
+        self.work = self._opened.enter_context(self._work)
         if self.live:
-            self.bar.start()
+            self._opened.enter_context(self.bar)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.live:
-            self.bar.stop()
+        self._opened.close()
 
     def step(self, step: int) -> None:
         """Show that `step` steps are done."""
         self.bar.update(self.task, completed=step)
+        self.work.done = step
 
     def record(self, record: dict[str, Any]) -> None:
         """Show a logged record."""
@@ -106,3 +116,4 @@ class TrainingProgress:
             self.bar.update(self.task, last=line)
         else:
             self.console.print(f"step {record['step']}/{self.total_steps}  {line}")
+            spoke()

@@ -92,7 +92,7 @@ class Reopened:
         """The run's tokenizer and examples. Raises ConfigError, or DataError if the training rows changed."""
         tokenizer, data = prepare_data(self.config)
         if data.report.train.fingerprint != self.manifest["data_sha256"]:
-            source, folder = self.config.data.source, self.folder.path
+            source, folder = self.config.data.names, self.folder.path
             raise DataError(f"{source}: not the rows that {folder} trained on, so its steps cannot be rebuilt")
         return tokenizer, data
 
@@ -104,7 +104,7 @@ class Reopened:
         data = prepare_data(self.config)[1]
         report = data.report.evaluation
         if report is None or report.fingerprint != self.manifest.get("evaluation_sha256"):
-            name = self.config.data.source if source == "holdout" else source
+            name = self.config.data.names if source == "holdout" else source
             raise DataError(f"{name}: not the rows that {folder} held out: the run may have trained on them")
         return data.evaluation
 
@@ -144,6 +144,7 @@ class Reopened:
 
         The hash is over the tensors as used: rounded to the run's dtype, then quantised. Another dtype gives other
         tensors, and the means of nested quantisation depend on the device and the number of threads in their last bits.
+        Those of a pre-quantised base are in its files.
         """
         base, here = self.manifest["base"], dtype_name(self.placement.dtype)
         why = f": {self.moved}" if self.moved else ""
@@ -151,7 +152,8 @@ class Reopened:
             self.note(f"note: the base is not checked: its hash is for {base['dtype']}, and it is {here} here{why}")
             return None
         found = base_sha256(policy.model)
-        if found != base["sha256"] and self.elsewhere and self.config.model.load_in_4bit:
+        quantised_here = self.config.model.load_in_4bit and not base.get("prequantised")
+        if found != base["sha256"] and self.elsewhere and quantised_here:
             self.note(f"note: the base is not checked: quantised on another machine, it has another hash{why}")
             return None
         return found, base["sha256"]
@@ -204,7 +206,8 @@ def reopen(
 
 def with_rows(config: RunConfig, data: GivenRows | None, eval_data: GivenRows | None) -> RunConfig:
     """The configuration with rows given in Python."""
-    given = {key: rows for key, rows in (("source", data), ("eval_source", eval_data)) if rows is not None}
+    given: dict[str, Any] = {} if data is None else {"source": data, "sources": ()}
+    given |= {} if eval_data is None else {"eval_source": eval_data}
     return config.model_copy(update={"data": config.data.model_copy(update=given)})
 
 

@@ -15,9 +15,11 @@ from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import ConfigError
+from lowlevel.heartbeat import counted
 from lowlevel.model.adapters import ADAPTER_CONFIG, build_policy, read_adapter_config
 from lowlevel.model.attention_choice import MASKED, plain_attention
 from lowlevel.model.base import load_base, resolve_name
+from lowlevel.model.base_folder import CONFIG, holds_model_weights, note_of_adapter
 from lowlevel.model.files import read_json_object
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.running.reopening import Note, load_run
@@ -62,7 +64,7 @@ def generate_replies(
 ) -> list[Reply]:
     """Reply to prompts given as token ids, `batch_size` at a time, in the given order."""
     replies = []
-    for start in range(0, len(prompts), batch_size):
+    for start in counted("generating", range(0, len(prompts), batch_size), f"batches of {batch_size} replies"):
         for row in _generate(model, tokenizer, placement, prompts[start : start + batch_size], sampling):
             end = next((i for i, token in enumerate(row) if token in tokenizer.stop_ids), None)
             text = str(tokenizer.tokenizer.decode(row[:end], skip_special_tokens=True))
@@ -75,14 +77,16 @@ def load_for_replies(model_dir: Path, note: Note) -> tuple[PreTrainedModel | Pef
     if (model_dir / "config.toml").exists():
         run = load_run(model_dir, note)
         return run.policy.model, run.tokenizer, run.policy.placement
-    if (model_dir / ADAPTER_CONFIG).exists():
+    if (model_dir / ADAPTER_CONFIG).exists() and not ((model_dir / CONFIG).exists() and holds_model_weights(model_dir)):
         of_run = (model_dir.parent / "config.toml").exists()
         return _load_adapter_of_run(model_dir, note) if of_run else _load_adapter_alone(model_dir)
-    if not (model_dir / "config.json").exists():
+    if not (model_dir / CONFIG).exists():
         files = "config.toml, adapter_config.json or config.json"
         raise ConfigError(f"{model_dir} is not a run folder, PEFT adapter or model: it has no {files}")
-    placement = choose_placement("auto")
-    model = load_base(ModelConfig(name=str(model_dir), load_in_4bit=False), placement)
+    placement, config = choose_placement("auto"), ModelConfig(name=str(model_dir), load_in_4bit=False)
+    for line in note_of_adapter(config, str(model_dir)):
+        note(f"note: {line}")
+    model = load_base(config, placement)
     model.eval()
     return model, load_chat_tokenizer(str(model_dir), None, None), placement
 

@@ -15,6 +15,7 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.errors import CheckpointError, one_line
 from lowlevel.model.base import base_location, public_name
+from lowlevel.model.quantisation import double_quantisation
 from lowlevel.redaction import redact
 from lowlevel.running.run_folder import LIBRARIES, RunFolder
 
@@ -34,7 +35,15 @@ print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=
 """
 
 
-def complete_result(target: Path, tokenizer: ChatTokenizer, folder: RunFolder, config: RunConfig, kind: Kind) -> None:
+def complete_result(
+    target: Path,
+    tokenizer: ChatTokenizer,
+    folder: RunFolder,
+    config: RunConfig,
+    kind: Kind,
+    *,
+    merged_into: str | None = None,
+) -> None:
     """Add everything except the weights to a result folder. Raises CheckpointError.
 
     Args:
@@ -43,11 +52,12 @@ def complete_result(target: Path, tokenizer: ChatTokenizer, folder: RunFolder, c
         folder: the run; the card uses its report, manifest, log and environment.
         config: the run's.
         kind: of the weights.
+        merged_into: the base of a merged model, if it is not the run's.
     """
     save_tokenizer(tokenizer, target)
     if kind != "merged":
         GenerationConfig(eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id).save_pretrained(target)
-    (target / "README.md").write_text(redact(model_card(folder, config, kind)), encoding="utf-8")
+    (target / "README.md").write_text(redact(model_card(folder, config, kind, merged_into)), encoding="utf-8")
 
 
 def save_tokenizer(tokenizer: ChatTokenizer, target: Path) -> None:
@@ -61,16 +71,17 @@ def save_tokenizer(tokenizer: ChatTokenizer, target: Path) -> None:
         raise CheckpointError(f"{target.parent}: the tokenizer cannot be saved: {one_line(error)}") from None
 
 
-def model_card(folder: RunFolder, config: RunConfig, kind: Kind) -> str:
+def model_card(folder: RunFolder, config: RunConfig, kind: Kind, merged_into: str | None = None) -> str:
     """README.md of a result: YAML front matter for the hub, a table of facts, and code that loads it."""
     manifest = _read(folder.path / "manifest.json")
     library = "transformers" if kind == "merged" else "peft"
-    on_hub = config.model.name != "demo" and not Path(config.model.name).exists()
+    name = merged_into or config.model.name
+    on_hub = name != "demo" and not Path(name).exists()
     front = [
         "---",
         f"library_name: {library}",
         "pipeline_tag: text-generation",
-        *([f"base_model: {json.dumps(config.model.name)}"] if on_hub else []),
+        *([f"base_model: {json.dumps(name)}"] if on_hub else []),
         f"tags: [lowlevel, lora, {config.method}]",
         "# license: not set by the trainer; set one that the base and the data allow",
         "---",
@@ -82,24 +93,30 @@ def model_card(folder: RunFolder, config: RunConfig, kind: Kind) -> str:
     }[kind]
     lacking = kind == "adapter" and manifest.get("parent_adapter") is not None
     note = "\nThis adapter lacks the frozen adapter on which it was trained: load `stacked/` of the run instead.\n"
-    facts = "\n".join(f"| {name} | {value.replace('|', '/')} |" for name, value in _facts(folder, config, manifest))
+    facts = _facts(folder, config, manifest, merged_into)
+    table = "\n".join(f"| {key} | {value.replace('|', '/')} |" for key, value in facts)
     return (
         "\n".join(front) + f"\n\n# {folder.path.resolve().name}\n\n"
         f"{what} from {METHODS[config.method]} with `lowlevel`.\n{note if lacking else ''}\n"
-        f"| | |\n|---|---|\n{facts}\n\n"
+        f"| | |\n|---|---|\n{table}\n\n"
         f"## Load it\n\n```python\n{_loading(config, manifest, kind, '../stacked' if lacking else '.')}```\n"
     )
 
 
-def _facts(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(
+    folder: RunFolder, config: RunConfig, manifest: dict[str, Any], merged_into: str | None
+) -> list[tuple[str, str]]:
     model, train, lora = config.model, config.train, config.lora
     base, environment = manifest.get("base", {}), _read(folder.path / "environment.json")
     bits = f"4-bit {model.bnb_4bit_quant_type}" if model.load_in_4bit else "not quantised"
+    if base.get("prequantised"):
+        bits += f", pre-quantised {double_quantisation(model.bnb_4bit_use_double_quant)}"
     revision = f", revision {model.revision}" if model.revision else ""
     loss = f", loss {config.dpo.loss_type}, beta {config.dpo.beta:g}" if config.method == "dpo" else ""
     parent = manifest.get("parent_adapter")
     facts = [
         ("base", f"{base_location(model.name)}{revision}, {bits}, SHA-256 of its weights {base.get('sha256')}"),
+        *([("merged into", base_location(merged_into))] if merged_into else []),
         ("method", f"{config.method}{loss}"),
         *([("frozen adapter", f"SHA-256 {parent}")] if parent else []),
         ("adapter", f"r {lora.r}, lora_alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, "
@@ -140,7 +157,7 @@ def _loading(config: RunConfig, manifest: dict[str, Any], kind: Kind, folder: st
         )  # fmt: skip
     dtype = f"torch.{manifest.get('base', {}).get('dtype', 'float16')}"
     imports, arguments = "GenerationConfig\nfrom peft import AutoPeftModelForCausalLM", f"dtype={dtype}"
-    if config.model.load_in_4bit:
+    if config.model.load_in_4bit and not manifest.get("base", {}).get("prequantised"):
         model = config.model
         imports = f"BitsAndBytesConfig, {imports}"
         arguments += (

@@ -32,12 +32,15 @@ from lowlevel.running.run_folder import RunFolder, own_versions
 CHANGES = "changes.json"
 Change = dict[str, Any]
 CHANGED = ("step", "key", "from", "to")  # keys of a change; step: the checkpoint at which it was made
-# Settings that may differ because they do not change the trained weights.
+# Settings that may differ because they do not change the trained weights. data.format only says how rows are read:
+# the hash of the rows is compared.
 FREE = (
+    "data.format",
     *("model.embeddings_on_host", "train.offload_activations"),
     *("train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit", "dpo.reference_cache"),
     "train.report_to",
     *("trace.every", "trace.steps", "trace.level", "trace.gradients"),
+    "base.prequantised",  # older versions did not write it
     *("attention", "versions.lowlevel", "versions.python", "versions.safetensors", "versions.numpy"),
     "versions.accelerate",
 )
@@ -174,6 +177,8 @@ def _covers(allowed: str, key: str) -> bool:
 def _same(key: str, then: Any, now: Any) -> bool:
     if key in BY_MINOR and then and now:
         return str(then).split(".")[:2] == str(now).split(".")[:2]
+    if key == "train.dequantize_once":
+        return bool(then) == bool(now)  # runs of before have false; the default gives the same bits
     return bool(then == now)
 
 

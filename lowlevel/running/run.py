@@ -13,7 +13,7 @@ from rich.console import Console
 from lowlevel.checkpoints.checkpoint import remove_litter
 from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
-from lowlevel.errors import InterruptedRunError, OutOfMemoryError
+from lowlevel.errors import CONTINUE, InterruptedRunError, OutOfMemoryError
 from lowlevel.loop import train
 from lowlevel.optim.train_state import StepResult
 from lowlevel.running.beginning import Checkpoint, Start
@@ -22,6 +22,7 @@ from lowlevel.running.endings import Interrupts, one_error, recorded_end
 from lowlevel.running.forensics import explaining
 from lowlevel.running.job import Engine, Job, build_job
 from lowlevel.running.observer import RunObserver
+from lowlevel.running.pace import Pace
 from lowlevel.running.progress import TrainingProgress
 from lowlevel.running.run_folder import RunFolder, run_lock
 from lowlevel.running.run_record import announce, write_finish
@@ -101,7 +102,8 @@ def _steps(
             engine.cached or nullcontext(),
             engine.tracer or nullcontext(),
         ):
-            observer = RunObserver(folder, bar, engine, interrupts, start.note, [*callbacks, *trackers])
+            pace = Pace(config, job.policy, job.total_steps, state.step, state.seconds)
+            observer = RunObserver(folder, bar, engine, interrupts, start.note, pace, [*callbacks, *trackers])
             if engine.held_out and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **engine.evaluate(0)})
             with interrupts.deferred():
@@ -125,7 +127,7 @@ def _steps(
                     raise
     if interrupts.signum and state.step < job.total_steps:
         raise InterruptedRunError(
-            f"stopped at step {state.step} of {job.total_steps} and saved; continue with --resume", interrupts.signum
+            f"stopped at step {state.step} of {job.total_steps} and saved; {CONTINUE}", interrupts.signum
         )
     with interrupts.deferred():
         return write_finish(folder, job, state, engine.execution.mode, start.console)

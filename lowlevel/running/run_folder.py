@@ -39,7 +39,7 @@ from lowlevel.config.file import config_from_tables, to_tables
 from lowlevel.config.schema import RunConfig
 from lowlevel.durable import sync, write_json, write_text
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.model.files import read_json_object
+from lowlevel.model.files import SHOWN, folders_with, read_json_object
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 TENSORBOARD, TRACKER_ID = "tensorboard", "tracker_id.txt"  # running/trackers.py
@@ -105,10 +105,19 @@ class RunFolder:
         try:
             tables = tomllib.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(f"{self.path} is not a run folder (config.toml is missing)") from None
+            raise ConfigError(f"{self.path} is not a run folder (config.toml is missing){self._what_else()}") from None
         except (ValueError, OSError) as error:
             raise ConfigError(f"{file} cannot be read: {error}") from None
         return self.resolved(config_from_tables(tables, str(file)))
+
+    def _what_else(self) -> str:
+        """What a folder without config.toml is, for an error."""
+        if (self.path.parent / "config.toml").exists():
+            return f"; its run folder is {self.path.parent}"
+        if (self.path / "adapter_config.json").exists():
+            return "; it holds an adapter: set lora.init_from (dpo: or model.adapter) to it"
+        runs = folders_with("config.toml", self.path)
+        return f"; runs in it: {', '.join(path.name for path in runs[:SHOWN])}" if runs else ""
 
     def resolved(self, config: RunConfig) -> RunConfig:
         """A configuration from this folder's config.toml with the absolute path of a base in this folder."""

@@ -14,11 +14,12 @@ from rich.console import Console
 from lowlevel.batch.order import DataOrder
 from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config.schema import RunConfig
-from lowlevel.data.report import not_learned
+from lowlevel.data.report import not_learned, template_lines, truncated
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.methods.dpo import reads_reference
 from lowlevel.model.adapters import save_adapter
-from lowlevel.model.base import base_location
+from lowlevel.model.base import base_location, describe_base, notes_of_base
+from lowlevel.model.dequantised import describe
 from lowlevel.model.merging import write_stacked_adapter
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import TRAINED, Policy, quantised_weights
@@ -57,17 +58,21 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
     train, placement = config.train, inputs.placement
     device = torch.cuda.get_device_name() if placement.device.type == "cuda" else "CPU"
     off = config.method == "dpo" and config.dpo.disable_dropout
-    base = f"4-bit {config.model.bnb_4bit_quant_type}" if config.model.load_in_4bit else "unquantised"
+    base = describe_base(config.model)
     dropout = "off (dpo.disable_dropout)" if off else f"{config.lora.lora_dropout:g}"
     console.print(
-        f"{config.method}: {config.model.name}, {base} base, {placement.precision} on {device}\n"
+        f"{config.method}: {config.model.name}, {base}, {placement.precision} on {device}\n"
         f"  attention  {inputs.attention.reason}\n"
         f"  adapter    {policy.flat.weights.numel():,} trainable parameters, dropout {dropout}\n"
         f"  data       {order.num_rows:,} examples, {order.total_steps(train):,} steps of "
         f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}",
         markup=False,
     )
+    for part in inputs.data.report.train.sources:
+        console.print(f"  source     {part.source}: {part} of the examples", markup=False, highlight=False)
     if config.model.load_in_4bit:
+        if line := describe(policy, train.dequantize_once):
+            console.print(f"  weights    {line}", markup=False, highlight=False, soft_wrap=True)
         quantised, total = quantised_weights(policy)
         if quantised < NEARLY_ALL * total:
             console.print(
@@ -76,6 +81,14 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
                 f"{dtype_name(placement.dtype)}",
                 markup=False,
             )
+    for read_as in dict.fromkeys(split.read_as for split in inputs.data.report.splits.values() if split.read_as):
+        console.print(f"  rows       read as {read_as}", markup=False, highlight=False)
+    for line in template_lines(inputs.data.report):
+        console.print(f"  {line}", markup=False, highlight=False)
+    for line in notes_of_base(config.model, policy.causal_lm.config):
+        console.print(f"  note       {line}", markup=False, highlight=False, soft_wrap=True)
+    for line in truncated(inputs.data.report):
+        console.print(f"  truncation {line}", markup=False, highlight=False)
     for line in not_learned(inputs.data.report):
         console.print(f"  warning    {line}", markup=False, highlight=False)
     if config.method == "dpo":
@@ -131,7 +144,7 @@ def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
     flags = [f"--model.{key} {_flag(value)}" for key, value in model.items()]
     data = config.data.model_dump(exclude_defaults=True, include={"chat_template_from", "max_length"})
     flags += [f"--data.{key} {_flag(value)}" for key, value in data.items()]
-    rows = [] if config.data.source == "demo" else ["--data.source pairs.jsonl"]
+    rows = [] if config.data.names == "demo" else ["--data.source pairs.jsonl"]
     out = f"--train.output_dir {run}-dpo"
     return [reply, " ".join(["lowlevel dpo", *flags, f"--model.adapter {run}", *rows, out]), look]
 

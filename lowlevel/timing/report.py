@@ -18,7 +18,7 @@ from lowlevel.determinism import deterministic_mode
 from lowlevel.durable import write_given_json
 from lowlevel.errors import ConfigError
 from lowlevel.execution import WithFallback
-from lowlevel.model.policy import dequantize_once
+from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import peak_memory
 from lowlevel.running.assembly import Inputs, build_method, build_run_policy, check_start, choose_execution
@@ -72,8 +72,7 @@ def time_run(config: RunConfig, console: Console, *, steps: int, json_file: Path
 def _build(config: RunConfig, inputs: Inputs) -> TimedRun:
     policy = build_run_policy(config, inputs)
     optimizer = build_optimizer(policy.flat.weights, config.train)
-    if config.train.dequantize_once:
-        dequantize_once(policy)
+    dequantize_as_set(policy, config.train.dequantize_once)
     examples = inputs.data.train
     order = DataOrder.of(config, len(examples))
     return TimedRun(config, policy, build_method(config, inputs.attention), optimizer, order, examples)

@@ -15,6 +15,7 @@ from lowlevel.batch.order import DataOrder
 from lowlevel.batch.prefetch import Prefetched
 from lowlevel.config.schema import RunConfig
 from lowlevel.execution import Graphed, WithFallback, signature_of
+from lowlevel.heartbeat import working
 from lowlevel.loop import train
 from lowlevel.losses import LossSums
 from lowlevel.methods import Method
@@ -140,6 +141,7 @@ def take_steps(run: TimedRun, execution: WithFallback, count: int, *, divide: bo
             total_steps=count,
             steps_per_epoch=run.order.steps_per_epoch,
         )
-        for _ in steps:
-            pass
+        with working("timing", count, "steps") as work:
+            for result in steps:
+                work.done = result.number
     return recorder.steps

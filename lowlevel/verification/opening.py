@@ -1,18 +1,18 @@
-"""Verifying the newest weights of a run folder, or the start of a run file."""
+"""Verifying the newest weights of a run folder, or the start of a configuration's run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlevel.config.file import load_config
 from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.losses import loss_spec
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
-from lowlevel.model.policy import PARENT, Policy, dequantize_once
+from lowlevel.model.dequantised import dequantize_as_set
+from lowlevel.model.policy import PARENT, Policy
 from lowlevel.running.assembly import Inputs, build_method, build_run_policy, check_start, choose_execution
 from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.verification.report import Report, run_checks
@@ -28,12 +28,12 @@ class Opened:
     config: RunConfig
     inputs: Inputs
     weights: str
-    run: Reopened | None = None  # None: a run file
+    run: Reopened | None = None  # None: the start of a run
 
 
-def open_file(path: Path, overrides: Mapping[str, str], scratch: Path) -> Opened:
-    """The start of a run file's run; a merged base is written to `scratch`. Raises as training would."""
-    config, inputs = check_start(load_config(path, overrides), scratch)
+def open_start(config: RunConfig, scratch: Path) -> Opened:
+    """The start of a configuration's run; a merged base is written to `scratch`. Raises as training would."""
+    config, inputs = check_start(config, scratch)
     weights = "the run's start (B = 0); checks that need an adapter with an effect use a random B"
     return Opened(config, inputs, weights)
 
@@ -55,7 +55,7 @@ def verify_run(opened: Reopened | Opened, *, step: int = 1, exact_parameters: in
     """Recompute an optimizer step of a run, and compare; failed checks are in the report.
 
     Args:
-        opened: a run from `lowlevel.running.reopening.reopen` (its newest weights), or from `open_file` (its start).
+        opened: a run from `lowlevel.running.reopening.reopen` (its newest weights), or from `open_start` (its start).
         step: optimizer step whose examples are taken, counted from 1.
         exact_parameters: a base of up to this many weights is also run in float64, on the CPU.
 
@@ -87,8 +87,7 @@ def make_subject(opened: Opened, examples: Sequence[Any], step: int, exact_param
     config, inputs = opened.config, opened.inputs
     policy = build_run_policy(config, inputs)
     hashes = _hashes(opened.run, policy) if opened.run else {}
-    if config.train.dequantize_once:
-        dequantize_once(policy)
+    dequantize_as_set(policy, config.train.dequantize_once)
     method = build_method(config, inputs.attention)
     if config.method == "dpo" and loss_spec(config.dpo.loss_type).mixes_pairs:
         rows = set(method.micro_batches(examples)[0].data_rows)  # one micro-batch: the float64 formulas mix all pairs

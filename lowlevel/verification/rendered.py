@@ -1,7 +1,7 @@
-"""The learned tokens of a row, derived from the row itself by the chat template and offsets of transformers.
+"""The learned tokens of a row, derived from the row itself by the chat template and the tokenizer.
 
-No code of `data.rendering` or `data.examples` is used: prefix and whole are rendered by `apply_chat_template`, and a
-token is the assistant's if it begins in the text between them.
+No code of `data.rendering` or `data.examples` is used: prefix and whole are rendered by `apply_chat_template` and
+tokenised, and the tokens that the whole has more than the prefix are the assistant's.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from lowlevel.config.schema import DataConfig
-from lowlevel.data.messages import normalise
+from lowlevel.data.examples import PreferenceExample
+from lowlevel.data.messages import Normalised, normalise
+from lowlevel.data.mixing import read_parts
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.data.sources import read_source
 from lowlevel.labels import IGNORED
 from lowlevel.verification.truth import sequences_of
 
@@ -37,55 +38,63 @@ def expected_sequences(
 ) -> dict[int, list[Expected]]:
     """By data row: one sequence of a conversation, chosen and rejected of a pair."""
     wanted = {example.row for example in examples}
-    rows = [row for row in read_source(config.source, config.split, config.format).rows if row.id in wanted]
+    method = "dpo" if any(isinstance(example, PreferenceExample) for example in examples) else "sft"
+    rows = [row for part in read_parts(config, method) for row in part.rows if row.id in wanted]
     found = {}
     for row in rows:
-        normalised = normalise(row, config.format)
+        normalised = normalise(row)
         messages: list[Any] = [dict(message) for message in normalised.messages]
         if normalised.completions:
-            wholes = [[*messages, {"role": "assistant", "content": text}] for text in normalised.completions]
+            replies = [{"role": "assistant", "content": c} if isinstance(c, str) else c for c in normalised.completions]
+            wholes = [[*messages, reply] for reply in replies]
             turns = [[len(messages)]] * 2
         else:
             wholes = [messages]
             turns = [[i for i, message in enumerate(messages) if message["role"] == "assistant"]]
         found[row.id] = [
-            _expected(tokenizer, config, w, t, pair=len(wholes) > 1) for w, t in zip(wholes, turns, strict=True)
+            _expected(tokenizer, config, w, t, normalised, pair=len(wholes) > 1)
+            for w, t in zip(wholes, turns, strict=True)
         ]
     return found
 
 
 def _expected(
-    tokenizer: ChatTokenizer, config: DataConfig, messages: list[Any], turns: list[int], *, pair: bool
+    tokenizer: ChatTokenizer, config: DataConfig, messages: list[Any], turns: list[int], row: Normalised, *, pair: bool
 ) -> Expected:
     own: Any = tokenizer.tokenizer
 
     def render(upto: int, prompt: bool) -> str:
         return own.apply_chat_template(
-            messages[:upto], chat_template=tokenizer.chat_template.text, tokenize=False, add_generation_prompt=prompt
+            messages[:upto],
+            tools=list(row.tools) or None,
+            chat_template=tokenizer.chat_template.text,
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
 
     text = render(len(messages), False)
     asked = [(render(turn, True), render(turn + 1, False)) for turn in turns]
-    found = [(len(prompt), _reply_end(tokenizer, answered), answered) for prompt, answered in asked]
+    found = [(turn, len(a), _reply_end(tokenizer, b), b) for turn, (a, b) in zip(turns, asked, strict=True)]
     # a reply that the template changes in later turns is not learned
-    spans = [(start, end) for start, end, answered in found if text.startswith(answered[:end])]
+    spans = [(start, end, turn) for turn, start, end, answered in found if text.startswith(answered[:end])]
     if pair and config.supervise == "assistant":
         text = text[: spans[-1][1]]
-    encoded = own(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
-    ids = np.asarray(encoded["input_ids"], np.int64)
-    replies = [(starts >= start) & (starts < end) for start, end in spans]
-    learned = np.logical_or.reduce(replies)
+    parts = [text, *(text[:cut] for span in spans for cut in span[:2])]
+    tokens, *prefixes = own(parts, add_special_tokens=False, verbose=False)["input_ids"]
+    sure = all(tokens[: len(prefix)] == prefix for prefix in prefixes)
+    ids, shift = np.asarray(tokens, np.int64), 0
+    cuts = [len(prefix) for prefix in prefixes]
+    learned = np.zeros(len(ids), bool)
     if config.supervise == "all":
-        learned = starts >= spans[-1][0] if pair else np.ones(len(ids), bool)
-    sure = not any(bool(np.any((starts < cut) & (cut < ends))) for span in spans for cut in span)
-    shift = 0
+        learned[cuts[-2] if pair else 0 :] = True
+    last = []
+    for start, end, (_, _, turn) in zip(cuts[::2], cuts[1::2], spans, strict=True):
+        learned[start:end] = turn not in row.context
+        last += [] if turn in row.context else [end - 1]
     if tokenizer.bos_id is not None and (not len(ids) or ids[0] != tokenizer.bos_id):
         ids, learned, shift = np.concatenate([[tokenizer.bos_id], ids]), np.concatenate([[False], learned]), 1
     learned[:1] = False
-    return Expected(
-        ids, learned, tuple(int(np.flatnonzero(reply)[-1]) + shift for reply in replies if reply.any()), sure
-    )
+    return Expected(ids, learned, tuple(end + shift for end in last) if sure else (), sure)
 
 
 def _reply_end(tokenizer: ChatTokenizer, text: str) -> int:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowlevel.errors import LowlevelError
+from lowlevel.heartbeat import working
 from lowlevel.model.base import base_sha256
 from lowlevel.verification.accounting import accounting_checks
 from lowlevel.verification.check import Check
@@ -35,19 +36,25 @@ def run_checks(subject: Subject) -> list[Check]:
     """
     policy = subject.policy
     names, before = policy.trainable_names(), policy.flat.weights.detach().clone()
-    base = base_sha256(policy.model)
-    with kept_weights(policy):
-        if not any(bool(view.any()) for view in b_views(policy)):
-            fill_b(policy)
-        with without_dropout(policy):
-            checks = masking_checks(subject)
-            evidence = gather(subject)
-            checks += loss_checks(subject, evidence)
-            checks += gradient_checks(subject, evidence)
-            checks += accounting_checks(subject, evidence)
-        checks += invariance_checks(subject, evidence)
-    checks += reference_checks(subject)
-    return checks + frozen_checks(subject, names, before, (base, base_sha256(policy.model)))
+    with working("verifying") as work:
+        base = base_sha256(policy.model)
+        with kept_weights(policy):
+            if not any(bool(view.any()) for view in b_views(policy)):
+                fill_b(policy)
+            with without_dropout(policy):
+                work.what = "verifying: checking the masks"
+                checks = masking_checks(subject)
+                work.what = "verifying: running the model, also in float64"
+                evidence = gather(subject)
+                checks += loss_checks(subject, evidence)
+                work.what = "verifying: checking the gradient"
+                checks += gradient_checks(subject, evidence)
+                checks += accounting_checks(subject, evidence)
+            work.what = "verifying: comparing layouts and modes of execution"
+            checks += invariance_checks(subject, evidence)
+        work.what = "verifying: checking the reference"
+        checks += reference_checks(subject)
+        return checks + frozen_checks(subject, names, before, (base, base_sha256(policy.model)))
 
 
 class VerificationError(LowlevelError):

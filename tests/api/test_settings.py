@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lowlevel as ll
-from lowlevel.errors import ConfigError
+from lowlevel.errors import ConfigError, errors_for_python
 
 LARGE = ("torch", "transformers", "datasets", "numpy", "peft", "bitsandbytes", "matplotlib", "rich", "pydantic")
 
@@ -129,3 +129,22 @@ def test_a_users_script_passes_mypy(tmp_path):
     notes, errors = ([line for line in done.stdout.splitlines() if f" {kind}:" in line] for kind in ("note", "error"))
     assert len(errors) == 1 and 'expression has type "str"' in errors[0], done.stdout + done.stderr
     assert "verification.report.Report" in notes[0] and "replaying.report.Replay" in notes[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("add --resume to continue it, --restart to", "add resume=True to continue it, restart=True to"),
+        ("and 3 more; --on-bad-row skip continues", 'and 3 more; on_bad_row="skip" continues'),
+        ("(--allow-change KEY allows one)", '(allow_change=["KEY"] allows one)'),
+        ("--allow-change train.learning_rate: not", 'allow_change=["train.learning_rate"]: not'),
+        ("--allow-change: out/a has", "allow_change: out/a has"),
+        ("--step 9: the run has 4", "step=9: the run has 4"),
+        ("use --train.precision fp32", 'use precision="fp32"'),
+        ("a--resume b", "a--resume b"),
+    ],
+)
+def test_errors_name_keywords_instead_of_flags(said, expected):
+    with pytest.raises(ConfigError) as error, errors_for_python():
+        raise ConfigError(said)
+    assert str(error.value) == expected

@@ -219,7 +219,11 @@ def test_configuration_of_dpo(cli, runs, tmp_path):
     refused(cli("dpo", config, "--dpo.loss_type", "sigmod"), 2, "[dpo]", "sigmod", "sigmoid")
     refused(cli("dpo", config, "--dpo.rpo_alpha", 1.0), 2, "[dpo]", "rpo_alpha")
     (tmp_path / "empty").mkdir()
-    refused(cli("dpo", config, "--model.adapter", tmp_path / "empty"), 2, "holds no adapter; has that run finished?")
+    refused(
+        cli("dpo", config, "--model.adapter", tmp_path / "empty"),
+        2,
+        "holds no adapter; no adapter_config.json is in it",
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "run.toml"]
 
 
@@ -271,7 +275,7 @@ def test_bad_rows(cli, space, tmp_path, command):
 
 def test_data_that_is_of_another_kind(cli, space, tmp_path):
     config = space.write("run", "dpo", folder=tmp_path, data={"source": str(space.sft_rows)})
-    refused(cli("dpo", config), 3, "DPO needs")
+    refused(cli("dpo", config), 3, "they fit SFT (messages)")
     (tmp_path / "empty.jsonl").write_text("")
     refused(cli("dpo", config, "--data.source", tmp_path / "empty.jsonl"), 3, "empty.jsonl has no rows")
     assert not (tmp_path / "run").exists()

@@ -56,16 +56,34 @@ def test_what_a_run_for_a_gpu_learns_from_is_shown_without_one(runs, tmp_path, c
         assert "laid out as on a CPU; this machine cannot make the run: " in " ".join(said.out.split())
 
 
-def test_columns_that_are_not_read_are_named_by_the_report_and_at_the_runs_start(runs, tmp_path, cli):
+def test_what_the_model_does_not_learn_is_named_by_the_report_and_at_the_runs_start(runs, tmp_path, cli):
     """A system prompt in a column of its own would be left out, and the model would learn the replies without it."""
     rows = tmp_path / "rows.jsonl"
     system = [{"system": "Be brief."} if i % 4 == 0 else {} for i in range(len(CHATS))]
     rows.write_text("".join(json.dumps({**row, **more}) + "\n" for row, more in zip(CHATS, system, strict=True)))
-    config = runs.space.write(
-        "unread", "sft", folder=tmp_path, data={"source": str(rows)}, train={"max_steps": 1, "logging_steps": 1}
-    )
+    template = tmp_path / "endless.jinja"
+    template.write_text("{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}")
+    data = {"source": str(rows), "chat_template_from": str(template)}
+    config = runs.space.write("unread", "sft", folder=tmp_path, data=data, train={"max_steps": 1, "logging_steps": 1})
     shown, trained = cli("data", config), cli("sft", config)
+    for warning in (
+        "no special token ends a reply",
+        'ignores add_generation_prompt: "assistant:" is learned as a part',
+    ):
+        assert f"warning    chat template: {warning}" in shown.out
+        assert f"\n  warning    chat template: {warning}" in trained.out
     assert trained.code == 0, trained.err
     assert 'warning: column "system" ignored' in shown.out
     assert '  warning    column "system" ignored (make it the first message): 6 train\n' in trained.out
     assert "warning  " not in runs.said["sft"].out, "nothing is left out of those rows"
+
+
+def test_truncation_is_said_with_the_lengths_that_keep_more(runs, tmp_path, cli):
+    """By the report, at the start of a run, and in data_report.json."""
+    config = runs.space.write("cut", "sft", folder=tmp_path, data={"max_length": 58}, train={"max_steps": 1})
+    shown, trained = cli("data", config), cli("sft", config)
+    found = json.loads((tmp_path / "cut" / "data_report.json").read_text())["train"]["truncation"]
+    share = found["tokens_cut"] / found["tokens"]
+    line = f"train: max_length 58 cuts {found['rows_cut']} of 24 rows ({share:.1%} of tokens); "
+    assert 0 < share < 1 and line in shown.out and f"  truncation {line}" in trained.out
+    assert f"{found['keeping']['90']} keeps 90 %" in shown.out and "truncation" not in runs.said["sft"].out

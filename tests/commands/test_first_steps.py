@@ -34,7 +34,7 @@ def test_what_is_given_goes_before_defaults():
     config = config_from_tables(tables, "x")
     assert (config.data.format, config.data.max_length) == ("orca", 64)
     other = config_from_tables({"model": {"name": "some/base"}}, "x")
-    assert (other.data.format, other.data.max_length) == ("messages", 512)
+    assert (other.data.format, other.data.max_length) == ("auto", 512)
 
 
 def test_restart_removes_what_runs_wrote_and_nothing_else(runs, cli, tmp_path):
@@ -70,7 +70,7 @@ def test_verify_takes_the_keys_of_a_run_file(runs, cli, tmp_path):
     said = cli("verify", config, "--train.precision", "fp32")
     assert said.code == 0, said.err
     said = cli("verify", runs.sft, "--train.precision", "fp32")
-    assert said.code == 2 and "config.toml; flags are for a run file" in said.err
+    assert said.code == 2 and "config.toml; flags are for the start of a run" in said.err
 
 
 def test_help_names_the_choices(cli):

@@ -26,6 +26,8 @@ def test_a_key_arrives_from_a_file_and_from_a_flag(tmp_path, key):
     text = value if isinstance(value, str) else re.sub(r"^x = ", "", tomli_w.dumps({"x": value})).strip()
     if key == "data.filters":
         text = '[{column = "score", op = ">=", value = 8}]'
+    if key == "data.sources":
+        text = '[{source = "a.jsonl", weight = 0.7}, {source = "b.jsonl", weight = 0.3}]'
     if isinstance(value, dict):
         text = "{" + ", ".join(f"{key} = {number}" for key, number in value.items()) + "}"
     assert load_config(write(tmp_path, needs), {key: text}) == from_file
@@ -99,8 +101,8 @@ def test_a_configuration_cannot_be_changed():
 
 def test_dpo_has_defaults_of_its_own_where_nothing_is_given():
     sft, dpo = config_from_tables({}, "test"), config_from_tables({"method": "dpo"}, "test")
-    assert (sft.train.learning_rate, sft.data.format) == (2e-4, "messages")
-    assert (dpo.train.learning_rate, dpo.data.format) == (1e-5, "preference")
+    assert (sft.train.learning_rate, sft.data.format) == (2e-4, "auto")
+    assert (dpo.train.learning_rate, dpo.data.format) == (1e-5, "auto")
     given = {"method": "dpo", "train": {"learning_rate": 3e-4}, "data": {"format": "orca"}}
     assert config_from_tables(given, "test").train.learning_rate == 3e-4
     assert config_from_tables(given, "test").data.format == "orca"

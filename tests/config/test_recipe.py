@@ -46,7 +46,7 @@ RECIPE_SFT = {
     "data.split": "test_sft",
     "data.shuffle_seed": 42,
     "data.limit": 3000,
-    "data.format": "messages",
+    "data.format": "auto",
     "data.filters": [],
     "train.learning_rate": 2e-4,
     "train.warmup_ratio": 0.0,

@@ -90,10 +90,17 @@ def run(chatml):
     """Prepare a file: run(path, format, **DataConfig keys)."""
 
     def _run(
-        source: str, data_format: str = "messages", tokenizer=chatml, vocab: int = 1000, positions: int = 4096, **keys
+        source: str,
+        data_format: str = "messages",
+        tokenizer=chatml,
+        vocab: int = 1000,
+        positions: int = 4096,
+        method: str | None = None,
+        **keys,
     ):
         data = DataConfig(source=source, format=data_format, **keys)
-        config = RunConfig(method="sft" if data_format == "messages" else "dpo", data=data)
+        sft = data_format == "messages" if method is None else method == "sft"
+        config = RunConfig(method="sft" if sft else "dpo", data=data)
         return prepare(config, tokenizer, ModelLimits(vocab, positions))
 
     return _run

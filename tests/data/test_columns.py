@@ -18,7 +18,7 @@ def test_examples_carry_the_numbers_in_the_order_of_the_key(run, write, data_for
     assert [e.values for e in data.evaluation] == [(0.0, -2.0)]
     assert all(type(value) is float for e in data.train for value in e.values)
     assert data.report.train.warnings == {}  # neither an ignored column nor a duplicate row
-    plain = run(write(*rows), data_format)
+    plain = run(write(*({**row, "label": True} for row in rows)), data_format)
     assert [e.values for e in plain.train] == [(), ()]
     assert plain.report.train.warnings == {'column "weight" ignored': 2, "duplicate rows": 1}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowlevel.data.rendering import chat_tokenizer
+from lowlevel.data.rendering import TOOLS_LEFT_OUT, chat_tokenizer
 from lowlevel.errors import ConfigError, DataError
 
 
@@ -21,6 +21,8 @@ def pair(prompt="q", chosen="good", rejected="bad"):
 ORCA = {"system": "", "input": "q", "chosen": "a", "rejected": "b"}
 GOOD, GOOD_TEXT, GOOD_PAIR = chat("q", "a"), {"prompt": "q", "completion": "a"}, pair()
 IGNORED_SYSTEM = 'column "system" ignored (make it the first message)'
+NO_SFT, NO_DPO = (f"train.jsonl: no format of {name} rows fits the columns; found: " for name in ("SFT", "DPO"))
+RENAME = "; rename them (lowlevel/data/README.md, Row formats)"
 KNOWN = "known: system, user, assistant, tool"
 
 SFT = [
@@ -92,24 +94,32 @@ def test_orca_rows(run, write, column, value):
 @pytest.mark.parametrize(
     ("row", "data_format", "message"),
     [
-        ({"foo": 1}, "messages", 'train.jsonl: SFT needs "messages" or "prompt"+"completion"; found: foo'),
-        ({"prompt": "q"}, "messages", 'train.jsonl: SFT needs "messages" or "prompt"+"completion"; found: prompt'),
+        (
+            {"foo": 1},
+            "messages",
+            NO_SFT + "foo; nearest: messages or prompt+completion; rename yours (lowlevel/data/README.md, Row formats)",
+        ),
+        (
+            {"prompt": "q"},
+            "messages",
+            NO_SFT + "prompt; nearest: prompt, completion (missing: completion); rename them "
+            "(lowlevel/data/README.md, Row formats)",
+        ),
         (
             {"prompt": "q", "chosen": "a"},
             "preference",
-            "train.jsonl: DPO needs prompt, chosen, rejected; missing: rejected; found: chosen, prompt",
+            NO_DPO + "chosen, prompt; nearest: prompt, chosen, rejected (missing: rejected); rename them "
+            "(lowlevel/data/README.md, Row formats)",
         ),
         (
             GOOD_PAIR,
             "orca",
-            "train.jsonl: DPO needs system, input, chosen, rejected; missing: system, input; "
-            'found: chosen, prompt, rejected; they fit data.format = "preference"',
+            NO_DPO + 'chosen, prompt, rejected; missing: system, input; they fit data.format = "preference"',
         ),
         (
             {"system": "s", "input": "q", "chosen": "a", "rejected": "b"},
             "preference",
-            "train.jsonl: DPO needs prompt, chosen, rejected; missing: prompt; found: chosen, input, rejected, system; "
-            'they fit data.format = "orca"',
+            NO_DPO + 'chosen, input, rejected, system; missing: prompt; they fit data.format = "orca"',
         ),
     ],
 )
@@ -244,22 +254,22 @@ def test_max_length_beyond_the_model(run, write):
                 {
                     "messages": [
                         {"role": "user", "content": "q"},
-                        {"role": "assistant", "content": "a", "tool_calls": [1]},
+                        {"role": "assistant", "content": "a", "refusal": "x"},
                     ]
                 }
             ],
             "messages",
-            {'message key "tool_calls" ignored': 1},
+            {'message key "refusal" ignored': 1},
         ),
         (
-            [pair(chosen=[{"role": "assistant", "content": "a", "tool_calls": [1]}]), pair("other")],
+            [pair(chosen=[{"role": "assistant", "content": "a", "refusal": "x"}]), pair("other")],
             "preference",
-            {'message key "tool_calls" ignored': 1},
+            {'message key "refusal" ignored': 1},
         ),
         (
             [{**GOOD, "tools": []}, {**chat("other", "b"), "tools": [{"name": "f"}], "weight": 0.5}],
             "messages",
-            {'column "tools" ignored': 1, 'column "weight" ignored': 1},
+            {TOOLS_LEFT_OUT: 1, 'column "weight" ignored': 1},
         ),
         (
             [{**GOOD, "system": None, "weight": 1, "documents": {"x": None}}, {**chat("other", "b"), "system": " "}],
@@ -292,5 +302,12 @@ def test_a_prompt_may_stand_in_the_conversations_alone(run, write):
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
             assert getattr(found, name).tolist() == getattr(explicit, name).tolist()
     other = [{"role": "user", "content": "another"}, bad[-1]]
-    assert 'missing "prompt"' in failure(run, write({"chosen": good, "rejected": other}), "preference")
-    assert "is not one assistant message" in failure(run, write(pair("another", good, bad)), "preference")
+    assert "differ before their last turn (turn 1)" in failure(
+        run, write({"chosen": good, "rejected": other}), "preference"
+    )
+    assert failure(run, write(pair("another", good, bad)), "preference") == (
+        'train.jsonl:1: "prompt" differs from the question in "chosen" (turn 2) from character 1: "another" and "q"; '
+        'remove "prompt" or correct it'
+    )
+    spaced = run(write(pair("\nq ", good, bad)), "preference").train[0]  # the conversation's text counts
+    assert spaced.prompt_ids.tolist() == explicit.prompt_ids.tolist()

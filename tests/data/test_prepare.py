@@ -172,8 +172,8 @@ def test_the_demo(run, data_format, rows):
 
 def test_report_numbers_by_hand(run, write):
     data = run(write(orca(1), orca(22)), "orca", max_length=512)
-    # <|im_start|>system\n<|im_end|>\n, <|im_start|>user\nq1<|im_end|>\n, <|im_start|>assistant\n: one token a character
-    prompts = [10 + 10 + 11, 10 + 11 + 11]
+    # <|im_start|>user\nq1<|im_end|>\n, <|im_start|>assistant\n: one token a character; an empty system text is none
+    prompts = [10 + 11, 11 + 11]
     report = data.report.to_json()
     lengths = report["train"]["lengths"]
     assert (lengths["prompt"]["min"], lengths["prompt"]["max"]) == tuple(prompts)
@@ -253,7 +253,6 @@ def test_messages_that_the_template_leaves_out_are_counted(run, write, kit, chat
     report = run(rows, tokenizer=chat_tokenizer(chatml.tokenizer, silent)).report
     assert report.train.warnings[kind] == 1
     pair = {"prompt": row["messages"][:3], "chosen": "rain", "rejected": "sun"}
-    loud = kit.CHATML.replace("m['content']", "m['content'] | replace('sun', 'snow')")
-    for template, count in ((kit.CHATML, 0), (silent, 1), (loud, 1)):
+    for template, count in ((kit.CHATML, 0), (silent, 1)):
         tokenizer = chat_tokenizer(chatml.tokenizer, template)
         assert run(write(pair), "preference", tokenizer=tokenizer).report.train.warnings.get(kind, 0) == count

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from lowlevel.config.schema import DataConfig
-from lowlevel.data.rendering import APART, CHANGED, OTHER_PROMPT, chat_tokenizer, load_chat_tokenizer
+from lowlevel.data.rendering import APART, CHANGED, CROSSED, chat_tokenizer, load_chat_tokenizer
 from lowlevel.data.report import not_learned, tokenizer_report
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import ConfigError
@@ -118,7 +118,7 @@ def test_sentencepiece_puts_no_space_before_a_completion(kit):
     texts = [tokenizer.tokenizer.convert_ids_to_tokens(ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
     assert texts == [["y", "o", "</s>"], ["▁", "y", "o", "</s>"]]
     assert tokenizer.tokenizer.convert_ids_to_tokens(pair.prompt_ids[-2:]) == [">", "<0x0A>"]
-    assert tokenizer._continue("yo")[0] == pair.chosen_ids[:2]
+    assert tokenizer._continue("yo") == pair.chosen_ids[:2]
     encoded = encode_conversation(tokenizer, TALK)
     assert supervised_text(tokenizer, encoded) == ["yo</s>", "ok</s>"]
 
@@ -139,26 +139,31 @@ def test_a_prompt_that_is_no_prefix_is_refused(chatml, kit):
         encode_pair(tokenizer, [USER], "all")
 
 
-def test_prompts_that_end_in_other_tokens_than_generation_starts_from_are_counted(run, write, kit):
+@pytest.mark.parametrize("form", ["plain", "marked", "marked late", "marked with the header"])
+def test_a_prompt_ends_in_the_tokens_that_generation_starts_from(run, write, kit, form):
     """Before a word, GPT-2's pattern splits two newlines; at the end of a prompt they are one token."""
     raw = kit.byte_tokenizer(eos="<|im_end|>", special=("<|im_start|>",))
     raw.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    wide = kit.CHATML.replace("m['role'] + '\n'", "m['role'] + '\n\n'").replace("assistant\n", "assistant\n\n")
-    marked = wide.split("{{")[0] + "{{ '<|im_start|>' + m['role'] + '\n\n' }}{% if m['role'] == 'assistant' %}"
-    marked += "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    marked += "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}" + wide.split("{% endfor %}")[1]
-    rows = write(kit.chat("q", "yo"), kit.chat("q", "\nyo"), kit.chat("q", "ok"), kit.chat("q", "ok", "more", "a"))
-    thinking = marked.replace("assistant\n\n' }}{% endif", "assistant\n\n<think>' }}{% endif")
-    assert thinking != marked
-    for template, places in ((kit.CHATML, 0), (wide, 3), (marked, 3), (thinking, 4)):
-        tokenizer = chat_tokenizer(raw, template)
-        data = run(rows, tokenizer=tokenizer)
-        assert data.report.train.warnings.get(OTHER_PROMPT, 0) == places, template
-        differ = 0
-        for example in data.train:
-            start = int((example.labels >= 0).argmax())
-            differ += example.input_ids[:start].tolist() != tokenizer.encode_prompt([{**USER, "content": "q"}])
-        assert differ == places
+    header, content = "'<|im_start|>' + m['role'] + '\n\n'", "m['content'] + '<|im_end|>\n'"
+    written = {
+        "plain": f"{{{{ {header} + {content} }}}}",
+        "marked": f"{{{{ {header} }}}}{{% generation %}}{{{{ {content} }}}}{{% endgeneration %}}",
+        "marked late": f"{{{{ {header} + '>' }}}}{{% generation %}}{{{{ {content} }}}}{{% endgeneration %}}",
+        "marked with the header": f"{{% generation %}}{{{{ {header} + {content} }}}}{{% endgeneration %}}",
+    }[form]
+    template = (
+        f"{{% for m in messages %}}{{% if m['role'] == 'user' %}}{{{{ {header} + {content} }}}}{{% else %}}{written}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+    )
+    rows = [kit.chat("q", "yo"), kit.chat("q", "\nyo"), kit.chat("q", "ok", "more", "a")]
+    tokenizer = chat_tokenizer(raw, template)
+    data = run(write(*rows), tokenizer=tokenizer)
+    assert data.report.train.warnings == {APART: 3 if form == "marked late" else 2, CROSSED: 1}
+    assert not_learned(data.report) == [f"{CROSSED}: 1 train"]
+    for example, row in zip(data.train, rows, strict=True):
+        start = int((example.labels >= 0).argmax())
+        assert example.input_ids[:start].tolist() == tokenizer.encode_prompt(row["messages"][:-1])
+    assert run(write(rows[2]), tokenizer=tokenizer, supervise="all").report.train.warnings == {APART: 1}
 
 
 FORGETFUL = (  # as Qwen 3: removes a reply's <think> part once another question follows

@@ -130,6 +130,20 @@ class NoBfloat16(TorchDispatchMode):
         return out
 
 
+@pytest.fixture(scope="module")
+def stored_in_bf16(model_dir, tmp_path_factory):
+    """As people publish pre-quantised bases: fp4 without double quantisation, everything else in bfloat16."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    folder = tmp_path_factory.mktemp("stored")
+    settings = {"dtype": torch.bfloat16, "quantization_config": quantisation, "device_map": {"": 0}}
+    AutoModelForCausalLM.from_pretrained(model_dir, **settings).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_no_bf16_tensor_in_an_fp16_step(model_dir, name):
     method, pairs = METHODS[name]
@@ -223,34 +237,48 @@ def steps(one, method, rows, execution, *, scale, count):
     return found
 
 
+def modes_agree(one, method, rows, *, scale, bound):
+    """Losses and gradients of compiled and graphed steps are within `bound` of the eager ones, relative."""
+    with torch.no_grad():
+        for key, view in one.flat.views.items():
+            if ".lora_B." in key:
+                view.normal_(std=0.02)
+    expected = steps(one, method, rows, Eager(one, method), scale=scale, count=4)
+    for mode in ("compiled", "graphed"):
+        execution = WithFallback(one, method, mode, pytest.fail)
+        found = steps(one, method, rows, execution, scale=scale, count=4)
+        for (loss, grad), (wanted_loss, wanted) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(wanted_loss, rel=bound)
+            error = (grad - wanted).norm() / wanted.norm()
+            assert error < bound, f"{mode}: {error:.2e}"
+        if mode == "graphed":
+            signatures = {signature_of(batch.to(CUDA)) for batch in method.micro_batches(rows)}
+            assert set(execution.execution.captured) == signatures
+        one.layers.use(compiled=False)
+    assert not torch.equal(expected[0][1], expected[1][1])  # the step's dropout key reached the graph
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize(("precision", "attention", "bound"), [
     ("fp32", "lowlevel_efficient", 1e-5), ("fp16", "lowlevel_efficient", 2e-3), ("fp16", "lowlevel_fa2", 2e-3),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", METHODS)
 def test_compiled_and_graphed_steps_equal_eager_ones(model_dir, name, precision, attention, bound, checkpointing):
-    method, pairs = METHODS[name]
-    method = copy.copy(method)
-    object.__setattr__(method, "shape", SHAPE)
+    method, rows = shaped(name)
     one = policy(model_dir, precision, attention=attention, gradient_checkpointing=checkpointing)
-    with torch.no_grad():
-        for key, view in one.flat.views.items():
-            if ".lora_B." in key:
-                view.normal_(std=0.02)
-    scale = 1024.0 if precision == "fp16" else 1.0
-    expected = steps(one, method, examples(pairs), Eager(one, method), scale=scale, count=4)
-    for mode in ("compiled", "graphed"):
-        execution = WithFallback(one, method, mode, pytest.fail)
-        found = steps(one, method, examples(pairs), execution, scale=scale, count=4)
-        for (loss, grad), (wanted_loss, wanted) in zip(found, expected, strict=True):
-            assert loss == pytest.approx(wanted_loss, rel=bound)
-            error = (grad - wanted).norm() / wanted.norm()
-            assert error < bound, f"{mode}: {error:.2e}"
-        if mode == "graphed":
-            signatures = {signature_of(batch.to(CUDA)) for batch in method.micro_batches(examples(pairs))}
-            assert set(execution.execution.captured) == signatures
-        one.layers.use(compiled=False)
-    assert not torch.equal(expected[0][1], expected[1][1])  # the step's dropout key reached the graph
+    modes_agree(one, method, rows, scale=1024.0 if precision == "fp16" else 1.0, bound=bound)
+
+
+@pytest.mark.parametrize("attention", ["lowlevel_efficient", "lowlevel_fa2"])
+@pytest.mark.parametrize("name", METHODS)
+def test_an_fp16_step_on_a_base_that_is_stored_in_bf16(stored_in_bf16, name, attention):
+    """No bf16 is held or computed with, and eager = compiled = graphed as on other bases."""
+    method, rows = shaped(name)
+    one = policy(stored_in_bf16, "fp16", attention=attention)
+    assert not any(tensor.dtype == torch.bfloat16 for tensor in (*one.model.parameters(), *one.model.buffers()))
+    with NoBfloat16():
+        one_step(one, method, rows)
+    modes_agree(policy(stored_in_bf16, "fp16", attention=attention), method, rows, scale=1024.0, bound=2e-3)
 
 
 def shaped(name):

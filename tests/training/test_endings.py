@@ -162,7 +162,8 @@ def test_a_signal_during_an_evaluation_or_a_save_stops_after_it(space, copied, r
         with monkeypatch.context() as patch:
             before(patch, module, name, lambda: os.kill(os.getpid(), signal.SIGTERM))
             said = resume()
-        assert said.code == 143 and said.err.startswith(f"error: stopped at step {step} of 6 and saved"), said.err
+        line = f"stopped at step {step} of 6 and saved; continue with: lowlevel sft "
+        assert said.code == 143 and said.err.startswith(line) and said.err.count("--resume") == 1, said.err
         assert (status(copied)["state"], status(copied)["step"]) == ("preempted", step)
     assert resume().code == 0
     assert_whole(copied, space)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import bitsandbytes as bnb
 import helpers
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from lowlevel.determinism import FIXED, SMALL, workspace_bytes
 from lowlevel.errors import ConfigError
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.sft import SFT
+from lowlevel.model import dequantised
 from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import (
@@ -177,8 +179,48 @@ def test_dequantising_once_changes_no_bit_of_a_step(tiny_base):
         if once:
             dequantize_once(policy)
         results.append(helpers.loss_and_gradient(policy, helpers.sft(), helpers.ragged_examples()))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
-    assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-7)
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize(
+    ("once", "free", "copied", "said"),
+    [
+        (None, 4, True, "dequantised once: 0.00 GB in float32"),
+        (None, 1.9, False, "dequantised in each pass: a copy takes 0.00 GB, more than half of the free 0.00 GB"),
+        (None, 0, False, "in each pass"),  # not known
+        (True, 0, True, "dequantised once"),
+        (False, 4, False, "dequantised in each pass (train.dequantize_once)"),
+    ],
+)
+def test_on_a_cpu_with_twice_the_memory_of_the_copy_the_weights_are_dequantised_once(
+    tiny_base, monkeypatch, once, free, copied, said
+):
+    """The copy of the tiny base's 2 layers in fp32: q and o 64 x 64, k and v 32 x 64, three of 128 x 64."""
+    copy = 4 * 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
+    monkeypatch.setattr(dequantised, "available_memory", lambda: int(free * copy))
+    policy = helpers.make_policy(tiny_base, quantised=True)
+    dequantised.dequantize_as_set(policy, once)
+    assert said in dequantised.describe(policy, once)
+    found = {isinstance(layer.get_base_layer(), bnb.nn.Linear4bit) for layer in policy.lora_layers}
+    assert found == {not copied}
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, 3072 * 1024),
+        ({"memory.max": "max", "memory.current": "10"}, 3072 * 1024),
+        ({"memory.max": "2000000", "memory.current": "500000"}, 1_500_000),
+        ({"memory/memory.limit_in_bytes": "9000", "memory/memory.usage_in_bytes": "9500"}, 0),
+    ],
+)
+def test_the_available_memory_is_the_machines_or_the_containers(tmp_path, files, available):
+    (tmp_path / "meminfo").write_text("MemTotal: 4096 kB\nMemAvailable:   3072 kB\n")
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert dequantised.available_memory(tmp_path / "meminfo", tmp_path) == available
+    assert dequantised.available_memory(tmp_path / "none", tmp_path) == 0
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -56,6 +56,21 @@ def test_no_bfloat16_in_an_fp16_step(tiny_base, parent_adapter, quantised):
     assert not any("mm" in name for name in dtypes.seen.get(torch.float64, ()))
 
 
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+def test_no_bfloat16_in_an_fp16_step_on_a_base_that_is_stored_in_it(tiny_base, tmp_path, storage):
+    base = helpers.write_stored_base(tiny_base, tmp_path / "stored", bnb_4bit_quant_storage=storage)
+    policy = helpers.make_policy(base, quantised=True, dropout=0.1, checkpointing=True, placement=FP16)
+    states = [m.weight.quant_state for m in policy.model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert {state.dtype for state in states} == {torch.float16}
+    assert {t.dtype for s in states for t in (s.code, s.state2.code, s.state2.absmax, s.offset)} == {torch.float32}
+    held = {t.dtype for t in (*policy.model.parameters(), *policy.model.buffers())}
+    assert torch.bfloat16 not in held and {torch.float16, torch.uint8} < held
+    with Dtypes() as dtypes:
+        for method, examples in methods():
+            assert 0 < helpers.step(policy, method, examples, scale=LossScale()).grad_norm < 100
+    assert torch.bfloat16 not in dtypes.seen, sorted(dtypes.seen[torch.bfloat16])
+
+
 def test_the_watch_sees_bfloat16(tiny_base):
     policy = helpers.make_policy(tiny_base, placement=Placement(torch.device("cpu"), "bf16"))
     with Dtypes() as dtypes:

@@ -264,7 +264,7 @@ def test_a_real_sigterm_saves_and_the_run_goes_on(outcome):
     newest = checkpoints(before)[0]
     step = int(newest.name.removeprefix("step-"))
     assert 2 <= step < CASES[0].steps and verify(newest)["state"]["step"] == step
-    assert process.stderr.startswith(f"error: stopped at step {step} of {CASES[0].steps} and saved")
+    assert process.stderr.startswith(f"stopped at step {step} of {CASES[0].steps} and saved")
     assert not [path for path in before.iterdir() if path.name.startswith(".")]
     assert f"resumed from step-{step:08d}" in outcome["printed"]["killed"]
     assert_same_run(outcome["folder"] / "killed", outcome["folder"] / CASES[0].name, CASES[0].steps)

@@ -60,6 +60,15 @@ def content(folder: Path) -> dict:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"}
 
 
+@pytest.mark.parametrize("saved", ["", "dequantize_once = false\n", "dequantize_once = true\n"])
+def test_a_run_that_says_how_it_dequantised_goes_on_with_the_default(resume, copied, saved):
+    """On a CPU the copy changes no bit; true was a choice, and is one still."""
+    text = (copied / "config.toml").read_text()
+    assert "dequantize_once" not in text
+    (copied / "config.toml").write_text(text.replace("[train]\n", f"[train]\n{saved}"))
+    assert resume().code == (2 if "true" in saved else 0)
+
+
 def test_all_differences_come_at_once_and_nothing_is_touched(resume, copied, monkeypatch):
     edit_payload(checkpoints(copied)[0], "versions", torch="2.1.9")
     before = content(copied)

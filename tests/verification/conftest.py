@@ -10,8 +10,9 @@ sys.path.append(str(Path(__file__).parent))
 
 from workspace import Workspace, make_workspace  # noqa: E402
 
+from lowlevel.config.file import load_config  # noqa: E402
 from lowlevel.running.reopening import step_examples  # noqa: E402
-from lowlevel.verification.opening import make_subject, open_file  # noqa: E402
+from lowlevel.verification.opening import make_subject, open_start  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +29,7 @@ def make(space):
 
     def subject(method, examples=4, exact=1_000_000, **sections):
         name = f"{method}-{len(list(space.folder.glob('*.toml')))}"
-        opened = open_file(space.write(name, method, **sections), {}, space.folder)
+        opened = open_start(load_config(space.write(name, method, **sections)), space.folder)
         rows = step_examples(opened.config, opened.inputs.data, 1)[:examples]
         return make_subject(opened, rows, 0, exact)
 

@@ -1,0 +1,150 @@
+"""Lists of messages in a row: roles of other tools, text parts, and marks of replies that are not to be learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lowlevel.data.sources import kind_of
+from lowlevel.data.texts import BadRow, Columns, Message, decoded, is_filled, value_of
+from lowlevel.data.tool_calls import call_of, calls_of
+from lowlevel.errors import printable, quoted
+from lowlevel.redaction import redact
+
+ROLES = ("system", "user", "assistant", "tool")
+ALIASES = {  # roles of ShareGPT, OpenAI, Gemma and OASST, each with one meaning
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(
+        ("gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", "function_call", "tool_call"), "assistant"
+    ),
+    **dict.fromkeys(("function", "function_response", "tool_response", "observation", "ipython"), "tool"),
+    "developer": "system",
+}
+CALLS = ("function_call", "tool_call")  # roles of ShareGPT whose text is a call as JSON
+# keys of a message that say whether a reply is learned, with the value that says so; the last three may hold other data
+MARKS = {"weight": 1, "train": 1, "training": 1, "masked": 0, "trainable": 1, "loss": 1, "mask": 0}
+RESULT_KEYS = ("name", "tool_call_id")
+STRICT_MARKS = ("weight", "train", "training", "masked")
+MASKED = "replies that the data marks as not to be learned (context only)"
+DECODED = "list of messages written as text: decoded"
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Messages, the indices of replies that are only context, and notes that the report counts."""
+
+    messages: list[Message]
+    context: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    def __add__(self, other: Turns) -> Turns:
+        """The turns of both, in order."""
+        shifted = {index + len(self.messages) for index in other.context}
+        return Turns(self.messages + other.messages, self.context | shifted, self.notes + other.notes)
+
+    def after(self, count: int) -> Turns:
+        """The turns without the first `count`."""
+        return Turns(self.messages[count:], frozenset(i - count for i in self.context if i >= count), self.notes)
+
+
+def message(role: str, content: str) -> Turns:
+    """One message; none for an empty system text."""
+    return Turns([] if role == "system" and not content.strip() else [{"role": role, "content": content}])
+
+
+def turns_or_none(columns: Columns, name: str) -> Turns | None:
+    """The messages of a column that holds a list, one message, or such a list as text; None for any other value."""
+    value = columns.get(name)
+    items = decoded(value, name) if isinstance(value, str) else [value] if isinstance(value, Mapping) else value
+    if not isinstance(items, list):
+        return None
+    if not items:
+        raise BadRow("empty messages", f'"{name}" is empty')
+    turns = _turns(items, name)
+    return Turns(turns.messages, turns.context, (*turns.notes, DECODED)) if isinstance(value, str) else turns
+
+
+def turns_of(columns: Columns, name: str) -> Turns:
+    """The messages of a column. Raises BadRow."""
+    found = turns_or_none(columns, name)
+    return found if found is not None else value_of(columns, name, list, "a list of messages")  # type: ignore[no-any-return]
+
+
+def _turns(items: Sequence[object], name: str) -> Turns:
+    """Messages of a list, reduced to the keys that a template reads; notes name their other non-empty keys."""
+    called = any(isinstance(item, Mapping) and is_filled(item.get("tool_calls")) for item in items)
+    result, ignored = Turns([]), set[str]()
+    for turn, item in enumerate(items, 1):
+        place = f" (turn {turn})"
+        if not isinstance(item, Mapping):
+            raise BadRow("wrong type", f'"{name}"{place} is {kind_of(item)}, expected an object with role and content')
+        shared = item.get("role") is None and item.get("from") is not None  # ShareGPT's names
+        keys = ("from", "value") if shared else ("role", "content")
+        role, spoken = _role(item, keys[0], place)
+        read: set[str] = {*keys}
+        if role == "assistant":
+            one = _said(item, keys[1], name, place, is_call=spoken in CALLS)
+            read |= {"tool_calls", "function_call", *MARKS}
+        else:
+            one = message(role, _content(item, keys[1], place))
+        if role == "tool" and called:
+            one.messages[0].update((key, item[key]) for key in RESULT_KEYS if is_filled(item.get(key)))
+            read |= {*RESULT_KEYS}
+        unread = {str(key) for key, value in item.items() if key not in read and is_filled(value)}
+        ignored |= {key for key in unread if key not in MARKS or item[key]}  # nothing but replies is learned anyway
+        result += one
+    if not result.messages:
+        raise BadRow("empty messages", f'"{name}" is empty')
+    notes = tuple(f'message key "{quoted(redact(printable(key)))}" ignored' for key in sorted(ignored))
+    return Turns(result.messages, result.context, result.notes + notes)
+
+
+def _role(item: Columns, key: str, place: str) -> tuple[str, str]:
+    """The role as this project names it, and in the data's spelling in lower case."""
+    given = str(value_of(item, key, str, "text", place))
+    spoken = given.strip().lower()
+    role = ALIASES.get(spoken, spoken)
+    if role not in ROLES:
+        raise BadRow("unknown role", f"role {quoted(json.dumps(given))}{place}; known: {', '.join(ROLES)}")
+    return role, spoken
+
+
+def _said(item: Columns, key: str, name: str, place: str, *, is_call: bool) -> Turns:
+    """A message of the assistant: a text, tool calls, or both; `is_call`: the text is a call as JSON."""
+    calls = [call_of(value_of(item, key, str, "text", place), place)] if is_call else calls_of(item, place)
+    content = "" if is_call else _content(item, key, place, optional=bool(calls))
+    if not content.strip() and not calls:
+        what = "completion" if name in ("messages", "conversations") else name
+        raise BadRow(f"empty {what}", f"empty {what}{place}")
+    one = message("assistant", content).messages[0] | ({"tool_calls": calls} if calls else {})
+    return Turns([one]) if _is_learned(item, place) else Turns([one], frozenset({0}), (MASKED,))
+
+
+def _content(item: Columns, key: str, place: str, *, optional: bool = False) -> str:
+    """The text of a message; text parts are joined. With tool calls (`optional`) it may be missing."""
+    value = item.get(key)
+    if optional and value is None:
+        return ""
+    if not isinstance(value, list) or not value:
+        return str(value_of(item, key, str, "text", place))
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else kind_of(part)
+        if not isinstance(part, Mapping) or kind not in ("text", None) or not isinstance(part.get("text"), str):
+            what = f"a part of type {quoted(json.dumps(kind))}"
+            raise BadRow("part that is not text", f'"{key}"{place} holds {what}; only text can be learned')
+    return "".join(part["text"] for part in value)
+
+
+def _is_learned(item: Columns, place: str) -> bool:
+    """Whether no mark says that a reply is only context. Raises BadRow for a mark that is neither yes nor no."""
+    learned = True
+    for key, yes in MARKS.items():
+        value = item.get(key)
+        if isinstance(value, bool | int | float) and value in (0, 1) and (key in STRICT_MARKS or value is bool(value)):
+            learned = learned and value == yes
+        elif value is not None and key in STRICT_MARKS:
+            what = f"{value}" if isinstance(value, int | float) else kind_of(value)
+            hint = "expected 1 or 0 (or true, false): a reply is learned or only context"
+            raise BadRow("unclear weight", f'"{key}"{place} is {what}, {hint}')
+    return learned

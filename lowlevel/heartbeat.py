@@ -1,0 +1,144 @@
+"""Long work says where it is: outside a terminal, a line after each 10 s in which no other progress was printed.
+
+    with heartbeat(print, "sft"):                                     # a command, or a run in Python
+        with working("loading the base"): ...
+        for row in counted("tokenising", rows, "rows"): ...           # its line has the number done and the time left
+
+Without a heartbeat, `working` and `counted` only run their block. The lines come from a daemon thread, because nothing
+else runs while a base is loaded or a layer compiled. It calls nothing but the function that prints, so it disturbs
+neither signals nor the capture of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TypeVar
+
+INTERVAL, POLL = 9.0, 0.5  # seconds: a line is late by one poll at most, so 10 never pass without one
+Clock = Callable[[], float]
+Item = TypeVar("Item")
+
+
+@dataclass(eq=False)
+class Work:
+    """One piece of work; `done` and `first`, what was done at its start, count up to `total`."""
+
+    what: str
+    started: float = 0.0
+    total: int | None = None
+    unit: str = ""
+    first: int = 0
+    done: int = 0
+
+    def line(self, now: float) -> str:
+        """What is done, how much of it, for how long, and the time left if it is known."""
+        seconds = now - self.started
+        if not self.total:
+            return f"{self.what}: {duration(seconds)}"
+        left, here = "", self.done - self.first
+        if here > 0:
+            left = f", about {duration(seconds / here * (self.total - self.done))} left"
+        return f"{self.what}: {self.done:,} of {self.total:,}{self.unit and ' '}{self.unit}, {duration(seconds)}{left}"
+
+
+class Heartbeat:
+    """The work in progress, the innermost last; `poll` prints its line when one is due."""
+
+    def __init__(self, say: Callable[[str], None], name: str, clock: Clock = time.monotonic) -> None:
+        """`name` is what is said of work that has no name of its own."""
+        self.say, self.clock, self.paused = say, clock, False
+        self.works = [Work(name, clock())]
+        self.spoke()
+
+    def spoke(self) -> None:
+        """A line was printed: the next one is due INTERVAL seconds from now."""
+        self.spoken = self.clock()
+
+    def poll(self) -> None:
+        """Print a line if it is due. All work with a total is in it, and the innermost."""
+        now, works = self.clock(), list(self.works)
+        if not self.paused and now - self.spoken >= INTERVAL:
+            shown = [work for work in works if work.total or work is works[-1]]
+            self.spoke()
+            self.say("; ".join(work.line(now) for work in shown))
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Print nothing inside the block: the caller's own work is none of ours."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+            self.spoke()
+
+
+_active: ContextVar[Heartbeat | None] = ContextVar("heartbeat", default=None)
+
+
+@contextmanager
+def heartbeat(say: Callable[[str], None], name: str, *, on: bool = True) -> Iterator[Heartbeat]:
+    """Print lines by `say` inside the block; not if `on` is False, or if a caller's heartbeat does."""
+    outer = _active.get()
+    beat, end = Heartbeat(say, name), threading.Event()
+    if not on or (outer and not outer.paused):
+        yield outer or beat
+        return
+
+    def keep_polling() -> None:
+        try:
+            while not end.wait(POLL):
+                beat.poll()
+        except (OSError, ValueError):  # the reader has gone; the command itself says what that means
+            return
+
+    thread = threading.Thread(target=keep_polling, name="heartbeat", daemon=True)
+    _active.set(beat)
+    thread.start()
+    try:
+        yield beat
+    finally:  # no reset by token: a generator may be closed in another context
+        end.set()
+        thread.join(5.0)  # it may be in the middle of a line
+        _active.set(outer)
+
+
+@contextmanager
+def working(what: str, total: int | None = None, unit: str = "", *, first: int = 0) -> Iterator[Work]:
+    """Name the work of the block; it counts by setting `done` of what it gets, up to `total`, from `first`."""
+    beat = _active.get()
+    work = Work(what, beat.clock() if beat else 0.0, total, unit, first, first)
+    if beat:
+        beat.works.append(work)
+    try:
+        yield work
+    finally:
+        if beat:
+            beat.works.remove(work)
+
+
+def counted(what: str, items: Collection[Item], unit: str = "") -> Iterator[Item]:
+    """The items, counted as they are done."""
+    with working(what, len(items), unit) as work:
+        for item in items:
+            yield item
+            work.done += 1
+
+
+def spoke() -> None:
+    """Other progress was printed: no line is due for a while."""
+    if beat := _active.get():
+        beat.spoke()
+
+
+def duration(seconds: float) -> str:
+    """About two digits: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
