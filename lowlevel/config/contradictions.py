@@ -68,6 +68,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
         (not sft and "sft" in given, '[sft] is not used when method = "dpo"'),
         (sft and bool(model.adapter), "model.adapter is for dpo; to continue training an adapter use lora.init_from"),
         (sft and pairs, f'data.format = "{data.format}" is for dpo; sft takes "auto" or "messages"'),
+        (not sft and "data.weight_column" in given, "data.weight_column is for sft"),
         (sft and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo"),
         (
             not sft and data.format == "messages",

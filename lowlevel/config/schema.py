@@ -126,6 +126,7 @@ class DataConfig(Section):
         "auto", description="format of the rows (lowlevel/data/README.md); auto: the one that fits their columns"
     )
     columns: Names = Field((), description="numeric columns of a row that a custom loss receives")
+    weight_column: str | None = Field(None, description="sft: numeric column with the weight of a row in the loss")
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions on a row: column, op, value")
     chat_template_from: str | None = Field(None, description="model or .jinja file whose chat template is used")
     template_date: Date = Field("2024-07-26", description="date given to chat templates that print today's date")
@@ -137,6 +138,12 @@ class DataConfig(Section):
     eval_source: Source | None = Field(None, description='evaluation rows; "holdout": rows of source not trained on')
     eval_split: str = Field("test", description="split of a hub data set for evaluation")
     eval_limit: Positive | None = Field(None, description="rows to evaluate on")
+
+    @property
+    def numbers(self) -> Mapping[str, str]:
+        """The numeric columns that are read, each with the key that names it."""
+        weight = {} if self.weight_column is None else {self.weight_column: "data.weight_column"}
+        return weight | dict.fromkeys(self.columns, "data.columns")
 
     @property
     def parts(self) -> tuple[DataSource, ...]:

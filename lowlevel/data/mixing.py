@@ -75,7 +75,7 @@ def evaluation_rows(source: str | GivenRows, split: str, data: DataConfig, metho
 
 
 def _read(source: str | GivenRows, split: str, name: str, data: DataConfig, method: str) -> SourceRows:
-    return recognised(read_source(source, split, method), name, method, data.columns)
+    return recognised(read_source(source, split, method), name, method, data.numbers)
 
 
 def filtered(source: SourceRows, filters: Sequence[Filter]) -> SourceRows:

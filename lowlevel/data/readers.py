@@ -45,7 +45,7 @@ def messages(columns: Columns) -> Read:
         completion = completion.after(len(prompt.messages))
     if not completion.messages or completion.messages[0]["role"] != "assistant":
         raise BadRow("completion is not a reply", '"completion" does not begin with an assistant message')
-    said = frozenset(i for i, turn in enumerate(prompt.messages) if turn["role"] == "assistant")
+    said = {i: 0.0 for i, turn in enumerate(prompt.messages) if turn["role"] == "assistant"}
     return Turns(prompt.messages, said, tuple(set(prompt.notes))) + completion, ()
 
 
@@ -176,6 +176,8 @@ def _reply(name: str, turns: Turns, prompt: Turns) -> Completion:
         raise BadRow("completion is not one reply", f'"{name}" is not one assistant message after the prompt{differ}')
     if reply.context:
         raise BadRow("not to be learned", f'"{name}" is marked as not to be learned (weight 0)')
+    if reply.weights:
+        raise BadRow("unclear weight", f'"{name}" has a weight of {reply.weights[0]:g}; weights of replies are for sft')
     return reply.messages[0] if "tool_calls" in reply.messages[0] else str(reply.messages[0]["content"])
 
 
