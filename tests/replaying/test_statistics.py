@@ -1,11 +1,12 @@
-"""Losses that read statistics of the vocabulary: their runs are replayed, dumped, traced, inspected and verified."""
+"""Losses with statistics of the vocabulary or with weights: runs are replayed, dumped, traced, inspected, verified."""
 
 import json
 
+import helpers
 import pytest
 import torch
 from safetensors.torch import load_file
-from workspace import make_workspace, metrics, run
+from workspace import CHATS, make_workspace, metrics, run
 
 from lowlevel.replaying.session import open_session
 from lowlevel.replaying.what_if import parse_settings, what_if
@@ -13,8 +14,9 @@ from lowlevel.running.reopening import reopen
 from lowlevel.tracing.files import read_trace
 
 SECTIONS = {
-    "smoothed": ("sft", {"loss_type": "smoothed_cross_entropy", "z_loss_weight": 0.01}),
-    "wpo": ("dpo", {"loss_type": "wpo"}),
+    "smoothed": {"loss_type": "smoothed_cross_entropy", "z_loss_weight": 0.01},
+    "weighted": {"loss_type": "smoothed_cross_entropy", "z_loss_weight": 0.01},
+    "wpo": {"loss_type": "wpo"},
 }
 STEPS = {"max_steps": 3, "save_steps": 2, "logging_steps": 1}
 TRACE = {"every": 1, "level": "token", "gradients": True}
@@ -24,25 +26,38 @@ TRACE = {"every": 1, "level": "token", "gradients": True}
 def trained(tmp_path_factory):
     """The folder of the runs."""
     space = make_workspace(tmp_path_factory.mktemp("statistics"))
-    for name, (method, section) in SECTIONS.items():
-        said = run(method, space.write(name, method, train=STEPS, trace=TRACE, **{method: section}))
+    rows = [{**row, "w": 0.5 + i % 3} for i, row in enumerate(CHATS)]
+    for row in rows[::2]:
+        row["messages"] = [*row["messages"][:-1], {**row["messages"][-1], "weight": 0.25}]
+    weighted = {"source": str(helpers.write_jsonl(space.folder / "weighted.jsonl", rows)), "weight_column": "w"}
+    weighted |= {"eval_source": "holdout", "eval_limit": 4}
+    for name, section in SECTIONS.items():
+        method = "dpo" if name == "wpo" else "sft"
+        data = weighted if name == "weighted" else {}
+        said = run(method, space.write(name, method, train=STEPS, trace=TRACE, data=data, **{method: section}))
         assert said.code == 0, said.err
     return space.folder
 
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_a_replay_is_identical_and_a_dump_adds_up(trained, tmp_path, name):
-    folder, line = trained / name, metrics(trained / name)[2]
+    folder = trained / name
+    line = next(record for record in metrics(folder) if record["step"] == 3 and "loss" in record)
     said = run("replay", folder, "--step", 3, "--dump", tmp_path / "dump")
     assert said.code == 0 and "replayed from step-00000002" in said.out, said.err
     index = json.loads((tmp_path / "dump" / "index.json").read_text())
     micros = [load_file(file) for file in (tmp_path / "dump").glob("micro-*")]
     assert sum(float(one["losses"].sum()) for one in micros) / index["count"] == pytest.approx(line["loss"], rel=1e-6)
-    statistic = {"smoothed": "policy.lse", "wpo": "policy.log_square_sum"}[name]
+    statistic = "policy.log_square_sum" if name == "wpo" else "policy.lse"
     assert all(one[statistic].shape == one["policy.token_logps"].shape for one in micros)
     if name == "smoothed":
         lse = torch.cat([one["policy.lse"] for one in micros])
         assert line["z_loss"] == pytest.approx(0.01 * float(lse.square().mean()), rel=1e-5)
+    if name == "weighted":
+        weights, lse = (torch.cat([one[key] for one in micros]) for key in ("batch.token_weights", "policy.lse"))
+        assert {*weights.tolist()} <= {own * row for own in (0.25, 1) for row in (0.5, 1.5, 2.5)}
+        assert index["count"] == pytest.approx(float(weights.sum()))
+        assert line["z_loss"] == pytest.approx(0.01 * float(lse.square() @ weights / weights.sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", SECTIONS)
