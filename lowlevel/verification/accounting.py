@@ -22,7 +22,8 @@ def accounting_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     checks = [_division(subject, evidence), _counts(subject, evidence), _loss_scale(subject)]
     if subject.spec.own and not subject.mixes:
         checks.append(_alone(subject, evidence))
-    names = [*subject.spec.parameters, *(["z_loss_weight"] if "lse" in subject.statistics else [])]
+    z_loss = not subject.preference and subject.config.sft.z_loss_weight > 0
+    names = [*subject.spec.parameters, *["z_loss_weight"] * z_loss]
     return checks + [_parameter(subject, evidence, name) for name in names]
 
 
