@@ -7,7 +7,10 @@ from typing import Any
 
 from lowlevel.errors import ConfigError
 
-OF_DPO = ("model.adapter", "model.adapter_mode", "data.max_prompt_length")
+ONLY = {
+    **dict.fromkeys(("model.adapter", "model.adapter_mode", "data.max_prompt_length"), "dpo"),
+    "data.weight_column": "sft",
+}
 FORMATS = {"messages": "sft", "preference": "dpo", "hh": "dpo", "orca": "dpo"}  # of data.format; others: both
 PAIR = {"chosen", "rejected"}
 
@@ -44,8 +47,8 @@ def _signs(tables: Mapping[str, Any]) -> dict[str, list[str]]:
         section = name.partition(".")[0]
         if section in signs:
             signs[section].append(name)
-        elif name in OF_DPO:
-            signs["dpo"].append(name)
+        elif name in ONLY:
+            signs[ONLY[name]].append(name)
         elif name == "data.format" and value in FORMATS:
             signs[FORMATS[value]].append(f'data.format = "{value}"')
     return signs
