@@ -40,7 +40,7 @@ def logps_of(
     ids = torch.arange(len(lengths)).repeat_interleave(lengths)
     tokens = torch.cat(_sequences(policy))
     named = dict(zip(statistics, tokens[:, 1:].unbind(1), strict=True))
-    if len(policy[0]) == 1:
+    if reference is None and len(policy[0]) == 1:
         return TokenLogps(tokens[:, 0], ids, lengths, values, named, None if weights is None else torch.cat(weights))
     empty = tokens.new_zeros(len(policy))
     chosen, rejected = lengths.chunk(2)
