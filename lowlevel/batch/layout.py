@@ -205,7 +205,7 @@ def build_batch(
     longest, width = shape.longest if shape else None, _row_width(max(used), shape)
     grids = _fill_grids(rows, width, examples)
     scored, sequence_ids, num_scored = _scored_tokens(grids["targets"], grids["sequences"], sequences, shape)
-    weights = _weights(rows, width, scored)
+    weights = grids["weights"].ravel()[scored] if "weights" in grids else None
     index, lengths = _sequence_index(sequence_ids, sequences, longest)
     branches = [[segment.branch_ids for segment in row] for row in rows]
     count = sequences + len(rows) * -(-width // longest) if longest else None  # spans of examples and of padding
@@ -251,10 +251,14 @@ def _fill_grids(rows: Sequence[Sequence[Segment]], width: int, examples: int) ->
     grids = {name: np.zeros(size, np.int64) for name in ("input_ids", "position_ids", "branch_ids")}
     grids |= {name: np.full(size, PADDING, np.int64) for name in ("segment_ids", "sequences")}
     grids |= {"targets": np.full(size, IGNORED, np.int64), "data_rows": np.zeros(size, np.uint32)}
+    if any(segment.weights is not None for row in rows for segment in row):
+        grids["weights"] = np.ones(size, np.float32)
     for r, row in enumerate(rows):
         start = 0
         for s, segment in enumerate(row):
             place = r, slice(start, start + len(segment))
+            if segment.weights is not None:
+                grids["weights"][place] = segment.weights
             grids["input_ids"][place] = segment.input_ids
             grids["position_ids"][place] = segment.position_ids
             grids["branch_ids"][place] = segment.branch_ids
@@ -264,19 +268,6 @@ def _fill_grids(rows: Sequence[Sequence[Segment]], width: int, examples: int) ->
             grids["data_rows"][place] = segment.row
             start += len(segment)
     return grids
-
-
-def _weights(rows: Sequence[Sequence[Segment]], width: int, scored: np.ndarray) -> np.ndarray | None:
-    """The weight of each scored token, (N,) fp32; None if no segment has weights."""
-    if all(segment.weights is None for row in rows for segment in row):
-        return None
-    grid = np.ones((len(rows), width), np.float32)
-    for r, row in enumerate(rows):
-        start = 0
-        for segment in row:
-            grid[r, start : start + len(segment)] = 1 if segment.weights is None else segment.weights
-            start += len(segment)
-    return grid.ravel()[scored]
 
 
 def _scored_tokens(

@@ -174,7 +174,7 @@ def _pairs_of(
     policy: Policy, method: DPO, batch: PackedBatch, by_row: dict[int, PreferenceExample]
 ) -> list[PairRecord]:
     moved, head = batch.to(policy.placement.device), policy.lm_head_weight
-    targets = moved.scored_targets
+    targets, needs = moved.scored_targets, method.preference_loss.spec.statistics
     ref_hidden, ref_logps = None, torch.zeros_like(targets, dtype=torch.float32)
     if not method.preference_loss.spec.reference_free:
         with policy.reference():
@@ -182,13 +182,11 @@ def _pairs_of(
             ref_logps = token_logps(ref_hidden, head, targets)
     policy.dropout.disable()
     hidden = policy.scored_hidden_states(moved)
-    logps, statistics = token_scores(hidden, head, targets, method.preference_loss.spec.statistics)
-    predicted = distribution(hidden, head, targets)
+    (logps, statistics), predicted = token_scores(hidden, head, targets, needs), distribution(hidden, head, targets)
     pairs = pair_logps(moved, logps, ref_logps, method.columns, statistics)
     output, slopes = method.preference_loss(pairs), reward_slopes(method.config, pairs)
-    logps, ref_logps, values = logps.cpu(), ref_logps.cpu(), batch.values(method.columns)
-    margins, losses = output.margins.cpu(), output.losses.cpu()
-    metrics = {name: metric.cpu() for name, metric in output.metrics.items()}
+    logps, ref_logps, margins, losses = (t.cpu() for t in (logps, ref_logps, output.margins, output.losses))
+    metrics, values = {name: one.cpu() for name, one in output.metrics.items()}, batch.values(method.columns)
     # both completions of each pair, dummy pairs included: all chosen, then all rejected, (2P,) each
     sums = torch.cat([pairs.chosen_logps, pairs.rejected_logps]).cpu()
     ref_sums = torch.cat([pairs.ref_chosen_logps, pairs.ref_rejected_logps]).cpu()
