@@ -18,6 +18,7 @@ KEYS, ROWS, DEFAULT = "is given", "its rows have", "the default"
         ({"data": {"format": "orca"}}, (), "dpo", f'data.format = "orca" {KEYS}'),
         ({"data": {"format": "messages"}}, PAIRS[0], "sft", f'data.format = "messages" {KEYS}'),
         ({"sft": {"loss_type": "mine"}}, PAIRS[0], "sft", f"sft.loss_type {KEYS}"),
+        ({"data": {"weight_column": "w"}}, PAIRS[0], "sft", f"data.weight_column {KEYS}"),
         ({"lora": {"init_from": "out/a"}}, PAIRS[0], "dpo", f"{ROWS} the columns chosen and rejected"),
         ({"lora": {"init_from": "out/a"}}, CHATS[0], "sft", f"{ROWS} no columns chosen and rejected"),
         ({"data": "not a table"}, (), "sft", DEFAULT),
