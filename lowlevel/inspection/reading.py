@@ -21,6 +21,7 @@ READINGS: dict[str, Reading] = {
     **dict.fromkeys(("sigmoid", "cdpo", "robust", "hinge", "ipo_sum", "exo_pair", "discopop", "odpo", "wpo"), "margin"),
     **dict.fromkeys(("ipo", "sigmoid_norm", "simpo"), "averages"),
     **dict.fromkeys(("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "dpop", "rpo"), "both"),
+    **dict.fromkeys(("f_forward_kl", "f_js", "f_alpha", "ld_dpo", "orpo", "cpo", "cpo_sum", "nll"), "both"),
     **dict.fromkeys(("aot", "aot_unpaired"), "quantiles"),
 }
 SIGNS = {
