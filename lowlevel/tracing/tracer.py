@@ -73,10 +73,8 @@ class Tracer:
             self.flush()
         kind = "pairs" if isinstance(self.method, DPO) else "examples"
         rows = [self._rows(step, number, *part) for number, part in enumerate(zip(batches, host, strict=True))]
-        loss = sum(float(np.sum(part["loss"], dtype=np.float64)) for part in rows) / sum(
-            map(self.method.count, batches)
-        )
-        unit = self.method.unit
+        total = sum(float(np.sum(part["loss"], dtype=np.float64)) for part in rows)
+        loss, unit = total / sum(map(self.method.count, batches)), self.method.unit
         size = sum(batch.num_scored if unit == "tokens" else len(batch.data_rows) for batch in batches)
         line: Columns = {"step": [step], "loss": [loss], unit: [size], "loss_scale": [scale]}
         if batches[0].kl is not None:

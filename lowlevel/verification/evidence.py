@@ -127,8 +127,8 @@ def _within(size: int, sequences: list[list[Scored]]) -> int:
 
 
 def by_side(scores: list[HeadScores]) -> list[list[Tensor]]:
-    """[example][chosen, rejected], or [example][whole] for sft."""
-    sides = (0,) if not scores or bool((scores[0].sides == 0).any()) else (1, 2)
+    """[example][chosen, rejected], or [example][whole] without pairs. Scored tokens of a pair's prompt are left out."""
+    sides = (1, 2) if scores and bool((scores[0].sides > 0).any()) else (0,)
     return [[one.exact[one.sides == side] for side in sides] for one in scores]
 
 

@@ -13,7 +13,7 @@ from lowlevel.config.file import config_from_tables
 from lowlevel.config.schema import DPOConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.execution import WithFallback
-from lowlevel.methods.dpo import check_loss, completion_logps
+from lowlevel.methods.dpo import check_loss
 from lowlevel.model.adapters import adapter_parameters
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import adapter_sizes, default_plan, forecast, model_shape
@@ -72,7 +72,7 @@ def test_three_soft_updates_by_hand(tiny_base):
         for name, parameter in adapter_parameters(plain.model, TRAINED).items():
             parameter.data.copy_(expected[name])
         (batch,) = helpers.dpo(8).micro_batches(PAIRS)
-        assert float(completion_logps(plain, batch)[0].mean()) == pytest.approx(logp, rel=1e-6)
+        assert float(helpers.completion_logps(plain, batch)[0].mean()) == pytest.approx(logp, rel=1e-6)
     assert found[0][1] == found[1][1] != found[2][1] == found[3][1] != found[4][1]
 
 
