@@ -38,6 +38,7 @@ def test_the_method_comes_from_the_keys_before_the_rows(tables, columns, method,
     [
         ({"model": {"adapter": "a"}, "data": {"format": "messages"}}, (), ("model.adapter is for dpo", "messages")),
         ({"dpo": {"beta": 1}, "kto": {"beta": 1}}, (), ("dpo.beta is for dpo", "kto.beta is for kto")),
+        ({"data": {"weight_column": "w"}, "kto": {"beta": 1}}, (), ("data.weight_column is for sft", "is for kto")),
         ({"sft": {"loss_type": "a"}, "dpo": {"beta": 1}}, (), ("sft.loss_type is for sft", "dpo.beta is for dpo")),
         ({}, ("prompt", "messages", "chosen", "rejected"), ("both methods", "--method")),
     ],
