@@ -100,7 +100,7 @@ def measure(shape: dict[str, int], steps: int, cap_gib: float, offload: bool) ->
     inputs: Any = SimpleNamespace(placement=placement, attention=attention)
     execution = WithFallback(policy, method, choose_execution(run, inputs), lambda line: print(line, file=sys.stderr))
     ids = np.random.default_rng(0).integers(3, 32000, 512)
-    batches = method.micro_batches([SimpleNamespace(row=0, input_ids=ids, labels=ids)])  # type: ignore[list-item]
+    batches = method.micro_batches([SimpleNamespace(row=0, input_ids=ids, labels=ids, weights=None)])  # type: ignore[list-item]
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     losses, seconds, scale = [], [], LossScale.for_precision(placement.precision)

@@ -23,6 +23,7 @@ from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import learning_rate, set_learning_rate
 from lowlevel.optim.train_state import StepResult, TrainState, Window, means_on_host
+from lowlevel.perplexity import perplexities
 from lowlevel.tracing import Tracer
 
 
@@ -193,11 +194,16 @@ def train(
 def evaluate_examples(
     policy: Policy, method: Method, batches: Sequence[PackedBatch], *, prefix: str
 ) -> dict[str, float]:
-    """Means over held-out micro-batches, dropout off, each name with `prefix` before it."""
-    window = Window()
+    """Means over held-out micro-batches, dropout off, each name with `prefix` before it; for sft also perplexities."""
+    window, logps, lengths = Window(), list[float](), list[int]()
     batches = with_baseline(Eager(policy, method), batches)
     policy.dropout.disable()
     for batch in counted("evaluating", batches, "micro-batches"):
-        named = method.loss(policy, batch.to(policy.placement.device)).named()
+        sums = method.loss(policy, batch.to(policy.placement.device))
+        named = sums.named()
         window.add(dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True)), method.count(batch))
-    return {f"{prefix}{name}": value for name, value in by_label(window.means()).items()}
+        if method.unit == "tokens":
+            logps += sums.examples["logps"][: len(batch.data_rows)].tolist()
+            lengths += batch.lengths[: len(batch.data_rows)].tolist()
+    scores = by_label(window.means()) | (perplexities(logps, lengths) if logps else {})
+    return {f"{prefix}{name}": value for name, value in scores.items()}

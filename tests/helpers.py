@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.config.schema import DPOConfig, KTOConfig, LoraConfig, ModelConfig
+from lowlevel.config.schema import DPOConfig, KTOConfig, LoraConfig, ModelConfig, SFTConfig
 from lowlevel.execution import Eager, Execution
 from lowlevel.kernels import token_logps
 from lowlevel.loop import optimizer_step
@@ -58,6 +58,7 @@ class Tokens:
     input_ids: np.ndarray
     labels: np.ndarray
     values: tuple[float, ...] = ()
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,8 @@ def save_random_adapter(base: Path, folder: Path, seed: int = 5) -> Path:
     return folder
 
 
-def sft(batch_size: int = 8, *, packing: bool = False, row_length: int = 64) -> SFT:
-    return SFT(batch_size, row_length, packing)
+def sft(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **config: Any) -> SFT:
+    return SFT(batch_size, row_length, packing, config=SFTConfig(**config))
 
 
 def dpo(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **config: Any) -> DPO:

@@ -48,6 +48,7 @@ class Segment:
     position_ids: np.ndarray
     branch_ids: np.ndarray
     targets: np.ndarray  # already shifted; IGNORED where nothing is learned
+    weights: np.ndarray | None = None  # of the targets in the loss; None: 1
 
     def __len__(self) -> int:
         """Positions in the row."""
@@ -83,6 +84,8 @@ class PackedBatch:
     num_tokens: int  # host: tokens without padding
     num_scored: int  # host: scored tokens that belong to a sequence
     row_values: Tensor | None = None  # (C, examples) fp32: the columns of data.columns, for a custom loss
+    token_weights: Tensor | None = None  # (N,) fp32, of each scored token in the loss; None: 1
+    total_weight: float | None = None  # host: their sum, without dummy tokens
     reference_logps: Tensor | None = None  # (S,) fp32, from reference_cache.py; 0 for dummies
     content: str = ""  # host: hash of what the reference pass reads, if there is a cache
     kl: Tensor | None = None  # () fp32, kto: mean log-ratio of the step's mismatched completions; None: it holds these
@@ -142,10 +145,13 @@ def attention_mask(batch: PackedBatch) -> Tensor:
     return (causal & same_segment & visible).unsqueeze(1)
 
 
-def sft_segment(row: int, number: int, input_ids: np.ndarray, labels: np.ndarray) -> Segment:
+def sft_segment(
+    row: int, number: int, input_ids: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+) -> Segment:
     """An example of L tokens as L-1 positions: position t predicts token t+1."""
     size = len(input_ids) - 1
-    return Segment(row, number, input_ids[:-1], np.arange(size), np.zeros(size, int), labels[1:])
+    shifted = None if weights is None else weights[1:]
+    return Segment(row, number, input_ids[:-1], np.arange(size), np.zeros(size, int), labels[1:], shifted)
 
 
 def pair_segment(row: int, number: int, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Segment:
@@ -201,6 +207,7 @@ def build_batch(
     longest, width = shape.longest if shape else None, _row_width(max(used), shape)
     grids = _fill_grids(rows, width, examples)
     scored, sequence_ids, num_scored = _scored_tokens(grids["targets"], grids["sequences"], sequences, shape)
+    weights = grids["weights"].ravel()[scored] if "weights" in grids else None
     index, lengths = _sequence_index(sequence_ids, sequences, longest)
     branches = [[segment.branch_ids for segment in row] for row in rows]
     count = sequences + len(rows) * -(-width // longest) if longest else None  # spans of examples and of padding
@@ -229,6 +236,8 @@ def build_batch(
         num_tokens=sum(used),
         num_scored=num_scored,
         row_values=None if columns is None else pad(columns, (0, examples - len(row_of))),
+        token_weights=None if weights is None else tensor(weights),
+        total_weight=None if weights is None else float(weights[:num_scored].sum(dtype=np.float64)),
     )
 
 
@@ -244,10 +253,14 @@ def _fill_grids(rows: Sequence[Sequence[Segment]], width: int, examples: int) ->
     grids = {name: np.zeros(size, np.int64) for name in ("input_ids", "position_ids", "branch_ids")}
     grids |= {name: np.full(size, PADDING, np.int64) for name in ("segment_ids", "sequences")}
     grids |= {"targets": np.full(size, IGNORED, np.int64), "data_rows": np.zeros(size, np.uint32)}
+    if any(segment.weights is not None for row in rows for segment in row):
+        grids["weights"] = np.ones(size, np.float32)
     for r, row in enumerate(rows):
         start = 0
         for s, segment in enumerate(row):
             place = r, slice(start, start + len(segment))
+            if segment.weights is not None:
+                grids["weights"][place] = segment.weights
             grids["input_ids"][place] = segment.input_ids
             grids["position_ids"][place] = segment.position_ids
             grids["branch_ids"][place] = segment.branch_ids

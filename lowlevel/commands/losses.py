@@ -29,6 +29,7 @@ NUMBERS = {
     "chosen_length": "tokens in the chosen completion, for losses that average (default: 4)",
     "rejected_length": "tokens in the rejected completion (default: 5)",
     "margin": "rated margin of the pair, for odpo (default: 1)",
+    "log_square_sum": "log sum_v p_v^2 over the vocabulary at each token, for wpo (default: -0.3)",
     "beta": "temperature (default: 0.1; simpo 2)",
     "label_smoothing": "share of flipped labels, for cdpo, robust, exo_pair and both aot (default: 0; exo_pair 0.001)",
     "discopop_tau": "discopop's temperature (default: 0.05)",
@@ -128,7 +129,10 @@ def read_point(given: Mapping[str, float]) -> dict[str, float]:
             raise ConfigError(f"{_flag(key)} is a number of tokens: expected a whole number >= 1, got {value:g}")
     lengths = {key: int(given.get(key, default)) for key, default in LENGTHS.items()}
     logps = {key: given.get(key, default) for key, default in LOGPS.items()}
-    return {**logps, **lengths, "margin": given.get("margin", 1.0)}
+    squares = given.get("log_square_sum", -0.3)
+    if squares > 0:
+        raise ConfigError(f"--log-square-sum is the logarithm of at most 1 and cannot be above 0, got {squares:g}")
+    return {**logps, **lengths, "margin": given.get("margin", 1.0), "log_square_sum": squares}
 
 
 def _used_by(loss: str, settings: Mapping[str, float]) -> dict[str, float]:
@@ -155,8 +159,9 @@ def evaluate(name: str, point: Mapping[str, float], settings: Mapping[str, float
     values = {"margin": torch.tensor([point["margin"]], dtype=torch.float64)}
     chosen_length, rejected_length = lengths.split(1)
     ids = torch.arange(2).repeat_interleave(lengths)
+    statistics = {"log_square_sum": torch.full_like(tokens[0], point["log_square_sum"])}
     pairs = PairLogps(logps[0], logps[1], logps[2], logps[3], chosen_length, rejected_length, tokens[0], tokens[1],
-                      ids, values=values)  # fmt: skip
+                      ids, values=values, statistics=statistics)  # fmt: skip
     try:
         parameters = {**_defaults(name), **settings}
         loss = PreferenceLoss.of(name, **parameters)
@@ -211,8 +216,7 @@ def print_path(point: Mapping[str, float], beta: float, given: Mapping[str, floa
     from rich.table import Table, box
 
     path = {key: f"{value:.10g}" for key, value in path_of(point, beta).items()}
-    numbers = {**point, "beta": beta}
-    del numbers["margin"]  # only odpo reads the rated margin
+    numbers = {key: point[key] for key in (*LOGPS, *LENGTHS)} | {"beta": beta}
     shown = {
         key: f"{sign}{value:.10g}" + ("" if key in given else "  (default)")
         for (key, value), sign in zip(numbers.items(), ("",) * 4 + ("n+ = ", "n- = ", ""), strict=True)
@@ -273,7 +277,7 @@ def reads(spec: LossSpec) -> str:
     more = {
         "no reference": spec.reference_free,
         "lengths": spec.needs_lengths,
-        "tokens": spec.needs_tokens,
+        "tokens": spec.needs_tokens or bool(spec.statistics),
         "rated margin": spec.needs_margin,
         "other pairs": spec.mixes_pairs,
     }

@@ -75,6 +75,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
         (sft and bool(model.adapter), "model.adapter is for dpo and kto; to continue an adapter use lora.init_from"),
         (sft and pairs, f'data.format = "{data.format}" is for dpo and kto; sft takes "auto" or "messages"'),
         (not dpo and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo"),
+        (not sft and "data.weight_column" in given, "data.weight_column is for sft"),
         (kto and data.supervise == "all", 'data.supervise = "all" is for sft and dpo'),
         (kto and bool(data.columns), "data.columns is for a custom loss of sft or dpo"),
         (dpo and data.format == "messages", 'data.format = "messages" is for sft and kto; dpo takes "preference"'),

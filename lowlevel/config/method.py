@@ -8,7 +8,7 @@ from typing import Any
 from lowlevel.errors import ConfigError
 
 SHARED = ("model.adapter", "model.adapter_mode")  # by dpo and kto
-OF_DPO = (*SHARED, "data.max_prompt_length")
+ONLY = {**dict.fromkeys((*SHARED, "data.max_prompt_length"), "dpo"), "data.weight_column": "sft"}
 FORMATS = {"messages": "sft", "preference": "dpo", "hh": "dpo", "orca": "dpo"}  # of data.format; kto takes each
 PAIR, LABELLED = {"chosen", "rejected"}, {"completion", "label"}
 
@@ -23,7 +23,7 @@ def infer_method(tables: Mapping[str, Any], columns: Callable[[], Collection[str
     if signs["dpo"] and {*signs["dpo"]} <= {*SHARED} and {*columns()} >= LABELLED:
         signs = {**signs, "dpo": [], "kto": signs["kto"] + signs["dpo"]}
     if signs["kto"]:  # kto reads the rows and the adapter of the others, too
-        own = ("sft.", "dpo.", "data.max_prompt_length")
+        own = ("sft.", "dpo.", "data.max_prompt_length", "data.weight_column")
         signs = {m: [key for key in keys if m == "kto" or key.startswith(own)] for m, keys in signs.items()}
     named = [(method, keys[0]) for method, keys in signs.items() if keys]
     if len(named) > 1:
@@ -52,8 +52,8 @@ def _signs(tables: Mapping[str, Any]) -> dict[str, list[str]]:
         section = name.partition(".")[0]
         if section in signs:
             signs[section].append(name)
-        elif name in OF_DPO:
-            signs["dpo"].append(name)
+        elif name in ONLY:
+            signs[ONLY[name]].append(name)
         elif name == "data.format" and value in FORMATS:
             signs[FORMATS[value]].append(f'data.format = "{value}"')
     return signs

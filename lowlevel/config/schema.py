@@ -143,6 +143,7 @@ class DataConfig(Section):
         "auto", description="format of the rows (lowlevel/data/README.md); auto: the one that fits their columns"
     )
     columns: Names = Field((), description="numeric columns of a row that a custom loss receives")
+    weight_column: str | None = Field(None, description="sft: numeric column with the weight of a row in the loss")
     filters: tuple[Filter, ...] = Field((), strict=False, description="conditions on a row: column, op, value")
     chat_template_from: OptionalLocation = Field(None, description="model or .jinja file whose chat template is used")
     template_date: Date = Field("2024-07-26", description="date given to chat templates that print today's date")
@@ -154,6 +155,12 @@ class DataConfig(Section):
     eval_source: Source | None = Field(None, description='evaluation rows; "holdout": rows of source not trained on')
     eval_split: str = Field("test", description="split of a hub data set for evaluation")
     eval_limit: Positive | None = Field(None, description="rows to evaluate on")
+
+    @property
+    def numbers(self) -> Mapping[str, str]:
+        """The numeric columns that are read, each with the key that names it."""
+        weight = {} if self.weight_column is None else {self.weight_column: "data.weight_column"}
+        return weight | dict.fromkeys(self.columns, "data.columns")
 
     @property
     def parts(self) -> tuple[DataSource, ...]:
@@ -215,8 +222,15 @@ class SFTConfig(Section):
     """The loss of supervised fine-tuning."""
 
     disable_dropout: ClassVar[bool] = False
-    loss_type: str = Field("cross_entropy", description='loss of a token; your own by name or as "module:function"')
+    loss_type: str = Field(
+        "cross_entropy",
+        description='cross_entropy, smoothed_cross_entropy or dft; your own by name or as "module:function"',
+    )
     loss_kwargs: dict[str, Number] = Field({}, description="hyper-parameters of your own loss")
+    label_smoothing: Annotated[Finite, Field(gt=0, lt=1)] | None = Field(
+        None, description="smoothed_cross_entropy only: share of the target spread over the vocabulary (default 0.1)"
+    )
+    z_loss_weight: Annotated[Finite, Field(ge=0)] = Field(0.0, description="adds z_loss_weight * logsumexp(logits)^2")
 
 
 class DPOConfig(Section):

@@ -36,6 +36,7 @@ class SFTExample:
     input_ids: np.ndarray  # (L,) int32
     labels: np.ndarray  # (L,) int32
     values: tuple[float, ...] = ()  # numbers of the row in data.columns, for a custom loss
+    weights: np.ndarray | None = None  # (L,) fp32, of each token in the loss, above 0 where learned; None: 1
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,8 @@ def sft_example(
         learned[start:end] = True
     for start, end in encoded.context:
         learned[start:end] = False
-    if len(encoded.context) < len(row.context) and data.supervise == "all":
-        reason = 'the chat template changes it in later turns: set data.supervise = "assistant"'
-        raise BadRow("not to be learned", f"a reply is marked as not to be learned, but {reason}")
+    if data.supervise == "all":
+        _check_marked(row, encoded)
     learned[:1] = False
     limit = data.max_length
     if not learned.any():
@@ -162,9 +162,29 @@ def sft_example(
         replies=len(replies),
         ended=sum(end <= limit and ids[end - 1] == tokenizer.end_of_turn_id for _, end in replies),
     )
-    ids, learned = ids[:limit], learned[:limit]
+    ids, learned, weights = ids[:limit], learned[:limit], _weights(row, encoded, len(ids))
     labels = np.where(learned, ids, IGNORED).astype(np.int32)
-    return SFTExample(row.row.id, row.row.where, ids, labels, row.values), counts
+    weights = None if weights is None else weights[:limit]
+    return SFTExample(row.row.id, row.row.where, ids, labels, row.values, weights), counts
+
+
+def _check_marked(row: Normalised, encoded: Encoded) -> None:
+    """Refuse a mark on a reply whose tokens are not known, although all tokens are learned."""
+    reason = 'but the chat template changes it in later turns: set data.supervise = "assistant"'
+    if len(encoded.context) < len(row.context):
+        raise BadRow("not to be learned", f"a reply is marked as not to be learned, {reason}")
+    if not row.reply_weights.keys() <= {*encoded.turns}:
+        raise BadRow("unclear weight", f"a reply has a weight, {reason}")
+
+
+def _weights(row: Normalised, encoded: Encoded, size: int) -> np.ndarray | None:
+    """The weight of each token, (size,) fp32: that of the row times that of the reply; None if all are 1."""
+    if row.weight == 1 and not row.reply_weights:
+        return None
+    weights = np.full(size, row.weight)
+    for (start, end), turn in zip(encoded.replies, encoded.turns, strict=True):
+        weights[start:end] *= row.reply_weights.get(turn, 1.0)
+    return weights.astype(np.float32)
 
 
 def preference_example(

@@ -5,8 +5,9 @@ A source has one format. `data.format` names it; "auto" takes the one that fits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 from lowlevel.data import readers
@@ -113,19 +114,20 @@ FORMATS += tuple(
     for f in FORMATS
     if f.method == "sft"
 )
+NO_NUMBERS: Mapping[str, str] = MappingProxyType({})
 
 
-def recognised(source: SourceRows, name: str, method: str, numbers: Sequence[str] = ()) -> SourceRows:
+def recognised(source: SourceRows, name: str, method: str, numbers: Mapping[str, str] = NO_NUMBERS) -> SourceRows:
     """The source with the format of its rows: `name`, from data.format, or the one that fits the columns.
 
-    Raises DataError if no format fits, or several; ConfigError for a column in `numbers`, data.columns, that is absent.
+    Raises DataError if no format fits, or several; ConfigError for an absent column of `numbers`, data.numbers.
     """
     if not source.rows:
         return source
     found = sorted({column for row in source.rows for column in row.columns})
     absent = next((column for column in numbers if column not in found), None)
     if absent is not None:
-        raise ConfigError(f'data.columns: {source.name} has no column "{quoted(absent)}"; found: {listed(found)}')
+        raise ConfigError(f'{numbers[absent]}: {source.name} has no column "{quoted(absent)}"; found: {listed(found)}')
     filled = {column for row in source.rows for column, value in row.columns.items() if value is not None}
     methods = (method, "dpo") if method == "kto" else (method,)  # of a pair, both completions have a label
     formats = [f for f in FORMATS if f.method in methods and name in ("auto", f.name)]

@@ -12,7 +12,7 @@ from lowlevel.config.schema import KTOConfig
 from lowlevel.data.readers import PAIR, Read
 from lowlevel.data.sources import Row, SourceRows
 from lowlevel.data.texts import BadRow, Columns, Message
-from lowlevel.data.turns import Turns
+from lowlevel.data.turns import Turns, refuse_weights
 from lowlevel.errors import quoted
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def with_label(read: Callable[[Columns], Read]) -> Callable[[Columns], Read]:
 
     def last_reply(columns: Columns) -> Read:
         turns, _ = read(columns)
+        refuse_weights("a reply", turns)
         if len(turns.messages) - 1 in turns.context:
             raise BadRow("not to be learned", "the completion is marked as not to be learned (weight 0)")
         return _last_of(turns), ()
@@ -79,7 +80,7 @@ def _half(read: Callable[[Columns], Read], columns: Columns) -> Read:
 def _last_of(turns: Turns) -> Turns:
     """The same turns, of whose replies only the last is learned."""
     replies = [i for i, message in enumerate(turns.messages) if message["role"] == "assistant"]
-    return replace(turns, context=frozenset(replies[:-1]))
+    return replace(turns, weights=dict.fromkeys(replies[:-1], 0.0))
 
 
 def balance(examples: Sequence[Example], config: KTOConfig) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from lowlevel.data.labelled import LABEL, label_of
 from lowlevel.data.readers import Completion, Completions
 from lowlevel.data.sources import Row
-from lowlevel.data.texts import BadRow, Columns, Message, is_filled, value_of
+from lowlevel.data.texts import WEIGHTS, BadRow, Columns, Message, is_filled, is_weight, value_of
 from lowlevel.data.tool_calls import tools_of
 from lowlevel.data.turns import MASKED, Turns
 
@@ -35,11 +35,13 @@ class Normalised:
     messages: list[Message]
     completions: Completions
     values: tuple[float, ...]  # of KTO the label, then the numbers in data.columns, in that order
-    digest: str  # sha256 of the messages, and of values, tools and context if there are any
+    digest: str  # sha256 of the messages, and of values, tools, context and weights if there are any
     prompt_digest: str  # sha256 of the messages before the first reply
     warnings: tuple[str, ...]  # kinds of peculiarities with which the row can still be used
     tools: tuple[Message, ...] = ()  # for the chat template
     context: frozenset[int] = frozenset()  # indices of replies that are only context
+    weight: float = 1.0  # of the row in the loss
+    reply_weights: Mapping[int, float] = field(default_factory=dict)  # likewise, by index of a reply; the others have 1
 
     @property
     def texts(self) -> list[str]:
@@ -53,26 +55,26 @@ class Normalised:
         return [_text(said) for said in (self.completions or learned)]
 
 
-def normalise(row: Row, columns: Sequence[str] = ()) -> Normalised:
-    """Check a row's content, convert it to messages and read the numbers in `columns`. Raises BadRow."""
+def normalise(row: Row, columns: Sequence[str] = (), weight_column: str | None = None) -> Normalised:
+    """Check a row's content, convert it to messages and read the numbers in `columns` and its weight. Raises BadRow."""
     turns, completions = row.format.read(row.columns)
     messages, context = turns.messages, turns.context
     if not completions:
         _check_conversation(turns)
     labels = [label_of(row.columns)] if row.format.labelled else []
-    read = [*columns, *[LABEL] * len(labels)]
-    _check_marks(row.columns, read, str(messages[-1]["content"]), is_pair=bool(completions))
+    read = (*columns, *([] if weight_column is None else [weight_column]))
+    marked = [*read, *[LABEL] * len(labels)]
+    _check_marks(row.columns, marked, str(messages[-1]["content"]), is_pair=bool(completions))
+    weight = 1.0 if weight_column is None else _weight(row.columns, weight_column)
+    reply_weights = {index: own for index, own in turns.weights.items() if own != 0}
     values = (*labels, *(_number(row.columns, name) for name in columns))
     said = (*messages, *(reply for reply in completions if not isinstance(reply, str)))
     tools = tools_of(row.columns, needed=any("tool_calls" in message for message in said))
+    known = (*read, *row.format.aside, *(["tools"] if tools else []))
     first_reply = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     prompt = messages if completions else messages[:first_reply]
     scores = _scores(row.columns) if completions else ()
-    warnings = [
-        *turns.notes,
-        *scores,
-        *_ignored(row.columns, (*columns, *row.format.aside, *(["tools"] if tools else []))),
-    ]
+    warnings = [*turns.notes, *scores, *_ignored(row.columns, known, of_sft=row.format.method == "sft")]
     spoken = [m["role"] for m in messages if m["role"] != "system"] + ["assistant"] * bool(completions)
     late_system = any(m["role"] == "system" for m in messages[1:])
     twice = any(a == b != "tool" for a, b in zip(spoken, spoken[1:], strict=False))
@@ -80,12 +82,14 @@ def normalise(row: Row, columns: Sequence[str] = ()) -> Normalised:
         warnings.append("turns not alternating")
     if any(m["role"] == "user" and not m["content"].strip() for m in messages):
         warnings.append("empty user turn")
-    added = {"tools": tools, "context": sorted(context)}
+    marks = {"context": sorted(context), "reply_weights": sorted(reply_weights.items())}
+    added = {"tools": tools, **marks, **({"weight": weight} if weight != 1 else {})}
     added = {key: value for key, value in added.items() if value}
     identity = digest([messages, completions, *([values] if values else []), *([added] if added else [])])
     return Normalised(
-        row, messages, completions, values, identity, digest(prompt), tuple(warnings), tuple(tools), context
-    )
+        row, messages, completions, values, identity, digest(prompt), tuple(warnings), tuple(tools), context,
+        weight, reply_weights,
+    )  # fmt: skip
 
 
 def _text(said: Completion) -> str:
@@ -137,12 +141,13 @@ def _scores(columns: Columns) -> Iterator[str]:
             yield f'pairs with "{chosen}" {than} "{rejected}" (are they swapped? data.filters can leave rows out)'
 
 
-def _ignored(columns: Columns, read: Sequence[str]) -> Iterator[str]:
+def _ignored(columns: Columns, read: Sequence[str], *, of_sft: bool) -> Iterator[str]:
     """Warnings about columns that would change training if they were read; a weight of 1 would not."""
     for name in OF_OTHERS:
         value = columns.get(name)
         if name not in read and is_filled(value) and not (name == "weight" and value == 1):
             hint = " (make it the first message)" if name in ("system", "system_prompt") else ""
+            hint = ' (data.weight_column = "weight" reads it)' if name == "weight" and of_sft else hint
             yield f'column "{name}" ignored{hint}'
 
 
@@ -160,3 +165,13 @@ def _number(columns: Columns, name: str) -> float:
     if not math.isfinite(number):
         raise BadRow("not a finite number", f'"{name}" is {number}, expected a finite number')
     return number
+
+
+def _weight(columns: Columns, name: str) -> float:
+    weight = _number(columns, name)
+    if weight == 0:
+        hint = f"keep the others with [[data.filters]] {name} > 0"
+        raise BadRow("not to be learned", f'"{name}" is 0: the row is not to be learned; {hint}')
+    if not is_weight(weight):
+        raise BadRow("unclear weight", f'"{name}" is {weight:g}, expected a weight from {WEIGHTS}')
+    return weight

@@ -76,7 +76,7 @@ def evaluation_rows(source: str | GivenRows, split: str, data: DataConfig, metho
 
 
 def _read(source: str | GivenRows, split: str, name: str, data: DataConfig, method: str) -> SourceRows:
-    read = recognised(read_source(source, split, method), name, method, data.columns)
+    read = recognised(read_source(source, split, method), name, method, data.numbers)
     return halves(read) if method == "kto" else read
 
 

@@ -138,7 +138,7 @@ def _checked(rows: Iterable[Row], data: DataConfig) -> Iterator[Normalised | Row
     """Normalise each row; an unusable one becomes a problem."""
     for row in rows:
         try:
-            yield normalise(row, data.columns)
+            yield normalise(row, data.columns, data.weight_column)
         except BadRow as bad:
             yield RowProblem(row.where, bad.reason, str(bad))
 

@@ -17,7 +17,7 @@ from lowlevel.data.texts import (
     text_of,
     value_of,
 )
-from lowlevel.data.turns import Turns, message, turns_of, turns_or_none
+from lowlevel.data.turns import Turns, message, refuse_weights, turns_of, turns_or_none
 from lowlevel.errors import quoted
 
 Completion = str | Message  # a message if it has tool calls
@@ -48,7 +48,7 @@ def messages(columns: Columns) -> Read:
         completion = completion.after(len(prompt.messages))
     if not completion.messages or completion.messages[0]["role"] != "assistant":
         raise BadRow("completion is not a reply", '"completion" does not begin with an assistant message')
-    said = frozenset(i for i, turn in enumerate(prompt.messages) if turn["role"] == "assistant")
+    said = {i: 0.0 for i, turn in enumerate(prompt.messages) if turn["role"] == "assistant"}
     return Turns(prompt.messages, said, tuple(set(prompt.notes))) + completion, ()
 
 
@@ -163,6 +163,10 @@ def _completion(columns: Columns, name: str) -> Turns:
 
 def _pair(prompt: Turns, chosen: Turns, rejected: Turns) -> Read:
     _check_prompt(prompt)
+    for name, turns in zip(
+        ("a reply of the prompt", '"chosen"', '"rejected"'), (prompt, chosen, rejected), strict=True
+    ):
+        refuse_weights(name, turns)
     texts = [_reply(name, turns, prompt) for name, turns in zip(PAIR, (chosen, rejected), strict=True)]
     if texts[0] == texts[1]:
         raise BadRow("chosen = rejected", "chosen and rejected are the same text")

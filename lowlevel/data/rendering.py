@@ -63,6 +63,7 @@ class Encoded:
     replies: list[tuple[int, int]]  # half-open token ranges of the assistant's replies, with end-of-turn tokens
     warnings: Counter[str]  # number of boundaries, messages or replies by kind
     context: tuple[tuple[int, int], ...] = ()  # replies that are not to be learned
+    turns: tuple[int, ...] = ()  # index of the message of each of `replies`
 
 
 @dataclass(frozen=True)
@@ -216,11 +217,12 @@ class ChatTokenizer:
         input_ids = self._with_bos(ids)
         shift = len(input_ids) - len(ids)
         spans = [(start + shift, end + shift, turn) for start, end, turn in found if start < end]
-        replies = [(start, end) for start, end, turn in spans if turn not in context]
+        learned = [span for span in spans if span[2] not in context]
+        replies, turns = [(start, end) for start, end, _ in learned], tuple(turn for _, _, turn in learned)
         said = tuple((start, end) for start, end, turn in spans if turn in context)
         lost = left_out(text, [message for message in messages if message["role"] != "assistant"])
         counts = {APART: int(apart), CROSSED: crossed, CHANGED: rendered.changed, LEFT_OUT: lost}
-        return Encoded(input_ids, replies, Counter(counts), said)
+        return Encoded(input_ids, replies, Counter(counts), said, turns)
 
     def _by_prefixes(
         self, text: str, replies: Sequence[Reply], ids: list[int]

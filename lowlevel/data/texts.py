@@ -124,3 +124,11 @@ def decoded(text: str, name: str) -> list[Any] | None:
 def is_message(item: object) -> bool:
     """Whether a value has the keys of a message, or of ShareGPT's."""
     return isinstance(item, Mapping) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())
+
+
+WEIGHTS = "1e-6 to 1e6"  # of a row or a reply in the loss; 0 leaves it out
+
+
+def is_weight(value: float) -> bool:
+    """Whether a number is in the range of `WEIGHTS`."""
+    return 1e-6 <= value <= 1e6

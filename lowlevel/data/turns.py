@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowlevel.data.sources import kind_of
-from lowlevel.data.texts import BadRow, Columns, Message, decoded, is_blank, is_filled, value_of
+from lowlevel.data.texts import WEIGHTS, BadRow, Columns, Message, decoded, is_blank, is_filled, is_weight, value_of
 from lowlevel.data.tool_calls import call_of, calls_of
 from lowlevel.errors import printable, quoted
 from lowlevel.redaction import redact
@@ -28,25 +28,41 @@ RESULT_KEYS = ("name", "tool_call_id")
 STRICT_MARKS = ("weight", "train", "training", "masked", "trainable")
 PARTLY = ("train_detail", "training_detail")  # axolotl's marks of parts of a reply
 MASKED = "replies that the data marks as not to be learned (context only)"
+WEIGHTED = "replies with a weight of their own in the loss"
 DECODED = "list of messages written as text: decoded"
 
 
 @dataclass(frozen=True)
 class Turns:
-    """Messages, the indices of replies that are only context, and notes that the report counts."""
+    """Messages, the weights of replies in the loss by index, and notes that the report counts.
+
+    A reply without a weight has 1; one with 0 is only context.
+    """
 
     messages: list[Message]
-    context: frozenset[int] = frozenset()
+    weights: Mapping[int, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def context(self) -> frozenset[int]:
+        """The indices of replies that are only context."""
+        return frozenset(index for index, weight in self.weights.items() if weight == 0)
 
     def __add__(self, other: Turns) -> Turns:
         """The turns of both, in order."""
-        shifted = {index + len(self.messages) for index in other.context}
-        return Turns(self.messages + other.messages, self.context | shifted, self.notes + other.notes)
+        shifted = {index + len(self.messages): weight for index, weight in other.weights.items()}
+        return Turns(self.messages + other.messages, {**self.weights, **shifted}, self.notes + other.notes)
 
     def after(self, count: int) -> Turns:
         """The turns without the first `count`."""
-        return Turns(self.messages[count:], frozenset(i - count for i in self.context if i >= count), self.notes)
+        weights = {index - count: weight for index, weight in self.weights.items() if index >= count}
+        return Turns(self.messages[count:], weights, self.notes)
+
+
+def refuse_weights(name: str, turns: Turns) -> None:
+    """Refuse weights of replies other than 1 and 0, which only sft reads. Raises BadRow."""
+    if weight := next(filter(None, turns.weights.values()), None):
+        raise BadRow("unclear weight", f"{name} has a weight of {weight:g}; weights of replies are for sft")
 
 
 def message(role: str, content: str) -> Turns:
@@ -63,7 +79,7 @@ def turns_or_none(columns: Columns, name: str) -> Turns | None:
     if not items:
         raise BadRow("empty messages", f'"{name}" is empty')
     turns = _turns(items, name)
-    return Turns(turns.messages, turns.context, (*turns.notes, DECODED)) if isinstance(value, str) else turns
+    return Turns(turns.messages, turns.weights, (*turns.notes, DECODED)) if isinstance(value, str) else turns
 
 
 def turns_of(columns: Columns, name: str) -> Turns:
@@ -98,7 +114,7 @@ def _turns(items: Sequence[object], name: str) -> Turns:
     if not result.messages:
         raise BadRow("empty messages", f'"{name}" is empty')
     notes = tuple(f'message key "{quoted(redact(printable(key)))}" ignored' for key in sorted(ignored))
-    return Turns(result.messages, result.context, result.notes + notes)
+    return Turns(result.messages, result.weights, result.notes + notes)
 
 
 def _role(item: Columns, key: str, place: str) -> tuple[str, str]:
@@ -119,7 +135,8 @@ def _said(item: Columns, key: str, name: str, place: str, *, is_call: bool) -> T
         what = "completion" if name in ("messages", "conversations") else name
         raise BadRow(f"empty {what}", f"empty {what}{place}")
     one = message("assistant", content).messages[0] | ({"tool_calls": calls} if calls else {})
-    return Turns([one]) if _is_learned(item, place) else Turns([one], frozenset({0}), (MASKED,))
+    weight = _weight_of(item, place)
+    return Turns([one]) if weight == 1 else Turns([one], {0: weight}, (WEIGHTED if weight else MASKED,))
 
 
 def _content(item: Columns, key: str, place: str, *, optional: bool = False) -> str:
@@ -137,9 +154,9 @@ def _content(item: Columns, key: str, place: str, *, optional: bool = False) -> 
     return "".join(part["text"] for part in value)
 
 
-def _is_learned(item: Columns, place: str) -> bool:
-    """Whether no mark says that a reply is only context. Raises BadRow for a mark that is neither yes nor no."""
-    learned = True
+def _weight_of(item: Columns, place: str) -> float:
+    """The weight of a reply in the loss; 0 if a mark says that it is only context. Raises BadRow: an unclear mark."""
+    weight, learned = 1.0, True
     if part := next((key for key in PARTLY if is_filled(item.get(key))), None):
         raise BadRow(
             "unclear weight", f'"{part}"{place} marks parts of a reply; a reply is learned whole or not at all'
@@ -148,8 +165,11 @@ def _is_learned(item: Columns, place: str) -> bool:
         value = item.get(key)
         if isinstance(value, bool | int | float) and value in (0, 1) and (key in STRICT_MARKS or value is bool(value)):
             learned = learned and value == yes
+        elif key == "weight" and isinstance(value, int | float) and is_weight(value):
+            weight = float(value)
         elif value is not None and key in STRICT_MARKS:
             what = f"{value}" if isinstance(value, int | float) else kind_of(value)
             hint = "expected 1 or 0 (or true, false): a reply is learned or only context"
+            hint += f"; a weight may also be from {WEIGHTS}" * (key == "weight")
             raise BadRow("unclear weight", f'"{key}"{place} is {what}, {hint}')
-    return learned
+    return weight if learned else 0.0

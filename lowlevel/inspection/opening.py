@@ -178,7 +178,7 @@ def _why_missing(config: RunConfig, tokenizer: ChatTokenizer, row: int) -> str:
 def _problem(row: Row, config: RunConfig, tokenizer: ChatTokenizer) -> str | None:
     """Why a row gives no example, or None if it gives one."""
     try:
-        normalised = normalise(row, config.data.columns)
+        normalised = normalise(row, config.data.columns, config.data.weight_column)
     except BadRow as bad:
         return str(bad)
     built = build_examples([normalised], config.data, tokenizer, len(tokenizer.tokenizer))

@@ -18,13 +18,14 @@ from lowlevel.methods import Method
 Reading = Literal["margin", "averages", "both", "quantiles"]
 
 READINGS: dict[str, Reading] = {
-    **dict.fromkeys(("sigmoid", "cdpo", "robust", "hinge", "ipo_sum", "exo_pair", "discopop", "odpo"), "margin"),
+    **dict.fromkeys(("sigmoid", "cdpo", "robust", "hinge", "ipo_sum", "exo_pair", "discopop", "odpo", "wpo"), "margin"),
     **dict.fromkeys(("ipo", "sigmoid_norm", "simpo"), "averages"),
     **dict.fromkeys(("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "dpop", "rpo"), "both"),
+    **dict.fromkeys(("f_forward_kl", "f_js", "f_alpha", "ld_dpo", "orpo", "cpo", "cpo_sum", "nll"), "both"),
     **dict.fromkeys(("aot", "aot_unpaired"), "quantiles"),
 }
 SIGNS = {
-    "ls(": "log σ(", "s(": "σ(", "log pi(": "log π(",
+    "ls(": "log σ(", "s(": "σ(", "log pi(": "log π(", "pi(": "π(",
     "beta": "β", "eps": "ε", "tau": "τ", "lambda": "λ", "alpha": "α", "gamma": "γ",
     "n+": "n₊", "n-": "n₋", "y+": "y₊", "y-": "y₋", "y_t": "yₜ", "y_<t": "y<ₜ",
 }  # fmt: skip

@@ -18,7 +18,7 @@ from lowlevel.config.schema import DPOConfig
 from lowlevel.inspection.displacement import Displacement, displacement_of
 from lowlevel.inspection.distribution import Distribution, distribution
 from lowlevel.inspection.reading import reading_of
-from lowlevel.kernels import token_logps
+from lowlevel.kernels import token_logps, token_scores
 from lowlevel.methods.dpo import DPO, pair_logps, reward_slopes
 from lowlevel.methods.sft import SFT
 from lowlevel.model.policy import Policy
@@ -129,8 +129,9 @@ def inspect_sequences(policy: Policy, method: SFT, examples: Sequence[SFTExample
         policy.dropout.disable()
         moved = batch.to(policy.placement.device)
         predictions = policy.scored_hidden_states(moved), policy.lm_head_weight, moved.scored_targets
-        logps, predicted = token_logps(*predictions), distribution(*predictions)
-        losses, metrics = method.token_losses(moved, logps)
+        logps, statistics = token_scores(*predictions, method.statistics)
+        predicted = distribution(*predictions)
+        losses, metrics = method.token_losses(moved, logps, statistics)
         values, metrics = batch.values(method.columns), {name: metric.cpu() for name, metric in metrics.items()}
         logps, losses = logps.cpu(), losses.cpu()
         for number, row in enumerate(batch.data_rows):
@@ -173,20 +174,19 @@ def _pairs_of(
     policy: Policy, method: DPO, batch: PackedBatch, by_row: dict[int, PreferenceExample]
 ) -> list[PairRecord]:
     moved, head = batch.to(policy.placement.device), policy.lm_head_weight
-    targets = moved.scored_targets
+    targets, needs = moved.scored_targets, method.statistics
     ref_hidden, ref_logps = None, torch.zeros_like(targets, dtype=torch.float32)
-    if not method.preference_loss.spec.reference_free:
+    if method.has_reference:
         with policy.reference():
             ref_hidden = policy.scored_hidden_states(moved)
             ref_logps = token_logps(ref_hidden, head, targets)
     policy.dropout.disable()
     hidden = policy.scored_hidden_states(moved)
-    logps, predicted = token_logps(hidden, head, targets), distribution(hidden, head, targets)
-    pairs = pair_logps(moved, logps, ref_logps, method.columns)
+    (logps, statistics), predicted = token_scores(hidden, head, targets, needs), distribution(hidden, head, targets)
+    pairs = pair_logps(moved, logps, ref_logps, method.columns, statistics)
     output, slopes = method.preference_loss(pairs), reward_slopes(method.config, pairs)
-    logps, ref_logps, values = logps.cpu(), ref_logps.cpu(), batch.values(method.columns)
-    margins, losses = output.margins.cpu(), output.losses.cpu()
-    metrics = {name: metric.cpu() for name, metric in output.metrics.items()}
+    logps, ref_logps, margins, losses = (t.cpu() for t in (logps, ref_logps, output.margins, output.losses))
+    metrics, values = {name: one.cpu() for name, one in output.metrics.items()}, batch.values(method.columns)
     # both completions of each pair, dummy pairs included: all chosen, then all rejected, (2P,) each
     sums = torch.cat([pairs.chosen_logps, pairs.rejected_logps]).cpu()
     ref_sums = torch.cat([pairs.ref_chosen_logps, pairs.ref_rejected_logps]).cpu()

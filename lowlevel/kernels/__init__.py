@@ -7,6 +7,6 @@ Triton is optional. It is imported at the first call with a CUDA tensor; if it i
 one warning says so, and plain torch computes the same numbers.
 """
 
-from lowlevel.kernels.token_logps import chunk_rows, token_logps
+from lowlevel.kernels.token_logps import chunk_rows, token_logps, token_scores
 
-__all__ = ["chunk_rows", "token_logps"]
+__all__ = ["chunk_rows", "token_logps", "token_scores"]

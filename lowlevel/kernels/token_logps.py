@@ -15,6 +15,7 @@ gradient (QLoRA's LM head), at least one row, and a Triton that compiles for the
 reference pass under `no_grad` run the same kernels, so equal weights give equal bits.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn.functional import linear
 
 from lowlevel import losses
 from lowlevel.kernels import vocabulary as ops
+from lowlevel.losses.token_logps import NOT_DIFFERENTIABLE, statistic_gradients
 
 CHUNK_BYTES = 32 * 2**20  # of logits: they stay in an H100's L2 (50 MB), and the products still fill the GPU
 ROW_STEP = 64  # rows of a cuBLAS tile; with fewer, reading the weight dominates the product
@@ -40,12 +42,19 @@ def token_logps(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chun
     Arguments, result and errors of `lowlevel.losses.token_logps`, but on the fast path a target outside [0, V) gives
     NaN, and `chunk_size` None means `chunk_rows`. After one warm-up call a CUDA graph can capture it.
     """
+    return token_scores(hidden, lm_head_weight, targets, chunk_size=chunk_size)[0]
+
+
+def token_scores(
+    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, needs: Sequence[str] = (), *, chunk_size: int | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`token_logps`, and the statistics of `lowlevel.losses.token_scores` that `needs` names, in the same passes."""
     if not _is_fast(hidden, lm_head_weight, targets, chunk_size):
         options = {} if chunk_size is None else {"chunk_size": chunk_size}
-        return losses.token_logps(hidden, lm_head_weight, targets, **options)
+        return losses.token_scores(hidden, lm_head_weight, targets, needs, **options)
     rows = chunk_size or chunk_rows(lm_head_weight.shape[0], lm_head_weight.element_size())
-    logps: Tensor = _FusedTokenLogps.apply(hidden, lm_head_weight, targets, rows)  # type: ignore[no-untyped-call]
-    return logps
+    logps, *values = _FusedTokenScores.apply(hidden, lm_head_weight, targets, rows, tuple(needs))  # type: ignore[no-untyped-call]
+    return logps, dict(zip(needs, values, strict=True))
 
 
 def _is_fast(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None) -> bool:
@@ -58,29 +67,34 @@ def _is_fast(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | 
     return fits and ops.usable(weight.device, weight.dtype, weight.shape[0])
 
 
-class _FusedTokenLogps(torch.autograd.Function):
+class _FusedTokenScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
-        pairs = [
-            ops.logsumexp_and_target(_logits(part, weight), part_targets)  # frees the logits before the next chunk
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, needs: tuple[str, ...]
+    ) -> tuple[Tensor, ...]:
+        chunks = [
+            ops.logsumexp_and_target(_logits(part, weight), part_targets, needs)  # frees the logits before the next one
             for part, part_targets in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
         ]
-        lse, target_logit = (torch.cat(parts) for parts in zip(*pairs, strict=True))  # (N,) each
+        lse, target_logit, *statistics = (torch.cat(parts) for parts in zip(*chunks, strict=True))  # (N,) each
         ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.chunk_size = chunk_size
-        return target_logit.sub_(lse)
+        ctx.chunk_size, ctx.needs = chunk_size, needs
+        named = zip(needs, statistics, strict=True)
+        ctx.mark_non_differentiable(*(values for name, values in named if name in NOT_DIFFERENTIABLE))
+        return target_logit.sub_(lse), *statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_logps: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, lse = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        vectors = (part.split(ctx.chunk_size) for part in (targets, lse, grad_logps.contiguous()))
+        of_statistics = statistic_gradients(dict(zip(ctx.needs, grads, strict=True)), weight.shape[0]) or ()
+        vectors = (part.split(ctx.chunk_size) for part in (targets, lse, grad_logps.contiguous(), *of_statistics))
         parts = zip(hidden.split(ctx.chunk_size), grad_hidden.split(ctx.chunk_size), *vectors, strict=True)
         with torch.autocast(hidden.device.type, enabled=False):
             for part, part_grad, *part_vectors in parts:
                 part_grad.copy_(ops.grad_logits_(_logits(part, weight), *part_vectors) @ weight)
-        return grad_hidden, None, None, None
+        return grad_hidden, None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from lowlevel.losses.kto import KTO_LOSSES, LabelledLogps
 from lowlevel.losses.preference import PairLogps
 from lowlevel.losses.registry import loss
 from lowlevel.losses.sums import LossSums
-from lowlevel.losses.supervised import SFT_LOSSES, TokenLogps
-from lowlevel.losses.token_logps import token_logps, token_logps_reference
+from lowlevel.losses.supervised import SFT_LOSSES, SupervisedLoss, TokenLogps
+from lowlevel.losses.token_logps import token_logps, token_logps_reference, token_scores, token_scores_reference
 
 __all__ = [
     "KTO_LOSSES",
@@ -22,6 +22,7 @@ __all__ = [
     "LossSums",
     "PairLogps",
     "PreferenceLoss",
+    "SupervisedLoss",
     "TokenLogps",
     "dpo_loss",
     "loss",
@@ -30,4 +31,6 @@ __all__ = [
     "sequence_logps",
     "token_logps",
     "token_logps_reference",
+    "token_scores",
+    "token_scores_reference",
 ]

@@ -38,6 +38,7 @@ BETA, BETAS = 0.1, {"simpo": 2.0}  # the default of beta, and of the losses that
 AOT = "cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))"
 F_ALPHA = "-ls(beta (g(a) - g(b))), g(r) = (exp((alpha-1) r) - 1) / (alpha-1)"
 LD_DPO = "-ls(x), tokens after min(n+, n-) times alpha"
+WPO, SQUARES = "-sg(w+ w-) ls(x), w = exp(mean_t (l_t - log sum_v p_v^2))", ("log_square_sum",)
 ORPO = "-p+/n+ - lambda ls(o(p+/n+) - o(p-/n-)), o(p) = p - log(1 - exp(p))"
 _SPECS = (
     spec_of(preference.sigmoid, "-ls(x)", "arXiv 2305.18290 eq 7"),
@@ -62,6 +63,7 @@ _SPECS = (
     spec_of(modifiers.f_js, "-ls(beta (ls(a) - ls(b)))", "arXiv 2309.16240 eq 8"),
     spec_of(modifiers.f_alpha, F_ALPHA, "arXiv 2309.16240 eq 8"),
     spec_of(modifiers.ld_dpo, LD_DPO, "arXiv 2409.06411 eq 10", needs_tokens=True),
+    spec_of(modifiers.wpo, WPO, "arXiv 2406.11827 eq 2", needs_lengths=True, detaches=True, statistics=SQUARES),
     spec_of(modifiers.odpo, "-ls(x - alpha m)", "arXiv 2402.10571 eq 8", needs_margin=True),
     spec_of(
         reference_free.simpo,

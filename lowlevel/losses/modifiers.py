@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lowlevel.losses.preference import PairLogps
+from lowlevel.losses.preference import PairLogps, token_counts
 from lowlevel.losses.registry import LossSpec
 
 LARGEST_EXPONENT = 60.0  # e^60 = 1e26: its square still fits in fp32
@@ -59,6 +59,21 @@ def ld_dpo(pairs: PairLogps, *, beta: float, ld_alpha: float = 0.5) -> Tensor:
     weights = torch.where(order - first[ids] < shared[ids], 1.0, ld_alpha)
     logratios = pairs.completion_sums(weights * (pairs.token_logps - pairs.ref_token_logps))
     return -logsigmoid(beta * (logratios[:size] - logratios[size:]))
+
+
+def wpo(pairs: PairLogps, *, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """WPO: `-sg(w+ w-) ls(x), w = exp(mean_t (l_t - log sum_v p_v^2))`. Zhou et al., arXiv 2406.11827 eq 2.
+
+    p_v: probabilities of the vocabulary under the policy, l_t: log-probability of a completion's token. A pair counts
+    as much as its completions are like the policy's own. The weights have no gradient.
+    """
+    if pairs.token_logps is None or "log_square_sum" not in pairs.statistics:
+        raise ValueError("wpo reads single tokens: it needs token_logps, sequence_ids and statistics")
+    likeness = pairs.completion_sums(pairs.token_logps.detach() - pairs.statistics["log_square_sum"])
+    chosen, rejected = likeness.chunk(2)
+    chosen_count, rejected_count = token_counts(pairs)
+    weights = torch.exp(chosen / chosen_count + rejected / rejected_count)  # w+ w-, eq 2
+    return -weights * logsigmoid(beta * pairs.deltas), {"wpo_weight": weights}
 
 
 def odpo(pairs: PairLogps, *, beta: float, odpo_alpha: float = 1.0) -> Tensor:
@@ -130,6 +145,7 @@ def mixture(text: str, find: Callable[[str], LossSpec]) -> LossSpec:
         parameters=tuple(dict.fromkeys(name for spec in specs for name in spec.parameters)),
         reference_free=all(spec.reference_free for spec in specs),
         own=any(spec.own for spec in specs),
+        statistics=tuple(dict.fromkeys(name for spec in specs for name in spec.statistics)),
         **{
             flag: any(getattr(spec, flag) for spec in specs)
             for flag in ("needs_lengths", "needs_tokens", "needs_margin", "mixes_pairs", "detaches")

@@ -29,6 +29,7 @@ class PairLogps:
         sequence_ids: (N,) int64, the completion of each token: i is the chosen one of pair i, P + i its rejected one,
             2P marks a dummy token.
         values: numeric columns of the rows that `data.columns` names, (P,) fp32 each.
+        statistics: of the vocabulary at each token under the policy, those that the loss declares, (N,) fp32 each.
     """
 
     chosen_logps: Tensor
@@ -41,6 +42,7 @@ class PairLogps:
     ref_token_logps: Tensor | None = None
     sequence_ids: Tensor | None = None
     values: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     def completion_sums(self, token_values: Tensor) -> Tensor:
         """The (N,) values of tokens summed by completion, (2P,): all chosen, then all rejected; without dummies."""

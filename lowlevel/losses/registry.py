@@ -19,12 +19,14 @@ import inspect
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+
+from lowlevel.losses.token_logps import STATISTICS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,6 +46,7 @@ class LossSpec:
     reference_free: bool = False  # log-probabilities under the reference are 0, and there is no reference pass
     mixes_pairs: bool = False  # the loss of a pair depends on the other pairs of its micro-batch
     detaches: bool = False  # parts of the loss are without a gradient on purpose
+    statistics: tuple[str, ...] = ()  # of the vocabulary at each token, which it reads: token_logps.STATISTICS
     own: bool = False  # a custom loss
 
     @property
@@ -58,24 +61,32 @@ class LossSpec:
         return losses, {name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()}
 
 
-def spec_of(function: Callable[..., Any], formula: str, paper: str = "", *, name: str = "", **flags: bool) -> LossSpec:
+def spec_of(function: Callable[..., Any], formula: str, paper: str = "", *, name: str = "", **needs: Any) -> LossSpec:
     """The description of a loss; its hyper-parameters are the function's keyword-only arguments."""
     keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return LossSpec(name or function.__name__, function, formula, paper, tuple(keywords), **flags)
+    return LossSpec(name or function.__name__, function, formula, paper, tuple(keywords), **needs)
 
 
 OWN: dict[str, LossSpec] = {}  # filled by `loss`
 
 
 @overload
-def loss(function: Function, /, *, name: str = "", mixes_pairs: bool = False, detaches: bool = False) -> Function: ...
+def loss(
+    function: Function, /, *, name: str = "", mixes_pairs: bool = False, detaches: bool = False,
+    statistics: Sequence[str] = (),
+) -> Function: ...  # fmt: skip
 
 
 @overload
-def loss(*, name: str = "", mixes_pairs: bool = False, detaches: bool = False) -> Callable[[Function], Function]: ...
+def loss(
+    *, name: str = "", mixes_pairs: bool = False, detaches: bool = False, statistics: Sequence[str] = ()
+) -> Callable[[Function], Function]: ...
 
 
-def loss(function: Any = None, /, *, name: str = "", mixes_pairs: bool = False, detaches: bool = False) -> Any:
+def loss(
+    function: Any = None, /, *, name: str = "", mixes_pairs: bool = False, detaches: bool = False,
+    statistics: Sequence[str] = (),
+) -> Any:  # fmt: skip
     """Register a loss, so that `dpo.loss_type` or `sft.loss_type` can name it. Use it as a decorator.
 
     Args:
@@ -84,14 +95,20 @@ def loss(function: Any = None, /, *, name: str = "", mixes_pairs: bool = False, 
         mixes_pairs: the loss of a pair depends on the other pairs of its micro-batch.
         detaches: parts of the loss have no gradient on purpose: `lowlevel verify` does not compare its gradient with
             differences of its value.
+        statistics: of the vocabulary at each token, which it reads from `statistics` of its first argument: "lse",
+            "mean_logp", "log_square_sum" (see `lowlevel.losses.token_logps`).
 
     Raises:
-        ValueError: a built-in loss has this name.
+        ValueError: a built-in loss has this name, or a statistic does not exist.
     """
     from lowlevel.losses import LOSSES, SFT_LOSSES
 
+    unknown = [one for one in statistics if one not in STATISTICS]
+    if unknown:
+        raise ValueError(f"unknown statistic {unknown[0]!r}; known: {', '.join(STATISTICS)}")
+
     def register(given: Callable[..., Any]) -> Callable[..., Any]:
-        spec = _own(given, name, mixes_pairs=mixes_pairs, detaches=detaches)
+        spec = _own(given, name, mixes_pairs=mixes_pairs, detaches=detaches, statistics=tuple(statistics))
         if spec.name in {**LOSSES, **SFT_LOSSES}:
             raise ValueError(f"{spec.name!r} is a built-in loss: register yours under another name")
         OWN[spec.name] = spec
@@ -100,9 +117,9 @@ def loss(function: Any = None, /, *, name: str = "", mixes_pairs: bool = False, 
     return register if function is None else register(function)
 
 
-def _own(function: Callable[..., Any], name: str, **flags: bool) -> LossSpec:
+def _own(function: Callable[..., Any], name: str, **needs: Any) -> LossSpec:
     formula = (inspect.getdoc(function) or "").split("\n")[0] or f"{function.__module__}.{function.__qualname__}"
-    return spec_of(function, formula, "a loss of your own", name=name, own=True, **flags)
+    return spec_of(function, formula, "a loss of your own", name=name, own=True, **needs)
 
 
 def name_of(function: Callable[..., Any]) -> str:

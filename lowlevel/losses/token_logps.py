@@ -6,6 +6,14 @@ softmax and gradient. So rows are computed in chunks, and the backward pass reco
     forward     z = h W^T          lse = logsumexp(z)      logp = z[y] - lse
     backward    p = exp(z - lse)   dz = g (onehot(y) - p)   dh = dz W      dW = dz^T h
 
+`token_scores` also returns statistics of the distribution over the vocabulary at each token, from the same chunk::
+
+    lse               logsumexp(z)                                   d lse / dz = p                  z-loss
+    mean_logp         mean over v of log p_v = mean(z) - lse         d mean_logp / dz = 1/V - p      label smoothing
+    log_square_sum    log sum_v p_v^2 = logsumexp(2 z) - 2 lse       no gradient                     WPO
+
+With g_lse and g_mean their incoming gradients, `dz = g (onehot(y) - p) + (g_lse - g_mean) p + g_mean / V`.
+
 Saved for the backward pass: hidden (N, D), weight (V, D), targets (N,) and lse (N,). No buffer exceeds chunk_size x V,
 except the gradient of a weight that is not frozen.
 
@@ -16,6 +24,8 @@ smallest number (6e-8), and a loss scale after the rounding could not recover th
 which a loss scaler detects. `dW` is computed and summed over chunks in fp32. Autocast is off inside.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +33,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+Formula = Callable[[Tensor, Tensor], Tensor]  # logits (C, V) and their logsumexp (C,) to (C,)
+STATISTICS: Mapping[str, Formula] = MappingProxyType(
+    {
+        "lse": lambda logits, lse: lse,
+        "mean_logp": lambda logits, lse: logits.mean(dim=1) - lse,
+        "log_square_sum": lambda logits, lse: (2 * logits).logsumexp(dim=1) - 2 * lse,
+    }
+)
+NOT_DIFFERENTIABLE = ("log_square_sum",)
 DEFAULT_CHUNK_SIZE = 1024  # rows: buffers of 125 MiB in fp32 for V = 32,000, and the products still fill a large GPU
 
 
@@ -44,9 +63,25 @@ def token_logps(
         ValueError: a shape or dtype does not fit, or `chunk_size < 1`.
         RuntimeError: a target is outside [0, V) (on CPU; a device assertion on GPU).
     """
+    return token_scores(hidden, lm_head_weight, targets, chunk_size=chunk_size)[0]
+
+
+def token_scores(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    needs: Sequence[str] = (),
+    *,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`token_logps`, and the statistics that `needs` names (keys of `STATISTICS`), by name.
+
+    Arguments and errors of `token_logps`. Each statistic is (N,), in the dtype of the log-probabilities; those in
+    `NOT_DIFFERENTIABLE` have no gradient. What is not named costs nothing.
+    """
     _check(hidden, lm_head_weight, targets, chunk_size)
-    logps: Tensor = _TokenLogps.apply(hidden, lm_head_weight, targets, chunk_size)  # type: ignore[no-untyped-call]
-    return logps
+    logps, *values = _TokenScores.apply(hidden, lm_head_weight, targets, chunk_size, tuple(needs))  # type: ignore[no-untyped-call]
+    return logps, dict(zip(needs, values, strict=True))
 
 
 def token_logps_reference(
@@ -56,49 +91,94 @@ def token_logps_reference(
 
     `chunk_size` has no effect. Gradients are autograd's, which rounds to the weight's dtype in the same place.
     """
+    return token_scores_reference(hidden, lm_head_weight, targets, chunk_size=chunk_size)[0]
+
+
+def token_scores_reference(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    needs: Sequence[str] = (),
+    *,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The numbers of `token_scores`, likewise."""
     _check(hidden, lm_head_weight, targets, chunk_size)
     logits = _logits(hidden, lm_head_weight)  # (N, V)
-    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+    lse = logits.logsumexp(dim=1)
+    statistics = {name: STATISTICS[name](logits, lse) for name in needs}
+    for name in NOT_DIFFERENTIABLE:
+        statistics |= {name: statistics[name].detach()} if name in statistics else {}
+    return logits.gather(1, targets[:, None]).squeeze(1) - lse, statistics
 
 
-class _TokenLogps(torch.autograd.Function):
+class _TokenScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, needs: tuple[str, ...]
+    ) -> tuple[Tensor, ...]:
         lse = hidden.new_empty(hidden.shape[0], dtype=_accumulation_dtype(weight))  # (N,)
         logps = torch.empty_like(lse)
+        statistics = {name: torch.empty_like(lse) for name in needs}
         for rows in _chunks(hidden.shape[0], chunk_size):
             logits = _logits(hidden[rows], weight)  # (chunk, V)
             lse[rows] = logits.logsumexp(dim=1)
             # gather: logits[arange, targets] would silently read -100 from the vocabulary's end
             logps[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
+            for name, values in statistics.items():
+                values[rows] = STATISTICS[name](logits, lse[rows])
             del logits  # before the next chunk is allocated
         ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.chunk_size = chunk_size
-        return logps
+        ctx.chunk_size, ctx.needs = chunk_size, needs
+        ctx.mark_non_differentiable(*(statistics[name] for name in needs if name in NOT_DIFFERENTIABLE))
+        return logps, *statistics.values()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_logps: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, lse = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if needs_weight else None
+        of_statistics = statistic_gradients(dict(zip(ctx.needs, grads, strict=True)), weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden.shape[0], ctx.chunk_size):
-                grad_logits = _grad_logits(hidden[rows], weight, targets[rows], lse[rows], grad_logps[rows])
+                parts = of_statistics and (of_statistics[0][rows], of_statistics[1][rows])
+                grad_logits = _grad_logits(hidden[rows], weight, targets[rows], lse[rows], grad_logps[rows], parts)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (grad_logits.to(weight.dtype) @ weight).to(hidden.dtype)
                 if grad_weight is not None:
                     grad_weight.addmm_(grad_logits.T, hidden[rows].to(weight.dtype).to(lse.dtype))
                 del grad_logits
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def _grad_logits(hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
-    """`g (onehot(y) - p)` of one chunk, (chunk, V) in fp32 or float64, in one buffer."""
-    grad = grad_logps.to(lse.dtype)[:, None]  # (chunk, 1)
-    grad_logits = _logits(hidden, weight).sub_(lse[:, None]).exp_().mul_(-grad)  # -g p
-    return grad_logits.scatter_add_(1, targets[:, None], grad)
+def statistic_gradients(grads: Mapping[str, Tensor], vocabulary: int) -> tuple[Tensor, Tensor] | None:
+    """What the statistics add to the gradient of the logits, a p + u: a = g_lse - g_mean and u = g_mean / V, (N,) each.
+
+    None if no differentiable statistic was asked for.
+    """
+    lse, mean = grads.get("lse"), grads.get("mean_logp")
+    if mean is None:
+        return None if lse is None else (lse, torch.zeros_like(lse))
+    return (-mean if lse is None else lse - mean), mean / vocabulary
+
+
+def _grad_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    of_statistics: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """`g (onehot(y) - p) + a p + u` of one chunk, (chunk, V) in fp32 or float64, in one buffer."""
+    grad = grad_logps.to(lse.dtype)  # (chunk,)
+    of_p, uniform = (-grad, None) if of_statistics is None else (of_statistics[0] - grad, of_statistics[1])
+    grad_logits = _logits(hidden, weight).sub_(lse[:, None]).exp_().mul_(of_p[:, None])
+    if uniform is not None:
+        grad_logits.add_(uniform[:, None])
+    return grad_logits.scatter_add_(1, targets[:, None], grad[:, None])
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -24,6 +25,9 @@ from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:
     from lowlevel.data.examples import PreferenceExample
+
+
+NO_STATISTICS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class DPO:
         reference = self.reference_logps(policy, batch)  # (N,) fp32
         if self.config.disable_dropout:
             policy.dropout.disable()
-        token_logps = policy.token_logps(batch)  # (N,) fp32
-        pairs = pair_logps(batch, token_logps, reference, self.columns)  # sums over a completion, (P,) each
+        token_logps, statistics = policy.token_scores(batch, self.statistics)  # (N,) fp32 each
+        pairs = pair_logps(batch, token_logps, reference, self.columns, statistics)  # sums over a completion, (P,) each
         output = self.preference_loss(pairs)  # eq. 7: -logsigmoid(beta * pairs.deltas)
         return _sums_of(batch, pairs, output, self.spec.reference_free)
 
@@ -71,10 +75,23 @@ class DPO:
         """The hyper-parameters that it reads."""
         return self.preference_loss.settings
 
-    def example_losses(self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None) -> Tensor:
-        """The loss of each pair, (P,), from its tokens' log-probabilities; 0 for dummies."""
-        pairs = pair_logps(batch, token_logps, ref_token_logps, self.columns)
-        return torch.where(batch.real, self.preference_loss(pairs).losses, 0.0)
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Those of the vocabulary that it reads."""
+        return self.spec.statistics
+
+    def losses(self, logps: PairLogps) -> Tensor:
+        """The loss of each pair, (P,)."""
+        return self.preference_loss(logps).losses
+
+    def example_losses(
+        self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None, statistics: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The loss of each pair, (P,), from its tokens' scores; 0 for dummies."""
+        if ref_token_logps is None and self.spec.reference_free:
+            ref_token_logps = torch.zeros_like(token_logps)
+        pairs = pair_logps(batch, token_logps, ref_token_logps, self.columns, statistics)
+        return torch.where(batch.real, self.losses(pairs), 0.0)
 
     @property
     def has_reference(self) -> bool:
@@ -111,22 +128,29 @@ def reference_token_logps(policy: Policy, batch: PackedBatch) -> Tensor:
 
 
 def pair_logps(
-    batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None, columns: Sequence[str] = ()
+    batch: PackedBatch,
+    token_logps: Tensor,
+    ref_token_logps: Tensor | None,
+    columns: Sequence[str] = (),
+    statistics: Mapping[str, Tensor] = NO_STATISTICS,
 ) -> PairLogps:
     """The input of a preference loss: the (N,) log-probabilities, summed by completion.
 
-    `ref_token_logps` is None if the reference cache has given the batch its sums.
+    `ref_token_logps` is None if the reference cache has given the batch its sums; `statistics` as in `PairLogps`.
     """
     ref_logps = batch.reference_logps if ref_token_logps is None else batch.sequence_sums(ref_token_logps)
     assert ref_logps is not None
-    return _pair_logps(batch, batch.sequence_sums(token_logps), ref_logps, token_logps, ref_token_logps, columns)
+    pairs = _pair_logps(batch, batch.sequence_sums(token_logps), ref_logps, token_logps, ref_token_logps, columns)
+    return replace(pairs, statistics=statistics)
 
 
 def kept_pair_logps(batch: PackedBatch, sums: LossSums, columns: Sequence[str] = ()) -> PairLogps:
     """The same from the kept values of a micro-step, without a gradient."""
     kept = {side: torch.cat([sums.examples[f"logps/{side}{end}"] for end in ("chosen", "rejected")])
             for side in ("", "ref_")}  # fmt: skip
-    return _pair_logps(batch, kept[""], kept["ref_"], sums.tokens["logps"], sums.tokens.get("ref_logps"), columns)
+    tokens = dict(sums.tokens)
+    logps, ref_logps = tokens.pop("logps"), tokens.pop("ref_logps", None)
+    return replace(_pair_logps(batch, kept[""], kept["ref_"], logps, ref_logps, columns), statistics=tokens)
 
 
 def _pair_logps(
@@ -162,7 +186,7 @@ def _sums_of(batch: PackedBatch, pairs: PairLogps, output: DPOOutput, reference_
         **({} if reference_free else reference),
         **output.metrics,
     }
-    tokens = {"logps": pairs.token_logps, "ref_logps": pairs.ref_token_logps}
+    tokens = {"logps": pairs.token_logps, "ref_logps": pairs.ref_token_logps, **pairs.statistics}
     return LossSums(
         torch.where(batch.real, output.losses, 0.0).sum(),
         {name: torch.where(batch.real, value, 0.0).sum() for name, value in metrics.items()},
@@ -202,8 +226,9 @@ def check_loss(config: DPOConfig, columns: Sequence[str] = ()) -> None:
         tokens = torch.linspace(-0.5, -2.0, len(ids)).requires_grad_()
         chosen, rejected = torch.zeros(7).index_add(0, ids, tokens)[:6].chunk(2)
         sums = [chosen, rejected, chosen.detach() - 0.1, rejected.detach() + 0.2]
+        statistics = dict.fromkeys(spec.statistics, torch.full((len(ids),), -1.0))
         pairs = PairLogps(sums[0], sums[1], sums[2], sums[3], lengths[:3], lengths[3:], tokens, tokens.detach(), ids,
-                          values={name: torch.ones(3) for name in columns})  # fmt: skip
+                          values={name: torch.ones(3) for name in columns}, statistics=statistics)  # fmt: skip
         check_result(loss.spec, pairs, loss.settings, tokens, size=3)
 
 

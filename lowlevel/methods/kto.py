@@ -45,6 +45,7 @@ class KTO:
     unit: ClassVar[str] = "examples"
     paired: ClassVar[bool] = False
     has_reference: ClassVar[bool] = True
+    statistics: ClassVar[tuple[str, ...]] = ()
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The KTO loss, summed over the batch's examples; of mismatched completions, their summed log-ratio."""
@@ -55,7 +56,7 @@ class KTO:
             policy.dropout.disable()
         token_logps = policy.token_logps(batch)  # (N,) fp32
         rows = labelled_logps(batch, token_logps, reference)  # sums over a completion, (P,) each
-        losses, _ = self.spec(rows, self.settings)  # eq 8
+        losses = self.losses(rows)  # eq 8
         return _sums_of(batch, rows, losses, self.config.beta * rows.logratios.detach())
 
     @property
@@ -68,11 +69,17 @@ class KTO:
         """The loss's hyper-parameters."""
         return {name: getattr(self.config, name) for name in self.spec.parameters}
 
-    def example_losses(self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None) -> Tensor:
+    def losses(self, logps: LabelledLogps) -> Tensor:
+        """The loss of each example, (P,)."""
+        return self.spec(logps, self.settings)[0]
+
+    def example_losses(
+        self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None, statistics: Mapping[str, Tensor]
+    ) -> Tensor:
         """The loss of each example, (P,), from its tokens' log-probabilities; 0 for dummies."""
         assert ref_token_logps is not None
         rows = labelled_logps(batch, token_logps, ref_token_logps)
-        return torch.where(batch.real, self.spec(rows, self.settings)[0], 0.0)
+        return torch.where(batch.real, self.losses(rows), 0.0)
 
     def count(self, batch: PackedBatch) -> int:
         """Completions."""

@@ -13,8 +13,8 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch, Shape, build_batch, sft_segment
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.config.schema import SFTConfig
-from lowlevel.losses import SFT_LOSSES, LossSums, TokenLogps
-from lowlevel.losses.registry import LossSpec, check_result, find
+from lowlevel.losses import LossSums, SupervisedLoss, TokenLogps
+from lowlevel.losses.registry import LossSpec, check_result
 from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:
@@ -37,45 +37,60 @@ class SFT:
     has_reference: ClassVar[bool] = False
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
-        """Cross-entropy in nats (or the loss of `sft.loss_type`), summed over the batch's supervised tokens."""
-        token_logps = policy.token_logps(batch)  # (N,) fp32
-        losses, metrics = self.token_losses(batch, token_logps)  # (N,): -token_logps
+        """Cross-entropy in nats (or the loss of `sft.loss_type`), summed over the supervised tokens by weight."""
+        token_logps, statistics = policy.token_scores(batch, self.statistics)  # (N,) fp32 each
+        losses, metrics = self.token_losses(batch, token_logps, statistics)  # (N,): -token_logps
         sums = batch.sequence_sums(losses)  # (S,)
         logps = batch.sequence_sums(token_logps.detach())
+        weights = 1.0 if batch.token_weights is None else batch.token_weights
         return LossSums(
             sums.sum(),
-            {name: torch.where(batch.belongs, value, 0.0).sum() for name, value in metrics.items()},
+            {name: torch.where(batch.belongs, value * weights, 0.0).sum() for name, value in metrics.items()},
             examples={"logps": logps, "loss": sums.detach()},
             tokens={"logps": token_logps.detach()},
         )
 
-    def token_losses(self, batch: PackedBatch, token_logps: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of each scored token, (N,), and a custom loss's metrics, (N,) each."""
-        tokens = TokenLogps(token_logps, batch.sequence_ids, batch.lengths, batch.values(self.columns))
-        return self.token_loss(tokens, self.config.loss_kwargs)
+    def token_losses(
+        self, batch: PackedBatch, token_logps: Tensor, statistics: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of each scored token, (N,), times its weight, and metrics without weights, (N,) each."""
+        values, weights = batch.values(self.columns), batch.token_weights
+        return self.token_loss(TokenLogps(token_logps, batch.sequence_ids, batch.lengths, values, statistics, weights))
 
     @cached_property
-    def token_loss(self) -> LossSpec:
-        """The loss of `sft.loss_type`."""
+    def token_loss(self) -> SupervisedLoss:
+        """The loss of `sft.loss_type`, with its hyper-parameters."""
         return sft_loss(self.config)
 
     @property
     def spec(self) -> LossSpec:
-        """The configured loss."""
-        return self.token_loss
+        """The configured loss, without the z-loss."""
+        return self.token_loss.spec
 
     @property
     def settings(self) -> Mapping[str, float]:
-        """The hyper-parameters that were given to it."""
-        return self.config.loss_kwargs
+        """The hyper-parameters that were given to it, and the weight of the z-loss if there is one."""
+        loss = self.token_loss
+        return {**loss.settings, **({"z_loss_weight": loss.z_loss_weight} if loss.z_loss_weight > 0 else {})}
 
-    def example_losses(self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None) -> Tensor:
-        """The summed loss of each example, (S,), from its tokens' log-probabilities; 0 for dummies."""
-        return batch.sequence_sums(self.token_losses(batch, token_logps)[0])
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Those of the vocabulary that loss and z-loss read."""
+        return self.token_loss.statistics
 
-    def count(self, batch: PackedBatch) -> int:
-        """Supervised tokens."""
-        return batch.num_scored
+    def losses(self, logps: TokenLogps) -> Tensor:
+        """The loss of each token, (N,), times its weight."""
+        return self.token_loss(logps)[0]
+
+    def example_losses(
+        self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None, statistics: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The summed loss of each example, (S,), from its tokens' scores; 0 for dummies."""
+        return batch.sequence_sums(self.token_losses(batch, token_logps, statistics)[0])
+
+    def count(self, batch: PackedBatch) -> float:
+        """Supervised tokens; the sum of their weights, if they have any."""
+        return batch.num_scored if batch.total_weight is None else batch.total_weight
 
     def size(self, example: SFTExample) -> int:
         """Positions: all tokens but the last."""
@@ -88,24 +103,22 @@ class SFT:
 
     def _batch(self, rows: list[list[SFTExample]]) -> PackedBatch:
         numbers = iter(range(sum(map(len, rows))))
-        segments = [[sft_segment(x.row, next(numbers), x.input_ids, x.labels) for x in row] for row in rows]
+        segments = [[sft_segment(x.row, next(numbers), x.input_ids, x.labels, x.weights) for x in row] for row in rows]
         values = [x.values for row in rows for x in row] if self.columns else None
         return build_batch(segments, pairs=False, shape=self.shape, values=values)
 
 
-def sft_loss(config: SFTConfig) -> LossSpec:
-    """The loss of `sft.loss_type`. Raises ValueError for an unknown one, or a hyper-parameter that it does not use."""
-    spec = find(config.loss_type, SFT_LOSSES)
-    unused = [name for name in config.loss_kwargs if name not in spec.parameters]
-    if unused:
-        raise ValueError(f"loss_type {spec.name!r} does not use {unused[0]}; it takes: {', '.join(spec.parameters)}")
-    return spec
+def sft_loss(config: SFTConfig) -> SupervisedLoss:
+    """The configured loss. Raises ValueError for an unknown one, or a hyper-parameter that it does not use."""
+    given = {"label_smoothing": config.label_smoothing, **config.loss_kwargs}
+    return SupervisedLoss.of(config.loss_type, z_loss_weight=config.z_loss_weight, **given)
 
 
 def check_loss(config: SFTConfig, columns: Sequence[str] = ()) -> None:
-    """Raise ValueError for an unknown loss, or a custom one that fails on a trial batch; needs no model."""
-    spec = sft_loss(config)
+    """Raise ValueError as `sft_loss`, and for a custom loss that fails on a trial batch; needs no model."""
+    loss = sft_loss(config)
     logps = torch.tensor([-0.5, -1.0, -2.0, -1.5], requires_grad=True)  # the last token is a dummy
     values = {name: torch.ones(2) for name in columns}
-    tokens = TokenLogps(logps, torch.tensor([0, 0, 1, 2]), torch.tensor([2, 1]), values)
-    check_result(spec, tokens, config.loss_kwargs, logps, size=4)
+    statistics = {name: torch.full((4,), -1.0) for name in loss.spec.statistics}
+    tokens = TokenLogps(logps, torch.tensor([0, 0, 1, 2]), torch.tensor([2, 1]), values, statistics)
+    check_result(loss.spec, tokens, loss.settings, logps, size=4)

@@ -6,7 +6,7 @@ of its own in its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.kernels import token_logps
+from lowlevel.kernels import token_logps, token_scores
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.dropout import CounterDropout, DropoutState
 from lowlevel.model.layers import DecoderLayers
@@ -93,6 +93,10 @@ class Policy:
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """Log-probability of each of the N scored tokens, (N,) fp32. All losses start from these."""
         return token_logps(self.scored_hidden_states(batch), self.lm_head_weight, batch.scored_targets)
+
+    def token_scores(self, batch: PackedBatch, needs: Sequence[str]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """`token_logps`, and by name the statistics of the vocabulary that a loss needs, (N,) fp32 each."""
+        return token_scores(self.scored_hidden_states(batch), self.lm_head_weight, batch.scored_targets, needs)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -20,9 +20,9 @@ class Window:
     """Sums over steps, divided once when they are read."""
 
     sums: dict[str, float] = field(default_factory=dict)
-    count: int = 0
+    count: float = 0  # whole, unless tokens have weights
 
-    def add(self, sums: dict[str, float], count: int) -> None:
+    def add(self, sums: dict[str, float], count: float) -> None:
         """Add sums over `count` tokens or pairs."""
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -41,7 +41,7 @@ class StepResult:
     means: dict[str, float]  # "loss" and the method's metrics, over `count`
     grad_norm: float  # l2 norm before clipping
     learning_rate: float
-    count: int  # supervised tokens (sft), pairs (dpo) or examples (kto)
+    count: float  # supervised tokens (sft; the sum of their weights, if they have any), pairs (dpo) or examples (kto)
     batches: tuple[PackedBatch, ...]  # on the CPU
     sums: tuple[LossSums, ...]  # of each micro-batch, on the device, before the update
 
@@ -102,7 +102,7 @@ class StepResult:
         return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def means_on_host(sums: Sequence[LossSums], count: int, norm: Tensor) -> tuple[dict[str, float], float]:
+def means_on_host(sums: Sequence[LossSums], count: float, norm: Tensor) -> tuple[dict[str, float], float]:
     """Means of a step's loss and metrics over its count, and the gradient's norm; waits for the device once."""
     named = [one.named() for one in sums]
     totals = {name: torch.stack([one[name] for one in named]).sum() for name in named[0]}

@@ -16,6 +16,7 @@ from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import counted
 from lowlevel.labels import IGNORED
+from lowlevel.perplexity import PERPLEXITIES, perplexities
 from lowlevel.running.assembly import prepare_data
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import LoadedRun, load_run, reopen
@@ -23,6 +24,7 @@ from lowlevel.running.replies import Reply, Sampling, generate_replies
 
 COLUMNS = {
     "eval_loss": ("held-out loss", "{:.4f}"),
+    **{name: (name.replace("/", ", tokens "), "{:.2f}") for name in PERPLEXITIES},
     "chosen_nll": ("chosen NLL", "{:.4f}"),
     **{f"{label}_nll": (f"{label} NLL", "{:.4f}") for label in ("desirable", "undesirable")},
     **{f"{label}_logratio": (f"{label} log-ratio", "{:+.4f}") for label in ("desirable", "undesirable")},
@@ -136,8 +138,9 @@ def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
 
 
 def sft_scores(scored: Scored, reference: Scored | None = None) -> dict[str, float]:
-    """Cross-entropy in nats per supervised token."""
-    return {"eval_loss": float(-scored.logps.double().sum() / scored.lengths.sum())}
+    """Cross-entropy in nats per supervised token, and perplexities."""
+    loss = float(-scored.logps.double().sum() / scored.lengths.sum())
+    return {"eval_loss": loss, **perplexities(scored.logps.tolist(), scored.lengths.tolist())}
 
 
 def pair_scores(scored: Scored, reference: Scored | None) -> dict[str, float]:

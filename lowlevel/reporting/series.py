@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lowlevel.perplexity import PERPLEXITIES
 from lowlevel.running.plots import Curve, Panel, points_of
 
 Record = Mapping[str, Any]
@@ -13,6 +14,8 @@ Record = Mapping[str, Any]
 Plan = tuple[str, str, str, str, tuple[tuple[str, str], ...]]
 PLANS: tuple[Plan, ...] = (
     ("loss", "Loss", "nats", "", (("loss", "training"), ("eval_loss", "held out"))),
+    ("perplexity", "Held-out perplexity", "", "by the supervised tokens of an example.",
+     tuple((f"eval_{name}", name.rpartition("/")[2].replace("perplexity", "all")) for name in PERPLEXITIES)),
     ("margin", "Margin", "", "chosen reward minus rejected reward; desirable minus undesirable in kto.",
      (("rewards/margins", "training"), ("eval_rewards/margins", "held out"))),
     ("rewards", "Rewards", "", "beta times the log-ratio of policy to reference; both start at 0.",

@@ -18,6 +18,7 @@ from lowlevel.heartbeat import Heartbeat, heartbeat, spoke, working
 LINE_KEYS = {
     "loss": "loss {:.4f}",
     "eval_loss": "eval_loss {:.4f}",
+    "eval_perplexity": "eval_perplexity {:.2f}",
     "rewards/accuracies": "accuracy {:.3f}",
     "eval_rewards/accuracies": "eval_accuracy {:.3f}",
     "rewards/margins": "margin {:.4f}",

@@ -77,12 +77,14 @@ def _table(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
     """A table with types chosen by column name, so that all files of a kind have the same; fp32 stays fp32."""
     import pyarrow as pa
 
+    from lowlevel.losses.token_logps import STATISTICS
+
     def kind(name: str) -> pa.DataType:
         if name.startswith("metrics/"):
             return pa.float32()
         if name.endswith("token_ids"):
             return pa.list_(pa.int32())
-        if name.endswith(("token_logps", "layer_norms")):
+        if name.endswith(("token_logps", "layer_norms", *STATISTICS)):
             return pa.list_(pa.float32())
         whole = name in ("step", "row", "micro_batch", "pairs", "tokens", "examples") or name.endswith("length")
         return pa.int64() if whole else pa.float64() if name == "loss_scale" else pa.float32()

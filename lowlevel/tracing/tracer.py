@@ -73,9 +73,10 @@ class Tracer:
             self.flush()
         kind = "pairs" if isinstance(self.method, DPO) else "examples"
         rows = [self._rows(step, number, *part) for number, part in enumerate(zip(batches, host, strict=True))]
-        count = sum(map(self.method.count, batches))
-        loss = sum(float(np.sum(part["loss"], dtype=np.float64)) for part in rows) / count
-        line: Columns = {"step": [step], "loss": [loss], self.method.unit: [count], "loss_scale": [scale]}
+        total = sum(float(np.sum(part["loss"], dtype=np.float64)) for part in rows)
+        loss, unit = total / sum(map(self.method.count, batches)), self.method.unit
+        size = sum(batch.num_scored if unit == "tokens" else len(batch.data_rows) for batch in batches)
+        line: Columns = {"step": [step], "loss": [loss], unit: [size], "loss_scale": [scale]}
         if batches[0].kl is not None:
             line["kl"] = [float(batches[0].kl)]
         if self.with_gradients:

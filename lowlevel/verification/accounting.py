@@ -11,7 +11,7 @@ import torch
 from lowlevel.errors import one_line
 from lowlevel.verification.check import Check, check, head_bound, largest, relative
 from lowlevel.verification.evidence import Evidence
-from lowlevel.verification.formulas import exact_losses
+from lowlevel.verification.formulas import count_of, exact_losses
 from lowlevel.verification.subject import Subject, with_batches_of
 
 GROUP = "accounting"
@@ -23,7 +23,8 @@ def accounting_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     checks = [_division(subject, evidence), _counts(subject, evidence), _loss_scale(subject)]
     if subject.spec.own and not subject.mixes:
         checks.append(_alone(subject, evidence))
-    return checks + [_parameter(subject, evidence, name) for name in subject.spec.parameters]
+    names = dict.fromkeys((*subject.spec.parameters, *subject.method.settings))  # these also have a z-loss
+    return checks + [_parameter(subject, evidence, name) for name in names]
 
 
 def _division(subject: Subject, evidence: Evidence) -> Check:
@@ -37,7 +38,8 @@ def _division(subject: Subject, evidence: Evidence) -> Check:
         taken += [subject.run_step(with_batches_of(subject.method, n))[0] for n in (1, 3)]
     losses = [result.metrics["loss"] for result in taken]
     error = max(abs(loss - expected) for loss in losses) / (abs(expected) or 1.0)
-    note = f"{expected:.7f} = sum / {subject.method.unit} of the step, float64"
+    by_weight = " by weight" if evidence.weights else ""
+    note = f"{expected:.7f} = sum / {subject.method.unit}{by_weight} of the step, float64"
     rounding = 0.3 * head_bound(evidence.largest_logit, subject.policy.lm_head_weight.dtype)  # rms of an even spread
     bound = subject.bounds.layout_loss * 5 + evidence.loss_error(rounding, subject.config) / (abs(expected) or 1.0)
     return check(GROUP, "step loss", error, bound, note)
@@ -45,10 +47,11 @@ def _division(subject: Subject, evidence: Evidence) -> Check:
 
 def _counts(subject: Subject, evidence: Evidence) -> Check:
     result, _ = subject.run_step()
-    count = evidence.tokens if subject.method.unit == "tokens" else len(subject.examples)
-    wrong = abs(result.count - count) + abs(result.supervised_tokens - evidence.tokens)
+    count = count_of(evidence.logps)
+    wrong = abs(result.supervised_tokens - evidence.tokens) + (abs(result.count - count) > 1e-9 * count)
     wrong += abs(len(result.rows) - len(subject.examples))
-    note = f"{len(result.rows)} examples, {result.supervised_tokens:,} supervised tokens, divided by {result.count:,}"
+    examples, tokens = len(result.rows), f"{evidence.tokens:,} supervised tokens"
+    note = f"{examples} examples, {tokens}, divided by {result.count:,.10g}"
     return check(GROUP, "counts of the step", float(wrong), 0, note)
 
 
@@ -79,8 +82,8 @@ def _parameter(subject: Subject, evidence: Evidence, name: str) -> Check:
     """Change one hyper-parameter: the loss must change as much as the formula says."""
     title, section = f"{name} reaches the loss", subject.config.method
     settings: Any = subject.config.own
-    default = inspect.signature(subject.spec.function).parameters[name].default
-    old = float(subject.method.settings.get(name, default))
+    found = subject.method.settings.get(name)
+    old = float(inspect.signature(subject.spec.function).parameters[name].default if found is None else found)
     new = 0.5 * old or 0.5  # allowed, and gives another loss
     if name == "label_smoothing":
         new = 0.25 if old < 0.2 else 0.1

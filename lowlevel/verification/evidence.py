@@ -14,7 +14,7 @@ from torch import Tensor
 from lowlevel.config.schema import RunConfig
 from lowlevel.methods.kto import KTO
 from lowlevel.verification.exact import ExactModel, base_parameters, exact_model
-from lowlevel.verification.formulas import Logps, exact_losses, logps_of, slopes
+from lowlevel.verification.formulas import Logps, count_of, exact_losses, logps_of, value_slopes
 from lowlevel.verification.subject import Subject
 from lowlevel.verification.truth import HeadScores, Scored, head_scores, sequences_of
 
@@ -31,6 +31,8 @@ class Evidence:
     reference: list[HeadScores] | None  # None if the loss has no reference
     values: Mapping[str, Tensor]  # numeric columns that the loss reads, one number an example; kto: also "kl"
     kl: Tensor | None  # () of the training path, kto
+    statistics: tuple[str, ...]  # names of those that the loss reads
+    weights: list[Tensor] | None  # of the scored tokens in the loss, by example
     model: ExactModel | None  # in float64; None if the base is too large
     exact: int  # how many examples are run through it
 
@@ -53,14 +55,16 @@ class Evidence:
         """The same of some of the examples."""
         reference = None if self.reference is None else by_side(self.reference[part])
         values = {name: column[part] for name, column in self.values.items()}
-        return logps_of(by_side(self.policy[part]), reference, values)
+        weights = None if self.weights is None else self.weights[part]
+        return logps_of(by_side(self.policy[part]), reference, values, self.statistics, weights)
 
     def steepest(self, config: RunConfig) -> float:
         """How far an error of one nat in each sequence can move the loss of an example, the largest of all."""
         ids = self.logps.sequence_ids
         assert ids is not None
         zeros = torch.zeros(int(ids.max()) + 1, dtype=torch.float64)
-        parts = [zeros.scatter_reduce(0, ids, slope.abs(), "amax") for slope in slopes(self.logps, config)]
+        found = value_slopes(self.logps, config)
+        parts = [zeros.scatter_reduce(0, ids, slope.abs().sum(1), "amax") for slope in found]
         return float(torch.stack(parts).reshape(-1, len(self.policy)).sum(0).max())
 
     def loss_error(self, nats: float, config: RunConfig) -> float:
@@ -68,13 +72,12 @@ class Evidence:
 
         First order: the slopes of the loss in all of them, under policy and reference.
         """
-        square = float(torch.cat(slopes(self.logps, config)).square().sum())
-        return nats * math.sqrt(square) / len(exact_losses(self.logps, config))
+        square = float(sum(slope.square().sum() for slope in value_slopes(self.logps, config)))
+        return nats * math.sqrt(square) / count_of(self.logps)
 
     def step_loss(self, subject: Subject) -> float:
         """What the step must log: the sum over the step, divided once."""
-        losses = exact_losses(self.logps, subject.config)
-        return float(losses.sum()) / len(losses)
+        return float(exact_losses(self.logps, subject.config).sum()) / count_of(self.logps)
 
 
 def gather(subject: Subject) -> Evidence:
@@ -84,19 +87,19 @@ def gather(subject: Subject) -> Evidence:
     alone = [replace(batch, kl=kl) for example in subject.examples for batch in subject.batches(examples=[example])]
     sums = [subject.sums(batch) for batch in alone]
     policy, reference = head_scores_of(subject, subject.examples)
-    size = base_parameters(subject.policy)
-    model = exact_model(subject.policy, subject.config.model) if size <= subject.exact_parameters else None
-    values = subject.values(subject.examples)
+    size, names = base_parameters(subject.policy), subject.method.statistics
+    model = exact_model(subject.policy, subject.config.model, names) if size <= subject.exact_parameters else None
+    values, weights = subject.values(subject.examples), subject.weights(subject.examples)
     if isinstance(subject.method, KTO):
         scores = [by_side(one or []) for one in head_scores_of(subject, subject.method.mismatched(subject.examples))]
         values["kl"] = mean_logratio(*scores).expand(len(sequences))
-    return Evidence(sequences, sums, policy, reference, values, kl, model, _within(size, sequences))
+    return Evidence(sequences, sums, policy, reference, values, kl, names, weights, model, _within(size, sequences))
 
 
 def mean_logratio(policy: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Mean over sequences of log pi - log ref, (); 0 without any. From token log-probabilities [example][whole]."""
+    """Mean over sequences of log pi - log ref, (); 0 without any. From scores of the tokens [example][whole]."""
     pairs = zip(policy, reference, strict=True)
-    ratios = [one.sum() - other.sum() for (one,), (other,) in pairs]
+    ratios = [one[:, 0].sum() - other[:, 0].sum() for (one,), (other,) in pairs]
     return torch.stack(ratios).mean() if ratios else torch.zeros((), dtype=torch.float64)
 
 
@@ -105,10 +108,10 @@ def head_scores_of(subject: Subject, examples: Sequence[Any]) -> tuple[list[Head
     policy, reference = [], []
     for example in examples:
         (batch,) = subject.batches(examples=[example])
-        policy.append(head_scores(subject.policy, batch))
+        policy.append(head_scores(subject.policy, batch, subject.method.statistics))
         if subject.method.has_reference:
             with subject.policy.reference():
-                reference.append(head_scores(subject.policy, batch))
+                reference.append(head_scores(subject.policy, batch, subject.method.statistics))
     return policy, reference or None
 
 
@@ -124,8 +127,8 @@ def _within(size: int, sequences: list[list[Scored]]) -> int:
 
 
 def by_side(scores: list[HeadScores]) -> list[list[Tensor]]:
-    """[example][chosen, rejected], or [example][whole] for sft."""
-    sides = (0,) if not scores or bool((scores[0].sides == 0).any()) else (1, 2)
+    """[example][chosen, rejected], or [example][whole] without pairs. Scored tokens of a pair's prompt are left out."""
+    sides = (1, 2) if scores and bool((scores[0].sides > 0).any()) else (0,)
     return [[one.exact[one.sides == side] for side in sides] for one in scores]
 
 

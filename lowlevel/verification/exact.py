@@ -21,7 +21,7 @@ from lowlevel.config.schema import ModelConfig
 from lowlevel.model.base import empty_model, load_model_config
 from lowlevel.model.linear import quantised_state
 from lowlevel.model.policy import PARENT, TRAINED, Policy
-from lowlevel.verification.truth import Scored
+from lowlevel.verification.truth import Scored, scores_of
 
 PREFIX = "base_model.model."
 
@@ -67,12 +67,13 @@ class Update:
 
 @dataclass(frozen=True)
 class ExactModel:
-    """float64 on the CPU. `trained`, `parent`: updates by weight name."""
+    """float64 on the CPU. `trained`, `parent`: updates by weight name. `statistics`: those that the loss reads."""
 
     model: Any
     fixed: dict[str, Tensor]
     trained: dict[str, Update]
     parent: dict[str, Update]
+    statistics: tuple[str, ...]
 
     def weights(self, flat: Tensor | None) -> dict[str, Tensor]:
         """Merged weights by name: with the trained adapter at `flat` (n,) float64, or without it.
@@ -85,8 +86,8 @@ class ExactModel:
                 merged[name] = merged[name] + update.of(flat if flat is not None else torch.empty(0))
         return merged
 
-    def token_logps(self, weights: dict[str, Tensor], sequence: Scored) -> Tensor:
-        """Log-probability of each scored token, (n,) float64."""
+    def token_scores(self, weights: dict[str, Tensor], sequence: Scored) -> Tensor:
+        """Log-probability of each scored token and its statistics, (n, 1 + K) float64."""
         ids = torch.as_tensor(sequence.ids, dtype=torch.int64)[None]
         places = torch.as_tensor(sequence.places, dtype=torch.int64)
         takes = inspect.signature(self.model.forward).parameters
@@ -96,12 +97,12 @@ class ExactModel:
             logits = torch.func.functional_call(self.model, weights, kwargs=arguments).logits[0]
         logits = logits if only else logits[places - 1]
         assert logits.dtype == torch.float64
-        return logits.log_softmax(-1).gather(1, ids[0, places, None]).squeeze(1)
+        return scores_of(logits, ids[0, places], self.statistics)
 
     def examples(self, flat: Tensor | None, examples: Sequence[Sequence[Scored]]) -> list[list[Tensor]]:
-        """Token log-probabilities [example][sequence]."""
+        """Scores of the tokens [example][sequence]."""
         weights = self.weights(flat)
-        return [[self.token_logps(weights, sequence) for sequence in sequences] for sequences in examples]
+        return [[self.token_scores(weights, sequence) for sequence in sequences] for sequences in examples]
 
 
 def base_parameters(policy: Policy) -> int:
@@ -115,7 +116,7 @@ def base_parameters(policy: Policy) -> int:
     return total
 
 
-def exact_model(policy: Policy, config: ModelConfig) -> ExactModel:
+def exact_model(policy: Policy, config: ModelConfig, statistics: tuple[str, ...] = ()) -> ExactModel:
     """The policy's weights in float64."""
     model = empty_model(load_model_config(config)).eval()
     model.set_attn_implementation("eager")
@@ -143,7 +144,7 @@ def exact_model(policy: Policy, config: ModelConfig) -> ExactModel:
             parts = [spans.get(key, w.detach().double().cpu()) for key, w in zip(own, factors, strict=True)]
             update = Update(parts[0], parts[1], factors[0].shape, factors[1].shape, float(layer.scaling[adapter]))
             updates[adapter][f"{stem.removeprefix(PREFIX)}.weight"] = update
-    return ExactModel(model, fixed, updates[TRAINED], updates[PARENT])
+    return ExactModel(model, fixed, updates[TRAINED], updates[PARENT], statistics)
 
 
 def _saved_buffers(policy: Policy) -> Iterator[tuple[str, Tensor]]:

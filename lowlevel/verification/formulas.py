@@ -1,19 +1,21 @@
 """The losses once more, in float64 and from the configuration alone: nothing of `PreferenceLoss` takes part.
 
-Cross-entropy, `kto`, `sigmoid`, `cdpo`, `robust`, `hinge` and `ipo_sum` are written out here. The other built-in losses
-use their function of `lowlevel.losses.preference`, whose values the tests compare with numbers from elsewhere. A user's
-own loss is its own formula: its function is called in float64.
+Cross-entropy with label smoothing and z-loss, `kto`, `sigmoid`, `cdpo`, `robust`, `hinge` and `ipo_sum` are written out
+here. The other built-in losses use their function of `lowlevel.losses`, whose values the tests compare with numbers
+from elsewhere. A user's own loss is its own formula: its function is called in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from lowlevel.config.schema import RunConfig
+from lowlevel.config.schema import RunConfig, SFTConfig
 from lowlevel.errors import ConfigError, one_line
 from lowlevel.losses import SFT_LOSSES, LabelledLogps, PairLogps, TokenLogps, loss_spec
 from lowlevel.losses.registry import LossSpec, find
@@ -22,27 +24,33 @@ Logps = PairLogps | TokenLogps | LabelledLogps
 
 
 def logps_of(
-    policy: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]] | None, values: Mapping[str, Tensor]
+    policy: Sequence[Sequence[Tensor]],
+    reference: Sequence[Sequence[Tensor]] | None,
+    values: Mapping[str, Tensor],
+    statistics: Sequence[str] = (),
+    weights: list[Tensor] | None = None,
 ) -> Logps:
-    """What a loss reads, from token log-probabilities [example][chosen, rejected] or [example][whole], (n,) each.
+    """What a loss reads, from scores [example][chosen, rejected] or [example][whole]: (n, 1 + K) each, the
+    log-probability and the `statistics`.
 
     `reference` is None without one; `values`: numeric columns of the rows, one number an example; for kto with "kl".
+    `weights`: of the tokens of each example in the loss.
     """
     lengths = torch.tensor([len(part) for part in _sequences(policy)])
     ids = torch.arange(len(lengths)).repeat_interleave(lengths)
     tokens = torch.cat(_sequences(policy))
+    named = dict(zip(statistics, tokens[:, 1:].unbind(1), strict=True))
     if len(policy[0]) == 1 and "kl" not in values:
-        return TokenLogps(tokens, ids, lengths, values)
+        return TokenLogps(tokens[:, 0], ids, lengths, values, named, None if weights is None else torch.cat(weights))
     empty = tokens.new_zeros(len(policy))
     if len(policy[0]) == 1:
         assert reference is not None
         rows = LabelledLogps(empty, empty, values["label"] > 0, values["kl"], sequence_ids=ids)
         return with_tokens(rows, tokens, torch.cat(_sequences(reference)))
     chosen, rejected = lengths.chunk(2)
-    pairs = PairLogps(empty, empty, empty, empty, chosen, rejected, sequence_ids=ids, values=values)
-    return with_tokens(
-        pairs, tokens, torch.zeros_like(tokens) if reference is None else torch.cat(_sequences(reference))
-    )
+    pairs = PairLogps(empty, empty, empty, empty, chosen, rejected, sequence_ids=ids, values=values, statistics=named)
+    of_reference = tokens.new_zeros(len(tokens), 1) if reference is None else torch.cat(_sequences(reference))
+    return with_tokens(pairs, tokens, of_reference[:, :1])
 
 
 def _sequences(examples: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -51,30 +59,48 @@ def _sequences(examples: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def with_tokens(logps: Logps, policy: Tensor, reference: Tensor | None) -> Logps:
-    """The same with other token log-probabilities (N,), all in their dtype; differentiable in them."""
+    """The same with other scores of the tokens (`tokens_of`), all in their dtype; differentiable in them."""
     if isinstance(logps, LabelledLogps):
         assert reference is not None and logps.sequence_ids is not None
-        zeros = policy.new_zeros(len(logps.desirable))
-        own, ref = (zeros.index_add(0, logps.sequence_ids, tokens) for tokens in (policy, reference))
+        zeros, parts = policy.new_zeros(len(logps.desirable)), (policy[:, 0], reference[:, 0])
+        own, ref = (zeros.index_add(0, logps.sequence_ids, part) for part in parts)
         kl = logps.kl.to(policy.dtype)
-        return replace(logps, logps=own, ref_logps=ref, kl=kl, token_logps=policy, ref_token_logps=reference)
+        return replace(logps, logps=own, ref_logps=ref, kl=kl, token_logps=parts[0], ref_token_logps=parts[1])
     values = {name: value.to(policy.dtype) for name, value in logps.values.items()}
+    tokens, *columns = policy.unbind(1)
+    statistics = dict(zip(logps.statistics, columns, strict=True))
     if isinstance(logps, TokenLogps):
-        return replace(logps, token_logps=policy, values=values)
+        weights = None if logps.weights is None else logps.weights.to(policy.dtype)
+        return replace(logps, token_logps=tokens, values=values, statistics=statistics, weights=weights)
     assert reference is not None and logps.sequence_ids is not None
-    zeros = policy.new_zeros(2 * len(logps.chosen_logps))
-    sums = [zeros.index_add(0, logps.sequence_ids, tokens).chunk(2) for tokens in (policy, reference)]
+    zeros = tokens.new_zeros(2 * len(logps.chosen_logps))
+    sums = [zeros.index_add(0, logps.sequence_ids, part).chunk(2) for part in (tokens, reference[:, 0])]
     (chosen, rejected), (ref_chosen, ref_rejected) = sums
     return replace(
         logps, chosen_logps=chosen, rejected_logps=rejected, ref_chosen_logps=ref_chosen,
-        ref_rejected_logps=ref_rejected, token_logps=policy, ref_token_logps=reference, values=values,
+        ref_rejected_logps=ref_rejected, token_logps=tokens, ref_token_logps=reference[:, 0], values=values,
+        statistics=statistics,
     )  # fmt: skip
 
 
 def tokens_of(logps: Logps) -> tuple[Tensor, Tensor | None]:
-    """Token log-probabilities under policy and reference, (N,) each."""
+    """Scores of the tokens: (N, 1 + K) under the policy, the log-probability and the K statistics that the loss reads;
+    (N, 1) under the reference, None for sft.
+    """
     assert logps.token_logps is not None
-    return logps.token_logps, None if isinstance(logps, TokenLogps) else logps.ref_token_logps
+    reference = None if isinstance(logps, TokenLogps) else logps.ref_token_logps
+    statistics = {} if isinstance(logps, LabelledLogps) else logps.statistics
+    scores = torch.stack([logps.token_logps, *statistics.values()], dim=1)
+    return scores, None if reference is None else reference[:, None]
+
+
+def count_of(logps: Logps) -> float:
+    """What a sum of losses is divided by: pairs, examples (kto), tokens, or the sum of the tokens' weights."""
+    if isinstance(logps, PairLogps):
+        return len(logps.chosen_logps)
+    if isinstance(logps, LabelledLogps):
+        return len(logps.desirable)
+    return len(logps.token_logps) if logps.weights is None else float(logps.weights.sum())
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -88,9 +114,7 @@ def exact_losses(logps: Logps, config: RunConfig) -> Tensor:
     Raises ConfigError for a user's own loss that fails in float64.
     """
     if isinstance(logps, TokenLogps):
-        if config.sft.loss_type == "cross_entropy":
-            return -logps.token_logps
-        return _by_function(find(config.sft.loss_type, SFT_LOSSES), logps, config.sft.loss_kwargs)
+        return _exact_token_losses(logps, config.sft)
     if isinstance(logps, LabelledLogps):  # eq 8 of arXiv 2402.01306 as printed: 1 - sigmoid
         kto, z0 = config.kto, logps.kl.clamp(min=0)
         desirable = kto.desirable_weight * (1 - 1 / (1 + torch.exp(kto.beta * (z0 - logps.logratios))))
@@ -111,6 +135,19 @@ def exact_losses(logps: Logps, config: RunConfig) -> Tensor:
     return _by_function(loss_spec(dpo.loss_type), logps, dpo.model_dump() | dpo.loss_kwargs)
 
 
+def _exact_token_losses(logps: TokenLogps, sft: SFTConfig) -> Tensor:
+    statistics = logps.statistics
+    if sft.loss_type == "cross_entropy":
+        losses = -logps.token_logps
+    elif sft.loss_type == "smoothed_cross_entropy":
+        eps = 0.1 if sft.label_smoothing is None else sft.label_smoothing
+        losses = (eps - 1) * logps.token_logps - eps * statistics["mean_logp"]
+    else:
+        losses = _by_function(find(sft.loss_type, SFT_LOSSES), logps, sft.loss_kwargs)
+    losses = losses + sft.z_loss_weight * statistics["lse"] ** 2 if sft.z_loss_weight else losses
+    return losses if logps.weights is None else logps.weights * losses
+
+
 def _by_function(spec: LossSpec, logps: Logps, values: Mapping[str, float | None]) -> Tensor:
     used = {name: values[name] for name in spec.parameters if values.get(name) is not None}
     try:
@@ -123,7 +160,7 @@ def _by_function(spec: LossSpec, logps: Logps, values: Mapping[str, float | None
 
 
 def slopes(logps: Logps, config: RunConfig) -> tuple[Tensor, Tensor]:
-    """d sum(losses) / d log-probability of each token, under policy and reference, (N,) float64 each; 0 without one.
+    """d sum(losses) / d scores of each token, under policy and reference, as `tokens_of`, float64; 0 without one.
 
     sigmoid: -beta sigma(-x) for a chosen token, arXiv 2305.18290 section 4; the opposite for a rejected token, and for
     the reference's chosen one. Other losses: autograd in float64.
@@ -131,9 +168,25 @@ def slopes(logps: Logps, config: RunConfig) -> tuple[Tensor, Tensor]:
     tokens, reference = tokens_of(logps)
     if isinstance(logps, PairLogps) and config.dpo.loss_type == "sigmoid":
         slope = -config.dpo.beta / (1 + torch.exp(config.dpo.beta * logps.deltas))
-        of_policy = torch.cat([slope, -slope])[logps.sequence_ids]
+        of_policy = torch.cat([slope, -slope])[logps.sequence_ids, None]
         return of_policy, -of_policy
     return gradients(logps, tokens, reference, lambda moved: exact_losses(moved, config))
+
+
+class Attached(TorchFunctionMode):
+    """Within this mode `detach` is without effect."""
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Skip `detach`."""
+        return args[0] if func is Tensor.detach else func(*args, **(kwargs or {}))
+
+
+def value_slopes(logps: Logps, config: RunConfig) -> tuple[Tensor, Tensor]:
+    """`slopes` of the loss's value, which also depends on what the loss detaches: how far an error moves it."""
+    with Attached():
+        return slopes(logps, config)
 
 
 def gradients(

@@ -12,7 +12,7 @@ from lowlevel.losses import token_logps_reference
 from lowlevel.methods.kto import KTO
 from lowlevel.verification.check import Check, check, head_bound, largest, relative
 from lowlevel.verification.evidence import Evidence, by_side, flat64, head_scores_of, mean_logratio, reference64
-from lowlevel.verification.formulas import exact_losses, gradients, logps_of, slopes, tokens_of, with_tokens
+from lowlevel.verification.formulas import count_of, exact_losses, gradients, logps_of, slopes, tokens_of, with_tokens
 from lowlevel.verification.subject import Subject, kept_weights
 from lowlevel.verification.truth import sequences_of
 
@@ -26,11 +26,8 @@ MOST_TOKENS = 1000  # of one step, each moved up and down
 
 def gradient_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """Dropout must be off."""
-    checks = (
-        _formula_checks(subject, evidence)
-        if subject.method.paired or subject.method.has_reference or subject.spec.own
-        else []
-    )
+    plain = subject.spec.name == "cross_entropy" and not subject.method.statistics  # -log p: nothing to compare
+    checks = [] if plain else _formula_checks(subject, evidence)
     checks.append(_hidden_check(subject, evidence))
     if evidence.model is None:
         return [*checks, _coarse_check(subject, evidence)]
@@ -41,7 +38,8 @@ def _formula_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """The loss function as `method.loss` calls it, at the real token log-probabilities in fp32.
 
     Its gradient is compared with the closed form or with autograd in float64, and that of a user's own loss also with
-    central differences of its value: they find a backward pass that does not belong to the value.
+    central differences of its value: they find a backward pass that does not belong to the value. So is that of every
+    token loss.
     """
     logps = evidence.logps
     tokens, reference = tokens_of(logps)
@@ -54,7 +52,7 @@ def _formula_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     error = max(largest(a.double() - b) for a, b in zip(found, expected, strict=True)) / size
     name = "loss in the log-probabilities"
     checks = [check(GROUP, name, error, subject.bounds.closed, f"against {form}, relative")]
-    if not subject.spec.own:
+    if subject.method.unit != "tokens" and not subject.spec.own:
         return checks
     return [*checks, _left_out() if subject.spec.detaches else _difference_check(subject, evidence, found[0], size)]
 
@@ -65,20 +63,20 @@ def _left_out() -> Check:
 
 
 def _difference_check(subject: Subject, evidence: Evidence, found: Tensor, size: float) -> Check:
-    """Central differences of a user's loss, one log-probability at a time; `found` is its gradient (N,) fp32."""
+    """Central differences of a loss, one number of a token at a time; `found` is its gradient, as `tokens_of`, fp32."""
     logps = evidence.logps
     tokens, reference = tokens_of(logps)
     double = exact_losses(logps, subject.config).dtype == torch.float64
     h, bound = (1e-5, subject.bounds.closed) if double else (2e-2, COARSE_BOUND["fp32"])
-    places = torch.linspace(0, len(tokens) - 1, min(len(tokens), MOST_TOKENS)).long()
+    places = torch.linspace(0, tokens.numel() - 1, min(tokens.numel(), MOST_TOKENS)).long()
     errors = []
     for place in places.tolist():
         moved = [tokens.clone(), tokens.clone()]
-        moved[0][place] += h
-        moved[1][place] -= h
+        moved[0].view(-1)[place] += h
+        moved[1].view(-1)[place] -= h
         up, down = (exact_losses(with_tokens(logps, one, reference), subject.config) for one in moved)
-        errors.append(abs(float((up - down).sum()) / (2 * h) - float(found[place])))
-    note = f"{subject.spec.name}, {len(places):,} of {len(tokens):,} tokens, float64, relative"
+        errors.append(abs(float((up - down).sum()) / (2 * h) - float(found.flatten()[place])))
+    note = f"{subject.spec.name}, {len(places):,} of {tokens.numel():,} numbers of tokens, float64, relative"
     if not double:
         note += "; the loss computes in fp32: keep the dtype of its tensors"
     if not max(errors) / size <= bound:
@@ -121,7 +119,7 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     with torch.no_grad():
         has_reference = evidence.reference is not None
         reference = model.examples(reference64(subject), sequences) if has_reference else None
-    values = subject.values(examples)
+    values, token_weights = subject.values(examples), subject.weights(examples)
     if isinstance(subject.method, KTO):
         others = [sequences_of(example, False) for example in subject.method.mismatched(examples)]
         with torch.no_grad():  # z0 has no gradient
@@ -129,7 +127,8 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
         values["kl"] = kl.expand(len(examples))
 
     def mean_loss(flat: Tensor) -> Tensor:
-        return exact_losses(logps_of(model.examples(flat, sequences), reference, values), subject.config).mean()
+        logps = logps_of(model.examples(flat, sequences), reference, values, model.statistics, token_weights)
+        return exact_losses(logps, subject.config).sum() / count_of(logps)
 
     weights = flat64(subject)
     leaf = weights.clone().requires_grad_()
@@ -168,8 +167,9 @@ def _coarse_check(subject: Subject, evidence: Evidence) -> Check:
             with torch.no_grad():
                 flat.add_(gradient, alpha=distance / float(norm))
             policy, reference = head_scores_of(subject, subject.examples)
-        logps = logps_of(by_side(policy), by_side(reference) if reference else None, evidence.values)
-        return float(exact_losses(logps, subject.config).mean())
+        sides = by_side(policy), by_side(reference) if reference else None
+        logps = logps_of(*sides, evidence.values, subject.method.statistics, evidence.weights)
+        return float(exact_losses(logps, subject.config).sum()) / count_of(logps)
 
     h = COARSE_STEP[precision] * float(torch.linalg.vector_norm(flat.detach()))
     whole, half = ((loss_at(step) - loss_at(-step)) / (2 * step) for step in (h, h / 2))

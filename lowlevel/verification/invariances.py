@@ -77,7 +77,7 @@ def left_padded(subject: Subject) -> PackedBatch:
             ids = (example.prompt_ids, example.chosen_ids, example.rejected_ids)
             rows += pair_rows(example.row, number, *ids)
         else:
-            rows.append(sft_segment(example.row, number, example.input_ids, example.labels))
+            rows.append(sft_segment(example.row, number, example.input_ids, example.labels, example.weights))
     width = max(map(len, rows)) + 3  # so that the longest one is moved too
     padded = []
     for row in rows:

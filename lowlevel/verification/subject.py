@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import StepResult
 from lowlevel.verification.check import BOUNDS, Bounds
 from lowlevel.verification.formulas import Logps
+from lowlevel.verification.truth import sequences_of
 
 if TYPE_CHECKING:
     from lowlevel.data.rendering import ChatTokenizer
@@ -65,12 +67,20 @@ class Subject:
 
     def losses(self, logps: Logps) -> Tensor:
         """The loss of each pair or example (P,), or token (N,), as `method.loss` computes it from log-probabilities."""
-        return self.spec(logps, self.method.settings)[0]
+        return self.method.losses(logps)  # type: ignore[arg-type]
 
     def values(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """The numeric columns that the loss reads, one number an example; float64, rounded to fp32 as in a batch."""
         rows = torch.tensor([x.values for x in examples], dtype=torch.float32).double()
         return {name: rows[:, i] for i, name in enumerate(self.method.columns)}
+
+    def weights(self, examples: Sequence[Any]) -> list[Tensor] | None:
+        """The weight of each scored token in the loss, by example, (n,) float64; None if there are none."""
+        if self.paired or all(x.weights is None for x in examples):
+            return None
+        places = [sequences_of(x, paired=False)[0].places for x in examples]
+        given = [np.ones(len(x.input_ids)) if x.weights is None else x.weights for x in examples]
+        return [torch.from_numpy(w[p]).double() for w, p in zip(given, places, strict=True)]
 
     def batches(self, method: Method | None = None, examples: Sequence[Any] | None = None) -> list[PackedBatch]:
         """Micro-batches of the training path, on the device. Those of the whole step have its baseline (kto)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,13 @@ class Scored:
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Scored tokens of one example's micro-batch, in float64 from hidden states in the run's precision."""
+    """Scores of one example's n tokens: log-probability, and the K statistics that the loss reads, in its order.
 
-    path: Tensor  # (n,) from the training path's `token_logps`
-    exact: Tensor  # (n,) float64 log-softmax of the upcast hidden states and LM head
+    Both are in float64, from hidden states in the run's precision.
+    """
+
+    path: Tensor  # (n, 1 + K) from the training path's `token_scores`
+    exact: Tensor  # (n, 1 + K) float64 log-softmax of the upcast hidden states and LM head
     sides: Tensor  # (n,) branch of each token: 0 sft, 1 chosen, 2 rejected
     largest_logit: float  # in absolute value
 
@@ -45,7 +49,7 @@ def sequences_of(example: Any, paired: bool) -> list[Scored]:
     return [Scored(ids, np.arange(first, len(ids))) for ids in wholes]
 
 
-def head_scores(policy: Policy, batch: PackedBatch) -> HeadScores:
+def head_scores(policy: Policy, batch: PackedBatch, needs: Sequence[str] = ()) -> HeadScores:
     """Score a micro-batch's tokens twice from the same hidden states: by the training path, and in float64.
 
     Targets are read from `batch.targets`; dummy positions are left out.
@@ -53,22 +57,34 @@ def head_scores(policy: Policy, batch: PackedBatch) -> HeadScores:
     policy.dropout.disable()
     with torch.no_grad():
         hidden = policy.scored_hidden_states(batch)
-        path = kernels.token_logps(hidden, policy.lm_head_weight, batch.scored_targets)
+        logps, statistics = kernels.token_scores(hidden, policy.lm_head_weight, batch.scored_targets, needs)
+        path = torch.stack([logps, *statistics.values()], dim=1)
         targets = batch.targets.flatten()[batch.scored_positions]
         real = targets != IGNORED
-        exact, largest_logit = log_softmax64(hidden[real], policy.lm_head_weight, targets[real])
+        exact, largest_logit = scores64(hidden[real], policy.lm_head_weight, targets[real], needs)
     sides = batch.branch_ids.flatten()[batch.scored_positions][real]
     return HeadScores(path[real].double().cpu(), exact.cpu(), sides.cpu(), largest_logit)
 
 
-def log_softmax64(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-    """log softmax(h W^T)[target] in float64: hidden (N, D), weight (V, D), targets (N,) -> (N,), and max |logit|."""
+def scores64(hidden: Tensor, weight: Tensor, targets: Tensor, needs: Sequence[str]) -> tuple[Tensor, float]:
+    """Scores in float64: hidden (N, D), weight (V, D), targets (N,) -> (N, 1 + K), and the largest |logit|."""
     head = weight.detach().double()
-    parts, largest_logit = [], 0.0
+    parts, largest_logit = [hidden.new_zeros(0, 1 + len(needs), dtype=torch.float64)], 0.0
     for states, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
+        if not len(wanted):
+            continue
         logits = states.double() @ head.T  # (rows, V)
         largest_logit = max(largest_logit, float(logits.detach().abs().max()))
-        top = logits.max(-1, keepdim=True).values.detach()
-        normaliser = (logits - top).exp().sum(-1).log() + top.squeeze(-1)
-        parts.append(logits[torch.arange(len(wanted), device=wanted.device), wanted] - normaliser)
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float64), largest_logit
+        parts.append(scores_of(logits, wanted, needs))
+    return torch.cat(parts), largest_logit
+
+
+def scores_of(logits: Tensor, targets: Tensor, needs: Sequence[str]) -> Tensor:
+    """Scores (n, 1 + K) of logits (n, V) by their definitions: log-softmax at the targets (n,), then statistics."""
+    logps = logits.log_softmax(-1)
+    statistics = {
+        "lse": lambda: (logits - logps)[:, 0],
+        "mean_logp": lambda: logps.mean(-1),
+        "log_square_sum": lambda: logps.detach().exp().square().sum(-1).log(),
+    }
+    return torch.stack([logps.gather(1, targets[:, None])[:, 0], *(statistics[name]() for name in needs)], dim=1)

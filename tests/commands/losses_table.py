@@ -13,7 +13,16 @@ FLAGS = {**{key: f"--{key.replace('_', '-')}" for key in LOGPS}, "n": "--chosen-
 P = ("--chosen", -10, "--rejected", -12, "--ref-chosen", -11, "--ref-rejected", -11.5, "--beta", 0.1)
 ALL_FLAGS = {
     key: f"--{key.replace('_', '-')}"
-    for key in (*LOGPS, "chosen_length", "rejected_length", "margin", "beta", "label_smoothing", *HYPERPARAMETERS)
+    for key in (
+        *LOGPS,
+        "chosen_length",
+        "rejected_length",
+        "margin",
+        "log_square_sum",
+        "beta",
+        "label_smoothing",
+        *HYPERPARAMETERS,
+    )
 }
 
 

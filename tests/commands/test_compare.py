@@ -1,6 +1,7 @@
 """`lowlevel compare`: scores and replies of every stage are those of plain transformers and PEFT."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def test_pair_scores_by_hand():
     assert pair_scores(scored, None) == {"chosen_nll": 1.0, "pair_accuracy": 0.5}
     assert pair_scores(scored, reference)["reward_accuracy"] == 1.0
     assert pair_scores(scored, scored)["reward_accuracy"] == 0.5
-    assert sft_scores(scored) == {"eval_loss": pytest.approx(17 / 11)}
+    mean = 17 / 11
+    assert sft_scores(scored) == {"eval_loss": pytest.approx(mean), "perplexity": pytest.approx(math.exp(mean))}
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])

@@ -32,7 +32,7 @@ from lowlevel.losses.dpo import HYPERPARAMETERS
 # Numbers
 
 
-SUMS = [name for name, spec in LOSSES.items() if not (spec.needs_tokens or spec.needs_margin)]
+SUMS = [name for name, spec in LOSSES.items() if not (spec.needs_tokens or spec.needs_margin or spec.statistics)]
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -115,7 +115,7 @@ def test_a_loss_of_the_users(cli, tmp_path, monkeypatch):
 
 
 def test_without_flags_the_point_is_the_documented_one_and_marked_as_default(cli):
-    defaults = [*LOGPS, "chosen_length", "rejected_length", "margin", "beta"]
+    defaults = [*LOGPS, "chosen_length", "rejected_length", "margin", "log_square_sum", "beta"]
     assert document(cli)["defaults"] == defaults
     assert document(cli)["losses"] == document(cli, *P[:-2], "--chosen-length", 4, "--rejected-length", 5)["losses"]
     assert shown(cli).count("(default)") == 7
@@ -154,7 +154,7 @@ def test_lengths_go_to_the_losses_that_average(cli):
         key: {name for name, row in by_name(cli, *flag).items() if row["loss"] != plain[name]["loss"]}
         for key, flag in words.items()
     }
-    both = {"ipo", "sigmoid_norm", "simpo", "orpo", "ld_dpo"}
+    both = {"ipo", "sigmoid_norm", "simpo", "orpo", "ld_dpo", "wpo"}
     assert changed == {"chosen": both | {"rpo", "cpo", "nll"}, "rejected": both}
 
 
@@ -162,6 +162,14 @@ def test_a_rated_margin_goes_to_odpo(cli):
     plain, other = by_name(cli), by_name(cli, "--margin", 3)
     assert [name for name in plain if plain[name]["loss"] != other[name]["loss"]] == ["odpo"]
     assert other["odpo"]["loss"] == pytest.approx(math.log1p(math.exp(3 - 0.15)))
+
+
+def test_a_log_square_sum_goes_to_wpo(cli):
+    plain, other = by_name(cli), by_name(cli, "--log-square-sum", -1)
+    assert [name for name in plain if plain[name]["loss"] != other[name]["loss"]] == ["wpo"]
+    assert plain["wpo"]["loss"] == pytest.approx(0.00842549, abs=5e-9)  # e^-2.2 e^-2.1 0.62096
+    assert other["wpo"]["loss"] == pytest.approx(math.exp(-1.5 - 1.4) * 0.6209570477895321)
+    refused(cli("losses", "--log-square-sum", 0.1), "--log-square-sum is the logarithm of at most 1")
 
 
 def test_defaults_of_hyper_parameters_are_those_of_dpo_loss(cli):

@@ -90,7 +90,8 @@ def test_the_metrics(runs, method):
         assert set(record) == set(BASE_KEYS) | set(names)
         assert all(math.isfinite(value) for value in record.values())
     for record in evaluated:
-        assert set(record) == {"step", "epoch"} | {f"eval_{name}" for name in names}
+        held_out = [*names, *["perplexity"] * (method == "sft")]
+        assert set(record) == {"step", "epoch"} | {f"eval_{name}" for name in held_out}
     assert (logged[0]["learning_rate"], logged[0]["loss_scale"]) == (
         pytest.approx(1e-2 * math.cos(math.pi / 12) ** 2),
         1,

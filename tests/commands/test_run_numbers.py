@@ -13,7 +13,11 @@ from lowlevel.running.reopening import load_run
 
 
 def test_the_sft_adapter_is_what_was_evaluated(runs, tokenizer):
-    first, *_, last = [record["eval_loss"] for record in metrics(runs.sft) if "eval_loss" in record]
+    evaluated = [record for record in metrics(runs.sft) if "eval_loss" in record]
+    first, *_, last = [record["eval_loss"] for record in evaluated]
+    assert [math.log(record["eval_perplexity"]) for record in evaluated] == pytest.approx(
+        [r["eval_loss"] for r in evaluated]
+    )
     base = plain_base(runs.space.base)
     assert held_out_chat_loss(base, tokenizer) == pytest.approx(first, rel=1e-5)
     model = plain_stack(base, None, runs.sft / "adapter")

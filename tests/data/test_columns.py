@@ -20,7 +20,8 @@ def test_examples_carry_the_numbers_in_the_order_of_the_key(run, write, data_for
     assert data.report.train.warnings == {}  # neither an ignored column nor a duplicate row
     plain = run(write(*({**row, "label": True} for row in rows)), data_format)
     assert [e.values for e in plain.train] == [(), ()]
-    assert plain.report.train.warnings == {'column "weight" ignored': 2, "duplicate rows": 1}
+    hint = ' (data.weight_column = "weight" reads it)' * (data_format == "messages")
+    assert plain.report.train.warnings == {f'column "weight" ignored{hint}': 2, "duplicate rows": 1}
 
 
 def test_the_fingerprint_includes_the_numbers_only_if_they_are_read(run, write):

@@ -269,7 +269,7 @@ def test_max_length_beyond_the_model(run, write):
         (
             [{**GOOD, "tools": []}, {**chat("other", "b"), "tools": [{"name": "f"}], "weight": 0.5}],
             "messages",
-            {TOOLS_LEFT_OUT: 1, 'column "weight" ignored': 1},
+            {TOOLS_LEFT_OUT: 1, 'column "weight" ignored (data.weight_column = "weight" reads it)': 1},
         ),
         (
             [{**GOOD, "system": None, "weight": 1, "documents": {"x": None}}, {**chat("other", "b"), "system": " "}],

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowlevel.batch.layout import Shape
-from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig, TrainConfig
+from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig, SFTConfig, TrainConfig
 from lowlevel.execution import Eager, ExecutionFailedError, WithFallback, signature_of
 from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention
@@ -57,7 +57,9 @@ def examples(pairs: bool):
             for i in range(8)
         ]
     return [
-        SimpleNamespace(row=i, input_ids=(x := ids(8, 120)), labels=np.where(np.arange(len(x)) > 4, x, -100))
+        SimpleNamespace(
+            row=i, input_ids=(x := ids(8, 120)), labels=np.where(np.arange(len(x)) > 4, x, -100), weights=None
+        )
         for i in range(8)
     ]
 
@@ -329,6 +331,24 @@ def test_a_moving_reference_is_read_by_captured_graphs_where_it_moves(model_dir,
         references.add(result.metrics["logps/ref_chosen"])
         one.move_reference(step + 1)
     assert len(references) == 5
+
+
+SMOOTHED = SFTConfig(loss_type="smoothed_cross_entropy", z_loss_weight=1e-3)
+OF_STATISTICS = {
+    "smoothed with z-loss": SFT(2, 256, True, SHAPE, SMOOTHED),
+    "weighted": SFT(2, 256, True, SHAPE, SMOOTHED),
+    "dft": SFT(2, 256, True, SHAPE, SFTConfig(loss_type="dft")),
+    "wpo": DPO(DPOConfig(loss_type="wpo", disable_dropout=False), 2, 256, True, SHAPE),
+}
+
+
+@pytest.mark.parametrize("name", OF_STATISTICS)
+def test_losses_with_statistics_and_weights_compiled_and_graphed(model_dir, name):
+    method, rows = OF_STATISTICS[name], examples(pairs=name == "wpo")
+    if name == "weighted":
+        for row in rows:
+            row.weights = np.linspace(0.1, 3, len(row.labels)).astype(np.float32)
+    modes_agree(policy(model_dir, "fp16", attention="lowlevel_efficient"), method, rows, scale=1024.0, bound=3e-3)
 
 
 @pytest.mark.parametrize("name", METHODS)

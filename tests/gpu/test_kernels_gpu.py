@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowlevel import losses
-from lowlevel.kernels import chunk_rows, token_logps
+from lowlevel.kernels import chunk_rows, token_logps, token_scores
 from lowlevel.kernels import vocabulary as ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -22,7 +22,7 @@ APPROXIMATE = 2e-5  # ex2.approx of a rounded difference of logits up to 60 apar
 @pytest.fixture(autouse=True)
 def no_warnings_and_no_losses(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A test that fell back to plain torch would show nothing: here a fallback is an error."""
-    monkeypatch.setattr(losses, "token_logps", None)
+    monkeypatch.setattr(losses, "token_scores", None)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="plain torch instead")
         yield
@@ -141,6 +141,50 @@ def test_fused_against_the_reference_with_a_loss_scale(
     error = (ours[1].double() - expected[1]).norm() / expected[1].norm()
     assert error < (3e-3 if head == HALF else 1e-5), f"relative error of the gradient {error:.2e}"
     assert ((ours[1] == 0).double().mean() - (expected[1].to(dtype) == 0).double().mean()) < 1e-3
+
+
+NEEDS = [("lse",), ("mean_logp",), ("log_square_sum",), ("mean_logp", "log_square_sum", "lse")]
+
+
+def scores_and_gradient(function: Any, args: Any, needs: tuple[str, ...], grad: Tensor) -> list[Tensor]:
+    """The square of each statistic: its incoming gradient differs by token."""
+    logps, statistics = function(*args, needs)
+    total = logps @ grad
+    for values in statistics.values():
+        total = total + values.square() @ grad
+    return [logps.detach(), *(v.detach() for v in statistics.values()), torch.autograd.grad(total, args[0])[0]]
+
+
+@dtypes
+@pytest.mark.parametrize("needs", NEEDS, ids=" ".join)
+@pytest.mark.parametrize(("n", "v", "d"), [(777, 1003, 256), (1100, 32000, 64), (1, 7, 8)])
+def test_fused_statistics_with_a_loss_scale(n: int, v: int, d: int, needs: tuple[str, ...], dtype: torch.dtype) -> None:
+    hidden, weight, targets = inputs(n, v, d, dtype)
+    grad = torch.full((n,), -65536.0 / max(n, 64), device=CUDA)
+    ours = scores_and_gradient(token_scores, (hidden, weight, targets), needs, grad)
+    exact = hidden.detach().double().requires_grad_()
+    reference = losses.token_scores_reference
+    expected = scores_and_gradient(reference, (exact, weight.double(), targets), needs, grad.double())
+    values, gradients = {HALF: (2e-2, 4e-3), BF16: (1e-1, 3e-2), SINGLE: (3e-5, 2e-5)}[dtype]
+    for actual, wanted in zip(ours[:-1], expected[:-1], strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=values)
+    error = (ours[-1].double() - expected[-1]).norm() / expected[-1].norm()
+    assert error < gradients, f"relative error of the gradient {error:.2e}"
+    assert torch.equal(ours[0], token_logps(hidden, weight, targets))  # the same bits with and without statistics
+
+
+def test_fused_statistics_in_a_cuda_graph() -> None:
+    args, grad = inputs(777, 1003, 256), random(777, seed=2, scale=100)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        eager = scores_and_gradient(token_scores, args, NEEDS[-1], grad)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = scores_and_gradient(token_scores, args, NEEDS[-1], grad)
+    graph.replay()
+    assert all(torch.equal(found, expected) for found, expected in zip(captured, eager, strict=True))
 
 
 def test_fused_without_grad_gives_the_same_bits() -> None:

@@ -76,7 +76,7 @@ def batch_of(method, count, length):
         rows = [SimpleNamespace(row=i, prompt_ids=ids(third), chosen_ids=ids(third), rejected_ids=ids(third - i))
                 for i in range(count)]  # fmt: skip
     else:
-        rows = [SimpleNamespace(row=i, input_ids=(x := ids(length - i)), labels=x) for i in range(count)]
+        rows = [SimpleNamespace(row=i, input_ids=(x := ids(length - i)), labels=x, weights=None) for i in range(count)]
     (batch,) = method.micro_batches(rows)
     return batch.to(CUDA)
 

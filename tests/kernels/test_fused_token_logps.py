@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowlevel import losses
 from lowlevel.kernels import chunk_rows, token_logps
 from lowlevel.kernels import vocabulary as ops
-from lowlevel.kernels.token_logps import _FusedTokenLogps, _is_fast
+from lowlevel.kernels.token_logps import _FusedTokenScores, _is_fast
 
 
 def make(n: int, v: int, d: int = 16, dtype: torch.dtype = SINGLE, head: torch.dtype | None = None) -> Any:
@@ -27,7 +27,7 @@ def make(n: int, v: int, d: int = 16, dtype: torch.dtype = SINGLE, head: torch.d
 
 def fused(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
     """The fast path, whatever the device: with the twins on a CPU, with the kernels where `through_kernels` is used."""
-    return _FusedTokenLogps.apply(hidden, weight, targets, chunk_size)
+    return _FusedTokenScores.apply(hidden, weight, targets, chunk_size, ())[0]
 
 
 def values_and_gradient(function: Any, inputs: Any, grad: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -52,6 +52,29 @@ def test_fused_equals_the_losses_in_fp32(n: int, v: int, chunk_size: int, throug
     expected = values_and_gradient(losses.token_logps, inputs, grad)
     for actual, wanted in zip(ours, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6 * max(1.0, wanted.abs().max().item()))
+
+
+@pytest.mark.parametrize("needs", [("lse",), ("mean_logp",), ("mean_logp", "log_square_sum", "lse")], ids=" ".join)
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+def test_fused_statistics_against_float64_with_a_loss_scale(
+    dtype: torch.dtype, needs: tuple[str, ...], through_kernels: bool
+) -> None:
+    hidden, weight, targets = make(65, 1003, 12, dtype)
+    grad = torch.full((65,), -65536.0 / 65)
+
+    def scored(scores: Any, leaf: Tensor) -> list[Tensor]:
+        """The square of one statistic and a multiple of another: their incoming gradients differ by token."""
+        logps, *statistics = scores
+        parts = [(logps * grad).sum(), *((values.square() * grad).sum() for values in statistics)]
+        return [logps.detach(), *statistics, torch.autograd.grad(sum(parts), leaf)[0]]
+
+    exact = hidden.detach().double().requires_grad_()
+    logps, statistics = losses.token_scores_reference(exact, weight.double(), targets, needs)
+    expected = scored((logps, *statistics.values()), exact)
+    ours = scored(_FusedTokenScores.apply(hidden, weight, targets, 16, needs), hidden)
+    for actual, wanted in zip(ours[:-1], expected[:-1], strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=5e-3 if dtype == HALF else 1e-5)
+    assert (ours[-1].double() - expected[-1]).norm() < (2e-3 if dtype == HALF else 1e-5) * expected[-1].norm()
 
 
 @pytest.mark.parametrize(("dtype", "head"), [(HALF, HALF), (SINGLE, HALF), (HALF, SINGLE)])
@@ -170,7 +193,7 @@ def test_chunk_rows(v: int, itemsize: int, rows: int) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 5}])
 def test_on_a_cpu_the_losses_compute_it(options: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_FusedTokenLogps, "apply", None)
+    monkeypatch.setattr(_FusedTokenScores, "apply", None)
     inputs, grad = make(17, 101, dtype=HALF), torch.ones(17)
     ours = values_and_gradient(token_logps, inputs, grad, **options)
     expected = values_and_gradient(losses.token_logps, inputs, grad, **options)

@@ -19,14 +19,18 @@ SHARED_MEMORY = 64 * 1024  # bytes a block may have on compute capability 7.5
 FILES = sorted(Path(lowlevel.kernels.__file__).parent.glob("*.py"))
 
 
-def compile_for(capability: int, name: str, dtype: str, vocabulary: int) -> Any:
+OPTIONAL = ("mean_logp", "log_square_sum", "of_p", "uniform")  # vectors that are None without statistics
+
+
+def compile_for(capability: int, name: str, dtype: str, vocabulary: int, statistics: bool = False) -> Any:
     """One of the kernels, for logits of a dtype at 16-byte addresses, as torch allocates them."""
     triton = pytest.importorskip("triton", reason="compiles the kernels ahead of time")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     function = getattr(ops.kernels(), name)
-    constants = {"vocabulary": vocabulary, "block": ops.LAUNCH["block"]}
+    constants: dict[str, Any] = {"vocabulary": vocabulary, "block": ops.LAUNCH["block"]}
+    constants |= {} if statistics else {argument: None for argument in OPTIONAL if argument in function.arg_names}
     types = {"logits": f"*{dtype}", "targets": "*i64", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(
         fn=function,
@@ -105,18 +109,21 @@ def ptxas(ptx: str, folder: Path) -> tuple[int, int]:
     return int(registers[0]), int(spilled[0])
 
 
-@pytest.mark.parametrize("vocabulary", [1, 32000, 32003])
+@pytest.mark.parametrize(("vocabulary", "statistics"), [(1, False), (32000, False), (32000, True), (32003, True)])
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("name", ops.Kernels._fields)
-def test_compiles_for_a_t4_without_what_a_t4_lacks(name: str, dtype: str, vocabulary: int, tmp_path: Path) -> None:
-    compiled = compile_for(T4, name, dtype, vocabulary)
+def test_compiles_for_a_t4_without_what_a_t4_lacks(
+    name: str, dtype: str, vocabulary: int, statistics: bool, tmp_path: Path
+) -> None:
+    compiled = compile_for(T4, name, dtype, vocabulary, statistics)
     ptx = compiled.asm["ptx"]
     assert re.findall(r"^\.target (\w+)", ptx, re.MULTILINE) == ["sm_75"]
     assert "bf16" not in ptx
     assert not re.findall(r"\bmma\.|wgmma|ldmatrix|cp\.async", ptx)  # no product, and no copy that 7.5 has to emulate
     assert compiled.metadata.shared <= SHARED_MEMORY
     registers, spilled = ptxas(ptx, tmp_path)
-    assert registers * 32 * ops.WARPS * 4 <= 65536 and spilled == 0  # 4 programs fill a multiprocessor's 1,024 threads
+    programs = 2 if statistics else 4  # 4 fill a multiprocessor's 1,024 threads; no loss asks for all statistics
+    assert registers * 32 * ops.WARPS * programs <= 65536 and spilled == 0
     # the vocabulary is moved 16 bytes at a time where alignment allows
     aligned = vocabulary % 16 == 0
     assert ("ld.global.v4" in ptx) == aligned

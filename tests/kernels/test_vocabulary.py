@@ -69,6 +69,31 @@ def test_against_float64(functions: Any, c: int, v: int, dtype: torch.dtype) -> 
 
 
 @both
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize(("c", "v"), [(1, 1), (3, 7), (1, 4097), (3, 12289)])
+def test_statistics_against_float64(functions: Any, c: int, v: int, dtype: torch.dtype) -> None:
+    forward, backward = functions
+    logits, targets = logits_and_targets(c, v, dtype)
+    generator = torch.Generator().manual_seed(1)
+    grad, of_p, uniform = (torch.randn(c, generator=generator) * scale for scale in (100, 50, 10))
+    lse, _, gradient = exact(logits, targets, grad)
+    p = (logits.double() - lse[:, None]).exp()
+    needs = ("log_square_sum", "lse", "mean_logp")
+    found = forward(logits, targets, needs)
+    plain = forward(logits, targets)
+    assert all(torch.equal(a, b) for a, b in zip(plain, found[:2], strict=True))
+    assert torch.equal(found[3], found[0])
+    torch.testing.assert_close(found[2].double(), p.square().sum(dim=1).log(), rtol=1e-6, atol=3e-6)
+    torch.testing.assert_close(found[4].double(), logits.double().mean(dim=1) - lse, rtol=1e-6, atol=3e-6)
+    for name, values in zip(needs, found[2:], strict=True):  # one at a time: the other kernels
+        torch.testing.assert_close(forward(logits, targets, (name,))[2], values, rtol=2e-7, atol=1e-6)
+    expected = gradient + of_p.double()[:, None] * p + uniform.double()[:, None]
+    stored = backward(logits, targets, plain[0], grad, of_p, uniform)
+    bounds = {"rtol": 2**-11 + 2e-6, "atol": 2**-25 + 4e-5} if dtype == HALF else {"rtol": 4e-6, "atol": 4e-5}
+    torch.testing.assert_close(stored.double(), expected, **bounds)
+
+
+@both
 @pytest.mark.parametrize("v", [1003, 4099])
 def test_fp16_gradient_is_scaled_before_it_is_rounded(functions: Any, v: int) -> None:
     """A scale of 65,536 over 64 tokens: each entry is the float64 value rounded once, and no more of them are zero."""

@@ -18,7 +18,7 @@ dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
 
 WITHOUT_PEER = {"cdpo", "ipo_sum", "dpop", "rpo"}  # rpo: by way of TRL's list of losses, below
 # TRL has some of these in other trainers, and the divergences in fp32 alone: tests/references works them out by hand
-WITHOUT_PEER |= {"f_forward_kl", "f_js", "f_alpha", "ld_dpo", "odpo", "simpo", "orpo", "cpo", "cpo_sum", "nll"}
+WITHOUT_PEER |= {"f_forward_kl", "f_js", "f_alpha", "ld_dpo", "odpo", "wpo", "simpo", "orpo", "cpo", "cpo_sum", "nll"}
 LENGTHS = {"chosen": [4, 4, 7], "rejected": [5, 3, 6]}
 LOGPS = {
     "chosen": [-10.0, -12.0, -9.25],

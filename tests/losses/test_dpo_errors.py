@@ -53,7 +53,7 @@ def test_the_parameters_that_each_loss_uses() -> None:
     assert {name: spec.parameters for name, spec in LOSSES.items()} == {
         name: (smoothed | own).get(name, ("beta",)) for name in LOSSES
     }
-    averaging = {"ipo", "sigmoid_norm", "rpo", "simpo", "orpo", "cpo", "nll"}
+    averaging = {"ipo", "sigmoid_norm", "rpo", "wpo", "simpo", "orpo", "cpo", "nll"}
     assert {name for name, spec in LOSSES.items() if spec.needs_lengths} == averaging
     for name, one in HYPERPARAMETERS.items():
         for function in (spec.function for spec in LOSSES.values() if name in spec.parameters):
@@ -82,7 +82,8 @@ def test_a_sum_of_losses_that_is_not_one(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("ld_dpo", "reads single tokens"), ("odpo", 'data.columns = ."margin".')]
+    ("name", "message"),
+    [("ld_dpo", "reads single tokens"), ("wpo", "reads single tokens"), ("odpo", 'data.columns = ."margin".')],
 )
 def test_a_loss_that_reads_more_than_sums_says_what(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ SHIFT_INVARIANT = {
     "sigmoid", "cdpo", "robust", "hinge", "ipo_sum", "exo_pair", "aot", "aot_unpaired", "discopop",
 }  # fmt: skip
 LOGISTIC = {"sigmoid", "cdpo", "robust", "aot", "aot_unpaired", "sigmoid_norm", "dpop"}
-SUMS = [name for name, spec in LOSSES.items() if not (spec.needs_tokens or spec.needs_margin)]
+SUMS = [name for name, spec in LOSSES.items() if not (spec.needs_tokens or spec.needs_margin or spec.statistics)]
 SMOOTHED = [name for name, spec in LOSSES.items() if "label_smoothing" in spec.parameters]
 
 

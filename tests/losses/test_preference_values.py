@@ -56,7 +56,7 @@ TABLE: list[tuple[str, dict[str, float], float, float, float]] = [
     ("nll", {}, 2.5, 2.5, 3.0),
 ]
 MPO = "0.8*sigmoid + 0.2*bco_pair + 1*nll"  # arXiv 2411.10442
-SUMS = {name for name, spec in LOSSES.items() if not (spec.needs_tokens or spec.needs_margin)}
+SUMS = {name for name, spec in LOSSES.items() if not (spec.needs_tokens or spec.needs_margin or spec.statistics)}
 
 # loss, point, parameters, dL/da = dL/dchosen_logps, dL/db
 GRADIENTS: list[tuple[str, str, dict[str, float], float, float]] = [
@@ -151,6 +151,25 @@ def test_ld_dpo_discounts_the_tail_of_the_longer_completion() -> None:
     sums = PairLogps(*(values.sum()[None] for part in (tokens, reference) for values in (part[:1], part[1:3])))
     plain = PreferenceLoss.of("ld_dpo", beta=0.5, ld_alpha=1.0)(pairs).losses
     close(plain.detach(), PreferenceLoss.of("sigmoid", beta=0.5)(sums).losses.tolist())
+
+
+def test_wpo_weighs_a_pair_by_how_likely_the_policy_would_write_it() -> None:
+    """Point P with log sum p^2 = -0.3 at each token: w+ = e^(-10/4 + .3), w- = e^(-12/5 + .3); the weight is detached.
+
+    A dummy token does not count.
+    """
+    tokens = torch.tensor([-1.0, -2.0, -3.0, -4.0, *[-2.4] * 5, -50.0], dtype=torch.float64, requires_grad=True)
+    chosen, rejected = tokens[:4].sum()[None], tokens[4:9].sum()[None]
+    ref_chosen, ref_rejected = (torch.tensor([value], dtype=torch.float64) for value in (-11.0, -11.5))
+    squares = torch.tensor([-0.1, -0.5, -0.2, -0.4, *[-0.3] * 5, 9.0], dtype=torch.float64)
+    pairs = PairLogps(chosen, rejected, ref_chosen, ref_rejected, torch.tensor([4]), torch.tensor([5]), tokens, None,
+                      torch.tensor([0] * 4 + [1] * 5 + [2]), statistics={"log_square_sum": squares})  # fmt: skip
+    output, weight = PreferenceLoss.of("wpo")(pairs), math.exp(-2.2) * math.exp(-2.1)
+    close(output.losses, [weight * 0.6209570477895321])
+    assert output.losses.item() == pytest.approx(0.00842549, abs=5e-9)
+    close(output.metrics["wpo_weight"], [weight])
+    slope = -0.04625701546562505 * weight
+    close(torch.autograd.grad(output.losses.sum(), tokens)[0], [slope] * 4 + [-slope] * 5 + [0.0])
 
 
 @pytest.mark.parametrize("columns", [{"margin": 2.0}, {"chosen_score": 5.0, "rejected_score": 3.0}])

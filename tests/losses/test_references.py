@@ -21,7 +21,7 @@ REFERENCES = Path(__file__).parents[1] / "references"
 FILES = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(REFERENCES.glob("*.json"))}
 POINTS = FILES["losses"]["points"]
 WITHOUT_PEER = {"cdpo", "ipo_sum", "dpop"} | {  # by hand only
-    *("f_forward_kl", "f_js", "f_alpha", "ld_dpo", "odpo", "simpo", "orpo", "cpo", "cpo_sum", "nll"),
+    *("f_forward_kl", "f_js", "f_alpha", "ld_dpo", "odpo", "wpo", "simpo", "orpo", "cpo", "cpo_sum", "nll"),
 }
 
 
@@ -95,7 +95,8 @@ def test_every_function_has_a_case() -> None:
     named = {name for case in FILES["token_losses"]["cases"] for name in case["functions"]}
     assert named == {"masked_cross_entropy", "sequence_logps", "token_logps", "token_logps_reference"}
     functions = {name for name in lowlevel.losses.__all__ if inspect.isfunction(getattr(lowlevel.losses, name))}
-    assert functions - named == {"dpo_loss", "loss", "loss_spec"}  # losses.json; registering and finding a loss
+    others = {"dpo_loss", "loss", "loss_spec"}  # losses.json; registering and finding a loss
+    assert functions - named == others | {"token_scores", "token_scores_reference"}  # test_token_logps.py
 
 
 @pytest.mark.parametrize("case", FILES["trl"]["cases"], ids=lambda case: f"{case['loss']}-{case['point']}")

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowlevel.losses import masked_cross_entropy, token_logps, token_logps_reference
+from lowlevel.losses import (
+    masked_cross_entropy,
+    token_logps,
+    token_logps_reference,
+    token_scores,
+    token_scores_reference,
+)
+from lowlevel.losses.token_logps import STATISTICS
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -79,6 +86,81 @@ def test_only_wanted_gradients_are_computed() -> None:
     assert torch.equal(torch.autograd.grad(logps.sum(), weight)[0], expected[2])
     with torch.no_grad():
         assert torch.equal(token_logps(hidden, weight, targets, chunk_size=5), expected[0])
+
+
+# ---- statistics of the distribution, from the same chunk ----
+
+WEIGHTS = {"lse": 0.7, "mean_logp": -1.3, "log_square_sum": 5.0}
+
+
+def scored(function: Any, inputs: Inputs, needs: tuple[str, ...], grad: Tensor, **options: Any) -> list[Tensor]:
+    """Log-probabilities, statistics, and the gradients of a sum in which each has another factor."""
+    logps, statistics = function(*inputs, needs, **options)
+    assert tuple(statistics) == needs
+    total = logps.double() @ grad.double()
+    for name, values in statistics.items():
+        total = total + WEIGHTS[name] * (values.double() @ grad.double())
+    return [logps, *statistics.values(), *torch.autograd.grad(total, inputs[:2])]
+
+
+NEEDS = [("lse",), ("mean_logp",), ("log_square_sum",), ("log_square_sum", "mean_logp", "lse")]
+
+
+def test_hand_values_of_the_statistics() -> None:
+    """Logits (2, 1, 0, -1): p = (.6439, .2369, .0871, .0321); the sum of squares is .4793; the mean of z is 1/2."""
+    hidden = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    for function in (token_scores, token_scores_reference):
+        _, found = function(hidden, torch.eye(4, dtype=torch.float64), torch.tensor([0]), tuple(STATISTICS))
+        p = [math.exp(z - 2.4401896985611953) for z in (2, 1, 0, -1)]
+        assert found["lse"].item() == pytest.approx(2.4401896985611953, abs=1e-15)
+        assert found["mean_logp"].item() == pytest.approx(0.5 - 2.4401896985611953, abs=1e-15)
+        assert found["log_square_sum"].item() == pytest.approx(math.log(sum(x * x for x in p)), abs=1e-15)
+        assert not found["log_square_sum"].requires_grad
+        (slopes,) = torch.autograd.grad(found["lse"].sum() + 2 * found["mean_logp"].sum(), hidden)
+        assert slopes[0].tolist() == pytest.approx([x + 2 * (0.25 - x) for x in p], abs=1e-15)
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=" ".join)
+@pytest.mark.parametrize("chunk_size", [1, 5, 1024])
+def test_statistics_against_full_logits_in_fp32(needs: tuple[str, ...], chunk_size: int) -> None:
+    inputs = make(17, 1003)
+    grad = torch.randn(17, generator=torch.Generator().manual_seed(1))
+    ours = scored(token_scores, inputs, needs, grad, chunk_size=chunk_size)
+    twin = scored(token_scores_reference, inputs, needs, grad)
+    for actual, expected in zip(ours, twin, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=2e-6 * max(1.0, expected.abs().max().item()))
+    assert torch.equal(ours[0], token_logps(*inputs, chunk_size=chunk_size))
+
+
+@pytest.mark.parametrize("needs", NEEDS[:2] + [("mean_logp", "lse")], ids=" ".join)
+def test_statistics_gradcheck_in_float64(needs: tuple[str, ...]) -> None:
+    hidden, weight, targets = make(5, 7, d=3, dtype=torch.float64)
+
+    def function(h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        logps, statistics = token_scores(h, w, targets, needs, chunk_size=2)
+        return logps, *statistics.values()
+
+    assert torch.autograd.gradcheck(function, (hidden, weight))
+
+
+def test_statistics_in_fp16_against_float64_with_a_loss_scale() -> None:
+    inputs, needs = make(65, 1003, d=12, dtype=torch.float16), tuple(STATISTICS)
+    grad = torch.full((65,), -65536.0 / 65)
+    exact = tuple(tensor.detach().double().requires_grad_() for tensor in inputs[:2])
+    expected = scored(token_scores_reference, (*exact, inputs[2]), needs, grad.double())
+    ours = scored(token_scores, inputs, needs, grad, chunk_size=16)
+    assert [tensor.dtype for tensor in ours] == [torch.float32] * 4 + [torch.float16] * 2
+    for actual, wanted in zip(ours[:4], expected[:4], strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=5e-3)
+    for actual, wanted in zip(ours[4:], expected[4:], strict=True):
+        assert ((actual.double() - wanted).norm() / wanted.norm()).item() < 2e-3
+
+
+def test_statistics_make_no_full_logits_and_no_host_sync() -> None:
+    with _Sizes() as sizes:
+        logps, statistics = token_scores(*make(257, 101, 4), tuple(STATISTICS), chunk_size=16)
+        (logps.sum() + statistics["lse"].sum() + statistics["mean_logp"].sum()).backward()
+    assert sizes.largest == 16 * 101 and sizes.syncs == 0
 
 
 def test_no_rows() -> None:

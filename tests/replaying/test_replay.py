@@ -209,7 +209,7 @@ def test_other_rows_another_base_or_parent_are_refused(runs, tmp_path):
         (("--step", "7", "--what-if", "beta=0.3"), "beta is a setting of dpo, and the run is sft"),
         (
             ("--step", "7", "--what-if", "seed=3"),
-            "NAME one of learning_rate, max_grad_norm, loss_type, loss_kwargs.KEY",
+            "NAME one of learning_rate, max_grad_norm, loss_type, label_smoothing, z_loss_weight, loss_kwargs.KEY",
         ),
         (("--step", "7", "--what-if", "max_grad_norm=-1"), "max_grad_norm"),
     ],

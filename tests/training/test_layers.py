@@ -8,7 +8,7 @@ import lowlevel
 ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
     ("__init__", "config/", "durable", "errors", "redaction", "running/__init__"),
-    ("losses/", "labels", "hashing", "determinism", "batch/"),
+    ("losses/", "labels", "hashing", "determinism", "perplexity", "heartbeat", "batch/"),
     ("data/", "demo/", "kernels/"),
     ("model/", "optim/", "checkpoints/", "running/plots", "running/progress", "running/run_folder", "running/endings"),
     ("methods/", "execution", "reference_cache"),

@@ -246,7 +246,7 @@ def test_no_batch_is_larger_than_the_largest_whatever_the_length(length, batch):
     config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": length})})
     method = build_method(config, Attention(NAMES["flash"], "for a test"))
     ids = np.arange(length + 1) % 90 + 3
-    rows = [SimpleNamespace(row=i, input_ids=ids, labels=ids) for i in range(2 * batch)]  # as long as any
+    rows = [SimpleNamespace(row=i, input_ids=ids, labels=ids, weights=None) for i in range(2 * batch)]  # as long as any
     sizes = {made.input_ids.numel() for made in method.micro_batches(rows)}
     assert sizes == {largest_batch(method, rows, len(rows)).input_ids.numel()}
     assert 0 <= max(sizes) - default_plan(TINYLLAMA, config).positions < 8

@@ -9,18 +9,19 @@ from lowlevel.losses.preference import PairLogps
 from lowlevel.methods.dpo import preference_loss, reward_slopes
 
 EXTRA = {"cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.2}, "exo_pair": {"label_smoothing": 0.01}}
+OF_SUMS = [name for name, spec in LOSSES.items() if not (spec.needs_tokens or spec.needs_margin or spec.statistics)]
 BETA, STEP = 0.3, 1e-4
 
 
-def sample() -> PairLogps:
+def sample(*, reference_free: bool = False) -> PairLogps:
     """Five pairs in float64: no two margins, log-ratios or lengths are alike, and none is near a kink."""
     chosen, rejected, ref_chosen, ref_rejected = (
         torch.tensor(values, dtype=torch.float64)
         for values in (
             [-10.0, -21.5, -7.25, -30.0, -14.0],
             [-12.5, -20.0, -9.0, -26.5, -15.25],
-            [-11.0, -19.0, -8.5, -30.75, -13.5],
-            [-11.5, -21.75, -7.0, -28.0, -15.0],
+            [0.0] * 5 if reference_free else [-11.0, -19.0, -8.5, -30.75, -13.5],
+            [0.0] * 5 if reference_free else [-11.5, -21.75, -7.0, -28.0, -15.0],
         )
     )
     return PairLogps(
@@ -28,29 +29,32 @@ def sample() -> PairLogps:
     )
 
 
-def total(config: DPOConfig, chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> float:
-    """The summed loss where the rewards are these, and all else is `sample`'s."""
-    pairs = sample()
+def total(config: DPOConfig, pairs: PairLogps, chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> float:
+    """The summed loss where the rewards are these, and all else is that of `pairs`."""
     moved = PairLogps(
-        pairs.ref_chosen_logps + chosen_rewards / BETA,
-        pairs.ref_rejected_logps + rejected_rewards / BETA,
+        pairs.ref_chosen_logps + chosen_rewards / config.beta,
+        pairs.ref_rejected_logps + rejected_rewards / config.beta,
         *(pairs.ref_chosen_logps, pairs.ref_rejected_logps, pairs.chosen_lengths, pairs.rejected_lengths),
     )
     return float(preference_loss(config)(moved).losses.sum())
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OF_SUMS)
 def test_slopes_are_those_of_finite_differences(name):
-    config, pairs = DPOConfig(loss_type=name, beta=BETA, **EXTRA.get(name, {})), sample()
+    beta = {"beta": BETA} if "beta" in LOSSES[name].parameters else {}
+    config, pairs = (
+        DPOConfig(loss_type=name, **beta, **EXTRA.get(name, {})),
+        sample(reference_free=LOSSES[name].reference_free),
+    )
     found = reward_slopes(config, pairs)
-    rewards = BETA * pairs.chosen_logratios, BETA * pairs.rejected_logratios
+    rewards = config.beta * pairs.chosen_logratios, config.beta * pairs.rejected_logratios
     for side in (0, 1):
         assert not found[side].requires_grad
         for i in range(5):
             nudged = [[reward.clone() for reward in rewards] for _ in range(2)]
             nudged[0][side][i] += STEP
             nudged[1][side][i] -= STEP
-            expected = (total(config, *nudged[0]) - total(config, *nudged[1])) / (2 * STEP)
+            expected = (total(config, pairs, *nudged[0]) - total(config, pairs, *nudged[1])) / (2 * STEP)
             assert float(found[side][i]) == pytest.approx(expected, rel=1e-5, abs=1e-7), (side, i)
 
 

@@ -27,7 +27,7 @@ def test_the_losss_error_is_that_of_random_errors(name, request):
     generator = torch.Generator().manual_seed(0)
 
     def moved(scores):
-        noise = NATS * torch.randn(len(scores.exact), generator=generator, dtype=torch.float64)
+        noise = NATS * torch.randn(scores.exact.shape, generator=generator, dtype=torch.float64)
         return replace(scores, exact=scores.exact + noise)
 
     errors = []

@@ -36,16 +36,16 @@ def test_without_a_fault_every_check_holds(subject):
 
 def test_one_token_off_in_the_forward_pass(sft, monkeypatch):
     """Too little for the mean of all tokens: the worst one is held apart."""
-    plain = ExactModel.token_logps
+    plain = ExactModel.token_scores
 
     def off(self, weights, sequence):
-        logps = plain(self, weights, sequence).clone()
-        if len(logps) == longest:
-            logps[0] += 1.05e-4  # the bound is 1e-4
-        return logps
+        scores = plain(self, weights, sequence).clone()
+        if len(scores) == longest:
+            scores[0] += 1.05e-4  # the bound is 1e-4
+        return scores
 
     longest = max(len(one.places) for example in sft.examples for one in sequences_of(example, False))
-    monkeypatch.setattr(ExactModel, "token_logps", off)
+    monkeypatch.setattr(ExactModel, "token_scores", off)
     assert failures(sft) == {"loss: its worst token, policy"}
 
 

@@ -72,6 +72,18 @@ def focal(tokens: TokenLogps, *, gamma: float = 0.5):
     return -weights * (1.0001 - tokens.token_logps.exp()) ** gamma * tokens.token_logps
 
 
+def confident(pairs: PairLogps, *, beta: float, penalty: float = 0.01):
+    """-ls(x), and a penalty on the normaliser of each token."""
+    lse = pairs.completion_sums(pairs.statistics["lse"].square()).view(2, -1).sum(0)
+    return -logsigmoid(beta * pairs.deltas) + penalty * lse
+
+
+def entropic(tokens: TokenLogps, *, gamma: float = 0.5):
+    """-log pi - gamma mean_v log p_v + gamma lse^2 / 100"""
+    read = tokens.statistics
+    return -tokens.token_logps - gamma * read["mean_logp"] + 0.01 * gamma * read["lse"] ** 2
+
+
 def relative(tokens: TokenLogps):
     return tokens.token_logps * tokens.token_logps.mean()
 
@@ -108,6 +120,8 @@ HOLD = [
     (weighted_by_itself, "dpo", {}, {"detaches": True}),
     (centred, "dpo", {}, MIXED),
     (focal, "sft", {"gamma": 1.5}, {}),
+    (confident, "dpo", {"penalty": 0.02}, {"statistics": ("lse",)}),
+    (entropic, "sft", {"gamma": 1.5}, {"statistics": ("lse", "mean_logp")}),
 ]
 
 
@@ -123,6 +137,11 @@ def test_a_loss_without_a_fault_holds(own, function, method, kwargs, flags):
     left_out = "central differences not compared: detaches" in names
     assert left_out == (function is weighted_by_itself) and ("loss, central differences" in names) != left_out
     assert ("loss of an example alone = among others" in names) == (flags != MIXED)
+
+
+def test_an_unknown_statistic_is_refused():
+    with pytest.raises(ValueError, match="unknown statistic 'entropy'; known: lse, mean_logp, log_square_sum"):
+        loss(entropic, statistics=("entropy",))
 
 
 @pytest.mark.parametrize("function", [wrong_backward, weighted_by_itself])
@@ -159,7 +178,8 @@ def test_hyper_parameters_that_do_not_reach_the_loss_are_found(own, monkeypatch)
 
 def test_a_token_loss_that_is_not_the_configured_one_is_found(own, monkeypatch):
     subject, plain = own(focal, "sft", kwargs={"gamma": 1.5}), lowlevel.methods.sft.sft_loss
-    monkeypatch.setattr(lowlevel.methods.sft, "sft_loss", lambda config: replace(plain(config), function=cross_entropy))
+    other = replace(plain(subject.config.sft), spec=replace(subject.spec, function=cross_entropy))
+    monkeypatch.setattr(lowlevel.methods.sft, "sft_loss", lambda config: other)
     found = failures(replace(subject, method=replace(subject.method)))
     wrong = {"loss: summed loss of an example", "accounting: step loss", "gradients: loss in the log-probabilities"}
     assert wrong | {"accounting: gamma reaches the loss"} <= found.keys()
