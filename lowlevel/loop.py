@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import TrainConfig
@@ -17,6 +18,7 @@ from lowlevel.execution import Eager, Execution, ExecutionFailedError
 from lowlevel.hashing import key32
 from lowlevel.heartbeat import counted
 from lowlevel.losses import LossSums
+from lowlevel.losses.reward import calibration
 from lowlevel.losses.sums import by_label
 from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
@@ -197,7 +199,11 @@ def evaluate_examples(
     window = Window()
     batches = with_baseline(Eager(policy, method), batches)
     policy.dropout.disable()
+    margins: list[Tensor] = []  # reward
     for batch in counted("evaluating", batches, "micro-batches"):
-        named = method.loss(policy, batch.to(policy.placement.device)).named()
+        sums = method.loss(policy, batch.to(policy.placement.device))
+        named = sums.named()
+        margins += [sums.examples["margin"][: method.count(batch)]] if method.name == "reward" else []
         window.add(dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True)), method.count(batch))
-    return {f"{prefix}{name}": value for name, value in by_label(window.means()).items()}
+    scores = by_label(window.means()) | (calibration(torch.cat(margins)) if margins else {})
+    return {f"{prefix}{name}": value for name, value in scores.items()}

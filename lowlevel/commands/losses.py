@@ -247,10 +247,10 @@ def print_numbers(rows: Sequence[LossAtPoint], console: Console) -> None:
 
 
 def print_formulas(rows: Sequence[LossAtPoint], console: Console) -> None:
-    """Every loss with what it reads, formula, parameters and paper; the losses of sft come last."""
+    """Every loss with what it reads, formula, parameters and paper; those of other methods come last."""
     from rich.table import Table, box
 
-    from lowlevel.losses import SFT_LOSSES, loss_spec
+    from lowlevel.losses import KTO_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
     from lowlevel.losses.dpo import HYPERPARAMETERS
 
     signs = {"label_smoothing": "eps", **{key: one.sign for key, one in HYPERPARAMETERS.items()}}
@@ -260,8 +260,10 @@ def print_formulas(rows: Sequence[LossAtPoint], console: Console) -> None:
     for row in rows:
         own = ", ".join(f"{signs[key]} {value:g}" for key, value in row.parameters.items() if key in signs)
         table.add_row(row.name, reads(loss_spec(row.name)), row.formula, own, row.paper)
-    for spec in SFT_LOSSES.values():
-        table.add_row(spec.name, "sft: messages", spec.formula, ", ".join(spec.parameters), spec.paper)
+    others = {"sft: messages": SFT_LOSSES, "kto: completions, label": KTO_LOSSES, "reward: pairs": REWARD_LOSSES}
+    for needs, specs in others.items():
+        for spec in specs.values():
+            table.add_row(spec.name, needs, spec.formula, ", ".join(spec.parameters), spec.paper)
     console.print(table)
     if {0.0, EXO_SMOOTHING} <= {row.parameters.get("label_smoothing") for row in rows}:
         console.print(f"With eps 0, cdpo, robust and aot are sigmoid; exo_pair needs eps > 0, here {EXO_SMOOTHING}.")

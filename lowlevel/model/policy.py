@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.kernels import token_logps
+from lowlevel.losses.reward import head_rewards
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.dropout import CounterDropout, DropoutState
 from lowlevel.model.layers import DecoderLayers
@@ -30,6 +31,7 @@ from lowlevel.model.placement import Placement
 TRAINED = "trained"  # the adapter in training
 PARENT = "parent"  # the frozen adapter that it is stacked on
 REFERENCE = "reference"  # the adapter of a moving reference
+SCORE = "base_model.model.score.weight"  # the reward head (1, D), under PEFT's key for it
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Policy:
     layers: DecoderLayers
     moving: MovingReference | None = None
     start: str = "default"  # lora.init_lora_weights of the trained adapter's beginning
+    reward_head: nn.Parameter | None = None  # (1, D) fp32, one of the flat parameters
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -92,7 +95,17 @@ class Policy:
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """Log-probability of each of the N scored tokens, (N,) fp32. All losses start from these."""
-        return token_logps(self.scored_hidden_states(batch), self.lm_head_weight, batch.scored_targets)
+        return self.scores(self.scored_hidden_states(batch), batch.scored_targets)
+
+    def rewards(self, batch: PackedBatch) -> Tensor:
+        """Reward of each of the S sequences, (S,) fp32; 0 for dummies."""
+        return batch.sequence_sums(self.scores(self.scored_hidden_states(batch), batch.scored_targets))
+
+    def scores(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """What losses read of hidden states (N, D): log-probabilities of the targets; with a reward head, rewards."""
+        if self.reward_head is not None:
+            return head_rewards(hidden, self.reward_head)
+        return token_logps(hidden, self.lm_head_weight, targets)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -127,6 +140,11 @@ class Policy:
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
 
+def is_base(name: str) -> bool:
+    """Whether a parameter of this name belongs to the base, and not to an adapter."""
+    return ".lora_" not in name and name not in (SCORE, "score.weight")
+
+
 def quantised_weights(policy: Policy) -> tuple[int, int]:
     """Number of the base's weights that were loaded in 4 bits, and of all, without input embedding and LM head.
 
@@ -136,7 +154,7 @@ def quantised_weights(policy: Policy) -> tuple[int, int]:
     embeddings = [*base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()]
     left_out = {id(parameter) for parameter in embeddings}
     for name, parameter in base.named_parameters():
-        if id(parameter) in left_out or ".lora_" in name:
+        if id(parameter) in left_out or not is_base(name):
             continue
         in_4_bits = isinstance(parameter, bnb.nn.Params4bit)
         size = cast(Any, parameter).quant_state.shape.numel() if in_4_bits else parameter.numel()

@@ -23,7 +23,6 @@ from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.execution import Eager, micro_step
 from lowlevel.hashing import key32
-from lowlevel.kernels import token_logps
 from lowlevel.loop import with_baseline
 from lowlevel.model.placement import dtype_name
 from lowlevel.optim.optimizer import optimizer_tensors
@@ -34,10 +33,10 @@ MEANINGS = {
     "batch": "the micro-batch as it is laid out; lowlevel.batch.layout.PackedBatch describes each tensor",
     "policy.hidden": "(N, D) final hidden states at the scored positions",
     "policy.token_logps": "(N,) log-probability of each scored target; batch.sequence_ids = S marks dummy tokens, "
-    "which are in no sum",
+    "which are in no sum; of a reward model the reward at the last token of each completion",
     "policy.logps": "(S,) token_logps summed by sequence: for pairs all chosen, then all rejected",
     "reference": "the same without the trained adapter and without dropout",
-    "losses": "(P,) loss of each pair (dpo), (S,) of each example (sft, kto); their sum is the micro-batch's loss",
+    "losses": "(P,) loss of each pair (dpo, reward), (S,) of each example (sft, kto); their sum is the loss",
     "layer": "(rows, T, D) output of a decoder layer",
     "gradient": "of the step's mean loss, without loss scale and before clipping",
     "before": "adapter weights before the step",
@@ -158,7 +157,7 @@ def _micro_tensors(session: Session, batch: PackedBatch, seen: Tensors) -> Tenso
             continue
         decoded = seen[f"hidden.{name}"].to(batch.input_ids.device)
         hidden = decoded.flatten(0, 1).index_select(0, batch.scored_positions)
-        by_token[name] = token_logps(hidden, session.policy.lm_head_weight, batch.scored_targets)
+        by_token[name] = session.policy.scores(hidden, batch.scored_targets)
         parts = {"hidden": hidden, "token_logps": by_token[name], "logps": batch.sequence_sums(by_token[name])}
         tensors |= {f"{name}.{part}": _copy(value) for part, value in parts.items()}
     losses = session.method.example_losses(batch, by_token["policy"], by_token.get("reference"))

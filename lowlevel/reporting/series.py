@@ -15,7 +15,7 @@ PLANS: tuple[Plan, ...] = (
     ("loss", "Loss", "nats", "", (("loss", "training"), ("eval_loss", "held out"))),
     ("margin", "Margin", "", "chosen reward minus rejected reward; desirable minus undesirable in kto.",
      (("rewards/margins", "training"), ("eval_rewards/margins", "held out"))),
-    ("rewards", "Rewards", "", "beta times the log-ratio of policy to reference; both start at 0.",
+    ("rewards", "Rewards", "", "beta times the log-ratio of policy to reference; of a reward model its output.",
      (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
     ("labelled_rewards", "Rewards by label", "", "beta times the log-ratio of policy to reference; both start at 0.",
      (("rewards/desirable", "desirable"), ("rewards/undesirable", "undesirable"))),

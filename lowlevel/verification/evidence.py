@@ -16,7 +16,7 @@ from lowlevel.methods.kto import KTO
 from lowlevel.verification.exact import ExactModel, base_parameters, exact_model
 from lowlevel.verification.formulas import Logps, exact_losses, logps_of, slopes
 from lowlevel.verification.subject import Subject
-from lowlevel.verification.truth import HeadScores, Scored, head_scores, sequences_of
+from lowlevel.verification.truth import HeadScores, Scored, head_scores
 
 BUDGET = 1.5e10  # parameters x tokens of a float64 pass: seconds on a CPU core
 
@@ -33,6 +33,7 @@ class Evidence:
     kl: Tensor | None  # () of the training path, kto
     model: ExactModel | None  # in float64; None if the base is too large
     exact: int  # how many examples are run through it
+    rewards: bool = False  # scores are rewards and not log-probabilities
 
     @property
     def tokens(self) -> int:
@@ -53,7 +54,7 @@ class Evidence:
         """The same of some of the examples."""
         reference = None if self.reference is None else by_side(self.reference[part])
         values = {name: column[part] for name, column in self.values.items()}
-        return logps_of(by_side(self.policy[part]), reference, values)
+        return logps_of(by_side(self.policy[part]), reference, values, rewards=self.rewards)
 
     def steepest(self, config: RunConfig) -> float:
         """How far an error of one nat in each sequence can move the loss of an example, the largest of all."""
@@ -79,7 +80,7 @@ class Evidence:
 
 def gather(subject: Subject) -> Evidence:
     """Run every example of the step alone."""
-    sequences = [sequences_of(example, subject.paired) for example in subject.examples]
+    sequences = [subject.sequences(example) for example in subject.examples]
     kl = subject.batches()[0].kl
     alone = [replace(batch, kl=kl) for example in subject.examples for batch in subject.batches(examples=[example])]
     sums = [subject.sums(batch) for batch in alone]
@@ -90,7 +91,8 @@ def gather(subject: Subject) -> Evidence:
     if isinstance(subject.method, KTO):
         scores = [by_side(one or []) for one in head_scores_of(subject, subject.method.mismatched(subject.examples))]
         values["kl"] = mean_logratio(*scores).expand(len(sequences))
-    return Evidence(sequences, sums, policy, reference, values, kl, model, _within(size, sequences))
+    within = _within(size, sequences)
+    return Evidence(sequences, sums, policy, reference, values, kl, model, within, subject.rewards)
 
 
 def mean_logratio(policy: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]]) -> Tensor:

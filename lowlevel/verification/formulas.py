@@ -15,22 +15,29 @@ from torch import Tensor
 
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError, one_line
-from lowlevel.losses import SFT_LOSSES, LabelledLogps, PairLogps, TokenLogps, loss_spec
+from lowlevel.losses import SFT_LOSSES, LabelledLogps, PairLogps, PairRewards, TokenLogps, loss_spec
 from lowlevel.losses.registry import LossSpec, find
 
-Logps = PairLogps | TokenLogps | LabelledLogps
+Logps = PairLogps | TokenLogps | LabelledLogps | PairRewards
 
 
 def logps_of(
-    policy: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]] | None, values: Mapping[str, Tensor]
+    policy: Sequence[Sequence[Tensor]],
+    reference: Sequence[Sequence[Tensor]] | None,
+    values: Mapping[str, Tensor],
+    *,
+    rewards: bool = False,
 ) -> Logps:
     """What a loss reads, from token log-probabilities [example][chosen, rejected] or [example][whole], (n,) each.
 
     `reference` is None without one; `values`: numeric columns of the rows, one number an example; for kto with "kl".
+    With `rewards` every sequence has one number, its reward.
     """
     lengths = torch.tensor([len(part) for part in _sequences(policy)])
     ids = torch.arange(len(lengths)).repeat_interleave(lengths)
     tokens = torch.cat(_sequences(policy))
+    if rewards:
+        return PairRewards(*tokens.chunk(2), values=values)
     if len(policy[0]) == 1 and "kl" not in values:
         return TokenLogps(tokens, ids, lengths, values)
     empty = tokens.new_zeros(len(policy))
@@ -61,6 +68,9 @@ def with_tokens(logps: Logps, policy: Tensor, reference: Tensor | None) -> Logps
     values = {name: value.to(policy.dtype) for name, value in logps.values.items()}
     if isinstance(logps, TokenLogps):
         return replace(logps, token_logps=policy, values=values)
+    if isinstance(logps, PairRewards):
+        chosen, rejected = policy.chunk(2)
+        return replace(logps, chosen=chosen, rejected=rejected, values=values)
     assert reference is not None and logps.sequence_ids is not None
     zeros = policy.new_zeros(2 * len(logps.chosen_logps))
     sums = [zeros.index_add(0, logps.sequence_ids, tokens).chunk(2) for tokens in (policy, reference)]
@@ -72,7 +82,9 @@ def with_tokens(logps: Logps, policy: Tensor, reference: Tensor | None) -> Logps
 
 
 def tokens_of(logps: Logps) -> tuple[Tensor, Tensor | None]:
-    """Token log-probabilities under policy and reference, (N,) each."""
+    """Token log-probabilities under policy and reference, (N,) each; or rewards (2P,)."""
+    if isinstance(logps, PairRewards):
+        return torch.cat([logps.chosen, logps.rejected]), None
     assert logps.token_logps is not None
     return logps.token_logps, None if isinstance(logps, TokenLogps) else logps.ref_token_logps
 
@@ -96,6 +108,10 @@ def exact_losses(logps: Logps, config: RunConfig) -> Tensor:
         desirable = kto.desirable_weight * (1 - 1 / (1 + torch.exp(kto.beta * (z0 - logps.logratios))))
         undesirable = kto.undesirable_weight * (1 - 1 / (1 + torch.exp(kto.beta * (logps.logratios - z0))))
         return torch.where(logps.desirable, desirable, undesirable)
+    if isinstance(logps, PairRewards):
+        rated = _difference(logps.values, logps.chosen)
+        centre = config.reward.center_rewards_coefficient
+        return softplus(rated - logps.chosen + logps.rejected) + centre * (logps.chosen + logps.rejected) ** 2
     dpo = config.dpo
     beta, eps, d = dpo.beta, dpo.label_smoothing, logps.deltas
     x = beta * d
@@ -109,6 +125,14 @@ def exact_losses(logps: Logps, config: RunConfig) -> Tensor:
     if dpo.loss_type in written:
         return written[dpo.loss_type]()
     return _by_function(loss_spec(dpo.loss_type), logps, dpo.model_dump() | dpo.loss_kwargs)
+
+
+def _difference(values: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """The rated margin of a pair: its column, or the difference of both scores; 0 without columns."""
+    if not values or "margin" in values:
+        return values.get("margin", torch.zeros_like(like))
+    chosen, rejected = (next(v for name, v in values.items() if side in name) for side in ("chosen", "rejected"))
+    return chosen - rejected
 
 
 def _by_function(spec: LossSpec, logps: Logps, values: Mapping[str, float | None]) -> Tensor:

@@ -15,9 +15,12 @@ CASES = """
 sft dpo.beta=0.1 | [dpo] | method = "sft"
 dpo sft.loss_type=cross_entropy | [sft] | method = "dpo"
 sft model.adapter=a | model.adapter is for dpo | lora.init_from
+reward kto.beta=0.1 | [kto] | method = "reward"
+reward data.format=messages | data.format = "messages" | reward takes "preference"
+reward trace.every=1 trace.level=token | trace.level = "token" | one token
 sft kto.beta=0.1 | [kto] | method = "sft"
-kto data.columns=a | data.columns is for a custom loss
-kto data.supervise=all | data.supervise = "all" is for sft and dpo
+kto data.columns=a | data.columns is for sft, dpo and reward
+reward data.supervise=all | data.supervise = "all" is for sft and dpo
 sft data.format=orca | data.format = "orca" | "messages"
 sft data.format=preference | data.format = "preference" | "messages"
 sft data.max_prompt_length=10 | data.max_prompt_length is for dpo
