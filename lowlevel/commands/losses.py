@@ -41,6 +41,7 @@ NUMBERS = {
     "orpo_lambda": "weight of orpo's odds term (default: 0.1)",
     "cpo_alpha": "weight of cpo's NLL term (default: 1)",
 }
+SHORT = {"desirable_weight": "wD", "undesirable_weight": "wU", "center_rewards_coefficient": "c"}  # as in formulas
 SETTINGS = tuple(NUMBERS)[tuple(NUMBERS).index("beta") :]
 EXO_SMOOTHING = 0.001  # exo_pair takes log(label_smoothing), so the usual default 0 is invalid
 HEADINGS = ("at\nmargin", "value", "dL/d\nchosen", "dL/d\nrejected", "dL/d ref\nchosen", "dL/d ref\nrejected")
@@ -263,7 +264,8 @@ def print_formulas(rows: Sequence[LossAtPoint], console: Console) -> None:
     others = {"sft: messages": SFT_LOSSES, "kto: completions, label": KTO_LOSSES, "reward: pairs": REWARD_LOSSES}
     for needs, specs in others.items():
         for spec in specs.values():
-            table.add_row(spec.name, needs, spec.formula, ", ".join(spec.parameters), spec.paper)
+            own = ", ".join(SHORT.get(name, name) for name in spec.parameters)
+            table.add_row(spec.name, needs, spec.formula, own, spec.paper)
     console.print(table)
     if {0.0, EXO_SMOOTHING} <= {row.parameters.get("label_smoothing") for row in rows}:
         console.print(f"With eps 0, cdpo, robust and aot are sigmoid; exo_pair needs eps > 0, here {EXO_SMOOTHING}.")

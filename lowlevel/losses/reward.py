@@ -49,12 +49,9 @@ def bradley_terry(pairs: PairRewards, *, center_rewards_coefficient: float = 0.0
     return -logsigmoid(pairs.margins - rated) + center_rewards_coefficient * (pairs.chosen + pairs.rejected) ** 2
 
 
+_FORMULA = "-ls(r+ - r- - m) + c (r+ + r-)^2"
 REWARD_LOSSES: Mapping[str, LossSpec] = MappingProxyType(
-    {
-        "bradley_terry": spec_of(
-            bradley_terry, "-ls(r+ - r- - m) + c (r+ + r-)^2", "arXiv 2203.02155 eq 1, 2307.09288 eq 2, 2312.09244 eq 2"
-        )
-    }
+    {"bradley_terry": spec_of(bradley_terry, _FORMULA, "arXiv 2203.02155 eq 1")}
 )
 
 
