@@ -82,7 +82,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
         (not no_adapter and mode == "none", 'model.adapter is set, but model.adapter_mode = "none" ignores it'),
         (needed_mode, f'model.adapter_mode = "{mode}" needs model.adapter'),
         (not model.load_in_4bit and quantisation, "model.bnb_4bit_* keys need model.load_in_4bit = true"),
-        (loftq and not sft, f"{LOFTQ} is for sft: {config.method} starts as its reference, without a trained adapter"),
+        (loftq and config.has_reference, f"{LOFTQ} is for sft and reward: {config.method} starts as its reference"),
         (loftq and not model.load_in_4bit, f"{LOFTQ} needs model.load_in_4bit = true: it starts from the error"),
         *((continued and f"lora.{key}" in given, f"lora.{key} comes from lora.init_from") for key in ADAPTER_SHAPE),
     ]

@@ -50,7 +50,7 @@ sft lora.init_from=a lora.r=8 | lora.r comes from lora.init_from
 sft lora.init_from=a lora.lora_alpha=8 | lora.lora_alpha comes from
 sft lora.init_from=a lora.init_lora_weights=loftq | lora.init_lora_weights comes from
 sft lora.init_lora_weights=loftq model.load_in_4bit=false | lora.init_lora_weights = "loftq" needs model.load_in_4bit
-dpo lora.init_lora_weights=loftq | lora.init_lora_weights = "loftq" is for sft
+dpo lora.init_lora_weights=loftq | lora.init_lora_weights = "loftq" is for sft and reward
 sft lora.init_from=a lora.use_rslora=true | lora.use_rslora comes from
 sft lora.init_from=a lora.target_modules=q_proj | lora.target_modules comes from
 sft model.load_in_4bit=false model.bnb_4bit_quant_type=nf4 | model.bnb_4bit_* | model.load_in_4bit = true
