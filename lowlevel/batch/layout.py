@@ -160,23 +160,6 @@ def pair_rows(
     return _completions(row, number, prompt, {1: chosen}), _completions(row, number, prompt, {2: rejected})
 
 
-def read_segment(row: int, number: int, prompt: np.ndarray, completions: dict[int, np.ndarray]) -> Segment:
-    """A prompt with completions by branch that are read at their last token, for a reward.
-
-    Every token is an input, and the last one of a completion has its own id as target, which marks it as scored.
-    """
-    parts, first = list(completions.values()), len(prompt)
-    targets = [np.where(np.arange(len(part)) == len(part) - 1, part, IGNORED) for part in parts]
-    return Segment(
-        row,
-        number,
-        np.concatenate([prompt, *parts]),
-        np.concatenate([np.arange(first), *(np.arange(first, first + len(part)) for part in parts)]),
-        np.repeat([0, *completions], [first, *map(len, parts)]),
-        np.concatenate([np.full(first, IGNORED), *targets]),
-    )
-
-
 def _completions(row: int, number: int, prompt: np.ndarray, completions: dict[int, np.ndarray]) -> Segment:
     """A prompt with completions by branch. Each starts with the prompt's last token, which predicts its first one."""
     shared, ends = len(prompt) - 1, completions.values()

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, read_segment
+from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.config.schema import RewardConfig
+from lowlevel.labels import IGNORED
 from lowlevel.losses import LossSums
 from lowlevel.losses.modifiers import MARGIN_COLUMNS
 from lowlevel.losses.registry import LossSpec
@@ -98,6 +100,23 @@ def reward_segments(example: PreferenceExample, number: int, *, shared: bool) ->
     branches = {1: example.chosen_ids, 2: example.rejected_ids}
     parts = [branches] if shared else [{branch: ids} for branch, ids in branches.items()]
     return [read_segment(example.row, number, example.prompt_ids, part) for part in parts]
+
+
+def read_segment(row: int, number: int, prompt: np.ndarray, completions: dict[int, np.ndarray]) -> Segment:
+    """A prompt with completions by branch that are read at their last token, for a reward.
+
+    Every token is an input, and the last one of a completion has its own id as target, which marks it as scored.
+    """
+    parts, first = list(completions.values()), len(prompt)
+    targets = [np.where(np.arange(len(part)) == len(part) - 1, part, IGNORED) for part in parts]
+    return Segment(
+        row,
+        number,
+        np.concatenate([prompt, *parts]),
+        np.concatenate([np.arange(first), *(np.arange(first, first + len(part)) for part in parts)]),
+        np.repeat([0, *completions], [first, *map(len, parts)]),
+        np.concatenate([np.full(first, IGNORED), *targets]),
+    )
 
 
 def _sums_of(batch: PackedBatch, pairs: PairRewards, losses: Tensor) -> LossSums:

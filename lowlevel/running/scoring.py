@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowlevel.batch.layout import build_batch, read_segment
+from lowlevel.batch.layout import build_batch
 from lowlevel.config.given import GivenRows
 from lowlevel.data.examples import truncate_pair
 from lowlevel.data.formats import recognised
@@ -24,6 +24,7 @@ from lowlevel.data.templates import RenderError
 from lowlevel.data.texts import BadRow
 from lowlevel.errors import ConfigError
 from lowlevel.losses.reward import calibration, ranked
+from lowlevel.methods.reward import read_segment
 from lowlevel.running.reopening import LoadedRun, Note, reopen
 from lowlevel.running.run_folder import RunFolder
 
