@@ -36,7 +36,7 @@ def logps_of(
     log-probability and the `statistics`.
 
     `reference` is None without one; `values`: numeric columns of the rows, one number an example; for kto with "kl".
-    `weights`: of the tokens of each example in the loss. With `rewards` each sequence has one number, its reward (1, 1).
+    `weights`: of the tokens of each example in the loss. With `rewards`: a reward (1, 1) of each sequence.
     """
     lengths = torch.tensor([len(part) for part in _sequences(policy)])
     ids = torch.arange(len(lengths)).repeat_interleave(lengths)
