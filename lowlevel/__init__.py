@@ -1,6 +1,6 @@
 """QLoRA fine-tuning of small language models (SFT, DPO, KTO), by hand-written loops whose every number can be checked.
 
-    sft, dpo, kto   train a run                       steps       take its steps one by one
+    sft, dpo, kto, reward    train a run              steps       take its steps one by one
     Run             open a run folder                 Callback    be called at each step, log line, checkpoint
     loss            register a loss of your own       dpo_loss    the built-in losses as a function of tensors
     PairLogps, TokenLogps    what a loss receives     configure   keyword arguments -> RunConfig
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lowlevel.api import Run, configure, dpo, kto, sft, steps, train
+    from lowlevel.api import Run, configure, dpo, kto, reward, sft, steps, train
     from lowlevel.config.schema import RunConfig
     from lowlevel.errors import LowlevelError
     from lowlevel.losses import PairLogps, TokenLogps, dpo_loss, loss, masked_cross_entropy, token_logps
@@ -34,6 +34,7 @@ __all__ = [
     "kto",
     "loss",
     "masked_cross_entropy",
+    "reward",
     "sft",
     "steps",
     "token_logps",

@@ -93,6 +93,20 @@ def kto(
     return train("kto", model=model, data=data, adapter=adapter, **settings)
 
 
+def reward(
+    model: str | None = None, data: Rows = None, *, adapter: Run | str | Path | None = None, **settings: Any
+) -> Run:
+    """A reward model on preference pairs (Bradley-Terry, arXiv 2203.02155); `Run.score` gives its rewards.
+
+    Args:
+        model: as in `sft`.
+        data: as in `dpo`.
+        adapter: as in `dpo`.
+        **settings: see `train`.
+    """
+    return train("reward", model=model, data=data, adapter=adapter, **settings)
+
+
 def train(
     method: str | RunConfig,
     *,
@@ -106,7 +120,7 @@ def train(
     """Train a run and return it.
 
     Args:
-        method: "sft", "dpo" or "kto"; or a resolved configuration, and then no settings.
+        method: "sft", "dpo", "kto" or "reward"; or a resolved configuration, and then no settings.
         callbacks: objects whose methods are called at each step, log line, evaluation, checkpoint and at the end.
         resume: continue the run in `output_dir` from its newest good checkpoint, with the same data and settings.
         restart: discard the run in `output_dir`.
@@ -156,7 +170,7 @@ def configure(
     """The configuration of a run from keyword arguments, checked as a run file is.
 
     Args:
-        method: "sft", "dpo" or "kto".
+        method: "sft", "dpo", "kto" or "reward".
         file: a run file (TOML) whose keys the other arguments replace.
         model: `model.name`.
         data: `data.source`, or rows.
@@ -193,7 +207,7 @@ def configure(
 
 
 def _section_of(key: str, method: str) -> str:
-    """The section of a key; [sft], [dpo] and [kto] share keys: the method's. Raises ConfigError for unknown keys."""
+    """The section of a key; methods share keys: its own. Raises ConfigError for unknown keys."""
     own = {name: section for name, section in SECTIONS.items() if name not in METHODS or name == method}
     sections = {key: name for name, section in own.items() for key in section.model_fields}
     if key not in sections:
@@ -336,6 +350,26 @@ class Run:
         from lowlevel.running.replies import load_for_replies
 
         return load_for_replies(self.folder.newest_adapter(print) or self.path, print)
+
+    def score(self, rows: Rows | str | Path, *, split: str = "test") -> list[dict[str, Any]]:
+        """The rewards of a reward run for rows, one dict each; `pandas.DataFrame` makes a table of them.
+
+        Args:
+            rows: pairs ("prompt", "chosen", "rejected"), "prompt" and "completion", or "messages"; or a file's path.
+            split: of a hub data set.
+        """
+        from lowlevel.running.scoring import score_source
+
+        source = _source(rows)
+        if source is None:
+            raise ConfigError("score: no rows were given")
+        return [one.as_json() for one in score_source(self._for_scores, source, split)]
+
+    @cached_property
+    def _for_scores(self) -> Any:
+        from lowlevel.running.scoring import load_reward_run
+
+        return load_reward_run(self.path, print)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the result (adapter, tokenizer, model card) to the hub and return its address.

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import TrainConfig
@@ -17,6 +18,7 @@ from lowlevel.execution import Eager, Execution, ExecutionFailedError
 from lowlevel.hashing import key32
 from lowlevel.heartbeat import counted
 from lowlevel.losses import LossSums
+from lowlevel.losses.reward import calibration
 from lowlevel.losses.sums import by_label
 from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
@@ -198,12 +200,14 @@ def evaluate_examples(
     window, logps, lengths = Window(), list[float](), list[int]()
     batches = with_baseline(Eager(policy, method), batches)
     policy.dropout.disable()
+    margins: list[Tensor] = []  # reward
     for batch in counted("evaluating", batches, "micro-batches"):
         sums = method.loss(policy, batch.to(policy.placement.device))
         named = sums.named()
+        margins += [sums.examples["margin"][: method.count(batch)]] if method.name == "reward" else []
         window.add(dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True)), method.count(batch))
         if method.unit == "tokens":
             logps += sums.examples["logps"][: len(batch.data_rows)].tolist()
             lengths += batch.lengths[: len(batch.data_rows)].tolist()
-    scores = by_label(window.means()) | (perplexities(logps, lengths) if logps else {})
-    return {f"{prefix}{name}": value for name, value in scores.items()}
+    more = perplexities(logps, lengths) if logps else calibration(torch.cat(margins)) if margins else {}
+    return {f"{prefix}{name}": value for name, value in (by_label(window.means()) | more).items()}

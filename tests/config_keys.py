@@ -16,6 +16,7 @@ PACKAGE = Path(lowlevel.__file__).parent
 # A value other than the default for each key, and the other settings without which it would contradict something.
 PREFERENCES = {"method": "dpo", "data": {"format": "orca"}}
 KTO = {"method": "kto"}
+REWARD = {"method": "reward"}
 HOLDOUT = {"data": {"eval_source": "holdout", "eval_limit": 5}}
 KEYS = {
     "model.name": ("some/base", {}),
@@ -108,6 +109,8 @@ KEYS = {
     "kto.desirable_weight": (1.5, KTO),
     "kto.undesirable_weight": (0.5, KTO),
     "kto.disable_dropout": (False, KTO),
+    "reward.center_rewards_coefficient": (0.01, REWARD),
+    "reward.disable_dropout": (False, REWARD),
     "trace.every": (5, {}),
     "trace.steps": ([1, 8], {}),
     "trace.level": ("token", {"trace": {"every": 1}}),

@@ -23,13 +23,14 @@ from transformers import (
 )
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.config.schema import DPOConfig, KTOConfig, LoraConfig, ModelConfig, SFTConfig
+from lowlevel.config.schema import DPOConfig, KTOConfig, LoraConfig, ModelConfig, RewardConfig, SFTConfig
 from lowlevel.execution import Eager, Execution
 from lowlevel.kernels import token_logps
 from lowlevel.loop import optimizer_step
 from lowlevel.methods import Method
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.kto import KTO
+from lowlevel.methods.reward import Reward
 from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import build_policy, save_adapter
 from lowlevel.model.attention_choice import Attention
@@ -177,6 +178,7 @@ def make_policy(
     offload: bool = False,
     targets: tuple[str, ...] = LoraConfig().target_modules,
     following: Following | None = None,
+    reward_head: bool = False,
 ) -> Policy:
     """A policy over the tiny base. `randomize` fills B, so that the adapter has an effect and A a gradient."""
     model = load_base(ModelConfig(name=str(base), load_in_4bit=quantised), placement, attention=attention)
@@ -192,6 +194,7 @@ def make_policy(
         recomputed=recomputed,
         offload=offload,
         following=following,
+        reward_head=reward_head,
     )
     if randomize:
         fill_lora_b(policy, seed)
@@ -229,6 +232,10 @@ def completion_logps(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor
     """log pi(y+ | x) and log pi(y- | x), (P,) each."""
     chosen, rejected = batch.sequence_sums(policy.token_logps(batch)).chunk(2)
     return chosen, rejected
+
+
+def reward(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **config: Any) -> Reward:
+    return Reward(RewardConfig(**config), batch_size, row_length, packing)
 
 
 def step(

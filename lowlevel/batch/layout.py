@@ -194,11 +194,13 @@ def build_batch(
     pairs: bool,
     shape: Shape | None = None,
     values: Sequence[Sequence[float]] | None = None,
+    one_a_sequence: bool = False,
 ) -> PackedBatch:
     """Lay segments out in rows, all as long as the longest, rounded up to a multiple of 8 (of `shape.positions`).
 
     Segment numbers must run from 0 over the whole batch; two plain sequences of one pair share a number. `values` are
-    the numeric columns of each example, in the order of these numbers.
+    the numeric columns of each example, in the order of these numbers. `one_a_sequence`: each has one scored position,
+    so a shape needs no more than S of them.
     """
     used = [sum(map(len, row)) for row in rows]
     row_of = {segment.number: segment.row for row in rows for segment in row}
@@ -206,7 +208,10 @@ def build_batch(
     sequences = examples * (2 if pairs else 1)
     longest, width = shape.longest if shape else None, _row_width(max(used), shape)
     grids = _fill_grids(rows, width, examples)
-    scored, sequence_ids, num_scored = _scored_tokens(grids["targets"], grids["sequences"], sequences, shape)
+    fill = sequences if one_a_sequence else grids["targets"].size * 3 // 4
+    scored, sequence_ids, num_scored = _scored_tokens(
+        grids["targets"], grids["sequences"], sequences, fill if shape else None
+    )
     weights = grids["weights"].ravel()[scored] if "weights" in grids else None
     index, lengths = _sequence_index(sequence_ids, sequences, longest)
     branches = [[segment.branch_ids for segment in row] for row in rows]
@@ -273,15 +278,14 @@ def _fill_grids(rows: Sequence[Sequence[Segment]], width: int, examples: int) ->
 
 
 def _scored_tokens(
-    targets: np.ndarray, sequence_of: np.ndarray, sequences: int, shape: Shape | None
+    targets: np.ndarray, sequence_of: np.ndarray, sequences: int, fill: int | None
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Scored positions (N,), with a shape followed by dummies; the sequence of each (N,); the number of real ones."""
+    """Scored positions (N,), followed by dummies up to `fill`; the sequence of each (N,); the number of real ones."""
     marked = targets.ravel() != IGNORED
     scored = np.flatnonzero(marked)
     sequence_ids, num_scored = sequence_of.ravel()[scored], len(scored)
-    if shape:
-        part = targets.size * 3 // 4
-        idle = np.flatnonzero(~marked)[: (targets.size if num_scored > part else part) - num_scored]
+    if fill is not None:
+        idle = np.flatnonzero(~marked)[: (targets.size if num_scored > fill else fill) - num_scored]
         scored = np.concatenate([scored, idle])
         sequence_ids = np.concatenate([sequence_ids, np.full(len(idle), sequences)])
     return scored, sequence_ids, num_scored

@@ -1,9 +1,11 @@
 """reply to a prompt with a run, an adapter or a merged model"""
 
 import argparse
+import sys
 from pathlib import Path
 
 from lowlevel.commands.common import Options, Overrides, Parser, positive, quiet_console
+from lowlevel.errors import ConfigError
 
 
 def add_arguments(parser: Parser) -> None:
@@ -12,15 +14,29 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="user message")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest reply, in tokens (default: 256)")
-    parser.add_argument("--temperature", type=_temperature, default=0.0, help="0: always the likeliest token (default)")
+    parser.add_argument("--temperature", type=_temperature, help="0: always the likeliest token (default)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling if temperature > 0 (default: 0)")
+    parser.add_argument("--best-of", type=positive, metavar="N", help="sample N replies, print the best by --reward")
+    parser.add_argument("--reward", type=Path, metavar="RUN_DIR", help="reward run that chooses the best reply")
 
 
 def run(options: Options, overrides: Overrides) -> None:
+    if (options.best_of is None) != (options.reward is None):
+        raise ConfigError("--best-of and --reward belong together: give both or none")
+    if options.best_of and options.temperature == 0:
+        raise ConfigError("--best-of needs different replies: set --temperature above 0 (1 if it is left out)")
     quiet_console()
-    from lowlevel.running.replies import Sampling, stream_reply
+    from lowlevel.running.replies import Sampling, sample_best, stream_reply
 
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
+    temperature = (1.0 if options.best_of else 0.0) if options.temperature is None else options.temperature
+    sampling = Sampling(options.max_new_tokens, temperature, options.seed)
+    if options.best_of:
+        prompt, best = (options.prompt, options.system), options.best_of
+        replies = sample_best(options.model_dir, *prompt, sampling, best, options.reward)
+        for reward, text in replies:
+            print(f"reward {reward:+.4f}  {' '.join(text.split())}", file=sys.stderr)
+        print(replies[0][1] if replies else "")
+        return
     stream_reply(options.model_dir, options.prompt, options.system, sampling)
 
 

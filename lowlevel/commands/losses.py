@@ -42,6 +42,7 @@ NUMBERS = {
     "orpo_lambda": "weight of orpo's odds term (default: 0.1)",
     "cpo_alpha": "weight of cpo's NLL term (default: 1)",
 }
+SHORT = {"desirable_weight": "wD", "undesirable_weight": "wU", "center_rewards_coefficient": "c"}  # as in formulas
 SETTINGS = tuple(NUMBERS)[tuple(NUMBERS).index("beta") :]
 EXO_SMOOTHING = 0.001  # exo_pair takes log(label_smoothing), so the usual default 0 is invalid
 HEADINGS = ("at\nmargin", "value", "dL/d\nchosen", "dL/d\nrejected", "dL/d ref\nchosen", "dL/d ref\nrejected")
@@ -251,10 +252,10 @@ def print_numbers(rows: Sequence[LossAtPoint], console: Console) -> None:
 
 
 def print_formulas(rows: Sequence[LossAtPoint], console: Console) -> None:
-    """Every loss with what it reads, formula, parameters and paper; the losses of sft and kto come last."""
+    """Every loss with what it reads, formula, parameters and paper; those of other methods come last."""
     from rich.table import Table, box
 
-    from lowlevel.losses import KTO_LOSSES, SFT_LOSSES, loss_spec
+    from lowlevel.losses import KTO_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
     from lowlevel.losses.dpo import HYPERPARAMETERS
 
     signs = {"label_smoothing": "eps", **{key: one.sign for key, one in HYPERPARAMETERS.items()}}
@@ -264,9 +265,11 @@ def print_formulas(rows: Sequence[LossAtPoint], console: Console) -> None:
     for row in rows:
         own = ", ".join(f"{signs[key]} {value:g}" for key, value in row.parameters.items() if key in signs)
         table.add_row(row.name, reads(loss_spec(row.name)), row.formula, own, row.paper)
-    others = {"sft: messages": SFT_LOSSES, "kto: labels": KTO_LOSSES}
-    for read, spec in ((read, spec) for read, losses in others.items() for spec in losses.values()):
-        table.add_row(spec.name, read, spec.formula, ", ".join(spec.parameters), spec.paper)
+    others = {"sft: messages": SFT_LOSSES, "kto: completions, label": KTO_LOSSES, "reward: pairs": REWARD_LOSSES}
+    for needs, specs in others.items():
+        for spec in specs.values():
+            own = ", ".join(SHORT.get(name, name) for name in spec.parameters)
+            table.add_row(spec.name, needs, spec.formula, own, spec.paper)
     console.print(table)
     if {0.0, EXO_SMOOTHING} <= {row.parameters.get("label_smoothing") for row in rows}:
         console.print(f"With eps 0, cdpo, robust and aot are sigmoid; exo_pair needs eps > 0, here {EXO_SMOOTHING}.")

@@ -1,4 +1,4 @@
-"""`lowlevel sft`, `lowlevel dpo` and `lowlevel kto`"""
+"""`lowlevel sft`, `lowlevel dpo`, `lowlevel kto` and `lowlevel reward`"""
 
 from lowlevel.commands.common import (
     Options,

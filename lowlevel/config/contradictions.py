@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lowlevel.config.schema import METHODS
+from lowlevel.config.schema import METHODS, PAIRED
 from lowlevel.redaction import holds_secret
 
 if TYPE_CHECKING:
@@ -62,27 +62,28 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
-    sft, dpo, kto = (config.method == method for method in METHODS)
+    sft, kto, paired = config.method == "sft", config.method == "kto", config.method in PAIRED
     model, data, mode = config.model, config.data, config.model.adapter_mode
     others = [method for method in METHODS if method != config.method]
     no_adapter, continued = model.adapter is None, config.lora.init_from is not None
     loftq = config.lora.init_lora_weights == "loftq"
     quantisation = bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given)
-    pairs = data.format in PAIRS
+    pairs, others_say = data.format in PAIRS, "dpo, kto and reward"
+    messages = 'data.format = "messages" is for sft and kto'
     needed_mode = no_adapter and "model.adapter_mode" in given and mode != "none"
     return [
         *((other in given, f'[{other}] is not used when method = "{config.method}"') for other in others),
-        (sft and bool(model.adapter), "model.adapter is for dpo and kto; to continue an adapter use lora.init_from"),
-        (sft and pairs, f'data.format = "{data.format}" is for dpo and kto; sft takes "auto" or "messages"'),
-        (not dpo and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo"),
+        (sft and bool(model.adapter), f"model.adapter is for {others_say}; to continue an adapter use lora.init_from"),
+        (sft and pairs, f'data.format = "{data.format}" is for {others_say}; sft takes "auto" or "messages"'),
+        (not paired and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo and reward"),
         (not sft and "data.weight_column" in given, "data.weight_column is for sft"),
-        (kto and data.supervise == "all", 'data.supervise = "all" is for sft and dpo'),
-        (kto and bool(data.columns), "data.columns is for a custom loss of sft or dpo"),
-        (dpo and data.format == "messages", 'data.format = "messages" is for sft and kto; dpo takes "preference"'),
+        (not (sft or config.method == "dpo") and data.supervise == "all", 'data.supervise = "all" is for sft and dpo'),
+        (kto and bool(data.columns), "data.columns is for sft, dpo and reward"),
+        (paired and data.format == "messages", f'{messages}; {config.method} takes "preference"'),
         (not no_adapter and mode == "none", 'model.adapter is set, but model.adapter_mode = "none" ignores it'),
         (needed_mode, f'model.adapter_mode = "{mode}" needs model.adapter'),
         (not model.load_in_4bit and quantisation, "model.bnb_4bit_* keys need model.load_in_4bit = true"),
-        (loftq and not sft, f"{LOFTQ} is for sft: {config.method} starts as its reference, without a trained adapter"),
+        (loftq and config.has_reference, f"{LOFTQ} is for sft and reward: {config.method} starts as its reference"),
         (loftq and not model.load_in_4bit, f"{LOFTQ} needs model.load_in_4bit = true: it starts from the error"),
         *((continued and f"lora.{key}" in given, f"lora.{key} comes from lora.init_from") for key in ADAPTER_SHAPE),
     ]
@@ -159,7 +160,9 @@ def _trace(config: RunConfig, given: set[str]) -> list[Check]:
     off = not (config.trace.every or config.trace.steps)
     sums = config.trace.level == "token" and config.dpo.reference_cache is not None
     need = 'trace.level = "token" needs reference token log-probabilities; dpo.reference_cache holds only sums'
+    rewards = config.method == "reward" and config.trace.level == "token"
     return [
+        (rewards, 'trace.level = "token": a reward model reads one token of a completion; use "pair"'),
         *((f"trace.{key}" in given and off, f"trace.{key} needs trace.every or trace.steps") for key in TRACE_DETAILS),
         (sums, need),
     ]

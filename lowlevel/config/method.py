@@ -7,9 +7,13 @@ from typing import Any
 
 from lowlevel.errors import ConfigError
 
-SHARED = ("model.adapter", "model.adapter_mode")  # by dpo and kto
+SHARED = ("model.adapter", "model.adapter_mode")  # by dpo, kto and reward
 ONLY = {**dict.fromkeys((*SHARED, "data.max_prompt_length"), "dpo"), "data.weight_column": "sft"}
 FORMATS = {"messages": "sft", "preference": "dpo", "hh": "dpo", "orca": "dpo"}  # of data.format; kto takes each
+OF_OTHERS = {  # kto and reward read the rows and the adapter of the others, too, but not these keys
+    "kto": ("sft.", "dpo.", "reward.", "data.max_prompt_length", "data.weight_column"),
+    "reward": ("sft.", "dpo.", "kto.", "data.weight_column"),
+}
 PAIR, LABELLED = {"chosen", "rejected"}, {"completion", "label"}
 
 
@@ -22,9 +26,9 @@ def infer_method(tables: Mapping[str, Any], columns: Callable[[], Collection[str
     signs = _signs(tables)
     if signs["dpo"] and {*signs["dpo"]} <= {*SHARED} and {*columns()} >= LABELLED:
         signs = {**signs, "dpo": [], "kto": signs["kto"] + signs["dpo"]}
-    if signs["kto"]:  # kto reads the rows and the adapter of the others, too
-        own = ("sft.", "dpo.", "data.max_prompt_length", "data.weight_column")
-        signs = {m: [key for key in keys if m == "kto" or key.startswith(own)] for m, keys in signs.items()}
+    for method, own in OF_OTHERS.items():
+        if signs[method]:
+            signs = {m: [key for key in keys if m == method or key.startswith(own)] for m, keys in signs.items()}
     named = [(method, keys[0]) for method, keys in signs.items() if keys]
     if len(named) > 1:
         (method, one), (another, other), *_ = named
@@ -47,7 +51,7 @@ def _signs(tables: Mapping[str, Any]) -> dict[str, list[str]]:
     """Keys that only one method reads, by method."""
     given = {f"{section}.{key}": value for section, table in tables.items() if isinstance(table, Mapping)
              for key, value in table.items()}  # fmt: skip
-    signs: dict[str, list[str]] = {"sft": [], "dpo": [], "kto": []}
+    signs: dict[str, list[str]] = {"sft": [], "dpo": [], "kto": [], "reward": []}
     for name, value in given.items():
         section = name.partition(".")[0]
         if section in signs:

@@ -27,6 +27,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = int | Annotated[float, Field(allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 ALL_LINEAR = "all-linear"
+PAIRED = ("dpo", "reward")  # methods whose example is a pair
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -272,6 +273,15 @@ class KTOConfig(Section):
     disable_dropout: bool = Field(True, description="policy pass without dropout")
 
 
+class RewardConfig(Section):
+    """A reward model: a scalar head, trained on pairs (Bradley-Terry, arXiv 2203.02155)."""
+
+    center_rewards_coefficient: Annotated[Finite, Field(ge=0)] = Field(
+        0.0, description="weight of (r+ + r-)^2, which keeps rewards around 0 (arXiv 2312.09244); 0.01 is common"
+    )
+    disable_dropout: bool = Field(True, description="training pass without dropout, as in TRL")
+
+
 class TraceConfig(Section):
     """Records of single examples and steps, as parquet in the run folder's trace/ (lowlevel/tracing)."""
 
@@ -284,7 +294,7 @@ class TraceConfig(Section):
 class RunConfig(Section):
     """All settings of a run, from a TOML file and flags."""
 
-    method: Literal["sft", "dpo", "kto"] = "sft"
+    method: Literal["sft", "dpo", "kto", "reward"] = "sft"
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
@@ -292,23 +302,28 @@ class RunConfig(Section):
     sft: SFTConfig = SFTConfig()
     dpo: DPOConfig = DPOConfig()
     kto: KTOConfig = KTOConfig()
+    reward: RewardConfig = RewardConfig()
     trace: TraceConfig = TraceConfig()
 
     @property
-    def own(self) -> SFTConfig | DPOConfig | KTOConfig:
+    def own(self) -> SFTConfig | DPOConfig | KTOConfig | RewardConfig:
         """The section of the method."""
-        return self.sft if self.method == "sft" else self.dpo if self.method == "dpo" else self.kto
+        sections: dict[str, Any] = {"sft": self.sft, "dpo": self.dpo, "kto": self.kto, "reward": self.reward}
+        own: SFTConfig | DPOConfig | KTOConfig | RewardConfig = sections[self.method]
+        return own
 
     @property
     def has_reference(self) -> bool:
         """Whether the loss compares the policy with the policy without the trained adapter."""
-        return self.method != "sft"
+        return self.method not in ("sft", "reward")
 
     @property
     def loss_line(self) -> str:
         """The loss and its main settings, in words."""
         if self.method == "kto":
             return f"beta {self.kto.beta:g}, weights {self.kto.desirable_weight:g} and {self.kto.undesirable_weight:g}"
+        if self.method == "reward":
+            return f"Bradley-Terry, centring {self.reward.center_rewards_coefficient:g}"
         return f"loss {self.dpo.loss_type}, beta {self.dpo.beta:g}" if self.method == "dpo" else self.sft.loss_type
 
     @property
@@ -324,15 +339,15 @@ class RunConfig(Section):
     @property
     def row_positions(self) -> int:
         """Most positions of an example; a pair needs them twice, for both completions."""
-        return self.data.max_length * (2 if self.method == "dpo" else 1)
+        return self.data.max_length * (2 if self.method in PAIRED else 1)
 
 
 SECTIONS: dict[str, type[Section]] = {
     name: type(field.default) for name, field in RunConfig.model_fields.items() if name != "method"
 }
-METHODS = ("sft", "dpo", "kto")  # each has a section of its name
+METHODS = ("sft", "dpo", "kto", "reward")  # each has a section of its name
 # Defaults of a method that differ from those of sft. The recipe has 1e-5.
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    method: {"train": {"learning_rate": 1e-5}} for method in ("dpo", "kto")
+    method: {"train": {"learning_rate": rate}} for method, rate in (("dpo", 1e-5), ("kto", 1e-5), ("reward", 1e-4))
 }
 LOSS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"simpo": {"beta": 2.0}}  # of [dpo], by loss_type

@@ -124,6 +124,7 @@ def recognised(source: SourceRows, name: str, method: str, numbers: Mapping[str,
     """
     if not source.rows:
         return source
+    method = "dpo" if method == "reward" else method
     found = sorted({column for row in source.rows for column in row.columns})
     absent = next((column for column in numbers if column not in found), None)
     if absent is not None:

@@ -1,7 +1,7 @@
 """The parts of a loss: each scored token of a step or a row, and the path from log-probabilities to the loss.
 
-records = inspect_pairs(policy, method, examples)     # inspect_sequences for sft, inspect_labelled for kto;
-                                                      # `opening.inspect_run` for a run
+records = inspect_pairs(policy, method, examples)     # or inspect_sequences (sft), inspect_labelled (kto),
+                                                      # inspect_rewards; `opening.inspect_run` for a run
 records[0].chosen.contributions                       # (n,): beta * log-ratio of each token; together with the rejected
 records[0].margin                                     # ones they sum to the margin
 records[0].displacement                               # tokens that gained what the chosen completion lost, or None
@@ -18,6 +18,7 @@ from lowlevel.inspection.records import (
     inspect_pairs,
     inspect_sequences,
 )
+from lowlevel.inspection.rewards import RewardRecord, inspect_rewards
 
 __all__ = [
     "CompletionRecord",
@@ -25,12 +26,14 @@ __all__ = [
     "Distribution",
     "LabelledRecord",
     "PairRecord",
+    "RewardRecord",
     "SequenceRecord",
     "TokenGain",
     "TokenRecord",
     "displacement_of",
     "inspect_labelled",
     "inspect_pairs",
+    "inspect_rewards",
     "inspect_sequences",
     "largest_gains",
 ]

@@ -13,12 +13,13 @@ from lowlevel.inspection.labelled import LabelledRecord
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import settings
 from lowlevel.inspection.records import PairRecord, SequenceRecord
+from lowlevel.inspection.rewards import RewardRecord
 from lowlevel.methods import Method
 
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """The inspected examples: `pairs` (dpo), `sequences` (sft) or `labelled` (kto)."""
+    """The inspected examples: `pairs` (dpo), `sequences` (sft), `labelled` (kto) or `rewards` (reward)."""
 
     run: str  # name of the run folder
     subject: str  # "step 5" or "row 12"
@@ -29,26 +30,31 @@ class Inspection:
     sequences: tuple[SequenceRecord, ...] = ()
     pairs: tuple[PairRecord, ...] = ()
     labelled: tuple[LabelledRecord, ...] = ()
+    rewards: tuple[RewardRecord, ...] = ()
 
     def __repr__(self) -> str:
         return "\n".join((self.headline, self.conditions, self.result))
 
     @property
+    def records(self) -> Sequence[SequenceRecord | PairRecord | LabelledRecord | RewardRecord]:
+        """Whichever there are."""
+        return self.sequences or self.pairs or self.labelled or self.rewards
+
+    @property
     def loss(self) -> float:
         """The loss as the training loop logs it: the sum over tokens (sft), pairs or examples, by their number."""
-        records: Sequence[SequenceRecord | PairRecord | LabelledRecord] = self.sequences or self.pairs or self.labelled
-        return float(torch.stack([record.loss for record in records]).double().sum()) / self.count
+        return float(torch.stack([record.loss for record in self.records]).double().sum()) / self.count
 
     @property
     def count(self) -> int:
         """Learned tokens (sft), pairs (dpo) or labelled completions (kto)."""
-        return len(self.pairs or self.labelled) or sum(len(record.tokens) for record in self.sequences)
+        return len(self.pairs or self.labelled or self.rewards) or sum(len(record.tokens) for record in self.sequences)
 
     @property
     def headline(self) -> str:
         """Run, subject, number of examples and loss, in one line."""
-        if self.pairs or self.labelled:
-            counts = [_count(self.count, "pair" if self.pairs else "labelled completion")]
+        if not self.sequences:
+            counts = [_count(self.count, "labelled completion" if self.labelled else "pair")]
         else:
             counts = [_count(len(self.sequences), "example"), _count(self.count, "learned token")]
         return f"{self.run}, {self.subject}: {', '.join([*counts, settings(self.method)])}"

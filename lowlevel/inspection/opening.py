@@ -26,7 +26,8 @@ from lowlevel.inspection.inspection import Inspection, logged_loss
 from lowlevel.inspection.labelled import inspect_labelled
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.records import inspect_pairs, inspect_sequences
-from lowlevel.methods import DPO, KTO, SFT
+from lowlevel.inspection.rewards import inspect_rewards
+from lowlevel.methods import DPO, KTO, SFT, Reward
 from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.running.run_folder import RunFolder
 
@@ -61,6 +62,7 @@ def inspect_run(
     pairs = inspect_pairs(run.policy, run.method, examples) if isinstance(run.method, DPO) else ()
     sequences = inspect_sequences(run.policy, run.method, examples) if isinstance(run.method, SFT) else ()
     labelled = inspect_labelled(run.policy, run.method, examples) if isinstance(run.method, KTO) else ()
+    rewards = inspect_rewards(run.policy, run.method, examples) if isinstance(run.method, Reward) else ()
     return Inspection(
         run=folder.path.resolve().name,
         subject=subject,
@@ -71,6 +73,7 @@ def inspect_run(
         sequences=tuple(sequences),
         pairs=tuple(pairs),
         labelled=tuple(labelled),
+        rewards=tuple(rewards),
     )
 
 

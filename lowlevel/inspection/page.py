@@ -24,6 +24,8 @@ from lowlevel.methods import KTO
 
 Mode = tuple[str, str, str, str, str]  # a way to colour the tokens: key, label, meaning, and both ends of its scale
 
+NO_PAGE = "--html: a page shows tokens, and a reward model reads one of each completion: leave it out"
+
 
 def write_page(inspection: Inspection, path: Path) -> None:
     """Write the page. A file is replaced atomically; the target of a link is replaced; a pipe is written to.
@@ -41,6 +43,8 @@ def write_page(inspection: Inspection, path: Path) -> None:
 
 def render_page(inspection: Inspection) -> str:
     """The page as HTML; its policy forbids all scripts but its own."""
+    if inspection.rewards:
+        raise ConfigError(NO_PAGE)
     script, spec = read_part("inspection/page.js"), inspection.method.spec
     view = _sequences_view if inspection.sequences else _pairs_view if inspection.pairs else _labelled_view
     return render_template(

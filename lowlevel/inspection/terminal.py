@@ -15,11 +15,12 @@ from torch import Tensor
 from lowlevel.inspection.figures import percent, plain, signed
 from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.labelled import LabelledRecord, labelled_path
-from lowlevel.inspection.lines import TokenLine, completion_lines, fall_line, loss_path, sequence_lines
+from lowlevel.inspection.lines import PathStep, TokenLine, completion_lines, fall_line, loss_path, sequence_lines
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import reading_of, source, sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord
-from lowlevel.methods import KTO
+from lowlevel.inspection.rewards import RewardRecord, reward_path
+from lowlevel.methods import KTO, Reward
 
 WIDE = 110  # terminal width from which a pair's tables include the likeliest alternatives
 RAISES, LOWERS = "blue", "dark_orange"
@@ -31,8 +32,9 @@ def print_inspection(inspection: Inspection, console: Console, *, details: bool 
     """Print the batch, and with `details` each example."""
     for line in (inspection.headline, inspection.conditions, inspection.result):
         console.print(line, markup=False, highlight=False)
-    if len(inspection.pairs or inspection.sequences or inspection.labelled) > 1:
-        table = _pairs_table if inspection.pairs else _labelled_table if inspection.labelled else _sequences_table
+    if len(inspection.records) > 1:
+        tables = {"dpo": _pairs_table, "kto": _labelled_table, "reward": _rewards_table, "sft": _sequences_table}
+        table = tables[inspection.method.name]
         console.print(table(inspection, console.width))
     if not details:
         return
@@ -42,6 +44,8 @@ def print_inspection(inspection: Inspection, console: Console, *, details: bool 
         _print_pair(pair, inspection, console)
     for labelled in inspection.labelled:
         _print_labelled(labelled, inspection, console)
+    for rewards in inspection.rewards:
+        _print_rewards(rewards, inspection, console)
 
 
 def _table(
@@ -107,6 +111,17 @@ def _labelled_table(inspection: Inspection, width: int) -> Table:
     return _table(("row", "label", "tokens", "reward", "weight", "loss", "<from"), rows, width, caption=caption)
 
 
+def _rewards_table(inspection: Inspection, width: int) -> Table:
+    rows: list[Sequence[str | Text]] = []
+    for record in inspection.rewards:
+        rewards = (signed(float(record.chosen)), signed(float(record.rejected)))
+        margin = _coloured("margin", signed(float(record.margin)))
+        numbers = (*rewards, margin, plain(record.weights[0]), plain(float(record.loss)))
+        rows.append((str(record.row), *numbers, record.where))
+    headings = ("row", "chosen", "rejected", "margin", "weight", "loss", "<from")
+    return _table(headings, rows, width, caption="rewards; weight: −dL/d(chosen reward)")
+
+
 def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Console) -> None:
     _print_title(record.row, record.where, record.input_ids[: int(record.tokens.positions[0])], pieces, console)
     lines = sequence_lines(record, pieces)
@@ -145,6 +160,18 @@ def _print_labelled(record: LabelledRecord, inspection: Inspection, console: Con
     console.print(_table(("quantity", "<formula", "value"), rows, console.width, caption=caption, wrap=True))
 
 
+def _print_rewards(record: RewardRecord, inspection: Inspection, console: Console) -> None:
+    _print_title(record.row, record.where, record.prompt_ids, inspection.pieces, console)
+    for name, ids, reward in (
+        ("chosen", record.chosen_ids, record.chosen),
+        ("rejected", record.rejected_ids, record.rejected),
+    ):
+        console.print(f"{name} {signed(float(reward))}: {inspection.pieces.decode(ids)}", markup=False, highlight=False)
+    assert isinstance(inspection.method, Reward)
+    steps = reward_path(record, inspection.method)
+    console.print(_steps_table(steps, f"{source(inspection.method.spec)}; σ sigmoid", console.width))
+
+
 def _tokens_table(
     lines: Sequence[TokenLine], columns: Sequence[str], width: int, *, others: bool, caption: str | None = None
 ) -> Table:
@@ -157,11 +184,15 @@ def _tokens_table(
 
 
 def _path_table(record: PairRecord, inspection: Inspection, width: int) -> Table:
+    caption = f"{source(inspection.method.spec)}; σ sigmoid, x margin, a, b log-ratios, d = a − b"
+    return _steps_table(loss_path(record, inspection.method), caption, width)
+
+
+def _steps_table(steps: Sequence[PathStep], caption: str, width: int) -> Table:
     rows = []
-    for step in loss_path(record, inspection.method):
+    for step in steps:
         numbers = (step.chosen, step.rejected, step.pair)
         rows.append((step.name, step.formula, *("" if number is None else plain(number, 5) for number in numbers)))
-    caption = f"{source(inspection.method.spec)}; σ sigmoid, x margin, a, b log-ratios, d = a − b"
     return _table(("quantity", "<formula", "chosen", "rejected", "pair"), rows, width, caption=caption, wrap=True)
 
 

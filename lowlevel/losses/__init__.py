@@ -9,6 +9,7 @@ from lowlevel.losses.dpo import LOSSES, DPOOutput, PreferenceLoss, dpo_loss, los
 from lowlevel.losses.kto import KTO_LOSSES, LabelledLogps
 from lowlevel.losses.preference import PairLogps
 from lowlevel.losses.registry import loss
+from lowlevel.losses.reward import REWARD_LOSSES, PairRewards
 from lowlevel.losses.sums import LossSums
 from lowlevel.losses.supervised import SFT_LOSSES, SupervisedLoss, TokenLogps
 from lowlevel.losses.token_logps import token_logps, token_logps_reference, token_scores, token_scores_reference
@@ -16,11 +17,13 @@ from lowlevel.losses.token_logps import token_logps, token_logps_reference, toke
 __all__ = [
     "KTO_LOSSES",
     "LOSSES",
+    "REWARD_LOSSES",
     "SFT_LOSSES",
     "DPOOutput",
     "LabelledLogps",
     "LossSums",
     "PairLogps",
+    "PairRewards",
     "PreferenceLoss",
     "SupervisedLoss",
     "TokenLogps",

@@ -2,6 +2,7 @@
 
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.kto import KTO
+from lowlevel.methods.reward import Reward
 from lowlevel.methods.sft import SFT
 
-Method = SFT | DPO | KTO
+Method = SFT | DPO | KTO | Reward

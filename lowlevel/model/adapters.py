@@ -28,7 +28,7 @@ from lowlevel.model.linear import install_side_by_side
 from lowlevel.model.moving_reference import Following
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import PARENT, REFERENCE, TRAINED, Policy, flatten, moving_reference, place_dropout
+from lowlevel.model.policy import PARENT, REFERENCE, SCORE, TRAINED, Policy, flatten, moving_reference, place_dropout
 from lowlevel.model.suitability import check_base
 from lowlevel.model.targets import linear_layers, matched
 
@@ -45,7 +45,12 @@ UNREAD = ("eva_config", "megatron_core", "qalora_group_size")  # before training
 # Keys of [lora] that PEFT's LoraConfig lacks, or (init_lora_weights) reads otherwise: it would change the base.
 NOT_PEFTS = {"init_from", "loraplus_lr_ratio", "init_lora_weights"}
 # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the adapter's initial values from the base; MiCA freezes B.
-PLAIN: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+    "modules_to_save": (["score"],),  # a reward model's head
+}
+HEAD_STD = 0.02  # of a new reward head, as transformers initialises it
 
 
 def build_policy(
@@ -61,6 +66,7 @@ def build_policy(
     recomputed: int | None = None,
     offload: bool = False,
     following: Following | None = None,
+    reward_head: bool = False,
 ) -> Policy:
     """Attach the adapter to train to a base from `load_base`.
 
@@ -72,6 +78,7 @@ def build_policy(
         recomputed: with gradient checkpointing, how many layers are recomputed; None: all of them.
         offload: keep the inputs of these layers in host memory.
         following: give the policy a moving reference.
+        reward_head: also train a head that gives a scalar, initialised by `seed` or from `init_from`.
 
     Raises:
         ConfigError: target modules that match no layer, or the LM head; an unsupported base.
@@ -81,28 +88,44 @@ def build_policy(
     # length is not a multiple of 128 (benchmarks/attention_nan.py).
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(seed)
-    model = _attach(base, lora, parent, init_from, moving=following is not None)
+    head = _new_head(base, seed, placement.device) if reward_head else None
+    model = _attach(base, lora, parent, init_from, head, moving=following is not None)
     install_side_by_side(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     state = DropoutState()
     place_dropout(layers, lora.lora_dropout, state, placement.device)
-    flat = flatten({name: p for name, p in model.named_parameters() if f".{TRAINED}." in name}, lora.loraplus_lr_ratio)
+    trained = {name: p for name, p in model.named_parameters() if f".{TRAINED}." in name or name == SCORE}
+    flat = flatten(trained, lora.loraplus_lr_ratio)
     model.eval()  # no dropout or router noise in the base; the adapter's dropout only depends on its state
     host = HostInputs(placement.device) if offload else None
     decoder_layers = DecoderLayers(base, recomputed if gradient_checkpointing else 0, state, host)
     adapted = tuple(layers.values())
     moving = moving_reference(model, flat, following) if following else None
     start = adapter_start(init_from) if init_from else lora.init_lora_weights
+    own_head = flat.views.get(SCORE)
     policy = Policy(
-        model, flat, placement, state, adapted, parent is not None, attention, decoder_layers, moving, start
+        model, flat, placement, state, adapted, parent is not None, attention, decoder_layers, moving, start, own_head
     )
     policy.activate(parent=True, trained=True)
     check_base(policy)
     return policy
 
 
+def _new_head(base: PreTrainedModel, seed: int, device: torch.device) -> nn.Linear:
+    """A reward head (1, D) in fp32, without a bias: it would cancel in r+ - r-."""
+    head = nn.Linear(base.get_output_embeddings().weight.shape[1], 1, bias=False)
+    nn.init.normal_(head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(seed))
+    return head.to(device)
+
+
 def _attach(
-    base: PreTrainedModel, lora: LoraConfig, parent: Path | None, init_from: Path | None, *, moving: bool
+    base: PreTrainedModel,
+    lora: LoraConfig,
+    parent: Path | None,
+    init_from: Path | None,
+    head: nn.Linear | None,
+    *,
+    moving: bool,
 ) -> PeftModel:
     folder = init_from
     config, layers = read_adapter_config(init_from) if init_from else _new_config(base, lora), linear_layers(base)
@@ -115,11 +138,15 @@ def _attach(
             model.add_adapter(PARENT, _expanded(read_adapter_config(parent), layers))
     except ValueError as error:  # the folder's target modules match no layer; `_new_config` checks the others
         raise CheckpointError(f"{folder} does not fit the base: {one_line(error)}") from None
+    if head is not None:
+        model.get_base_model().score = head
     for adapter, source in ((TRAINED, init_from), (PARENT, parent)):
         if source:
             tensors = read_adapter_weights(source)
             if adapter == PARENT and not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
                 raise CheckpointError(f"{source}: each lora_B is zero: it is untrained, or its values were not saved")
+            if head is not None and adapter == TRAINED and not is_reward_model(source):  # an SFT adapter: a new head
+                tensors[SCORE] = head.weight.detach()
             load_adapter_weights(model, adapter, tensors, str(source))
     return model
 
@@ -167,6 +194,11 @@ def read_adapter_config(folder: Path) -> PeftLoraConfig:
     _check_kind(raw, path)
     _check_settings(raw, path)
     return PeftLoraConfig(**{k: raw[k] for k in OBEYED if k in raw}, bias="none", task_type="CAUSAL_LM")
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Whether a PEFT folder holds a reward head."""
+    return bool(read_json_object(folder / ADAPTER_CONFIG).get("modules_to_save"))
 
 
 def _check_kind(raw: dict[str, Any], path: Path) -> None:
@@ -244,7 +276,9 @@ def load_adapter_weights(model: PeftModel, adapter: str, tensors: dict[str, Tens
 def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
     """An adapter's parameters under the keys of PEFT's file format (without the adapter's name)."""
     marker = f".{adapter}."
-    return {name.replace(marker, "."): p for name, p in model.named_parameters() if ".lora_" in name and marker in name}
+    own = {name.replace(marker, "."): p for name, p in model.named_parameters() if ".lora_" in name and marker in name}
+    heads = {name: p for name, p in model.named_parameters() if name == SCORE} if adapter == TRAINED else {}
+    return own | heads
 
 
 def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -260,8 +294,9 @@ def save_adapter(
     `start`: lora.init_lora_weights, for `adapter_start`.
     """
     tensors = adapter_tensors(model, adapter)
-    base = {"base_model_name_or_path": base_name, "revision": revision}
-    write_adapter(folder, tensors, {**model.peft_config[adapter].to_dict(), **base}, start=start)
+    other: dict[str, Any] = {"base_model_name_or_path": base_name, "revision": revision}
+    other |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if SCORE in tensors else {}
+    write_adapter(folder, tensors, {**model.peft_config[adapter].to_dict(), **other}, start=start)
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], *, start: str = DEFAULT) -> None:

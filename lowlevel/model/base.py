@@ -31,6 +31,7 @@ from lowlevel.model.files import (
 )
 from lowlevel.model.linear import install_dequantising_products, quantised_state
 from lowlevel.model.placement import Placement, dtype_name
+from lowlevel.model.policy import is_base
 from lowlevel.model.quantisation import StoredQuantisation, check_stored, stored_quantisation, to_precision
 
 # Logit transforms that are missing in `hidden @ lm_head.T`: Gemma 2, Cohere, Granite.
@@ -226,7 +227,7 @@ def base_sha256(model: nn.Module) -> str:
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if not is_base(name):
             continue
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         tensors[plain] = parameter

@@ -170,7 +170,7 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
     in_backward = on_device + max(shape.layers - plan.recomputed, 1) * kept  # at least one layer, recomputed or not
     on_host = config.model.embeddings_on_host and not shape.tied
     other = shape.other - (shape.vocabulary * shape.hidden if on_host else 0)
-    chunk = chunk_rows(shape.vocabulary, size) * shape.vocabulary * size
+    chunk = 0 if config.method == "reward" else chunk_rows(shape.vocabulary, size) * shape.vocabulary * size
     return Forecast(
         static={
             "base weights": quantised // 2 + (shape.linear - quantised) * size,
@@ -207,7 +207,7 @@ def cost(shape: ModelShape, config: RunConfig, plan: Plan) -> float:
     """Time of an optimizer step, in units of one position's products in one pass; for ranking plans."""
     step = step_positions(config)
     share = plan.recomputed / shape.layers
-    forward = {"sft": 0, "dpo": 1, "kto": 3}[config.method]  # passes of the reference, and of mismatched completions
+    forward = {"dpo": 1, "kto": 3}.get(config.method, 0)  # passes of the reference, and of mismatched completions
     if config.method == "dpo" and loss_spec(config.dpo.loss_type).reference_free:
         forward = 0
     passes = 3 + share + forward

@@ -28,6 +28,7 @@ from lowlevel.model.adapters import (
 from lowlevel.model.base import load_base
 from lowlevel.model.linear import quantised_state
 from lowlevel.model.placement import Placement
+from lowlevel.model.policy import SCORE
 
 LARGEST_ROUNDING = 0.3  # of a weight matrix by quantisation to 4 bits, relative
 PREFIX, SUFFIX_A, SUFFIX_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -76,9 +77,10 @@ def write_stacked_adapter(lower: Path, upper: Path, out: Path) -> None:
         targets = {stem.removeprefix(PREFIX) for stem in first.keys() | second.keys()}
     stacked = {"r": rank, "lora_alpha": rank, "use_rslora": False, "target_modules": targets, "lora_dropout": 0.0}
     raw = json.loads((upper / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base = {key: raw.get(key) for key in ("base_model_name_or_path", "revision")}
+    kept = {key: raw.get(key) for key in ("base_model_name_or_path", "revision", "task_type", "modules_to_save")}
+    tensors |= {key: tensor for key, tensor in read_adapter_weights(upper).items() if key == SCORE}
     start = next((start for start in map(adapter_start, (lower, upper)) if start != DEFAULT), DEFAULT)
-    write_adapter(out, tensors, {**configs[1].to_dict(), **stacked, **base}, start=start)
+    write_adapter(out, tensors, {**configs[1].to_dict(), **stacked, **kept}, start=start)
 
 
 def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.kernels import token_logps, token_scores
+from lowlevel.kernels import token_scores
+from lowlevel.losses.reward import head_rewards
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.dropout import CounterDropout, DropoutState
 from lowlevel.model.layers import DecoderLayers
@@ -30,6 +31,7 @@ from lowlevel.model.placement import Placement
 TRAINED = "trained"  # the adapter in training
 PARENT = "parent"  # the frozen adapter that it is stacked on
 REFERENCE = "reference"  # the adapter of a moving reference
+SCORE = "base_model.model.score.weight"  # the reward head (1, D), under PEFT's key for it
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Policy:
     layers: DecoderLayers
     moving: MovingReference | None = None
     start: str = "default"  # lora.init_lora_weights of the trained adapter's beginning
+    reward_head: nn.Parameter | None = None  # (1, D) fp32, one of the flat parameters
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -92,11 +95,23 @@ class Policy:
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """Log-probability of each of the N scored tokens, (N,) fp32. All losses start from these."""
-        return token_logps(self.scored_hidden_states(batch), self.lm_head_weight, batch.scored_targets)
+        return self.token_scores(batch)[0]
 
-    def token_scores(self, batch: PackedBatch, needs: Sequence[str]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """`token_logps`, and by name the statistics of the vocabulary that a loss needs, (N,) fp32 each."""
-        return token_scores(self.scored_hidden_states(batch), self.lm_head_weight, batch.scored_targets, needs)
+    def rewards(self, batch: PackedBatch) -> Tensor:
+        """Reward of each of the S sequences, (S,) fp32; 0 for dummies."""
+        return batch.sequence_sums(self.token_scores(batch)[0])
+
+    def token_scores(self, batch: PackedBatch, needs: Sequence[str] = ()) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """`scores` of the N scored tokens."""
+        return self.scores(self.scored_hidden_states(batch), batch.scored_targets, needs)
+
+    def scores(self, hidden: Tensor, targets: Tensor, needs: Sequence[str] = ()) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """What losses read of hidden states (N, D): log-probabilities of the targets, and by name the statistics of the
+        vocabulary that a loss needs, (N,) fp32 each. With a reward head: rewards (N,), and no statistics.
+        """
+        if self.reward_head is not None:
+            return head_rewards(hidden, self.reward_head), {}
+        return token_scores(hidden, self.lm_head_weight, targets, needs)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -131,6 +146,11 @@ class Policy:
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
 
+def is_base(name: str) -> bool:
+    """Whether a parameter of this name belongs to the base, and not to an adapter."""
+    return ".lora_" not in name and name not in (SCORE, "score.weight")
+
+
 def quantised_weights(policy: Policy) -> tuple[int, int]:
     """Number of the base's weights that were loaded in 4 bits, and of all, without input embedding and LM head.
 
@@ -140,7 +160,7 @@ def quantised_weights(policy: Policy) -> tuple[int, int]:
     embeddings = [*base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()]
     left_out = {id(parameter) for parameter in embeddings}
     for name, parameter in base.named_parameters():
-        if id(parameter) in left_out or ".lora_" in name:
+        if id(parameter) in left_out or not is_base(name):
             continue
         in_4_bits = isinstance(parameter, bnb.nn.Params4bit)
         size = cast(Any, parameter).quant_state.shape.numel() if in_4_bits else parameter.numel()

@@ -23,7 +23,6 @@ from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.execution import Eager, micro_step
 from lowlevel.hashing import key32
-from lowlevel.kernels import token_scores
 from lowlevel.loop import with_baseline
 from lowlevel.model.placement import dtype_name
 from lowlevel.optim.optimizer import optimizer_tensors
@@ -34,11 +33,11 @@ MEANINGS = {
     "batch": "the micro-batch as it is laid out; lowlevel.batch.layout.PackedBatch describes each tensor",
     "policy.hidden": "(N, D) final hidden states at the scored positions",
     "policy.token_logps": "(N,) log-probability of each scored target; batch.sequence_ids = S marks dummy tokens, "
-    "which are in no sum",
+    "which are in no sum; of a reward model the reward at the last token of each completion",
     "policy.lse": "(N,) statistics of the vocabulary, where the loss reads them; likewise mean_logp, log_square_sum",
     "policy.logps": "(S,) token_logps summed by sequence: for pairs all chosen, then all rejected",
     "reference": "the same without the trained adapter and without dropout",
-    "losses": "(P,) loss of each pair (dpo), (S,) of each example (sft, kto); their sum is the micro-batch's loss",
+    "losses": "(P,) loss of each pair (dpo, reward), (S,) of each example (sft, kto); their sum is the loss",
     "layer": "(rows, T, D) output of a decoder layer",
     "gradient": "of the step's mean loss, without loss scale and before clipping",
     "before": "adapter weights before the step",
@@ -161,9 +160,9 @@ def _micro_tensors(session: Session, batch: PackedBatch, seen: Tensors) -> Tenso
         decoded = seen[f"hidden.{name}"].to(batch.input_ids.device)
         hidden = decoded.flatten(0, 1).index_select(0, batch.scored_positions)
         needs = method.statistics if name == "policy" else ()
-        by_token[name], found = token_scores(hidden, session.policy.lm_head_weight, batch.scored_targets, needs)
+        by_token[name], found = session.policy.scores(hidden, batch.scored_targets, needs)
         statistics |= found
-        parts = found | {"hidden": hidden, "token_logps": by_token[name], "logps": batch.sequence_sums(by_token[name])}
+        parts = {**found, "hidden": hidden, "token_logps": by_token[name], "logps": batch.sequence_sums(by_token[name])}
         tensors |= {f"{name}.{part}": _copy(value) for part, value in parts.items()}
     losses = method.example_losses(batch, by_token["policy"], by_token.get("reference"), statistics)
     return tensors | {"losses": _copy(losses)}

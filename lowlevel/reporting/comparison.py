@@ -19,7 +19,7 @@ from lowlevel.labels import IGNORED
 from lowlevel.perplexity import PERPLEXITIES, perplexities
 from lowlevel.running.assembly import prepare_data
 from lowlevel.running.progress import lines_to
-from lowlevel.running.reopening import LoadedRun, load_run, reopen
+from lowlevel.running.reopening import LoadedRun, check_gives_text, load_run, reopen
 from lowlevel.running.replies import Reply, Sampling, generate_replies
 
 COLUMNS = {
@@ -71,6 +71,7 @@ def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
     """
     opened = reopen(run_dir)
     config = opened.config
+    check_gives_text(config, run_dir)
     if config.data.eval_source is None:
         raise ConfigError(
             f"{run_dir}: compare needs held-out rows, and the run has no data.eval_source; train with "

@@ -18,7 +18,7 @@ PLANS: tuple[Plan, ...] = (
      tuple((f"eval_{name}", name.rpartition("/")[2].replace("perplexity", "all")) for name in PERPLEXITIES)),
     ("margin", "Margin", "", "chosen reward minus rejected reward; desirable minus undesirable in kto.",
      (("rewards/margins", "training"), ("eval_rewards/margins", "held out"))),
-    ("rewards", "Rewards", "", "beta times the log-ratio of policy to reference; both start at 0.",
+    ("rewards", "Rewards", "", "beta times the log-ratio of policy to reference; of a reward model its output.",
      (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
     ("labelled_rewards", "Rewards by label", "", "beta times the log-ratio of policy to reference; both start at 0.",
      (("rewards/desirable", "desirable"), ("rewards/undesirable", "undesirable"))),

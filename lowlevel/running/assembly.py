@@ -20,10 +20,16 @@ from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import working
-from lowlevel.losses import KTO_LOSSES, SFT_LOSSES, loss_spec
+from lowlevel.losses import KTO_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
 from lowlevel.losses.registry import LossSpec, find
-from lowlevel.methods import Method, dpo, kto, sft
-from lowlevel.model.adapters import adapter_sha256, build_policy, check_target_modules, read_adapter_config
+from lowlevel.methods import Method, dpo, kto, reward, sft
+from lowlevel.model.adapters import (
+    adapter_sha256,
+    build_policy,
+    check_target_modules,
+    is_reward_model,
+    read_adapter_config,
+)
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, load_stored, public_name, resolve_name
 from lowlevel.model.files import refuse_no_weights
@@ -74,6 +80,8 @@ def build_method(config: RunConfig, attention: Attention) -> Method:
         return sft.SFT(batch, length, data.packing, shape, config.sft, data.columns)
     if config.method == "kto":
         return kto.KTO(config.kto, batch, length, data.packing, shape)
+    if config.method == "reward":
+        return reward.Reward(config.reward, batch, length, data.packing, shape, data.columns)
     return dpo.DPO(config.dpo, batch, length, data.packing, shape, data.columns)
 
 
@@ -81,6 +89,8 @@ def run_loss(config: RunConfig) -> LossSpec:
     """The configured loss. Raises ValueError for an unknown one."""
     if config.method == "kto":
         return KTO_LOSSES["kto"]
+    if config.method == "reward":
+        return REWARD_LOSSES["bradley_terry"]
     return find(config.sft.loss_type, SFT_LOSSES) if config.method == "sft" else loss_spec(config.dpo.loss_type)
 
 
@@ -109,6 +119,8 @@ def check_inputs(config: RunConfig) -> Inputs:
     init_from = find_adapter(config.lora.init_from, "lora.init_from")
     for folder in filter(None, (parent, init_from)):
         read_adapter_config(folder)
+        if is_reward_model(folder) and not (folder == init_from and config.method == "reward"):
+            raise ConfigError(f"{folder} is a reward model: start from an SFT or DPO adapter")
     check_frozen_under(parent, init_from)
     model = empty_model(base)
     if init_from is None:
@@ -130,6 +142,8 @@ def check_loss(config: RunConfig) -> None:
             sft.check_loss(config.sft, config.data.columns)
         elif config.method == "dpo":
             dpo.check_loss(config.dpo, config.data.columns)
+        elif config.method == "reward":
+            reward.check_columns(config.data.columns)
     except ValueError as error:
         raise ConfigError(f"[{config.method}]: {error}") from None
     if config.train.memory_budget is not None and run_loss(config).mixes_pairs:
@@ -253,6 +267,7 @@ def load_policy(
             offload=config.train.offload_activations,
             attention=attention,
             following=Following.of(config),
+            reward_head=config.method == "reward",
         )
     if config.lora.init_lora_weights == "loftq" and init_from is None:
         start_from_error(policy, config.model)

@@ -25,7 +25,6 @@ from lowlevel.batch.layout import PADDING, PackedBatch
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import EVAL_LOSS, NonFiniteError, one_line
 from lowlevel.hashing import key32
-from lowlevel.kernels import token_logps
 from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
 
@@ -207,13 +206,15 @@ def _after_the_decoder(policy: Policy, batch: PackedBatch, decoded: dict[str, Te
     """Every module was finite and the loss is not: the LM head (computed outside its module) or the loss itself."""
     for who, output in decoded.items():
         hidden = output.flatten(0, 1).index_select(0, batch.scored_positions)
-        sums = batch.sequence_sums(token_logps(hidden, policy.lm_head_weight, batch.scored_targets))
+        sums = batch.sequence_sums(policy.scores(hidden, batch.scored_targets)[0])
         bad = (~torch.isfinite(sums)).nonzero().flatten().tolist()
         if bad:
             examples = [i % len(batch.real) for i in bad]
             rows = tuple(dict.fromkeys(batch.data_rows[i] for i in examples if i < len(batch.data_rows)))
-            what = "log-probabilities of the targets (LM head)"
-            return Finding(f"forward of the {who}", "lm_head", what, rows, _largest(hidden))
+            head, what = "lm_head", "log-probabilities of the targets (LM head)"
+            if policy.reward_head is not None:
+                head, what = "score", "rewards (reward head)"
+            return Finding(f"forward of the {who}", head, what, rows, _largest(hidden))
     return Finding("forward of the policy", "the loss", "the loss: all modules and log-probabilities are finite")
 
 

@@ -15,7 +15,7 @@ from bitsandbytes.nn import Params4bit
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.execution import WithFallback
 from lowlevel.methods import Method
-from lowlevel.model.policy import REFERENCE, Policy
+from lowlevel.model.policy import REFERENCE, Policy, is_base
 
 PASSES = 2  # the first compiles or warms up, the second is like all later ones
 
@@ -75,7 +75,7 @@ def components(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, in
             sizes["base weights"] += parameter.nbytes
             constants = parameter.quant_state.as_dict(packed=False).values()
             sizes["quantisation constants"] += sum(c.nbytes for c in constants if isinstance(c, torch.Tensor))
-        elif ".lora_" in name:
+        elif not is_base(name):
             other = "moving reference" if f".{REFERENCE}." in name else "frozen adapter"
             sizes[other] += 0 if name in policy.flat.views else parameter.nbytes
         elif ".base_layer." in name:

@@ -218,6 +218,12 @@ def reopen(
     return Reopened(folder, config, manifest, placement, moved, elsewhere, attention, parent, note)
 
 
+def check_gives_text(config: RunConfig, run_dir: Path) -> None:
+    """Raise ConfigError for a reward model."""
+    if config.method == "reward":
+        raise ConfigError(f"{run_dir} is a reward model: it gives numbers and no text; use lowlevel score")
+
+
 def with_rows(config: RunConfig, data: GivenRows | None, eval_data: GivenRows | None) -> RunConfig:
     """The configuration with rows given in Python."""
     given: dict[str, Any] = {} if data is None else {"source": data, "sources": ()}
@@ -231,10 +237,11 @@ def load_run(run_dir: Path, note: Note = print, *, adapter: Path | None = None) 
     `note` prints a line for the user; `adapter` is a checkpoint to use instead of the final adapter.
 
     Raises:
-        ConfigError: not a run folder, or not finished.
+        ConfigError: not a run folder, not finished, or a reward model.
         CheckpointError: base or frozen adapter differ from the run's.
     """
     opened = reopen(run_dir, note)
+    check_gives_text(opened.config, run_dir)
     trained = adapter or opened.folder.adapter
     if not trained.exists():
         raise ConfigError(f"{run_dir} has no adapter yet; has the run finished?")

@@ -16,7 +16,7 @@ from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import counted
-from lowlevel.model.adapters import ADAPTER_CONFIG, build_policy, read_adapter_config
+from lowlevel.model.adapters import ADAPTER_CONFIG, build_policy, is_reward_model, read_adapter_config
 from lowlevel.model.attention_choice import MASKED, plain_attention
 from lowlevel.model.base import load_base, resolve_name
 from lowlevel.model.base_folder import CONFIG, holds_model_weights, note_of_adapter
@@ -51,6 +51,27 @@ def stream_reply(model_dir: Path, prompt: str, system: str | None, sampling: Sam
     ids = tokenizer.encode_prompt([*messages, {"role": "user", "content": prompt}])
     streamer = TextStreamer(tokenizer.tokenizer, skip_prompt=True, skip_special_tokens=True)
     _generate(model, tokenizer, placement, [ids], sampling, streamer)
+
+
+def sample_best(
+    model_dir: Path, prompt: str, system: str | None, sampling: Sampling, number: int, reward_dir: Path
+) -> list[tuple[float, str]]:
+    """Sample `number` replies to one user message; their rewards by a reward run and texts, the best first.
+
+    Raises ConfigError for another kind of run, before a model is loaded.
+    """
+    from lowlevel.running.scoring import best_of, check_reward_run, load_reward_run
+
+    def note(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    check_reward_run(reward_dir)
+    model, tokenizer, placement = load_for_replies(model_dir, note)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": prompt})
+    replies = generate_replies(model, tokenizer, placement, [tokenizer.encode_prompt(messages)] * number, sampling)
+    del model  # the reward model needs its memory
+    return best_of(load_reward_run(reward_dir, note), messages, [reply.text for reply in replies])
 
 
 def generate_replies(
@@ -103,6 +124,8 @@ def _load_adapter_of_run(adapter: Path, note: Note) -> tuple[PreTrainedModel | P
 def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
     """An adapter outside a run folder, on its base in 4 bits (nf4, double quantisation), as in QLoRA."""
     read_adapter_config(adapter)
+    if is_reward_model(adapter):
+        raise ConfigError(f"{adapter} is a reward model: it gives numbers and no text")
     name = read_json_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not name:
         raise ConfigError(f"{adapter}/adapter_config.json lacks base_model_name_or_path")

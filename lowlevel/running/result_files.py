@@ -24,6 +24,7 @@ METHODS = {
     "sft": "supervised fine-tuning (SFT)",
     "dpo": "direct preference optimisation (DPO)",
     "kto": "Kahneman-Tversky optimisation (KTO)",
+    "reward": "reward modelling (Bradley-Terry)",
 }
 LOADING = """\
 import torch
@@ -36,6 +37,21 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 prompt = [{{"role": "user", "content": "Hello"}}]
 inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=64)[0]))
+"""
+REWARDS = """\
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer{imports}
+
+folder = "{folder}"  # or its repository on the hub
+base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=1, {arguments})
+base.config.pad_token_id = None  # score one text at a time, read at its last token: a pad id could be the end's too
+model = PeftModel.from_pretrained(base, folder).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+chat = [{{"role": "user", "content": "Hello"}}, {{"role": "assistant", "content": "Hi!"}}]
+text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip()  # ends with the end-of-turn token
+inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+print(model(**inputs.to(model.device)).logits.item())
 """
 
 
@@ -84,7 +100,7 @@ def model_card(folder: RunFolder, config: RunConfig, kind: Kind, merged_into: st
     front = [
         "---",
         f"library_name: {library}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'text-classification' if config.method == 'reward' else 'text-generation'}",
         *([f"base_model: {json.dumps(name)}"] if on_hub else []),
         f"tags: [lowlevel, lora, {config.method}]",
         "# license: not set by the trainer; set one that the base and the data allow",
@@ -116,7 +132,7 @@ def _facts(
     if base.get("prequantised"):
         bits += f", pre-quantised {double_quantisation(model.bnb_4bit_use_double_quant)}"
     revision = f", revision {model.revision}" if model.revision else ""
-    loss = f", {config.loss_line}" if config.has_reference else ""
+    loss = f", {config.loss_line}" if config.method != "sft" else ""
     parent = manifest.get("parent_adapter")
     facts = [
         ("base", f"{base_location(model.name)}{revision}, {bits}, SHA-256 of its weights {base.get('sha256')}"),
@@ -170,6 +186,9 @@ def _loading(config: RunConfig, manifest: dict[str, Any], kind: Kind, folder: st
             f'bnb_4bit_quant_type="{model.bnb_4bit_quant_type}", bnb_4bit_compute_dtype={dtype},\n'
             f"    bnb_4bit_use_double_quant={model.bnb_4bit_use_double_quant})"
         )
+    if config.method == "reward":
+        more = ", BitsAndBytesConfig" if config.model.load_in_4bit else ""
+        return REWARDS.format(imports=more, folder=folder, base=base_location(config.model.name), arguments=arguments)
     return LOADING.format(imports=imports, folder=folder, loader="AutoPeftModelForCausalLM", arguments=arguments)
 
 

@@ -101,6 +101,8 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
         reference += f", moving: {policy.moving.following}" if policy.moving else ""
         reference = reference if reads_reference(config) else "none"
         console.print(f"  reference  {reference}; {config.loss_line}", markup=False)
+    elif config.method == "reward":
+        console.print(f"  loss       {config.loss_line}", markup=False)
 
 
 def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, console: Console) -> dict[str, Any]:
@@ -143,6 +145,9 @@ def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, cons
 def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
     """Useful commands after a run, quoted for the shell."""
     run = shlex.quote(str(folder.path))
+    if config.method == "reward":
+        pairs = config.data.eval_source or config.data.source
+        return [f"lowlevel score {run} --data {shlex.quote(str(pairs))}", f"lowlevel inspect {run} --step {step}"]
     reply, look = f'lowlevel generate {run} --prompt "Hello"', f"lowlevel inspect {run} --step {step}"
     if config.has_reference:
         compare, merge = f"lowlevel compare {run}", f"lowlevel merge {run} --out {run}-merged"

@@ -21,7 +21,7 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.losses import LossSums
 from lowlevel.methods import Method
 from lowlevel.methods.dpo import DPO, kept_pair_logps
-from lowlevel.model.policy import Policy
+from lowlevel.model.policy import SCORE, Policy
 
 NEAR_OVERFLOW = 65504 / 2  # half of the largest fp16 number
 _CHUNK = 2**22  # entries compared at once: no temporary as large as the gradient
@@ -106,6 +106,8 @@ def _norms(policy: Policy, scale: float) -> dict[str, list[Any]]:
         if found := _LAYER.search(name):
             layers[int(found[1])] += norm**2
             projections[found[2]] += norm**2
+        elif name == SCORE:
+            projections["reward_head"] += norm**2
     by_projection = {f"{name}_grad_norm": [square**0.5] for name, square in projections.items()}
     return {"layer_norms": [[layers[layer] ** 0.5 for layer in sorted(layers)]], **by_projection}
 

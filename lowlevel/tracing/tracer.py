@@ -111,7 +111,7 @@ class Tracer:
         head: Columns = {"step": [step] * size, "row": batch.data_rows, "micro_batch": [number] * size}
         if isinstance(self.method, DPO):
             return head | self._pair_columns(self.method, batch, kept)
-        columns: Columns = {"length": _lengths(batch, 0)}
+        columns: Columns = {"length": _lengths(batch, 0)} if kept.tokens else {}
         columns |= {name: values[:size].numpy() for name, values in kept.examples.items()}
         return head | columns | (_token_columns(batch, kept, "", 0) if self.token_level else {})
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lowlevel.errors import one_line
-from lowlevel.verification.check import Check, check, head_bound, largest, relative
+from lowlevel.verification.check import Check, check, largest, relative
 from lowlevel.verification.evidence import Evidence
 from lowlevel.verification.formulas import count_of, exact_losses
 from lowlevel.verification.subject import Subject, with_batches_of
@@ -40,7 +40,7 @@ def _division(subject: Subject, evidence: Evidence) -> Check:
     error = max(abs(loss - expected) for loss in losses) / (abs(expected) or 1.0)
     by_weight = " by weight" if evidence.weights else ""
     note = f"{expected:.7f} = sum / {subject.method.unit}{by_weight} of the step, float64"
-    rounding = 0.3 * head_bound(evidence.largest_logit, subject.policy.lm_head_weight.dtype)  # rms of an even spread
+    rounding = 0.3 * subject.head_bound(evidence.largest_logit)  # rms of an even spread
     bound = subject.bounds.layout_loss * 5 + evidence.loss_error(rounding, subject.config) / (abs(expected) or 1.0)
     return check(GROUP, "step loss", error, bound, note)
 

@@ -16,7 +16,7 @@ from lowlevel.methods.kto import KTO
 from lowlevel.verification.exact import ExactModel, base_parameters, exact_model
 from lowlevel.verification.formulas import Logps, count_of, exact_losses, logps_of, value_slopes
 from lowlevel.verification.subject import Subject
-from lowlevel.verification.truth import HeadScores, Scored, head_scores, sequences_of
+from lowlevel.verification.truth import HeadScores, Scored, head_scores
 
 BUDGET = 1.5e10  # parameters x tokens of a float64 pass: seconds on a CPU core
 
@@ -35,6 +35,7 @@ class Evidence:
     weights: list[Tensor] | None  # of the scored tokens in the loss, by example
     model: ExactModel | None  # in float64; None if the base is too large
     exact: int  # how many examples are run through it
+    rewards: bool = False  # scores are rewards and not log-probabilities
 
     @property
     def tokens(self) -> int:
@@ -56,7 +57,8 @@ class Evidence:
         reference = None if self.reference is None else by_side(self.reference[part])
         values = {name: column[part] for name, column in self.values.items()}
         weights = None if self.weights is None else self.weights[part]
-        return logps_of(by_side(self.policy[part]), reference, values, self.statistics, weights)
+        policy = by_side(self.policy[part])
+        return logps_of(policy, reference, values, self.statistics, weights, rewards=self.rewards)
 
     def steepest(self, config: RunConfig) -> float:
         """How far an error of one nat in each sequence can move the loss of an example, the largest of all."""
@@ -82,7 +84,7 @@ class Evidence:
 
 def gather(subject: Subject) -> Evidence:
     """Run every example of the step alone."""
-    sequences = [sequences_of(example, subject.paired) for example in subject.examples]
+    sequences = [subject.sequences(example) for example in subject.examples]
     kl = subject.batches()[0].kl
     alone = [replace(batch, kl=kl) for example in subject.examples for batch in subject.batches(examples=[example])]
     sums = [subject.sums(batch) for batch in alone]
@@ -93,7 +95,8 @@ def gather(subject: Subject) -> Evidence:
     if isinstance(subject.method, KTO):
         scores = [by_side(one or []) for one in head_scores_of(subject, subject.method.mismatched(subject.examples))]
         values["kl"] = mean_logratio(*scores).expand(len(sequences))
-    return Evidence(sequences, sums, policy, reference, values, kl, names, weights, model, _within(size, sequences))
+    within, rewards = _within(size, sequences), subject.rewards
+    return Evidence(sequences, sums, policy, reference, values, kl, names, weights, model, within, rewards)
 
 
 def mean_logratio(policy: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]]) -> Tensor:

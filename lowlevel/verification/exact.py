@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from lowlevel.config.schema import ModelConfig
 from lowlevel.model.base import empty_model, load_model_config
 from lowlevel.model.linear import quantised_state
-from lowlevel.model.policy import PARENT, TRAINED, Policy
+from lowlevel.model.policy import PARENT, SCORE, TRAINED, Policy, is_base
 from lowlevel.verification.truth import Scored, scores_of
 
 PREFIX = "base_model.model."
@@ -74,6 +74,7 @@ class ExactModel:
     trained: dict[str, Update]
     parent: dict[str, Update]
     statistics: tuple[str, ...]
+    head: slice | None = None  # of the flat weights: the reward head
 
     def weights(self, flat: Tensor | None) -> dict[str, Tensor]:
         """Merged weights by name: with the trained adapter at `flat` (n,) float64, or without it.
@@ -84,7 +85,23 @@ class ExactModel:
         for updates in (self.parent, self.trained if flat is not None else {}):
             for name, update in updates.items():
                 merged[name] = merged[name] + update.of(flat if flat is not None else torch.empty(0))
-        return merged
+        return merged if self.head is None or flat is None else {**merged, SCORE: flat[self.head]}
+
+    def scores(self, weights: dict[str, Tensor], sequence: Scored) -> Tensor:
+        """`token_scores`; with a reward head the sequence's reward, (1, 1)."""
+        return self.reward(weights, sequence) if SCORE in weights else self.token_scores(weights, sequence)
+
+    def reward(self, weights: dict[str, Tensor], sequence: Scored) -> Tensor:
+        """The head on the last token's final hidden state, (1, 1)."""
+        kept: list[Tensor] = []
+        hook = self.model.get_decoder().register_forward_hook(lambda *call: kept.append(call[2].last_hidden_state))
+        ids = torch.as_tensor(sequence.ids, dtype=torch.int64)[None]
+        plain = {name: weight for name, weight in weights.items() if name != SCORE}
+        with KeepDouble():
+            torch.func.functional_call(self.model, plain, kwargs={"input_ids": ids, "use_cache": False})
+        hook.remove()
+        assert kept[0].dtype == torch.float64
+        return kept[0][0, -1:] @ weights[SCORE][:, None]
 
     def token_scores(self, weights: dict[str, Tensor], sequence: Scored) -> Tensor:
         """Log-probability of each scored token and its statistics, (n, 1 + K) float64."""
@@ -100,9 +117,9 @@ class ExactModel:
         return scores_of(logits, ids[0, places], self.statistics)
 
     def examples(self, flat: Tensor | None, examples: Sequence[Sequence[Scored]]) -> list[list[Tensor]]:
-        """Scores of the tokens [example][sequence]."""
+        """Scores of the tokens, or rewards, [example][sequence]."""
         weights = self.weights(flat)
-        return [[self.token_scores(weights, sequence) for sequence in sequences] for sequences in examples]
+        return [[self.scores(weights, sequence) for sequence in sequences] for sequences in examples]
 
 
 def base_parameters(policy: Policy) -> int:
@@ -111,7 +128,7 @@ def base_parameters(policy: Policy) -> int:
     for name, parameter in policy.model.named_parameters():
         if isinstance(parameter, bnb.nn.Params4bit):
             total += parameter.quant_state.shape.numel()
-        elif ".lora_" not in name:
+        elif is_base(name):
             total += parameter.numel()
     return total
 
@@ -124,7 +141,7 @@ def exact_model(policy: Policy, config: ModelConfig, statistics: tuple[str, ...]
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     fixed = {f"{head}.weight": policy.lm_head_weight.detach().double().cpu()}  # a tied model does not list it
     for name, parameter in policy.model.named_parameters():
-        if ".lora_" not in name:
+        if is_base(name):
             plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
             fixed[plain] = _dequantised(policy.model, name, parameter).detach().double().cpu()
     fixed |= {name: buffer.detach().cpu() for name, buffer in _saved_buffers(policy)}
@@ -144,7 +161,7 @@ def exact_model(policy: Policy, config: ModelConfig, statistics: tuple[str, ...]
             parts = [spans.get(key, w.detach().double().cpu()) for key, w in zip(own, factors, strict=True)]
             update = Update(parts[0], parts[1], factors[0].shape, factors[1].shape, float(layer.scaling[adapter]))
             updates[adapter][f"{stem.removeprefix(PREFIX)}.weight"] = update
-    return ExactModel(model, fixed, updates[TRAINED], updates[PARENT], statistics)
+    return ExactModel(model, fixed, updates[TRAINED], updates[PARENT], statistics, spans.get(SCORE))
 
 
 def _saved_buffers(policy: Policy) -> Iterator[tuple[str, Tensor]]:

@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from lowlevel.config.schema import RunConfig, SFTConfig
 from lowlevel.errors import ConfigError, one_line
-from lowlevel.losses import SFT_LOSSES, LabelledLogps, PairLogps, TokenLogps, loss_spec
+from lowlevel.losses import SFT_LOSSES, LabelledLogps, PairLogps, PairRewards, TokenLogps, loss_spec
 from lowlevel.losses.registry import LossSpec, find
 
-Logps = PairLogps | TokenLogps | LabelledLogps
+Logps = PairLogps | TokenLogps | LabelledLogps | PairRewards
 
 
 def logps_of(
@@ -29,16 +29,20 @@ def logps_of(
     values: Mapping[str, Tensor],
     statistics: Sequence[str] = (),
     weights: list[Tensor] | None = None,
+    *,
+    rewards: bool = False,
 ) -> Logps:
     """What a loss reads, from scores [example][chosen, rejected] or [example][whole]: (n, 1 + K) each, the
     log-probability and the `statistics`.
 
     `reference` is None without one; `values`: numeric columns of the rows, one number an example; for kto with "kl".
-    `weights`: of the tokens of each example in the loss.
+    `weights`: of the tokens of each example in the loss. With `rewards`: a reward (1, 1) of each sequence.
     """
     lengths = torch.tensor([len(part) for part in _sequences(policy)])
     ids = torch.arange(len(lengths)).repeat_interleave(lengths)
     tokens = torch.cat(_sequences(policy))
+    if rewards:
+        return PairRewards(*tokens[:, 0].chunk(2), values=values)
     named = dict(zip(statistics, tokens[:, 1:].unbind(1), strict=True))
     if len(policy[0]) == 1 and "kl" not in values:
         return TokenLogps(tokens[:, 0], ids, lengths, values, named, None if weights is None else torch.cat(weights))
@@ -68,6 +72,9 @@ def with_tokens(logps: Logps, policy: Tensor, reference: Tensor | None) -> Logps
         return replace(logps, logps=own, ref_logps=ref, kl=kl, token_logps=parts[0], ref_token_logps=parts[1])
     values = {name: value.to(policy.dtype) for name, value in logps.values.items()}
     tokens, *columns = policy.unbind(1)
+    if isinstance(logps, PairRewards):
+        chosen, rejected = tokens.chunk(2)
+        return replace(logps, chosen=chosen, rejected=rejected, values=values)
     statistics = dict(zip(logps.statistics, columns, strict=True))
     if isinstance(logps, TokenLogps):
         weights = None if logps.weights is None else logps.weights.to(policy.dtype)
@@ -85,8 +92,10 @@ def with_tokens(logps: Logps, policy: Tensor, reference: Tensor | None) -> Logps
 
 def tokens_of(logps: Logps) -> tuple[Tensor, Tensor | None]:
     """Scores of the tokens: (N, 1 + K) under the policy, the log-probability and the K statistics that the loss reads;
-    (N, 1) under the reference, None for sft.
+    (N, 1) under the reference, None without one. Of a reward model: rewards (2P, 1).
     """
+    if isinstance(logps, PairRewards):
+        return torch.cat([logps.chosen, logps.rejected])[:, None], None
     assert logps.token_logps is not None
     reference = None if isinstance(logps, TokenLogps) else logps.ref_token_logps
     statistics = {} if isinstance(logps, LabelledLogps) else logps.statistics
@@ -96,6 +105,8 @@ def tokens_of(logps: Logps) -> tuple[Tensor, Tensor | None]:
 
 def count_of(logps: Logps) -> float:
     """What a sum of losses is divided by: pairs, examples (kto), tokens, or the sum of the tokens' weights."""
+    if isinstance(logps, PairRewards):
+        return len(logps.chosen)
     if isinstance(logps, PairLogps):
         return len(logps.chosen_logps)
     if isinstance(logps, LabelledLogps):
@@ -120,6 +131,10 @@ def exact_losses(logps: Logps, config: RunConfig) -> Tensor:
         desirable = kto.desirable_weight * (1 - 1 / (1 + torch.exp(kto.beta * (z0 - logps.logratios))))
         undesirable = kto.undesirable_weight * (1 - 1 / (1 + torch.exp(kto.beta * (logps.logratios - z0))))
         return torch.where(logps.desirable, desirable, undesirable)
+    if isinstance(logps, PairRewards):
+        rated = _difference(logps.values, logps.chosen)
+        centre = config.reward.center_rewards_coefficient
+        return softplus(rated - logps.chosen + logps.rejected) + centre * (logps.chosen + logps.rejected) ** 2
     dpo = config.dpo
     beta, eps, d = dpo.beta, dpo.label_smoothing, logps.deltas
     x = beta * d
@@ -146,6 +161,14 @@ def _exact_token_losses(logps: TokenLogps, sft: SFTConfig) -> Tensor:
         losses = _by_function(find(sft.loss_type, SFT_LOSSES), logps, sft.loss_kwargs)
     losses = losses + sft.z_loss_weight * statistics["lse"] ** 2 if sft.z_loss_weight else losses
     return losses if logps.weights is None else logps.weights * losses
+
+
+def _difference(values: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """The rated margin of a pair: its column, or the difference of both scores; 0 without columns."""
+    if not values or "margin" in values:
+        return values.get("margin", torch.zeros_like(like))
+    chosen, rejected = (next(v for name, v in values.items() if side in name) for side in ("chosen", "rejected"))
+    return chosen - rejected
 
 
 def _by_function(spec: LossSpec, logps: Logps, values: Mapping[str, float | None]) -> Tensor:

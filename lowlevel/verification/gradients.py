@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from lowlevel import kernels
 from lowlevel.losses import token_logps_reference
 from lowlevel.methods.kto import KTO
-from lowlevel.verification.check import Check, check, head_bound, largest, relative
+from lowlevel.model.policy import Policy
+from lowlevel.verification.check import Check, check, largest, relative
 from lowlevel.verification.evidence import Evidence, by_side, flat64, head_scores_of, mean_logratio, reference64
 from lowlevel.verification.formulas import count_of, exact_losses, gradients, logps_of, slopes, tokens_of, with_tokens
 from lowlevel.verification.subject import Subject, kept_weights
@@ -46,11 +46,11 @@ def _formula_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     single = None if reference is None else reference.float()
     found = gradients(logps, tokens.float(), single, subject.losses)
     expected = slopes(logps, subject.config)
-    closed = subject.paired and subject.config.dpo.loss_type == "sigmoid"
+    closed = subject.config.method == "dpo" and subject.config.dpo.loss_type == "sigmoid"
     form = "-beta sigma(-x)" if closed else f"{subject.spec.name}, autograd in float64"
     size = max(map(largest, expected)) or 1.0
     error = max(largest(a.double() - b) for a, b in zip(found, expected, strict=True)) / size
-    name = "loss in the log-probabilities"
+    name = f"loss in the {'rewards' if subject.rewards else 'log-probabilities'}"
     checks = [check(GROUP, name, error, subject.bounds.closed, f"against {form}, relative")]
     if subject.method.unit != "tokens" and not subject.spec.own:
         return checks
@@ -97,16 +97,24 @@ def _hidden_check(subject: Subject, evidence: Evidence) -> Check:
             hidden = policy.scored_hidden_states(batch)
         incoming = torch.randn(len(hidden), generator=generator).to(hidden.device)
         part = slice(0, 512)  # rows whose float64 logits fit anywhere
-        weight, targets = policy.lm_head_weight, batch.scored_targets[part]
+        targets = batch.scored_targets[part]
         own = hidden[part].detach().clone().requires_grad_()
         exact = hidden[part].detach().double().requires_grad_()
-        (kernels.token_logps(own, weight, targets) * incoming[part]).sum().backward()
-        (token_logps_reference(exact, weight.double(), targets) * incoming[part]).sum().backward()
+        (policy.scores(own, targets)[0] * incoming[part]).sum().backward()
+        (_scores64(policy, exact, targets) * incoming[part]).sum().backward()
         assert own.grad is not None and exact.grad is not None
         errors.append(largest(own.grad.double() - exact.grad) / largest(exact.grad))
-    note = "token_logps against full float64 logits, relative"
-    bound = max(subject.bounds.hidden, head_bound(evidence.largest_logit, policy.lm_head_weight.dtype))
-    return check(GROUP, "token log-probability in the hidden state", max(errors), bound, note)
+    policy.flat.grad.zero_()
+    name, note = "token log-probability in the hidden state", "token_logps against full float64 logits, relative"
+    if subject.rewards:
+        name, note = "reward in the hidden state", "relative"
+    return check(GROUP, name, max(errors), max(subject.bounds.hidden, subject.head_bound(evidence.largest_logit)), note)
+
+
+def _scores64(policy: Policy, hidden: Tensor, targets: Tensor) -> Tensor:
+    if policy.reward_head is not None:
+        return (hidden @ policy.reward_head.detach().double().T).squeeze(1)
+    return token_logps_reference(hidden, policy.lm_head_weight.double(), targets)
 
 
 def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
@@ -127,7 +135,9 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
         values["kl"] = kl.expand(len(examples))
 
     def mean_loss(flat: Tensor) -> Tensor:
-        logps = logps_of(model.examples(flat, sequences), reference, values, model.statistics, token_weights)
+        logps = logps_of(
+            model.examples(flat, sequences), reference, values, model.statistics, token_weights, rewards=subject.rewards
+        )
         return exact_losses(logps, subject.config).sum() / count_of(logps)
 
     weights = flat64(subject)
@@ -167,8 +177,8 @@ def _coarse_check(subject: Subject, evidence: Evidence) -> Check:
             with torch.no_grad():
                 flat.add_(gradient, alpha=distance / float(norm))
             policy, reference = head_scores_of(subject, subject.examples)
-        sides = by_side(policy), by_side(reference) if reference else None
-        logps = logps_of(*sides, evidence.values, subject.method.statistics, evidence.weights)
+        sides, needs = (by_side(policy), by_side(reference) if reference else None), subject.method.statistics
+        logps = logps_of(*sides, evidence.values, needs, evidence.weights, rewards=subject.rewards)
         return float(exact_losses(logps, subject.config).sum()) / count_of(logps)
 
     h = COARSE_STEP[precision] * float(torch.linalg.vector_norm(flat.detach()))

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch, Segment, build_batch, pair_rows, sft_segment
 from lowlevel.labels import IGNORED
 from lowlevel.methods import Method
+from lowlevel.methods.reward import reward_segments
 from lowlevel.verification.check import Check, check, relative
 from lowlevel.verification.evidence import Evidence
 from lowlevel.verification.subject import Subject, packed, with_batches_of
@@ -73,7 +74,9 @@ def left_padded(subject: Subject) -> PackedBatch:
     """
     rows: list[Segment] = []
     for number, example in enumerate(subject.examples):
-        if subject.paired:
+        if subject.rewards:
+            rows += reward_segments(example, number, shared=False)
+        elif subject.paired:
             ids = (example.prompt_ids, example.chosen_ids, example.rejected_ids)
             rows += pair_rows(example.row, number, *ids)
         else:

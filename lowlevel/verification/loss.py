@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from lowlevel.losses import LabelledLogps, PairLogps, TokenLogps
-from lowlevel.verification.check import Check, check, head_bound, largest
+from lowlevel.losses import LabelledLogps, PairLogps, PairRewards, TokenLogps
+from lowlevel.verification.check import Check, check, largest
 from lowlevel.verification.evidence import Evidence, flat64, reference64
 from lowlevel.verification.formulas import exact_losses
 from lowlevel.verification.subject import Subject
@@ -23,11 +23,13 @@ def loss_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """Token, completion, example; then the forward pass. Dropout must be off."""
     scores = [*evidence.policy, *(evidence.reference or [])]
     tokens = max(largest(one.path - one.exact) for one in scores)
-    bound = head_bound(evidence.largest_logit, subject.policy.lm_head_weight.dtype)
-    note = f"{evidence.tokens:,} tokens, nats, from the same hidden states"
-    checks = [check(GROUP, "token log-probability", tokens, bound, note)]
+    bound = subject.head_bound(evidence.largest_logit)
+    name, what = ("reward", "completions") if subject.rewards else ("token log-probability", "tokens, nats")
+    checks = [check(GROUP, name, tokens, bound, f"{evidence.tokens:,} {what}, from the same hidden states")]
     longest = max(len(sequence.places) for example in evidence.sequences for sequence in example)
-    of_method = {"sft": _token_checks, "dpo": _pair_checks, "kto": _labelled_checks}[subject.method.name]
+    of_method = {"sft": _token_checks, "dpo": _pair_checks, "kto": _labelled_checks, "reward": _reward_checks}[
+        subject.method.name
+    ]
     checks += of_method(subject, evidence, bound, longest)
     return checks + _forward_checks(subject, evidence)
 
@@ -88,6 +90,18 @@ def _labelled_checks(subject: Subject, evidence: Evidence, token: float, longest
     error = largest(torch.stack([s["loss"].double().cpu() for s in evidence.sums]) - losses)
     loss_bound = evidence.steepest(subject.config) * 2 * bound + 4 * EPS * max(1.0, largest(losses))
     return [*checks, check(GROUP, "loss of an example", error, loss_bound, subject.spec.name)]
+
+
+def _reward_checks(subject: Subject, evidence: Evidence, reward: float, longest: int) -> list[Check]:
+    pairs, losses = evidence.logps, exact_losses(evidence.logps, subject.config)
+    assert isinstance(pairs, PairRewards)
+    named = {"rewards/chosen": pairs.chosen, "rewards/rejected": pairs.rejected, "rewards/margins": pairs.margins}
+    found = {key: torch.stack([s[key].double().cpu() for s in evidence.sums]) for key in (*named, "loss")}
+    bound = 2 * reward + 4 * EPS * max(map(largest, named.values()))
+    error = max(largest(found[key] - named[key]) for key in named)
+    checks = [check(GROUP, "rewards and margin of a pair", error, 2 * bound, f"{len(losses)} pairs")]
+    loss_bound = evidence.steepest(subject.config) * bound + 4 * EPS * max(1.0, largest(losses))
+    return [*checks, check(GROUP, "loss of a pair", largest(found["loss"] - losses), loss_bound, subject.spec.name)]
 
 
 def _forward_checks(subject: Subject, evidence: Evidence) -> list[Check]:

@@ -14,7 +14,6 @@ from lowlevel.labels import IGNORED
 from lowlevel.verification.check import Check, check
 from lowlevel.verification.rendered import Expected, expected_sequences, truncated
 from lowlevel.verification.subject import Subject
-from lowlevel.verification.truth import sequences_of
 
 GROUP = "masking"
 
@@ -38,10 +37,11 @@ def masking_checks(subject: Subject) -> list[Check]:
     flat = [read for of_batch in reads for read in of_batch]
     by_row = {example.row: example for example in subject.examples}
     targets = {
-        row: truncated(by_row[row], wholes, subject.paired) if all(w.sure for w in wholes) else None
+        row: truncated(by_row[row], wholes, subject.paired, subject.rewards) if all(w.sure for w in wholes) else None
         for row, wholes in expected.items()
     }
-    checks = [_supervised(batches, flat), *_targets(flat, targets, len(subject.examples) * (1 + subject.paired))]
+    of_targets = _targets(flat, targets, len(subject.examples) * (1 + subject.paired))
+    checks = [_supervised(batches, flat), *of_targets[: 1 if subject.rewards else 2]]
     checks += [_ends(subject, flat, expected, by_row), _bos(subject, flat)]
     return [*checks, _gradient(subject, batches, reads, targets)]
 
@@ -115,6 +115,7 @@ def _ends(subject: Subject, reads: list[Read], expected: dict[int, list[Expected
     end, wrong, number, cut = subject.tokenizer.end_of_turn_id, 0, 0, 0
     if end is None:
         return check(GROUP, "replies end with end of turn", float("nan"), 0, "the template writes no end-of-turn token")
+    shift = 0 if subject.rewards else 1  # a token's target is the token after it; a reward is read at its last token
     for read in reads:
         whole = expected[read.row][read.side]
         example = by_row[read.row]
@@ -122,8 +123,8 @@ def _ends(subject: Subject, reads: list[Read], expected: dict[int, list[Expected
         if subject.paired:
             left = int(whole.learned.argmax()) - len(example.prompt_ids)  # tokens cut from the prompt's left
         for place in whole.ends:
-            position = place - left - 1
-            if position >= len(sequences_of(example, subject.paired)[read.side].ids) - 1:
+            position = place - left - shift
+            if position >= len(subject.sequences(example)[read.side].ids) - shift:
                 cut += 1
                 continue
             number += 1

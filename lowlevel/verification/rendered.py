@@ -105,9 +105,11 @@ def _reply_end(tokenizer: ChatTokenizer, text: str) -> int:
     return place + len(token) if place >= 0 and not after.strip() else len(text)
 
 
-def truncated(example: Any, expected: list[Expected], paired: bool) -> list[tuple[np.ndarray, np.ndarray]] | None:
+def truncated(
+    example: Any, expected: list[Expected], paired: bool, rewards: bool = False
+) -> list[tuple[np.ndarray, np.ndarray]] | None:
     """Inputs (L-1,) and targets (L-1,) of each sequence as a batch must hold them, or None for a prompt that
-    was cut from the left: there the cut decides.
+    was cut from the left: there the cut decides. With `rewards` all L tokens, and the last one is its own target.
     """
     results = []
     for sequence, whole in zip(sequences_of(example, paired), expected, strict=True):
@@ -115,5 +117,8 @@ def truncated(example: Any, expected: list[Expected], paired: bool) -> list[tupl
             return None
         size = len(sequence.ids)
         ids, learned = whole.ids[:size], whole.learned[:size]
+        if rewards:
+            results.append((ids, np.where(np.arange(size) == size - 1, ids, IGNORED)))
+            continue
         results.append((ids[:-1], np.where(learned, ids, IGNORED)[1:]))
     return results

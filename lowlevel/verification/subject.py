@@ -23,9 +23,9 @@ from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import StepResult
-from lowlevel.verification.check import BOUNDS, Bounds
+from lowlevel.verification.check import BOUNDS, Bounds, head_bound
 from lowlevel.verification.formulas import Logps
-from lowlevel.verification.truth import sequences_of
+from lowlevel.verification.truth import Scored, sequences_of
 
 if TYPE_CHECKING:
     from lowlevel.data.rendering import ChatTokenizer
@@ -54,6 +54,19 @@ class Subject:
     def paired(self) -> bool:
         """Whether an example has two completions."""
         return self.method.paired
+
+    @property
+    def rewards(self) -> bool:
+        """Whether a reward head reads the last token of each completion, and no LM head its tokens."""
+        return self.policy.reward_head is not None
+
+    def head_bound(self, largest_logit: float) -> float:
+        """Bound on the error of a log-probability or reward, given its hidden state."""
+        return head_bound(largest_logit, torch.float32 if self.rewards else self.policy.lm_head_weight.dtype)
+
+    def sequences(self, example: Any) -> list[Scored]:
+        """The plain sequences of an example, with their scored places."""
+        return sequences_of(example, self.paired, self.rewards)
 
     @property
     def spec(self) -> LossSpec:

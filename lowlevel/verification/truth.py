@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel import kernels
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.labels import IGNORED
 from lowlevel.model.policy import Policy
@@ -30,23 +29,26 @@ class Scored:
 class HeadScores:
     """Scores of one example's n tokens: log-probability, and the K statistics that the loss reads, in its order.
 
-    Both are in float64, from hidden states in the run's precision.
+    Both are in float64, from hidden states in the run's precision. Of a reward model it is the reward, and K = 0.
     """
 
-    path: Tensor  # (n, 1 + K) from the training path's `token_scores`
-    exact: Tensor  # (n, 1 + K) float64 log-softmax of the upcast hidden states and LM head
+    path: Tensor  # (n, 1 + K) from the training path's `Policy.scores`
+    exact: Tensor  # (n, 1 + K) float64, from the upcast hidden states and head
     sides: Tensor  # (n,) branch of each token: 0 sft, 1 chosen, 2 rejected
-    largest_logit: float  # in absolute value
+    largest_logit: float  # in absolute value; of a reward the sum of its absolute products
 
 
-def sequences_of(example: Any, paired: bool) -> list[Scored]:
-    """One sequence of a conversation; two of a pair, chosen and rejected."""
+def sequences_of(example: Any, paired: bool, rewards: bool = False) -> list[Scored]:
+    """One sequence of a conversation; two of a pair, chosen and rejected.
+
+    With `rewards` a sequence of L tokens has the place L: its hidden state is that of the last token.
+    """
     if not paired:
         scored = np.flatnonzero(example.labels != IGNORED)
         return [Scored(example.input_ids, scored[scored > 0])]
     first = len(example.prompt_ids)
     wholes = [np.concatenate([example.prompt_ids, ids]) for ids in (example.chosen_ids, example.rejected_ids)]
-    return [Scored(ids, np.arange(first, len(ids))) for ids in wholes]
+    return [Scored(ids, np.array([len(ids)]) if rewards else np.arange(first, len(ids))) for ids in wholes]
 
 
 def head_scores(policy: Policy, batch: PackedBatch, needs: Sequence[str] = ()) -> HeadScores:
@@ -57,11 +59,15 @@ def head_scores(policy: Policy, batch: PackedBatch, needs: Sequence[str] = ()) -
     policy.dropout.disable()
     with torch.no_grad():
         hidden = policy.scored_hidden_states(batch)
-        logps, statistics = kernels.token_scores(hidden, policy.lm_head_weight, batch.scored_targets, needs)
-        path = torch.stack([logps, *statistics.values()], dim=1)
+        scores, statistics = policy.scores(hidden, batch.scored_targets, needs)
+        path = torch.stack([scores, *statistics.values()], dim=1)
         targets = batch.targets.flatten()[batch.scored_positions]
         real = targets != IGNORED
-        exact, largest_logit = scores64(hidden[real], policy.lm_head_weight, targets[real], needs)
+        if policy.reward_head is not None:
+            products = hidden[real].double() * policy.reward_head.double()
+            exact, largest_logit = products.sum(-1, keepdim=True), float(products.abs().sum(-1).max())
+        else:
+            exact, largest_logit = scores64(hidden[real], policy.lm_head_weight, targets[real], needs)
     sides = batch.branch_ids.flatten()[batch.scored_positions][real]
     return HeadScores(path[real].double().cpu(), exact.cpu(), sides.cpu(), largest_logit)
 

@@ -18,7 +18,7 @@ import lowlevel
 import lowlevel.commands.data
 import lowlevel.running.run
 from lowlevel.cli import build_parser, main
-from lowlevel.config.schema import SECTIONS
+from lowlevel.config.schema import METHODS, SECTIONS
 
 COMMANDS = (
     "demo",
@@ -26,6 +26,7 @@ COMMANDS = (
     "sft",
     "dpo",
     "kto",
+    "reward",
     "data",
     "losses",
     "plan",
@@ -33,6 +34,7 @@ COMMANDS = (
     "memory",
     "merge",
     "generate",
+    "score",
     "compare",
     "inspect",
     "verify",
@@ -81,7 +83,7 @@ def test_help_of_a_command(cli, command):
     assert "--debug" in said.out
     keys = {f"--{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields}
     named = set(re.findall(r"--[a-z]+\.\w+", said.out))
-    assert named == (keys if command in ("sft", "dpo", "kto", "data", "plan", "time", "verify") else set())
+    assert named == (keys if command in (*METHODS, "data", "plan", "time", "verify") else set())
 
 
 def test_every_key_has_its_description_and_default_in_the_help(cli):
@@ -91,7 +93,7 @@ def test_every_key_has_its_description_and_default_in_the_help(cli):
             (line,) = re.findall(rf"^  --{section}\.{key} +(.*)$", out, re.MULTILINE)
             assert field.description in line
             assert (f"(default: {field.default}" in line) == (field.default is not None)
-    assert "peak learning rate (default: 0.0002; for dpo: 1e-05; for kto: 1e-05)" in out
+    assert "peak learning rate (default: 0.0002; for dpo: 1e-05; for kto: 1e-05; for reward: 0.0001)" in out
 
 
 def test_help_imports_nothing_heavy_and_answers_at_once():

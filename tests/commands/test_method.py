@@ -24,6 +24,8 @@ KEYS, ROWS, DEFAULT = "is given", "its rows have", "the default"
         ({"data": "not a table"}, (), "sft", DEFAULT),
         ({"kto": {"beta": 0.2}, "model": {"adapter": "a"}}, PAIRS[0], "kto", f"kto.beta {KEYS}"),
         ({"kto": {"beta": 0.2}, "data": {"format": "messages"}}, (), "kto", f"kto.beta {KEYS}"),
+        ({"reward": {"disable_dropout": 1}, "model": {"adapter": "a"}}, (), "reward", "reward.disable_dropout"),
+        ({"reward": {"disable_dropout": 1}, "data": {"max_prompt_length": 9}}, (), "reward", KEYS),
         ({"model": {"adapter": "a"}}, LABELLED, "kto", f"model.adapter {KEYS}"),
         ({}, LABELLED, "kto", f"{ROWS} the columns completion and label"),
     ],

@@ -15,9 +15,12 @@ CASES = """
 sft dpo.beta=0.1 | [dpo] | method = "sft"
 dpo sft.loss_type=cross_entropy | [sft] | method = "dpo"
 sft model.adapter=a | model.adapter is for dpo | lora.init_from
+reward kto.beta=0.1 | [kto] | method = "reward"
+reward data.format=messages | data.format = "messages" | reward takes "preference"
+reward trace.every=1 trace.level=token | trace.level = "token" | one token
 sft kto.beta=0.1 | [kto] | method = "sft"
-kto data.columns=a | data.columns is for a custom loss
-kto data.supervise=all | data.supervise = "all" is for sft and dpo
+kto data.columns=a | data.columns is for sft, dpo and reward
+reward data.supervise=all | data.supervise = "all" is for sft and dpo
 sft data.format=orca | data.format = "orca" | "messages"
 sft data.format=preference | data.format = "preference" | "messages"
 sft data.max_prompt_length=10 | data.max_prompt_length is for dpo
@@ -49,7 +52,7 @@ sft lora.init_from=a lora.r=8 | lora.r comes from lora.init_from
 sft lora.init_from=a lora.lora_alpha=8 | lora.lora_alpha comes from
 sft lora.init_from=a lora.init_lora_weights=loftq | lora.init_lora_weights comes from
 sft lora.init_lora_weights=loftq model.load_in_4bit=false | lora.init_lora_weights = "loftq" needs model.load_in_4bit
-dpo lora.init_lora_weights=loftq | lora.init_lora_weights = "loftq" is for sft
+dpo lora.init_lora_weights=loftq | lora.init_lora_weights = "loftq" is for sft and reward
 sft lora.init_from=a lora.use_rslora=true | lora.use_rslora comes from
 sft lora.init_from=a lora.target_modules=q_proj | lora.target_modules comes from
 sft model.load_in_4bit=false model.bnb_4bit_quant_type=nf4 | model.bnb_4bit_* | model.load_in_4bit = true

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowlevel.batch.layout import Shape
-from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig, SFTConfig, TrainConfig
+from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig, RewardConfig, SFTConfig, TrainConfig
 from lowlevel.execution import Eager, ExecutionFailedError, WithFallback, signature_of
 from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention
@@ -19,6 +19,7 @@ from lowlevel.loop import optimizer_step
 from lowlevel.losses import token_logps, token_logps_reference
 from lowlevel.losses.registry import loss as custom_loss
 from lowlevel.methods.dpo import DPO
+from lowlevel.methods.reward import Reward
 from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention
@@ -84,14 +85,16 @@ PADDED = Shape(positions=2048, examples=8, longest=256, capacity=2048)  # as a r
 METHODS = {
     "sft": (SFT(2, 256, True), False),
     "dpo": (DPO(DPOConfig(disable_dropout=False), 2, 256, True), True),
+    "reward": (Reward(RewardConfig(disable_dropout=False), 2, 256, True), True),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_fp16_step_equals_fp32_step(model_dir, name):
     method, pairs = METHODS[name]
-    reference, exact = one_step(policy(model_dir, "fp32", quantised=False), method, examples(pairs), precision="fp32")
-    result, grad = one_step(policy(model_dir, "fp16", quantised=False), method, examples(pairs))
+    own = {"quantised": False, "reward_head": name == "reward"}
+    reference, exact = one_step(policy(model_dir, "fp32", **own), method, examples(pairs), precision="fp32")
+    result, grad = one_step(policy(model_dir, "fp16", **own), method, examples(pairs))
     assert result.metrics["loss"] == pytest.approx(reference.metrics["loss"], rel=2e-3)
     error = (grad - exact).norm() / exact.norm()
     assert error < 5e-3, f"relative error of the fp16 gradient {error:.2e}"
@@ -102,7 +105,8 @@ def test_layout_and_checkpointing_do_not_change_the_step(model_dir, name):
     method, pairs = METHODS[name]
     padded = copy.copy(method)
     object.__setattr__(padded, "packing", False)
-    _, packed_grad = one_step(policy(model_dir, "fp32"), method, examples(pairs), precision="fp32")
+    head = {"reward_head": name == "reward"}
+    _, packed_grad = one_step(policy(model_dir, "fp32", **head), method, examples(pairs), precision="fp32")
     for other, kwargs in (
         (padded, {}),
         (method, {"gradient_checkpointing": False}),
@@ -110,7 +114,7 @@ def test_layout_and_checkpointing_do_not_change_the_step(model_dir, name):
         (method, {"attention": "lowlevel_efficient"}),
         (method, {"attention": "lowlevel_math"}),
     ):
-        _, grad = one_step(policy(model_dir, "fp32", **kwargs), other, examples(pairs), precision="fp32")
+        _, grad = one_step(policy(model_dir, "fp32", **kwargs, **head), other, examples(pairs), precision="fp32")
         assert (grad - packed_grad).norm() / packed_grad.norm() < 1e-4
 
 
@@ -151,7 +155,7 @@ def stored_in_bf16(model_dir, tmp_path_factory):
 @pytest.mark.parametrize("name", METHODS)
 def test_no_bf16_tensor_in_an_fp16_step(model_dir, name):
     method, pairs = METHODS[name]
-    one = policy(model_dir, "fp16")
+    one = policy(model_dir, "fp16", reward_head=name == "reward")
     with NoBfloat16():
         _, grad = one_step(one, method, examples(pairs))
     assert grad.dtype == one.flat.weights.dtype == torch.float32
@@ -271,7 +275,8 @@ def modes_agree(one, method, rows, *, scale, bound):
 @pytest.mark.parametrize("name", METHODS)
 def test_compiled_and_graphed_steps_equal_eager_ones(model_dir, name, precision, attention, bound, checkpointing):
     method, rows = shaped(name)
-    one = policy(model_dir, precision, attention=attention, gradient_checkpointing=checkpointing)
+    own = {"gradient_checkpointing": checkpointing, "reward_head": name == "reward"}
+    one = policy(model_dir, precision, attention=attention, **own)
     modes_agree(one, method, rows, scale=1024.0 if precision == "fp16" else 1.0, bound=bound)
 
 
@@ -280,11 +285,12 @@ def test_compiled_and_graphed_steps_equal_eager_ones(model_dir, name, precision,
 def test_an_fp16_step_on_a_base_that_is_stored_in_bf16(stored_in_bf16, name, attention):
     """No bf16 is held or computed with, and eager = compiled = graphed as on other bases."""
     method, rows = shaped(name)
-    one = policy(stored_in_bf16, "fp16", attention=attention)
+    own = {"attention": attention, "reward_head": name == "reward"}
+    one = policy(stored_in_bf16, "fp16", **own)
     assert not any(tensor.dtype == torch.bfloat16 for tensor in (*one.model.parameters(), *one.model.buffers()))
     with NoBfloat16():
         one_step(one, method, rows)
-    modes_agree(policy(stored_in_bf16, "fp16", attention=attention), method, rows, scale=1024.0, bound=2e-3)
+    modes_agree(policy(stored_in_bf16, "fp16", **own), method, rows, scale=1024.0, bound=2e-3)
 
 
 def shaped(name):
@@ -355,7 +361,7 @@ def test_losses_with_statistics_and_weights_compiled_and_graphed(model_dir, name
 def test_a_step_of_fewer_examples_is_captured_too(model_dir, name):
     """The last step of an epoch may have fewer rows: other numbers of spans and sequences."""
     method, rows = shaped(name)
-    one = policy(model_dir, "fp16", attention="lowlevel_fa2")
+    one = policy(model_dir, "fp16", attention="lowlevel_fa2", reward_head=name == "reward")
     execution = WithFallback(one, method, "graphed", pytest.fail)
     for count in (8, 8, 3, 3, 1, 1, 8):
         expected = steps(one, method, rows[:count], Eager(one, method), scale=1024.0, count=1)[0]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -9,6 +10,7 @@ import torch
 from samples import STEPS
 from workspace import CHATS, PAIRS, metrics, run
 
+from lowlevel.config.schema import RunConfig
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.inspection.opening import inspect_run
 from lowlevel.running.reopening import reopen
@@ -300,8 +302,12 @@ def test_errors_are_one_line(runs, tmp_path, monkeypatch):
 
 def test_every_option_is_passed_on(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("lowlevel.running.reopening.reopen", lambda folder, note: folder)
-    monkeypatch.setattr("lowlevel.inspection.opening.inspect_run", lambda *args, **keys: seen.append((args[0], keys)))
+    monkeypatch.setattr(
+        "lowlevel.running.reopening.reopen", lambda folder, note: SimpleNamespace(path=folder, config=RunConfig())
+    )
+    monkeypatch.setattr(
+        "lowlevel.inspection.opening.inspect_run", lambda *args, **keys: seen.append((args[0].path, keys))
+    )
     monkeypatch.setattr("lowlevel.inspection.terminal.print_inspection", lambda *_, details: seen.append(details))
     monkeypatch.setattr("lowlevel.inspection.page.write_page", lambda _, file: seen.append(file))
     run("inspect", tmp_path, "--step", 4, "--checkpoint", 0, "--html", tmp_path / "x.html")

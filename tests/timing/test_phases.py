@@ -105,7 +105,6 @@ def test_each_function_counts_in_its_phase(tiny_base, monkeypatch, name):
     optimizer = slow.optimizer(policy, 10_000_000)
     slow.make(PackedBatch, "to", 1)
     slow.make(Policy, "scored_hidden_states", 10)
-    slow.make(policy_module, "token_logps", 100)
     slow.make(policy_module, "token_scores", 100)
     slow.make(torch.Tensor, "backward", 1_000)
     slow.make(LossScale, "accepts", 10_000)  # after the norm and the host sync

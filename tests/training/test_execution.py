@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from lowlevel import execution
 from lowlevel.batch.layout import Shape, attention_mask, build_batch, pair_rows, pair_segment, sft_segment
 from lowlevel.config.file import config_from_tables
-from lowlevel.config.schema import DataConfig, DPOConfig, KTOConfig, RunConfig
+from lowlevel.config.schema import DataConfig, DPOConfig, KTOConfig, RewardConfig, RunConfig
 from lowlevel.execution import MODES, Eager, Graphed, WithFallback, signature_of
 from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention
@@ -22,6 +22,7 @@ from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.kto import KTO
+from lowlevel.methods.reward import Reward
 from lowlevel.methods.sft import SFT
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
 from lowlevel.running.assembly import build_method
@@ -36,6 +37,7 @@ def methods(shape=None):
         "sft": (SFT(2, 48, True, shape), helpers.ragged_examples()),
         "dpo": (DPO(DPOConfig(disable_dropout=False), 2, 64, True, shape), helpers.ragged_pairs()),
         "kto": (KTO(KTOConfig(disable_dropout=False), 2, 48, True, shape), helpers.labelled_examples()),
+        "reward": (Reward(RewardConfig(disable_dropout=False), 2, 64, True, shape), helpers.ragged_pairs()),
         "sft, a row each": (SFT(2, 48, False, shape), helpers.ragged_examples()),
         "dpo, a row each": (DPO(DPOConfig(disable_dropout=False), 2, 64, False, shape), helpers.ragged_pairs()),
     }
@@ -148,8 +150,9 @@ def gradient(policy, method, examples, *, dropout_seed=1):
 @pytest.mark.parametrize("name", methods())
 def test_spans_and_fixed_shapes_give_the_same_step(tiny_base, name):
     method, examples = methods()[name]
-    expected, wanted = gradient(helpers.make_policy(tiny_base, dropout=0.3), method, examples)
-    policy = helpers.make_policy(tiny_base, dropout=0.3, attention=SPANS)
+    own = {"dropout": 0.3, "reward_head": name == "reward"}
+    expected, wanted = gradient(helpers.make_policy(tiny_base, **own), method, examples)
+    policy = helpers.make_policy(tiny_base, **own, attention=SPANS)
     for shape in (None, SHAPE):
         method, examples = methods(shape)[name]
         found, grad = gradient(policy, method, examples)
@@ -214,11 +217,12 @@ def test_changing_one_example_leaves_the_others_bit_equal(tiny_base):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])  # the same layers
+@pytest.mark.parametrize("name", [pytest.param("sft", marks=pytest.mark.slow), "dpo", "reward"])  # the same layers
 def test_compiled_layers_give_the_same_step_from_one_graph_a_mode(tiny_base, monkeypatch, name, checkpointing):
     torch._dynamo.reset()
     counters.clear()
-    policy = helpers.make_policy(tiny_base, dropout=0.3, attention=SPANS, checkpointing=checkpointing)
+    own = {"checkpointing": checkpointing, "reward_head": name == "reward"}
+    policy = helpers.make_policy(tiny_base, dropout=0.3, attention=SPANS, **own)
     method, examples = methods(SHAPE)[name]
     expected, wanted = gradient(policy, method, examples)
     notes = []
@@ -231,7 +235,7 @@ def test_compiled_layers_give_the_same_step_from_one_graph_a_mode(tiny_base, mon
     assert (policy.flat.grad - wanted).norm() / wanted.norm() < 1e-5
     shapes = {batch.input_ids.shape for batch in method.micro_batches(examples)}
     assert len(shapes) > 1 and len(policy.layers.layers) > 1
-    modes = 1 if name == "sft" else 2  # dpo: the policy's pass and the reference's
+    modes = 2 if name == "dpo" else 1  # dpo: the policy's pass and the reference's
     assert counters["stats"]["unique_graphs"] == modes
     assert sum(counters["graph_break"].values()) == 0
     if name == "dpo":  # a loss of the user's with the same formula: the same bits, and nothing compiled again

@@ -1,0 +1,149 @@
+"""A reward model on preference pairs; head and loss are in losses/reward.py. There is no reference and no LM head.
+
+A completion is read at its last token, which the layout marks by the lengths of the sequences: no token id, of padding
+or of an end of turn, has a special meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch
+from lowlevel.batch.packing import micro_batch_rows
+from lowlevel.config.schema import RewardConfig
+from lowlevel.labels import IGNORED
+from lowlevel.losses import LossSums
+from lowlevel.losses.modifiers import MARGIN_COLUMNS
+from lowlevel.losses.registry import LossSpec
+from lowlevel.losses.reward import REWARD_LOSSES, PairRewards, ranked
+from lowlevel.model.policy import Policy
+
+if TYPE_CHECKING:
+    from lowlevel.data.examples import PreferenceExample
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The method. With packing, pairs share rows of `row_length` positions and each prompt is computed once."""
+
+    config: RewardConfig
+    batch_size: int  # pairs per micro-batch; with packing, rows
+    row_length: int
+    packing: bool
+    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
+    columns: tuple[str, ...] = ()  # data.columns: the rated margin
+    name: ClassVar[str] = "reward"
+    unit: ClassVar[str] = "pairs"
+    paired: ClassVar[bool] = True
+    has_reference: ClassVar[bool] = False
+    statistics: ClassVar[tuple[str, ...]] = ()
+
+    def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
+        """The Bradley-Terry loss, summed over the batch's pairs."""
+        if self.config.disable_dropout:
+            policy.dropout.disable()
+        pairs = self.pair_rewards(batch, policy.rewards(batch))  # w . h at each last token
+        losses = self.losses(pairs)  # -logsigmoid(pairs.margins - m) + c (r+ + r-)^2
+        return _sums_of(batch, pairs, losses)
+
+    @property
+    def spec(self) -> LossSpec:
+        """The loss."""
+        return REWARD_LOSSES["bradley_terry"]
+
+    @cached_property
+    def settings(self) -> Mapping[str, float]:
+        """The loss's hyper-parameters."""
+        return {name: getattr(self.config, name) for name in self.spec.parameters}
+
+    def pair_rewards(self, batch: PackedBatch, rewards: Tensor) -> PairRewards:
+        """The input of the loss, from the reward of each sequence (S,): all chosen, then all rejected."""
+        chosen, rejected = rewards.chunk(2)
+        return PairRewards(chosen, rejected, values=batch.values(self.columns))
+
+    def losses(self, pairs: PairRewards) -> Tensor:
+        """The loss of each pair, (P,)."""
+        return self.spec(pairs, self.settings)[0]
+
+    def example_losses(
+        self, batch: PackedBatch, token_rewards: Tensor, reference: Tensor | None, statistics: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The loss of each pair, (P,), from the rewards (N,) at the positions that are read; 0 for dummies."""
+        pairs = self.pair_rewards(batch, batch.sequence_sums(token_rewards))
+        return torch.where(batch.real, self.losses(pairs), 0.0)
+
+    def count(self, batch: PackedBatch) -> int:
+        """Preference pairs."""
+        return len(batch.data_rows)
+
+    def size(self, example: PreferenceExample) -> int:
+        """Positions of a pair with its prompt shared."""
+        return len(example.prompt_ids) + len(example.chosen_ids) + len(example.rejected_ids)
+
+    def micro_batches(self, examples: Sequence[PreferenceExample]) -> list[PackedBatch]:
+        """The pairs of one step in rows."""
+        made = micro_batch_rows(examples, self.size, self.batch_size, self.row_length, self.packing, self.shape)
+        return [self._batch(rows) for rows in made]
+
+    def _batch(self, groups: list[list[PreferenceExample]]) -> PackedBatch:
+        numbers = iter(range(sum(map(len, groups))))
+        rows: list[list[Segment]] = []
+        for group in groups:
+            made = [reward_segments(x, next(numbers), shared=self.packing) for x in group]
+            rows += [[segment for segments in made for segment in segments]] if self.packing else [[s] for s in made[0]]
+        values = [x.values for group in groups for x in group] if self.columns else None
+        return build_batch(rows, pairs=True, shape=self.shape, values=values, one_a_sequence=True)
+
+
+def reward_segments(example: PreferenceExample, number: int, *, shared: bool) -> list[Segment]:
+    """A pair as one segment with a shared prompt, or as two plain sequences."""
+    branches = {1: example.chosen_ids, 2: example.rejected_ids}
+    parts = [branches] if shared else [{branch: ids} for branch, ids in branches.items()]
+    return [read_segment(example.row, number, example.prompt_ids, part) for part in parts]
+
+
+def read_segment(row: int, number: int, prompt: np.ndarray, completions: dict[int, np.ndarray]) -> Segment:
+    """A prompt with completions by branch that are read at their last token, for a reward.
+
+    Every token is an input, and the last one of a completion has its own id as target, which marks it as scored.
+    """
+    parts, first = list(completions.values()), len(prompt)
+    targets = [np.where(np.arange(len(part)) == len(part) - 1, part, IGNORED) for part in parts]
+    return Segment(
+        row,
+        number,
+        np.concatenate([prompt, *parts]),
+        np.concatenate([np.arange(first), *(np.arange(first, first + len(part)) for part in parts)]),
+        np.repeat([0, *completions], [first, *map(len, parts)]),
+        np.concatenate([np.full(first, IGNORED), *targets]),
+    )
+
+
+def _sums_of(batch: PackedBatch, pairs: PairRewards, losses: Tensor) -> LossSums:
+    """Sums of loss and metrics over the real pairs, and the values of each pair for a trace."""
+    chosen, rejected, margins = (value.detach() for value in (pairs.chosen, pairs.rejected, pairs.margins))
+    metrics = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": margins,
+        "rewards/accuracies": ranked(margins),
+    }
+    return LossSums(
+        torch.where(batch.real, losses, 0.0).sum(),
+        {name: torch.where(batch.real, value, 0.0).sum() for name, value in metrics.items()},
+        examples={"loss": losses.detach(), "chosen_reward": chosen, "rejected_reward": rejected, "margin": margins},
+    )
+
+
+def check_columns(columns: Sequence[str]) -> None:
+    """Raise ValueError for columns that are not those of a rated margin."""
+    if columns and set(columns) not in map(set, MARGIN_COLUMNS):
+        known = " or ".join(str(list(names)).replace("'", '"') for names in MARGIN_COLUMNS)
+        raise ValueError(f"data.columns {list(columns)} is not read: a rated margin is {known}".replace("'", '"'))

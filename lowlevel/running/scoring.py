@@ -1,0 +1,153 @@
+"""Rewards of completions and pairs from a reward run; also the best of several replies.
+
+Prompt and completion become tokens by the functions of training, so a completion has the same reward alone, in a pair
+and in a training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowlevel.batch.layout import build_batch
+from lowlevel.config.given import GivenRows
+from lowlevel.data.examples import truncate_pair
+from lowlevel.data.formats import recognised
+from lowlevel.data.messages import Normalised, normalise
+from lowlevel.data.sources import RowProblem, data_error, read_source
+from lowlevel.data.templates import RenderError
+from lowlevel.data.texts import BadRow
+from lowlevel.errors import ConfigError
+from lowlevel.losses.reward import calibration, ranked
+from lowlevel.methods.reward import read_segment
+from lowlevel.running.reopening import LoadedRun, Note, reopen
+from lowlevel.running.run_folder import RunFolder
+
+BATCH = 16  # sequences
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The rewards of a row: of its completion, or of a pair chosen and rejected."""
+
+    row: int
+    where: str
+    rewards: tuple[float, ...]
+    cut: bool  # a sequence was longer than data.max_length: the reward is of its first tokens
+
+    def as_json(self) -> dict[str, Any]:
+        """A line of scores.jsonl."""
+        names = ("reward",) if len(self.rewards) == 1 else ("chosen_reward", "rejected_reward")
+        line: dict[str, Any] = {"row": self.row, "where": self.where, **dict(zip(names, self.rewards, strict=True))}
+        return line | ({"margin": self.rewards[0] - self.rewards[1]} if len(self.rewards) == 2 else {})
+
+
+def check_reward_run(run_dir: Path) -> None:
+    """Raise ConfigError for another kind of run."""
+    method = RunFolder(run_dir).read_config().method
+    if method != "reward":
+        raise ConfigError(f"{run_dir} is a {method} run: rewards need a run of lowlevel reward")
+
+
+def load_reward_run(run_dir: Path, note: Note) -> LoadedRun:
+    """A reward run with its newest weights. Raises ConfigError for another method, or without saved weights."""
+    check_reward_run(run_dir)
+    opened = reopen(run_dir, note)
+    adapter = opened.folder.newest_adapter(note)
+    if adapter is None:
+        raise ConfigError(f"{run_dir} has no adapter yet; has the run finished?")
+    return opened.load(adapter)
+
+
+def score_source(run: LoadedRun, source: str | GivenRows, split: str = "test") -> list[Scored]:
+    """Score every row: pairs as in training, or "prompt" + "completion" and "messages", whose last reply is scored.
+
+    Raises ConfigError for an unknown source; DataError for unusable rows.
+    """
+    read, problems = read_source(source, "heldout" if source == "demo" else split, "reward"), list[RowProblem]()
+    columns = {column for row in read.rows for column in row.columns}
+    pairs = {"chosen", "rejected"} <= columns
+    method = "reward" if pairs else "kto" if "label" in columns else "sft"
+    read = recognised(read, run.config.data.format if pairs else "auto", method)
+    rows: list[Normalised] = []
+    for row in read.rows:
+        try:
+            rows.append(normalise(row))
+        except BadRow as bad:
+            problems.append(RowProblem(row.where, bad.reason, str(bad)))
+    sequences = _sequences(run, rows, problems)
+    if problems or read.problems:
+        raise data_error([*read.problems, *problems])
+    rewards = iter(rewards_of(run, [ids for _, parts in sequences for ids in parts]))
+    return [
+        Scored(row.row.id, row.row.where, tuple(next(rewards) for _ in parts), cut)
+        for row, (cut, parts) in zip(rows, sequences, strict=True)
+    ]
+
+
+Ids = tuple[list[int], list[int]]  # prompt, completion
+
+
+def _sequences(run: LoadedRun, rows: Sequence[Normalised], problems: list[RowProblem]) -> list[tuple[bool, list[Ids]]]:
+    """Of each row whether it was cut, and its one or two sequences; a completion is a pair of itself."""
+    data, tokenizer, found = run.config.data, run.tokenizer, []
+    pairs = []
+    for row in rows:
+        prompt = row.messages if row.completions else row.messages[:-1]
+        pairs.append((prompt, *(row.completions or (row.messages[-1],) * 2)))
+    for row, pair in zip(rows, tokenizer.encode_pairs(pairs, data.supervise, [row.tools for row in rows]), strict=True):
+        if isinstance(pair, RenderError):
+            problems.append(RowProblem(row.row.where, "chat template", str(pair)))
+            continue
+        whole = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        kept = truncate_pair(*whole, data.max_length, data.max_prompt_length, tokenizer.bos_id)
+        parts = [(kept[0], ids) for ids in kept[1:]]
+        found.append((kept != whole, parts if row.completions else parts[:1]))
+    return found
+
+
+@torch.no_grad()
+def rewards_of(run: LoadedRun, sequences: Sequence[Ids]) -> list[float]:
+    """The reward of each prompt with its completion, in the given order; every completion has at least one token."""
+    found: list[float] = []
+    run.policy.dropout.disable()
+    for start in range(0, len(sequences), BATCH):
+        part = enumerate(sequences[start : start + BATCH])
+        rows = [[read_segment(i, i, np.asarray(prompt, int), {1: np.asarray(ids, int)})] for i, (prompt, ids) in part]
+        batch = build_batch(rows, pairs=False, one_a_sequence=True).to(run.policy.placement.device)
+        found += run.policy.rewards(batch).tolist()
+    return found
+
+
+def summary(scored: Sequence[Scored]) -> str:
+    """Accuracy and calibration of pairs, and the mean reward of single completions, in one line each."""
+    lines, pairs = [], [one.rewards for one in scored if len(one.rewards) == 2]
+    if pairs:
+        chosen, rejected = torch.tensor(pairs, dtype=torch.float64).T
+        margins = chosen - rejected
+        measured = {"accuracy": float(ranked(margins).mean()), "mean margin": float(margins.mean())}
+        measured |= {name.replace("_", " "): value for name, value in calibration(margins).items()}
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
+        lines.append(f"{len(pairs):,} pairs: {numbers}")
+    single = [one.rewards[0] for one in scored if len(one.rewards) == 1]
+    if single:
+        mean = sum(single) / len(single)
+        lines.append(f"{len(single):,} completions: mean reward {mean:+.4f}, {min(single):+.4f} to {max(single):+.4f}")
+    if cut := sum(one.cut for one in scored):
+        lines.append(f"warning: {cut:,} rows were cut to data.max_length: their rewards are those of the first tokens")
+    return "\n".join(lines)
+
+
+def best_of(run: LoadedRun, messages: list[dict[str, str]], replies: Sequence[str]) -> list[tuple[float, str]]:
+    """Replies to one prompt with their rewards, the best first; empty ones have no reward and are left out."""
+    rows = [{"messages": [*messages, {"role": "assistant", "content": text}]} for text in replies if text.strip()]
+    if not rows:
+        return []
+    scored = score_source(run, GivenRows.of(rows))
+    texts = [text for text in replies if text.strip()]
+    return sorted(((one.rewards[0], text) for one, text in zip(scored, texts, strict=True)), reverse=True)
