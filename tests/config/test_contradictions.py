@@ -26,6 +26,7 @@ sft data.format=preference | data.format = "preference" | "messages"
 sft data.max_prompt_length=10 | data.max_prompt_length is for dpo
 dpo data.weight_column=w | data.weight_column is for sft
 kto data.weight_column=w | data.weight_column is for sft
+reward data.weight_column=w | data.weight_column is for sft
 dpo data.format=messages | data.format = "messages" | "preference"
 dpo model.adapter=a model.adapter_mode=none | model.adapter is set | model.adapter_mode = "none"
 dpo model.adapter_mode=stack | model.adapter_mode = "stack" needs model.adapter
