@@ -244,7 +244,7 @@ def test_an_adapter_that_the_disk_refuses_is_not_there_in_part(space, tmp_path, 
     parent = helpers.save_random_adapter(space.base, tmp_path / "parent")
     path = space.write("dpo", "dpo", folder=tmp_path, train={"max_steps": 1}, model={"adapter": str(parent)})
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         (arguments[2] / "adapter_config.json").write_text("{}")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[2] / "adapter_model.safetensors"))
 

@@ -58,8 +58,9 @@ def go(monkeypatch):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
         evaluation = evaluate if config.pop("evaluates", False) else None
         settings = TrainConfig(learning_rate=1.0, lr_scheduler_type="constant", **config)
+        execution = SimpleNamespace(policy=SimpleNamespace(move_reference=lambda step: None))
         steps = loop.train(
-            *(None, optimizer, state, lambda step: [], evaluation, observer, settings),
+            *(execution, optimizer, state, lambda step: [], evaluation, observer, settings),
             total_steps=total,
             steps_per_epoch=4,
         )
