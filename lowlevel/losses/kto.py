@@ -3,7 +3,7 @@
     r  = log pi(y|x) - log ref(y|x)
     z0 = max(0, mean of log pi(y'|x) - log ref(y'|x)), y' a completion of another prompt: an estimate of KL(pi || ref)
 
-    L  = desirable_weight   (1 - s(beta (r - z0)))      y is desirable        (eq 8)
+    L  = desirable_weight   (1 - s(beta (r - z0)))      y is desirable
          undesirable_weight (1 - s(beta (z0 - r)))      y is undesirable
 
 z0 has no gradient. Here the mean is over the whole optimizer step and not over a micro-batch, so the loss and its
@@ -49,7 +49,7 @@ class LabelledLogps:
 
 
 def kto(rows: LabelledLogps, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Tensor:
-    """KTO: `wD s(-x) if desirable, wU s(x) if not, x = beta (r - z0)`. arXiv 2402.01306 eq 8.
+    """KTO: `wD s(-x) if desirable, wU s(x) if not, x = beta (r - z0)`. arXiv 2402.01306.
 
     1 - s(z) is computed as s(-z), which keeps its digits for large z.
     """
@@ -58,7 +58,7 @@ def kto(rows: LabelledLogps, *, beta: float, desirable_weight: float = 1.0, unde
 
 
 _FORMULA = "wD s(-x) if desirable, wU s(x) if not, x = beta (r - z0)"
-KTO_LOSSES: Mapping[str, LossSpec] = MappingProxyType({"kto": spec_of(kto, _FORMULA, "arXiv 2402.01306 eq 8")})
+KTO_LOSSES: Mapping[str, LossSpec] = MappingProxyType({"kto": spec_of(kto, _FORMULA, "arXiv 2402.01306")})
 
 
 def mismatched(prompts: Sequence[Hashable]) -> list[tuple[int, int]]:

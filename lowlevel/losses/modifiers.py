@@ -20,7 +20,7 @@ LARGEST_EXPONENT = 60.0  # e^60 = 1e26: its square still fits in fp32
 
 
 def f_forward_kl(pairs: PairLogps, *, beta: float) -> Tensor:
-    """f-DPO, forward KL: `-ls(beta (exp(-b) - exp(-a)))`. Wang et al., arXiv 2309.16240 eq 8 and table 1.
+    """f-DPO, forward KL: `-ls(beta (exp(-b) - exp(-a)))`. Wang et al., arXiv 2309.16240.
 
     An exponent above 60 counts as 60, without a gradient.
     """
@@ -28,14 +28,14 @@ def f_forward_kl(pairs: PairLogps, *, beta: float) -> Tensor:
 
 
 def f_js(pairs: PairLogps, *, beta: float) -> Tensor:
-    """f-DPO, Jensen-Shannon: `-ls(beta (ls(a) - ls(b)))`. Wang et al., arXiv 2309.16240 eq 8 and table 1."""
+    """f-DPO, Jensen-Shannon: `-ls(beta (ls(a) - ls(b)))`. Wang et al., arXiv 2309.16240."""
     return -logsigmoid(beta * (logsigmoid(pairs.chosen_logratios) - logsigmoid(pairs.rejected_logratios)))
 
 
 def f_alpha(pairs: PairLogps, *, beta: float, f_alpha: float = 0.5) -> Tensor:
     """f-DPO, alpha divergence: `-ls(beta (g(a) - g(b))), g(r) = (exp((alpha-1) r) - 1) / (alpha-1)`.
 
-    Wang et al., arXiv 2309.16240 eq 8 and table 1. alpha in [0, 1): 0 is `f_forward_kl`, and alpha -> 1 is DPO.
+    Wang et al., arXiv 2309.16240. alpha in [0, 1): 0 is `f_forward_kl`, and alpha -> 1 is DPO.
     An exponent above 60 counts as 60, without a gradient.
     """
     power = f_alpha - 1
@@ -44,7 +44,7 @@ def f_alpha(pairs: PairLogps, *, beta: float, f_alpha: float = 0.5) -> Tensor:
 
 
 def ld_dpo(pairs: PairLogps, *, beta: float, ld_alpha: float = 0.5) -> Tensor:
-    """LD-DPO: `-ls(x), tokens after min(n+, n-) times alpha`. Liu et al., arXiv 2409.06411 eq 10.
+    """LD-DPO: `-ls(x), tokens after min(n+, n-) times alpha`. Liu et al., arXiv 2409.06411.
 
     Policy and reference: log pi(y) = sum_{t <= m} l_t + alpha sum_{t > m} l_t with m = min(n+, n-). alpha = 1 is DPO.
     """
@@ -77,7 +77,7 @@ def wpo(pairs: PairLogps, *, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def odpo(pairs: PairLogps, *, beta: float, odpo_alpha: float = 1.0) -> Tensor:
-    """DPO with an offset: `-ls(x - alpha m)`, m the rated margin. Amini et al., arXiv 2402.10571 eq 8.
+    """DPO with an offset: `-ls(x - alpha m)`, m the rated margin. Amini et al., arXiv 2402.10571.
 
     m is the column "margin", or the difference of the columns "chosen_score" and "rejected_score" (also
     "score_chosen", "score_rejected"); `data.columns` names them.

@@ -19,7 +19,7 @@ def nll(pairs: PairLogps) -> Tensor:
 
 
 def cpo(pairs: PairLogps, *, beta: float, cpo_alpha: float = 1.0) -> Tensor:
-    """CPO: `-ls(beta (p+ - p-)) - alpha p+/n+`. Xu et al., arXiv 2401.08417 eq 5.
+    """CPO: `-ls(beta (p+ - p-)) - alpha p+/n+`. Xu et al., arXiv 2401.08417.
 
     The paper prints the NLL term as a sum over tokens (`cpo_sum`); the authors' code averages over tokens.
     """
@@ -27,26 +27,26 @@ def cpo(pairs: PairLogps, *, beta: float, cpo_alpha: float = 1.0) -> Tensor:
 
 
 def cpo_sum(pairs: PairLogps, *, beta: float, cpo_alpha: float = 1.0) -> Tensor:
-    """CPO as printed: `-ls(beta (p+ - p-)) - alpha p+`. Xu et al., arXiv 2401.08417 eq 5."""
-    return _reference_free_dpo(pairs, beta) - cpo_alpha * pairs.chosen_logps  # eq 5
+    """CPO as printed: `-ls(beta (p+ - p-)) - alpha p+`. Xu et al., arXiv 2401.08417."""
+    return _reference_free_dpo(pairs, beta) - cpo_alpha * pairs.chosen_logps
 
 
 def simpo(pairs: PairLogps, *, beta: float, simpo_gamma: float = 1.0) -> Tensor:
-    """SimPO: `-ls(beta (p+/n+ - p-/n-) - gamma)`. Meng et al., arXiv 2405.14734 eq 6.
+    """SimPO: `-ls(beta (p+/n+ - p-/n-) - gamma)`. Meng et al., arXiv 2405.14734.
 
     gamma is outside of beta, as in the paper: its code's `gamma_beta_ratio` is gamma / beta.
     """
     chosen, rejected = _averages(pairs)
-    return -logsigmoid(beta * (chosen - rejected) - simpo_gamma)  # eq 6
+    return -logsigmoid(beta * (chosen - rejected) - simpo_gamma)
 
 
 def orpo(pairs: PairLogps, *, orpo_lambda: float = 0.1) -> Tensor:
-    """ORPO: `-p+/n+ - lambda ls(o(p+/n+) - o(p-/n-)), o(p) = p - log(1 - exp(p))`. Hong et al., arXiv 2403.07691 eq 6.
+    """ORPO: `-p+/n+ - lambda ls(o(p+/n+) - o(p-/n-)), o(p) = p - log(1 - exp(p))`. Hong et al., arXiv 2403.07691.
 
-    o are the log-odds of a completion (eq 3). The NLL term covers the completion, without the prompt.
+    o are the log-odds of a completion. The NLL term covers the completion, without the prompt.
     """
     chosen, rejected = _averages(pairs)
-    log_odds_ratio = (chosen - log1mexp(chosen)) - (rejected - log1mexp(rejected))  # eq 4
+    log_odds_ratio = (chosen - log1mexp(chosen)) - (rejected - log1mexp(rejected))
     return -chosen - orpo_lambda * logsigmoid(log_odds_ratio)
 
 

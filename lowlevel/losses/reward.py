@@ -4,8 +4,8 @@
 
     L = -log s(r+ - r- - m) + c (r+ + r-)^2
 
-The first term is eq 1 of InstructGPT (arXiv 2203.02155) for a prompt with two completions; m is a rated margin as in
-Llama 2 (arXiv 2307.09288 eq 2), 0 without one; the second term keeps the rewards around 0 (arXiv 2312.09244 eq 2).
+The first term is that of InstructGPT (arXiv 2203.02155) for a prompt with two completions; m is a rated margin as in
+Llama 2 (arXiv 2307.09288), 0 without one; the second term keeps the rewards around 0 (arXiv 2312.09244 eq 2).
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class PairRewards:
 
 
 def bradley_terry(pairs: PairRewards, *, center_rewards_coefficient: float = 0.0) -> Tensor:
-    """`-ls(r+ - r- - m) + c (r+ + r-)^2`, (P,). arXiv 2203.02155 eq 1, 2307.09288 eq 2, 2312.09244 eq 2."""
+    """`-ls(r+ - r- - m) + c (r+ + r-)^2`, (P,). arXiv 2203.02155, 2307.09288, 2312.09244 eq 2."""
     rated = rated_margins(pairs.values) if pairs.values else 0.0
     return -logsigmoid(pairs.margins - rated) + center_rewards_coefficient * (pairs.chosen + pairs.rejected) ** 2
 
 
 _FORMULA = "-ls(r+ - r- - m) + c (r+ + r-)^2"
 REWARD_LOSSES: Mapping[str, LossSpec] = MappingProxyType(
-    {"bradley_terry": spec_of(bradley_terry, _FORMULA, "arXiv 2203.02155 eq 1")}
+    {"bradley_terry": spec_of(bradley_terry, _FORMULA, "arXiv 2203.02155")}
 )
 
 
@@ -72,7 +72,7 @@ def calibration(margins: Tensor) -> dict[str, float]:
         brier: mean (1 - p)^2; a model that always says 1/2 has 0.25.
         calibration_error: a pair's prediction is the completion with the higher reward, with confidence s(|r+ - r-|);
             the expected calibration error over equal bins of this confidence, sum_b |right_b - confidence_b| / P
-            (Guo et al., arXiv 1706.04599 eq 5).
+            (Guo et al., arXiv 1706.04599).
     """
     margins = margins.double()
     confidence, right = torch.sigmoid(margins.abs()), ranked(margins).double()

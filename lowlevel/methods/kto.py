@@ -56,7 +56,7 @@ class KTO:
             policy.dropout.disable()
         token_logps = policy.token_logps(batch)  # (N,) fp32
         rows = labelled_logps(batch, token_logps, reference)  # sums over a completion, (P,) each
-        losses = self.losses(rows)  # eq 8
+        losses = self.losses(rows)
         return _sums_of(batch, rows, losses, self.config.beta * rows.logratios.detach())
 
     @property

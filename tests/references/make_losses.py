@@ -157,7 +157,7 @@ def rpo(a: float, b: float, beta: float, alpha: float, chosen: float, n: float) 
 
 
 def f_divergence(a: float, b: float, beta: float, g: Callable[[float], float], dg: Callable[[float], float]) -> Triple:
-    """-ls(beta (g(a) - g(b))) with g = f': arXiv 2309.16240 eq 8; dL/da = -beta s(-u) g'(a)."""
+    """-ls(beta (g(a) - g(b))) with g = f': arXiv 2309.16240; dL/da = -beta s(-u) g'(a)."""
     u = beta * (g(a) - g(b))
     return -ls(u), -beta * s(-u) * dg(a), beta * s(-u) * dg(b)
 
