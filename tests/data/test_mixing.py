@@ -60,6 +60,7 @@ def test_without_weights_the_rows_are_those_of_one_file(mix, run, write):
 
 
 def test_weights_are_shares_of_the_rows_until_a_source_ends(mix):
+    assert [e.where[0] for e in mix({"a": 30, "b": 10}, (3, 1)).train[:8]] == list("aaabaaab")
     data = mix({"a": 30, "b": 10}, (1, 1))
     assert [e.where for e in data.train[:4]] == ["a.jsonl:1", "b.jsonl:1", "a.jsonl:2", "b.jsonl:2"]
     assert len({e.row for e in data.train}) == len(data.train) == 21
