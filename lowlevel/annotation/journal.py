@@ -15,7 +15,7 @@ import fcntl
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,7 +54,7 @@ class Journal:
         for number, line in enumerate(_whole_lines(path), 1):
             try:
                 self._apply(json.loads(line))
-            except (ValueError, KeyError, TypeError, IndexError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise DataError(f"{path}:{number}: not a line of lowlevel annotate") from None
 
     @property
@@ -116,10 +116,10 @@ class Journal:
         return len(rows)
 
     def _save(self, record: dict[str, Any]) -> None:
-        append_line(self.path, record)
-        sync(self.path)
+        append_line(self.path, record, synced=True)
         self._apply(record)
-        self.write_preferences()
+        with suppress(OSError):  # it is saved; the end of the session writes this file again and says what fails
+            self.write_preferences()
 
     def _apply(self, record: dict[str, Any]) -> None:
         if not self.header:

@@ -18,7 +18,7 @@ function fill(element, text) {
   const parts = text.split(CODE).map((part, i) => {
     const block = document.createElement(i % 2 ? "pre" : "div");
     block.className = "text";
-    block.textContent = i % 2 ? part : part.replace(/^\n|\n$/g, "");
+    block.textContent = i % 2 ? part : part.replace(/^\n+|\n+$/g, "");
     return block;
   });
   element.replaceChildren(...parts.filter((block) => block.textContent !== ""));

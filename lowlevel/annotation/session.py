@@ -42,8 +42,8 @@ def annotate(
         return pairs, left_out
 
     with open_journal(out, header, sample, resume=resume) as journal, AnnotationServer(journal, port) as server:
-        note(f"{len(journal.pairs)} pairs to judge, each by every annotator; open {server.url}")
-        note(f"saved in {journal.path} at once; Ctrl-C ends")
+        note(f"{len(journal.pairs)} pairs, every annotator judges each; saved in {journal.path} at once; Ctrl-C ends")
+        note(server.url)
         try:
             with paused():
                 server.serve_forever()
