@@ -117,6 +117,7 @@ const KEYS = { ArrowLeft: () => judge("left"), ArrowRight: () => judge("right"),
 document.addEventListener("keydown", (event) => {
   const writing = event.target.matches("input, textarea");
   if (event.key === "Escape" && writing) event.target.blur();
+  if (event.repeat && event.target.matches("button")) event.preventDefault(); // a held Enter judges once
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   if (writing || event.repeat || event.ctrlKey || event.metaKey || event.altKey || !(key in KEYS)) return;
   event.preventDefault();
@@ -147,6 +148,7 @@ function enter() {
   show("enter", true);
   at("name").value = annotator;
   at("name").focus();
+  at("name").select();
 }
 
 if (annotator) ask("state"); else enter();
