@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
@@ -128,6 +128,14 @@ def counted(what: str, items: Collection[Item], unit: str = "") -> Iterator[Item
         for item in items:
             yield item
             work.done += 1
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """No lines inside the block: it waits for a person."""
+    beat = _active.get()
+    with beat.pause() if beat else nullcontext():
+        yield
 
 
 def spoke() -> None:

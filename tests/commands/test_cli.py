@@ -34,6 +34,7 @@ COMMANDS = (
     "memory",
     "merge",
     "generate",
+    "annotate",
     "score",
     "compare",
     "inspect",
