@@ -345,7 +345,7 @@ def launch(arguments: Sequence[str], gpus: int) -> int:
     config = LaunchConfig(
         1, 1, gpus, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each rank has said what it has to say
+    logging.disable(logging.ERROR)  # of torchrun: the ranks say what happens
     try:
         elastic_launch(config, sys.executable)("-m", "lowlevel", *arguments)
     except ChildFailedError as error:

@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lowlevel.errors import CONTINUE
+
 PERIOD = 0.5  # seconds between looks
 GRACE = 2.0  # seconds for a waiting thread to come out of its collective by itself
 LAST = 20.0  # seconds for which a failed rank waits for rank 0 to record it; torchrun kills 30 s after the first end
@@ -167,7 +169,7 @@ class Watch:
                 if failure := self._recorded():  # it failed, and told so before it ended
                     return failure
                 what = f"rank {rank} was killed at step {self._at(rank)[1]} (signal 9, or no memory left on the host)"
-                return self.claim(rank, 1, f"{what}; add --resume to continue")
+                return self.claim(rank, 1, f"{what}; {CONTINUE}")
         return None
 
     def _hung(self) -> Failure | None:
@@ -177,7 +179,11 @@ class Watch:
         behind = [rank for rank in self._others() if self._at(rank)[0] < self.begun] or self._others()
         rank = behind[0]
         what = f"rank {rank} hangs at step {self._at(rank)[1]}: no answer for {self.timeout:g} s (train.ddp_timeout)"
-        return self.claim(rank, 1, f"{what}; add --resume to continue")
+        failure = self.claim(rank, 1, f"{what}; {CONTINUE}")
+        host, _, pid = self._read(f"process/{rank}").partition(" ")
+        if failure.teller == self.rank and host == socket.gethostname():
+            os.kill(int(pid), signal.SIGKILL)  # torchrun would wait 30 s for it to save
+        return failure
 
     def _at(self, rank: int) -> tuple[int, int]:
         """Collectives that a rank has begun, and its step."""

@@ -14,6 +14,7 @@ from lowlevel.commands.common import (
     read_run_file,
 )
 from lowlevel.errors import ConfigError
+from lowlevel.heartbeat import silence
 from lowlevel.running.endings import Interrupts
 
 
@@ -42,7 +43,8 @@ def run(options: Options, overrides: Overrides) -> None:
     if options.gpus > 1 and "LOCAL_RANK" not in os.environ:  # which torchrun sets
         from lowlevel.ranks import launch
 
-        raise SystemExit(launch(options.arguments, options.gpus))
+        with silence():
+            raise SystemExit(launch(options.arguments, options.gpus))
     with Interrupts() as interrupts:
         try:
             console = quiet_console()
