@@ -28,6 +28,7 @@ from lowlevel.errors import (
     InterruptedRunError,
     LowlevelError,
     OutOfMemoryError,
+    RankError,
     printable,
     quoted,
 )
@@ -100,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if unknown or (overrides and not options.takes_config):
                 raise _unknown(unknown[0] if unknown else f"--{next(iter(overrides))}", options)
             say = partial(print, file=sys.stderr if options.output_is_result else sys.stdout, flush=True)
-            long = options.command != "losses" and not sys.stdout.isatty()
+            options.arguments = arguments  # for the processes that --gpus starts
+            first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, which share a terminal
+            long = options.command != "losses" and not sys.stdout.isatty() and first
             with heartbeat(say, f"lowlevel {options.command}", on=long):
                 COMMANDS[options.command].run(options, overrides)
         except KeyboardInterrupt:
@@ -127,6 +130,8 @@ def _failed(error: Exception, debug: bool, arguments: Sequence[str] = ()) -> int
     """
     if debug:
         sys.stderr.write(traceback.format_exc())
+    if isinstance(error, RankError) and error.told:
+        return error.exit_code
     if isinstance(error, LowlevelError):
         code, line = error.exit_code, str(error)
     elif type(error).__name__ == "OutOfMemoryError":  # torch.cuda's; torch may not be imported here

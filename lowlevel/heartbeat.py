@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
@@ -142,6 +142,12 @@ def spoke() -> None:
     """Other progress was printed: no line is due for a while."""
     if beat := _active.get():
         beat.spoke()
+
+
+def silence() -> AbstractContextManager[None]:
+    """A block in which the active heartbeat, if there is one, prints nothing: other processes do."""
+    beat = _active.get()
+    return beat.pause() if beat else nullcontext()
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,6 @@ from lowlevel.errors import EVAL_LOSS, ConfigError
 from lowlevel.methods.dpo import reads_reference
 from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.callbacks import Callback
-from lowlevel.running.endings import Interrupts
 from lowlevel.running.job import Engine
 from lowlevel.running.pace import Pace
 from lowlevel.running.progress import TrainingProgress
@@ -30,18 +29,20 @@ BOUNDS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}
 
 @dataclass
 class RunObserver:
-    """Writes metrics, checkpoints and status, calls the callbacks, and passes signals on."""
+    """Writes metrics, checkpoints and status, calls the callbacks, and passes signals on. Of several ranks, the
+    first one writes."""
 
     folder: RunFolder
     progress_bar: TrainingProgress
     engine: Engine
-    interrupts: Interrupts
     note: Callable[[str], None]
     pace: Pace
     callbacks: Sequence[Callback] = ()
 
     def log(self, record: dict[str, Any]) -> None:
         """Append to metrics.jsonl, show, and pass to the callbacks."""
+        if not self.engine.job.ranks.first:
+            return
         self.folder.append_metrics(record)
         self.progress_bar.record(record)
         for callback in self.callbacks:
@@ -56,11 +57,16 @@ class RunObserver:
         if line := self.pace.forecast(state):
             self.note(line)
         self.progress_bar.step(state.step)
+        if watch := self.engine.job.ranks.watch:
+            watch.step = state.step + 1
         for callback in self.callbacks:
             callback.on_step(result)
 
     def save(self, state: TrainState) -> None:
         """Sync the log's lines, write the checkpoint, then the status that names it."""
+        if not self.engine.job.ranks.first:
+            self.engine.write_checkpoint(state)
+            return
         self.folder.sync_metrics()
         self.engine.write_checkpoint(state)
         self.folder.write_status("running", state.step)
@@ -69,7 +75,7 @@ class RunObserver:
 
     def stop_requested(self) -> int:
         """The first signal received, or 0."""
-        return self.interrupts.signum
+        return self.engine.job.ranks.stop_requested()
 
 
 def starts_as_reference(config: RunConfig) -> bool:
