@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from lowlevel.annotation.pairs import CHOICES, Judgement, Pair, preference_rows, side_of_first
+from lowlevel.annotation.pairs import CHOICES, Judgement, Pair, preference_rows, reply_on_left
 from lowlevel.data.texts import is_blank
 from lowlevel.durable import append_line, given_file, sync
 from lowlevel.errors import ConfigError, DataError
@@ -81,7 +81,7 @@ class Journal:
 
     def left(self, annotator: str, pair: int) -> int:
         """The number of the reply that this annotator has on the left."""
-        return side_of_first(self.header["sampling"]["seed"], pair, annotator)
+        return reply_on_left(self.header["sampling"]["seed"], pair, annotator)
 
     def judge(self, annotator: str, pair: int, choice: str, written: str | None) -> None:
         """Save a judgement. Raises Conflict if the pair has one; ValueError for what is none."""

@@ -74,7 +74,8 @@ async function ask(action, body = {}) {
   try {
     const headers = { "Content-Type": "application/json" };
     const content = JSON.stringify({ annotator, ...body });
-    const reply = await fetch(action, { method: "POST", headers, body: content, cache: "no-store" });
+    const signal = AbortSignal.timeout(20000); // a repeated request is no second judgement
+    const reply = await fetch(action, { method: "POST", headers, body: content, cache: "no-store", signal });
     const answer = await reply.json();
     if (reply.ok) {
       if (action === "judge" && !answer.conflict) sessionStorage.removeItem(draftOf());

@@ -38,7 +38,7 @@ class Judgement:
         return {"left": self.left, "right": 1 - self.left}.get(self.choice)
 
 
-def side_of_first(seed: int, pair: int, annotator: str) -> int:
+def reply_on_left(seed: int, pair: int, annotator: str) -> int:
     """The number of the reply on the left, 0 or 1: drawn by a hash, anew for every annotator.
 
     So a side is independent of the quality of its reply and of the sides that the others saw: the left share of all

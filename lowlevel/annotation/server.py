@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from collections.abc import Callable
 from hmac import compare_digest
 from http import HTTPStatus
@@ -52,6 +53,11 @@ class AnnotationServer(ThreadingTCPServer):
         except (OSError, OverflowError) as error:
             raise ConfigError(f"--port {port}: {error}; leave it out to take a free one") from None
         self.hosts = [f"{name}:{self.server_address[1]}" for name in ("127.0.0.1", "localhost")]
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Print the traceback, unless the browser only went away."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
     @property
     def url(self) -> str:

@@ -16,7 +16,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--temperature", type=temperature, default=1.0, help="of the sampling (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling and of the sides (default: 0)")
     parser.add_argument("--resume", action="store_true", help="go on with the journal of --out")
-    parser.add_argument("--port", type=not_negative, default=0, help="0: a free one (default). Over SSH the same here")
+    text = "default: a free one; an SSH tunnel needs the same number at both ends"
+    parser.add_argument("--port", type=not_negative, default=0, help=text)
     parser.add_argument("--report", type=Path, metavar="FILE", help="only print the report of this preference file")
 
 

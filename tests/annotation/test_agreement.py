@@ -3,7 +3,7 @@
 import pytest
 
 from lowlevel.annotation.agreement import cohens_kappa, krippendorffs_alpha, report, wilson
-from lowlevel.annotation.pairs import side_of_first
+from lowlevel.annotation.pairs import reply_on_left
 
 
 def test_cohens_kappa_of_50_grant_proposals():
@@ -50,12 +50,12 @@ def test_wilsons_interval(successes, trials, low, high):
 
 
 def test_sides_are_drawn_for_each_annotator_and_reproducible():
-    sides = [[side_of_first(3, pair, name) for pair in range(2000)] for name in ("ada", "bo", "ada")]
+    sides = [[reply_on_left(3, pair, name) for pair in range(2000)] for name in ("ada", "bo", "ada")]
     assert sides[0] == sides[2]
     for name in sides[:2]:
         assert sum(name) == pytest.approx(1000, abs=100)  # 4.5 standard deviations
     assert sum(a == b for a, b in zip(*sides[:2], strict=True)) == pytest.approx(1000, abs=100)
-    assert [side_of_first(4, pair, "ada") for pair in range(2000)] != sides[0]
+    assert [reply_on_left(4, pair, "ada") for pair in range(2000)] != sides[0]
 
 
 def side(journal, name: str, pair: int, reply: int) -> str:

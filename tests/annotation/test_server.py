@@ -1,6 +1,8 @@
 """The server over HTTP: who is refused, and what each action answers."""
 
 import json
+import socket
+import struct
 from http.client import HTTPConnection
 from threading import Thread
 
@@ -157,6 +159,20 @@ def test_a_full_disk_keeps_the_pair(client, monkeypatch):
     status, answer = client.act("judge", annotator="ada", pair=0, choice="left")
     assert (status, answer) == (500, {"error": "not saved: No space left on device"})
     assert client.act("state", annotator="ada")[1]["pair"]["number"] == 0
+
+
+def test_a_browser_that_goes_away_leaves_no_traceback(client, capsys):
+    for line in (
+        b"",
+        b"GET / HTTP/1.1\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{",
+        b"\x16\x03\x01\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", client.server.server_address[1])) as connection:
+            connection.sendall(line)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close by reset
+    assert client.act("state", annotator="ada")[0] == 200
+    assert capsys.readouterr() == ("", "")
 
 
 def test_texts_are_sent_as_they_are(client):
