@@ -19,16 +19,18 @@ from torch.nn.functional import linear
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lowlevel.config.schema import ModelConfig
 from lowlevel.determinism import compiler_options
-from lowlevel.errors import ConfigError
+from lowlevel.errors import ConfigError, one_line
 from lowlevel.kernels.attention import span_attention
 from lowlevel.kernels.decoding import CHUNK, decode_attention, store
-from lowlevel.model.attention_choice import MORE_THAN_A_SOFTMAX
+from lowlevel.model.attention_choice import MORE_THAN_A_SOFTMAX, choose_attention, plain_attention
 from lowlevel.model.layers import COMPILER
 from lowlevel.model.placement import Placement
 from lowlevel.model.sizes import head_size, size_of
 
 NAME = "lowlevel_cached"  # of this attention in transformers
+TRIED = 9  # tokens
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class Prompts:
 class CachedModel:
     """A decoder with a cache of `slots` + 1 sequences; the last slot takes what fills up a row of prompts."""
 
-    def __init__(self, base: PreTrainedModel, placement: Placement, slots: int, prompt_kernel: str) -> None:
-        """`prompt_kernel`: of KERNELS in kernels/attention.py. The cache starts empty: see `reserve`."""
+    def __init__(self, base: PreTrainedModel, placement: Placement, slots: int) -> None:
+        """The cache starts without room: see `reserve`."""
         AttentionInterface.register(NAME, _forward)
         self.base: Any = base
-        self.placement, self.slots, self.prompt_kernel = placement, slots, prompt_kernel
+        self.placement, self.slots = placement, slots
+        chosen = choose_attention(ModelConfig(), base.config, placement).kernel
+        self.prompt_kernel = chosen or "math"  # on a CPU, where nothing is captured
         self.layers: Sequence[nn.Module] = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
         config, heads = base.config, size_of(base.config, "num_attention_heads")
         self.kv_heads: int = config.to_dict().get("num_key_value_heads") or heads
@@ -139,10 +143,41 @@ class CachedModel:
                     mark(tensor, 1)
                 for tensor in arguments["where"].values():
                     mark(tensor, 0)
+                for size in (1, 3):
+                    mark(self.cache[number], size)
             output: Tensor = own(hidden_states, cache=self.cache[number], **arguments)
             return output
 
         return run
+
+
+@torch.no_grad()
+def misfit(base: PreTrainedModel, placement: Placement) -> str | None:
+    """Why this base cannot run over a cache: compares the logits of a few tokens with the base's own. None: it can."""
+    model: Any = base
+    if not model._supports_attention_backend:
+        return f"the code of this architecture ({base.config.model_type}) takes no other attention"
+    cached, device = CachedModel(base, placement, 2), placement.device
+    if device.type == "cuda" and cached.prompt_kernel == "math":
+        return "its heads do not fit the kernels for packed rows"
+    ids = torch.arange(1, 7 * TRIED + 1, 7, device=device) % model.get_output_embeddings().weight.shape[0]
+    order, zeros = torch.arange(TRIED, device=device), torch.zeros(TRIED - 1, dtype=torch.int64, device=device)
+    try:
+        with plain_attention(base), placement.autocast():
+            expected = model(input_ids=ids[None], use_cache=False).logits[0, -1].float()
+        cached.reserve(TRIED)
+        bounds = torch.tensor([0, TRIED - 1], dtype=torch.int32, device=device)
+        with cached.installed():
+            cached.read(Prompts(ids[:-1], order[:-1], zeros, bounds, TRIED))
+            found = cached.next_logits(ids[-1:], order[-1:])[0].float()
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # the architecture's own code does not accept our arguments
+        return f"its layers end with {type(error).__name__}: {one_line(error)}"
+    difference = ((found - expected).norm() / expected.norm()).item()
+    if not difference <= max(0.05, 32 * torch.finfo(placement.dtype).eps):
+        return f"over a cache its logits differ by {difference:.0%}"
+    return None
 
 
 def _forward(

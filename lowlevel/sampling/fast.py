@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from lowlevel.heartbeat import working
 from lowlevel.model.placement import Placement
+from lowlevel.model.suitability import attention_window, short_positions
 from lowlevel.sampling.cached_model import CachedModel, Prompts
 from lowlevel.sampling.completion import Completion, Sampling, Watch, completion_keys
-from lowlevel.sampling.plain import without_dropout
+from lowlevel.sampling.plain import PLAIN, PlainSampler, without_dropout
 from lowlevel.sampling.steps import COUNT, DONE, ENDED, Steps
 
 SLOTS = 128
@@ -49,11 +50,13 @@ class FastSampler:
         *,
         slots: int = SLOTS,
         mode: str | None = None,
-        prompt_kernel: str = "math",
     ) -> None:
         """`slots`: completions that are sampled at a time; `mode`: of steps.MODES, None: the device's fastest."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.placement, self.model = placement, CachedModel(base, placement, slots, prompt_kernel)
+        limits = (attention_window(base.config), short_positions(base.config))
+        self.longest = min((limit for limit in limits if limit), default=None)  # tokens that every layer sees alike
+        self.plain, self.note = PlainSampler(model, placement, stop_ids), note
+        self.placement, self.model = placement, CachedModel(base, placement, slots)
         on_gpu = placement.device.type == "cuda"
         self.steps = Steps(self.model, sorted(stop_ids), mode or ("graphed" if on_gpu else "eager"), note)
         self._seats: list[Wanted | None] = [None] * slots
@@ -70,10 +73,14 @@ class FastSampler:
     ) -> list[list[Completion]]:
         """See Sampler."""
         keys = keys or completion_keys(sampling.seed, len(prompts), samples)
+        length = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        if self.longest is not None and length > self.longest:
+            self.note(f"sampling: {length:,} tokens exceed the base's window of {self.longest:,}: by {PLAIN}")
+            return self.plain.sample(prompts, sampling, samples=samples, keys=keys, watch=watch)
         pairs = [(i, key) for i, own in enumerate(keys) for key in own]
         waiting = deque(Wanted(n, i, prompts[i], key) for n, (i, key) in enumerate(pairs))
         found: dict[int, Completion] = {}
-        self.steps.reserve(max(map(len, prompts), default=0) + sampling.max_new_tokens)
+        self.steps.reserve(length)
         self.steps.temperature.fill_(sampling.temperature)
         self.steps.limit.fill_(sampling.max_new_tokens)
         self._held = [None] * len(self._held)
