@@ -34,9 +34,9 @@ from lowlevel.model.placement import choose_placement
 from lowlevel.model.policy import Policy
 from lowlevel.sampling import FastSampler, PlainSampler, Sampling
 
-FIELDS = ("case", "batch", "prompt", "new", "tokens_per_second", "ms_per_token_step", "median_seconds", "p_min", "p_max",
-          "repeats", "peak_allocated_gib", "status", "shape", "gpu", "torch", "transformers", "peft", "bitsandbytes",
-          "commit", "started")  # fmt: skip
+FIELDS = ("case", "batch", "prompt", "new", "tokens_per_second", "ms_per_token_step", "median_seconds", "p_min",
+          "p_max", "repeats", "peak_allocated_gib", "status", "shape", "gpu", "torch", "transformers", "peft",
+          "bitsandbytes", "commit", "started")  # fmt: skip
 NEVER = -1  # a stop token that no vocabulary has
 
 
@@ -201,7 +201,7 @@ def main() -> None:
 
 def cases() -> Sequence[tuple[str, dict[str, Any]]]:
     """Settings of this sampler, by the name of the case."""
-    return (("lowlevel", {}),)
+    return (("lowlevel", {}), ("lowlevel, weights in 4 bits", {"join": False}))
 
 
 def report(policy: Policy, sampler: FastSampler, batch: int, options: argparse.Namespace) -> None:
