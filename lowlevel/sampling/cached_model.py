@@ -8,38 +8,42 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lowlevel.config.schema import ModelConfig
 from lowlevel.determinism import compiler_options
-from lowlevel.errors import ConfigError
+from lowlevel.errors import ConfigError, one_line
 from lowlevel.kernels.attention import span_attention
 from lowlevel.kernels.decoding import CHUNK, decode_attention, store
-from lowlevel.model.attention_choice import MORE_THAN_A_SOFTMAX
+from lowlevel.model.attention_choice import MORE_THAN_A_SOFTMAX, choose_attention, plain_attention
 from lowlevel.model.layers import COMPILER
 from lowlevel.model.placement import Placement
 from lowlevel.model.sizes import head_size, size_of
+from lowlevel.sampling.joined import JoinedLayers, joined_bytes
+from lowlevel.sampling.plain import without_dropout
 
 NAME = "lowlevel_cached"  # of this attention in transformers
+TRIED = 9  # tokens
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Tokens of several prompts side by side, T in all; tensors on the device, except that `longest` is a number."""
+    """Tokens of several prompts side by side, T in all; tensors on the device."""
 
     ids: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64
     slots: Tensor  # (T,) int64
     bounds: Tensor  # (G + 1,) int32: prompt g has the tokens bounds[g] to bounds[g + 1]; it may have none
-    longest: int  # upper bound on the tokens of a prompt
 
     def tensors(self) -> list[Tensor]:
         """Every tensor."""
@@ -49,11 +53,13 @@ class Prompts:
 class CachedModel:
     """A decoder with a cache of `slots` + 1 sequences; the last slot takes what fills up a row of prompts."""
 
-    def __init__(self, base: PreTrainedModel, placement: Placement, slots: int, prompt_kernel: str) -> None:
-        """`prompt_kernel`: of KERNELS in kernels/attention.py. The cache starts empty: see `reserve`."""
+    def __init__(self, base: PreTrainedModel, placement: Placement, slots: int) -> None:
+        """The cache starts without room: see `reserve`."""
         AttentionInterface.register(NAME, _forward)
         self.base: Any = base
-        self.placement, self.slots, self.prompt_kernel = placement, slots, prompt_kernel
+        self.placement, self.slots = placement, slots
+        chosen = choose_attention(ModelConfig(), base.config, placement).kernel
+        self.prompt_kernel = chosen or "math"  # on a CPU, where nothing is captured
         self.layers: Sequence[nn.Module] = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
         config, heads = base.config, size_of(base.config, "num_attention_heads")
         self.kv_heads: int = config.to_dict().get("num_key_value_heads") or heads
@@ -61,6 +67,28 @@ class CachedModel:
         self.cache: list[Tensor] = []  # of each layer, (2, slots + 1, H_kv, C, D)
         self.capacity = 0  # C
         self.compiled = False
+        self.joined: JoinedLayers | None = None
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Copy the weights of the linear layers and join those with the same input."""
+        self.reserve(1)
+        first = torch.zeros(2, dtype=torch.int64, device=self.placement.device)
+        with without_dropout(self.base), self.installed():
+            self.joined = JoinedLayers(self.layers, lambda: self.next_logits(first, first), self.placement.dtype)
+        self.cache, self.capacity = [], 0
+
+    def joined_bytes(self) -> int:
+        """Memory that `join` takes."""
+        return joined_bytes(self.layers, self.placement.dtype)
+
+    def active_adapters(self) -> tuple[str, ...]:
+        """The adapters that a pass has, which a captured graph keeps; joined layers read it anew (`refresh`)."""
+        if self.joined:
+            self.joined.refresh()
+            return ()
+        layers = [module for module in self.base.modules() if isinstance(module, LoraLayer)]
+        return tuple(name for layer in layers[:1] if not layer.disable_adapters for name in layer.active_adapters)
 
     def slot_bytes(self, capacity: int) -> int:
         """Memory that one slot takes."""
@@ -70,7 +98,8 @@ class CachedModel:
         """Make room for sequences of `capacity` tokens; True: the cache was replaced, what it held is gone."""
         if capacity <= self.capacity:
             return False
-        self.capacity = -(-capacity // CHUNK) * CHUNK
+        step = 2 * CHUNK  # of one chunk, compilers would make another graph
+        self.capacity = -(-capacity // step) * step
         self.cache = []  # freed before the new one is allocated
         shape = (len(self.layers), 2, self.slots + 1, self.kv_heads, self.capacity, self.features)
         self._whole = torch.zeros(shape, dtype=self.placement.dtype, device=self.placement.device)
@@ -91,7 +120,8 @@ class CachedModel:
         for number, layer in enumerate(self.layers):
             layer.forward = self._over_cache(number, layer)  # type: ignore[method-assign]
         try:
-            yield
+            with self.joined.installed() if self.joined else nullcontext():
+                yield
         finally:
             self.base.config._attn_implementation = before
             for layer, forward in zip(self.layers, own, strict=True):
@@ -102,16 +132,16 @@ class CachedModel:
     def read(self, prompts: Prompts) -> None:
         """Write the keys and values of prompts into the cache."""
         where = {"slots": prompts.slots, "positions": prompts.positions, "bounds": prompts.bounds}
-        self._hidden(prompts.ids, prompts.positions, where, prompts.longest)
+        self._hidden(prompts.ids, prompts.positions, where)
 
     def next_logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, V) behind the tokens (B,) at `positions` (B,) of slots 0 to B - 1, in the head's dtype."""
-        hidden = self._hidden(tokens, positions, {"positions": positions}, 0)
+        hidden = self._hidden(tokens, positions, {"positions": positions})
         head = self.base.get_output_embeddings().weight
         with torch.autocast(self.placement.device.type, enabled=False):
             return linear(hidden.to(head.dtype), head)
 
-    def _hidden(self, tokens: Tensor, positions: Tensor, where: dict[str, Tensor], longest: int) -> Tensor:
+    def _hidden(self, tokens: Tensor, positions: Tensor, where: dict[str, Tensor]) -> Tensor:
         decoder = self.base.get_decoder()
         with self.placement.autocast():
             output = decoder(
@@ -120,7 +150,6 @@ class CachedModel:
                 use_cache=False,
                 attention_mask=None,
                 where=where,
-                longest=longest,
                 kernel=self.prompt_kernel,
             )
         hidden: Tensor = output.last_hidden_state[0]
@@ -139,10 +168,41 @@ class CachedModel:
                     mark(tensor, 1)
                 for tensor in arguments["where"].values():
                     mark(tensor, 0)
+                for size in (1, 3):
+                    mark(self.cache[number], size)
             output: Tensor = own(hidden_states, cache=self.cache[number], **arguments)
             return output
 
         return run
+
+
+@torch.no_grad()
+def misfit(base: PreTrainedModel, placement: Placement) -> str | None:
+    """Why this base cannot run over a cache: compares the logits of a few tokens with the base's own. None: it can."""
+    model: Any = base
+    if not model._supports_attention_backend:
+        return f"the code of this architecture ({base.config.model_type}) takes no other attention"
+    cached, device = CachedModel(base, placement, 2), placement.device
+    if device.type == "cuda" and cached.prompt_kernel == "math":
+        return "its heads do not fit the kernels for packed rows"
+    ids = torch.arange(1, 7 * TRIED + 1, 7, device=device) % model.get_output_embeddings().weight.shape[0]
+    order, zeros = torch.arange(TRIED, device=device), torch.zeros(TRIED - 1, dtype=torch.int64, device=device)
+    try:
+        with plain_attention(base), without_dropout(base), placement.autocast():
+            expected = model(input_ids=ids[None], use_cache=False).logits[0, -1].float()
+        cached.reserve(TRIED)
+        bounds = torch.tensor([0, TRIED - 1], dtype=torch.int32, device=device)
+        with without_dropout(base), cached.installed():
+            cached.read(Prompts(ids[:-1], order[:-1], zeros, bounds))
+            found = cached.next_logits(ids[-1:], order[-1:])[0].float()
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # the architecture's own code does not accept our arguments
+        return f"its layers end with {type(error).__name__}: {one_line(error)}"
+    difference = ((found - expected).norm() / expected.norm()).item()
+    if not difference <= max(0.05, 32 * torch.finfo(placement.dtype).eps):
+        return f"over a cache its logits differ by {difference:.0%}"
+    return None
 
 
 def _forward(
@@ -155,7 +215,6 @@ def _forward(
     scaling: float,
     cache: Tensor,
     where: dict[str, Tensor],
-    longest: int,
     kernel: str,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
@@ -167,4 +226,5 @@ def _forward(
     if "bounds" not in where:
         return decode_attention(q, k, v, cache, where["positions"], scaling)[None], None
     store(cache, k, v, where["slots"], where["positions"])
-    return span_attention(q, k, v, where["bounds"], where["bounds"], longest, scaling, kernel)[None], None
+    bounds, longest = where["bounds"], cache.shape[3]
+    return span_attention(q, k, v, bounds, bounds, longest, scaling, kernel)[None], None

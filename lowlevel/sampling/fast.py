@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 
 from lowlevel.heartbeat import working
 from lowlevel.model.placement import Placement
+from lowlevel.model.suitability import attention_window, short_positions
 from lowlevel.sampling.cached_model import CachedModel, Prompts
 from lowlevel.sampling.completion import Completion, Sampling, Watch, completion_keys
-from lowlevel.sampling.plain import without_dropout
+from lowlevel.sampling.plain import PLAIN, PlainSampler, without_dropout
 from lowlevel.sampling.steps import COUNT, DONE, ENDED, Steps
 
 SLOTS = 128
+SHARE = 0.25  # of the free memory of a GPU that copies of the weights may take
 TURN = 8  # steps between two looks at the finished flags
 MOST_READ = 4096  # tokens of prompts that are read in one pass, unless one prompt is longer
 LEAST_READ = 64
@@ -49,12 +51,28 @@ class FastSampler:
         *,
         slots: int = SLOTS,
         mode: str | None = None,
-        prompt_kernel: str = "math",
+        join: bool | None = None,
     ) -> None:
-        """`slots`: completions that are sampled at a time; `mode`: of steps.MODES, None: the device's fastest."""
+        """Prepare to sample from a model.
+
+        Args:
+            model: without a `misfit`; it stays as it is, and is used in whatever state it is when `sample` is called.
+            placement: of the model.
+            stop_ids: tokens that end a completion.
+            note: prints a line.
+            slots: completions that are sampled at a time.
+            mode: of steps.MODES; None: the device's fastest.
+            join: copy the weights of linear layers in the placement's dtype (joined.py), instead of reading them as
+                they are, in 4 bits; None: on a GPU with memory for it.
+        """
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.placement, self.model = placement, CachedModel(base, placement, slots, prompt_kernel)
+        limits = (attention_window(base.config), short_positions(base.config))
+        self.longest = min((limit for limit in limits if limit), default=None)  # tokens that every layer sees alike
+        self.plain, self.note = PlainSampler(model, placement, stop_ids), note
+        self.placement, self.model = placement, CachedModel(base, placement, slots)
         on_gpu = placement.device.type == "cuda"
+        if join or join is None and on_gpu and self.model.joined_bytes() < SHARE * torch.cuda.mem_get_info()[0]:
+            self.model.join()
         self.steps = Steps(self.model, sorted(stop_ids), mode or ("graphed" if on_gpu else "eager"), note)
         self._seats: list[Wanted | None] = [None] * slots
         self._held: list[int | None] = [None] * slots  # the prompt whose keys and values are in the slot
@@ -70,12 +88,14 @@ class FastSampler:
     ) -> list[list[Completion]]:
         """See Sampler."""
         keys = keys or completion_keys(sampling.seed, len(prompts), samples)
+        length = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        if self.longest is not None and length > self.longest:
+            self.note(f"sampling: {length:,} tokens exceed the base's window of {self.longest:,}: by {PLAIN}")
+            return self.plain.sample(prompts, sampling, samples=samples, keys=keys, watch=watch)
         pairs = [(i, key) for i, own in enumerate(keys) for key in own]
         waiting = deque(Wanted(n, i, prompts[i], key) for n, (i, key) in enumerate(pairs))
         found: dict[int, Completion] = {}
-        self.steps.reserve(max(map(len, prompts), default=0) + sampling.max_new_tokens)
-        self.steps.temperature.fill_(sampling.temperature)
-        self.steps.limit.fill_(sampling.max_new_tokens)
+        self.steps.begin(sampling, length)
         self._held = [None] * len(self._held)
         try:
             with without_dropout(self.model.base), working("generating", len(waiting), "replies") as work:
@@ -141,7 +161,7 @@ class FastSampler:
             place = slice(start, start + len(own))
             ids[place], positions[place], slots[place] = own, np.arange(len(own)), slot
         packed = self._tensor(np.stack([ids, positions, slots])).unbind(0)
-        return Prompts(*packed, self._tensor(bounds).to(torch.int32), longest)
+        return Prompts(*packed, self._tensor(bounds).to(torch.int32))
 
     def _collect(self, rows: int, watch: Watch | None) -> dict[int, Completion]:
         """Completions that ended in this turn, by number; their slots are free. Waits for the device."""

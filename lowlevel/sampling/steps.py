@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.sampling.cached_model import CachedModel, Prompts
+from lowlevel.sampling.completion import Sampling
 from lowlevel.sampling.draw import draw, token_keys
 
 TOKEN, POSITION, KEY, COUNT, DONE, ENDED = range(6)  # rows of the state; DONE of a free slot is 1
@@ -33,6 +34,7 @@ class Steps:
         self.state[DONE] = 1
         self.temperature = torch.zeros((), device=device)
         self.limit = torch.zeros((), dtype=torch.int64, device=device)  # tokens of a completion
+        self.adapters: tuple[str, ...] = ()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._ran: set[Hashable] = set()  # passes that ran uncaptured once: compilers and libraries are ready
         self._pool: Any = None
@@ -52,8 +54,11 @@ class Steps:
             torch.cuda.synchronize()  # they may still be running
         self._graphs, self._ran = {}, set()
 
-    def reserve(self, capacity: int) -> None:
-        """Make room for sequences of `capacity` tokens in all; what the slots held is gone if there was not enough."""
+    def begin(self, sampling: Sampling, capacity: int) -> None:
+        """Get ready for sequences of up to `capacity` tokens, prompts included, from the model as it is now."""
+        self.temperature.fill_(sampling.temperature)
+        self.limit.fill_(sampling.max_new_tokens)
+        self.adapters = self.model.active_adapters()
         if not self.model.reserve(capacity):
             return
         self.forget()
@@ -64,11 +69,11 @@ class Steps:
 
     def read(self, prompts: Prompts) -> None:
         """Write the keys and values of prompts into the cache."""
-        self._run(("read", len(prompts.ids)), self.model.read, prompts)
+        self._run(("read", len(prompts.ids), self.adapters), self.model.read, prompts)
 
     def step(self, rows: int) -> None:
         """The next token of slots 0 to `rows` - 1."""
-        self._run(("step", rows), lambda _: self._step(rows), None)
+        self._run(("step", rows, self.adapters), lambda _: self._step(rows), None)
 
     def _step(self, rows: int) -> None:
         state = self.state[:, :rows]
@@ -107,7 +112,7 @@ class Steps:
             torch.cuda.current_stream().wait_stream(self._stream)
             return
         if name not in self._graphs:
-            own = None if inputs is None else Prompts(*(tensor.clone() for tensor in inputs.tensors()), inputs.longest)
+            own = None if inputs is None else Prompts(*(tensor.clone() for tensor in inputs.tensors()))
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with self.model.installed(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
