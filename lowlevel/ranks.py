@@ -81,6 +81,11 @@ class Ranks:
         """The signal that ends the run, the same on every rank at every step; 0 without one."""
         return self._asked() if self.watch is None else self.signum
 
+    def begin(self, step: int) -> None:
+        """Optimizer step `step`, from 1, begins: messages name it."""
+        if self.watch is not None:
+            self.watch.step = step
+
     def deal(self, batches: Sequence[PackedBatch]) -> Share:
         """This rank's micro-batches; the same division on every rank."""
         if self.watch is None:
@@ -222,8 +227,7 @@ class Ranks:
             record(code, text)
             return error if isinstance(error, RankError) and error.rank is not None else RankError(text, code, told=True)
         failure = self.watch.found(seconds=1.0)  # rank 0 meets the same errors of settings and data
-        step = f", step {self.watch.step}" if self.watch.step else ""
-        failure = failure or self.watch.claim(self.rank, code, f"rank {self.rank}{step}: {text}")
+        failure = failure or self.watch.claim(self.rank, code, f"rank {self.rank} failed {self.watch.where}: {text}")
         record(failure.code, failure.text)
         return self._error(failure)
 
