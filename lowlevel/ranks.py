@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lowlevel.batch.packing import divide
 from lowlevel.errors import ConfigError, InterruptedRunError, LowlevelError, NonFiniteError, RankError
 from lowlevel.watch import Failure, Watch
 
@@ -246,17 +247,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def divide(loads: Sequence[int], size: int) -> list[list[int]]:
-    """Numbers of the items for each of `size` ranks: the largest first, each to the one with the least so far."""
-    shares: list[list[int]] = [[] for _ in range(size)]
-    sums = [0] * size
-    for item in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
-        least = sums.index(min(sums))
-        shares[least].append(item)
-        sums[least] += loads[item]
-    return [sorted(share) for share in shares]
 
 
 def checksum(tensors: Sequence[Tensor]) -> tuple[int, int]:
