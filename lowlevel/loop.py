@@ -181,6 +181,7 @@ def train(
     """
     while state.step < total_steps and not state.stopped_early:
         started = time.perf_counter()
+        ranks.begin(state.step + 1)
         set_learning_rate(optimizer, learning_rate(state.step, total_steps, config))
         result = optimizer_step(
             execution,

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lowlevel.batch.packing import divide
 from lowlevel.errors import ConfigError, InterruptedRunError, LowlevelError, NonFiniteError, RankError
 from lowlevel.watch import Failure, Watch
 
@@ -80,6 +81,11 @@ class Ranks:
     def stop_requested(self) -> int:
         """The signal that ends the run, the same on every rank at every step; 0 without one."""
         return self._asked() if self.watch is None else self.signum
+
+    def begin(self, step: int) -> None:
+        """Optimizer step `step`, from 1, begins: messages name it."""
+        if self.watch is not None:
+            self.watch.step = step
 
     def deal(self, batches: Sequence[PackedBatch]) -> Share:
         """This rank's micro-batches; the same division on every rank."""
@@ -222,8 +228,7 @@ class Ranks:
             record(code, text)
             return error if isinstance(error, RankError) and error.rank is not None else RankError(text, code, told=True)
         failure = self.watch.found(seconds=1.0)  # rank 0 meets the same errors of settings and data
-        step = f", step {self.watch.step}" if self.watch.step else ""
-        failure = failure or self.watch.claim(self.rank, code, f"rank {self.rank}{step}: {text}")
+        failure = failure or self.watch.claim(self.rank, code, f"rank {self.rank} failed {self.watch.where}: {text}")
         record(failure.code, failure.text)
         return self._error(failure)
 
@@ -242,17 +247,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def divide(loads: Sequence[int], size: int) -> list[list[int]]:
-    """Numbers of the items for each of `size` ranks: the largest first, each to the one with the least so far."""
-    shares: list[list[int]] = [[] for _ in range(size)]
-    sums = [0] * size
-    for item in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
-        least = sums.index(min(sums))
-        shares[least].append(item)
-        sums[least] += loads[item]
-    return [sorted(share) for share in shares]
 
 
 def checksum(tensors: Sequence[Tensor]) -> tuple[int, int]:

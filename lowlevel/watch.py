@@ -4,7 +4,7 @@ A rank that waits in a collective cannot act: its thread is inside NCCL or gloo.
 second, into the key-value store that torchrun keeps:
 
     failure      the first one, as JSON; whoever writes it tells the user, all others end silently
-    at/R         step and number of collectives that rank R has begun
+    at/R         number of collectives that rank R has begun
     process/R    host and pid: a process of this host that is gone without a failure was killed
     done/R       rank R has ended by itself
 
@@ -75,6 +75,11 @@ class Watch:
         self.store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
+
+    @property
+    def where(self) -> str:
+        """The step for a message; no rank is further than one collective from the others."""
+        return f"at step {self.step}" if self.step else "before the first step"
 
     def begin_waiting(self) -> None:
         """This rank's thread enters a collective."""
@@ -150,7 +155,7 @@ class Watch:
 
     def _publish(self) -> None:
         with self._store_lock:
-            self.store.set(f"at/{self.rank}", f"{self.begun} {self.step}")
+            self.store.set(f"at/{self.rank}", str(self.begun))
 
     def _recorded(self) -> Failure | None:
         text = self._read("failure")
@@ -168,7 +173,7 @@ class Watch:
             if self.gone(rank) and not self.reached(f"done/{rank}"):
                 if failure := self._recorded():  # it failed, and told so before it ended
                     return failure
-                what = f"rank {rank} was killed at step {self._at(rank)[1]} (signal 9, or no memory left on the host)"
+                what = f"rank {rank} was killed {self.where} (signal 9, or no memory left on the host)"
                 return self.claim(rank, 1, f"{what}; {CONTINUE}")
         return None
 
@@ -176,19 +181,14 @@ class Watch:
         since = self._waiting_since
         if since is None or time.monotonic() - since < self.timeout:
             return None
-        behind = [rank for rank in self._others() if self._at(rank)[0] < self.begun] or self._others()
-        rank = behind[0]
-        what = f"rank {rank} hangs at step {self._at(rank)[1]}: no answer for {self.timeout:g} s (train.ddp_timeout)"
+        behind = [rank for rank in self._others() if int(self._read(f"at/{rank}") or 0) < self.begun]
+        rank = (behind or self._others())[0]
+        what = f"rank {rank} hangs {self.where}: no answer for {self.timeout:g} s (train.ddp_timeout)"
         failure = self.claim(rank, 1, f"{what}; {CONTINUE}")
         host, _, pid = self._read(f"process/{rank}").partition(" ")
         if failure.teller == self.rank and host == socket.gethostname():
             os.kill(int(pid), signal.SIGKILL)  # torchrun would wait 30 s for it to save
         return failure
-
-    def _at(self, rank: int) -> tuple[int, int]:
-        """Collectives that a rank has begun, and its step."""
-        begun, _, step = (self._read(f"at/{rank}") or "0 0").partition(" ")
-        return int(begun), int(step)
 
 
 def _runs(pid: int) -> bool:

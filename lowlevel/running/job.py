@@ -64,7 +64,7 @@ def build_job(config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE) -> Job:
     optimizer = build_optimizer(policy.flat.weights, config.train, policy.flat.parts)
     manifest = identity(config, inputs, policy, base_sha256(policy.model))
     origin = {"identity": manifest, "versions": versions(inputs.placement)}
-    method = build_method(config, inputs.attention)
+    method = build_method(config, inputs.attention, ranks.size)
     return Job(config, inputs, method, policy, optimizer, order, order.total_steps(config.train), origin, ranks)
 
 

@@ -57,8 +57,6 @@ class RunObserver:
         if line := self.pace.forecast(state):
             self.note(line)
         self.progress_bar.step(state.step)
-        if watch := self.engine.job.ranks.watch:
-            watch.step = state.step + 1
         for callback in self.callbacks:
             callback.on_step(result)
 

@@ -8,7 +8,9 @@ import torch
 from rank_cases import KINDS, LAYOUTS
 from safetensors.torch import load_file
 
-from lowlevel.ranks import ALONE, checksum, divide
+from lowlevel.batch.layout import Shape
+from lowlevel.batch.packing import divide, micro_batch_rows
+from lowlevel.ranks import ALONE, checksum
 
 SIZES = (2, 4)
 BOUND = 1e-6  # relative for losses and metrics; for elements of a gradient, and twice that for pairs and labels
@@ -77,6 +79,17 @@ def test_micro_batches_are_divided_by_load():
     assert divide([5, 9, 1, 4], 2) == [[1, 2], [0, 3]]  # 9 + 1 and 5 + 4
     assert divide([3, 3, 3], 2) == [[0, 2], [1]]
     assert divide([7], 3) == [[0], [], []]
+
+
+def test_packed_micro_batches_come_in_multiples_of_the_ranks():
+    def packed(lengths, ranks):
+        return micro_batch_rows(lengths, lambda length: length, 2, 64, True, Shape(8, 1, 64, 100, ranks))
+
+    lengths = [60, 50, 50, 40, 30]
+    assert packed(lengths, 1) == [[[60, 40]], [[50, 50]], [[30]]]  # with two ranks one would wait for the other
+    assert packed(lengths, 2) == [[[60]], [[50]], [[50]], [[40, 30]]]
+    assert packed([60, 60, 60], 2) == [[[60]], [[60]], [[60]]]  # no fourth
+    assert packed([100, 60, 40], 2) == [[[100]], [[60, 40]]]
 
 
 def test_a_checksum_sees_any_bit_and_any_place():
