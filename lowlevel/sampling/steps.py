@@ -30,8 +30,6 @@ class Steps:
         device, words = model.placement.device, model.base.get_output_embeddings().weight.shape[0]
         self.model, self.note = model, note
         self.words, self.stops = token_keys(words, device), torch.tensor(stop_ids, device=device)
-        self.state = torch.zeros(FIELDS, model.slots, dtype=torch.int64, device=device)
-        self.state[DONE] = 1
         self.temperature = torch.zeros((), device=device)
         self.limit = torch.zeros((), dtype=torch.int64, device=device)  # tokens of a completion
         self.adapters: tuple[str, ...] = ()
@@ -54,17 +52,20 @@ class Steps:
             torch.cuda.synchronize()  # they may still be running
         self._graphs, self._ran = {}, set()
 
-    def begin(self, sampling: Sampling, capacity: int) -> None:
-        """Get ready for sequences of up to `capacity` tokens, prompts included, from the model as it is now."""
+    def begin(self, sampling: Sampling, slots: int, capacity: int) -> None:
+        """Get ready for up to `slots` sequences of up to `capacity` tokens, prompts included, from the model as it is.
+
+        What the slots held is gone if there was not enough room.
+        """
         self.temperature.fill_(sampling.temperature)
         self.limit.fill_(sampling.max_new_tokens)
         self.adapters = self.model.active_adapters()
-        if not self.model.reserve(capacity):
-            return
-        self.forget()
-        shape, device = (self.model.slots, self.model.capacity + 1), self.state.device  # the last column: of no token
-        self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.logps = torch.zeros(shape, device=device)
+        if self.model.reserve(slots, capacity):
+            self.forget()
+            rows, device = self.model.slots, self.temperature.device
+            self.state = torch.zeros(FIELDS, rows, dtype=torch.int64, device=device)
+            self.ids = torch.zeros(rows, self.model.capacity + 1, dtype=torch.int64, device=device)
+            self.logps = torch.zeros(self.ids.shape, device=device)  # the last column, as in `ids`, is of no token
         self.state[DONE] = 1
 
     def read(self, prompts: Prompts) -> None:
