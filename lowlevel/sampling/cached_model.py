@@ -24,7 +24,7 @@ from lowlevel.config.schema import ModelConfig
 from lowlevel.determinism import compiler_options
 from lowlevel.errors import ConfigError, one_line
 from lowlevel.kernels.attention import span_attention
-from lowlevel.kernels.decoding import CHUNK, decode_attention, store
+from lowlevel.kernels.decoding import decode_attention, store
 from lowlevel.model.attention_choice import MORE_THAN_A_SOFTMAX, choose_attention, plain_attention
 from lowlevel.model.layers import COMPILER
 from lowlevel.model.placement import Placement
@@ -33,6 +33,7 @@ from lowlevel.sampling.plain import without_dropout
 
 NAME = "lowlevel_cached"  # of this attention in transformers
 TRIED = 9  # tokens
+ROUND = 256  # tokens, to which a capacity is rounded up
 LEAST_SLOTS = 2  # a size of 1 would be another graph for compilers
 SHARE = 0.25  # of a GPU's free memory that the cache may take, and copies of the weights too
 
@@ -104,8 +105,7 @@ class CachedModel:
 
         True: the cache was replaced, and what it held is gone.
         """
-        step = 2 * CHUNK  # of one chunk, compilers would make another graph
-        capacity = max(self.capacity, -(-capacity // step) * step)
+        capacity = max(self.capacity, -(-capacity // ROUND) * ROUND)
         slots, device = max(self.slots, slots, LEAST_SLOTS), self.placement.device
         size = 2 * len(self.layers) * self.kv_heads * self.features * capacity * self.placement.dtype.itemsize
         if device.type == "cuda":
