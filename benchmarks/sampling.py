@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -194,6 +195,8 @@ def main() -> None:
             add(name, batch, lambda prompts, own=sampler: own.sample(prompts, Sampling(options.new, 1.0)),
                 options.repeats)  # fmt: skip
             report(policy, sampler, batch, options)
+            if (why := sampler.steps.failure) is not None:
+                print("".join(traceback.format_exception(why)), flush=True)
         del sampler
     for batch in options.batches if options.peers else ():
         add("Hugging Face's generate", batch, hugging_face(policy, options.new), options.peers)

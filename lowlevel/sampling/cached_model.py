@@ -24,16 +24,18 @@ from lowlevel.config.schema import ModelConfig
 from lowlevel.determinism import compiler_options
 from lowlevel.errors import ConfigError, one_line
 from lowlevel.kernels.attention import span_attention
-from lowlevel.kernels.decoding import CHUNK, decode_attention, store
+from lowlevel.kernels.decoding import decode_attention, store
 from lowlevel.model.attention_choice import MORE_THAN_A_SOFTMAX, choose_attention, plain_attention
 from lowlevel.model.layers import COMPILER
 from lowlevel.model.placement import Placement
-from lowlevel.model.sizes import head_size, size_of
 from lowlevel.sampling.joined import JoinedLayers, joined_bytes
 from lowlevel.sampling.plain import without_dropout
 
 NAME = "lowlevel_cached"  # of this attention in transformers
 TRIED = 9  # tokens
+ROUND = 256  # tokens, to which a capacity is rounded up
+LEAST_SLOTS = 2  # a size of 1 would be another graph for compilers
+SHARE = 0.25  # of a GPU's free memory that the cache may take, and copies of the weights too
 
 
 @dataclass(frozen=True)
@@ -53,30 +55,38 @@ class Prompts:
 class CachedModel:
     """A decoder with a cache of `slots` + 1 sequences; the last slot takes what fills up a row of prompts."""
 
-    def __init__(self, base: PreTrainedModel, placement: Placement, slots: int) -> None:
+    def __init__(self, base: PreTrainedModel, placement: Placement) -> None:
         """The cache starts without room: see `reserve`."""
         AttentionInterface.register(NAME, _forward)
         self.base: Any = base
-        self.placement, self.slots = placement, slots
+        self.placement = placement
         chosen = choose_attention(ModelConfig(), base.config, placement).kernel
         self.prompt_kernel = chosen or "math"  # on a CPU, where nothing is captured
         self.layers: Sequence[nn.Module] = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
-        config, heads = base.config, size_of(base.config, "num_attention_heads")
-        self.kv_heads: int = config.to_dict().get("num_key_value_heads") or heads
-        self.features = head_size(config)
         self.cache: list[Tensor] = []  # of each layer, (2, slots + 1, H_kv, C, D)
-        self.capacity = 0  # C
+        self.slots, self.capacity = 0, 0  # C of every slot
         self.compiled = False
         self.joined: JoinedLayers | None = None
+        self.kv_heads, self.features = self._key_shape()
+
+    @torch.no_grad()
+    def _key_shape(self) -> tuple[int, int]:
+        """Heads and features of the keys. Raises ConfigError unless every layer has one attention, all alike."""
+        seen: list[torch.Size] = []
+        first = torch.zeros(2, dtype=torch.int64, device=self.placement.device)
+        with without_dropout(self.base), self.installed():
+            self._hidden(first, first, {}, seen)
+        shapes = {(shape[1], shape[3]) for shape in seen}
+        if len(seen) != len(self.layers) or len(shapes) != 1:
+            raise ConfigError(f"{len(self.layers)} layers have {len(seen)} attentions, of {len(shapes)} sizes")
+        return shapes.pop()
 
     @torch.no_grad()
     def join(self) -> None:
         """Copy the weights of the linear layers and join those with the same input."""
-        self.reserve(1)
         first = torch.zeros(2, dtype=torch.int64, device=self.placement.device)
         with without_dropout(self.base), self.installed():
-            self.joined = JoinedLayers(self.layers, lambda: self.next_logits(first, first), self.placement.dtype)
-        self.cache, self.capacity = [], 0
+            self.joined = JoinedLayers(self.layers, lambda: self._hidden(first, first, {}, []), self.placement.dtype)
 
     def joined_bytes(self) -> int:
         """Memory that `join` takes."""
@@ -90,19 +100,23 @@ class CachedModel:
         layers = [module for module in self.base.modules() if isinstance(module, LoraLayer)]
         return tuple(name for layer in layers[:1] if not layer.disable_adapters for name in layer.active_adapters)
 
-    def slot_bytes(self, capacity: int) -> int:
-        """Memory that one slot takes."""
-        return 2 * len(self.layers) * self.kv_heads * self.features * capacity * self.placement.dtype.itemsize
+    def reserve(self, slots: int, capacity: int) -> bool:
+        """Make room for `slots` sequences of `capacity` tokens, for fewer if a GPU lacks the memory (`SHARE`).
 
-    def reserve(self, capacity: int) -> bool:
-        """Make room for sequences of `capacity` tokens; True: the cache was replaced, what it held is gone."""
-        if capacity <= self.capacity:
+        True: the cache was replaced, and what it held is gone.
+        """
+        capacity = max(self.capacity, -(-capacity // ROUND) * ROUND)
+        slots, device = max(self.slots, slots, LEAST_SLOTS), self.placement.device
+        size = 2 * len(self.layers) * self.kv_heads * self.features * capacity * self.placement.dtype.itemsize
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0] + (self._whole.nbytes if self.cache else 0)
+            slots = max(LEAST_SLOTS, min(slots, int(SHARE * free / size) - 1))
+        if capacity == self.capacity and slots <= self.slots:
             return False
-        step = 2 * CHUNK  # of one chunk, compilers would make another graph
-        self.capacity = -(-capacity // step) * step
-        self.cache = []  # freed before the new one is allocated
-        shape = (len(self.layers), 2, self.slots + 1, self.kv_heads, self.capacity, self.features)
-        self._whole = torch.zeros(shape, dtype=self.placement.dtype, device=self.placement.device)
+        self.slots, self.capacity, self.cache = slots, capacity, []
+        self._whole = torch.empty(0)  # freed before the new one is allocated
+        shape = (len(self.layers), 2, slots + 1, self.kv_heads, capacity, self.features)
+        self._whole = torch.zeros(shape, dtype=self.placement.dtype, device=device)
         self.cache = list(self._whole)
         return True
 
@@ -141,7 +155,9 @@ class CachedModel:
         with torch.autocast(self.placement.device.type, enabled=False):
             return linear(hidden.to(head.dtype), head)
 
-    def _hidden(self, tokens: Tensor, positions: Tensor, where: dict[str, Tensor]) -> Tensor:
+    def _hidden(
+        self, tokens: Tensor, positions: Tensor, where: dict[str, Tensor], seen: list[torch.Size] | None = None
+    ) -> Tensor:
         decoder = self.base.get_decoder()
         with self.placement.autocast():
             output = decoder(
@@ -151,6 +167,7 @@ class CachedModel:
                 attention_mask=None,
                 where=where,
                 kernel=self.prompt_kernel,
+                seen=seen,
             )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
@@ -170,7 +187,7 @@ class CachedModel:
                     mark(tensor, 0)
                 for size in (1, 3):
                     mark(self.cache[number], size)
-            output: Tensor = own(hidden_states, cache=self.cache[number], **arguments)
+            output: Tensor = own(hidden_states, cache=self.cache[number] if self.cache else None, **arguments)
             return output
 
         return run
@@ -182,18 +199,18 @@ def misfit(base: PreTrainedModel, placement: Placement) -> str | None:
     model: Any = base
     if not model._supports_attention_backend:
         return f"the code of this architecture ({base.config.model_type}) takes no other attention"
-    cached, device = CachedModel(base, placement, 2), placement.device
-    if device.type == "cuda" and cached.prompt_kernel == "math":
-        return "its heads do not fit the kernels for packed rows"
-    ids = torch.arange(1, 7 * TRIED + 1, 7, device=device) % model.get_output_embeddings().weight.shape[0]
-    order, zeros = torch.arange(TRIED, device=device), torch.zeros(TRIED - 1, dtype=torch.int64, device=device)
+    device = placement.device
     try:
+        cached, words = CachedModel(base, placement), model.get_output_embeddings().weight.shape[0]
+        if device.type == "cuda" and cached.prompt_kernel == "math":
+            return "its heads do not fit the kernels for packed rows"
+        ids, order = torch.arange(1, 7 * TRIED + 1, 7, device=device) % words, torch.arange(TRIED, device=device)
+        bounds = torch.tensor([0, TRIED - 1], dtype=torch.int32, device=device)
         with plain_attention(base), without_dropout(base), placement.autocast():
             expected = model(input_ids=ids[None], use_cache=False).logits[0, -1].float()
-        cached.reserve(TRIED)
-        bounds = torch.tensor([0, TRIED - 1], dtype=torch.int32, device=device)
+        cached.reserve(1, TRIED)
         with without_dropout(base), cached.installed():
-            cached.read(Prompts(ids[:-1], order[:-1], zeros, bounds))
+            cached.read(Prompts(ids[:-1], order[:-1], 0 * order[:-1], bounds))
             found = cached.next_logits(ids[-1:], order[-1:])[0].float()
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
@@ -213,15 +230,20 @@ def _forward(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    cache: Tensor,
+    cache: Tensor | None,
     where: dict[str, Tensor],
     kernel: str,
+    seen: list[torch.Size] | None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls; returns (1, T, H, D)."""
     unknown = sorted(name for name in MORE_THAN_A_SOFTMAX if kwargs.get(name) is not None)
     if unknown:
         raise ConfigError(f"the base's attention has {unknown[0]}")
+    if cache is None:  # a pass that only looks at sizes
+        assert seen is not None
+        seen.append(key.shape)
+        return query.transpose(1, 2), None
     q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
     if "bounds" not in where:
         return decode_attention(q, k, v, cache, where["positions"], scaling)[None], None

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from lowlevel.kernels.dequantize import Quantised, dequantize
 from lowlevel.kernels.operators import operator
-from lowlevel.model.linear import quantised_state
+from lowlevel.model.linear import FrozenLinear4bit, quantised_state
+
+PLAIN = (nn.Linear, bnb.nn.Linear4bit, FrozenLinear4bit)  # classes derived from these (routers) do more than a product
 
 
 class Place(NamedTuple):
@@ -179,7 +181,7 @@ def _places(layer: nn.Module) -> list[Place]:
     """The linear layers of a decoder layer; PEFT's count as one."""
     found = []
     for name, child in layer.named_children():
-        if isinstance(child, LoraLayer | nn.Linear):
+        if isinstance(child, LoraLayer) or type(child) in PLAIN:
             found.append(Place(layer, name))
         else:
             found += _places(child)
