@@ -44,9 +44,6 @@ OTHER_NAMES = {
     "lora_r": "r",
     "loss": "loss_type",
 }
-REFUSED = {
-    "use_dora": "DoRA (arXiv 2402.09353) is not supported: the norms of W + B A need a dense product in each pass",
-}
 
 
 def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method: str | None = None) -> RunConfig:
@@ -182,8 +179,6 @@ def _json_or_text(text: str) -> object:
 def _describe(problem: Mapping[str, Any], where: str) -> str:
     location = [str(part) for part in problem["loc"]]
     name = quoted(".".join(location))
-    if problem["type"] == "extra_forbidden" and location[-1] in REFUSED:
-        return f"{where}: {name}: {REFUSED[location[-1]]}"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         key = location[-1].replace("-", "_")

@@ -42,7 +42,8 @@ def test_kernels_equal_their_twin_with_five_completions(kernel):
         assert (found.double() - expected).norm() / expected.norm() < 4e-3
 
 
-def test_compiled_and_graphed_steps_equal_eager_ones(tmp_path):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_compiled_and_graphed_steps_equal_eager_ones(tmp_path, use_dora):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -50,7 +51,8 @@ def test_compiled_and_graphed_steps_equal_eager_ones(tmp_path):
                                  num_attention_heads=8, num_key_value_heads=2)).save_pretrained(tmp_path)  # fmt: skip
     placement, attention = Placement(CUDA, "fp16"), Attention("lowlevel_efficient", "for a test")
     base = load_base(ModelConfig(name=str(tmp_path)), placement, attention=attention.implementation)
-    policy = build_policy(base, LoraConfig(r=16, lora_dropout=0.1), placement, seed=0, attention=attention)
+    lora = LoraConfig(r=16, lora_dropout=0.1, use_dora=use_dora)
+    policy = build_policy(base, lora, placement, seed=0, attention=attention)
     with torch.no_grad():
         for name, view in policy.flat.views.items():
             if ".lora_B." in name:
