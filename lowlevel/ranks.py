@@ -164,7 +164,7 @@ class Ranks:
         if self.watch is None:
             yield
             return
-        if failure := self.watch.found():
+        if failure := self.watch.failure:
             raise self._error(failure)
         self.watch.begin_waiting()
         try:
@@ -184,7 +184,7 @@ class Ranks:
         """The block runs on rank 0, then on the others."""
         if self.watch is not None and not self.first:
             while not self.watch.reached("first"):
-                if failure := self.watch.found():
+                if failure := self.watch.failure:
                     raise self._error(failure)
                 time.sleep(0.02)
         yield

@@ -62,12 +62,14 @@ class Watch:
 
     Attributes:
         step: the optimizer step at work, from 1; 0 before the first.
+        failure: what the watching thread has found, or None.
         end: called in the watching thread if this rank's own thread cannot end by itself; then the process exits.
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.step = self.begun = 0
+        self.failure: Failure | None = None
         self.end: Callable[[Failure], None] = lambda failure: None
         self._waiting_since: float | None = None
         self._stopped = threading.Event()
@@ -137,7 +139,7 @@ class Watch:
         while not self._stopped.wait(PERIOD):
             try:
                 self._publish()
-                failure = self._recorded() or self._killed() or self._hung()
+                self.failure = failure = self._recorded() or self._killed() or self._hung()
             except RuntimeError:  # the store is gone: torchrun was killed, or rank 0 if it keeps the store
                 os.kill(os.getpid(), signal.SIGTERM)  # save at the next step boundary, if all are there
                 return
