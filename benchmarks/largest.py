@@ -1,11 +1,10 @@
 """Training steps of a large Llama shape with random weights, quantised layer by layer on the GPU, under a memory cap.
 
     python -m benchmarks.largest --hidden 6144 --intermediate 16384 --layers 50 --heads 48 --kv-heads 8
+    torchrun --nproc-per-node 2 -m benchmarks.largest --rows 2     # rows of a step, shared among the GPUs of torchrun
 
-    torchrun --nproc-per-node 2 -m benchmarks.largest ... --rows 2
-
-One row of 512 tokens a micro-batch (--rows a step, shared among the GPUs of torchrun), r = 16 on all seven projections, every layer recomputed, paged 8-bit AdamW, fp16; on the
-host lie the embeddings and, unless --no-offload is given, the layers' inputs. Prints one CSV line: parameters,
+One row of 512 tokens a micro-batch, r = 16 on all seven projections, every layer recomputed, paged 8-bit AdamW, fp16;
+on the host lie the embeddings and, unless --no-offload is given, the layers' inputs. Prints one CSV line: parameters,
 forecast, measured peak, seconds a step, losses.
 """
 
@@ -41,6 +40,7 @@ from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.ranks import Ranks, joined
 from lowlevel.running.assembly import build_method, choose_execution
+from lowlevel.running.endings import Interrupts
 
 
 def random_base(config: LlamaConfig, placement: Placement, attention: Attention) -> Any:
@@ -155,7 +155,7 @@ def main() -> None:
         "num_attention_heads": options.heads,
         "num_key_value_heads": options.kv_heads,
     }
-    with joined(300.0) as ranks, ranks.together(lambda: 0, lambda code, text: None):
+    with joined(300.0) as ranks, ranks.together(Interrupts(), lambda code, text: None):
         row = measure(shape, options.steps, options.cap_gib, options.offload, options.rows, ranks)
     if not ranks.first:
         return

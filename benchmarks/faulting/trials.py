@@ -68,7 +68,8 @@ def rank_killed_at_random(play: Play, rng: random.Random, wanted: dict[str, Any]
     ends = both.wait()
     other, hit = ends[1 - rank], ends[rank].code == -signal.SIGKILL
     problems = play.lost(folder)
-    if hit and other.code == 1 and f"rank {rank} was killed" not in other.err:
+    told = (f"rank {rank} was killed", f"rank {rank} did not start")
+    if hit and other.code == 1 and not any(words in other.err for words in told):
         problems.append(f"rank {1 - rank} said: {other.said.strip()[-300:]}")
     if hit and other.code not in (0, 1):
         problems.append(f"rank {1 - rank} ended with {other.code}: {other.said.strip()[-300:]}")

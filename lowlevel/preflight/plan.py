@@ -86,10 +86,14 @@ def _on_several(config: RunConfig, gpus: int, gradient: int) -> str:
     batches = config.train.gradient_accumulation_steps
     share = 1 / gpus if config.data.packing else -(-batches // gpus) / batches
     seconds = 2 * (gpus - 1) / gpus * gradient / PCIE
-    idle = f"; only {batches} of them work: raise gradient_accumulation_steps" if not config.data.packing and gpus > batches else ""
+    idle = (
+        f"; only {batches} of them work: raise gradient_accumulation_steps"
+        if not config.data.packing and gpus > batches
+        else ""
+    )
     return (
-        f"{gpus} GPUs: each needs the memory above; a step takes about {share:.0%} of the time, and {seconds * 1e3:,.0f}"
-        f" ms to sum {gradient / 1e6:,.0f} MB of gradient at {PCIE / 1e9:g} GB/s{idle}"
+        f"{gpus} GPUs: each needs the memory above; a step takes about {share:.0%} of the time, and "
+        f"{seconds * 1e3:,.0f} ms to sum {gradient / 1e6:,.0f} MB of gradient at {PCIE / 1e9:g} GB/s{idle}"
     )
 
 

@@ -42,7 +42,9 @@ def planned_by(config, budget=None, gpus=1):
 def test_the_plan_for_several_gpus(tmp_path):
     config = RunConfig(model=ModelConfig(name=write_config(tmp_path / "model")), lora=LoraConfig(r=64))
     assert "GPUs: each" not in planned_by(config)  # 50,462,720 weights of 4 bytes, each sent and received once
-    assert "a step takes about 50% of the time, and 34 ms to sum 202 MB of gradient at 6 GB/s\n" in planned_by(config, gpus=2)
+    assert "a step takes about 50% of the time, and 34 ms to sum 202 MB of gradient at 6 GB/s\n" in planned_by(
+        config, gpus=2
+    )
     unpacked = config.model_copy(update={"data": DataConfig(packing=False)})
     assert "about 50% of the time" in planned_by(unpacked, gpus=3)  # 2 of its 4 micro-batches
     assert "only 4 of them work: raise gradient_accumulation_steps" in planned_by(unpacked, gpus=5)

@@ -29,7 +29,8 @@ def space(tmp_path_factory):
 
 
 def write(space, name, method, **train):
-    return space.write(name, method, train={**TRAIN, **train}, **({"dpo": {"disable_dropout": False}} if method == "dpo" else {}))
+    dpo = {"dpo": {"disable_dropout": False}} if method == "dpo" else {}
+    return space.write(name, method, train={**TRAIN, **train}, **dpo)
 
 
 def start(method, config, *more, gpus=2):
