@@ -26,10 +26,11 @@ from typing import Any
 
 from benchmarks.faulting.actions import Signal
 from benchmarks.faulting.calls import EVALUATION, LOADING, MICRO_BATCH, PREPARATION, AtCall, NotFinite, Overflows
-from benchmarks.faulting.comparison import differences
+from benchmarks.faulting.comparison import differences, fingerprint
 from benchmarks.faulting.damage import FILES
 from benchmarks.faulting.operations import AtOperation
 from benchmarks.faulting.processes import start_server
+from benchmarks.faulting.ranks import Together
 from benchmarks.faulting.stage import Case, Play, Stage
 from benchmarks.faulting.trials import (
     all_damaged,
@@ -39,6 +40,7 @@ from benchmarks.faulting.trials import (
     killed_at_random,
     not_finite,
     out_of_memory,
+    rank_killed_at_random,
     refused,
     signalled,
     stopped_once,
@@ -114,6 +116,21 @@ def random_kills(stage: Stage, scale: int) -> Iterator[Trial]:
         play = stage.play(Case(METHODS[number % 2], rows=11))
         rng = random.Random(number)
         yield lambda play=play, rng=rng: Outcome(*killed_at_random(play, rng, 4))  # type: ignore[misc]
+
+
+def rank_kills(stage: Stage, scale: int) -> Iterator[Trial]:
+    """50 of a run of two ranks, through gloo."""
+    for method in METHODS:
+        play = stage.play(Case(method, accumulation=3, rows=22, packing=False))
+        folder = play.new()
+        if codes := [one.code for one in Together(play, folder).wait() if one.code]:
+            raise RuntimeError(f"the undisturbed run of two ranks ended with {codes}")
+        wanted = fingerprint(folder)
+        for number in range(0, 25, scale):
+            rng = random.Random(f"{method} {number}")
+            yield lambda play=play, rng=rng, wanted=wanted: Outcome(  # type: ignore[misc]
+                *rank_killed_at_random(play, rng, wanted)
+            )
 
 
 def in_save(play: Play) -> set[int]:
@@ -231,6 +248,7 @@ FAULTS: dict[str, tuple[str, Callable[[Stage, int], Iterator[Trial]]]] = {
     "stop": ("stopped in each of 18 steps", stops),
     "scale": ("stopped in each step, fp16 loss scale moving", loss_scales),
     "kill": ("SIGKILL at a random instant", random_kills),
+    "rank": ("SIGKILL to one of two ranks at a random instant", rank_kills),
     "save": ("SIGKILL between two file operations of a save", save_kills),
     "between": ("SIGKILL between two other file operations", other_kills),
     "full": ("disk full in the middle of a file", full_disks),

@@ -45,7 +45,8 @@ def in_rank(job: dict[str, Any]) -> None:
     from benchmarks.lowlevel_case import run_metered
     from benchmarks.meter import Meter, machine, synchronize
     from benchmarks.workload import case_config
-    from lowlevel.ranks import Ranks, checksum
+    from lowlevel.hashing import checksum
+    from lowlevel.ranks import Ranks
 
     rank, out = int(os.environ["RANK"]), Path(job["out"])
     case = Case("ranks", "lowlevel", job["method"], 2, job["rows"] // 2, execution="auto")
@@ -113,7 +114,10 @@ def measure(method: str, rows: int, ranks: int, options: argparse.Namespace) -> 
     each = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     first, timed = each[0], slice(min(WARMUP, options.steps - 1), None)
     seconds = statistics.median(first["seconds"][timed])
-    waits, transfers = first["reduce"][timed], [min(own) for own in zip(*(one["reduce"][timed] for one in each))]
+    waits, transfers = (
+        first["reduce"][timed],
+        [min(own) for own in zip(*(one["reduce"][timed] for one in each), strict=True)],
+    )
     share = [part / sum(first["seconds"][timed]) for part in (sum(waits), sum(transfers))]
     return {
         **same,
@@ -170,7 +174,10 @@ def main() -> None:
                 rows = compared([*rows, measure(method, size, ranks, options) | more])
                 write_table(options.out / "ranks.csv", rows, FIELDS)
                 shown = {key: rows[-1].get(key, "") for key in FIELDS[4:12]}
-                print(f"{rows[-1]['case']}: {rows[-1]['status']}  {shown}  {time.perf_counter() - began:.0f} s", flush=True)
+                print(
+                    f"{rows[-1]['case']}: {rows[-1]['status']}  {shown}  {time.perf_counter() - began:.0f} s",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -78,9 +78,7 @@ def optimizer_step(
     return StepResult(step + 1, metrics, grad_norm, optimizer.param_groups[0]["lr"], count, tuple(batches), sums)
 
 
-def with_baseline(
-    execution: Execution, batches: Sequence[PackedBatch], ranks: Ranks = ALONE
-) -> Sequence[PackedBatch]:
+def with_baseline(execution: Execution, batches: Sequence[PackedBatch], ranks: Ranks = ALONE) -> Sequence[PackedBatch]:
     """kto: the micro-batches with the mean log-ratio of all their mismatched completions. Others: as they are.
 
     A sum on the device: a repeated attempt of the step uses the same number, and the host does not wait for it.

@@ -22,8 +22,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -31,15 +31,16 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.packing import divide
-from lowlevel.errors import ConfigError, InterruptedRunError, LowlevelError, NonFiniteError, RankError
-from lowlevel.watch import Failure, Watch
+from lowlevel.errors import ConfigError, RankError
+from lowlevel.hashing import checksum
+from lowlevel.watch import Watch
 
 if TYPE_CHECKING:  # the process that starts torchrun needs none of it
     from lowlevel.batch.layout import PackedBatch
     from lowlevel.losses import LossSums
     from lowlevel.model.policy import FlatParameters
+    from lowlevel.running.endings import Interrupts
 
-_CHUNK = 2**22  # entries of a tensor that are summed at once
 _MORE = 60.0  # seconds that gloo and NCCL wait beyond train.ddp_timeout: the watch is to speak first
 
 
@@ -114,7 +115,7 @@ class Ranks:
         return dict(zip(names, used[:count].unbind(), strict=True)), used[count:]
 
     def hear(self, more: Sequence[float]) -> None:
-        """Learn from the second result of `sum_step`, on the host, who was asked to stop and whose loss is not finite."""
+        """Learn from the second result of `sum_step`, on the host: who was asked to stop, whose loss is not finite."""
         losses, signals = more[: self.size], more[self.size :]
         self.failing = [rank for rank, loss in enumerate(losses) if loss - loss != 0.0]
         self.signum = self.signum or int(max(signals, default=0.0))
@@ -132,17 +133,12 @@ class Ranks:
         """The results of all micro-batches on every rank, from each rank's own: exact, as only one adds to a place."""
         if self.watch is None:
             return tuple(sums)
-        like = sums[0]
-        sizes = [
-            (len(like.named()), len(batch.real) * len(like.examples), len(batch.scored_targets) * len(like.tokens))
-            for batch in batches
-        ]
-        parts = torch.zeros(sum(map(sum, sizes)), device=like.loss.device).split([sum(three) for three in sizes])
-        for number, one in zip(share.numbers, sums, strict=False):
-            values = [torch.stack(list(one.named().values())), *one.examples.values(), *one.tokens.values()]
-            parts[number].copy_(torch.cat([value.float() for value in values]))
-        together = self.sum_(torch.cat(parts)).split([sum(three) for three in sizes])
-        return tuple(map(_taken_apart, [like] * len(batches), together, sizes))
+        sizes = [sums[0].room(len(batch.real), len(batch.scored_targets)) for batch in batches]
+        parts = torch.zeros(sum(sizes), device=sums[0].loss.device).split(sizes)
+        for number, one in zip(share.numbers, sums, strict=False):  # an idle rank has one that does not count
+            parts[number].copy_(one.flat())
+        rows = zip(batches, self.sum_(torch.cat(parts)).split(sizes), strict=True)
+        return tuple(sums[0].like_this(row, len(batch.real)) for batch, row in rows)
 
     def check_equal(self, step: int, parts: Mapping[str, Sequence[Tensor]]) -> None:
         """Compare checksums of tensors over the ranks. Raises RankError, on all of them, with those that differ."""
@@ -164,8 +160,8 @@ class Ranks:
         if self.watch is None:
             yield
             return
-        if failure := self.watch.found():
-            raise self._error(failure)
+        if failure := self.watch.failure:
+            raise self.watch.error(failure)
         self.watch.begin_waiting()
         try:
             yield
@@ -175,7 +171,7 @@ class Ranks:
             self.watch.end_waiting()
             if (failure := self.watch.found(seconds=5.0)) is None:
                 raise
-            raise self._error(failure) from error
+            raise self.watch.error(failure) from error
         finally:
             self.watch.end_waiting()
 
@@ -184,110 +180,22 @@ class Ranks:
         """The block runs on rank 0, then on the others."""
         if self.watch is not None and not self.first:
             while not self.watch.reached("first"):
-                if failure := self.watch.found():
-                    raise self._error(failure)
+                if failure := self.watch.failure:
+                    raise self.watch.error(failure)
                 time.sleep(0.02)
         yield
         if self.watch is not None and self.first:
             self.watch.write("first")
 
     @contextmanager
-    def together(self, asked: Callable[[], int], record: Callable[[int, str], None]) -> Iterator[None]:
-        """A run: an error that leaves the block ends all ranks, and one of them tells.
-
-        Args:
-            asked: the signal that this process received, or 0.
-            record: writes exit code and text of a failure to the run folder; for ranks that cannot end by themselves.
-        """
-        self._asked = asked
-        if self.watch is None:
+    def together(self, interrupts: Interrupts, record: Callable[[int, str], None]) -> Iterator[None]:
+        """A run; see `Watch.together`."""
+        self._asked = lambda: interrupts.signum
+        with self.watch.together(interrupts, record, self.stop_requested) if self.watch else nullcontext():
             yield
-            return
-        self.watch.end = self._last_words(record)
-        failed = True
-        try:
-            yield
-            failed = False
-        except GeneratorExit:  # every rank left its loop over the steps
-            failed = False
-            raise
-        except BaseException as error:
-            raise self._ended(error, record) from error
-        finally:
-            self.watch.close(failed=failed)
-
-    def _ended(self, error: BaseException, record: Callable[[int, str], None]) -> BaseException:
-        """What to raise for an error: rank 0 raises what all ranks know; the first to know of another one tells it."""
-        assert self.watch is not None
-        agreed = isinstance(error, NonFiniteError | RankError) or (self.signum and isinstance(error, InterruptedRunError))
-        code, text = _code_and_text(error)
-        if self.first:
-            failure = None if agreed else self.watch.claim(0, code, text)
-            return error if failure is None or failure.rank == 0 else self._error(failure)
-        if isinstance(error, RankError) or agreed:
-            record(code, text)
-            return error if isinstance(error, RankError) and error.rank is not None else RankError(text, code, told=True)
-        failure = self.watch.found(seconds=1.0)  # rank 0 meets the same errors of settings and data
-        failure = failure or self.watch.claim(self.rank, code, f"rank {self.rank} failed {self.watch.where}: {text}")
-        record(failure.code, failure.text)
-        return self._error(failure)
-
-    def _error(self, failure: Failure) -> RankError:
-        return RankError(failure.text, failure.code, rank=failure.rank, told=failure.teller != self.rank)
-
-    def _last_words(self, record: Callable[[int, str], None]) -> Callable[[Failure], None]:
-        def end(failure: Failure) -> None:
-            if failure.teller == self.rank:
-                print(f"error: {failure.text}", file=sys.stderr)
-            record(failure.code, failure.text)
-            sys.stdout.flush()
-            sys.stderr.flush()
-
-        return end
 
 
 ALONE = Ranks()
-
-
-def checksum(tensors: Sequence[Tensor]) -> tuple[int, int]:
-    """Fletcher's two sums, modulo 2^64, over the 32-bit words (or bytes) of tensors; exact on every device."""
-    first = second = 0
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        words = flat.view(torch.int32) if flat.element_size() == 4 else flat.view(torch.uint8)
-        for chunk in words.split(_CHUNK):
-            values = chunk.long()
-            places = torch.arange(1, len(values) + 1, device=values.device)
-            own, weighted = torch.stack([values.sum(), (values * places).sum()]).tolist()
-            first, second = (first + own) % 2**64, (second * 31 + weighted) % 2**64
-    return _signed(first), _signed(second)
-
-
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word
-
-
-def _taken_apart(like: LossSums, values: Tensor, sizes: tuple[int, int, int]) -> LossSums:
-    """A row of `gather` as the sums that it was made of."""
-    named, examples, tokens = values.split(list(sizes))
-    loss, *metrics = named.unbind()
-    parts = [
-        dict(zip(names, part.chunk(len(names)), strict=True)) if names else {}
-        for names, part in ((like.examples, examples), (like.tokens, tokens))
-    ]
-    return replace(
-        like, loss=loss, metrics=dict(zip(like.metrics, metrics, strict=True)), examples=parts[0], tokens=parts[1]
-    )
-
-
-def _code_and_text(error: BaseException) -> tuple[int, str]:
-    if isinstance(error, LowlevelError):
-        return error.exit_code, str(error)
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return 6, f"out of memory: {error}"
-    if isinstance(error, SystemExit):
-        return int(error.code or 0), "ended at once by a second signal"
-    return 1, f"{type(error).__name__}: {error}"
 
 
 @contextmanager
@@ -297,7 +205,7 @@ def joined(timeout: float) -> Iterator[Ranks]:
     Args:
         timeout: seconds after which a rank that keeps the others waiting counts as hung.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
     import torch.distributed as dist
@@ -311,14 +219,18 @@ def joined(timeout: float) -> Iterator[Ranks]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no name of it has to be known
     store, rank, size = next(dist.rendezvous("env://"))
     run = store.add(f"lowlevel/runs/{rank}", 1)  # a script may train several runs, one after another
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    limit = timedelta(seconds=timeout + _MORE)
-    own = dist.PrefixStore(f"lowlevel/group/{run}", store)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     second = dist.TCPStore(*address, is_master=False, wait_for_workers=False)  # NCCL may wait in the first one
+    watch = Watch(dist.PrefixStore(f"lowlevel/watch/{run}", second), rank, size, timeout)
+    ranks = Ranks(rank, size, watch=watch)
+    if failure := watch.absent():
+        raise watch.error(failure)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    limit, own = timedelta(seconds=timeout + _MORE), dist.PrefixStore(f"lowlevel/group/{run}", store)
+    with ranks.waiting():
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
     try:
-        yield Ranks(rank, size, watch=Watch(dist.PrefixStore(f"lowlevel/watch/{run}", second), rank, size, timeout))
+        yield ranks
     finally:
         dist.destroy_process_group()
 

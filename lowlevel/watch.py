@@ -17,18 +17,20 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lowlevel.errors import CONTINUE
+from lowlevel.errors import CONTINUE, InterruptedRunError, NonFiniteError, RankError
+from lowlevel.running.endings import Interrupts, code_and_text
 
 PERIOD = 0.5  # seconds between looks
 GRACE = 2.0  # seconds for a waiting thread to come out of its collective by itself
-LAST = 20.0  # seconds for which a failed rank waits for rank 0 to record it; torchrun kills 30 s after the first end
 
 
 class Store(Protocol):
@@ -62,19 +64,29 @@ class Watch:
 
     Attributes:
         step: the optimizer step at work, from 1; 0 before the first.
-        end: called in the watching thread if this rank's own thread cannot end by itself; then the process exits.
+        failure: what the watching thread has found, or None.
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.step = self.begun = 0
-        self.end: Callable[[Failure], None] = lambda failure: None
+        self.failure: Failure | None = None
+        self._record: Callable[[int, str], None] = lambda code, text: None
         self._waiting_since: float | None = None
         self._stopped = threading.Event()
         self._store_lock = threading.Lock()
         self.store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
+
+    def absent(self) -> Failure | None:
+        """Wait until all ranks have begun to watch; a failure if one has not within `timeout`."""
+        until = time.monotonic() + self.timeout
+        while missing := [rank for rank in self._others() if not self.reached(f"process/{rank}")]:
+            if time.monotonic() > until:
+                return self.claim(missing[0], 1, f"rank {missing[0]} did not start within {self.timeout:g} s")
+            time.sleep(0.02)
+        return None
 
     @property
     def where(self) -> str:
@@ -119,14 +131,70 @@ class Watch:
         host, _, pid = value.partition(" ")
         return bool(value) and host == socket.gethostname() and not _runs(int(pid))
 
-    def close(self, *, failed: bool) -> None:
-        """This rank ends. If it failed, it leaves rank 0 time to record that: torchrun ends all after the first end."""
+    @contextmanager
+    def together(
+        self, interrupts: Interrupts, record: Callable[[int, str], None], agreed: Callable[[], int]
+    ) -> Iterator[None]:
+        """A run of all ranks: an error that leaves the block ends all of them, and one of them tells.
+
+        Args:
+            interrupts: handles this process's signals; they wait while an error is passed on.
+            record: writes exit code and text of a failure to the run folder, for ranks that cannot do so themselves.
+            agreed: the signal that all ranks know of, or 0.
+        """
+        self._record = record
+        try:
+            yield
+        except GeneratorExit:  # every rank left its loop over the steps
+            raise
+        except BaseException as error:
+            known = isinstance(error, NonFiniteError | RankError)
+            known = known or bool(agreed() and isinstance(error, InterruptedRunError))
+            with interrupts.deferred():
+                raise self._passed_on(error, known) from error
+        finally:
+            with interrupts.deferred():
+                self.close()
+
+    def _passed_on(self, error: BaseException, known: bool) -> BaseException:
+        """What to raise for an error. If all ranks know it, rank 0 tells it; else the rank that is the first to fail."""
+        code, text = code_and_text(error)
+        if known and self.rank:
+            self._record_for_first(code, text)
+            own = isinstance(error, RankError) and error.rank is not None  # its watch has found the failure
+            return error if own else RankError(text, code, told=True)
+        if known:
+            return error
+        if self.rank == 0:
+            failure = self.claim(0, code, text)
+            return error if failure.rank == 0 else self.error(failure)
+        found = self.found(seconds=1.0)  # rank 0 meets the same errors of settings and data
+        failure = found or self.claim(self.rank, code, f"rank {self.rank} failed {self.where}: {text}")
+        self._record_for_first(failure.code, failure.text)
+        return self.error(failure)
+
+    def error(self, failure: Failure) -> RankError:
+        """The error to raise for a failure."""
+        return RankError(failure.text, failure.code, rank=failure.rank, told=failure.teller != self.rank)
+
+    def _record_for_first(self, code: int, text: str) -> None:
+        """Record a failure if rank 0 was killed."""
+        if self.rank == 0 or self.gone(0) and not self.reached("done/0"):
+            self._record(code, text)
+
+    def _last_words(self, failure: Failure) -> None:
+        if failure.teller == self.rank:
+            print(f"error: {failure.text}", file=sys.stderr)
+        self._record_for_first(failure.code, failure.text)
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """This rank ends, but not before rank 0, which has files to write: torchrun ends all after a first failure."""
         try:
             self.write(f"done/{self.rank}")
-            until = time.monotonic() + LAST
-            while failed and self.rank and not self.reached("done/0") and not self.gone(0):
-                if time.monotonic() > until:
-                    break
+            until = time.monotonic() + self.timeout
+            while self.rank and not self.reached("done/0") and not self.gone(0) and time.monotonic() < until:
                 time.sleep(0.05)
         except RuntimeError:  # torchrun has ended
             pass
@@ -137,14 +205,15 @@ class Watch:
         while not self._stopped.wait(PERIOD):
             try:
                 self._publish()
-                failure = self._recorded() or self._killed() or self._hung()
+                self.failure = failure = self._recorded() or self._killed() or self._hung()
             except RuntimeError:  # the store is gone: torchrun was killed, or rank 0 if it keeps the store
                 os.kill(os.getpid(), signal.SIGTERM)  # save at the next step boundary, if all are there
                 return
             if failure and self._cannot_end(failure):
-                self.end(failure)
-                with self._store_lock:
-                    self.store.set(f"done/{self.rank}", "1")
+                self._last_words(failure)
+                self.write(f"done/{self.rank}")
+                if failure.teller != self.rank:
+                    time.sleep(PERIOD)  # for the rank that tells: torchrun ends it after this one
                 os._exit(failure.code)
 
     def _cannot_end(self, failure: Failure) -> bool:
@@ -194,7 +263,9 @@ class Watch:
 def _runs(pid: int) -> bool:
     """Whether a process runs; one that has ended and was not waited for does not."""
     try:
-        state: Any = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
+        state: Any = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
+        )
     except (OSError, IndexError):
         return False
     return state not in ("Z", "X")

@@ -14,6 +14,7 @@ from lowlevel.execution import Eager
 from lowlevel.loop import evaluate_examples
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.ranks import Ranks, joined
+from lowlevel.running.endings import Interrupts
 
 KINDS = {
     "sft": (helpers.sft, helpers.ragged_examples),
@@ -76,7 +77,7 @@ def compute(base: Path, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str
 
 def work(base: Path, out: Path) -> None:
     """Compute in one of several ranks."""
-    with joined(30.0) as ranks, ranks.together(lambda: 0, lambda code, text: None):
+    with joined(30.0) as ranks, ranks.together(Interrupts(), lambda code, text: None):
         found, said = compute(base, ranks)
         ranks.check_equal(20, {"weights": [found["weights after 20 steps"]]})
         save_file(found, out / f"{ranks.size}-{ranks.rank}.safetensors")

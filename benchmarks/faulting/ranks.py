@@ -38,7 +38,12 @@ class Together:
     """A run in several processes."""
 
     def __init__(
-        self, play: Play, folder: Path, faults: Mapping[int, Fault] | None = None, more: Sequence[str] = (), size: int = 2
+        self,
+        play: Play,
+        folder: Path,
+        faults: Mapping[int, Fault] | None = None,
+        more: Sequence[str] = (),
+        size: int = 2,
     ) -> None:
         """Start it; `faults` by rank. The output of each is beside the folder."""
         self.store, self.processes = keep_store(), list[Started]()

@@ -68,7 +68,9 @@ def micro_batch_rows(
     """
     if packing:
         lengths = [size(example) for example in examples]
-        rows = [[examples[i] for i in row] for row in (_pack_alike(lengths, shape) if shape else pack(lengths, row_length))]
+        rows = [
+            [examples[i] for i in row] for row in (_pack_alike(lengths, shape) if shape else pack(lengths, row_length))
+        ]
     else:
         rows = [[example] for example in examples]
     count = 1 if packing and shape else batch_size

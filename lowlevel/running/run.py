@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def run_steps(
         joined(config.train.ddp_timeout) as ranks,
         deterministic_mode(config.train.deterministic),
         Interrupts() as interrupts,
-        ranks.together(lambda: interrupts.signum, _recorder(folder, ranks)),
+        ranks.together(interrupts, _recorder(folder, ranks)),
         one_error(folder, interrupts),
     ):
         console = console if ranks.first else Console(quiet=True)
@@ -94,12 +94,14 @@ def _held(folder: RunFolder, ranks: Ranks) -> Iterator[None]:
 
 
 def _recorder(folder: RunFolder, ranks: Ranks) -> Callable[[int, str], None]:
-    """Records a failure of several ranks: the first rank does, which holds the lock, or another one if it is gone."""
+    """Records a failure of several ranks: the first rank does, which holds the lock; if it is gone, another one."""
 
     def record(code: int, text: str) -> None:
-        with nullcontext() if ranks.first else suppress(ConfigError):
-            with nullcontext() if ranks.first else run_lock(folder.path):
-                folder.write_end("failed", code, text)
+        if ranks.first:
+            folder.write_end("failed", code, text)
+            return
+        with suppress(ConfigError), run_lock(folder.path):
+            folder.write_end("failed", code, text)
 
     return record
 
@@ -128,10 +130,15 @@ def _steps(
     engine = Engine(job, folder, start.console)
     announce(start.console, config, job.inputs, job.policy, job.order, ranks)
     engine.rehearse()
+    opened: AbstractContextManager[Sequence[Callback]] = nullcontext(())
+    explained: AbstractContextManager[None] = nullcontext()
+    if ranks.first:
+        opened = open_trackers(config, folder.path, start.note)
+        explained = explaining(job.policy, job.method, folder.path)
     with TrainingProgress(start.console, config.method, job.total_steps, state.step) as bar:
         with (
-            open_trackers(config, folder.path, start.note) if ranks.first else nullcontext([]) as trackers,
-            explaining(job.policy, job.method, folder.path) if ranks.first else nullcontext(),
+            opened as trackers,
+            explained,
             engine.cached or nullcontext(),
             engine.tracer or nullcontext(),
         ):

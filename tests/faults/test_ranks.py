@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from lowlevel.batch.layout import Shape
 from lowlevel.batch.packing import divide, micro_batch_rows
-from lowlevel.ranks import ALONE, checksum
+from lowlevel.hashing import checksum
+from lowlevel.ranks import ALONE
 
 SIZES = (2, 4)
 BOUND = 1e-6  # relative for losses and metrics; for elements of a gradient, and twice that for pairs and labels
