@@ -167,7 +167,8 @@ def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
     flags += [f"--data.{key} {_flag(value)}" for key, value in data.items()]
     rows = [] if config.data.names == "demo" else ["--data.source pairs.jsonl"]
     out = f"--train.output_dir {run}-dpo"
-    return [reply, " ".join(["lowlevel dpo", *flags, f"--model.adapter {run}", *rows, out]), look]
+    adapter = f"--model.adapter {run}{' --model.adapter_mode original' if config.lora.use_dora else ''}"
+    return [reply, " ".join(["lowlevel dpo", *flags, adapter, *rows, out]), look]
 
 
 def _flag(value: Any) -> str:
