@@ -122,8 +122,9 @@ class CachedModel:
 
     def copy(self, sources: Tensor, slots: Tensor, length: int) -> None:
         """Copy the first `length` tokens of slots `sources` (n,) to `slots` (n,), which may be in both."""
-        part = self._whole[..., :length, :]
-        part[:, :, slots] = part[:, :, sources]
+        for layer in self.cache:  # one by one: what is copied is gathered first
+            part = layer[..., :length, :]
+            part[:, slots] = part[:, sources]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
