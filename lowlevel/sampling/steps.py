@@ -158,8 +158,8 @@ class Steps:
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """The error that came first: the end of a failed capture raises another one."""
-    while error.__context__ is not None:
+    """The error inside a capture: the end of the failed capture raises another one."""
+    while error.__context__ is not None and error.__cause__ is None:
         error = error.__context__
     return error
 
