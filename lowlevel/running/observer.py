@@ -17,6 +17,7 @@ from lowlevel.errors import EVAL_LOSS, ConfigError
 from lowlevel.methods.dpo import reads_reference
 from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.callbacks import Callback
+from lowlevel.running.endings import Interrupts
 from lowlevel.running.job import Engine
 from lowlevel.running.pace import Pace
 from lowlevel.running.progress import TrainingProgress
@@ -35,6 +36,7 @@ class RunObserver:
     folder: RunFolder
     progress_bar: TrainingProgress
     engine: Engine
+    interrupts: Interrupts
     note: Callable[[str], None]
     pace: Pace
     callbacks: Sequence[Callback] = ()
@@ -72,7 +74,7 @@ class RunObserver:
             callback.on_save(next(iter(checkpoints(self.folder.path))))
 
     def stop_requested(self) -> int:
-        """The first signal received, or 0."""
+        """The first signal received, on any rank, or 0."""
         return self.engine.job.ranks.stop_requested()
 
 
