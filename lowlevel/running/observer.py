@@ -30,8 +30,10 @@ BOUNDS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}
 
 @dataclass
 class RunObserver:
-    """Writes metrics, checkpoints and status, calls the callbacks, and passes signals on. Of several ranks, the
-    first one writes."""
+    """Writes metrics, checkpoints and status, calls the callbacks, and passes signals on.
+
+    Of several ranks, the first one does; the others only compare their weights with it.
+    """
 
     folder: RunFolder
     progress_bar: TrainingProgress

@@ -3,6 +3,7 @@
 import json
 import signal
 
+import pandas as pd
 import pytest
 
 from benchmarks.faulting.actions import Hang, Kill, OutOfMemory, Signal
@@ -50,6 +51,21 @@ def test_the_run_is_that_of_one_rank(stage, whole, method):
     for two, one in zip(logged(folder), logged(play.whole.folder), strict=True):
         assert two == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in one.items()}
     assert json.loads((folder / "environment.json").read_text())["ranks"] == 2
+
+
+def test_trace_and_reference_cache_hold_all_micro_batches(stage, tmp_path):
+    """The first rank writes the trace of all; each rank adds its micro-batches to the cache."""
+    from benchmarks.faulting.ranks import Together
+    from benchmarks.faulting.stage import Case
+
+    play = stage.play(Case("dpo", accumulation=3, rows=12, packing=False))
+    cache = ("--dpo.reference_cache", str(tmp_path / "cache"))
+    more, folders = ("--trace.every", "1", *cache), [play.new(), play.new()]
+    assert [one.code for one in Together(play, folders[1], more=more).wait()] == [0, 0]
+    alone = play.run(folders[0], more=more)
+    assert alone.code == 0 and "6 micro-batches found, 0 computed" in alone.out
+    one, two = (pd.read_parquet(folder / "trace").sort_values(["step", "row"]) for folder in folders)
+    pd.testing.assert_frame_equal(two, one, rtol=1e-5, atol=1e-5)
 
 
 FAULTS = {  # by rank: the fault, the exit codes, and words of the one message
