@@ -1,7 +1,10 @@
 """Two ranks, one of which is stopped, killed, hangs or fails: both end, one of them says why, and the run goes on."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from benchmarks.faulting.actions import Hang, Kill, OutOfMemory, Signal
 from benchmarks.faulting.calls import LOADING, MICRO_BATCH, STEP, AtCall, NotFinite
 from benchmarks.faulting.comparison import differences, fingerprint, litter, logged, newest_good
+from benchmarks.faulting.processes import ENVIRONMENT
 from lowlevel.errors import CONTINUE
 
 
@@ -106,6 +110,21 @@ def test_a_hang_ends_after_the_timeout(whole, tmp_path):
     assert ended == [1, -9] and len(said) == 1
     assert f"rank 1 hangs at step 3: no answer for 4 s (train.ddp_timeout); {CONTINUE}" in said[0]
     assert status(folder)["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun(whole):
+    """Through the real launcher, which starts Python twice."""
+    play, folder = whole[0], whole[0].new()
+    environment = {**os.environ, **ENVIRONMENT}
+    command = [sys.executable, "-m", "lowlevel", *play.arguments(folder, "--gpus", "2")]
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    with subprocess.Popen([*command, "--train.num_train_epochs", "400"], **told) as process:
+        next(line for line in process.stdout if line.startswith("step 2/"))
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate()[0]
+    assert process.returncode == 143 and said.count("and saved; continue with: lowlevel sft") == 1, said
+    assert "--gpus 2" in said and status(folder)["state"] == "preempted" and litter(folder) == []
 
 
 @pytest.mark.parametrize("first", [1, 2])
