@@ -157,7 +157,7 @@ class Watch:
                 self.close()
 
     def _passed_on(self, error: BaseException, known: bool) -> BaseException:
-        """What to raise for an error. If all ranks know it, rank 0 tells it; else the rank that is the first to fail."""
+        """What to raise for an error: if all ranks know it, rank 0 tells it, else the first rank to fail."""
         code, text = code_and_text(error)
         if known and self.rank:
             self._record_for_first(code, text)

@@ -55,15 +55,15 @@ def killed_at_random(play: Play, rng: random.Random, kills: int) -> tuple[int, l
     return hits, problems + play.resumed(folder)
 
 
-def rank_killed_at_random(play: Play, rng: random.Random, wanted: dict[str, Any]) -> tuple[int, list[str]]:
-    """SIGKILL to one of two ranks at a random instant: the other one ends and tells; resumed, the run ends as `wanted`,
-    the fingerprint of one that was not disturbed.
+def rank_killed(play: Play, rank: int, instant: float, wanted: dict[str, Any]) -> tuple[int, list[str]]:
+    """SIGKILL to one of two ranks after `instant` seconds: the other one ends and tells; resumed, the run ends as
+    `wanted`, the fingerprint of one that was not disturbed. Also whether the kill came in time.
     """
     from benchmarks.faulting.ranks import Together
 
-    folder, rank = play.new(), rng.randrange(2)
+    folder = play.new()
     both = Together(play, folder)
-    time.sleep(rng.uniform(0.0, 1.2 * play.whole.ended.seconds))
+    time.sleep(instant)
     both.processes[rank].kill()
     ends = both.wait()
     other, hit = ends[1 - rank], ends[rank].code == -signal.SIGKILL

@@ -132,6 +132,7 @@ class Start:
         changes = differences(saved, found[1], job.config, job.manifest, job.origin["versions"], later)
         check_differences(changes, self.allow_change, step, folder, job.inputs.data)
         written = not changes and is_written(folder, job.config, job.manifest)
+        written = written and job.ranks.size == 1  # environment.json has the number of several
         state = _restored(job, found)
         if state.step < job.total_steps and not state.stopped_early:
             check_result_is_saved(folder)

@@ -17,6 +17,7 @@ from lowlevel.errors import EVAL_LOSS, ConfigError
 from lowlevel.methods.dpo import reads_reference
 from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.callbacks import Callback
+from lowlevel.running.endings import Interrupts
 from lowlevel.running.job import Engine
 from lowlevel.running.pace import Pace
 from lowlevel.running.progress import TrainingProgress
@@ -29,12 +30,15 @@ BOUNDS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}
 
 @dataclass
 class RunObserver:
-    """Writes metrics, checkpoints and status, calls the callbacks, and passes signals on. Of several ranks, the
-    first one writes."""
+    """Writes metrics, checkpoints and status, calls the callbacks, and passes signals on.
+
+    Of several ranks, the first one does; the others only compare their weights with it.
+    """
 
     folder: RunFolder
     progress_bar: TrainingProgress
     engine: Engine
+    interrupts: Interrupts
     note: Callable[[str], None]
     pace: Pace
     callbacks: Sequence[Callback] = ()
@@ -72,7 +76,7 @@ class RunObserver:
             callback.on_save(next(iter(checkpoints(self.folder.path))))
 
     def stop_requested(self) -> int:
-        """The first signal received, or 0."""
+        """The first signal received, on any rank, or 0."""
         return self.engine.job.ranks.stop_requested()
 
 

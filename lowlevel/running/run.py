@@ -144,7 +144,7 @@ def _steps(
         ):
             pace = Pace(config, job.policy, job.total_steps, state.step, state.seconds)
             called = [*callbacks, *trackers] if ranks.first else []
-            observer = RunObserver(folder, bar, engine, start.note, pace, called)
+            observer = RunObserver(folder, bar, engine, interrupts, start.note, pace, called)
             if engine.held_out and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **engine.evaluate(0)})
             with interrupts.deferred():

@@ -76,6 +76,8 @@ def announce(
     if ranks.size > 1:
         what = "GPUs" if placement.device.type == "cuda" else "processes"
         each = f"{config.rows_per_step} examples a step as on one, its micro-batches are shared out"
+        if not config.data.packing and train.gradient_accumulation_steps < ranks.size:
+            each += f": {train.gradient_accumulation_steps}, so some have nothing to do"
         console.print(f"  ranks      {ranks.size} {what}; {each}", markup=False, highlight=False)
     if config.data.names == "demo" != config.model.name:
         console.print("  warning    data.source is not given: the rows are those of the built-in demo", markup=False)

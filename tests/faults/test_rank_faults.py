@@ -1,13 +1,18 @@
 """Two ranks, one of which is stopped, killed, hangs or fails: both end, one of them says why, and the run goes on."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 
+import pandas as pd
 import pytest
 
 from benchmarks.faulting.actions import Hang, Kill, OutOfMemory, Signal
 from benchmarks.faulting.calls import LOADING, MICRO_BATCH, STEP, AtCall, NotFinite
 from benchmarks.faulting.comparison import differences, fingerprint, litter, logged, newest_good
+from benchmarks.faulting.processes import ENVIRONMENT
 from lowlevel.errors import CONTINUE
 
 
@@ -52,6 +57,21 @@ def test_the_run_is_that_of_one_rank(stage, whole, method):
     assert json.loads((folder / "environment.json").read_text())["ranks"] == 2
 
 
+def test_trace_and_reference_cache_hold_all_micro_batches(stage, tmp_path):
+    """The first rank writes the trace of all; each rank adds its micro-batches to the cache."""
+    from benchmarks.faulting.ranks import Together
+    from benchmarks.faulting.stage import Case
+
+    play = stage.play(Case("dpo", accumulation=3, rows=12, packing=False))
+    cache = ("--dpo.reference_cache", str(tmp_path / "cache"))
+    more, folders = ("--trace.every", "1", *cache), [play.new(), play.new()]
+    assert [one.code for one in Together(play, folders[1], more=more).wait()] == [0, 0]
+    alone = play.run(folders[0], more=more)
+    assert alone.code == 0 and "6 micro-batches found, 0 computed" in alone.out
+    one, two = (pd.read_parquet(folder / "trace").sort_values(["step", "row"]) for folder in folders)
+    pd.testing.assert_frame_equal(two, one, rtol=1e-5, atol=1e-5)
+
+
 FAULTS = {  # by rank: the fault, the exit codes, and words of the one message
     "killed": (1, AtCall(STEP, (3,), Kill()), [1, -9], "rank 1 was killed at step 3"),
     "first killed": (0, AtCall(STEP, (3,), Kill()), [-9, 1], "rank 0 was killed at step 3"),
@@ -90,6 +110,21 @@ def test_a_hang_ends_after_the_timeout(whole, tmp_path):
     assert ended == [1, -9] and len(said) == 1
     assert f"rank 1 hangs at step 3: no answer for 4 s (train.ddp_timeout); {CONTINUE}" in said[0]
     assert status(folder)["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun(whole):
+    """Through the real launcher, which starts Python twice."""
+    play, folder = whole[0], whole[0].new()
+    environment = {**os.environ, **ENVIRONMENT}
+    command = [sys.executable, "-m", "lowlevel", *play.arguments(folder, "--gpus", "2")]
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    with subprocess.Popen([*command, "--train.num_train_epochs", "400"], **told) as process:
+        next(line for line in process.stdout if line.startswith("step 2/"))
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate()[0]
+    assert process.returncode == 143 and said.count("and saved; continue with: lowlevel sft") == 1, said
+    assert "--gpus 2" in said and status(folder)["state"] == "preempted" and litter(folder) == []
 
 
 @pytest.mark.parametrize("first", [1, 2])
