@@ -122,7 +122,7 @@ def split_report(source: SourceRows, selected: int, built: Built) -> SplitReport
         tokens={"total": sum(c.kept for c in counts), "supervised": supervised - lost},
         truncated_rows=sum(c.total > c.kept for c in counts),
         tokens_lost=lost,
-        share_lost=lost / supervised,
+        share_lost=lost / max(supervised, 1),
         prompt_tokens_lost=sum(c.prompt_lost for c in counts),
         replies=sum(c.replies for c in counts),
         replies_ended=int(sum(c.ended for c in counts)),

@@ -1,0 +1,119 @@
+"""Group-relative policy optimisation (arXiv 2402.03300) and its family; the losses are in losses/policy_gradient.py.
+
+A step samples G completions of each of its prompts, rewards them, and compares each with its group:
+
+    A_i = r_i - mean(r_1 ... r_G)        L = sum_t w_t [ -min(r_t A_i, clip(r_t) A_i) + beta kl_t ] / count
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowlevel.batch.layout import PackedBatch, Shape
+from lowlevel.config.online import GRPOConfig
+from lowlevel.losses import GRPO_LOSSES, LossSums, SampledLogps
+from lowlevel.losses.advantages import group_relative
+from lowlevel.losses.policy_gradient import AGGREGATION, kl_penalty
+from lowlevel.losses.registry import LossSpec
+from lowlevel.methods.sampled import (
+    Rows,
+    micro_batches,
+    policy_gradient_sums,
+    sampled_logps,
+    scaled_logps,
+    scaled_reference_logps,
+)
+from lowlevel.model.policy import Policy
+
+if TYPE_CHECKING:
+    from lowlevel.online.rollouts import Rollout
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """The method. Its examples are completions that the policy sampled, with their rewards."""
+
+    config: GRPOConfig
+    batch_size: int  # completions per micro-batch; with packing, rows
+    row_length: int
+    packing: bool
+    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
+    columns: ClassVar[tuple[str, ...]] = ()
+    name: ClassVar[str] = "grpo"
+    unit: ClassVar[str] = "completions"
+    paired: ClassVar[bool] = False
+    statistics: ClassVar[tuple[str, ...]] = ()
+
+    def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
+        """The weighted sum of the tokens' losses."""
+        temperature, reference = self.config.temperature, None
+        if self.has_reference:
+            reference = scaled_reference_logps(policy, batch, temperature)
+        policy.dropout.disable()  # the sampler has none
+        token_logps = scaled_logps(policy, batch, temperature)  # (N,) fp32
+        tokens = sampled_logps(batch, token_logps, reference)
+        losses, metrics = self.token_losses(tokens)
+        return policy_gradient_sums(batch, tokens, losses, metrics)
+
+    def token_losses(self, tokens: SampledLogps) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of each token, (N,), before its weight, and metrics, (N,) each."""
+        losses, metrics = self.spec(tokens, self.settings)
+        if not self.has_reference:
+            return losses, metrics
+        penalty = kl_penalty(tokens, self.config.kl_estimator)
+        return losses + self.config.beta * penalty, {**metrics, "kl": penalty.detach()}
+
+    @property
+    def spec(self) -> LossSpec:
+        """The configured loss."""
+        return GRPO_LOSSES[self.config.loss_type]
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The hyper-parameters that it reads."""
+        return {name: getattr(self.config, name) for name in self.spec.parameters if name in GRPOConfig.model_fields}
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares the policy with a reference."""
+        return self.config.beta > 0
+
+    def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
+        """The completions of one step with their advantages."""
+        rewards = torch.tensor([[x.reward for x in group] for group in groups], dtype=torch.float64)
+        advantages = group_relative(rewards, scale_rewards=self.config.scale_rewards)
+        return with_advantages(groups, advantages, masked=self.config.mask_truncated_completions)
+
+    def count(self, batch: PackedBatch) -> float:
+        """Completions, tokens, or completions times the maximal length, by loss_type."""
+        assert batch.total_weight is not None
+        return batch.total_weight
+
+    def size(self, example: Rollout) -> int:
+        """Positions: all tokens but the last."""
+        return len(example)
+
+    def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
+        """The completions of one step in rows."""
+        rows = Rows(self.batch_size, self.row_length, self.packing, self.shape)
+        return micro_batches(examples, rows, AGGREGATION[self.config.loss_type], self.config.max_completion_length)
+
+
+def with_advantages(groups: Sequence[Sequence[Rollout]], advantages: Tensor, *, masked: bool) -> list[Rollout]:
+    """The completions with the advantage (P, G) of each at all its tokens.
+
+    Without a reward, or with `masked` without an end, a completion does not count.
+    """
+    found = []
+    for group, row in zip(groups, advantages.tolist(), strict=True):
+        for x, advantage in zip(group, row, strict=True):
+            counted = bool(np.isfinite(advantage)) and (x.ended or not masked)
+            every = np.full(len(x.completion_ids), advantage if counted else 0.0, np.float32)
+            found.append(replace(x, advantages=every, counted=counted))
+    return found

@@ -1,0 +1,154 @@
+"""What the methods on sampled completions share: their micro-batches, and the sums of a policy-gradient loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowlevel.batch.layout import PackedBatch, Shape, build_batch, sft_segment
+from lowlevel.batch.packing import micro_batch_rows
+from lowlevel.losses import LossSums, SampledLogps
+from lowlevel.losses.policy_gradient import aggregation
+from lowlevel.model.policy import Policy
+
+if TYPE_CHECKING:
+    from lowlevel.online.rollouts import Rollout
+
+# What a batch holds of each token: its weight in the loss, that in means over tokens, and what the rollout gives.
+GIVEN = ("weight", "share", "old_logps", "advantages")
+DIFFERENCE = "sampling/sampling_logp_difference"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How completions become micro-batches. With packing, they share rows of `row_length` positions."""
+
+    batch_size: int  # completions per micro-batch; with packing, rows
+    row_length: int
+    packing: bool
+    shape: Shape | None
+
+
+def lay_out(rollouts: Sequence[Rollout], rows: Rows) -> list[tuple[PackedBatch, list[Rollout]]]:
+    """Micro-batches with the completions of each in the order of their sequences."""
+    made = micro_batch_rows(rollouts, len, rows.batch_size, rows.row_length, rows.packing, rows.shape)
+    found = []
+    for groups in made:
+        inside = [rollout for group in groups for rollout in group]
+        numbers = iter(range(len(inside)))
+        segments = [[sft_segment(x.row, next(numbers), x.input_ids, x.labels) for x in group] for group in groups]
+        found.append((build_batch(segments, pairs=False, shape=rows.shape), inside))
+    return found
+
+
+def micro_batches(
+    rollouts: Sequence[Rollout], rows: Rows, kind: str, max_length: int, more: Sequence[str] = ()
+) -> list[PackedBatch]:
+    """The completions of one step, with weights and counts over all of them.
+
+    Args:
+        rollouts: of the whole step.
+        rows: how they are laid out.
+        kind: of `policy_gradient.aggregation`, with `max_length`.
+        more: names of further values that the rollouts hold of each token.
+    """
+    counted = [x for x in rollouts if x.counted]
+    parts = {id(x): aggregation(kind, len(x.completion_ids), max_length) for x in counted}
+    count, tokens = sum(c for _, c in parts.values()), sum(len(x.completion_ids) for x in counted)
+    share = count / tokens if tokens else 0.0
+    made = []
+    for batch, inside in lay_out(rollouts, rows):
+        values = np.zeros((len(GIVEN) + len(more), len(batch.sequence_ids)), np.float32)
+        for number, x in enumerate(inside):
+            places = batch.sequence_index[number, : len(x.completion_ids)].numpy()
+            weight = parts[id(x)][0] if x.counted else 0.0
+            given = (weight, share * x.counted, x.logps, x.advantages, *(x.values[name] for name in more))
+            for row, value in zip(values, given, strict=True):
+                row[places] = value
+        total = sum(parts[id(x)][1] for x in inside if x.counted)
+        made.append(replace(batch, token_values=torch.from_numpy(values), total_weight=total))
+    if not counted:  # the step has no loss: its gradient is 0, divided by 1
+        made[0] = replace(made[0], total_weight=1.0)
+    return [replace(made[0], facts=facts(rollouts)), *made[1:]]
+
+
+def facts(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What is logged of a step's completions before the policy has scored them, by TRL's names."""
+    rewards = np.array([x.reward for x in rollouts], np.float64)
+    groups: dict[int, list[float]] = {}
+    for x in rollouts:
+        groups.setdefault(x.group, []).append(x.reward)
+    known = [[r for r in group if np.isfinite(r)] for group in groups.values()]
+    spreads = [float(np.std(group, ddof=1)) if len(group) > 1 else 0.0 for group in known if group]
+    lengths = np.array([len(x.completion_ids) for x in rollouts])
+    ended = np.array([x.ended for x in rollouts])
+    names = rollouts[0].rewards
+    by_function = {name: _mean(x.rewards[name] for x in rollouts) for name in names}
+    return {
+        "reward": _mean(rewards),
+        "reward_std": _mean(spreads),
+        "frac_reward_zero_std": _mean(float(spread == 0) for spread in spreads),
+        **({f"rewards/{name}/mean": value for name, value in by_function.items()} if len(names) > 1 else {}),
+        "rewards/failed": float(np.sum(~np.isfinite(rewards))),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(1 - ended.mean()),
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Without NaN; NaN of nothing."""
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def sampled_logps(batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None) -> SampledLogps:
+    """The input of a policy-gradient loss."""
+    assert batch.token_values is not None
+    _, _, old_logps, advantages, *_ = batch.token_values
+    ids, index = batch.sequence_ids, batch.sequence_index
+    return SampledLogps(token_logps, old_logps, advantages, ref_token_logps, ids, index, batch.lengths)
+
+
+def scaled_logps(policy: Policy, batch: PackedBatch, temperature: float) -> Tensor:
+    """Log-probabilities of the scored tokens under softmax(logits / temperature), (N,) fp32, as they were sampled."""
+    return policy.scores(policy.scored_hidden_states(batch) / temperature, batch.scored_targets)[0]
+
+
+def scaled_reference_logps(policy: Policy, batch: PackedBatch, temperature: float) -> Tensor:
+    """The same under the reference: no dropout, no gradient."""
+    with policy.reference():
+        return scaled_logps(policy, batch, temperature)
+
+
+def policy_gradient_sums(
+    batch: PackedBatch, tokens: SampledLogps, losses: Tensor, metrics: Mapping[str, Tensor]
+) -> LossSums:
+    """Weighted sums of the token losses (N,), means over tokens of the metrics, and how far sampler and trainer are
+    apart: at the first step on a batch its policy is the sampler's, and the difference is rounding.
+    """
+    assert batch.token_values is not None
+    weight, share = batch.token_values[:2]
+    apart = (tokens.token_logps.detach() - tokens.old_logps).abs() * (share > 0)
+    ratio = (tokens.token_logps.detach() - tokens.old_logps).exp()
+    named = {**metrics, f"{DIFFERENCE}/mean": apart, "ratio": ratio}
+    by_token = {"logps": tokens.token_logps, "old_logps": tokens.old_logps, "ref_logps": tokens.ref_token_logps}
+    loss = torch.where(batch.belongs, losses * weight, 0.0)
+    logps = batch.sequence_sums(tokens.token_logps.detach())
+    return LossSums(
+        loss.sum(),
+        {name: torch.where(batch.belongs, value * share, 0.0).sum() for name, value in named.items()}
+        | {f"{DIFFERENCE}/max": apart.max()},
+        examples={
+            "logps": logps,
+            "old_logps": batch.sequence_sums(tokens.old_logps),
+            "advantage": batch.sequence_sums(tokens.advantages) / batch.lengths,
+            "loss": batch.sequence_sums(loss.detach()),
+        },
+        tokens={name: value.detach() for name, value in by_token.items() if value is not None},
+    )
