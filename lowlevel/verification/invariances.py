@@ -85,7 +85,8 @@ def left_padded(subject: Subject) -> PackedBatch:
     padded = []
     for row in rows:
         zeros = np.zeros(width - len(row), np.int64)
-        padded.append([Segment(row.row, row.number, zeros, zeros, zeros, np.full(len(zeros), IGNORED)), row])
+        numbers, targets = zeros + row.numbers[0], np.full(len(zeros), IGNORED)
+        padded.append([Segment(row.row, zeros, zeros, zeros, numbers, targets), row])
     values = [x.values for x in subject.examples] if subject.method.columns else None
     (plain,) = with_batches_of(subject.method, len(subject.examples)).micro_batches(subject.examples)
     batch = build_batch(padded, pairs=subject.paired, values=values)
