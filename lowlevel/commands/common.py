@@ -53,7 +53,7 @@ def add_run_file(parser: argparse.ArgumentParser, *, method: bool = True) -> Non
     parser.set_defaults(takes_config=True)
     if method:
         text = "default: by the keys that only one has, else by the rows"
-        parser.add_argument("--method", choices=("sft", "dpo", "kto", "reward"), help=text)
+        parser.add_argument("--method", choices=("sft", "dpo", "kto", "reward", "grpo"), help=text)
     parser.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
     parser.add_argument(
         "--as-t4", action="store_true", help="on a larger GPU: fp16, 15 GiB, and only the attention that a T4 has"

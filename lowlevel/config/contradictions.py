@@ -118,8 +118,11 @@ def _online(config: RunConfig) -> list[Check]:
         (longest >= prompt, f"{name}.max_completion_length {longest} leaves no prompt: data.max_length is {prompt}"),
         (not own.reward, f"{name}.reward is empty"),
         (weights not in (0, functions), f"{name}.reward_weights has {weights} numbers for {functions} functions"),
-        (("format" in own.reward) != bool(own.reward_pattern), f'{name}.reward "format" and reward_pattern go together'),
-        (config.train.memory_budget is not None, f"train.memory_budget does not know what the sampling of {name} needs"),
+        (
+            ("format" in own.reward) != bool(own.reward_pattern),
+            f'{name}.reward: "format" and reward_pattern belong together',
+        ),
+        (config.train.memory_budget is not None, f"train.memory_budget does not know what sampling ({name}) needs"),
     ]
 
 

@@ -171,7 +171,7 @@ class TrainConfig(Section):
 
     output_dir: Location = Field("out/run", description="run folder")
     per_device_train_batch_size: Batch = Field(
-        2, description="examples, pairs (dpo) or completions (grpo) per micro-batch; with packing, its size in full rows"
+        2, description="examples, pairs or sampled completions per micro-batch; with packing, its size in full rows"
     )
     gradient_accumulation_steps: Batch = Field(4, description="times per_device_train_batch_size = examples per step")
     learning_rate: Annotated[Finite, Field(gt=0, le=1)] = Field(2e-4, description="peak learning rate")

@@ -1,8 +1,10 @@
 """The training methods, one file each: how examples become micro-batches, their count, and their summed loss."""
 
 from lowlevel.methods.dpo import DPO
+from lowlevel.methods.grpo import GRPO
 from lowlevel.methods.kto import KTO
 from lowlevel.methods.reward import Reward
 from lowlevel.methods.sft import SFT
 
-Method = SFT | DPO | KTO | Reward
+OnlineMethod = GRPO
+Method = SFT | DPO | KTO | Reward | OnlineMethod

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Shape, build_batch, sft_segment
+from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, prompt_segment
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.losses import LossSums, SampledLogps
 from lowlevel.losses.policy_gradient import aggregation
@@ -35,15 +35,40 @@ class Rows:
 
 
 def lay_out(rollouts: Sequence[Rollout], rows: Rows) -> list[tuple[PackedBatch, list[Rollout]]]:
-    """Micro-batches with the completions of each in the order of their sequences."""
-    made = micro_batch_rows(rollouts, len, rows.batch_size, rows.row_length, rows.packing, rows.shape)
+    """Micro-batches with the completions of each in the order of their sequences.
+
+    With packing, completions of one prompt that fit into a row share the prompt.
+    """
+    room = rows.shape.capacity if rows.shape else rows.row_length
+    parts = shared_prompts(rollouts, room) if rows.packing else [[x] for x in rollouts]
     found = []
-    for groups in made:
-        inside = [rollout for group in groups for rollout in group]
-        numbers = iter(range(len(inside)))
-        segments = [[sft_segment(x.row, next(numbers), x.input_ids, x.labels) for x in group] for group in groups]
+    for made in micro_batch_rows(parts, positions, rows.batch_size, rows.row_length, rows.packing, rows.shape):
+        inside = [x for row in made for part in row for x in part]
+        number, segments = 0, list[list[Segment]]()
+        for row in made:
+            segments.append([])
+            for part in row:
+                branches = {branch: x.completion_ids for branch, x in enumerate(part, 1)}
+                segments[-1].append(prompt_segment(part[0].row, number, part[0].prompt_ids, branches))
+                number += len(part)
         found.append((build_batch(segments, pairs=False, shape=rows.shape), inside))
     return found
+
+
+def positions(part: Sequence[Rollout]) -> int:
+    """Of completions that share their prompt; each begins with its last token."""
+    return len(part[0].prompt_ids) - 1 + sum(len(x.completion_ids) for x in part)
+
+
+def shared_prompts(rollouts: Sequence[Rollout], room: int) -> list[list[Rollout]]:
+    """Neighbours of one group together, up to `room` positions."""
+    parts: list[list[Rollout]] = []
+    for x in rollouts:
+        if parts and parts[-1][0].group == x.group and positions([*parts[-1], x]) <= room:
+            parts[-1].append(x)
+        else:
+            parts.append([x])
+    return parts
 
 
 def micro_batches(

@@ -14,6 +14,8 @@ from lowlevel.losses import LossSums
 from lowlevel.losses.sums import by_label
 from lowlevel.optim.loss_scale import LossScale
 
+LARGEST = "/max"  # ends the name of a metric that is the largest value and no sum
+
 
 @dataclass
 class Window:
@@ -25,12 +27,13 @@ class Window:
     def add(self, sums: dict[str, float], count: float) -> None:
         """Add sums over `count` tokens or pairs."""
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            largest = name.endswith(LARGEST)
+            self.sums[name] = max(self.sums.get(name, value), value) if largest else self.sums.get(name, 0.0) + value
         self.count += count
 
     def means(self) -> dict[str, float]:
         """Each sum divided by the count."""
-        return {name: value / self.count for name, value in self.sums.items()}
+        return {n: value if n.endswith(LARGEST) else value / self.count for n, value in self.sums.items()}
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,9 @@ class StepResult:
 def means_on_host(sums: Sequence[LossSums], count: float, norm: Tensor) -> tuple[dict[str, float], float]:
     """Means of a step's loss and metrics over its count, and the gradient's norm; waits for the device once."""
     named = [one.named() for one in sums]
-    totals = {name: torch.stack([one[name] for one in named]).sum() for name in named[0]}
-    *means, grad_norm = torch.stack([*(total / count for total in totals.values()), norm]).tolist()
+    parts = {name: torch.stack([one[name] for one in named]) for name in named[0]}
+    totals = {n: part.max() if n.endswith(LARGEST) else part.sum() / count for n, part in parts.items()}
+    *means, grad_norm = torch.stack([*totals.values(), norm]).tolist()
     return dict(zip(totals, means, strict=True)), grad_norm
 
 
@@ -141,7 +145,8 @@ class TrainState:
         self.window_seconds += seconds
         self.seconds += seconds
         self.grad_norm = result.grad_norm
-        self.window.add({name: value * result.count for name, value in result.means.items()}, result.count)
+        sums = {n: v if n.endswith(LARGEST) else v * result.count for n, v in result.means.items()}
+        self.window.add(sums, result.count)
         self.total.add({"loss": result.loss * result.count}, result.count)
 
     def close_window(self, rate: float, epoch: float) -> dict[str, Any]:

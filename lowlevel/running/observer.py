@@ -13,7 +13,7 @@ from typing import Any
 
 from lowlevel.checkpoints.checkpoint import checkpoints
 from lowlevel.config.schema import RunConfig
-from lowlevel.errors import EVAL_LOSS, ConfigError
+from lowlevel.errors import EVAL_LOSS, EVAL_REWARD, ConfigError
 from lowlevel.methods.dpo import reads_reference
 from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.callbacks import Callback
@@ -45,7 +45,7 @@ class RunObserver:
         self.folder.append_metrics(record)
         self.progress_bar.record(record)
         for callback in self.callbacks:
-            (callback.on_evaluate if EVAL_LOSS in record else callback.on_log)(record)
+            (callback.on_evaluate if {EVAL_LOSS, EVAL_REWARD} & record.keys() else callback.on_log)(record)
 
     def progress(self, state: TrainState, result: StepResult) -> None:
         """Check the first step of a new run, move the bar, and pass the step to the callbacks."""
@@ -74,7 +74,8 @@ class RunObserver:
 
 def starts_as_reference(config: RunConfig) -> bool:
     """Whether a new run's policy equals its reference at the start: no active dropout, and no lora.init_from."""
-    return reads_reference(config) and config.active_dropout == 0 and config.lora.init_from is None
+    fresh = config.active_dropout == 0 and config.lora.init_from is None
+    return fresh and config.method in ("dpo", "kto") and reads_reference(config)
 
 
 def all_ties(result: StepResult) -> bool:

@@ -101,6 +101,7 @@ def _steps(
             explaining(job.policy, job.method, folder.path),
             engine.cached or nullcontext(),
             engine.tracer or nullcontext(),
+            engine.online or nullcontext(),
         ):
             pace = Pace(config, job.policy, job.total_steps, state.step, state.seconds)
             observer = RunObserver(folder, bar, engine, interrupts, start.note, pace, [*callbacks, *trackers])

@@ -13,7 +13,7 @@ from lowlevel.errors import CheckpointError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_NAME = re.compile(r"(pairs|examples|steps)-(\d{8})-(\d{8})\.parquet")
+_NAME = re.compile(r"(pairs|examples|steps|rollouts)-(\d{8})-(\d{8})\.parquet")
 
 
 def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -> Path:

@@ -1,0 +1,164 @@
+"""The rollouts of a step: completions that the policy sampled, with what each token's loss is computed from.
+
+They are kept in the run folder's rollouts/ as parquet, a row for each completion, written at checkpoints:
+
+    step row sample              the step that sampled, counted from 1; data row; number in its group
+    prompt_ids completion_ids    tokens; with the stop token, if the completion `ended`
+    text reward reward/NAME      what was rewarded, the weighted sum, and each function's part; null: it failed
+    logps advantages values/...  of each token: what the sampler and the method computed
+    counted                      whether it is in the loss
+
+A step that is replayed, inspected, or repeated by num_iterations reads them instead of sampling again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowlevel.durable import write_bytes
+from lowlevel.errors import CheckpointError
+from lowlevel.labels import IGNORED
+
+FOLDER = "rollouts"
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One completion of n tokens to a prompt of p tokens."""
+
+    row: int
+    where: str
+    group: int  # number of the prompt in the step
+    sample: int  # number in its group
+    prompt_ids: np.ndarray  # (p,) int32
+    completion_ids: np.ndarray  # (n,) int32
+    text: str
+    ended: bool
+    logps: np.ndarray  # (n,) fp32, by the sampler
+    rewards: Mapping[str, float]  # by function; NaN: it failed
+    reward: float  # weighted sum
+    advantages: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))  # (n,) fp32
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)  # (n,) fp32 each: what else the method needs
+    counted: bool = True
+
+    def __len__(self) -> int:
+        """Positions: all tokens but the last."""
+        return len(self.prompt_ids) + len(self.completion_ids) - 1
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """Prompt and completion, (p + n,) int32."""
+        return np.concatenate([self.prompt_ids, self.completion_ids])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """As those of sft: the completion's tokens."""
+        return np.concatenate([np.full(len(self.prompt_ids), IGNORED, np.int32), self.completion_ids])
+
+
+class KeptRollouts:
+    """The rollouts of a run folder: `add` keeps those of a step until `flush` writes them; `read` finds them again."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / FOLDER
+        self._waiting: dict[int, Sequence[Rollout]] = {}
+
+    def add(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """Keep the completions that step `step`, counted from 1, sampled."""
+        self._waiting[step] = rollouts
+
+    def flush(self) -> None:
+        """Write what waits as one file. Raises CheckpointError if it cannot be written."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not self._waiting:
+            return
+        lines = [_line(step, x) for step, rollouts in sorted(self._waiting.items()) for x in rollouts]
+        columns = {name: [line[name] for line in lines] for name in lines[0]}
+        table = pa.table({name: pa.array(values, _kind(name)) for name, values in columns.items()})
+        content = pa.BufferOutputStream()
+        pq.write_table(table, content)
+        first, last = min(self._waiting), max(self._waiting)
+        path = self.folder / f"rollouts-{first:08d}-{last:08d}.parquet"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            write_bytes(path, content.getvalue().to_pybytes())
+        except OSError as error:
+            raise CheckpointError(f"{path}: not written: {error.strerror or error}") from None
+        self._waiting = {}
+
+    def read(self, step: int) -> list[Rollout]:
+        """The completions that step `step` sampled. Raises CheckpointError if they are not kept."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if step in self._waiting:
+            return list(self._waiting[step])
+        for path in sorted(self.folder.glob("rollouts-*.parquet")):
+            first, last = (int(part) for part in path.stem.split("-")[1:])
+            if first <= step <= last:
+                try:
+                    lines = pq.read_table(path, filters=[("step", "==", step)]).to_pylist()
+                except (OSError, pa.ArrowException) as error:
+                    raise CheckpointError(f"{path} cannot be read: {error}") from None
+                if lines:
+                    return [_rollout(line) for line in lines]
+        raise CheckpointError(f"{self.folder} has no completions of step {step}: they are written at checkpoints")
+
+
+def _line(step: int, x: Rollout) -> dict[str, Any]:
+    """A row of the table."""
+    return {
+        "step": step,
+        "row": x.row,
+        "where": x.where,
+        "group": x.group,
+        "sample": x.sample,
+        "text": x.text,
+        "reward": x.reward,
+        **{f"reward/{name}": value for name, value in x.rewards.items()},
+        "ended": x.ended,
+        "counted": x.counted,
+        "prompt_ids": x.prompt_ids,
+        "completion_ids": x.completion_ids,
+        "logps": x.logps,
+        "advantages": x.advantages,
+        **{f"values/{name}": value for name, value in x.values.items()},
+    }
+
+
+def _rollout(line: Mapping[str, Any]) -> Rollout:
+    def array(name: str, dtype: Any) -> np.ndarray:
+        return np.asarray(line[name], dtype)
+
+    def part(prefix: str) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+
+    return Rollout(
+        **{name: line[name] for name in ("row", "where", "group", "sample", "text", "ended", "reward", "counted")},
+        **{name: array(name, np.int32) for name in ("prompt_ids", "completion_ids")},
+        **{name: array(name, np.float32) for name in ("logps", "advantages")},
+        rewards=part("reward/"),
+        values={name: np.asarray(value, np.float32) for name, value in part("values/").items()},
+    )
+
+
+def _kind(name: str) -> Any:
+    """The type of a column by its name."""
+    import pyarrow as pa
+
+    if name in ("where", "text"):
+        return pa.string()
+    if name in ("ended", "counted"):
+        return pa.bool_()
+    if name.endswith("_ids"):
+        return pa.list_(pa.int32())
+    if name in ("logps", "advantages") or name.startswith("values/"):
+        return pa.list_(pa.float32())
+    return pa.float64() if name.startswith("reward") else pa.int64()
