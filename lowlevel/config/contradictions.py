@@ -119,7 +119,7 @@ def _online(config: RunConfig) -> list[Check]:
         (not own.reward, f"{name}.reward is empty"),
         (weights not in (0, functions), f"{name}.reward_weights has {weights} numbers for {functions} functions"),
         (
-            ("format" in own.reward) != bool(own.reward_pattern),
+            ("format" in own.reward) != (own.reward_pattern is not None),
             f'{name}.reward: "format" and reward_pattern belong together',
         ),
         (config.train.memory_budget is not None, f"train.memory_budget does not know what sampling ({name}) needs"),

@@ -14,7 +14,16 @@ from pydantic import ValidationError
 
 from lowlevel.config.contradictions import ADAPTER_SHAPE, contradictions, empty_texts, secrets_in
 from lowlevel.config.given import Source
-from lowlevel.config.schema import LOSS_DEFAULTS, METHOD_DEFAULTS, METHODS, SECTIONS, DataSource, Filter, RunConfig
+from lowlevel.config.schema import (
+    LOSS_DEFAULTS,
+    METHOD_DEFAULTS,
+    METHODS,
+    SECTIONS,
+    DataSource,
+    DPOConfig,
+    Filter,
+    RunConfig,
+)
 from lowlevel.errors import ConfigError, one_line, quoted
 
 TEXTS = (str, str | None, get_args(Source)[0], Source | None)  # types of keys whose flags are not parsed as TOML
@@ -102,6 +111,9 @@ def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
     problems = [*secrets_in(tables), *empty_texts(tables), *contradictions(config, tables)]
     if problems:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+    if config.method == "online_dpo":  # its loss is that of dpo
+        dpo = DPOConfig(beta=config.online_dpo.beta, loss_type=config.online_dpo.loss_type)
+        return config.model_copy(update={"dpo": dpo})
     return config
 
 

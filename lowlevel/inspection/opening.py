@@ -57,7 +57,7 @@ def inspect_run(
         examples, subject = [example_of_row(config, tokenizer, data, example)], f"row {example}"
     else:
         assert step is not None
-        examples, subject = step_examples(config, data, step), f"step {step}"
+        examples, subject = step_examples(config, data, step, run_dir=folder.path), f"step {step}"
     run = opened.load(weights.adapter, reference=True)
     pairs = inspect_pairs(run.policy, run.method, examples) if isinstance(run.method, DPO) else ()
     sequences = inspect_sequences(run.policy, run.method, examples) if isinstance(run.method, SFT) else ()

@@ -4,7 +4,8 @@ from lowlevel.methods.dpo import DPO
 from lowlevel.methods.grpo import GRPO
 from lowlevel.methods.kto import KTO
 from lowlevel.methods.reward import Reward
+from lowlevel.methods.rloo import RLOO
 from lowlevel.methods.sft import SFT
 
-OnlineMethod = GRPO
-Method = SFT | DPO | KTO | Reward | OnlineMethod
+PolicyGradient = GRPO | RLOO
+Method = SFT | DPO | KTO | Reward | PolicyGradient

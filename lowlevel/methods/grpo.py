@@ -8,10 +8,9 @@ A step samples G completions of each of its prompts, rewards them, and compares 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,14 +20,7 @@ from lowlevel.losses import GRPO_LOSSES, LossSums, SampledLogps
 from lowlevel.losses.advantages import group_relative
 from lowlevel.losses.policy_gradient import AGGREGATION, kl_penalty
 from lowlevel.losses.registry import LossSpec
-from lowlevel.methods.sampled import (
-    Rows,
-    micro_batches,
-    policy_gradient_sums,
-    sampled_logps,
-    scaled_logps,
-    scaled_reference_logps,
-)
+from lowlevel.methods.sampled import Rows, micro_batches, policy_gradient, with_advantages
 from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:
@@ -52,14 +44,8 @@ class GRPO:
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The weighted sum of the tokens' losses."""
-        temperature, reference = self.config.temperature, None
-        if self.has_reference:
-            reference = scaled_reference_logps(policy, batch, temperature)
-        policy.dropout.disable()  # the sampler has none
-        token_logps = scaled_logps(policy, batch, temperature)  # (N,) fp32
-        tokens = sampled_logps(batch, token_logps, reference)
-        losses, metrics = self.token_losses(tokens)
-        return policy_gradient_sums(batch, tokens, losses, metrics)
+        temperature, reference = self.config.temperature, self.has_reference
+        return policy_gradient(policy, batch, self.token_losses, temperature, reference=reference)
 
     def token_losses(self, tokens: SampledLogps) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of each token, (N,), before its weight, and metrics, (N,) each."""
@@ -103,17 +89,3 @@ class GRPO:
         """The completions of one step in rows."""
         rows = Rows(self.batch_size, self.row_length, self.packing, self.shape)
         return micro_batches(examples, rows, AGGREGATION[self.config.loss_type], self.config.max_completion_length)
-
-
-def with_advantages(groups: Sequence[Sequence[Rollout]], advantages: Tensor, *, masked: bool) -> list[Rollout]:
-    """The completions with the advantage (P, G) of each at all its tokens.
-
-    Without a reward, or with `masked` without an end, a completion does not count.
-    """
-    found = []
-    for group, row in zip(groups, advantages.tolist(), strict=True):
-        for x, advantage in zip(group, row, strict=True):
-            counted = bool(np.isfinite(advantage)) and (x.ended or not masked)
-            every = np.full(len(x.completion_ids), advantage if counted else 0.0, np.float32)
-            found.append(replace(x, advantages=every, counted=counted))
-    return found

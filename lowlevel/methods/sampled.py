@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -99,37 +99,20 @@ def micro_batches(
         made.append(replace(batch, token_values=torch.from_numpy(values), total_weight=total))
     if not counted:  # the step has no loss: its gradient is 0, divided by 1
         made[0] = replace(made[0], total_weight=1.0)
-    return [replace(made[0], facts=facts(rollouts)), *made[1:]]
+    return made
 
 
-def facts(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """What is logged of a step's completions before the policy has scored them, by TRL's names."""
-    rewards = np.array([x.reward for x in rollouts], np.float64)
-    groups: dict[int, list[float]] = {}
-    for x in rollouts:
-        groups.setdefault(x.group, []).append(x.reward)
-    known = [[r for r in group if np.isfinite(r)] for group in groups.values()]
-    spreads = [float(np.std(group, ddof=1)) if len(group) > 1 else 0.0 for group in known if group]
-    lengths = np.array([len(x.completion_ids) for x in rollouts])
-    ended = np.array([x.ended for x in rollouts])
-    names = rollouts[0].rewards
-    by_function = {name: _mean(x.rewards[name] for x in rollouts) for name in names}
-    return {
-        "reward": _mean(rewards),
-        "reward_std": _mean(spreads),
-        "frac_reward_zero_std": _mean(float(spread == 0) for spread in spreads),
-        **({f"rewards/{name}/mean": value for name, value in by_function.items()} if len(names) > 1 else {}),
-        "rewards/failed": float(np.sum(~np.isfinite(rewards))),
-        "completions/mean_length": float(lengths.mean()),
-        "completions/max_length": float(lengths.max()),
-        "completions/clipped_ratio": float(1 - ended.mean()),
-    }
-
-
-def _mean(values: Iterable[float]) -> float:
-    """Without NaN; NaN of nothing."""
-    known = [value for value in values if np.isfinite(value)]
-    return float(np.mean(known)) if known else float("nan")
+@torch.no_grad()
+def by_completion(
+    policy: Policy, rollouts: Sequence[Rollout], rows: Rows, scores: Callable[[PackedBatch], Tensor]
+) -> list[np.ndarray]:
+    """What a pass without gradient gives for each token, (N,) by batch, as an array (n,) fp32 for each completion."""
+    found: dict[int, np.ndarray] = {}
+    for batch, inside in lay_out(rollouts, rows):
+        values = scores(batch.to(policy.placement.device)).float().cpu().numpy()
+        for number, x in enumerate(inside):
+            found[id(x)] = values[batch.sequence_index[number, : len(x.completion_ids)].numpy()]
+    return [found[id(x)] for x in rollouts]
 
 
 def sampled_logps(batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None) -> SampledLogps:
@@ -149,6 +132,19 @@ def scaled_reference_logps(policy: Policy, batch: PackedBatch, temperature: floa
     """The same under the reference: no dropout, no gradient."""
     with policy.reference():
         return scaled_logps(policy, batch, temperature)
+
+
+TokenLosses = Callable[[SampledLogps], tuple[Tensor, Mapping[str, Tensor]]]
+
+
+def policy_gradient(
+    policy: Policy, batch: PackedBatch, losses: TokenLosses, temperature: float, *, reference: bool = False
+) -> LossSums:
+    """The sums of a loss of tokens; with `reference` it also gets their log-probabilities under the reference."""
+    ref_logps = scaled_reference_logps(policy, batch, temperature) if reference else None
+    policy.dropout.disable()  # the sampler has none
+    tokens = sampled_logps(batch, scaled_logps(policy, batch, temperature), ref_logps)
+    return policy_gradient_sums(batch, tokens, *losses(tokens))
 
 
 def policy_gradient_sums(
@@ -177,3 +173,17 @@ def policy_gradient_sums(
         },
         tokens={name: value.detach() for name, value in by_token.items() if value is not None},
     )
+
+
+def with_advantages(groups: Sequence[Sequence[Rollout]], advantages: Tensor, *, masked: bool) -> list[Rollout]:
+    """The completions with the advantage (P, G) of each at all its tokens.
+
+    Without a reward, or with `masked` without an end, a completion does not count.
+    """
+    found = []
+    for group, row in zip(groups, advantages.tolist(), strict=True):
+        for x, advantage in zip(group, row, strict=True):
+            counted = bool(np.isfinite(advantage)) and (x.ended or not masked)
+            every = np.full(len(x.completion_ids), advantage if counted else 0.0, np.float32)
+            found.append(replace(x, advantages=every, counted=counted))
+    return found

@@ -73,7 +73,7 @@ def final_answer(text: str) -> Decimal | None:
 
 
 def _format(config: SampledConfig) -> Function:
-    pattern = re.compile(config.reward_pattern, re.DOTALL)
+    pattern = re.compile(config.reward_pattern or "", re.DOTALL)
     return lambda completions: [float(pattern.fullmatch(text.strip()) is not None) for text in completions]
 
 

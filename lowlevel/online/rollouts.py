@@ -14,15 +14,21 @@ A step that is replayed, inspected, or repeated by num_iterations reads them ins
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lowlevel.data.examples import PreferenceExample
 from lowlevel.durable import write_bytes
 from lowlevel.errors import CheckpointError
 from lowlevel.labels import IGNORED
+
+if TYPE_CHECKING:
+    from lowlevel.batch.layout import PackedBatch
+    from lowlevel.config.schema import RunConfig
+    from lowlevel.methods import Method
 
 FOLDER = "rollouts"
 
@@ -59,6 +65,61 @@ class Rollout:
     def labels(self) -> np.ndarray:
         """As those of sft: the completion's tokens."""
         return np.concatenate([np.full(len(self.prompt_ids), IGNORED, np.int32), self.completion_ids])
+
+
+def step_examples(config: RunConfig, rollouts: Sequence[Rollout]) -> list[Any]:
+    """What the method of a run takes: the completions, or a pair of each prompt's."""
+    return pairs_of(rollouts) if config.method == "online_dpo" else list(rollouts)
+
+
+def step_batches(config: RunConfig, method: Method, rollouts: Sequence[Rollout]) -> list[PackedBatch]:
+    """The micro-batches of a step; the first has the facts that are logged."""
+    first, *others = method.micro_batches(step_examples(config, rollouts))
+    return [replace(first, facts=facts(rollouts)), *others]
+
+
+def pairs_of(rollouts: Sequence[Rollout]) -> list[PreferenceExample]:
+    """The completions of each prompt with the highest and the lowest reward, the first of equal ones.
+
+    If all are equal, nothing is preferred: the pair is one completion twice, whose gradient is exactly 0.
+    """
+    groups: dict[int, list[Rollout]] = {}
+    for x in rollouts:
+        groups.setdefault(x.group, []).append(x)
+    pairs = []
+    for group in groups.values():
+        known = [x for x in group if np.isfinite(x.reward)] or group[:1]
+        best, worst = max(known, key=lambda x: x.reward), min(known, key=lambda x: x.reward)
+        ids = best.completion_ids, worst.completion_ids
+        pairs.append(PreferenceExample(best.row, best.where, best.prompt_ids, *ids))
+    return pairs
+
+
+def facts(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What is logged of a step's completions before the policy has scored them, by TRL's names."""
+    groups: dict[int, list[float]] = {}
+    for x in rollouts:
+        groups.setdefault(x.group, []).append(x.reward)
+    known = [[reward for reward in group if np.isfinite(reward)] for group in groups.values()]
+    spreads = [float(np.std(group, ddof=1)) if len(group) > 1 else 0.0 for group in known if group]
+    lengths, names = [len(x.completion_ids) for x in rollouts], rollouts[0].rewards
+    parts = {f"rewards/{name}/mean": _mean([x.rewards[name] for x in rollouts]) for name in names}
+    return {
+        "reward": _mean([x.reward for x in rollouts]),
+        "reward_std": _mean(spreads),
+        "frac_reward_zero_std": _mean([float(spread == 0) for spread in spreads]),
+        **(parts if len(parts) > 1 else {}),
+        "rewards/failed": float(sum(not np.isfinite(x.reward) for x in rollouts)),
+        "completions/mean_length": _mean(lengths),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": _mean([not x.ended for x in rollouts]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Without NaN; NaN of nothing."""
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 class KeptRollouts:

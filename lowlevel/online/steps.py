@@ -23,10 +23,10 @@ from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.hashing import key32
 from lowlevel.heartbeat import working
-from lowlevel.methods import OnlineMethod
+from lowlevel.methods import DPO, PolicyGradient
 from lowlevel.model.policy import Policy
 from lowlevel.online.rewards import Function, Rewards, exact_match
-from lowlevel.online.rollouts import KeptRollouts, Rollout
+from lowlevel.online.rollouts import KeptRollouts, Rollout, step_batches
 from lowlevel.running.scoring import load_reward_run, rewards_of_replies
 from lowlevel.sampling import Sampler, Sampling, build_sampler
 
@@ -40,7 +40,7 @@ class OnlineSteps:
 
     config: RunConfig
     policy: Policy
-    method: OnlineMethod
+    method: PolicyGradient | DPO
     tokenizer: ChatTokenizer
     examples: Sequence[PromptExample]
     order: DataOrder
@@ -54,7 +54,7 @@ class OnlineSteps:
         cls,
         config: RunConfig,
         policy: Policy,
-        method: OnlineMethod,
+        method: PolicyGradient | DPO,
         inputs: Any,
         order: DataOrder,
         run_dir: Path,
@@ -73,16 +73,18 @@ class OnlineSteps:
         assert self.config.sampled is not None
         first = step - step % self.config.sampled.num_iterations
         if step != first:
-            return self.method.micro_batches(self.kept.read(first + 1))
+            return step_batches(self.config, self.method, self.kept.read(first + 1))
         started = time.perf_counter()
         with working("sampling"):
             groups = self.sample([self.examples[i] for i in self.order.step_rows(step)], step)
         sampled = time.perf_counter()
         with working("rewarding"):
             scored = self.score(groups, step)
-            rollouts = self.method.credit(self.policy, scored)
+            rollouts = [x for group in scored for x in group]
+            if not isinstance(self.method, DPO):
+                rollouts = self.method.credit(self.policy, scored)
         self.kept.add(step + 1, rollouts)
-        first_batch, *others = self.method.micro_batches(rollouts)
+        first_batch, *others = step_batches(self.config, self.method, rollouts)
         seconds = {"sampling_seconds": sampled - started, "rewarding_seconds": time.perf_counter() - sampled}
         return [replace(first_batch, facts={**first_batch.facts, **seconds}), *others]
 

@@ -22,7 +22,7 @@ from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import working
 from lowlevel.losses import GRPO_LOSSES, KTO_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
 from lowlevel.losses.registry import LossSpec, find
-from lowlevel.methods import Method, dpo, grpo, kto, reward, sft
+from lowlevel.methods import Method, dpo, grpo, kto, reward, rloo, sft
 from lowlevel.model.adapters import (
     adapter_sha256,
     build_policy,
@@ -85,6 +85,8 @@ def build_method(config: RunConfig, attention: Attention) -> Method:
         return reward.Reward(config.reward, batch, length, data.packing, shape, data.columns)
     if config.method == "grpo":
         return grpo.GRPO(config.grpo, batch, length, data.packing, shape)
+    if config.method == "rloo":
+        return rloo.RLOO(config.rloo, batch, length, data.packing, shape)
     return dpo.DPO(config.dpo, batch, length, data.packing, shape, data.columns)
 
 
@@ -94,8 +96,8 @@ def run_loss(config: RunConfig) -> LossSpec:
         return KTO_LOSSES["kto"]
     if config.method == "reward":
         return REWARD_LOSSES["bradley_terry"]
-    if config.method == "grpo":
-        return GRPO_LOSSES[config.grpo.loss_type]
+    if config.method in ("grpo", "rloo"):
+        return GRPO_LOSSES[config.grpo.loss_type if config.method == "grpo" else "grpo"]
     return find(config.sft.loss_type, SFT_LOSSES) if config.method == "sft" else loss_spec(config.dpo.loss_type)
 
 

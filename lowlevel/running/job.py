@@ -19,7 +19,7 @@ from lowlevel.durable import write_json
 from lowlevel.execution import WithFallback
 from lowlevel.heartbeat import working
 from lowlevel.loop import check_evaluation, evaluate_examples
-from lowlevel.methods import Method, OnlineMethod
+from lowlevel.methods import DPO, Method, PolicyGradient
 from lowlevel.model.base import base_sha256
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
@@ -85,7 +85,7 @@ class Engine:
         self.online: OnlineSteps | None = None
         self.batches: Callable[[int], list[PackedBatch]]
         if config.sampled:
-            kind = cast("OnlineMethod", method)
+            kind = cast("PolicyGradient | DPO", method)
             note = lines_to(console)
             self.online = OnlineSteps.of(config, policy, kind, job.inputs, job.order, folder.path, note)
             self.batches = self.online
