@@ -1,0 +1,197 @@
+"""Attention of one new token a sequence over a cache of keys and values: a Triton kernel, with a torch twin.
+
+A cache of one layer is (2, S, H_kv, C, D): keys and values of S slots for up to C tokens. Row b of a decoding step is
+the sequence in slot b; its new token has position p_b. It writes its key and value there, and attends to positions 0 to
+p_b. All query heads of a group read the same keys, so a program handles one group of one row.
+
+The tokens are split in chunks, so that few rows fill a GPU too. A chunk gives its own softmax and its logsumexp l_s; a
+chunk behind p_b has l_s = -inf, and its program reads nothing::
+
+    o_s = sum_(j in s) exp(z_j - l_s) v_j        o = sum_s exp(l_s - logsumexp(l)) o_s
+
+The loop ends at p_b, a number on the device, so one captured CUDA graph serves every length. No `tl.dot` (kernels):
+with at most a few queries a key, memory is the bound.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowlevel.kernels.operators import operator
+
+CHUNK = 128  # tokens; a cache's C is a multiple of it
+WARPS = 8
+NUMBERS = 8192  # products that a program holds at a time: 32 a thread, so that two programs share an SM
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float
+) -> Tensor:
+    """Write the new keys and values into the cache; attention of the new tokens, (B, H, D) in the query's dtype.
+
+    Args:
+        query: (B, H, D); row b belongs to slot b.
+        key, value: (B, H_kv, D), of the same tokens.
+        cache: (2, S, H_kv, C, D) with S >= B, in the dtype of the key; each slot contiguous.
+        positions: (B,) int64, below C.
+        scale: of the scores.
+    """
+    parts, lse = _attend(query, key, value, cache, positions, scale)
+    return (parts * lse.softmax(-1)[..., None]).sum(2).to(query.dtype)
+
+
+@operator("decode_attention", writes=("cache",))
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Each chunk's output (B, H, C / CHUNK, D) and logsumexp (B, H, C / CHUNK), fp32; float64 for float64."""
+    run = _launch if _kernel_takes(query, key, value, cache) else attend_reference
+    return run(query, key, value, cache, positions, scale)
+
+
+@torch.library.register_fake("lowlevel::decode_attention")
+def _(query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    rows, heads, features = query.shape
+    dtype, chunks = torch.promote_types(query.dtype, torch.float32), cache.shape[3] // CHUNK
+    parts = query.new_empty((rows, heads, chunks, features), dtype=dtype)
+    return parts, query.new_empty((rows, heads, chunks), dtype=dtype)
+
+
+def attend_reference(
+    query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same numbers in plain torch, on any device."""
+    rows, heads, features = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    store(cache, key, value, torch.arange(rows, device=query.device), positions)
+    keys, values = (part.to(dtype).unflatten(2, (-1, CHUNK)) for part in cache[:, :rows])  # (B, H_kv, S, CHUNK, D)
+    groups = query.to(dtype).unflatten(1, (keys.shape[1], -1))  # (B, H_kv, G, D)
+    scores = torch.einsum("bhgd,bhscd->bhgsc", groups, keys) * scale
+    order = torch.arange(keys.shape[2] * CHUNK, device=query.device).view(-1, CHUNK)
+    scores = scores.masked_fill(order > positions.view(-1, 1, 1, 1, 1), -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.clamp(min=torch.finfo(dtype).min)[..., None]).exp()  # a chunk without tokens: 0
+    parts = torch.einsum("bhgsc,bhscd->bhgsd", weights, values)
+    return parts.reshape(rows, heads, -1, features), lse.reshape(rows, heads, -1)
+
+
+@operator("store_in_cache", writes=("cache",))
+def store(cache: Tensor, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor) -> None:
+    """Write keys and values (T, H_kv, D) at slots and positions (T,) int64 of a cache (2, S, H_kv, C, D)."""
+    for half, new in zip(cache, (key, value), strict=True):
+        half.transpose(1, 2).index_put_((slots, positions), new.to(cache.dtype))
+
+
+@torch.library.register_fake("lowlevel::store_in_cache")
+def _(cache: Tensor, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor) -> None:
+    return None
+
+
+@functools.cache
+def kernel() -> Any:
+    """Import Triton and define the kernel, as `lowlevel.kernels.vocabulary.kernels`."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def decode(
+        query, key, value, cache, positions, parts, lse, scale, half, slot, head,
+        kv_heads: tl.constexpr, group: tl.constexpr, features: tl.constexpr, queries: tl.constexpr,
+        width: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        kv = tl.program_id(1)
+        part = tl.program_id(2)
+        position = tl.load(positions + row).to(tl.int32)
+        d = tl.arange(0, width)
+        g = tl.arange(0, queries)
+        known = d < features
+        inside = (g < group)[:, None] & known[None, :]
+        first_query = (row * kv_heads + kv) * group
+        q = tl.load(query + (first_query + g[:, None]) * features + d[None, :], mask=inside, other=0.0)
+        q = q.to(tl.float32) * scale
+        new_at = (row * kv_heads + kv) * features + d
+        new_k = tl.load(key + new_at, mask=known, other=0.0)
+        new_v = tl.load(value + new_at, mask=known, other=0.0)
+        keys = cache + row * slot + kv * head
+        values = keys + half
+        begin = part * chunk
+        end = tl.minimum(begin + chunk, position + 1)
+        m = tl.full([queries], float("-inf"), tl.float32)
+        s = tl.zeros([queries], tl.float32)
+        o = tl.zeros([queries, width], tl.float32)
+        for start in range(begin, end, block):
+            at = start + tl.arange(0, block)
+            where = at[:, None] * features + d[None, :]
+            stored = (at < position)[:, None] & known[None, :]
+            is_new = (at == position)[:, None]
+            k = tl.where(is_new, new_k[None, :], tl.load(keys + where, mask=stored, other=0.0)).to(tl.float32)
+            v = tl.where(is_new, new_v[None, :], tl.load(values + where, mask=stored, other=0.0)).to(tl.float32)
+            z = tl.sum(q[:, None, :] * k[None, :, :], 2)
+            z = tl.where((at < end)[None, :], z, float("-inf"))
+            higher = tl.maximum(m, tl.max(z, 1))
+            w = tl.exp(z - higher[:, None])
+            shrink = tl.exp(m - higher)
+            o = o * shrink[:, None] + tl.sum(w[:, :, None] * v[None, :, :], 1)
+            s = s * shrink + tl.sum(w, 1)
+            m = higher
+        if (position >= begin) & (position < begin + chunk):
+            tl.store(keys + position * features + d, new_k, mask=known)
+            tl.store(values + position * features + d, new_v, mask=known)
+        some = s > 0
+        o = o / tl.where(some, s, 1.0)[:, None]
+        out_at = (first_query + g) * tl.num_programs(2) + part
+        tl.store(parts + out_at[:, None] * features + d[None, :], o, mask=inside)
+        tl.store(lse + out_at, tl.where(some, m + tl.log(s), float("-inf")), mask=g < group)
+
+    return decode
+
+
+@functools.cache
+def usable(device: torch.device, dtype: torch.dtype, group: int, features: int) -> bool:
+    """Whether the kernel compiles and launches on this device, tried before a CUDA graph needs it; else warns once."""
+    cache = torch.zeros(2, 1, 1, CHUNK, features, dtype=dtype, device=device)
+    query, new = cache[0, :, 0, :1].expand(1, group, features).contiguous(), cache[0, :, 0, :1].clone()
+    try:
+        _launch(query, new, new, cache, torch.zeros(1, dtype=torch.int64, device=device), 1.0)
+    except Exception as error:  # Triton's errors have no common class: missing package, no driver, compiler, ptxas
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        warnings.warn(f"plain torch instead of Triton's kernels on {device} in {dtype}: {reason}", stacklevel=2)
+        return False
+    return True
+
+
+def launch_sizes(group: int, features: int) -> dict[str, int]:
+    """Sizes of a program: queries and features rounded up to powers of two, and the tokens of an iteration."""
+    queries, width = (1 << (size - 1).bit_length() for size in (group, features))
+    return {"queries": queries, "width": width, "chunk": CHUNK,
+            "block": max(8, min(64, NUMBERS // (queries * width)))}  # fmt: skip
+
+
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    rows, heads, features = query.shape
+    kv_heads, chunks = cache.shape[2], cache.shape[3] // CHUNK
+    parts = torch.empty(rows, heads, chunks, features, dtype=torch.float32, device=query.device)
+    lse = torch.empty(rows, heads, chunks, dtype=torch.float32, device=query.device)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        kernel()[(rows, kv_heads, chunks)](
+            query.contiguous(), key.contiguous(), value.contiguous(), cache, positions, parts, lse, scale,
+            *cache.stride()[:3], kv_heads, heads // kv_heads, features, **launch_sizes(heads // kv_heads, features),
+            num_warps=WARPS,
+        )  # fmt: skip
+    return parts, lse
+
+
+def _kernel_takes(query: Tensor, key: Tensor, value: Tensor, cache: Tensor) -> bool:
+    same = query.dtype == key.dtype == value.dtype == cache.dtype and query.dtype in DTYPES
+    features = query.shape[2]
+    fits = query.is_cuda and same and cache.stride(4) == 1 and cache.stride(3) == features
+    return fits and usable(query.device, query.dtype, query.shape[1] // key.shape[1], features)

@@ -1,0 +1,148 @@
+"""Decoding steps on the device: state, drawing, and CUDA graphs of both kinds of pass.
+
+A step reads the last token of every slot, runs the layers, draws the next token, and writes it with its
+log-probability, all without the host: the state below is read and written in place. So one captured graph serves every
+step of B slots. A slot that is done computes along and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowlevel.sampling.cached_model import CachedModel, Prompts
+from lowlevel.sampling.draw import draw, token_keys
+
+TOKEN, POSITION, KEY, COUNT, DONE, ENDED = range(6)  # rows of the state; DONE of a free slot is 1
+FIELDS = 6
+MODES = ("eager", "compiled", "graphed")  # as in execution.py
+
+
+class Steps:
+    """The state of all slots and the passes that change it."""
+
+    def __init__(self, model: CachedModel, stop_ids: Sequence[int], mode: str, note: Callable[[str], None]) -> None:
+        """`mode` of MODES; `note` prints a line if it has to be a simpler one."""
+        device, words = model.placement.device, model.base.get_output_embeddings().weight.shape[0]
+        self.model, self.note = model, note
+        self.words, self.stops = token_keys(words, device), torch.tensor(stop_ids, device=device)
+        self.state = torch.zeros(FIELDS, model.slots, dtype=torch.int64, device=device)
+        self.state[DONE] = 1
+        self.temperature = torch.zeros((), device=device)
+        self.limit = torch.zeros((), dtype=torch.int64, device=device)  # tokens of a completion
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._ran: set[Hashable] = set()  # passes that ran uncaptured once: compilers and libraries are ready
+        self._pool: Any = None
+        self._stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.use(mode)
+
+    def use(self, mode: str) -> None:
+        """Switch to a mode of MODES."""
+        self.mode, self.model.compiled = mode, mode != "eager"
+        self.forget()
+        compiled = torch.compile(_advance, fullgraph=True, dynamic=True) if self.model.compiled else _advance
+        self._advance: Callable[..., None] = compiled
+
+    def forget(self) -> None:
+        """Drop the graphs: tensors that they read or write are replaced."""
+        if self._graphs:
+            torch.cuda.synchronize()  # they may still be running
+        self._graphs, self._ran = {}, set()
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for sequences of `capacity` tokens in all; what the slots held is gone if there was not enough."""
+        if not self.model.reserve(capacity):
+            return
+        self.forget()
+        shape, device = (self.model.slots, self.model.capacity + 1), self.state.device  # the last column: of no token
+        self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.logps = torch.zeros(shape, device=device)
+        self.state[DONE] = 1
+
+    def read(self, prompts: Prompts) -> None:
+        """Write the keys and values of prompts into the cache."""
+        self._run(("read", len(prompts.ids)), self.model.read, prompts)
+
+    def step(self, rows: int) -> None:
+        """The next token of slots 0 to `rows` - 1."""
+        self._run(("step", rows), lambda _: self._step(rows), None)
+
+    def _step(self, rows: int) -> None:
+        state = self.state[:, :rows]
+        logits = self.model.next_logits(state[TOKEN], state[POSITION])
+        outputs = (self.ids[:rows], self.logps[:rows])
+        self._advance(state, *outputs, logits, self.temperature, self.limit, self.words, self.stops)
+
+    def _run(self, name: Hashable, work: Callable[[Any], None], inputs: Prompts | None) -> None:
+        """A pass in the mode; if it cannot be compiled or captured, in the next simpler one."""
+        try:
+            with torch.no_grad():
+                if self.mode == "graphed":
+                    self._replay(name, work, inputs)
+                else:
+                    with self.model.installed():
+                        work(inputs)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.mode == "eager":
+                raise
+            simpler = MODES[MODES.index(self.mode) - 1]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.note(f"sampling: {self.mode} failed ({reason[:200]}); continuing {simpler}")
+            self.use(simpler)
+            self._run(name, work, inputs)  # a pass that failed wrote at most keys and values that it writes again
+
+    def _replay(self, name: Hashable, work: Callable[[Any], None], inputs: Prompts | None) -> None:
+        """Run the pass uncaptured the first time, capture it the second time, and replay it from then on."""
+        if name not in self._ran:
+            assert self._stream is not None
+            self._ran.add(name)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream), self.model.installed():
+                work(inputs)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return
+        if name not in self._graphs:
+            own = None if inputs is None else Prompts(*(tensor.clone() for tensor in inputs.tensors()), inputs.longest)
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with self.model.installed(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                work(own)
+            self._pool = self._pool or graph.pool()
+            self._graphs[name] = (graph, own)
+        graph, own = self._graphs[name]
+        if own is not None and inputs is not None:
+            torch._foreach_copy_(own.tensors(), inputs.tensors())
+        graph.replay()
+
+
+def _advance(
+    state: Tensor, ids: Tensor, logps: Tensor, logits: Tensor, temperature: Tensor, limit: Tensor, words: Tensor,
+    stops: Tensor,
+) -> None:  # fmt: skip
+    """Draw a token of each row and write it: state (FIELDS, B), ids and logps (B, C + 1), logits (B, V)."""
+    token, position, key, count, done, ended = state.unbind(0)
+    new, logp = draw(logits, temperature, key.to(torch.int32), count.to(torch.int32), words)
+    live = done == 0
+    column = torch.where(live, count, ids.shape[1] - 1)[:, None]
+    ids.scatter_(1, column, new[:, None])
+    logps.scatter_(1, column, logp[:, None])
+    stopped = live & (new[:, None] == stops).any(1)
+    count = count + live
+    finished = (done != 0) | stopped | (count >= limit)
+    state.copy_(
+        torch.stack(
+            [
+                torch.where(live, new, token),
+                position + live,
+                key,
+                count,
+                finished.to(torch.int64),
+                (ended != 0).logical_or(stopped).to(torch.int64),
+            ]
+        )
+    )
