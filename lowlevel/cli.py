@@ -46,6 +46,7 @@ METHODS = {  # each is commands/train.py
     "reward": "reward model: a scalar head, trained on preference pairs",
     "grpo": "GRPO and its family: completions are sampled, rewarded and compared with their group",
     "rloo": "RLOO: completions are sampled, and each is compared with the others of its prompt",
+    "ppo": "PPO: completions are sampled, and a value head predicts the reward still to come at each token",
     "online_dpo": "DPO on the best and the worst of sampled completions",
 }
 NAMES = ("demo", "doctor", *METHODS, *"data losses plan time memory merge generate score compare".split())

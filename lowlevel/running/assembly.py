@@ -22,7 +22,7 @@ from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import working
 from lowlevel.losses import GRPO_LOSSES, KTO_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
 from lowlevel.losses.registry import LossSpec, find
-from lowlevel.methods import Method, dpo, grpo, kto, reward, rloo, sft
+from lowlevel.methods import Method, dpo, grpo, kto, ppo, reward, rloo, sft
 from lowlevel.model.adapters import (
     adapter_sha256,
     build_policy,
@@ -87,6 +87,8 @@ def build_method(config: RunConfig, attention: Attention) -> Method:
         return grpo.GRPO(config.grpo, batch, length, data.packing, shape)
     if config.method == "rloo":
         return rloo.RLOO(config.rloo, batch, length, data.packing, shape)
+    if config.method == "ppo":
+        return ppo.PPO(config.ppo, batch, length, data.packing, shape)
     return dpo.DPO(config.dpo, batch, length, data.packing, shape, data.columns)
 
 
@@ -96,8 +98,8 @@ def run_loss(config: RunConfig) -> LossSpec:
         return KTO_LOSSES["kto"]
     if config.method == "reward":
         return REWARD_LOSSES["bradley_terry"]
-    if config.method in ("grpo", "rloo"):
-        return GRPO_LOSSES[config.grpo.loss_type if config.method == "grpo" else "grpo"]
+    if config.method in ("grpo", "rloo", "ppo"):
+        return GRPO_LOSSES[{"grpo": config.grpo.loss_type, "rloo": "grpo", "ppo": "dapo"}[config.method]]
     return find(config.sft.loss_type, SFT_LOSSES) if config.method == "sft" else loss_spec(config.dpo.loss_type)
 
 
@@ -277,6 +279,7 @@ def load_policy(
             attention=attention,
             following=Following.of(config),
             reward_head=config.method == "reward",
+            value_head=config.method == "ppo",
         )
     if config.lora.init_lora_weights == "loftq" and init_from is None:
         start_from_error(policy, config.model)
