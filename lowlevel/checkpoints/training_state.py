@@ -17,10 +17,12 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.model.adapters import (
     REFERENCE_WEIGHTS,
+    VALUE_WEIGHTS,
     WEIGHTS,
     adapter_sha256,
     adapter_tensors,
     load_adapter_weights,
+    load_value_head,
     read_adapter_weights,
     save_adapter,
 )
@@ -28,8 +30,6 @@ from lowlevel.model.base import public_name
 from lowlevel.model.policy import REFERENCE, TRAINED, VALUE, Policy
 from lowlevel.optim.optimizer import load_optimizer_tensors, optimizer_tensors
 from lowlevel.optim.train_state import TrainState
-
-VALUE_WEIGHTS = "value_head.safetensors"
 
 
 def save_state(
@@ -67,8 +67,7 @@ def restore_state(
     load_adapter_weights(policy.model, TRAINED, read_adapter_weights(path), str(path / WEIGHTS))
     restore_reference(policy, path)
     if policy.value_head is not None:
-        with torch.no_grad():
-            policy.value_head.copy_(load_file(path / VALUE_WEIGHTS)[VALUE])
+        load_value_head(policy.value_head, path)
     load_optimizer_tensors(optimizer, load_file(path / "optimizer.safetensors"))
     try:
         return TrainState.from_json(payload["state"])

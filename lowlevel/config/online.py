@@ -30,9 +30,7 @@ class SampledConfig(Section):
         description="reward functions: exact_match, gsm8k, format, length, a reward run's folder, module:function",
     )
     reward_weights: tuple[Finite, ...] = Field((), strict=False, description="of each function in the sum; default: 1")
-    reward_pattern: str | None = Field(
-        None, description="format: regular expression that the whole completion must match"
-    )
+    reward_pattern: str | None = Field(None, description="format: regular expression of a whole completion")
     reward_timeout: Above = Field(60.0, description="seconds that a function may take for one prompt's completions")
     mask_truncated_completions: bool = Field(
         False, description="leave completions without an end out of the loss, of its sum and of its count"

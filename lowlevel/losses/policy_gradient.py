@@ -130,17 +130,23 @@ def kl_penalty(tokens: SampledLogps, estimator: str = "k3") -> Tensor:
     return k3 * ratios(tokens) if estimator == "k3_ratio" else k3
 
 
-_CLIPPED, _PAPER = "-min(r A, clip(r, 1-eps, 1+eps_high) A)", "arXiv 1707.06347"
+_CLIPPED = "-min(r A, clip(r, 1-eps, 1+eps_high) A)"
 _SPECS = (
     spec_of(clipped_surrogate, f"{_CLIPPED}, mean of completions' means", "arXiv 2402.03300", name="grpo"),
     spec_of(clipped_surrogate, f"{_CLIPPED}, mean of tokens", "arXiv 2503.14476", name="dapo"),
     spec_of(clipped_surrogate, f"{_CLIPPED}, sum of tokens / max. length", "arXiv 2503.20783", name="dr_grpo"),
     spec_of(cispo, "-sg(min(r, eps_high)) A log pi, mean of tokens", "arXiv 2506.13585", detaches=True),
+    spec_of(clipped_surrogate, f"{_CLIPPED}, r of a completion, mean of completions", "arXiv 2402.14740", name="rloo"),
+    spec_of(clipped_surrogate, f"{_CLIPPED}, mean of tokens", "arXiv 1707.06347", name="ppo"),
     spec_of(sapo, "-4/T s(T (r - 1)) A, mean of completions' means", "arXiv 2511.20347"),
 )
-GRPO_LOSSES: Mapping[str, LossSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
+POLICY_LOSSES: Mapping[str, LossSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
 SEQUENCES, TOKENS, CONSTANT = "sequences", "tokens", "constant"
-AGGREGATION = {"grpo": SEQUENCES, "sapo": SEQUENCES, "dapo": TOKENS, "cispo": TOKENS, "dr_grpo": CONSTANT}
+AGGREGATION = {
+    **dict.fromkeys(("grpo", "sapo", "rloo"), SEQUENCES),
+    **dict.fromkeys(("dapo", "cispo", "ppo"), TOKENS),
+    "dr_grpo": CONSTANT,
+}
 
 
 def aggregation(kind: str, length: int, max_length: int) -> tuple[float, float]:

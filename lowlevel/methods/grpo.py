@@ -16,11 +16,11 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Shape
 from lowlevel.config.online import GRPOConfig
-from lowlevel.losses import GRPO_LOSSES, LossSums, SampledLogps
+from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
 from lowlevel.losses.advantages import group_relative
 from lowlevel.losses.policy_gradient import AGGREGATION, kl_penalty
 from lowlevel.losses.registry import LossSpec
-from lowlevel.methods.sampled import Rows, micro_batches, policy_gradient, with_advantages
+from lowlevel.methods.sampled import Rows, micro_batches, policy_gradient, with_advantages, without_none
 from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:
@@ -58,12 +58,13 @@ class GRPO:
     @property
     def spec(self) -> LossSpec:
         """The configured loss."""
-        return GRPO_LOSSES[self.config.loss_type]
+        return POLICY_LOSSES[self.config.loss_type]
 
     @property
     def settings(self) -> Mapping[str, object]:
         """The hyper-parameters that it reads."""
-        return {name: getattr(self.config, name) for name in self.spec.parameters if name in GRPOConfig.model_fields}
+        fields = GRPOConfig.model_fields
+        return without_none({name: getattr(self.config, name) for name in self.spec.parameters if name in fields})
 
     @property
     def has_reference(self) -> bool:
@@ -85,7 +86,11 @@ class GRPO:
         """Positions: all tokens but the last."""
         return len(example)
 
+    @property
+    def rows(self) -> Rows:
+        """How completions become micro-batches."""
+        return Rows(self.batch_size, self.row_length, self.packing, self.shape)
+
     def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
         """The completions of one step in rows."""
-        rows = Rows(self.batch_size, self.row_length, self.packing, self.shape)
-        return micro_batches(examples, rows, AGGREGATION[self.config.loss_type], self.config.max_completion_length)
+        return micro_batches(examples, self.rows, AGGREGATION[self.config.loss_type], self.config.max_completion_length)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Shape
 from lowlevel.config.online import PPOConfig
-from lowlevel.losses import GRPO_LOSSES, LossSums, SampledLogps
+from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
 from lowlevel.losses.advantages import gae, whiten
-from lowlevel.losses.policy_gradient import TOKENS
+from lowlevel.losses.policy_gradient import AGGREGATION
 from lowlevel.losses.registry import LossSpec
 from lowlevel.losses.reward import head_rewards
 from lowlevel.losses.value import clipped_value_loss
@@ -79,7 +79,7 @@ class PPO:
     @property
     def spec(self) -> LossSpec:
         """The clipped loss of the policy."""
-        return GRPO_LOSSES["dapo"]
+        return POLICY_LOSSES["ppo"]
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -90,14 +90,14 @@ class PPO:
         """The completions of one step with values, returns and advantages of their tokens."""
         every, own = [x for group in groups for x in group], self.config
         policy.dropout.disable()
-        values = by_completion(policy, every, self._rows, lambda batch: _values(policy, batch))
+        values = by_completion(policy, every, self.rows, lambda batch: _values(policy, batch))
         references: Sequence[np.ndarray] = [x.logps for x in every]
         if own.beta > 0:
 
             def reference(batch: PackedBatch) -> Tensor:
                 return scaled_reference_logps(policy, batch, own.temperature)
 
-            references = by_completion(policy, every, self._rows, reference)
+            references = by_completion(policy, every, self.rows, reference)
         found = []
         for x, value, ref in zip(every, values, references, strict=True):
             rewards = -own.beta * torch.from_numpy(x.logps - ref).double()
@@ -119,12 +119,13 @@ class PPO:
         return len(example)
 
     @property
-    def _rows(self) -> Rows:
+    def rows(self) -> Rows:
+        """How completions become micro-batches."""
         return Rows(self.batch_size, self.row_length, self.packing, self.shape)
 
     def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
         """The completions of one step in rows."""
-        return micro_batches(examples, self._rows, TOKENS, self.config.max_completion_length, VALUES)
+        return micro_batches(examples, self.rows, AGGREGATION[self.name], self.config.max_completion_length, VALUES)
 
 
 def _values(policy: Policy, batch: PackedBatch) -> Tensor:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Shape
 from lowlevel.config.online import RLOOConfig
-from lowlevel.losses import GRPO_LOSSES, LossSums, SampledLogps
+from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
 from lowlevel.losses.advantages import leave_one_out
-from lowlevel.losses.policy_gradient import SEQUENCES
+from lowlevel.losses.policy_gradient import AGGREGATION
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods.sampled import (
     Rows,
@@ -29,6 +29,7 @@ from lowlevel.methods.sampled import (
     policy_gradient,
     scaled_reference_logps,
     with_advantages,
+    without_none,
 )
 from lowlevel.model.policy import Policy
 
@@ -64,13 +65,13 @@ class RLOO:
     @property
     def spec(self) -> LossSpec:
         """PPO's clipped loss."""
-        return GRPO_LOSSES["grpo"]
+        return POLICY_LOSSES["rloo"]
 
     @property
     def settings(self) -> Mapping[str, object]:
         """The hyper-parameters that it reads."""
         clip = {"epsilon": self.config.epsilon, "epsilon_high": self.config.epsilon_high}
-        return {**clip, "importance_sampling_level": "sequence_sum"}
+        return without_none({**clip, "importance_sampling_level": "sequence_sum"})
 
     def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
         """The completions of one step with their advantages."""
@@ -86,7 +87,7 @@ class RLOO:
         def scores(batch: PackedBatch) -> Tensor:
             return scaled_reference_logps(policy, batch, self.config.temperature)
 
-        return by_completion(policy, rollouts, self._rows, scores)
+        return by_completion(policy, rollouts, self.rows, scores)
 
     def count(self, batch: PackedBatch) -> float:
         """Completions."""
@@ -98,9 +99,10 @@ class RLOO:
         return len(example)
 
     @property
-    def _rows(self) -> Rows:
+    def rows(self) -> Rows:
+        """How completions become micro-batches."""
         return Rows(self.batch_size, self.row_length, self.packing, self.shape)
 
     def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
         """The completions of one step in rows."""
-        return micro_batches(examples, self._rows, SEQUENCES, self.config.max_completion_length)
+        return micro_batches(examples, self.rows, AGGREGATION[self.name], self.config.max_completion_length)

@@ -158,8 +158,9 @@ def policy_gradient_sums(
     apart = (tokens.token_logps.detach() - tokens.old_logps).abs() * (share > 0)
     ratio = (tokens.token_logps.detach() - tokens.old_logps).exp()
     named = {**metrics, f"{DIFFERENCE}/mean": apart, "ratio": ratio}
-    by_token = {"logps": tokens.token_logps, "old_logps": tokens.old_logps, "ref_logps": tokens.ref_token_logps}
     loss = torch.where(batch.belongs, losses * weight, 0.0)
+    by_token = {"logps": tokens.token_logps, "old_logps": tokens.old_logps, "token_losses": loss}
+    by_token |= {} if tokens.ref_token_logps is None else {"ref_logps": tokens.ref_token_logps}
     logps = batch.sequence_sums(tokens.token_logps.detach())
     return LossSums(
         loss.sum(),
@@ -171,8 +172,13 @@ def policy_gradient_sums(
             "advantage": batch.sequence_sums(tokens.advantages) / batch.lengths,
             "loss": batch.sequence_sums(loss.detach()),
         },
-        tokens={name: value.detach() for name, value in by_token.items() if value is not None},
+        tokens={name: value.detach() for name, value in by_token.items()},
     )
+
+
+def without_none(settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings that were given; the others are the loss's own defaults."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def with_advantages(groups: Sequence[Sequence[Rollout]], advantages: Tensor, *, masked: bool) -> list[Rollout]:

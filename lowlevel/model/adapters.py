@@ -44,6 +44,7 @@ from lowlevel.model.targets import linear_layers, matched
 
 WEIGHTS = "adapter_model.safetensors"
 REFERENCE_WEIGHTS = "reference.safetensors"  # in checkpoints: a moving reference, with the names of WEIGHTS
+VALUE_WEIGHTS = "value_head.safetensors"  # in checkpoints of ppo
 ADAPTER_CONFIG = "adapter_config.json"
 START, DEFAULT = "init_lora_weights", "default"  # in the metadata of WEIGHTS, unless it is the default
 STORED = (torch.float32, torch.float16, torch.bfloat16)
@@ -123,8 +124,20 @@ def build_policy(
         model, flat, placement, state, adapted, parent is not None, attention, decoder_layers, moving, start, *heads
     )
     policy.activate(parent=True, trained=True)
+    if policy.value_head is not None and init_from and (init_from / VALUE_WEIGHTS).exists():
+        load_value_head(policy.value_head, init_from)
     check_base(policy)
     return policy
+
+
+def load_value_head(head: nn.Parameter, folder: Path) -> None:
+    """Copy the value head of a checkpoint. Raises CheckpointError if it cannot be read."""
+    try:
+        value = load_file(folder / VALUE_WEIGHTS)[VALUE]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{folder / VALUE_WEIGHTS} cannot be read: {error}") from None
+    with torch.no_grad():
+        head.copy_(value)
 
 
 def _new_head(base: PreTrainedModel, seed: int, device: torch.device) -> nn.Linear:

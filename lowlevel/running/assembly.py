@@ -20,7 +20,7 @@ from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import working
-from lowlevel.losses import GRPO_LOSSES, KTO_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
+from lowlevel.losses import KTO_LOSSES, POLICY_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
 from lowlevel.losses.registry import LossSpec, find
 from lowlevel.methods import Method, dpo, grpo, kto, ppo, reward, rloo, sft
 from lowlevel.model.adapters import (
@@ -99,7 +99,7 @@ def run_loss(config: RunConfig) -> LossSpec:
     if config.method == "reward":
         return REWARD_LOSSES["bradley_terry"]
     if config.method in ("grpo", "rloo", "ppo"):
-        return GRPO_LOSSES[{"grpo": config.grpo.loss_type, "rloo": "grpo", "ppo": "dapo"}[config.method]]
+        return POLICY_LOSSES[config.grpo.loss_type if config.method == "grpo" else config.method]
     return find(config.sft.loss_type, SFT_LOSSES) if config.method == "sft" else loss_spec(config.dpo.loss_type)
 
 

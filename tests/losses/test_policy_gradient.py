@@ -9,7 +9,7 @@ import torch
 from lowlevel.losses.advantages import gae, group_relative, leave_one_out, whiten
 from lowlevel.losses.policy_gradient import (
     AGGREGATION,
-    GRPO_LOSSES,
+    POLICY_LOSSES,
     SampledLogps,
     aggregation,
     clipped_surrogate,
@@ -45,7 +45,7 @@ def aggregated(losses, loss_type, rows=((0, 1), (1, 3)), max_length=4):
 
 
 def loss_at(tokens, loss_type, **settings):
-    spec = GRPO_LOSSES[loss_type]
+    spec = POLICY_LOSSES[loss_type]
     given = {name: value for name, value in settings.items() if name in spec.parameters}
     return aggregated(spec(tokens, given)[0], loss_type)
 
@@ -94,7 +94,7 @@ def test_the_gradient_of_grpo_at_q():
 def test_kl_at_q(estimator, expected):
     tokens = point()
     penalty = kl_penalty(tokens, estimator)
-    losses = GRPO_LOSSES["grpo"](tokens, CLIP)[0] + 0.04 * penalty
+    losses = POLICY_LOSSES["grpo"](tokens, CLIP)[0] + 0.04 * penalty
     assert aggregated(losses, "grpo").item() == pytest.approx(expected, rel=1e-12)
     if estimator == "k3":
         by_token = [0.10653065971263342, 0.004837418035959579, 0.1487212707001282, 0.005170918075647624]
