@@ -175,7 +175,7 @@ def _parse_flag(section: str, key: str, text: str) -> object:
     field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
     if field is not None and field.annotation in TEXTS:
         return text
-    if key in ("target_modules", "columns", "report_to") and not text.startswith("["):
+    if key in ("target_modules", "columns", "report_to", "reward") and not text.startswith("["):
         return text
     if text in ("True", "False"):  # Python's
         return text == "True"

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowlevel.data.examples import Built, Example, SFTExample, TokenCounts
+from lowlevel.data.examples import Built, Example, PromptExample, SFTExample, TokenCounts
 from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import APART, ChatTokenizer
 from lowlevel.data.sources import SHOWN, Part, RowProblem, SourceRows
@@ -223,6 +223,9 @@ def show_example(example: Example, tokenizer: ChatTokenizer, console: Console) -
     if isinstance(example, SFTExample):
         learned = example.labels >= 0
         console.print(_coloured(example.input_ids, np.where(learned, "green", "dim"), tokenizer, console))
+        return
+    if isinstance(example, PromptExample):
+        console.print(_coloured(example.prompt_ids, np.full(len(example.prompt_ids), "dim"), tokenizer, console))
         return
     for name, style, ids in (("chosen", "green", example.chosen_ids), ("rejected", "red", example.rejected_ids)):
         whole = np.concatenate([example.prompt_ids, ids])

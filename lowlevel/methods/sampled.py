@@ -92,9 +92,9 @@ def micro_batches(
         for number, x in enumerate(inside):
             places = batch.sequence_index[number, : len(x.completion_ids)].numpy()
             weight = parts[id(x)][0] if x.counted else 0.0
-            given = (weight, share * x.counted, x.logps, x.advantages, *(x.values[name] for name in more))
-            for row, value in zip(values, given, strict=True):
-                row[places] = value
+            own = [x.logps, x.advantages, *(x.values[name] for name in more)]
+            values[0, places], values[1, places] = weight, share * x.counted
+            values[2:, places] = np.stack(own)
         total = sum(parts[id(x)][1] for x in inside if x.counted)
         made.append(replace(batch, token_values=torch.from_numpy(values), total_weight=total))
     if not counted:  # the step has no loss: its gradient is 0, divided by 1

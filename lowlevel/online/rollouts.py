@@ -195,16 +195,15 @@ def _line(step: int, x: Rollout) -> dict[str, Any]:
 
 
 def _rollout(line: Mapping[str, Any]) -> Rollout:
-    def array(name: str, dtype: Any) -> np.ndarray:
-        return np.asarray(line[name], dtype)
+    kinds = {"prompt_ids": np.int32, "completion_ids": np.int32, "logps": np.float32, "advantages": np.float32}
+    arrays: dict[str, Any] = {name: np.asarray(line[name], kind) for name, kind in kinds.items()}
 
     def part(prefix: str) -> dict[str, Any]:
         return {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
 
     return Rollout(
         **{name: line[name] for name in ("row", "where", "group", "sample", "text", "ended", "reward", "counted")},
-        **{name: array(name, np.int32) for name in ("prompt_ids", "completion_ids")},
-        **{name: array(name, np.float32) for name in ("logps", "advantages")},
+        **arrays,
         rewards=part("reward/"),
         values={name: np.asarray(value, np.float32) for name, value in part("values/").items()},
     )
