@@ -161,7 +161,10 @@ KEYS = {
     "online_dpo.temperature": (0.7, {"method": "online_dpo"}),
     "online_dpo.reward": (["gsm8k", "length"], {"method": "online_dpo"}),
     "online_dpo.reward_weights": ([0.5], {"method": "online_dpo"}),
-    "online_dpo.reward_pattern": ("a.*", {"method": "online_dpo", "online_dpo": {"reward": ["format"], "reward_pattern": "b"}}),
+    "online_dpo.reward_pattern": (
+        "a.*",
+        {"method": "online_dpo", "online_dpo": {"reward": ["format"], "reward_pattern": "b"}},
+    ),
     "online_dpo.reward_timeout": (5.0, {"method": "online_dpo"}),
     "online_dpo.mask_truncated_completions": (True, {"method": "online_dpo"}),
     "online_dpo.num_iterations": (2, {"method": "online_dpo"}),

@@ -66,7 +66,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
     sft, kto, online = config.method == "sft", config.method == "kto", config.method in ONLINE
     paired = config.method in PAIRED and not online
     model, data, mode = config.model, config.data, config.model.adapter_mode
-    others = [method for method in METHODS if method != config.method]
+    unused = "], [".join(method for method in METHODS if method != config.method and method in given)
     no_adapter, continued = model.adapter is None, config.lora.init_from is not None
     loftq = config.lora.init_lora_weights == "loftq"
     quantisation = bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given)
@@ -75,7 +75,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
     messages = 'data.format = "messages" is for sft and kto'
     needed_mode = no_adapter and "model.adapter_mode" in given and mode != "none"
     return [
-        *((other in given, f'[{other}] is not used when method = "{config.method}"') for other in others),
+        (bool(unused), f'[{unused}] is not used when method = "{config.method}"'),
         (sft and bool(model.adapter), f"model.adapter is for {others_say}; to continue an adapter use lora.init_from"),
         (
             (sft or online) and pairs,
