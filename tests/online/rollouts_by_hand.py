@@ -28,6 +28,11 @@ def rollouts(prompts=3, size=4, *, seed=0, longest=14):
     return found
 
 
+def evens(completion_ids):
+    """A reward that completions of a random model differ in: the share of even token ids."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
 def groups_of(found):
     return [[x for x in found if x.group == group] for group in dict.fromkeys(x.group for x in found)]
 
