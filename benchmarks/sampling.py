@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -34,9 +35,9 @@ from lowlevel.model.placement import choose_placement
 from lowlevel.model.policy import Policy
 from lowlevel.sampling import FastSampler, PlainSampler, Sampling
 
-FIELDS = ("case", "batch", "prompt", "new", "tokens_per_second", "ms_per_token_step", "median_seconds", "p_min", "p_max",
-          "repeats", "peak_allocated_gib", "status", "shape", "gpu", "torch", "transformers", "peft", "bitsandbytes",
-          "commit", "started")  # fmt: skip
+FIELDS = ("case", "batch", "prompt", "new", "tokens_per_second", "ms_per_token_step", "median_seconds", "p_min",
+          "p_max", "repeats", "peak_allocated_gib", "status", "shape", "gpu", "torch", "transformers", "peft",
+          "bitsandbytes", "commit", "started")  # fmt: skip
 NEVER = -1  # a stop token that no vocabulary has
 
 
@@ -194,6 +195,8 @@ def main() -> None:
             add(name, batch, lambda prompts, own=sampler: own.sample(prompts, Sampling(options.new, 1.0)),
                 options.repeats)  # fmt: skip
             report(policy, sampler, batch, options)
+            if (why := sampler.steps.failure) is not None:
+                print("".join(traceback.format_exception(why)), flush=True)
         del sampler
     for batch in options.batches if options.peers else ():
         add("Hugging Face's generate", batch, hugging_face(policy, options.new), options.peers)
@@ -201,7 +204,7 @@ def main() -> None:
 
 def cases() -> Sequence[tuple[str, dict[str, Any]]]:
     """Settings of this sampler, by the name of the case."""
-    return (("lowlevel", {}),)
+    return (("lowlevel", {}), ("lowlevel, weights in 4 bits", {"join": False}))
 
 
 def report(policy: Policy, sampler: FastSampler, batch: int, options: argparse.Namespace) -> None:

@@ -33,6 +33,7 @@ KEYS = {
     "lora.lora_dropout": (0.25, {}),
     "lora.target_modules": (["q_proj", "v_proj"], {}),
     "lora.use_rslora": (True, {}),
+    "lora.use_dora": (True, {}),
     "lora.loraplus_lr_ratio": (16.0, {}),
     "lora.init_lora_weights": ("loftq", {}),
     "lora.init_from": ("out/older", {}),

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 LARGEST_BATCH = 1_048_576  # examples a step
 # With lora.init_from, the adapter has its own.
-ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights")
+ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "init_lora_weights")
+DORA = 'set model.adapter_mode = "original", or merge it first (lowlevel merge)'
 LOFTQ = 'lora.init_lora_weights = "loftq"'
 TRACE_DETAILS = ("level", "gradients")
 PLANNED = ("recomputed_layers", "micro_batch_positions", "dequantize_once")  # set by memory_budget
@@ -68,7 +69,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
     model, data, mode = config.model, config.data, config.model.adapter_mode
     unused = "], [".join(method for method in METHODS if method != config.method and method in given)
     no_adapter, continued = model.adapter is None, config.lora.init_from is not None
-    loftq = config.lora.init_lora_weights == "loftq"
+    loftq, stacked = config.lora.init_lora_weights == "loftq", mode == "stack" and not no_adapter
     quantisation = bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given)
     pairs, others_say = data.format in PAIRS, "dpo, kto and reward"
     columns = "data.columns is for sft, dpo and reward; reward functions receive all columns"
@@ -90,6 +91,8 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
         (needed_mode, f'model.adapter_mode = "{mode}" needs model.adapter'),
         (not model.load_in_4bit and quantisation, "model.bnb_4bit_* keys need model.load_in_4bit = true"),
         (loftq and config.has_reference, f"{LOFTQ} is for sft and reward: {config.method} starts as its reference"),
+        (loftq and config.lora.use_dora, f"{LOFTQ} is not for lora.use_dora: its lengths are those of the base's rows"),
+        (stacked and config.lora.use_dora, f"lora.use_dora cannot stand on model.adapter: {DORA}"),
         (loftq and not model.load_in_4bit, f"{LOFTQ} needs model.load_in_4bit = true: it starts from the error"),
         *((continued and f"lora.{key}" in given, f"lora.{key} comes from lora.init_from") for key in ADAPTER_SHAPE),
     ]

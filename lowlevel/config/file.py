@@ -54,10 +54,7 @@ OTHER_NAMES = {
     "loss": "loss_type",
 }
 TRUNCATED = "is not supported: the loss needs the distribution that was sampled from, which is that of all tokens"
-REFUSED = {
-    **dict.fromkeys(("top_p", "top_k", "min_p"), TRUNCATED),
-    "use_dora": "DoRA (arXiv 2402.09353) is not supported: the norms of W + B A need a dense product in each pass",
-}
+REFUSED = dict.fromkeys(("top_p", "top_k", "min_p"), TRUNCATED)
 
 
 def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method: str | None = None) -> RunConfig:

@@ -95,6 +95,7 @@ class LoraConfig(Section):
         ALL_PROJECTIONS, min_length=1, description='linear layers with an adapter: names, "all-linear" or a pattern'
     )
     use_rslora: bool = Field(False, description="rsLoRA (arXiv 2312.03732): update scale is lora_alpha / sqrt(r)")
+    use_dora: bool = Field(False, description="DoRA (arXiv 2402.09353): learn the length of each weight row apart")
     loraplus_lr_ratio: Annotated[Finite, Field(gt=0)] | None = Field(
         None, description="LoRA+ (arXiv 2402.12354): learning rate of B in units of train.learning_rate, A's; say 16"
     )

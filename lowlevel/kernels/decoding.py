@@ -4,13 +4,14 @@ A cache of one layer is (2, S, H_kv, C, D): keys and values of S slots for up to
 the sequence in slot b; its new token has position p_b. It writes its key and value there, and attends to positions 0 to
 p_b. All query heads of a group read the same keys, so a program handles one group of one row.
 
-The tokens are split in chunks, so that few rows fill a GPU too. A chunk gives its own softmax and its logsumexp l_s; a
-chunk behind p_b has l_s = -inf, and its program reads nothing::
+The tokens are split in chunks, one a program, so that few rows fill a GPU too. A chunk gives its own softmax and its
+logsumexp l_s; a chunk behind p_b has l_s = -inf, and its program reads nothing::
 
     o_s = sum_(j in s) exp(z_j - l_s) v_j        o = sum_s exp(l_s - logsumexp(l)) o_s
 
-The loop ends at p_b, a number on the device, so one captured CUDA graph serves every length. No `tl.dot` (kernels):
-with at most a few queries a key, memory is the bound.
+p_b is read on the device, so one captured CUDA graph serves every length. A program holds its keys and values in
+registers, in the layout of their loads, and takes one query after the other: products of three dimensions would be
+summed across warps, 5 times slower on an H200. No `tl.dot` (kernels/__init__.py): memory is the bound.
 """
 
 from __future__ import annotations
@@ -24,10 +25,15 @@ from torch import Tensor
 
 from lowlevel.kernels.operators import operator
 
-CHUNK = 128  # tokens; a cache's C is a multiple of it
-WARPS = 8
-NUMBERS = 8192  # products that a program holds at a time: 32 a thread, so that two programs share an SM
+CHUNK = 64  # tokens of the smallest chunk; a cache's C is a multiple of `chunk_of(C)`
+MOST_QUERIES = 8  # of a program
+A_WARP = 1024  # keys' features that a warp holds
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def chunk_of(capacity: int) -> int:
+    """Tokens of a chunk: more in a larger cache, whose chunks would be many."""
+    return CHUNK if capacity <= 512 else 2 * CHUNK if capacity <= 2048 else 4 * CHUNK
 
 
 def decode_attention(
@@ -50,7 +56,7 @@ def decode_attention(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Each chunk's output (B, H, C / CHUNK, D) and logsumexp (B, H, C / CHUNK), fp32; float64 for float64."""
+    """Each chunk's output (B, H, chunks, D) and logsumexp (B, H, chunks), fp32; float64 for float64."""
     run = _launch if _kernel_takes(query, key, value, cache) else attend_reference
     return run(query, key, value, cache, positions, scale)
 
@@ -58,7 +64,7 @@ def _attend(
 @torch.library.register_fake("lowlevel::decode_attention")
 def _(query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float):  # type: ignore[no-untyped-def]  # noqa: ANN202
     rows, heads, features = query.shape
-    dtype, chunks = torch.promote_types(query.dtype, torch.float32), cache.shape[3] // CHUNK
+    dtype, chunks = torch.promote_types(query.dtype, torch.float32), cache.shape[3] // chunk_of(cache.shape[3])
     parts = query.new_empty((rows, heads, chunks, features), dtype=dtype)
     return parts, query.new_empty((rows, heads, chunks), dtype=dtype)
 
@@ -70,10 +76,11 @@ def attend_reference(
     rows, heads, features = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     store(cache, key, value, torch.arange(rows, device=query.device), positions)
-    keys, values = (part.to(dtype).unflatten(2, (-1, CHUNK)) for part in cache[:, :rows])  # (B, H_kv, S, CHUNK, D)
+    chunk = chunk_of(cache.shape[3])
+    keys, values = (part.to(dtype).unflatten(2, (-1, chunk)) for part in cache[:, :rows])  # (B, H_kv, S, chunk, D)
     groups = query.to(dtype).unflatten(1, (keys.shape[1], -1))  # (B, H_kv, G, D)
     scores = torch.einsum("bhgd,bhscd->bhgsc", groups, keys) * scale
-    order = torch.arange(keys.shape[2] * CHUNK, device=query.device).view(-1, CHUNK)
+    order = torch.arange(keys.shape[2] * chunk, device=query.device).view(-1, chunk)
     scores = scores.masked_fill(order > positions.view(-1, 1, 1, 1, 1), -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.clamp(min=torch.finfo(dtype).min)[..., None]).exp()  # a chunk without tokens: 0
@@ -103,52 +110,48 @@ def kernel() -> Any:
     def decode(
         query, key, value, cache, positions, parts, lse, scale, half, slot, head,
         kv_heads: tl.constexpr, group: tl.constexpr, features: tl.constexpr, queries: tl.constexpr,
-        width: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr,
+        width: tl.constexpr, chunk: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
-        kv = tl.program_id(1)
+        first = tl.program_id(1) * queries  # of the row's query heads
         part = tl.program_id(2)
+        chunks = tl.num_programs(2)
+        kv = first // group
         position = tl.load(positions + row).to(tl.int32)
-        d = tl.arange(0, width)
-        g = tl.arange(0, queries)
-        known = d < features
-        inside = (g < group)[:, None] & known[None, :]
-        first_query = (row * kv_heads + kv) * group
-        q = tl.load(query + (first_query + g[:, None]) * features + d[None, :], mask=inside, other=0.0)
-        q = q.to(tl.float32) * scale
-        new_at = (row * kv_heads + kv) * features + d
-        new_k = tl.load(key + new_at, mask=known, other=0.0)
-        new_v = tl.load(value + new_at, mask=known, other=0.0)
-        keys = cache + row * slot + kv * head
-        values = keys + half
         begin = part * chunk
-        end = tl.minimum(begin + chunk, position + 1)
-        m = tl.full([queries], float("-inf"), tl.float32)
-        s = tl.zeros([queries], tl.float32)
-        o = tl.zeros([queries, width], tl.float32)
-        for start in range(begin, end, block):
-            at = start + tl.arange(0, block)
+        d = tl.arange(0, width)
+        known = d < features
+        outputs = (row * kv_heads * group + first) * chunks + part
+        query += (row * kv_heads * group + first) * features + d
+        if begin <= position:
+            new_at = (row * kv_heads + kv) * features + d
+            new_k = tl.load(key + new_at, mask=known, other=0.0)
+            new_v = tl.load(value + new_at, mask=known, other=0.0)
+            keys = cache + row * slot + kv * head
+            values = keys + half
+            at = begin + tl.arange(0, chunk)
             where = at[:, None] * features + d[None, :]
             stored = (at < position)[:, None] & known[None, :]
             is_new = (at == position)[:, None]
-            k = tl.where(is_new, new_k[None, :], tl.load(keys + where, mask=stored, other=0.0)).to(tl.float32)
-            v = tl.where(is_new, new_v[None, :], tl.load(values + where, mask=stored, other=0.0)).to(tl.float32)
-            z = tl.sum(q[:, None, :] * k[None, :, :], 2)
-            z = tl.where((at < end)[None, :], z, float("-inf"))
-            higher = tl.maximum(m, tl.max(z, 1))
-            w = tl.exp(z - higher[:, None])
-            shrink = tl.exp(m - higher)
-            o = o * shrink[:, None] + tl.sum(w[:, :, None] * v[None, :, :], 1)
-            s = s * shrink + tl.sum(w, 1)
-            m = higher
-        if (position >= begin) & (position < begin + chunk):
-            tl.store(keys + position * features + d, new_k, mask=known)
-            tl.store(values + position * features + d, new_v, mask=known)
-        some = s > 0
-        o = o / tl.where(some, s, 1.0)[:, None]
-        out_at = (first_query + g) * tl.num_programs(2) + part
-        tl.store(parts + out_at[:, None] * features + d[None, :], o, mask=inside)
-        tl.store(lse + out_at, tl.where(some, m + tl.log(s), float("-inf")), mask=g < group)
+            k = tl.where(is_new, new_k[None, :], tl.load(keys + where, mask=stored, other=0.0))
+            v = tl.where(is_new, new_v[None, :], tl.load(values + where, mask=stored, other=0.0))
+            for g in tl.static_range(queries):
+                q = tl.load(query + g * features, mask=known, other=0.0).to(tl.float32) * scale
+                z = tl.sum(q[None, :] * k.to(tl.float32), 1)
+                z = tl.where(at <= position, z, float("-inf"))
+                m = tl.max(z, 0)
+                w = tl.exp(z - m)
+                s = tl.sum(w, 0)
+                o = tl.sum(w[:, None] * v.to(tl.float32), 0) / s
+                tl.store(parts + (outputs + g * chunks) * features + d, o, mask=known)
+                tl.store(lse + outputs + g * chunks, m + tl.log(s))
+            if position < begin + chunk:
+                tl.store(keys + position * features + d, new_k, mask=known)
+                tl.store(values + position * features + d, new_v, mask=known)
+        else:
+            for g in tl.static_range(queries):
+                tl.store(parts + (outputs + g * chunks) * features + d, tl.zeros([width], tl.float32), mask=known)
+                tl.store(lse + outputs + g * chunks, float("-inf"))
 
     return decode
 
@@ -156,7 +159,7 @@ def kernel() -> Any:
 @functools.cache
 def usable(device: torch.device, dtype: torch.dtype, group: int, features: int) -> bool:
     """Whether the kernel compiles and launches on this device, tried before a CUDA graph needs it; else warns once."""
-    cache = torch.zeros(2, 1, 1, CHUNK, features, dtype=dtype, device=device)
+    cache = torch.zeros(2, 1, 1, 2 * CHUNK, features, dtype=dtype, device=device)
     query, new = cache[0, :, 0, :1].expand(1, group, features).contiguous(), cache[0, :, 0, :1].clone()
     try:
         _launch(query, new, new, cache, torch.zeros(1, dtype=torch.int64, device=device), 1.0)
@@ -167,25 +170,26 @@ def usable(device: torch.device, dtype: torch.dtype, group: int, features: int) 
     return True
 
 
-def launch_sizes(group: int, features: int) -> dict[str, int]:
-    """Sizes of a program: queries and features rounded up to powers of two, and the tokens of an iteration."""
-    queries, width = (1 << (size - 1).bit_length() for size in (group, features))
-    return {"queries": queries, "width": width, "chunk": CHUNK,
-            "block": max(8, min(64, NUMBERS // (queries * width)))}  # fmt: skip
+def launch_sizes(group: int, features: int, capacity: int) -> dict[str, int]:
+    """Sizes of a program: query heads, features rounded up to a power of two, tokens, and warps."""
+    queries = max(size for size in range(1, MOST_QUERIES + 1) if group % size == 0)
+    width, chunk = 1 << (features - 1).bit_length(), chunk_of(capacity)
+    return {"queries": queries, "width": width, "chunk": chunk, "num_warps": min(16, max(1, chunk * width // A_WARP))}
 
 
 def _launch(
     query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     rows, heads, features = query.shape
-    kv_heads, chunks = cache.shape[2], cache.shape[3] // CHUNK
+    kv_heads, capacity = cache.shape[2:4]
+    sizes = launch_sizes(heads // kv_heads, features, capacity)
+    chunks = capacity // sizes["chunk"]
     parts = torch.empty(rows, heads, chunks, features, dtype=torch.float32, device=query.device)
     lse = torch.empty(rows, heads, chunks, dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):  # Triton launches on the current device
-        kernel()[(rows, kv_heads, chunks)](
+        kernel()[(rows, heads // sizes["queries"], chunks)](
             query.contiguous(), key.contiguous(), value.contiguous(), cache, positions, parts, lse, scale,
-            *cache.stride()[:3], kv_heads, heads // kv_heads, features, **launch_sizes(heads // kv_heads, features),
-            num_warps=WARPS,
+            *cache.stride()[:3], kv_heads, heads // kv_heads, features, **sizes,
         )  # fmt: skip
     return parts, lse
 

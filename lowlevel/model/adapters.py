@@ -24,7 +24,7 @@ from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.dropout import DropoutState
 from lowlevel.model.files import is_finite, read_json_object, refuse_pickles
 from lowlevel.model.layers import DecoderLayers
-from lowlevel.model.linear import install_side_by_side
+from lowlevel.model.linear import install_side_by_side, prepare_dora
 from lowlevel.model.moving_reference import Following
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
@@ -49,7 +49,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 START, DEFAULT = "init_lora_weights", "default"  # in the metadata of WEIGHTS, unless it is the default
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 # Keys of adapter_config.json. Every variant of LoRA adds one, so a key that is not listed must be null, false or empty.
-OBEYED = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+OBEYED = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
 CHECKED = ("peft_type", "base_model_name_or_path")
 ABOUT = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")  # the writer, PEFT's wrapper class
 UNREAD = ("eva_config", "megatron_core", "qalora_group_size")  # before training; with megatron_config; with use_qalora
@@ -109,6 +109,9 @@ def build_policy(
         model.get_base_model().value = value
     install_side_by_side(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for layer in layers.values():
+        if TRAINED in layer.lora_magnitude_vector:
+            prepare_dora(layer, TRAINED, placement.dtype, fresh=init_from is None)
     state = DropoutState()
     place_dropout(layers, lora.lora_dropout, state, placement.device)
     trained = {name: p for name, p in model.named_parameters() if f".{TRAINED}." in name or name in (SCORE, VALUE)}
@@ -256,8 +259,9 @@ def _check_settings(raw: dict[str, Any], path: Path) -> None:
         matched(targets or "", ())
     except ValueError as error:
         raise CheckpointError(f"{path}: target_modules = {quoted(repr(targets))} {error}") from None
-    if not isinstance(raw.get("use_rslora", False), bool):
-        raise CheckpointError(f"{path}: use_rslora = {quoted(repr(raw['use_rslora']))}, expected true or false")
+    for switch in ("use_rslora", "use_dora"):
+        if not isinstance(raw.get(switch, False), bool):
+            raise CheckpointError(f"{path}: {switch} = {quoted(repr(raw[switch]))}, expected true or false")
     name = raw.get("base_model_name_or_path")
     if not (name is None or isinstance(name, str) and "://" not in name):
         raise CheckpointError(f"{path}: base_model_name_or_path = {quoted(repr(name))}, expected a name or a folder")
@@ -304,8 +308,9 @@ def load_adapter_weights(model: PeftModel, adapter: str, tensors: dict[str, Tens
 
 def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
     """An adapter's parameters under the keys of PEFT's file format (without the adapter's name)."""
-    marker = f".{adapter}."
+    marker, vector = f".{adapter}.", ".lora_magnitude_vector"
     own = {name.replace(marker, "."): p for name, p in model.named_parameters() if ".lora_" in name and marker in name}
+    own = {name.removesuffix(".weight") if vector in name else name: p for name, p in own.items()}
     heads = {name: p for name, p in model.named_parameters() if name == SCORE} if adapter == TRAINED else {}
     return own | heads
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowlevel.data.examples import PreferenceExample
+from lowlevel.data.examples import PreferenceExample, PromptExample
 from lowlevel.durable import write_bytes
 from lowlevel.errors import CheckpointError
 from lowlevel.labels import IGNORED
@@ -70,6 +70,21 @@ class Rollout:
 def step_examples(config: RunConfig, rollouts: Sequence[Rollout]) -> list[Any]:
     """What the method of a run takes: the completions, or a pair of each prompt's."""
     return pairs_of(rollouts) if config.method == "online_dpo" else list(rollouts)
+
+
+def longest_examples(config: RunConfig, prompts: Sequence[PromptExample]) -> list[Any]:
+    """Made-up examples of the largest step: the longest prompts, and completions of the maximal length."""
+    own, found = config.sampled, list[Rollout]()
+    assert own is not None
+    longest = sorted(prompts, key=lambda x: -len(x.prompt_ids))[: config.prompts_per_step]
+    size = own.max_completion_length
+    for group, x in enumerate(longest):
+        ids, zeros = np.resize(x.prompt_ids, size), np.zeros(size, np.float32)
+        for sample in range(own.num_generations):
+            values = {"values": zeros, "returns": zeros}
+            one = Rollout(x.row, x.where, group, sample, x.prompt_ids, ids, "", True, zeros, {}, 0.0, zeros, values)
+            found.append(one)
+    return step_examples(config, found)
 
 
 def step_batches(config: RunConfig, method: Method, rollouts: Sequence[Rollout]) -> list[PackedBatch]:

@@ -13,7 +13,7 @@ import torch
 
 from lowlevel.batch.layout import Shape
 from lowlevel.batch.order import ORDER_VERSION, DataOrder
-from lowlevel.config.contradictions import parse_size
+from lowlevel.config.contradictions import DORA, parse_size
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import ModelLimits, PreparedData, prepare
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
@@ -129,7 +129,8 @@ def check_inputs(config: RunConfig) -> Inputs:
     parent = find_adapter(config.model.adapter, "model.adapter")
     init_from = find_adapter(config.lora.init_from, "lora.init_from")
     for folder in filter(None, (parent, init_from)):
-        read_adapter_config(folder)
+        if read_adapter_config(folder).use_dora and parent and config.model.adapter_mode == "stack":
+            raise ConfigError(f"{folder}: an adapter with use_dora is not stacked: {DORA}")
         if is_reward_model(folder) and not (folder == init_from and config.method == "reward"):
             raise ConfigError(f"{folder} is a reward model: start from an SFT or DPO adapter")
     check_frozen_under(parent, init_from)

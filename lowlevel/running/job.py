@@ -23,6 +23,7 @@ from lowlevel.methods import DPO, Method, PolicyGradient
 from lowlevel.model.base import base_sha256
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
+from lowlevel.online.rollouts import longest_examples
 from lowlevel.online.steps import OnlineSteps
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import TrainState
@@ -100,7 +101,9 @@ class Engine:
         """On a GPU: run the largest micro-batch, and write its memory use to memory.json."""
         job = self.job
         if job.inputs.placement.device.type == "cuda":
-            largest = largest_batch(job.method, job.inputs.data.train, job.order.rows_per_step)
+            examples = job.inputs.data.train
+            examples = longest_examples(job.config, examples) if self.online else examples  # type: ignore[arg-type]
+            largest = largest_batch(job.method, examples, job.config.rows_per_step)
             largest = with_blanks(largest) if self.cached else largest
             with working("compiling, and running the largest micro-batch"):
                 report = rehearse(job.policy, job.method, self.execution, job.optimizer, largest)

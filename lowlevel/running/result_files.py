@@ -144,7 +144,8 @@ def _facts(
         *([("merged into", base_location(merged_into))] if merged_into else []),
         ("method", f"{config.method}{loss}"),
         *([("frozen adapter", f"SHA-256 {parent}")] if parent else []),
-        ("adapter", f"r {lora.r}, lora_alpha {lora.lora_alpha:g}{' (rsLoRA)' * lora.use_rslora}, "
+        ("adapter", f"r {lora.r}, lora_alpha {lora.lora_alpha:g}{' (rsLoRA)' * lora.use_rslora}"
+                    f"{' (DoRA)' * lora.use_dora}, "
                     f"dropout {lora.lora_dropout:g}, "
                     f"{manifest.get('trainable_parameters', 0):,} parameters in {', '.join(lora.target_modules)}"),
         *[(f"{name} rows", text) for name in ("train", "evaluation") if (text := _rows(folder, name))],

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lowlevel.heartbeat import working
 from lowlevel.model.placement import Placement
 from lowlevel.model.suitability import attention_window, short_positions
-from lowlevel.sampling.cached_model import CachedModel, Prompts
+from lowlevel.sampling.cached_model import SHARE, CachedModel, Prompts
 from lowlevel.sampling.completion import Completion, Sampling, Watch, completion_keys
 from lowlevel.sampling.plain import PLAIN, PlainSampler, without_dropout
 from lowlevel.sampling.steps import COUNT, DONE, ENDED, Steps
@@ -50,17 +50,32 @@ class FastSampler:
         *,
         slots: int = SLOTS,
         mode: str | None = None,
+        join: bool | None = None,
     ) -> None:
-        """`slots`: completions that are sampled at a time; `mode`: of steps.MODES, None: the device's fastest."""
+        """Prepare to sample from a model.
+
+        Args:
+            model: without a `misfit`; it stays as it is, and is used in whatever state it is when `sample` is called.
+            placement: of the model.
+            stop_ids: tokens that end a completion.
+            note: prints a line.
+            slots: completions that are sampled at a time.
+            mode: of steps.MODES; None: the device's fastest.
+            join: copy the weights of linear layers in the placement's dtype (joined.py), instead of reading them as
+                they are, in 4 bits; None: on a GPU with memory for it.
+        """
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         limits = (attention_window(base.config), short_positions(base.config))
         self.longest = min((limit for limit in limits if limit), default=None)  # tokens that every layer sees alike
         self.plain, self.note = PlainSampler(model, placement, stop_ids), note
-        self.placement, self.model = placement, CachedModel(base, placement, slots)
+        self.placement, self.model = placement, CachedModel(base, placement)
         on_gpu = placement.device.type == "cuda"
+        if join or join is None and on_gpu and self.model.joined_bytes() < SHARE * torch.cuda.mem_get_info()[0]:
+            self.model.join()
         self.steps = Steps(self.model, sorted(stop_ids), mode or ("graphed" if on_gpu else "eager"), note)
-        self._seats: list[Wanted | None] = [None] * slots
-        self._held: list[int | None] = [None] * slots  # the prompt whose keys and values are in the slot
+        self.slots = slots
+        self._seats: list[Wanted | None] = []  # by slot
+        self._held: list[int | None] = []  # the prompt whose keys and values are in the slot
 
     def sample(
         self,
@@ -80,13 +95,12 @@ class FastSampler:
         pairs = [(i, key) for i, own in enumerate(keys) for key in own]
         waiting = deque(Wanted(n, i, prompts[i], key) for n, (i, key) in enumerate(pairs))
         found: dict[int, Completion] = {}
-        self.steps.reserve(length)
-        self.steps.temperature.fill_(sampling.temperature)
-        self.steps.limit.fill_(sampling.max_new_tokens)
-        self._held = [None] * len(self._held)
+        rows = _rows(len(pairs), self.slots)
+        self.steps.begin(sampling, rows, length)
+        rows = min(rows, self.model.slots)
+        self._seats, self._held = [None] * rows, [None] * rows
         try:
             with without_dropout(self.model.base), working("generating", len(waiting), "replies") as work:
-                rows = _rows(len(waiting), len(self._seats))
                 while waiting or any(self._seats):
                     self._fill(waiting, rows)
                     rows = rows if waiting else self._close_up(rows)
@@ -96,8 +110,8 @@ class FastSampler:
                     found |= self._collect(rows, watch)
                     work.done = len(found)
         finally:
-            self._seats = [None] * len(self._seats)
             self.steps.state[DONE] = 1
+            self._seats = []
         return [[found[i + j] for j in range(samples)] for i in range(0, len(pairs), samples)]
 
     def _fill(self, waiting: deque[Wanted], rows: int) -> None:
@@ -148,7 +162,7 @@ class FastSampler:
             place = slice(start, start + len(own))
             ids[place], positions[place], slots[place] = own, np.arange(len(own)), slot
         packed = self._tensor(np.stack([ids, positions, slots])).unbind(0)
-        return Prompts(*packed, self._tensor(bounds).to(torch.int32), longest)
+        return Prompts(*packed, self._tensor(bounds).to(torch.int32))
 
     def _collect(self, rows: int, watch: Watch | None) -> dict[int, Completion]:
         """Completions that ended in this turn, by number; their slots are free. Waits for the device."""

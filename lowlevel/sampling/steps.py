@@ -7,6 +7,7 @@ step of B slots. A slot that is done computes along and changes nothing.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.sampling.cached_model import CachedModel, Prompts
+from lowlevel.sampling.completion import Sampling
 from lowlevel.sampling.draw import draw, token_keys
 
 TOKEN, POSITION, KEY, COUNT, DONE, ENDED = range(6)  # rows of the state; DONE of a free slot is 1
@@ -29,12 +31,13 @@ class Steps:
         device, words = model.placement.device, model.base.get_output_embeddings().weight.shape[0]
         self.model, self.note = model, note
         self.words, self.stops = token_keys(words, device), torch.tensor(stop_ids, device=device)
-        self.state = torch.zeros(FIELDS, model.slots, dtype=torch.int64, device=device)
-        self.state[DONE] = 1
         self.temperature = torch.zeros((), device=device)
         self.limit = torch.zeros((), dtype=torch.int64, device=device)  # tokens of a completion
+        self.adapters: tuple[str, ...] = ()
+        self.failure: BaseException | None = None  # why the mode became a simpler one
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._ran: set[Hashable] = set()  # passes that ran uncaptured once: compilers and libraries are ready
+        self._failed: set[Hashable] = set()  # passes whose capture failed once
         self._pool: Any = None
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.use(mode)
@@ -50,25 +53,31 @@ class Steps:
         """Drop the graphs: tensors that they read or write are replaced."""
         if self._graphs:
             torch.cuda.synchronize()  # they may still be running
-        self._graphs, self._ran = {}, set()
+        self._graphs, self._ran, self._failed = {}, set(), set()
 
-    def reserve(self, capacity: int) -> None:
-        """Make room for sequences of `capacity` tokens in all; what the slots held is gone if there was not enough."""
-        if not self.model.reserve(capacity):
-            return
-        self.forget()
-        shape, device = (self.model.slots, self.model.capacity + 1), self.state.device  # the last column: of no token
-        self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.logps = torch.zeros(shape, device=device)
+    def begin(self, sampling: Sampling, slots: int, capacity: int) -> None:
+        """Get ready for up to `slots` sequences of up to `capacity` tokens, prompts included, from the model as it is.
+
+        What the slots held is gone if there was not enough room.
+        """
+        self.temperature.fill_(sampling.temperature)
+        self.limit.fill_(sampling.max_new_tokens)
+        self.adapters = self.model.active_adapters()
+        if self.model.reserve(slots, capacity):
+            self.forget()
+            rows, device = self.model.slots, self.temperature.device
+            self.state = torch.zeros(FIELDS, rows, dtype=torch.int64, device=device)
+            self.ids = torch.zeros(rows, self.model.capacity + 1, dtype=torch.int64, device=device)
+            self.logps = torch.zeros(self.ids.shape, device=device)  # the last column, as in `ids`, is of no token
         self.state[DONE] = 1
 
     def read(self, prompts: Prompts) -> None:
         """Write the keys and values of prompts into the cache."""
-        self._run(("read", len(prompts.ids)), self.model.read, prompts)
+        self._run(("read", len(prompts.ids), self.adapters), self.model.read, prompts)
 
     def step(self, rows: int) -> None:
         """The next token of slots 0 to `rows` - 1."""
-        self._run(("step", rows), lambda _: self._step(rows), None)
+        self._run(("step", rows, self.adapters), lambda _: self._step(rows), None)
 
     def _step(self, rows: int) -> None:
         state = self.state[:, :rows]
@@ -90,8 +99,9 @@ class Steps:
         except Exception as error:
             if self.mode == "eager":
                 raise
+            self.failure = first_cause(error)
             simpler = MODES[MODES.index(self.mode) - 1]
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = (str(self.failure).strip() or type(self.failure).__name__).splitlines()[0]
             self.note(f"sampling: {self.mode} failed ({reason[:200]}); continuing {simpler}")
             self.use(simpler)
             self._run(name, work, inputs)  # a pass that failed wrote at most keys and values that it writes again
@@ -107,17 +117,51 @@ class Steps:
             torch.cuda.current_stream().wait_stream(self._stream)
             return
         if name not in self._graphs:
-            own = None if inputs is None else Prompts(*(tensor.clone() for tensor in inputs.tensors()), inputs.longest)
-            graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()
-            with self.model.installed(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                work(own)
-            self._pool = self._pool or graph.pool()
-            self._graphs[name] = (graph, own)
+            own = None if inputs is None else Prompts(*(tensor.clone() for tensor in inputs.tensors()))
+            try:
+                self._graphs[name] = (self._capture(lambda: work(own)), own)
+            except Exception:  # as in execution.py: what had to be compiled anew is compiled uncaptured, once
+                if name in self._failed:
+                    raise
+                self._failed.add(name)
+                self._ran.discard(name)
+                return self._replay(name, work, inputs)
         graph, own = self._graphs[name]
         if own is not None and inputs is not None:
             torch._foreach_copy_(own.tensors(), inputs.tensors())
         graph.replay()
+
+    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Compiling leaves cyclic garbage, kernels and events among it. To free it is forbidden within a capture, so it
+        is collected before (`torch.cuda.graph` no longer does so), and not within.
+        """
+        graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.get_state()
+        collects = gc.isenabled()
+        gc.collect()
+        gc.disable()
+        settings: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        try:
+            torch.cuda.synchronize()
+            with self.model.installed(), torch.cuda.graph(graph, **settings):
+                work()
+        except Exception:
+            fresh = torch.Generator(generator.device)  # torch 2.11's stays in its capturing state after a failure
+            fresh.set_state(before)
+            generator.graphsafe_set_state(fresh)
+            raise
+        finally:
+            if collects:
+                gc.enable()
+        self._pool = self._pool or graph.pool()
+        return graph
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error inside a capture: the end of the failed capture raises another one."""
+    while error.__context__ is not None and error.__cause__ is None:
+        error = error.__context__
+    return error
 
 
 def _advance(

@@ -74,6 +74,11 @@ class Subject:
         return self.method.spec
 
     @property
+    def detaches(self) -> bool:
+        """Whether parts of the loss, or the lengths of DoRA's rows, are without a gradient on purpose."""
+        return self.spec.detaches or any(layer.lora_magnitude_vector for layer in self.policy.lora_layers)
+
+    @property
     def mixes(self) -> bool:
         """Whether the loss of a pair depends on the other pairs of its micro-batch."""
         return self.paired and self.spec.mixes_pairs

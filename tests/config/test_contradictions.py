@@ -55,6 +55,9 @@ sft lora.init_from=a lora.init_lora_weights=loftq | lora.init_lora_weights comes
 sft lora.init_lora_weights=loftq model.load_in_4bit=false | lora.init_lora_weights = "loftq" needs model.load_in_4bit
 dpo lora.init_lora_weights=loftq | lora.init_lora_weights = "loftq" is for sft and reward
 sft lora.init_from=a lora.use_rslora=true | lora.use_rslora comes from
+sft lora.init_from=a lora.use_dora=true | lora.use_dora comes from
+sft lora.init_lora_weights=loftq lora.use_dora=true | lora.init_lora_weights = "loftq" is not for lora.use_dora
+dpo model.adapter=a lora.use_dora=true | lora.use_dora cannot stand on model.adapter | model.adapter_mode = "original"
 sft lora.init_from=a lora.target_modules=q_proj | lora.target_modules comes from
 sft model.load_in_4bit=false model.bnb_4bit_quant_type=nf4 | model.bnb_4bit_* | model.load_in_4bit = true
 sft model.load_in_4bit=false model.bnb_4bit_use_double_quant=true | model.bnb_4bit_* | model.load_in_4bit = true

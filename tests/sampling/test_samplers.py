@@ -14,6 +14,7 @@ STOP = 7  # among the likelier tokens of the random base
 SAMPLERS = {
     "plain": PlainSampler,
     "fast": FastSampler,
+    "joined": lambda *args: FastSampler(*args, join=True),
     "fast, 3 slots": lambda *args: FastSampler(*args, slots=3),  # most completions wait for one to end
 }
 
