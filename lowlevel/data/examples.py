@@ -62,7 +62,7 @@ class PromptExample:
     where: str
     prompt_ids: np.ndarray  # (n,) int32
     messages: Sequence[Message]
-    reference: str | None  # text of the row's own reply
+    reference: str | None  # text of the row's own reply, else its column "answer"
     columns: Mapping[str, object]  # of the row, for reward functions
 
 
@@ -146,7 +146,8 @@ def _prompts(
     for row in counted("tokenising", rows, "rows"):
         said, last = row.messages, row.messages[-1]
         has_reply = last["role"] == "assistant"
-        messages, reference = (said[:-1], str(last["content"])) if has_reply else (said, None)
+        answer = row.row.columns.get("answer")
+        messages, reference = (said[:-1], str(last["content"])) if has_reply else (said, answer)
         try:
             ids = tokenizer.encode_prompt(messages, row.tools)
         except RenderError as error:
@@ -157,7 +158,7 @@ def _prompts(
             much = f"prompt has {len(ids)} tokens; max_length {data.max_length} leaves {limit} beside {room} new ones"
             built.problems.append(RowProblem(row.row.where, TOO_LONG, much))
             continue
-        array = np.asarray(ids, np.int32)
+        array, reference = np.asarray(ids, np.int32), reference if isinstance(reference, str) else None
         built.examples.append(PromptExample(row.row.id, row.row.where, array, messages, reference, row.row.columns))  # type: ignore[arg-type]
         built.rows.append(row)
         built.counts.append(TokenCounts(len(ids), len(ids), len(ids), 0))

@@ -70,6 +70,11 @@ def _holds_messages(value: object) -> bool:
     return isinstance(value, list) and bool(value) and is_message(value[0])
 
 
+def _asks_in_messages(columns: Columns) -> bool:
+    """Whether the prompt is a list; "answer" beside it is for reward functions."""
+    return isinstance(columns.get("prompt"), list)
+
+
 def _question_formats() -> Iterator[Format]:
     for question, answer in (
         *(("instruction", "output"), ("question", "answer"), ("question", "response"), ("instruction", "response")),
@@ -117,6 +122,7 @@ FORMATS += tuple(
 )
 FORMATS += (
     *(replace(f, method="grpo") for f in FORMATS if f.method == "sft"),
+    Format("prompt", "prompts", "grpo", ("prompt",), readers.prompts, first=True, fits=_asks_in_messages),
     Format("prompt", "prompts", "grpo", ("prompt",), readers.prompts),
 )
 NO_NUMBERS: Mapping[str, str] = MappingProxyType({})

@@ -6,7 +6,7 @@ for:
     prompts         G times the prompt's messages
     completions     G texts, without the tokens that end a reply
     completion_ids  G lists of token ids
-    reference       G times the text of the row's own reply, or None
+    reference       G times the text of the row's own reply, else of its column "answer", or None
     and every column of the row by its name, G times its value
 
 It returns G numbers. What it raises, a number that is NaN or infinite, and a call over the time limit are failures:

@@ -142,9 +142,3 @@ def test_a_step_without_a_reward_ends_the_run_in_one_line(space, monkeypatch):
     )
     assert said.code == 2 and "step 1: no completion has a reward: chats.jsonl:" in said.err, said.err
     assert "broken: ValueError: no" in said.err and said.err.count("\n") == 1
-
-
-def test_prompts_that_are_too_long_are_named(space):
-    data = {"source": str(space.folder / "prompts.jsonl"), "max_length": 52, "eval_source": None, "eval_limit": None}
-    said = run("data", written(space, "long", data=data))
-    assert "max_length 52 leaves 40 beside 12 new ones" in said.out + said.err, said.out + said.err
