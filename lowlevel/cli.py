@@ -40,16 +40,18 @@ EXIT_CODES = (
 infinite, 6 out of memory, 130/143 interrupted and saved"
 )
 LONG_DASH = re.compile("[\u2013\u2014\u2212]+-?(?=[a-z]+[.][a-z])")  # what editors and web pages make of two hyphens
-NAMES = (
-    "demo doctor sft dpo kto reward data losses plan time memory merge generate annotate score compare inspect verify "
-    "report replay"
-).split()
 METHODS = {  # each is commands/train.py
     "sft": "supervised fine-tuning",
     "dpo": "Direct Preference Optimization",
     "kto": "Kahneman-Tversky Optimization: completions with a label instead of pairs",
     "reward": "reward model: a scalar head, trained on preference pairs",
+    "grpo": "GRPO and its family: completions are sampled, rewarded and compared with their group",
+    "rloo": "RLOO: completions are sampled, and each is compared with the others of its prompt",
+    "ppo": "PPO: completions are sampled, and a value head predicts the reward still to come at each token",
+    "online_dpo": "DPO on the best and the worst of sampled completions",
 }
+NAMES = ("demo", "doctor", *METHODS, *"data losses plan time memory merge generate score compare".split())
+NAMES += ("inspect", "verify", "report", "replay")
 COMMANDS = {name: import_module(f"lowlevel.commands.{'train' if name in METHODS else name}") for name in NAMES}
 
 

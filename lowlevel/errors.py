@@ -11,6 +11,7 @@ from lowlevel.redaction import redact
 
 _UNPRINTABLE = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 EVAL_LOSS = "eval_loss"  # quantity of a NonFiniteError in an evaluation
+EVAL_REWARD = "eval_reward"  # what an online method has in its place
 CONTINUE = "continue with --resume"
 # Flags in messages, as the Python API has them.
 _KEYWORDS = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import TrainConfig
-from lowlevel.errors import EVAL_LOSS, NonFiniteError
+from lowlevel.errors import EVAL_LOSS, EVAL_REWARD, NonFiniteError
 from lowlevel.execution import Eager, Execution, ExecutionFailedError
 from lowlevel.hashing import key32
 from lowlevel.heartbeat import counted
@@ -69,6 +69,7 @@ def optimizer_step(
         with ranks.waiting():
             metrics, grad_norm, heard = on_host(summed, count, norm, more)  # the one host sync
         ranks.hear(heard)
+        metrics |= batches[0].facts
         attempts.append({"loss_scale": scale, "loss": metrics["loss"], "grad_norm": grad_norm})
         if math.isfinite(metrics["loss"]) and loss_scale.accepts(grad_norm):
             break
@@ -202,7 +203,8 @@ def train(
         if evaluate and (last or (config.eval_steps and state.step % config.eval_steps == 0)):
             scores = evaluate()
             observer.log({"step": state.step, "epoch": state.step / steps_per_epoch, **scores})
-            state.judge(scores[EVAL_LOSS], config.early_stopping_patience)
+            judged = scores[EVAL_LOSS] if EVAL_LOSS in scores else -scores[EVAL_REWARD]
+            state.judge(judged, config.early_stopping_patience)
         yield result
         due = last or state.stopped_early or (config.save_steps and state.step % config.save_steps == 0)
         if due or observer.stop_requested():

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lowlevel.config.schema import METHODS, PAIRED
+from lowlevel.config.schema import METHODS, ONLINE, PAIRED
 from lowlevel.redaction import holds_secret
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
         *_train(config, given),
         *_trace(config, given),
         *_reference(config),
+        *_online(config),
     ]
     return [message for wrong, message in checks if wrong]
 
@@ -63,23 +64,28 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
-    sft, kto, paired = config.method == "sft", config.method == "kto", config.method in PAIRED
+    sft, kto, online = config.method == "sft", config.method == "kto", config.method in ONLINE
+    paired = config.method in PAIRED and not online
     model, data, mode = config.model, config.data, config.model.adapter_mode
-    others = [method for method in METHODS if method != config.method]
+    unused = "], [".join(method for method in METHODS if method != config.method and method in given)
     no_adapter, continued = model.adapter is None, config.lora.init_from is not None
     loftq, stacked = config.lora.init_lora_weights == "loftq", mode == "stack" and not no_adapter
     quantisation = bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given)
     pairs, others_say = data.format in PAIRS, "dpo, kto and reward"
+    columns = "data.columns is for sft, dpo and reward; reward functions receive all columns"
     messages = 'data.format = "messages" is for sft and kto'
     needed_mode = no_adapter and "model.adapter_mode" in given and mode != "none"
     return [
-        *((other in given, f'[{other}] is not used when method = "{config.method}"') for other in others),
+        (bool(unused), f'[{unused}] is not used when method = "{config.method}"'),
         (sft and bool(model.adapter), f"model.adapter is for {others_say}; to continue an adapter use lora.init_from"),
-        (sft and pairs, f'data.format = "{data.format}" is for {others_say}; sft takes "auto" or "messages"'),
+        (
+            (sft or online) and pairs,
+            f'data.format = "{data.format}" is for {others_say}; {config.method} takes "auto" or "messages"',
+        ),
         (not paired and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo and reward"),
         (not sft and "data.weight_column" in given, "data.weight_column is for sft"),
         (not (sft or config.method == "dpo") and data.supervise == "all", 'data.supervise = "all" is for sft and dpo'),
-        (kto and bool(data.columns), "data.columns is for sft, dpo and reward"),
+        ((kto or online) and bool(data.columns), columns),
         (paired and data.format == "messages", f'{messages}; {config.method} takes "preference"'),
         (not no_adapter and mode == "none", 'model.adapter is set, but model.adapter_mode = "none" ignores it'),
         (needed_mode, f'model.adapter_mode = "{mode}" needs model.adapter'),
@@ -101,6 +107,28 @@ def _reference(config: RunConfig) -> list[Check]:
     ]
 
 
+def _online(config: RunConfig) -> list[Check]:
+    own, batch = config.sampled, "train.per_device_train_batch_size * gradient_accumulation_steps"
+    if own is None:
+        return []
+    name, group, longest, prompt = config.method, own.group, own.max_completion_length, config.data.max_length
+    functions, weights = len(own.reward), len(own.reward_weights)
+    return [
+        (
+            config.rows_per_step % group != 0,
+            f"{batch} = {config.rows_per_step} completions are not a multiple of {name}.num_generations {group}",
+        ),
+        (longest >= prompt, f"{name}.max_completion_length {longest} leaves no prompt: data.max_length is {prompt}"),
+        (not own.reward, f"{name}.reward is empty"),
+        (weights not in (0, functions), f"{name}.reward_weights has {weights} numbers for {functions} functions"),
+        (
+            ("format" in own.reward) != (own.reward_pattern is not None),
+            f'{name}.reward: "format" and reward_pattern belong together',
+        ),
+        (config.train.memory_budget is not None, f"train.memory_budget does not know what sampling ({name}) needs"),
+    ]
+
+
 def _data(config: RunConfig) -> list[Check]:
     data, train = config.data, config.train
     prompt, has_evaluation = data.max_prompt_length or 0, data.eval_source is not None
@@ -115,7 +143,7 @@ def _data(config: RunConfig) -> list[Check]:
 
 
 def _sources(config: RunConfig, given: set[str]) -> list[Check]:
-    parts, unfit = config.data.sources, PAIRS if config.method == "sft" else ("messages",)
+    parts, unfit = config.data.sources, PAIRS if config.method in ("sft", *ONLINE) else ("messages",)
     if not parts:
         return []
     unweighted = next((f"{i} ({part.source})" for i, part in enumerate(parts, 1) if part.weight is None), None)

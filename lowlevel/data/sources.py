@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lowlevel.config.given import GIVEN, GivenRows
+from lowlevel.config.schema import ONLINE
 from lowlevel.data import mends
 from lowlevel.data.json_lines import LineError, parse_line, spans_lines, whole_file
 from lowlevel.demo import world
@@ -276,7 +277,7 @@ def _numbered(name: str, rows: Iterable[Mapping[str, object]], first: int = 0) -
 def _read_demo(split: str, method: str) -> SourceRows:
     if split not in DEMO_ROWS:
         raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
-    make = world.sft_rows if method == "sft" else world.preference_rows
+    make = {"sft": world.sft_rows, **dict.fromkeys(ONLINE, world.prompt_rows)}.get(method, world.preference_rows)
     return _numbered(f"demo[{split}]", make(split, DEMO_ROWS[split], 0))
 
 

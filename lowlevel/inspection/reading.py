@@ -41,7 +41,15 @@ def settings(method: Method) -> str:
     spec, values = method.spec, method.settings
     signs = {name: SIGNS[one.sign] for name, one in HYPERPARAMETERS.items()}
     names = {"beta": "β", "label_smoothing": "ε", **signs}
-    return ", ".join([spec.name, *(f"{names.get(key, key)} {value:g}" for key, value in values.items())])
+    return ", ".join(
+        [
+            spec.name,
+            *(
+                f"{names.get(key, key)} {value if isinstance(value, str) else f'{value:g}'}"
+                for key, value in values.items()
+            ),
+        ]
+    )
 
 
 def formula(spec: LossSpec) -> str:

@@ -28,12 +28,23 @@ from lowlevel.model.linear import install_side_by_side, prepare_dora
 from lowlevel.model.moving_reference import Following
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import PARENT, REFERENCE, SCORE, TRAINED, Policy, flatten, moving_reference, place_dropout
+from lowlevel.model.policy import (
+    PARENT,
+    REFERENCE,
+    SCORE,
+    TRAINED,
+    VALUE,
+    Policy,
+    flatten,
+    moving_reference,
+    place_dropout,
+)
 from lowlevel.model.suitability import check_base
 from lowlevel.model.targets import linear_layers, matched
 
 WEIGHTS = "adapter_model.safetensors"
 REFERENCE_WEIGHTS = "reference.safetensors"  # in checkpoints: a moving reference, with the names of WEIGHTS
+VALUE_WEIGHTS = "value_head.safetensors"  # in checkpoints of ppo
 ADAPTER_CONFIG = "adapter_config.json"
 START, DEFAULT = "init_lora_weights", "default"  # in the metadata of WEIGHTS, unless it is the default
 STORED = (torch.float32, torch.float16, torch.bfloat16)
@@ -67,6 +78,7 @@ def build_policy(
     offload: bool = False,
     following: Following | None = None,
     reward_head: bool = False,
+    value_head: bool = False,
 ) -> Policy:
     """Attach the adapter to train to a base from `load_base`.
 
@@ -78,6 +90,7 @@ def build_policy(
         recomputed: with gradient checkpointing, how many layers are recomputed; None: all of them.
         offload: keep the inputs of these layers in host memory.
         following: give the policy a moving reference.
+        value_head: also train a head that gives the value of a state, at first 0.
         reward_head: also train a head that gives a scalar, initialised by `seed` or from `init_from`.
 
     Raises:
@@ -90,6 +103,10 @@ def build_policy(
     torch.manual_seed(seed)
     head = _new_head(base, seed, placement.device) if reward_head else None
     model = _attach(base, lora, parent, init_from, head, moving=following is not None)
+    if value_head:
+        value = nn.Linear(base.get_output_embeddings().weight.shape[1], 1, bias=False, device=placement.device)
+        nn.init.zeros_(value.weight)
+        model.get_base_model().value = value
     install_side_by_side(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for layer in layers.values():
@@ -97,7 +114,7 @@ def build_policy(
             prepare_dora(layer, TRAINED, placement.dtype, fresh=init_from is None)
     state = DropoutState()
     place_dropout(layers, lora.lora_dropout, state, placement.device)
-    trained = {name: p for name, p in model.named_parameters() if f".{TRAINED}." in name or name == SCORE}
+    trained = {name: p for name, p in model.named_parameters() if f".{TRAINED}." in name or name in (SCORE, VALUE)}
     flat = flatten(trained, lora.loraplus_lr_ratio)
     model.eval()  # no dropout or router noise in the base; the adapter's dropout only depends on its state
     host = HostInputs(placement.device) if offload else None
@@ -105,13 +122,25 @@ def build_policy(
     adapted = tuple(layers.values())
     moving = moving_reference(model, flat, following) if following else None
     start = adapter_start(init_from) if init_from else lora.init_lora_weights
-    own_head = flat.views.get(SCORE)
+    heads = flat.views.get(SCORE), flat.views.get(VALUE)
     policy = Policy(
-        model, flat, placement, state, adapted, parent is not None, attention, decoder_layers, moving, start, own_head
+        model, flat, placement, state, adapted, parent is not None, attention, decoder_layers, moving, start, *heads
     )
     policy.activate(parent=True, trained=True)
+    if policy.value_head is not None and init_from and (init_from / VALUE_WEIGHTS).exists():
+        load_value_head(policy.value_head, init_from)
     check_base(policy)
     return policy
+
+
+def load_value_head(head: nn.Parameter, folder: Path) -> None:
+    """Copy the value head of a checkpoint. Raises CheckpointError if it cannot be read."""
+    try:
+        value = load_file(folder / VALUE_WEIGHTS)[VALUE]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{folder / VALUE_WEIGHTS} cannot be read: {error}") from None
+    with torch.no_grad():
+        head.copy_(value)
 
 
 def _new_head(base: PreTrainedModel, seed: int, device: torch.device) -> nn.Linear:

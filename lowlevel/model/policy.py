@@ -33,6 +33,7 @@ PARENT = "parent"  # the frozen adapter that it is stacked on
 REFERENCE = "reference"  # the adapter of a moving reference
 TAIL = 256  # numbers behind the flat gradient
 SCORE = "base_model.model.score.weight"  # the reward head (1, D), under PEFT's key for it
+VALUE = "base_model.model.value.weight"  # PPO's value head (1, D), which is no part of the adapter
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Policy:
     moving: MovingReference | None = None
     start: str = "default"  # lora.init_lora_weights of the trained adapter's beginning
     reward_head: nn.Parameter | None = None  # (1, D) fp32, one of the flat parameters
+    value_head: nn.Parameter | None = None  # likewise
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -155,7 +157,7 @@ class Policy:
 
 def is_base(name: str) -> bool:
     """Whether a parameter of this name belongs to the base, and not to an adapter."""
-    return ".lora_" not in name and name not in (SCORE, "score.weight")
+    return ".lora_" not in name and name not in (SCORE, "score.weight", VALUE, "value.weight")
 
 
 def quantised_weights(policy: Policy) -> tuple[int, int]:

@@ -14,6 +14,8 @@ from lowlevel.losses import LossSums
 from lowlevel.losses.sums import by_label
 from lowlevel.optim.loss_scale import LossScale
 
+LARGEST = "/max"  # ends the name of a metric that is the largest value and no sum
+
 
 @dataclass
 class Window:
@@ -25,12 +27,13 @@ class Window:
     def add(self, sums: dict[str, float], count: float) -> None:
         """Add sums over `count` tokens or pairs."""
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            largest = name.endswith(LARGEST)
+            self.sums[name] = max(self.sums.get(name, value), value) if largest else self.sums.get(name, 0.0) + value
         self.count += count
 
     def means(self) -> dict[str, float]:
         """Each sum divided by the count."""
-        return {name: value / self.count for name, value in self.sums.items()}
+        return {n: value if n.endswith(LARGEST) else value / self.count for n, value in self.sums.items()}
 
 
 @dataclass(frozen=True)
@@ -107,15 +110,16 @@ class StepResult:
 def totals(sums: Sequence[LossSums]) -> Mapping[str, Tensor]:
     """Loss and metrics summed over micro-batches."""
     named = [one.named() for one in sums]
-    return {name: torch.stack([one[name] for one in named]).sum() for name in named[0]}
+    parts = {name: torch.stack([one[name] for one in named]) for name in named[0]}
+    return {name: part.max() if name.endswith(LARGEST) else part.sum() for name, part in parts.items()}
 
 
 def on_host(
     totals: Mapping[str, Tensor], count: float, norm: Tensor, more: Tensor
 ) -> tuple[dict[str, float], float, list[float]]:
     """Means of a step's loss and metrics over its count, the gradient's norm, and `more`; waits for the device once."""
-    means = torch.stack([*(total / count for total in totals.values()), norm])
-    values = torch.cat([means, more]).tolist()
+    means = [total if name.endswith(LARGEST) else total / count for name, total in totals.items()]
+    values = torch.cat([torch.stack([*means, norm]), more]).tolist()
     return dict(zip(totals, values, strict=False)), values[len(totals)], values[len(totals) + 1 :]
 
 
@@ -150,7 +154,8 @@ class TrainState:
         self.window_seconds += seconds
         self.seconds += seconds
         self.grad_norm = result.grad_norm
-        self.window.add({name: value * result.count for name, value in result.means.items()}, result.count)
+        sums = {n: v if n.endswith(LARGEST) else v * result.count for n, v in result.means.items()}
+        self.window.add(sums, result.count)
         self.total.add({"loss": result.loss * result.count}, result.count)
 
     def close_window(self, rate: float, epoch: float) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import working
-from lowlevel.losses import KTO_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
+from lowlevel.losses import KTO_LOSSES, POLICY_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
 from lowlevel.losses.registry import LossSpec, find
-from lowlevel.methods import Method, dpo, kto, reward, sft
+from lowlevel.methods import Method, dpo, grpo, kto, ppo, reward, rloo, sft
 from lowlevel.model.adapters import (
     adapter_sha256,
     build_policy,
@@ -43,6 +43,7 @@ from lowlevel.model.quantisation import KEYS, as_stored, lacks_16_bits
 from lowlevel.model.quantisation_error import start_from_error
 from lowlevel.model.sizes import size_of
 from lowlevel.model.suitability import attention_window, short_positions
+from lowlevel.online import rewards
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
 from lowlevel.running.result_files import save_tokenizer
 from lowlevel.running.run_folder import RunFolder
@@ -84,6 +85,12 @@ def build_method(config: RunConfig, attention: Attention, ranks: int = 1) -> Met
         return kto.KTO(config.kto, batch, length, data.packing, shape)
     if config.method == "reward":
         return reward.Reward(config.reward, batch, length, data.packing, shape, data.columns)
+    if config.method == "grpo":
+        return grpo.GRPO(config.grpo, batch, length, data.packing, shape)
+    if config.method == "rloo":
+        return rloo.RLOO(config.rloo, batch, length, data.packing, shape)
+    if config.method == "ppo":
+        return ppo.PPO(config.ppo, batch, length, data.packing, shape)
     return dpo.DPO(config.dpo, batch, length, data.packing, shape, data.columns)
 
 
@@ -93,6 +100,8 @@ def run_loss(config: RunConfig) -> LossSpec:
         return KTO_LOSSES["kto"]
     if config.method == "reward":
         return REWARD_LOSSES["bradley_terry"]
+    if config.method in ("grpo", "rloo", "ppo"):
+        return POLICY_LOSSES[config.grpo.loss_type if config.method == "grpo" else config.method]
     return find(config.sft.loss_type, SFT_LOSSES) if config.method == "sft" else loss_spec(config.dpo.loss_type)
 
 
@@ -112,6 +121,8 @@ def choose_execution(config: RunConfig, inputs: Inputs) -> str:
 def check_inputs(config: RunConfig) -> Inputs:
     """All checks that need no loaded model, the cheapest first. Raises ConfigError, DataError or CheckpointError."""
     check_loss(config)
+    if config.sampled:
+        rewards.check(config.sampled)
     check_trackers(config)
     placement = choose_placement(config.train.precision)
     base = load_model_config(config.model)
@@ -271,6 +282,7 @@ def load_policy(
             attention=attention,
             following=Following.of(config),
             reward_head=config.method == "reward",
+            value_head=config.method == "ppo",
         )
     if config.lora.init_lora_weights == "loftq" and init_from is None:
         start_from_error(policy, config.model)
@@ -290,6 +302,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) 
     return {
         "method": config.method,
         **({"loss_sha256": own_loss} if own_loss else {}),
+        **({"reward_sha256": rewards.sources_sha256(config.sampled)} if config.sampled else {}),
         "order_version": ORDER_VERSION,
         "base": {
             "name": public_name(model.name),

@@ -163,6 +163,7 @@ def _drop_later(folder: RunFolder, step: int) -> None:
     """Remove what an earlier start wrote about steps after `step`."""
     folder.drop_metrics_after(step)
     drop_after(folder.trace, step)
+    drop_after(folder.rollouts, step)
     shutil.rmtree(folder.failure, ignore_errors=True)
 
 

@@ -28,6 +28,7 @@ from lowlevel.model.attention_choice import Attention, choose_attention
 from lowlevel.model.base import base_sha256, load_model_config
 from lowlevel.model.placement import DTYPES, Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
+from lowlevel.online import rollouts
 from lowlevel.running.adapter_sources import find_adapter
 from lowlevel.running.assembly import Inputs, build_method, load_policy, load_run_tokenizer, prepare_data, run_loss
 from lowlevel.running.run_folder import RunFolder
@@ -248,13 +249,28 @@ def load_run(run_dir: Path, note: Note = print, *, adapter: Path | None = None) 
     return opened.load(trained)
 
 
-def step_examples(config: RunConfig, data: PreparedData, step: int, flag: str = "--step") -> list[Any]:
-    """The examples of step `step`, counted from 1 as in the log. Raises ConfigError, which names the option `flag`."""
+def step_examples(
+    config: RunConfig, data: PreparedData, step: int, flag: str = "--step", run_dir: Path | None = None
+) -> list[Any]:
+    """The examples of step `step`, counted from 1 as in the log; those of an online method are kept in `run_dir`.
+
+    Raises ConfigError, which names the option `flag`; CheckpointError if completions are not kept.
+    """
     order = DataOrder.of(config, len(data.train))
     total = order.total_steps(config.train)
     if not 1 <= step <= total:
         raise ConfigError(f"{flag} {step}: the run has {total} steps")
+    if config.sampled:
+        return rollouts.step_examples(config, kept_rollouts(config, run_dir, step))
     return [data.train[i] for i in order.step_rows(step - 1)]
+
+
+def kept_rollouts(config: RunConfig, run_dir: Path | None, step: int) -> list[rollouts.Rollout]:
+    """The completions of step `step` of a run of an online method. Raises ConfigError without a run."""
+    if run_dir is None:
+        raise ConfigError(f"{config.method} trains on completions that a run samples: give its run folder")
+    repeats = config.sampled.num_iterations if config.sampled else 1
+    return rollouts.KeptRollouts(run_dir).read((step - 1) // repeats * repeats + 1)
 
 
 def _placement(folder: RunFolder, config: RunConfig, dtype: str) -> tuple[Placement, str | None, bool | None]:

@@ -25,7 +25,12 @@ METHODS = {
     "dpo": "direct preference optimisation (DPO)",
     "kto": "Kahneman-Tversky optimisation (KTO)",
     "reward": "reward modelling (Bradley-Terry)",
+    "grpo": "group-relative policy optimisation (GRPO)",
+    "rloo": "REINFORCE leave-one-out (RLOO)",
+    "ppo": "proximal policy optimisation (PPO)",
+    "online_dpo": "online direct preference optimisation (online DPO)",
 }
+LOGGED = {"loss": "loss", "held-out loss": "eval_loss", "reward": "reward", "held-out reward": "eval_reward"}
 LOADING = """\
 import torch
 from transformers import AutoTokenizer, {imports}
@@ -147,7 +152,7 @@ def _facts(
         ("training", f"{config.rows_per_step} rows a step, peak learning rate {train.learning_rate:g} "
                      f"({train.lr_scheduler_type}), {train.optim}, {base.get('dtype')}, seed {train.seed}"
                      + (f", {environment['ranks']} GPUs" if "ranks" in environment else "")),
-        *[(name, _first_and_last(folder, key)) for name, key in (("loss", "loss"), ("held-out loss", "eval_loss"))],
+        *[(name, _first_and_last(folder, key)) for name, key in LOGGED.items()],
         ("versions", ", ".join(f"{name} {environment[name]}" for name in ("lowlevel", *LIBRARIES)
                                if name in environment)),
     ]  # fmt: skip

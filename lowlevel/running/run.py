@@ -141,6 +141,7 @@ def _steps(
             explained,
             engine.cached or nullcontext(),
             engine.tracer or nullcontext(),
+            engine.online or nullcontext(),
         ):
             pace = Pace(config, job.policy, job.total_steps, state.step, state.seconds)
             called = [*callbacks, *trackers] if ranks.first else []

@@ -10,6 +10,7 @@ out/run/
   adapter/ parent/                                               result, and the frozen adapter under it (dpo)
   stacked/                                                       both as one PEFT adapter, for use without this package
   trace/                                                         [trace]: parquet files (lowlevel/tracing)
+  rollouts/                                                      online methods: completions (online/rollouts.py)
   report.html report/                                            lowlevel report: the page, and its charts as PNG
   summary.json loss.png                                          written at the end
   tensorboard/ wandb/ tracker_id.txt                             train.report_to
@@ -40,6 +41,7 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.durable import append_line, sync, write_json, write_text
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.files import SHOWN, folders_with, read_json_object
+from lowlevel.online.rollouts import FOLDER as ROLLOUTS
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 TENSORBOARD, TRACKER_ID = "tensorboard", "tracker_id.txt"  # running/trackers.py
@@ -64,6 +66,7 @@ class RunFolder:
         self.base = path / "base"  # adapter_mode "original": the base with the parent adapter merged in
         self.base_record = self.base / "lowlevel_base.json"  # which adapter was merged into it
         self.trace = path / "trace"
+        self.rollouts = path / ROLLOUTS
         self.report = path / "report"
         self.failure = path / "failure"
         self.metrics = path / "metrics.jsonl"
@@ -82,7 +85,7 @@ class RunFolder:
     def discard(self) -> None:
         """Remove the files that a run wrote, and nothing else."""
         made = (self.adapter, self.parent, self.stacked, self.base, self.trace, self.report, self.failure)
-        for path in [*self.path.glob("step-*"), *made, self.path / TENSORBOARD, self.path / "wandb"]:
+        for path in [*self.path.glob("step-*"), *made, self.rollouts, self.path / TENSORBOARD, self.path / "wandb"]:
             shutil.rmtree(path, ignore_errors=True)
         for path in [*(self.path / name for name in WRITTEN), *self.inspection_pages()]:
             path.unlink(missing_ok=True)

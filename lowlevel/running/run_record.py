@@ -106,6 +106,8 @@ def announce(
         console.print(f"  truncation {line}", markup=False, highlight=False)
     for line in not_learned(inputs.data.report):
         console.print(f"  warning    {line}", markup=False, highlight=False)
+    if config.sampled:
+        console.print(f"  sampled    {config.loss_line}", markup=False)
     if config.has_reference:
         reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
         reference += f", moving: {policy.moving.following}" if policy.moving else ""
@@ -160,6 +162,8 @@ def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
         pairs = config.data.eval_source or config.data.source
         return [f"lowlevel score {run} --data {shlex.quote(str(pairs))}", f"lowlevel inspect {run} --step {step}"]
     reply, look = f'lowlevel generate {run} --prompt "Hello"', f"lowlevel inspect {run} --step {step}"
+    if config.sampled:
+        return [reply, f"lowlevel merge {run} --out {run}-merged", look]
     if config.has_reference:
         compare, merge = f"lowlevel compare {run}", f"lowlevel merge {run} --out {run}-merged"
         return [reply, compare if config.data.eval_source else merge, look]

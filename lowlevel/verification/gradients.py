@@ -46,7 +46,7 @@ def _formula_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     single = None if reference is None else reference.float()
     found = gradients(logps, tokens.float(), single, subject.losses)
     expected = slopes(logps, subject.config)
-    closed = subject.config.method == "dpo" and subject.config.dpo.loss_type == "sigmoid"
+    closed = subject.method.name == "dpo" and subject.config.dpo.loss_type == "sigmoid"
     form = "-beta sigma(-x)" if closed else f"{subject.spec.name}, autograd in float64"
     size = max(map(largest, expected)) or 1.0
     error = max(largest(a.double() - b) for a, b in zip(found, expected, strict=True)) / size
