@@ -84,12 +84,12 @@ def sample_pairs(
     """
     replies: list[list[Reply]] = [[] for _ in prompts]
     for number, run in enumerate(runs):
-        model, tokenizer, placement = load_for_replies(run, note)
-        ids = [_encoded(tokenizer, prompt) for prompt in prompts for _ in range(2 // len(runs))]
+        sampler, tokenizer = load_for_replies(run, note)
+        ids = [_encoded(tokenizer, prompt) for prompt in prompts]
         own = replace(sampling, seed=sampling.seed + number)
-        for i, reply in enumerate(generate_replies(model, tokenizer, placement, ids, own)):
+        for i, reply in enumerate(generate_replies(sampler, tokenizer, ids, own, samples=2 // len(runs))):
             replies[i * len(runs) // 2].append(reply)
-        del model  # the next one needs its memory
+        del sampler  # the next one needs its memory
     pairs, left_out = [], Counter[str]()
     for prompt, (first, second) in zip(prompts, replies, strict=True):
         if is_blank(first.text) or is_blank(second.text):
