@@ -260,7 +260,14 @@ def launch(arguments: Sequence[str], gpus: int) -> int:
         raise ConfigError(f"--gpus {gpus}: {visible} visible here")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
     config = LaunchConfig(
-        1, 1, gpus, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+        1,
+        1,
+        gpus,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        local_addr="localhost",
     )
     logging.disable(logging.ERROR)  # of torchrun: the ranks say what happens
     try:
