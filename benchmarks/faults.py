@@ -128,7 +128,7 @@ def rank_kills(stage: Stage, scale: int) -> Iterator[Trial]:
             raise RuntimeError(f"the undisturbed run of two ranks failed: {ended}")
         wanted, seconds = fingerprint(folder), min(one.seconds for one in ended)
         for number in range(0, 32, scale):
-            instant = random.Random(f"{method} {number}").uniform(0.0, seconds)
+            instant = random.Random(f"{method} {number}").uniform(0.0, 0.8 * seconds)
             yield lambda play=play, rank=number % 2, instant=instant, wanted=wanted: Outcome(  # type: ignore[misc]
                 *rank_killed(play, rank, instant, wanted)
             )

@@ -97,8 +97,8 @@ def measure(method: str, rows: int, ranks: int, options: argparse.Namespace) -> 
         left.unlink()
     job = {"method": method, "rows": rows, "out": str(out), "steps": options.steps,
            "workload": str((options.out / "workload").resolve())}  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "benchmarks.ranks", "--job", json.dumps(job)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+    command += ["--nproc-per-node", str(ranks), "-m", "benchmarks.ranks", "--job", json.dumps(job)]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
     same = {"case": f"{method} 2x{rows // 2}, {ranks} ranks", "method": method, "rows_per_step": rows, "ranks": ranks}
     with open(out / "log", "w", encoding="utf-8") as log:

@@ -31,6 +31,7 @@ from lowlevel.model.files import read_json_object
 from lowlevel.model.policy import Policy
 from lowlevel.online import rewards
 from lowlevel.optim.train_state import StepResult
+from lowlevel.ranks import is_first
 from lowlevel.running.callbacks import Callback
 from lowlevel.running.progress import make_console, quiet_libraries, speaking
 from lowlevel.running.reopening import Reopened, reopen, with_rows
@@ -307,7 +308,7 @@ def _config(method: str | RunConfig, settings: Mapping[str, Any]) -> RunConfig:
 def _taken(config: RunConfig, console: Console | None, options: Mapping[str, Any], *, by_command: bool = False) -> Any:
     """A generator over the steps that returns the run: the one way in, of the command line too."""
     quiet_libraries()
-    console = console or make_console()
+    console = (console or make_console()) if is_first() else Console(quiet=True)
     details = options.get("details", False) or bool(options.get("callbacks"))
     taken = run_steps(config, console, **{**options, "details": details})
     words = nullcontext() if by_command else errors_for_python()
@@ -317,7 +318,7 @@ def _taken(config: RunConfig, console: Console | None, options: Mapping[str, Any
                 yield step
     sources = {"data": config.data.source, "eval_data": config.data.eval_source}
     run = Run(config.train.output_dir, **{k: v for k, v in sources.items() if isinstance(v, GivenRows)})
-    for callback in options.get("callbacks", ()):
+    for callback in options.get("callbacks", ()) if is_first() else ():
         callback.on_end(run)
     return run
 

@@ -198,6 +198,11 @@ class Ranks:
 ALONE = Ranks()
 
 
+def is_first() -> bool:
+    """Whether this process is the first of torchrun's, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joined(timeout: float) -> Iterator[Ranks]:
     """The ranks of this run: those of torchrun, each on the GPU of its local number, or one process alone.
@@ -229,10 +234,16 @@ def joined(timeout: float) -> Iterator[Ranks]:
     limit, own = timedelta(seconds=timeout + _MORE), dist.PrefixStore(f"lowlevel/group/{run}", store)
     with ranks.waiting():
         dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
+    failed = True
     try:
         yield ranks
+        failed = False
+    except GeneratorExit:  # every rank left its loop over the steps
+        failed = False
+        raise
     finally:
-        dist.destroy_process_group()
+        if not (failed and torch.cuda.is_available()):  # NCCL would wait for ranks that are gone; this process ends
+            dist.destroy_process_group()
 
 
 def launch(arguments: Sequence[str], gpus: int) -> int:
@@ -249,7 +260,14 @@ def launch(arguments: Sequence[str], gpus: int) -> int:
         raise ConfigError(f"--gpus {gpus}: {visible} visible here")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
     config = LaunchConfig(
-        1, 1, gpus, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+        1,
+        1,
+        gpus,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        local_addr="localhost",
     )
     logging.disable(logging.ERROR)  # of torchrun: the ranks say what happens
     try:
