@@ -46,6 +46,8 @@ class Steps:
         """Switch to a mode of MODES."""
         self.mode, self.model.compiled = mode, mode != "eager"
         self.forget()
+        if self.model.compiled:  # the trainer's graphs of the same layers count too
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         compiled = torch.compile(_advance, fullgraph=True, dynamic=True) if self.model.compiled else _advance
         self._advance: Callable[..., None] = compiled
 
@@ -135,28 +137,20 @@ class Steps:
         self._ran.add(name)
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Compiling leaves cyclic garbage, kernels and events among it. To free it is forbidden within a capture, so it
-        is collected before (`torch.cuda.graph` no longer does so), and not within.
-        """
+        """Capture a pass. A failure leaves torch's generator usable: torch 2.11's would stay in its capturing state."""
         graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
         before = generator.get_state()
-        collects = gc.isenabled()
-        gc.collect()
-        gc.disable()
-        settings: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        gc.collect()  # garbage of compilers may hold kernels and events, and to free them is forbidden in a capture
+        torch.cuda.synchronize()
         try:
-            torch.cuda.synchronize()
-            with self.model.installed(), torch.cuda.graph(graph, **settings):
+            with self.model.installed(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 work()
         except Exception:
-            fresh = torch.Generator(generator.device)  # torch 2.11's stays in its capturing state after a failure
+            fresh = torch.Generator(generator.device)
             fresh.set_state(before)
             generator.graphsafe_set_state(fresh)
-            self._pool = None  # and so does the pool
+            self._pool = None  # the failed capture still holds it
             raise
-        finally:
-            if collects:
-                gc.enable()
         self._pool = self._pool or graph.pool()
         return graph
 
