@@ -170,10 +170,12 @@ class FastSampler:
         state = self.steps.state[:, :rows].cpu().numpy()
         seated = [slot for slot in range(rows) if self._seats[slot] is not None]
         wanted = [slot for slot in seated if watch or state[DONE, slot]]
-        index, width = self._tensor(wanted), int(state[COUNT, wanted].max(initial=0))
-        ids, logps = (part[index, :width].cpu().numpy() for part in (self.steps.ids, self.steps.logps))
+        outputs: Any = ((), ())
+        if wanted:
+            index, width = self._tensor(wanted), int(state[COUNT, wanted].max())
+            outputs = [part[index, :width].cpu().numpy() for part in (self.steps.ids, self.steps.logps)]
         found = {}
-        for slot, own, own_logps in zip(wanted, ids, logps, strict=True):
+        for slot, own, own_logps in zip(wanted, *outputs, strict=True):
             one, size = self._seats[slot], int(state[COUNT, slot])
             assert one is not None
             if watch:

@@ -46,6 +46,8 @@ class Steps:
         """Switch to a mode of MODES."""
         self.mode, self.model.compiled = mode, mode != "eager"
         self.forget()
+        if self.model.compiled:  # the trainer's graphs of the same layers count too
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         compiled = torch.compile(_advance, fullgraph=True, dynamic=True) if self.model.compiled else _advance
         self._advance: Callable[..., None] = compiled
 
@@ -108,51 +110,47 @@ class Steps:
 
     def _replay(self, name: Hashable, work: Callable[[Any], None], inputs: Prompts | None) -> None:
         """Run the pass uncaptured the first time, capture it the second time, and replay it from then on."""
-        if name not in self._ran:
-            assert self._stream is not None
-            self._ran.add(name)
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream), self.model.installed():
-                work(inputs)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return
         if name not in self._graphs:
+            # Copies in both of these passes: compilers tell views from other tensors, and would compile in the capture.
             own = None if inputs is None else Prompts(*(tensor.clone() for tensor in inputs.tensors()))
+            if name not in self._ran:
+                return self._run_uncaptured(name, lambda: work(own))
             try:
                 self._graphs[name] = (self._capture(lambda: work(own)), own)
-            except Exception:  # as in execution.py: what had to be compiled anew is compiled uncaptured, once
+            except Exception:  # as in execution.py: once more, after a pass that may compile
                 if name in self._failed:
                     raise
                 self._failed.add(name)
-                self._ran.discard(name)
-                return self._replay(name, work, inputs)
+                return self._run_uncaptured(name, lambda: work(own))
         graph, own = self._graphs[name]
         if own is not None and inputs is not None:
             torch._foreach_copy_(own.tensors(), inputs.tensors())
         graph.replay()
 
+    def _run_uncaptured(self, name: Hashable, work: Callable[[], None]) -> None:
+        """Run on the stream of the captures; afterwards compilers and libraries are ready for one."""
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), self.model.installed():
+            work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._ran.add(name)
+
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Compiling leaves cyclic garbage, kernels and events among it. To free it is forbidden within a capture, so it
-        is collected before (`torch.cuda.graph` no longer does so), and not within.
-        """
+        """Capture a pass. A failure leaves torch's generator usable: torch 2.11's would stay in its capturing state."""
         graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
         before = generator.get_state()
-        collects = gc.isenabled()
-        gc.collect()
-        gc.disable()
-        settings: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        gc.collect()  # garbage of compilers may hold kernels and events, and to free them is forbidden in a capture
+        torch.cuda.synchronize()
         try:
-            torch.cuda.synchronize()
-            with self.model.installed(), torch.cuda.graph(graph, **settings):
+            with self.model.installed(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 work()
         except Exception:
-            fresh = torch.Generator(generator.device)  # torch 2.11's stays in its capturing state after a failure
+            fresh = torch.Generator(generator.device)
             fresh.set_state(before)
             generator.graphsafe_set_state(fresh)
+            self._pool = None  # the failed capture still holds it
             raise
-        finally:
-            if collects:
-                gc.enable()
         self._pool = self._pool or graph.pool()
         return graph
 
