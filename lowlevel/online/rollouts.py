@@ -169,6 +169,11 @@ class KeptRollouts:
             raise CheckpointError(f"{path}: not written: {error.strerror or error}") from None
         self._waiting = {}
 
+    def newest(self) -> list[Rollout]:
+        """The completions of the last step that is written. Raises CheckpointError without any."""
+        paths = sorted(self.folder.glob("rollouts-*.parquet"))
+        return self.read(int(paths[-1].stem.split("-")[2]) if paths else 0)
+
     def read(self, step: int) -> list[Rollout]:
         """The completions that step `step` sampled. Raises CheckpointError if they are not kept."""
         import pyarrow as pa
