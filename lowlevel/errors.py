@@ -123,6 +123,15 @@ class OutOfMemoryError(LowlevelError):
     exit_code = 6
 
 
+class RankError(LowlevelError):
+    """A run on several GPUs ended because of one of them; `exit_code` is that rank's."""
+
+    def __init__(self, message: str, code: int, *, rank: int | None = None, told: bool = False) -> None:
+        """`rank`: the one that failed. `told`: another rank prints the message."""
+        super().__init__(message)
+        self.exit_code, self.rank, self.told = code, rank, told
+
+
 class InterruptedRunError(LowlevelError):
     """The run was stopped by a signal; `exit_code` is 128 + the signal's number."""
 

@@ -84,6 +84,7 @@ KEYS = {
     "train.early_stopping_patience": (3, {**HOLDOUT, "train": {"eval_steps": 2}}),
     "train.save_steps": (50, {}),
     "train.save_total_limit": (5, {}),
+    "train.ddp_timeout": (30, {}),
     "train.report_to": (["tensorboard"], {}),
     "sft.loss_type": ("mine:loss", {}),
     "sft.loss_kwargs": ({"gamma": 0.5}, {}),

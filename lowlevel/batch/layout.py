@@ -217,6 +217,7 @@ class Shape:
     examples: int  # a multiple of this
     longest: int  # upper bound on the positions of a sequence
     capacity: int  # upper bound on the positions of a packed micro-batch
+    shares: int = 1  # packed micro-batches of a step come in multiples of this, alike in size: for several GPUs
 
 
 def build_batch(

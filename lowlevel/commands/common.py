@@ -47,6 +47,17 @@ def _whole_number(text: str, least: int) -> int:
     return int(text)
 
 
+def temperature(text: str) -> float:
+    """A finite number from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text!r}")
+    return value
+
+
 def add_run_file(parser: argparse.ArgumentParser, *, method: bool = True) -> None:
     """RUN.toml, whose keys are also flags, and what else changes them; `method`: the command's name gives no method."""
     what = "run file or run folder" if method else "run file"

@@ -209,6 +209,7 @@ class TrainConfig(Section):
     early_stopping_patience: Positive | None = Field(None, description="stop after N evaluations without a lower loss")
     save_steps: Positive | None = Field(None, description="steps between checkpoints; default: only at the end")
     save_total_limit: Positive = Field(2, description="checkpoints to keep")
+    ddp_timeout: Positive = Field(120, description="seconds after which a GPU that keeps the others waiting is hung")
     report_to: Trackers = Field((), description="experiment trackers that get the logged numbers")
 
 

@@ -64,8 +64,10 @@ class Inputs:
     merged_adapter: str | None = None  # SHA-256 of the adapter that the base holds (adapter_mode "original")
 
 
-def build_method(config: RunConfig, attention: Attention) -> Method:
+def build_method(config: RunConfig, attention: Attention, ranks: int = 1) -> Method:
     """The method of a configuration. The row of a pair has room for a prompt and two completions.
+
+    For several `ranks`, packed micro-batches come in multiples of their number.
 
     Attention over spans makes rows of any length cheap, so batches are padded to 16 to 32 shapes, each captured once;
     1 to 4 % of the positions are padding.
@@ -76,8 +78,8 @@ def build_method(config: RunConfig, attention: Attention) -> Method:
     capacity = config.train.micro_batch_positions or batch * length
     granule = min(max(8, capacity // 16 // 8 * 8), 128 if capacity <= 4096 else 256) if data.packing else 64
     if run_loss(config).mixes_pairs:
-        examples = 1  # no dummy pairs: they would take part in the sort
-    shape = Shape(granule, min(8, examples), length, capacity) if attention.kernel else None
+        examples = ranks = 1  # no dummy pairs: they would take part in the sort; nor other micro-batches
+    shape = Shape(granule, min(8, examples), length, capacity, ranks) if attention.kernel else None
     if config.method == "sft":
         return sft.SFT(batch, length, data.packing, shape, config.sft, data.columns)
     if config.method == "kto":

@@ -32,7 +32,10 @@ SAMPLER_BOUNDS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1.6e-1}  # nats of a token
 
 @dataclass
 class RunObserver:
-    """Writes metrics, checkpoints and status, calls the callbacks, and passes signals on."""
+    """Writes metrics, checkpoints and status, calls the callbacks, and passes signals on.
+
+    Of several ranks, the first one does; the others only compare their weights with it.
+    """
 
     folder: RunFolder
     progress_bar: TrainingProgress
@@ -44,6 +47,8 @@ class RunObserver:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append to metrics.jsonl, show, and pass to the callbacks."""
+        if not self.engine.job.ranks.first:
+            return
         self.folder.append_metrics(record)
         self.progress_bar.record(record)
         for callback in self.callbacks:
@@ -65,6 +70,9 @@ class RunObserver:
 
     def save(self, state: TrainState) -> None:
         """Sync the log's lines, write the checkpoint, then the status that names it."""
+        if not self.engine.job.ranks.first:
+            self.engine.write_checkpoint(state)
+            return
         self.folder.sync_metrics()
         self.engine.write_checkpoint(state)
         self.folder.write_status("running", state.step)
@@ -72,8 +80,8 @@ class RunObserver:
             callback.on_save(next(iter(checkpoints(self.folder.path))))
 
     def stop_requested(self) -> int:
-        """The first signal received, or 0."""
-        return self.interrupts.signum
+        """The first signal received, on any rank, or 0."""
+        return self.engine.job.ranks.stop_requested()
 
 
 def check_sampler(result: StepResult, config: RunConfig, precision: str) -> str | None:

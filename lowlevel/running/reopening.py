@@ -276,7 +276,7 @@ def kept_rollouts(config: RunConfig, run_dir: Path | None, step: int) -> list[ro
 def _placement(folder: RunFolder, config: RunConfig, dtype: str) -> tuple[Placement, str | None, bool | None]:
     """Placement, `moved` and `elsewhere` of `Reopened`. If the run's device is unknown, its base must be the same."""
     was = _environment(folder, dtype)
-    device, precision, threads = was or ("a device that environment.json does not name", None, None)
+    device, precision, threads, ranks = was or ("a device that environment.json does not name", None, None, 1)
     try:
         placement = choose_placement(precision if precision in DTYPES else config.train.precision)
     except ConfigError:
@@ -286,6 +286,8 @@ def _placement(folder: RunFolder, config: RunConfig, dtype: str) -> tuple[Placem
     if (device, precision) != (here, placement.precision):
         moved = f"the run computed in {precision} on {device}, this is {placement.precision} on {here}"
         return placement, moved, device != here if was else None
+    if ranks > 1:
+        return placement, f"the run added on {ranks} GPUs, in another order", False
     if on_gpu and not (config.train.deterministic or torch.are_deterministic_algorithms_enabled()):
         return placement, "a GPU sums in varying order, unless the run has train.deterministic = true", False
     if not on_gpu and threads not in (None, own_threads):
@@ -293,16 +295,19 @@ def _placement(folder: RunFolder, config: RunConfig, dtype: str) -> tuple[Placem
     return placement, None, False
 
 
-def _environment(folder: RunFolder, dtype: str) -> tuple[str, str, int | None] | None:
-    """Device, precision and threads of the run; None if they cannot be read or do not fit the manifest's `dtype`."""
+def _environment(folder: RunFolder, dtype: str) -> tuple[str, str, int | None, int] | None:
+    """Device, precision, threads and number of GPUs (or processes) of the run; None if they cannot be read or do not
+    fit the manifest's `dtype`.
+    """
     try:
         was = json.loads((folder.path / ENVIRONMENT).read_text(encoding="utf-8"))
-        device, precision, threads = was["device"], was["precision"], was.get("threads")
+        device, precision, threads, ranks = was["device"], was["precision"], was.get("threads"), was.get("ranks", 1)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     typed = isinstance(device, str) and isinstance(precision, str) and isinstance(threads, int | None)
+    typed = typed and isinstance(ranks, int)
     fits = typed and (precision not in DTYPES or dtype_name(DTYPES[precision]) == dtype)
-    return (device, precision, threads) if fits else None
+    return (device, precision, threads, ranks) if fits else None
 
 
 def _without_backward(config: RunConfig) -> RunConfig:

@@ -150,7 +150,8 @@ def _facts(
                     f"{manifest.get('trainable_parameters', 0):,} parameters in {', '.join(lora.target_modules)}"),
         *[(f"{name} rows", text) for name in ("train", "evaluation") if (text := _rows(folder, name))],
         ("training", f"{config.rows_per_step} rows a step, peak learning rate {train.learning_rate:g} "
-                     f"({train.lr_scheduler_type}), {train.optim}, {base.get('dtype')}, seed {train.seed}"),
+                     f"({train.lr_scheduler_type}), {train.optim}, {base.get('dtype')}, seed {train.seed}"
+                     + (f", {environment['ranks']} GPUs" if "ranks" in environment else "")),
         *[(name, _first_and_last(folder, key)) for name, key in LOGGED.items()],
         ("versions", ", ".join(f"{name} {environment[name]}" for name in ("lowlevel", *LIBRARIES)
                                if name in environment)),

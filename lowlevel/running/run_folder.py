@@ -38,7 +38,7 @@ from lowlevel.batch.order import ORDER_VERSION
 from lowlevel.checkpoints.checkpoint import checkpoints, newest_good, newest_verified, step_of
 from lowlevel.config.file import config_from_tables, to_tables
 from lowlevel.config.schema import RunConfig
-from lowlevel.durable import sync, write_json, write_text
+from lowlevel.durable import append_line, sync, write_json, write_text
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.files import SHOWN, folders_with, read_json_object
 from lowlevel.online.rollouts import FOLDER as ROLLOUTS
@@ -145,17 +145,7 @@ class RunFolder:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append a line: all of it, or nothing if the disk refuses."""
-        line = (json.dumps(record) + "\n").encode()
-        with open(self.metrics, "ab", buffering=0) as file:
-            before = file.seek(0, os.SEEK_END)
-            try:
-                while line:
-                    line = line[file.write(line) :]
-            except BaseException as error:
-                file.truncate(before)
-                if isinstance(error, OSError):
-                    error.filename = str(self.metrics)
-                raise
+        append_line(self.metrics, record)
 
     def sync_metrics(self) -> None:
         """Flush all lines to disk, so that no checkpoint survives a power cut that its log lines do not."""

@@ -63,7 +63,8 @@ class CachedModel:
         chosen = choose_attention(ModelConfig(), base.config, placement).kernel
         self.prompt_kernel = chosen or "math"  # on a CPU, where nothing is captured
         self.layers: Sequence[nn.Module] = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
-        self.cache: list[Tensor] = []  # of each layer, (2, slots + 1, H_kv, C, D)
+        self._whole = torch.empty(0)
+        self.cache: list[Tensor] = []  # its parts: of each layer, (2, slots + 1, H_kv, C, D)
         self.slots, self.capacity = 0, 0  # C of every slot
         self.compiled = False
         self.joined: JoinedLayers | None = None
@@ -109,7 +110,7 @@ class CachedModel:
         slots, device = max(self.slots, slots, LEAST_SLOTS), self.placement.device
         size = 2 * len(self.layers) * self.kv_heads * self.features * capacity * self.placement.dtype.itemsize
         if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0] + (self._whole.nbytes if self.cache else 0)
+            free = torch.cuda.mem_get_info(device)[0] + self._whole.nbytes
             slots = max(LEAST_SLOTS, min(slots, int(SHARE * free / size) - 1))
         if capacity == self.capacity and slots <= self.slots:
             return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ class FastSampler:
             join: copy the weights of linear layers in the placement's dtype (joined.py), instead of reading them as
                 they are, in 4 bits; None: on a GPU with memory for it.
         """
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         limits = (attention_window(base.config), short_positions(base.config))
         self.longest = min((limit for limit in limits if limit), default=None)  # tokens that every layer sees alike
         self.plain, self.note = PlainSampler(model, placement, stop_ids), note
@@ -161,8 +162,8 @@ class FastSampler:
         for (slot, own), start in zip(group, bounds[:-1], strict=False):
             place = slice(start, start + len(own))
             ids[place], positions[place], slots[place] = own, np.arange(len(own)), slot
-        packed = self._tensor(np.stack([ids, positions, slots])).unbind(0)
-        return Prompts(*packed, self._tensor(bounds).to(torch.int32))
+        packed = self._tensor(np.stack([ids, positions, slots]))
+        return Prompts(packed[0], packed[1], packed[2], self._tensor(bounds).to(torch.int32))
 
     def _collect(self, rows: int, watch: Watch | None) -> dict[int, Completion]:
         """Completions that ended in this turn, by number; their slots are free. Waits for the device."""

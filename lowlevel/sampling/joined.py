@@ -41,6 +41,12 @@ class Place(NamedTuple):
         """The layer: PEFT's, or a plain one."""
         return getattr(self.parent, self.name)
 
+    @property
+    def base(self) -> nn.Linear:
+        """The frozen layer, without adapters."""
+        layer = self.layer
+        return cast("nn.Linear", layer.base_layer if isinstance(layer, LoraLayer) else layer)
+
 
 class Joined:
     """Layers with the same input."""
@@ -48,18 +54,16 @@ class Joined:
     def __init__(self, places: Sequence[Place], dtype: torch.dtype) -> None:
         """Copies the weights in `dtype`."""
         self.places, self.dtype = places, dtype
-        layers = [place.layer for place in places]
-        bases = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers]
+        layers, bases = [place.layer for place in places], [place.base for place in places]
         self.adapters = [(n, layer, name) for n, layer in enumerate(layers) for name in _adapters(layer)]
         sizes = [base.out_features for base in bases]
         self.out, self.rank = sum(sizes), sum(_down(layer, name).shape[0] for _, layer, name in self.adapters)
         device, inputs = bases[0].weight.device, bases[0].in_features
         self.weight = torch.empty(self.out + self.rank, inputs, dtype=dtype, device=device)
         self.up = torch.zeros(self.out, self.rank, dtype=dtype, device=device)
-        self.bias: Tensor | None = None
-        if any(base.bias is not None for base in bases):
-            self.bias = torch.zeros(self.out + self.rank, dtype=dtype, device=device)
-        starts, self.parts, start = [], [], 0
+        biased = any(base.bias is not None for base in bases)
+        self.bias = torch.zeros(self.out + self.rank, dtype=dtype, device=device) if biased else None
+        starts, start = [], 0
         for base, size in zip(bases, sizes, strict=True):
             self.weight[start : start + size] = dense_weight(base, dtype)
             if self.bias is not None and base.bias is not None:
@@ -150,8 +154,7 @@ def dense_weight(base: nn.Linear, dtype: torch.dtype) -> Tensor:
 
 def joined_bytes(layers: Sequence[nn.Module], dtype: torch.dtype) -> int:
     """Memory of the copies, adapters left out."""
-    linear = [place.layer for layer in layers for place in _places(layer)]
-    bases = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in linear]
+    bases = [place.base for layer in layers for place in _places(layer)]
     return sum(base.in_features * base.out_features for base in bases) * dtype.itemsize
 
 

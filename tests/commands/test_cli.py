@@ -38,6 +38,7 @@ COMMANDS = (
     "memory",
     "merge",
     "generate",
+    "annotate",
     "score",
     "compare",
     "inspect",
