@@ -129,7 +129,7 @@ KEYS = {
     "grpo.delta": (3.0, {"method": "grpo"}),
     "grpo.importance_sampling_level": ("sequence", {"method": "grpo"}),
     "grpo.scale_rewards": ("group", {"method": "grpo"}),
-    "grpo.kl_estimator": ("k2", {"method": "grpo"}),
+    "grpo.kl_estimator": ("k2", {"method": "grpo", "grpo": {"beta": 0.1}}),
     "rloo.num_generations": (4, {"method": "rloo"}),
     "rloo.max_completion_length": (64, {"method": "rloo"}),
     "rloo.temperature": (0.7, {"method": "rloo"}),

@@ -20,6 +20,10 @@ LOFTQ = 'lora.init_lora_weights = "loftq"'
 TRACE_DETAILS = ("level", "gradients")
 PLANNED = ("recomputed_layers", "micro_batch_positions", "dequantize_once")  # set by memory_budget
 PAIRS = ("preference", "hh", "orca")  # formats that only dpo has
+UNREAD = {  # keys of grpo that a loss_type does not read
+    "cispo": ("epsilon", "delta", "importance_sampling_level"),
+    "sapo": ("epsilon", "epsilon_high", "delta", "importance_sampling_level"),
+}
 Check = tuple[bool, str]  # whether it is wrong, and what to say
 
 
@@ -34,7 +38,7 @@ def contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
         *_train(config, given),
         *_trace(config, given),
         *_reference(config),
-        *_online(config),
+        *_online(config, given),
     ]
     return [message for wrong, message in checks if wrong]
 
@@ -107,11 +111,14 @@ def _reference(config: RunConfig) -> list[Check]:
     ]
 
 
-def _online(config: RunConfig) -> list[Check]:
+def _online(config: RunConfig, given: set[str]) -> list[Check]:
     own, batch = config.sampled, "train.per_device_train_batch_size * gradient_accumulation_steps"
     if own is None:
         return []
     name, group, longest, prompt = config.method, own.group, own.max_completion_length, config.data.max_length
+    unread_keys = UNREAD.get(config.grpo.loss_type, ()) if name == "grpo" else ()
+    unread = next((key for key in unread_keys if f"grpo.{key}" in given), "")
+    estimator = "grpo.kl_estimator" in given and own.beta == 0
     functions, weights = len(own.reward), len(own.reward_weights)
     return [
         (
@@ -120,6 +127,8 @@ def _online(config: RunConfig) -> list[Check]:
         ),
         (longest >= prompt, f"{name}.max_completion_length {longest} leaves no prompt: data.max_length is {prompt}"),
         (not own.reward, f"{name}.reward is empty"),
+        (bool(unread), f'grpo.{unread} is not read by loss_type = "{config.grpo.loss_type}"'),
+        (estimator, "grpo.kl_estimator needs grpo.beta above 0"),
         (weights not in (0, functions), f"{name}.reward_weights has {weights} numbers for {functions} functions"),
         (
             ("format" in own.reward) != (own.reward_pattern is not None),

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from lowlevel.config.contradictions import ADAPTER_SHAPE, contradictions, empty_texts, secrets_in
+from lowlevel.config.contradictions import ADAPTER_SHAPE, UNREAD, contradictions, empty_texts, secrets_in
 from lowlevel.config.given import Source
 from lowlevel.config.schema import (
     LOSS_DEFAULTS,
@@ -127,6 +127,9 @@ def to_tables(config: RunConfig) -> dict[str, Any]:
     for other in METHODS:
         if other != config.method:
             del tables[other]
+    if config.method == "grpo":
+        for key in (*UNREAD.get(config.grpo.loss_type, ()), *["kl_estimator"] * (config.grpo.beta == 0)):
+            tables["grpo"].pop(key, None)
     if not (config.trace.every or config.trace.steps):
         del tables["trace"]
     if config.model.adapter is None:

@@ -64,6 +64,7 @@ class PromptExample:
     messages: Sequence[Message]
     reference: str | None  # text of the row's own reply, else its column "answer"
     columns: Mapping[str, object]  # of the row, for reward functions
+    values: tuple[float, ...] = ()
 
 
 Example = SFTExample | PreferenceExample | PromptExample

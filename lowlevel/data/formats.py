@@ -196,7 +196,7 @@ def _none(source: SourceRows, found: Sequence[str], formats: Sequence[Format], m
         return f"{problem}; missing: {LABEL}, true for desirable and false for undesirable completions"
     if other := next(iter(_fitting(source, [f for f in FORMATS if f.method == method], have)), None):
         return f'{problem}; missing: {missing}; they fit data.format = "{other.name}"'
-    others = sorted((f for f in FORMATS if f.method != method), key=lambda f: not f.labelled)
+    others = sorted((f for f in FORMATS if f.method not in (method, "grpo")), key=lambda f: not f.labelled)
     if other := next(iter(_fitting(source, others, have)), None):
         return f"{problem}; they fit {other.method.upper()} ({', '.join(other.columns)})"
     if "text" in have:

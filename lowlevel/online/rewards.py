@@ -38,6 +38,7 @@ from lowlevel.config.online import SampledConfig
 from lowlevel.data.examples import PromptExample
 from lowlevel.errors import ConfigError, one_line
 from lowlevel.losses.registry import source_of
+from lowlevel.model.adapters import adapter_sha256
 
 Function = Callable[..., Sequence[float]]
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
@@ -45,21 +46,27 @@ OWN: dict[str, Function] = {}  # functions given in Python that another process 
 
 
 def exact_match(completions: Sequence[str], reference: Sequence[str | None]) -> list[float]:
-    """1 if the text is the reference, without white space around it, else 0; no reward without a reference."""
-    pairs = zip(completions, reference, strict=True)
-    return [math.nan if right is None else float(text.strip() == right.strip()) for text, right in pairs]
+    """1 if the text is the reference, without white space around it, else 0. Raises ValueError without a reference."""
+    return [float(text.strip() == right.strip()) for text, right in zip(completions, _given(reference), strict=True)]
 
 
 def gsm8k(completions: Sequence[str], reference: Sequence[str | None]) -> list[float]:
     """1 if the final answer is that of the reference, as numbers, else 0.
 
     The final answer is the first number after the last "####", or without that mark the last number of the text.
+    Raises ValueError without a reference, or if it has no number.
     """
-    pairs = zip(completions, reference, strict=True)
-    return [
-        math.nan if right is None or (value := final_answer(right)) is None else float(final_answer(text) == value)
-        for text, right in pairs
-    ]
+    values = [final_answer(right) for right in _given(reference)]
+    if None in values:
+        raise ValueError("the reference has no number")
+    return [float(final_answer(text) == value) for text, value in zip(completions, values, strict=True)]
+
+
+def _given(reference: Sequence[str | None]) -> list[str]:
+    found = [right for right in reference if right is not None]
+    if len(found) < len(reference):
+        raise ValueError("the row has no reply or answer to compare with")
+    return found
 
 
 def final_answer(text: str) -> Decimal | None:
@@ -214,9 +221,17 @@ def check(config: SampledConfig) -> None:
 
 
 def sources_sha256(config: SampledConfig) -> str | None:
-    """SHA-256 of the sources of functions that are not built in, for a run's manifest; None if there are none."""
-    own = [name for name in config.reward if name not in BUILT_IN and not Path(name).is_dir()]
-    if not own:
-        return None
-    sources = [source_of(OWN.get(name) or _imported(name)) for name in own]
-    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
+    """SHA-256 of what computes the rewards and is not built in, for a run's manifest; None if all is built in."""
+    own = [name for name in config.reward if name not in BUILT_IN]
+    return hashlib.sha256("\0".join(map(_source, own)).encode()).hexdigest() if own else None
+
+
+def _source(name: str) -> str:
+    """Of a reward run the hash of its adapter; of a function that only another process has its name."""
+    if Path(name).is_dir():
+        adapter = Path(name) / "adapter"
+        return adapter_sha256(adapter) if adapter.exists() else name
+    try:
+        return source_of(OWN.get(name) or _imported(name))
+    except ConfigError:
+        return name

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lowlevel.methods import Method
 
 FOLDER = "rollouts"
+MOST = 10_000  # completions held on the host before they are written between two checkpoints
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,9 @@ class Rollout:
 
 def step_examples(config: RunConfig, rollouts: Sequence[Rollout]) -> list[Any]:
     """What the method of a run takes: the completions, or a pair of each prompt's."""
-    return pairs_of(rollouts) if config.method == "online_dpo" else list(rollouts)
+    if config.method == "online_dpo":
+        return pairs_of(rollouts, masked=config.online_dpo.mask_truncated_completions)
+    return list(rollouts)
 
 
 def longest_examples(config: RunConfig, prompts: Sequence[PromptExample]) -> list[Any]:
@@ -93,17 +96,18 @@ def step_batches(config: RunConfig, method: Method, rollouts: Sequence[Rollout])
     return [replace(first, facts=facts(rollouts)), *others]
 
 
-def pairs_of(rollouts: Sequence[Rollout]) -> list[PreferenceExample]:
+def pairs_of(rollouts: Sequence[Rollout], *, masked: bool = False) -> list[PreferenceExample]:
     """The completions of each prompt with the highest and the lowest reward, the first of equal ones.
 
-    If all are equal, nothing is preferred: the pair is one completion twice, whose gradient is exactly 0.
+    Left out are those without a reward and, if `masked`, without an end. If all are equal, nothing is preferred: the
+    pair is one completion twice, whose gradient is exactly 0.
     """
     groups: dict[int, list[Rollout]] = {}
     for x in rollouts:
         groups.setdefault(x.group, []).append(x)
     pairs = []
     for group in groups.values():
-        known = [x for x in group if np.isfinite(x.reward)] or group[:1]
+        known = [x for x in group if np.isfinite(x.reward) and (x.ended or not masked)] or group[:1]
         best, worst = max(known, key=lambda x: x.reward), min(known, key=lambda x: x.reward)
         ids = best.completion_ids, worst.completion_ids
         pairs.append(PreferenceExample(best.row, best.where, best.prompt_ids, *ids))
@@ -147,6 +151,8 @@ class KeptRollouts:
     def add(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """Keep the completions that step `step`, counted from 1, sampled."""
         self._waiting[step] = rollouts
+        if sum(map(len, self._waiting.values())) > MOST:
+            self.flush()
 
     def flush(self) -> None:
         """Write what waits as one file. Raises CheckpointError if it cannot be written."""
@@ -168,6 +174,11 @@ class KeptRollouts:
         except OSError as error:
             raise CheckpointError(f"{path}: not written: {error.strerror or error}") from None
         self._waiting = {}
+
+    def newest(self) -> list[Rollout]:
+        """The completions of the last step that is written. Raises CheckpointError without any."""
+        paths = sorted(self.folder.glob("rollouts-*.parquet"))
+        return self.read(int(paths[-1].stem.split("-")[2]) if paths else 0)
 
     def read(self, step: int) -> list[Rollout]:
         """The completions that step `step` sampled. Raises CheckpointError if they are not kept."""

@@ -20,7 +20,7 @@ from lowlevel.batch.order import DataOrder
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import PromptExample
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.errors import EVAL_REWARD, CheckpointError, ConfigError
 from lowlevel.hashing import key32
 from lowlevel.heartbeat import working
 from lowlevel.methods import DPO, PolicyGradient
@@ -75,11 +75,12 @@ class OnlineSteps:
         if step != first:
             return step_batches(self.config, self.method, self.kept.read(first + 1))
         started = time.perf_counter()
+        prompts = [self.examples[i] for i in self.order.step_rows(step)]
         with working("sampling"):
-            groups = self.sample([self.examples[i] for i in self.order.step_rows(step)], step)
+            groups = self.sample(prompts, step)
         sampled = time.perf_counter()
         with working("rewarding"):
-            scored = self.score(groups, step)
+            scored = self.score(prompts, groups, f"step {step + 1}")
             rollouts = [x for group in scored for x in group]
             if not isinstance(self.method, DPO):
                 rollouts = self.method.credit(self.policy, scored)
@@ -117,25 +118,14 @@ class OnlineSteps:
             for number, (example, completions) in enumerate(zip(examples, found, strict=True))
         ]
 
-    def score(self, groups: Sequence[Sequence[Rollout]], step: int) -> list[list[Rollout]]:
-        """The same completions with their rewards. Raises ConfigError if there is not one."""
-        by_row = {example.row: example for example in self.examples}
-        rewarded, failures = self._rewarded(groups, by_row)
-        for line in failures[:SHOWN]:
-            self.note(f"step {step + 1}: no reward: {line}")
-        if len(failures) > SHOWN:
-            self.note(f"step {step + 1}: and {len(failures) - SHOWN:,} more without a reward")
-        if not any(np.isfinite(x.reward) for group in rewarded for x in group):
-            raise ConfigError(f"step {step + 1}: no completion has a reward: {failures[0]}")
-        return rewarded
-
-    def _rewarded(
-        self, groups: Sequence[Sequence[Rollout]], by_row: dict[int, PromptExample]
-    ) -> tuple[list[list[Rollout]], list[str]]:
-        found, failures = [], list[str]()
-        for group in groups:
+    def score(
+        self, examples: Sequence[PromptExample], groups: Sequence[Sequence[Rollout]], when: str
+    ) -> list[list[Rollout]]:
+        """The same completions with their rewards; those without one are named. Raises ConfigError if none has one."""
+        found, failures = list[list[Rollout]](), list[str]()
+        for example, group in zip(examples, groups, strict=True):
             texts, ids = [x.text for x in group], [x.completion_ids.tolist() for x in group]
-            scores = self.rewards(by_row[group[0].row], texts, ids)
+            scores = self.rewards(example, texts, ids)
             failures += scores.failures
             names, columns = list(self.rewards.functions), scores.by_function.T.tolist()
             totals = self.rewards.total(scores.by_function).tolist()
@@ -143,20 +133,20 @@ class OnlineSteps:
                 replace(x, rewards=dict(zip(names, column, strict=True)), reward=total)
                 for x, column, total in zip(group, columns, totals, strict=True)
             ])  # fmt: skip
-        return found, failures
+        for line in failures[:SHOWN]:
+            self.note(f"{when}: no reward: {line}")
+        if len(failures) > SHOWN:
+            self.note(f"{when}: and {len(failures) - SHOWN:,} more without a reward")
+        if not any(np.isfinite(x.reward) for group in found for x in group):
+            raise ConfigError(f"{when}: no completion has a reward: {failures[0]}")
+        return found
 
     def evaluate(self, held_out: Sequence[PromptExample], step: int) -> dict[str, float]:
         """Mean reward, each function's part, and exact match of greedy completions of held-out prompts."""
         with working("sampling held-out prompts"):
             groups = self.sample(held_out, step, greedy=True)
-        rewarded, failures = self._rewarded(groups, {example.row: example for example in held_out})
-        every = [x for group in rewarded for x in group]
-        for line in failures[:SHOWN]:
-            self.note(f"held out: no reward: {line}")
-        known = [x for x in every if np.isfinite(x.reward)]
-        if not known:
-            raise ConfigError(f"held out: no completion has a reward: {failures[0]}")
-        scores = {"eval_reward": float(np.mean([x.reward for x in known]))}
+        every = [x for group in self.score(held_out, groups, "held out") for x in group]
+        scores = {EVAL_REWARD: float(np.nanmean([x.reward for x in every]))}
         if len(self.rewards.functions) > 1:
             for name in self.rewards.functions:
                 scores[f"eval_rewards/{name}/mean"] = float(np.nanmean([x.rewards[name] for x in every]))

@@ -85,7 +85,7 @@ class Subject:
 
     def losses(self, logps: Logps) -> Tensor:
         """The loss of each pair or example (P,), or token (N,), as `method.loss` computes it from log-probabilities."""
-        return self.method.losses(logps)  # type: ignore[arg-type]
+        return self.method.losses(logps)  # type: ignore[arg-type, union-attr]
 
     def values(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """The numeric columns that the loss reads, one number an example; float64, rounded to fp32 as in a batch."""

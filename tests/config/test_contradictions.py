@@ -66,6 +66,8 @@ sft trace.gradients=true | trace.gradients needs trace.every or trace.steps
 grpo data.columns=a | data.columns is for sft | reward functions receive all columns
 grpo grpo.num_generations=3 | = 8 completions are not a multiple of grpo.num_generations 3
 grpo grpo.max_completion_length=256 | leaves no prompt: data.max_length is 256
+grpo grpo.loss_type=cispo grpo.delta=2.0 | grpo.delta is not read by loss_type = "cispo"
+grpo grpo.kl_estimator=k2 | grpo.kl_estimator needs grpo.beta above 0
 rloo rloo.reward=none | rloo.reward is empty
 ppo ppo.reward_weights=[1.0,2.0] | ppo.reward_weights has 2 numbers for 1 functions
 grpo grpo.reward=format | "format" and reward_pattern belong together

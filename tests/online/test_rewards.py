@@ -46,7 +46,9 @@ def test_final_answer(text, expected):
 def test_built_in_functions():
     assert gsm8k(["#### 72", "#### 72.0", "it is 71", ""], ["a 7\n#### 72"] * 4) == [1, 1, 0, 0]
     assert exact_match([" a b\n", "ab"], ["a b", "a b"]) == [1, 0]
-    assert math.isnan(exact_match(["a"], [None])[0]) and math.isnan(gsm8k(["7"], ["none"])[0])
+    for function, reference, why in ((exact_match, [None], "no reply"), (gsm8k, ["none"], "has no number")):
+        with pytest.raises(ValueError, match=why):
+            function(["7"], reference)
     own = configured(reward="format,length", reward_pattern="<a>.*</a>", max_completion_length=8)
     found = Rewards.of(own, lambda folder: exact_match)(EXAMPLE, ["<a>\n</a> ", "<a>"], [[1, 2], [1] * 8])
     assert found.by_function.tolist() == [[1, 0], [-0.25, -1]]

@@ -91,6 +91,30 @@ def test_replay_verify_inspect_and_generate(whole):
     assert "give --step" in run("inspect", whole, "--example", 1).err
     assert run("generate", whole, "--prompt", "a", "--max-new-tokens", 3).code == 0
     assert run("report", whole).code == 0
+    said = run("merge", whole, "--out", whole.parent / "merged", "--into", "dequantized")
+    assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize("command", ["data", "plan"])
+def test_commands_on_a_run_file(space, command):
+    said = run(command, written(space, f"for {command}"))
+    assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("time",), "lowlevel time does not sample"),
+        (("verify",), "give its run folder"),
+    ],
+)
+def test_commands_that_refuse_a_run_file(space, words, reason):
+    said = run(*words, written(space, "refused"))
+    assert said.code == 2 and reason in said.err and said.err.count("\n") == 1
+
+
+def test_compare_names_the_held_out_rewards(whole):
+    assert "eval_reward" in run("compare", whole).err
 
 
 @pytest.mark.parametrize(
