@@ -152,6 +152,19 @@ def test_from_python_with_rows_and_functions(space):
     assert len(made.inspect(step=1).sampled) == 4
 
 
+def test_a_reward_run_is_a_reward_function(space):
+    """Its rewards are those of `lowlevel score`; an empty completion has none."""
+    folder = space.folder / "judge"
+    assert run("reward", space.write("judge", "reward", train={"max_steps": 1})).code == 0
+    path = written(space, "judged", own={**OWN, "reward": [str(folder)]}, train={"max_steps": 1})
+    said = run("grpo", path)
+    assert said.code == 0, said.err
+    kept = [x for x in KeptRollouts(space.folder / "judged").read(1) if x.text.strip()]
+    asked = {row: text for row, text in enumerate(PROMPTS)}
+    rows = [{"prompt": asked[x.row], "completion": x.text} for x in kept]
+    assert [x.reward for x in kept] == pytest.approx([one["reward"] for one in ll.Run(folder).score(rows)], abs=1e-5)
+
+
 def broken(completions):
     raise ValueError("no")
 
