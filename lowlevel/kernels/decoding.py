@@ -5,32 +5,37 @@ the sequence in slot b; its new token has position p_b. It writes its key and va
 p_b. All query heads of a group read the same keys, so a program handles one group of one row.
 
 The tokens are split in chunks, one a program, so that few rows fill a GPU too. A chunk gives its own softmax and its
-logsumexp l_s; a chunk behind p_b has l_s = -inf, and nothing of it is read. A second kernel combines them::
+logsumexp l_s; a chunk behind p_b has l_s = -inf, and its program reads nothing::
 
     o_s = sum_(j in s) exp(z_j - l_s) v_j        o = sum_s exp(l_s - logsumexp(l)) o_s
 
-p_b is read on the device, so one captured CUDA graph serves every length. A program is one warp, which
-holds its keys and values in registers, in the layout of their loads, and sums by shuffles. Sums across warps wait at
-barriers, and made this kernel 10 times slower. No `tl.dot` (kernels/__init__.py): memory is the bound.
+p_b is read on the device, so one captured CUDA graph serves every length. A program holds its keys and values in
+registers, in the layout of their loads, and takes one query after the other: products of three dimensions would be
+summed across warps, 5 times slower on an H200. No `tl.dot` (kernels/__init__.py): memory is the bound.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowlevel.kernels.operators import operator
 
+CHUNK = 64  # tokens of the smallest chunk; a cache's C is a multiple of `chunk_of(C)`
 MOST_QUERIES = 8  # of a program
-KEPT = 2048  # features of keys, and of values, that a program holds: 64 a thread each; with more, registers spill
+A_WARP = 1024  # keys' features that a warp holds
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@operator("decode_attention", writes=("cache",))
+def chunk_of(capacity: int) -> int:
+    """Tokens of a chunk: more in a larger cache, whose chunks would be many."""
+    return CHUNK if capacity <= 512 else 2 * CHUNK if capacity <= 2048 else 4 * CHUNK
+
+
 def decode_attention(
     query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float
 ) -> Tensor:
@@ -39,32 +44,48 @@ def decode_attention(
     Args:
         query: (B, H, D); row b belongs to slot b.
         key, value: (B, H_kv, D), of the same tokens.
-        cache: (2, S, H_kv, C, D) with S >= B, in the dtype of the key; each slot contiguous; C a multiple of 64.
+        cache: (2, S, H_kv, C, D) with S >= B, in the dtype of the key; each slot contiguous.
         positions: (B,) int64, below C.
         scale: of the scores.
     """
-    run = launch if _kernel_takes(query, key, value, cache) else decode_attention_reference
+    parts, lse = _attend(query, key, value, cache, positions, scale)
+    return (parts * lse.softmax(-1)[..., None]).sum(2).to(query.dtype)
+
+
+@operator("decode_attention", writes=("cache",))
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Each chunk's output (B, H, chunks, D) and logsumexp (B, H, chunks), fp32; float64 for float64."""
+    run = _launch if _kernel_takes(query, key, value, cache) else attend_reference
     return run(query, key, value, cache, positions, scale)
 
 
 @torch.library.register_fake("lowlevel::decode_attention")
-def _(query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+def _(query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    rows, heads, features = query.shape
+    dtype, chunks = torch.promote_types(query.dtype, torch.float32), cache.shape[3] // chunk_of(cache.shape[3])
+    parts = query.new_empty((rows, heads, chunks, features), dtype=dtype)
+    return parts, query.new_empty((rows, heads, chunks), dtype=dtype)
 
 
-def decode_attention_reference(
+def attend_reference(
     query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float
-) -> Tensor:
-    """The same numbers in plain torch, on any device; softmax in fp32 or better."""
-    rows, dtype = len(query), torch.promote_types(query.dtype, torch.float32)
+) -> tuple[Tensor, Tensor]:
+    """The same numbers in plain torch, on any device."""
+    rows, heads, features = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
     store(cache, key, value, torch.arange(rows, device=query.device), positions)
-    used = cache.shape[3] if query.is_cuda else int(positions.max()) + 1  # a GPU would have to wait for the number
-    keys, values = cache[:, :rows, :, :used].to(dtype)  # each (B, H_kv, used, D)
+    chunk = chunk_of(cache.shape[3])
+    keys, values = (part.to(dtype).unflatten(2, (-1, chunk)) for part in cache[:, :rows])  # (B, H_kv, S, chunk, D)
     groups = query.to(dtype).unflatten(1, (keys.shape[1], -1))  # (B, H_kv, G, D)
-    scores = torch.einsum("bhgd,bhcd->bhgc", groups, keys) * scale
-    hidden = torch.arange(used, device=query.device) > positions.view(-1, 1, 1, 1)
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return torch.einsum("bhgc,bhcd->bhgd", weights, values).reshape(query.shape).to(query.dtype)
+    scores = torch.einsum("bhgd,bhscd->bhgsc", groups, keys) * scale
+    order = torch.arange(keys.shape[2] * chunk, device=query.device).view(-1, chunk)
+    scores = scores.masked_fill(order > positions.view(-1, 1, 1, 1, 1), -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.clamp(min=torch.finfo(dtype).min)[..., None]).exp()  # a chunk without tokens: 0
+    parts = torch.einsum("bhgsc,bhscd->bhgsd", weights, values)
+    return parts.reshape(rows, heads, -1, features), lse.reshape(rows, heads, -1)
 
 
 @operator("store_in_cache", writes=("cache",))
@@ -79,16 +100,9 @@ def _(cache: Tensor, key: Tensor, value: Tensor, slots: Tensor, positions: Tenso
     return None
 
 
-class Kernels(NamedTuple):
-    """Triton functions, as in kernels/vocabulary.py."""
-
-    decode: Any
-    combine: Any
-
-
 @functools.cache
-def kernels() -> Kernels:
-    """Import Triton and define the kernels, as `lowlevel.kernels.vocabulary.kernels`."""
+def kernel() -> Any:
+    """Import Triton and define the kernel, as `lowlevel.kernels.vocabulary.kernels`."""
     import triton
     import triton.language as tl
 
@@ -105,10 +119,11 @@ def kernels() -> Kernels:
         kv = first // group
         position = tl.load(positions + row).to(tl.int32)
         begin = part * chunk
+        d = tl.arange(0, width)
+        known = d < features
         outputs = (row * kv_heads * group + first) * chunks + part
+        query += (row * kv_heads * group + first) * features + d
         if begin <= position:
-            d = tl.arange(0, width)
-            known = d < features
             new_at = (row * kv_heads + kv) * features + d
             new_k = tl.load(key + new_at, mask=known, other=0.0)
             new_v = tl.load(value + new_at, mask=known, other=0.0)
@@ -120,9 +135,8 @@ def kernels() -> Kernels:
             is_new = (at == position)[:, None]
             k = tl.where(is_new, new_k[None, :], tl.load(keys + where, mask=stored, other=0.0))
             v = tl.where(is_new, new_v[None, :], tl.load(values + where, mask=stored, other=0.0))
-            own = query + (row * kv_heads * group + first) * features + d
             for g in tl.static_range(queries):
-                q = tl.load(own + g * features, mask=known, other=0.0).to(tl.float32) * scale
+                q = tl.load(query + g * features, mask=known, other=0.0).to(tl.float32) * scale
                 z = tl.sum(q[None, :] * k.to(tl.float32), 1)
                 z = tl.where(at <= position, z, float("-inf"))
                 m = tl.max(z, 0)
@@ -136,31 +150,19 @@ def kernels() -> Kernels:
                 tl.store(values + position * features + d, new_v, mask=known)
         else:
             for g in tl.static_range(queries):
+                tl.store(parts + (outputs + g * chunks) * features + d, tl.zeros([width], tl.float32), mask=known)
                 tl.store(lse + outputs + g * chunks, float("-inf"))
 
-    @triton.jit
-    def combine(parts, lse, out, chunks, features: tl.constexpr, width: tl.constexpr, most: tl.constexpr):
-        query = tl.program_id(0).to(tl.int64)
-        c = tl.arange(0, most)
-        d = tl.arange(0, width)
-        known = d < features
-        weights = tl.load(lse + query * chunks + c, mask=c < chunks, other=float("-inf"))
-        weights = tl.exp(weights - tl.max(weights, 0))
-        mask = (weights > 0)[:, None] & known[None, :]  # a chunk without tokens wrote no part
-        where = (query * chunks + c)[:, None] * features + d[None, :]
-        o = tl.sum(weights[:, None] * tl.load(parts + where, mask=mask, other=0.0), 0) / tl.sum(weights, 0)
-        tl.store(out + query * features + d, o.to(out.dtype.element_ty), mask=known)
-
-    return Kernels(decode, combine)
+    return decode
 
 
 @functools.cache
 def usable(device: torch.device, dtype: torch.dtype, group: int, features: int) -> bool:
-    """Whether the kernels compile and launch on this device, tried before a CUDA graph needs them; else warns once."""
-    cache = torch.zeros(2, 1, 1, 256, features, dtype=dtype, device=device)
+    """Whether the kernel compiles and launches on this device, tried before a CUDA graph needs it; else warns once."""
+    cache = torch.zeros(2, 1, 1, 2 * CHUNK, features, dtype=dtype, device=device)
     query, new = cache[0, :, 0, :1].expand(1, group, features).contiguous(), cache[0, :, 0, :1].clone()
     try:
-        launch(query, new, new, cache, torch.zeros(1, dtype=torch.int64, device=device), 1.0)
+        _launch(query, new, new, cache, torch.zeros(1, dtype=torch.int64, device=device), 1.0)
     except Exception as error:  # Triton's errors have no common class: missing package, no driver, compiler, ptxas
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         warnings.warn(f"plain torch instead of Triton's kernels on {device} in {dtype}: {reason}", stacklevel=2)
@@ -168,29 +170,28 @@ def usable(device: torch.device, dtype: torch.dtype, group: int, features: int) 
     return True
 
 
-def launch_sizes(group: int, features: int) -> dict[str, int]:
-    """Sizes of a program of `decode`: query heads, features rounded up to a power of two, and tokens."""
-    queries, width = max(n for n in range(1, MOST_QUERIES + 1) if group % n == 0), 1 << (features - 1).bit_length()
-    return {"queries": queries, "width": width, "chunk": min(64, KEPT // width)}
+def launch_sizes(group: int, features: int, capacity: int) -> dict[str, int]:
+    """Sizes of a program: query heads, features rounded up to a power of two, tokens, and warps."""
+    queries = max(size for size in range(1, MOST_QUERIES + 1) if group % size == 0)
+    width, chunk = 1 << (features - 1).bit_length(), chunk_of(capacity)
+    return {"queries": queries, "width": width, "chunk": chunk, "num_warps": min(16, max(1, chunk * width // A_WARP))}
 
 
-def launch(query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """`decode_attention` by the kernels."""
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     rows, heads, features = query.shape
     kv_heads, capacity = cache.shape[2:4]
-    sizes = launch_sizes(heads // kv_heads, features)
-    chunks, out = capacity // sizes["chunk"], torch.empty_like(query, memory_format=torch.contiguous_format)
+    sizes = launch_sizes(heads // kv_heads, features, capacity)
+    chunks = capacity // sizes["chunk"]
     parts = torch.empty(rows, heads, chunks, features, dtype=torch.float32, device=query.device)
     lse = torch.empty(rows, heads, chunks, dtype=torch.float32, device=query.device)
-    most = 1 << (chunks - 1).bit_length()
     with torch.cuda.device_of(query):  # Triton launches on the current device
-        kernels().decode[(rows, heads // sizes["queries"], chunks)](
+        kernel()[(rows, heads // sizes["queries"], chunks)](
             query.contiguous(), key.contiguous(), value.contiguous(), cache, positions, parts, lse, scale,
-            *cache.stride()[:3], kv_heads, heads // kv_heads, features, **sizes, num_warps=1,
+            *cache.stride()[:3], kv_heads, heads // kv_heads, features, **sizes,
         )  # fmt: skip
-        warps = max(1, min(8, most * sizes["width"] // KEPT))
-        kernels().combine[(rows * heads,)](parts, lse, out, chunks, features, sizes["width"], most, num_warps=warps)
-    return out
+    return parts, lse
 
 
 def _kernel_takes(query: Tensor, key: Tensor, value: Tensor, cache: Tensor) -> bool:

@@ -18,7 +18,7 @@ def inputs(shape, dtype):
              (2, rows + 1, kv_heads, capacity, features))  # fmt: skip
     query, key, value, cache = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
     positions = torch.randint(capacity, (rows,), generator=generator)
-    positions[0], positions[1] = 0, 63
+    positions[0], positions[1] = 0, decoding.chunk_of(capacity) - 1
     return query, key, value, cache, positions, features**-0.5
 
 
@@ -44,15 +44,16 @@ def test_attention_over_the_cache_in_float64(shape):
 def test_interpreted_decode_attention_against_its_twin(shape, dtype):
     query, key, value, cache, positions, scale = inputs(shape, dtype)
     twin = cache.clone()
-    expected = decoding.decode_attention_reference(query, key, value, twin, positions, scale)
-    found = decoding.launch(query, key, value, cache, positions, scale)
+    expected = decoding.attend_reference(query, key, value, twin, positions, scale)
+    found = decoding._launch(query, key, value, cache, positions, scale)
     assert torch.equal(cache, twin)
-    torch.testing.assert_close(found, expected, atol=1e-5 if dtype == SINGLE else 1e-3, rtol=1e-3)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs the tests' settings")
 def test_the_operators_are_what_torch_expects_of_operators():
     query, key, value, cache, positions, scale = inputs(SHAPES[0], SINGLE)
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(decoding.decode_attention, (query, key, value, cache, positions, scale), test_utils=utils)
+    torch.library.opcheck(decoding._attend, (query, key, value, cache, positions, scale), test_utils=utils)
     torch.library.opcheck(decoding.store, (cache, key, value, positions // 200, positions), test_utils=utils)

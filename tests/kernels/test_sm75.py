@@ -80,9 +80,10 @@ def decode_kernel(dtype: str) -> Any:
 
     vectors = {name: f"*{dtype}" for name in ("query", "key", "value", "cache")}
     types = {**vectors, "positions": "*i64", "parts": "*fp32", "lse": "*fp32", "scale": "fp32", "half": "i64"}
-    sizes = module.launch_sizes(8, 64)
+    sizes = module.launch_sizes(8, 64, 2048)
+    warps = {"num_warps": sizes.pop("num_warps")}
     constants = {"kv_heads": 4, "group": 8, "features": 64, **sizes}
-    return compile_plainly(module.kernels().decode, types | {"slot": "i32", "head": "i32"}, constants, {"num_warps": 1})
+    return compile_plainly(module.kernel(), types | {"slot": "i32", "head": "i32"}, constants, warps)
 
 
 MOVERS = {
@@ -103,7 +104,7 @@ def test_kernels_that_move_bytes_compile_for_a_t4(name: str, dtype: str, tmp_pat
     assert "bf16" not in ptx and not re.findall(r"\bmma\.|wgmma|cp\.async", ptx)  # ldmatrix moves bytes, 7.5 has it
     assert compiled.metadata.shared <= SHARED_MEMORY
     registers, spilled = ptxas(ptx, tmp_path)
-    assert registers * 32 * 8 <= 65536 and spilled == 0  # at least 8 warps a multiprocessor
+    assert registers * 32 * 4 * 2 <= 65536 and spilled == 0  # at least two programs of 4 warps a multiprocessor
     if name.startswith("4-bit"):
         assert dtype == "fp32" or "st.global.v4" in ptx  # 16-bit weights, which a T4 runs on: 16 bytes at a time
         assert "fma.rn" not in ptx  # a fused multiply-add would round once where bitsandbytes rounds twice
