@@ -153,7 +153,7 @@ def test_from_python_with_rows_and_functions(space):
 
 
 def test_rows_steps_and_samples_have_their_own_random_numbers(space):
-    rows = [{"prompt": PROMPTS[0]}] * 4  # one prompt in every row
+    rows = [{"prompt": PROMPTS[0]}] * 2  # one prompt in both rows, and both in each step
     ll.grpo(
         str(space.base), rows, reward="rollouts_by_hand:evens", output_dir=str(space.folder / "same"), max_steps=2,
         num_generations=2, max_completion_length=8, r=4, max_length=64, per_device_train_batch_size=4,
