@@ -1,0 +1,126 @@
+"""Log-likelihoods of continuations, such as the choices of a question, on packed rows.
+
+Continuations of one context share its positions, and only the positions that predict a continuation reach the LM head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowlevel.batch.layout import PackedBatch, _completions, build_batch
+from lowlevel.batch.packing import pack
+from lowlevel.heartbeat import working
+from lowlevel.inspection.distribution import head_logits
+from lowlevel.model.policy import Policy
+
+POSITIONS = 8192  # of a batch; a longer request is a batch of its own
+CHUNK_SIZE = 512  # rows of logits; with V = 32,000 a buffer has 62 MiB of fp32
+
+Ids = Sequence[int]
+Request = tuple[Ids, Ids]  # context and continuation, both with at least one token
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Log-probability of a continuation in nats, and whether greedy decoding would write it."""
+
+    logp: float
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A context with some of its continuations; `places` are their indices in the list of requests."""
+
+    context: Ids
+    continuations: list[Ids]
+    places: list[int]
+
+    def __len__(self) -> int:
+        """Positions: each continuation repeats the context's last token, which predicts its first one."""
+        return len(self.context) - 1 + sum(map(len, self.continuations))
+
+
+@torch.no_grad()
+def likelihoods(policy: Policy, requests: Sequence[Request], max_length: int) -> list[Likelihood]:
+    """The likelihood of each continuation after its context, under the active adapters and without dropout.
+
+    Args:
+        policy: the model.
+        requests: token ids.
+        max_length: inputs that the model reads at once: the beginning of a longer request is cut off, as in the LM
+            Evaluation Harness. The continuation alone must fit.
+    """
+    policy.dropout.disable()
+    found: dict[int, Likelihood] = {}
+    with working("scoring continuations", len(requests), "continuations") as work:
+        for rows in _batches(_shared(requests, max_length), packed=policy.attention.kernel is not None):
+            parts = [part for row in rows for part in row]
+            batch = _batch(rows).to(policy.placement.device)
+            logps, greedy = _scores(policy, batch)
+            lengths = [len(ids) for part in parts for ids in part.continuations]
+            places = [place for part in parts for place in part.places]
+            split = zip(places, logps.split(lengths), greedy.split(lengths), strict=True)
+            found |= {place: Likelihood(float(one.double().sum()), bool(same.all())) for place, one, same in split}
+            work.done = len(found)
+    return [found[place] for place in range(len(requests))]
+
+
+def _batch(rows: Sequence[Sequence[Shared]]) -> PackedBatch:
+    """The rows as a batch, whose scored tokens are the continuations' in the order of `rows`."""
+    numbers = iter(range(sum(map(len, rows))))
+    segments = [
+        [
+            _completions(0, next(numbers), np.array(part.context), dict(enumerate(map(np.array, part.continuations), 1)))
+            for part in row
+        ]
+        for row in rows
+    ]
+    return build_batch(segments, pairs=False)
+
+
+def _scores(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Log-probability of each scored token and whether it is the likeliest, (N,) each, on the CPU."""
+    hidden, targets = policy.scored_hidden_states(batch), batch.scored_targets
+    logps, greedy = [], []
+    for states, chunk in zip(hidden.split(CHUNK_SIZE), targets.split(CHUNK_SIZE), strict=True):
+        logits = head_logits(states, policy.lm_head_weight)  # (chunk, V)
+        logps.append(logits.gather(1, chunk[:, None])[:, 0] - logits.logsumexp(1))
+        greedy.append(logits.argmax(1) == chunk)
+    return torch.cat(logps).cpu(), torch.cat(greedy).cpu()
+
+
+def _shared(requests: Sequence[Request], max_length: int) -> list[Shared]:
+    """Requests by context, split where the continuations of one context fill a batch."""
+    groups: dict[tuple[int, ...], Shared] = {}
+    done: list[Shared] = []
+    for place, (context, continuation) in enumerate(requests):
+        kept = tuple(context[-(max_length + 1 - len(continuation)) :])
+        group = groups.setdefault(kept, Shared(kept, [], []))
+        if group.continuations and len(group) + len(continuation) > POSITIONS:
+            done.append(group)
+            group = groups[kept] = Shared(kept, [], [])
+        group.continuations.append(continuation)
+        group.places.append(place)
+    return [*done, *groups.values()]
+
+
+def _batches(parts: Sequence[Shared], *, packed: bool) -> Iterator[list[list[Shared]]]:
+    """Rows of each batch, longest first: packed, a row is a batch; else rows of about one length fill it."""
+    if packed:
+        for row in pack([len(part) for part in parts], max(POSITIONS, *map(len, parts), 0)):
+            yield [[parts[i] for i in row]]
+        return
+    rows: list[list[Shared]] = []
+    for part in sorted(parts, key=len, reverse=True):
+        if rows and len(rows[0][0]) * (len(rows) + 1) > POSITIONS:
+            yield rows
+            rows = []
+        rows.append([part])
+    if rows:
+        yield rows

@@ -1,0 +1,133 @@
+"""Rows of `lowlevel eval`: a metric of a task or group, its value by stage, and the paired differences of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lowlevel.errors import LowlevelError
+from lowlevel.evaluation.paired import Difference, paired_difference, weighted_difference
+
+Results = Mapping[str, Any]  # what lm-eval returns for one stage
+Pair = tuple[str, str]  # of stages, the earlier one first
+TRANSLATION = ("bleu", "chrf", "chrf++", "ter")  # 100 resamples, as in lm-eval: one takes seconds
+
+
+def result_rows(results: Mapping[str, Results], loaded: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of all tasks, then of all groups that have a metric. Raises LowlevelError if prompts differ.
+
+    Args:
+        results: by stage, in the order of the chain.
+        loaded: lm-eval's tasks and groups.
+    """
+    from lm_eval.api.metrics import mean
+
+    check_prompts(results)
+    first, pairs = next(iter(results.values())), list(combinations(results, 2))
+    found: dict[tuple[str, str], dict[Pair, Difference]] = {}
+    for name, task in loaded["tasks"].items():
+        for key in _metric_keys(first["results"][name]):
+            metric = key.partition(",")[0]
+            aggregate = task.aggregation().get(metric, mean)
+            values = {stage: _values(result["samples"][name], key) for stage, result in results.items()}
+            how = (None if aggregate is mean else aggregate, 100 if metric in TRANSLATION else None)
+            found[name, key] = {(a, b): paired_difference(values[a], values[b], name, *how) for a, b in pairs}
+    for group in loaded.get("groups", {}).values():
+        by_size = {one.metric: one.weight_by_size for one in group.aggregate_metric_list or ()}
+        for key in _metric_keys(first["results"].get(group.name, {})):
+            members = [task.task_name for task in group.get_all_tasks() if (task.task_name, key) in found]
+            sizes = [first["results"][name]["sample_len"] for name in members]
+            weights = sizes if by_size[key.partition(",")[0]] else [1] * len(members)
+            parts = [found[name, key] for name in members]
+            found[group.name, key] = {pair: weighted_difference([p[pair] for p in parts], weights) for pair in pairs}
+    return [_row(name, key, results, differences) for (name, key), differences in found.items()]
+
+
+def check_prompts(results: Mapping[str, Results]) -> None:
+    """Raise LowlevelError unless all stages were asked the same."""
+    asked: dict[str, list[tuple[Any, ...]]] = {}
+    for stage, result in results.items():
+        for name, samples in result["samples"].items():
+            own = [(one["doc_id"], one["filter"], one["prompt_hash"], one["target_hash"]) for one in samples]
+            if asked.setdefault(name, own) != own:
+                raise LowlevelError(f"task {name} has other prompts for {stage}: it draws them at random, without a seed")
+
+
+def item_lines(results: Mapping[str, Results]) -> Iterator[dict[str, Any]]:
+    """Each item and filter of each task: its metrics and responses by stage, in the order of the samples."""
+    for name in next(iter(results.values()))["samples"]:
+        for same in zip(*(result["samples"][name] for result in results.values()), strict=True):
+            by_stage = dict(zip(results, same, strict=True))
+            item = {key: same[0][key] for key in ("doc_id", "filter", "prompt_hash", "target")}
+            metrics = {stage: {m: one[m] for m in one["metrics"]} for stage, one in by_stage.items()}
+            responses = {stage: one["filtered_resps"] for stage, one in by_stage.items()}
+            yield {"task": name, **item, "metrics": metrics, "responses": responses}
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """A line for each metric: value and standard error of each stage, then differences with 95 % intervals."""
+    note = "value ± standard error; differences: [95 % interval], paired by item; * the interval excludes 0"
+    table = Table(caption=note)
+    table.add_column("task")
+    table.add_column("metric")
+    for name in ("items", *rows[0]["stages"], *(f"{d['to']} - {d['from']}" for d in rows[0]["differences"])):
+        table.add_column(name, justify="right")
+    for row in rows:
+        better = {True: " ↑", False: " ↓", None: ""}[row["higher_is_better"]]
+        metric = row["metric"] + (f", {row['filter']}" if row["filter"] != "none" else "") + better
+        table.add_row(row["task"], metric, f"{row['items']:,}", *cells(row))
+    console.print(table)
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """The texts of a row's stages and differences."""
+    stages = [
+        f"{one['value']:.4g}" + (f" ± {one['stderr']:.2g}" if one["stderr"] is not None else "")
+        for one in row["stages"].values()
+    ]
+    return stages + [
+        f"{d['difference']:+.3g}"
+        + (f" [{d['low']:+.3g}, {d['high']:+.3g}]{'*' * (d['low'] * d['high'] > 0)}" if d["low"] is not None else "")
+        for d in row["differences"]
+    ]
+
+
+def _row(
+    name: str, key: str, results: Mapping[str, Results], differences: Mapping[Pair, Difference]
+) -> dict[str, Any]:
+    metric, _, chosen = key.partition(",")
+    own = {stage: result["results"][name] for stage, result in results.items()}
+    first = next(iter(results.values()))
+    better = first["higher_is_better"].get(name) or {}
+    return {
+        "task": name,
+        "metric": metric,
+        "filter": chosen,
+        "higher_is_better": better.get(metric),
+        "items": next(iter(own.values()))["sample_len"],
+        "num_fewshot": first["n-shot"].get(name),
+        "stages": {
+            stage: {"value": float(found[key]), "stderr": _number(found.get(f"{metric}_stderr,{chosen}"))}
+            for stage, found in own.items()
+        },
+        "differences": [{"from": a, "to": b, **one.as_json()} for (a, b), one in differences.items()],
+    }
+
+
+def _metric_keys(found: Mapping[str, Any]) -> list[str]:
+    """Keys of metrics, "name,filter", in the order of lm-eval."""
+    return [key for key in found if "," in key and not key.partition(",")[0].endswith("_stderr")]
+
+
+def _values(samples: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+    metric, _, chosen = key.partition(",")
+    return [one[metric] for one in samples if one["filter"] == chosen and metric in one]
+
+
+def _number(value: Any) -> float | None:
+    """lm-eval writes "N/A" for a standard error that it cannot compute."""
+    return None if value is None or isinstance(value, str) else float(value)
