@@ -9,15 +9,23 @@ from lowlevel.errors import ConfigError
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument(
-        "--tasks", type=_names, required=True, metavar="NAMES", help="lm-eval's tasks, groups, or task files (.yaml), by comma"
+        "--tasks",
+        type=_names,
+        required=True,
+        metavar="NAMES",
+        help="lm-eval's tasks, groups, or task files (.yaml), by comma",
     )
-    parser.add_argument("--stages", type=_names, default=(), metavar="NAMES", help="for example base,dpo (default: all)")
-    parser.add_argument("--num-fewshot", type=not_negative, metavar="N", help="examples in each prompt (default: the task's)")
+    parser.add_argument(
+        "--stages", type=_names, default=(), metavar="NAMES", help="for example base,dpo (default: all)"
+    )
+    parser.add_argument(
+        "--num-fewshot", type=not_negative, metavar="N", help="examples in each prompt (default: the task's)"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N items of each task")
     parser.add_argument(
         "--no-chat-template",
         action="store_true",
-        help="prompts as plain text, as in most published numbers (default: the run's chat template, examples as turns)",
+        help="prompts as plain text, as in most published numbers (default: the run's template, examples as turns)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the result as JSON (default: RUN_DIR/eval.json)")
 

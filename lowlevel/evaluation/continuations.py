@@ -76,7 +76,9 @@ def _batch(rows: Sequence[Sequence[Shared]]) -> PackedBatch:
     numbers = iter(range(sum(map(len, rows))))
     segments = [
         [
-            _completions(0, next(numbers), np.array(part.context), dict(enumerate(map(np.array, part.continuations), 1)))
+            _completions(
+                0, next(numbers), np.array(part.context), dict(enumerate(map(np.array, part.continuations), 1))
+            )
             for part in row
         ]
         for row in rows

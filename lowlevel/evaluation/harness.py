@@ -57,7 +57,7 @@ class RunLM(TemplateLM):
         return self.run.tokenizer.chat_template.text
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Text of a conversation with the opening of a reply; without `add_generation_prompt` its last reply is open."""
+        """Text of a conversation and the opening of a reply; without `add_generation_prompt` the last one is continued."""
         *before, last = chat_history
         template = self.run.tokenizer.chat_template
         if add_generation_prompt:
@@ -113,11 +113,13 @@ class RunLM(TemplateLM):
 
 
 def generation_settings(given: Mapping[str, Any]) -> tuple[list[str], Sampling]:
-    """Stop texts and sampling of a task's `generation_kwargs`. Raises ConfigError for settings that do not exist here."""
+    """Stop texts and sampling of a task's `generation_kwargs`. Raises ConfigError for what does not exist here."""
     kwargs: dict[str, Any] = {**normalize_gen_kwargs(dict(given), MAX_GEN_TOKS)}
     temperature = float(kwargs.get("temperature", 1.0)) if kwargs["do_sample"] else 0.0
     known = (*UNDERSTOOD, *(NARROWING if temperature == 0 else ()))
-    other = [f"{name} = {value!r}" for name, value in kwargs.items() if name not in known and value != NEUTRAL.get(name)]
+    other = [
+        f"{name} = {value!r}" for name, value in kwargs.items() if name not in known and value != NEUTRAL.get(name)
+    ]
     if other:
         raise ConfigError(f"a task generates with {', '.join(other)}, which lowlevel eval does not have")
     return kwargs["until"], Sampling(kwargs["max_gen_toks"], temperature, int(kwargs.get("seed", 0)))

@@ -14,6 +14,8 @@ from lowlevel.evaluation.paired import Difference, paired_difference, weighted_d
 
 Results = Mapping[str, Any]  # what lm-eval returns for one stage
 Pair = tuple[str, str]  # of stages, the earlier one first
+STAGES_NOTE = "value ± standard error; ↑ higher is better, ↓ lower is better"
+DIFFERENCES_NOTE = "[95 % interval of the difference, items paired]; * it excludes 0"
 TRANSLATION = ("bleu", "chrf", "chrf++", "ter")  # 100 resamples, as in lm-eval: one takes seconds
 
 
@@ -54,7 +56,9 @@ def check_prompts(results: Mapping[str, Results]) -> None:
         for name, samples in result["samples"].items():
             own = [(one["doc_id"], one["filter"], one["prompt_hash"], one["target_hash"]) for one in samples]
             if asked.setdefault(name, own) != own:
-                raise LowlevelError(f"task {name} has other prompts for {stage}: it draws them at random, without a seed")
+                raise LowlevelError(
+                    f"task {name} has other prompts for {stage}: it draws them at random, without a seed"
+                )
 
 
 def item_lines(results: Mapping[str, Results]) -> Iterator[dict[str, Any]]:
@@ -69,36 +73,50 @@ def item_lines(results: Mapping[str, Results]) -> Iterator[dict[str, Any]]:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """A line for each metric: value and standard error of each stage, then differences with 95 % intervals."""
-    note = "value ± standard error; differences: [95 % interval], paired by item; * the interval excludes 0"
-    table = Table(caption=note)
-    table.add_column("task")
-    table.add_column("metric")
-    for name in ("items", *rows[0]["stages"], *(f"{d['to']} - {d['from']}" for d in rows[0]["differences"])):
-        table.add_column(name, justify="right")
-    for row in rows:
-        better = {True: " ↑", False: " ↓", None: ""}[row["higher_is_better"]]
-        metric = row["metric"] + (f", {row['filter']}" if row["filter"] != "none" else "") + better
-        table.add_row(row["task"], metric, f"{row['items']:,}", *cells(row))
-    console.print(table)
+    """Two tables: the values of the stages, and their differences."""
+    columns = ["task", "metric", "items", *rows[0]["stages"]]
+    _print_table(
+        columns, [[*_named(row), f"{row['items']:,}", *stage_cells(row)] for row in rows], console, STAGES_NOTE
+    )
+    if pairs := [f"{one['to']} - {one['from']}" for one in rows[0]["differences"]]:
+        made = [[*_named(row), *difference_cells(row)] for row in rows]
+        _print_table(["task", "metric", *pairs], made, console, DIFFERENCES_NOTE)
 
 
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """The texts of a row's stages and differences."""
-    stages = [
+def stage_cells(row: Mapping[str, Any]) -> list[str]:
+    """Value and standard error of each stage."""
+    return [
         f"{one['value']:.4g}" + (f" ± {one['stderr']:.2g}" if one["stderr"] is not None else "")
         for one in row["stages"].values()
     ]
-    return stages + [
-        f"{d['difference']:+.3g}"
-        + (f" [{d['low']:+.3g}, {d['high']:+.3g}]{'*' * (d['low'] * d['high'] > 0)}" if d["low"] is not None else "")
-        for d in row["differences"]
+
+
+def difference_cells(row: Mapping[str, Any]) -> list[str]:
+    """Each difference with its interval, and a star if the interval excludes 0."""
+    return [
+        f"{one['difference']:+.3g}"
+        + (f" [{one['low']:+.3g}, {one['high']:+.3g}]" if one["low"] is not None else "")
+        + ("*" if one["low"] is not None and one["low"] * one["high"] > 0 else "")
+        for one in row["differences"]
     ]
 
 
-def _row(
-    name: str, key: str, results: Mapping[str, Results], differences: Mapping[Pair, Difference]
-) -> dict[str, Any]:
+def _named(row: Mapping[str, Any]) -> list[str]:
+    """Task and metric, with the direction in which it improves."""
+    arrow = {True: " ↑", False: " ↓", None: ""}[row["higher_is_better"]]
+    return [row["task"], row["metric"] + (f", {row['filter']}" if row["filter"] != "none" else "") + arrow]
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console, note: str) -> None:
+    table = Table(caption=note)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number < 2 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _row(name: str, key: str, results: Mapping[str, Results], differences: Mapping[Pair, Difference]) -> dict[str, Any]:
     metric, _, chosen = key.partition(",")
     own = {stage: result["results"][name] for stage, result in results.items()}
     first = next(iter(results.values()))

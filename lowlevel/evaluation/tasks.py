@@ -119,7 +119,7 @@ def load_tasks(names: Sequence[str], num_fewshot: int | None) -> dict[str, Any]:
 
 
 def evaluate_stage(model: Any, loaded: Mapping[str, Any], limit: int | None, chat_template: bool) -> Results:
-    """lm-eval's result with the active adapters. Its generators are seeded anew, so each stage gets the same prompts."""
+    """lm-eval's result with the active adapters. Generators are seeded anew, so that each stage gets the same prompts."""
     from lm_eval.evaluator import evaluate
 
     random.seed(SEED)
