@@ -123,7 +123,7 @@ def visible_pairs(segment_ids: np.ndarray, branch_ids: np.ndarray) -> int:
     for segments, branches in zip(segment_ids, branch_ids, strict=True):
         for segment in np.unique(segments):
             inside = branches[segments == segment]
-            shared, *ends = (int((inside == b).sum()) for b in (0, 1, 2))
+            shared, *ends = np.bincount(inside, minlength=1).tolist()
             pairs += shared * (shared + 1) // 2 + sum(n * shared + n * (n + 1) // 2 for n in ends)
     return pairs
 

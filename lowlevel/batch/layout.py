@@ -3,25 +3,26 @@
 The plain form, which every trainer has, is one sequence per row, padded on the right. An SFT example is one row; a
 preference pair is two: prompt + chosen and prompt + rejected (`data.packing = false`).
 
-Packed rows are a faster form of the same batch, with the same log-probabilities: several examples share a row, and the
-prompt of a pair is computed once. Its last token is repeated at the head of each completion, because it predicts the
-first token of both:
+Packed rows are a faster form of the same batch, with the same log-probabilities: several segments share a row. A
+`Segment` is a prompt with any number of completions (a preference pair has two), and the prompt is computed once. Its
+last token is repeated at the head of each completion, because it predicts the first token of all:
 
-    position   0 ... p-2 | p-1   p  p+1 ... | p-1   p  p+1 ...
-    branch     0 ... 0   | 1     1  1       | 2     2  2
-    input      prompt    | last  chosen ... | last  rejected ...
-    target     -         | chosen ......... | rejected .........
+    position   0 ... p-2 | p-1   p  p+1 ... | p-1   p  p+1 ... | ...
+    branch     0 ... 0   | 1     1  1       | 2     2  2       | 3 ...
+    input      prompt    | last  first ...  | last  second ... | ...
+    target     -         | first .........  | second ......... | ...
 
-A `Segment` is one example in a row; its branches are the prompt (0), the chosen (1) and the rejected completion (2). A
-query sees a key if key <= query, both are in one segment, and the key is in branch 0 or in the query's own branch.
-`attention_mask` is this rule as a mask; spans.py has it for kernels without a mask. A `Shape` adds dummy tokens and
-examples until few different sizes remain, and execution.py compiles and captures each set of sizes once. Losses only
-use `scored_positions`, `scored_targets`, and `sequence_sums`.
+A query sees a key if key <= query, both are in one segment, and the key is in branch 0 (the prompt) or in the query's
+own branch. An SFT example is all branch 0. `attention_mask` is this rule as a mask; spans.py has it for kernels without
+a mask. Each completion is a sequence of its own, whose log-probabilities `sequence_sums` adds up.
+
+A `Shape` adds dummy tokens and examples until few different sizes remain, and execution.py compiles and captures each
+set of sizes once. Losses only use `scored_positions`, `scored_targets`, and `sequence_sums`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -40,13 +41,13 @@ BRANCH_STEP = 0x632BE5AB  # per branch, in dropout keys; another number would ch
 
 @dataclass(frozen=True)
 class Segment:
-    """One example of a row, or one completion of a pair with its prompt. Arrays are (n,) integers."""
+    """A prompt with completions, or an SFT example. Arrays are (n,) integers."""
 
     row: int  # data row, for dropout keys and error messages
-    number: int  # of the example in the batch: its sequence is `number`, for branch 2 `number` + examples
     input_ids: np.ndarray
     position_ids: np.ndarray
-    branch_ids: np.ndarray
+    branch_ids: np.ndarray  # 0 in the prompt; a completion's positions are neighbours
+    numbers: np.ndarray  # of each position's completion in the batch; those of pair n are 2 n and 2 n + 1
     targets: np.ndarray  # already shifted; IGNORED where nothing is learned
     weights: np.ndarray | None = None  # of the targets in the loss; None: 1
 
@@ -57,7 +58,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A micro-batch with S sequences to score: one per SFT example, two per pair (all chosen, then all rejected).
+    """A micro-batch with S sequences to score: one per example, two per pair (all chosen, then all rejected).
 
     With a `Shape`, some scored positions belong to no sequence, and some examples are dummies (`real` is False); all
     sums exclude both.
@@ -78,7 +79,7 @@ class PackedBatch:
     span_queries: Tensor  # (G + 1,) int32: span g has the queries span_queries[g] to span_queries[g + 1]
     span_keys: Tensor  # (G + 1,) int32: and these entries of the list of keys
     key_index: Tensor | None  # (K,) int64: position of each listed key; None: the positions themselves
-    key_uses: Tensor | None  # (2, rows * T) int64: places of each position in the list; K: unused
+    key_uses: Tensor | None  # (U, rows * T) int64: places of each position in the list; K: unused
     longest: int  # host: upper bound on the queries and keys of a span
     data_rows: tuple[int, ...]  # host: data row of each real example
     num_tokens: int  # host: tokens without padding
@@ -145,34 +146,62 @@ def attention_mask(batch: PackedBatch) -> Tensor:
     return (causal & same_segment & visible).unsqueeze(1)
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A completion of a segment, as inputs and targets of the same positions. Arrays are (n,)."""
+
+    number: int  # of the completion in the batch
+    branch: int  # 1 or more; 0 only for the single branch of a segment without a prompt
+    input_ids: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray | None = None
+
+
+def build_segment(row: int, prompt: np.ndarray, branches: Sequence[Branch]) -> Segment:
+    """Positions of the shared `prompt` (p,), which may be empty, followed by those of each branch."""
+    p, sizes = len(prompt), [len(branch.input_ids) for branch in branches]
+    weights = [np.ones(size) if b.weights is None else b.weights for b, size in zip(branches, sizes, strict=True)]
+    return Segment(
+        row,
+        input_ids=np.concatenate([prompt, *(branch.input_ids for branch in branches)]),
+        position_ids=np.concatenate([np.arange(p), *(np.arange(p, p + size) for size in sizes)]),
+        branch_ids=np.repeat([0, *(branch.branch for branch in branches)], [p, *sizes]),
+        numbers=np.repeat([branches[0].number, *(branch.number for branch in branches)], [p, *sizes]),
+        targets=np.concatenate([np.full(p, IGNORED), *(branch.targets for branch in branches)]),
+        weights=None if all(b.weights is None for b in branches) else np.concatenate([np.ones(p), *weights]),
+    )
+
+
 def sft_segment(
     row: int, number: int, input_ids: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
 ) -> Segment:
     """An example of L tokens as L-1 positions: position t predicts token t+1."""
-    size = len(input_ids) - 1
     shifted = None if weights is None else weights[1:]
-    return Segment(row, number, input_ids[:-1], np.arange(size), np.zeros(size, int), labels[1:], shifted)
+    return build_segment(row, input_ids[:0], [Branch(number, 0, input_ids[:-1], labels[1:], shifted)])
+
+
+def prompt_segment(row: int, number: int, prompt: np.ndarray, completions: Mapping[int, np.ndarray]) -> Segment:
+    """A prompt and its completions by branch, numbered from `number`.
+
+    len(prompt) - 1 + the sum of len(completion) positions: each completion starts with the prompt's last token, which
+    predicts its first one.
+    """
+    inputs = {branch: np.concatenate([prompt[-1:], ids[:-1]]) for branch, ids in completions.items()}
+    numbered = enumerate(completions.items(), number)
+    return build_segment(row, prompt[:-1], [Branch(n, branch, inputs[branch], ids) for n, (branch, ids) in numbered])
 
 
 def pair_segment(row: int, number: int, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Segment:
     """A pair with a shared prompt: len(prompt) - 1 + len(chosen) + len(rejected) positions."""
-    return _completions(row, number, prompt, {1: chosen, 2: rejected})
+    return prompt_segment(row, 2 * number, prompt, {1: chosen, 2: rejected})
 
 
 def pair_rows(
     row: int, number: int, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray
 ) -> tuple[Segment, Segment]:
     """The same pair as two plain sequences, prompt + chosen and prompt + rejected."""
-    return _completions(row, number, prompt, {1: chosen}), _completions(row, number, prompt, {2: rejected})
-
-
-def _completions(row: int, number: int, prompt: np.ndarray, completions: dict[int, np.ndarray]) -> Segment:
-    """A prompt with completions by branch. Each starts with the prompt's last token, which predicts its first one."""
-    shared, ends = len(prompt) - 1, completions.values()
-    input_ids = np.concatenate([prompt[:-1], *(part for end in ends for part in (prompt[-1:], end[:-1]))])
-    position_ids = np.concatenate([np.arange(shared), *(np.arange(shared, shared + len(end)) for end in ends)])
-    branch_ids = np.repeat([0, *completions], [shared, *map(len, ends)])
-    return Segment(row, number, input_ids, position_ids, branch_ids, np.concatenate([np.full(shared, IGNORED), *ends]))
+    one, other = ({1: chosen}, {2: rejected})
+    return prompt_segment(row, 2 * number, prompt, one), prompt_segment(row, 2 * number + 1, prompt, other)
 
 
 @dataclass(frozen=True)
@@ -198,20 +227,20 @@ def build_batch(
 ) -> PackedBatch:
     """Lay segments out in rows, all as long as the longest, rounded up to a multiple of 8 (of `shape.positions`).
 
-    Segment numbers must run from 0 over the whole batch; two plain sequences of one pair share a number. `values` are
-    the numeric columns of each example, in the order of these numbers. `one_a_sequence`: each has one scored position,
-    so a shape needs no more than S of them.
+    The numbers of completions must run from 0 over the whole batch; with `pairs`, 2 n and 2 n + 1 are chosen and
+    rejected of pair n. `values` are the numeric columns of each example (completion or pair), in the order of these
+    numbers. `one_a_sequence`: each has one scored position, so a shape needs no more than S of them.
     """
     used = [sum(map(len, row)) for row in rows]
-    row_of = {segment.number: segment.row for row in rows for segment in row}
+    sides = 2 if pairs else 1
+    row_of = {n // sides: segment.row for row in rows for segment in row for n in segment.numbers.tolist()}
     examples = _round_up(len(row_of), shape.examples) if shape else len(row_of)
-    sequences = examples * (2 if pairs else 1)
+    sequences = examples * sides
     longest, width = shape.longest if shape else None, _row_width(max(used), shape)
-    grids = _fill_grids(rows, width, examples)
+    grids = _fill_grids(rows, width)
+    sequence_of = grids["numbers"] // sides + grids["numbers"] % sides * examples
     fill = sequences if one_a_sequence else grids["targets"].size * 3 // 4
-    scored, sequence_ids, num_scored = _scored_tokens(
-        grids["targets"], grids["sequences"], sequences, fill if shape else None
-    )
+    scored, sequence_ids, num_scored = _scored_tokens(grids["targets"], sequence_of, sequences, fill if shape else None)
     weights = grids["weights"].ravel()[scored] if "weights" in grids else None
     index, lengths = _sequence_index(sequence_ids, sequences, longest)
     branches = [[segment.branch_ids for segment in row] for row in rows]
@@ -252,12 +281,13 @@ def _row_width(longest: int, shape: Shape | None) -> int:
     return min(_round_up(width, shape.positions), max(width, _round_up(shape.capacity, 8))) if shape else width
 
 
-def _fill_grids(rows: Sequence[Sequence[Segment]], width: int, examples: int) -> dict[str, np.ndarray]:
+def _fill_grids(rows: Sequence[Sequence[Segment]], width: int) -> dict[str, np.ndarray]:
     """Values of each position by name, (rows, width)."""
     size = len(rows), width
-    grids = {name: np.zeros(size, np.int64) for name in ("input_ids", "position_ids", "branch_ids")}
-    grids |= {name: np.full(size, PADDING, np.int64) for name in ("segment_ids", "sequences")}
-    grids |= {"targets": np.full(size, IGNORED, np.int64), "data_rows": np.zeros(size, np.uint32)}
+    names = ["input_ids", "position_ids", "branch_ids", "numbers", "targets"]
+    grids = {name: np.zeros(size, np.int64) for name in names}
+    grids |= {"targets": np.full(size, IGNORED), "segment_ids": np.full(size, PADDING)}
+    grids |= {"data_rows": np.zeros(size, np.uint32)}
     if any(segment.weights is not None for row in rows for segment in row):
         grids["weights"] = np.ones(size, np.float32)
     for r, row in enumerate(rows):
@@ -266,12 +296,9 @@ def _fill_grids(rows: Sequence[Sequence[Segment]], width: int, examples: int) ->
             place = r, slice(start, start + len(segment))
             if segment.weights is not None:
                 grids["weights"][place] = segment.weights
-            grids["input_ids"][place] = segment.input_ids
-            grids["position_ids"][place] = segment.position_ids
-            grids["branch_ids"][place] = segment.branch_ids
+            for name in names:
+                grids[name][place] = getattr(segment, name)
             grids["segment_ids"][place] = s
-            grids["targets"][place] = segment.targets
-            grids["sequences"][place] = segment.number + (segment.branch_ids == 2) * examples
             grids["data_rows"][place] = segment.row
             start += len(segment)
     return grids

@@ -1,11 +1,11 @@
 """The layout's mask as spans: neighbouring queries that attend causally to their own list of keys.
 
-    row          | prompt chosen | rejected | prompt chosen | rejected | padding |
-    spans        |       1       |     2    |       3       |     4    |    5    |
-    keys of 1    prompt chosen                 keys of 2    prompt rejected
+    row          | prompt first | second | third | prompt first | second | padding |
+    spans        |      1       |    2   |   3   |      4       |    5   |    6    |
+    keys of 1    prompt first      keys of 2    prompt second      keys of 3    prompt third
 
-Prompt and chosen completion are neighbours, so they are one causal span. The rejected completion is a second span; its
-keys are the prompt's, listed again, and its own. Padding gets spans too, so that every position has an output.
+Prompt and first completion are neighbours, so they are one causal span. Each other completion is a span; its keys are
+the prompt's, listed again, and its own. Padding gets spans too, so that every position has an output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Spans:
     queries: np.ndarray  # (G + 1,) int32: span g is positions queries[g] to queries[g + 1]
     keys: np.ndarray  # (G + 1,) int32: its keys are the listed keys keys[g] to keys[g + 1]
     key_index: np.ndarray | None  # (K,) int64: position of each listed key; None: the positions themselves
-    key_uses: np.ndarray | None  # (2, M) int64: up to two places in the list for each position; K: unused
+    key_uses: np.ndarray | None  # (U, M) int64: places of each position in the list, ascending; K: unused
     longest: int  # queries or keys of the largest span
 
 
@@ -32,33 +32,29 @@ def build_spans(
 ) -> Spans:
     """Spans of flattened rows of `width` positions, given the branch_ids of each row's segments.
 
-    For a fixed shape, empty spans are added up to `count`, and the list of keys is padded to twice the positions.
-    Raises ValueError if a span is longer than `longest`.
+    U, the most uses of a position, is rounded up to a power of two. For a fixed shape, empty spans are added up to
+    `count`, and the list of keys is padded to a multiple of the positions, at least twice. Raises ValueError if a span
+    is longer than `longest`.
     """
     ends, listed = [0], []
     for r, row in enumerate(rows):
         start = r * width
         for branches in row:
-            end = start + len(branches)
-            shares_prompt = bool(np.any(branches == 1) and np.any(branches == 2))
-            split = start + int(np.count_nonzero(branches < 2)) if shares_prompt else end
-            prompt = start + int(np.count_nonzero(branches == 0))
-            ends.append(split)
-            listed.append(np.arange(start, split))
-            if shares_prompt:
-                ends.append(end)
-                listed.append(np.concatenate([np.arange(start, prompt), np.arange(split, end)]))
-            start = end
+            prompt = np.arange(start, start + int(np.count_nonzero(branches == 0)))
+            first, *others = np.split(np.arange(start, start + len(branches)), _starts(branches))
+            listed += [first, *(np.concatenate([prompt, own]) for own in others)]
+            ends += [int(own[-1]) + 1 for own in (first, *others)]
+            start = ends[-1]
         end = (r + 1) * width
-        for first in range(start, end, longest or width):  # padding
-            ends.append(min(first + (longest or width), end))
-            listed.append(np.arange(first, ends[-1]))
+        for place in range(start, end, longest or width):  # padding
+            ends.append(min(place + (longest or width), end))
+            listed.append(np.arange(place, ends[-1]))
     found = max(map(len, listed))
     if longest is not None and found > longest:
         raise ValueError(f"a span of {found} positions, longer than the batch's bound of {longest}")
     missing = count - len(listed) if count else 0
     key_index, positions = np.concatenate(listed), len(rows) * width
-    size = 2 * positions if count else len(key_index)
+    size = max(2, -(-len(key_index) // positions)) * positions if count else len(key_index)
     shared = len(key_index) > positions
     return Spans(
         queries=np.pad(np.array(ends, np.int32), (0, missing), mode="edge"),
@@ -69,11 +65,16 @@ def build_spans(
     )
 
 
+def _starts(branches: np.ndarray) -> np.ndarray:
+    """First position of each completion but the first."""
+    return np.flatnonzero((branches[1:] != branches[:-1]) & (branches[:-1] > 0)) + 1
+
+
 def _uses(key_index: np.ndarray, positions: int, nowhere: int) -> np.ndarray:
-    """First place of each position in the list, and the last one if it differs: (2, positions)."""
-    uses = np.full((2, positions), nowhere)
-    places = np.arange(len(key_index))
-    uses[1, key_index] = places  # numpy keeps the last of several values for one element
-    uses[0, key_index[::-1]] = places[::-1]
-    uses[1, uses[0] == uses[1]] = nowhere
+    """Places of each position in the list, ascending: (U, positions)."""
+    counts = np.bincount(key_index, minlength=positions)
+    by_position = np.argsort(key_index, kind="stable")
+    use = np.arange(len(key_index)) - np.repeat(np.cumsum(counts) - counts, counts)  # of how many before it
+    uses = np.full((1 << int(counts.max() - 1).bit_length(), positions), nowhere)
+    uses[use, key_index[by_position]] = by_position
     return uses

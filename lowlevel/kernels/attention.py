@@ -1,8 +1,8 @@
 """Attention over packed rows without a mask: each span of queries attends causally to its own list of keys.
 
 With a (T, T) mask, a kernel computes all scores and discards most of them. The layout only needs causal attention of
-neighbouring positions to a list of keys: an SFT example attends to itself, prompt and chosen completion of a pair to
-themselves, the rejected completion to the prompt and itself. Kernels for sequences of different lengths in one row
+neighbouring positions to a list of keys: an SFT example attends to itself, a prompt and its first completion to
+themselves, each other completion to the prompt and itself. Kernels for sequences of different lengths in one row
 ("varlen") do exactly this: they take cumulative lengths of queries and keys, and align the causal triangle to the
 bottom right.
 
@@ -49,7 +49,7 @@ def span_attention(
 def list_keys(values: Tensor, key_index: Tensor, key_uses: Tensor) -> Tensor:
     """Gather keys or values in the order of the spans' list: (M, H_kv, D) -> (K, H_kv, D).
 
-    With `key_uses` (2, M), the places of each position in the list, the gradient is a sum of two gathers; `index_add`
+    With `key_uses` (U, M), the places of each position in the list, the gradient is a sum of U gathers; `index_add`
     would add in varying order. (Not an autograd.Function, for the reason in CounterDropout.)
     """
     return values.index_select(0, key_index)
@@ -63,7 +63,10 @@ def _(values: Tensor, key_index: Tensor, key_uses: Tensor) -> Tensor:
 @operator("list_keys_backward")
 def _list_keys_backward(grad: Tensor, key_uses: Tensor) -> Tensor:
     padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])  # row K: an unused place
-    return padded.index_select(0, key_uses[0]) + padded.index_select(0, key_uses[1])
+    total = padded.index_select(0, key_uses[0])
+    for places in key_uses[1:]:
+        total += padded.index_select(0, places)
+    return total
 
 
 @torch.library.register_fake("lowlevel::list_keys_backward")

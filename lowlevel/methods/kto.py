@@ -1,7 +1,8 @@
 """Kahneman-Tversky Optimization (arXiv 2402.01306) of completions with a label; the loss is in losses/kto.py.
 
 A step needs two kinds of micro-batches: its examples, and the same prompts with completions of other prompts. The loop
-runs the second kind first, without a gradient, and gives its mean log-ratio to the first (`loop.with_baseline`).
+runs the second kind first, without a gradient, and gives its mean log-ratio to the first (`loop.with_baseline`). With
+packing, completions of one prompt share it in both kinds.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Shape, build_batch, sft_segment
+from lowlevel.batch.layout import PackedBatch, Shape, build_batch
 from lowlevel.batch.packing import micro_batch_rows
+from lowlevel.batch.replies import Reply, by_prompt, positions, replies, segment
 from lowlevel.config.schema import KTOConfig
-from lowlevel.labels import IGNORED
 from lowlevel.losses import LossSums
 from lowlevel.losses.kto import KTO_LOSSES, LabelledLogps, mismatched
 from lowlevel.losses.registry import LossSpec
@@ -93,38 +95,54 @@ class KTO:
         """The examples of one step in rows; the first micro-batch holds those of the mismatched completions."""
         first, *others = self._batches(examples, self.shape)
         coarse = self.shape and replace(self.shape, positions=COARSER * self.shape.positions)
-        without = [replace(batch, kl=None) for batch in self._batches(self.mismatched(examples), coarse)]
-        return [replace(first, mismatched=tuple(without)), *others]
+        without = self._batches(_distinct(self.mismatched(examples)), coarse)
+        return [replace(first, mismatched=tuple(map(_baseline, without))), *others]
 
     def mismatched(self, examples: Sequence[SFTExample]) -> list[SFTExample]:
         """Each prompt with the completion of the next example that has another prompt, cut to the row's length."""
-        starts = [int((x.labels != IGNORED).argmax()) for x in examples]
-        pairs = mismatched([x.input_ids[:start].tobytes() for x, start in zip(examples, starts, strict=True)])
-        return [self._joined(examples[i], starts[i], examples[j], starts[j]) for i, j in pairs]
+        found = replies(examples)
+        return [self._joined(found[i], found[j]) for i, j in mismatched([reply.prompt for reply in found])]
 
-    def _joined(self, example: SFTExample, start: int, other: SFTExample, other_start: int) -> SFTExample:
-        ids = np.concatenate([example.input_ids[:start], other.input_ids[other_start:]])
-        labels = np.concatenate([example.labels[:start], other.labels[other_start:]])
+    def _joined(self, one: Reply, other: Reply) -> SFTExample:
+        example, source = one.example, other.example
+        ids = np.concatenate([example.input_ids[: one.start], source.input_ids[other.start :]])
+        labels = np.concatenate([example.labels[: one.start], source.labels[other.start :]])
         return replace(example, input_ids=ids[: self.row_length], labels=labels[: self.row_length])
 
     def _batches(self, examples: Sequence[SFTExample], shape: Shape | None) -> list[PackedBatch]:
-        made = micro_batch_rows(examples, self.size, self.batch_size, self.row_length, self.packing, shape)
+        capacity = shape.capacity if shape else self.row_length
+        groups = by_prompt(replies(examples), capacity if self.packing else 0)
+        made = micro_batch_rows(groups, positions, self.batch_size, self.row_length, self.packing, shape)
         return [self._batch(rows, shape) for rows in made]
 
-    def _batch(self, rows: list[list[SFTExample]], shape: Shape | None) -> PackedBatch:
-        numbers = iter(range(sum(map(len, rows))))
-        segments = [[sft_segment(x.row, next(numbers), x.input_ids, x.labels) for x in row] for row in rows]
-        batch = build_batch(segments, pairs=False, shape=shape, values=[x.values for row in rows for x in row])
-        return replace(batch, kl=torch.zeros(()))
+    def _batch(self, rows: list[list[list[Reply]]], shape: Shape | None) -> PackedBatch:
+        numbers, examples = count(), [reply.example for row in rows for group in row for reply in group]
+        segments = [[segment(group, numbers) for group in row] for row in rows]
+        batch = build_batch(segments, pairs=False, shape=shape, values=[x.values for x in examples])
+        return replace(batch, kl=torch.zeros(()), data_rows=tuple(x.row for x in examples))
+
+
+def _distinct(examples: Sequence[SFTExample]) -> list[SFTExample]:
+    """Equal ones once, with their number in place of the label: the rows of a pair have one mismatched completion."""
+    found: dict[tuple[bytes, bytes], list[SFTExample]] = {}
+    for example in examples:
+        found.setdefault((example.input_ids.tobytes(), example.labels.tobytes()), []).append(example)
+    return [replace(same[0], values=(float(len(same)),)) for same in found.values()]
+
+
+def _baseline(batch: PackedBatch) -> PackedBatch:
+    """A micro-batch of mismatched completions; `data_rows` has one as often as it stands in the mean."""
+    times = batch.values(KTO.columns)["label"][: len(batch.data_rows)].int().numpy()
+    return replace(batch, kl=None, data_rows=tuple(np.repeat(batch.data_rows, times).tolist()))
 
 
 def _summed_logratio(policy: Policy, batch: PackedBatch) -> LossSums:
-    """Of mismatched completions: without gradient, and without dropout as in the reference."""
+    """Of mismatched completions, each as often as it occurs: without gradient, and without dropout as the reference."""
     reference = reference_token_logps(policy, batch)
     policy.dropout.disable()
     with torch.no_grad():
         logratios = batch.sequence_sums(policy.token_logps(batch) - reference)
-    return LossSums(torch.where(batch.real, logratios, 0.0).sum(), {})
+    return LossSums((logratios * batch.values(KTO.columns)["label"]).sum(), {})
 
 
 def labelled_logps(batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor) -> LabelledLogps:

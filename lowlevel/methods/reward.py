@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch
+from lowlevel.batch.layout import Branch, PackedBatch, Segment, Shape, build_batch, build_segment
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.config.schema import RewardConfig
 from lowlevel.labels import IGNORED
@@ -106,24 +106,19 @@ def reward_segments(example: PreferenceExample, number: int, *, shared: bool) ->
     """A pair as one segment with a shared prompt, or as two plain sequences."""
     branches = {1: example.chosen_ids, 2: example.rejected_ids}
     parts = [branches] if shared else [{branch: ids} for branch, ids in branches.items()]
-    return [read_segment(example.row, number, example.prompt_ids, part) for part in parts]
+    return [read_segment(example.row, 2 * number + i, example.prompt_ids, part) for i, part in enumerate(parts)]
 
 
 def read_segment(row: int, number: int, prompt: np.ndarray, completions: dict[int, np.ndarray]) -> Segment:
-    """A prompt with completions by branch that are read at their last token, for a reward.
+    """A prompt with completions by branch, numbered from `number`, that are read at their last token, for a reward.
 
     Every token is an input, and the last one of a completion has its own id as target, which marks it as scored.
     """
-    parts, first = list(completions.values()), len(prompt)
-    targets = [np.where(np.arange(len(part)) == len(part) - 1, part, IGNORED) for part in parts]
-    return Segment(
-        row,
-        number,
-        np.concatenate([prompt, *parts]),
-        np.concatenate([np.arange(first), *(np.arange(first, first + len(part)) for part in parts)]),
-        np.repeat([0, *completions], [first, *map(len, parts)]),
-        np.concatenate([np.full(first, IGNORED), *targets]),
-    )
+    branches = [
+        Branch(n, branch, ids, np.where(np.arange(len(ids)) == len(ids) - 1, ids, IGNORED))
+        for n, (branch, ids) in enumerate(completions.items(), number)
+    ]
+    return build_segment(row, prompt, branches)
 
 
 def _sums_of(batch: PackedBatch, pairs: PairRewards, losses: Tensor) -> LossSums:

@@ -131,8 +131,8 @@ def _within(size: int, sequences: list[list[Scored]]) -> int:
 
 def by_side(scores: list[HeadScores]) -> list[list[Tensor]]:
     """[example][chosen, rejected], or [example][whole] without pairs. Scored tokens of a pair's prompt are left out."""
-    sides = (1, 2) if scores and bool((scores[0].sides > 0).any()) else (0,)
-    return [[one.exact[one.sides == side] for side in sides] for one in scores]
+    paired = bool(scores) and bool((scores[0].sides > 1).any())
+    return [[one.exact[one.sides == side] for side in (1, 2)] if paired else [one.exact] for one in scores]
 
 
 def flat64(subject: Subject) -> Tensor:

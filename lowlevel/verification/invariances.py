@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Segment, build_batch, pair_rows, sft_segment
+from lowlevel.batch.replies import replies, segment
 from lowlevel.labels import IGNORED
-from lowlevel.methods import Method
+from lowlevel.methods import KTO, Method
 from lowlevel.methods.reward import reward_segments
 from lowlevel.verification.check import Check, check, relative
 from lowlevel.verification.evidence import Evidence
@@ -72,20 +74,23 @@ def left_padded(subject: Subject) -> PackedBatch:
 
     The padding is a segment of tokens 0 that no token attends to and no loss reads.
     """
-    rows: list[Segment] = []
-    for number, example in enumerate(subject.examples):
-        if subject.rewards:
-            rows += reward_segments(example, number, shared=False)
-        elif subject.paired:
-            ids = (example.prompt_ids, example.chosen_ids, example.rejected_ids)
-            rows += pair_rows(example.row, number, *ids)
-        else:
-            rows.append(sft_segment(example.row, number, example.input_ids, example.labels, example.weights))
+    examples, numbers = subject.examples, count()
+    rows: list[Segment]
+    if isinstance(subject.method, KTO):
+        rows = [segment([reply], numbers) for reply in replies(examples)]
+    elif subject.rewards:
+        rows = [row for x in examples for row in reward_segments(x, next(numbers), shared=False)]
+    elif subject.paired:
+        ids = [(x.row, next(numbers), x.prompt_ids, x.chosen_ids, x.rejected_ids) for x in examples]
+        rows = [row for parts in ids for row in pair_rows(*parts)]
+    else:
+        rows = [sft_segment(x.row, next(numbers), x.input_ids, x.labels, x.weights) for x in examples]
     width = max(map(len, rows)) + 3  # so that the longest one is moved too
     padded = []
     for row in rows:
         zeros = np.zeros(width - len(row), np.int64)
-        padded.append([Segment(row.row, row.number, zeros, zeros, zeros, np.full(len(zeros), IGNORED)), row])
+        numbers, targets = zeros + row.numbers[0], np.full(len(zeros), IGNORED)
+        padded.append([Segment(row.row, zeros, zeros, zeros, numbers, targets), row])
     values = [x.values for x in subject.examples] if subject.method.columns else None
     (plain,) = with_batches_of(subject.method, len(subject.examples)).micro_batches(subject.examples)
     batch = build_batch(padded, pairs=subject.paired, values=values)

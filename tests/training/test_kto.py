@@ -118,7 +118,7 @@ def test_a_step_that_overflows_keeps_its_baseline(tiny_base, monkeypatch):
     scale = LossScale(2.0**70)
     result = helpers.step(policy, helpers.kto(2), examples, scale=scale)
     assert scale.skipped_steps > 0 and result.metrics["kl"] == expected["kl"]
-    assert [kl is None for kl in ran] == [True] * 4 + [False] * 4 * (1 + scale.skipped_steps)
+    assert [kl is None for kl in ran] == [True] * 2 + [False] * 4 * (1 + scale.skipped_steps)
 
 
 def test_an_evaluation_has_one_baseline(tiny_base):
@@ -165,3 +165,19 @@ def test_a_first_step_with_another_reference_is_refused(tiny_base, monkeypatch):
     monkeypatch.setattr(lowlevel.methods.kto, "reference_token_logps", lambda *given: plain(*given) + 1e-3)
     with pytest.raises(ConfigError, match="step 1: a fresh adapter's margins are not 0"):
         check_first_step(helpers.step(policy, helpers.kto(2), examples), config, "fp32")
+
+
+def test_prompts_and_mismatched_completions_that_are_the_same_are_computed_once():
+    """Prompts p, q, p of 3 and 2 tokens; the first and the third example have one mismatched completion, that of q."""
+    ids = np.arange(3, 30)
+    parts = (ids[:3], ids[5:7]), (ids[10:12], ids[12:16]), (ids[:3], ids[20:23])
+    made = [np.concatenate(part) for part in parts]
+    labels = [np.where(np.arange(len(x)) < len(prompt), -100, x) for x, (prompt, _) in zip(made, parts, strict=True)]
+    examples = [helpers.Tokens(i, x, y, (1.0,)) for i, (x, y) in enumerate(zip(made, labels, strict=True))]
+    (first,) = helpers.kto(1, packing=True).micro_batches(examples)
+    assert first.data_rows == (0, 2, 1) and first.num_tokens == (2 + 2 + 3) + (1 + 4)
+    (other,) = first.mismatched
+    assert other.num_tokens == (2 + 4) + (1 + 3) and other.data_rows == (0, 0, 1)
+    assert other.row_values.tolist() == [[2.0, 1.0]] and other.lengths.tolist() == [4, 3]
+    plain = helpers.kto(1).micro_batches(examples)
+    assert [batch.num_tokens for batch in plain] == [len(x) - 1 for x in made]

@@ -41,7 +41,7 @@ def mixed_rows():
     def one(number, kind):
         if kind == "sft":
             tokens = ids(rng.integers(2, 9))
-            return sft_segment(number, number, tokens, tokens)
+            return sft_segment(number, 2 * number, tokens, tokens)
         return pair_segment(number, number, ids(rng.integers(1, 6)), ids(rng.integers(1, 6)), ids(rng.integers(1, 6)))
 
     kinds = [["pair", "sft", "pair"], ["sft"], ["pair", "pair"], ["sft", "sft", "sft"]]

@@ -84,6 +84,7 @@ def test_padding_in_the_loss(subject, monkeypatch):
             input_ids=ids,
             position_ids=positions,
             branch_ids=branches,
+            numbers=np.append(segment.numbers, segment.numbers[[-1, -1]]),
             targets=np.append(segment.targets, [0, 0]),
         )
 
