@@ -33,7 +33,8 @@ from lowlevel.data.examples import PreferenceExample
 from lowlevel.methods.dpo import DPO, reference_token_logps
 from lowlevel.model.policy import Policy
 from lowlevel.running.assembly import check_inputs
-from lowlevel.running.replies import Sampling, generate_replies
+from lowlevel.running.replies import generate_replies
+from lowlevel.sampling import Sampling, build_sampler
 
 LOSSES = ("sigmoid", "ipo", "simpo", "orpo", "cpo", "kto", "dpop")
 
@@ -115,7 +116,8 @@ def measure(options: argparse.Namespace, loss: str, seed: int, tokenizer: Any, p
         chosen, rejected = change(policy, pairs)
         prompts = [pair.prompt_ids.tolist() for pair in pairs[: options.replies]]
         sampling = Sampling(max_new_tokens=options.new_tokens)
-        replies = generate_replies(policy.model, tokenizer, policy.placement, prompts, sampling, batch_size=64)
+        sampler = build_sampler(policy.model, policy.placement, tokenizer.stop_ids, print)
+        replies = generate_replies(sampler, tokenizer, prompts, sampling)
         speeds = sorted(record["tokens_per_second"] for record in run.metrics[options.steps // 4 :] if "loss" in record)
         gained = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
         return Row(

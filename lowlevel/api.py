@@ -338,12 +338,13 @@ class Run:
             system: a system message before it.
             **sampling: max_new_tokens=256, temperature=0.0 (the likeliest token), seed=0.
         """
-        from lowlevel.running.replies import Sampling, generate_replies
+        from lowlevel.running.replies import generate_replies
+        from lowlevel.sampling import Sampling
 
-        model, tokenizer, placement = self._for_replies
+        sampler, tokenizer = self._for_replies
         system_message = [{"role": "system", "content": system}] if system is not None else []
         ids = tokenizer.encode_prompt([*system_message, {"role": "user", "content": prompt}])
-        return generate_replies(model, tokenizer, placement, [ids], Sampling(**sampling))[0].text
+        return generate_replies(sampler, tokenizer, [ids], Sampling(**sampling))[0].text
 
     @cached_property
     def _for_replies(self) -> Any:

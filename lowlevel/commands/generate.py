@@ -26,7 +26,8 @@ def run(options: Options, overrides: Overrides) -> None:
     if options.best_of and options.temperature == 0:
         raise ConfigError("--best-of needs different replies: set --temperature above 0 (1 if it is left out)")
     quiet_console()
-    from lowlevel.running.replies import Sampling, sample_best, stream_reply
+    from lowlevel.running.replies import sample_best, stream_reply
+    from lowlevel.sampling import Sampling
 
     temperature = (1.0 if options.best_of else 0.0) if options.temperature is None else options.temperature
     sampling = Sampling(options.max_new_tokens, temperature, options.seed)

@@ -20,7 +20,8 @@ from lowlevel.perplexity import PERPLEXITIES, perplexities
 from lowlevel.running.assembly import prepare_data
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import LoadedRun, check_gives_text, load_run, reopen
-from lowlevel.running.replies import Reply, Sampling, generate_replies
+from lowlevel.running.replies import Reply, generate_replies
+from lowlevel.sampling import Sampling, build_sampler
 
 COLUMNS = {
     "eval_loss": ("held-out loss", "{:.4f}"),
@@ -98,10 +99,11 @@ def compare_stages(
     scores: dict[str, dict[str, float]] = {}
     replies: dict[str, list[Reply]] = {}
     reference: Scored | None = None
+    sampler = build_sampler(run.policy.model, run.policy.placement, run.tokenizer.stop_ids, console.print)
     for stage in run.stages:
         run.activate(stage)
         scored = score_rows(run, rows)
-        made = generate_replies(run.policy.model, run.tokenizer, run.policy.placement, prompts, sampling)
+        made = generate_replies(sampler, run.tokenizer, prompts, sampling)
         scores[stage.name] = {
             **score(scored, reference),
             "reply_tokens": sum(reply.num_tokens for reply in made) / len(made),

@@ -6,33 +6,23 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import ConfigError
-from lowlevel.heartbeat import counted
 from lowlevel.model.adapters import ADAPTER_CONFIG, build_policy, is_reward_model, read_adapter_config
-from lowlevel.model.attention_choice import MASKED, plain_attention
+from lowlevel.model.attention_choice import MASKED
 from lowlevel.model.base import load_base, resolve_name
 from lowlevel.model.base_folder import CONFIG, holds_model_weights, note_of_adapter
 from lowlevel.model.files import read_json_object
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.running.reopening import Note, load_run
 from lowlevel.running.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of generation; temperature 0 is greedy, and the same seed gives the same reply."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    seed: int = 0
+from lowlevel.sampling import Sampler, Sampling, build_sampler
 
 
 @dataclass(frozen=True)
@@ -46,11 +36,12 @@ class Reply:
 
 def stream_reply(model_dir: Path, prompt: str, system: str | None, sampling: Sampling) -> None:
     """Load DIR and stream its reply to one user message to standard output, which gets nothing else."""
-    model, tokenizer, placement = load_for_replies(model_dir, lambda line: print(line, file=sys.stderr))
+    sampler, tokenizer = load_for_replies(model_dir, lambda line: print(line, file=sys.stderr))
     messages = [{"role": "system", "content": system}] if system is not None else []
     ids = tokenizer.encode_prompt([*messages, {"role": "user", "content": prompt}])
-    streamer = TextStreamer(tokenizer.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    _generate(model, tokenizer, placement, [ids], sampling, streamer)
+    streamer = TextStreamer(tokenizer.tokenizer, skip_special_tokens=True)
+    sampler.sample([ids], sampling, watch=lambda _, tokens: streamer.put(torch.tensor(tokens)))
+    streamer.end()
 
 
 def sample_best(
@@ -66,35 +57,36 @@ def sample_best(
         print(line, file=sys.stderr)
 
     check_reward_run(reward_dir)
-    model, tokenizer, placement = load_for_replies(model_dir, note)
+    sampler, tokenizer = load_for_replies(model_dir, note)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
-    replies = generate_replies(model, tokenizer, placement, [tokenizer.encode_prompt(messages)] * number, sampling)
-    del model  # the reward model needs its memory
+    replies = generate_replies(sampler, tokenizer, [tokenizer.encode_prompt(messages)], sampling, samples=number)
+    del sampler  # the reward model needs its memory
     return best_of(load_reward_run(reward_dir, note), messages, [reply.text for reply in replies])
 
 
 def generate_replies(
-    model: PreTrainedModel | PeftModel,
+    sampler: Sampler,
     tokenizer: ChatTokenizer,
-    placement: Placement,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
-    batch_size: int = 16,
+    samples: int = 1,
 ) -> list[Reply]:
-    """Reply to prompts given as token ids, `batch_size` at a time, in the given order."""
-    replies = []
-    for start in counted("generating", range(0, len(prompts), batch_size), f"batches of {batch_size} replies"):
-        for row in _generate(model, tokenizer, placement, prompts[start : start + batch_size], sampling):
-            end = next((i for i, token in enumerate(row) if token in tokenizer.stop_ids), None)
-            text = str(tokenizer.tokenizer.decode(row[:end], skip_special_tokens=True))
-            replies.append(Reply(text, len(row[:end]), end is not None))
-    return replies
+    """`samples` replies to each prompt, given as token ids, in the given order."""
+    found = [one for group in sampler.sample(prompts, sampling, samples=samples) for one in group]
+    ids = [one.ids[: len(one.ids) - one.ended].tolist() for one in found]  # without the stop token
+    texts = [str(tokenizer.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+    return [Reply(text, len(row), one.ended) for text, row, one in zip(texts, ids, found, strict=True)]
 
 
-def load_for_replies(model_dir: Path, note: Note) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
-    """The model of a run folder, PEFT adapter or merged model; `note` prints a line. Raises ConfigError for others."""
+def load_for_replies(model_dir: Path, note: Note) -> tuple[Sampler, ChatTokenizer]:
+    """A sampler of a run folder, PEFT adapter or merged model; `note` prints a line. Raises ConfigError for others."""
+    model, tokenizer, placement = _load_model(model_dir, note)
+    return build_sampler(model, placement, tokenizer.stop_ids, note), tokenizer
+
+
+def _load_model(model_dir: Path, note: Note) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
     if (model_dir / "config.toml").exists():
         run = load_run(model_dir, note)
         return run.policy.model, run.tokenizer, run.policy.placement
@@ -137,43 +129,3 @@ def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel | PeftModel, Cha
     )
     own = (adapter / "tokenizer_config.json").exists()
     return policy.model, load_chat_tokenizer(str(adapter) if own else resolve_name(name), None, None), placement
-
-
-@torch.no_grad()
-def _generate(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: ChatTokenizer,
-    placement: Placement,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    streamer: Any = None,
-) -> list[list[int]]:
-    """New tokens of each prompt; prompts are padded on the left, and the padding is masked by length."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), tokenizer.pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = torch.tensor(prompt)
-        mask[i, width - len(prompt) :] = 1
-    sample = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=tokenizer.stop_ids,
-        pad_token_id=tokenizer.pad_id,
-        use_cache=True,
-        **(sample if sampling.temperature > 0 else {"do_sample": False}),
-    )
-    torch.manual_seed(sampling.seed)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    own, base.generation_config = base.generation_config, config  # else generate() adds the base's penalties
-    try:
-        with plain_attention(base), placement.autocast():
-            output = base.generate(
-                input_ids=ids.to(placement.device),
-                attention_mask=mask.to(placement.device),
-                generation_config=config,
-                streamer=streamer,
-            )
-    finally:
-        base.generation_config = own
-    return output[:, width:].tolist()

@@ -150,8 +150,8 @@ def test_compare_of_an_sft_run_prompts_with_the_question_whatever_is_supervised(
     monkeypatch.setattr(
         lowlevel.reporting.comparison,
         "generate_replies",
-        lambda model, tokenizer, placement, prompts, sampling: (
-            seen.append([list(p) for p in prompts]) or original(model, tokenizer, placement, prompts, sampling)
+        lambda sampler, tokenizer, prompts, sampling: (
+            seen.append([list(p) for p in prompts]) or original(sampler, tokenizer, prompts, sampling)
         ),
     )
     for supervise in ("assistant", "all"):

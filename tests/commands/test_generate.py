@@ -9,7 +9,8 @@ import lowlevel.running.replies
 from lowlevel.config.file import load_config
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.running.reopening import load_run
-from lowlevel.running.replies import Sampling, generate_replies
+from lowlevel.running.replies import generate_replies
+from lowlevel.sampling import Sampling, build_sampler
 
 
 def test_run_adapter_and_merged_model_reply_alike(runs, merged, cli):
@@ -49,17 +50,21 @@ def test_the_prompt_is_rendered_as_in_training(runs, cli, monkeypatch):
     from lowlevel.running.assembly import check_inputs
 
     seen, encoded, calls = [], [], []
-    original, encode = lowlevel.running.replies._generate, ChatTokenizer.encode_prompt
+    original, encode = lowlevel.running.replies.build_sampler, ChatTokenizer.encode_prompt
     monkeypatch.setattr(
         ChatTokenizer, "encode_prompt", lambda self, messages: encoded.append(encode(self, messages)) or encoded[-1]
     )
 
-    def spy(model, tokenizer, placement, prompts, *rest):
-        seen.extend(prompts)
-        calls.append(encoded[-1] == prompts[0])
-        return original(model, tokenizer, placement, prompts, *rest)
+    class Spy:
+        def __init__(self, *args):
+            self.sampler = original(*args)
 
-    monkeypatch.setattr(lowlevel.running.replies, "_generate", spy)
+        def sample(self, prompts, *args, **kwargs):
+            seen.extend(prompts)
+            calls.append(encoded[-1] == prompts[0])
+            return self.sampler.sample(prompts, *args, **kwargs)
+
+    monkeypatch.setattr(lowlevel.running.replies, "build_sampler", Spy)
     reply(cli, runs.dpo)
     inputs = check_inputs(load_config(runs.dpo / "config.toml"))
     assert seen[0] == inputs.data.train[1].prompt_ids.tolist()  # row 1 of the file: not shuffled
@@ -84,10 +89,10 @@ def test_settings_of_the_bases_own_generation_change_nothing(runs):
     """Qwen2.5's generation_config.json has a repetition penalty; temperature 0 takes the likeliest all the same."""
     run = load_run(runs.sft)
     prompts = [run.tokenizer.encode_prompt([{"role": "user", "content": prompt}]) for prompt in PROMPTS[:4]]
+    sampler = build_sampler(run.policy.model, run.policy.placement, run.tokenizer.stop_ids, print)
 
     def replies():
-        policy = run.policy
-        return [r.text for r in generate_replies(policy.model, run.tokenizer, policy.placement, prompts, Sampling(16))]
+        return [reply.text for reply in generate_replies(sampler, run.tokenizer, prompts, Sampling(16))]
 
     plain, own = replies(), run.policy.causal_lm.generation_config
     own.repetition_penalty, own.no_repeat_ngram_size, own.min_new_tokens = 5.0, 1, 12

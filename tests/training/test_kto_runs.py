@@ -124,7 +124,7 @@ def test_the_trace_is_that_of_the_step(whole):
 
 def test_stages_are_compared_by_label(whole):
     from lowlevel.reporting.comparison import compare_stages
-    from lowlevel.running.replies import Sampling
+    from lowlevel.sampling import Sampling
 
     rows, opened = whole.opened.held_out(), whole.opened.load(whole.path / "adapter")
     found = compare_stages(opened, rows, [[5, 6]], Sampling(4), console=QUIET)
