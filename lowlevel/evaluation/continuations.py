@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, _completions, build_batch
+from lowlevel.batch.layout import PackedBatch, Segment, build_batch, prompt_segment
 from lowlevel.batch.packing import pack
 from lowlevel.heartbeat import working
 from lowlevel.inspection.distribution import head_logits
@@ -73,16 +73,13 @@ def likelihoods(policy: Policy, requests: Sequence[Request], max_length: int) ->
 
 def _batch(rows: Sequence[Sequence[Shared]]) -> PackedBatch:
     """The rows as a batch, whose scored tokens are the continuations' in the order of `rows`."""
-    numbers = iter(range(sum(map(len, rows))))
-    segments = [
-        [
-            _completions(
-                0, next(numbers), np.array(part.context), dict(enumerate(map(np.array, part.continuations), 1))
-            )
-            for part in row
-        ]
-        for row in rows
-    ]
+    number, segments = 0, list[list[Segment]]()
+    for row in rows:
+        segments.append([])
+        for part in row:
+            completions = dict(enumerate(map(np.array, part.continuations), 1))
+            segments[-1].append(prompt_segment(0, number, np.array(part.context), completions))
+            number += len(completions)
     return build_batch(segments, pairs=False)
 
 

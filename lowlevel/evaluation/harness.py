@@ -19,7 +19,7 @@ from lowlevel.errors import ConfigError
 from lowlevel.evaluation.continuations import Ids, likelihoods
 from lowlevel.evaluation.stopping import reply_texts
 from lowlevel.running.reopening import LoadedRun
-from lowlevel.running.replies import Sampling
+from lowlevel.sampling import Sampling, build_sampler
 
 MAX_GEN_TOKS = 256  # of a task that sets none, as in `hf`
 UNDERSTOOD = ("until", "max_gen_toks", "do_sample", "temperature", "seed")
@@ -57,7 +57,7 @@ class RunLM(TemplateLM):
         return self.run.tokenizer.chat_template.text
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Text of a conversation and the opening of a reply; without `add_generation_prompt` the last one is continued."""
+        """Text of a conversation with the opening of a reply; else its last message is a reply to be continued."""
         *before, last = chat_history
         template = self.run.tokenizer.chat_template
         if add_generation_prompt:
@@ -95,6 +95,8 @@ class RunLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """A reply to each context, up to its stop texts. Contexts lose their beginning if the reply needs the room."""
+        run = self.run
+        sampler = build_sampler(run.policy.model, run.policy.placement, run.tokenizer.stop_ids, run.opened.note)
         groups: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
@@ -107,7 +109,7 @@ class RunLM(TemplateLM):
                 raise ConfigError(f"{asked}, and the model has {self.max_length} positions: lower max_gen_toks")
             stops = handle_stop_sequences(stops, eos=self.tokenizer.decode([self.eot_token_id]))
             prompts = [self.tok_encode(requests[place].args[0])[-room:] for place in places]
-            for place, text in zip(places, reply_texts(self.run, prompts, stops, sampling), strict=True):
+            for place, text in zip(places, reply_texts(sampler, run.tokenizer, prompts, stops, sampling), strict=True):
                 texts[place] = text
         return texts
 

@@ -95,15 +95,19 @@ def load_tasks(names: Sequence[str], num_fewshot: int | None) -> dict[str, Any]:
     from lowlevel.evaluation.harness import generation_settings
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    files = [name for name in names if name.endswith(SUFFIXES)]
-    if missing := [name for name in files if not Path(name).is_file()]:
+    files = {name: Path(name).resolve() for name in names if name.endswith(SUFFIXES)}
+    if missing := [name for name, path in files.items() if not path.is_file()]:
         raise ConfigError(f"--tasks {missing[0]}: no such file")
-    manager = TaskManager(include_defaults=len(files) < len(names))
-    if unknown := [name for name in names if name not in files and name not in manager.task_index]:
+    folders = sorted({path.parent for path in files.values()})
+    with working("listing tasks"):
+        index = (manager := TaskManager(include_defaults=len(files) < len(names), include_path=folders)).task_index
+    by_path = {entry.yaml_path: name for name, entry in index.items()}  # lm-eval 0.4.13 cannot load a group by its path
+    chosen = [by_path.get(files[name], name) if name in files else name for name in names]
+    if unknown := [name for name in chosen if name not in index and name not in files]:
         raise ConfigError(f'--tasks {unknown[0]}: lm-eval has no such task; "lm-eval ls tasks" lists them')
     try:
         with working("loading tasks"):
-            loaded: dict[str, Any] = dict(manager.load(list(names)))
+            loaded: dict[str, Any] = dict(manager.load(chosen))
     except Exception as error:  # of data sets, the hub, or a task's own code
         raise ConfigError(f"--tasks {','.join(names)}: {type(error).__name__}: {one_line(error)}") from None
     for name, task in loaded["tasks"].items():
@@ -119,7 +123,7 @@ def load_tasks(names: Sequence[str], num_fewshot: int | None) -> dict[str, Any]:
 
 
 def evaluate_stage(model: Any, loaded: Mapping[str, Any], limit: int | None, chat_template: bool) -> Results:
-    """lm-eval's result with the active adapters. Generators are seeded anew, so that each stage gets the same prompts."""
+    """lm-eval's result with the active adapters. Seeds are set anew, so that each stage gets the same prompts."""
     from lm_eval.evaluator import evaluate
 
     random.seed(SEED)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import VOCABULARY, make_policy
+
 from lowlevel.evaluation import continuations
 from lowlevel.evaluation.continuations import likelihoods
 

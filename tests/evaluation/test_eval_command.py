@@ -5,26 +5,15 @@ from pathlib import Path
 
 import pytest
 import workspace
+
 from lowlevel.evaluation import stopping
 from lowlevel.evaluation.stopping import cut, reply_texts
 from lowlevel.running import reopening
-from lowlevel.running.replies import Sampling
+from lowlevel.sampling import Sampling, build_sampler
 
 
 def evaluate(run: Path, *arguments: object) -> workspace.Said:
     return workspace.run("eval", run, *arguments)
-
-
-@pytest.fixture(scope="module")
-def grouped(tasks) -> Path:
-    """A group of the choices under two names, weighted by size."""
-    file = Path(tasks["choices"])
-    other = file.with_name("other.yaml")
-    other.write_text(file.read_text().replace("world_choices", "world_other").replace("choices.jsonl", "shots.jsonl"))
-    group = file.with_name("group.yaml")
-    names = ", ".join(f"{{{{task: {name}, include: {path}}}}}" for name, path in ())
-    group.write_text(f"group: world\ntask: [{names}]\n")
-    return group
 
 
 def test_table_and_files(dpo_run, tasks, tmp_path):
@@ -49,10 +38,29 @@ def test_table_and_files(dpo_run, tasks, tmp_path):
     assert not (dpo_run / "eval.json").exists()
 
 
+def test_group(dpo_run, tasks):
+    """lm-eval's own value of a group, and the difference of the pooled items, in tasks of 24 and 6."""
+    file = Path(tasks["choices"])
+    other = file.with_name("other.yaml")
+    other.write_text(file.read_text().replace("world_choices", "world_other").replace("choices.jsonl", "shots.jsonl"))
+    group = file.with_name("group.yaml")
+    metrics = "[{metric: acc, weight_by_size: true}]"
+    group.write_text(f"group: world\ntask: [world_choices, world_other]\naggregate_metric_list: {metrics}\n")
+    said = evaluate(dpo_run, "--tasks", group)
+    assert said.code == 0, said.err
+    rows = json.loads((dpo_run / "eval.json").read_text())["rows"]
+    (row,) = (row for row in rows if row["task"] == "world")
+    assert row["items"] == 30 and len(row["differences"]) == 3
+    for change in row["differences"]:
+        values = [row["stages"][change[side]]["value"] for side in ("from", "to")]
+        assert change["difference"] == pytest.approx(values[1] - values[0], abs=1e-12)
+        assert change["low"] <= change["difference"] <= change["high"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "no_such_task"], "--tasks no_such_task: lm-eval has no such task"),
+        (["--tasks", "{empty}"], "not a registered task/group/tag name or valid YAML path"),
         (["--tasks", "gone.yaml"], "--tasks gone.yaml: no such file"),
         (["--tasks", "{replies}", "--stages", "base,rlhf"], "--stages rlhf: the run's stages are base, sft, dpo"),
         (["--tasks", "{beams}"], "a task generates with num_beams = 4, which lowlevel eval does not have"),
@@ -66,6 +74,8 @@ def test_refused_before_the_base_is_loaded(dpo_run, tasks, monkeypatch, argument
     monkeypatch.setattr(reopening, "load_policy", load)
     file = Path(tasks["replies"])
     paths = {"replies": file, "beams": file.with_name("beams.yaml"), "lost": file.with_name("lost.yaml")}
+    paths["empty"] = file.with_name("empty.yaml")
+    paths["empty"].write_text("tag: x\n")
     paths["beams"].write_text(file.read_text().replace("max_gen_toks", "num_beams: 4, max_gen_toks"))
     paths["lost"].write_text(file.read_text().replace("choices.jsonl", "lost.jsonl"))
     said = evaluate(dpo_run, *(argument.format(**paths) for argument in arguments))
@@ -74,8 +84,9 @@ def test_refused_before_the_base_is_loaded(dpo_run, tasks, monkeypatch, argument
 
 def test_rounds_change_no_text(dpo_run, monkeypatch):
     run = reopening.load_run(dpo_run)
+    sampler = build_sampler(run.policy.model, run.policy.placement, run.tokenizer.stop_ids, print)
     prompts = [run.tokenizer.encode_prompt([{"role": "user", "content": f"What is {n} + 4?"}]) for n in range(5)]
-    whole = reply_texts(run, prompts, [], Sampling(20))
+    whole = reply_texts(sampler, run.tokenizer, prompts, [], Sampling(20))
     monkeypatch.setattr(stopping, "FIRST_ROUND", 3)
     for stops in (["e"], ["is", "t"], ["\n\n"]):
-        assert reply_texts(run, prompts, stops, Sampling(20)) == [cut(text, stops) for text in whole]
+        assert reply_texts(sampler, run.tokenizer, prompts, stops, Sampling(20)) == [cut(text, stops) for text in whole]

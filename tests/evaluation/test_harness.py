@@ -1,6 +1,7 @@
 """Agreement with lm-eval's own `hf` model, item by item: log-likelihoods, rolling ones, and greedy replies."""
 
 import pytest
+
 from lowlevel.demo import DEMO_BASE
 from lowlevel.running.reopening import load_run
 
@@ -32,6 +33,7 @@ def compared(own: dict, other: dict) -> dict[str, tuple[int, float]]:
 @pytest.mark.parametrize(("stage", "chat", "shots"), [("base", False, 2), ("dpo", True, 0), ("dpo", True, 2)])
 def test_same_as_hf(dpo_run, tasks, stage, chat, shots):
     from lm_eval.models.huggingface import HFLM
+
     from lowlevel.evaluation.harness import RunLM
     from lowlevel.evaluation.tasks import evaluate_stage, load_tasks
 
@@ -45,4 +47,4 @@ def test_same_as_hf(dpo_run, tasks, stage, chat, shots):
     assert found["world_choices"][0] > 80 and found["world_texts"][0] == 6 and found["world_replies"][0] == 24
     assert max(largest for _, largest in found.values()) < TOLERANCE
     replies = {sample["resps"][0][0] for sample in own["samples"]["world_replies"]}
-    assert (all(replies) and len(replies) > 4) or not chat  # the base ends at once after a plain question
+    assert (all(replies) and len(replies) > 3) or not chat  # the base ends at once after a plain question

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from lowlevel.errors import LowlevelError
 from lowlevel.evaluation.paired import paired_difference, weighted_difference
 from lowlevel.evaluation.results import check_prompts
