@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,29 +47,46 @@ class Shared:
         return len(self.context) - 1 + sum(map(len, self.continuations))
 
 
+@dataclass(frozen=True)
+class Scorable:
+    """A batch whose scored tokens are those of some continuations, one after the other."""
+
+    batch: PackedBatch
+    places: list[int]  # of each continuation in the list of requests
+    lengths: list[int]  # of each continuation, in tokens
+
+
 @torch.no_grad()
 def likelihoods(policy: Policy, requests: Sequence[Request], max_length: int) -> list[Likelihood]:
     """The likelihood of each continuation after its context, under the active adapters and without dropout.
 
-    Args:
-        policy: the model.
-        requests: token ids.
-        max_length: inputs that the model reads at once: the beginning of a longer request is cut off, as in the LM
-            Evaluation Harness. The continuation alone must fit.
+    Arguments as in `batches_of`.
     """
     policy.dropout.disable()
     found: dict[int, Likelihood] = {}
-    with working("scoring continuations", len(requests), "continuations") as work:
-        for rows in _batches(_shared(requests, max_length), packed=policy.attention.kernel is not None):
-            parts = [part for row in rows for part in row]
-            batch = _batch(rows).to(policy.placement.device)
-            logps, greedy = _scores(policy, batch)
-            lengths = [len(ids) for part in parts for ids in part.continuations]
-            places = [place for part in parts for place in part.places]
-            split = zip(places, logps.split(lengths), greedy.split(lengths), strict=True)
-            found |= {place: Likelihood(float(one.double().sum()), bool(same.all())) for place, one, same in split}
-            work.done = len(found)
+    for made in batches_of(policy, requests, max_length):
+        logps, greedy = _scores(policy, made.batch)
+        split = zip(made.places, logps.split(made.lengths), greedy.split(made.lengths), strict=True)
+        found |= {place: Likelihood(float(one.double().sum()), bool(same.all())) for place, one, same in split}
     return [found[place] for place in range(len(requests))]
+
+
+def batches_of(policy: Policy, requests: Sequence[Request], max_length: int) -> Iterator[Scorable]:
+    """The requests in batches on the policy's device.
+
+    Args:
+        policy: its attention decides whether several contexts share a row.
+        requests: token ids.
+        max_length: positions that the model reads at once: the beginning of a longer request is cut off, as in the LM
+            Evaluation Harness. The continuation alone must fit.
+    """
+    with working("scoring continuations", len(requests), "continuations") as work:
+        for rows in _rows(_shared(requests, max_length), packed=policy.attention.kernel is not None):
+            parts = [part for row in rows for part in row]
+            places = [place for part in parts for place in part.places]
+            lengths = [len(ids) for part in parts for ids in part.continuations]
+            yield Scorable(_batch(rows).to(policy.placement.device), places, lengths)
+            work.done += len(places)
 
 
 def _batch(rows: Sequence[Sequence[Shared]]) -> PackedBatch:
@@ -95,21 +113,25 @@ def _scores(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
 
 
 def _shared(requests: Sequence[Request], max_length: int) -> list[Shared]:
-    """Requests by context, split where the continuations of one context fill a batch."""
-    groups: dict[tuple[int, ...], Shared] = {}
+    """Requests by context, split where the continuations of one context fill a batch.
+
+    A context of one token shares nothing: its requests stay apart, in rows that are no longer than needed.
+    """
+    groups: dict[tuple[Any, ...], Shared] = {}
     done: list[Shared] = []
     for place, (context, continuation) in enumerate(requests):
         kept = tuple(context[-(max_length + 1 - len(continuation)) :])
-        group = groups.setdefault(kept, Shared(kept, [], []))
+        key = kept if len(kept) > 1 else (kept, place)
+        group = groups.setdefault(key, Shared(kept, [], []))
         if group.continuations and len(group) + len(continuation) > POSITIONS:
             done.append(group)
-            group = groups[kept] = Shared(kept, [], [])
+            group = groups[key] = Shared(kept, [], [])
         group.continuations.append(continuation)
         group.places.append(place)
     return [*done, *groups.values()]
 
 
-def _batches(parts: Sequence[Shared], *, packed: bool) -> Iterator[list[list[Shared]]]:
+def _rows(parts: Sequence[Shared], *, packed: bool) -> Iterator[list[list[Shared]]]:
     """Rows of each batch, longest first: packed, a row is a batch; else rows of about one length fill it."""
     if packed:
         for row in pack([len(part) for part in parts], max(POSITIONS, *map(len, parts), 0)):

@@ -7,7 +7,7 @@ part of the noise cancels (Efron and Tibshirani, An Introduction to the Bootstra
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,11 @@ class Difference:
     resampled: np.ndarray
 
     def as_json(self) -> dict[str, float | None]:
-        """The difference, its standard error, and the 95 % interval (percentiles of the resampled differences)."""
+        """The value, its standard error, and the 95 % interval (percentiles of the resampled differences)."""
         if not len(self.resampled):
-            return {"difference": self.value, "stderr": None, "low": None, "high": None}
+            return {"value": self.value, "stderr": None, "low": None, "high": None}
         low, high = np.percentile(self.resampled, (2.5, 97.5)).tolist()
-        return {"difference": self.value, "stderr": float(self.resampled.std(ddof=1)), "low": low, "high": high}
+        return {"value": self.value, "stderr": float(self.resampled.std(ddof=1)), "low": low, "high": high}
 
 
 def paired_difference(
@@ -39,30 +39,38 @@ def paired_difference(
     second: Sequence[Any],
     task: str,
     aggregate: Aggregate | None = None,
-    resamples: int | None = None,
+    resamples: int = SLOW_RESAMPLES,
 ) -> Difference:
     """Difference of an aggregate (None: the mean) of two stages' values, item by item in the same order.
 
-    The task's name is the seed: items of different tasks are drawn independently of each other.
+    The task's name is the seed: items of different tasks are drawn independently of each other. `resamples` is the
+    number for an aggregate.
     """
-    items = len(first)
     if aggregate is None:
-        changes = np.asarray(second, np.float64) - np.asarray(first, np.float64)
-        value, count = float(changes.mean()), resamples or RESAMPLES
-    else:
-        value, count = aggregate(list(second)) - aggregate(list(first)), resamples or SLOW_RESAMPLES
+        return mean_by_weight(np.asarray(second, np.float64) - np.asarray(first, np.float64), np.ones(len(first)), task)
+    value = aggregate(list(second)) - aggregate(list(first))
+    resampled = [
+        aggregate([second[i] for i in row]) - aggregate([first[i] for i in row])
+        for drawn in _draws(len(first), task, resamples)
+        for row in drawn.tolist()
+    ]
+    return Difference(value, np.array(resampled))
+
+
+def mean_by_weight(sums: np.ndarray, weights: np.ndarray, task: str) -> Difference:
+    """Sum of `sums` over sum of `weights`, (n,) each, an item's tokens for example; items are drawn with both."""
+    value = float(sums.sum() / weights.sum())
+    parts = [sums[drawn].sum(1) / weights[drawn].sum(1) for drawn in _draws(len(sums), task, RESAMPLES)]
+    return Difference(value, np.concatenate([np.empty(0), *parts]))
+
+
+def _draws(items: int, task: str, resamples: int) -> Iterator[np.ndarray]:
+    """Indices of the items of each resample, in blocks (rows, n); nothing for a single item."""
     if items < 2:
-        return Difference(value, np.empty(0))
-    rng, found = np.random.default_rng(zlib.crc32(task.encode())), list[np.ndarray]()
-    rows = max(1, BLOCK // items)
-    for start in range(0, count, rows):
-        drawn = rng.integers(items, size=(min(rows, count - start), items))
-        if aggregate is None:
-            found.append(changes[drawn].mean(1))
-        else:
-            pairs = [([second[i] for i in row], [first[i] for i in row]) for row in drawn.tolist()]
-            found.append(np.array([aggregate(after) - aggregate(before) for after, before in pairs]))
-    return Difference(value, np.concatenate(found))
+        return
+    rng, rows = np.random.default_rng(zlib.crc32(task.encode())), max(1, BLOCK // items)
+    for start in range(0, resamples, rows):
+        yield rng.integers(items, size=(min(rows, resamples - start), items))
 
 
 def weighted_difference(parts: Sequence[Difference], weights: Sequence[float]) -> Difference:

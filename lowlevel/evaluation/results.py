@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowlevel.errors import LowlevelError
-from lowlevel.evaluation.paired import Difference, paired_difference, weighted_difference
+from lowlevel.evaluation.paired import SLOW_RESAMPLES, Difference, paired_difference, weighted_difference
 
 Results = Mapping[str, Any]  # what lm-eval returns for one stage
 Pair = tuple[str, str]  # of stages, the earlier one first
@@ -36,7 +36,7 @@ def result_rows(results: Mapping[str, Results], loaded: Mapping[str, Any]) -> li
             metric = key.partition(",")[0]
             aggregate = task.aggregation().get(metric, mean)
             values = {stage: _values(result["samples"][name], key) for stage, result in results.items()}
-            how = (None if aggregate is mean else aggregate, 100 if metric in TRANSLATION else None)
+            how = (None if aggregate is mean else aggregate, 100 if metric in TRANSLATION else SLOW_RESAMPLES)
             found[name, key] = {(a, b): paired_difference(values[a], values[b], name, *how) for a, b in pairs}
     for group in loaded.get("groups", {}).values():
         by_size = {one.metric: one.weight_by_size for one in group.aggregate_metric_list or ()}
@@ -94,7 +94,7 @@ def stage_cells(row: Mapping[str, Any]) -> list[str]:
 def difference_cells(row: Mapping[str, Any]) -> list[str]:
     """Each difference with its interval, and a star if the interval excludes 0."""
     return [
-        f"{one['difference']:+.3g}"
+        f"{one['value']:+.3g}"
         + (f" [{one['low']:+.3g}, {one['high']:+.3g}]" if one["low"] is not None else "")
         + ("*" if one["low"] is not None and one["low"] * one["high"] > 0 else "")
         for one in row["differences"]

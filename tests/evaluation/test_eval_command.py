@@ -31,10 +31,10 @@ def test_table_and_files(dpo_run, tasks, tmp_path):
     for stage in ("base", "dpo"):
         assert row["stages"][stage]["value"] == pytest.approx(sum(m[stage]["acc"] for m in of_task) / 20)
     change = sum(m["dpo"]["acc"] - m["base"]["acc"] for m in of_task) / 20
-    assert row["differences"][0]["difference"] == pytest.approx(change, abs=1e-12)
+    assert row["differences"][0]["value"] == pytest.approx(change, abs=1e-12)
     perplexity = rows["world_texts", "word_perplexity"]
     values = [one["value"] for one in perplexity["stages"].values()]
-    assert perplexity["differences"][0]["difference"] == pytest.approx(values[1] - values[0])
+    assert perplexity["differences"][0]["value"] == pytest.approx(values[1] - values[0])
     assert not (dpo_run / "eval.json").exists()
 
 
@@ -53,14 +53,14 @@ def test_group(dpo_run, tasks):
     assert row["items"] == 30 and len(row["differences"]) == 3
     for change in row["differences"]:
         values = [row["stages"][change[side]]["value"] for side in ("from", "to")]
-        assert change["difference"] == pytest.approx(values[1] - values[0], abs=1e-12)
-        assert change["low"] <= change["difference"] <= change["high"]
+        assert change["value"] == pytest.approx(values[1] - values[0], abs=1e-12)
+        assert change["low"] <= change["value"] <= change["high"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "{empty}"], "not a registered task/group/tag name or valid YAML path"),
+        (["--tasks", "{empty}"], "ValueError: Unknown config shape"),
         (["--tasks", "gone.yaml"], "--tasks gone.yaml: no such file"),
         (["--tasks", "{replies}", "--stages", "base,rlhf"], "--stages rlhf: the run's stages are base, sft, dpo"),
         (["--tasks", "{beams}"], "a task generates with num_beams = 4, which lowlevel eval does not have"),

@@ -20,7 +20,7 @@ def test_mean_has_the_paired_standard_error():
     one = paired_difference(before, after, "task").as_json()
     changes = after - before
     expected = changes.std(ddof=1) / math.sqrt(400)
-    assert one["difference"] == pytest.approx(changes.mean(), abs=1e-12)
+    assert one["value"] == pytest.approx(changes.mean(), abs=1e-12)
     assert one["stderr"] == pytest.approx(expected, rel=0.03)
     assert one["low"] == pytest.approx(changes.mean() - 1.96 * expected, abs=0.1 * expected + 1 / 400)
     assert one["high"] == pytest.approx(changes.mean() + 1.96 * expected, abs=0.1 * expected + 1 / 400)
@@ -42,7 +42,7 @@ def test_other_aggregates_are_resampled_together():
         return math.log(perplexity(items))
 
     change = paired_difference(first, second, "task", logarithm).as_json()
-    assert change["difference"] == pytest.approx(-0.1)
+    assert change["value"] == pytest.approx(-0.1)
     assert change["stderr"] < 1e-12  # each item changes by the same amount: what it is drawn with does not matter
     assert paired_difference(first, second, "task", perplexity).as_json()["stderr"] > 1e-3
 
@@ -50,14 +50,14 @@ def test_other_aggregates_are_resampled_together():
 def test_groups_add_independent_tasks():
     parts = [paired_difference(answers(n, n, 0.4), answers(n, n + 1, 0.6), str(n)) for n in (100, 300)]
     both = weighted_difference(parts, [100, 300]).as_json()
-    assert both["difference"] == pytest.approx(0.25 * parts[0].value + 0.75 * parts[1].value)
+    assert both["value"] == pytest.approx(0.25 * parts[0].value + 0.75 * parts[1].value)
     errors = [part.as_json()["stderr"] for part in parts]
     assert both["stderr"] == pytest.approx(math.hypot(0.25 * errors[0], 0.75 * errors[1]), rel=0.03)
 
 
 def test_one_item_has_no_interval():
     one = paired_difference([0.0], [1.0], "task")
-    assert one.as_json() == {"difference": 1.0, "stderr": None, "low": None, "high": None}
+    assert one.as_json() == {"value": 1.0, "stderr": None, "low": None, "high": None}
     assert weighted_difference([one, paired_difference([0, 1], [1, 1], "two")], [1, 1]).as_json()["low"] is None
 
 
