@@ -27,7 +27,7 @@ from torch import Tensor
 from lowlevel.data.rendering import PLAIN, ChatTokenizer
 from lowlevel.data.sources import RowProblem, data_error, read_source
 from lowlevel.durable import write_json
-from lowlevel.evaluation.continuations import CHUNK_SIZE, Request, batches_of
+from lowlevel.evaluation.continuations import CHUNK_SIZE, Request, batches_of, prefix_id
 from lowlevel.evaluation.paired import mean_by_weight
 from lowlevel.inspection.distribution import head_logits
 from lowlevel.model.policy import Policy
@@ -78,11 +78,15 @@ def read_probe(path: Path) -> list[Text]:
         RowProblem(row.where, "no text", f'"{name}" must be a text that is not empty')
         for row in read.rows
         for name in ("text", "domain")
-        if name in {"text", *row.columns} and not str(row.columns.get(name) or "").strip()
+        if name in {"text", *row.columns} and not _is_text(row.columns.get(name))
     ]
     if problems or read.problems:
         raise data_error([*read.problems, *problems])
     return [Text(row.where, str(row.columns.get("domain", ALL)), str(row.columns["text"])) for row in read.rows]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,8 @@ def measure(run: LoadedRun, texts: Sequence[Text]) -> Measured:
 
 
 def _windows(tokenizer: ChatTokenizer, text: Text, width: int) -> Iterator[Request]:
-    """A text in pieces of `width` tokens and the token before each; without BOS, its first token is not predicted."""
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = [*start, *tokenizer.tokenizer(text.text, **PLAIN)["input_ids"]]
+    """A text in pieces of `width` tokens, and the token before each."""
+    ids = [prefix_id(tokenizer), *tokenizer.tokenizer(text.text, **PLAIN)["input_ids"]]
     for first in range(0, len(ids) - 1, width):
         yield ids[first : first + 1], ids[first + 1 : first + 1 + width]
 
@@ -185,10 +188,7 @@ def alarms(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each stage with domains that it forgot."""
     lines = []
     for stage in rows[0]["stages"]:
-        lost = [row for row in rows if row["stages"][stage]["alarm"] and row["domain"] != ALL] or [
-            row for row in rows if row["stages"][stage]["alarm"]
-        ]
-        if lost:
+        if lost := [row for row in rows if row["stages"][stage]["alarm"]]:
             said = ", ".join(f"{row['domain']} {row['stages'][stage]['increase']['value']:+.3f}" for row in lost)
             mend = "mend: replay rows of such text by [[data.sources]], fewer steps, or a lower learning rate"
             lines.append(
