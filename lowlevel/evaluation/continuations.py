@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Segment, build_batch, prompt_segment
 from lowlevel.batch.packing import pack
-from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.heartbeat import working
 from lowlevel.inspection.distribution import head_logits
 from lowlevel.model.policy import Policy
@@ -70,12 +69,6 @@ def likelihoods(policy: Policy, requests: Sequence[Request], max_length: int) ->
         split = zip(made.places, logps.split(made.lengths), greedy.split(made.lengths), strict=True)
         found |= {place: Likelihood(float(one.double().sum()), bool(same.all())) for place, one, same in split}
     return [found[place] for place in range(len(requests))]
-
-
-def prefix_id(tokenizer: ChatTokenizer) -> int:
-    """The token before a text: BOS, else the end of another text."""
-    bos = tokenizer.tokenizer.bos_token_id
-    return tokenizer.eos_id if bos is None else int(bos)
 
 
 def batches_of(policy: Policy, requests: Sequence[Request], max_length: int) -> Iterator[Scorable]:

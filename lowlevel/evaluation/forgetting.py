@@ -27,11 +27,12 @@ from torch import Tensor
 from lowlevel.data.rendering import PLAIN, ChatTokenizer
 from lowlevel.data.sources import RowProblem, data_error, read_source
 from lowlevel.durable import write_json
-from lowlevel.evaluation.continuations import CHUNK_SIZE, Request, batches_of, prefix_id
+from lowlevel.evaluation.continuations import CHUNK_SIZE, Request, batches_of
 from lowlevel.evaluation.paired import mean_by_weight
 from lowlevel.inspection.distribution import head_logits
 from lowlevel.model.policy import Policy
 from lowlevel.model.sizes import size_of
+from lowlevel.running.assembly import load_run_tokenizer
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import LoadedRun, check_gives_text, load_run
 from lowlevel.running.run_folder import RunFolder
@@ -43,11 +44,10 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Text:
-    """A text of the probe."""
+    """A text of the probe, of at least two tokens; with BOS if the tokenizer adds one."""
 
-    where: str
     domain: str
-    text: str
+    ids: list[int]
 
 
 def probe_run(run_dir: Path, probe: Path, console: Console) -> dict[str, Any]:
@@ -56,8 +56,9 @@ def probe_run(run_dir: Path, probe: Path, console: Console) -> dict[str, Any]:
     `probe` has rows with a `text` and, if it has several domains, a `domain`. Raises DataError for other rows;
     ConfigError for a run without text or adapter.
     """
-    check_gives_text(RunFolder(run_dir).read_config(), run_dir)
-    texts = read_probe(probe)
+    config = RunFolder(run_dir).read_config()
+    check_gives_text(config, run_dir)
+    texts = read_probe(probe, load_run_tokenizer(config))
     run = load_run(run_dir, lines_to(console))
     measured = measure(run, texts)
     rows = summarise(texts, measured, [stage.name for stage in run.stages])
@@ -71,22 +72,22 @@ def probe_run(run_dir: Path, probe: Path, console: Console) -> dict[str, Any]:
     return result
 
 
-def read_probe(path: Path) -> list[Text]:
+def read_probe(path: Path, tokenizer: ChatTokenizer) -> list[Text]:
     """The texts of a file. Raises ConfigError if there is no such file, DataError for rows without a text."""
-    read = read_source(str(path), "train")
-    problems = [
-        RowProblem(row.where, "no text", f'"{name}" must be a text that is not empty')
-        for row in read.rows
-        for name in ("text", "domain")
-        if name in {"text", *row.columns} and not _is_text(row.columns.get(name))
-    ]
-    if problems or read.problems:
-        raise data_error([*read.problems, *problems])
-    return [Text(row.where, str(row.columns.get("domain", ALL)), str(row.columns["text"])) for row in read.rows]
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    read, texts = read_source(str(path), "train"), []
+    problems = list(read.problems)
+    for row in read.rows:
+        values = {"domain": ALL, "text": None, **row.columns}
+        wrong = [f'"{name}" must be a text' for name in ("text", "domain") if not isinstance(values[name], str)]
+        ids = [] if wrong else tokenizer.tokenizer(values["text"], **PLAIN)["input_ids"]
+        ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+        if len(ids) < 2:
+            wrong = wrong or ['"text" needs at least two tokens']
+            problems.append(RowProblem(row.where, "no text", wrong[0]))
+        texts.append(Text(str(values["domain"]), ids))
+    if problems:
+        raise data_error(problems)
+    return texts
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def measure(run: LoadedRun, texts: Sequence[Text]) -> Measured:
     """Loss and KL of every stage; the base's hidden states are computed once for all."""
     policy, names, size = run.policy, [stage.name for stage in run.stages], len(texts)
     width = min(WINDOW, size_of(policy.causal_lm.config, "max_position_embeddings"))
-    windows = [(place, window) for place, text in enumerate(texts) for window in _windows(run.tokenizer, text, width)]
+    windows = [(place, window) for place, text in enumerate(texts) for window in _windows(text.ids, width)]
     owners = np.array([place for place, _ in windows])
     made = Measured(np.zeros(size), *({name: np.zeros(size) for name in names} for _ in range(2)))
     policy.dropout.disable()
@@ -121,9 +122,8 @@ def measure(run: LoadedRun, texts: Sequence[Text]) -> Measured:
     return made
 
 
-def _windows(tokenizer: ChatTokenizer, text: Text, width: int) -> Iterator[Request]:
-    """A text in pieces of `width` tokens, and the token before each."""
-    ids = [prefix_id(tokenizer), *tokenizer.tokenizer(text.text, **PLAIN)["input_ids"]]
+def _windows(ids: Sequence[int], width: int) -> Iterator[Request]:
+    """A text in pieces of up to `width` tokens, and the token before each."""
     for first in range(0, len(ids) - 1, width):
         yield ids[first : first + 1], ids[first + 1 : first + 1 + width]
 

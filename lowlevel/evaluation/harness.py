@@ -16,7 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lowlevel.data.rendering import PLAIN
 from lowlevel.errors import ConfigError
-from lowlevel.evaluation.continuations import Ids, likelihoods, prefix_id
+from lowlevel.evaluation.continuations import Ids, likelihoods
 from lowlevel.evaluation.stopping import reply_texts
 from lowlevel.running.reopening import LoadedRun
 from lowlevel.sampling import Sampling, build_sampler
@@ -43,8 +43,9 @@ class RunLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context becomes."""
-        return prefix_id(self.run.tokenizer)
+        """What an empty context becomes: BOS if there is one."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
 
     @property
     def tokenizer_name(self) -> str:

@@ -12,16 +12,15 @@ from lowlevel.evaluation.forgetting import Measured, Text, alarms, measure, summ
 from lowlevel.running.reopening import load_run
 
 TEXTS = [
-    Text("t:1", "facts", "3 + 4 = 7 the opposite of hot is cold."),
-    Text("t:2", "prose", "Sure, the sun is out today. " * 12),
-    Text("t:3", "facts", "red"),
+    ("facts", "3 + 4 = 7 the opposite of hot is cold."),
+    ("prose", "Sure, the sun is out today. " * 12),
+    ("facts", "red door"),
 ]
 
 
 @torch.no_grad()
-def by_hand(run, text: str, width: int) -> dict[str, tuple[float, float, int]]:
+def by_hand(run, ids: list[int], width: int) -> dict[str, tuple[float, float, int]]:
     """By stage the summed loss and KL, and the number of tokens, from Hugging Face's logits of each window."""
-    ids = [1, *run.tokenizer._ids([text])[0]]  # BOS of the demo's base
     logps = {}
     for stage in run.stages:
         run.activate(stage)
@@ -39,9 +38,10 @@ def test_same_as_full_logits(dpo_run, monkeypatch):
     monkeypatch.setattr(forgetting, "WINDOW", 32)
     monkeypatch.setattr(continuations, "POSITIONS", 64)
     run = load_run(dpo_run)
-    found = measure(run, TEXTS)
-    for place, text in enumerate(TEXTS):
-        for stage, (loss, kl, tokens) in by_hand(run, text.text, 32).items():
+    texts = [Text(domain, run.tokenizer._ids([text])[0]) for domain, text in TEXTS]  # the demo's base has no BOS
+    found = measure(run, texts)
+    for place, text in enumerate(texts):
+        for stage, (loss, kl, tokens) in by_hand(run, text.ids, 32).items():
             assert found.tokens[place] == tokens
             assert found.loss[stage][place] == pytest.approx(loss, abs=1e-4)
             assert found.kl[stage][place] == pytest.approx(kl, abs=1e-4)
@@ -54,7 +54,7 @@ def rows_of(increase: float, kl: float, spread: float) -> list[dict]:
     tokens = np.full(20, 10.0)
     changes = 10 * (increase + spread * np.linspace(-1, 1, 20))
     loss = {"base": 2 * tokens, "sft": 2 * tokens + changes}
-    texts = [Text(f"t:{i}", "facts", "") for i in range(20)]
+    texts = [Text("facts", [])] * 20
     return summarise(texts, Measured(tokens, loss, {"base": 0 * tokens, "sft": kl * tokens}), ["base", "sft"])
 
 
@@ -71,7 +71,7 @@ def test_alarm_needs_the_whole_interval_above_the_bound(increase, kl, spread, al
 
 def test_command(dpo_run, tmp_path):
     probe = tmp_path / "probe.jsonl"
-    probe.write_text("".join(json.dumps({"text": one.text, "domain": one.domain}) + "\n" for one in TEXTS))
+    probe.write_text("".join(json.dumps({"text": text, "domain": domain}) + "\n" for domain, text in TEXTS))
     said = workspace.run("compare", dpo_run, "--probe", probe)
     assert said.code == 0 and "KL from base" in said.out, said.err
     rows = json.loads((dpo_run / "forgetting.json").read_text())["rows"]
@@ -79,9 +79,9 @@ def test_command(dpo_run, tmp_path):
     assert sum(row["tokens"] for row in rows[:2]) == rows[2]["tokens"]
 
 
-@pytest.mark.parametrize("row", [{"domain": "x"}, {"text": " "}, {"text": "good", "domain": ""}, {"text": ["a"]}])
+@pytest.mark.parametrize("row", [{"domain": "x"}, {"text": "a"}, {"text": "good day", "domain": 3}, {"text": ["a"]}])
 def test_rows_without_a_text_are_named(dpo_run, tmp_path, row):
     probe = tmp_path / "probe.jsonl"
-    probe.write_text(json.dumps({"text": "good"}) + "\n" + json.dumps(row) + "\n")
+    probe.write_text(json.dumps({"text": "good day"}) + "\n" + json.dumps(row) + "\n")
     said = workspace.run("compare", dpo_run, "--probe", probe)
     assert said.code == 3 and "probe.jsonl:2: " in said.err
