@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import workspace
 
-sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[2]))  # benchmarks are no installed package
 
 SHORT = ("--model.name", "demo", "--model.load_in_4bit", "false", "--lora.r", "8", "--data.source", "demo",
          "--data.max_length", "128", "--data.limit", "32", "--train.learning_rate", "3e-3", "--train.max_steps", "2",
@@ -25,6 +25,6 @@ def dpo_run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tasks(tmp_path_factory) -> dict[str, str]:
     pytest.importorskip("lm_eval", reason="no lm-eval here: pip install lowlevel[eval]")
-    import local_tasks
+    from benchmarks.world_tasks import write_tasks
 
-    return local_tasks.write_tasks(tmp_path_factory.mktemp("tasks"))
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
