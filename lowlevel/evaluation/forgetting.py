@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from lowlevel.data.rendering import PLAIN, ChatTokenizer
@@ -29,6 +28,7 @@ from lowlevel.data.sources import RowProblem, data_error, read_source
 from lowlevel.durable import write_json
 from lowlevel.evaluation.continuations import CHUNK_SIZE, Request, batches_of
 from lowlevel.evaluation.paired import mean_by_weight
+from lowlevel.evaluation.table import TextTable, with_interval
 from lowlevel.inspection.distribution import head_logits
 from lowlevel.model.policy import Policy
 from lowlevel.model.sizes import size_of
@@ -40,6 +40,9 @@ from lowlevel.running.run_folder import RunFolder
 BOUND = 0.1  # nats a token
 WINDOW = 1024  # tokens that are read at once, if the model has as many positions
 ALL = "all"
+COLUMNS = ("domain", "stage", "texts", "tokens", "loss", "loss - base", "KL from base")
+NOTE = f"nats a token, [95 % interval over texts]; ! the interval is above {BOUND}"
+MEND = "replay rows of such text (a weight in [[data.sources]]), or train for fewer steps or at a lower learning rate"
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def probe_run(run_dir: Path, probe: Path, console: Console) -> dict[str, Any]:
         "rows": rows,
     }
     write_json(run_dir / "forgetting.json", result)
-    print_rows(rows, console)
+    forgetting_table(rows).show(console)
     return result
 
 
@@ -166,38 +169,31 @@ def summarise(texts: Sequence[Text], measured: Measured, stages: Sequence[str]) 
     return rows
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """A line for each domain and stage, then a line for each alarm."""
-    table = Table(caption=f"nats a token, [95 % interval over texts]; ! the interval is above {BOUND}")
-    for name in ("domain", "stage", "texts", "tokens", "loss", "loss - base", "KL from base"):
-        table.add_column(name, justify="left" if name in ("domain", "stage") else "right")
+def forgetting_table(rows: Sequence[Mapping[str, Any]]) -> TextTable:
+    """A line for each domain and stage, and the alarms."""
+    cells = []
     for row in rows:
-        counts = f"{row['texts']:,}", f"{row['tokens']:,}"
-        for stage, loss in row["loss"].items():
-            found = row["stages"].get(stage)
-            cells = (_cell(found["increase"]), _cell(found["kl"])) if found else ()
-            table.add_row(
-                *((row["domain"], stage, *counts) if not found else ("", stage, "", "")), f"{loss:.4f}", *cells
-            )
-    console.print(table)
-    for line in alarms(rows):
-        console.print(line, markup=False)
+        cells.append(
+            [row["domain"], "base", f"{row['texts']:,}", f"{row['tokens']:,}", f"{row['loss']['base']:.4f}", "", ""]
+        )
+        for stage, one in row["stages"].items():
+            cells.append(["", stage, "", "", f"{row['loss'][stage]:.4f}", _marked(one["increase"]), _marked(one["kl"])])
+    return TextTable("Forgetting", COLUMNS, cells, NOTE, alarms=alarms(rows))
 
 
 def alarms(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each stage with domains that it forgot."""
     lines = []
     for stage in rows[0]["stages"]:
-        if lost := [row for row in rows if row["stages"][stage]["alarm"]]:
-            said = ", ".join(f"{row['domain']} {row['stages'][stage]['increase']['value']:+.3f}" for row in lost)
-            mend = "mend: replay rows of such text by [[data.sources]], fewer steps, or a lower learning rate"
-            lines.append(
-                f"alarm: {stage} has moved away from the base by more than {BOUND} nats a token ({said}); {mend}"
-            )
+        lost = [(row["domain"], row["stages"][stage]) for row in rows if row["stages"][stage]["alarm"]]
+        said = "; ".join(
+            f"{name}: loss {one['increase']['value']:+.3f}, KL {one['kl']['value']:.3f}" for name, one in lost
+        )
+        if lost:
+            lines.append(f"{stage} has moved away from the base by more than {BOUND} nats a token ({said}): {MEND}")
     return lines
 
 
-def _cell(one: Mapping[str, float | None]) -> str:
-    low, high = one["low"], one["high"]
-    text = f"{one['value']:+.3f}"
-    return text if low is None or high is None else f"{text} [{low:+.3f}, {high:+.3f}]{'!' * (low > BOUND)}"
+def _marked(one: Mapping[str, Any]) -> str:
+    low = one["value"] if one["low"] is None else one["low"]
+    return with_interval(one["value"], one["low"], one["high"], "+.3f") + "!" * (low > BOUND)

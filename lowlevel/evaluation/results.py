@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from lowlevel.errors import LowlevelError
 from lowlevel.evaluation.paired import SLOW_RESAMPLES, Difference, paired_difference, weighted_difference
+from lowlevel.evaluation.table import TextTable, with_interval
 
 Results = Mapping[str, Any]  # what lm-eval returns for one stage
 Pair = tuple[str, str]  # of stages, the earlier one first
@@ -72,48 +70,39 @@ def item_lines(results: Mapping[str, Results]) -> Iterator[dict[str, Any]]:
             yield {"task": name, **item, "metrics": metrics, "responses": responses}
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Two tables: the values of the stages, and their differences."""
-    columns = ["task", "metric", "items", *rows[0]["stages"]]
-    _print_table(
-        columns, [[*_named(row), f"{row['items']:,}", *stage_cells(row)] for row in rows], console, STAGES_NOTE
-    )
+def eval_tables(rows: Sequence[Mapping[str, Any]]) -> list[TextTable]:
+    """The values of the stages, and their differences; of no rows nothing."""
+    if not rows:
+        return []
+    stages = [
+        [
+            *_named(row),
+            f"{row['items']:,}",
+            *(_with_error(one["value"], one["stderr"]) for one in row["stages"].values()),
+        ]
+        for row in rows
+    ]
+    tables = [TextTable("Tasks", ["task", "metric", "items", *rows[0]["stages"]], stages, STAGES_NOTE)]
     if pairs := [f"{one['to']} - {one['from']}" for one in rows[0]["differences"]]:
-        made = [[*_named(row), *difference_cells(row)] for row in rows]
-        _print_table(["task", "metric", *pairs], made, console, DIFFERENCES_NOTE)
+        changes = [[*_named(row), *map(_change, row["differences"])] for row in rows]
+        tables.append(TextTable("Differences", ["task", "metric", *pairs], changes, DIFFERENCES_NOTE))
+    return tables
 
 
-def stage_cells(row: Mapping[str, Any]) -> list[str]:
-    """Value and standard error of each stage."""
-    return [
-        f"{one['value']:.4g}" + (f" ± {one['stderr']:.2g}" if one["stderr"] is not None else "")
-        for one in row["stages"].values()
-    ]
+def _with_error(value: float, stderr: float | None) -> str:
+    return f"{value:.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
 
 
-def difference_cells(row: Mapping[str, Any]) -> list[str]:
-    """Each difference with its interval, and a star if the interval excludes 0."""
-    return [
-        f"{one['value']:+.3g}"
-        + (f" [{one['low']:+.3g}, {one['high']:+.3g}]" if one["low"] is not None else "")
-        + ("*" if one["low"] is not None and one["low"] * one["high"] > 0 else "")
-        for one in row["differences"]
-    ]
+def _change(one: Mapping[str, Any]) -> str:
+    """A difference with its interval, and a star if the interval excludes 0."""
+    low, high = one["low"], one["high"]
+    return with_interval(one["value"], low, high) + "*" * (low is not None and low * high > 0)
 
 
 def _named(row: Mapping[str, Any]) -> list[str]:
     """Task and metric, with the direction in which it improves."""
     arrow = {True: " ↑", False: " ↓", None: ""}[row["higher_is_better"]]
     return [row["task"], row["metric"] + (f", {row['filter']}" if row["filter"] != "none" else "") + arrow]
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console, note: str) -> None:
-    table = Table(caption=note)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number < 2 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def _row(name: str, key: str, results: Mapping[str, Results], differences: Mapping[Pair, Difference]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from lowlevel.durable import write_json, write_text
 from lowlevel.errors import ConfigError, one_line
-from lowlevel.evaluation.results import Results, item_lines, print_rows, result_rows
+from lowlevel.evaluation.results import Results, eval_tables, item_lines, result_rows
 from lowlevel.heartbeat import working
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import check_gives_text, reopen
@@ -76,7 +76,8 @@ def evaluate_run(
     template = run.tokenizer.chat_template.sha256 if chat_template else None
     settings = {"lm_eval": version("lm_eval"), "chat_template_sha256": template, "limit": limit, "seed": SEED}
     summary = {"settings": settings, "rows": result_rows(results, loaded)}
-    print_rows(summary["rows"], console)
+    for table in eval_tables(summary["rows"]):
+        table.show(console)
     target = out or run_dir / "eval.json"
     write_json(target, summary)
     items = target.with_name(f"{target.stem}_items.jsonl")
