@@ -4,8 +4,9 @@
 
 RUN_DIR is a finished SFT or DPO run; both models get its base (in 4 bits if the run has it so), its adapter and its
 chat template, and the same questions, replies and texts of the demo's world, with five examples in the prompt. Each
-setting runs in a process of its own, after a warm-up. The peak is the allocator's on a GPU, and on a CPU the process's
-resident memory. The last lines give, for each task, the fastest `hf` whose peak is not above that of lowlevel.
+setting runs in a process of its own, after a warm-up. On a GPU, seconds are wall time and the peak is the allocator's;
+on a CPU, which others may use too, they are CPU time, and the peak is the process's resident memory. The last lines
+give, for each task, the fastest `hf` whose peak is not above that of lowlevel.
 """
 
 from __future__ import annotations
@@ -86,10 +87,11 @@ def measure(run_dir: Path, tool: str, batch: int, folder: Path) -> dict[str, dic
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
+        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        start = clock()
         result = evaluate_stage(model, loaded, None, True)
         synchronize()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident()
         requests = sum(len(one["arguments"]) for samples in result["samples"].values() for one in samples)
         found[name] = {"seconds": seconds, "requests": requests, "peak_gib": used / GIB}
