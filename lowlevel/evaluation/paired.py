@@ -51,8 +51,7 @@ def paired_difference(
     value = aggregate(list(second)) - aggregate(list(first))
     resampled = [
         aggregate([second[i] for i in row]) - aggregate([first[i] for i in row])
-        for drawn in _draws(len(first), task, resamples)
-        for row in drawn.tolist()
+        for row in resampled_items(len(first), task, resamples)
     ]
     return Difference(value, np.array(resampled))
 
@@ -62,6 +61,12 @@ def mean_by_weight(sums: np.ndarray, weights: np.ndarray, task: str) -> Differen
     value = float(sums.sum() / weights.sum())
     parts = [sums[drawn].sum(1) / weights[drawn].sum(1) for drawn in _draws(len(sums), task, RESAMPLES)]
     return Difference(value, np.concatenate([np.empty(0), *parts]))
+
+
+def resampled_items(items: int, task: str, resamples: int) -> Iterator[np.ndarray]:
+    """Indices of the items of each resample, (n,); nothing for a single item."""
+    for drawn in _draws(items, task, resamples):
+        yield from drawn
 
 
 def _draws(items: int, task: str, resamples: int) -> Iterator[np.ndarray]:
