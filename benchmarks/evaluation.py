@@ -73,7 +73,7 @@ def measure(run_dir: Path, tool: str, batch: int, folder: Path) -> dict[str, dic
 
     run = load_run(run_dir)
     if tool == OWN:
-        continuations.POSITIONS = batch
+        continuations.POSITIONS[run.policy.placement.device.type] = batch
         model = RunLM(run)
     else:
         model = hf_model(run, batch)

@@ -2,10 +2,9 @@
 
     python -m benchmarks.forgetting --out out/forgetting.csv
 
-Two SFT runs with the same 960 chats of addition and opposites, 60 steps of 16: one with nothing else, one whose steps
-are a fifth replay, plain documents like those that the base was trained on, as replies to "Write.". Both are probed
-with other such documents (`lowlevel compare --probe`), and answer held-out questions of both skills. The run without
-replay sees each chat once; the one with replay sees 768 of them.
+Three SFT runs learn addition and opposites from the same 960 chats, in steps of 16. The second and the third replay:
+a tenth and a fifth of their rows are documents like those that the base was trained on, as replies to "Write.". Each is
+probed with other such documents (`lowlevel compare --probe`), and answers held-out questions of both skills.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from lowlevel.running.run import run_training
 from lowlevel.sampling import Sampling, build_sampler
 
 SKILLS = ("add", "opposite")
-REPLAY = 0.2
+REPLAY = (0.0, 0.1, 0.2)
 STEPS = 60
 DOMAINS: dict[str, Callable[[random.Random], str]] = {
     "statements": corpus._statements,
@@ -43,7 +42,7 @@ DOMAINS: dict[str, Callable[[random.Random], str]] = {
     "questions": corpus._questions,
     "prose": corpus._prose,
 }
-FIELDS = ("run", "replay", "skill_exact_match", "domain", "texts", "tokens", "base_loss", "loss_increase",
+FIELDS = ("replay", "skill_exact_match", "domain", "texts", "tokens", "base_loss", "loss_increase",
           "increase_low", "increase_high", "kl", "kl_low", "kl_high", "alarm", "gpu", "torch", "commit",
           "started")  # fmt: skip
 
@@ -106,10 +105,10 @@ def compared(folder: Path, steps: int = STEPS, texts: int = 40, questions: int =
     replay = {"source": write_rows(folder / "replay.jsonl", replay_rows(16 * steps))}
     probe = folder / "probe.jsonl"
     write_rows(probe, probe_rows(texts))
-    mixed = [{**skill, "weight": 1 - REPLAY}, {**replay, "weight": REPLAY}]
     rows = []
-    for name, share, sources in (("narrow", 0.0, [skill]), ("replayed", REPLAY, mixed)):
-        run_dir = train(folder / name, sources, steps)
+    for share in REPLAY:
+        mixed = [{**skill, "weight": 1 - share}, {**replay, "weight": share}] if share else [skill]
+        run_dir = train(folder / f"replay-{share}", mixed, round(steps / (1 - share)))
         score = skill_score(run_dir, questions)
         for row in probe_run(run_dir, probe, make_console())["rows"]:
             found = row["stages"]["sft"]
@@ -119,7 +118,7 @@ def compared(folder: Path, steps: int = STEPS, texts: int = 40, questions: int =
                       "loss_increase": found["increase"]["value"], **ends}  # fmt: skip
             counts = {key: row[key] for key in ("domain", "texts", "tokens")}
             rounded = {key: f"{value:.4f}" for key, value in values.items()}
-            rows.append({"run": name, "replay": share, **counts, **rounded, "alarm": found["alarm"]})
+            rows.append({"replay": share, **counts, **rounded, "alarm": found["alarm"]})
     return rows
 
 

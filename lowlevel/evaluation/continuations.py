@@ -19,7 +19,7 @@ from lowlevel.heartbeat import working
 from lowlevel.inspection.distribution import head_logits
 from lowlevel.model.policy import Policy
 
-POSITIONS = 8192  # of a batch; a longer request is a batch of its own
+POSITIONS = {"cuda": 8192, "cpu": 1024}  # of a batch (a CPU's caches are small); a longer request has its own
 CHUNK_SIZE = 512  # rows of logits; with V = 32,000 a buffer has 62 MiB of fp32
 
 Ids = Sequence[int]
@@ -81,7 +81,8 @@ def batches_of(policy: Policy, requests: Sequence[Request], max_length: int) -> 
             Evaluation Harness. The continuation alone must fit.
     """
     with working("scoring continuations", len(requests), "continuations") as work:
-        for rows in _rows(_shared(requests, max_length), packed=policy.attention.kernel is not None):
+        capacity, packed = POSITIONS[policy.placement.device.type], policy.attention.kernel is not None
+        for rows in _rows(_shared(requests, max_length, capacity), capacity, packed):
             parts = [part for row in rows for part in row]
             places = [place for part in parts for place in part.places]
             lengths = [len(ids) for part in parts for ids in part.continuations]
@@ -112,8 +113,8 @@ def _scores(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     return torch.cat(logps).cpu(), torch.cat(greedy).cpu()
 
 
-def _shared(requests: Sequence[Request], max_length: int) -> list[Shared]:
-    """Requests by context, split where the continuations of one context fill a batch.
+def _shared(requests: Sequence[Request], max_length: int, capacity: int) -> list[Shared]:
+    """Requests by context, split where the continuations of one context exceed the positions of a batch.
 
     A context of one token shares nothing: its requests stay apart, in rows that are no longer than needed.
     """
@@ -123,7 +124,7 @@ def _shared(requests: Sequence[Request], max_length: int) -> list[Shared]:
         kept = tuple(context[-(max_length + 1 - len(continuation)) :])
         key = kept if len(kept) > 1 else (kept, place)
         group = groups.setdefault(key, Shared(kept, [], []))
-        if group.continuations and len(group) + len(continuation) > POSITIONS:
+        if group.continuations and len(group) + len(continuation) > capacity:
             done.append(group)
             group = groups[key] = Shared(kept, [], [])
         group.continuations.append(continuation)
@@ -131,15 +132,15 @@ def _shared(requests: Sequence[Request], max_length: int) -> list[Shared]:
     return [*done, *groups.values()]
 
 
-def _rows(parts: Sequence[Shared], *, packed: bool) -> Iterator[list[list[Shared]]]:
+def _rows(parts: Sequence[Shared], capacity: int, packed: bool) -> Iterator[list[list[Shared]]]:
     """Rows of each batch, longest first: packed, a row is a batch; else rows of about one length fill it."""
     if packed:
-        for row in pack([len(part) for part in parts], max(POSITIONS, *map(len, parts), 0)):
+        for row in pack([len(part) for part in parts], max(capacity, *map(len, parts), 0)):
             yield [[parts[i] for i in row]]
         return
     rows: list[list[Shared]] = []
     for part in sorted(parts, key=len, reverse=True):
-        if rows and len(rows[0][0]) * (len(rows) + 1) > POSITIONS:
+        if rows and len(rows[0][0]) * (len(rows) + 1) > capacity:
             yield rows
             rows = []
         rows.append([part])

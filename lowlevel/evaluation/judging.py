@@ -95,9 +95,7 @@ def judge_runs(
         judged, judge = judged_by_reward(reward, chats, console), {"reward": str(reward)}
     verdicts = [one for one in judged.verdicts if one is not None]
     if not verdicts:
-        raise LowlevelError(
-            f"no verdict on any of {len(questions)} questions: {out.with_suffix('.jsonl')} has the answers"
-        )
+        raise LowlevelError(f"no verdict on any question: {out.with_suffix('.jsonl')} has the judge's answers")
     result = {"a": str(dirs[0]), "b": str(dirs[1]), "judge": judge, "unreadable": len(questions) - len(verdicts)}
     result |= preferences(verdicts)
     said = [
@@ -117,7 +115,7 @@ def summary(result: Mapping[str, Any], price: tuple[float, float] | None = None)
         f"A {result['a']}, B {result['b']}: of {result['questions']:,} questions A won {result['won']:,}, lost "
         f"{result['lost']:,}, tied {result['tied']:,}",
         *(f"{name}: {_share(result[key])}" for name, key in rates.items()),
-        f"mean length of the replies, in characters: A {result['characters']['a']:.0f}, B {result['characters']['b']:.0f}",
+        "mean characters of the replies: A {a:.0f}, B {b:.0f}".format(**result["characters"]),
     ]
     if usage := result["judge"].get("usage"):
         first = result["first_wins"]
@@ -149,7 +147,8 @@ def read_questions(path: Path) -> list[Question]:
     read, found = read_source(str(path), "train"), []
     problems = list(read.problems)
     for row in read.rows:
-        turns, system = row.columns.get("turns", [row.columns.get("prompt")]), row.columns.get("system") or ""
+        turns: Any = row.columns.get("turns", [row.columns.get("prompt")])
+        system = row.columns.get("system") or ""
         texts = isinstance(turns, list) and bool(turns) and all(isinstance(one, str) and one.strip() for one in turns)
         if texts and isinstance(system, str):
             found.append(Question(row.where, tuple(turns), system))
@@ -205,12 +204,13 @@ def judged_by_endpoint(endpoint: Endpoint, chats: Sequence[Sequence[list[Message
             raise
     verdicts: list[Verdict | None] = []
     for (a, b), first, second in zip(pairs, found[::2], found[1::2], strict=True):
-        whole = first["verdict"] and second["verdict"]
-        scores = SCORES[first["verdict"]], 1 - SCORES[second["verdict"]] if whole else None
-        verdicts.append(Verdict(*scores, _characters(a), _characters(b)) if whole else None)
-    return Judged(
-        verdicts, [{"a_first": one, "b_first": two} for one, two in zip(found[::2], found[1::2], strict=True)]
-    )
+        if first["verdict"] is None or second["verdict"] is None:
+            verdicts.append(None)
+        else:
+            scores = SCORES[first["verdict"]], 1 - SCORES[second["verdict"]]
+            verdicts.append(Verdict(*scores, _characters(a), _characters(b)))
+    said = [{"a_first": first, "b_first": second} for first, second in zip(found[::2], found[1::2], strict=True)]
+    return Judged(verdicts, said)
 
 
 class Journal:

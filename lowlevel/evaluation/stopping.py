@@ -47,4 +47,4 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 def _text(tokenizer: ChatTokenizer, ids: Sequence[int]) -> str:
-    return str(tokenizer.tokenizer.decode(ids, skip_special_tokens=True))
+    return str(tokenizer.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -75,8 +75,8 @@ def evaluate_run(
                 results[stage.name] = evaluate_stage(model, loaded, limit, chat_template)
     template = run.tokenizer.chat_template.sha256 if chat_template else None
     settings = {"lm_eval": version("lm_eval"), "chat_template_sha256": template, "limit": limit, "seed": SEED}
-    summary = {"settings": settings, "rows": result_rows(results, loaded)}
-    for table in eval_tables(summary["rows"]):
+    summary = {"settings": settings, "rows": (rows := result_rows(results, loaded))}
+    for table in eval_tables(rows):
         table.show(console)
     target = out or run_dir / "eval.json"
     write_json(target, summary)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import workspace
 
-sys.path.append(str(Path(__file__).parents[2]))  # benchmarks are no installed package
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # benchmarks are no installed package
 
 SHORT = ("--model.name", "demo", "--model.load_in_4bit", "false", "--lora.r", "8", "--data.source", "demo",
          "--data.max_length", "128", "--data.limit", "32", "--train.learning_rate", "3e-3", "--train.max_steps", "2",

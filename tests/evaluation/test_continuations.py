@@ -35,7 +35,7 @@ def alone(policy, context: list[int], continuation: list[int]) -> tuple[float, b
 @pytest.mark.parametrize("positions", [8192, 48])
 @pytest.mark.parametrize("attention", ["sdpa", "lowlevel_math"])
 def test_same_as_each_alone(tiny_base, monkeypatch, attention, positions):
-    monkeypatch.setattr(continuations, "POSITIONS", positions)
+    monkeypatch.setitem(continuations.POSITIONS, "cpu", positions)
     requests = ragged_requests()
     plain = make_policy(tiny_base)
     expected = [alone(plain, *request) for request in requests]
@@ -51,5 +51,5 @@ def test_same_as_each_alone(tiny_base, monkeypatch, attention, positions):
 
 def test_shared_contexts_are_computed_once():
     requests = [([1, 2, 3, 4], [5]), ([9, 2], [6, 7]), ([1, 2, 3, 4], [8, 8])]
-    parts = continuations._shared(requests, MAX_LENGTH)
+    parts = continuations._shared(requests, MAX_LENGTH, 100)
     assert [(len(part), part.places) for part in parts] == [(3 + 1 + 2, [0, 2]), (1 + 2, [1])]

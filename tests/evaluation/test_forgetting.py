@@ -36,7 +36,7 @@ def by_hand(run, ids: list[int], width: int) -> dict[str, tuple[float, float, in
 
 def test_same_as_full_logits(dpo_run, monkeypatch):
     monkeypatch.setattr(forgetting, "WINDOW", 32)
-    monkeypatch.setattr(continuations, "POSITIONS", 64)
+    monkeypatch.setitem(continuations.POSITIONS, "cpu", 64)
     run = load_run(dpo_run)
     texts = [Text(domain, run.tokenizer._ids([text])[0]) for domain, text in TEXTS]  # the demo's base has no BOS
     found = measure(run, texts)
