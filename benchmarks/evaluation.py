@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -77,25 +78,42 @@ def measure(run_dir: Path, tool: str, batch: int, folder: Path) -> dict[str, dic
         model = RunLM(run)
     else:
         model = hf_model(run, batch)
+    spent = timed(model)
     found = {}
     for name in ("choices", "replies", "texts"):
         if tool == HF:
             run = None  # type: ignore[assignment]  # its memory is not part of the measurement
         loaded = load_tasks([str(folder / f"{name}.yaml")], 0 if name == "texts" else 5)
         evaluate_stage(model, loaded, WARMUP, True)
-        synchronize()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-        start = clock()
+        spent.clear()
         result = evaluate_stage(model, loaded, None, True)
-        synchronize()
-        seconds = clock() - start
         used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident()
         requests = sum(len(one["arguments"]) for samples in result["samples"].values() for one in samples)
-        found[name] = {"seconds": seconds, "requests": requests, "peak_gib": used / GIB}
+        found[name] = {"seconds": sum(spent), "requests": requests, "peak_gib": used / GIB}
     return found
+
+
+def timed(model: Any) -> list[float]:
+    """Seconds of each call of the model: prompts and metrics, lm-eval's own work, are the same for both tools."""
+    clock, spent = time.perf_counter if torch.cuda.is_available() else time.process_time, list[float]()
+
+    def wrapped(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def call(requests: Any) -> Any:
+            synchronize()
+            start = clock()
+            answers = method(requests)
+            synchronize()
+            spent.append(clock() - start)
+            return answers
+
+        return call
+
+    for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(model, name, wrapped(getattr(model, name)))
+    return spent
 
 
 def _resident() -> int:
