@@ -36,6 +36,8 @@ COMMANDS = (
     "generate",
     "score",
     "compare",
+    "eval",
+    "judge",
     "inspect",
     "verify",
     "report",

@@ -30,7 +30,7 @@ def compared(own: dict, other: dict) -> dict[str, tuple[int, float]]:
     return found
 
 
-@pytest.mark.parametrize(("stage", "chat", "shots"), [("base", False, 2), ("dpo", True, 0), ("dpo", True, 2)])
+@pytest.mark.parametrize(("stage", "chat", "shots"), [("base", False, 2), ("dpo", True, 2)])
 def test_same_as_hf(dpo_run, tasks, stage, chat, shots):
     from lm_eval.models.huggingface import HFLM
 
