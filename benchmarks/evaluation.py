@@ -31,6 +31,7 @@ from benchmarks.runner import commit, write_table
 from benchmarks.world_tasks import write_tasks
 from lowlevel.evaluation import continuations
 from lowlevel.evaluation.tasks import evaluate_stage, load_tasks
+from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.running.reopening import LoadedRun, load_run
 
 FIELDS = ("task", "tool", "batch", "seconds", "requests_per_second", "peak_gib", "run", "gpu", "torch", "transformers",
@@ -75,6 +76,7 @@ def measure(run_dir: Path, tool: str, batch: int, folder: Path) -> dict[str, dic
     run = load_run(run_dir)
     if tool == OWN:
         continuations.POSITIONS[run.policy.placement.device.type] = batch
+        dequantize_as_set(run.policy, run.config.train.dequantize_once)
         model = RunLM(run)
     else:
         model = hf_model(run, batch)

@@ -30,6 +30,7 @@ from lowlevel.evaluation.continuations import CHUNK_SIZE, Request, batches_of
 from lowlevel.evaluation.paired import mean_by_weight
 from lowlevel.evaluation.table import TextTable, with_interval
 from lowlevel.inspection.distribution import head_logits
+from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
 from lowlevel.model.sizes import size_of
 from lowlevel.running.assembly import load_run_tokenizer
@@ -63,6 +64,7 @@ def probe_run(run_dir: Path, probe: Path, console: Console) -> dict[str, Any]:
     check_gives_text(config, run_dir)
     texts = read_probe(probe, load_run_tokenizer(config))
     run = load_run(run_dir, lines_to(console))
+    dequantize_as_set(run.policy, config.train.dequantize_once)
     measured = measure(run, texts)
     rows = summarise(texts, measured, [stage.name for stage in run.stages])
     result = {

@@ -21,6 +21,7 @@ from lowlevel.durable import write_json, write_text
 from lowlevel.errors import ConfigError, one_line
 from lowlevel.evaluation.results import Results, eval_tables, item_lines, result_rows
 from lowlevel.heartbeat import working
+from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import check_gives_text, reopen
 
@@ -67,6 +68,7 @@ def evaluate_run(
     from lowlevel.evaluation.harness import RunLM
 
     run = opened.load(adapter)
+    dequantize_as_set(run.policy, run.config.train.dequantize_once)
     model, results = RunLM(run), dict[str, Results]()
     for stage in run.stages:
         if not stages or stage.name in stages:
