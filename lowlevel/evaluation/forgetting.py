@@ -24,10 +24,10 @@ from rich.console import Console
 from torch import Tensor
 
 from lowlevel.data.rendering import PLAIN, ChatTokenizer
-from lowlevel.data.sources import RowProblem, data_error, read_source
 from lowlevel.durable import write_json
 from lowlevel.evaluation.continuations import CHUNK_SIZE, Request, batches_of
 from lowlevel.evaluation.paired import mean_by_weight
+from lowlevel.evaluation.rows import read_rows
 from lowlevel.evaluation.table import TextTable, with_interval
 from lowlevel.inspection.distribution import head_logits
 from lowlevel.model.dequantised import dequantize_as_set
@@ -79,20 +79,18 @@ def probe_run(run_dir: Path, probe: Path, console: Console) -> dict[str, Any]:
 
 def read_probe(path: Path, tokenizer: ChatTokenizer) -> list[Text]:
     """The texts of a file. Raises ConfigError if there is no such file, DataError for rows without a text."""
-    read, texts = read_source(str(path), "train"), []
-    problems = list(read.problems)
-    for row in read.rows:
-        values = {"domain": ALL, "text": None, **row.columns}
-        wrong = [f'"{name}" must be a text' for name in ("text", "domain") if not isinstance(values[name], str)]
-        ids = [] if wrong else tokenizer.tokenizer(values["text"], **PLAIN)["input_ids"]
+
+    def read(row: Mapping[str, Any]) -> Text:
+        values = {"domain": ALL, "text": None, **row}
+        if wrong := [name for name in ("text", "domain") if not isinstance(values[name], str)]:
+            raise ValueError(f'"{wrong[0]}" must be a text')
+        ids = tokenizer.tokenizer(values["text"], **PLAIN)["input_ids"]
         ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
         if len(ids) < 2:
-            wrong = wrong or ['"text" needs at least two tokens']
-            problems.append(RowProblem(row.where, "no text", wrong[0]))
-        texts.append(Text(str(values["domain"]), ids))
-    if problems:
-        raise data_error(problems)
-    return texts
+            raise ValueError('"text" needs at least two tokens')
+        return Text(values["domain"], ids)
+
+    return read_rows(path, read)
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from typing import Any
 from rich.console import Console
 
 from lowlevel.config.given import GivenRows
-from lowlevel.data.sources import RowProblem, data_error, read_source
 from lowlevel.durable import write_json
 from lowlevel.errors import LowlevelError
 from lowlevel.evaluation.endpoint import Endpoint
 from lowlevel.evaluation.preference import Verdict, preferences
+from lowlevel.evaluation.rows import read_rows
 from lowlevel.heartbeat import working
 from lowlevel.running.replies import generate_replies, load_for_replies
 from lowlevel.running.scoring import check_reward_run, load_reward_run, score_source
@@ -46,7 +46,6 @@ assistant A is better, [[B]] if assistant B is better, [[C]] if they are equally
 class Question:
     """What a user says, turn by turn."""
 
-    where: str
     turns: tuple[str, ...]
     system: str = ""
 
@@ -99,8 +98,8 @@ def judge_runs(
     result = {"a": str(dirs[0]), "b": str(dirs[1]), "judge": judge, "unreadable": len(questions) - len(verdicts)}
     result |= preferences(verdicts)
     said = [
-        {"where": question.where, "a": a, "b": b, **one}
-        for question, a, b, one in zip(questions, *chats, judged.said, strict=True)
+        {"question": number, "a": a, "b": b, **one}
+        for number, (a, b, one) in enumerate(zip(*chats, judged.said, strict=True), 1)
     ]
     write_json(out, {**result, "conversations": said})
     console.print(summary(result, price), markup=False)
@@ -144,19 +143,16 @@ def read_questions(path: Path) -> list[Question]:
 
     Raises ConfigError if there is no such file, DataError for other rows.
     """
-    read, found = read_source(str(path), "train"), []
-    problems = list(read.problems)
-    for row in read.rows:
-        turns: Any = row.columns.get("turns", [row.columns.get("prompt")])
-        system = row.columns.get("system") or ""
-        texts = isinstance(turns, list) and bool(turns) and all(isinstance(one, str) and one.strip() for one in turns)
-        if texts and isinstance(system, str):
-            found.append(Question(row.where, tuple(turns), system))
-        else:
-            problems.append(RowProblem(row.where, "no question", 'needs "prompt", a text, or "turns", a list of texts'))
-    if problems:
-        raise data_error(problems)
-    return found
+    return read_rows(path, _question)
+
+
+def _question(row: Mapping[str, Any]) -> Question:
+    turns, system = row.get("turns", [row.get("prompt")]), row.get("system") or ""
+    if not (isinstance(turns, list) and turns and all(isinstance(one, str) and one.strip() for one in turns)):
+        raise ValueError('needs "prompt", a text, or "turns", a list of texts')
+    if not isinstance(system, str):
+        raise ValueError('"system" must be a text')
+    return Question(tuple(turns), system)
 
 
 def conversations(

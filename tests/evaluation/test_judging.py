@@ -122,10 +122,12 @@ def test_questions(tmp_path):
     file = tmp_path / "q.jsonl"
     rows = [{"turns": ["one", "two"], "category": "math"}, {"prompt": "x", "system": "be brief"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_questions(file) == [Question("q.jsonl:1", ("one", "two")), Question("q.jsonl:2", ("x",), "be brief")]
+    assert read_questions(file) == [Question(("one", "two")), Question(("x",), "be brief")]
     for bad in ({"turns": []}, {"turns": ["a", 3]}, {"text": "x"}, {"prompt": ""}):
         file.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad) + "\n")
-        with pytest.raises(Exception, match='q.jsonl:2: needs "prompt"'):
+        with pytest.raises(
+            Exception, match='q.jsonl:2: needs "prompt", a text, or "turns", a list of texts .1 of 2 rows'
+        ):
             read_questions(file)
 
 
