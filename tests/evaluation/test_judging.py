@@ -8,7 +8,7 @@ import pytest
 import workspace
 from judge_server import judge_server
 
-from lowlevel.errors import ConfigError
+from lowlevel.errors import ConfigError, DataError
 from lowlevel.evaluation import judging
 from lowlevel.evaluation.endpoint import KEY, Endpoint, EndpointError
 from lowlevel.evaluation.judging import Question, judged_by_endpoint, judged_by_reward, read_questions
@@ -126,7 +126,7 @@ def test_questions(tmp_path):
     for bad in ({"turns": []}, {"turns": ["a", 3]}, {"text": "x"}, {"prompt": ""}):
         file.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad) + "\n")
         with pytest.raises(
-            Exception, match='q.jsonl:2: needs "prompt", a text, or "turns", a list of texts .1 of 2 rows'
+            DataError, match='q.jsonl:2: needs "prompt", a text, or "turns", a list of texts .1 of 2 rows'
         ):
             read_questions(file)
 
