@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from lowlevel.config.given import GivenRows
-from lowlevel.durable import write_json
+from lowlevel.durable import write_given_json
 from lowlevel.errors import LowlevelError
 from lowlevel.evaluation.endpoint import Endpoint
 from lowlevel.evaluation.preference import Verdict, preferences
@@ -101,7 +101,7 @@ def judge_runs(
         {"question": number, "a": a, "b": b, **one}
         for number, (a, b, one) in enumerate(zip(*chats, judged.said, strict=True), 1)
     ]
-    write_json(out, {**result, "conversations": said})
+    write_given_json(out, {**result, "conversations": said})
     console.print(summary(result, price), markup=False)
     console.print(f"written to {out}", markup=False)
     return result

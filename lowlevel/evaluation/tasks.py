@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from lowlevel.durable import write_json, write_text
+from lowlevel.durable import write_given_json, write_json, write_text
 from lowlevel.errors import ConfigError, one_line
 from lowlevel.evaluation.results import Results, eval_tables, item_lines, result_rows
 from lowlevel.heartbeat import working
@@ -81,7 +81,7 @@ def evaluate_run(
     for table in eval_tables(rows):
         table.show(console)
     target = out or run_dir / "eval.json"
-    write_json(target, summary)
+    (write_given_json if out else write_json)(target, summary)
     items = target.with_name(f"{target.stem}_items.jsonl")
     write_text(items, "".join(json.dumps(line, default=str) + "\n" for line in item_lines(results)))
     console.print(f"written to {target}, item by item to {items}", markup=False)
