@@ -77,6 +77,13 @@ def test_command(dpo_run, tmp_path):
     rows = json.loads((dpo_run / "forgetting.json").read_text())["rows"]
     assert [(row["domain"], row["texts"]) for row in rows] == [("facts", 2), ("prose", 1), ("all", 3)]
     assert sum(row["tokens"] for row in rows[:2]) == rows[2]["tokens"]
+    page = dpo_run / "report.html"
+    assert workspace.run("report", dpo_run).code == 0
+    assert "<h2>Forgetting</h2>" in page.read_text() and f"{rows[0]['loss']['base']:.4f}" in page.read_text()
+    (dpo_run / "forgetting.json").write_text('{"rows": [{}]}')
+    said = workspace.run("report", dpo_run)
+    assert said.code == 2 and "forgetting.json cannot be read: remove it, or measure again" in said.err
+    (dpo_run / "forgetting.json").unlink()
 
 
 @pytest.mark.parametrize("row", [{"domain": "x"}, {"text": "a"}, {"text": "good day", "domain": 3}, {"text": ["a"]}])
