@@ -26,10 +26,11 @@ from typing import Any
 
 from benchmarks.faulting.actions import Signal
 from benchmarks.faulting.calls import EVALUATION, LOADING, MICRO_BATCH, PREPARATION, AtCall, NotFinite, Overflows
-from benchmarks.faulting.comparison import differences
+from benchmarks.faulting.comparison import differences, fingerprint
 from benchmarks.faulting.damage import FILES
 from benchmarks.faulting.operations import AtOperation
 from benchmarks.faulting.processes import start_server
+from benchmarks.faulting.ranks import Together
 from benchmarks.faulting.stage import Case, Play, Stage
 from benchmarks.faulting.trials import (
     all_damaged,
@@ -39,6 +40,7 @@ from benchmarks.faulting.trials import (
     killed_at_random,
     not_finite,
     out_of_memory,
+    rank_killed,
     refused,
     signalled,
     stopped_once,
@@ -114,6 +116,22 @@ def random_kills(stage: Stage, scale: int) -> Iterator[Trial]:
         play = stage.play(Case(METHODS[number % 2], rows=11))
         rng = random.Random(number)
         yield lambda play=play, rng=rng: Outcome(*killed_at_random(play, rng, 4))  # type: ignore[misc]
+
+
+def rank_kills(stage: Stage, scale: int) -> Iterator[Trial]:
+    """64 of a run of two ranks, through gloo; some come after its end and do not count."""
+    for method in METHODS:
+        play = stage.play(Case(method, accumulation=3, rows=22, packing=False))
+        folder = play.new()
+        ended = Together(play, folder).wait()
+        if any(one.code for one in ended):
+            raise RuntimeError(f"the undisturbed run of two ranks failed: {ended}")
+        wanted, seconds = fingerprint(folder), min(one.seconds for one in ended)
+        for number in range(0, 32, scale):
+            instant = random.Random(f"{method} {number}").uniform(0.0, 0.8 * seconds)
+            yield lambda play=play, rank=number % 2, instant=instant, wanted=wanted: Outcome(  # type: ignore[misc]
+                *rank_killed(play, rank, instant, wanted)
+            )
 
 
 def in_save(play: Play) -> set[int]:
@@ -231,6 +249,7 @@ FAULTS: dict[str, tuple[str, Callable[[Stage, int], Iterator[Trial]]]] = {
     "stop": ("stopped in each of 18 steps", stops),
     "scale": ("stopped in each step, fp16 loss scale moving", loss_scales),
     "kill": ("SIGKILL at a random instant", random_kills),
+    "rank": ("SIGKILL to one of two ranks at a random instant", rank_kills),
     "save": ("SIGKILL between two file operations of a save", save_kills),
     "between": ("SIGKILL between two other file operations", other_kills),
     "full": ("disk full in the middle of a file", full_disks),

@@ -1,9 +1,10 @@
 """Training steps of a large Llama shape with random weights, quantised layer by layer on the GPU, under a memory cap.
 
     python -m benchmarks.largest --hidden 6144 --intermediate 16384 --layers 50 --heads 48 --kv-heads 8
+    torchrun --nproc-per-node 2 -m benchmarks.largest --rows 2     # rows of a step, shared among the GPUs of torchrun
 
-One row of 512 tokens a step, r = 16 on all seven projections, every layer recomputed, paged 8-bit AdamW, fp16; on the
-host lie the embeddings and, unless --no-offload is given, the layers' inputs. Prints one CSV line: parameters,
+One row of 512 tokens a micro-batch, r = 16 on all seven projections, every layer recomputed, paged 8-bit AdamW, fp16;
+on the host lie the embeddings and, unless --no-offload is given, the layers' inputs. Prints one CSV line: parameters,
 forecast, measured peak, seconds a step, losses.
 """
 
@@ -37,7 +38,9 @@ from lowlevel.model.offload import move_embeddings_to_host
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
+from lowlevel.ranks import Ranks, joined
 from lowlevel.running.assembly import build_method, choose_execution
+from lowlevel.running.endings import Interrupts
 
 
 def random_base(config: LlamaConfig, placement: Placement, attention: Attention) -> Any:
@@ -73,7 +76,9 @@ def quantised_linear(layer: nn.Linear, dtype: torch.dtype, device: torch.device)
     return made
 
 
-def measure(shape: dict[str, int], steps: int, cap_gib: float, offload: bool) -> dict[str, Any]:
+def measure(
+    shape: dict[str, int], steps: int, cap_gib: float, offload: bool, rows: int, ranks: Ranks
+) -> dict[str, Any]:
     """Train and say what it took."""
     limit_memory(cap_gib)
     placement = choose_placement("auto")
@@ -84,7 +89,7 @@ def measure(shape: dict[str, int], steps: int, cap_gib: float, offload: bool) ->
         data=DataConfig(max_length=512),
         train=TrainConfig(
             per_device_train_batch_size=1,
-            gradient_accumulation_steps=1,
+            gradient_accumulation_steps=rows,
             optim="paged_adamw_8bit",
             offload_activations=offload,
         ),
@@ -99,22 +104,28 @@ def measure(shape: dict[str, int], steps: int, cap_gib: float, offload: bool) ->
     method = build_method(run, attention)
     inputs: Any = SimpleNamespace(placement=placement, attention=attention)
     execution = WithFallback(policy, method, choose_execution(run, inputs), lambda line: print(line, file=sys.stderr))
-    ids = np.random.default_rng(0).integers(3, 32000, 512)
-    batches = method.micro_batches([SimpleNamespace(row=0, input_ids=ids, labels=ids, weights=None)])  # type: ignore[list-item]
+    drawn = np.random.default_rng(0).integers(3, 32000, (rows, 512))
+    examples: list[Any] = [
+        SimpleNamespace(row=row, input_ids=ids, labels=ids, weights=None) for row, ids in enumerate(drawn)
+    ]
+    batches = method.micro_batches(examples)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     losses, seconds, scale = [], [], LossScale.for_precision(placement.precision)
     for step in range(steps):
         began = time.perf_counter()
-        result = optimizer_step(execution, optimizer, batches, scale, seed=0, step=step, max_grad_norm=1.0)
+        result = optimizer_step(execution, optimizer, batches, scale, seed=0, step=step, max_grad_norm=1.0, ranks=ranks)
         synchronize()
         seconds.append(time.perf_counter() - began)
         losses.append(result.metrics["loss"])
+    ranks.check_equal(steps, {"weights": [policy.flat.weights]})
     sizes = model_shape(settings, AdapterSize(run.lora.r, run.lora.target_modules))
     return {
         "parameters": parameters,
         **shape,
         "offload": offload,
+        "rows": rows,
+        "ranks": ranks.size,
         "forecast_gb": round(forecast(sizes, run, default_plan(sizes, run), placement).peak / 1e9, 3),
         "peak_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if cuda else "",
         "seconds_per_step": round(statistics.median(seconds[steps // 2 :]), 4),
@@ -135,6 +146,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--cap-gib", type=float, default=15e9 / 2**30, help="limit of the CUDA allocator")
     parser.add_argument("--offload", action=argparse.BooleanOptionalAction, default=True, help="layer inputs to host")
+    parser.add_argument("--rows", type=int, default=1, help="rows a step")
     options = parser.parse_args()
     shape = {
         "hidden_size": options.hidden,
@@ -143,7 +155,10 @@ def main() -> None:
         "num_attention_heads": options.heads,
         "num_key_value_heads": options.kv_heads,
     }
-    row = measure(shape, options.steps, options.cap_gib, options.offload)
+    with joined(300.0) as ranks, ranks.together(Interrupts(), lambda code, text: None):
+        row = measure(shape, options.steps, options.cap_gib, options.offload, options.rows, ranks)
+    if not ranks.first:
+        return
     writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
     writer.writeheader()
     writer.writerow(row)

@@ -1,6 +1,7 @@
 """QLoRA fine-tuning of small language models (SFT, DPO, KTO), by hand-written loops whose every number can be checked.
 
-    sft, dpo, kto, reward    train a run              steps       take its steps one by one
+    sft, dpo, kto, reward, grpo, rloo, ppo, online_dpo    train a run
+    steps           take its steps one by one
     Run             open a run folder                 Callback    be called at each step, log line, checkpoint
     loss            register a loss of your own       dpo_loss    the built-in losses as a function of tensors
     PairLogps, TokenLogps    what a loss receives     configure   keyword arguments -> RunConfig
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lowlevel.api import Run, configure, dpo, kto, reward, sft, steps, train
+    from lowlevel.api import Run, configure, dpo, grpo, kto, online_dpo, ppo, reward, rloo, sft, steps, train
     from lowlevel.config.schema import RunConfig
     from lowlevel.errors import LowlevelError
     from lowlevel.losses import PairLogps, TokenLogps, dpo_loss, loss, masked_cross_entropy, token_logps
@@ -31,10 +32,14 @@ __all__ = [
     "configure",
     "dpo",
     "dpo_loss",
+    "grpo",
     "kto",
     "loss",
     "masked_cross_entropy",
+    "online_dpo",
+    "ppo",
     "reward",
+    "rloo",
     "sft",
     "steps",
     "token_logps",

@@ -29,7 +29,9 @@ from lowlevel.errors import ConfigError, errors_for_python, quoted
 from lowlevel.losses.registry import name_of
 from lowlevel.model.files import read_json_object
 from lowlevel.model.policy import Policy
+from lowlevel.online import rewards
 from lowlevel.optim.train_state import StepResult
+from lowlevel.ranks import is_first
 from lowlevel.running.callbacks import Callback
 from lowlevel.running.progress import make_console, quiet_libraries, speaking
 from lowlevel.running.reopening import Reopened, reopen, with_rows
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from lowlevel.verification.report import Report
 
 Rows = Any  # a path or hub name, or rows: dicts, a datasets.Dataset, a torch Dataset
+Reward = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None
 Result = TypeVar("Result")
 Options = ParamSpec("Options")
 
@@ -107,6 +110,63 @@ def reward(
     return train("reward", model=model, data=data, adapter=adapter, **settings)
 
 
+def grpo(
+    model: str | None = None,
+    data: Rows = None,
+    *,
+    reward: Reward = None,
+    adapter: Run | str | Path | None = None,
+    **settings: Any,
+) -> Run:
+    """Group-relative policy optimisation (arXiv 2402.03300) and its family, by `loss_type`; it samples completions.
+
+    Args:
+        model: as in `sft`.
+        data: as in `sft`; rows of which only the prompt is needed. A last reply is the reference of reward functions.
+        reward: one or several reward functions: names, folders of reward runs, "module:function", or functions
+            (lowlevel/online/rewards.py says with what they are called).
+        adapter: as in `dpo`.
+        **settings: see `train`.
+    """
+    return train("grpo", model=model, data=data, reward=reward, adapter=adapter, **settings)
+
+
+def rloo(
+    model: str | None = None,
+    data: Rows = None,
+    *,
+    reward: Reward = None,
+    adapter: Run | str | Path | None = None,
+    **settings: Any,
+) -> Run:
+    """REINFORCE with the other completions of a prompt as baseline (RLOO, arXiv 2402.14740). Arguments as in `grpo`."""
+    return train("rloo", model=model, data=data, reward=reward, adapter=adapter, **settings)
+
+
+def ppo(
+    model: str | None = None,
+    data: Rows = None,
+    *,
+    reward: Reward = None,
+    adapter: Run | str | Path | None = None,
+    **settings: Any,
+) -> Run:
+    """Proximal policy optimisation (arXiv 1707.06347) with a value head. Arguments as in `grpo`."""
+    return train("ppo", model=model, data=data, reward=reward, adapter=adapter, **settings)
+
+
+def online_dpo(
+    model: str | None = None,
+    data: Rows = None,
+    *,
+    reward: Reward = None,
+    adapter: Run | str | Path | None = None,
+    **settings: Any,
+) -> Run:
+    """DPO on the best and the worst of sampled completions (arXiv 2402.04792). Arguments as in `grpo`."""
+    return train("online_dpo", model=model, data=data, reward=reward, adapter=adapter, **settings)
+
+
 def train(
     method: str | RunConfig,
     *,
@@ -120,7 +180,8 @@ def train(
     """Train a run and return it.
 
     Args:
-        method: "sft", "dpo", "kto" or "reward"; or a resolved configuration, and then no settings.
+        method: "sft", "dpo", "kto", "reward", "grpo", "rloo", "ppo", "online_dpo", or a resolved configuration and then
+            no settings.
         callbacks: objects whose methods are called at each step, log line, evaluation, checkpoint and at the end.
         resume: continue the run in `output_dir` from its newest good checkpoint, with the same data and settings.
         restart: discard the run in `output_dir`.
@@ -165,18 +226,20 @@ def configure(
     eval_data: Rows = None,
     adapter: Run | str | Path | None = None,
     loss: str | Callable[..., Any] | None = None,
+    reward: Reward = None,
     **settings: Any,
 ) -> RunConfig:
     """The configuration of a run from keyword arguments, checked as a run file is.
 
     Args:
-        method: "sft", "dpo", "kto" or "reward".
+        method: "sft", "dpo", "kto", "reward", "grpo", "rloo", "ppo" or "online_dpo".
         file: a run file (TOML) whose keys the other arguments replace.
         model: `model.name`.
         data: `data.source`, or rows.
         eval_data: `data.eval_source`, or rows; "holdout" keeps `eval_limit` rows of `data` out of training.
         adapter: `model.adapter`.
         loss: the name of a loss, or a function in the form that `lowlevel.loss` describes.
+        reward: as in `grpo`.
         **settings: every key of a run file by its name (`max_steps=50, r=16, beta=0.2`), or several keys of a section
             other than model and data (`trace={"every": 1}`); `lowlevel sft --help` lists them.
 
@@ -193,6 +256,7 @@ def configure(
         "data.source": _source(data),
         "data.eval_source": _source(eval_data),
         f"{method}.loss_type": name_of(loss) if callable(loss) else loss,
+        f"{method}.reward": _reward_names(reward),
     }
     for key, value in settings.items():
         if key in SECTIONS and isinstance(value, Mapping):
@@ -204,6 +268,13 @@ def configure(
         if value is not None:
             tables[section] = {**tables.get(section, {}), key: value}
     return config_from_tables(tables, "settings")
+
+
+def _reward_names(reward: Reward) -> list[str] | None:
+    if reward is None:
+        return None
+    given = [reward] if isinstance(reward, str) or callable(reward) else reward
+    return [rewards.name_of(one) if callable(one) else one for one in given]
 
 
 def _section_of(key: str, method: str) -> str:
@@ -237,7 +308,7 @@ def _config(method: str | RunConfig, settings: Mapping[str, Any]) -> RunConfig:
 def _taken(config: RunConfig, console: Console | None, options: Mapping[str, Any], *, by_command: bool = False) -> Any:
     """A generator over the steps that returns the run: the one way in, of the command line too."""
     quiet_libraries()
-    console = console or make_console()
+    console = (console or make_console()) if is_first() else Console(quiet=True)
     details = options.get("details", False) or bool(options.get("callbacks"))
     taken = run_steps(config, console, **{**options, "details": details})
     words = nullcontext() if by_command else errors_for_python()
@@ -247,7 +318,7 @@ def _taken(config: RunConfig, console: Console | None, options: Mapping[str, Any
                 yield step
     sources = {"data": config.data.source, "eval_data": config.data.eval_source}
     run = Run(config.train.output_dir, **{k: v for k, v in sources.items() if isinstance(v, GivenRows)})
-    for callback in options.get("callbacks", ()):
+    for callback in options.get("callbacks", ()) if is_first() else ():
         callback.on_end(run)
     return run
 

@@ -28,6 +28,7 @@ from lowlevel.errors import (
     InterruptedRunError,
     LowlevelError,
     OutOfMemoryError,
+    RankError,
     printable,
     quoted,
 )
@@ -39,16 +40,18 @@ EXIT_CODES = (
 infinite, 6 out of memory, 130/143 interrupted and saved"
 )
 LONG_DASH = re.compile("[\u2013\u2014\u2212]+-?(?=[a-z]+[.][a-z])")  # what editors and web pages make of two hyphens
-NAMES = (
-    "demo doctor sft dpo kto reward data losses plan time memory merge generate score compare eval judge inspect "
-    "verify report replay"
-).split()
 METHODS = {  # each is commands/train.py
     "sft": "supervised fine-tuning",
     "dpo": "Direct Preference Optimization",
     "kto": "Kahneman-Tversky Optimization: completions with a label instead of pairs",
     "reward": "reward model: a scalar head, trained on preference pairs",
+    "grpo": "GRPO and its family: completions are sampled, rewarded and compared with their group",
+    "rloo": "RLOO: completions are sampled, and each is compared with the others of its prompt",
+    "ppo": "PPO: completions are sampled, and a value head predicts the reward still to come at each token",
+    "online_dpo": "DPO on the best and the worst of sampled completions",
 }
+NAMES = ("demo", "doctor", *METHODS, *"data losses plan time memory merge generate annotate score compare".split())
+NAMES += ("eval", "judge", "inspect", "verify", "report", "replay")
 COMMANDS = {name: import_module(f"lowlevel.commands.{'train' if name in METHODS else name}") for name in NAMES}
 
 
@@ -100,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if unknown or (overrides and not options.takes_config):
                 raise _unknown(unknown[0] if unknown else f"--{next(iter(overrides))}", options)
             say = partial(print, file=sys.stderr if options.output_is_result else sys.stdout, flush=True)
-            long = options.command != "losses" and not sys.stdout.isatty()
+            options.arguments = arguments  # for the processes that --gpus starts
+            first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, which share a terminal
+            long = options.command != "losses" and not sys.stdout.isatty() and first
             with heartbeat(say, f"lowlevel {options.command}", on=long):
                 COMMANDS[options.command].run(options, overrides)
         except KeyboardInterrupt:
@@ -127,6 +132,8 @@ def _failed(error: Exception, debug: bool, arguments: Sequence[str] = ()) -> int
     """
     if debug:
         sys.stderr.write(traceback.format_exc())
+    if isinstance(error, RankError) and error.told:
+        return error.exit_code
     if isinstance(error, LowlevelError):
         code, line = error.exit_code, str(error)
     elif type(error).__name__ == "OutOfMemoryError":  # torch.cuda's; torch may not be imported here

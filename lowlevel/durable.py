@@ -51,6 +51,23 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def append_line(path: Path, record: Any, *, synced: bool = False) -> None:
+    """Append a record as a line of JSON: all of it, or nothing if the disk refuses; if `synced`, it is on disk then."""
+    line = (json.dumps(record) + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line) :]
+            if synced:
+                os.fsync(file.fileno())
+        except BaseException as error:
+            file.truncate(before)
+            if isinstance(error, OSError):
+                error.filename = str(path)
+            raise
+
+
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path; the file written there replaces `path` at the end. An error in the block keeps `path`.

@@ -11,6 +11,7 @@ from lowlevel.redaction import redact
 
 _UNPRINTABLE = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 EVAL_LOSS = "eval_loss"  # quantity of a NonFiniteError in an evaluation
+EVAL_REWARD = "eval_reward"  # what an online method has in its place
 CONTINUE = "continue with --resume"
 # Flags in messages, as the Python API has them.
 _KEYWORDS = [
@@ -120,6 +121,15 @@ class OutOfMemoryError(LowlevelError):
     """The device ran out of memory."""
 
     exit_code = 6
+
+
+class RankError(LowlevelError):
+    """A run on several GPUs ended because of one of them; `exit_code` is that rank's."""
+
+    def __init__(self, message: str, code: int, *, rank: int | None = None, told: bool = False) -> None:
+        """`rank`: the one that failed. `told`: another rank prints the message."""
+        super().__init__(message)
+        self.exit_code, self.rank, self.told = code, rank, told
 
 
 class InterruptedRunError(LowlevelError):

@@ -1,9 +1,11 @@
 """32- and 64-bit integer hashes: the only source of randomness in a training step (data order, dropout).
 
-A hash has no state, so a recomputed, replayed or resumed step gets the same numbers.
+A hash has no state, so a recomputed, replayed or resumed step gets the same numbers. And a checksum of tensors.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 # lowbias32 (C. Wellons, "Prospecting for Hash Functions", 2018)
 MULTIPLIER_1 = 0x7FEB352D
 MULTIPLIER_2 = 0x846CA68B
+_CHUNK = 2**22  # entries of a tensor that a checksum takes at once
 
 
 def mix32(values: Tensor) -> Tensor:
@@ -55,3 +58,21 @@ def feature_keys(salt: int, size: int, device: torch.device | str) -> Tensor:
     """Keys of `size` features for one module, (size,) int32."""
     keys = torch.arange(size, dtype=torch.int32, device=device)
     return mix32(keys.bitwise_xor_(key32(salt)))
+
+
+def checksum(tensors: Sequence[Tensor]) -> tuple[int, int]:
+    """Fletcher's two sums, as int64, over the 32-bit words (or bytes) of tensors; the same on every device."""
+    first = second = 0
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        words = flat.view(torch.int32) if flat.element_size() == 4 else flat.view(torch.uint8)
+        for chunk in words.split(_CHUNK):
+            values = chunk.long()
+            places = torch.arange(1, len(values) + 1, device=values.device)
+            own, weighted = torch.stack([values.sum(), (values * places).sum()]).tolist()
+            first, second = first + own, second * 31 + weighted
+    return _as_int64(first), _as_int64(second)
+
+
+def _as_int64(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63

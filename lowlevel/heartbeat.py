@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
@@ -130,10 +130,24 @@ def counted(what: str, items: Collection[Item], unit: str = "") -> Iterator[Item
             work.done += 1
 
 
+@contextmanager
+def paused() -> Iterator[None]:
+    """No lines inside the block: it waits for a person."""
+    beat = _active.get()
+    with beat.pause() if beat else nullcontext():
+        yield
+
+
 def spoke() -> None:
     """Other progress was printed: no line is due for a while."""
     if beat := _active.get():
         beat.spoke()
+
+
+def silence() -> AbstractContextManager[None]:
+    """A block in which the active heartbeat, if there is one, prints nothing: other processes do."""
+    beat = _active.get()
+    return beat.pause() if beat else nullcontext()
 
 
 def duration(seconds: float) -> str:

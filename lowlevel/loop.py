@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import TrainConfig
-from lowlevel.errors import EVAL_LOSS, NonFiniteError
+from lowlevel.errors import EVAL_LOSS, EVAL_REWARD, NonFiniteError
 from lowlevel.execution import Eager, Execution, ExecutionFailedError
 from lowlevel.hashing import key32
 from lowlevel.heartbeat import counted
@@ -24,8 +24,9 @@ from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import learning_rate, set_learning_rate
-from lowlevel.optim.train_state import StepResult, TrainState, Window, means_on_host
+from lowlevel.optim.train_state import StepResult, TrainState, Window, on_host, totals
 from lowlevel.perplexity import perplexities
+from lowlevel.ranks import ALONE, Ranks
 from lowlevel.tracing import Tracer
 
 
@@ -38,39 +39,47 @@ def optimizer_step(
     seed: int,
     step: int,
     max_grad_norm: float,
+    ranks: Ranks = ALONE,
     tracer: Tracer | None = None,
     details: bool = False,
 ) -> StepResult:
     """Forward and backward passes over the micro-batches, then one update. An fp16 overflow repeats the step at half
     the scale.
 
-    `tracer` is given for a step that is to be traced; `details` keeps what was computed of each example and token.
+    `ranks` share the micro-batches. `tracer` is given for a step that is to be traced; `details` keeps what was
+    computed of each example and token.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite, or the gradient is at every scale tried; nothing was updated.
     """
-    method, grad = execution.method, execution.policy.flat.grad
-    batches = with_baseline(execution, batches)
+    method, flat, grad = execution.method, execution.policy.flat, execution.policy.flat.grad
+    batches = with_baseline(execution, batches, ranks)
     count, dropout_key = sum(map(method.count, batches)), key32(seed, step)
+    share, details = ranks.deal(batches), details or tracer is not None
     attempts: list[dict[str, float]] = []
     while True:
         scale = loss_scale.scale
-        sums = accumulate(execution, batches, scale / count, dropout_key, details=details or tracer is not None)
+        sums = accumulate(execution, share.batches, scale / count, dropout_key, details=details)
+        summed, more = ranks.sum_step(flat, totals(sums), share)  # the one all-reduce
+        sums = ranks.gather(share, batches, sums) if details else sums
         if tracer is not None:
             tracer.take(step, batches, sums, scale, dropout_key)
         norm = torch.linalg.vector_norm(grad) / scale
         grad.mul_((max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / scale)  # clip and unscale at once
-        metrics, grad_norm = means_on_host(sums, count, norm)  # the one host sync
+        with ranks.waiting():
+            metrics, grad_norm, heard = on_host(summed, count, norm, more)  # the one host sync
+        ranks.hear(heard)
+        metrics |= batches[0].facts
         attempts.append({"loss_scale": scale, "loss": metrics["loss"], "grad_norm": grad_norm})
         if math.isfinite(metrics["loss"]) and loss_scale.accepts(grad_norm):
             break
         if not math.isfinite(metrics["loss"]) or loss_scale.exhausted:
-            raise _not_finite(attempts, loss_scale, step, seed, batches)
+            raise _not_finite(attempts, loss_scale, step, seed, batches, ranks.failing)
     optimizer.step()
     return StepResult(step + 1, metrics, grad_norm, optimizer.param_groups[0]["lr"], count, tuple(batches), sums)
 
 
-def with_baseline(execution: Execution, batches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+def with_baseline(execution: Execution, batches: Sequence[PackedBatch], ranks: Ranks = ALONE) -> Sequence[PackedBatch]:
     """kto: the micro-batches with the mean log-ratio of all their mismatched completions. Others: as they are.
 
     A sum on the device: a repeated attempt of the step uses the same number, and the host does not wait for it.
@@ -78,8 +87,10 @@ def with_baseline(execution: Execution, batches: Sequence[PackedBatch]) -> Seque
     others = [other for batch in batches for other in batch.mismatched]
     if not others:
         return batches
-    sums = accumulate(execution, others, 0.0, 0, details=False)
-    kl = torch.stack([one.loss for one in sums]).sum() / sum(len(other.data_rows) for other in others)
+    share = ranks.deal(others)
+    sums = accumulate(execution, share.batches, 0.0, 0, details=False)
+    total = torch.zeros_like(sums[0].loss) if share.idle else torch.stack([one.loss for one in sums]).sum()
+    kl = ranks.sum_(total) / sum(len(other.data_rows) for other in others)
     return [replace(batch, kl=kl) for batch in batches]
 
 
@@ -99,14 +110,20 @@ def accumulate(
 
 
 def _not_finite(
-    attempts: list[dict[str, float]], loss_scale: LossScale, step: int, seed: int, batches: Sequence[PackedBatch]
+    attempts: list[dict[str, float]],
+    loss_scale: LossScale,
+    step: int,
+    seed: int,
+    batches: Sequence[PackedBatch],
+    failing: Sequence[int],
 ) -> NonFiniteError:
     last, rows = attempts[-1], [row for batch in batches for row in batch.data_rows]
     quantity = "gradient norm" if math.isfinite(last["loss"]) else "loss"
     value = last["loss" if quantity == "loss" else "grad_norm"]
     halvings = loss_scale.skips_in_a_row if loss_scale.enabled and quantity != "loss" else 0
     tried = f" after {halvings} halvings of the loss scale" if halvings else ""
-    message = f"step {step + 1}: {quantity} is {value}{tried}; nothing was updated; data rows {rows}"
+    on = f" on rank {failing[0]}" if failing else ""
+    message = f"step {step + 1}: {quantity} is {value}{on}{tried}; nothing was updated; data rows {rows}"
     return NonFiniteError(
         message, quantity=quantity, value=value, step=step, batches=batches, seed=seed, attempts=attempts
     )
@@ -139,7 +156,7 @@ class Observer(Protocol):
         """Write a checkpoint of this step boundary."""
 
     def stop_requested(self) -> int:
-        """The signal that asked to stop, or 0."""
+        """The signal that asked to stop, or 0; the same on every rank."""
 
 
 def train(
@@ -153,6 +170,7 @@ def train(
     *,
     total_steps: int,
     steps_per_epoch: int,
+    ranks: Ranks = ALONE,
     tracer: Tracer | None = None,
     details: bool = False,
 ) -> Iterator[StepResult]:
@@ -162,6 +180,7 @@ def train(
     """
     while state.step < total_steps and not state.stopped_early:
         started = time.perf_counter()
+        ranks.begin(state.step + 1)
         set_learning_rate(optimizer, learning_rate(state.step, total_steps, config))
         result = optimizer_step(
             execution,
@@ -171,6 +190,7 @@ def train(
             seed=config.seed,
             step=state.step,
             max_grad_norm=config.max_grad_norm,
+            ranks=ranks,
             tracer=tracer if tracer is not None and tracer.wants(state.step) else None,
             details=details,
         )
@@ -183,7 +203,8 @@ def train(
         if evaluate and (last or (config.eval_steps and state.step % config.eval_steps == 0)):
             scores = evaluate()
             observer.log({"step": state.step, "epoch": state.step / steps_per_epoch, **scores})
-            state.judge(scores[EVAL_LOSS], config.early_stopping_patience)
+            judged = scores[EVAL_LOSS] if EVAL_LOSS in scores else -scores[EVAL_REWARD]
+            state.judge(judged, config.early_stopping_patience)
         yield result
         due = last or state.stopped_early or (config.save_steps and state.step % config.save_steps == 0)
         if due or observer.stop_requested():
@@ -194,15 +215,17 @@ def train(
 
 @torch.no_grad()
 def evaluate_examples(
-    policy: Policy, method: Method, batches: Sequence[PackedBatch], *, prefix: str
+    policy: Policy, method: Method, batches: Sequence[PackedBatch], *, prefix: str, ranks: Ranks = ALONE
 ) -> dict[str, float]:
     """Means over held-out micro-batches, dropout off, each name with `prefix` before it; for sft also perplexities."""
     window, logps, lengths = Window(), list[float](), list[int]()
-    batches = with_baseline(Eager(policy, method), batches)
+    batches = with_baseline(Eager(policy, method), batches, ranks)
     policy.dropout.disable()
+    share, device = ranks.deal(batches), policy.placement.device
+    waiting = counted("evaluating", share.batches, "micro-batches")
+    own = [replace(method.loss(policy, batch.to(device)), tokens={}) for batch in waiting]
     margins: list[Tensor] = []  # reward
-    for batch in counted("evaluating", batches, "micro-batches"):
-        sums = method.loss(policy, batch.to(policy.placement.device))
+    for batch, sums in zip(batches, ranks.gather(share, batches, own), strict=True):
         named = sums.named()
         margins += [sums.examples["margin"][: method.count(batch)]] if method.name == "reward" else []
         window.add(dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True)), method.count(batch))

@@ -40,6 +40,7 @@ from lowlevel.model.placement import Placement
 from lowlevel.model.policy import TRAINED, Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import StepResult
+from lowlevel.ranks import ALONE, Ranks
 
 VOCABULARY = 320
 CPU = Placement(torch.device("cpu"), "fp32")
@@ -249,6 +250,8 @@ def step(
     number: int = 0,
     max_grad_norm: float = float("inf"),
     execution: Execution | None = None,
+    ranks: Ranks = ALONE,
+    details: bool = False,
 ) -> StepResult:
     """One optimizer step; without an optimizer nothing is updated and the gradient stays in `policy.flat.grad`."""
     return optimizer_step(
@@ -259,6 +262,8 @@ def step(
         seed=seed,
         step=number,
         max_grad_norm=max_grad_norm,
+        ranks=ranks,
+        details=details,
     )
 
 

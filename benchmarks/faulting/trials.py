@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from benchmarks.faulting.actions import Kill, LimitFileSize, OutOfMemory, Refuse, Signal, came
 from benchmarks.faulting.calls import STEP, AtCall, NotFinite
-from benchmarks.faulting.comparison import litter, newest_good, status, tensor_hashes
+from benchmarks.faulting.comparison import differences, litter, newest_good, status, tensor_hashes
 from benchmarks.faulting.damage import FILES, damage, flip
 from benchmarks.faulting.operations import AtFile, AtOperation
 from benchmarks.faulting.processes import Ended, Fault
@@ -52,6 +53,30 @@ def killed_at_random(play: Play, rng: random.Random, kills: int) -> tuple[int, l
         problems += [] if code in (0, -signal.SIGKILL) else [f"ended with {code} by itself"]
         problems += play.lost(folder)
     return hits, problems + play.resumed(folder)
+
+
+def rank_killed(play: Play, rank: int, instant: float, wanted: dict[str, Any]) -> tuple[int, list[str]]:
+    """SIGKILL to one of two ranks after `instant` seconds: the other one ends and tells; resumed, the run ends as
+    `wanted`, the fingerprint of one that was not disturbed. Also whether the kill came in time.
+    """
+    from benchmarks.faulting.ranks import Together
+
+    folder = play.new()
+    both = Together(play, folder)
+    time.sleep(instant)
+    both.processes[rank].kill()
+    ends = both.wait()
+    other, hit = ends[1 - rank], ends[rank].code == -signal.SIGKILL
+    problems = play.lost(folder)
+    told = (f"rank {rank} was killed", f"rank {rank} did not start")
+    if hit and other.code == 1 and not any(words in other.err for words in told):
+        problems.append(f"rank {1 - rank} said: {other.said.strip()[-300:]}")
+    if hit and other.code not in (0, 1):
+        problems.append(f"rank {1 - rank} ended with {other.code}: {other.said.strip()[-300:]}")
+    again = Together(play, folder).wait()
+    problems += [f"resume: {one.code} {one.said.strip()[-300:]}" for one in again if one.code]
+    problems += [f"differs: {name}" for name in differences(folder, wanted)]
+    return hit, problems + [f"left over: {name}" for name in litter(folder)]
 
 
 def refused(play: Play, change: int, error: str, *, for_good: bool = False) -> list[str]:

@@ -23,7 +23,7 @@ set of sizes once. Losses only use `scored_positions`, `scored_targets`, and `se
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,8 @@ class PackedBatch:
     total_weight: float | None = None  # host: their sum, without dummy tokens
     reference_logps: Tensor | None = None  # (S,) fp32, from reference_cache.py; 0 for dummies
     content: str = ""  # host: hash of what the reference pass reads, if there is a cache
+    token_values: Tensor | None = None  # (C, N) fp32, sampled completions: methods/sampled.py; 0 for dummies
+    facts: Mapping[str, float] = field(default_factory=dict)  # host, on a step's first: what is logged of its rollouts
     kl: Tensor | None = None  # () fp32, kto: mean log-ratio of the step's mismatched completions; None: it holds these
     mismatched: tuple[PackedBatch, ...] = ()  # host, kto: on the first micro-batch of a step, those that hold these
 
@@ -113,7 +115,7 @@ class PackedBatch:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by field name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def sequence_sums(self, token_values: Tensor) -> Tensor:
@@ -215,6 +217,7 @@ class Shape:
     examples: int  # a multiple of this
     longest: int  # upper bound on the positions of a sequence
     capacity: int  # upper bound on the positions of a packed micro-batch
+    shares: int = 1  # packed micro-batches of a step come in multiples of this, alike in size: for several GPUs
 
 
 def build_batch(

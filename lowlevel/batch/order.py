@@ -24,12 +24,14 @@ class DataOrder:
     rows_per_step: int
     seed: int
     shuffled: bool
+    repeats: int = 1  # steps on the same rows: num_iterations of an online method
 
     @classmethod
     def of(cls, config: RunConfig, num_rows: int) -> DataOrder:
         """The order of a run's `num_rows` training examples. Raises ConfigError if its epochs have too many steps."""
         train = config.train
-        order = cls(num_rows, config.rows_per_step, train.seed, train.data_order == "shuffled")
+        repeats = config.sampled.num_iterations if config.sampled else 1
+        order = cls(num_rows, config.prompts_per_step, train.seed, train.data_order == "shuffled", repeats)
         steps = order.steps_per_epoch * train.num_train_epochs  # a float, which may be infinite
         if train.max_steps is None and steps > MOST_STEPS:
             epochs = f"train.num_train_epochs {train.num_train_epochs:g}"
@@ -43,12 +45,12 @@ class DataOrder:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps that pass over every row once."""
-        return math.ceil(self.num_rows / self.rows_per_step)
+        return math.ceil(self.num_rows / self.rows_per_step) * self.repeats
 
     def step_rows(self, step: int) -> np.ndarray:
         """Indices of the examples of optimizer step `step` (counted from 0)."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self.rows_per_step
+        start = position // self.repeats * self.rows_per_step
         return self.epoch_order(epoch)[start : start + self.rows_per_step]
 
     def epoch_order(self, epoch: int) -> np.ndarray:

@@ -30,6 +30,30 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sorted(sorted(row) for row in rows)
 
 
+def divide(loads: Sequence[int], size: int) -> list[list[int]]:
+    """Item numbers for each of `size` shares, ascending: the largest item first, each to the share with the least load
+    so far (Graham, SIAM J. Applied Mathematics 17, 1969).
+    """
+    shares: list[list[int]] = [[] for _ in range(size)]
+    sums = [0] * size
+    for item in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
+        least = sums.index(min(sums))
+        shares[least].append(item)
+        sums[least] += loads[item]
+    return [sorted(share) for share in shares]
+
+
+def _pack_alike(lengths: Sequence[int], shape: Shape) -> list[list[int]]:
+    """As `pack`; for several shares, a multiple of them and about equal sums, if the capacity and items allow it."""
+    rows = pack(lengths, shape.capacity)
+    count = -(-len(rows) // shape.shares) * shape.shares
+    if shape.shares == 1 or count > len(lengths):
+        return rows
+    alike = divide(lengths, count)
+    fits = max(sum(lengths[i] for i in row) for row in alike) <= shape.capacity
+    return sorted(alike) if fits else rows
+
+
 def micro_batch_rows(
     examples: Sequence[Example],
     size: Callable[[Example], int],
@@ -43,8 +67,10 @@ def micro_batch_rows(
     With packing and a `shape`, a micro-batch is one long row, which needs less padding than several.
     """
     if packing:
-        capacity = shape.capacity if shape else row_length
-        rows = [[examples[i] for i in row] for row in pack([size(example) for example in examples], capacity)]
+        lengths = [size(example) for example in examples]
+        rows = [
+            [examples[i] for i in row] for row in (_pack_alike(lengths, shape) if shape else pack(lengths, row_length))
+        ]
     else:
         rows = [[example] for example in examples]
     count = 1 if packing and shape else batch_size

@@ -33,8 +33,8 @@ def build_spans(
     """Spans of flattened rows of `width` positions, given the branch_ids of each row's segments.
 
     U, the most uses of a position, is rounded up to a power of two. For a fixed shape, empty spans are added up to
-    `count`, and the list of keys is padded to a multiple of the positions, at least twice. Raises ValueError if a span
-    is longer than `longest`.
+    `count`, and the list of keys is padded to 2, 4, 8, ... times the positions. Raises ValueError if a span is longer
+    than `longest`.
     """
     ends, listed = [0], []
     for r, row in enumerate(rows):
@@ -54,7 +54,7 @@ def build_spans(
         raise ValueError(f"a span of {found} positions, longer than the batch's bound of {longest}")
     missing = count - len(listed) if count else 0
     key_index, positions = np.concatenate(listed), len(rows) * width
-    size = max(2, -(-len(key_index) // positions)) * positions if count else len(key_index)
+    size = positions * max(2, _power_of_two(-(-len(key_index) // positions))) if count else len(key_index)
     shared = len(key_index) > positions
     return Spans(
         queries=np.pad(np.array(ends, np.int32), (0, missing), mode="edge"),
@@ -70,11 +70,16 @@ def _starts(branches: np.ndarray) -> np.ndarray:
     return np.flatnonzero((branches[1:] != branches[:-1]) & (branches[:-1] > 0)) + 1
 
 
+def _power_of_two(value: int) -> int:
+    """The next one from a value of 1 or more: few different sizes."""
+    return 1 << (value - 1).bit_length()
+
+
 def _uses(key_index: np.ndarray, positions: int, nowhere: int) -> np.ndarray:
     """Places of each position in the list, ascending: (U, positions)."""
     counts = np.bincount(key_index, minlength=positions)
     by_position = np.argsort(key_index, kind="stable")
     use = np.arange(len(key_index)) - np.repeat(np.cumsum(counts) - counts, counts)  # of how many before it
-    uses = np.full((1 << int(counts.max() - 1).bit_length(), positions), nowhere)
+    uses = np.full((_power_of_two(int(counts.max())), positions), nowhere)
     uses[use, key_index[by_position]] = by_position
     return uses

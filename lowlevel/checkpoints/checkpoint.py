@@ -5,6 +5,7 @@ step-00000120/                      exists only if complete
   adapter_config.json
   optimizer.safetensors             "flat::state1", ...
   reference.safetensors             only with a moving reference: its adapter
+  value_head.safetensors            only of ppo: its value head
   manifest.json                     {"payload": {...}, "payload_sha256": ...} with the hashes of all other files
 .tmp-step-00000130-<pid>/           an unfinished save; removed at the next start
 .old-step-00000120/                 being replaced by a save of the same step (lowlevel/durable.py)

@@ -17,15 +17,17 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.model.adapters import (
     REFERENCE_WEIGHTS,
+    VALUE_WEIGHTS,
     WEIGHTS,
     adapter_sha256,
     adapter_tensors,
     load_adapter_weights,
+    load_value_head,
     read_adapter_weights,
     save_adapter,
 )
 from lowlevel.model.base import public_name
-from lowlevel.model.policy import REFERENCE, TRAINED, Policy
+from lowlevel.model.policy import REFERENCE, TRAINED, VALUE, Policy
 from lowlevel.optim.optimizer import load_optimizer_tensors, optimizer_tensors
 from lowlevel.optim.train_state import TrainState
 
@@ -48,6 +50,8 @@ def save_state(
         save_file(optimizer_tensors(optimizer), target / "optimizer.safetensors")
         if policy.moving is not None:
             save_file(adapter_tensors(policy.model, REFERENCE), target / REFERENCE_WEIGHTS)
+        if policy.value_head is not None:
+            save_file({VALUE: policy.value_head.detach().cpu().contiguous()}, target / VALUE_WEIGHTS)
 
     payload = {"state": state.to_json(), **origin}
     save_checkpoint(run_dir, state.step, write_files, payload, keep=config.train.save_total_limit)
@@ -62,6 +66,8 @@ def restore_state(
         raise CheckpointError(f"{path} holds {has}: dpo.ref_model_sync_steps cannot be set or removed when resuming")
     load_adapter_weights(policy.model, TRAINED, read_adapter_weights(path), str(path / WEIGHTS))
     restore_reference(policy, path)
+    if policy.value_head is not None:
+        load_value_head(policy.value_head, path)
     load_optimizer_tensors(optimizer, load_file(path / "optimizer.safetensors"))
     try:
         return TrainState.from_json(payload["state"])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Options = argparse.Namespace
 Overrides = dict[str, str]  # "section.key" -> text as typed
 # A T4 lacks bf16 and FlashAttention 2 (compute capability 8.0); a process can use 15 GiB of it.
+METHODS = ("sft", "dpo", "kto", "reward", "grpo", "rloo", "ppo", "online_dpo")
 AS_T4 = {"train.precision": "fp16", "model.attn_implementation": "efficient"}
 T4_BYTES = 15 * 2**30
 
@@ -46,6 +47,17 @@ def _whole_number(text: str, least: int) -> int:
     return int(text)
 
 
+def temperature(text: str) -> float:
+    """A finite number from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text!r}")
+    return value
+
+
 def add_run_file(parser: argparse.ArgumentParser, *, method: bool = True) -> None:
     """RUN.toml, whose keys are also flags, and what else changes them; `method`: the command's name gives no method."""
     what = "run file or run folder" if method else "run file"
@@ -53,7 +65,7 @@ def add_run_file(parser: argparse.ArgumentParser, *, method: bool = True) -> Non
     parser.set_defaults(takes_config=True)
     if method:
         text = "default: by the keys that only one has, else by the rows"
-        parser.add_argument("--method", choices=("sft", "dpo", "kto", "reward"), help=text)
+        parser.add_argument("--method", choices=METHODS, help=text)
     parser.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
     parser.add_argument(
         "--as-t4", action="store_true", help="on a larger GPU: fp16, 15 GiB, and only the attention that a T4 has"

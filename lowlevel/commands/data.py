@@ -28,6 +28,7 @@ def show_data(config: RunConfig, console: Console) -> None:
     from lowlevel.batch.order import DataOrder
     from lowlevel.data.labelled import balance
     from lowlevel.data.report import render_report, show_example
+    from lowlevel.online.rollouts import longest_examples
     from lowlevel.running.assembly import build_method, prepare_data
 
     tokenizer, data = prepare_data(config)
@@ -37,12 +38,14 @@ def show_data(config: RunConfig, console: Console) -> None:
     order = DataOrder.of(config, len(data.train))
     attention, where = layout_of(config)
     method = build_method(config, attention)
-    batches = method.micro_batches([data.train[i] for i in order.step_rows(0)])
+    examples = [data.train[i] for i in order.step_rows(0)]
+    batches = method.micro_batches(longest_examples(config, examples) if config.sampled else examples)
     positions = sum(batch.input_ids.numel() for batch in batches)
     tokens = sum(batch.num_tokens for batch in batches)
     scored = sum(batch.num_scored for batch in batches)
+    step = "first step with the longest completions" if config.sampled else "first step"
     console.print(
-        f"\nfirst step: {config.rows_per_step} examples in {len(batches)} micro-batches, {positions:,} positions, "
+        f"\n{step}: {config.rows_per_step} examples in {len(batches)} micro-batches, {positions:,} positions, "
         f"{tokens:,} tokens ({1 - tokens / positions:.1%} padding), {scored:,} supervised; "
         f"{order.steps_per_epoch:,} steps an epoch\n{where}\n",
         markup=False,

@@ -1,10 +1,9 @@
 """reply to a prompt with a run, an adapter or a merged model"""
 
-import argparse
 import sys
 from pathlib import Path
 
-from lowlevel.commands.common import Options, Overrides, Parser, positive, quiet_console
+from lowlevel.commands.common import Options, Overrides, Parser, positive, quiet_console, temperature
 from lowlevel.errors import ConfigError
 
 
@@ -14,7 +13,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="user message")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest reply, in tokens (default: 256)")
-    parser.add_argument("--temperature", type=_temperature, help="0: always the likeliest token (default)")
+    parser.add_argument("--temperature", type=temperature, help="0: always the likeliest token (default)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling if temperature > 0 (default: 0)")
     parser.add_argument("--best-of", type=positive, metavar="N", help="sample N replies, print the best by --reward")
     parser.add_argument("--reward", type=Path, metavar="RUN_DIR", help="reward run that chooses the best reply")
@@ -29,8 +28,9 @@ def run(options: Options, overrides: Overrides) -> None:
     from lowlevel.running.replies import sample_best, stream_reply
     from lowlevel.sampling import Sampling
 
-    temperature = (1.0 if options.best_of else 0.0) if options.temperature is None else options.temperature
-    sampling = Sampling(options.max_new_tokens, temperature, options.seed)
+    default = 1.0 if options.best_of else 0.0
+    heat = default if options.temperature is None else options.temperature
+    sampling = Sampling(options.max_new_tokens, heat, options.seed)
     if options.best_of:
         prompt, best = (options.prompt, options.system), options.best_of
         replies = sample_best(options.model_dir, *prompt, sampling, best, options.reward)
@@ -39,13 +39,3 @@ def run(options: Options, overrides: Overrides) -> None:
         print(replies[0][1] if replies else "")
         return
     stream_reply(options.model_dir, options.prompt, options.system, sampling)
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text!r}")
-    return value

@@ -37,6 +37,8 @@ def run(options: Options, overrides: Overrides) -> None:
     opened = reopen(options.run_dir, lines_to(console))
     if html and opened.config.method == "reward":
         raise ConfigError(NO_PAGE)
+    if html and opened.config.method in ("grpo", "rloo", "ppo"):
+        raise ConfigError(f"--html: there is no page of {opened.config.method}'s completions: leave it out")
     inspection = inspect_run(opened, step=options.step, example=options.example, checkpoint=options.checkpoint)
     print_inspection(inspection, console, details=html is None)
     if html:

@@ -103,8 +103,8 @@ def run(options: Options, overrides: Overrides) -> None:
 class LossAtPoint:
     """A loss and its derivatives at one pair, in float64.
 
-    margin: beta (a - b). slope: d loss / d margin while the chosen log-ratio rises and the rejected one falls by as
-        much: (dL / d log pi(y+) - dL / d log pi(y-)) / (2 beta).
+    margin: beta (a - b), of simpo and orpo beta (a/n+ - b/n-). slope: d loss / d margin while the chosen reward rises
+        and the rejected one falls by as much.
     """
 
     name: str
@@ -153,6 +153,7 @@ def evaluate(name: str, point: Mapping[str, float], settings: Mapping[str, float
     import torch
 
     from lowlevel.losses import PairLogps, PreferenceLoss
+    from lowlevel.losses.dpo import reward_counts
 
     logps = [torch.tensor([point[key]], dtype=torch.float64, requires_grad=True) for key in LOGPS]
     lengths = torch.tensor([point[key] for key in LENGTHS])
@@ -174,7 +175,8 @@ def evaluate(name: str, point: Mapping[str, float], settings: Mapping[str, float
         raise ConfigError(str(error)) from None
     found = torch.autograd.grad(output.losses.sum(), logps, allow_unused=True)
     gradients = {key: 0.0 if one is None else one.item() for key, one in zip(LOGPS, found, strict=True)}
-    slope = (gradients["chosen"] - gradients["rejected"]) / (2 * loss.beta)
+    counts = (count.item() for count in reward_counts(loss.spec, pairs))
+    slope = (gradients["chosen"] * next(counts) - gradients["rejected"] * next(counts)) / (2 * loss.beta)
     margin, value = output.margins.item(), output.losses.item()
     if not all(map(math.isfinite, (margin, value, slope, *gradients.values()))):
         raise ConfigError(f"{name} is beyond what float64 holds at {dict(point)}, {parameters}")

@@ -1,5 +1,7 @@
 """`lowlevel sft`, `lowlevel dpo`, `lowlevel kto` and `lowlevel reward`"""
 
+import os
+
 from lowlevel.commands.common import (
     Options,
     Overrides,
@@ -7,10 +9,12 @@ from lowlevel.commands.common import (
     add_run_file,
     cap_gpu_memory,
     check_resume,
+    positive,
     quiet_console,
     read_run_file,
 )
 from lowlevel.errors import ConfigError
+from lowlevel.heartbeat import silence
 from lowlevel.running.endings import Interrupts
 
 
@@ -18,6 +22,9 @@ def add_arguments(parser: Parser) -> None:
     add_run_file(parser, method=False)
     parser.add_argument("--resume", action="store_true", help="continue from the newest verified checkpoint")
     parser.add_argument("--restart", action="store_true", help="discard the run in the folder")
+    parser.add_argument(
+        "--gpus", type=positive, default=1, metavar="N", help="share each step among N GPUs (starts torchrun)"
+    )
     parser.add_argument(
         "--allow-change",
         action="append",
@@ -33,6 +40,11 @@ def run(options: Options, overrides: Overrides) -> None:
     check_resume(options)
     if options.allow_change and not options.resume:
         raise ConfigError("--allow-change needs --resume, which compares a run with its checkpoint")
+    if options.gpus > 1 and "LOCAL_RANK" not in os.environ:  # which torchrun sets
+        from lowlevel.ranks import launch
+
+        with silence():
+            raise SystemExit(launch(options.arguments, options.gpus))
     with Interrupts() as interrupts:
         try:
             console = quiet_console()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lowlevel.config.schema import METHODS, PAIRED
+from lowlevel.config.schema import METHODS, ONLINE, PAIRED
 from lowlevel.redaction import holds_secret
 
 if TYPE_CHECKING:
@@ -14,11 +14,16 @@ if TYPE_CHECKING:
 
 LARGEST_BATCH = 1_048_576  # examples a step
 # With lora.init_from, the adapter has its own.
-ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights")
+ADAPTER_SHAPE = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "init_lora_weights")
+DORA = 'set model.adapter_mode = "original", or merge it first (lowlevel merge)'
 LOFTQ = 'lora.init_lora_weights = "loftq"'
 TRACE_DETAILS = ("level", "gradients")
 PLANNED = ("recomputed_layers", "micro_batch_positions", "dequantize_once")  # set by memory_budget
 PAIRS = ("preference", "hh", "orca")  # formats that only dpo has
+UNREAD = {  # keys of grpo that a loss_type does not read
+    "cispo": ("epsilon", "delta", "importance_sampling_level"),
+    "sapo": ("epsilon", "epsilon_high", "delta", "importance_sampling_level"),
+}
 Check = tuple[bool, str]  # whether it is wrong, and what to say
 
 
@@ -33,6 +38,7 @@ def contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
         *_train(config, given),
         *_trace(config, given),
         *_reference(config),
+        *_online(config, given),
     ]
     return [message for wrong, message in checks if wrong]
 
@@ -62,28 +68,35 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
-    sft, kto, paired = config.method == "sft", config.method == "kto", config.method in PAIRED
+    sft, kto, online = config.method == "sft", config.method == "kto", config.method in ONLINE
+    paired = config.method in PAIRED and not online
     model, data, mode = config.model, config.data, config.model.adapter_mode
-    others = [method for method in METHODS if method != config.method]
+    unused = "], [".join(method for method in METHODS if method != config.method and method in given)
     no_adapter, continued = model.adapter is None, config.lora.init_from is not None
-    loftq = config.lora.init_lora_weights == "loftq"
+    loftq, stacked = config.lora.init_lora_weights == "loftq", mode == "stack" and not no_adapter
     quantisation = bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given)
     pairs, others_say = data.format in PAIRS, "dpo, kto and reward"
+    columns = "data.columns is for sft, dpo and reward; reward functions receive all columns"
     messages = 'data.format = "messages" is for sft and kto'
     needed_mode = no_adapter and "model.adapter_mode" in given and mode != "none"
     return [
-        *((other in given, f'[{other}] is not used when method = "{config.method}"') for other in others),
+        (bool(unused), f'[{unused}] is not used when method = "{config.method}"'),
         (sft and bool(model.adapter), f"model.adapter is for {others_say}; to continue an adapter use lora.init_from"),
-        (sft and pairs, f'data.format = "{data.format}" is for {others_say}; sft takes "auto" or "messages"'),
+        (
+            (sft or online) and pairs,
+            f'data.format = "{data.format}" is for {others_say}; {config.method} takes "auto" or "messages"',
+        ),
         (not paired and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo and reward"),
         (not sft and "data.weight_column" in given, "data.weight_column is for sft"),
         (not (sft or config.method == "dpo") and data.supervise == "all", 'data.supervise = "all" is for sft and dpo'),
-        (kto and bool(data.columns), "data.columns is for sft, dpo and reward"),
+        ((kto or online) and bool(data.columns), columns),
         (paired and data.format == "messages", f'{messages}; {config.method} takes "preference"'),
         (not no_adapter and mode == "none", 'model.adapter is set, but model.adapter_mode = "none" ignores it'),
         (needed_mode, f'model.adapter_mode = "{mode}" needs model.adapter'),
         (not model.load_in_4bit and quantisation, "model.bnb_4bit_* keys need model.load_in_4bit = true"),
         (loftq and config.has_reference, f"{LOFTQ} is for sft and reward: {config.method} starts as its reference"),
+        (loftq and config.lora.use_dora, f"{LOFTQ} is not for lora.use_dora: its lengths are those of the base's rows"),
+        (stacked and config.lora.use_dora, f"lora.use_dora cannot stand on model.adapter: {DORA}"),
         (loftq and not model.load_in_4bit, f"{LOFTQ} needs model.load_in_4bit = true: it starts from the error"),
         *((continued and f"lora.{key}" in given, f"lora.{key} comes from lora.init_from") for key in ADAPTER_SHAPE),
     ]
@@ -95,6 +108,33 @@ def _reference(config: RunConfig) -> list[Check]:
     return [
         (not moves and dpo.ref_model_mixup_alpha is not None, "dpo.ref_model_mixup_alpha needs ref_model_sync_steps"),
         (moves and cached, "dpo.reference_cache is for a reference that stays: leave it out or ref_model_sync_steps"),
+    ]
+
+
+def _online(config: RunConfig, given: set[str]) -> list[Check]:
+    own, batch = config.sampled, "train.per_device_train_batch_size * gradient_accumulation_steps"
+    if own is None:
+        return []
+    name, group, longest, prompt = config.method, own.group, own.max_completion_length, config.data.max_length
+    unread_keys = UNREAD.get(config.grpo.loss_type, ()) if name == "grpo" else ()
+    unread = next((key for key in unread_keys if f"grpo.{key}" in given), "")
+    estimator = "grpo.kl_estimator" in given and own.beta == 0
+    functions, weights = len(own.reward), len(own.reward_weights)
+    return [
+        (
+            config.rows_per_step % group != 0,
+            f"{batch} = {config.rows_per_step} completions are not a multiple of {name}.num_generations {group}",
+        ),
+        (longest >= prompt, f"{name}.max_completion_length {longest} leaves no prompt: data.max_length is {prompt}"),
+        (not own.reward, f"{name}.reward is empty"),
+        (bool(unread), f'grpo.{unread} is not read by loss_type = "{config.grpo.loss_type}"'),
+        (estimator, "grpo.kl_estimator needs grpo.beta above 0"),
+        (weights not in (0, functions), f"{name}.reward_weights has {weights} numbers for {functions} functions"),
+        (
+            ("format" in own.reward) != (own.reward_pattern is not None),
+            f'{name}.reward: "format" and reward_pattern belong together',
+        ),
+        (config.train.memory_budget is not None, f"train.memory_budget does not know what sampling ({name}) needs"),
     ]
 
 
@@ -112,7 +152,7 @@ def _data(config: RunConfig) -> list[Check]:
 
 
 def _sources(config: RunConfig, given: set[str]) -> list[Check]:
-    parts, unfit = config.data.sources, PAIRS if config.method == "sft" else ("messages",)
+    parts, unfit = config.data.sources, PAIRS if config.method in ("sft", *ONLINE) else ("messages",)
     if not parts:
         return []
     unweighted = next((f"{i} ({part.source})" for i, part in enumerate(parts, 1) if part.weight is None), None)

@@ -12,9 +12,18 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from lowlevel.config.contradictions import ADAPTER_SHAPE, contradictions, empty_texts, secrets_in
+from lowlevel.config.contradictions import ADAPTER_SHAPE, UNREAD, contradictions, empty_texts, secrets_in
 from lowlevel.config.given import Source
-from lowlevel.config.schema import LOSS_DEFAULTS, METHOD_DEFAULTS, METHODS, SECTIONS, DataSource, Filter, RunConfig
+from lowlevel.config.schema import (
+    LOSS_DEFAULTS,
+    METHOD_DEFAULTS,
+    METHODS,
+    SECTIONS,
+    DataSource,
+    DPOConfig,
+    Filter,
+    RunConfig,
+)
 from lowlevel.errors import ConfigError, one_line, quoted
 
 TEXTS = (str, str | None, get_args(Source)[0], Source | None)  # types of keys whose flags are not parsed as TOML
@@ -44,9 +53,8 @@ OTHER_NAMES = {
     "lora_r": "r",
     "loss": "loss_type",
 }
-REFUSED = {
-    "use_dora": "DoRA (arXiv 2402.09353) is not supported: the norms of W + B A need a dense product in each pass",
-}
+TRUNCATED = "is not supported: the loss needs the distribution that was sampled from, which is that of all tokens"
+REFUSED = dict.fromkeys(("top_p", "top_k", "min_p"), TRUNCATED)
 
 
 def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method: str | None = None) -> RunConfig:
@@ -100,6 +108,9 @@ def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
     problems = [*secrets_in(tables), *empty_texts(tables), *contradictions(config, tables)]
     if problems:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+    if config.method == "online_dpo":  # its loss is that of dpo
+        dpo = DPOConfig(beta=config.online_dpo.beta, loss_type=config.online_dpo.loss_type)
+        return config.model_copy(update={"dpo": dpo})
     return config
 
 
@@ -116,6 +127,9 @@ def to_tables(config: RunConfig) -> dict[str, Any]:
     for other in METHODS:
         if other != config.method:
             del tables[other]
+    if config.method == "grpo":
+        for key in (*UNREAD.get(config.grpo.loss_type, ()), *["kl_estimator"] * (config.grpo.beta == 0)):
+            tables["grpo"].pop(key, None)
     if not (config.trace.every or config.trace.steps):
         del tables["trace"]
     if config.model.adapter is None:
@@ -161,7 +175,7 @@ def _parse_flag(section: str, key: str, text: str) -> object:
     field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
     if field is not None and field.annotation in TEXTS:
         return text
-    if key in ("target_modules", "columns", "report_to") and not text.startswith("["):
+    if key in ("target_modules", "columns", "report_to", "reward") and not text.startswith("["):
         return text
     if text in ("True", "False"):  # Python's
         return text == "True"

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from lowlevel.config.schema import METHODS, ONLINE
 from lowlevel.errors import ConfigError
 
 SHARED = ("model.adapter", "model.adapter_mode")  # by dpo, kto and reward
 ONLY = {**dict.fromkeys((*SHARED, "data.max_prompt_length"), "dpo"), "data.weight_column": "sft"}
 FORMATS = {"messages": "sft", "preference": "dpo", "hh": "dpo", "orca": "dpo"}  # of data.format; kto takes each
-OF_OTHERS = {  # kto and reward read the rows and the adapter of the others, too, but not these keys
-    "kto": ("sft.", "dpo.", "reward.", "data.max_prompt_length", "data.weight_column"),
-    "reward": ("sft.", "dpo.", "kto.", "data.weight_column"),
+OF_OTHERS = {  # kto, reward and the online methods read the rows and the adapter of the others, too, but not these keys
+    method: (*(f"{other}." for other in METHODS if other != method), "data.weight_column", *more)
+    for method, more in (
+        *((method, ("data.max_prompt_length",)) for method in ("kto", *ONLINE)),
+        ("reward", ()),
+    )
 }
 PAIR, LABELLED = {"chosen", "rejected"}, {"completion", "label"}
 
@@ -51,7 +55,7 @@ def _signs(tables: Mapping[str, Any]) -> dict[str, list[str]]:
     """Keys that only one method reads, by method."""
     given = {f"{section}.{key}": value for section, table in tables.items() if isinstance(table, Mapping)
              for key, value in table.items()}  # fmt: skip
-    signs: dict[str, list[str]] = {"sft": [], "dpo": [], "kto": [], "reward": []}
+    signs: dict[str, list[str]] = {method: [] for method in METHODS}
     for name, value in given.items():
         section = name.partition(".")[0]
         if section in signs:

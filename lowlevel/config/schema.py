@@ -10,24 +10,30 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from lowlevel.config.given import Source
+from lowlevel.config.online import GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig, SampledConfig
 from lowlevel.config.paths import Location, OptionalLocation
+from lowlevel.config.section import (
+    Batch,
+    Finite,
+    Length,
+    Names,
+    Natural,
+    NotNegative,
+    Number,
+    Positive,
+    Section,
+    Seed,
+    as_list,
+)
 
-LARGEST = 2**31 - 1  # counts are also tensors' sizes and int32 indices
 MAX_RANK, MAX_ALPHA = 4096, 1_048_576  # of an adapter: trained here, or opened
-Positive = Annotated[int, Field(gt=0, le=LARGEST)]
-Natural = Annotated[int, Field(ge=0, le=LARGEST)]
-Length = Annotated[int, Field(gt=1, le=LARGEST)]
-Batch = Annotated[int, Field(gt=0, le=65_536)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Number = int | Annotated[float, Field(allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 ALL_LINEAR = "all-linear"
-PAIRED = ("dpo", "reward")  # methods whose example is a pair
+PAIRED = ("dpo", "reward", "online_dpo")  # methods whose example is a pair
+ONLINE = ("grpo", "rloo", "ppo", "online_dpo")  # methods that sample the completions they train on
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -52,26 +58,12 @@ def _targets(value: Any) -> Any:
     return [value] if any(map(stands_alone, names)) else names
 
 
-def _list(value: Any) -> Any:
-    """A text as a list: names between commas; "none", as other programs say it, is none."""
-    if not isinstance(value, str):
-        return value
-    return [] if value == "none" else [name.strip() for name in value.split(",")]
-
-
-Names = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_list)]
 Targets = Annotated[Names, BeforeValidator(_targets)]
 Trackers = Annotated[
-    tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False), BeforeValidator(_list)
+    tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False), BeforeValidator(as_list)
 ]
 Date = Annotated[str, AfterValidator(_iso_date)]
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "question", "preference", "hh", "orca"]
-
-
-class Section(BaseModel):
-    """A table of the run file: frozen, strictly typed, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "question", "preference", "hh", "orca", "prompt"]
 
 
 class ModelConfig(Section):
@@ -103,6 +95,7 @@ class LoraConfig(Section):
         ALL_PROJECTIONS, min_length=1, description='linear layers with an adapter: names, "all-linear" or a pattern'
     )
     use_rslora: bool = Field(False, description="rsLoRA (arXiv 2312.03732): update scale is lora_alpha / sqrt(r)")
+    use_dora: bool = Field(False, description="DoRA (arXiv 2402.09353): learn the length of each weight row apart")
     loraplus_lr_ratio: Annotated[Finite, Field(gt=0)] | None = Field(
         None, description="LoRA+ (arXiv 2402.12354): learning rate of B in units of train.learning_rate, A's; say 16"
     )
@@ -179,7 +172,7 @@ class TrainConfig(Section):
 
     output_dir: Location = Field("out/run", description="run folder")
     per_device_train_batch_size: Batch = Field(
-        2, description="examples (sft) or pairs (dpo) per micro-batch; with packing, its size in full rows"
+        2, description="examples, pairs or sampled completions per micro-batch; with packing, its size in full rows"
     )
     gradient_accumulation_steps: Batch = Field(4, description="times per_device_train_batch_size = examples per step")
     learning_rate: Annotated[Finite, Field(gt=0, le=1)] = Field(2e-4, description="peak learning rate")
@@ -216,6 +209,7 @@ class TrainConfig(Section):
     early_stopping_patience: Positive | None = Field(None, description="stop after N evaluations without a lower loss")
     save_steps: Positive | None = Field(None, description="steps between checkpoints; default: only at the end")
     save_total_limit: Positive = Field(2, description="checkpoints to keep")
+    ddp_timeout: Positive = Field(120, description="seconds after which a GPU that keeps the others waiting is hung")
     report_to: Trackers = Field((), description="experiment trackers that get the logged numbers")
 
 
@@ -294,7 +288,7 @@ class TraceConfig(Section):
 class RunConfig(Section):
     """All settings of a run, from a TOML file and flags."""
 
-    method: Literal["sft", "dpo", "kto", "reward"] = "sft"
+    method: Literal["sft", "dpo", "kto", "reward", "grpo", "rloo", "ppo", "online_dpo"] = "sft"
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
@@ -303,18 +297,28 @@ class RunConfig(Section):
     dpo: DPOConfig = DPOConfig()
     kto: KTOConfig = KTOConfig()
     reward: RewardConfig = RewardConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    rloo: RLOOConfig = RLOOConfig()
+    ppo: PPOConfig = PPOConfig()
+    online_dpo: OnlineDPOConfig = OnlineDPOConfig()
     trace: TraceConfig = TraceConfig()
 
     @property
-    def own(self) -> SFTConfig | DPOConfig | KTOConfig | RewardConfig:
+    def own(self) -> SFTConfig | DPOConfig | KTOConfig | RewardConfig | SampledConfig:
         """The section of the method."""
-        sections: dict[str, Any] = {"sft": self.sft, "dpo": self.dpo, "kto": self.kto, "reward": self.reward}
-        own: SFTConfig | DPOConfig | KTOConfig | RewardConfig = sections[self.method]
+        own: SFTConfig | DPOConfig | KTOConfig | RewardConfig | SampledConfig = getattr(self, self.method)
         return own
+
+    @property
+    def sampled(self) -> SampledConfig | None:
+        """The section of an online method; None for the others."""
+        return self.own if isinstance(self.own, SampledConfig) else None
 
     @property
     def has_reference(self) -> bool:
         """Whether the loss compares the policy with the policy without the trained adapter."""
+        if self.sampled and self.method != "online_dpo":
+            return self.sampled.beta > 0
         return self.method not in ("sft", "reward")
 
     @property
@@ -324,6 +328,8 @@ class RunConfig(Section):
             return f"beta {self.kto.beta:g}, weights {self.kto.desirable_weight:g} and {self.kto.undesirable_weight:g}"
         if self.method == "reward":
             return f"Bradley-Terry, centring {self.reward.center_rewards_coefficient:g}"
+        if self.sampled:
+            return self.sampled.line
         return f"loss {self.dpo.loss_type}, beta {self.dpo.beta:g}" if self.method == "dpo" else self.sft.loss_type
 
     @property
@@ -333,8 +339,13 @@ class RunConfig(Section):
 
     @property
     def rows_per_step(self) -> int:
-        """Examples of an optimizer step."""
+        """Examples of an optimizer step; of an online method completions (online_dpo: pairs)."""
         return self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Data rows of an optimizer step: each has one example, or an online method's group of completions."""
+        return self.rows_per_step // self.sampled.group if self.sampled else self.rows_per_step
 
     @property
     def row_positions(self) -> int:
@@ -345,9 +356,10 @@ class RunConfig(Section):
 SECTIONS: dict[str, type[Section]] = {
     name: type(field.default) for name, field in RunConfig.model_fields.items() if name != "method"
 }
-METHODS = ("sft", "dpo", "kto", "reward")  # each has a section of its name
+METHODS = ("sft", "dpo", "kto", "reward", *ONLINE)  # each has a section of its name
 # Defaults of a method that differ from those of sft. The recipe has 1e-5.
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    method: {"train": {"learning_rate": rate}} for method, rate in (("dpo", 1e-5), ("kto", 1e-5), ("reward", 1e-4))
+    method: {"train": {"learning_rate": rate}}
+    for method, rate in (("dpo", 1e-5), ("kto", 1e-5), ("reward", 1e-4), *((method, 1e-5) for method in ONLINE))
 }
 LOSS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"simpo": {"beta": 2.0}}  # of [dpo], by loss_type

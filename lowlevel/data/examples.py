@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import CHANGED, CROSSED, ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
-from lowlevel.data.texts import BadRow, is_blank
+from lowlevel.data.texts import BadRow, Message, is_blank
 from lowlevel.data.truncation import Sizes, sizes_of
 from lowlevel.errors import DataError
 from lowlevel.heartbeat import counted
@@ -54,7 +54,20 @@ class PreferenceExample:
     values: tuple[float, ...] = ()
 
 
-Example = SFTExample | PreferenceExample
+@dataclass(frozen=True)
+class PromptExample:
+    """A prompt that an online method samples completions of; prompt + max_completion_length <= max_length."""
+
+    row: int
+    where: str
+    prompt_ids: np.ndarray  # (n,) int32
+    messages: Sequence[Message]
+    reference: str | None  # text of the row's own reply, else its column "answer"
+    columns: Mapping[str, object]  # of the row, for reward functions
+    values: tuple[float, ...] = ()
+
+
+Example = SFTExample | PreferenceExample | PromptExample
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class TokenCounts:
 class Built:
     """Examples with their rows and token counts (three parallel lists); problems of the other rows; all warnings."""
 
-    examples: list[SFTExample] | list[PreferenceExample]
+    examples: list[SFTExample] | list[PreferenceExample] | list[PromptExample]
     rows: list[Normalised]
     counts: list[TokenCounts]
     problems: list[RowProblem]
@@ -90,11 +103,15 @@ class Built:
         return [problem for problem in self.problems if problem.reason != TOO_LONG]
 
 
-def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Built:
-    """Tokenise, label and truncate rows of one method, in the given order.
+def build_examples(
+    rows: Sequence[Normalised], data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int, room: int | None = None
+) -> Built:
+    """Tokenise, label and truncate rows of one method, in the given order; `room`: of prompts, for each completion.
 
     Raises DataError for a token id >= `vocab_size`, the rows of the model's embedding.
     """
+    if room is not None:
+        return _prompts(rows, data, tokenizer, vocab_size, room)
     pairs = any(row.completions for row in rows)
     make: Callable[..., tuple[Any, TokenCounts]] = preference_example if pairs else sft_example
     built = Built([], [], [], [], Counter())
@@ -119,6 +136,33 @@ def build_examples(rows: Sequence[Normalised], data: DataConfig, tokenizer: Chat
     if data.supervise == "all":  # these replies are learned, too
         del built.warnings[CHANGED], built.warnings[CROSSED]
     built.problems.sort(key=lambda problem: problem.reason == TOO_LONG)  # these last
+    return built
+
+
+def _prompts(
+    rows: Sequence[Normalised], data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int, room: int
+) -> Built:
+    """Tokenise prompts; a row's own last reply, if it has one, becomes the reference."""
+    built, limit = Built([], [], [], [], Counter()), data.max_length - room
+    for row in counted("tokenising", rows, "rows"):
+        said, last = row.messages, row.messages[-1]
+        has_reply = last["role"] == "assistant"
+        answer = row.row.columns.get("answer")
+        messages, reference = (said[:-1], str(last["content"])) if has_reply else (said, answer)
+        try:
+            ids = tokenizer.encode_prompt(messages, row.tools)
+        except RenderError as error:
+            built.problems.append(RowProblem(row.row.where, "chat template", str(error)))
+            continue
+        _check_vocabulary(row, ids, vocab_size)
+        if len(ids) > limit:
+            much = f"prompt has {len(ids)} tokens; max_length {data.max_length} leaves {limit} beside {room} new ones"
+            built.problems.append(RowProblem(row.row.where, TOO_LONG, much))
+            continue
+        array, reference = np.asarray(ids, np.int32), reference if isinstance(reference, str) else None
+        built.examples.append(PromptExample(row.row.id, row.row.where, array, messages, reference, row.row.columns))  # type: ignore[arg-type]
+        built.rows.append(row)
+        built.counts.append(TokenCounts(len(ids), len(ids), len(ids), 0))
     return built
 
 
@@ -247,8 +291,10 @@ def _encode(
             yield from tokenizer.encode_conversations(conversations, tools, [row.context for row in batch])
 
 
-def _check_vocabulary(row: Normalised, encoded: Encoded | EncodedPair, vocab_size: int) -> None:
-    if isinstance(encoded, Encoded):
+def _check_vocabulary(row: Normalised, encoded: Encoded | EncodedPair | Ids, vocab_size: int) -> None:
+    if isinstance(encoded, list):
+        largest = max(encoded, default=0)
+    elif isinstance(encoded, Encoded):
         largest = max(encoded.input_ids, default=0)
     else:
         largest = max(encoded.prompt_ids + encoded.chosen_ids + encoded.rejected_ids, default=0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
+from lowlevel.config.schema import ONLINE
 from lowlevel.data import readers
 from lowlevel.data.labelled import LABEL, with_label
 from lowlevel.data.readers import ADDED, PAIR, SYSTEM, Read
@@ -17,7 +18,7 @@ from lowlevel.data.sources import SourceRows
 from lowlevel.data.texts import BadRow, Columns, decoded, is_message, is_transcript
 from lowlevel.errors import ConfigError, DataError, quoted
 
-Method = Literal["sft", "dpo", "kto"]
+Method = Literal["sft", "dpo", "kto", "grpo"]
 QUESTIONS = ("question", "query", "instruction", "input")
 ASIDE = (*SYSTEM, *ADDED, "history")  # read next to a question
 READ_ME = "lowlevel/data/README.md, Row formats"
@@ -69,6 +70,11 @@ def _holds_messages(value: object) -> bool:
     return isinstance(value, list) and bool(value) and is_message(value[0])
 
 
+def _asks_in_messages(columns: Columns) -> bool:
+    """Whether the prompt is a list; "answer" beside it is for reward functions."""
+    return isinstance(columns.get("prompt"), list)
+
+
 def _question_formats() -> Iterator[Format]:
     for question, answer in (
         *(("instruction", "output"), ("question", "answer"), ("question", "response"), ("instruction", "response")),
@@ -114,6 +120,11 @@ FORMATS += tuple(
     for f in FORMATS
     if f.method == "sft"
 )
+FORMATS += (
+    *(replace(f, method="grpo") for f in FORMATS if f.method == "sft"),
+    Format("prompt", "prompts", "grpo", ("prompt",), readers.prompts, first=True, fits=_asks_in_messages),
+    Format("prompt", "prompts", "grpo", ("prompt",), readers.prompts),
+)
 NO_NUMBERS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -124,7 +135,7 @@ def recognised(source: SourceRows, name: str, method: str, numbers: Mapping[str,
     """
     if not source.rows:
         return source
-    method = "dpo" if method == "reward" else method
+    method = "dpo" if method == "reward" else "grpo" if method in ONLINE else method
     found = sorted({column for row in source.rows for column in row.columns})
     absent = next((column for column in numbers if column not in found), None)
     if absent is not None:
@@ -185,7 +196,7 @@ def _none(source: SourceRows, found: Sequence[str], formats: Sequence[Format], m
         return f"{problem}; missing: {LABEL}, true for desirable and false for undesirable completions"
     if other := next(iter(_fitting(source, [f for f in FORMATS if f.method == method], have)), None):
         return f'{problem}; missing: {missing}; they fit data.format = "{other.name}"'
-    others = sorted((f for f in FORMATS if f.method != method), key=lambda f: not f.labelled)
+    others = sorted((f for f in FORMATS if f.method not in (method, "grpo")), key=lambda f: not f.labelled)
     if other := next(iter(_fitting(source, others, have)), None):
         return f"{problem}; they fit {other.method.upper()} ({', '.join(other.columns)})"
     if "text" in have:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lowlevel.config.given import GIVEN
 from lowlevel.config.schema import DataConfig, RunConfig
-from lowlevel.data.examples import Built, PreferenceExample, SFTExample, build_examples
+from lowlevel.data.examples import Built, PreferenceExample, PromptExample, SFTExample, build_examples
 from lowlevel.data.messages import Normalised, normalise
 from lowlevel.data.mixing import evaluation_rows, training_rows
 from lowlevel.data.rendering import ChatTokenizer
@@ -43,8 +43,8 @@ class ModelLimits:
 class PreparedData:
     """Examples in training order and for evaluation (empty without eval_source), and the report on both."""
 
-    train: list[SFTExample] | list[PreferenceExample]
-    evaluation: list[SFTExample] | list[PreferenceExample]
+    train: list[SFTExample] | list[PreferenceExample] | list[PromptExample]
+    evaluation: list[SFTExample] | list[PreferenceExample] | list[PromptExample]
     report: DataReport
 
 
@@ -61,7 +61,8 @@ def prepare(config: RunConfig, tokenizer: ChatTokenizer, limits: ModelLimits) ->
     data = config.data
     _check_length(data.max_length, limits)
     selections = _select(data, config.method)
-    splits = [_build(*selected, data, tokenizer, limits.vocab_size) for selected in selections]
+    room = config.sampled.max_completion_length if config.sampled else None
+    splits = [_build(*selected, data, tokenizer, limits.vocab_size, room) for selected in selections]
     problems = [problem for built in splits for problem in built.unusable]
     if problems and data.on_bad_row == "error":
         raise data_error(problems)
@@ -143,11 +144,13 @@ def _checked(rows: Iterable[Row], data: DataConfig) -> Iterator[Normalised | Row
             yield RowProblem(row.where, bad.reason, str(bad))
 
 
-def _build(source: SourceRows, checked: Checked, data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int) -> Built:
+def _build(
+    source: SourceRows, checked: Checked, data: DataConfig, tokenizer: ChatTokenizer, vocab_size: int, room: int | None
+) -> Built:
     """Examples with all problems and warnings, those of reading first."""
     rows = [row for row in checked if isinstance(row, Normalised)]
     unusable = [row for row in checked if isinstance(row, RowProblem)]
-    built = build_examples(rows, data, tokenizer, vocab_size)
+    built = build_examples(rows, data, tokenizer, vocab_size, room)
     warnings = source.warnings + count_warnings(rows, tokenizer) + built.warnings
     return replace(built, problems=source.problems + unusable + built.problems, warnings=warnings)
 
@@ -155,7 +158,7 @@ def _build(source: SourceRows, checked: Checked, data: DataConfig, tokenizer: Ch
 def _report(source: SourceRows, checked: Checked, built: Built, data: DataConfig, limits: ModelLimits) -> SplitReport:
     """Raises DataError if no row is left to train on."""
     if built.examples:
-        cut = truncation(built.sizes, data, limits.longest)
+        cut = truncation(built.sizes, data, limits.longest) if built.sizes else None
         return replace(split_report(source, len(checked), built), truncation=cut)
     reasons, total = Counter(problem.reason for problem in built.problems), len(built.problems)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())

@@ -52,6 +52,14 @@ def messages(columns: Columns) -> Read:
     return Turns(prompt.messages, said, tuple(set(prompt.notes))) + completion, ()
 
 
+def prompts(columns: Columns) -> Read:
+    """`prompt` alone, a text or messages: the model answers. Replies in it are context."""
+    prompt = turns_or_none(columns, "prompt")
+    prompt = message("user", text_of(columns, "prompt")) if prompt is None else prompt
+    _check_prompt(prompt)
+    return prompt, ()
+
+
 def conversations(columns: Columns) -> Read:
     """ShareGPT: a list of messages, and a system text in a column of its own."""
     return _with_system(columns, turns_of(columns, "conversations")), ()

@@ -115,9 +115,9 @@ class ChatTokenizer:
         ]
         return self._with_unread_tools(encoded, tools)
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Token ids that generation starts from: messages and the opening of a reply. Raises RenderError."""
-        text = self.chat_template.render(messages, add_generation_prompt=True)
+        text = self.chat_template.with_tools(tools).render(messages, add_generation_prompt=True)
         return self._with_bos(self._ids([text])[0])
 
     def encode_pairs(

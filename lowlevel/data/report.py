@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowlevel.data.examples import Built, Example, SFTExample, TokenCounts
+from lowlevel.data.examples import Built, Example, PromptExample, SFTExample, TokenCounts
 from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import APART, ChatTokenizer
 from lowlevel.data.sources import SHOWN, Part, RowProblem, SourceRows
@@ -122,7 +122,7 @@ def split_report(source: SourceRows, selected: int, built: Built) -> SplitReport
         tokens={"total": sum(c.kept for c in counts), "supervised": supervised - lost},
         truncated_rows=sum(c.total > c.kept for c in counts),
         tokens_lost=lost,
-        share_lost=lost / supervised,
+        share_lost=lost / max(supervised, 1),
         prompt_tokens_lost=sum(c.prompt_lost for c in counts),
         replies=sum(c.replies for c in counts),
         replies_ended=int(sum(c.ended for c in counts)),
@@ -223,6 +223,9 @@ def show_example(example: Example, tokenizer: ChatTokenizer, console: Console) -
     if isinstance(example, SFTExample):
         learned = example.labels >= 0
         console.print(_coloured(example.input_ids, np.where(learned, "green", "dim"), tokenizer, console))
+        return
+    if isinstance(example, PromptExample):
+        console.print(_coloured(example.prompt_ids, np.full(len(example.prompt_ids), "dim"), tokenizer, console))
         return
     for name, style, ids in (("chosen", "green", example.chosen_ids), ("rejected", "red", example.rejected_ids)):
         whole = np.concatenate([example.prompt_ids, ids])

@@ -10,7 +10,7 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lowlevel.config.given import GIVEN, GivenRows
+from lowlevel.config.schema import ONLINE
 from lowlevel.data import mends
 from lowlevel.data.json_lines import LineError, parse_line, spans_lines, whole_file
 from lowlevel.demo import world
@@ -276,7 +277,8 @@ def _numbered(name: str, rows: Iterable[Mapping[str, object]], first: int = 0) -
 def _read_demo(split: str, method: str) -> SourceRows:
     if split not in DEMO_ROWS:
         raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
-    make = world.sft_rows if method == "sft" else world.preference_rows
+    make: Callable[[str, int, int], Sequence[Mapping[str, object]]] = world.preference_rows
+    make = world.sft_rows if method == "sft" else world.prompt_rows if method in ONLINE else make
     return _numbered(f"demo[{split}]", make(split, DEMO_ROWS[split], 0))
 
 

@@ -7,7 +7,7 @@ All rows are drawn from `random.Random(seed)`: the same arguments give the same 
 import random
 from dataclasses import dataclass
 
-from lowlevel.demo.replies import draw_style, parse_reply, write_reply
+from lowlevel.demo.replies import draw_style, parse_reply, preferred_style, write_reply
 from lowlevel.demo.skills import draw, draw_followup
 
 Message = dict[str, str]
@@ -84,6 +84,30 @@ def preference_rows(split: str, n: int, seed: int) -> list[dict[str, list[Messag
             "rejected": [_assistant(write_reply(rejected, style, rng))],
         })  # fmt: skip
     return rows
+
+
+def prompt_rows(split: str, n: int, seed: int) -> list[dict[str, object]]:
+    """Return n prompts {"prompt", "completion", "answer"} for an online method; `right_answer` is their reward."""
+    items, rng = _draw_items(split, n, seed, "prompt")
+    return [
+        {
+            "prompt": item.prompt,
+            "completion": [_assistant(write_reply(item.answer, draw_style(rng), rng))],
+            "answer": item.answer,
+        }
+        for item in items
+    ]
+
+
+def right_answer(completions: list[str], answer: list[str], **others: object) -> list[float]:
+    """Reward of the demo's replies: 1 for a whole reply in one of the known forms with the right answer, else 0."""
+    parsed = map(parse_reply, completions)
+    return [float(found is not None and found[1] == right) for found, right in zip(parsed, answer, strict=True)]
+
+
+def polite(completions: list[str], **others: object) -> list[float]:
+    """1 for a reply in the preferred style, with any answer, else 0."""
+    return [float(preferred_style(text)) for text in completions]
 
 
 def check_items(n: int, seed: int) -> list[Item]:

@@ -14,12 +14,13 @@ from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import settings
 from lowlevel.inspection.records import PairRecord, SequenceRecord
 from lowlevel.inspection.rewards import RewardRecord
+from lowlevel.inspection.sampled import SampledRecord
 from lowlevel.methods import Method
 
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """The inspected examples: `pairs` (dpo), `sequences` (sft), `labelled` (kto) or `rewards` (reward)."""
+    """The inspected examples: `pairs` (dpo), `sequences` (sft), `labelled` (kto), `rewards` (reward) or `sampled`."""
 
     run: str  # name of the run folder
     subject: str  # "step 5" or "row 12"
@@ -31,14 +32,15 @@ class Inspection:
     pairs: tuple[PairRecord, ...] = ()
     labelled: tuple[LabelledRecord, ...] = ()
     rewards: tuple[RewardRecord, ...] = ()
+    sampled: tuple[SampledRecord, ...] = ()  # grpo, rloo, ppo
 
     def __repr__(self) -> str:
         return "\n".join((self.headline, self.conditions, self.result))
 
     @property
-    def records(self) -> Sequence[SequenceRecord | PairRecord | LabelledRecord | RewardRecord]:
+    def records(self) -> Sequence[SequenceRecord | PairRecord | LabelledRecord | RewardRecord | SampledRecord]:
         """Whichever there are."""
-        return self.sequences or self.pairs or self.labelled or self.rewards
+        return self.sequences or self.pairs or self.labelled or self.rewards or self.sampled
 
     @property
     def loss(self) -> float:
@@ -46,14 +48,19 @@ class Inspection:
         return float(torch.stack([record.loss for record in self.records]).double().sum()) / self.count
 
     @property
-    def count(self) -> int:
-        """Learned tokens (sft), pairs (dpo) or labelled completions (kto)."""
+    def count(self) -> float:
+        """Learned tokens (sft), pairs (dpo) or labelled completions (kto); of sampled ones what the loss counts."""
+        if self.sampled:
+            return sum(record.count for record in self.sampled) or 1.0
         return len(self.pairs or self.labelled or self.rewards) or sum(len(record.tokens) for record in self.sequences)
 
     @property
     def headline(self) -> str:
         """Run, subject, number of examples and loss, in one line."""
-        if not self.sequences:
+        if self.sampled:
+            tokens = sum(len(record.tokens) for record in self.sampled)
+            counts = [_count(len(self.sampled), "completion"), _count(tokens, "token")]
+        elif not self.sequences:
             counts = [_count(self.count, "labelled completion" if self.labelled else "pair")]
         else:
             counts = [_count(len(self.sequences), "example"), _count(self.count, "learned token")]
@@ -82,5 +89,5 @@ def logged_loss(metrics: Sequence[dict[str, Any]], step: int, config: RunConfig)
     return f"logged: {loss:.6f}{window}{dropout}"
 
 
-def _count(number: int, noun: str) -> str:
+def _count(number: float, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -115,14 +115,15 @@ def loss_path(record: PairRecord, method: Method) -> list[PathStep]:
     assert isinstance(method, DPO)
     chosen, rejected = record.chosen, record.rejected
     spec, reading = method.preference_loss.spec, reading_of(method.config.loss_type)
+    reward = f"β · log-ratio{' / n' if spec.averages else ''}, β = {method.config.beta:g}"
     steps = [
         _both("policy", "log π(y|x), sum over tokens", chosen.logp, rejected.logp),
         _both("reference", "none: 0" if spec.reference_free else "log ref(y|x)", chosen.ref_logp, rejected.ref_logp),
         _both("log-ratio a, b", "log π − log ref", chosen.logratio, rejected.logratio),
-        _both("reward", f"β · log-ratio, β = {method.config.beta:g}", chosen.reward, rejected.reward),
+        _both("reward", reward, chosen.reward, rejected.reward),
         PathStep("margin x", "chosen − rejected reward", pair=float(record.margin)),
     ]
-    if reading == "averages":
+    if reading == "averages" and not spec.averages:
         lengths = f"n₊ = {len(chosen.tokens)}, n₋ = {len(rejected.tokens)}"
         averaged = [completion.reward / max(1, len(completion.tokens)) for completion in (chosen, rejected)]
         steps.append(_both("reward per token", f"reward / n, {lengths}", *averaged))

@@ -27,7 +27,8 @@ from lowlevel.inspection.labelled import inspect_labelled
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.records import inspect_pairs, inspect_sequences
 from lowlevel.inspection.rewards import inspect_rewards
-from lowlevel.methods import DPO, KTO, SFT, Reward
+from lowlevel.inspection.sampled import inspect_sampled
+from lowlevel.methods import DPO, KTO, SFT, PolicyGradient, Reward
 from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.running.run_folder import RunFolder
 
@@ -53,16 +54,19 @@ def inspect_run(
     folder, config = opened.folder, opened.config
     weights = _choose_weights(folder, step, checkpoint, opened.note)
     tokenizer, data = opened.data()
+    if example is not None and config.sampled:
+        raise ConfigError(f"--example: {config.method} samples other completions in each step: give --step")
     if example is not None:
         examples, subject = [example_of_row(config, tokenizer, data, example)], f"row {example}"
     else:
         assert step is not None
-        examples, subject = step_examples(config, data, step), f"step {step}"
+        examples, subject = step_examples(config, data, step, run_dir=folder.path), f"step {step}"
     run = opened.load(weights.adapter, reference=True)
     pairs = inspect_pairs(run.policy, run.method, examples) if isinstance(run.method, DPO) else ()
     sequences = inspect_sequences(run.policy, run.method, examples) if isinstance(run.method, SFT) else ()
     labelled = inspect_labelled(run.policy, run.method, examples) if isinstance(run.method, KTO) else ()
     rewards = inspect_rewards(run.policy, run.method, examples) if isinstance(run.method, Reward) else ()
+    sampled = inspect_sampled(run.policy, run.method, examples) if isinstance(run.method, PolicyGradient) else ()
     return Inspection(
         run=folder.path.resolve().name,
         subject=subject,
@@ -74,6 +78,7 @@ def inspect_run(
         pairs=tuple(pairs),
         labelled=tuple(labelled),
         rewards=tuple(rewards),
+        sampled=tuple(sampled),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from lowlevel.losses.dpo import HYPERPARAMETERS
+from lowlevel.losses.dpo import HYPERPARAMETERS, LOSSES
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods import Method
 
@@ -41,7 +41,15 @@ def settings(method: Method) -> str:
     spec, values = method.spec, method.settings
     signs = {name: SIGNS[one.sign] for name, one in HYPERPARAMETERS.items()}
     names = {"beta": "β", "label_smoothing": "ε", **signs}
-    return ", ".join([spec.name, *(f"{names.get(key, key)} {value:g}" for key, value in values.items())])
+    return ", ".join(
+        [
+            spec.name,
+            *(
+                f"{names.get(key, key)} {value if isinstance(value, str) else f'{value:g}'}"
+                for key, value in values.items()
+            ),
+        ]
+    )
 
 
 def formula(spec: LossSpec) -> str:
@@ -60,7 +68,8 @@ def source(spec: LossSpec) -> str:
 
 def sum_name(loss_type: str) -> str:
     """Name of the sum of a pair's contributions."""
-    return "averaged margin" if reading_of(loss_type) == "averages" else "margin"
+    rewards = loss_type in LOSSES and LOSSES[loss_type].averages
+    return "averaged margin" if rewards or reading_of(loss_type) == "averages" else "margin"
 
 
 def weight_name(loss_type: str) -> str:

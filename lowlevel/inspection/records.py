@@ -17,7 +17,7 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import DPOConfig
 from lowlevel.inspection.displacement import Displacement, displacement_of
 from lowlevel.inspection.distribution import Distribution, distribution
-from lowlevel.inspection.reading import reading_of
+from lowlevel.inspection.reading import sum_name
 from lowlevel.kernels import token_logps, token_scores
 from lowlevel.methods.dpo import DPO, pair_logps, reward_slopes
 from lowlevel.methods.sft import SFT
@@ -165,7 +165,7 @@ def _token_factors(config: DPOConfig, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Of each completion, (2P,): the count that its sum is divided by (tokens if the loss reads averages, else 1), and
     the factor from a token's log-ratio to its contribution: beta / count, negative for the rejected ones.
     """
-    averages = reading_of(config.loss_type) == "averages"
+    averages = sum_name(config.loss_type) == "averaged margin"
     counts = lengths.clamp(min=1).float() if averages else torch.ones(len(lengths))
     return counts, config.beta / counts * torch.tensor([1.0, -1.0]).repeat_interleave(len(lengths) // 2)
 
@@ -191,8 +191,9 @@ def _pairs_of(
     sums = torch.cat([pairs.chosen_logps, pairs.rejected_logps]).cpu()
     ref_sums = torch.cat([pairs.ref_chosen_logps, pairs.ref_rejected_logps]).cpu()
     half, (counts, factors) = len(batch.real), _token_factors(method.config, batch.lengths)
-    # a reward that rises by 1 raises an averaged contribution by 1 / n
-    weights = torch.cat([-slopes[0], slopes[1]]).cpu() * counts
+    # a reward that rises by 1 raises an averaged contribution by 1 / n, unless the reward is the average
+    own = counts if method.spec.averages else torch.ones_like(counts)
+    weights = torch.cat([-slopes[0], slopes[1]]).cpu() * counts / own
     arguments = (factors * (sums - ref_sums)).view(2, half).sum(0)
 
     def completion(i: int) -> CompletionRecord:
@@ -204,7 +205,7 @@ def _pairs_of(
             contributions=factors[i] * (tokens.logps - reference),
             logp=sums[i],
             ref_logp=ref_sums[i],
-            reward=method.config.beta * (sums[i] - ref_sums[i]),
+            reward=method.config.beta * (sums[i] - ref_sums[i]) / own[i],
             weight=weights[i],
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
@@ -20,6 +21,7 @@ from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import reading_of, source, sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord
 from lowlevel.inspection.rewards import RewardRecord, reward_path
+from lowlevel.inspection.sampled import SampledRecord
 from lowlevel.methods import KTO, Reward
 
 WIDE = 110  # terminal width from which a pair's tables include the likeliest alternatives
@@ -34,7 +36,7 @@ def print_inspection(inspection: Inspection, console: Console, *, details: bool 
         console.print(line, markup=False, highlight=False)
     if len(inspection.records) > 1:
         tables = {"dpo": _pairs_table, "kto": _labelled_table, "reward": _rewards_table, "sft": _sequences_table}
-        table = tables[inspection.method.name]
+        table = _sampled_table if inspection.sampled else tables[inspection.method.name]
         console.print(table(inspection, console.width))
     if not details:
         return
@@ -46,6 +48,8 @@ def print_inspection(inspection: Inspection, console: Console, *, details: bool 
         _print_labelled(labelled, inspection, console)
     for rewards in inspection.rewards:
         _print_rewards(rewards, inspection, console)
+    for sampled in inspection.sampled:
+        _print_sampled(sampled, inspection.pieces, console)
 
 
 def _table(
@@ -120,6 +124,35 @@ def _rewards_table(inspection: Inspection, width: int) -> Table:
         rows.append((str(record.row), *numbers, record.where))
     headings = ("row", "chosen", "rejected", "margin", "weight", "loss", "<from")
     return _table(headings, rows, width, caption="rewards; weight: −dL/d(chosen reward)")
+
+
+def _sampled_table(inspection: Inspection, width: int) -> Table:
+    rows: list[Sequence[str | Text]] = []
+    for one in inspection.sampled:
+        x, clipped = one.rollout, percent(float(one.clipped.float().mean()))
+        advantage = _coloured("margin", signed(float(x.advantages.mean())))
+        length = f"{len(one.tokens)}{'' if x.ended else ' cut'}"
+        numbers = (plain(x.reward), advantage, length, plain(float(one.ratios.mean())), clipped, plain(float(one.loss)))
+        rows.append((f"{x.row}.{x.sample}", *numbers, " ".join(x.text.split())))
+    headings = ("row", "reward", "advantage", "tokens", "ratio", "clipped", "loss", "<completion")
+    return _table(headings, rows, width, caption="advantage, ratio: means of the tokens; loss: their weighted sum")
+
+
+def _print_sampled(record: SampledRecord, pieces: TokenPieces, console: Console) -> None:
+    x, rows = record.rollout, list[Sequence[str | Text]]()
+    _print_title(x.row, f"{x.where}, sample {x.sample}", torch.from_numpy(x.prompt_ids), pieces, console)
+    parts = ", ".join(f"{name} {plain(value)}" for name, value in x.rewards.items())
+    out = "" if x.counted else "; not in the loss"
+    console.print(f"reward {plain(x.reward)} ({parts}){out}", markup=False, highlight=False)
+    columns = {"logp": record.tokens.logps, "sampled at": record.old_logps, "ratio": record.ratios}
+    columns |= {} if record.kl is None else {"kl": record.kl}
+    columns |= {"advantage": torch.from_numpy(x.advantages), "loss": record.token_losses}
+    for i, token in enumerate(record.tokens.ids.tolist()):
+        numbers = (plain(float(values[i])) for values in columns.values())
+        rows.append(
+            (str(int(record.tokens.positions[i])), pieces.text(token), *numbers, "clipped" * bool(record.clipped[i]))
+        )
+    console.print(_table(("#", "<token", *columns, "<"), rows, console.width))
 
 
 def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Console) -> None:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,16 @@ NAMESPACE = "lowlevel"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # registrations end when this object is deleted
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+def operator(name: str, *, writes: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: register a function as the operator `lowlevel::name` on every device; its type hints are the schema.
 
-    The function must return new tensors that share no memory with its arguments. Register the shapes of its results
-    with `torch.library.register_fake` and its gradient with `torch.library.register_autograd`.
+    The function must return new tensors that share no memory with its arguments; it may write into the arguments that
+    `writes` names. Register the shapes of its results with `torch.library.register_fake` and its gradient with
+    `torch.library.register_autograd`.
     """
 
     def define(function: Callable[..., Any]) -> Any:
-        schema = torch.library.infer_schema(function, mutates_args=())
+        schema = torch.library.infer_schema(function, mutates_args=tuple(writes))
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         return getattr(getattr(torch.ops, NAMESPACE), name).default

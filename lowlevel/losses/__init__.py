@@ -7,6 +7,7 @@ Nothing here averages over a batch: the loop divides sums once by the count of t
 from lowlevel.losses.cross_entropy import masked_cross_entropy, sequence_logps
 from lowlevel.losses.dpo import LOSSES, DPOOutput, PreferenceLoss, dpo_loss, loss_spec
 from lowlevel.losses.kto import KTO_LOSSES, LabelledLogps
+from lowlevel.losses.policy_gradient import POLICY_LOSSES, SampledLogps
 from lowlevel.losses.preference import PairLogps
 from lowlevel.losses.registry import loss
 from lowlevel.losses.reward import REWARD_LOSSES, PairRewards
@@ -15,6 +16,7 @@ from lowlevel.losses.supervised import SFT_LOSSES, SupervisedLoss, TokenLogps
 from lowlevel.losses.token_logps import token_logps, token_logps_reference, token_scores, token_scores_reference
 
 __all__ = [
+    "POLICY_LOSSES",
     "KTO_LOSSES",
     "LOSSES",
     "REWARD_LOSSES",
@@ -25,6 +27,7 @@ __all__ = [
     "PairLogps",
     "PairRewards",
     "PreferenceLoss",
+    "SampledLogps",
     "SupervisedLoss",
     "TokenLogps",
     "dpo_loss",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.losses import modifiers, preference, reference_free
-from lowlevel.losses.preference import PairLogps
+from lowlevel.losses.preference import PairLogps, token_counts
 from lowlevel.losses.registry import LossSpec, find, spec_of
 
 
@@ -24,7 +24,8 @@ from lowlevel.losses.registry import LossSpec, find, spec_of
 class DPOOutput:
     """Result of `dpo_loss`; each (P,) fp32, float64 if a log-probability was. Only `losses` has a gradient.
 
-    `chosen_rewards`, `rejected_rewards` = beta * log-ratio (arXiv 2305.18290 eq 5); `margins` their difference.
+    `chosen_rewards`, `rejected_rewards` = beta * log-ratio (arXiv 2305.18290 eq 5), of simpo and orpo its mean over the
+    completion's tokens (arXiv 2405.14734); `margins` their difference.
     """
 
     losses: Tensor
@@ -71,8 +72,9 @@ _SPECS = (
         "arXiv 2405.14734",
         reference_free=True,
         needs_lengths=True,
+        averages=True,
     ),
-    spec_of(reference_free.orpo, ORPO, "arXiv 2403.07691", reference_free=True, needs_lengths=True),
+    spec_of(reference_free.orpo, ORPO, "arXiv 2403.07691", reference_free=True, needs_lengths=True, averages=True),
     spec_of(
         reference_free.cpo,
         "-ls(beta (p+ - p-)) - alpha p+/n+",
@@ -197,9 +199,15 @@ class PreferenceLoss:
     def __call__(self, pairs: PairLogps) -> DPOOutput:
         """Loss and rewards of P pairs."""
         losses, metrics = self.spec(pairs, self.settings)
-        chosen_rewards = self.beta * pairs.chosen_logratios.detach()
-        rejected_rewards = self.beta * pairs.rejected_logratios.detach()
+        counts = reward_counts(self.spec, pairs)
+        chosen_rewards = self.beta * pairs.chosen_logratios.detach() / counts[0]
+        rejected_rewards = self.beta * pairs.rejected_logratios.detach() / counts[1]
         return DPOOutput(losses, chosen_rewards, rejected_rewards, chosen_rewards - rejected_rewards, metrics)
+
+
+def reward_counts(spec: LossSpec, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+    """What the sums of chosen and rejected completions are divided by in their rewards: tokens (P,), or ones."""
+    return token_counts(pairs) if spec.averages else (torch.ones_like(pairs.chosen_logps),) * 2
 
 
 def _check_parameters(spec: LossSpec, beta: float, label_smoothing: float, given: Mapping[str, float]) -> None:

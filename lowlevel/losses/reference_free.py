@@ -1,7 +1,8 @@
 """Preference losses without a reference: only the policy's log-probabilities enter, and no reference pass is run.
 
 Symbols: `p+ = log pi(y+)` summed over the n+ tokens of the chosen completion, `p-` likewise for the rejected one; the
-others are those of `lowlevel.losses.preference`. The reported reward of a completion is beta p.
+others are those of `lowlevel.losses.preference`. The reported reward of a completion is beta p; where the loss compares
+averages (SimPO, ORPO), it is beta p/n.
 """
 
 import torch

@@ -41,6 +41,7 @@ class LossSpec:
     paper: str
     parameters: tuple[str, ...]
     needs_lengths: bool = False
+    averages: bool = False  # a reward is beta times the mean, not the sum, of a completion's log-probabilities
     needs_tokens: bool = False  # log-probabilities of single tokens, under the reference too
     needs_margin: bool = False  # a rated margin of each pair: data.columns
     reference_free: bool = False  # log-probabilities under the reference are 0, and there is no reference pass

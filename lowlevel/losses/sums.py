@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 LABELS = ("desirable", "undesirable")
@@ -23,6 +24,25 @@ class LossSums:
     def named(self) -> dict[str, Tensor]:
         """Loss and metrics by name, detached scalars."""
         return {"loss": self.loss.detach(), **self.metrics}
+
+    def flat(self) -> Tensor:
+        """All values in one fp32 vector."""
+        parts = [torch.stack(list(self.named().values())), *self.examples.values(), *self.tokens.values()]
+        return torch.cat([part.float() for part in parts])
+
+    def room(self, examples: int, tokens: int) -> int:
+        """Length of `flat` for a micro-batch of so many examples and tokens with the same names."""
+        return len(self.named()) + len(self.examples) * examples + len(self.tokens) * tokens
+
+    def like_this(self, flat: Tensor, examples: int) -> LossSums:
+        """The inverse of `flat` for a micro-batch of so many examples with the same names."""
+        named, each, rest = flat.split(
+            [count := len(self.named()), size := examples * len(self.examples), len(flat) - count - size]
+        )
+        loss, *metrics = named.unbind()
+        parts = [dict(zip(names, part.chunk(max(1, len(names))), strict=False))
+                 for names, part in ((self.examples, each), (self.tokens, rest))]  # fmt: skip
+        return LossSums(loss, dict(zip(self.metrics, metrics, strict=True)), parts[0], parts[1])
 
     def kept(self, details: bool) -> LossSums:
         """With copies of `examples` and `tokens`, which a captured graph overwrites at its next replay, or without."""

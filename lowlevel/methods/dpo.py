@@ -18,7 +18,7 @@ from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, pair
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.config.schema import DPOConfig, RunConfig
 from lowlevel.losses import DPOOutput, LossSums, PairLogps, PreferenceLoss, loss_spec
-from lowlevel.losses.dpo import HYPERPARAMETERS
+from lowlevel.losses.dpo import HYPERPARAMETERS, reward_counts
 from lowlevel.losses.modifiers import rated_margins
 from lowlevel.losses.registry import LossSpec, check_result
 from lowlevel.model.policy import Policy
@@ -235,8 +235,9 @@ def check_loss(config: DPOConfig, columns: Sequence[str] = ()) -> None:
 def reward_slopes(config: DPOConfig, pairs: PairLogps) -> tuple[Tensor, Tensor]:
     """Slopes of the summed loss in the chosen and in the rejected rewards, (P,) each, by autograd.
 
-    A reward is beta times a log-ratio; for the sigmoid loss the slopes are -sigma(-x) and sigma(-x). `aot` sorts its
-    pairs, which must be those of one micro-batch. NaN for a custom loss that depends on token log-probabilities.
+    A reward is beta times a log-ratio, or times its average (`LossSpec.averages`); for the sigmoid loss the slopes are
+    -sigma(-x) and sigma(-x). `aot` sorts its pairs, which must be those of one micro-batch. NaN for a custom loss that
+    depends on token log-probabilities.
     """
     inputs = {"chosen_logps": pairs.chosen_logps, "rejected_logps": pairs.rejected_logps}
     inputs |= {} if pairs.token_logps is None else {"token_logps": pairs.token_logps}
@@ -247,5 +248,9 @@ def reward_slopes(config: DPOConfig, pairs: PairLogps) -> tuple[Tensor, Tensor]:
     zero = torch.zeros_like(pairs.chosen_logps)  # of a completion that the loss does not read
     if any(slopes is not None for slopes in tokens):
         return zero + torch.nan, zero + torch.nan
-    for_chosen, for_rejected = (zero if slopes is None else slopes / config.beta for slopes in (chosen, rejected))
+    counts = reward_counts(loss_spec(config.loss_type), pairs)
+    for_chosen, for_rejected = (
+        zero if slopes is None else slopes * count / config.beta
+        for slopes, count in zip((chosen, rejected), counts, strict=True)
+    )
     return for_chosen, for_rejected

@@ -24,21 +24,32 @@ from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.dropout import DropoutState
 from lowlevel.model.files import is_finite, read_json_object, refuse_pickles
 from lowlevel.model.layers import DecoderLayers
-from lowlevel.model.linear import install_side_by_side
+from lowlevel.model.linear import install_side_by_side, prepare_dora
 from lowlevel.model.moving_reference import Following
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import PARENT, REFERENCE, SCORE, TRAINED, Policy, flatten, moving_reference, place_dropout
+from lowlevel.model.policy import (
+    PARENT,
+    REFERENCE,
+    SCORE,
+    TRAINED,
+    VALUE,
+    Policy,
+    flatten,
+    moving_reference,
+    place_dropout,
+)
 from lowlevel.model.suitability import check_base
 from lowlevel.model.targets import linear_layers, matched
 
 WEIGHTS = "adapter_model.safetensors"
 REFERENCE_WEIGHTS = "reference.safetensors"  # in checkpoints: a moving reference, with the names of WEIGHTS
+VALUE_WEIGHTS = "value_head.safetensors"  # in checkpoints of ppo
 ADAPTER_CONFIG = "adapter_config.json"
 START, DEFAULT = "init_lora_weights", "default"  # in the metadata of WEIGHTS, unless it is the default
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 # Keys of adapter_config.json. Every variant of LoRA adds one, so a key that is not listed must be null, false or empty.
-OBEYED = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+OBEYED = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
 CHECKED = ("peft_type", "base_model_name_or_path")
 ABOUT = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")  # the writer, PEFT's wrapper class
 UNREAD = ("eva_config", "megatron_core", "qalora_group_size")  # before training; with megatron_config; with use_qalora
@@ -67,6 +78,7 @@ def build_policy(
     offload: bool = False,
     following: Following | None = None,
     reward_head: bool = False,
+    value_head: bool = False,
 ) -> Policy:
     """Attach the adapter to train to a base from `load_base`.
 
@@ -78,6 +90,7 @@ def build_policy(
         recomputed: with gradient checkpointing, how many layers are recomputed; None: all of them.
         offload: keep the inputs of these layers in host memory.
         following: give the policy a moving reference.
+        value_head: also train a head that gives the value of a state, at first 0.
         reward_head: also train a head that gives a scalar, initialised by `seed` or from `init_from`.
 
     Raises:
@@ -90,11 +103,18 @@ def build_policy(
     torch.manual_seed(seed)
     head = _new_head(base, seed, placement.device) if reward_head else None
     model = _attach(base, lora, parent, init_from, head, moving=following is not None)
+    if value_head:
+        value = nn.Linear(base.get_output_embeddings().weight.shape[1], 1, bias=False, device=placement.device)
+        nn.init.zeros_(value.weight)
+        model.get_base_model().value = value
     install_side_by_side(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for layer in layers.values():
+        if TRAINED in layer.lora_magnitude_vector:
+            prepare_dora(layer, TRAINED, placement.dtype, fresh=init_from is None)
     state = DropoutState()
     place_dropout(layers, lora.lora_dropout, state, placement.device)
-    trained = {name: p for name, p in model.named_parameters() if f".{TRAINED}." in name or name == SCORE}
+    trained = {name: p for name, p in model.named_parameters() if f".{TRAINED}." in name or name in (SCORE, VALUE)}
     flat = flatten(trained, lora.loraplus_lr_ratio)
     model.eval()  # no dropout or router noise in the base; the adapter's dropout only depends on its state
     host = HostInputs(placement.device) if offload else None
@@ -102,13 +122,25 @@ def build_policy(
     adapted = tuple(layers.values())
     moving = moving_reference(model, flat, following) if following else None
     start = adapter_start(init_from) if init_from else lora.init_lora_weights
-    own_head = flat.views.get(SCORE)
+    heads = flat.views.get(SCORE), flat.views.get(VALUE)
     policy = Policy(
-        model, flat, placement, state, adapted, parent is not None, attention, decoder_layers, moving, start, own_head
+        model, flat, placement, state, adapted, parent is not None, attention, decoder_layers, moving, start, *heads
     )
     policy.activate(parent=True, trained=True)
+    if policy.value_head is not None and init_from and (init_from / VALUE_WEIGHTS).exists():
+        load_value_head(policy.value_head, init_from)
     check_base(policy)
     return policy
+
+
+def load_value_head(head: nn.Parameter, folder: Path) -> None:
+    """Copy the value head of a checkpoint. Raises CheckpointError if it cannot be read."""
+    try:
+        value = load_file(folder / VALUE_WEIGHTS)[VALUE]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{folder / VALUE_WEIGHTS} cannot be read: {error}") from None
+    with torch.no_grad():
+        head.copy_(value)
 
 
 def _new_head(base: PreTrainedModel, seed: int, device: torch.device) -> nn.Linear:
@@ -227,8 +259,9 @@ def _check_settings(raw: dict[str, Any], path: Path) -> None:
         matched(targets or "", ())
     except ValueError as error:
         raise CheckpointError(f"{path}: target_modules = {quoted(repr(targets))} {error}") from None
-    if not isinstance(raw.get("use_rslora", False), bool):
-        raise CheckpointError(f"{path}: use_rslora = {quoted(repr(raw['use_rslora']))}, expected true or false")
+    for switch in ("use_rslora", "use_dora"):
+        if not isinstance(raw.get(switch, False), bool):
+            raise CheckpointError(f"{path}: {switch} = {quoted(repr(raw[switch]))}, expected true or false")
     name = raw.get("base_model_name_or_path")
     if not (name is None or isinstance(name, str) and "://" not in name):
         raise CheckpointError(f"{path}: base_model_name_or_path = {quoted(repr(name))}, expected a name or a folder")
@@ -275,8 +308,9 @@ def load_adapter_weights(model: PeftModel, adapter: str, tensors: dict[str, Tens
 
 def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
     """An adapter's parameters under the keys of PEFT's file format (without the adapter's name)."""
-    marker = f".{adapter}."
+    marker, vector = f".{adapter}.", ".lora_magnitude_vector"
     own = {name.replace(marker, "."): p for name, p in model.named_parameters() if ".lora_" in name and marker in name}
+    own = {name.removesuffix(".weight") if vector in name else name: p for name, p in own.items()}
     heads = {name: p for name, p in model.named_parameters() if name == SCORE} if adapter == TRAINED else {}
     return own | heads
 

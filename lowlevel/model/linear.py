@@ -8,12 +8,20 @@ s = lora_alpha / r, and the sum. Here s scales A, which is small, and cuBLAS add
 rank r are too small to fill a GPU, so they run on a second stream, in parallel with dequantisation and the large
 product. Uncompiled layers run the code of PEFT and bitsandbytes, with which tests compare the compiled ones.
 These are operators because torch 2.11 compiles the gradient of some autograd.Functions to zero.
+
+DoRA (arXiv 2402.09353) learns the length of each row of W + B A' apart, m. Lengths are constants to the gradient, as in
+the paper's section 4.3 and in PEFT, and need no product of W's size but W A'^T, of r columns:
+
+    y = m / |W + B A'| * (x W^T + h B^T)        |W + B A'|^2 = |W|^2 + rowsum(B * (2 W A'^T + B A' A'^T))
+
+PEFT forms W + B A' and, in training, drops inputs of W too; here dropout is on the adapter's input alone, as in LoRA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from itertools import compress, islice
 from typing import TYPE_CHECKING, Any, cast
@@ -55,7 +63,8 @@ class _SideBySide(Adapted):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        if not torch.compiler.is_compiling() or self.disable_adapters or self.merged:
+        own = torch.compiler.is_compiling() or len(self.lora_magnitude_vector) > 0
+        if not own or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -63,7 +72,40 @@ class _SideBySide(Adapted):
         dropped = [self.lora_dropout[name](x).to(dtype) for name in names]
         down = [(cast(Tensor, self.lora_A[name].weight) * self.scaling[name]).to(dtype) for name in names]
         up = [cast(Tensor, self.lora_B[name].weight).to(dtype) for name in names]
-        return product(cast(nn.Linear, self.base_layer), x.to(dtype), dropped, down, up).to(x.dtype)
+        dora = [Dora.of(self, name) for name in names if name in self.lora_magnitude_vector]
+        return product(cast(nn.Linear, self.base_layer), x.to(dtype), dropped, down, up, *dora).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Dora:
+    """What DoRA adds to an adapter's product, fp32."""
+
+    magnitude: Tensor  # m (O,)
+    squares: Tensor  # |W|^2 by row, (O,)
+    down: Tensor  # A' (r, I)
+    up: Tensor  # B (O, r)
+
+    @classmethod
+    def of(cls, layer: Any, name: str) -> Dora:
+        """Of a layer's adapter."""
+        down, up = (part[name].weight.detach() for part in (layer.lora_A, layer.lora_B))
+        return cls(layer.lora_magnitude_vector[name].weight, layer.weight_squares, down * layer.scaling[name], up)
+
+    def scale(self, across: Tensor) -> Tensor:
+        """m / |W + B A'|, (O,), given A' W^T (r, O)."""
+        with torch.autocast(across.device.type, enabled=False):
+            change = 2 * across.float().T + self.up @ (self.down @ self.down.T)
+            squares = self.squares + (self.up * change).sum(1)
+        return self.magnitude / squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+
+
+@torch.no_grad()
+def prepare_dora(layer: Any, name: str, dtype: torch.dtype, *, fresh: bool) -> None:
+    """Measure W's rows once; a `fresh` adapter's m is their length, so that it starts as the base. B must be 0."""
+    squares = _dense(*_packed(layer.base_layer), dtype).float().square().sum(1)
+    layer.register_buffer("weight_squares", squares, persistent=False)
+    if fresh:
+        layer.lora_magnitude_vector[name].weight.copy_(squares.sqrt())
 
 
 class _AdaptedLinear4bit(_SideBySide, peft_bnb.Linear4bit):
@@ -81,17 +123,25 @@ def install_side_by_side(model: nn.Module) -> None:
         module.__class__ = classes.get(type(module), type(module))
 
 
-def product(layer: nn.Linear, x: Tensor, dropped: list[Tensor], down: list[Tensor], up: list[Tensor]) -> Tensor:
+def product(
+    layer: nn.Linear, x: Tensor, dropped: list[Tensor], down: list[Tensor], up: list[Tensor], dora: Dora | None = None
+) -> Tensor:
     """x W^T + sum_k (dropped_k down_k^T) up_k^T + bias, for a frozen layer in 4 bits or in the dtype of x.
 
-    x and dropped_k (..., I), down_k (r, I), up_k (O, r) -> (..., O), all in one dtype.
+    x and dropped_k (..., I), down_k (r, I), up_k (O, r) -> (..., O), all in one dtype. `dora` scales all but the bias.
     """
-    if isinstance(layer, bnb.nn.Linear4bit):
-        weight, sizes = Quantised.of(layer.weight, quantised_state(layer)).pack()
-    else:
-        weight, sizes = [layer.weight], list(layer.weight.shape)
-    out = adapted_linear(x, dropped, down, up, weight, sizes)[0]
+    weight, sizes = _packed(layer)
+    out, *rest = adapted_linear(x, dropped, down, up, weight, sizes, dora is not None)
+    if dora is not None:
+        out = (out.float() * dora.scale(rest[-1])).to(out.dtype)
     return out if layer.bias is None else out + layer.bias.to(out.dtype)
+
+
+def _packed(layer: nn.Linear) -> tuple[list[Tensor], list[int]]:
+    """`weight` and `sizes` of `adapted_linear`."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return Quantised.of(layer.weight, quantised_state(layer)).pack()
+    return [layer.weight], list(layer.weight.shape)
 
 
 def quantised_state(module: Any) -> Any:
@@ -101,21 +151,24 @@ def quantised_state(module: Any) -> Any:
 
 @operator("adapted_linear")
 def adapted_linear(
-    x: Tensor, dropped: list[Tensor], down: list[Tensor], up: list[Tensor], weight: list[Tensor], sizes: list[int]
-) -> list[Tensor]:
+    x: Tensor, dropped: list[Tensor], down: list[Tensor], up: list[Tensor], weight: list[Tensor], sizes: list[int],
+    across: bool,
+) -> list[Tensor]:  # fmt: skip
     """y (..., O) and each adapter's h (..., r). Arguments as in `product`; differentiable once, in all but `weight`.
 
-    `weight` and `sizes` are `Quantised.pack()`, or [W] and [O, I] for a weight that is not quantised.
+    `weight` and `sizes` are `Quantised.pack()`, or [W] and [O, I] for a weight that is not quantised. `across`: also
+    down_k W^T (r, O) of the last adapter.
     """
     inner = [one.new_empty(*one.shape[:-1], a.shape[0]) for one, a in zip(dropped, down, strict=True)]
     with _two_streams(dropped) as second:
         with second:
             for one, a, h in zip(dropped, down, inner, strict=True):
                 torch.mm(_rows(one), a.T, out=_rows(h))
-        y = _rows(x) @ _dense(weight, sizes, x.dtype).T
+        dense = _dense(weight, sizes, x.dtype)
+        y = _rows(x) @ dense.T
     for h, b in zip(inner, up, strict=True):
         y.addmm_(_rows(h), b.T)
-    return [y.view(*x.shape[:-1], sizes[0]), *inner]
+    return [y.view(*x.shape[:-1], sizes[0]), *inner, *([down[-1] @ dense.T] if across else [])]
 
 
 @operator("adapted_linear_backward")
@@ -183,8 +236,9 @@ def _two_streams(dropped: list[Tensor]) -> Iterator[AbstractContextManager[Any]]
 
 
 @torch.library.register_fake("lowlevel::adapted_linear")
-def _(x, dropped, down, up, weight, sizes):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    return [x.new_empty(*x.shape[:-1], size) for size in (sizes[0], *(a.shape[0] for a in down))]
+def _(x, dropped, down, up, weight, sizes, across):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    made = [x.new_empty(*x.shape[:-1], size) for size in (sizes[0], *(a.shape[0] for a in down))]
+    return [*made, *([x.new_empty(down[-1].shape[0], sizes[0])] if across else [])]
 
 
 @torch.library.register_fake("lowlevel::adapted_linear_backward")
@@ -194,10 +248,10 @@ def _(grad, dropped, inner, down, up, trained, weight, sizes):  # type: ignore[n
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _, dropped, down, up, weight, ctx.sizes = inputs
-    inner = output[1:]
+    _, dropped, down, up, weight, ctx.sizes, _ = inputs
+    inner = output[1 : len(down) + 1]
     ctx.adapters = len(inner)
-    ctx.mark_non_differentiable(*inner)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*dropped, *inner, *down, *up, *weight)
 
 
@@ -209,7 +263,7 @@ def _gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     found = iter(_backward(grads[0], dropped, inner, down, up, trained, weight, ctx.sizes))
     dx, of_dropped = next(found), list(islice(found, ctx.adapters))
     of_down, of_up = ([next(found) if learns else None for learns in trained] for _ in range(2))
-    return dx, of_dropped, of_down, of_up, [None] * len(weight), None
+    return dx, of_dropped, of_down, of_up, [None] * len(weight), None, None
 
 
 torch.library.register_autograd("lowlevel::adapted_linear", _gradient, setup_context=_save)

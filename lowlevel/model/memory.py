@@ -46,6 +46,7 @@ class AdapterSize:
 
     rank: int
     targets: tuple[str, ...]  # as `lowlevel.model.targets.matched` reads them
+    dora: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class ModelShape:
     trained: int  # values of the trained adapter
     frozen: int  # values of the frozen adapter under it
     unquantised: int = 0  # values in linear weights that a pre-quantised folder leaves in 16 bits
+    scaled: int = 0  # outputs of a layer that DoRA scales
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,10 @@ def adapter_sizes(
     def of(folder: Path) -> AdapterSize:
         found = read_adapter_config(folder)
         targets = found.target_modules or ()
-        return AdapterSize(found.r, (targets,) if isinstance(targets, str) else tuple(targets))
+        return AdapterSize(found.r, (targets,) if isinstance(targets, str) else tuple(targets), found.use_dora)
 
-    trained = of(init_from) if init_from else AdapterSize(config.lora.r, config.lora.target_modules)
+    lora = config.lora
+    trained = of(init_from) if init_from else AdapterSize(lora.r, lora.target_modules, lora.use_dora)
     return trained, of(parent) if parent and config.model.adapter_mode == "stack" else None
 
 
@@ -124,7 +127,10 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
         return [linear[name] for name in names]
 
     def size(adapter: AdapterSize | None) -> int:
-        return adapter.rank * sum(m.in_features + m.out_features for m in under(adapter)) if adapter else 0
+        if adapter is None:
+            return 0
+        rows = adapter.rank + adapter.dora
+        return sum(adapter.rank * m.in_features + rows * m.out_features for m in under(adapter))
 
     if not linear:
         raise unsupported(base, "it has no linear layers")
@@ -150,6 +156,7 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
         trained=size(trained),
         frozen=size(frozen),
         unquantised=sum(m.weight.numel() for m in plain),
+        scaled=trained.dora * sum(m.out_features for m in under(trained)) // size_of(base, "num_hidden_layers"),
     )
 
 
@@ -162,6 +169,7 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
     dropped = config.active_dropout > 0
     kept = 4 * shape.hidden + 2 * shape.query + 2 * shape.key + 3 * shape.intermediate
     kept += 5 * shape.hidden + shape.query + shape.intermediate if dropped else shape.hidden
+    kept += shape.scaled  # before they are scaled
     transient = 3 * shape.intermediate + 2 * shape.hidden  # gradients alive in a layer's backward pass
     weights = shape.largest * size if quantised else 0
     inputs = plan.recomputed * shape.hidden

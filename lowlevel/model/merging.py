@@ -32,11 +32,19 @@ from lowlevel.model.policy import SCORE
 
 LARGEST_ROUNDING = 0.3  # of a weight matrix by quantisation to 4 bits, relative
 PREFIX, SUFFIX_A, SUFFIX_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+LENGTHS = ".lora_magnitude_vector"
 
 
 def adapter_updates(folder: Path) -> dict[str, Tensor]:
     """The weight update of each adapted layer, scaling * B A in fp32, by module name. Raises as `scaled_pairs`."""
     return {stem.removeprefix(PREFIX): b @ a for stem, (a, b) in scaled_pairs(folder).items()}
+
+
+def row_lengths(folder: Path) -> dict[str, Tensor]:
+    """DoRA's length of each row (out,), fp32, by module name; empty for other adapters. Raises CheckpointError."""
+    weights = read_adapter_weights(folder)
+    found = {key.removesuffix(LENGTHS): value.float() for key, value in weights.items() if key.endswith(LENGTHS)}
+    return {stem.removeprefix(PREFIX): value for stem, value in found.items()}
 
 
 def scaled_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -145,10 +153,13 @@ def merged_model(
         model._weight_conversions = None
     weights = dequantized_weights(quantised) if quantised is not None else {}
     modules = dict(model.named_modules())
-    for updates in map(adapter_updates, adapters):
-        for name, update in updates.items():
+    for folder in adapters:
+        lengths = row_lengths(folder)
+        for name, update in adapter_updates(folder).items():
             original = _weight(name, update, modules)
             weights[name] = weights.get(name, original) + update
+            if name in lengths:
+                weights[name] *= (lengths[name] / weights[name].norm(dim=1))[:, None]
     for name, weight in weights.items():
         modules[name].weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     model.to(dtype)  # type: ignore[arg-type]  # transformers 5.23 hides the argument behind a decorator

@@ -31,7 +31,9 @@ from lowlevel.model.placement import Placement
 TRAINED = "trained"  # the adapter in training
 PARENT = "parent"  # the frozen adapter that it is stacked on
 REFERENCE = "reference"  # the adapter of a moving reference
+TAIL = 256  # numbers behind the flat gradient
 SCORE = "base_model.model.score.weight"  # the reward head (1, D), under PEFT's key for it
+VALUE = "base_model.model.value.weight"  # PPO's value head (1, D), which is no part of the adapter
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,18 @@ class FlatParameters:
     weights: nn.Parameter  # (n,) fp32, with a gradient (n,) fp32
     views: Mapping[str, nn.Parameter]  # the adapter's parameters, views of both
     parts: tuple[tuple[nn.Parameter, float], ...]  # for the optimizer: views of both, and factors of the learning rate
+    with_tail: Tensor  # (n + TAIL,): the gradient, and room for numbers that several GPUs sum with it (ranks.py)
 
     @property
     def grad(self) -> Tensor:
         """The flat gradient, never None; backward passes add to it."""
         assert self.weights.grad is not None
         return self.weights.grad
+
+    @property
+    def tail(self) -> Tensor:
+        """The room behind the gradient, (TAIL,)."""
+        return self.with_tail[self.weights.numel() :]
 
     def named_grads(self) -> dict[str, Tensor]:
         """Gradient of each parameter, as a view."""
@@ -68,6 +76,7 @@ class Policy:
     moving: MovingReference | None = None
     start: str = "default"  # lora.init_lora_weights of the trained adapter's beginning
     reward_head: nn.Parameter | None = None  # (1, D) fp32, one of the flat parameters
+    value_head: nn.Parameter | None = None  # likewise
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -148,7 +157,7 @@ class Policy:
 
 def is_base(name: str) -> bool:
     """Whether a parameter of this name belongs to the base, and not to an adapter."""
-    return ".lora_" not in name and name not in (SCORE, "score.weight")
+    return ".lora_" not in name and name not in (SCORE, "score.weight", VALUE, "value.weight")
 
 
 def quantised_weights(policy: Policy) -> tuple[int, int]:
@@ -206,7 +215,8 @@ def flatten(parameters: Mapping[str, nn.Parameter], ratio: float | None = None) 
     up = {name: parameter for name, parameter in parameters.items() if ratio is not None and ".lora_B." in name}
     parameters = {name: parameter for name, parameter in parameters.items() if name not in up} | up
     weights = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()]))
-    weights.grad = torch.zeros_like(weights)
+    with_tail = torch.zeros(weights.numel() + TAIL, device=weights.device)
+    weights.grad = with_tail[: weights.numel()]
     start = 0
     for parameter in parameters.values():
         span = slice(start, start + parameter.numel())
@@ -214,14 +224,14 @@ def flatten(parameters: Mapping[str, nn.Parameter], ratio: float | None = None) 
         parameter.grad = weights.grad[span].view_as(parameter)
         start = span.stop
     if ratio is None:
-        return FlatParameters(weights, dict(parameters), ((weights, 1.0),))
+        return FlatParameters(weights, dict(parameters), ((weights, 1.0),), with_tail)
     parts = []
     middle = weights.numel() - sum(parameter.numel() for parameter in up.values())
     for span, factor in ((slice(0, middle), 1.0), (slice(middle, None), ratio)):
         part = nn.Parameter(weights.data[span])
         part.grad = weights.grad[span]
         parts.append((part, factor))
-    return FlatParameters(weights, dict(parameters), tuple(parts))
+    return FlatParameters(weights, dict(parameters), tuple(parts), with_tail)
 
 
 def moving_reference(model: nn.Module, flat: FlatParameters, following: Following) -> MovingReference:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.losses import LossSums
 from lowlevel.losses.sums import by_label
 from lowlevel.optim.loss_scale import LossScale
+
+LARGEST = "/max"  # ends the name of a metric that is the largest value and no sum
 
 
 @dataclass
@@ -25,12 +27,13 @@ class Window:
     def add(self, sums: dict[str, float], count: float) -> None:
         """Add sums over `count` tokens or pairs."""
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            largest = name.endswith(LARGEST)
+            self.sums[name] = max(self.sums.get(name, value), value) if largest else self.sums.get(name, 0.0) + value
         self.count += count
 
     def means(self) -> dict[str, float]:
         """Each sum divided by the count."""
-        return {name: value / self.count for name, value in self.sums.items()}
+        return {n: value if n.endswith(LARGEST) else value / self.count for n, value in self.sums.items()}
 
 
 @dataclass(frozen=True)
@@ -92,22 +95,32 @@ class StepResult:
         In each micro-batch, tokens of chosen completions come before those of rejected ones. Empty without details.
         """
         parts: dict[str, list[Tensor]] = {}
+        if not self.sums[0].tokens:  # without details, several GPUs keep their own micro-batches only
+            return {}
         for batch, sums in zip(self.batches, self.sums, strict=True):
             order = batch.sequence_ids[batch.belongs].argsort(stable=True)
             places = batch.belongs.nonzero()[:, 0][order]
             rows = torch.tensor(batch.data_rows)[batch.sequence_ids[places] % len(batch.real)]
-            own = {"ids": batch.scored_targets[places], "rows": rows} if sums.tokens else {}
+            own = {"ids": batch.scored_targets[places], "rows": rows}
             for name, values in (own | {n: v.cpu()[places] for n, v in sums.tokens.items()}).items():
                 parts.setdefault(name, []).append(values)
         return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def means_on_host(sums: Sequence[LossSums], count: float, norm: Tensor) -> tuple[dict[str, float], float]:
-    """Means of a step's loss and metrics over its count, and the gradient's norm; waits for the device once."""
+def totals(sums: Sequence[LossSums]) -> Mapping[str, Tensor]:
+    """Loss and metrics summed over micro-batches."""
     named = [one.named() for one in sums]
-    totals = {name: torch.stack([one[name] for one in named]).sum() for name in named[0]}
-    *means, grad_norm = torch.stack([*(total / count for total in totals.values()), norm]).tolist()
-    return dict(zip(totals, means, strict=True)), grad_norm
+    parts = {name: torch.stack([one[name] for one in named]) for name in named[0]}
+    return {name: part.max() if name.endswith(LARGEST) else part.sum() for name, part in parts.items()}
+
+
+def on_host(
+    totals: Mapping[str, Tensor], count: float, norm: Tensor, more: Tensor
+) -> tuple[dict[str, float], float, list[float]]:
+    """Means of a step's loss and metrics over its count, the gradient's norm, and `more`; waits for the device once."""
+    means = [total if name.endswith(LARGEST) else total / count for name, total in totals.items()]
+    values = torch.cat([torch.stack([*means, norm]), more]).tolist()
+    return dict(zip(totals, values, strict=False)), values[len(totals)], values[len(totals) + 1 :]
 
 
 @dataclass
@@ -141,7 +154,8 @@ class TrainState:
         self.window_seconds += seconds
         self.seconds += seconds
         self.grad_norm = result.grad_norm
-        self.window.add({name: value * result.count for name, value in result.means.items()}, result.count)
+        sums = {n: v if n.endswith(LARGEST) else v * result.count for n, v in result.means.items()}
+        self.window.add(sums, result.count)
         self.total.add({"loss": result.loss * result.count}, result.count)
 
     def close_window(self, rate: float, epoch: float) -> dict[str, Any]:

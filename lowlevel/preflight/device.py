@@ -48,12 +48,13 @@ def device() -> Finding:
     )
     if count > 1:
         found += f"; {count} GPUs visible, one is used: cuda:{index} (CUDA_VISIBLE_DEVICES chooses another)"
+        idle = f"train on all: add --gpus {count}"
     if not _adds_right():
         return fail(f"{found}; 8 x (1 + 1) is not 16 there", "restart the machine, or take another")
     if free < FREE_SHARE * total:
         found += f"; others hold {(total - free) / GIB:.1f} GiB"
         return note(found, "stop them (nvidia-smi), or plan for less memory")
-    return ok(found)
+    return note(found, idle) if count > 1 else ok(found)
 
 
 def _adds_right() -> bool:

@@ -39,8 +39,9 @@ MIB = 2**20
 ON_HOST = ("model.embeddings_on_host", "train.offload_activations")  # may be kept on the host, at the cost of copies
 
 
-def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
-    """Forecast the configuration as it stands and the fastest plan within the budget, side by side.
+def show_plan(config: RunConfig, console: Console, budget: str | None, gpus: int = 1) -> None:
+    """Forecast the configuration as it stands and the fastest plan within the budget, side by side; both for one GPU,
+    and what `gpus` of them change.
 
     Raises ConfigError for a malformed budget, or one that no plan fits; CheckpointError if an adapter is not LoRA.
     """
@@ -59,6 +60,9 @@ def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
     console.print(_plan_table(target.shape, columns, forecasts))
     console.print(f"optimizer state: {forecasts[0].paged / MIB:,.0f} MiB more, paged (outside the allocator's peak)")
     console.print(OUTSIDE)
+    if gpus > 1:
+        line = _on_several(config, gpus, target.shape.trained * 4)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     base = f"{config.model.name}, {describe_base(config.model)}"
     console.print(f"{config.method}: {base}", markup=False, highlight=False, soft_wrap=True)
     if fixed:
@@ -72,6 +76,25 @@ def show_plan(config: RunConfig, console: Console, budget: str | None) -> None:
 
 # benchmarks/results/step_h100.csv and peers_h100.csv: device_used_gib less peak_allocated_gib.
 OUTSIDE = "driver, captured graphs and gaps of the allocator: 0.9 to 1.9 GiB more (measured on an H100)"
+
+
+PCIE = 6e9  # bytes a second between two T4s that reach each other through the host; assumed, not measured
+
+
+def _on_several(config: RunConfig, gpus: int, gradient: int) -> str:
+    """What several GPUs change. `gradient`: bytes that they sum once a step."""
+    batches = config.train.gradient_accumulation_steps
+    share = 1 / gpus if config.data.packing else -(-batches // gpus) / batches
+    seconds = 2 * (gpus - 1) / gpus * gradient / PCIE
+    idle = (
+        f"; only {batches} of them work: raise gradient_accumulation_steps"
+        if not config.data.packing and gpus > batches
+        else ""
+    )
+    return (
+        f"{gpus} GPUs: each needs the memory above; a step takes about {share:.0%} of the time, and "
+        f"{seconds * 1e3:,.0f} ms to sum {gradient / 1e6:,.0f} MB of gradient at {PCIE / 1e9:g} GB/s{idle}"
+    )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from lowlevel.errors import ConfigError
 from lowlevel.execution import Eager, micro_step
 from lowlevel.hashing import key32
 from lowlevel.loop import with_baseline
+from lowlevel.methods import PolicyGradient
 from lowlevel.model.placement import dtype_name
 from lowlevel.optim.optimizer import optimizer_tensors
 from lowlevel.replaying.session import Session
@@ -164,6 +165,8 @@ def _micro_tensors(session: Session, batch: PackedBatch, seen: Tensors) -> Tenso
         statistics |= found
         parts = {**found, "hidden": hidden, "token_logps": by_token[name], "logps": batch.sequence_sums(by_token[name])}
         tensors |= {f"{name}.{part}": _copy(value) for part, value in parts.items()}
+    if isinstance(method, PolicyGradient):
+        return tensors  # the losses of its tokens are in the batch's values and these log-probabilities
     losses = method.example_losses(batch, by_token["policy"], by_token.get("reference"), statistics)
     return tensors | {"losses": _copy(losses)}
 

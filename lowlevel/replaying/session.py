@@ -23,11 +23,12 @@ from lowlevel.loop import optimizer_step
 from lowlevel.methods import Method
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
+from lowlevel.online import rollouts
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.assembly import Inputs, choose_execution, identity
-from lowlevel.running.reopening import Reopened, step_examples
+from lowlevel.running.reopening import Reopened, kept_rollouts, step_examples
 from lowlevel.running.run_folder import RunFolder
 
 
@@ -54,7 +55,10 @@ class Session:
 
     def batches(self, step: int, method: Method | None = None) -> list[PackedBatch]:
         """The micro-batches of the step after `step` updates."""
-        return (method or self.method).micro_batches(step_examples(self.config, self.inputs.data, step + 1))
+        own, run_dir = method or self.method, self.folder.path
+        if self.config.sampled:
+            return rollouts.step_batches(self.config, own, kept_rollouts(self.config, run_dir, step + 1))
+        return own.micro_batches(step_examples(self.config, self.inputs.data, step + 1))
 
     def rate(self, config: RunConfig | None = None) -> float:
         """The learning rate of the coming step."""
@@ -102,7 +106,7 @@ def open_session(opened: Reopened, step: int, *, start: int | None = None) -> Se
     if start is not None and start >= step:
         raise ConfigError(f"--from {start}: a replay of step {step} starts before it")
     inputs = opened.inputs()
-    step_examples(config, inputs.data, step)  # refuses a step beyond the run's last
+    step_examples(config, inputs.data, step, run_dir=opened.folder.path)  # refuses a step beyond the run's last
     policy = opened.policy(training=True)
     _check_identity(opened, identity(config, inputs, policy, opened.manifest["base"]["sha256"]))
     optimizer = build_optimizer(policy.flat.weights, config.train, policy.flat.parts)
@@ -143,6 +147,7 @@ def _check_identity(opened: Reopened, found: dict[str, Any]) -> None:
     other["base"] = {key: found["base"].get(key) for key in expected["base"]}  # older manifests lack "prequantised"
     for side in (expected, other):
         side.pop("attention", None)
+        side.pop("reward_sha256", None)  # the kept completions have their rewards
     if expected["base"]["dtype"] != found["base"]["dtype"]:
         for side in (expected, other):
             side["base"] = {key: value for key, value in side["base"].items() if key not in ("sha256", "dtype")}

@@ -73,6 +73,9 @@ def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
     opened = reopen(run_dir)
     config = opened.config
     check_gives_text(config, run_dir)
+    if config.sampled:
+        logged = "logs the rewards of held-out prompts: eval_reward in metrics.jsonl"
+        raise ConfigError(f"{run_dir}: compare scores given replies, and a run of {config.method} {logged}")
     if config.data.eval_source is None:
         raise ConfigError(
             f"{run_dir}: compare needs held-out rows, and the run has no data.eval_source; train with "

@@ -14,6 +14,8 @@ Record = Mapping[str, Any]
 Plan = tuple[str, str, str, str, tuple[tuple[str, str], ...]]
 PLANS: tuple[Plan, ...] = (
     ("loss", "Loss", "nats", "", (("loss", "training"), ("eval_loss", "held out"))),
+    ("sampled_reward", "Reward of sampled completions", "", "held out: of greedy ones.",
+     (("reward", "training"), ("eval_reward", "held out"))),
     ("perplexity", "Held-out perplexity", "", "by the supervised tokens of an example.",
      tuple((f"eval_{name}", name.rpartition("/")[2].replace("perplexity", "all")) for name in PERPLEXITIES)),
     ("margin", "Margin", "", "chosen reward minus rejected reward; desirable minus undesirable in kto.",

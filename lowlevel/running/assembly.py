@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,16 @@ import torch
 
 from lowlevel.batch.layout import Shape
 from lowlevel.batch.order import ORDER_VERSION, DataOrder
-from lowlevel.config.contradictions import parse_size
+from lowlevel.config.contradictions import DORA, parse_size
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import ModelLimits, PreparedData, prepare
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import working
-from lowlevel.losses import KTO_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
+from lowlevel.losses import KTO_LOSSES, POLICY_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
 from lowlevel.losses.registry import LossSpec, find
-from lowlevel.methods import Method, dpo, kto, reward, sft
+from lowlevel.methods import Method, dpo, grpo, kto, ppo, reward, rloo, sft
 from lowlevel.model.adapters import (
     adapter_sha256,
     build_policy,
@@ -43,6 +44,7 @@ from lowlevel.model.quantisation import KEYS, as_stored, lacks_16_bits
 from lowlevel.model.quantisation_error import start_from_error
 from lowlevel.model.sizes import size_of
 from lowlevel.model.suitability import attention_window, short_positions
+from lowlevel.online import rewards
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
 from lowlevel.running.result_files import save_tokenizer
 from lowlevel.running.run_folder import RunFolder
@@ -62,8 +64,10 @@ class Inputs:
     merged_adapter: str | None = None  # SHA-256 of the adapter that the base holds (adapter_mode "original")
 
 
-def build_method(config: RunConfig, attention: Attention) -> Method:
+def build_method(config: RunConfig, attention: Attention, ranks: int = 1) -> Method:
     """The method of a configuration. The row of a pair has room for a prompt and two completions.
+
+    For several `ranks`, packed micro-batches come in multiples of their number.
 
     Attention over spans makes rows of any length cheap, so batches are padded to 16 to 32 shapes, each captured once;
     1 to 4 % of the positions are padding.
@@ -74,14 +78,20 @@ def build_method(config: RunConfig, attention: Attention) -> Method:
     capacity = config.train.micro_batch_positions or batch * length
     granule = min(max(8, capacity // 16 // 8 * 8), 128 if capacity <= 4096 else 256) if data.packing else 64
     if run_loss(config).mixes_pairs:
-        examples = 1  # no dummy pairs: they would take part in the sort
-    shape = Shape(granule, min(8, examples), length, capacity) if attention.kernel else None
+        examples = ranks = 1  # no dummy pairs: they would take part in the sort; nor other micro-batches
+    shape = Shape(granule, min(8, examples), length, capacity, ranks) if attention.kernel else None
     if config.method == "sft":
         return sft.SFT(batch, length, data.packing, shape, config.sft, data.columns)
     if config.method == "kto":
         return kto.KTO(config.kto, batch, length, data.packing, shape)
     if config.method == "reward":
         return reward.Reward(config.reward, batch, length, data.packing, shape, data.columns)
+    if config.method == "grpo":
+        return grpo.GRPO(config.grpo, batch, length, data.packing, shape)
+    if config.method == "rloo":
+        return rloo.RLOO(config.rloo, batch, length, data.packing, shape)
+    if config.method == "ppo":
+        return ppo.PPO(config.ppo, batch, length, data.packing, shape)
     return dpo.DPO(config.dpo, batch, length, data.packing, shape, data.columns)
 
 
@@ -91,6 +101,8 @@ def run_loss(config: RunConfig) -> LossSpec:
         return KTO_LOSSES["kto"]
     if config.method == "reward":
         return REWARD_LOSSES["bradley_terry"]
+    if config.method in ("grpo", "rloo", "ppo"):
+        return POLICY_LOSSES[config.grpo.loss_type if config.method == "grpo" else config.method]
     return find(config.sft.loss_type, SFT_LOSSES) if config.method == "sft" else loss_spec(config.dpo.loss_type)
 
 
@@ -110,6 +122,10 @@ def choose_execution(config: RunConfig, inputs: Inputs) -> str:
 def check_inputs(config: RunConfig) -> Inputs:
     """All checks that need no loaded model, the cheapest first. Raises ConfigError, DataError or CheckpointError."""
     check_loss(config)
+    if config.sampled:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(f"{config.method} samples and trains on one GPU: start it without torchrun")
+        rewards.check(config.sampled)
     check_trackers(config)
     placement = choose_placement(config.train.precision)
     base = load_model_config(config.model)
@@ -118,7 +134,8 @@ def check_inputs(config: RunConfig) -> Inputs:
     parent = find_adapter(config.model.adapter, "model.adapter")
     init_from = find_adapter(config.lora.init_from, "lora.init_from")
     for folder in filter(None, (parent, init_from)):
-        read_adapter_config(folder)
+        if read_adapter_config(folder).use_dora and parent and config.model.adapter_mode == "stack":
+            raise ConfigError(f"{folder}: an adapter with use_dora is not stacked: {DORA}")
         if is_reward_model(folder) and not (folder == init_from and config.method == "reward"):
             raise ConfigError(f"{folder} is a reward model: start from an SFT or DPO adapter")
     check_frozen_under(parent, init_from)
@@ -268,6 +285,7 @@ def load_policy(
             attention=attention,
             following=Following.of(config),
             reward_head=config.method == "reward",
+            value_head=config.method == "ppo",
         )
     if config.lora.init_lora_weights == "loftq" and init_from is None:
         start_from_error(policy, config.model)
@@ -287,6 +305,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) 
     return {
         "method": config.method,
         **({"loss_sha256": own_loss} if own_loss else {}),
+        **({"reward_sha256": rewards.sources_sha256(config.sampled)} if config.sampled else {}),
         "order_version": ORDER_VERSION,
         "base": {
             "name": public_name(model.name),

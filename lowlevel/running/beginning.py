@@ -17,6 +17,7 @@ from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.adapters import WEIGHTS, adapter_sha256
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import TrainState
+from lowlevel.ranks import ALONE, Ranks
 from lowlevel.running.adapter_sources import check_bases, notes_of_sources, notes_of_templates
 from lowlevel.running.assembly import Inputs, check_run, read_merged_adapter, with_merged_base
 from lowlevel.running.job import Job
@@ -37,6 +38,7 @@ class Start:
         resume: continue from the newest verified checkpoint.
         restart: discard the run that the folder holds.
         allow_change: keys that may differ from that checkpoint (resuming.py).
+        ranks: the processes that share the run; the first one checks the folder and writes.
     """
 
     folder: RunFolder
@@ -44,6 +46,7 @@ class Start:
     resume: bool = False
     restart: bool = False
     allow_change: Sequence[str] = ()
+    ranks: Ranks = ALONE
 
     def note(self, line: str) -> None:
         """Print a line without rich's markup."""
@@ -113,11 +116,13 @@ class Start:
         notes = [*notes_of_sources(job.config, sources), *check_bases(sources, job.manifest["base"])]
         for line in [*notes, *notes_of_templates(sources, job.manifest["chat_template_sha256"])]:
             self.note(f"note: {line}")
+        if not self.ranks.first:
+            return _restored(job, found)
         if found is None:
             check_result_is_saved(self.folder)
-            write_start(self.folder, job.config, job.inputs, job.manifest, 0)
+            write_start(self.folder, job, 0)
             _drop_later(self.folder, -1)  # written by a run that ended before its first checkpoint
-            return TrainState(LossScale.for_precision(job.inputs.placement.precision))
+            return _restored(job, None)
         return self._continue(job, found)
 
     def _continue(self, job: Job, found: Checkpoint) -> TrainState:
@@ -127,8 +132,8 @@ class Start:
         changes = differences(saved, found[1], job.config, job.manifest, job.origin["versions"], later)
         check_differences(changes, self.allow_change, step, folder, job.inputs.data)
         written = not changes and is_written(folder, job.config, job.manifest)
-        state = restore_state(job.policy, job.optimizer, *found)
-        state.judge_patience(job.config.train.early_stopping_patience)  # --allow-change may have changed it
+        written = written and job.ranks.size == 1  # environment.json has the number of several
+        state = _restored(job, found)
         if state.step < job.total_steps and not state.stopped_early:
             check_result_is_saved(folder)
             folder.write_status("running", state.step)
@@ -139,16 +144,26 @@ class Start:
             if written:
                 folder.write_status("running", step)
             else:
-                write_start(folder, job.config, job.inputs, job.manifest, step)
+                write_start(folder, job, step)
         _drop_later(folder, state.step)
         self.note(f"resumed from {found[0].name}")
         return state
+
+
+def _restored(job: Job, found: Checkpoint | None) -> TrainState:
+    """The state of the checkpoint, whose weights and optimizer state are loaded, or of a new run."""
+    if found is None:
+        return TrainState(LossScale.for_precision(job.inputs.placement.precision))
+    state = restore_state(job.policy, job.optimizer, *found)
+    state.judge_patience(job.config.train.early_stopping_patience)  # --allow-change may have changed it
+    return state
 
 
 def _drop_later(folder: RunFolder, step: int) -> None:
     """Remove what an earlier start wrote about steps after `step`."""
     folder.drop_metrics_after(step)
     drop_after(folder.trace, step)
+    drop_after(folder.rollouts, step)
     shutil.rmtree(folder.failure, ignore_errors=True)
 
 

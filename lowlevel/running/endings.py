@@ -101,11 +101,12 @@ def recorded_end(folder: RunFolder) -> Iterator[None]:
     except BaseException as error:
         if not (isinstance(error, ConfigError) and folder.read_state() != "running"):
             state = "preempted" if isinstance(error, InterruptedRunError | GeneratorExit) else "failed"
-            folder.write_end(state, *_code_and_text(error))
+            folder.write_end(state, *code_and_text(error))
         raise
 
 
-def _code_and_text(error: BaseException) -> tuple[int, str]:
+def code_and_text(error: BaseException) -> tuple[int, str]:
+    """Exit code and text of what ended a run."""
     if isinstance(error, LowlevelError):
         return error.exit_code, str(error)
     if isinstance(error, SystemExit):

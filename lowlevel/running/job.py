@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -19,12 +19,15 @@ from lowlevel.durable import write_json
 from lowlevel.execution import WithFallback
 from lowlevel.heartbeat import working
 from lowlevel.loop import check_evaluation, evaluate_examples
-from lowlevel.methods import Method
+from lowlevel.methods import DPO, Method, PolicyGradient
 from lowlevel.model.base import base_sha256
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
+from lowlevel.online.rollouts import longest_examples
+from lowlevel.online.steps import OnlineSteps
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import TrainState
+from lowlevel.ranks import ALONE, Ranks
 from lowlevel.reference_cache import CachedReference, reference_identity, with_blanks, with_content
 from lowlevel.running.assembly import Inputs, build_method, build_run_policy, choose_execution, identity
 from lowlevel.running.progress import lines_to
@@ -36,7 +39,9 @@ from lowlevel.tracing import Tracer
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of a run. `origin` goes into its checkpoints: identity (base, adapters, data) and versions."""
+    """The parts of a run. `origin` goes into its checkpoints: identity (base, adapters, data) and versions; `ranks`
+    share its steps.
+    """
 
     config: RunConfig
     inputs: Inputs
@@ -46,6 +51,7 @@ class Job:
     order: DataOrder
     total_steps: int
     origin: dict[str, dict[str, Any]]
+    ranks: Ranks = ALONE
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -53,15 +59,15 @@ class Job:
         return self.origin["identity"]
 
 
-def build_job(config: RunConfig, inputs: Inputs) -> Job:
+def build_job(config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE) -> Job:
     """Load the model and build the other parts."""
     order = DataOrder.of(config, len(inputs.data.train))
     policy = build_run_policy(config, inputs)
     optimizer = build_optimizer(policy.flat.weights, config.train, policy.flat.parts)
     manifest = identity(config, inputs, policy, base_sha256(policy.model))
     origin = {"identity": manifest, "versions": versions(inputs.placement)}
-    method = build_method(config, inputs.attention)
-    return Job(config, inputs, method, policy, optimizer, order, order.total_steps(config.train), origin)
+    method = build_method(config, inputs.attention, ranks.size)
+    return Job(config, inputs, method, policy, optimizer, order, order.total_steps(config.train), origin, ranks)
 
 
 class Engine:
@@ -81,34 +87,60 @@ class Engine:
         examples, lay_out = job.inputs.data.train, method.micro_batches
         prepare = with_content(lay_out) if self.cached else lay_out
         rows = job.order.step_rows
-        self.batches = Prefetched(lambda step: prepare([examples[i] for i in rows(step)]), job.total_steps)
+        self.online: OnlineSteps | None = None
+        self.batches: Callable[[int], list[PackedBatch]]
+        if config.sampled:
+            kind = cast("PolicyGradient | DPO", method)
+            note = lines_to(console)
+            self.online = OnlineSteps.of(config, policy, kind, job.inputs, job.order, folder.path, note)
+            self.batches = self.online
+        else:
+            self.batches = Prefetched(lambda step: prepare([examples[i] for i in rows(step)]), job.total_steps)
         traced = config.trace.every or config.trace.steps
-        self.tracer = Tracer(config, policy, method, folder.trace) if traced else None
-        self.held_out = evaluation_batches(method, config, job.inputs)
+        self.tracer = Tracer(config, policy, method, folder.trace if job.ranks.first else None) if traced else None
+        self.held_out: Sequence[Any] = job.inputs.data.evaluation  # of an online method prompts, else micro-batches
+        self.held_out = self.held_out if self.online else evaluation_batches(method, config, job.inputs)
 
     def rehearse(self) -> None:
         """On a GPU: run the largest micro-batch, and write its memory use to memory.json."""
         job = self.job
         if job.inputs.placement.device.type == "cuda":
-            largest = largest_batch(job.method, job.inputs.data.train, job.order.rows_per_step)
+            examples = job.inputs.data.train
+            examples = longest_examples(job.config, examples) if self.online else examples  # type: ignore[arg-type]
+            largest = largest_batch(job.method, examples, job.config.rows_per_step)
             largest = with_blanks(largest) if self.cached else largest
             with working("compiling, and running the largest micro-batch"):
                 report = rehearse(job.policy, job.method, self.execution, job.optimizer, largest)
-            write_json(self.folder.path / "memory.json", report)
+            if job.ranks.first:
+                write_json(self.folder.path / "memory.json", report)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Loss and metrics of the held-out rows after `step` updates. Raises NonFiniteError."""
-        policy, method = self.job.policy, self.job.method
-        scores = self.execution.until_it_runs(lambda: evaluate_examples(policy, method, self.held_out, prefix="eval_"))
+        """Loss and metrics of the held-out rows after `step` updates; of an online method rewards of greedy
+        completions. Raises NonFiniteError.
+        """
+        job = self.job
+        if self.online:
+            return self.online.evaluate(self.held_out, step)
+        scores = self.execution.until_it_runs(
+            lambda: evaluate_examples(job.policy, job.method, self.held_out, prefix="eval_", ranks=job.ranks)
+        )
         check_evaluation(scores, step, self.held_out)
         return scores
 
     def write_checkpoint(self, state: TrainState) -> None:
-        """Write a checkpoint, and flush the trace before it and the reference cache after it."""
-        job = self.job
-        if self.tracer:
-            self.tracer.flush()
-        save_state(self.folder.path, job.policy, job.optimizer, state, job.config, job.origin)
+        """Write a checkpoint, and flush trace and rollouts before it and the reference cache after it.
+
+        Of several ranks, all must hold the same weights and optimizer state (RankError), and the first one writes.
+        """
+        job, groups = self.job, self.job.optimizer.state.values()
+        moments = [value for group in groups for value in group.values() if isinstance(value, torch.Tensor)]
+        job.ranks.check_equal(state.step, {"weights": [job.policy.flat.weights], "optimizer state": moments})
+        if job.ranks.first:
+            if self.tracer:
+                self.tracer.flush()
+            if self.online:
+                self.online.kept.flush()
+            save_state(self.folder.path, job.policy, job.optimizer, state, job.config, job.origin)
         if self.cached:
             self.cached.flush()
 

@@ -23,6 +23,7 @@ from lowlevel.model.base import load_base, load_stored, public_name
 from lowlevel.model.merging import check_is_original, merged_model, refuse_quantisation_errors
 from lowlevel.model.placement import Placement
 from lowlevel.model.quantisation import lacks_16_bits
+from lowlevel.online.rollouts import KeptRollouts, step_examples
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import LoadedRun, load_run, reopen
 from lowlevel.running.result_files import complete_result
@@ -158,8 +159,13 @@ def measure(run: LoadedRun, rows: Sequence[Any], merged_dir: Path) -> Fidelity:
 
 
 def probe_rows(run_dir: Path) -> Sequence[Any]:
-    """A few held-out rows, or training rows without held-out ones. Raises DataError if they changed since the run."""
+    """A few held-out rows, or training rows without held-out ones; of an online method sampled completions.
+
+    Raises DataError if the rows changed since the run.
+    """
     opened = reopen(run_dir)
+    if opened.config.sampled:
+        return step_examples(opened.config, KeptRollouts(run_dir).newest())[:PROBE_ROWS]
     rows: Sequence[Any] = opened.held_out() or opened.data()[1].train
     return rows[:PROBE_ROWS]
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from lowlevel.checkpoints.checkpoint import checkpoints
 from lowlevel.config.schema import RunConfig
-from lowlevel.errors import EVAL_LOSS, ConfigError
+from lowlevel.errors import EVAL_LOSS, EVAL_REWARD, ConfigError
 from lowlevel.methods.dpo import reads_reference
+from lowlevel.methods.sampled import DIFFERENCE
 from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.callbacks import Callback
 from lowlevel.running.endings import Interrupts
@@ -26,11 +27,15 @@ from lowlevel.running.run_folder import RunFolder
 MARGINS = "rewards/margins"
 # Relative to the mean log-probability of a completion: about 100 roundings of fp32, 2 of fp16 and bf16.
 BOUNDS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}
+SAMPLER_BOUNDS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1.6e-1}  # nats of a token; 3e-6 was seen on a CPU
 
 
 @dataclass
 class RunObserver:
-    """Writes metrics, checkpoints and status, calls the callbacks, and passes signals on."""
+    """Writes metrics, checkpoints and status, calls the callbacks, and passes signals on.
+
+    Of several ranks, the first one does; the others only compare their weights with it.
+    """
 
     folder: RunFolder
     progress_bar: TrainingProgress
@@ -42,10 +47,12 @@ class RunObserver:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append to metrics.jsonl, show, and pass to the callbacks."""
+        if not self.engine.job.ranks.first:
+            return
         self.folder.append_metrics(record)
         self.progress_bar.record(record)
         for callback in self.callbacks:
-            (callback.on_evaluate if EVAL_LOSS in record else callback.on_log)(record)
+            (callback.on_evaluate if {EVAL_LOSS, EVAL_REWARD} & record.keys() else callback.on_log)(record)
 
     def progress(self, state: TrainState, result: StepResult) -> None:
         """Check the first step of a new run, move the bar, and pass the step to the callbacks."""
@@ -53,6 +60,8 @@ class RunObserver:
         if state.step == 1 and starts_as_reference(config):
             if line := check_first_step(result, config, self.engine.job.inputs.placement.precision):
                 self.note(line)
+        if line := check_sampler(result, config, self.engine.job.inputs.placement.precision):
+            self.note(line)
         if line := self.pace.forecast(state):
             self.note(line)
         self.progress_bar.step(state.step)
@@ -61,6 +70,9 @@ class RunObserver:
 
     def save(self, state: TrainState) -> None:
         """Sync the log's lines, write the checkpoint, then the status that names it."""
+        if not self.engine.job.ranks.first:
+            self.engine.write_checkpoint(state)
+            return
         self.folder.sync_metrics()
         self.engine.write_checkpoint(state)
         self.folder.write_status("running", state.step)
@@ -68,13 +80,28 @@ class RunObserver:
             callback.on_save(next(iter(checkpoints(self.folder.path))))
 
     def stop_requested(self) -> int:
-        """The first signal received, or 0."""
-        return self.interrupts.signum
+        """The first signal received, on any rank, or 0."""
+        return self.engine.job.ranks.stop_requested()
+
+
+def check_sampler(result: StepResult, config: RunConfig, precision: str) -> str | None:
+    """A warning if a log-probability of the sampler and that of the trainer are apart by more than rounding, at the
+    first step on a batch. Raises ConfigError if they are so in the mean: the sampler has another policy.
+    """
+    if config.sampled is None or (result.number - 1) % config.sampled.num_iterations:
+        return None
+    apart = [result.means.get(f"{DIFFERENCE}/{kind}", 0.0) for kind in ("mean", "max")]
+    what = f"step {result.number}: sampler and trainer differ by {apart[0]:.2g} nats a token, at most {apart[1]:.2g}"
+    bound = SAMPLER_BOUNDS[precision]
+    if apart[0] > bound:
+        raise ConfigError(f"{what} (bound of the mean in {precision}: {bound:g}): these are two policies; report it")
+    return f"warning: {what} (rounding in {precision}: {bound:g})" if apart[1] > bound else None
 
 
 def starts_as_reference(config: RunConfig) -> bool:
     """Whether a new run's policy equals its reference at the start: no active dropout, and no lora.init_from."""
-    return reads_reference(config) and config.active_dropout == 0 and config.lora.init_from is None
+    fresh = config.active_dropout == 0 and config.lora.init_from is None
+    return fresh and config.method in ("dpo", "kto") and reads_reference(config)
 
 
 def all_ties(result: StepResult) -> bool:

@@ -19,6 +19,7 @@ DASHES = ("-", "--", ":")
 FEW = 30  # curves with at most this many points get markers
 LOSS_PANELS = {
     "loss": (("loss", "training"), ("eval_loss", "held out")),
+    "sampled reward": (("reward", "training, sampled"), ("eval_reward", "held out, greedy")),
     "reward": (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"), ("rewards/margins", "margin")),
     "reward by label": (("rewards/desirable", "desirable"), ("rewards/undesirable", "undesirable")),
     "accuracy": (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out")),

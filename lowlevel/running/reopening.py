@@ -28,6 +28,7 @@ from lowlevel.model.attention_choice import Attention, choose_attention
 from lowlevel.model.base import base_sha256, load_model_config
 from lowlevel.model.placement import DTYPES, Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
+from lowlevel.online import rollouts
 from lowlevel.running.adapter_sources import find_adapter
 from lowlevel.running.assembly import Inputs, build_method, load_policy, load_run_tokenizer, prepare_data, run_loss
 from lowlevel.running.run_folder import RunFolder
@@ -250,19 +251,34 @@ def load_run(run_dir: Path, note: Note = print, *, adapter: Path | None = None) 
     return opened.load(trained)
 
 
-def step_examples(config: RunConfig, data: PreparedData, step: int, flag: str = "--step") -> list[Any]:
-    """The examples of step `step`, counted from 1 as in the log. Raises ConfigError, which names the option `flag`."""
+def step_examples(
+    config: RunConfig, data: PreparedData, step: int, flag: str = "--step", run_dir: Path | None = None
+) -> list[Any]:
+    """The examples of step `step`, counted from 1 as in the log; those of an online method are kept in `run_dir`.
+
+    Raises ConfigError, which names the option `flag`; CheckpointError if completions are not kept.
+    """
     order = DataOrder.of(config, len(data.train))
     total = order.total_steps(config.train)
     if not 1 <= step <= total:
         raise ConfigError(f"{flag} {step}: the run has {total} steps")
+    if config.sampled:
+        return rollouts.step_examples(config, kept_rollouts(config, run_dir, step))
     return [data.train[i] for i in order.step_rows(step - 1)]
+
+
+def kept_rollouts(config: RunConfig, run_dir: Path | None, step: int) -> list[rollouts.Rollout]:
+    """The completions of step `step` of a run of an online method. Raises ConfigError without a run."""
+    if run_dir is None:
+        raise ConfigError(f"{config.method} trains on completions that a run samples: give its run folder")
+    repeats = config.sampled.num_iterations if config.sampled else 1
+    return rollouts.KeptRollouts(run_dir).read((step - 1) // repeats * repeats + 1)
 
 
 def _placement(folder: RunFolder, config: RunConfig, dtype: str) -> tuple[Placement, str | None, bool | None]:
     """Placement, `moved` and `elsewhere` of `Reopened`. If the run's device is unknown, its base must be the same."""
     was = _environment(folder, dtype)
-    device, precision, threads = was or ("a device that environment.json does not name", None, None)
+    device, precision, threads, ranks = was or ("a device that environment.json does not name", None, None, 1)
     try:
         placement = choose_placement(precision if precision in DTYPES else config.train.precision)
     except ConfigError:
@@ -272,6 +288,8 @@ def _placement(folder: RunFolder, config: RunConfig, dtype: str) -> tuple[Placem
     if (device, precision) != (here, placement.precision):
         moved = f"the run computed in {precision} on {device}, this is {placement.precision} on {here}"
         return placement, moved, device != here if was else None
+    if ranks > 1:
+        return placement, f"the run added on {ranks} GPUs, in another order", False
     if on_gpu and not (config.train.deterministic or torch.are_deterministic_algorithms_enabled()):
         return placement, "a GPU sums in varying order, unless the run has train.deterministic = true", False
     if not on_gpu and threads not in (None, own_threads):
@@ -279,16 +297,19 @@ def _placement(folder: RunFolder, config: RunConfig, dtype: str) -> tuple[Placem
     return placement, None, False
 
 
-def _environment(folder: RunFolder, dtype: str) -> tuple[str, str, int | None] | None:
-    """Device, precision and threads of the run; None if they cannot be read or do not fit the manifest's `dtype`."""
+def _environment(folder: RunFolder, dtype: str) -> tuple[str, str, int | None, int] | None:
+    """Device, precision, threads and number of GPUs (or processes) of the run; None if they cannot be read or do not
+    fit the manifest's `dtype`.
+    """
     try:
         was = json.loads((folder.path / ENVIRONMENT).read_text(encoding="utf-8"))
-        device, precision, threads = was["device"], was["precision"], was.get("threads")
+        device, precision, threads, ranks = was["device"], was["precision"], was.get("threads"), was.get("ranks", 1)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     typed = isinstance(device, str) and isinstance(precision, str) and isinstance(threads, int | None)
+    typed = typed and isinstance(ranks, int)
     fits = typed and (precision not in DTYPES or dtype_name(DTYPES[precision]) == dtype)
-    return (device, precision, threads) if fits else None
+    return (device, precision, threads, ranks) if fits else None
 
 
 def _without_backward(config: RunConfig) -> RunConfig:

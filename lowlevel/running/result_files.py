@@ -25,7 +25,12 @@ METHODS = {
     "dpo": "direct preference optimisation (DPO)",
     "kto": "Kahneman-Tversky optimisation (KTO)",
     "reward": "reward modelling (Bradley-Terry)",
+    "grpo": "group-relative policy optimisation (GRPO)",
+    "rloo": "REINFORCE leave-one-out (RLOO)",
+    "ppo": "proximal policy optimisation (PPO)",
+    "online_dpo": "online direct preference optimisation (online DPO)",
 }
+LOGGED = {"loss": "loss", "held-out loss": "eval_loss", "reward": "reward", "held-out reward": "eval_reward"}
 LOADING = """\
 import torch
 from transformers import AutoTokenizer, {imports}
@@ -139,13 +144,15 @@ def _facts(
         *([("merged into", base_location(merged_into))] if merged_into else []),
         ("method", f"{config.method}{loss}"),
         *([("frozen adapter", f"SHA-256 {parent}")] if parent else []),
-        ("adapter", f"r {lora.r}, lora_alpha {lora.lora_alpha:g}{' (rsLoRA)' * lora.use_rslora}, "
+        ("adapter", f"r {lora.r}, lora_alpha {lora.lora_alpha:g}{' (rsLoRA)' * lora.use_rslora}"
+                    f"{' (DoRA)' * lora.use_dora}, "
                     f"dropout {lora.lora_dropout:g}, "
                     f"{manifest.get('trainable_parameters', 0):,} parameters in {', '.join(lora.target_modules)}"),
         *[(f"{name} rows", text) for name in ("train", "evaluation") if (text := _rows(folder, name))],
         ("training", f"{config.rows_per_step} rows a step, peak learning rate {train.learning_rate:g} "
-                     f"({train.lr_scheduler_type}), {train.optim}, {base.get('dtype')}, seed {train.seed}"),
-        *[(name, _first_and_last(folder, key)) for name, key in (("loss", "loss"), ("held-out loss", "eval_loss"))],
+                     f"({train.lr_scheduler_type}), {train.optim}, {base.get('dtype')}, seed {train.seed}"
+                     + (f", {environment['ranks']} GPUs" if "ranks" in environment else "")),
+        *[(name, _first_and_last(folder, key)) for name, key in LOGGED.items()],
         ("versions", ", ".join(f"{name} {environment[name]}" for name in ("lowlevel", *LIBRARIES)
                                if name in environment)),
     ]  # fmt: skip

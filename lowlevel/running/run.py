@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from rich.console import Console
 from lowlevel.checkpoints.checkpoint import remove_litter
 from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
-from lowlevel.errors import CONTINUE, InterruptedRunError, OutOfMemoryError
+from lowlevel.errors import CONTINUE, ConfigError, InterruptedRunError, OutOfMemoryError
 from lowlevel.loop import train
 from lowlevel.optim.train_state import StepResult
+from lowlevel.ranks import Ranks, joined
 from lowlevel.running.beginning import Checkpoint, Start
 from lowlevel.running.callbacks import Callback
 from lowlevel.running.endings import Interrupts, one_error, recorded_end
@@ -53,22 +54,56 @@ def run_steps(
     Raises:
         LowlevelError: a subclass with the exit code.
     """
-    start = Start(RunFolder(Path(config.train.output_dir)), console, resume, restart, allow_change)
-    folder = start.folder
-    with deterministic_mode(config.train.deterministic), Interrupts() as interrupts, one_error(folder, interrupts):
-        start.check_folder()
-        continues = folder.holds_run() and resume
+    folder = RunFolder(Path(config.train.output_dir))
+    with (
+        joined(config.train.ddp_timeout) as ranks,
+        deterministic_mode(config.train.deterministic),
+        Interrupts() as interrupts,
+        ranks.together(interrupts, _recorder(folder, ranks)),
+        one_error(folder, interrupts),
+    ):
+        console = console if ranks.first else Console(quiet=True)
+        start = Start(folder, console, resume, restart, allow_change, ranks)
+        if ranks.first:
+            start.check_folder()
+        continues = ranks.first and folder.holds_run() and resume
         prepared = None if continues else start.prepare(config)  # before a folder is made or discarded
-        with run_lock(folder.path), recorded_end(folder), one_error(folder, interrupts):
-            remove_litter(folder.path)
-            if restart:
-                folder.discard()
-            config, inputs = start.merge_base(*(prepared or start.prepare(config)))
-            found = start.checkpoint()
+        with _held(folder, ranks), one_error(folder, interrupts):
+            with ranks.in_turn():
+                if ranks.first:
+                    remove_litter(folder.path)
+                if ranks.first and restart:
+                    folder.discard()
+                config, inputs = start.merge_base(*(prepared or start.prepare(config)))
+                found = start.checkpoint()
             try:
-                return (yield from _steps(start, build_job(config, inputs), found, interrupts, callbacks, details))
+                job = build_job(config, inputs, ranks)
+                return (yield from _steps(start, job, found, interrupts, callbacks, details))
             except torch.cuda.OutOfMemoryError:
                 raise OutOfMemoryError(_out_of_memory(config)) from None
+
+
+@contextmanager
+def _held(folder: RunFolder, ranks: Ranks) -> Iterator[None]:
+    """The first rank holds the folder's lock and records how the run ends."""
+    if not ranks.first:
+        yield
+        return
+    with run_lock(folder.path), recorded_end(folder):
+        yield
+
+
+def _recorder(folder: RunFolder, ranks: Ranks) -> Callable[[int, str], None]:
+    """Records a failure of several ranks: the first rank does, which holds the lock; if it is gone, another one."""
+
+    def record(code: int, text: str) -> None:
+        if ranks.first:
+            folder.write_end("failed", code, text)
+            return
+        with suppress(ConfigError), run_lock(folder.path):
+            folder.write_end("failed", code, text)
+
+    return record
 
 
 def run_training(config: RunConfig, console: Console, **options: Any) -> dict[str, Any]:
@@ -90,20 +125,27 @@ def _steps(
     callbacks: Sequence[Callback],
     details: bool,
 ) -> Steps:
-    folder, config = start.folder, job.config
+    folder, config, ranks = start.folder, job.config, job.ranks
     state = start.begin(job, found)
     engine = Engine(job, folder, start.console)
-    announce(start.console, config, job.inputs, job.policy, job.order)
+    announce(start.console, config, job.inputs, job.policy, job.order, ranks)
     engine.rehearse()
+    opened: AbstractContextManager[Sequence[Callback]] = nullcontext(())
+    explained: AbstractContextManager[None] = nullcontext()
+    if ranks.first:
+        opened = open_trackers(config, folder.path, start.note)
+        explained = explaining(job.policy, job.method, folder.path)
     with TrainingProgress(start.console, config.method, job.total_steps, state.step) as bar:
         with (
-            open_trackers(config, folder.path, start.note) as trackers,
-            explaining(job.policy, job.method, folder.path),
+            opened as trackers,
+            explained,
             engine.cached or nullcontext(),
             engine.tracer or nullcontext(),
+            engine.online or nullcontext(),
         ):
             pace = Pace(config, job.policy, job.total_steps, state.step, state.seconds)
-            observer = RunObserver(folder, bar, engine, interrupts, start.note, pace, [*callbacks, *trackers])
+            called = [*callbacks, *trackers] if ranks.first else []
+            observer = RunObserver(folder, bar, engine, interrupts, start.note, pace, called)
             if engine.held_out and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **engine.evaluate(0)})
             with interrupts.deferred():
@@ -117,6 +159,7 @@ def _steps(
                     config.train,
                     total_steps=job.total_steps,
                     steps_per_epoch=job.order.steps_per_epoch,
+                    ranks=ranks,
                     tracer=engine.tracer,
                     details=details,
                 )
@@ -125,12 +168,10 @@ def _steps(
                 except GeneratorExit:  # the caller left its loop over the steps
                     observer.save(state)
                     raise
-    if interrupts.signum and state.step < job.total_steps:
-        raise InterruptedRunError(
-            f"stopped at step {state.step} of {job.total_steps} and saved; {CONTINUE}", interrupts.signum
-        )
+    if (signum := ranks.stop_requested()) and state.step < job.total_steps:
+        raise InterruptedRunError(f"stopped at step {state.step} of {job.total_steps} and saved; {CONTINUE}", signum)
     with interrupts.deferred():
-        return write_finish(folder, job, state, engine.execution.mode, start.console)
+        return write_finish(folder, job, state, engine.execution.mode, start.console) if ranks.first else {}
 
 
 def _out_of_memory(config: RunConfig) -> str:

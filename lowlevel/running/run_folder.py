@@ -11,6 +11,7 @@ out/run/
   stacked/                                                       both as one PEFT adapter, for use without this package
   trace/                                                         [trace]: parquet files (lowlevel/tracing)
   eval.json eval_items.jsonl forgetting.json                     lowlevel eval, lowlevel compare --probe
+  rollouts/                                                      online methods: completions (online/rollouts.py)
   report.html report/                                            lowlevel report: the page, and its charts as PNG
   summary.json loss.png                                          written at the end
   tensorboard/ wandb/ tracker_id.txt                             train.report_to
@@ -38,9 +39,10 @@ from lowlevel.batch.order import ORDER_VERSION
 from lowlevel.checkpoints.checkpoint import checkpoints, newest_good, newest_verified, step_of
 from lowlevel.config.file import config_from_tables, to_tables
 from lowlevel.config.schema import RunConfig
-from lowlevel.durable import sync, write_json, write_text
+from lowlevel.durable import append_line, sync, write_json, write_text
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.files import SHOWN, folders_with, read_json_object
+from lowlevel.online.rollouts import FOLDER as ROLLOUTS
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 TENSORBOARD, TRACKER_ID = "tensorboard", "tracker_id.txt"  # running/trackers.py
@@ -65,6 +67,7 @@ class RunFolder:
         self.base = path / "base"  # adapter_mode "original": the base with the parent adapter merged in
         self.base_record = self.base / "lowlevel_base.json"  # which adapter was merged into it
         self.trace = path / "trace"
+        self.rollouts = path / ROLLOUTS
         self.report = path / "report"
         self.failure = path / "failure"
         self.metrics = path / "metrics.jsonl"
@@ -83,7 +86,7 @@ class RunFolder:
     def discard(self) -> None:
         """Remove the files that a run wrote, and nothing else."""
         made = (self.adapter, self.parent, self.stacked, self.base, self.trace, self.report, self.failure)
-        for path in [*self.path.glob("step-*"), *made, self.path / TENSORBOARD, self.path / "wandb"]:
+        for path in [*self.path.glob("step-*"), *made, self.rollouts, self.path / TENSORBOARD, self.path / "wandb"]:
             shutil.rmtree(path, ignore_errors=True)
         for path in [*(self.path / name for name in WRITTEN), *self.inspection_pages()]:
             path.unlink(missing_ok=True)
@@ -143,17 +146,7 @@ class RunFolder:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append a line: all of it, or nothing if the disk refuses."""
-        line = (json.dumps(record) + "\n").encode()
-        with open(self.metrics, "ab", buffering=0) as file:
-            before = file.seek(0, os.SEEK_END)
-            try:
-                while line:
-                    line = line[file.write(line) :]
-            except BaseException as error:
-                file.truncate(before)
-                if isinstance(error, OSError):
-                    error.filename = str(self.metrics)
-                raise
+        append_line(self.metrics, record)
 
     def sync_metrics(self) -> None:
         """Flush all lines to disk, so that no checkpoint survives a power cut that its log lines do not."""

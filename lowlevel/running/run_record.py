@@ -25,6 +25,7 @@ from lowlevel.model.merging import write_stacked_adapter
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import TRAINED, Policy, quantised_weights
 from lowlevel.optim.train_state import TrainState
+from lowlevel.ranks import ALONE, Ranks
 from lowlevel.running.assembly import Inputs
 from lowlevel.running.job import Job
 from lowlevel.running.plots import plot_loss
@@ -34,18 +35,19 @@ from lowlevel.running.run_folder import RunFolder, environment
 NEARLY_ALL = 0.95  # share of weights in 4 bits below which a note is printed; norms and routers stay in 16 bits
 
 
-def write_start(folder: RunFolder, config: RunConfig, inputs: Inputs, identity: dict[str, Any], step: int) -> None:
+def write_start(folder: RunFolder, job: Job, step: int) -> None:
     """Write the files that describe a run: before its first step, and again after --allow-change."""
-    precision = inputs.placement.precision
+    config, inputs, precision = job.config, job.inputs, job.inputs.placement.precision
     device: dict[str, Any] = {"device": "cpu", "threads": torch.get_num_threads(), "precision": precision}
     if inputs.placement.device.type == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         device |= {"device": torch.cuda.get_device_name(), "compute_capability": capability, "cuda": torch.version.cuda}
+    device |= {"ranks": job.ranks.size} if job.ranks.size > 1 else {}
     folder.write_config(config)
     write_json(folder.path / "environment.json", environment(device))
     write_json(folder.path / "data_report.json", inputs.data.report.to_json())
     write_row_digests(folder.path, inputs.data)
-    write_json(folder.path / "manifest.json", identity)
+    write_json(folder.path / "manifest.json", job.manifest)
     if inputs.parent:
         files = [path for path in sorted(inputs.parent.iterdir()) if path.name.startswith("adapter_")]
         with replaced_folder(folder.parent) as target:
@@ -54,7 +56,9 @@ def write_start(folder: RunFolder, config: RunConfig, inputs: Inputs, identity: 
     folder.write_status("running", step)
 
 
-def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy, order: DataOrder) -> None:
+def announce(
+    console: Console, config: RunConfig, inputs: Inputs, policy: Policy, order: DataOrder, ranks: Ranks = ALONE
+) -> None:
     """Print model, adapter, data and device of the run."""
     train, placement = config.train, inputs.placement
     device = torch.cuda.get_device_name() if placement.device.type == "cuda" else "CPU"
@@ -69,6 +73,12 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
         f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}",
         markup=False,
     )
+    if ranks.size > 1:
+        what = "GPUs" if placement.device.type == "cuda" else "processes"
+        each = f"{config.rows_per_step} examples a step as on one, its micro-batches are shared out"
+        if not config.data.packing and train.gradient_accumulation_steps < ranks.size:
+            each += f": {train.gradient_accumulation_steps}, so some have nothing to do"
+        console.print(f"  ranks      {ranks.size} {what}; {each}", markup=False, highlight=False)
     if config.data.names == "demo" != config.model.name:
         console.print("  warning    data.source is not given: the rows are those of the built-in demo", markup=False)
     for part in inputs.data.report.train.sources:
@@ -96,6 +106,8 @@ def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy
         console.print(f"  truncation {line}", markup=False, highlight=False)
     for line in not_learned(inputs.data.report):
         console.print(f"  warning    {line}", markup=False, highlight=False)
+    if config.sampled:
+        console.print(f"  sampled    {config.loss_line}", markup=False)
     if config.has_reference:
         reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
         reference += f", moving: {policy.moving.following}" if policy.moving else ""
@@ -128,6 +140,7 @@ def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, cons
         "num_tokens": state.num_tokens,
         "skipped_steps": state.loss_scale.skipped_steps,
         "execution": mode,
+        **({"ranks": job.ranks.size} if job.ranks.size > 1 else {}),
     }
     write_json(folder.path / "summary.json", summary)
     plot_loss(folder.read_metrics(), folder.path / "loss.png", title=f"{config.method}: {folder.path.name}")
@@ -149,6 +162,8 @@ def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
         pairs = config.data.eval_source or config.data.source
         return [f"lowlevel score {run} --data {shlex.quote(str(pairs))}", f"lowlevel inspect {run} --step {step}"]
     reply, look = f'lowlevel generate {run} --prompt "Hello"', f"lowlevel inspect {run} --step {step}"
+    if config.sampled:
+        return [reply, f"lowlevel merge {run} --out {run}-merged", look]
     if config.has_reference:
         compare, merge = f"lowlevel compare {run}", f"lowlevel merge {run} --out {run}-merged"
         return [reply, compare if config.data.eval_source else merge, look]
@@ -158,7 +173,8 @@ def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
     flags += [f"--data.{key} {_flag(value)}" for key, value in data.items()]
     rows = [] if config.data.names == "demo" else ["--data.source pairs.jsonl"]
     out = f"--train.output_dir {run}-dpo"
-    return [reply, " ".join(["lowlevel dpo", *flags, f"--model.adapter {run}", *rows, out]), look]
+    adapter = f"--model.adapter {run}{' --model.adapter_mode original' if config.lora.use_dora else ''}"
+    return [reply, " ".join(["lowlevel dpo", *flags, adapter, *rows, out]), look]
 
 
 def _flag(value: Any) -> str:

@@ -6,6 +6,7 @@ and in a training step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,11 +144,16 @@ def summary(scored: Sequence[Scored]) -> str:
     return "\n".join(lines)
 
 
+def rewards_of_replies(run: LoadedRun, messages: Sequence[dict[str, Any]], replies: Sequence[str]) -> list[float]:
+    """The rewards of replies to one prompt; NaN for an empty one, which has none."""
+    rows = [{"messages": [*messages, {"role": "assistant", "content": text}]} for text in replies if text.strip()]
+    found = iter(score_source(run, GivenRows.of(rows)) if rows else ())
+    return [next(found).rewards[0] if text.strip() else math.nan for text in replies]
+
+
 def best_of(run: LoadedRun, messages: list[dict[str, str]], replies: Sequence[str]) -> list[tuple[float, str]]:
     """Replies to one prompt with their rewards, the best first; empty ones have no reward and are left out."""
-    rows = [{"messages": [*messages, {"role": "assistant", "content": text}]} for text in replies if text.strip()]
-    if not rows:
-        return []
-    scored = score_source(run, GivenRows.of(rows))
-    texts = [text for text in replies if text.strip()]
-    return sorted(((one.rewards[0], text) for one, text in zip(scored, texts, strict=True)), reverse=True)
+    rewards = rewards_of_replies(run, messages, replies)
+    return sorted(
+        ((reward, text) for reward, text in zip(rewards, replies, strict=True) if math.isfinite(reward)), reverse=True
+    )

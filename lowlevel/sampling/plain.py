@@ -19,6 +19,8 @@ from lowlevel.model.placement import Placement
 from lowlevel.sampling.completion import Completion, Sampling, Watch, completion_keys
 from lowlevel.sampling.draw import draw, token_keys
 
+PLAIN = "Hugging Face's generate, which is slower"
+
 
 class PlainSampler:
     """See Sampler. Every token waits for the host, and a batch for its longest completion."""

@@ -53,6 +53,9 @@ def time_run(config: RunConfig, console: Console, *, steps: int, json_file: Path
     """
     if json_file and not json_file.parent.is_dir():
         raise ConfigError(f"--json {json_file}: no such folder")
+    if config.sampled:
+        what = "sampling_seconds, rewarding_seconds and tokens_per_second of metrics.jsonl"
+        raise ConfigError(f"lowlevel time does not sample: a run of {config.method} logs {what}")
     with tempfile.TemporaryDirectory() as scratch, deterministic_mode(config.train.deterministic):
         resolved, inputs = check_start(config, Path(scratch))
         run = _build(resolved, inputs)

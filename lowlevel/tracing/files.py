@@ -13,7 +13,7 @@ from lowlevel.errors import CheckpointError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_NAME = re.compile(r"(pairs|examples|steps)-(\d{8})-(\d{8})\.parquet")
+_NAME = re.compile(r"(pairs|examples|steps|rollouts)-(\d{8})-(\d{8})\.parquet")
 
 
 def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -> Path:
@@ -84,7 +84,7 @@ def _table(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
             return pa.float32()
         if name.endswith("token_ids"):
             return pa.list_(pa.int32())
-        if name.endswith(("token_logps", "layer_norms", *STATISTICS)):
+        if name.endswith(("token_logps", "token_losses", "layer_norms", *STATISTICS)):
             return pa.list_(pa.float32())
         whole = name in ("step", "row", "micro_batch", "pairs", "tokens", "examples") or name.endswith("length")
         return pa.int64() if whole else pa.float64() if name == "loss_scale" else pa.float32()

@@ -41,8 +41,10 @@ Columns = dict[str, Any]  # sequences or (n,) arrays by column
 class Tracer:
     """The rows of traced steps: collected step by step, written by `flush`."""
 
-    def __init__(self, config: RunConfig, policy: Policy, method: Method, folder: Path) -> None:
-        """`folder` is the run's trace folder; it is created with the first file."""
+    def __init__(self, config: RunConfig, policy: Policy, method: Method, folder: Path | None) -> None:
+        """`folder` is the run's trace folder; it is created with the first file. None: nothing is kept (of several
+        GPUs, the first one writes).
+        """
         trace = config.trace
         self.every, self.steps = trace.every, frozenset(trace.steps)
         self.token_level, self.with_gradients = trace.level == "token", trace.gradients
@@ -68,6 +70,8 @@ class Tracer:
             scale: loss scale of the gradient in `policy.flat.grad`, which is not yet unscaled or clipped.
             dropout_key: of the step, for the additional backward pass of trace.gradients.
         """
+        if self.folder is None:
+            return
         step, host = steps_done + 1, _to_host(sums)
         if step not in self._taken and self._values > FLUSH_VALUES:
             self.flush()
@@ -103,6 +107,7 @@ class Tracer:
                 parts.setdefault(kind, []).extend(rows)
         for kind, rows in parts.items():
             columns = {name: [value for part in rows for value in part[name]] for name in rows[0]}
+            assert self.folder is not None
             write_table(self.folder, kind, columns)
         self._taken, self._values = {}, 0
 

@@ -80,9 +80,9 @@ def _alone(subject: Subject, evidence: Evidence) -> Check:
 
 def _parameter(subject: Subject, evidence: Evidence, name: str) -> Check:
     """Change one hyper-parameter: the loss must change as much as the formula says."""
-    title, section = f"{name} reaches the loss", subject.config.method
-    settings: Any = subject.config.own
-    found = subject.method.settings.get(name)
+    title, section = f"{name} reaches the loss", subject.method.name  # of online_dpo: dpo
+    settings: Any = getattr(subject.config, section)
+    found: Any = subject.method.settings.get(name)
     old = float(inspect.signature(subject.spec.function).parameters[name].default if found is None else found)
     new = 0.5 * old or 0.5  # allowed, and gives another loss
     if name == "label_smoothing":

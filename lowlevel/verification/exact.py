@@ -50,19 +50,21 @@ def _shorter(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Update:
-    """One adapter's part of one layer, scaling * B A; A and B are tensors, or slices of the flat weights."""
+    """One adapter's part of one layer, scaling * B A; A, B and DoRA's m are tensors, or slices of the flat weights."""
 
     a: Tensor | slice
     b: Tensor | slice
     a_shape: torch.Size
     b_shape: torch.Size
     scaling: float
+    m: Tensor | slice | None = None
 
-    def of(self, flat: Tensor) -> Tensor:
-        """(out, in) float64."""
-        a = flat[self.a] if isinstance(self.a, slice) else self.a
-        b = flat[self.b] if isinstance(self.b, slice) else self.b
-        return self.scaling * (b.reshape(self.b_shape) @ a.reshape(self.a_shape))
+    def on(self, weight: Tensor, flat: Tensor) -> Tensor:
+        """A weight (out, in) float64 with this update."""
+        a, b, m = (flat[part] if isinstance(part, slice) else part for part in (self.a, self.b, self.m))
+        assert a is not None and b is not None
+        changed = weight + self.scaling * (b.reshape(self.b_shape) @ a.reshape(self.a_shape))
+        return changed if m is None else (m / changed.detach().norm(dim=1))[:, None] * changed
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class ExactModel:
         merged = dict(self.fixed)
         for updates in (self.parent, self.trained if flat is not None else {}):
             for name, update in updates.items():
-                merged[name] = merged[name] + update.of(flat if flat is not None else torch.empty(0))
+                merged[name] = update.on(merged[name], flat if flat is not None else torch.empty(0))
         return merged if self.head is None or flat is None else {**merged, SCORE: flat[self.head]}
 
     def scores(self, weights: dict[str, Tensor], sequence: Scored) -> Tensor:
@@ -159,7 +161,8 @@ def exact_model(policy: Policy, config: ModelConfig, statistics: tuple[str, ...]
             factors: list[Any] = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
             own = [f"{stem}.lora_{which}.{adapter}.weight" for which in "AB"]
             parts = [spans.get(key, w.detach().double().cpu()) for key, w in zip(own, factors, strict=True)]
-            update = Update(parts[0], parts[1], factors[0].shape, factors[1].shape, float(layer.scaling[adapter]))
+            m = spans.get(f"{stem}.lora_magnitude_vector.{adapter}.weight")
+            update = Update(parts[0], parts[1], factors[0].shape, factors[1].shape, float(layer.scaling[adapter]), m)
             updates[adapter][f"{stem.removeprefix(PREFIX)}.weight"] = update
     return ExactModel(model, fixed, updates[TRAINED], updates[PARENT], statistics, spans.get(SCORE))
 

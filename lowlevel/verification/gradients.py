@@ -46,7 +46,7 @@ def _formula_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     single = None if reference is None else reference.float()
     found = gradients(logps, tokens.float(), single, subject.losses)
     expected = slopes(logps, subject.config)
-    closed = subject.config.method == "dpo" and subject.config.dpo.loss_type == "sigmoid"
+    closed = subject.method.name == "dpo" and subject.config.dpo.loss_type == "sigmoid"
     form = "-beta sigma(-x)" if closed else f"{subject.spec.name}, autograd in float64"
     size = max(map(largest, expected)) or 1.0
     error = max(largest(a.double() - b) for a, b in zip(found, expected, strict=True)) / size
@@ -58,7 +58,7 @@ def _formula_checks(subject: Subject, evidence: Evidence) -> list[Check]:
 
 
 def _left_out() -> Check:
-    note = "parts of this loss are without a gradient on purpose (detaches=True)"
+    note = "parts are without a gradient on purpose (a loss's detaches=True; the lengths of DoRA's rows)"
     return Check(GROUP, "central differences not compared: detaches", math.nan, math.inf, True, note)
 
 
@@ -145,7 +145,7 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     (exact,) = torch.autograd.grad(mean_loss(leaf), leaf)
     note = f"{len(weights):,} weights, {len(examples)} examples, relative l2"
     checks = [check(GROUP, "step, float64 autograd", relative(gradient, exact), subject.bounds.gradient, note)]
-    if subject.spec.detaches:
+    if subject.detaches:
         return [*checks, _left_out()]
     errors = []
     for seed in range(DIRECTIONS):
@@ -166,7 +166,7 @@ def _coarse_check(subject: Subject, evidence: Evidence) -> Check:
     Extrapolated from steps h and h/2 (Richardson): a loss can curve strongly within such a coarse step.
     """
     precision = subject.policy.placement.precision
-    if subject.spec.detaches:
+    if subject.detaches:
         return _left_out()
     flat = subject.policy.flat.weights
     _, gradient = subject.run_step()

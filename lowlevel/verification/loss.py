@@ -67,7 +67,11 @@ def _pair_checks(subject: Subject, evidence: Evidence, token: float, longest: in
         error = max(largest(found[key] - named[key]) for key in (f"{prefix}chosen", f"{prefix}rejected"))
         note = f"{len(logps.chosen_logps)} pairs"
         checks.append(check(GROUP, f"completion log-probability, {who}", error, bound, note))
-    error = largest(found["rewards/margins"] - beta * logps.deltas)
+    margins = beta * logps.deltas
+    if subject.spec.averages:
+        assert logps.chosen_lengths is not None and logps.rejected_lengths is not None
+        margins = beta * (logps.chosen_logps / logps.chosen_lengths - logps.rejected_logps / logps.rejected_lengths)
+    error = largest(found["rewards/margins"] - margins)
     checks.append(check(GROUP, "margin of a pair", error, 4 * beta * bound))
     if subject.mixes:
         return checks  # a pair alone has another loss than among others: the step's loss is in `accounting`

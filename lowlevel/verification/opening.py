@@ -67,7 +67,8 @@ def verify_run(opened: Reopened | Opened, *, step: int = 1, exact_parameters: in
         CheckpointError: damaged weights, or a base, adapter or loss that is not the run's.
     """
     opened = open_run(opened) if isinstance(opened, Reopened) else opened
-    examples = step_examples(opened.config, opened.inputs.data, step)
+    run_dir = opened.run.folder.path if opened.run else None
+    examples = step_examples(opened.config, opened.inputs.data, step, run_dir=run_dir)
     with deterministic_mode(opened.config.train.deterministic):
         subject = make_subject(opened, examples, step - 1, exact_parameters)
         placement, moving = subject.policy.placement, subject.policy.moving

@@ -25,6 +25,7 @@ from lowlevel.verification.invariances import invariance_checks
 from lowlevel.verification.loss import loss_checks
 from lowlevel.verification.masking import masking_checks
 from lowlevel.verification.reference import frozen_checks, reference_checks
+from lowlevel.verification.sampled import sampled_checks
 from lowlevel.verification.subject import Subject, fill_b, kept_weights, without_dropout, without_effect
 
 
@@ -41,9 +42,13 @@ def run_checks(subject: Subject) -> list[Check]:
         with kept_weights(policy):
             if without_effect(policy):
                 fill_b(policy)
+            if subject.config.method in ("grpo", "rloo", "ppo"):
+                work.what = "verifying: sampled completions, also in float64"
+                checks = sampled_checks(subject)
+                return checks + frozen_checks(subject, names, before, (base, base_sha256(policy.model)))
             with without_dropout(policy):
                 work.what = "verifying: checking the masks"
-                checks = masking_checks(subject)
+                checks = [] if subject.config.sampled else masking_checks(subject)  # sampled: not in the data
                 work.what = "verifying: running the model, also in float64"
                 evidence = gather(subject)
                 checks += loss_checks(subject, evidence)

@@ -74,13 +74,18 @@ class Subject:
         return self.method.spec
 
     @property
+    def detaches(self) -> bool:
+        """Whether parts of the loss, or the lengths of DoRA's rows, are without a gradient on purpose."""
+        return self.spec.detaches or any(layer.lora_magnitude_vector for layer in self.policy.lora_layers)
+
+    @property
     def mixes(self) -> bool:
         """Whether the loss of a pair depends on the other pairs of its micro-batch."""
         return self.paired and self.spec.mixes_pairs
 
     def losses(self, logps: Logps) -> Tensor:
         """The loss of each pair or example (P,), or token (N,), as `method.loss` computes it from log-probabilities."""
-        return self.method.losses(logps)  # type: ignore[arg-type]
+        return self.method.losses(logps)  # type: ignore[arg-type, union-attr]
 
     def values(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """The numeric columns that the loss reads, one number an example; float64, rounded to fp32 as in a batch."""

@@ -27,6 +27,10 @@ COMMANDS = (
     "dpo",
     "kto",
     "reward",
+    "grpo",
+    "rloo",
+    "ppo",
+    "online_dpo",
     "data",
     "losses",
     "plan",
@@ -34,6 +38,7 @@ COMMANDS = (
     "memory",
     "merge",
     "generate",
+    "annotate",
     "score",
     "compare",
     "eval",
@@ -73,7 +78,7 @@ def test_help_names_the_commands_and_the_exit_codes(cli):
     said = cli("--help")
     assert (said.code, said.err) == (0, "")
     for command in COMMANDS:
-        assert re.search(rf"^ +{command} ", said.out, re.MULTILINE)
+        assert re.search(rf"^ +{command}\b", said.out, re.MULTILINE)
     for code in ("2 usage or configuration", "3 data", "4 checkpoint or model"):
         assert code in " ".join(said.out.split())
 
@@ -84,7 +89,7 @@ def test_help_of_a_command(cli, command):
     assert (said.code, said.err) == (0, "")
     assert "--debug" in said.out
     keys = {f"--{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields}
-    named = set(re.findall(r"--[a-z]+\.\w+", said.out))
+    named = set(re.findall(r"--[a-z_]+\.\w+", said.out))
     assert named == (keys if command in (*METHODS, "data", "plan", "time", "verify") else set())
 
 
@@ -95,7 +100,10 @@ def test_every_key_has_its_description_and_default_in_the_help(cli):
             (line,) = re.findall(rf"^  --{section}\.{key} +(.*)$", out, re.MULTILINE)
             assert field.description in line
             assert (f"(default: {field.default}" in line) == (field.default is not None)
-    assert "peak learning rate (default: 0.0002; for dpo: 1e-05; for kto: 1e-05; for reward: 0.0001)" in out
+    assert (
+        "peak learning rate (default: 0.0002; for dpo: 1e-05; for kto: 1e-05; for reward: 0.0001; for grpo: 1e-05"
+        in out
+    )
 
 
 def test_help_imports_nothing_heavy_and_answers_at_once():

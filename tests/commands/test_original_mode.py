@@ -31,7 +31,7 @@ def original_mode(runs, cli, tmp_path_factory) -> dict:
     def stop(self, state, result):
         progress(self, state, result)
         if state.step == 2:
-            self.interrupts.on_signal(signal.SIGTERM, None)
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunObserver, "progress", stop)

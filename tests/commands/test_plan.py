@@ -33,10 +33,21 @@ def test_the_plan_command(tmp_path, capsys):
         show_plan(config, console, "much")
 
 
-def planned_by(config, budget=None):
+def planned_by(config, budget=None, gpus=1):
     console = Console(file=io.StringIO(), width=160)
-    show_plan(config, console, budget)
+    show_plan(config, console, budget, gpus)
     return console.file.getvalue()
+
+
+def test_the_plan_for_several_gpus(tmp_path):
+    config = RunConfig(model=ModelConfig(name=write_config(tmp_path / "model")), lora=LoraConfig(r=64))
+    assert "GPUs: each" not in planned_by(config)  # 50,462,720 weights of 4 bytes, each sent and received once
+    assert "a step takes about 50% of the time, and 34 ms to sum 202 MB of gradient at 6 GB/s\n" in planned_by(
+        config, gpus=2
+    )
+    unpacked = config.model_copy(update={"data": DataConfig(packing=False)})
+    assert "about 50% of the time" in planned_by(unpacked, gpus=3)  # 2 of its 4 micro-batches
+    assert "only 4 of them work: raise gradient_accumulation_steps" in planned_by(unpacked, gpus=5)
 
 
 def test_the_plan_command_says_what_goes_to_the_host(tmp_path):

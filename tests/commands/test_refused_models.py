@@ -51,7 +51,6 @@ def test_adapters_of_other_kinds(cli, runs, tmp_path):
     config = runs.space.write("run", "dpo", folder=tmp_path, train={"max_steps": 1})
     for edit, text in (
         ({"peft_type": "IA3"}, "'IA3'"),
-        ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
         ({"r": 10**9}, "out of bounds"),
         ({"r": 8}, "of another shape"),

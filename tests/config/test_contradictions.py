@@ -55,11 +55,23 @@ sft lora.init_from=a lora.init_lora_weights=loftq | lora.init_lora_weights comes
 sft lora.init_lora_weights=loftq model.load_in_4bit=false | lora.init_lora_weights = "loftq" needs model.load_in_4bit
 dpo lora.init_lora_weights=loftq | lora.init_lora_weights = "loftq" is for sft and reward
 sft lora.init_from=a lora.use_rslora=true | lora.use_rslora comes from
+sft lora.init_from=a lora.use_dora=true | lora.use_dora comes from
+sft lora.init_lora_weights=loftq lora.use_dora=true | lora.init_lora_weights = "loftq" is not for lora.use_dora
+dpo model.adapter=a lora.use_dora=true | lora.use_dora cannot stand on model.adapter | model.adapter_mode = "original"
 sft lora.init_from=a lora.target_modules=q_proj | lora.target_modules comes from
 sft model.load_in_4bit=false model.bnb_4bit_quant_type=nf4 | model.bnb_4bit_* | model.load_in_4bit = true
 sft model.load_in_4bit=false model.bnb_4bit_use_double_quant=true | model.bnb_4bit_* | model.load_in_4bit = true
 sft trace.level=pair | trace.level needs trace.every or trace.steps
 sft trace.gradients=true | trace.gradients needs trace.every or trace.steps
+grpo data.columns=a | data.columns is for sft | reward functions receive all columns
+grpo grpo.num_generations=3 | = 8 completions are not a multiple of grpo.num_generations 3
+grpo grpo.max_completion_length=256 | leaves no prompt: data.max_length is 256
+grpo grpo.loss_type=cispo grpo.delta=2.0 | grpo.delta is not read by loss_type = "cispo"
+grpo grpo.kl_estimator=k2 | grpo.kl_estimator needs grpo.beta above 0
+rloo rloo.reward=none | rloo.reward is empty
+ppo ppo.reward_weights=[1.0,2.0] | ppo.reward_weights has 2 numbers for 1 functions
+grpo grpo.reward=format | "format" and reward_pattern belong together
+online_dpo train.memory_budget=15GiB | train.memory_budget does not know what sampling (online_dpo) needs
 dpo dpo.ref_model_mixup_alpha=0.5 | dpo.ref_model_mixup_alpha needs ref_model_sync_steps
 dpo dpo.ref_model_sync_steps=4 dpo.reference_cache=a | dpo.reference_cache is for a reference that stays
 dpo dpo.reference_cache=a trace.every=1 trace.level=token | trace.level = "token" | dpo.reference_cache
@@ -90,7 +102,7 @@ def test_every_contradiction_is_in_the_list_above(monkeypatch):
         wrong.update({(name, i): found or wrong.get((name, i), False) for i, (found, _) in enumerate(checks)})
         return checks
 
-    for name in ("_method_and_model", "_data", "_train", "_trace"):
+    for name in ("_method_and_model", "_data", "_train", "_trace", "_online"):
         monkeypatch.setattr(module, name, partial(recorded, name, getattr(module, name)))
     for case in CASES:
         line_of(case)

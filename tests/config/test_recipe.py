@@ -105,7 +105,7 @@ RECIPE = {
 @pytest.mark.parametrize("path", sorted(RUNS.glob("*.toml")), ids=lambda path: path.stem)
 def test_files_of_the_project_load(path):
     config = load_config(path)
-    assert config.method == ("dpo" if "dpo" in path.stem else "sft")
+    assert config.method == next((name for name in ("dpo", "grpo") if name in path.stem), "sft")
     assert config.train.output_dir == f"out/{path.stem}"
 
 

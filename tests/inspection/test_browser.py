@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from contrast import least_contrast, luminance
 from samples import inspection_of_chats, inspection_of_pairs
 from workspace import run
 
@@ -15,6 +16,7 @@ from lowlevel.inspection.page import write_page
 
 SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")
 DESKTOP, PHONE = (1280, 900), (390, 844)
+TEXTS = ".tok, dt, dd, td, th, small, h1, h2, h3, figcaption, a, .prompt, .context"
 
 
 class Sight:
@@ -182,43 +184,12 @@ def test_every_look_fits_and_can_be_read(browser, pages, name, look):
     sight = Sight(browser, pages[name], size=PHONE if "phone" in look else DESKTOP, dark="dark" in look)
     paper, ink = sight.ask("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
     assert (luminance(paper) > luminance(ink)) != ("dark" in look)
-    contrasts = sight.ask(CONTRASTS)
-    assert min(contrast(text, back) for text, back in contrasts) >= 4.5
+    assert least_contrast(browser, TEXTS) >= 4.5
     sight.ask("document.querySelector('.tok').focus()")
     tip = sight.find("#tip")[0].rect
     assert tip["x"] >= 0 and tip["x"] + tip["width"] <= (PHONE if "phone" in look else DESKTOP)[0]
     sight.keep(f"{name}-{look}")
     sight.check()
-
-
-# Each text with what lies under it, blended: [[text colour, background], ...]
-CONTRASTS = """(() => {
-  const parse = (c) => c.match(/[\\d.]+/g).map(Number);
-  const under = (e) => {
-    if (!e) return [255, 255, 255];
-    const [r, g, b, a = 1] = parse(getComputedStyle(e).backgroundColor);
-    const below = a < 1 ? under(e.parentElement) : [0, 0, 0];
-    return [r, g, b].map((v, i) => v * a + below[i] * (1 - a));
-  };
-  const texts = '.tok, dt, dd, td, th, small, h1, h2, h3, figcaption, a, .prompt, .context';
-  const seen = [...document.querySelectorAll(texts)];
-  return seen.filter((e) => e.offsetParent && e.textContent.trim()).map((e) => {
-    const [r, g, b] = parse(getComputedStyle(e).color);
-    return [`rgb(${r}, ${g}, ${b})`, `rgb(${under(e).join(', ')})`];
-  });
-})()"""
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance, WCAG 2.2."""
-    parts = [float(x) / 255 for x in re.findall(r"[\d.]+", colour)[:3]]
-    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one: str, other: str) -> float:
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_the_page_of_a_real_run(browser, runs, tmp_path):

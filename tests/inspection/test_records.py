@@ -124,7 +124,7 @@ def test_contributions_add_up_and_weights_are_slopes(policy, name):
     config = config_of(name)
     records = inspect_pairs(policy, replace(helpers.dpo(), config=config), pairs())
     (chosen, rejected, *reference), lengths = logps_of(records)
-    averages = READINGS[name] == "averages"
+    averages, own = READINGS[name] == "averages" or LOSSES[name].averages, LOSSES[name].averages
 
     def total(plus: torch.Tensor, minus: torch.Tensor) -> float:
         return float(preference_loss(config)(PairLogps(plus, minus, *reference, *lengths)).losses.sum())
@@ -137,7 +137,8 @@ def test_contributions_add_up_and_weights_are_slopes(policy, name):
         scales = [config.beta / (float(n[i]) if averages else 1) for n in lengths]
         sums = scales[0] * (chosen - reference[0])[i] - scales[1] * (rejected - reference[1])[i]
         assert float(record.argument) == pytest.approx(float(sums), abs=1e-5)
-        margin = config.beta * float((chosen - reference[0] - rejected + reference[1])[i])
+        counts = lengths if own else [torch.ones(len(records))] * 2
+        margin = config.beta * float(((chosen - reference[0]) / counts[0] - (rejected - reference[1]) / counts[1])[i])
         assert float(record.margin) == pytest.approx(margin, abs=1e-5)
         nudge = torch.zeros(len(records), dtype=torch.float64)
         nudge[i] = 1e-4
@@ -162,7 +163,8 @@ def test_weights_are_those_of_a_trace_times_n_where_the_loss_reads_averages(poli
     (chosen, rejected, *reference), lengths = logps_of(records)
     slopes = reward_slopes(config, PairLogps(chosen, rejected, *reference, *lengths))
     for i, record in enumerate(records):
-        n = [float(size[i]) if READINGS[name] == "averages" else 1.0 for size in lengths]
+        averages = READINGS[name] == "averages" and not LOSSES[name].averages  # or the reward itself is the average
+        n = [float(size[i]) if averages else 1.0 for size in lengths]
         assert float(record.chosen.weight) == pytest.approx(-float(slopes[0][i]) * n[0], rel=1e-4, abs=1e-6)
         assert float(record.rejected.weight) == pytest.approx(float(slopes[1][i]) * n[1], rel=1e-4, abs=1e-6)
         if READINGS[name] in ("margin", "averages"):  # one number a pair

@@ -163,9 +163,11 @@ def test_the_operator_obeys_torchs_rules(adapters, nested):
     dropped = [torch.randn(2, 3, 64, requires_grad=True) for _ in range(adapters)]
     down = [torch.randn(2 + k, 64, requires_grad=k == 0) for k in range(adapters)]
     up = [torch.randn(16, 2 + k, requires_grad=k == 0) for k in range(adapters)]
-    arguments = (x, dropped, down, up, weight, sizes)
+    arguments = (x, dropped, down, up, weight, sizes, adapters > 0)
     torch.library.opcheck(torch.ops.lowlevel.adapted_linear.default, arguments)
     found, *inner = adapted_linear(*arguments)
+    if adapters:
+        torch.testing.assert_close(inner.pop(), down[-1] @ dense.T)
     expected = x @ dense.T + sum(one @ a.T @ b.T for one, a, b in zip(dropped, down, up, strict=True))
     torch.testing.assert_close(found, expected)
     assert [h.shape[-1] for h in inner] == [2, 3][:adapters] and not any(h.requires_grad for h in inner)

@@ -221,7 +221,7 @@ def test_interpreted_kernels_write_nothing_outside_their_block() -> None:
 def test_kernels_in_the_interpreter() -> None:
     """Without conftest.py, whose imports take as long as the tests."""
     folder = Path(__file__).parent
-    files = [__file__, str(folder / "test_fused_token_logps.py")]
+    files = [__file__, *(str(folder / f"test_{name}.py") for name in ("fused_token_logps", "decoding"))]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--noconftest", "-k", "interpreted", *files]
     paths = os.pathsep.join([str(folder), *sys.path])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}

@@ -46,6 +46,8 @@ def test_a_gpu_that_others_use_and_a_second_one(gpu):
     answer = device.device()
     assert answer.verdict == "note"
     assert "others hold 6.0 GiB" in answer.found and "2 GPUs visible, one is used: cuda:0" in answer.found
+    gpu.free = 14 * GIB
+    assert device.device().verdict == "note" and "add --gpus 2" in str(device.device())
 
 
 def test_a_gpu_that_computes_wrongly(gpu, monkeypatch):

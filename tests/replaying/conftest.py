@@ -1,6 +1,7 @@
 """Runs of 24 steps, dropout on, packed, a checkpoint every 5 steps."""
 
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ def stop_after(step: int):
     def progress(self, state, result):
         original(self, state, result)
         if state.step == step:
-            self.interrupts.on_signal(15, None)
+            signal.raise_signal(signal.SIGTERM)
 
     patch = pytest.MonkeyPatch()
     patch.setattr(RunObserver, "progress", progress)

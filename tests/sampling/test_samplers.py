@@ -8,9 +8,15 @@ from helpers import VOCABULARY, make_policy, save_random_adapter
 from lowlevel.batch.layout import build_batch, sft_segment
 from lowlevel.hashing import key32
 from lowlevel.sampling import PlainSampler, Sampling, completion_keys
+from lowlevel.sampling.fast import FastSampler
 
 STOP = 7  # among the likelier tokens of the random base
-SAMPLERS = {"plain": PlainSampler}
+SAMPLERS = {
+    "plain": PlainSampler,
+    "fast": FastSampler,
+    "joined": lambda *args: FastSampler(*args, join=True),
+    "fast, 3 slots": lambda *args: FastSampler(*args, slots=3),  # most completions wait for one to end
+}
 
 
 @pytest.fixture(scope="module")

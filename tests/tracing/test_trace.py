@@ -192,7 +192,7 @@ def test_a_resumed_run_has_the_trace_of_an_uninterrupted_one(space, tmp_path, mo
     def progress(self, state, result):
         original(self, state, result)
         if state.step == 5:
-            self.interrupts.on_signal(signal.SIGTERM, None)
+            signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunObserver, "progress", progress)

@@ -16,6 +16,7 @@ from lowlevel.execution import WithFallback
 from lowlevel.model.adapters import adapter_start, build_policy
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import base_sha256, load_base
+from lowlevel.model.linear import Dora, product
 from lowlevel.model.policy import TRAINED
 from lowlevel.model.quantisation_error import low_rank, start_from_error
 from lowlevel.optim.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
@@ -56,9 +57,43 @@ def test_two_learning_rates_on_the_flat_buffer_are_pefts_loraplus_optimizer(tiny
     assert {name.split("::")[0] for name in optimizer_tensors(one)} == {"flat", "flat_B"}
 
 
-def test_dora_is_refused_by_name():
-    (line,) = refused({"lora": {"use_dora": True}})
-    assert line.startswith("run.toml: lora.use_dora: DoRA (arXiv 2402.09353) is not supported")
+def test_doras_product_and_gradient_are_those_of_its_definition():
+    """In float64 from the dense W + B A, whose row lengths are constants to the gradient; a row of zeros stays 0."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x, down, up, magnitude = (
+        torch.randn(shape, generator=generator) for shape in ((6, 8), (5, 8), (3, 8), (6, 3), (6,))
+    )
+    weight[2], up[2], magnitude[2] = 0.0, 0.0, 0.0
+    layer = torch.nn.Linear(8, 6)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    leaves = [part.requires_grad_() for part in (x, down, up, magnitude)]
+    dora = Dora(magnitude, weight.square().sum(1), down.detach(), up.detach())
+    found = product(layer, x, [x], [down], [up], dora)
+    exact = [part.detach().double().requires_grad_() for part in leaves]
+    dense = weight.double() + exact[2] @ exact[1]
+    scale = exact[3] / dense.detach().norm(dim=1).clamp(min=1e-300)
+    expected = exact[0] @ dense.T * scale + layer.bias.double()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    direction = torch.randn(found.shape, generator=generator)
+    grads = torch.autograd.grad(found, leaves, direction), torch.autograd.grad(expected, exact, direction.double())
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_dora_policy_equals_its_reference_bit_for_bit(tiny_base):
+    policy = made(tiny_base, use_dora=True)
+    for name, view in policy.flat.views.items():
+        view.data.zero_() if ".lora_B." in name else None
+    (batch,) = helpers.sft(packing=True).micro_batches(helpers.ragged_examples())
+    with policy.reference():
+        reference = policy.token_logps(batch)
+    assert torch.equal(policy.token_logps(batch), reference)
+    assert {name.split(".")[-3] for name in policy.flat.views} == {"lora_A", "lora_B", "lora_magnitude_vector"}
+
+
+def test_dora_on_a_frozen_adapter_is_refused():
+    (line,) = refused({"method": "dpo", "lora": {"use_dora": True}, "model": {"adapter": "out/sft"}})
+    assert "lora.use_dora cannot stand on model.adapter" in line
 
 
 @pytest.mark.parametrize(("shape", "rank"), [((12, 40), 5), ((40, 12), 5), ((7, 9), 16), ((6, 6), 6)])
@@ -106,6 +141,7 @@ def _linear(model):
 VARIANTS = {
     "rslora, loraplus": {"use_rslora": True, "loraplus_lr_ratio": 4.0},
     "loftq": {"init_lora_weights": "loftq"},
+    "dora": {"use_dora": True},
 }
 
 
@@ -145,6 +181,15 @@ def test_a_run_is_loaded_by_peft_verified_continued_and_merged(space, tmp_path, 
         assert run("sft", space.write("more", "sft", folder=tmp_path, **more)).code == 0
         assert adapter_start(tmp_path / "more" / "adapter") == "loftq"
         assert adapter_start(folder / "step-00000003") == "loftq"
+    if name == "dora":
+        more = {"model": {"adapter": str(folder)}, "train": {"max_steps": 1}}
+        said = run("dpo", space.write("next", "dpo", folder=tmp_path, **more))
+        assert said.code == 2 and "an adapter with use_dora is not stacked: " in said.err
+        more["model"]["adapter_mode"] = "original"
+        assert run("dpo", space.write("next", "dpo", folder=tmp_path, **more)).code == 0
+        more = {"lora": {"init_from": str(folder), "r": None, "lora_alpha": None}, "train": {"max_steps": 1}}
+        assert run("sft", space.write("more", "sft", folder=tmp_path, **more)).code == 0
+        assert reopen(tmp_path / "more").policy(tmp_path / "more" / "adapter").lora_layers[0].lora_magnitude_vector
 
 
 @pytest.mark.slow

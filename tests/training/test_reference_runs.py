@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_same_run(workspace, live, keep, monkeypatch):
     def stopping(self, state, result):
         progress(self, state, result)
         if state.step == stop:
-            self.interrupts.on_signal(signal.SIGTERM, None)
+            signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunObserver, "progress", stopping)

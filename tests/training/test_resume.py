@@ -105,7 +105,7 @@ def run_and_stop(config: Path, step: int) -> InterruptedRunError:
     def progress(self, state, result):
         original(self, state, result)
         if state.step == step:
-            self.interrupts.on_signal(signal.SIGTERM, None)
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunObserver, "progress", progress)

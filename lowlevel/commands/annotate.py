@@ -1,0 +1,51 @@
+"""judge pairs of sampled replies on a local page; the judgements become rows for dpo"""
+
+import sys
+from pathlib import Path
+
+from lowlevel.commands.common import Options, Overrides, Parser, not_negative, positive, quiet_console, temperature
+from lowlevel.errors import ConfigError
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="run folder whose replies are judged")
+    parser.add_argument("--prompts", metavar="FILE", help='rows with "prompt" or "messages"; "demo": its held-out rows')
+    parser.add_argument("--other", type=Path, metavar="RUN_DIR2", help="second reply from this run (default: RUN_DIR)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="preference file for lowlevel dpo, journal beside it")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest reply, in tokens (default: 256)")
+    parser.add_argument("--temperature", type=temperature, default=1.0, help="of the sampling (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling and of the sides (default: 0)")
+    parser.add_argument("--resume", action="store_true", help="go on with the journal of --out")
+    text = "default: a free one; an SSH tunnel needs the same number at both ends"
+    parser.add_argument("--port", type=not_negative, default=0, help=text)
+    parser.add_argument("--report", type=Path, metavar="FILE", help="only print the report of this preference file")
+
+
+def run(options: Options, overrides: Overrides) -> None:
+    if options.report:
+        _report(options.report)
+        return
+    needed = {"RUN_DIR": options.run_dir, "--prompts": options.prompts, "--out": options.out}
+    if missing := [name for name, value in needed.items() if value is None]:
+        raise ConfigError(f"lowlevel annotate needs {', '.join(missing)}; or --report FILE")
+    if options.temperature == 0 and options.other is None:
+        raise ConfigError("--temperature 0 gives two equal replies of one run: set it above 0, or give --other")
+    console = quiet_console()
+    from lowlevel.annotation.session import annotate
+    from lowlevel.running.progress import lines_to
+    from lowlevel.running.replies import Sampling
+
+    runs = [options.run_dir, *([options.other] if options.other else [])]
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
+    settings = (runs, options.prompts, options.out, sampling)
+    annotate(*settings, lines_to(console), resume=options.resume, port=options.port)
+
+
+def _report(file: Path) -> None:
+    from lowlevel.annotation.agreement import report
+    from lowlevel.annotation.journal import Journal, journal_path
+
+    path = journal_path(file)
+    if not path.is_file():
+        raise ConfigError(f"--report {file}: there is no {path}")
+    sys.stdout.write(report(Journal(path)) + "\n")

@@ -1,0 +1,33 @@
+"""A table of a run file, and the types of its values."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+LARGEST = 2**31 - 1  # counts are also tensors' sizes and int32 indices
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
+Length = Annotated[int, Field(gt=1, le=LARGEST)]
+Batch = Annotated[int, Field(gt=0, le=65_536)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number = int | Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def as_list(value: Any) -> Any:
+    """A text as a list: names between commas; "none", as other programs say it, is none."""
+    if not isinstance(value, str):
+        return value
+    return [] if value == "none" else [name.strip() for name in value.split(",")]
+
+
+Names = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(as_list)]
+
+
+class Section(BaseModel):
+    """A table of the run file: frozen, strictly typed, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())

@@ -1,0 +1,96 @@
+"""Group-relative policy optimisation (arXiv 2402.03300) and its family; the losses are in losses/policy_gradient.py.
+
+A step samples G completions of each of its prompts, rewards them, and compares each with its group:
+
+    A_i = r_i - mean(r_1 ... r_G)        L = sum_t w_t [ -min(r_t A_i, clip(r_t) A_i) + beta kl_t ] / count
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowlevel.batch.layout import PackedBatch, Shape
+from lowlevel.config.online import GRPOConfig
+from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
+from lowlevel.losses.advantages import group_relative
+from lowlevel.losses.policy_gradient import AGGREGATION, kl_penalty
+from lowlevel.losses.registry import LossSpec
+from lowlevel.methods.sampled import Rows, micro_batches, policy_gradient, with_advantages, without_none
+from lowlevel.model.policy import Policy
+
+if TYPE_CHECKING:
+    from lowlevel.online.rollouts import Rollout
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """The method. Its examples are completions that the policy sampled, with their rewards."""
+
+    config: GRPOConfig
+    batch_size: int  # completions per micro-batch; with packing, rows
+    row_length: int
+    packing: bool
+    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
+    columns: ClassVar[tuple[str, ...]] = ()
+    name: ClassVar[str] = "grpo"
+    unit: ClassVar[str] = "completions"
+    paired: ClassVar[bool] = False
+    statistics: ClassVar[tuple[str, ...]] = ()
+
+    def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
+        """The weighted sum of the tokens' losses."""
+        temperature, reference = self.config.temperature, self.has_reference
+        return policy_gradient(policy, batch, self.token_losses, temperature, reference=reference)
+
+    def token_losses(self, tokens: SampledLogps) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of each token, (N,), before its weight, and metrics, (N,) each."""
+        losses, metrics = self.spec(tokens, self.settings)
+        if not self.has_reference:
+            return losses, metrics
+        penalty = kl_penalty(tokens, self.config.kl_estimator)
+        return losses + self.config.beta * penalty, {**metrics, "kl": penalty.detach()}
+
+    @property
+    def spec(self) -> LossSpec:
+        """The configured loss."""
+        return POLICY_LOSSES[self.config.loss_type]
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The hyper-parameters that it reads."""
+        fields = GRPOConfig.model_fields
+        return without_none({name: getattr(self.config, name) for name in self.spec.parameters if name in fields})
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares the policy with a reference."""
+        return self.config.beta > 0
+
+    def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
+        """The completions of one step with their advantages."""
+        rewards = torch.tensor([[x.reward for x in group] for group in groups], dtype=torch.float64)
+        advantages = group_relative(rewards, scale_rewards=self.config.scale_rewards)
+        return with_advantages(groups, advantages, masked=self.config.mask_truncated_completions)
+
+    def count(self, batch: PackedBatch) -> float:
+        """Completions, tokens, or completions times the maximal length, by loss_type."""
+        assert batch.total_weight is not None
+        return batch.total_weight
+
+    def size(self, example: Rollout) -> int:
+        """Positions: all tokens but the last."""
+        return len(example)
+
+    @property
+    def rows(self) -> Rows:
+        """How completions become micro-batches."""
+        return Rows(self.batch_size, self.row_length, self.packing, self.shape)
+
+    def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
+        """The completions of one step in rows."""
+        return micro_batches(examples, self.rows, AGGREGATION[self.config.loss_type], self.config.max_completion_length)

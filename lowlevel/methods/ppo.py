@@ -1,0 +1,143 @@
+"""Proximal policy optimisation (arXiv 1707.06347) with a value head on the policy's hidden states.
+
+V_t = w . h_t                        h_t: hidden state before token t, the one that predicts it; w starts at 0
+r_t = -beta (log pi(y_t) - log ref(y_t)), and the completion's reward at its last token, whatever token that is
+A_t, R_t: generalised advantage estimation and A + V, both from the values at sampling
+L   = mean_t -min(r A, clip(r) A) + vf_coef max((V - R)^2, (V_c - R)^2) / 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowlevel.batch.layout import PackedBatch, Shape
+from lowlevel.config.online import PPOConfig
+from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
+from lowlevel.losses.advantages import gae, whiten
+from lowlevel.losses.policy_gradient import AGGREGATION
+from lowlevel.losses.registry import LossSpec
+from lowlevel.losses.reward import head_rewards
+from lowlevel.losses.value import clipped_value_loss
+from lowlevel.methods.sampled import (
+    GIVEN,
+    Rows,
+    by_completion,
+    micro_batches,
+    policy_gradient_sums,
+    sampled_logps,
+    scaled_reference_logps,
+)
+from lowlevel.model.policy import Policy
+
+if TYPE_CHECKING:
+    from lowlevel.online.rollouts import Rollout
+
+VALUES = ("values", "returns")  # of each token, at sampling
+
+
+@dataclass(frozen=True)
+class PPO:
+    """The method. Its examples are completions that the policy sampled, with their rewards and values."""
+
+    config: PPOConfig
+    batch_size: int  # completions per micro-batch; with packing, rows
+    row_length: int
+    packing: bool
+    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
+    columns: ClassVar[tuple[str, ...]] = ()
+    name: ClassVar[str] = "ppo"
+    unit: ClassVar[str] = "completions"
+    paired: ClassVar[bool] = False
+    has_reference: ClassVar[bool] = False  # in the reward, not in the loss
+    statistics: ClassVar[tuple[str, ...]] = ()
+
+    def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
+        """The weighted sum of the tokens' losses, of policy and value head."""
+        assert policy.value_head is not None and batch.token_values is not None
+        policy.dropout.disable()  # the sampler has none
+        hidden = policy.scored_hidden_states(batch)
+        logps = policy.scores(hidden / self.config.temperature, batch.scored_targets)[0]
+        tokens, values = sampled_logps(batch, logps, None), head_rewards(hidden, policy.value_head)
+        losses, metrics = self.token_losses(tokens)
+        old_values, returns = batch.token_values[len(GIVEN) :]
+        value_losses = clipped_value_loss(values, old_values, returns, cliprange=self.config.cliprange_value)
+        metrics = {**metrics, "loss/policy": losses.detach(), "loss/value": value_losses.detach(), "returns": returns}
+        total = losses + self.config.vf_coef * value_losses
+        return policy_gradient_sums(batch, tokens, total, {**metrics, "values": values.detach()})
+
+    def token_losses(self, tokens: SampledLogps) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The policy's loss of each token, (N,), before its weight, and metrics, (N,) each."""
+        losses, metrics = self.spec(tokens, self.settings)
+        return losses, metrics
+
+    @property
+    def spec(self) -> LossSpec:
+        """The clipped loss of the policy."""
+        return POLICY_LOSSES["ppo"]
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The hyper-parameters that it reads."""
+        return {"epsilon": self.config.cliprange}
+
+    def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
+        """The completions of one step with values, returns and advantages of their tokens."""
+        every, own = [x for group in groups for x in group], self.config
+        policy.dropout.disable()
+        values = by_completion(policy, every, self.rows, lambda batch: _values(policy, batch))
+        references: Sequence[np.ndarray] = [x.logps for x in every]
+        if own.beta > 0:
+
+            def reference(batch: PackedBatch) -> Tensor:
+                return scaled_reference_logps(policy, batch, own.temperature)
+
+            references = by_completion(policy, every, self.rows, reference)
+        found = []
+        for x, value, ref in zip(every, values, references, strict=True):
+            rewards = -own.beta * torch.from_numpy(x.logps - ref).double()
+            rewards[-1] += x.reward
+            advantages, returns = gae(rewards, torch.from_numpy(value).double(), gamma=own.gamma, lam=own.lam)
+            counted = bool(np.isfinite(x.reward)) and (x.ended or not own.mask_truncated_completions)
+            kept = {"values": value, "returns": returns.float().numpy() if counted else value}
+            advantages = advantages if counted else torch.zeros_like(advantages)
+            found.append(replace(x, advantages=advantages.float().numpy(), values=kept, counted=counted))
+        return _whitened(found) if own.whiten_advantages else found
+
+    def count(self, batch: PackedBatch) -> float:
+        """Tokens of completions."""
+        assert batch.total_weight is not None
+        return batch.total_weight
+
+    def size(self, example: Rollout) -> int:
+        """Positions: all tokens but the last."""
+        return len(example)
+
+    @property
+    def rows(self) -> Rows:
+        """How completions become micro-batches."""
+        return Rows(self.batch_size, self.row_length, self.packing, self.shape)
+
+    def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
+        """The completions of one step in rows."""
+        return micro_batches(examples, self.rows, AGGREGATION[self.name], self.config.max_completion_length, VALUES)
+
+
+def _values(policy: Policy, batch: PackedBatch) -> Tensor:
+    """Of the state before each scored token, (N,) fp32."""
+    assert policy.value_head is not None
+    return head_rewards(policy.scored_hidden_states(batch), policy.value_head)
+
+
+def _whitened(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The same with advantages of mean 0 and deviation 1 over all tokens that count."""
+    counted = [torch.from_numpy(x.advantages).double() for x in rollouts if x.counted]
+    if not counted:
+        return list(rollouts)
+    white = iter(whiten(torch.cat(counted)).float().split([len(part) for part in counted]))
+    return [replace(x, advantages=next(white).numpy()) if x.counted else x for x in rollouts]

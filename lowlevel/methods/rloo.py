@@ -1,0 +1,108 @@
+"""REINFORCE with the other completions of a prompt as baseline (RLOO, arXiv 2402.14740).
+
+    R_i = r_i - beta sum_t (log pi(y_t) - log ref(y_t))        A_i = R_i - mean of the other R
+    L   = mean_i -min(rho_i A_i, clip(rho_i) A_i)              rho_i = pi(y_i) / old(y_i), of the whole completion
+
+The KL divergence is in the reward, where its simplest estimate k1 has the right gradient (`kl_penalty`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowlevel.batch.layout import PackedBatch, Shape
+from lowlevel.config.online import RLOOConfig
+from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
+from lowlevel.losses.advantages import leave_one_out
+from lowlevel.losses.policy_gradient import AGGREGATION
+from lowlevel.losses.registry import LossSpec
+from lowlevel.methods.sampled import (
+    Rows,
+    by_completion,
+    micro_batches,
+    policy_gradient,
+    scaled_reference_logps,
+    with_advantages,
+    without_none,
+)
+from lowlevel.model.policy import Policy
+
+if TYPE_CHECKING:
+    from lowlevel.online.rollouts import Rollout
+
+
+@dataclass(frozen=True)
+class RLOO:
+    """The method. Its examples are completions that the policy sampled, with their rewards."""
+
+    config: RLOOConfig
+    batch_size: int  # completions per micro-batch; with packing, rows
+    row_length: int
+    packing: bool
+    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
+    columns: ClassVar[tuple[str, ...]] = ()
+    name: ClassVar[str] = "rloo"
+    unit: ClassVar[str] = "completions"
+    paired: ClassVar[bool] = False
+    has_reference: ClassVar[bool] = False  # in the reward, not in the loss
+    statistics: ClassVar[tuple[str, ...]] = ()
+
+    def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
+        """The sum over completions, each at all its tokens by their share."""
+        return policy_gradient(policy, batch, self.token_losses, self.config.temperature)
+
+    def token_losses(self, tokens: SampledLogps) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of each token's completion, (N,), before the token's weight 1 / length; and metrics."""
+        losses, metrics = self.spec(tokens, self.settings)
+        return losses, metrics
+
+    @property
+    def spec(self) -> LossSpec:
+        """PPO's clipped loss."""
+        return POLICY_LOSSES["rloo"]
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The hyper-parameters that it reads."""
+        clip = {"epsilon": self.config.epsilon, "epsilon_high": self.config.epsilon_high}
+        return without_none({**clip, "importance_sampling_level": "sequence_sum"})
+
+    def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
+        """The completions of one step with their advantages."""
+        rewards = torch.tensor([[x.reward for x in group] for group in groups], dtype=torch.float64)
+        if self.config.beta > 0:
+            every = [x for group in groups for x in group]
+            kl = [float((x.logps - ref).sum()) for x, ref in zip(every, self._reference(policy, every), strict=True)]
+            rewards -= self.config.beta * torch.tensor(kl, dtype=torch.float64).view_as(rewards)
+        masked = self.config.mask_truncated_completions
+        return with_advantages(groups, leave_one_out(rewards), masked=masked)
+
+    def _reference(self, policy: Policy, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        def scores(batch: PackedBatch) -> Tensor:
+            return scaled_reference_logps(policy, batch, self.config.temperature)
+
+        return by_completion(policy, rollouts, self.rows, scores)
+
+    def count(self, batch: PackedBatch) -> float:
+        """Completions."""
+        assert batch.total_weight is not None
+        return batch.total_weight
+
+    def size(self, example: Rollout) -> int:
+        """Positions: all tokens but the last."""
+        return len(example)
+
+    @property
+    def rows(self) -> Rows:
+        """How completions become micro-batches."""
+        return Rows(self.batch_size, self.row_length, self.packing, self.shape)
+
+    def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
+        """The completions of one step in rows."""
+        return micro_batches(examples, self.rows, AGGREGATION[self.name], self.config.max_completion_length)

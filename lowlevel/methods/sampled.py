@@ -1,0 +1,195 @@
+"""What the methods on sampled completions share: their micro-batches, and the sums of a policy-gradient loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, prompt_segment
+from lowlevel.batch.packing import micro_batch_rows
+from lowlevel.losses import LossSums, SampledLogps
+from lowlevel.losses.policy_gradient import aggregation
+from lowlevel.model.policy import Policy
+
+if TYPE_CHECKING:
+    from lowlevel.online.rollouts import Rollout
+
+# What a batch holds of each token: its weight in the loss, that in means over tokens, and what the rollout gives.
+GIVEN = ("weight", "share", "old_logps", "advantages")
+DIFFERENCE = "sampling/sampling_logp_difference"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How completions become micro-batches. With packing, they share rows of `row_length` positions."""
+
+    batch_size: int  # completions per micro-batch; with packing, rows
+    row_length: int
+    packing: bool
+    shape: Shape | None
+
+
+def lay_out(rollouts: Sequence[Rollout], rows: Rows) -> list[tuple[PackedBatch, list[Rollout]]]:
+    """Micro-batches with the completions of each in the order of their sequences.
+
+    With packing, completions of one prompt that fit into a row share the prompt.
+    """
+    room = rows.shape.capacity if rows.shape else rows.row_length
+    parts = shared_prompts(rollouts, room) if rows.packing else [[x] for x in rollouts]
+    found = []
+    for made in micro_batch_rows(parts, positions, rows.batch_size, rows.row_length, rows.packing, rows.shape):
+        inside = [x for row in made for part in row for x in part]
+        number, segments = 0, list[list[Segment]]()
+        for row in made:
+            segments.append([])
+            for part in row:
+                branches = {branch: x.completion_ids for branch, x in enumerate(part, 1)}
+                segments[-1].append(prompt_segment(part[0].row, number, part[0].prompt_ids, branches))
+                number += len(part)
+        found.append((build_batch(segments, pairs=False, shape=rows.shape), inside))
+    return found
+
+
+def positions(part: Sequence[Rollout]) -> int:
+    """Of completions that share their prompt; each begins with its last token."""
+    return len(part[0].prompt_ids) - 1 + sum(len(x.completion_ids) for x in part)
+
+
+def shared_prompts(rollouts: Sequence[Rollout], room: int) -> list[list[Rollout]]:
+    """Neighbours of one group together, up to `room` positions."""
+    parts: list[list[Rollout]] = []
+    for x in rollouts:
+        if parts and parts[-1][0].group == x.group and positions([*parts[-1], x]) <= room:
+            parts[-1].append(x)
+        else:
+            parts.append([x])
+    return parts
+
+
+def micro_batches(
+    rollouts: Sequence[Rollout], rows: Rows, kind: str, max_length: int, more: Sequence[str] = ()
+) -> list[PackedBatch]:
+    """The completions of one step, with weights and counts over all of them.
+
+    Args:
+        rollouts: of the whole step.
+        rows: how they are laid out.
+        kind: of `policy_gradient.aggregation`, with `max_length`.
+        more: names of further values that the rollouts hold of each token.
+    """
+    counted = [x for x in rollouts if x.counted]
+    parts = {id(x): aggregation(kind, len(x.completion_ids), max_length) for x in counted}
+    count, tokens = sum(c for _, c in parts.values()), sum(len(x.completion_ids) for x in counted)
+    share = count / tokens if tokens else 0.0
+    made = []
+    for batch, inside in lay_out(rollouts, rows):
+        values = np.zeros((len(GIVEN) + len(more), len(batch.sequence_ids)), np.float32)
+        for number, x in enumerate(inside):
+            places = batch.sequence_index[number, : len(x.completion_ids)].numpy()
+            weight = parts[id(x)][0] if x.counted else 0.0
+            own = [x.logps, x.advantages, *(x.values[name] for name in more)]
+            values[0, places], values[1, places] = weight, share * x.counted
+            values[2:, places] = np.stack(own)
+        total = sum(parts[id(x)][1] for x in inside if x.counted)
+        made.append(replace(batch, token_values=torch.from_numpy(values), total_weight=total))
+    if not counted:  # the step has no loss: its gradient is 0, divided by 1
+        made[0] = replace(made[0], total_weight=1.0)
+    return made
+
+
+@torch.no_grad()
+def by_completion(
+    policy: Policy, rollouts: Sequence[Rollout], rows: Rows, scores: Callable[[PackedBatch], Tensor]
+) -> list[np.ndarray]:
+    """What a pass without gradient gives for each token, (N,) by batch, as an array (n,) fp32 for each completion."""
+    found: dict[int, np.ndarray] = {}
+    for batch, inside in lay_out(rollouts, rows):
+        values = scores(batch.to(policy.placement.device)).float().cpu().numpy()
+        for number, x in enumerate(inside):
+            found[id(x)] = values[batch.sequence_index[number, : len(x.completion_ids)].numpy()]
+    return [found[id(x)] for x in rollouts]
+
+
+def sampled_logps(batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None) -> SampledLogps:
+    """The input of a policy-gradient loss."""
+    assert batch.token_values is not None
+    _, _, old_logps, advantages, *_ = batch.token_values
+    ids, index = batch.sequence_ids, batch.sequence_index
+    return SampledLogps(token_logps, old_logps, advantages, ref_token_logps, ids, index, batch.lengths)
+
+
+def scaled_logps(policy: Policy, batch: PackedBatch, temperature: float) -> Tensor:
+    """Log-probabilities of the scored tokens under softmax(logits / temperature), (N,) fp32, as they were sampled."""
+    return policy.scores(policy.scored_hidden_states(batch) / temperature, batch.scored_targets)[0]
+
+
+def scaled_reference_logps(policy: Policy, batch: PackedBatch, temperature: float) -> Tensor:
+    """The same under the reference: no dropout, no gradient."""
+    with policy.reference():
+        return scaled_logps(policy, batch, temperature)
+
+
+TokenLosses = Callable[[SampledLogps], tuple[Tensor, Mapping[str, Tensor]]]
+
+
+def policy_gradient(
+    policy: Policy, batch: PackedBatch, losses: TokenLosses, temperature: float, *, reference: bool = False
+) -> LossSums:
+    """The sums of a loss of tokens; with `reference` it also gets their log-probabilities under the reference."""
+    ref_logps = scaled_reference_logps(policy, batch, temperature) if reference else None
+    policy.dropout.disable()  # the sampler has none
+    tokens = sampled_logps(batch, scaled_logps(policy, batch, temperature), ref_logps)
+    return policy_gradient_sums(batch, tokens, *losses(tokens))
+
+
+def policy_gradient_sums(
+    batch: PackedBatch, tokens: SampledLogps, losses: Tensor, metrics: Mapping[str, Tensor]
+) -> LossSums:
+    """Weighted sums of the token losses (N,), means over tokens of the metrics, and how far sampler and trainer are
+    apart: at the first step on a batch its policy is the sampler's, and the difference is rounding.
+    """
+    assert batch.token_values is not None
+    weight, share = batch.token_values[:2]
+    apart = (tokens.token_logps.detach() - tokens.old_logps).abs() * (share > 0)
+    ratio = (tokens.token_logps.detach() - tokens.old_logps).exp()
+    named = {**metrics, f"{DIFFERENCE}/mean": apart, "ratio": ratio}
+    loss = torch.where(batch.belongs, losses * weight, 0.0)
+    by_token = {"logps": tokens.token_logps, "old_logps": tokens.old_logps, "token_losses": loss}
+    by_token |= {} if tokens.ref_token_logps is None else {"ref_logps": tokens.ref_token_logps}
+    logps = batch.sequence_sums(tokens.token_logps.detach())
+    return LossSums(
+        loss.sum(),
+        {name: torch.where(batch.belongs, value * share, 0.0).sum() for name, value in named.items()}
+        | {f"{DIFFERENCE}/max": apart.max()},
+        examples={
+            "logps": logps,
+            "old_logps": batch.sequence_sums(tokens.old_logps),
+            "advantage": batch.sequence_sums(tokens.advantages) / batch.lengths,
+            "loss": batch.sequence_sums(loss.detach()),
+        },
+        tokens={name: value.detach() for name, value in by_token.items()},
+    )
+
+
+def without_none(settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings that were given; the others are the loss's own defaults."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def with_advantages(groups: Sequence[Sequence[Rollout]], advantages: Tensor, *, masked: bool) -> list[Rollout]:
+    """The completions with the advantage (P, G) of each at all its tokens.
+
+    Without a reward, or with `masked` without an end, a completion does not count.
+    """
+    found = []
+    for group, row in zip(groups, advantages.tolist(), strict=True):
+        for x, advantage in zip(group, row, strict=True):
+            counted = bool(np.isfinite(advantage)) and (x.ended or not masked)
+            every = np.full(len(x.completion_ids), advantage if counted else 0.0, np.float32)
+            found.append(replace(x, advantages=every, counted=counted))
+    return found

@@ -1,0 +1,1 @@
+"""Training on sampled completions: reward functions, the rollouts of a step, and where they are kept."""

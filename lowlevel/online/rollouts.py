@@ -1,0 +1,250 @@
+"""The rollouts of a step: completions that the policy sampled, with what each token's loss is computed from.
+
+They are kept in the run folder's rollouts/ as parquet, a row for each completion, written at checkpoints:
+
+    step row sample              the step that sampled, counted from 1; data row; number in its group
+    prompt_ids completion_ids    tokens; with the stop token, if the completion `ended`
+    text reward reward/NAME      what was rewarded, the weighted sum, and each function's part; null: it failed
+    logps advantages values/...  of each token: what the sampler and the method computed
+    counted                      whether it is in the loss
+
+A step that is replayed, inspected, or repeated by num_iterations reads them instead of sampling again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lowlevel.data.examples import PreferenceExample, PromptExample
+from lowlevel.durable import write_bytes
+from lowlevel.errors import CheckpointError
+from lowlevel.labels import IGNORED
+
+if TYPE_CHECKING:
+    from lowlevel.batch.layout import PackedBatch
+    from lowlevel.config.schema import RunConfig
+    from lowlevel.methods import Method
+
+FOLDER = "rollouts"
+MOST = 10_000  # completions held on the host before they are written between two checkpoints
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One completion of n tokens to a prompt of p tokens."""
+
+    row: int
+    where: str
+    group: int  # number of the prompt in the step
+    sample: int  # number in its group
+    prompt_ids: np.ndarray  # (p,) int32
+    completion_ids: np.ndarray  # (n,) int32
+    text: str
+    ended: bool
+    logps: np.ndarray  # (n,) fp32, by the sampler
+    rewards: Mapping[str, float]  # by function; NaN: it failed
+    reward: float  # weighted sum
+    advantages: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))  # (n,) fp32
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)  # (n,) fp32 each: what else the method needs
+    counted: bool = True
+
+    def __len__(self) -> int:
+        """Positions: all tokens but the last."""
+        return len(self.prompt_ids) + len(self.completion_ids) - 1
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """Prompt and completion, (p + n,) int32."""
+        return np.concatenate([self.prompt_ids, self.completion_ids])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """As those of sft: the completion's tokens."""
+        return np.concatenate([np.full(len(self.prompt_ids), IGNORED, np.int32), self.completion_ids])
+
+
+def step_examples(config: RunConfig, rollouts: Sequence[Rollout]) -> list[Any]:
+    """What the method of a run takes: the completions, or a pair of each prompt's."""
+    if config.method == "online_dpo":
+        return pairs_of(rollouts, masked=config.online_dpo.mask_truncated_completions)
+    return list(rollouts)
+
+
+def longest_examples(config: RunConfig, prompts: Sequence[PromptExample]) -> list[Any]:
+    """Made-up examples of the largest step: the longest prompts, and completions of the maximal length."""
+    own, found = config.sampled, list[Rollout]()
+    assert own is not None
+    longest = sorted(prompts, key=lambda x: -len(x.prompt_ids))[: config.prompts_per_step]
+    size = own.max_completion_length
+    for group, x in enumerate(longest):
+        ids, zeros = np.resize(x.prompt_ids, size), np.zeros(size, np.float32)
+        for sample in range(own.num_generations):
+            values = {"values": zeros, "returns": zeros}
+            one = Rollout(x.row, x.where, group, sample, x.prompt_ids, ids, "", True, zeros, {}, 0.0, zeros, values)
+            found.append(one)
+    return step_examples(config, found)
+
+
+def step_batches(config: RunConfig, method: Method, rollouts: Sequence[Rollout]) -> list[PackedBatch]:
+    """The micro-batches of a step; the first has the facts that are logged."""
+    first, *others = method.micro_batches(step_examples(config, rollouts))
+    return [replace(first, facts=facts(rollouts)), *others]
+
+
+def pairs_of(rollouts: Sequence[Rollout], *, masked: bool = False) -> list[PreferenceExample]:
+    """The completions of each prompt with the highest and the lowest reward, the first of equal ones.
+
+    Left out are those without a reward and, if `masked`, without an end. If all are equal, nothing is preferred: the
+    pair is one completion twice, whose gradient is exactly 0.
+    """
+    groups: dict[int, list[Rollout]] = {}
+    for x in rollouts:
+        groups.setdefault(x.group, []).append(x)
+    pairs = []
+    for group in groups.values():
+        known = [x for x in group if np.isfinite(x.reward) and (x.ended or not masked)] or group[:1]
+        best, worst = max(known, key=lambda x: x.reward), min(known, key=lambda x: x.reward)
+        ids = best.completion_ids, worst.completion_ids
+        pairs.append(PreferenceExample(best.row, best.where, best.prompt_ids, *ids))
+    return pairs
+
+
+def facts(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What is logged of a step's completions before the policy has scored them, by TRL's names."""
+    groups: dict[int, list[float]] = {}
+    for x in rollouts:
+        groups.setdefault(x.group, []).append(x.reward)
+    known = [[reward for reward in group if np.isfinite(reward)] for group in groups.values()]
+    spreads = [float(np.std(group, ddof=1)) if len(group) > 1 else 0.0 for group in known if group]
+    lengths, names = [len(x.completion_ids) for x in rollouts], rollouts[0].rewards
+    parts = {f"rewards/{name}/mean": _mean([x.rewards[name] for x in rollouts]) for name in names}
+    return {
+        "reward": _mean([x.reward for x in rollouts]),
+        "reward_std": _mean(spreads),
+        "frac_reward_zero_std": _mean([float(spread == 0) for spread in spreads]),
+        **(parts if len(parts) > 1 else {}),
+        "rewards/failed": float(sum(not np.isfinite(x.reward) for x in rollouts)),
+        "completions/mean_length": _mean(lengths),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": _mean([not x.ended for x in rollouts]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Without NaN; NaN of nothing."""
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+class KeptRollouts:
+    """The rollouts of a run folder: `add` keeps those of a step until `flush` writes them; `read` finds them again."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / FOLDER
+        self._waiting: dict[int, Sequence[Rollout]] = {}
+
+    def add(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """Keep the completions that step `step`, counted from 1, sampled."""
+        self._waiting[step] = rollouts
+        if sum(map(len, self._waiting.values())) > MOST:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits as one file. Raises CheckpointError if it cannot be written."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not self._waiting:
+            return
+        lines = [_line(step, x) for step, rollouts in sorted(self._waiting.items()) for x in rollouts]
+        columns = {name: [line[name] for line in lines] for name in lines[0]}
+        table = pa.table({name: pa.array(values, _kind(name)) for name, values in columns.items()})
+        content = pa.BufferOutputStream()
+        pq.write_table(table, content)
+        first, last = min(self._waiting), max(self._waiting)
+        path = self.folder / f"rollouts-{first:08d}-{last:08d}.parquet"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            write_bytes(path, content.getvalue().to_pybytes())
+        except OSError as error:
+            raise CheckpointError(f"{path}: not written: {error.strerror or error}") from None
+        self._waiting = {}
+
+    def newest(self) -> list[Rollout]:
+        """The completions of the last step that is written. Raises CheckpointError without any."""
+        paths = sorted(self.folder.glob("rollouts-*.parquet"))
+        return self.read(int(paths[-1].stem.split("-")[2]) if paths else 0)
+
+    def read(self, step: int) -> list[Rollout]:
+        """The completions that step `step` sampled. Raises CheckpointError if they are not kept."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if step in self._waiting:
+            return list(self._waiting[step])
+        for path in sorted(self.folder.glob("rollouts-*.parquet")):
+            first, last = (int(part) for part in path.stem.split("-")[1:])
+            if first <= step <= last:
+                try:
+                    lines = pq.read_table(path, filters=[("step", "==", step)]).to_pylist()
+                except (OSError, pa.ArrowException) as error:
+                    raise CheckpointError(f"{path} cannot be read: {error}") from None
+                if lines:
+                    return [_rollout(line) for line in lines]
+        raise CheckpointError(f"{self.folder} has no completions of step {step}: they are written at checkpoints")
+
+
+def _line(step: int, x: Rollout) -> dict[str, Any]:
+    """A row of the table."""
+    return {
+        "step": step,
+        "row": x.row,
+        "where": x.where,
+        "group": x.group,
+        "sample": x.sample,
+        "text": x.text,
+        "reward": x.reward,
+        **{f"reward/{name}": value for name, value in x.rewards.items()},
+        "ended": x.ended,
+        "counted": x.counted,
+        "prompt_ids": x.prompt_ids,
+        "completion_ids": x.completion_ids,
+        "logps": x.logps,
+        "advantages": x.advantages,
+        **{f"values/{name}": value for name, value in x.values.items()},
+    }
+
+
+def _rollout(line: Mapping[str, Any]) -> Rollout:
+    kinds = {"prompt_ids": np.int32, "completion_ids": np.int32, "logps": np.float32, "advantages": np.float32}
+    arrays: dict[str, Any] = {name: np.asarray(line[name], kind) for name, kind in kinds.items()}
+
+    def part(prefix: str) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+
+    return Rollout(
+        **{name: line[name] for name in ("row", "where", "group", "sample", "text", "ended", "reward", "counted")},
+        **arrays,
+        rewards=part("reward/"),
+        values={name: np.asarray(value, np.float32) for name, value in part("values/").items()},
+    )
+
+
+def _kind(name: str) -> Any:
+    """The type of a column by its name."""
+    import pyarrow as pa
+
+    if name in ("where", "text"):
+        return pa.string()
+    if name in ("ended", "counted"):
+        return pa.bool_()
+    if name.endswith("_ids"):
+        return pa.list_(pa.int32())
+    if name in ("logps", "advantages") or name.startswith("values/"):
+        return pa.list_(pa.float32())
+    return pa.float64() if name.startswith("reward") else pa.int64()

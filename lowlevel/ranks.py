@@ -1,0 +1,280 @@
+"""Several GPUs: one process (a rank) each under torchrun, which share the micro-batches of a step.
+
+Every rank derives all micro-batches of a step from the data order, so it knows the step's count without asking, and
+takes its own: the longest first, each to the rank with the least load. The gradient of rank r is
+
+    g_r = sum over its micro-batches of scale / count * (gradient of the summed loss)          g = sum_r g_r
+
+so one all-reduce of the flat gradient, with the sums of loss and metrics appended, gives on each rank what one GPU
+computes, up to the order of additions (1e-6 in fp32). An inf or NaN of one rank is in every rank's sum, so all of them
+skip the step, or stop. Everything that follows is the same arithmetic on the same bits on every rank.
+
+The number of ranks is not a setting of a run: a step has per_device_train_batch_size x gradient_accumulation_steps
+examples with any number. Rank 0 writes the run folder; the others write nothing.
+
+No other file uses torch.distributed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowlevel.batch.packing import divide
+from lowlevel.errors import ConfigError, RankError
+from lowlevel.hashing import checksum
+from lowlevel.watch import Watch
+
+if TYPE_CHECKING:  # the process that starts torchrun needs none of it
+    from lowlevel.batch.layout import PackedBatch
+    from lowlevel.losses import LossSums
+    from lowlevel.model.policy import FlatParameters
+    from lowlevel.running.endings import Interrupts
+
+_MORE = 60.0  # seconds that gloo and NCCL wait beyond train.ddp_timeout: the watch is to speak first
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part of a list of micro-batches."""
+
+    numbers: tuple[int, ...]  # places in the list, ascending
+    batches: Sequence[PackedBatch]  # an idle rank has the first, and its results do not count
+
+    @property
+    def idle(self) -> bool:
+        """Whether there are fewer micro-batches than ranks, and none for this one."""
+        return not self.numbers
+
+
+@dataclass(eq=False)
+class Ranks:
+    """This process among those that share a run. By default it is alone, and nothing here costs anything.
+
+    Attributes:
+        rank, size: number of this process, from 0, and of all.
+        signum: the signal that asked any rank to stop, as all knew it at the last step; 0 without one.
+        failing: ranks whose own loss was not finite at the last step.
+    """
+
+    rank: int = 0
+    size: int = 1
+    signum: int = 0
+    failing: list[int] = field(default_factory=list)
+    watch: Watch | None = None
+    _asked: Callable[[], int] = lambda: 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes the run folder and prints."""
+        return self.rank == 0
+
+    def stop_requested(self) -> int:
+        """The signal that ends the run, the same on every rank at every step; 0 without one."""
+        return self._asked() if self.watch is None else self.signum
+
+    def begin(self, step: int) -> None:
+        """Optimizer step `step`, from 1, begins: messages name it."""
+        if self.watch is not None:
+            self.watch.step = step
+
+    def deal(self, batches: Sequence[PackedBatch]) -> Share:
+        """This rank's micro-batches; the same division on every rank."""
+        if self.watch is None:
+            return Share(tuple(range(len(batches))), batches)
+        own = divide([batch.input_ids.numel() for batch in batches], self.size)[self.rank]
+        return Share(tuple(own), [batches[i] for i in own] or batches[:1])
+
+    def sum_step(
+        self, flat: FlatParameters, totals: Mapping[str, Tensor], share: Share
+    ) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Sum gradient and totals over the ranks, in place; also returns what `hear` reads, (2 size,)."""
+        if self.watch is None:
+            return totals, flat.tail[:0]
+        if share.idle:
+            flat.grad.zero_()
+        names, count = list(totals), len(totals)
+        used = flat.tail[: count + 2 * self.size].zero_()
+        if len(used) != count + 2 * self.size:
+            raise ConfigError(f"{count} metrics on {self.size} ranks: at most {len(flat.tail)} numbers go along")
+        if not share.idle:
+            used[:count] = torch.stack(list(totals.values()))
+            used[count + self.rank] = totals["loss"]
+        used[count + self.size + self.rank] = float(self._asked())
+        self.sum_(flat.with_tail[: flat.grad.numel() + len(used)])
+        return dict(zip(names, used[:count].unbind(), strict=True)), used[count:]
+
+    def hear(self, more: Sequence[float]) -> None:
+        """Learn from the second result of `sum_step`, on the host: who was asked to stop, whose loss is not finite."""
+        losses, signals = more[: self.size], more[self.size :]
+        self.failing = [rank for rank, loss in enumerate(losses) if loss - loss != 0.0]
+        self.signum = self.signum or int(max(signals, default=0.0))
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """The sum over the ranks of a tensor on CPU or GPU, in place."""
+        if self.watch is not None:
+            import torch.distributed as dist
+
+            with self.waiting():
+                dist.all_reduce(values)
+        return values
+
+    def gather(self, share: Share, batches: Sequence[PackedBatch], sums: Sequence[LossSums]) -> tuple[LossSums, ...]:
+        """The results of all micro-batches on every rank, from each rank's own: exact, as only one adds to a place."""
+        if self.watch is None:
+            return tuple(sums)
+        sizes = [sums[0].room(len(batch.real), len(batch.scored_targets)) for batch in batches]
+        parts = torch.zeros(sum(sizes), device=sums[0].loss.device).split(sizes)
+        for number, one in zip(share.numbers, sums, strict=False):  # an idle rank has one that does not count
+            parts[number].copy_(one.flat())
+        rows = zip(batches, self.sum_(torch.cat(parts)).split(sizes), strict=True)
+        return tuple(sums[0].like_this(row, len(batch.real)) for batch, row in rows)
+
+    def check_equal(self, step: int, parts: Mapping[str, Sequence[Tensor]]) -> None:
+        """Compare checksums of tensors over the ranks. Raises RankError, on all of them, with those that differ."""
+        if self.watch is None:
+            return
+        sums = torch.zeros(self.size, 2 * len(parts), dtype=torch.int64)
+        sums[self.rank] = torch.tensor([word for tensors in parts.values() for word in checksum(tensors)])
+        self.sum_(sums)
+        for number, name in enumerate(parts):
+            own = sums[:, 2 * number : 2 * number + 2]
+            other = [rank for rank in range(self.size) if not torch.equal(own[rank], own[0])]
+            if other:
+                who = f"rank{'s' * (len(other) > 1)} {', '.join(map(str, other))}"
+                raise RankError(f"step {step}: the {name} of {who} differ from those of rank 0; nothing was saved", 1)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block that waits for the other ranks. Raises RankError if one of them is the reason why it fails."""
+        if self.watch is None:
+            yield
+            return
+        if failure := self.watch.failure:
+            raise self.watch.error(failure)
+        self.watch.begin_waiting()
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # gloo and NCCL name a connection; the watch knows the rank
+            self.watch.end_waiting()
+            if (failure := self.watch.found(seconds=5.0)) is None:
+                raise
+            raise self.watch.error(failure) from error
+        finally:
+            self.watch.end_waiting()
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The block runs on rank 0, then on the others."""
+        if self.watch is not None and not self.first:
+            while not self.watch.reached("first"):
+                if failure := self.watch.failure:
+                    raise self.watch.error(failure)
+                time.sleep(0.02)
+        yield
+        if self.watch is not None and self.first:
+            self.watch.write("first")
+
+    @contextmanager
+    def together(self, interrupts: Interrupts, record: Callable[[int, str], None]) -> Iterator[None]:
+        """A run; see `Watch.together`."""
+        self._asked = lambda: interrupts.signum
+        with self.watch.together(interrupts, record, self.stop_requested) if self.watch else nullcontext():
+            yield
+
+
+ALONE = Ranks()
+
+
+def is_first() -> bool:
+    """Whether this process is the first of torchrun's, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def joined(timeout: float) -> Iterator[Ranks]:
+    """The ranks of this run: those of torchrun, each on the GPU of its local number, or one process alone.
+
+    Args:
+        timeout: seconds after which a rank that keeps the others waiting counts as hung.
+    """
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise ConfigError(f"rank {local} of this machine has no GPU: {count} visible; start {count} processes")
+        torch.cuda.set_device(local)
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no name of it has to be known
+    store, rank, size = next(dist.rendezvous("env://"))
+    run = store.add(f"lowlevel/runs/{rank}", 1)  # a script may train several runs, one after another
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    second = dist.TCPStore(*address, is_master=False, wait_for_workers=False)  # NCCL may wait in the first one
+    watch = Watch(dist.PrefixStore(f"lowlevel/watch/{run}", second), rank, size, timeout)
+    ranks = Ranks(rank, size, watch=watch)
+    if failure := watch.absent():
+        raise watch.error(failure)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    limit, own = timedelta(seconds=timeout + _MORE), dist.PrefixStore(f"lowlevel/group/{run}", store)
+    with ranks.waiting():
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
+    failed = True
+    try:
+        yield ranks
+        failed = False
+    except GeneratorExit:  # every rank left its loop over the steps
+        failed = False
+        raise
+    finally:
+        if not (failed and torch.cuda.is_available()):  # NCCL would wait for ranks that are gone; this process ends
+            dist.destroy_process_group()
+
+
+def launch(arguments: Sequence[str], gpus: int) -> int:
+    """Run `lowlevel ARGUMENTS` in `gpus` processes under torchrun; the exit code of the first that failed.
+
+    Raises ConfigError if there are GPUs, but fewer.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    visible = torch.cuda.device_count()
+    if 0 < visible < gpus:
+        raise ConfigError(f"--gpus {gpus}: {visible} visible here")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
+    config = LaunchConfig(
+        1,
+        1,
+        gpus,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        local_addr="localhost",
+    )
+    logging.disable(logging.ERROR)  # of torchrun: the ranks say what happens
+    try:
+        elastic_launch(config, sys.executable)("-m", "lowlevel", *arguments)
+    except ChildFailedError as error:
+        code = int(error.get_first_failure()[1].exitcode)
+        return code if code > 0 else 1
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0

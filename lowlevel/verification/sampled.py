@@ -1,0 +1,217 @@
+"""The checks of a step on sampled completions (grpo, rloo, ppo): loss, gradient, layouts, and the kept advantages.
+
+The loss is written out once more in float64, from the configuration and the kept completions alone; nothing of
+`lowlevel.losses` takes part. Its log-probabilities come from the run's hidden states, and for the gradient from the
+whole model in float64. Of ppo the value head is part of the loss check only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowlevel.config.online import ClippedConfig, GRPOConfig, PPOConfig
+from lowlevel.config.schema import RunConfig
+from lowlevel.verification.check import Check, check, largest, relative
+from lowlevel.verification.evidence import flat64
+from lowlevel.verification.exact import base_parameters, exact_model
+from lowlevel.verification.subject import Subject, packed, with_batches_of
+from lowlevel.verification.truth import Scored, scores64
+
+if TYPE_CHECKING:
+    from lowlevel.online.rollouts import Rollout
+
+DIRECTIONS = 3
+STEP = 1e-4  # of the adapter's norm
+
+
+def sampled_checks(subject: Subject) -> list[Check]:
+    """All checks of the step's completions. Dropout is off in these methods."""
+    rollouts: Sequence[Rollout] = subject.examples
+    heads = [_hidden(subject, x) for x in rollouts]
+    exact, references, values = (list(part) for part in zip(*(head[:3] for head in heads), strict=True))
+    config, biggest = subject.config, max(head[3] for head in heads)
+    own_values = values if subject.method.name == "ppo" else None
+    with torch.no_grad():
+        expected = float(step_loss(config, rollouts, exact, references, own_values))
+    bound = subject.head_bound(biggest)
+    error = max(largest(head[4]) for head in heads)
+    tokens = sum(len(x.completion_ids) for x in rollouts)
+    note = f"{tokens:,} tokens, nats, from the same hidden states"
+    checks = [check("loss", "token log-probability", error, bound, note)]
+    result, gradient = subject.run_step(with_batches_of(subject.method, len(rollouts)))
+    allowed = 20 * bound * max(1.0, max(abs(float(x.advantages.max(initial=0.0))) for x in rollouts))
+    note = f"{expected:+.7f}, {subject.spec.name} in float64, divided by {result.count:,.10g}"
+    checks.append(check("loss", "step loss", abs(result.metrics["loss"] - expected), allowed, note))
+    checks += _advantages(subject, rollouts)
+    checks += _layouts(subject, result.metrics["loss"], gradient)
+    if base_parameters(subject.policy) <= subject.exact_parameters and not own_values:
+        checks += _gradient(subject, rollouts, gradient, references)
+    return checks
+
+
+def step_loss(
+    config: RunConfig,
+    rollouts: Sequence[Rollout],
+    logps: Sequence[Tensor],
+    references: Sequence[Tensor],
+    values: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """The loss of a step, () float64, from the log-probabilities (n,) of each completion's tokens."""
+    own: Any = config.own
+    total, count = torch.zeros((), dtype=torch.float64), 0.0
+    kind = own.loss_type if isinstance(own, GRPOConfig) else config.method
+    for number, x in enumerate(rollouts):
+        if not x.counted:
+            continue
+        losses = _token_losses(own, kind, x, logps[number])
+        if isinstance(own, GRPOConfig) and own.beta > 0:
+            losses = losses + own.beta * _kl(own, x, logps[number], references[number])
+        if values is not None:
+            losses = losses + own.vf_coef * _value_losses(own, x, values[number])
+        size = len(losses)
+        total = total + (losses.mean() if kind in ("grpo", "sapo", "rloo") else losses.sum())
+        count += {"dr_grpo": own.max_completion_length, "dapo": size, "cispo": size, "ppo": size}.get(kind, 1)
+    return total / (count or 1.0)
+
+
+def _token_losses(own: Any, kind: str, x: Rollout, new: Tensor) -> Tensor:
+    """Of one completion, (n,)."""
+    old, advantages = (torch.from_numpy(part).double() for part in (x.logps, x.advantages))
+    logratios = new - old
+    if kind == "rloo":
+        logratios = logratios.sum().expand(len(new))
+    elif isinstance(own, GRPOConfig) and own.importance_sampling_level == "sequence" and kind not in ("cispo", "sapo"):
+        logratios = logratios.mean().expand(len(new))
+    r = torch.exp(logratios)
+    if kind == "cispo":
+        high = 5.0 if own.epsilon_high is None else own.epsilon_high
+        return -torch.where(r > high, high, r).detach() * advantages * new
+    if kind == "sapo":
+        t = torch.where(advantages > 0, 1.0, 1.05).double()
+        return -4 / (t * (1 + torch.exp(-t * (r - 1)))) * advantages
+    low, high = (own.cliprange,) * 2 if isinstance(own, PPOConfig) else _range(own)
+    first = r * advantages
+    if isinstance(own, GRPOConfig) and own.delta is not None:
+        first = torch.where(r > own.delta, own.delta, r) * advantages
+    inside = torch.where(r < 1 - low, 1 - low, torch.where(r > 1 + high, 1 + high, r)) * advantages
+    return -torch.where(first < inside, first, inside)
+
+
+def _range(own: ClippedConfig) -> tuple[float, float]:
+    return own.epsilon, own.epsilon if own.epsilon_high is None else own.epsilon_high
+
+
+def _kl(own: GRPOConfig, x: Rollout, new: Tensor, ref: Tensor) -> Tensor:
+    if own.kl_estimator == "k2":
+        return 0.5 * (new - ref) ** 2
+    k3 = torch.exp(ref - new) - (ref - new) - 1
+    return k3 * torch.exp(new - torch.from_numpy(x.logps).double()) if own.kl_estimator == "k3_ratio" else k3
+
+
+def _value_losses(own: PPOConfig, x: Rollout, values: Tensor) -> Tensor:
+    old, returns = (torch.from_numpy(x.values[name]).double() for name in ("values", "returns"))
+    near = torch.minimum(torch.maximum(values, old - own.cliprange_value), old + own.cliprange_value)
+    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+
+
+def _hidden(subject: Subject, x: Rollout) -> tuple[Tensor, Tensor, Tensor, float, Tensor]:
+    """Of one completion alone, from the run's hidden states, in float64: log-probabilities, those of the reference,
+    values; the largest logit, and the error of the training path's log-probabilities.
+    """
+    policy, method = subject.policy, with_batches_of(subject.method, 1)
+    (batch,) = subject.batches(method, [x])
+    own: Any = subject.config.own
+    policy.dropout.disable()
+
+    def exact(hidden: Tensor) -> tuple[Tensor, float]:
+        scores, logit = scores64(hidden / own.temperature, policy.lm_head_weight, batch.scored_targets, ())
+        return scores[:, 0].cpu(), logit
+
+    with torch.no_grad():
+        hidden = policy.scored_hidden_states(batch)
+        path = policy.scores(hidden / own.temperature, batch.scored_targets)[0].double().cpu()
+        found, logit = exact(hidden)
+        reference = found
+        if subject.method.has_reference:
+            with policy.reference():
+                reference, other = exact(policy.scored_hidden_states(batch))
+            logit = max(logit, other)
+        values = torch.zeros(len(found), dtype=torch.float64)
+        if policy.value_head is not None:
+            values = (hidden.double() @ policy.value_head.double()[0]).cpu()
+    return found, reference, values, logit, path - found
+
+
+def _advantages(subject: Subject, rollouts: Sequence[Rollout]) -> list[Check]:
+    """Of grpo without a deviation, and of rloo without KL: from the kept rewards, by their definition."""
+    own: Any = subject.config.own
+    plain = isinstance(own, GRPOConfig) and own.scale_rewards == "none"
+    if not plain and not (subject.method.name == "rloo" and own.beta == 0):
+        return []
+    worst = 0.0
+    for x in rollouts:
+        rewards = [other.reward for other in rollouts if other.group == x.group and other.reward == other.reward]
+        if not x.counted:
+            continue
+        others = len(rewards) - (subject.method.name == "rloo")
+        base = sum(rewards) - (x.reward if subject.method.name == "rloo" else 0.0)
+        worst = max(worst, float(abs(x.advantages - (x.reward - base / max(others, 1))).max()))
+    name, groups = "advantages of the kept rewards", len({x.group for x in rollouts})
+    return [check("loss", name, worst, 1e-6, f"{len(rollouts)} completions of {groups} prompts")]
+
+
+def _layouts(subject: Subject, loss: float, gradient: Tensor) -> list[Check]:
+    """The step as the run has it, in other micro-batches, and with shared prompts, against one padded micro-batch."""
+    method, number = subject.method, len(subject.examples)
+    layouts = {
+        "as the run has it": method,
+        f"{number} x 1 = 1 x {number}": with_batches_of(method, 1),
+        f"3 a micro-batch = 1 x {number}": with_batches_of(method, 3),
+        "shared prompts = plain rows": packed(method, number),
+    }
+    checks = []
+    for name, other in layouts.items():
+        result, found = subject.run_step(other)
+        apart, size = abs(result.metrics["loss"] - loss), float(gradient.norm()) or 1.0
+        checks.append(check("invariances", f"{name}: loss", apart, subject.bounds.layout_loss * max(1.0, abs(loss))))
+        error = float((found - gradient).norm()) / size
+        checks.append(check("invariances", f"{name}: gradient", error, subject.bounds.layout_gradient, "relative l2"))
+    return checks
+
+
+def _gradient(
+    subject: Subject, rollouts: Sequence[Rollout], gradient: Tensor, references: Sequence[Tensor]
+) -> list[Check]:
+    """The step's flat gradient against float64 autograd through the whole model, and central differences."""
+    own: Any = subject.config.own
+    if own.temperature != 1:
+        return []  # the float64 model has the logits of temperature 1
+    model = exact_model(subject.policy, subject.config.model)
+    sequences = [[Scored(x.input_ids, torch.arange(len(x.prompt_ids), len(x.input_ids)).numpy())] for x in rollouts]
+
+    def loss(flat: Tensor) -> Tensor:
+        logps = [scores[0][:, 0] for scores in model.examples(flat, sequences)]
+        return step_loss(subject.config, rollouts, logps, references)
+
+    weights = flat64(subject)
+    leaf = weights.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(loss(leaf), leaf)
+    own_gradient, bound = gradient.double().cpu(), subject.bounds.gradient
+    note = f"{len(weights):,} weights, {len(rollouts)} completions, relative l2"
+    checks = [check("gradients", "step, float64 autograd", relative(own_gradient, exact), bound, note)]
+    if subject.spec.detaches:
+        return checks
+    errors = []
+    for seed in range(DIRECTIONS):
+        direction = torch.randn(len(weights), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        h = STEP * float(weights.norm()) / float(direction.norm())
+        with torch.no_grad():
+            slope = float(loss(weights + h * direction) - loss(weights - h * direction)) / (2 * h)
+        scale = float(exact.norm()) * float(direction.norm()) or 1.0
+        errors.append(abs(float(own_gradient @ direction) - slope) / scale)
+    note = f"{DIRECTIONS} random directions, in parts of the gradient's norm"
+    return [*checks, check("gradients", "step, central differences", max(errors), bound, note)]

@@ -1,0 +1,101 @@
+"""Several ranks compute what one computes, up to the order of additions; and the same bits on each rank."""
+
+import json
+
+import pytest
+import rank_cases
+import torch
+from rank_cases import KINDS, LAYOUTS
+from safetensors.torch import load_file
+
+from lowlevel.batch.layout import Shape
+from lowlevel.batch.packing import divide, micro_batch_rows
+from lowlevel.hashing import checksum
+from lowlevel.ranks import ALONE
+
+SIZES = (2, 4)
+BOUND = 1e-6  # relative for losses and metrics; for elements of a gradient, and twice that for pairs and labels
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_base):
+    return rank_cases.compute(tiny_base, ALONE)
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def together(request, tiny_base, tmp_path_factory):
+    """The tensors and messages of each rank."""
+    from benchmarks.faulting.ranks import at_once
+
+    out = tmp_path_factory.mktemp("ranks")
+    at_once(rank_cases.work, request.param, tiny_base, out)
+    names = [out / f"{request.param}-{rank}" for rank in range(request.param)]
+    return [(load_file(f"{name}.safetensors"), json.loads(name.with_suffix(".json").read_text())) for name in names]
+
+
+def test_every_rank_has_the_same_bits(together):
+    first = together[0][0]
+    for found, _ in together[1:]:
+        assert found.keys() == first.keys()
+        assert [name for name in first if not torch.equal(found[name], first[name])] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_that_of_one_rank(alone, together, kind):
+    wanted, found = alone[0], together[0][0]
+    assert float(wanted[f"{kind} 8x1 gradient"].norm()) > 0.05
+    for layout in LAYOUTS:
+        name = f"{kind} {layout}"
+        torch.testing.assert_close(found[f"{name} metrics"], wanted[f"{name} metrics"], rtol=BOUND, atol=BOUND)
+        apart = (found[f"{name} gradient"] - wanted[f"{name} gradient"]).abs().max()
+        assert apart <= (1 if kind == "sft" else 2) * BOUND, (name, float(apart))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_are_gathered_exactly(alone, together, kind):
+    """Each micro-batch is computed by one rank, so what it gives is the same number."""
+    values = [name for name in alone[0] if name.startswith(kind) and (" of " in name or "evaluation" in name)]
+    assert len(values) > 2
+    for name in values:
+        torch.testing.assert_close(together[0][0][name], alone[0][name], rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_an_overflow_of_one_rank_is_everyones(alone, together):
+    assert together[0][0]["overflow scale"].tolist() == alone[0]["overflow scale"].tolist() == [2.0**14, 2]
+    torch.testing.assert_close(together[0][0]["overflow gradient"], alone[0]["overflow gradient"], rtol=0, atol=1e-6)
+
+
+def test_a_loss_that_is_nan_on_one_rank_ends_all_with_one_message(together):
+    said = {messages["nan"] for _, messages in together}
+    assert len(said) == 1 and f"step 1: loss is nan on rank {len(together) - 1}; nothing was updated" in said.pop()
+
+
+def test_training_stays_close(alone, together):
+    torch.testing.assert_close(
+        together[0][0]["weights after 20 steps"], alone[0]["weights after 20 steps"], rtol=0, atol=2e-4
+    )
+
+
+def test_micro_batches_are_divided_by_load():
+    assert divide([5, 9, 1, 4], 2) == [[1, 2], [0, 3]]  # 9 + 1 and 5 + 4
+    assert divide([3, 3, 3], 2) == [[0, 2], [1]]
+    assert divide([7], 3) == [[0], [], []]
+
+
+def test_packed_micro_batches_come_in_multiples_of_the_ranks():
+    def packed(lengths, ranks):
+        return micro_batch_rows(lengths, lambda length: length, 2, 64, True, Shape(8, 1, 64, 100, ranks))
+
+    lengths = [60, 50, 50, 40, 30]
+    assert packed(lengths, 1) == [[[60, 40]], [[50, 50]], [[30]]]  # with two ranks one would wait for the other
+    assert packed(lengths, 2) == [[[60]], [[50]], [[50]], [[40, 30]]]
+    assert packed([60, 60, 60], 2) == [[[60]], [[60]], [[60]]]  # no fourth
+    assert packed([100, 60, 40], 2) == [[[100]], [[60, 40]]]
+
+
+def test_a_checksum_sees_any_bit_and_any_place():
+    plain = torch.arange(10, dtype=torch.float32)
+    swapped, bit = plain[[1, 0, *range(2, 10)]], plain.clone()
+    bit.view(torch.int32)[7] ^= 1
+    assert len({checksum([one]) for one in (plain, swapped, bit, plain[:9])}) == 4
+    assert checksum([plain.to(torch.uint8)]) != checksum([swapped.to(torch.uint8)])
