@@ -190,7 +190,7 @@ def judged_by_endpoint(endpoint: Endpoint, chats: Sequence[Sequence[list[Message
     asked = [(first, second) for a, b in pairs for first, second in ((a, b), (b, a))]
     with working("judging", len(asked), "answers") as work, ThreadPoolExecutor(WORKERS) as pool:
         found = []
-        waiting = [pool.submit(journal.verdict, endpoint, request(*order)) for order in asked]
+        waiting = [pool.submit(journal.verdict, endpoint, *order) for order in asked]
         try:
             for one in waiting:
                 found.append(one.result())
@@ -218,8 +218,14 @@ class Journal:
         self.known = {one["request"]: one for one in filter(None, map(_entry, text.splitlines()))}
         self.start = "" if text.endswith("\n") or not text else "\n"  # after a line that a killed process cut
 
-    def verdict(self, endpoint: Endpoint, messages: Sequence[Message]) -> dict[str, Any]:
-        """The known answer to a request, or a new one; `verdict` is None if no reading of the judge had one."""
+    def verdict(self, endpoint: Endpoint, first: Sequence[Message], second: Sequence[Message]) -> dict[str, Any]:
+        """The known answer about two conversations, or a new one; `verdict` is None if no reading of the judge had one.
+
+        Equal conversations are a tie without a request.
+        """
+        if first == second:
+            return {"verdict": "C", "text": "equal"}
+        messages = request(first, second)
         key = hashlib.sha256(json.dumps([endpoint.model, list(messages)]).encode()).hexdigest()
         if key in self.known:
             return self.known[key]

@@ -79,16 +79,22 @@ def prefers_good(text: str) -> str:
 def test_both_orders_and_the_log(tmp_path):
     log = tmp_path / "judge.jsonl"
     log.write_text('{"request": "cut in the mid')
-    chats = chats_of("good", "bad", "bad", "good"), chats_of("bad", "good", "bad", "good, too")
+    chats = chats_of("good", "bad", "bad", "good", "same"), chats_of("bad", "good", "poor", "good, too", "same")
     with judge_server(prefers_good) as server:
         judged = judged_by_endpoint(endpoint_of(server), chats, log)
-        assert [(one.a_first, one.b_first) for one in judged.verdicts] == [(1, 1), (0, 0), (1, 0), (0.5, 0.5)]
-        assert len(server.bodies) == 8
+        assert [(one.a_first, one.b_first) for one in judged.verdicts] == [
+            (1, 1),
+            (0, 0),
+            (1, 0),
+            (0.5, 0.5),
+            (0.5, 0.5),
+        ]
+        assert len(server.bodies) == 8  # equal conversations are a tie
         again = judged_by_endpoint(endpoint_of(server), chats, log)
         assert again.verdicts == judged.verdicts and len(server.bodies) == 8  # nothing is asked twice
     found = preferences(judged.verdicts)
-    assert (found["won"], found["tied"], found["lost"]) == (1, 2, 1)
-    assert found["win_rate"]["value"] == 0.5 and found["orders_agree"] == 0.75
+    assert (found["won"], found["tied"], found["lost"]) == (1, 3, 1)
+    assert found["win_rate"]["value"] == 0.5 and found["orders_agree"] == 0.8
     assert found["first_wins"] == pytest.approx(4 / 6)  # of the decisions: 1 of 2, 1 of 2, both of the third
     assert SECRET not in log.read_text()
 
