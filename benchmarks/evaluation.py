@@ -12,6 +12,7 @@ give, for each task, the fastest `hf` whose peak is not above that of lowlevel.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import subprocess
@@ -80,11 +81,11 @@ def measure(run_dir: Path, tool: str, batch: int, folder: Path) -> dict[str, dic
         model = RunLM(run)
     else:
         model = hf_model(run, batch)
+        del run  # its memory is not part of the measurement
+        gc.collect()
     spent = timed(model)
     found = {}
     for name in ("choices", "replies", "texts"):
-        if tool == HF:
-            run = None  # type: ignore[assignment]  # its memory is not part of the measurement
         loaded = load_tasks([str(folder / f"{name}.yaml")], 0 if name == "texts" else 5)
         evaluate_stage(model, loaded, WARMUP, True)
         if torch.cuda.is_available():

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from lowlevel.config.given import GivenRows
 from lowlevel.durable import write_given_json
-from lowlevel.errors import LowlevelError
+from lowlevel.errors import ConfigError, LowlevelError
 from lowlevel.evaluation.endpoint import Endpoint
 from lowlevel.evaluation.preference import Verdict, preferences
 from lowlevel.evaluation.rows import read_rows
@@ -78,23 +78,25 @@ def judge_runs(
         endpoint, reward: the judge; one of them.
         sampling: of the replies.
         price: dollars for a million input tokens and a million output tokens, for the summary.
-        out: JSON file; the judge's answers are in the .jsonl file beside it.
+        out: JSON file; the judge's answers are beside it, in NAME_answers.jsonl.
 
     Raises ConfigError and DataError for unusable arguments, EndpointError if the server fails.
     """
-    questions = read_questions(prompts)
+    questions, answers = read_questions(prompts), out.with_name(f"{out.stem}_answers.jsonl")
     if reward:
         check_reward_run(reward)
+    if missing := [folder for folder in dirs if not folder.is_dir()]:
+        raise ConfigError(f"{missing[0]}: no such folder")
     chats = [conversations(folder, questions, sampling, console) for folder in dirs]
     if endpoint:
-        judged = judged_by_endpoint(endpoint, chats, out.with_suffix(".jsonl"))
+        judged = judged_by_endpoint(endpoint, chats, answers)
         judge: dict[str, Any] = {"url": endpoint.url, "model": endpoint.model, "usage": asdict(endpoint.usage)}
     else:
         assert reward is not None
         judged, judge = judged_by_reward(reward, chats, console), {"reward": str(reward)}
     verdicts = [one for one in judged.verdicts if one is not None]
     if not verdicts:
-        raise LowlevelError(f"no verdict on any question: {out.with_suffix('.jsonl')} has the judge's answers")
+        raise LowlevelError(f"no verdict on any question: {answers} has what the judge said")
     result = {"a": str(dirs[0]), "b": str(dirs[1]), "judge": judge, "unreadable": len(questions) - len(verdicts)}
     result |= preferences(verdicts)
     said = [

@@ -149,6 +149,7 @@ def test_command(dpo_run, tmp_path, monkeypatch):
     assert said.code == 0, said.err
     assert "won 0, lost 0, tied 2" in said.out and "first got 100% of the decisions" in said.out
     assert "5 requests (1 retries), 400 input and 40 output tokens, $0.00" in said.out
+    assert len((tmp_path / "found_answers.jsonl").read_text().splitlines()) == 4
     found = json.loads(out.read_text())
     roles = [message["role"] for message in found["conversations"][0]["a"]]
     assert roles == ["user", "assistant", "user", "assistant"]
