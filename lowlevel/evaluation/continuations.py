@@ -19,7 +19,7 @@ from lowlevel.heartbeat import working
 from lowlevel.inspection.distribution import head_logits
 from lowlevel.model.policy import Policy
 
-POSITIONS = {"cuda": 8192, "cpu": 1024}  # of a batch (a CPU's caches are small); a longer request has its own
+POSITIONS = {"cuda": 8192, "cpu": 512}  # of a batch (a CPU's caches are small); a longer request has its own
 CHUNK_SIZE = 512  # rows of logits; with V = 32,000 a buffer has 62 MiB of fp32
 
 Ids = Sequence[int]
