@@ -8,7 +8,7 @@ from dataclasses import replace
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.sampling import Sampler, Sampling
 
-FIRST_ROUND = 32  # tokens
+FIRST_ROUND = 64  # tokens
 
 
 def reply_texts(
@@ -20,7 +20,7 @@ def reply_texts(
 ) -> list[str]:
     """Replies to prompts of token ids, each cut before its first stop text.
 
-    Greedy replies are made in rounds of 32, 64, 128, ... tokens, and those with a stop text leave: no reply is
+    Greedy replies are made in rounds of 64, 128, 256, ... tokens, and those with a stop text leave: no reply is
     generated to the end for a stop in its first line.
     """
     made: list[list[int]] = [[] for _ in prompts]
