@@ -180,6 +180,7 @@ def make_policy(
     targets: tuple[str, ...] = LoraConfig().target_modules,
     following: Following | None = None,
     reward_head: bool = False,
+    value_head: bool = False,
 ) -> Policy:
     """A policy over the tiny base. `randomize` fills B, so that the adapter has an effect and A a gradient."""
     model = load_base(ModelConfig(name=str(base), load_in_4bit=quantised), placement, attention=attention)
@@ -196,6 +197,7 @@ def make_policy(
         offload=offload,
         following=following,
         reward_head=reward_head,
+        value_head=value_head,
     )
     if randomize:
         fill_lora_b(policy, seed)

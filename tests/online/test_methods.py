@@ -10,8 +10,8 @@ import torch
 from rollouts_by_hand import groups_of, logps_alone, on_policy, rollouts
 
 from lowlevel.batch.layout import Shape
-from lowlevel.config.online import GRPOConfig, RLOOConfig
-from lowlevel.methods import GRPO, RLOO
+from lowlevel.config.online import GRPOConfig, PPOConfig, RLOOConfig
+from lowlevel.methods import GRPO, PPO, RLOO
 from lowlevel.online.rollouts import KeptRollouts, pairs_of, step_batches
 
 BOUND = 1e-6
@@ -105,6 +105,47 @@ def test_on_policy_the_ratio_is_one_and_truncated_completions_count_by_default(t
         assert result.count == sum(len(x.completion_ids) for x in credited if x.counted)
         assert result.metrics["ratio"] == pytest.approx(1, abs=1e-6)
         assert result.metrics["sampling/sampling_logp_difference/max"] < 1e-4  # dropout is off
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_metrics_are_means_over_tokens_in_every_aggregation(tiny_base, loss_type):
+    policy, method = helpers.make_policy(tiny_base), grpo(5, loss_type=loss_type)
+    found = method.credit(policy, groups_of(on_policy(policy, rollouts(), shift=0.2)))
+    result = helpers.step(policy, method, found)
+    apart = np.concatenate([np.abs(logps_alone(policy, x) - x.logps) for x in found])
+    assert result.metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(apart.mean(), rel=1e-4)
+    assert result.metrics["sampling/sampling_logp_difference/max"] == pytest.approx(apart.max(), rel=1e-4)
+
+
+def test_ppo_by_hand(tiny_base):
+    """Rewards at the last token, the KL at every token, values of the head before each token."""
+    policy = helpers.make_policy(tiny_base, seed=4, value_head=True)
+    own = {"beta": 0.3, "gamma": 0.9, "lam": 0.8, "whiten_advantages": False, "vf_coef": 0.5}
+    method = PPO(PPOConfig(max_completion_length=MAX_LENGTH, **own), 4, 64, False)
+    found = on_policy(policy, rollouts(prompts=2, size=2), shift=0.1)
+    fresh = method.credit(policy, groups_of(found))
+    with torch.no_grad():
+        policy.value_head.normal_(generator=torch.Generator().manual_seed(0))
+    total, count = 0.0, 0
+    for x in fresh:
+        assert not x.values["values"].any()  # a new head gives 0, so an error of a value is the reward itself
+        rewards = -0.3 * (x.logps - logps_alone(policy, x, reference=True))
+        rewards[-1] += x.reward
+        expected = [sum(0.72**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
+        assert x.advantages.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        (batch,) = helpers.sft(1).micro_batches([helpers.Tokens(0, x.input_ids.astype(int), x.labels.astype(int))])
+        with torch.no_grad():
+            values = (policy.scored_hidden_states(batch).double() @ policy.value_head.double()[0]).tolist()
+        new = logps_alone(policy, x)
+        for a, b, advantage, value in zip(new, x.logps, expected, values, strict=True):
+            r, near = math.exp(a - b), min(max(value, -0.2), 0.2)
+            total += -min(r * advantage, min(max(r, 0.8), 1.2) * advantage)
+            total += 0.5 * 0.5 * max((value - advantage) ** 2, (near - advantage) ** 2)  # the return is A + 0
+            count += 1
+    result = helpers.step(policy, method, fresh)
+    assert result.loss == pytest.approx(total / count, rel=1e-5)
+    split = helpers.step(policy, PPO(method.config, 1, 64, True), fresh)
+    assert split.loss == pytest.approx(result.loss, rel=1e-5)
 
 
 def test_a_completion_without_a_reward_leaves_group_and_loss(tiny_base):

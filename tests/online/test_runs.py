@@ -152,6 +152,30 @@ def test_from_python_with_rows_and_functions(space):
     assert len(made.inspect(step=1).sampled) == 4
 
 
+def test_rows_steps_and_samples_have_their_own_random_numbers(space):
+    rows = [{"prompt": PROMPTS[0]}] * 4  # one prompt in every row
+    ll.grpo(
+        str(space.base), rows, reward="rollouts_by_hand:evens", output_dir=str(space.folder / "same"), max_steps=2,
+        num_generations=2, max_completion_length=8, r=4, max_length=64, per_device_train_batch_size=4,
+        gradient_accumulation_steps=1, learning_rate=1e-9,
+    )  # fmt: skip
+    kept = [x for step in (1, 2) for x in KeptRollouts(space.folder / "same").read(step)]
+    assert len(kept) == len({tuple(x.completion_ids.tolist()) for x in kept}) == 8
+
+
+def test_a_reward_run_is_a_reward_function(space):
+    """Its rewards are those of `lowlevel score`; an empty completion has none."""
+    folder = space.folder / "judge"
+    assert run("reward", space.write("judge", "reward", train={"max_steps": 1})).code == 0
+    path = written(space, "judged", own={**OWN, "reward": [str(folder)]}, train={"max_steps": 1})
+    said = run("grpo", path)
+    assert said.code == 0, said.err
+    kept = [x for x in KeptRollouts(space.folder / "judged").read(1) if x.text.strip()]
+    asked = {row: text for row, text in enumerate(PROMPTS)}
+    rows = [{"prompt": asked[x.row], "completion": x.text} for x in kept]
+    assert [x.reward for x in kept] == pytest.approx([one["reward"] for one in ll.Run(folder).score(rows)], abs=1e-5)
+
+
 def broken(completions):
     raise ValueError("no")
 
