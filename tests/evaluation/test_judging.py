@@ -142,8 +142,7 @@ def test_command(dpo_run, tmp_path, monkeypatch):
     questions, out = tmp_path / "questions.jsonl", tmp_path / "found.json"
     asked = [["What is 3 + 4?", "And 5 + 4?"], ["Say the opposite of hot."]]
     questions.write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in asked))
-    with judge_server(lambda text: "[[A]]", "429") as server:
-        monkeypatch.setattr("lowlevel.evaluation.endpoint.time.sleep", lambda seconds: None)
+    with judge_server(lambda text: "[[A]]", "400") as server:  # 400: again at once
         flags = ("--endpoint", server.url, "--model", "m", "--max-new-tokens", 12, "--price", "1,10", "--out", out)
         said = workspace.run("judge", dpo_run, dpo_run / "parent", "--prompts", questions, *flags)
     assert said.code == 0, said.err
