@@ -51,7 +51,7 @@ METHODS = {  # each is commands/train.py
     "online_dpo": "DPO on the best and the worst of sampled completions",
 }
 NAMES = ("demo", "doctor", *METHODS, *"data losses plan time memory merge generate annotate score compare".split())
-NAMES += ("inspect", "verify", "report", "replay")
+NAMES += ("eval", "judge", "inspect", "verify", "report", "replay")
 COMMANDS = {name: import_module(f"lowlevel.commands.{'train' if name in METHODS else name}") for name in NAMES}
 
 

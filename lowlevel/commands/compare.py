@@ -1,4 +1,4 @@
-"""base, SFT and DPO side by side on the run's held-out rows"""
+"""base, SFT and DPO side by side on the run's held-out rows; or, with --probe, what they forgot of general text"""
 
 from pathlib import Path
 
@@ -9,11 +9,23 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--prompts", type=positive, default=16, help="held-out prompts to reply to (default: 16)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="longest reply, in tokens (default: 128)")
+    parser.add_argument(
+        "--probe",
+        type=Path,
+        metavar="FILE",
+        help='instead: loss and KL by token against the base on the texts of FILE, by domain (rows with a "text" and, '
+        'if you like, a "domain")',
+    )
     parser.add_argument("--show", type=int, default=3, help="replies to print side by side (default: 3)")
 
 
 def run(options: Options, overrides: Overrides) -> None:
     console = quiet_console()
+    if options.probe:
+        from lowlevel.evaluation.forgetting import probe_run
+
+        probe_run(options.run_dir, options.probe, console)
+        return
     from lowlevel.reporting.comparison import compare_run
 
     compare_run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowlevel.evaluation.table import TextTable
 from lowlevel.inspection.page import render_template
 from lowlevel.reporting.charts import chart
 from lowlevel.reporting.displaced import NOTICED_TEXT, DisplacedPairs
@@ -24,6 +25,7 @@ class Report:
     missing: str | None  # what a trace would add; None if there is one
     tokens: dict[int, str]  # text of the token ids in `tables.falls`, if the tokenizer could be loaded
     pages: dict[int, str]  # links to inspection pages in the run folder, by data row
+    measured: Sequence[TextTable] = ()  # of lowlevel eval and compare --probe
     displaced: DisplacedPairs | None = None  # the tokens that gained the probability of displaced pairs, if requested
 
     @property

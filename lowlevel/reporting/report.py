@@ -13,6 +13,9 @@ from rich.console import Console
 from lowlevel.config.schema import RunConfig
 from lowlevel.durable import write_text
 from lowlevel.errors import ConfigError, LowlevelError
+from lowlevel.evaluation.forgetting import forgetting_table
+from lowlevel.evaluation.results import eval_tables
+from lowlevel.evaluation.table import TextTable
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.reporting.displaced import look_at_displaced
 from lowlevel.reporting.page import Report, render
@@ -73,6 +76,7 @@ def report_run(
         missing=NO_TRACE if config.method == "dpo" and tables is None else None,
         tokens=_token_texts(config, tables),
         pages=_inspection_pages(folder),
+        measured=measured_tables(folder.path),
         displaced=moved,
     )
     page = folder.path / "report.html"
@@ -87,6 +91,19 @@ def report_run(
     if moved:
         _say(console, f"where the probability went: {moved.sentence}")
     return page
+
+
+def measured_tables(folder: Path) -> list[TextTable]:
+    """What lowlevel eval and compare --probe have written here. Raises ConfigError for a damaged file."""
+    made: list[TextTable] = []
+    for name, tables in (("eval.json", eval_tables), ("forgetting.json", lambda rows: [forgetting_table(rows)])):
+        try:
+            made += tables(json.loads((folder / name).read_text(encoding="utf-8"))["rows"])
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            raise ConfigError(f"{folder / name} cannot be read: remove it, or measure again") from None
+    return made
 
 
 def _say(console: Console, line: str) -> None:

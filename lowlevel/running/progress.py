@@ -54,6 +54,7 @@ def make_console() -> Console:
 def quiet_libraries() -> None:
     """Switch off progress bars and warnings of libraries; their errors still show."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, in a notebook without ipywidgets

@@ -90,6 +90,12 @@ class Reopened:
     parent: Path | None
     note: Note
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The base, the frozen adapter if there is one, and the trained one."""
+        parent = (Stage("sft", True, False),) if self.parent else ()
+        return Stage("base", False, False), *parent, Stage(self.config.method, True, True)
+
     def data(self) -> tuple[ChatTokenizer, PreparedData]:
         """The run's tokenizer and examples. Raises ConfigError, or DataError if the training rows changed."""
         tokenizer, data = prepare_data(self.config)
@@ -188,11 +194,7 @@ class Reopened:
         tokenizer, policy = load_run_tokenizer(self.config), self.policy(adapter)
         if reference:
             self.load_reference(policy, adapter)
-        stages = [Stage("base", False, False)]
-        if self.parent:
-            stages.append(Stage("sft", True, False))
-        stages.append(Stage(self.config.method, True, True))
-        return LoadedRun(self, self.folder, self.config, tokenizer, policy, tuple(stages))
+        return LoadedRun(self, self.folder, self.config, tokenizer, policy, self.stages)
 
 
 def reopen(

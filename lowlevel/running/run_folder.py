@@ -10,6 +10,7 @@ out/run/
   adapter/ parent/                                               result, and the frozen adapter under it (dpo)
   stacked/                                                       both as one PEFT adapter, for use without this package
   trace/                                                         [trace]: parquet files (lowlevel/tracing)
+  eval.json eval_items.jsonl forgetting.json                     lowlevel eval, lowlevel compare --probe
   rollouts/                                                      online methods: completions (online/rollouts.py)
   report.html report/                                            lowlevel report: the page, and its charts as PNG
   summary.json loss.png                                          written at the end
@@ -50,7 +51,7 @@ INSPECTED = "lowlevel inspect"  # in every page of that command
 WRITTEN = (
     *("config.toml", "environment.json", "data_report.json", "manifest.json", "data_rows.safetensors", "changes.json"),
     *("metrics.jsonl", "run-status.json", "memory.json", "summary.json", "loss.png", "report.html", "verify.json"),
-    *("compare.json", TRACKER_ID),
+    *("compare.json", "forgetting.json", "eval.json", "eval_items.jsonl", TRACKER_ID),
 )
 OWN_FILES = ("config.toml", "manifest.json", "metrics.jsonl", "data_report.json", "environment.json", "run-status.json")
 

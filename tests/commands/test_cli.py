@@ -41,6 +41,8 @@ COMMANDS = (
     "annotate",
     "score",
     "compare",
+    "eval",
+    "judge",
     "inspect",
     "verify",
     "report",
