@@ -33,6 +33,7 @@ def contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
         *_train(config, given),
         *_trace(config, given),
         *_reference(config),
+        *_full(config, given),
     ]
     return [message for wrong, message in checks if wrong]
 
@@ -96,6 +97,20 @@ def _reference(config: RunConfig) -> list[Check]:
         (not moves and dpo.ref_model_mixup_alpha is not None, "dpo.ref_model_mixup_alpha needs ref_model_sync_steps"),
         (moves and cached, "dpo.reference_cache is for a reference that stays: leave it out or ref_model_sync_steps"),
     ]
+
+
+def _full(config: RunConfig, given: set[str]) -> list[Check]:
+    full, model = 'train.finetuning_type = "full"', config.model
+    start = f"{full} starts from model.name: give the folder of a whole model there (lowlevel merge), not model.adapter"
+    checks = [
+        (config.method == "reward", f"{full} is for sft, dpo and kto: a reward model is an adapter with a head"),
+        (model.load_in_4bit, f"{full} needs model.load_in_4bit = false: 4-bit weights cannot be trained"),
+        (model.adapter is not None, start),
+        (model.embeddings_on_host, f"{full} also trains the input embedding: leave out model.embeddings_on_host"),
+        (config.dpo.ref_model_sync_steps is not None, f"{full} has a reference that stays: no ref_model_sync_steps"),
+        *((True, f"{key} is not used with {full}") for key in sorted(given) if key.startswith("lora.")),
+    ]
+    return checks if config.full else []
 
 
 def _data(config: RunConfig) -> list[Check]:
