@@ -55,6 +55,18 @@ class Untrained:
         for name, tensor in (self._masters if trained else self.kept or {}).items():
             self._parameters[name].data = tensor
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Give the trained weights the values of the base."""
+        for name, tensor in (self.kept or {}).items():
+            self._masters[name].copy_(tensor)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the trained weights are those of the base."""
+        kept = self.kept
+        return kept is not None and all(torch.equal(self._masters[name], kept[name].float()) for name in kept)
+
     @property
     def nbytes(self) -> int:
         """Memory of the base's weights."""
