@@ -95,6 +95,7 @@ class Policy:
                 use_cache=False,
                 **self.attention.arguments(batch, self.placement.dtype),
             ).last_hidden_state
+        hidden = hidden if self.untrained is None else hidden.to(self.placement.dtype)  # a trained norm gives fp32
         return hidden.flatten(0, 1).index_select(0, batch.scored_positions)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:

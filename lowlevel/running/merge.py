@@ -60,8 +60,11 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: st
         CheckpointError: the dequantised merge differs from the trained model; nothing is written.
     """
     _check_new(out)
-    source = _source(RunFolder(run_dir).read_config().model, into, base)
     folder = RunFolder(run_dir)
+    config = folder.read_config()
+    if config.full:
+        raise ConfigError(f"nothing to merge: {run_dir} trained all weights, and {folder.whole} is the whole model")
+    source = _source(config.model, into, base)
     adapters = [adapter for adapter in (folder.parent, folder.adapter) if adapter.exists()]
     if into != "dequantized":
         refuse_quantisation_errors(adapters)
