@@ -92,7 +92,8 @@ def load_tables(path: Path | None, method: str | None) -> dict[str, Any]:
 def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
     """Validate nested tables into a RunConfig, with the defaults that depend on other keys; errors begin with `where`.
 
-    `METHOD_DEFAULTS` are those of the method; full fine-tuning has a base that is not quantised and `FULL_RATES`. data.max_length is 256 for the demo's base, which has only 256 positions.
+    `METHOD_DEFAULTS` are those of the method; full fine-tuning has a base that is not quantised, and `FULL_RATES`.
+    data.max_length is 256 for the demo's base, which has only 256 positions.
     """
     model = tables.get("model", {})
     if isinstance(model, Mapping) and model.get("name", "demo") == "demo":

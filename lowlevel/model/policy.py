@@ -76,7 +76,7 @@ class Policy:
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The Hugging Face model, without PEFT's wrapper."""
-        return cast("PreTrainedModel", self.model.get_base_model() if self.untrained is None else self.model)
+        return cast("PreTrainedModel", self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -204,8 +204,11 @@ def flatten(
 ) -> FlatParameters:
     """Move parameters into one buffer and make them views of it. Raises ValueError: none, or one that is not fp32.
 
-    `masters`: parameters in 16 bits become fp32. `ratio`: learning rate of every B relative to that of every A (LoRA+). All A then come before all B, so that each
-    kind is one contiguous part; without a ratio the order is the given one.
+    Args:
+        parameters: by name.
+        ratio: learning rate of every B relative to that of every A (LoRA+). All A then come before all B, so that each
+            kind is one contiguous part; without a ratio the order is the given one.
+        masters: parameters in 16 bits become fp32.
     """
     if not parameters:
         raise ValueError("no trainable parameters")

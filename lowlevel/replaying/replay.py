@@ -121,7 +121,10 @@ def _saved_rows(session: Session, step: int, found: Replay) -> list[Row]:
         except CheckpointError as error:
             found.notes.append(f"damaged: {error}")
         optimizer = optimizer_tensors(session.optimizer)
-        for what, file, own in (("adapter", weights_file(path), weights), ("optimizer", "optimizer.safetensors", optimizer)):
+        for what, file, own in (
+            ("adapter", weights_file(path), weights),
+            ("optimizer", "optimizer.safetensors", optimizer),
+        ):
             rows.append(_file_row(step, f"{path.name} {what}", path / file, own, found.exact))
     else:
         found.notes.append(f"no checkpoint of step {step}: its update is compared only through later steps")

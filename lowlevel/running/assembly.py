@@ -32,8 +32,8 @@ from lowlevel.model.adapters import (
 )
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, load_stored, public_name, resolve_name
-from lowlevel.model.full import build_full_policy, check_trainable
 from lowlevel.model.files import refuse_no_weights
+from lowlevel.model.full import build_full_policy, check_trainable
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
 from lowlevel.model.moving_reference import Following
@@ -250,13 +250,16 @@ def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
 def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
     """The policy of `inputs`, for training."""
     sources: dict[str, Any] = {"parent": inputs.parent, "init_from": inputs.init_from}
-    return load_policy(
-        config, inputs.placement, inputs.attention, **sources, keep_base=dpo.reads_reference(config)
-    )
+    return load_policy(config, inputs.placement, inputs.attention, **sources, keep_base=dpo.reads_reference(config))
 
 
 def load_policy(
-    config: RunConfig, placement: Placement, attention: Attention, *, parent: Path | None, init_from: Path | None,
+    config: RunConfig,
+    placement: Placement,
+    attention: Attention,
+    *,
+    parent: Path | None,
+    init_from: Path | None,
     keep_base: bool = True,
 ) -> Policy:
     """Load the base and attach the adapters, without the data. `keep_base`: as in `build_full_policy`."""
@@ -275,7 +278,7 @@ def load_policy(
         if config.full:
             return build_full_policy(base, placement, keep_base=keep_base, **shared)
         following, reward = Following.of(config), config.method == "reward"
-        own = {"seed": train.seed, "parent": parent, "following": following, "reward_head": reward}
+        own: dict[str, Any] = {"seed": train.seed, "parent": parent, "following": following, "reward_head": reward}
         policy = build_policy(base, config.lora, placement, **own, **shared)
     if config.lora.init_lora_weights == "loftq" and init_from is None:
         start_from_error(policy, config.model)

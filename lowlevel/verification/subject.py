@@ -206,8 +206,8 @@ def fill_b(policy: Policy, seed: int = 0, size: float = 0.05) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for view in policy.flat.views.values() if policy.untrained else ():
-            noise = torch.randn(view.shape, generator=generator).to(view.device)
-            view.add_(noise * view.std(), alpha=0.1 * size)
+        for weight in policy.flat.views.values() if policy.untrained else ():
+            noise = torch.randn(weight.shape, generator=generator).to(weight.device)
+            weight.add_(noise * weight.std(), alpha=0.1 * size)
         for view in b_views(policy):
             view.copy_(torch.randn(view.shape, generator=generator) * (size / math.sqrt(view.shape[1])))

@@ -255,7 +255,7 @@ def test_which_calls_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         for reason, arguments in slow.items():
             assert not _is_fast(*arguments), reason
-        assert len(asked) == 3  # Triton is asked about none of them
+        assert not asked  # Triton is asked about none of them
         trained = w.requires_grad_()
         with torch.no_grad():  # the reference pass of a run that trains the head: the same path as its policy pass
             assert _is_fast(h, trained, t, None)

@@ -1,4 +1,4 @@
-"""Full fine-tuning: against plain transformers, at the start against its reference, resumed bit for bit, loaded back."""
+"""Full fine-tuning: against plain transformers, with its reference, resumed bit for bit, loaded back."""
 
 import math
 import shutil
@@ -11,10 +11,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 from workspace import make_workspace, metrics, run
 
+from lowlevel.batch.layout import Shape
 from lowlevel.config.file import config_from_tables
 from lowlevel.config.schema import ModelConfig
 from lowlevel.errors import ConfigError
+from lowlevel.execution import WithFallback
 from lowlevel.labels import IGNORED
+from lowlevel.methods.sft import SFT
+from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.full import build_full_policy
 from lowlevel.model.memory import best_plan, model_shape
@@ -24,8 +28,9 @@ from lowlevel.running.reopening import reopen
 BF16 = Placement(torch.device("cpu"), "bf16")
 
 
-def full_policy(folder, placement=helpers.CPU):
-    return build_full_policy(load_base(ModelConfig(name=str(folder), load_in_4bit=False), placement), placement)
+def full_policy(folder, placement=helpers.CPU, attention="sdpa"):
+    base = load_base(ModelConfig(name=str(folder), load_in_4bit=False), placement, attention=attention)
+    return build_full_policy(base, placement, attention=Attention(attention, ""))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -62,6 +67,15 @@ def test_micro_batches_do_not_change_the_gradient(base, rows):
     parts = helpers.loss_and_gradient(policy, helpers.dpo(rows), examples)
     assert parts[0] == pytest.approx(whole[0], abs=1e-6)
     assert helpers.drifts(parts[1], whole[1])[0] < 1e-5
+
+
+def test_compiled_layers_give_the_same_gradient_also_to_the_embedding(tiny_base):
+    method, policy = SFT(2, 48, True, Shape(16, 4, 64, 96)), full_policy(tiny_base, attention=NAMES["math"])
+    expected = helpers.loss_and_gradient(policy, method, helpers.ragged_examples())[1]
+    execution = WithFallback(policy, method, "compiled", pytest.fail)
+    helpers.step(policy, method, helpers.ragged_examples(), execution=execution)
+    assert policy.layers.compiled and policy.flat.views["model.embed_tokens.weight"].grad.any()
+    assert (policy.flat.grad - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_masters_are_fp32_and_the_reference_keeps_the_bits_of_the_base(base):
