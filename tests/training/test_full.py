@@ -69,6 +69,7 @@ def test_micro_batches_do_not_change_the_gradient(base, rows):
     assert helpers.drifts(parts[1], whole[1])[0] < 1e-5
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_gradient_also_to_the_embedding(tiny_base):
     method, policy = SFT(2, 48, True, Shape(16, 4, 64, 96)), full_policy(tiny_base, attention=NAMES["math"])
     expected = helpers.loss_and_gradient(policy, method, helpers.ragged_examples())[1]
