@@ -40,8 +40,8 @@ infinite, 6 out of memory, 130/143 interrupted and saved"
 )
 LONG_DASH = re.compile("[\u2013\u2014\u2212]+-?(?=[a-z]+[.][a-z])")  # what editors and web pages make of two hyphens
 NAMES = (
-    "demo doctor sft dpo kto reward data losses plan time memory merge generate score compare inspect verify report "
-    "replay"
+    "demo doctor sft dpo kto reward data losses plan time memory merge export generate score compare inspect verify "
+    "report replay"
 ).split()
 METHODS = {  # each is commands/train.py
     "sft": "supervised fine-tuning",

@@ -59,7 +59,7 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: st
         DataError: the probe rows changed since the run.
         CheckpointError: the dequantised merge differs from the trained model; nothing is written.
     """
-    _check_new(out)
+    check_new(out)
     folder = RunFolder(run_dir)
     config = folder.read_config()
     if config.full:
@@ -92,7 +92,7 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: st
         chain = {"run": run_dir.name, "into": into, "manifest": run.folder.read_manifest()}
         chain |= {"base": public_name(base)} if base is not None else {}
         write_json(temporary / "lowlevel_merge.json", {**chain, "fidelity": asdict(fidelity)})
-        _check_new(out)  # again, so that a folder made meanwhile is not replaced
+        check_new(out)  # again, so that a folder made meanwhile is not replaced
     console.print(
         f"merged into {into} base{f' {base}' if base is not None else ''}: {out}\n"
         f"  KL to the training-time model  {fidelity.kl:.2e} nats a token over {fidelity.tokens:,} tokens\n"
@@ -102,7 +102,8 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: st
     return fidelity
 
 
-def _check_new(out: Path) -> None:
+def check_new(out: Path) -> None:
+    """Raise ConfigError if there is something at `out`."""
     if os.path.lexists(out):  # also a broken link
         raise ConfigError(f"{out} exists: give a new folder")
 
