@@ -112,7 +112,7 @@ def tokenizer_fields(chat: ChatTokenizer, vocabulary: int) -> dict[str, Any]:
     tokenizer: Any = chat.tokenizer
     saved = json.loads(tokenizer.backend_tokenizer.to_str())
     model, merges = saved["model"], [tuple(m) for m in saved["model"].get("merges", ())]
-    split, pieces = SPLITS.get(split_of(saved["pre_tokenizer"])), is_sentencepiece(saved)
+    split, pieces = split_of(saved), is_sentencepiece(saved)
     if model["type"] != "BPE" or not (split or pieces):
         raise ConfigError(f"--to gguf: this tokenizer's kind ({model['type']}) is not known here; {HINT}")
     ids: dict[str, int] = tokenizer.get_vocab()
@@ -133,11 +133,8 @@ def tokenizer_fields(chat: ChatTokenizer, vocabulary: int) -> dict[str, Any]:
         "add_token_scores": [rank.get(token, -float(len(merges))) for token in tokens],
         "add_add_space_prefix": True,
     }
-    byte_level = {
-        "add_tokenizer_model": "gpt2",
-        "add_tokenizer_pre": split,
-        "add_token_merges": [*map(" ".join, merges)],
-    }
+    byte_level = {"add_tokenizer_model": "gpt2", "add_tokenizer_pre": split}
+    byte_level |= {"add_token_merges": [" ".join(merge) for merge in merges]}
     fields = {"add_token_list": tokens, "add_token_types": types, **(kind if pieces else byte_level)}
     first = chat.encode_prompt([{"role": "user", "content": "a"}])[0]  # as in training
     fields["add_add_bos_token"] = first == tokenizer.bos_token_id
@@ -146,20 +143,24 @@ def tokenizer_fields(chat: ChatTokenizer, vocabulary: int) -> dict[str, Any]:
     return fields | {"add_chat_template": chat.chat_template.text}
 
 
-def split_of(saved: Any) -> tuple[tuple[str, Any], ...]:
-    """The pre-tokenizers of a tokenizer.json as a key of SPLITS."""
-    parts = [] if saved is None else saved.get("pretokenizers", [saved])
+def split_of(saved: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for how a byte-level tokenizer.json splits text; None if it is another kind."""
+    parts = (saved["pre_tokenizer"] or {}).get("pretokenizers", [saved["pre_tokenizer"] or {"type": "none"}])
     flags = {"ByteLevel": "use_regex", "Digits": "individual_digits"}
-    return tuple(
-        (
-            part["type"],
-            part["pattern"].get("Regex") if part["type"] == "Split" else part.get(flags.get(part["type"], "")),
-        )
-        for part in parts
-    )
+    values = (part.get("pattern", {}).get("Regex") or part.get(flags.get(part["type"], "")) for part in parts)
+    found = SPLITS.get(tuple((part["type"], value) for part, value in zip(parts, values, strict=True)))
+    whole_words_first = bool(saved["model"].get("ignore_merges")) == (found == "llama-bpe")
+    plain = saved["normalizer"] is None and not any(part.get("add_prefix_space") for part in parts)
+    return found if plain and whole_words_first and not _strips(saved) else None
 
 
 def is_sentencepiece(saved: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json is a BPE of SentencePiece as in Llama 2: bytes as last resort, a blank put before all."""
-    normalizer = json.dumps(saved.get("normalizer") or {}) + json.dumps(saved.get("pre_tokenizer") or {})
-    return bool(saved["model"].get("byte_fallback")) and ('"Prepend"' in normalizer or '"first"' in normalizer)
+    """Whether a tokenizer.json is a BPE of SentencePiece as in Llama 2: bytes as last resort, and a blank put before
+    the text and after each control token.
+    """
+    prepends = '"Prepend"' in json.dumps(saved["normalizer"]) and saved["pre_tokenizer"] is None
+    return bool(saved["model"].get("byte_fallback")) and prepends and not _strips(saved)
+
+
+def _strips(saved: Mapping[str, Any]) -> bool:
+    return any(token["lstrip"] or token["rstrip"] for token in saved["added_tokens"])
