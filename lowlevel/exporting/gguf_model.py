@@ -136,11 +136,20 @@ def tokenizer_fields(chat: ChatTokenizer, vocabulary: int) -> dict[str, Any]:
     byte_level = {"add_tokenizer_model": "gpt2", "add_tokenizer_pre": split}
     byte_level |= {"add_token_merges": [" ".join(merge) for merge in merges]}
     fields = {"add_token_list": tokens, "add_token_types": types, **(kind if pieces else byte_level)}
-    first = chat.encode_prompt([{"role": "user", "content": "a"}])[0]  # as in training
-    fields["add_add_bos_token"] = first == tokenizer.bos_token_id
+    fields["add_add_bos_token"] = chat.bos_id is not None or writes_bos(chat)
     numbers = {"add_bos_token_id": tokenizer.bos_token_id, "add_eos_token_id": tokenizer.eos_token_id}
     fields |= {add: number for add, number in numbers.items() if number is not None}
     return fields | {"add_chat_template": chat.chat_template.text}
+
+
+def writes_bos(chat: ChatTokenizer) -> bool:
+    """Whether the chat template begins with the bos token, and not each of its messages (SmolLM 2)."""
+    bos = chat.tokenizer.bos_token
+    if bos is None:
+        return False
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    text = chat.chat_template.render(turns, add_generation_prompt=True)
+    return text.startswith(bos) and text.count(bos) == 1
 
 
 def split_of(saved: Mapping[str, Any]) -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.templates import Message, RenderError
 from lowlevel.errors import ConfigError
+from lowlevel.exporting.gguf_model import writes_bos
 
 MARKS = {"system": "§S§", "user": "§U§", "assistant": "§A§"}
 SECOND = "§V§"
@@ -37,7 +38,6 @@ class Pieces:
 
 def read_pieces(tokenizer: ChatTokenizer) -> Pieces:
     """Read the pieces off a chat template. Raises ConfigError if it is not made of such pieces."""
-    bos = tokenizer.tokenizer.bos_token or ""
 
     def render(*roles: str, reply: bool = False) -> str:
         return tokenizer.chat_template.render(_messages(*roles), add_generation_prompt=reply)
@@ -51,7 +51,7 @@ def read_pieces(tokenizer: ChatTokenizer) -> Pieces:
         user = again.split(SECOND)[0]
         around = {"user": (user, after_user), "assistant": (before_reply, after_reply)}
         start = before_user.removesuffix(user)
-        bos = bos if bos and start.startswith(bos) else ""
+        bos = str(tokenizer.tokenizer.bos_token) if writes_bos(tokenizer) else ""  # llama.cpp adds it by itself
         system, implied = _system(tokenizer, user, bos), start.removeprefix(bos)
         if system:
             around["system"] = system

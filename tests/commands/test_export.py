@@ -7,7 +7,9 @@ import helpers
 import pytest
 import torch
 from peft import PeftModel
-from tokenizer_families import FAMILIES
+from tokenizer_families import CHATML as CHATML_TEMPLATE
+from tokenizer_families import FAMILIES, byte_level
+from tokenizer_families import chat as chat_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workspace import run
 
@@ -126,16 +128,19 @@ def test_a_system_message_that_the_template_writes_itself():
         modelfile(odd, "model.gguf")
 
 
+def test_a_bos_token_that_begins_each_message_is_no_bos():
+    """SmolLM 2: bos is <|im_start|>, which llama.cpp must not add to that of the template."""
+    chat = chat_of(byte_level(), CHATML_TEMPLATE, bos="<|im_start|>", eos="<|im_end|>")
+    assert not tokenizer_fields(chat, len(chat.tokenizer))["add_add_bos_token"]
+    assert CHATML in modelfile(chat, "model.gguf")
+
+
 def _with_template(chat, text):
     return replace(chat, chat_template=replace(chat.chat_template, text=text))
 
 
-KNOWN = {
-    "gpt2": "gpt-2",
-    "llama 3": "llama-bpe",
-    "llama 2": None,
-    "zephyr": None,
-}  # pre-tokenizers; None: SentencePiece
+# Pre-tokenizers; None: SentencePiece.
+KNOWN = {"gpt2": "gpt-2", "roberta": "gpt-2", "llama 3": "llama-bpe", "llama 2": None, "zephyr": None}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
