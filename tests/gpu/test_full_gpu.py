@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from test_gpu import CUDA, examples, model_dir  # noqa: F401
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowlevel.batch.layout import Shape
 from lowlevel.config.schema import DPOConfig, ModelConfig, SFTConfig, TrainConfig
@@ -22,11 +24,33 @@ from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-SHAPE = Shape(64, 4, 128, 512)
+CUDA, SHAPE = torch.device("cuda"), Shape(64, 4, 128, 512)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
+                         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def examples(pairs):
+    rng = np.random.default_rng(0)
+
+    def ids(low, high):
+        return rng.integers(3, 1000, rng.integers(low, high))
+
+    keys = ("prompt_ids", "chosen_ids", "rejected_ids")
+    if pairs:
+        return [SimpleNamespace(row=i, **{key: ids(2, 40) for key in keys}) for i in range(8)]
+    return [SimpleNamespace(row=i, input_ids=(x := ids(8, 120)), labels=x, weights=None) for i in range(8)]
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["sft", "dpo"])
-def test_every_mode_takes_the_same_full_step(model_dir, pairs):  # noqa: F811
+def test_every_mode_takes_the_same_full_step(model_dir, pairs):
     placement, name = Placement(CUDA, "fp16"), NAMES["efficient"]
     method = DPO(DPOConfig(), 4, 256, True, SHAPE) if pairs else SFT(4, 128, True, SHAPE, SFTConfig(), ())
     steps = {}
