@@ -61,11 +61,11 @@ def rows_of(method: str, length: int, vocabulary: int) -> list[Any]:
     ]
 
 
-def measure(name: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, method: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Take some steps and say what they took."""
     placement, settings = choose_placement("auto"), llama_config(name)
     cuda, length = placement.device.type == "cuda", LENGTHS.get(name, 512)
-    kind = {"format": "preference"} if method == "dpo" else {}
+    kind: dict[str, Any] = {"format": "preference"} if method == "dpo" else {}
     config = RunConfig(
         method=method, data=DataConfig(max_length=length, **kind), train=TrainConfig(optim="paged_adamw_8bit")
     )

@@ -133,7 +133,7 @@ def tokenizer_fields(chat: ChatTokenizer, vocabulary: int) -> dict[str, Any]:
         "add_token_scores": [rank.get(token, -float(len(merges))) for token in tokens],
         "add_add_space_prefix": True,
     }
-    byte_level = {"add_tokenizer_model": "gpt2", "add_tokenizer_pre": split}
+    byte_level: dict[str, Any] = {"add_tokenizer_model": "gpt2", "add_tokenizer_pre": split}
     byte_level |= {"add_token_merges": [" ".join(merge) for merge in merges]}
     fields = {"add_token_list": tokens, "add_token_types": types, **(kind if pieces else byte_level)}
     fields["add_add_bos_token"] = chat.bos_id is not None or writes_bos(chat)

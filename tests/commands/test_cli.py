@@ -33,6 +33,7 @@ COMMANDS = (
     "time",
     "memory",
     "merge",
+    "export",
     "generate",
     "score",
     "compare",
