@@ -243,8 +243,8 @@ def _within(value: Any, low: float, high: float) -> bool:
 
 
 def weights_file(folder: Path) -> str:
-    """The file with a folder's trained weights: those of an adapter, or of a whole model."""
-    return WHOLE if (folder / WHOLE).exists() else WEIGHTS
+    """The file with a folder's trained weights: those of an adapter, also beside its base, or of a whole model."""
+    return WHOLE if (folder / WHOLE).exists() and not (folder / WEIGHTS).exists() else WEIGHTS
 
 
 def read_adapter_weights(folder: Path, file: str | None = None) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ def build_full_policy(
         gradient_checkpointing, attention, recomputed, offload: as in `build_policy`.
 
     Raises:
-        ConfigError: an unsupported base, or too many weights for one buffer.
+        ConfigError: an unsupported base.
         CheckpointError: a folder that is damaged or does not fit.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in `build_policy`

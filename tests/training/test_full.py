@@ -18,6 +18,7 @@ from lowlevel.errors import ConfigError
 from lowlevel.execution import WithFallback
 from lowlevel.labels import IGNORED
 from lowlevel.methods.sft import SFT
+from lowlevel.model.adapters import WEIGHTS, WHOLE, weights_file
 from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.full import build_full_policy
@@ -146,6 +147,12 @@ def test_the_commands_that_do_not_apply_say_so_in_one_line(space, tmp_path):
     for said, what in ((merge, "nothing to merge"), (adapter, "trained all weights"), (base, "its model is")):
         (line,) = [line for line in said.err.splitlines() if line.startswith("error")]
         assert said.code == 2 and what in line and str(sft / "model") in line
+
+
+def test_an_adapter_beside_its_base_is_the_adapter(tmp_path):
+    for name, expected in ((WHOLE, WHOLE), (WEIGHTS, WEIGHTS)):
+        (tmp_path / name).touch()
+        assert weights_file(tmp_path) == expected
 
 
 FULL = {"train": {"finetuning_type": "full"}}
