@@ -96,6 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="folder of a real model")
     parser.add_argument("--train", default="demo", help="conversations to train on")
     parser.add_argument("--held-out", help="other conversations")
+    parser.add_argument("--held-out-rows", type=int, default=200)
     parser.add_argument("--shape", choices=SHAPES, help="instead of a model: random weights and rows of this shape")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--steps", type=int, default=100)
@@ -110,7 +111,7 @@ def main() -> None:
     options = arguments()
     settings = {"model": options.model or "demo", "data": options.train, "max_length": options.max_length}
     if options.held_out:
-        settings |= {"eval_data": options.held_out, "eval_limit": 200}
+        settings |= {"eval_data": options.held_out, "eval_limit": options.held_out_rows}
     if options.shape:
         workload = options.out.parent / f"workload_{options.shape}"
         length = LENGTHS.get(options.shape, options.max_length)
