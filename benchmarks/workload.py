@@ -43,6 +43,7 @@ SHAPES = {
     "tinyllama": (2048, 5632, 22, 32, 4, 32000, False),
     "llama-3b": (3072, 8192, 28, 24, 8, 128256, True),
     "llama-7b": (4096, 11008, 32, 32, 32, 32000, False),
+    "llama-13b": (5120, 13824, 40, 40, 40, 32000, False),
 }
 LENGTHS = {"tiny": 64}  # the others: 512
 MAX_LENGTH = 8192  # positions of the models

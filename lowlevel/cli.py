@@ -50,7 +50,12 @@ METHODS = {  # each is commands/train.py
     "ppo": "PPO: completions are sampled, and a value head predicts the reward still to come at each token",
     "online_dpo": "DPO on the best and the worst of sampled completions",
 }
-NAMES = ("demo", "doctor", *METHODS, *"data losses plan time memory merge generate annotate score compare".split())
+NAMES = (
+    "demo",
+    "doctor",
+    *METHODS,
+    *"data losses plan time memory merge export generate annotate score compare".split(),
+)
 NAMES += ("eval", "judge", "inspect", "verify", "report", "replay")
 COMMANDS = {name: import_module(f"lowlevel.commands.{'train' if name in METHODS else name}") for name in NAMES}
 

@@ -57,6 +57,7 @@ KEYS = {
     "data.eval_split": ("validation", {}),
     "data.eval_limit": (7, {"data": {"eval_source": "heldout.jsonl"}}),
     "train.output_dir": ("out/3", {}),  # text, though it could be read as something else
+    "train.finetuning_type": ("full", {}),
     "train.per_device_train_batch_size": (1, {}),
     "train.gradient_accumulation_steps": (8, {}),
     "train.learning_rate": (1e-5, {}),

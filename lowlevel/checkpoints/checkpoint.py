@@ -3,6 +3,7 @@
 step-00000120/                      exists only if complete
   adapter_model.safetensors         the trained adapter in PEFT's format
   adapter_config.json
+  model.safetensors config.json     full fine-tuning: these instead, the whole model in fp32
   optimizer.safetensors             "flat::state1", ...
   reference.safetensors             only with a moving reference: its adapter
   value_head.safetensors            only of ppo: its value head
@@ -39,7 +40,7 @@ MANIFEST = "manifest.json"
 DELETED = ".del-"
 SKIPPED = "skipped a damaged checkpoint: "
 _STEP = re.compile(r"step-(\d{8})")
-_REPLACED = r"(step-\d{8}|adapter|parent|stacked|base|failure)"  # folders of a run that `replaced_folder` writes
+_REPLACED = r"(step-\d{8}|adapter|model|parent|stacked|base|failure)"  # folders of a run that `replaced_folder` writes
 _LITTER = re.compile(rf"{re.escape(TEMPORARY)}.+-\d+|({re.escape(OLD)}|{re.escape(DELETED)}){_REPLACED}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|json)")
 _MAX_MANIFEST_BYTES = 16 * 2**20

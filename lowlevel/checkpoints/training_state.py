@@ -18,13 +18,13 @@ from lowlevel.errors import CheckpointError
 from lowlevel.model.adapters import (
     REFERENCE_WEIGHTS,
     VALUE_WEIGHTS,
-    WEIGHTS,
     adapter_sha256,
     adapter_tensors,
     load_adapter_weights,
     load_value_head,
     read_adapter_weights,
     save_adapter,
+    weights_file,
 )
 from lowlevel.model.base import public_name
 from lowlevel.model.policy import REFERENCE, TRAINED, VALUE, Policy
@@ -64,7 +64,7 @@ def restore_state(
     if (policy.moving is not None) != (path / REFERENCE_WEIGHTS).exists():
         has = "no moving reference" if policy.moving else "a moving reference"
         raise CheckpointError(f"{path} holds {has}: dpo.ref_model_sync_steps cannot be set or removed when resuming")
-    load_adapter_weights(policy.model, TRAINED, read_adapter_weights(path), str(path / WEIGHTS))
+    load_adapter_weights(policy.model, TRAINED, read_adapter_weights(path), str(path / weights_file(path)))
     restore_reference(policy, path)
     if policy.value_head is not None:
         load_value_head(policy.value_head, path)

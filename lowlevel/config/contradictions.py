@@ -39,6 +39,7 @@ def contradictions(config: RunConfig, tables: Mapping[str, Any]) -> list[str]:
         *_trace(config, given),
         *_reference(config),
         *_online(config, given),
+        *_full(config, given),
     ]
     return [message for wrong, message in checks if wrong]
 
@@ -136,6 +137,23 @@ def _online(config: RunConfig, given: set[str]) -> list[Check]:
         ),
         (config.train.memory_budget is not None, f"train.memory_budget does not know what sampling ({name}) needs"),
     ]
+
+
+def _full(config: RunConfig, given: set[str]) -> list[Check]:
+    full, model = 'train.finetuning_type = "full"', config.model
+    start = f"{full} starts from model.name: give the folder of a whole model there (lowlevel merge), not model.adapter"
+    checks = [
+        (
+            config.method not in ("sft", "dpo", "kto"),
+            f"{full} is for sft, dpo and kto, not {config.method}",
+        ),
+        (model.load_in_4bit, f"{full} needs model.load_in_4bit = false: 4-bit weights cannot be trained"),
+        (model.adapter is not None, start),
+        (model.embeddings_on_host, f"{full} also trains the input embedding: leave out model.embeddings_on_host"),
+        (config.dpo.ref_model_sync_steps is not None, f"{full} has a reference that stays: no ref_model_sync_steps"),
+        *((True, f"{key} is not used with {full}") for key in sorted(given) if key.startswith("lora.")),
+    ]
+    return checks if config.full else []
 
 
 def _data(config: RunConfig) -> list[Check]:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from lowlevel.config.contradictions import ADAPTER_SHAPE, UNREAD, contradictions, empty_texts, secrets_in
 from lowlevel.config.given import Source
 from lowlevel.config.schema import (
+    FULL_RATES,
     LOSS_DEFAULTS,
     METHOD_DEFAULTS,
     METHODS,
@@ -91,11 +92,16 @@ def load_tables(path: Path | None, method: str | None) -> dict[str, Any]:
 def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
     """Validate nested tables into a RunConfig, with the defaults that depend on other keys; errors begin with `where`.
 
-    `METHOD_DEFAULTS` are those of the method. data.max_length is 256 for the demo's base, which has only 256 positions.
+    `METHOD_DEFAULTS` are those of the method; full fine-tuning has a base that is not quantised, and `FULL_RATES`.
+    data.max_length is 256 for the demo's base, which has only 256 positions.
     """
     model = tables.get("model", {})
     if isinstance(model, Mapping) and model.get("name", "demo") == "demo":
         tables = _with_defaults(tables, "data", {"max_length": 256})
+    train, method = tables.get("train"), str(tables.get("method", "sft"))
+    if isinstance(train, Mapping) and train.get("finetuning_type") == "full":
+        tables = _with_defaults(tables, "model", {"load_in_4bit": False})
+        tables = _with_defaults(tables, "train", {"learning_rate": FULL_RATES[method]} if method in FULL_RATES else {})
     for section, defaults in METHOD_DEFAULTS.get(str(tables.get("method")), {}).items():
         tables = _with_defaults(tables, section, defaults)
     if isinstance(given := tables.get("dpo"), Mapping):
@@ -137,6 +143,8 @@ def to_tables(config: RunConfig) -> dict[str, Any]:
     if config.lora.init_from is not None:
         for key in ADAPTER_SHAPE:
             del tables["lora"][key]
+    if config.full:
+        del tables["lora"]
     if not config.model.load_in_4bit:
         del tables["model"]["bnb_4bit_quant_type"], tables["model"]["bnb_4bit_use_double_quant"]
     return tables

@@ -171,6 +171,9 @@ class TrainConfig(Section):
     """Optimisation, precision, logging and checkpoints."""
 
     output_dir: Location = Field("out/run", description="run folder")
+    finetuning_type: Literal["lora", "full"] = Field(
+        "lora", description="train an adapter on a frozen base, or (full) all weights of a base that is not quantised"
+    )
     per_device_train_batch_size: Batch = Field(
         2, description="examples, pairs or sampled completions per micro-batch; with packing, its size in full rows"
     )
@@ -335,7 +338,12 @@ class RunConfig(Section):
     @property
     def active_dropout(self) -> float:
         """Dropout of the policy's training pass."""
-        return 0.0 if self.own.disable_dropout else self.lora.lora_dropout
+        return 0.0 if self.own.disable_dropout or self.full else self.lora.lora_dropout
+
+    @property
+    def full(self) -> bool:
+        """Whether all weights are trained, and no adapter."""
+        return self.train.finetuning_type == "full"
 
     @property
     def rows_per_step(self) -> int:
@@ -362,4 +370,5 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     method: {"train": {"learning_rate": rate}}
     for method, rate in (("dpo", 1e-5), ("kto", 1e-5), ("reward", 1e-4), *((method, 1e-5) for method in ONLINE))
 }
+FULL_RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6}  # train.learning_rate of full fine-tuning: a tenth of an adapter's
 LOSS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"simpo": {"beta": 2.0}}  # of [dpo], by loss_type

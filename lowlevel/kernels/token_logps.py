@@ -1,18 +1,18 @@
-"""`lowlevel.losses.token_logps` on a CUDA GPU with a frozen LM head, without any fp32 buffer of logits.
+"""`lowlevel.losses.token_logps` on a CUDA GPU, without any fp32 buffer of logits.
 
 The equations are those of `lowlevel.losses.token_logps`; here a chunk's logits stay in the weight's dtype, from the
 product that computes them to the product that reads their gradient::
 
     forward, per chunk     z = h W^T (cuBLAS)     lse, z_y = one read of z      logp = z_y - lse
     backward, per chunk    z = h W^T (cuBLAS)     dz over z, in place           dh = dz W (cuBLAS)
+                           for a trained W also   dW += dz^T h (summed over chunks in fp32)
 
 So a logit is written and read once in the forward pass, and twice in the backward pass, at 2 bytes each.
 `lowlevel.losses` makes several passes at 4 bytes, over a buffer of twice the size.
 
-Conditions of the fast path: all tensors on one CUDA device, a weight in fp16, bf16 or fp32 that does not require a
-gradient (QLoRA's LM head), at least one row, and a Triton that compiles for the GPU. Every other call goes to
-`lowlevel.losses`. The choice depends on the weight's `requires_grad` and not on the grad mode: a policy pass and a
-reference pass under `no_grad` run the same kernels, so equal weights give equal bits.
+Conditions of the fast path: all tensors on one CUDA device, a weight in fp16, bf16 or fp32, at least one row, and a
+Triton that compiles for the GPU. Every other call goes to `lowlevel.losses`. The choice does not depend on gradients: a
+policy pass and a reference pass under `no_grad` run the same kernels, so equal weights give equal bits.
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ def _is_fast(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | 
     shapes = hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1]
     shapes = shapes and targets.shape == hidden.shape[:1] and hidden.shape[0] > 0 and weight.shape[0] > 0
     dtypes = hidden.is_floating_point() and weight.dtype in ops.DTYPES and targets.dtype == torch.int64
-    placed = hidden.is_cuda and hidden.device == weight.device == targets.device and not weight.requires_grad
+    placed = hidden.is_cuda and hidden.device == weight.device == targets.device
     fits = shapes and dtypes and placed and (chunk_size is None or chunk_size >= 1)
     return fits and ops.usable(weight.device, weight.dtype, weight.shape[0])
 
@@ -88,13 +88,17 @@ class _FusedTokenScores(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, lse = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         of_statistics = statistic_gradients(dict(zip(ctx.needs, grads, strict=True)), weight.shape[0]) or ()
         vectors = (part.split(ctx.chunk_size) for part in (targets, lse, grad_logps.contiguous(), *of_statistics))
         parts = zip(hidden.split(ctx.chunk_size), grad_hidden.split(ctx.chunk_size), *vectors, strict=True)
         with torch.autocast(hidden.device.type, enabled=False):
             for part, part_grad, *part_vectors in parts:
-                part_grad.copy_(ops.grad_logits_(_logits(part, weight), *part_vectors) @ weight)
-        return grad_hidden, None, None, None, None
+                grad_logits = ops.grad_logits_(_logits(part, weight), *part_vectors)
+                part_grad.copy_(grad_logits @ weight)
+                if grad_weight is not None:
+                    grad_weight += grad_logits.T @ part.to(weight.dtype)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:

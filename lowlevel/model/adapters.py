@@ -1,4 +1,7 @@
-"""Adapters: attaching them to the base, stacking a frozen one, and reading and writing PEFT's own format."""
+"""Adapters: attaching them to the base, stacking a frozen one, and reading and writing PEFT's own format.
+
+After full fine-tuning the trained weights are the whole model: the same functions read and write a model's folder.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,7 @@ from lowlevel.model.suitability import check_base
 from lowlevel.model.targets import linear_layers, matched
 
 WEIGHTS = "adapter_model.safetensors"
+WHOLE = "model.safetensors"  # instead of WEIGHTS, after full fine-tuning
 REFERENCE_WEIGHTS = "reference.safetensors"  # in checkpoints: a moving reference, with the names of WEIGHTS
 VALUE_WEIGHTS = "value_head.safetensors"  # in checkpoints of ppo
 ADAPTER_CONFIG = "adapter_config.json"
@@ -271,10 +275,15 @@ def _within(value: Any, low: float, high: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
-def read_adapter_weights(folder: Path, file: str = WEIGHTS) -> dict[str, Tensor]:
+def weights_file(folder: Path) -> str:
+    """The file with a folder's trained weights: those of an adapter, also beside its base, or of a whole model."""
+    return WHOLE if (folder / WHOLE).exists() and not (folder / WEIGHTS).exists() else WEIGHTS
+
+
+def read_adapter_weights(folder: Path, file: str | None = None) -> dict[str, Tensor]:
     """Tensors of a PEFT folder by PEFT's keys. Raises CheckpointError: pickles, other dtypes, values not finite."""
     refuse_pickles(folder, "adapter")
-    path = folder / file
+    path = folder / (file or weights_file(folder))
     try:
         tensors = load_file(path)
     except (FileNotFoundError, SafetensorError, OSError) as error:
@@ -288,26 +297,32 @@ def read_adapter_weights(folder: Path, file: str = WEIGHTS) -> dict[str, Tensor]
     return tensors
 
 
-def load_adapter_weights(model: PeftModel, adapter: str, tensors: dict[str, Tensor], where: str) -> None:
+def load_adapter_weights(
+    model: PeftModel | PreTrainedModel, adapter: str, tensors: dict[str, Tensor], where: str
+) -> None:
     """Copy tensors into an adapter. Raises CheckpointError if names or shapes differ (PEFT 0.21 only warns)."""
-    own = adapter_parameters(model, adapter)
+    own, buffers = adapter_parameters(model, adapter), dict(model.named_buffers())
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
+    kind = "adapter " * isinstance(model, PeftModel)
     for what, names in (("missing", own.keys() - tensors.keys()), ("left over", tensors.keys() - own.keys())):
         if names:
             whole = what == "left over" and not any(".lora_" in name for name in names)
             hint = "; it also has whole layers, which are not supported: merge it with PEFT and start there" * whole
             shown = ", ".join(sorted(names)[:5])
-            raise CheckpointError(f"{where}: {len(names)} adapter tensors {what}: {shown}{hint}")
+            raise CheckpointError(f"{where}: {len(names)} {kind}tensors {what}: {shown}{hint}")
     wrong = sorted(name for name in own if own[name].shape != tensors[name].shape)
     if wrong:
         shapes = f"{tuple(tensors[wrong[0]].shape)}, expected {tuple(own[wrong[0]].shape)}"
-        raise CheckpointError(f"{where}: {len(wrong)} adapter tensors of another shape: {wrong[0]} {shapes}")
+        raise CheckpointError(f"{where}: {len(wrong)} {kind}tensors of another shape: {wrong[0]} {shapes}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
 
 
-def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
-    """An adapter's parameters under the keys of PEFT's file format (without the adapter's name)."""
+def adapter_parameters(model: PeftModel | PreTrainedModel, adapter: str) -> dict[str, nn.Parameter]:
+    """An adapter's parameters under the keys of PEFT's file format (without the adapter's name); or a whole model's."""
+    if not isinstance(model, PeftModel):
+        return dict(model.named_parameters())
     marker, vector = f".{adapter}.", ".lora_magnitude_vector"
     own = {name.replace(marker, "."): p for name, p in model.named_parameters() if ".lora_" in name and marker in name}
     own = {name.removesuffix(".weight") if vector in name else name: p for name, p in own.items()}
@@ -315,19 +330,34 @@ def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter
     return own | heads
 
 
-def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+def adapter_tensors(model: PeftModel | PreTrainedModel, adapter: str) -> dict[str, Tensor]:
     """Copies of `adapter_parameters` on the CPU."""
     return {k: p.detach().to("cpu", copy=True).contiguous() for k, p in adapter_parameters(model, adapter).items()}
 
 
 def save_adapter(
-    model: PeftModel, adapter: str, folder: Path, base_name: str, revision: str | None = None, *, start: str = DEFAULT
+    model: PeftModel | PreTrainedModel,
+    adapter: str,
+    folder: Path,
+    base_name: str,
+    revision: str | None = None,
+    *,
+    start: str = DEFAULT,
 ) -> None:
     """Write an adapter for `PeftModel.from_pretrained`: fp32 safetensors, and adapter_config.json naming its base.
 
-    `start`: lora.init_lora_weights, for `adapter_start`.
+    `start`: lora.init_lora_weights, for `adapter_start`. A model without adapters is written for its own
+    `from_pretrained`, in fp32.
     """
     tensors = adapter_tensors(model, adapter)
+    if not isinstance(model, PeftModel):
+        settings = {**model.config.to_diff_dict(), "dtype": "float32", "use_cache": True}
+        saved = model.state_dict().keys()  # includes buffers, such as the correction of a router
+        tensors |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in saved}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / WHOLE, metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return
     other: dict[str, Any] = {"base_model_name_or_path": base_name, "revision": revision}
     other |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if SCORE in tensors else {}
     write_adapter(folder, tensors, {**model.peft_config[adapter].to_dict(), **other}, start=start)
@@ -358,6 +388,6 @@ def _as_json(value: Any) -> Any:
 
 
 def adapter_sha256(folder: Path) -> str:
-    """SHA-256 of an adapter's weight file."""
-    with open(folder / WEIGHTS, "rb") as file:
+    """SHA-256 of an adapter's (or whole model's) weight file."""
+    with open(folder / weights_file(folder), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -133,6 +133,7 @@ def _forward(
     queries, keys, key_index, key_uses = spans
     rows, heads, width, features = query.shape
     flat = [part.transpose(1, 2).reshape(rows * width, -1, features) for part in (query, key, value)]
+    flat = [part.to(value.dtype) for part in flat]  # trained norms of queries and keys (Qwen 3) give fp32
     if key_index is not None and key_uses is not None:
         flat[1:] = [list_keys(part, key_index, key_uses) for part in flat[1:]]
     output = span_attention(flat[0], flat[1], flat[2], queries, keys, longest, scaling, kernel)

@@ -31,7 +31,7 @@ from lowlevel.model.files import (
 )
 from lowlevel.model.linear import install_dequantising_products, quantised_state
 from lowlevel.model.placement import Placement, dtype_name
-from lowlevel.model.policy import is_base
+from lowlevel.model.policy import Policy, is_base
 from lowlevel.model.quantisation import StoredQuantisation, check_stored, stored_quantisation, to_precision
 
 # Logit transforms that are missing in `hidden @ lm_head.T`: Gemma 2, Cohere, Granite.
@@ -222,6 +222,11 @@ def base_sha256(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(data.tobytes())
     return digest.hexdigest()
+
+
+def policy_sha256(policy: Policy) -> str:
+    """`base_sha256` of the base that a policy was built from."""
+    return policy.untrained.sha256 if policy.untrained else base_sha256(policy.model)
 
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from lowlevel.errors import ConfigError, quoted
 from lowlevel.model.files import folders_with, read_json_object, refuse_pointers
 
 CONFIG, ADAPTER_CONFIG, RUN_CONFIG = "config.json", "adapter_config.json", "config.toml"
+RESULT = "model"  # of full fine-tuning, in a run folder
 # transformers 5.23 also loads an adapter that it finds beside the weights: let it look where there is none.
 NO_ADAPTER = {"subfolder": "no-adapter"}
 
@@ -27,6 +28,8 @@ def check_is_model(name: str) -> None:
     if (folder / CONFIG).is_file() and holds_model_weights(folder):
         return
     if (folder / RUN_CONFIG).is_file():
+        if (folder / RESULT / CONFIG).is_file():
+            raise ConfigError(f"model.name {name!r} is a run folder: its model is {folder / RESULT}")
         raise ConfigError(
             f"model.name {name!r} is a run folder: set model.name to that run's base and lora.init_from (dpo: or "
             "model.adapter) to the folder; or make it a model with lowlevel merge"

@@ -73,12 +73,16 @@ class DecoderLayers:
         return run
 
     def _require_input_grads(self, wanted: bool) -> None:
-        """Let the first layer's input require a gradient like all others; otherwise it needs its own graph."""
+        """Let the first layer's input require a gradient like all others; otherwise it needs its own graph.
+
+        That of a trained embedding does.
+        """
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
         embeddings = self._base.get_input_embeddings()  # type: ignore[operator]
-        if wanted and isinstance(embeddings, nn.Module):
+        frozen = isinstance(embeddings, nn.Module) and not any(p.requires_grad for p in embeddings.parameters())
+        if wanted and frozen:
             anchor = torch.zeros((), requires_grad=True)
             self._hook = embeddings.register_forward_hook(lambda _, __, output: _AskForGrad.apply(output, anchor))
 

@@ -11,6 +11,10 @@ A recomputed layer only saves its input (D). With train.offload_activations inpu
 layer ahead, so two are on the device. The first layers are recomputed: the backward pass reaches them last, when the
 activations of the others are freed. The constants were fitted to runs on an H100 (tests/training/test_memory.py).
 Optimizer state is paged, outside the allocator, and listed separately.
+
+In full fine-tuning each weight has an fp32 master and gradient. Products use a 16-bit copy of a weight, which layers
+that are not recomputed keep until the backward pass. All optimizer state is used in each step, so a plan must have room
+for it although it is paged.
 """
 
 from __future__ import annotations
@@ -64,7 +68,7 @@ class ModelShape:
     other: int  # values in embeddings, LM head, norms, and experts that are not linear layers
     tied: bool  # the input embedding is the LM head
     adapted: int  # values in the linear weights of layers with an adapter, without `unquantised` ones
-    trained: int  # values of the trained adapter
+    trained: int  # values of the trained adapter; in full fine-tuning of everything
     frozen: int  # values of the frozen adapter under it
     unquantised: int = 0  # values in linear weights that a pre-quantised folder leaves in 16 bits
     scaled: int = 0  # outputs of a layer that DoRA scales
@@ -98,11 +102,20 @@ class Forecast:
         """torch.cuda.max_memory_allocated: the static part plus the largest phase."""
         return sum(self.static.values()) + max(self.phases.values())
 
+    def needed(self, with_state: bool) -> int:
+        """The peak, and with the optimizer state."""
+        return self.peak + self.paged * with_state
+
 
 def adapter_sizes(
     config: RunConfig, parent: Path | None, init_from: Path | None
-) -> tuple[AdapterSize, AdapterSize | None]:
-    """Sizes of the trained adapter (with `init_from`: that folder's) and of the frozen one under it, if stacked."""
+) -> tuple[AdapterSize | None, AdapterSize | None]:
+    """Sizes of the trained adapter (with `init_from`: that folder's) and of the frozen one under it, if stacked.
+
+    None and None in full fine-tuning.
+    """
+    if config.full:
+        return None, None
 
     def of(folder: Path) -> AdapterSize:
         found = read_adapter_config(folder)
@@ -114,8 +127,11 @@ def adapter_sizes(
     return trained, of(parent) if parent and config.model.adapter_mode == "stack" else None
 
 
-def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSize | None = None) -> ModelShape:
-    """Sizes of a model, from its configuration only. Raises ConfigError if it lacks a size or has no linear layers."""
+def model_shape(base: PretrainedConfig, trained: AdapterSize | None, frozen: AdapterSize | None = None) -> ModelShape:
+    """Sizes of a model, from its configuration only; `trained` None: all weights are trained.
+
+    Raises ConfigError if it lacks a size or has no linear layers.
+    """
     settings = base.to_dict()
     model: Any = empty_model(base)
     head, heads = head_size(base), size_of(base, "num_attention_heads")
@@ -136,13 +152,13 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
         raise unsupported(base, "it has no linear layers")
     stored = stored_quantisation(base, base.name_or_path or "")
     plain = [linear[name] for name in stored.unquantised(model) if name in linear] if stored else []
-    values = sum(m.weight.numel() for m in linear.values())
+    values, layers = sum(m.weight.numel() for m in linear.values()), size_of(base, "num_hidden_layers")
     parameters = {id(p): p.numel() for p in model.parameters()}
     tied = bool(settings.get("tie_word_embeddings"))
     if tied:  # the empty model still has separate tensors
         parameters.pop(id(model.get_output_embeddings().weight), None)
     return ModelShape(
-        layers=size_of(base, "num_hidden_layers"),
+        layers=layers,
         hidden=size_of(base, "hidden_size"),
         intermediate=size_of(base, "intermediate_size"),
         query=heads * head,
@@ -153,10 +169,10 @@ def model_shape(base: PretrainedConfig, trained: AdapterSize, frozen: AdapterSiz
         other=sum(parameters.values()) - values,
         tied=tied,
         adapted=sum(m.weight.numel() for m in under(trained, frozen) if m not in plain),
-        trained=size(trained),
+        trained=size(trained) if trained else sum(parameters.values()),
         frozen=size(frozen),
         unquantised=sum(m.weight.numel() for m in plain),
-        scaled=trained.dora * sum(m.out_features for m in under(trained)) // size_of(base, "num_hidden_layers"),
+        scaled=sum(m.out_features for m in under(trained)) // layers if trained and trained.dora else 0,
     )
 
 
@@ -178,23 +194,41 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
     in_backward = on_device + max(shape.layers - plan.recomputed, 1) * kept  # at least one layer, recomputed or not
     on_host = config.model.embeddings_on_host and not shape.tied
     other = shape.other - (shape.vocabulary * shape.hidden if on_host else 0)
+    head = shape.vocabulary * shape.hidden
     chunk = 0 if config.method == "reward" else chunk_rows(shape.vocabulary, size) * shape.vocabulary * size
+    copies = of_head = 0
+    if config.full:  # 16-bit copies, and the gradient of one weight in 16 and 32 bits
+        kept_copies = max(shape.layers - plan.recomputed, 1) * shape.linear // shape.layers * size
+        copies = kept_copies + head * size + shape.largest * (size + 4)
+        of_head = (shape.layers - plan.recomputed) * shape.linear // shape.layers * size + head * (2 * size + 8)
     return Forecast(
         static={
-            "base weights": quantised // 2 + (shape.linear - quantised) * size,
-            "quantisation constants": constants,
-            "embeddings, LM head, norms": other * size,
-            "adapters": (shape.trained * (1 + (Following.of(config) is not None)) + shape.frozen) * 4,
+            **(
+                {"master weights": shape.trained * 4, "reference weights": _reference(shape, config) * size}
+                if config.full
+                else {
+                    "base weights": quantised // 2 + (shape.linear - quantised) * size,
+                    "quantisation constants": constants,
+                    "embeddings, LM head, norms": other * size,
+                    "adapters": (shape.trained * (1 + (Following.of(config) is not None)) + shape.frozen) * 4,
+                }
+            ),
             "gradient": shape.trained * 4,
             "cuBLAS workspaces": WORKSPACES * workspace_bytes(FIXED[0] if config.train.deterministic else SMALL),
         },
         phases={
-            "layers": plan.positions * (in_backward + transient) * size + weights,
-            "LM head and loss": plan.positions * (stored + 4 * shape.hidden) * size + 2 * chunk,
+            "layers": plan.positions * (in_backward + transient) * size + weights + copies,
+            "LM head and loss": plan.positions * (stored + 4 * shape.hidden) * size + 2 * chunk + of_head,
         },
         paged=shape.trained * (8 if config.train.optim != "paged_adamw_8bit" else 2),
         host=plan.positions * inputs * size if config.train.offload_activations else 0,
     )
+
+
+def _reference(shape: ModelShape, config: RunConfig) -> int:
+    """Values in the frozen copy that full fine-tuning compares with."""
+    free = config.method == "dpo" and loss_spec(config.dpo.loss_type).reference_free
+    return shape.trained if config.has_reference and not free else 0
 
 
 def _quantised(shape: ModelShape, config: RunConfig, plan: Plan) -> int:
@@ -239,12 +273,20 @@ def plans(shape: ModelShape, config: RunConfig) -> list[Plan]:
 
 def best_plan(shape: ModelShape, config: RunConfig, placement: Placement, budget: int) -> Plan:
     """The fastest plan whose forecast fits `budget` bytes. Raises ConfigError if even the smallest does not."""
-    fitting = [p for p in plans(shape, config) if forecast(shape, config, p, placement).peak <= budget]
+    needed = {p: forecast(shape, config, p, placement).needed(config.full) for p in plans(shape, config)}
+    fitting = [p for p in needed if needed[p] <= budget]
     if not fitting:
-        least = min(forecast(shape, config, p, placement).peak for p in plans(shape, config))
+        hint = "lower data.max_length or lora.r"
+        if config.full:
+            state = forecast(shape, config, next(iter(needed)), placement).paged + 8 * shape.trained
+            hint = (
+                f"{state / 2**30:.2f} GiB of it are fp32 weights, gradient and optimizer state of {shape.trained:,} "
+                'trained weights; set train.finetuning_type = "lora"'
+            )
+            hint += ' or train.optim = "paged_adamw_8bit"' * (config.train.optim != "paged_adamw_8bit")
         raise ConfigError(
             f"train.memory_budget: {budget / 2**30:.2f} GiB is too little: the smallest plan needs "
-            f"{least / 2**30:.2f} GiB; lower data.max_length or lora.r"
+            f"{min(needed.values()) / 2**30:.2f} GiB; {hint}"
         )
     return min(fitting, key=lambda p: (cost(shape, config, p), forecast(shape, config, p, placement).peak))
 

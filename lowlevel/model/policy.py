@@ -1,7 +1,7 @@
 """The policy: a frozen base, an optional frozen adapter (the parent), and the trained adapter.
 
 The reference is the same model with the trained adapter switched off; a moving one (moving_reference.py) has an adapter
-of its own in its place.
+of its own in its place. In full fine-tuning (full.py) all weights are trained, and the reference has those of the base.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import bitsandbytes as bnb
 import torch
@@ -28,6 +28,9 @@ from lowlevel.model.linear import quantised_state
 from lowlevel.model.moving_reference import Following, MovingReference
 from lowlevel.model.placement import Placement
 
+if TYPE_CHECKING:
+    from lowlevel.model.full import Untrained
+
 TRAINED = "trained"  # the adapter in training
 PARENT = "parent"  # the frozen adapter that it is stacked on
 REFERENCE = "reference"  # the adapter of a moving reference
@@ -41,7 +44,7 @@ class FlatParameters:
     """All trainable weights in one buffer and all gradients in another, so an optimizer step is a few kernels."""
 
     weights: nn.Parameter  # (n,) fp32, with a gradient (n,) fp32
-    views: Mapping[str, nn.Parameter]  # the adapter's parameters, views of both
+    views: Mapping[str, nn.Parameter]  # the trained parameters, views of both
     parts: tuple[tuple[nn.Parameter, float], ...]  # for the optimizer: views of both, and factors of the learning rate
     with_tail: Tensor  # (n + TAIL,): the gradient, and room for numbers that several GPUs sum with it (ranks.py)
 
@@ -65,11 +68,11 @@ class FlatParameters:
 class Policy:
     """The model of a training step."""
 
-    model: PeftModel
+    model: PeftModel | PreTrainedModel  # the latter in full fine-tuning
     flat: FlatParameters
     placement: Placement
     dropout: DropoutState
-    lora_layers: tuple[LoraLayer, ...]
+    lora_layers: tuple[LoraLayer, ...]  # none in full fine-tuning
     has_parent: bool
     attention: Attention
     layers: DecoderLayers
@@ -77,18 +80,19 @@ class Policy:
     start: str = "default"  # lora.init_lora_weights of the trained adapter's beginning
     reward_head: nn.Parameter | None = None  # (1, D) fp32, one of the flat parameters
     value_head: nn.Parameter | None = None  # likewise
+    untrained: Untrained | None = None  # full fine-tuning: the base as loaded
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """The Hugging Face model inside PEFT's wrapper."""
-        return cast("PreTrainedModel", self.model.get_base_model())
+        """The Hugging Face model, without PEFT's wrapper."""
+        return cast("PreTrainedModel", self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """(V, D)."""
+        """(V, D); of a trained head the rounded copy that the products use."""
         head = self.causal_lm.get_output_embeddings()
         assert isinstance(head, nn.Linear)
-        return head.weight
+        return head.weight if self.untrained is None else head.weight.to(self.placement.dtype)
 
     def scored_hidden_states(self, batch: PackedBatch) -> Tensor:
         """Final hidden states at the scored positions, (N, D): the only ones that the LM head reads."""
@@ -100,6 +104,7 @@ class Policy:
                 use_cache=False,
                 **self.attention.arguments(batch, self.placement.dtype),
             ).last_hidden_state
+        hidden = hidden if self.untrained is None else hidden.to(self.placement.dtype)  # a trained norm gives fp32
         return hidden.flatten(0, 1).index_select(0, batch.scored_positions)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
@@ -144,6 +149,8 @@ class Policy:
 
     def activate(self, *, parent: bool, trained: bool, reference: bool = False) -> None:
         """Choose the adapters of a forward pass. Only the trained one receives gradients."""
+        if self.untrained is not None:
+            self.untrained.show(trained)
         names = [PARENT] * (parent and self.has_parent) + [TRAINED] * trained + [REFERENCE] * reference
         for layer in self.lora_layers:
             layer.set_adapter(names, inference_mode=True)
@@ -201,26 +208,32 @@ def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, d
             layer.lora_dropout[other] = nn.Identity()
 
 
-def flatten(parameters: Mapping[str, nn.Parameter], ratio: float | None = None) -> FlatParameters:
+def flatten(
+    parameters: Mapping[str, nn.Parameter], ratio: float | None = None, *, masters: bool = False
+) -> FlatParameters:
     """Move parameters into one buffer and make them views of it. Raises ValueError: none, or one that is not fp32.
 
-    `ratio`: learning rate of every B relative to that of every A (LoRA+). All A then come before all B, so that each
-    kind is one contiguous part; without a ratio the order is the given one.
+    Args:
+        parameters: by name.
+        ratio: learning rate of every B relative to that of every A (LoRA+). All A then come before all B, so that each
+            kind is one contiguous part; without a ratio the order is the given one.
+        masters: parameters in 16 bits become fp32.
     """
     if not parameters:
         raise ValueError("no trainable parameters")
     wrong = [name for name, parameter in parameters.items() if parameter.dtype != torch.float32]
-    if wrong:
+    if wrong and not masters:
         raise ValueError(f"trainable parameters must be fp32, and {wrong[0]} is {parameters[wrong[0]].dtype}")
     up = {name: parameter for name, parameter in parameters.items() if ratio is not None and ".lora_B." in name}
     parameters = {name: parameter for name, parameter in parameters.items() if name not in up} | up
-    weights = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()]))
-    with_tail = torch.zeros(weights.numel() + TAIL, device=weights.device)
+    device = next(iter(parameters.values())).device
+    weights = nn.Parameter(torch.empty(sum(p.numel() for p in parameters.values()), dtype=torch.float32, device=device))
+    with_tail = torch.zeros(weights.numel() + TAIL, device=device)
     weights.grad = with_tail[: weights.numel()]
     start = 0
     for parameter in parameters.values():
         span = slice(start, start + parameter.numel())
-        parameter.data = weights.data[span].view_as(parameter)
+        parameter.data = weights.data[span].view_as(parameter).copy_(parameter.data)
         parameter.grad = weights.grad[span].view_as(parameter)
         start = span.stop
     if ratio is None:

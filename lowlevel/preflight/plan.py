@@ -190,7 +190,8 @@ def _plan_table(shape: ModelShape, columns: Sequence[Column], forecasts: Sequenc
     plans = [column.plan for column in columns]
     table.add_row("positions a micro-batch", *(f"{plan.positions:,}" for plan in plans))
     table.add_row("layers recomputed", *(f"{plan.recomputed} of {shape.layers}" for plan in plans))
-    table.add_row("4-bit weights dequantised", *("once" if p.dequantize_once else "each pass" for p in plans))
+    if columns[0].config.model.load_in_4bit:
+        table.add_row("4-bit weights dequantised", *("once" if p.dequantize_once else "each pass" for p in plans))
     costs = [cost(shape, column.config, column.plan) for column in columns]
     table.add_row("speed, relative", *(f"{max(costs) / one:.2f}" for one in costs))
     return table

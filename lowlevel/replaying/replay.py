@@ -13,7 +13,7 @@ from lowlevel.checkpoints.checkpoint import saved, verify
 from lowlevel.determinism import deterministic_mode
 from lowlevel.errors import CheckpointError, NonFiniteError
 from lowlevel.heartbeat import counted
-from lowlevel.model.adapters import WEIGHTS, adapter_parameters
+from lowlevel.model.adapters import adapter_parameters, weights_file
 from lowlevel.model.policy import TRAINED
 from lowlevel.optim.optimizer import optimizer_tensors
 from lowlevel.replaying.compare import Row, number_rows, tensors_row
@@ -121,11 +121,14 @@ def _saved_rows(session: Session, step: int, found: Replay) -> list[Row]:
         except CheckpointError as error:
             found.notes.append(f"damaged: {error}")
         optimizer = optimizer_tensors(session.optimizer)
-        for what, file, own in (("adapter", WEIGHTS, weights), ("optimizer", "optimizer.safetensors", optimizer)):
+        for what, file, own in (
+            ("adapter", weights_file(path), weights),
+            ("optimizer", "optimizer.safetensors", optimizer),
+        ):
             rows.append(_file_row(step, f"{path.name} {what}", path / file, own, found.exact))
     else:
         found.notes.append(f"no checkpoint of step {step}: its update is compared only through later steps")
-    final = session.folder.adapter / WEIGHTS
+    final = session.folder.adapter / weights_file(session.folder.adapter)
     last = max((record["step"] for record in session.folder.read_metrics() if "loss" in record), default=0)
     if final.exists() and last == step:
         rows.append(_file_row(step, "final adapter", final, weights, found.exact))

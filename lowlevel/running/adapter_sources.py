@@ -38,6 +38,8 @@ def find_adapter(path: str | None, key: str) -> Path | None:
     if not folder.path.exists():
         hub = f"; to use one of the hub: hf download {path} --local-dir DIR" if path.count("/") == 1 else ""
         raise ConfigError(f"{key}: {path} does not exist{hub}")
+    if folder.whole.exists():
+        raise ConfigError(f"{key}: {path} trained all weights: set model.name to {folder.whole} instead")
     if folder.adapter.exists():
         return folder.adapter
     inside = folders_with(ADAPTER_CONFIG, folder.path)

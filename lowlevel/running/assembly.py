@@ -34,6 +34,7 @@ from lowlevel.model.adapters import (
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, load_stored, public_name, resolve_name
 from lowlevel.model.files import refuse_no_weights
+from lowlevel.model.full import build_full_policy, check_trainable
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
 from lowlevel.model.moving_reference import Following
@@ -140,7 +141,11 @@ def check_inputs(config: RunConfig) -> Inputs:
             raise ConfigError(f"{folder} is a reward model: start from an SFT or DPO adapter")
     check_frozen_under(parent, init_from)
     model = empty_model(base)
-    if init_from is None:
+    if config.full:
+        check_trainable(model, config.train.optim)
+        if stored := load_stored(config.model):
+            raise ConfigError(f'train.finetuning_type = "full" {lacks_16_bits(config.model.name, stored)}')
+    elif init_from is None:
         check_target_modules(model, config.lora.target_modules)
     if config.lora.init_lora_weights == "loftq" and (stored := load_stored(config.model)):
         raise ConfigError(f'lora.init_lora_weights = "loftq" {lacks_16_bits(config.model.name, stored)}')
@@ -260,33 +265,39 @@ def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
 
 
 def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
-    """The policy of `inputs`."""
-    return load_policy(config, inputs.placement, inputs.attention, parent=inputs.parent, init_from=inputs.init_from)
+    """The policy of `inputs`, for training."""
+    sources: dict[str, Any] = {"parent": inputs.parent, "init_from": inputs.init_from}
+    return load_policy(config, inputs.placement, inputs.attention, **sources, keep_base=dpo.reads_reference(config))
 
 
 def load_policy(
-    config: RunConfig, placement: Placement, attention: Attention, *, parent: Path | None, init_from: Path | None
+    config: RunConfig,
+    placement: Placement,
+    attention: Attention,
+    *,
+    parent: Path | None,
+    init_from: Path | None,
+    keep_base: bool = True,
 ) -> Policy:
-    """Load the base and attach the adapters, without the data."""
+    """Load the base and attach the adapters, without the data. `keep_base`: as in `build_full_policy`."""
+    train = config.train
+    shared: dict[str, Any] = {
+        "init_from": init_from,
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "recomputed": train.recomputed_layers,
+        "offload": train.offload_activations,
+        "attention": attention,
+    }
     with working(f"loading {config.model.name}"):
         base = load_base(config.model, placement, attention=attention.implementation)
         if config.model.embeddings_on_host:
             move_embeddings_to_host(base)
-        policy = build_policy(
-            base,
-            config.lora,
-            placement,
-            seed=config.train.seed,
-            parent=parent,
-            init_from=init_from,
-            gradient_checkpointing=config.train.gradient_checkpointing,
-            recomputed=config.train.recomputed_layers,
-            offload=config.train.offload_activations,
-            attention=attention,
-            following=Following.of(config),
-            reward_head=config.method == "reward",
-            value_head=config.method == "ppo",
-        )
+        if config.full:
+            return build_full_policy(base, placement, keep_base=keep_base, **shared)
+        following, heads = Following.of(config), {"reward_head": config.method == "reward"}
+        heads |= {"value_head": config.method == "ppo"}
+        own: dict[str, Any] = {"seed": train.seed, "parent": parent, "following": following, **heads}
+        policy = build_policy(base, config.lora, placement, **own, **shared)
     if config.lora.init_lora_weights == "loftq" and init_from is None:
         start_from_error(policy, config.model)
     return policy
@@ -316,6 +327,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) 
             **({"merged_adapter": inputs.merged_adapter} if inputs.merged_adapter else {}),
         },
         "parent_adapter": parent,
+        **({"finetuning_type": "full"} if config.full else {}),
         "reference": reference if dpo.reads_reference(config) else None,
         "trainable_parameters": policy.flat.weights.numel(),
         "data_sha256": inputs.data.report.train.fingerprint,

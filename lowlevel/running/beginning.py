@@ -14,7 +14,7 @@ from lowlevel.checkpoints.checkpoint import checkpoints, newest_verified, remove
 from lowlevel.checkpoints.training_state import restore_state
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.model.adapters import WEIGHTS, adapter_sha256
+from lowlevel.model.adapters import adapter_sha256, weights_file
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import TrainState
 from lowlevel.ranks import ALONE, Ranks
@@ -169,12 +169,13 @@ def _drop_later(folder: RunFolder, step: int) -> None:
 
 def check_result_is_saved(folder: RunFolder) -> None:
     """Refuse to continue if no checkpoint holds the weights of `adapter/`, which would be lost. Raises ConfigError."""
-    if not (folder.adapter / WEIGHTS).exists():
+    file = weights_file(folder.adapter)
+    if not (folder.adapter / file).exists():
         return
     sha256 = adapter_sha256(folder.adapter)
     for path in checkpoints(folder.path):
         try:
-            if verify(path)["files"][WEIGHTS]["sha256"] == sha256:
+            if verify(path)["files"][file]["sha256"] == sha256:
                 return
         except CheckpointError:
             continue

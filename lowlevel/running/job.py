@@ -20,7 +20,7 @@ from lowlevel.execution import WithFallback
 from lowlevel.heartbeat import working
 from lowlevel.loop import check_evaluation, evaluate_examples
 from lowlevel.methods import DPO, Method, PolicyGradient
-from lowlevel.model.base import base_sha256
+from lowlevel.model.base import policy_sha256
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
 from lowlevel.online.rollouts import longest_examples
@@ -64,7 +64,7 @@ def build_job(config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE) -> Job:
     order = DataOrder.of(config, len(inputs.data.train))
     policy = build_run_policy(config, inputs)
     optimizer = build_optimizer(policy.flat.weights, config.train, policy.flat.parts)
-    manifest = identity(config, inputs, policy, base_sha256(policy.model))
+    manifest = identity(config, inputs, policy, policy_sha256(policy))
     origin = {"identity": manifest, "versions": versions(inputs.placement)}
     method = build_method(config, inputs.attention, ranks.size)
     return Job(config, inputs, method, policy, optimizer, order, order.total_steps(config.train), origin, ranks)

@@ -60,9 +60,12 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: st
         DataError: the probe rows changed since the run.
         CheckpointError: the dequantised merge differs from the trained model; nothing is written.
     """
-    _check_new(out)
-    source = _source(RunFolder(run_dir).read_config().model, into, base)
+    check_new(out)
     folder = RunFolder(run_dir)
+    config = folder.read_config()
+    if config.full:
+        raise ConfigError(f"nothing to merge: {run_dir} trained all weights, and {folder.whole} is the whole model")
+    source = _source(config.model, into, base)
     adapters = [adapter for adapter in (folder.parent, folder.adapter) if adapter.exists()]
     if into != "dequantized":
         refuse_quantisation_errors(adapters)
@@ -90,7 +93,7 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: st
         chain = {"run": run_dir.name, "into": into, "manifest": run.folder.read_manifest()}
         chain |= {"base": public_name(base)} if base is not None else {}
         write_json(temporary / "lowlevel_merge.json", {**chain, "fidelity": asdict(fidelity)})
-        _check_new(out)  # again, so that a folder made meanwhile is not replaced
+        check_new(out)  # again, so that a folder made meanwhile is not replaced
     console.print(
         f"merged into {into} base{f' {base}' if base is not None else ''}: {out}\n"
         f"  KL to the training-time model  {fidelity.kl:.2e} nats a token over {fidelity.tokens:,} tokens\n"
@@ -100,7 +103,8 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: st
     return fidelity
 
 
-def _check_new(out: Path) -> None:
+def check_new(out: Path) -> None:
+    """Raise ConfigError if there is something at `out`."""
     if os.path.lexists(out):  # also a broken link
         raise ConfigError(f"{out} exists: give a new folder")
 

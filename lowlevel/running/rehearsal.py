@@ -71,7 +71,9 @@ def components(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, in
     sizes = {"base weights": 0, "quantisation constants": 0, "embeddings, LM head, norms": 0}
     sizes |= {"frozen adapter": 0, "moving reference": 0}
     for name, parameter in policy.model.named_parameters():
-        if isinstance(parameter, Params4bit):
+        if policy.untrained:
+            sizes["reference weights"] = policy.untrained.nbytes
+        elif isinstance(parameter, Params4bit):
             sizes["base weights"] += parameter.nbytes
             constants = parameter.quant_state.as_dict(packed=False).values()
             sizes["quantisation constants"] += sum(c.nbytes for c in constants if isinstance(c, torch.Tensor))
@@ -82,7 +84,7 @@ def components(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, in
             sizes["base weights"] += parameter.nbytes
         elif parameter.device == policy.placement.device:
             sizes["embeddings, LM head, norms"] += parameter.nbytes
-    sizes["trained adapter"] = policy.flat.weights.nbytes
+    sizes["trained weights" if policy.untrained else "trained adapter"] = policy.flat.weights.nbytes
     sizes["gradient"] = policy.flat.grad.nbytes
     state = [value for values in optimizer.state.values() for value in values.values()]
     sizes["optimizer state"] = sum(value.nbytes for value in state if isinstance(value, torch.Tensor))

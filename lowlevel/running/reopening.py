@@ -25,7 +25,7 @@ from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.methods import Method
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.model.attention_choice import Attention, choose_attention
-from lowlevel.model.base import base_sha256, load_model_config
+from lowlevel.model.base import load_model_config, policy_sha256
 from lowlevel.model.placement import DTYPES, Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
 from lowlevel.online import rollouts
@@ -159,7 +159,7 @@ class Reopened:
         if base["dtype"] != here:
             self.note(f"note: the base is not checked: its hash is for {base['dtype']}, and it is {here} here{why}")
             return None
-        found = base_sha256(policy.model)
+        found = policy_sha256(policy)
         quantised_here = self.config.model.load_in_4bit and not base.get("prequantised")
         if found != base["sha256"] and self.elsewhere and quantised_here:
             self.note(f"note: the base is not checked: quantised on another machine, it has another hash{why}")

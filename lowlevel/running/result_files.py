@@ -19,7 +19,7 @@ from lowlevel.model.quantisation import double_quantisation
 from lowlevel.redaction import redact
 from lowlevel.running.run_folder import LIBRARIES, RunFolder
 
-Kind = Literal["adapter", "stacked", "merged"]
+Kind = Literal["adapter", "stacked", "merged", "full"]
 METHODS = {
     "sft": "supervised fine-tuning (SFT)",
     "dpo": "direct preference optimisation (DPO)",
@@ -99,7 +99,8 @@ def save_tokenizer(tokenizer: ChatTokenizer, target: Path) -> None:
 def model_card(folder: RunFolder, config: RunConfig, kind: Kind, merged_into: str | None = None) -> str:
     """README.md of a result: YAML front matter for the hub, a table of facts, and code that loads it."""
     manifest = _read(folder.path / "manifest.json")
-    library = "transformers" if kind == "merged" else "peft"
+    whole = kind in ("merged", "full")
+    library = "transformers" if whole else "peft"
     name = merged_into or config.model.name
     on_hub = name != "demo" and not Path(name).exists()
     front = [
@@ -107,7 +108,7 @@ def model_card(folder: RunFolder, config: RunConfig, kind: Kind, merged_into: st
         f"library_name: {library}",
         f"pipeline_tag: {'text-classification' if config.method == 'reward' else 'text-generation'}",
         *([f"base_model: {json.dumps(name)}"] if on_hub else []),
-        f"tags: [lowlevel, lora, {config.method}]",
+        f"tags: [lowlevel, {'full' if kind == 'full' else 'lora'}, {config.method}]",
         "# license: not set by the trainer; set one that the base and the data allow",
         "---",
     ]
@@ -115,6 +116,7 @@ def model_card(folder: RunFolder, config: RunConfig, kind: Kind, merged_into: st
         "adapter": "A LoRA adapter",
         "stacked": "A LoRA adapter that contains two: the trained one, and the frozen one on which it was trained,",
         "merged": "A model with its LoRA adapters merged in (lowlevel_merge.json has the measured difference),",
+        "full": "A model with all its weights trained, in fp32,",
     }[kind]
     lacking = kind == "adapter" and manifest.get("parent_adapter") is not None
     note = "\nThis adapter lacks the frozen adapter on which it was trained: load `stacked/` of the run instead.\n"
@@ -144,6 +146,7 @@ def _facts(
         *([("merged into", base_location(merged_into))] if merged_into else []),
         ("method", f"{config.method}{loss}"),
         *([("frozen adapter", f"SHA-256 {parent}")] if parent else []),
+        ("trained", f"all {manifest.get('trainable_parameters', 0):,} weights") if config.full else
         ("adapter", f"r {lora.r}, lora_alpha {lora.lora_alpha:g}{' (rsLoRA)' * lora.use_rslora}"
                     f"{' (DoRA)' * lora.use_dora}, "
                     f"dropout {lora.lora_dropout:g}, "
@@ -178,7 +181,7 @@ def _first_and_last(folder: RunFolder, key: str) -> str:
 
 def _loading(config: RunConfig, manifest: dict[str, Any], kind: Kind, folder: str) -> str:
     """Python code that loads the result with the precision of training and prints a reply."""
-    if kind == "merged":
+    if kind in ("merged", "full"):
         return LOADING.format(
             imports="AutoModelForCausalLM, GenerationConfig", folder=folder, loader="AutoModelForCausalLM",
             arguments='dtype="auto"',

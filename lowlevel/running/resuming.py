@@ -52,6 +52,7 @@ FIXED = {
     "lora.r": "the saved adapter has another shape",
     "lora.target_modules": "the saved adapter has other layers",
     "lora.loraplus_lr_ratio": "with or without it, the saved optimizer state has another order",
+    "train.finetuning_type": "the checkpoint holds an adapter, or else a whole model",
     "train.optim": "the saved optimizer state is of another kind",
     "trainable_parameters": "the saved adapter has another shape",
     "base.dtype": "the saved loss scale belongs to another precision",

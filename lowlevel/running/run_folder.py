@@ -8,6 +8,7 @@ out/run/
   step-00000120/                                                 checkpoints
   base/                                                          adapter_mode "original": the merged base
   adapter/ parent/                                               result, and the frozen adapter under it (dpo)
+  model/                                                         full fine-tuning: the whole model, not adapter/
   stacked/                                                       both as one PEFT adapter, for use without this package
   trace/                                                         [trace]: parquet files (lowlevel/tracing)
   eval.json eval_items.jsonl forgetting.json                     lowlevel eval, lowlevel compare --probe
@@ -61,7 +62,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.adapter = path / "adapter"  # the trained adapter, PEFT format
+        self.whole = path / "model"  # the trained model of full fine-tuning
         self.parent = path / "parent"  # the frozen adapter, PEFT format; absent if the run has none
         self.stacked = path / "stacked"  # parent and trained adapter as one PEFT adapter
         self.base = path / "base"  # adapter_mode "original": the base with the parent adapter merged in
@@ -71,6 +72,11 @@ class RunFolder:
         self.report = path / "report"
         self.failure = path / "failure"
         self.metrics = path / "metrics.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained weights: the trained adapter, PEFT format; after full fine-tuning the whole model."""
+        return self.whole if self.whole.exists() else self.path / "adapter"
 
     def newest_adapter(self, warn: Callable[[str], None]) -> Path | None:
         """The final adapter, else the newest good checkpoint, else None. Raises CheckpointError if all are damaged."""
@@ -85,8 +91,9 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove the files that a run wrote, and nothing else."""
-        made = (self.adapter, self.parent, self.stacked, self.base, self.trace, self.report, self.failure)
-        for path in [*self.path.glob("step-*"), *made, self.rollouts, self.path / TENSORBOARD, self.path / "wandb"]:
+        made = (self.whole, self.adapter, self.parent, self.stacked, self.base, self.trace, self.rollouts, self.report)
+        others = (self.failure, self.path / TENSORBOARD, self.path / "wandb")
+        for path in [*self.path.glob("step-*"), *made, *others]:
             shutil.rmtree(path, ignore_errors=True)
         for path in [*(self.path / name for name in WRITTEN), *self.inspection_pages()]:
             path.unlink(missing_ok=True)

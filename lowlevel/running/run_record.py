@@ -65,10 +65,11 @@ def announce(
     base = describe_base(config.model)
     off = f"off ({config.method}.disable_dropout)"
     dropout = off if config.own.disable_dropout else f"{config.lora.lora_dropout:g}"
+    kind, more = ("weights", "all of them") if config.full else ("adapter", f"dropout {dropout}")
     console.print(
         f"{config.method}: {config.model.name}, {base}, {placement.precision} on {device}\n"
         f"  attention  {inputs.attention.reason}\n"
-        f"  adapter    {policy.flat.weights.numel():,} trainable parameters, dropout {dropout}\n"
+        f"  {kind:10} {policy.flat.weights.numel():,} trainable parameters, {more}\n"
         f"  data       {order.num_rows:,} examples, {order.total_steps(train):,} steps of "
         f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}",
         markup=False,
@@ -110,6 +111,8 @@ def announce(
         console.print(f"  sampled    {config.loss_line}", markup=False)
     if config.has_reference:
         reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
+        if policy.untrained:
+            reference += f", a frozen copy of {policy.untrained.nbytes / 2**20:,.0f} MiB"
         reference += f", moving: {policy.moving.following}" if policy.moving else ""
         reference = reference if reads_reference(config) else "none"
         console.print(f"  reference  {reference}; {config.loss_line}", markup=False)
@@ -123,10 +126,10 @@ def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, cons
     `mode` is the execution mode of the last steps: the configured one, or a simpler fallback.
     """
     config, model = job.config, job.config.model
-    with replaced_folder(folder.adapter) as target:
+    with replaced_folder(folder.whole if config.full else folder.adapter) as target:
         name, revision, policy = base_location(model.name), model.revision, job.policy
         save_adapter(policy.model, TRAINED, target, name, revision, start=policy.start)
-        complete_result(target, job.inputs.tokenizer, folder, config, "adapter")
+        complete_result(target, job.inputs.tokenizer, folder, config, "full" if config.full else "adapter")
     if folder.parent.exists():
         with replaced_folder(folder.stacked) as target:
             write_stacked_adapter(folder.parent, folder.adapter, target)
@@ -147,7 +150,7 @@ def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, cons
     folder.write_status("finished", state.step, exit_code=0)
     lines = [
         f"finished: {state.step:,} steps in {state.seconds:.1f} s, mean loss {summary['train_loss']:.4f}, "
-        f"{state.num_tokens / state.seconds:,.0f} tokens/s; adapter in {folder.adapter}",
+        f"{state.num_tokens / state.seconds:,.0f} tokens/s; {folder.adapter.name} in {folder.adapter}",
         "next:",
         *(f"  {command}" for command in next_commands(folder, config, state.step)),
     ]
@@ -164,9 +167,10 @@ def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
     reply, look = f'lowlevel generate {run} --prompt "Hello"', f"lowlevel inspect {run} --step {step}"
     if config.sampled:
         return [reply, f"lowlevel merge {run} --out {run}-merged", look]
-    if config.has_reference:
+    if config.has_reference or config.full:
         compare, merge = f"lowlevel compare {run}", f"lowlevel merge {run} --out {run}-merged"
-        return [reply, compare if config.data.eval_source else merge, look]
+        other = [] if config.full else [merge]
+        return [reply, *([compare] if config.data.eval_source else other), look]
     model = config.model.model_dump(exclude_defaults=True)  # base and quantisation must match the adapter
     flags = [f"--model.{key} {_flag(value)}" for key, value in model.items()]
     data = config.data.model_dump(exclude_defaults=True, include={"chat_template_from", "max_length"})

@@ -8,8 +8,9 @@ stay in fp32, as the model defines them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import bitsandbytes as bnb
@@ -77,12 +78,15 @@ class ExactModel:
     parent: dict[str, Update]
     statistics: tuple[str, ...]
     head: slice | None = None  # of the flat weights: the reward head
+    whole: Mapping[str, tuple[slice, torch.Size]] = field(default_factory=dict)  # of the flat weights: all, by name
 
     def weights(self, flat: Tensor | None) -> dict[str, Tensor]:
         """Merged weights by name: with the trained adapter at `flat` (n,) float64, or without it.
 
         A moving reference is the trained adapter at other weights.
         """
+        if self.whole and flat is not None:
+            return {**self.fixed, **{name: flat[span].view(shape) for name, (span, shape) in self.whole.items()}}
         merged = dict(self.fixed)
         for updates in (self.parent, self.trained if flat is not None else {}):
             for name, update in updates.items():
@@ -141,16 +145,17 @@ def exact_model(policy: Policy, config: ModelConfig, statistics: tuple[str, ...]
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")  # a grouped product has no float64
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    fixed = {f"{head}.weight": policy.lm_head_weight.detach().double().cpu()}  # a tied model does not list it
-    for name, parameter in policy.model.named_parameters():
-        if is_base(name):
-            plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-            fixed[plain] = _dequantised(policy.model, name, parameter).detach().double().cpu()
-    fixed |= {name: buffer.detach().cpu() for name, buffer in _saved_buffers(policy)}
+    with policy.reference() if policy.untrained and policy.untrained.kept else nullcontext():
+        fixed = _fixed(policy, f"{head}.weight")
     start, spans = 0, {}
     for name, view in policy.flat.views.items():
         spans[name] = slice(start, start + view.numel())
         start += view.numel()
+    if policy.untrained:
+        whole = {name: (spans[name], view.shape) for name, view in policy.flat.views.items()}
+        own: Any = policy.causal_lm.get_output_embeddings()
+        tied = next(name for name, view in policy.flat.views.items() if view is own.weight)
+        return ExactModel(model, fixed, {}, {}, statistics, whole={**whole, f"{head}.weight": whole[tied]})
     updates: dict[str, dict[str, Update]] = {TRAINED: {}, PARENT: {}}
     names = {id(module): name for name, module in policy.model.named_modules()}
     for layer in policy.lora_layers:
@@ -165,6 +170,16 @@ def exact_model(policy: Policy, config: ModelConfig, statistics: tuple[str, ...]
             update = Update(parts[0], parts[1], factors[0].shape, factors[1].shape, float(layer.scaling[adapter]), m)
             updates[adapter][f"{stem.removeprefix(PREFIX)}.weight"] = update
     return ExactModel(model, fixed, updates[TRAINED], updates[PARENT], statistics, spans.get(SCORE))
+
+
+def _fixed(policy: Policy, head: str) -> dict[str, Tensor]:
+    """The weights outside adapters by plain name, with that of the LM head: a tied model does not list it."""
+    fixed = {head: policy.lm_head_weight.detach().double().cpu()}
+    for name, parameter in policy.model.named_parameters():
+        if is_base(name):
+            plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+            fixed[plain] = _dequantised(policy.model, name, parameter).detach().double().cpu()
+    return fixed | {name: buffer.detach().cpu() for name, buffer in _saved_buffers(policy)}
 
 
 def _saved_buffers(policy: Policy) -> Iterator[tuple[str, Tensor]]:

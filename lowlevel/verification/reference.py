@@ -14,7 +14,7 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.placement import dtype_name
 from lowlevel.verification.check import Check, check, largest
-from lowlevel.verification.subject import Subject, b_views, fill_b, kept_weights
+from lowlevel.verification.subject import Subject, fill_b, kept_weights, remove_effect
 
 GROUP = "reference"
 
@@ -52,8 +52,7 @@ def _log_ratios(subject: Subject, batches: list[PackedBatch]) -> Check:
     """
     ratios = []
     with kept_weights(subject.policy), torch.no_grad():
-        for view in b_views(subject.policy):
-            view.zero_()
+        remove_effect(subject.policy)
         if subject.policy.moving:
             subject.policy.moving.weights.copy_(subject.policy.flat.weights)
         for example in subject.examples:

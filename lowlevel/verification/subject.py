@@ -187,16 +187,32 @@ def b_views(policy: Policy) -> list[Tensor]:
     return [view for name, view in policy.flat.views.items() if ".lora_B." in name]
 
 
+def remove_effect(policy: Policy) -> None:
+    """B = 0, or the weights of the base."""
+    for view in b_views(policy):
+        view.zero_()
+    if policy.untrained is not None:
+        policy.untrained.restart()
+
+
 def without_effect(policy: Policy) -> bool:
-    """Whether the trained adapter is new (B = 0), or equal to a moving reference."""
+    """Whether the trained adapter is new (B = 0), or equal to a moving reference; or all weights are the base's."""
+    if policy.untrained is not None:
+        return policy.untrained.unchanged
     if policy.moving is not None:
         return torch.equal(policy.flat.weights, policy.moving.weights)
     return not any(bool(view.any()) for view in b_views(policy))
 
 
 def fill_b(policy: Policy, seed: int = 0, size: float = 0.05) -> None:
-    """Random B, so that each layer's update is about 0.6 `size` times its input: an effect that checks can see."""
+    """Random B, so that each layer's update is about 0.6 `size` times its input: an effect that checks can see.
+
+    Without an adapter every weight moves by a random tenth of `size` times its tensor's standard deviation.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for weight in policy.flat.views.values() if policy.untrained else ():
+            noise = torch.randn(weight.shape, generator=generator).to(weight.device)
+            weight.add_(noise * weight.std(), alpha=0.1 * size)
         for view in b_views(policy):
             view.copy_(torch.randn(view.shape, generator=generator) * (size / math.sqrt(view.shape[1])))

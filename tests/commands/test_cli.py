@@ -37,6 +37,7 @@ COMMANDS = (
     "time",
     "memory",
     "merge",
+    "export",
     "generate",
     "annotate",
     "score",

@@ -143,6 +143,18 @@ def test_fused_against_the_reference_with_a_loss_scale(
     assert ((ours[1] == 0).double().mean() - (expected[1].to(dtype) == 0).double().mean()) < 1e-3
 
 
+@pytest.mark.parametrize(("n", "v", "d"), [(777, 1003, 256), (1100, 32000, 64)])
+@pytest.mark.parametrize(("head", "bound"), [(HALF, 3e-3), (SINGLE, 1e-5)])
+def test_fused_gradient_of_a_trained_weight(n: int, v: int, d: int, head: torch.dtype, bound: float) -> None:
+    hidden, weight, targets = inputs(n, v, d, head, head)
+    grad = torch.linspace(-300, 500, n, device=CUDA)
+    exact = weight.double().requires_grad_()
+    logps = losses.token_logps_reference(hidden.detach().double(), exact, targets)
+    (expected,) = torch.autograd.grad(logps, exact, grad.double())
+    (found,) = torch.autograd.grad(token_logps(hidden, weight.requires_grad_(), targets), weight, grad)
+    assert found.dtype == head and (found.double() - expected).norm() < bound * expected.norm()
+
+
 NEEDS = [("lse",), ("mean_logp",), ("log_square_sum",), ("mean_logp", "log_square_sum", "lse")]
 
 

@@ -133,6 +133,17 @@ def test_fused_takes_any_strides(through_kernels: bool) -> None:
     torch.testing.assert_close((logps, gradient), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(HALF, 2e-3), (SINGLE, 1e-6)])
+def test_fused_gradient_of_a_trained_weight(dtype: torch.dtype, bound: float, through_kernels: bool) -> None:
+    hidden, weight, targets = make(65, 101, 12, dtype)
+    grad = torch.linspace(-3, 5, 65)
+    exact = weight.double().requires_grad_()
+    logps = losses.token_logps_reference(hidden.detach().double(), exact, targets)
+    (expected,) = torch.autograd.grad(logps, exact, grad.double())
+    (found,) = torch.autograd.grad(fused(hidden, weight.requires_grad_(), targets, 16), weight, grad)
+    assert found.dtype == dtype and (found.double() - expected).norm() < bound * expected.norm()
+
+
 def test_fused_is_differentiable_once() -> None:
     inputs = make(3, 7)
     (gradient,) = torch.autograd.grad(fused(*inputs, 2).sum(), inputs[0], create_graph=True)
@@ -244,10 +255,11 @@ def test_which_calls_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         for reason, arguments in slow.items():
             assert not _is_fast(*arguments), reason
+        assert not asked  # Triton is asked about none of them
         trained = w.requires_grad_()
         with torch.no_grad():  # the reference pass of a run that trains the head: the same path as its policy pass
-            assert not _is_fast(h, trained, t, None)
-        assert not asked  # and Triton is asked about none of them
+            assert _is_fast(h, trained, t, None)
+        assert _is_fast(h, trained, t, None)
 
 
 def test_refusal_is_one_warning_and_then_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:

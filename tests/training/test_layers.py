@@ -14,7 +14,7 @@ LAYERS = (
     ("methods/", "execution", "reference_cache"),
     ("loop", "tracing/", "running/rehearsal", "running/forensics"),
     ("running/",),
-    ("inspection/", "verification/", "replaying/", "reporting/", "preflight/", "timing/"),
+    ("inspection/", "verification/", "replaying/", "reporting/", "preflight/", "timing/", "exporting/"),
     ("api",),
     ("commands/", "cli", "__main__"),
 )

@@ -1,0 +1,23 @@
+"""write a run or a merged model for llama.cpp (GGUF), Ollama or vLLM"""
+
+from pathlib import Path
+
+from lowlevel.commands.common import Options, Overrides, Parser, quiet_console
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("source", type=Path, metavar="RUN_DIR", help="a finished run, or the folder of a merged model")
+    parser.add_argument(
+        "--to",
+        choices=("gguf", "ollama", "vllm"),
+        required=True,
+        help="gguf: one file, merged, in fp16; ollama: the same with a Modelfile; vllm: the adapter, not merged",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+
+
+def run(options: Options, overrides: Overrides) -> None:
+    console = quiet_console()
+    from lowlevel.exporting.export import export
+
+    export(options.source, options.to, options.out, console)

@@ -1,0 +1,1 @@
+"""`lowlevel export`: a trained model for llama.cpp (GGUF), Ollama and vLLM."""
