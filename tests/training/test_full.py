@@ -163,7 +163,7 @@ FULL = {"train": {"finetuning_type": "full"}}
     [
         ({"model": {"load_in_4bit": True}}, "4-bit weights cannot be trained"),
         ({"lora": {"r": 8}}, "lora.r is not used"),
-        ({"method": "reward"}, "a reward model is an adapter"),
+        ({"method": "reward"}, "is for sft, dpo and kto"),
         ({"method": "dpo", "model": {"adapter": "out/sft"}}, "not model.adapter"),
         ({"method": "dpo", "dpo": {"ref_model_sync_steps": 4}}, "no ref_model_sync_steps"),
         ({"model": {"embeddings_on_host": True}}, "leave out model.embeddings_on_host"),
