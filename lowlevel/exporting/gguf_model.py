@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import ConfigError
 from lowlevel.model.sizes import head_size
+from lowlevel.model.suitability import attention_window
 
 MODELS = ("llama", "mistral")  # model_type; both are llama.cpp's "llama"
 HINT = "llama.cpp's convert_hf_to_gguf.py takes the folder that lowlevel merge writes"
@@ -52,7 +53,8 @@ def write_gguf(folder: Path, target: Path) -> None:
     writer: Any = gguf.GGUFWriter(target, "llama")
     writer.add_name(folder.resolve().name)
     writer.add_file_type(F16)
-    writer.add_context_length(config.max_position_embeddings)
+    positions = config.max_position_embeddings  # llama.cpp's "llama" has no attention window
+    writer.add_context_length(min(positions, attention_window(config) or positions))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -81,7 +83,7 @@ def check_model(config: Any) -> None:
     if config.model_type not in MODELS:
         raise ConfigError(f"{kind} is not written here, only {' and '.join(MODELS)}; {HINT}")
     scaling = config.rope_parameters.get("rope_type", "default")
-    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    biased = any(config.to_dict().get(key) for key in ("attention_bias", "mlp_bias"))
     if scaling != "default" or biased:
         what = "biases" if biased else f"positions scaled by {scaling!r}"
         raise ConfigError(f"{kind} with {what} is not written here; {HINT}")

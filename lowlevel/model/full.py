@@ -4,7 +4,7 @@ The base is loaded as for an unquantised LoRA run, so both start from the same n
 flat buffer, as fp32 masters that autocast rounds to 16 bits in each product (arXiv 1710.03740). The input embedding's
 output is rounded too, so hidden states have the dtype that they have with a frozen base. A tied LM head is one weight.
 
-The reference of dpo and kto is the base as loaded: 2 more bytes a weight in 16 bits. `Policy.activate` exchanges the
+The reference of dpo and kto is the base as loaded: 2 more bytes a weight. `Policy.activate` exchanges the
 tensors in the parameters; at the start both give equal bits, because the masters are exactly the base's numbers.
 """
 
@@ -36,12 +36,18 @@ class Untrained:
 
     Attributes:
         sha256: `base_sha256` of them.
-        kept: by parameter name, in the dtype that the base was loaded in; None if nothing reads them any more.
+        kept: by parameter name; None if nothing reads them any more. Those that are rounded before use anyway (of
+            products, the input embedding) are in the dtype that the base was loaded in, the others in fp32, so that
+            the reference computes in the same dtypes as the policy.
     """
 
-    def __init__(self, sha256: str, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.sha256 = sha256
-        self.kept: dict[str, Tensor] | None = {name: p.data for name, p in parameters.items()}
+    def __init__(self, base: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> None:
+        rounded = [module.weight for module in base.modules() if isinstance(module, nn.Linear)]
+        short = {id(weight) for weight in [*rounded, *base.get_input_embeddings().parameters()]}
+        self.sha256 = base_sha256(base)
+        self.kept: dict[str, Tensor] | None = {
+            name: p.data if id(p) in short else p.data.float() for name, p in parameters.items()
+        }
         self._parameters = parameters
         self._masters: dict[str, Tensor] = {}
 
@@ -98,7 +104,7 @@ def build_full_policy(
     """
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in `build_policy`
     parameters = dict(base.named_parameters())
-    untrained = Untrained(base_sha256(base), parameters)
+    untrained = Untrained(base, parameters)
     flat = flatten(parameters, masters=True)
     untrained.trains()
     embeddings = base.get_input_embeddings()

@@ -7,6 +7,7 @@ import helpers
 import pytest
 import torch
 from config_keys import refused
+from families import SIZES, write_family
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 from workspace import make_workspace, metrics, run
@@ -34,11 +35,15 @@ def full_policy(folder, placement=helpers.CPU, attention="sdpa"):
     return build_full_policy(base, placement, attention=Attention(attention, ""))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(scope="module", params=["untied", "tied", "qwen3", "opt"])
 def base(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
-    helpers.write_tiny_base(folder, tie_word_embeddings=request.param)
-    return folder
+    """Qwen 3 normalises queries and keys; OPT adds position embeddings, and has biases."""
+    folder, kind = tmp_path_factory.mktemp("bases"), request.param
+    helpers.write_tiny_base(folder / "tiny", tie_word_embeddings=kind == "tied")
+    if kind in ("untied", "tied"):
+        return folder / "tiny"
+    own = {"head_dim": 16} if kind == "qwen3" else {"ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0}
+    return write_family(folder / kind, kind, {**SIZES, **own}, folder / "tiny")
 
 
 def test_a_steps_gradient_is_that_of_plain_transformers(base):
