@@ -24,13 +24,13 @@ from lowlevel.data.examples import PreferenceExample, PromptExample
 from lowlevel.durable import write_bytes
 from lowlevel.errors import CheckpointError
 from lowlevel.labels import IGNORED
+from lowlevel.running.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from lowlevel.batch.layout import PackedBatch
     from lowlevel.config.schema import RunConfig
     from lowlevel.methods import Method
 
-FOLDER = "rollouts"
 MOST = 10_000  # completions held on the host before they are written between two checkpoints
 
 
@@ -145,7 +145,7 @@ class KeptRollouts:
     """The rollouts of a run folder: `add` keeps those of a step until `flush` writes them; `read` finds them again."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.folder = run_dir / FOLDER
+        self.folder = RunFolder(run_dir).rollouts
         self._waiting: dict[int, Sequence[Rollout]] = {}
 
     def add(self, step: int, rollouts: Sequence[Rollout]) -> None:

@@ -43,7 +43,6 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.durable import append_line, sync, write_json, write_text
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.files import SHOWN, folders_with, read_json_object
-from lowlevel.online.rollouts import FOLDER as ROLLOUTS
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 TENSORBOARD, TRACKER_ID = "tensorboard", "tracker_id.txt"  # running/trackers.py
@@ -68,7 +67,7 @@ class RunFolder:
         self.base = path / "base"  # adapter_mode "original": the base with the parent adapter merged in
         self.base_record = self.base / "lowlevel_base.json"  # which adapter was merged into it
         self.trace = path / "trace"
-        self.rollouts = path / ROLLOUTS
+        self.rollouts = path / "rollouts"
         self.report = path / "report"
         self.failure = path / "failure"
         self.metrics = path / "metrics.jsonl"

@@ -21,6 +21,7 @@ FREE = {
     "train.logging_steps": "only what is said",
     "train.save_steps": "only what is kept",
     "train.save_total_limit": "only what is kept",
+    "train.ddp_timeout": "only when it gives up",
     "train.report_to": "only where the numbers also go",
     "dpo.reference_cache": "the same numbers, computed once",
     "trace.every": "only what is kept",

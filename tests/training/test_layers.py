@@ -11,10 +11,20 @@ LAYERS = (
     ("losses/", "labels", "hashing", "determinism", "perplexity", "heartbeat", "batch/"),
     ("data/", "demo/", "kernels/"),
     ("model/", "optim/", "checkpoints/", "running/plots", "running/progress", "running/run_folder", "running/endings"),
-    ("methods/", "execution", "reference_cache"),
+    ("methods/", "execution", "reference_cache", "batch/replies", "online/rollouts", "sampling/", "watch", "ranks"),
     ("loop", "tracing/", "running/rehearsal", "running/forensics"),
-    ("running/",),
-    ("inspection/", "verification/", "replaying/", "reporting/", "preflight/", "timing/", "exporting/"),
+    ("running/", "online/"),
+    (
+        "inspection/",
+        "verification/",
+        "replaying/",
+        "reporting/",
+        "preflight/",
+        "timing/",
+        "exporting/",
+        "evaluation/",
+        "annotation/",
+    ),
     ("api",),
     ("commands/", "cli", "__main__"),
 )
@@ -22,6 +32,8 @@ TRITON_FILES = (
     "kernels/vocabulary",
     "kernels/dequantize",
     "kernels/host_rows",
+    "kernels/decoding",
+    "ranks",
 )  # files that may import triton or torch.distributed
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -29,11 +29,18 @@ def sample(*, reference_free: bool = False) -> PairLogps:
     )
 
 
+def lengths(config: DPOConfig, pairs: PairLogps) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a reward divides the log-ratio by: the tokens, or 1."""
+    both = pairs.chosen_lengths, pairs.rejected_lengths
+    return both if LOSSES[config.loss_type].averages else tuple(map(torch.ones_like, both))
+
+
 def total(config: DPOConfig, pairs: PairLogps, chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> float:
     """The summed loss where the rewards are these, and all else is that of `pairs`."""
+    chosen, rejected = lengths(config, pairs)
     moved = PairLogps(
-        pairs.ref_chosen_logps + chosen_rewards / config.beta,
-        pairs.ref_rejected_logps + rejected_rewards / config.beta,
+        pairs.ref_chosen_logps + chosen_rewards * chosen / config.beta,
+        pairs.ref_rejected_logps + rejected_rewards * rejected / config.beta,
         *(pairs.ref_chosen_logps, pairs.ref_rejected_logps, pairs.chosen_lengths, pairs.rejected_lengths),
     )
     return float(preference_loss(config)(moved).losses.sum())
@@ -47,7 +54,8 @@ def test_slopes_are_those_of_finite_differences(name):
         sample(reference_free=LOSSES[name].reference_free),
     )
     found = reward_slopes(config, pairs)
-    rewards = config.beta * pairs.chosen_logratios, config.beta * pairs.rejected_logratios
+    ratios = zip((pairs.chosen_logratios, pairs.rejected_logratios), lengths(config, pairs), strict=True)
+    rewards = [config.beta * ratio / length for ratio, length in ratios]
     for side in (0, 1):
         assert not found[side].requires_grad
         for i in range(5):
