@@ -7,8 +7,7 @@ records[0].margin                                     # ones they sum to the mar
 records[0].displacement                               # tokens that gained what the chosen completion lost, or None
 """
 
-from lowlevel.inspection.displacement import Displacement, TokenGain, displacement_of, largest_gains
-from lowlevel.inspection.distribution import Distribution
+from lowlevel.inspection.displacement import Displacement, Distribution, TokenGain, displacement_of, largest_gains
 from lowlevel.inspection.labelled import LabelledRecord, inspect_labelled
 from lowlevel.inspection.records import (
     CompletionRecord,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.execution import Eager
-from lowlevel.inspection.distribution import distribution
+from lowlevel.inspection.displacement import distribution
 from lowlevel.inspection.lines import PathStep
 from lowlevel.inspection.records import CompletionRecord, examples_by_row, places_of, tokens_at
 from lowlevel.kernels import token_logps

@@ -14,9 +14,8 @@ from typing import Any
 from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good, saved, step_of
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import build_examples
-from lowlevel.data.filters import apply_filters
 from lowlevel.data.messages import normalise
-from lowlevel.data.mixing import read_parts
+from lowlevel.data.mixing import apply_filters, read_parts
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.sources import Row

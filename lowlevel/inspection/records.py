@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import DPOConfig
-from lowlevel.inspection.displacement import Displacement, displacement_of
-from lowlevel.inspection.distribution import Distribution, distribution
+from lowlevel.inspection.displacement import Displacement, Distribution, displacement_of, distribution
 from lowlevel.inspection.reading import reading_of
 from lowlevel.kernels import token_logps, token_scores
 from lowlevel.methods.dpo import DPO, pair_logps, reward_slopes

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowlevel.config.schema import Filter
-from lowlevel.data.filters import apply_filters
+from lowlevel.data.mixing import apply_filters
 from lowlevel.data.sources import Row, SourceRows, data_error, read_source, shuffled
 from lowlevel.errors import ConfigError, DataError, LowlevelError
 

@@ -19,8 +19,7 @@ from lowlevel.methods.sft import SFT
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import TrainState
-from lowlevel.timing.clock import OTHER
-from lowlevel.timing.phases import BACKWARD, FORWARD, LAYOUT
+from lowlevel.timing.phases import BACKWARD, FORWARD, LAYOUT, OTHER
 from lowlevel.timing.steps import Recorder, TimedRun, Watched, take_steps
 
 COUNT = 5  # of a run with three steps an epoch

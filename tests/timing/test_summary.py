@@ -5,9 +5,8 @@ from helpers import step_result
 
 from lowlevel.errors import ConfigError
 from lowlevel.timing import phases
-from lowlevel.timing.clock import OTHER
-from lowlevel.timing.steps import Step
-from lowlevel.timing.summary import mean_phases, whole
+from lowlevel.timing.phases import OTHER
+from lowlevel.timing.steps import Step, mean_phases, whole
 
 
 def step(seconds=1.0, *, tokens=60, supervised=20, positions=80, set_up=False, repeated=False, **parts) -> Step:
