@@ -12,8 +12,7 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.execution import Eager
 from lowlevel.inspection.displacement import distribution
-from lowlevel.inspection.lines import PathStep
-from lowlevel.inspection.records import CompletionRecord, examples_by_row, places_of, tokens_at
+from lowlevel.inspection.records import CompletionRecord, PathStep, completions, examples_by_row
 from lowlevel.kernels import token_logps
 from lowlevel.loop import with_baseline
 from lowlevel.methods.kto import KTO, labelled_logps
@@ -37,8 +36,24 @@ class LabelledRecord:
     loss: Tensor  # () fp32
 
     def __repr__(self) -> str:
-        label = "desirable" if self.desirable else "undesirable"
-        return f"LabelledRecord(row {self.row}: {label}, reward {self.completion.reward:+.4f}, loss {self.loss:.4f})"
+        return (
+            f"LabelledRecord(row {self.row}: {self.label}, reward {self.completion.reward:+.4f}, loss {self.loss:.4f})"
+        )
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        return "desirable" if self.desirable else "undesirable"
+
+    @property
+    def sides(self) -> list[tuple[str, CompletionRecord, slice]]:
+        """The completion, as `PairRecord.sides` has two."""
+        return [(self.label, self.completion, slice(None))]
+
+    @property
+    def running_sums(self) -> Tensor:
+        """Cumulative contributions, (n,) float64."""
+        return self.completion.contributions.double().cumsum(0)
 
 
 @torch.no_grad()
@@ -66,32 +81,21 @@ def _records(
         leaf = rows.logps.detach().clone().requires_grad_()
         losses, _ = method.spec(replace(rows, logps=leaf), method.settings)
         (slopes,) = torch.autograd.grad(losses.sum(), leaf)
-    weights, losses = -slopes.cpu() / beta, losses.detach().cpu()
-    sums, ref_sums, desirable = rows.logps.cpu(), rows.ref_logps.cpu(), rows.desirable.cpu()
-    logps, ref_logps, kl = logps.cpu(), ref_logps.cpu(), rows.kl.cpu()
-    found = []
+    factors = torch.full((len(batch.lengths),), beta)
+    found = completions(batch, logps.cpu(), ref_logps.cpu(), predicted, beta, factors, -slopes.cpu() / beta)
+    losses, desirable, kl = losses.detach().cpu(), rows.desirable.tolist(), rows.kl.cpu()
+    records = []
     for i, row in enumerate(batch.data_rows):
-        index = places_of(batch, i)
-        tokens, reference = tokens_at(batch, index, logps, predicted), ref_logps[index]
-        completion = CompletionRecord(
-            tokens=tokens,
-            ref_token_logps=reference,
-            contributions=beta * (tokens.logps - reference),
-            logp=sums[i],
-            ref_logp=ref_sums[i],
-            reward=beta * (sums[i] - ref_sums[i]),
-            weight=weights[i],
-        )
-        prompt = torch.as_tensor(by_row[row].input_ids[: int(tokens.positions[0])], dtype=torch.int64)
-        label, where = bool(desirable[i]), by_row[row].where
-        found.append(LabelledRecord(row, where, prompt, completion, label, kl, mismatched, losses[i]))
-    return found
+        start = int(found[i].tokens.positions[0])
+        prompt = torch.as_tensor(by_row[row].input_ids[:start], dtype=torch.int64)
+        where = by_row[row].where
+        records.append(LabelledRecord(row, where, prompt, found[i], desirable[i], kl, mismatched, losses[i]))
+    return records
 
 
 def labelled_path(record: LabelledRecord, method: KTO) -> list[PathStep]:
     """The quantities from log-probabilities to the loss, in order."""
     one, settings = record.completion, method.config
-    sign, name = ("", "desirable") if record.desirable else ("−", "undesirable")
     weight = settings.desirable_weight if record.desirable else settings.undesirable_weight
     z0 = float(record.kl.clamp(min=0))
     steps: list[tuple[str, str, Tensor | float]] = [
@@ -103,6 +107,6 @@ def labelled_path(record: LabelledRecord, method: KTO) -> list[PathStep]:
         ("z₀", "max(0, KL estimate)", z0),
         ("x", "β (r − z₀)", settings.beta * (float(one.logratio) - z0)),
         ("weight", "−dL/d(reward)", one.weight),
-        ("loss L", f"{weight:g} · σ({'−' if record.desirable else ''}x), {name}", record.loss),
+        ("loss L", f"{weight:g} · σ({'−' if record.desirable else ''}x), {record.label}", record.loss),
     ]
     return [PathStep(name, text, pair=float(value)) for name, text, value in steps]

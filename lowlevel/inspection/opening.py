@@ -26,9 +26,15 @@ from lowlevel.inspection.labelled import inspect_labelled
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.records import inspect_pairs, inspect_sequences
 from lowlevel.inspection.rewards import inspect_rewards
-from lowlevel.methods import DPO, KTO, SFT, Reward
 from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.running.run_folder import RunFolder
+
+INSPECTED: dict[str, tuple[str, Callable[..., list[Any]]]] = {  # the records of an inspection by method
+    "sft": ("sequences", inspect_sequences),
+    "dpo": ("pairs", inspect_pairs),
+    "kto": ("labelled", inspect_labelled),
+    "reward": ("rewards", inspect_rewards),
+}
 
 
 def inspect_run(
@@ -58,10 +64,8 @@ def inspect_run(
         assert step is not None
         examples, subject = step_examples(config, data, step), f"step {step}"
     run = opened.load(weights.adapter, reference=True)
-    pairs = inspect_pairs(run.policy, run.method, examples) if isinstance(run.method, DPO) else ()
-    sequences = inspect_sequences(run.policy, run.method, examples) if isinstance(run.method, SFT) else ()
-    labelled = inspect_labelled(run.policy, run.method, examples) if isinstance(run.method, KTO) else ()
-    rewards = inspect_rewards(run.policy, run.method, examples) if isinstance(run.method, Reward) else ()
+    name, inspect = INSPECTED[run.method.name]
+    records: dict[str, Any] = {name: tuple(inspect(run.policy, run.method, examples))}
     return Inspection(
         run=folder.path.resolve().name,
         subject=subject,
@@ -69,10 +73,7 @@ def inspect_run(
         logged=logged_loss(folder.read_metrics(), step, config) if step is not None else None,
         pieces=TokenPieces(run.tokenizer),
         method=run.method,
-        sequences=tuple(sequences),
-        pairs=tuple(pairs),
-        labelled=tuple(labelled),
-        rewards=tuple(rewards),
+        **records,
     )
 
 

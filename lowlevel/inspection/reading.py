@@ -59,11 +59,15 @@ def source(spec: LossSpec) -> str:
 
 
 def sum_name(loss_type: str) -> str:
-    """Name of the sum of a pair's contributions."""
+    """Name of the sum of an example's contributions."""
+    if loss_type == "kto":
+        return "reward"
     return "averaged margin" if reading_of(loss_type) == "averages" else "margin"
 
 
 def weight_name(loss_type: str) -> str:
     """Name of a chosen completion's weight; it is the pair's if the loss reads one number of the pair."""
+    if loss_type == "kto":
+        return "weight, below 0 if undesirable"
     names = {"averages": "weight of the averaged margin", "margin": "weight"}
     return names.get(reading_of(loss_type), "chosen weight")

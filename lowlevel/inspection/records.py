@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.config.schema import DPOConfig
 from lowlevel.inspection.displacement import Displacement, Distribution, displacement_of, distribution
 from lowlevel.inspection.reading import reading_of
 from lowlevel.kernels import token_logps, token_scores
@@ -120,6 +119,17 @@ class PairRecord:
         return torch.cat([self.chosen.contributions, self.rejected.contributions]).double().cumsum(0)
 
 
+@dataclass(frozen=True)
+class PathStep:
+    """A quantity on the way to the loss: one number for each completion, or one for the pair."""
+
+    name: str
+    formula: str
+    chosen: float | None = None
+    rejected: float | None = None
+    pair: float | None = None
+
+
 @torch.no_grad()
 def inspect_sequences(policy: Policy, method: SFT, examples: Sequence[SFTExample]) -> list[SequenceRecord]:
     """The learned tokens of SFT examples, in the given order. Raises ValueError if two come from one data row."""
@@ -160,19 +170,10 @@ def inspect_pairs(policy: Policy, method: DPO, examples: Sequence[PreferenceExam
     return [found[example.row] for example in examples]
 
 
-def _token_factors(config: DPOConfig, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each completion, (2P,): the count that its sum is divided by (tokens if the loss reads averages, else 1), and
-    the factor from a token's log-ratio to its contribution: beta / count, negative for the rejected ones.
-    """
-    averages = reading_of(config.loss_type) == "averages"
-    counts = lengths.clamp(min=1).float() if averages else torch.ones(len(lengths))
-    return counts, config.beta / counts * torch.tensor([1.0, -1.0]).repeat_interleave(len(lengths) // 2)
-
-
 def _pairs_of(
     policy: Policy, method: DPO, batch: PackedBatch, by_row: dict[int, PreferenceExample]
 ) -> list[PairRecord]:
-    moved, head = batch.to(policy.placement.device), policy.lm_head_weight
+    moved, head, config = batch.to(policy.placement.device), policy.lm_head_weight, method.config
     targets, needs = moved.scored_targets, method.statistics
     ref_hidden, ref_logps = None, torch.zeros_like(targets, dtype=torch.float32)
     if method.has_reference:
@@ -183,32 +184,19 @@ def _pairs_of(
     hidden = policy.scored_hidden_states(moved)
     (logps, statistics), predicted = token_scores(hidden, head, targets, needs), distribution(hidden, head, targets)
     pairs = pair_logps(moved, logps, ref_logps, method.columns, statistics)
-    output, slopes = method.preference_loss(pairs), reward_slopes(method.config, pairs)
-    logps, ref_logps, margins, losses = (t.cpu() for t in (logps, ref_logps, output.margins, output.losses))
+    output, slopes = method.preference_loss(pairs), reward_slopes(config, pairs)
+    margins, losses = output.margins.cpu(), output.losses.cpu()
     metrics, values = {name: one.cpu() for name, one in output.metrics.items()}, batch.values(method.columns)
-    # both completions of each pair, dummy pairs included: all chosen, then all rejected, (2P,) each
-    sums = torch.cat([pairs.chosen_logps, pairs.rejected_logps]).cpu()
-    ref_sums = torch.cat([pairs.ref_chosen_logps, pairs.ref_rejected_logps]).cpu()
-    half, (counts, factors) = len(batch.real), _token_factors(method.config, batch.lengths)
+    # of both completions of each pair, (2P,): what its sum is divided by; all chosen, then all rejected
+    averages, half = reading_of(config.loss_type) == "averages", len(batch.real)
+    counts = batch.lengths.clamp(min=1).float() if averages else torch.ones(2 * half)
+    factors = config.beta / counts * torch.tensor([1.0, -1.0]).repeat_interleave(half)
     # a reward that rises by 1 raises an averaged contribution by 1 / n
     weights = torch.cat([-slopes[0], slopes[1]]).cpu() * counts
-    arguments = (factors * (sums - ref_sums)).view(2, half).sum(0)
-
-    def completion(i: int) -> CompletionRecord:
-        index = places_of(batch, i)
-        tokens, reference = tokens_at(batch, index, logps, predicted), ref_logps[index]
-        return CompletionRecord(
-            tokens=tokens,
-            ref_token_logps=reference,
-            contributions=factors[i] * (tokens.logps - reference),
-            logp=sums[i],
-            ref_logp=ref_sums[i],
-            reward=method.config.beta * (sums[i] - ref_sums[i]),
-            weight=weights[i],
-        )
+    sides = completions(batch, logps.cpu(), ref_logps.cpu(), predicted, config.beta, factors, weights)
 
     def displaced(i: int) -> Displacement | None:
-        if ref_hidden is None or sums[i] >= ref_sums[i]:
+        if ref_hidden is None or sides[i].logp >= sides[i].ref_logp:
             return None
         index = places_of(batch, i).to(hidden.device)
         return displacement_of(hidden[index], ref_hidden[index], head, targets[index])
@@ -218,9 +206,9 @@ def _pairs_of(
             row=row,
             where=by_row[row].where,
             prompt_ids=torch.as_tensor(by_row[row].prompt_ids, dtype=torch.int64),
-            chosen=completion(i),
-            rejected=completion(half + i),
-            argument=arguments[i],
+            chosen=sides[i],
+            rejected=sides[half + i],
+            argument=factors[i] * sides[i].logratio + factors[half + i] * sides[half + i].logratio,
             margin=margins[i],
             loss=losses[i],
             displacement=displaced(i),
@@ -229,6 +217,37 @@ def _pairs_of(
         )
         for i, row in enumerate(batch.data_rows)
     ]
+
+
+def completions(
+    batch: PackedBatch,
+    logps: Tensor,
+    ref_logps: Tensor,
+    predicted: Distribution,
+    beta: float,
+    factors: Tensor,
+    weights: Tensor,
+) -> list[CompletionRecord]:
+    """The records of all S sequences of a batch, from the log-probabilities (N,) of its tokens; all on the CPU.
+
+    `factors` (S,): from a token's log-ratio to its contribution.
+    """
+    found = []
+    for i, (logp, ref_logp) in enumerate(zip(*map(batch.sequence_sums, (logps, ref_logps)), strict=True)):
+        index = places_of(batch, i)
+        tokens, reference = tokens_at(batch, index, logps, predicted), ref_logps[index]
+        found.append(
+            CompletionRecord(
+                tokens=tokens,
+                ref_token_logps=reference,
+                contributions=factors[i] * (tokens.logps - reference),
+                logp=logp,
+                ref_logp=ref_logp,
+                reward=beta * (logp - ref_logp),
+                weight=weights[i],
+            )
+        )
+    return found
 
 
 def tokens_at(batch: PackedBatch, index: Tensor, logps: Tensor, predicted: Distribution) -> TokenRecord:

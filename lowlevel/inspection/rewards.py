@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowlevel.inspection.lines import PathStep
-from lowlevel.inspection.records import examples_by_row
+from lowlevel.inspection.records import PathStep, examples_by_row
 from lowlevel.losses.modifiers import rated_margins
 from lowlevel.methods.reward import Reward
 from lowlevel.model.policy import Policy
