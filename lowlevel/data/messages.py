@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lowlevel.data.labelled import LABEL, label_of
+from lowlevel.data.formats import LABEL, label_of
 from lowlevel.data.readers import Completion, Completions
 from lowlevel.data.sources import Row
 from lowlevel.data.texts import WEIGHTS, BadRow, Columns, Message, is_filled, is_weight, value_of

@@ -18,8 +18,7 @@ from typing import Any
 
 from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import DataConfig, Filter
-from lowlevel.data.formats import listed, recognised
-from lowlevel.data.labelled import halves
+from lowlevel.data.formats import halves, listed, recognised
 from lowlevel.data.sources import Part, Row, RowProblem, SourceRows, data_error, kind_of, read_source, shuffled
 from lowlevel.errors import ConfigError, DataError
 

@@ -131,7 +131,10 @@ def read_source(source: str | GivenRows, split: str, method: str = "sft") -> Sou
     if not source.strip() or "\0" in source:
         raise ConfigError(f"data source {source!r} is not a name: use {', '.join(FILE_SUFFIXES)} or a hub name")
     if source == "demo":
-        read = _read_demo(split, method)
+        if split not in DEMO_ROWS:
+            raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
+        make = world.sft_rows if method == "sft" else world.preference_rows
+        read = _numbered(f"demo[{split}]", make(split, DEMO_ROWS[split], 0))
     elif mend := address_refusal(source):
         raise ConfigError(f"data source {quoted(source)} is a web address: {mend}")
     elif source.endswith(FILE_SUFFIXES) or path.is_file():
@@ -199,19 +202,14 @@ def _read_text(path: Path, compressed: bool) -> SourceRows:
     wrong = None
     if start and read.problems and not read.rows:
         wrong = None if any(p.mend for p in read.problems) else text_refusal(start[0][1], path)
-        _one_cause(read.problems)
+        read.problems.sort(key=lambda problem: not problem.mend)  # the first known cause is that of the file
+        mend = read.problems[0].mend or (f"; {ANY_TEXT}" if len(read.problems) > 1 else "")
+        read.problems[:] = [replace(problem, mend=mend) for problem in read.problems]
     elif len(read.rows) == 1 and not read.problems:
         wrong = table_refusal(read.rows[0].columns, path.name)
     if wrong:
         raise DataError(f"{quoted(path.name)}: {wrong}")
     return read
-
-
-def _one_cause(problems: list[RowProblem]) -> None:
-    """Where no line is a row, the first known cause is that of the file."""
-    problems.sort(key=lambda problem: not problem.mend)
-    mend = problems[0].mend or (f"; {ANY_TEXT}" if len(problems) > 1 else "")
-    problems[:] = [replace(problem, mend=mend) for problem in problems]
 
 
 def _lines(stream: Iterable[bytes], read: SourceRows) -> Iterator[tuple[int, bytes]]:
@@ -306,13 +304,6 @@ def _check_all_read(folder: Path, splits: Mapping[str, Iterable[str]]) -> None:
 
 def _numbered(name: str, rows: Iterable[Mapping[str, object]], first: int = 0) -> SourceRows:
     return SourceRows(name, [Row(i, f"{name}:{i + first}", row) for i, row in enumerate(rows)])
-
-
-def _read_demo(split: str, method: str) -> SourceRows:
-    if split not in DEMO_ROWS:
-        raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
-    make = world.sft_rows if method == "sft" else world.preference_rows
-    return _numbered(f"demo[{split}]", make(split, DEMO_ROWS[split], 0))
 
 
 def _read_given(given: GivenRows) -> SourceRows:

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowlevel.inspection.figures import percent, plain, signed
-from lowlevel.inspection.labelled import LabelledRecord, labelled_path
+from lowlevel.inspection.kto_and_reward import LabelledRecord, RewardRecord, labelled_path, reward_path
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.reading import formula, reading_of
+from lowlevel.inspection.reading import formula, percent, plain, reading_of, signed
 from lowlevel.inspection.records import CompletionRecord, PairRecord, PathStep, SequenceRecord, TokenRecord
-from lowlevel.inspection.rewards import RewardRecord, reward_path
 from lowlevel.methods import DPO, KTO, Method, Reward
 
 

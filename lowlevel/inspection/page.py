@@ -15,11 +15,10 @@ from markupsafe import Markup, escape
 from lowlevel.durable import given_file
 from lowlevel.errors import ConfigError
 from lowlevel.inspection.charts import histogram, loss_bands
-from lowlevel.inspection.figures import percent, plain, signed, typographic
-from lowlevel.inspection.inspection import Inspection
-from lowlevel.inspection.labelled import LabelledRecord
+from lowlevel.inspection.kto_and_reward import LabelledRecord
+from lowlevel.inspection.opening import Inspection
 from lowlevel.inspection.pieces import VISIBLE, breaks_line
-from lowlevel.inspection.reading import formula, source, sum_name, weight_name
+from lowlevel.inspection.reading import formula, percent, plain, signed, source, sum_name, typographic, weight_name
 from lowlevel.inspection.records import PairRecord
 from lowlevel.inspection.view import compared_article, scales, sequence_article
 
@@ -38,8 +37,7 @@ LABELLED_CAPTION = (
 def write_page(inspection: Inspection, path: Path) -> None:
     """Write the page. A file is replaced atomically; the target of a link is replaced; a pipe is written to.
 
-    Raises:
-        ConfigError: the file cannot be written.
+    Raises ConfigError: the file cannot be written.
     """
     page = render_page(inspection)
     try:

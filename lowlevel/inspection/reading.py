@@ -1,4 +1,4 @@
-"""How a loss is shown: what it reads of a pair, which gives its weights their meaning, and its formula as text.
+"""How a loss is shown: what it reads of a pair, which gives its weights their meaning; formulas and numbers as text.
 
 margin     only the margin, x = beta a - beta b: one weight for the pair, -dL/dx
 averages   only the margin of averages, beta (a/n+ - b/n-): a token counts less in a longer completion
@@ -8,12 +8,43 @@ quantiles  sorted over the micro-batch: element i of the loss belongs to quantil
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal
 
 from lowlevel.losses.dpo import HYPERPARAMETERS
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods import Method
+
+NONE = "–"
+
+
+def plain(value: float, digits: int = 4, sign: str = "-") -> str:
+    """A number; `sign="+"` also marks positive values. A value that rounds to zero has no sign."""
+    if math.isnan(value):
+        return NONE
+    text = f"{value:{sign}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """A summand, with its sign."""
+    return plain(value, digits, "+")
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1]."""
+    if not math.isfinite(share):
+        return NONE
+    if 0 < share < 1e-4:
+        return "<0.01%"
+    return f"{100 * share:.{2 if share < 1e-2 else 1}f}%"
+
+
+def typographic(text: str) -> str:
+    """With minus signs instead of hyphens, for a page."""
+    return text.replace("-", "\u2212")
+
 
 Reading = Literal["margin", "averages", "both", "quantiles"]
 

@@ -161,8 +161,7 @@ def inspect_sequences(policy: Policy, method: SFT, examples: Sequence[SFTExample
 def inspect_pairs(policy: Policy, method: DPO, examples: Sequence[PreferenceExample]) -> list[PairRecord]:
     """Preference pairs, in the given order. Micro-batches are those of training, because `aot` depends on them.
 
-    Raises:
-        ValueError: two come from one data row.
+    Raises ValueError: two come from one data row.
     """
     by_row, found = examples_by_row(examples), dict[int, PairRecord]()
     for batch in method.micro_batches(examples):

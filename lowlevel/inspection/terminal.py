@@ -12,14 +12,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lowlevel.inspection.figures import percent, plain, signed
-from lowlevel.inspection.inspection import Inspection
-from lowlevel.inspection.labelled import LabelledRecord
+from lowlevel.inspection.kto_and_reward import LabelledRecord, RewardRecord
 from lowlevel.inspection.lines import TokenLine, completion_lines, fall_line, path_of, sequence_lines
+from lowlevel.inspection.opening import Inspection
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.reading import reading_of, source, sum_name
+from lowlevel.inspection.reading import percent, plain, reading_of, signed, source, sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord
-from lowlevel.inspection.rewards import RewardRecord
 
 WIDE = 110  # terminal width from which a pair's tables include the likeliest alternatives
 RAISES, LOWERS = "blue", "dark_orange"

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowlevel.inspection.charts import Stair, stair
-from lowlevel.inspection.figures import percent, plain, signed, typographic
-from lowlevel.inspection.labelled import LabelledRecord
+from lowlevel.inspection.kto_and_reward import LabelledRecord
 from lowlevel.inspection.lines import FallLine, TokenLine, completion_lines, fall_line, path_of, sequence_lines
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.reading import sum_name
+from lowlevel.inspection.reading import percent, plain, signed, sum_name, typographic
 from lowlevel.inspection.records import PairRecord, PathStep, SequenceRecord, TokenRecord
 from lowlevel.methods import Method
 
@@ -64,6 +63,11 @@ def scales(tokens: Sequence[TokenRecord], contributions: Sequence[Tensor]) -> di
         "entropy": [record.predicted.entropies for record in tokens],
     }
     return {name: _high([value for part in parts for value in part.tolist()]) or 1.0 for name, parts in columns.items()}
+
+
+def _high(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(CLIPPED * len(ordered)))] if ordered else 0.0
 
 
 def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Mapping[str, float], total: float) -> Article:
@@ -137,16 +141,8 @@ def _token_views(
         values = {"contribution": abs(adds), "loss": -logp, "entropy": entropy}
         strengths = {name[0]: round(min(1.0, max(0.0, value / scale[name])), 3) for name, value in values.items()}
         css = ";".join(f"--{letter}:{strength}" for letter, strength in strengths.items())
-        views.append(TokenView(line.token, _tip(line), "up" if adds > 0 else "down" if adds < 0 else "", css, height))
+        numbers = [f"{name}\t{typographic(number)}" for name, number in line.numbers.items()]
+        others = [f"{'instead' if i == 0 else ''}\t{other}" for i, other in enumerate(line.others)]
+        sign, tip = "up" if adds > 0 else "down" if adds < 0 else "", "\n".join([line.token, *numbers, *others])
+        views.append(TokenView(line.token, tip, sign, css, height))
     return views
-
-
-def _tip(line: TokenLine) -> str:
-    numbers = [f"{name}\t{typographic(number)}" for name, number in line.numbers.items()]
-    others = [f"{'instead' if i == 0 else ''}\t{other}" for i, other in enumerate(line.others)]
-    return "\n".join([line.token, *numbers, *others])
-
-
-def _high(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(CLIPPED * len(ordered)))] if ordered else 0.0

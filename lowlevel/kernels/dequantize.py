@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lowlevel.kernels.operators import succeeds
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BYTES = 1024  # codes of a program: 2,048 weights, 16 a thread
@@ -86,14 +87,8 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     packed = torch.zeros(32, 1, dtype=torch.uint8, device=device)
     ones = torch.ones(256, device=device)
     nested = (ones[:16], packed.view(-1)[:1], ones, ones[:1], ones[0])
-    try:
-        _launch(Quantised((1, 64), 64, 1, packed, ones[:16], ones[:1]), dtype)
-        _launch(Quantised((1, 64), 64, 256, packed, *nested), dtype)
-    except Exception as error:  # Triton's errors have no common class: missing package, no driver, compiler, ptxas
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        warnings.warn(f"plain torch instead of Triton's kernels on {device} in {dtype}: {reason}", stacklevel=2)
-        return False
-    return True
+    weights = Quantised((1, 64), 64, 1, packed, ones[:16], ones[:1]), Quantised((1, 64), 64, 256, packed, *nested)
+    return succeeds(lambda: [_launch(weight, dtype) for weight in weights], f"on {device} in {dtype}")
 
 
 @functools.cache

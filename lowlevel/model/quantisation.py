@@ -61,8 +61,7 @@ class StoredQuantisation:
 def stored_quantisation(base: PretrainedConfig, name: str) -> StoredQuantisation | None:
     """How a base's weights are quantised already; None: not. `name` is for messages.
 
-    Raises:
-        ConfigError: in any way but bitsandbytes' 4 bits.
+    Raises ConfigError: in any way but bitsandbytes' 4 bits.
     """
     settings = base.to_dict()
     tables = (settings, settings.get("text_config") or {})
@@ -128,8 +127,7 @@ def double_quantisation(double: bool) -> str:
 def as_stored(model: ModelConfig, stored: StoredQuantisation | None) -> ModelConfig:
     """The settings with the quantisation keys of a pre-quantised folder. `stored` None: the settings as they are.
 
-    Raises:
-        ConfigError: a key that was set contradicts the folder, or adapter_mode needs 16-bit weights.
+    Raises ConfigError: a key that was set contradicts the folder, or adapter_mode needs 16-bit weights.
     """
     if stored is None:
         return model

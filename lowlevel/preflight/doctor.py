@@ -59,7 +59,7 @@ def run_doctor(out: Path, json_file: Path | None, console: Console, silence: Cal
 
 def machine_checks(out: Path) -> Checks:
     """Checks that load no weights. Their imports are here, because torch takes seconds and may be missing."""
-    from lowlevel.preflight import device, numerics, storage
+    from lowlevel.preflight import device, numerics
 
     return (
         ("device", device.device),
@@ -70,8 +70,8 @@ def machine_checks(out: Path) -> Checks:
         ("4-bit weights", numerics.four_bit),
         ("Triton kernels", numerics.triton_kernels),
         ("optimizer", numerics.optimizer),
-        ("run folder", partial(storage.run_folder, out)),
-        ("hub cache", storage.hub),
+        ("run folder", partial(device.run_folder, out)),
+        ("hub cache", device.hub),
     )
 
 

@@ -18,7 +18,7 @@ from lowlevel.kernels.host_rows import host_rows, host_rows_reference
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.preflight.finding import Finding, fail, note, ok
-from lowlevel.verification.check import relative
+from lowlevel.verification.subject import relative
 
 NF4_ERROR = 0.092  # |W - NF4(W)| / |W| of Gaussian weights in blocks of 64 (tests/preflight recompute it)
 NF4_TOLERANCE = 0.002

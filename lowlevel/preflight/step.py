@@ -12,9 +12,8 @@ from lowlevel.optim.train_state import StepResult
 from lowlevel.preflight.finding import Finding, fail, note, ok
 from lowlevel.running.assembly import build_method, build_run_policy, check_inputs, choose_execution
 from lowlevel.running.observer import MARGINS, all_ties
-from lowlevel.verification.check import BOUNDS as GRADIENT_BOUNDS
-from lowlevel.verification.check import relative
-from lowlevel.verification.subject import Subject
+from lowlevel.verification.subject import BOUNDS as GRADIENT_BOUNDS
+from lowlevel.verification.subject import Subject, relative
 
 BOUNDS = {"fp32": 1e-5, "fp16": 2e-3}  # of loss and gradient norm, relative; as in tests/gpu
 PASSES = 3  # warm-up, capture, replay

@@ -14,7 +14,7 @@ from rich.table import Table, box
 from torch import Tensor
 
 from lowlevel.errors import LowlevelError
-from lowlevel.replaying.what_if import Outcome
+from lowlevel.replaying.session import Outcome
 
 # Times and memory are not compared.
 UNCOMPARED = ("tokens_per_second", "peak_allocated_gib", "peak_reserved_gib")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowlevel.inspection.charts import Tick, round_width
-from lowlevel.inspection.figures import typographic
+from lowlevel.inspection.reading import typographic
 from lowlevel.perplexity import PERPLEXITIES
 from lowlevel.running.plots import Curve, Panel, colours_of, points_of
 

@@ -93,18 +93,8 @@ BACKWARD = "backward"
 CLIP = "unscale, clip"
 OPTIMIZER = "optimizer"
 Call = Callable[[], Any]
-PHASES = (
-    LAYOUT,
-    BASELINE,
-    COPY,
-    REFERENCE,
-    FORWARD,
-    LOSS,
-    BACKWARD,
-    CLIP,
-    OPTIMIZER,
-    OTHER,
-)  # in the order of the table
+# In the order of the table.
+PHASES = (LAYOUT, BASELINE, COPY, REFERENCE, FORWARD, LOSS, BACKWARD, CLIP, OPTIMIZER, OTHER)
 
 
 @contextmanager

@@ -5,8 +5,7 @@ them with a recomputation that shares no code with them: float64, closed forms, 
 is its own formula: its function is called in float64.
 """
 
-from lowlevel.verification.check import Check
 from lowlevel.verification.report import run_checks
-from lowlevel.verification.subject import Subject
+from lowlevel.verification.subject import Check, Subject
 
 __all__ = ["Check", "Subject", "run_checks"]

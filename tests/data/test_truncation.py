@@ -5,12 +5,12 @@ import pytest
 
 from lowlevel.config.schema import DataConfig
 from lowlevel.data.examples import truncate_pair
-from lowlevel.data.truncation import Sizes, kept_tokens, truncation
+from lowlevel.data.truncation import kept_tokens, truncation
 
 
 def test_the_lengths_of_rows_of_1_to_100_tokens():
     """5,050 tokens; at length L, 100 L - L (L - 1) / 2 stay: 4,545 need 69, 4,797.5 need 79, 4,999.5 need 91."""
-    rows = [Sizes(n, reply=0) for n in range(1, 101)]
+    rows = [(n, 0, 0, 0) for n in range(1, 101)]
     found = truncation(rows, DataConfig(max_length=50), limit=80)
     assert (found.rows, found.rows_cut, found.rows_dropped, found.tokens, found.tokens_cut) == (100, 50, 0, 5050, 1275)
     assert found.keeping == {"90": 69, "95": 79, "99": 91}
@@ -20,7 +20,7 @@ def test_the_lengths_of_rows_of_1_to_100_tokens():
 
 
 def test_a_row_whose_reply_begins_later_is_dropped_and_keeps_nothing():
-    rows = [Sizes(10, reply=5), Sizes(1000, reply=999)]
+    rows = [(10, 0, 0, 5), (1000, 0, 0, 999)]
     found = truncation(rows, DataConfig(max_length=512), limit=2048)
     assert (found.rows_cut, found.rows_dropped, found.tokens_cut, found.keeping["90"]) == (1, 1, 1000, 1000)
     assert " rows and drops 1 of these (" in str(found)

@@ -8,7 +8,7 @@ import torch
 from samples import chats, pairs
 
 from lowlevel.batch.layout import Shape
-from lowlevel.inspection import inspect_pairs, inspect_sequences
+from lowlevel.inspection.records import inspect_pairs, inspect_sequences
 
 SHAPE = Shape(positions=16, examples=4, longest=64, capacity=96)
 

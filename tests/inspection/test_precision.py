@@ -5,7 +5,7 @@ import pytest
 import torch
 from samples import chats, pairs
 
-from lowlevel.inspection import inspect_pairs, inspect_sequences
+from lowlevel.inspection.records import inspect_pairs, inspect_sequences
 from lowlevel.loop import evaluate_examples
 from lowlevel.model.placement import Placement
 

@@ -8,8 +8,8 @@ import torch
 from samples import chats, pairs
 
 from lowlevel.config.schema import DPOConfig
-from lowlevel.inspection import PairRecord, inspect_pairs, inspect_sequences
 from lowlevel.inspection.reading import READINGS
+from lowlevel.inspection.records import PairRecord, inspect_pairs, inspect_sequences
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
 from lowlevel.losses.preference import PairLogps

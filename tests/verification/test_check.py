@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lowlevel.verification.check import check
+from lowlevel.verification.subject import check
 
 
 @pytest.mark.parametrize(

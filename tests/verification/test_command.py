@@ -13,9 +13,8 @@ from lowlevel.config.file import load_config
 from lowlevel.running.reopening import reopen
 from lowlevel.running.run import run_training
 from lowlevel.verification import run_checks
-from lowlevel.verification.check import Check
-from lowlevel.verification.opening import verify_run
-from lowlevel.verification.report import print_checks
+from lowlevel.verification.report import print_checks, verify_run
+from lowlevel.verification.subject import Check
 
 
 def verify(path, *options) -> str:
@@ -68,7 +67,7 @@ def test_a_run_file_and_a_step_that_is_not_there(finished, tmp_path):
 
 
 def test_a_failed_check_is_one_line_and_is_written(finished, monkeypatch, tmp_path):
-    import lowlevel.verification.opening as opening
+    import lowlevel.verification.report as opening
 
     checks = [Check("loss", "token", float("nan"), 1e-3, False, "a note")]
     monkeypatch.setattr(opening, "run_checks", lambda subject: checks)

@@ -9,10 +9,10 @@ import torch
 
 import lowlevel.verification.evidence
 from lowlevel.verification.evidence import gather
+from lowlevel.verification.exact import head_scores
 from lowlevel.verification.masking import Read, _bos
 from lowlevel.verification.report import fill_b
 from lowlevel.verification.subject import kept_weights, without_dropout
-from lowlevel.verification.truth import head_scores
 
 NATS = 1e-3
 
