@@ -40,10 +40,6 @@ class StoredQuantisation:
     double_quant: bool
     skipped: list[str] | None  # modules left in 16 bits, in transformers' patterns; None: the LM head
 
-    def settings(self) -> dict[str, Any]:
-        """The keys of [model] that describe these weights."""
-        return dict(zip(KEYS, (True, self.quant_type, self.double_quant), strict=True))
-
     def __str__(self) -> str:
         return _kind(self.quant_type, self.double_quant)
 
@@ -131,7 +127,7 @@ def as_stored(model: ModelConfig, stored: StoredQuantisation | None) -> ModelCon
     """
     if stored is None:
         return model
-    own = stored.settings()
+    own = dict(zip(KEYS, (True, stored.quant_type, stored.double_quant), strict=True))
     for key in KEYS:
         if key in model.model_fields_set and getattr(model, key) != own[key]:
             value = str(getattr(model, key)).lower()

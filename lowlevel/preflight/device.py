@@ -24,7 +24,7 @@ from lowlevel.model.base import load_model_config
 from lowlevel.model.layers import COMPILER
 from lowlevel.model.placement import choose_placement
 from lowlevel.preflight.finding import Finding, fail, note, ok
-from lowlevel.preflight.step import demo_config
+from lowlevel.preflight.numerics import demo_config
 from lowlevel.running.assembly import check_inputs, choose_execution
 from lowlevel.running.run_folder import run_lock
 

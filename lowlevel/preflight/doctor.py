@@ -77,7 +77,7 @@ def machine_checks(out: Path) -> Checks:
 
 def step_checks() -> Checks:
     """One step of each method."""
-    from lowlevel.preflight.step import one_step
+    from lowlevel.preflight.numerics import one_step
 
     return ("sft step", partial(one_step, "sft")), ("dpo step", partial(one_step, "dpo"))
 
