@@ -176,7 +176,7 @@ def _weight_of(item: Columns, place: str) -> float:
 
 
 def calls_of(item: Columns, place: str) -> list[Message]:
-    """The tool calls of an assistant's message, with OpenAI's older "function_call", in OpenAI's form."""
+    """The tool calls of an assistant's message, with OpenAI's older "function_call", as chat templates take them."""
     value, single = item.get("tool_calls"), item.get("function_call")
     if isinstance(value, str) and value.strip():
         value = from_json(value, f'"tool_calls"{place}')

@@ -1,6 +1,6 @@
 """The policy: a frozen base, an optional frozen adapter (the parent), and the trained adapter.
 
-The reference is the same model with the trained adapter switched off; a moving one (moving_reference.py) has an adapter
+The reference is the same model with the trained adapter switched off; a moving one (`MovingReference`) has an adapter
 of its own in its place.
 """
 
@@ -53,7 +53,17 @@ class Following:
 
 @dataclass(frozen=True)
 class MovingReference:
-    """The reference's adapter in one buffer, in the order of the policy's flat weights."""
+    """TR-DPO (arXiv 2404.09656): a reference that follows the policy.
+
+        after every N steps:    reference <- alpha * policy + (1 - alpha) * reference
+
+    The paper does this with all weights of a model. Here only an adapter is trained, so the reference is a second
+    adapter of the same shape over the same base and frozen adapter. It starts with B = 0, which is the reference of
+    plain DPO. A and B are mixed each by itself: a mixture of the products B A would have a higher rank. With alpha = 1,
+    the paper's hard update, both are the same.
+
+    Its adapter is in one buffer, in the order of the policy's flat weights.
+    """
 
     weights: Tensor  # (n,) fp32; its address stays, because captured CUDA graphs read it there
     following: Following

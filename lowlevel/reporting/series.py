@@ -122,7 +122,7 @@ class Chart:
 
 
 def chart(panel: Panel) -> Chart:
-    """Geometry of a panel."""
+    """Geometry of a panel for the page, which draws it as SVG in its own colours; PNG files: running/plots.py."""
     xs = [x for curve in panel.curves for x, _ in curve.points]
     ys = [y for curve in panel.curves for _, y in curve.points] + ([panel.level[0]] if panel.level else [])
     left, right = min(xs), max(max(xs), min(xs) + 1)
