@@ -37,7 +37,7 @@ from lowlevel.running.run import run_steps
 from lowlevel.running.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from lowlevel.inspection.opening import Inspection
+    from lowlevel.inspection.inspection import Inspection
     from lowlevel.replaying.report import Replay
     from lowlevel.verification.report import Report
 
@@ -318,7 +318,7 @@ class Run:
     @_long
     def verify(self, *, step: int = 1, **options: Any) -> Report:
         """Check a step of the run against its formula in float64; `print()` shows the table."""
-        from lowlevel.verification.report import verify_run
+        from lowlevel.verification.opening import verify_run
 
         return verify_run(self.opened, step=step, **options)
 

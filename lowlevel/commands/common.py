@@ -73,8 +73,8 @@ def read_run_file(options: Options, overrides: Overrides, method: str) -> RunCon
 
 def read_any_run(options: Options, overrides: Overrides, console: Console) -> RunConfig:
     """As `read_run_file`, of either method and also of a run folder; prints the method if it was inferred."""
-    from lowlevel.config.contradictions import infer_method
     from lowlevel.config.file import config_from_tables, given_tables
+    from lowlevel.config.method import infer_method
     from lowlevel.data.sources import column_names
 
     path: Path | None = options.config

@@ -46,7 +46,8 @@ def run(options: Options, overrides: Overrides) -> None:
     from lowlevel.durable import write_given_json
     from lowlevel.running.progress import lines_to
     from lowlevel.running.reopening import reopen
-    from lowlevel.verification.report import open_start, print_checks, verify_run
+    from lowlevel.verification.opening import open_start, verify_run
+    from lowlevel.verification.report import print_checks
 
     note = lines_to(console)
     with tempfile.TemporaryDirectory() as scratch:

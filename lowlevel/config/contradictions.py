@@ -1,15 +1,12 @@
-"""Settings that contradict each other, and keys that the run would not read: both are errors. The method of a
-configuration that does not name one: by the keys that only one method reads, else by its rows.
-"""
+"""Settings that contradict each other, and keys that the run would not read: both are errors."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lowlevel.config.schema import METHODS, PAIRED
-from lowlevel.errors import ConfigError
 from lowlevel.redaction import holds_secret
 
 if TYPE_CHECKING:
@@ -178,58 +175,3 @@ def parse_size(text: str) -> int | None:
         return None
     number, prefix, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** {"M": 2, "G": 3}[prefix])
-
-
-SHARED = ("model.adapter", "model.adapter_mode")  # by dpo, kto and reward
-ONLY = {**dict.fromkeys((*SHARED, "data.max_prompt_length"), "dpo"), "data.weight_column": "sft"}
-FORMATS = {"messages": "sft", "preference": "dpo", "hh": "dpo", "orca": "dpo"}  # of data.format; kto takes each
-OF_OTHERS = {  # kto and reward read the rows and the adapter of the others, too, but not these keys
-    "kto": ("sft.", "dpo.", "reward.", "data.max_prompt_length", "data.weight_column"),
-    "reward": ("sft.", "dpo.", "kto.", "data.weight_column"),
-}
-PAIR, LABELLED = {"chosen", "rejected"}, {"completion", "label"}
-
-
-def infer_method(tables: Mapping[str, Any], columns: Callable[[], Collection[str]]) -> tuple[str, str]:
-    """The method, and the reason in words; `columns` gives the columns of the training rows.
-
-    Raises ConfigError: the keys, or the columns, are those of both methods.
-    """
-    signs = _signs(tables)
-    if signs["dpo"] and {*signs["dpo"]} <= {*SHARED} and {*columns()} >= LABELLED:
-        signs = {**signs, "dpo": [], "kto": signs["kto"] + signs["dpo"]}
-    for method, own in OF_OTHERS.items():
-        if signs[method]:
-            signs = {m: [key for key in keys if m == method or key.startswith(own)] for m, keys in signs.items()}
-    named = [(method, keys[0]) for method, keys in signs.items() if keys]
-    if len(named) > 1:
-        (method, one), (another, other), *_ = named
-        raise ConfigError(f"{one} is for {method}, {other} is for {another}: leave one of them out")
-    if named:
-        return named[0][0], f"{named[0][1]} is given"
-    found = set(columns())
-    if not found:
-        return "sft", "the default; nothing names another"
-    if found >= LABELLED and not found >= PAIR:
-        return "kto", "its rows have the columns completion and label"
-    if not found >= PAIR:
-        return "sft", "its rows have no columns chosen and rejected"
-    if both := sorted(found & {"messages", "completion"}):
-        raise ConfigError(f"the rows have the columns of both methods ({both[0]}; chosen, rejected): give --method")
-    return "dpo", "its rows have the columns chosen and rejected"
-
-
-def _signs(tables: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Keys that only one method reads, by method."""
-    given = {f"{section}.{key}": value for section, table in tables.items() if isinstance(table, Mapping)
-             for key, value in table.items()}  # fmt: skip
-    signs: dict[str, list[str]] = {"sft": [], "dpo": [], "kto": [], "reward": []}
-    for name, value in given.items():
-        section = name.partition(".")[0]
-        if section in signs:
-            signs[section].append(name)
-        elif name in ONLY:
-            signs[ONLY[name]].append(name)
-        elif name == "data.format" and value in FORMATS:
-            signs[FORMATS[value]].append(f'data.format = "{value}"')
-    return signs

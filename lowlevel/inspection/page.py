@@ -15,8 +15,8 @@ from markupsafe import Markup, escape
 from lowlevel.durable import given_file
 from lowlevel.errors import ConfigError
 from lowlevel.inspection.charts import histogram, loss_bands
+from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.kto_and_reward import LabelledRecord
-from lowlevel.inspection.opening import Inspection
 from lowlevel.inspection.pieces import VISIBLE, breaks_line
 from lowlevel.inspection.reading import formula, percent, plain, signed, source, sum_name, typographic, weight_name
 from lowlevel.inspection.records import PairRecord

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.kto_and_reward import LabelledRecord, RewardRecord
 from lowlevel.inspection.lines import TokenLine, completion_lines, fall_line, path_of, sequence_lines
-from lowlevel.inspection.opening import Inspection
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import percent, plain, reading_of, signed, source, sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord

@@ -16,8 +16,9 @@ from lowlevel.heartbeat import counted
 from lowlevel.model.adapters import WEIGHTS, adapter_parameters
 from lowlevel.model.policy import TRAINED
 from lowlevel.optim.optimizer import optimizer_tensors
+from lowlevel.replaying.compare import Row, number_rows, tensors_row
 from lowlevel.replaying.dump import Dump, check_target, observe
-from lowlevel.replaying.report import Replay, Row, number_rows, tensors_row
+from lowlevel.replaying.report import Replay
 from lowlevel.replaying.session import Outcome, Session, open_session, parse_settings, what_if
 from lowlevel.running.forensics import examine_error
 from lowlevel.running.reopening import Reopened

@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -14,42 +13,14 @@ from rich.console import Console
 from lowlevel.config.schema import RunConfig
 from lowlevel.durable import write_text
 from lowlevel.errors import ConfigError, LowlevelError
-from lowlevel.inspection.page import render_template
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.reporting.displaced import NOTICED_TEXT, SHOWN, DisplacedPairs, PairTables, look_at_displaced, pair_tables
-from lowlevel.reporting.series import chart, panels
+from lowlevel.reporting.displaced import PairTables, look_at_displaced, pair_tables
+from lowlevel.reporting.page import Report, render
+from lowlevel.reporting.series import panels
 from lowlevel.running.assembly import load_run_tokenizer
-from lowlevel.running.plots import Panel, plot_panels
+from lowlevel.running.plots import plot_panels
 from lowlevel.running.reopening import Reopened, reopen
 from lowlevel.running.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class Report:
-    """The contents of the page."""
-
-    name: str
-    folder: str  # the run folder, quoted for a shell
-    facts: Sequence[tuple[str, str]]  # name and value, in the head
-    panels: Sequence[Panel]
-    tables: PairTables | None  # of a dpo run with a trace
-    missing: str | None  # what a trace would add; None if there is one
-    tokens: dict[int, str]  # text of the token ids in `tables.falls`, if the tokenizer could be loaded
-    pages: dict[int, str]  # links to inspection pages in the run folder, by data row
-    displaced: DisplacedPairs | None = None  # the tokens that gained the probability of displaced pairs, if requested
-
-    @property
-    def command(self) -> str:
-        """The command that shows which tokens gained the probability of displaced pairs."""
-        return f"lowlevel report {self.folder} --displaced {SHOWN}"
-
-
-def render(report: Report) -> str:
-    """The page as HTML; its policy forbids all scripts."""
-    styles = ["inspection/page.css", "reporting/report.css"]
-    charts = [chart(panel) for panel in report.panels]
-    return render_template("reporting/report.html", styles, report=report, noticed=NOTICED_TEXT, charts=charts)
-
 
 NO_TRACE = (
     "A trace adds the best and the worst pairs, the number of chosen completions below the reference, and the tokens "

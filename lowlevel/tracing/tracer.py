@@ -1,14 +1,12 @@
-"""Collects the values that a step computed for its examples, and writes them at checkpoints, as parquet files.
+"""Collects the values that a step computed for its examples, and writes them at checkpoints.
 
 At pair level, tracing a step costs one copy of some hundred bytes to the host, just before the loop's own host sync.
-Files are written atomically, only at checkpoints, named by their steps, and deleted after the step that a run resumes
-from.
+Parquet files are written only at checkpoints.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,90 +18,16 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import RunConfig
-from lowlevel.durable import write_bytes
 from lowlevel.errors import CheckpointError
 from lowlevel.losses import LossSums
 from lowlevel.methods import Method
 from lowlevel.methods.dpo import DPO, kept_pair_logps, reward_slopes
 from lowlevel.model.policy import Policy
+from lowlevel.tracing.files import write_table
 from lowlevel.tracing.gradients import measure
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-_NAME = re.compile(r"(pairs|examples|steps)-(\d{8})-(\d{8})\.parquet")
-
-
-def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -> Path:
-    """Write the rows of some steps as one parquet file, atomically.
-
-    Args:
-        folder: the run's trace folder.
-        kind: "pairs", "examples" or "steps".
-        columns: values by column; "step" ascends.
-
-    Raises:
-        CheckpointError: the file cannot be written, for example because the disk is full.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    steps = columns["step"]
-    path = folder / f"{kind}-{steps[0]:08d}-{steps[-1]:08d}.parquet"
-    content = pa.BufferOutputStream()
-    pq.write_table(_table(columns), content)
-    try:
-        folder.mkdir(exist_ok=True)
-        write_bytes(path, content.getvalue().to_pybytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: not written: {error.strerror or error}") from None
-    return path
-
-
-def drop_after(folder: Path, step: int) -> None:
-    """Delete the files of steps after `step`, which a resumed run repeats, and temporary files.
-
-    A checkpoint is written after all rows before it, so every file lies on one side of it.
-    """
-    for path in folder.glob(".tmp-*"):
-        path.unlink()
-    for path in folder.glob("*.parquet"):
-        found = _NAME.fullmatch(path.name)
-        if found and int(found[3]) > step:
-            path.unlink()
-
-
-def read_trace(folder: Path, kind: str) -> pa.Table | None:
-    """All rows of a kind, by step; None if there are none. Raises CheckpointError: a file that is not valid parquet."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    tables = []
-    for path in sorted(folder.glob(f"{kind}-*.parquet")):
-        try:
-            tables.append(pq.read_table(path))
-        except (OSError, pa.ArrowException) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
-    return pa.concat_tables(tables, promote_options="default") if tables else None  # trace.level may change on resume
-
-
-def _table(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
-    """A table with types chosen by column name, so that all files of a kind have the same; fp32 stays fp32."""
-    import pyarrow as pa
-
-    from lowlevel.losses.token_logps import STATISTICS
-
-    def kind(name: str) -> pa.DataType:
-        if name.startswith("metrics/"):
-            return pa.float32()
-        if name.endswith("token_ids"):
-            return pa.list_(pa.int32())
-        if name.endswith(("token_logps", "layer_norms", *STATISTICS)):
-            return pa.list_(pa.float32())
-        whole = name in ("step", "row", "micro_batch", "pairs", "tokens", "examples") or name.endswith("length")
-        return pa.int64() if whole else pa.float64() if name == "loss_scale" else pa.float32()
-
-    return pa.table({name: pa.array(values, kind(name)) for name, values in columns.items()})
+    pass
 
 
 FLUSH_VALUES = 2**22  # numbers held on the host before they are written between two checkpoints

@@ -3,7 +3,7 @@
 import pytest
 from workspace import CHATS, PAIRS
 
-from lowlevel.config.contradictions import infer_method
+from lowlevel.config.method import infer_method
 from lowlevel.errors import ConfigError
 
 LABELLED = ("prompt", "completion", "label")

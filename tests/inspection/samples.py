@@ -13,7 +13,7 @@ from workspace import CHATS, PAIRS, Workspace, run
 
 from lowlevel.data.examples import PreferenceExample, SFTExample
 from lowlevel.data.rendering import chat_tokenizer
-from lowlevel.inspection.opening import Inspection
+from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.records import inspect_pairs, inspect_sequences
 

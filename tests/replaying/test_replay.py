@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from workspace import metrics, run
 
 from lowlevel.checkpoints import checkpoint
+from lowlevel.replaying.compare import number_rows, same_bits, tensors_row
 from lowlevel.replaying.replay import replay_run
-from lowlevel.replaying.report import ReplayDiffersError, number_rows, same_bits, tensors_row
+from lowlevel.replaying.report import ReplayDiffersError
 from lowlevel.running.reopening import reopen
 from lowlevel.running.run_folder import run_lock
 

@@ -23,7 +23,7 @@ from lowlevel.reporting.displaced import displaced_pairs, pair_tables
 from lowlevel.reporting.report import report_run
 from lowlevel.running.assembly import prepare_data
 from lowlevel.running.reopening import load_run, reopen
-from lowlevel.tracing.tracer import write_table
+from lowlevel.tracing.files import write_table
 
 pytestmark = pytest.mark.usefixtures("no_pngs")
 SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")

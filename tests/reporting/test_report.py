@@ -10,10 +10,10 @@ import pytest
 from workspace import metrics, run
 
 from lowlevel.reporting.displaced import pair_tables, token_falls
-from lowlevel.reporting.report import Report, render
+from lowlevel.reporting.page import Report, render
 from lowlevel.reporting.series import chart, fallen, number, panels, ticks
 from lowlevel.running.plots import Curve, Panel
-from lowlevel.tracing.tracer import write_table
+from lowlevel.tracing.files import write_table
 
 SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")
 LOOKS = {"light": (1280, False), "dark": (1280, True), "phone": (390, False)}

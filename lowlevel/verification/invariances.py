@@ -1,0 +1,124 @@
+"""Group 3, invariances: loss and gradient of a step do not depend on layout, recomputation or execution mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from lowlevel.batch.layout import PackedBatch, Segment, build_batch, pair_rows, sft_segment
+from lowlevel.labels import IGNORED
+from lowlevel.methods import Method
+from lowlevel.methods.reward import reward_segments
+from lowlevel.verification.evidence import Evidence
+from lowlevel.verification.subject import Check, Subject, check, packed, relative, with_batches_of
+
+GROUP = "invariances"
+
+
+def invariance_checks(subject: Subject, evidence: Evidence) -> list[Check]:
+    """Loss and gradient of the same step, pairwise. Dropout stays on: its masks must not change either."""
+    expected = _step(subject, with_batches_of(subject.method, len(subject.examples)))
+    checks = []
+    for name, method in _layouts(subject):
+        checks += _compare(subject, name, _step(subject, method), expected)
+    padded = _step(subject, batches=[left_padded(subject)])
+    checks += _compare(subject, "left padding = right padding", padded, expected)
+    with _checkpointing(subject, on=False):
+        without = _step(subject)
+    with _checkpointing(subject, on=True):
+        checks += _compare(subject, "recomputed layers = kept", _step(subject), without)
+    if subject.mode != "eager":
+        checks += _execution_checks(subject, evidence)
+    return checks
+
+
+def _layouts(subject: Subject) -> Iterator[tuple[str, Method]]:
+    """Layouts to compare with one padded micro-batch. A loss that mixes pairs needs them in one micro-batch."""
+    method, number = subject.method, len(subject.examples)
+    yield "as the run has it", method
+    if not subject.mixes:
+        yield f"{number} x 1 = 1 x {number}", with_batches_of(method, 1)
+        yield f"3 a micro-batch = 1 x {number}", with_batches_of(method, 3)
+    yield "shared prompt = two rows" if subject.paired else "packed = padded", packed(method, number)
+
+
+def _step(
+    subject: Subject, method: Method | None = None, batches: list[PackedBatch] | None = None
+) -> tuple[float, Tensor]:
+    result, gradient = subject.run_step(method, batches=batches)
+    return result.metrics["loss"], gradient
+
+
+def _compare(
+    subject: Subject, name: str, found: tuple[float, Tensor], expected: tuple[float, Tensor], other_kernels: float = 0.0
+) -> list[Check]:
+    """`other_kernels`: error of the loss if the two passes round differently."""
+    bounds, size = subject.bounds, abs(expected[0]) or 1.0
+    loss = abs(found[0] - expected[0]) / size
+    return [
+        check(GROUP, f"{name}: loss", loss, bounds.layout_loss + other_kernels / size, "relative"),
+        check(GROUP, f"{name}: gradient", relative(found[1], expected[1]), bounds.layout_gradient, "relative l2"),
+    ]
+
+
+def left_padded(subject: Subject) -> PackedBatch:
+    """All examples in one micro-batch, one sequence a row, with the padding before it instead of behind it.
+
+    The padding is a segment of tokens 0 that no token attends to and no loss reads.
+    """
+    rows: list[Segment] = []
+    for number, example in enumerate(subject.examples):
+        if subject.rewards:
+            rows += reward_segments(example, number, shared=False)
+        elif subject.paired:
+            ids = (example.prompt_ids, example.chosen_ids, example.rejected_ids)
+            rows += pair_rows(example.row, number, *ids)
+        else:
+            rows.append(sft_segment(example.row, number, example.input_ids, example.labels, example.weights))
+    width = max(map(len, rows)) + 3  # so that the longest one is moved too
+    padded = []
+    for row in rows:
+        zeros = np.zeros(width - len(row), np.int64)
+        padded.append([Segment(row.row, row.number, zeros, zeros, zeros, np.full(len(zeros), IGNORED)), row])
+    values = [x.values for x in subject.examples] if subject.method.columns else None
+    (plain,) = with_batches_of(subject.method, len(subject.examples)).micro_batches(subject.examples)
+    batch = build_batch(padded, pairs=subject.paired, values=values)
+    return replace(batch, kl=plain.kl, mismatched=plain.mismatched).to(subject.policy.placement.device)
+
+
+@contextmanager
+def _checkpointing(subject: Subject, *, on: bool) -> Iterator[None]:
+    layers = subject.policy.layers
+    before, compiled = layers.recomputed, layers.compiled
+    layers.recomputed = len(layers.layers) if on else 0
+    layers.use(compiled=False)
+    try:
+        yield
+    finally:
+        layers.recomputed = before
+        layers.use(compiled=compiled)
+
+
+def _execution_checks(subject: Subject, evidence: Evidence) -> list[Check]:
+    """The run's own execution, three times: it warms up, captures, and replays.
+
+    Fused kernels round differently from eager ones. A pair's margin sums up to thousands of tokens, so the error of
+    a forward pass in each token, times two passes, bounds the loss.
+    """
+    expected = _step(subject)
+    notes: list[str] = []
+    execution = subject.execution(notes)
+    for _ in range(3):
+        result, gradient = subject.run_step(execution=execution)
+    mode = execution.mode
+    execution.use("eager")
+    rounding = evidence.loss_error(math.sqrt(2) * subject.bounds.forward, subject.config)
+    found = result.metrics["loss"], gradient
+    checks = _compare(subject, f"{subject.mode} = eager", found, expected, rounding)
+    fell_back = "; ".join(notes) or f"ran {mode}"
+    return [*checks, check(GROUP, f"runs {subject.mode}", float(mode != subject.mode), 0, fell_back)]
