@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
@@ -31,14 +30,20 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
 
-def whole_number(least: int, text: str) -> int:
-    """The number that an option's text is. Raises ArgumentTypeError, to which argparse adds the option's name."""
-    if not text.isdecimal() or int(text) < least:
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    return _whole_number(text, 1)
+
+
+def not_negative(text: str) -> int:
+    """A whole number from 0."""
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:  # argparse adds the option's name and exits with code 2
         raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text!r}")
     return int(text)
-
-
-positive, not_negative = partial(whole_number, 1), partial(whole_number, 0)
 
 
 def add_run_file(parser: argparse.ArgumentParser, *, method: bool = True) -> None:
@@ -64,7 +69,8 @@ def check_resume(options: Options) -> None:
 def read_run_file(options: Options, overrides: Overrides, method: str) -> RunConfig:
     """The configuration of the run file with flags applied, for a command that names the method.
 
-    Raises ConfigError: one line for each problem.
+    Raises:
+        ConfigError: one line for each problem.
     """
     from lowlevel.config.file import load_config
 

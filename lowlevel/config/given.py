@@ -5,33 +5,15 @@ The saved configuration cannot hold them: it says "rows given in Python", and op
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, cast
 
-from pydantic import BeforeValidator, PlainSerializer, PlainValidator
+from pydantic import PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from lowlevel.config.paths import expanded
 from lowlevel.errors import ConfigError
-
-
-def expanded(value: object) -> object:
-    """A path as a shell would pass it; what exists as it is written stays, and so do names and other values."""
-    value = str(value) if isinstance(value, Path) else value
-    if not isinstance(value, str) or os.path.exists(value):
-        return value
-    path = os.path.expandvars(os.path.expanduser(value))
-    if re.search(r"\$\{?[A-Za-z_]", path):
-        raise PydanticCustomError("path", "a path whose variables are set in the environment")
-    return path
-
-
-Location = Annotated[str, BeforeValidator(expanded)]
-OptionalLocation = Annotated[str | None, BeforeValidator(expanded)]
-
 
 GIVEN = "rows given in Python"
 ROWS_OF = {  # by package and type: tables that are no lists of rows

@@ -13,7 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from lowlevel.config.given import Location, OptionalLocation, Source
+from lowlevel.config.given import Source
+from lowlevel.config.paths import Location, OptionalLocation
 
 LARGEST = 2**31 - 1  # counts are also tensors' sizes and int32 indices
 MAX_RANK, MAX_ALPHA = 4096, 1_048_576  # of an adapter: trained here, or opened

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from lowlevel.kernels.operators import succeeds
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BYTES = 1024  # codes of a program: 2,048 weights, 16 a thread
@@ -89,6 +88,17 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     nested = (ones[:16], packed.view(-1)[:1], ones, ones[:1], ones[0])
     weights = Quantised((1, 64), 64, 1, packed, ones[:16], ones[:1]), Quantised((1, 64), 64, 256, packed, *nested)
     return succeeds(lambda: [_launch(weight, dtype) for weight in weights], f"on {device} in {dtype}")
+
+
+def succeeds(trial: Callable[[], object], where: str) -> bool:
+    """Whether a trial of Triton's kernels ends without an error; if not, warns with the reason."""
+    try:
+        trial()
+    except Exception as error:  # Triton's errors have no common class: missing package, no driver, compiler, ptxas
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        warnings.warn(f"plain torch instead of Triton's kernels {where}: {reason}", stacklevel=3)
+        return False
+    return True
 
 
 @functools.cache

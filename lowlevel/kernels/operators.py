@@ -1,4 +1,4 @@
-"""Custom operators: functions that torch.compile calls as they are instead of tracing into them; trials of kernels.
+"""Custom operators: functions that torch.compile calls as they are instead of tracing into them.
 
 `torch.library.custom_op` does the same with more checks in every call. Here tests do these checks, with
 `torch.library.opcheck`.
@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,14 +29,3 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return define
-
-
-def succeeds(trial: Callable[[], object], where: str) -> bool:
-    """Whether a trial of Triton's kernels ends without an error; if not, warns with the reason."""
-    try:
-        trial()
-    except Exception as error:  # Triton's errors have no common class: missing package, no driver, compiler, ptxas
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        warnings.warn(f"plain torch instead of Triton's kernels {where}: {reason}", stacklevel=3)
-        return False
-    return True

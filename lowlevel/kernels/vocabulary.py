@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowlevel.kernels.operators import succeeds
+from lowlevel.kernels.dequantize import succeeds
 from lowlevel.losses.token_logps import STATISTICS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of logits that the kernels accept

@@ -97,11 +97,7 @@ def build_policy(
     # length is not a multiple of 128 (benchmarks/attention_nan.py).
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(seed)
-    head = None
-    if reward_head:  # (1, D) in fp32, without a bias: it would cancel in r+ - r-
-        head = nn.Linear(base.get_output_embeddings().weight.shape[1], 1, bias=False)
-        nn.init.normal_(head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(seed))
-        head.to(placement.device)
+    head = _new_head(base, seed, placement.device) if reward_head else None
     model = _attach(base, lora, parent, init_from, head, moving=following is not None)
     install_side_by_side(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -122,6 +118,13 @@ def build_policy(
     policy.activate(parent=True, trained=True)
     check_base(policy)
     return policy
+
+
+def _new_head(base: PreTrainedModel, seed: int, device: torch.device) -> nn.Linear:
+    """A reward head (1, D) in fp32, without a bias: it would cancel in r+ - r-."""
+    head = nn.Linear(base.get_output_embeddings().weight.shape[1], 1, bias=False)
+    nn.init.normal_(head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(seed))
+    return head.to(device)
 
 
 def _attach(

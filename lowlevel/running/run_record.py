@@ -56,47 +56,53 @@ def write_start(folder: RunFolder, config: RunConfig, inputs: Inputs, identity: 
 
 def announce(console: Console, config: RunConfig, inputs: Inputs, policy: Policy, order: DataOrder) -> None:
     """Print model, adapter, data and device of the run."""
-    train, placement, report = config.train, inputs.placement, inputs.data.report
+    train, placement = config.train, inputs.placement
     device = torch.cuda.get_device_name() if placement.device.type == "cuda" else "CPU"
+    base = describe_base(config.model)
     off = f"off ({config.method}.disable_dropout)"
     dropout = off if config.own.disable_dropout else f"{config.lora.lora_dropout:g}"
-    lines = [
-        f"attention  {inputs.attention.reason}",
-        f"adapter    {policy.flat.weights.numel():,} trainable parameters, dropout {dropout}",
-        f"data       {order.num_rows:,} examples, {order.total_steps(train):,} steps of "
+    console.print(
+        f"{config.method}: {config.model.name}, {base}, {placement.precision} on {device}\n"
+        f"  attention  {inputs.attention.reason}\n"
+        f"  adapter    {policy.flat.weights.numel():,} trainable parameters, dropout {dropout}\n"
+        f"  data       {order.num_rows:,} examples, {order.total_steps(train):,} steps of "
         f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}",
-    ]
+        markup=False,
+    )
     if config.data.names == "demo" != config.model.name:
-        lines.append("warning    data.source is not given: the rows are those of the built-in demo")
-    lines += [f"source     {part.source}: {part} of the examples" for part in report.train.sources]
+        console.print("  warning    data.source is not given: the rows are those of the built-in demo", markup=False)
+    for part in inputs.data.report.train.sources:
+        console.print(f"  source     {part.source}: {part} of the examples", markup=False, highlight=False)
     if config.model.load_in_4bit:
-        weights = describe(policy, train.dequantize_once)
-        lines += [f"weights    {weights}"] if weights else []
+        if line := describe(policy, train.dequantize_once):
+            console.print(f"  weights    {line}", markup=False, highlight=False, soft_wrap=True)
         quantised, total = quantised_weights(policy)
         if quantised < NEARLY_ALL * total:
-            lines.append(
-                f"note       {quantised / total:.0%} of the base is in 4 bits, {quantised:,} of {total:,} weights "
+            console.print(
+                f"  note       {quantised / total:.0%} of the base is in 4 bits, {quantised:,} of {total:,} weights "
                 f"outside embedding and LM head: only linear layers are quantised, the rest (experts) stays "
-                f"{dtype_name(placement.dtype)}"
+                f"{dtype_name(placement.dtype)}",
+                markup=False,
             )
-    formats = dict.fromkeys(split.read_as for split in report.splits.values() if split.read_as)
-    lines += [f"rows       read as {read_as}" for read_as in formats]
+    for read_as in dict.fromkeys(split.read_as for split in inputs.data.report.splits.values() if split.read_as):
+        console.print(f"  rows       read as {read_as}", markup=False, highlight=False)
     if config.method == "kto":
-        lines.append(f"labels     {balance(inputs.data.train, config.kto)}")
-    lines += template_lines(report)
-    lines += [f"note       {line}" for line in notes_of_base(config.model, policy.causal_lm.config)]
-    lines += [f"truncation {line}" for line in truncated(report)]
-    lines += [f"warning    {line}" for line in not_learned(report)]
+        console.print(f"  labels     {balance(inputs.data.train, config.kto)}", markup=False, highlight=False)
+    for line in template_lines(inputs.data.report):
+        console.print(f"  {line}", markup=False, highlight=False)
+    for line in notes_of_base(config.model, policy.causal_lm.config):
+        console.print(f"  note       {line}", markup=False, highlight=False, soft_wrap=True)
+    for line in truncated(inputs.data.report):
+        console.print(f"  truncation {line}", markup=False, highlight=False)
+    for line in not_learned(inputs.data.report):
+        console.print(f"  warning    {line}", markup=False, highlight=False)
     if config.has_reference:
         reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
         reference += f", moving: {policy.moving.following}" if policy.moving else ""
-        lines.append(f"reference  {reference if reads_reference(config) else 'none'}; {config.loss_line}")
+        reference = reference if reads_reference(config) else "none"
+        console.print(f"  reference  {reference}; {config.loss_line}", markup=False)
     elif config.method == "reward":
-        lines.append(f"loss       {config.loss_line}")
-    base = describe_base(config.model)
-    console.print(f"{config.method}: {config.model.name}, {base}, {placement.precision} on {device}", markup=False)
-    for line in lines:
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  loss       {config.loss_line}", markup=False)
 
 
 def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, console: Console) -> dict[str, Any]:
