@@ -35,8 +35,9 @@ from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import build_policy, save_adapter
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
+from lowlevel.model.moving_reference import Following
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import TRAINED, Following, Policy
+from lowlevel.model.policy import TRAINED, Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import StepResult
 

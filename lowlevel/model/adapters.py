@@ -25,19 +25,10 @@ from lowlevel.model.dropout import DropoutState
 from lowlevel.model.files import is_finite, read_json_object, refuse_pickles
 from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.linear import install_side_by_side
+from lowlevel.model.moving_reference import Following
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import (
-    PARENT,
-    REFERENCE,
-    SCORE,
-    TRAINED,
-    Following,
-    Policy,
-    flatten,
-    moving_reference,
-    place_dropout,
-)
+from lowlevel.model.policy import PARENT, REFERENCE, SCORE, TRAINED, Policy, flatten, moving_reference, place_dropout
 from lowlevel.model.suitability import check_base
 from lowlevel.model.targets import linear_layers, matched
 

@@ -29,8 +29,8 @@ from lowlevel.kernels import chunk_rows
 from lowlevel.losses import loss_spec
 from lowlevel.model.adapters import read_adapter_config
 from lowlevel.model.base import empty_model
+from lowlevel.model.moving_reference import Following
 from lowlevel.model.placement import DTYPES, Placement
-from lowlevel.model.policy import Following
 from lowlevel.model.quantisation import stored_quantisation
 from lowlevel.model.targets import head_size, matched, size_of, unsupported
 

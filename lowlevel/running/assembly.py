@@ -35,9 +35,10 @@ from lowlevel.model.base import empty_model, load_base, load_model_config, load_
 from lowlevel.model.files import refuse_no_weights
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
+from lowlevel.model.moving_reference import Following
 from lowlevel.model.offload import TIED, move_embeddings_to_host
 from lowlevel.model.placement import Placement, choose_placement, dtype_name
-from lowlevel.model.policy import Following, Policy
+from lowlevel.model.policy import Policy
 from lowlevel.model.quantisation import KEYS, as_stored, lacks_16_bits
 from lowlevel.model.quantisation_error import start_from_error
 from lowlevel.model.suitability import attention_window, short_positions

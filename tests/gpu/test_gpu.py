@@ -24,8 +24,9 @@ from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import base_sha256, load_base
+from lowlevel.model.moving_reference import Following
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import Following, flatten
+from lowlevel.model.policy import flatten
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 

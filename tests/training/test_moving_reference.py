@@ -17,8 +17,9 @@ from lowlevel.methods.dpo import check_loss
 from lowlevel.model.adapters import adapter_parameters
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import adapter_sizes, default_plan, forecast, model_shape
+from lowlevel.model.moving_reference import Following
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import REFERENCE, TRAINED, Following
+from lowlevel.model.policy import REFERENCE, TRAINED
 
 LN2 = 0.6931471824645996  # of fp32
 PAIRS = helpers.ragged_pairs()
