@@ -88,7 +88,8 @@ def _records(
         losses, _ = method.spec(replace(rows, logps=leaf), method.settings)
         (slopes,) = torch.autograd.grad(losses.sum(), leaf)
     factors = torch.full((len(batch.lengths),), beta)
-    found = completions(batch, logps.cpu(), ref_logps.cpu(), predicted, beta, factors, -slopes.cpu() / beta)
+    real, weights = range(len(batch.data_rows)), -slopes.cpu() / beta
+    found = completions(batch, real, logps.cpu(), ref_logps.cpu(), predicted, beta, factors, weights)
     losses, desirable, kl = losses.detach().cpu(), rows.desirable.tolist(), rows.kl.cpu()
     records = []
     for i, row in enumerate(batch.data_rows):

@@ -192,7 +192,8 @@ def _pairs_of(
     factors = config.beta / counts * torch.tensor([1.0, -1.0]).repeat_interleave(half)
     # a reward that rises by 1 raises an averaged contribution by 1 / n
     weights = torch.cat([-slopes[0], slopes[1]]).cpu() * counts
-    sides = completions(batch, logps.cpu(), ref_logps.cpu(), predicted, config.beta, factors, weights)
+    real = [i + start for i in range(len(batch.data_rows)) for start in (0, half)]
+    sides = completions(batch, real, logps.cpu(), ref_logps.cpu(), predicted, config.beta, factors, weights)
 
     def displaced(i: int) -> Displacement | None:
         if ref_hidden is None or sides[i].logp >= sides[i].ref_logp:
@@ -220,31 +221,30 @@ def _pairs_of(
 
 def completions(
     batch: PackedBatch,
+    sequences: Sequence[int],
     logps: Tensor,
     ref_logps: Tensor,
     predicted: Distribution,
     beta: float,
     factors: Tensor,
     weights: Tensor,
-) -> list[CompletionRecord]:
-    """The records of all S sequences of a batch, from the log-probabilities (N,) of its tokens; all on the CPU.
+) -> dict[int, CompletionRecord]:
+    """The records of some of the S sequences of a batch, from the log-probabilities (N,) of its tokens; on the CPU.
 
     `factors` (S,): from a token's log-ratio to its contribution.
     """
-    found = []
-    for i, (logp, ref_logp) in enumerate(zip(*map(batch.sequence_sums, (logps, ref_logps)), strict=True)):
+    (sums, ref_sums), found = map(batch.sequence_sums, (logps, ref_logps)), {}
+    for i in sequences:
         index = places_of(batch, i)
         tokens, reference = tokens_at(batch, index, logps, predicted), ref_logps[index]
-        found.append(
-            CompletionRecord(
-                tokens=tokens,
-                ref_token_logps=reference,
-                contributions=factors[i] * (tokens.logps - reference),
-                logp=logp,
-                ref_logp=ref_logp,
-                reward=beta * (logp - ref_logp),
-                weight=weights[i],
-            )
+        found[i] = CompletionRecord(
+            tokens=tokens,
+            ref_token_logps=reference,
+            contributions=factors[i] * (tokens.logps - reference),
+            logp=sums[i],
+            ref_logp=ref_sums[i],
+            reward=beta * (sums[i] - ref_sums[i]),
+            weight=weights[i],
         )
     return found
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -86,17 +86,12 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     packed = torch.zeros(32, 1, dtype=torch.uint8, device=device)
     ones = torch.ones(256, device=device)
     nested = (ones[:16], packed.view(-1)[:1], ones, ones[:1], ones[0])
-    weights = Quantised((1, 64), 64, 1, packed, ones[:16], ones[:1]), Quantised((1, 64), 64, 256, packed, *nested)
-    return succeeds(lambda: [_launch(weight, dtype) for weight in weights], f"on {device} in {dtype}")
-
-
-def succeeds(trial: Callable[[], object], where: str) -> bool:
-    """Whether a trial of Triton's kernels ends without an error; if not, warns with the reason."""
     try:
-        trial()
+        _launch(Quantised((1, 64), 64, 1, packed, ones[:16], ones[:1]), dtype)
+        _launch(Quantised((1, 64), 64, 256, packed, *nested), dtype)
     except Exception as error:  # Triton's errors have no common class: missing package, no driver, compiler, ptxas
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        warnings.warn(f"plain torch instead of Triton's kernels {where}: {reason}", stacklevel=3)
+        warnings.warn(f"plain torch instead of Triton's kernels on {device} in {dtype}: {reason}", stacklevel=2)
         return False
     return True
 

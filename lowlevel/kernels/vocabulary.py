@@ -28,13 +28,13 @@ A target outside [0, V) is not read: its row gets NaN as log-probability and gra
 """
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowlevel.kernels.dequantize import succeeds
 from lowlevel.losses.token_logps import STATISTICS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of logits that the kernels accept
@@ -116,11 +116,14 @@ def usable(device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
     """Whether both kernels compile and launch, tried before a CUDA graph needs them; if not, warns once why."""
     logits = torch.zeros(1, vocabulary, dtype=dtype, device=device)
     targets = torch.zeros(1, dtype=torch.int64, device=device)
-    vectors = [torch.zeros(1, device=device)] * 2
-    return succeeds(
-        lambda: (_launch_logsumexp(logits, targets), _launch_grad_logits_(logits, targets, *vectors, None, None)),
-        f"on {device} in {dtype}",
-    )
+    try:
+        lse, target_logit = _launch_logsumexp(logits, targets)
+        _launch_grad_logits_(logits, targets, lse, target_logit)
+    except Exception as error:  # Triton's errors have no common class: missing package, no driver, compiler, ptxas
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        warnings.warn(f"plain torch instead of Triton's kernels on {device} in {dtype}: {reason}", stacklevel=2)
+        return False
+    return True
 
 
 class Kernels(NamedTuple):
@@ -208,12 +211,19 @@ def _launch_logsumexp(logits: Tensor, targets: Tensor, needs: Sequence[str] = ()
     return lse, target_logit, *(written.get(name, lse) for name in needs)
 
 
-def _launch_grad_logits_(logits: Tensor, targets: Tensor, *vectors: Tensor | None) -> Tensor:
+def _launch_grad_logits_(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    of_p: Tensor | None = None,
+    uniform: Tensor | None = None,
+) -> Tensor:
     rows, vocabulary = logits.shape
-    floats = (v if v is None else v.to(torch.float32).contiguous() for v in vectors)
+    floats = (v if v is None else v.to(torch.float32).contiguous() for v in (lse, grad_logps, of_p, uniform))
+    vectors = (targets.contiguous(), *floats)
     with torch.cuda.device_of(logits):
-        grid = (rows, -(-vocabulary // BLOCK))
-        kernels().grad_logits[grid](logits, targets.contiguous(), *floats, vocabulary, **LAUNCH)
+        kernels().grad_logits[(rows, -(-vocabulary // BLOCK))](logits, *vectors, vocabulary, **LAUNCH)
     return logits
 
 

@@ -12,8 +12,7 @@ from workspace import Workspace, make_workspace  # noqa: E402
 
 from lowlevel.config.file import load_config  # noqa: E402
 from lowlevel.running.reopening import step_examples  # noqa: E402
-from lowlevel.verification.opening import make_subject
-from lowlevel.verification.report import open_start  # noqa: E402
+from lowlevel.verification.opening import make_subject, open_start  # noqa: E402
 
 
 @pytest.fixture(scope="session")

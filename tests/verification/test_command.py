@@ -67,7 +67,7 @@ def test_a_run_file_and_a_step_that_is_not_there(finished, tmp_path):
 
 
 def test_a_failed_check_is_one_line_and_is_written(finished, monkeypatch, tmp_path):
-    import lowlevel.verification.report as opening
+    import lowlevel.verification.opening as opening
 
     checks = [Check("loss", "token", float("nan"), 1e-3, False, "a note")]
     monkeypatch.setattr(opening, "run_checks", lambda subject: checks)
