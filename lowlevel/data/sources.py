@@ -10,7 +10,7 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -134,8 +134,7 @@ def read_source(source: str | GivenRows, split: str, method: str = "sft") -> Sou
     if source == "demo":
         if split not in DEMO_ROWS:
             raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
-        make: Callable[[str, int, int], Sequence[Mapping[str, object]]] = world.preference_rows
-        make = world.sft_rows if method == "sft" else world.prompt_rows if method in ONLINE else make
+        make = world.sft_rows if method == "sft" else world.prompt_rows if method in ONLINE else world.preference_rows
         read = _numbered(f"demo[{split}]", make(split, DEMO_ROWS[split], 0))
     elif mend := address_refusal(source):
         raise ConfigError(f"data source {quoted(source)} is a web address: {mend}")
