@@ -24,7 +24,11 @@ import pytest
             "train.max_steps=3: no such run file; flags begin with two hyphens: --train.max_steps 3",
         ),
         ("dpo --resum", "unknown argument '--resum'; did you mean --resume?"),
-        ("data --resume", "unknown argument '--resume'; it is an option of demo, sft, dpo, kto, reward: leave it out"),
+        (
+            "data --resume",
+            "unknown argument '--resume'; it is an option of demo, sft, dpo, kto, reward, grpo, rloo, ppo, online_dpo, "
+            "annotate: leave it out",
+        ),
         ("compare x --model.name y", "unknown argument '--model.name'; lowlevel compare --help lists the options"),
         (
             "sft --train.lr_scheduler_type cosin",
