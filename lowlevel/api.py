@@ -450,7 +450,7 @@ class Run:
             repo_id: "user/name".
             **options: private=True, token=None (default: the logged-in user's), endpoint=None.
         """
-        from lowlevel.running.hub import push_to_hub
+        from lowlevel.running.result_files import push_to_hub
 
         result = self.folder.stacked if self.folder.stacked.exists() else self.folder.adapter
         return push_to_hub(result, repo_id, **options)

@@ -80,14 +80,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def usages() -> dict[str, str]:
-    """The usage of each command."""
-    parsers = {name: Parser(prog=name) for name in COMMANDS}
-    for name, parser in parsers.items():
-        COMMANDS[name].add_arguments(parser)
-    return {name: parser.format_usage() for name, parser in parsers.items()}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; both output streams are redacted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -155,7 +147,10 @@ def _failed(error: Exception, debug: bool, arguments: Sequence[str] = ()) -> int
 def _unknown(word: str, options: argparse.Namespace) -> ConfigError:
     """The error for an argument that a command does not have: a near one, or the commands that have it."""
     flag, command = word.partition("=")[0], options.command
-    flags = {name: re.findall(r"--[a-z][a-z-]*", usage) for name, usage in usages().items()}
+    parsers = {name: Parser(prog=name) for name in COMMANDS}
+    for name, parser in parsers.items():
+        COMMANDS[name].add_arguments(parser)
+    flags = {name: re.findall(r"--[a-z][a-z-]*", parser.format_usage()) for name, parser in parsers.items()}
     keys: list[str] = []
     if options.takes_config and re.match("--?[A-Za-z]{2}", flag):
         from lowlevel.config.file import flags_of
@@ -196,8 +191,7 @@ def _is_number(word: str) -> bool:
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Split the arguments into words and `--section.key value` or `--section.key=value` overrides, in any order.
 
-    Raises:
-        ConfigError: a key without a value.
+    Raises ConfigError: a key without a value.
     """
     rest: list[str] = []
     overrides: dict[str, str] = {}

@@ -103,8 +103,7 @@ class Graphed:
     def run(self, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:
         """See Execution.
 
-        Raises:
-            ExecutionFailedError: this shape cannot be captured yet; the repeated step runs it without capture.
+        Raises ExecutionFailedError: this shape cannot be captured yet; the repeated step runs it without capture.
         """
         signature = signature_of(batch)
         kind = frozenset(batch.tensors())  # batches of other tensors run other operations
@@ -198,8 +197,7 @@ class WithFallback:
     def run(self, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:
         """See Execution.
 
-        Raises:
-            ExecutionFailedError: the mode failed; it, or a simpler one, is ready to repeat the step.
+        Raises ExecutionFailedError: the mode failed; it, or a simpler one, is ready to repeat the step.
         """
         return self._attempt(lambda: self.execution.run(batch, factor, dropout_key))
 

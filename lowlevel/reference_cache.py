@@ -183,8 +183,7 @@ class CachedReference:
     def run(self, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:
         """See Execution.
 
-        Raises:
-            ExecutionFailedError: an entry was wrong and the cache is off now, or the execution itself failed.
+        Raises ExecutionFailedError: an entry was wrong and the cache is off now, or the execution itself failed.
         """
         return self.execution.run(batch if self.refused else self._with_logps(batch), factor, dropout_key)
 
@@ -195,10 +194,14 @@ class CachedReference:
 
     def _with_logps(self, batch: PackedBatch) -> PackedBatch:
         cache, key = self._cache(), batch.content or content_sha256(batch)
-        found, from_disk = cache.entries.get(key), key in cache.from_disk
-        trusted = found is not None and not (from_disk and self._check_is_due)
-        logps = found if trusted else self._live(batch)
-        if logps is None:  # it failed: check the next entry instead
+        found, from_disk, number = cache.entries.get(key), key in cache.from_disk, self._hits_from_disk
+        check_is_due = from_disk and (number < ALWAYS_VERIFIED or number % VERIFIED_ONE_IN == 0)
+        try:
+            trusted = None if check_is_due else found
+            logps = batch.sequence_sums(reference_token_logps(self.policy, batch)) if trusted is None else trusted
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception:  # the execution then fails in the same way, and can fall back; the next entry is checked
             return batch
         if found is None:
             cache.add(key, logps)
@@ -207,22 +210,9 @@ class CachedReference:
             self._refuse_unless_equal(found, logps, batch)
             self.hits += 1
             self._hits_from_disk += from_disk
-        return replace(batch, reference_logps=_move(logps, batch.input_ids.device))
-
-    def _live(self, batch: PackedBatch) -> Tensor | None:
-        """The reference pass, (S,); None if it fails: the execution then fails in the same way, and can fall back."""
-        try:
-            return batch.sequence_sums(reference_token_logps(self.policy, batch))
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception:
-            return None
-
-    @property
-    def _check_is_due(self) -> bool:
-        """Whether to recompute the next entry from disk."""
-        number = self._hits_from_disk
-        return number < ALWAYS_VERIFIED or number % VERIFIED_ONE_IN == 0
+        if logps.device != batch.input_ids.device:
+            logps = logps.pin_memory().to(batch.input_ids.device, non_blocking=True)
+        return replace(batch, reference_logps=logps)
 
     def _cache(self) -> ReferenceCache:
         """The cache for the present mode: an execution may fall back from compiled to eager layers."""
@@ -259,7 +249,12 @@ def _difference(found: Tensor, live: Tensor, rows: tuple[int, ...]) -> str | Non
 def write_shard(folder: Path, entries: Mapping[str, Tensor]) -> None:
     """Write entries under the hash of their content: first the file, then the description that makes it complete."""
     data = save({key: entries[key] for key in sorted(entries)}, metadata={"format": "pt"})
-    described = {"format": FORMAT, "entries": len(entries), "bytes": len(data), "sha256": _sha256(data)}
+    described = {
+        "format": FORMAT,
+        "entries": len(entries),
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
     path = folder / f"{described['sha256']}.safetensors"
     write_bytes(path, data)
     write_json(path.with_suffix(".json"), described)
@@ -268,14 +263,14 @@ def write_shard(folder: Path, entries: Mapping[str, Tensor]) -> None:
 def read_shard(manifest: Path) -> dict[str, Tensor]:
     """The entries of the shard that a manifest describes.
 
-    Raises:
-        CheckpointError: a file is missing, unreadable or not as described, or an entry has a wrong dtype or shape.
+    Raises CheckpointError: a file is missing, unreadable or not as described, or an entry has a wrong dtype or shape.
     """
     path = manifest.with_suffix(".safetensors")
     try:
         described = json.loads(manifest.read_bytes())
         data = path.read_bytes()
-        if (described["format"], described["bytes"], described["sha256"]) != (FORMAT, len(data), _sha256(data)):
+        content = (FORMAT, len(data), hashlib.sha256(data).hexdigest())
+        if (described["format"], described["bytes"], described["sha256"]) != content:
             raise CheckpointError(f"{path}: its content does not match {manifest.name}")
         entries = load(data)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
@@ -286,12 +281,6 @@ def read_shard(manifest: Path) -> dict[str, Tensor]:
     return entries
 
 
-def _move(logps: Tensor, device: torch.device) -> Tensor:
-    if logps.device == device:
-        return logps
-    return logps.pin_memory().to(device, non_blocking=True)
-
-
 def _device_kind(device: torch.device) -> str:
     """What determines the order of additions: the GPU, or the CPU's instructions and number of threads."""
     if device.type == "cuda":
@@ -300,8 +289,4 @@ def _device_kind(device: torch.device) -> str:
 
 
 def _json_sha256(value: Mapping[str, Any]) -> str:
-    return _sha256(json.dumps(value, sort_keys=True, default=str).encode())
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

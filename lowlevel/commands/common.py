@@ -93,7 +93,7 @@ def read_any_run(options: Options, overrides: Overrides, console: Console) -> Ru
     """As `read_run_file`, of either method and also of a run folder; prints the method if it was inferred."""
     from lowlevel.config.file import config_from_tables, given_tables
     from lowlevel.config.method import infer_method
-    from lowlevel.data.columns import column_names
+    from lowlevel.data.sources import column_names
 
     path: Path | None = options.config
     if path and path.is_dir():

@@ -26,7 +26,7 @@ def run(options: Options, overrides: Overrides) -> None:
 def show_data(config: RunConfig, console: Console) -> None:
     """Print the data report, how the rows fill batches, and one example with its supervised tokens coloured."""
     from lowlevel.batch.order import DataOrder
-    from lowlevel.data.labelled import balance
+    from lowlevel.data.formats import balance
     from lowlevel.data.report import render_report, show_example
     from lowlevel.online.rollouts import longest_examples
     from lowlevel.running.assembly import build_method, prepare_data

@@ -79,8 +79,7 @@ def demo_configs(out: Path) -> tuple[RunConfig, RunConfig]:
 def run_demo(out: Path, console: Console, *, resume: bool = False, restart: bool = False) -> dict[str, Any]:
     """Train both stages into `out`, compare them on held-out questions, and write demo.json.
 
-    Raises:
-        ConfigError: `out` holds runs, and neither `resume` nor `restart` is set.
+    Raises ConfigError: `out` holds runs, and neither `resume` nor `restart` is set.
     """
     from lowlevel.demo.replies import preferred_style
     from lowlevel.demo.world import check_items, exact_match

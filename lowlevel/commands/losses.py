@@ -120,8 +120,7 @@ class LossAtPoint:
 def read_point(given: Mapping[str, float]) -> dict[str, float]:
     """The pair that the flags describe.
 
-    Raises:
-        ConfigError: a log-probability above 0, or a length that is not a whole number from 1.
+    Raises ConfigError: a log-probability above 0, or a length that is not a whole number from 1.
     """
     for key, value in given.items():
         if key in LOGPS and value > 0:
@@ -147,8 +146,7 @@ def _used_by(loss: str, settings: Mapping[str, float]) -> dict[str, float]:
 def evaluate(name: str, point: Mapping[str, float], settings: Mapping[str, float]) -> LossAtPoint:
     """The loss at a point as training computes it, and its derivatives by autograd.
 
-    Raises:
-        ConfigError: an unknown loss, a wrong hyper-parameter, or a result that float64 cannot hold.
+    Raises ConfigError: an unknown loss, a wrong hyper-parameter, or a result that float64 cannot hold.
     """
     import torch
 

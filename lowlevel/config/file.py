@@ -7,6 +7,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -179,7 +180,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _parse_flag(section: str, key: str, text: str) -> object:
-    """The text of a flag as a TOML value (1e-4, true, [..]); if it is not one, as a string."""
+    """The text of a flag as a TOML value (1e-4, true, [..]); if it is none, as a JSON list or object, or as it is."""
     field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
     if field is not None and field.annotation in TEXTS:
         return text
@@ -187,18 +188,11 @@ def _parse_flag(section: str, key: str, text: str) -> object:
         return text
     if text in ("True", "False"):  # Python's
         return text == "True"
-    try:
+    with suppress(tomllib.TOMLDecodeError):
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return _json_or_text(text)
-
-
-def _json_or_text(text: str) -> object:
-    """The list or object of a JSON text, any other text as it is."""
-    try:
+    with suppress(ValueError, RecursionError):
         return json.loads(text) if text.startswith(("[", "{")) else text
-    except (ValueError, RecursionError):
-        return text
+    return text
 
 
 def _describe(problem: Mapping[str, Any], where: str) -> str:

@@ -1,25 +1,118 @@
 """The formats of rows: which columns a format has, and how they become messages.
 
-A source has one format. `data.format` names it; "auto" takes the one that fits the columns.
+A source has one format. `data.format` names it; "auto" takes the one that fits the columns. For kto a row is a
+conversation whose last reply has a label, or a pair of completions as two such rows.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from lowlevel.config.schema import ONLINE
+from lowlevel.config.schema import ONLINE, KTOConfig
 from lowlevel.data import readers
-from lowlevel.data.labelled import LABEL, with_label
 from lowlevel.data.readers import ADDED, PAIR, SYSTEM, Read
-from lowlevel.data.sources import SourceRows
-from lowlevel.data.texts import BadRow, Columns, decoded, is_message, is_transcript
+from lowlevel.data.sources import Row, SourceRows
+from lowlevel.data.texts import BadRow, Columns, Message, decoded, is_message, is_transcript
+from lowlevel.data.turns import Turns, refuse_weights
 from lowlevel.errors import ConfigError, DataError, quoted
+
+if TYPE_CHECKING:
+    from lowlevel.data.examples import Example
+
+LABEL = "label"
+BALANCED = (1.0, 4 / 3)  # desirable_weight n_desirable / (undesirable_weight n_undesirable), arXiv 2402.01306
+
+
+def label_of(columns: Columns) -> float:
+    """1 for a desirable completion, 0 for an undesirable one. Raises BadRow for anything but true, false, 1 and 0."""
+    value = columns.get(LABEL)
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return float(value)
+    found = "is missing" if value is None else f"is {quoted(json.dumps(value, ensure_ascii=False)[:40])}"
+    hint = '; convert it: row["label"] = row["label"] == "good"' if isinstance(value, str) else ""
+    raise BadRow("label is not true or false", f'"label" {found}, expected true (desirable) or false{hint}')
+
+
+def with_label(read: Callable[[Columns], Read]) -> Callable[[Columns], Read]:
+    """A reader of conversations whose last reply is the completion; the replies before it are context."""
+
+    def last_reply(columns: Columns) -> Read:
+        turns, _ = read(columns)
+        refuse_weights("a reply", turns)
+        if len(turns.messages) - 1 in turns.context:
+            raise BadRow("not to be learned", "the completion is marked as not to be learned (weight 0)")
+        return _last_of(turns), ()
+
+    return last_reply
+
+
+def halves(source: SourceRows) -> SourceRows:
+    """Each pair as two rows, the chosen completion desirable, the rejected one undesirable; labelled rows as they are.
+
+    A pair that cannot be read stays one row, so that its problem is told once.
+    """
+    if not source.rows or source.rows[0].format.labelled:
+        return source
+    rows: list[Row] = []
+    half = replace(source.rows[0].format, read=partial(_half, source.rows[0].format.read), labelled=True)
+    for row in source.rows:
+        for side in PAIR if _is_readable(row) else PAIR[:1]:
+            columns = {**row.columns, LABEL: side == "chosen"}
+            rows.append(replace(row, id=len(rows), where=f"{row.where} {side}", columns=columns, format=half))
+    read_as = "; ".join(filter(None, (source.read_as, "each pair as a desirable and an undesirable completion")))
+    return replace(source, rows=rows, read_as=read_as)
+
+
+def _is_readable(row: Row) -> bool:
+    try:
+        row.format.read(row.columns)
+    except BadRow:
+        return False
+    return True
+
+
+def _half(read: Callable[[Columns], Read], columns: Columns) -> Read:
+    prompt, pair = read(columns)
+    reply = pair[0 if columns[LABEL] else 1]  # type: ignore[misc]
+    message: Message = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
+    return _last_of(Turns([*prompt.messages, message], notes=prompt.notes)), ()
+
+
+def _last_of(turns: Turns) -> Turns:
+    """The same turns, of whose replies only the last is learned."""
+    replies = [i for i, message in enumerate(turns.messages) if message["role"] == "assistant"]
+    return replace(turns, weights=dict.fromkeys(replies[:-1], 0.0))
+
+
+def balance(examples: Sequence[Example], config: KTOConfig) -> str:
+    """The number of examples with each label; if they are unbalanced, the range of a weight that balances them."""
+    desirable = sum(example.values[0] > 0 for example in examples)
+    undesirable = len(examples) - desirable
+    counts = f"{desirable:,} desirable and {undesirable:,} undesirable completions"
+    good, bad = config.desirable_weight * desirable, config.undesirable_weight * undesirable
+    low, high = BALANCED
+    if not good or not bad or low <= good / bad <= high:
+        return counts
+    name, count, ends = (
+        ("undesirable_weight", undesirable, (good / high, good / low))
+        if good > bad
+        else ("desirable_weight", desirable, (bad * low, bad * high))
+    )
+    weights = " to ".join(f"{end / count:.3g}" for end in ends)
+    return f"{counts}, weighted {good / bad:.2f} to 1; for 1:1 to 4:3, as the paper advises, set kto.{name} = {weights}"
+
 
 Method = Literal["sft", "dpo", "kto", "grpo"]
 QUESTIONS = ("question", "query", "instruction", "input")
+ANSWERED = (
+    *(("instruction", "output"), ("question", "answer"), ("question", "response"), ("instruction", "response")),
+    *(("query", "response"), ("query", "answer"), ("prompt", "response"), ("prompt", "answer"), ("input", "output")),
+)
 ASIDE = (*SYSTEM, *ADDED, "history")  # read next to a question
 READ_ME = "lowlevel/data/README.md, Row formats"
 
@@ -66,26 +159,13 @@ def _holds_prompt(columns: Columns) -> bool:
     return isinstance(found, list) and len(found) > 1
 
 
-def _holds_messages(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and is_message(value[0])
-
-
 def _asks_in_messages(columns: Columns) -> bool:
     """Whether the prompt is a list; "answer" beside it is for reward functions."""
     return isinstance(columns.get("prompt"), list)
 
 
 def _question_formats() -> Iterator[Format]:
-    for question, answer in (
-        *(("instruction", "output"), ("question", "answer"), ("question", "response"), ("instruction", "response")),
-        *(
-            ("query", "response"),
-            ("query", "answer"),
-            ("prompt", "response"),
-            ("prompt", "answer"),
-            ("input", "output"),
-        ),
-    ):
+    for question, answer in ANSWERED:
         alpaca = answer == "output" and question == "instruction"
         name, title = ("alpaca", "Alpaca") if alpaca else ("question", "question and answer")
         yield Format(name, title, "sft", (question, answer), readers.asked(question, answer), ASIDE)
@@ -102,19 +182,12 @@ FORMATS = (
     Format("preference", "preference", "dpo", ("prompt", *PAIR), readers.preference, first=True),
     Format("preference", "preference", "dpo", PAIR, readers.preference, first=True, fits=_holds_prompt),
     Format("orca", "Orca", "dpo", ("system", "input", *PAIR), readers.orca, ("system",), True),
-    Format(
-        "sharegpt",
-        "ShareGPT pairs",
-        "dpo",
-        ("conversations", *PAIR),
-        readers.conversation_pair("conversations"),
-        SYSTEM,
+    *(
+        Format("sharegpt", title, "dpo", (column, *PAIR), readers.conversation_pair(column), SYSTEM)
+        for column, title in (("conversations", "ShareGPT pairs"), ("messages", "messages and pair"))
     ),
-    Format("sharegpt", "messages and pair", "dpo", ("messages", *PAIR), readers.conversation_pair("messages"), SYSTEM),
     *_question_formats(),
 )
-
-
 FORMATS += tuple(
     replace(f, method="kto", columns=(*f.columns, LABEL), read=with_label(f.read), labelled=True)
     for f in FORMATS
@@ -202,7 +275,8 @@ def _none(source: SourceRows, found: Sequence[str], formats: Sequence[Format], m
     if "text" in have:
         hint = 'does not say which part is the reply: split it into "prompt" and "completion", or "messages"'
         return f'{problem}; "text" {hint}'
-    if listing := next((name for name in found if _holds_messages(source.rows[0].columns.get(name))), None):
+    lists = [(name, v) for name, v in sorted(source.rows[0].columns.items()) if isinstance(v, list) and v]
+    if listing := next((name for name, value in lists if is_message(value[0])), None):
         return f'{problem}; rename "{quoted(listing)}", a list of messages, to "{nearest.columns[0]}"'
     near = f"{', '.join(nearest.columns)} (missing: {missing}); rename them"
     if not have & set(nearest.columns):

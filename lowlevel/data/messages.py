@@ -8,12 +8,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lowlevel.data.labelled import LABEL, label_of
+from lowlevel.data.formats import LABEL, label_of
 from lowlevel.data.readers import Completion, Completions
 from lowlevel.data.sources import Row
 from lowlevel.data.texts import WEIGHTS, BadRow, Columns, Message, is_filled, is_weight, value_of
-from lowlevel.data.tool_calls import tools_of
-from lowlevel.data.turns import MASKED, Turns
+from lowlevel.data.turns import MASKED, Turns, tools_of
 
 # columns with which other trainers change the tokens or the loss; some formats read some of them
 OF_OTHERS = (

@@ -106,12 +106,12 @@ def _select(data: DataConfig, method: str) -> list[tuple[SourceRows, Checked]]:
     source = training_rows(data, method)
     if data.eval_source == "holdout":
         return _with_holdout(source, data)
-    train = source, list(_checked(source.rows[: data.limit], data))
+    train = source, list(normalised_rows(source.rows[: data.limit], data))
     if data.eval_source is None:
         return [train]
     split = "heldout" if data.eval_source == "demo" else data.eval_split
     evaluation = evaluation_rows(data.eval_source, split, data, method)
-    return [train, (evaluation, list(_checked(evaluation.rows[: data.eval_limit], data)))]
+    return [train, (evaluation, list(normalised_rows(evaluation.rows[: data.eval_limit], data)))]
 
 
 def _with_holdout(source: SourceRows, data: DataConfig) -> list[tuple[SourceRows, Checked]]:
@@ -124,9 +124,9 @@ def _with_holdout(source: SourceRows, data: DataConfig) -> list[tuple[SourceRows
         if source.problems and data.on_bad_row == "error":
             raise data_error(source.problems)
         raise ConfigError(f"data.eval_limit {size} leaves no training rows: {source.name} has {len(rows)}")
-    held_out = list(_checked(rows[-size:], data))
+    held_out = list(normalised_rows(rows[-size:], data))
     prompts = {row.prompt_digest for row in held_out if isinstance(row, Normalised)}
-    rest = _checked(rows[:-size], data)
+    rest = normalised_rows(rows[:-size], data)
     others = (row for row in rest if isinstance(row, RowProblem) or row.prompt_digest not in prompts)
     training = list(islice(others, data.limit))
     if not training:
@@ -135,7 +135,7 @@ def _with_holdout(source: SourceRows, data: DataConfig) -> list[tuple[SourceRows
     return [(source, training), (holdout, held_out)]
 
 
-def _checked(rows: Iterable[Row], data: DataConfig) -> Iterator[Normalised | RowProblem]:
+def normalised_rows(rows: Iterable[Row], data: DataConfig) -> Iterator[Normalised | RowProblem]:
     """Normalise each row; an unusable one becomes a problem."""
     for row in rows:
         try:

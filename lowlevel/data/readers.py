@@ -6,17 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from lowlevel.data.texts import (
-    SPEAKER,
-    BadRow,
-    Columns,
-    Message,
-    is_filled,
-    is_transcript,
-    reply_of,
-    text_of,
-    value_of,
-)
+from lowlevel.data.texts import SPEAKER, BadRow, Columns, Message, is_filled, is_transcript, reply_of, text_of, value_of
 from lowlevel.data.turns import Turns, message, refuse_weights, turns_of, turns_or_none
 from lowlevel.errors import quoted
 

@@ -20,15 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lowlevel.data.template_probe import probed
-from lowlevel.data.templates import (
-    DATE,
-    ChatTemplate,
-    Message,
-    RenderError,
-    Rendering,
-    Reply,
-    left_out,
-)
+from lowlevel.data.templates import DATE, ChatTemplate, Message, RenderError, Rendering, Reply, left_out
 from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import ConfigError, one_line
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from lowlevel.data.examples import Built, Example, PromptExample, SFTExample, TokenCounts
 from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import APART, ChatTokenizer
-from lowlevel.data.sources import SHOWN, Part, RowProblem, SourceRows
+from lowlevel.data.sources import SHOWN, RowProblem, SourceRows
 from lowlevel.data.truncation import Truncation
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -110,6 +110,7 @@ def split_report(source: SourceRows, selected: int, built: Built) -> SplitReport
     """Count what is in a split's examples, of which there must be at least one."""
     counts, digests = built.counts, tuple(row.digest for row in built.rows)
     supervised, lost = sum(c.supervised for c in counts), sum(c.lost for c in counts)
+    kept = Counter(row.row.source for row in built.rows)
     return SplitReport(
         source=source.name,
         rows_read=source.read,
@@ -129,13 +130,11 @@ def split_report(source: SourceRows, selected: int, built: Built) -> SplitReport
         read_as=source.read_as,
         fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest(),
         row_digests=digests,
-        sources=_by_part(source.parts, built),
+        sources=tuple(
+            PartReport(part.name, part.read, kept[i], kept[i] / len(built.rows), part.share)
+            for i, part in enumerate(source.parts)
+        ),
     )
-
-
-def _by_part(parts: Sequence[Part], built: Built) -> tuple[PartReport, ...]:
-    kept, total = Counter(row.row.source for row in built.rows), len(built.rows)
-    return tuple(PartReport(p.name, p.read, kept[i], kept[i] / total, p.share) for i, p in enumerate(parts))
 
 
 def count_warnings(rows: Sequence[Normalised], tokenizer: ChatTokenizer) -> Counter[str]:
@@ -187,7 +186,10 @@ def render_report(report: DataReport, console: Console) -> None:
         console.print(f"dropped {line}", markup=False, highlight=False)
     for line in [*template_lines(report), *truncated(report)]:
         console.print(line, markup=False, highlight=False)
-    console.print(_closing_line(report), markup=False, highlight=False)
+    ids = ", ".join(f"{name} {report.tokenizer[name + '_id']}" for name in ("bos", "eos", "pad", "end_of_turn"))
+    shared = "" if report.overlap is None else f"; {report.overlap} evaluation prompts are also trained on"
+    last = f"ids: {ids} (padding is masked by length){shared}; rows {report.train.fingerprint[:12]}"
+    console.print(last, markup=False, highlight=False)
 
 
 def truncated(report: DataReport) -> list[str]:
@@ -263,12 +265,6 @@ def _facts(split: SplitReport) -> dict[str, str]:
         "replies ending their turn": ended,
         **{f"warning: {kind}": f"{count:,}" for kind, count in split.warnings.items()},
     }
-
-
-def _closing_line(report: DataReport) -> str:
-    ids = ", ".join(f"{name} {report.tokenizer[name + '_id']}" for name in ("bos", "eos", "pad", "end_of_turn"))
-    shared = "" if report.overlap is None else f"; {report.overlap} evaluation prompts are also trained on"
-    return f"ids: {ids} (padding is masked by length){shared}; rows {report.train.fingerprint[:12]}"
 
 
 def _by_reason(problems: Sequence[RowProblem]) -> dict[str, Dropped]:

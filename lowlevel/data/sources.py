@@ -10,7 +10,7 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -20,15 +20,29 @@ import numpy as np
 
 from lowlevel.config.given import GIVEN, GivenRows
 from lowlevel.config.schema import ONLINE
-from lowlevel.data import mends
-from lowlevel.data.json_lines import LineError, parse_line, spans_lines, whole_file
+from lowlevel.data.mends import (
+    ANY_TEXT,
+    BOM,
+    OTHER_SUFFIXES,
+    LineError,
+    address_refusal,
+    is_json,
+    parse_line,
+    refusal,
+    said,
+    spans_lines,
+    table_refusal,
+    text_refusal,
+    whole_file,
+)
 from lowlevel.demo import world
-from lowlevel.errors import ConfigError, DataError, one_line, quoted
+from lowlevel.errors import ConfigError, DataError, LowlevelError, one_line, quoted
 
 FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
 DEMO_ROWS = {"train": 2400, "heldout": 240}
 ABOUT = ("dataset_infos.json", "dataset_info.json")  # files about a data set, not of its rows
 SHOWN = 5
+FIRST_ROWS = 20  # that say which columns a source has
 KINDS = (
     *((type(None), "null"), (bool, "true or false"), (int, "a number"), (float, "a number"), (str, "text")),
     *((list, "a list"), (Mapping, "an object")),
@@ -118,18 +132,42 @@ def read_source(source: str | GivenRows, split: str, method: str = "sft") -> Sou
     if not source.strip() or "\0" in source:
         raise ConfigError(f"data source {source!r} is not a name: use {', '.join(FILE_SUFFIXES)} or a hub name")
     if source == "demo":
-        read = _read_demo(split, method)
-    elif mend := mends.address_refusal(source):
+        if split not in DEMO_ROWS:
+            raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
+        make = world.sft_rows if method == "sft" else world.prompt_rows if method in ONLINE else world.preference_rows
+        read = _numbered(f"demo[{split}]", make(split, DEMO_ROWS[split], 0))
+    elif mend := address_refusal(source):
         raise ConfigError(f"data source {quoted(source)} is a web address: {mend}")
     elif source.endswith(FILE_SUFFIXES) or path.is_file():
         read = _read_file(path)
-    elif source.endswith(mends.OTHER_SUFFIXES) or source[0] in "./~" and not path.is_dir():
+    elif source.endswith(OTHER_SUFFIXES) or source[0] in "./~" and not path.is_dir():
         raise ConfigError(f"data source {source}: no such file; use {', '.join(FILE_SUFFIXES)} or a hub name")
     else:
         read = _read_hub(source, split)
     if not read.rows and not read.problems:
         raise DataError(f"{read.name} has no rows")
     return read
+
+
+def column_names(source: str | GivenRows, split: str) -> set[str]:
+    """Names of the columns of the first rows; none for the demo, and for what cannot be read: reading it says why."""
+    if source == "demo":
+        return set()
+    try:
+        names = _first_names(Path(str(source))) if str(source).endswith((".jsonl", ".jsonl.gz")) else set()
+        return names or {name for row in read_source(source, split).rows[:FIRST_ROWS] for name in row.columns}
+    except LowlevelError:
+        return set()
+
+
+def _first_names(path: Path) -> set[str]:
+    """Columns of the first lines: a large file is not read whole. None if they are not JSON lines."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            lines = [line.removeprefix(BOM) for line in islice(stream, FIRST_ROWS) if line.strip()]
+        return {name for row in map(parse_line, lines) if isinstance(row, dict) for name in row}
+    except (OSError, EOFError, LowlevelError):
+        return set()
 
 
 def _read_file(path: Path) -> SourceRows:
@@ -140,9 +178,9 @@ def _read_file(path: Path) -> SourceRows:
             raise ConfigError(f"data source {quoted(str(path))}: {state}")
         with path.open("rb") as stream:
             head = stream.read(512)
-        if wrong := mends.refusal(head, path.name):
+        if wrong := refusal(head, path.name):
             raise DataError(f"{quoted(path.name)}: {wrong}")
-        as_named = not mends.is_json(head)
+        as_named = not is_json(head)
         if head.startswith(b"PAR1") or as_named and path.suffix == ".parquet":
             return _read_parquet(path)
         return _read_text(path, head.startswith(b"\x1f\x8b") or as_named and path.suffix == ".gz")
@@ -156,7 +194,7 @@ def _read_text(path: Path, compressed: bool) -> SourceRows:
     with gzip.open(path, "rb") if compressed else path.open("rb") as stream:
         lines = _lines(stream, read)
         start = list(islice(lines, 2))
-        if start and (wrong := mends.refusal(start[0][1], path.name)):
+        if start and (wrong := refusal(start[0][1], path.name)):
             raise DataError(f"{quoted(path.name)}: {wrong}")
         if spans_lines([line for _, line in start]):
             _add_rows(read, whole_file(read.name, [*start, *lines]))
@@ -164,20 +202,15 @@ def _read_text(path: Path, compressed: bool) -> SourceRows:
             _add_rows(read, ((f"{read.name}:{number}", line) for number, line in chain(start, lines)))
     wrong = None
     if start and read.problems and not read.rows:
-        wrong = None if any(p.mend for p in read.problems) else mends.text_refusal(start[0][1], path)
-        _one_cause(read.problems)
+        wrong = None if any(p.mend for p in read.problems) else text_refusal(start[0][1], path)
+        read.problems.sort(key=lambda problem: not problem.mend)  # the first known cause is that of the file
+        mend = read.problems[0].mend or (f"; {ANY_TEXT}" if len(read.problems) > 1 else "")
+        read.problems[:] = [replace(problem, mend=mend) for problem in read.problems]
     elif len(read.rows) == 1 and not read.problems:
-        wrong = mends.table_refusal(read.rows[0].columns, path.name)
+        wrong = table_refusal(read.rows[0].columns, path.name)
     if wrong:
         raise DataError(f"{quoted(path.name)}: {wrong}")
     return read
-
-
-def _one_cause(problems: list[RowProblem]) -> None:
-    """Where no line is a row, the first known cause is that of the file."""
-    problems.sort(key=lambda problem: not problem.mend)
-    mend = problems[0].mend or (f"; {mends.ANY_TEXT}" if len(problems) > 1 else "")
-    problems[:] = [replace(problem, mend=mend) for problem in problems]
 
 
 def _lines(stream: Iterable[bytes], read: SourceRows) -> Iterator[tuple[int, bytes]]:
@@ -185,8 +218,8 @@ def _lines(stream: Iterable[bytes], read: SourceRows) -> Iterator[tuple[int, byt
     number = 0
     try:
         for number, line in enumerate(stream, 1):
-            if number == 1 and line.startswith(mends.BOM):
-                line = line[len(mends.BOM) :]
+            if number == 1 and line.startswith(BOM):
+                line = line[len(BOM) :]
                 read.warnings["byte order mark"] += 1
             if line.strip():
                 yield number, line
@@ -204,7 +237,7 @@ def _add_rows(read: SourceRows, items: Iterable[tuple[str, object]]) -> None:
                 _reject_lone_surrogates(columns)
             read.rows.append(Row(len(read.rows), where, columns))
         except LineError as bad:
-            read.problems.append(RowProblem(where, "not valid JSON", str(bad), mends.said("", bad.mend, read.name)))
+            read.problems.append(RowProblem(where, "not valid JSON", str(bad), said("", bad.mend, read.name)))
 
 
 def _columns(value: object) -> dict[str, object]:
@@ -272,14 +305,6 @@ def _check_all_read(folder: Path, splits: Mapping[str, Iterable[str]]) -> None:
 
 def _numbered(name: str, rows: Iterable[Mapping[str, object]], first: int = 0) -> SourceRows:
     return SourceRows(name, [Row(i, f"{name}:{i + first}", row) for i, row in enumerate(rows)])
-
-
-def _read_demo(split: str, method: str) -> SourceRows:
-    if split not in DEMO_ROWS:
-        raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
-    make: Callable[[str, int, int], Sequence[Mapping[str, object]]] = world.preference_rows
-    make = world.sft_rows if method == "sft" else world.prompt_rows if method in ONLINE else make
-    return _numbered(f"demo[{split}]", make(split, DEMO_ROWS[split], 0))
 
 
 def _read_given(given: GivenRows) -> SourceRows:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os.path
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +33,9 @@ class Probe:
     def text(self, *turns: tuple[str, Any], prompt: bool = False) -> str:
         """Rendering of the turns, with a generation prompt if `prompt`; "" if the template refuses them."""
         messages = [{"role": role, "content": content} for role, content in [*self.before, *turns]]
-        return self.template.try_render(messages, prompt) or ""
+        with suppress(RenderError):
+            return self.template.render(messages, add_generation_prompt=prompt)
+        return ""
 
 
 def probed(template: ChatTemplate, special_tokens: Sequence[str]) -> ChatTemplate:

@@ -131,13 +131,6 @@ class ChatTemplate:
         check_calls(text[len(prefix) : end], answer, len(prompt))
         return text if supervise == "all" else text[:end], len(prefix)
 
-    def try_render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str | None:
-        """As `render`, with None instead of an error."""
-        try:
-            return self.render(messages, add_generation_prompt=add_generation_prompt)
-        except RenderError:
-            return None
-
     def _reply(self, messages: Sequence[Message], turn: int, text: str) -> Reply | None:
         """Range of a reply in the text; None if later turns change the reply or its prompt."""
         prefix = self.render(messages[:turn], add_generation_prompt=True)
@@ -188,9 +181,13 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
         from transformers.utils import chat_template_utils
 
+        fixed_date = ""
+        if self.asks_for_date:  # transformers' `strftime_now`, redefined with a fixed date
+            directives = "".join(f" | replace('{code}', '{self.date.strftime(code)}')" for code in DATE_CODES)
+            fixed_date = "{%- macro strftime_now(format) -%}{{ format" + directives + " }}{%- endmacro -%}{{ '' }}"
         options: dict[str, Any] = {
             **self.variables,
-            "chat_template": (_fixed_date(self.date) if self.asks_for_date else "") + self.text,
+            "chat_template": fixed_date + self.text,
             "return_assistant_tokens_mask": self.has_markers,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -202,12 +199,6 @@ class ChatTemplate:
             hint = SYSTEM_HINT if self.refuses_system and messages[0]["role"] == "system" else ""
             raise RenderError(f"the chat template refuses the row: {one_line(error)}{hint}") from None
         return texts[0], list(marked[0]) if marked else []
-
-
-def _fixed_date(date: datetime.date) -> str:
-    """Jinja source that redefines transformers' `strftime_now` with a fixed date."""
-    directives = "".join(f" | replace('{code}', '{date.strftime(code)}')" for code in DATE_CODES)
-    return "{%- macro strftime_now(format) -%}{{ format" + directives + " }}{%- endmacro -%}{{ '' }}"
 
 
 def check_calls(written: str, message: Message, turn: int) -> None:

@@ -11,6 +11,9 @@ from lowlevel.config.schema import DataConfig
 from lowlevel.data.rendering import Encoded, EncodedPair
 
 SHARES = (90, 95, 99)  # percent of the tokens
+# Tokens of a row before truncation: prompt, chosen, rejected, and where the first reply of a conversation begins (a
+# pair: -1). A conversation is all prompt.
+Sizes = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -34,27 +37,17 @@ class Truncation:
         return f"max_length {self.max_length:,} {cut}; {lengths}{most}"
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Tokens of a row before truncation; a conversation is all prompt, and its first reply begins at `reply`."""
-
-    prompt: int
-    chosen: int = 0
-    rejected: int = 0
-    reply: int = -1
-
-
 def sizes_of(encoded: Encoded | EncodedPair, data: DataConfig) -> Sizes:
     """The sizes of an encoded row."""
     if isinstance(encoded, EncodedPair):
-        return Sizes(len(encoded.prompt_ids), len(encoded.chosen_ids), len(encoded.rejected_ids))
+        return len(encoded.prompt_ids), len(encoded.chosen_ids), len(encoded.rejected_ids), -1
     replies = encoded.replies if data.supervise == "assistant" else []
-    return Sizes(len(encoded.input_ids), reply=replies[0][0] if replies else -1)
+    return len(encoded.input_ids), 0, 0, replies[0][0] if replies else -1
 
 
 def truncation(rows: Sequence[Sizes], data: DataConfig, limit: int) -> Truncation:
     """What data.max_length does to rows of these sizes; `limit` is the longest sequence of the model."""
-    sizes = np.array([(row.prompt, row.chosen, row.rejected, row.reply) for row in rows], np.int64).T
+    sizes = np.array(rows, np.int64).T
     longest = int((sizes[0] + sizes[1:3].max(0)).max())
     whole = kept_tokens(sizes, longest, data.max_prompt_length)
     kept = kept_tokens(sizes, data.max_length, data.max_prompt_length)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch, Segment, build_batch, prompt_segment
 from lowlevel.batch.packing import pack
 from lowlevel.heartbeat import working
-from lowlevel.inspection.distribution import head_logits
+from lowlevel.inspection.displacement import head_logits
 from lowlevel.model.policy import Policy
 
 POSITIONS = {"cuda": 8192, "cpu": 512}  # of a batch (a CPU's caches are small); a longer request has its own

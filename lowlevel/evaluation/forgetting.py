@@ -29,10 +29,10 @@ from lowlevel.evaluation.continuations import CHUNK_SIZE, Request, batches_of
 from lowlevel.evaluation.paired import mean_by_weight
 from lowlevel.evaluation.rows import read_rows
 from lowlevel.evaluation.table import TextTable, with_interval
-from lowlevel.inspection.distribution import head_logits
+from lowlevel.inspection.displacement import head_logits
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
-from lowlevel.model.sizes import size_of
+from lowlevel.model.targets import size_of
 from lowlevel.running.assembly import load_run_tokenizer
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import LoadedRun, check_gives_text, load_run

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import ConfigError
-from lowlevel.model.sizes import head_size
 from lowlevel.model.suitability import attention_window
+from lowlevel.model.targets import head_size
 
 MODELS = ("llama", "mistral")  # model_type; both are llama.cpp's "llama"
 HINT = "llama.cpp's convert_hf_to_gguf.py takes the folder that lowlevel merge writes"

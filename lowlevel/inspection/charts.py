@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowlevel.inspection.figures import plain, signed, typographic
+from lowlevel.inspection.reading import plain, signed, typographic
 
 BINS = 14  # approximate number of bins of a histogram of margins
 NEAR = 0.16  # share of an axis: about a label's width on a phone

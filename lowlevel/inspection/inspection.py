@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from lowlevel.config.schema import RunConfig
-from lowlevel.inspection.labelled import LabelledRecord
+from lowlevel.inspection.kto_and_reward import LabelledRecord, RewardRecord
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import settings
 from lowlevel.inspection.records import PairRecord, SequenceRecord
-from lowlevel.inspection.rewards import RewardRecord
 from lowlevel.inspection.sampled import SampledRecord
 from lowlevel.methods import Method
 

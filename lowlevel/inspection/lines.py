@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowlevel.inspection.figures import percent, plain, signed
+from lowlevel.inspection.kto_and_reward import LabelledRecord, RewardRecord, labelled_path, reward_path
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.reading import formula, reading_of
-from lowlevel.inspection.records import CompletionRecord, PairRecord, SequenceRecord, TokenRecord
-from lowlevel.methods import Method
-from lowlevel.methods.dpo import DPO
+from lowlevel.inspection.reading import formula, percent, plain, reading_of, signed
+from lowlevel.inspection.records import CompletionRecord, PairRecord, PathStep, SequenceRecord, TokenRecord
+from lowlevel.methods import DPO, KTO, Method, Reward
 
 
 @dataclass(frozen=True)
@@ -99,20 +98,20 @@ def fall_line(record: PairRecord, pieces: TokenPieces) -> FallLine | None:
     )
 
 
-@dataclass(frozen=True)
-class PathStep:
-    """A quantity on the way to the loss: one number for each completion, or one for the pair."""
-
-    name: str
-    formula: str
-    chosen: float | None = None
-    rejected: float | None = None
-    pair: float | None = None
-
-
-def loss_path(record: PairRecord, method: Method) -> list[PathStep]:
-    """The quantities from log-probabilities to the configured loss, in order."""
+def path_of(record: PairRecord | LabelledRecord | RewardRecord, method: Method) -> list[PathStep]:
+    """The quantities from log-probabilities, or last tokens, to the loss, in order."""
+    if isinstance(record, LabelledRecord):
+        assert isinstance(method, KTO)
+        return labelled_path(record, method)
+    if isinstance(record, RewardRecord):
+        assert isinstance(method, Reward)
+        return reward_path(record, method)
     assert isinstance(method, DPO)
+    return loss_path(record, method)
+
+
+def loss_path(record: PairRecord, method: DPO) -> list[PathStep]:
+    """The quantities of a pair."""
     chosen, rejected = record.chosen, record.rejected
     spec, reading = method.preference_loss.spec, reading_of(method.config.loss_type)
     reward = f"β · log-ratio{' / n' if spec.averages else ''}, β = {method.config.beta:g}"

@@ -14,23 +14,28 @@ from typing import Any
 from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good, saved, step_of
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import build_examples
-from lowlevel.data.filters import apply_filters
 from lowlevel.data.messages import normalise
-from lowlevel.data.mixing import read_parts
+from lowlevel.data.mixing import apply_filters, read_parts
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.sources import Row
 from lowlevel.data.texts import BadRow
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.inspection.inspection import Inspection, logged_loss
-from lowlevel.inspection.labelled import inspect_labelled
+from lowlevel.inspection.kto_and_reward import inspect_labelled, inspect_rewards
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.records import inspect_pairs, inspect_sequences
-from lowlevel.inspection.rewards import inspect_rewards
 from lowlevel.inspection.sampled import inspect_sampled
-from lowlevel.methods import DPO, KTO, SFT, PolicyGradient, Reward
 from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.running.run_folder import RunFolder
+
+INSPECTED: dict[str, tuple[str, Callable[..., list[Any]]]] = {  # the records of an inspection by method
+    "sft": ("sequences", inspect_sequences),
+    "dpo": ("pairs", inspect_pairs),
+    "kto": ("labelled", inspect_labelled),
+    "reward": ("rewards", inspect_rewards),
+    **dict.fromkeys(("grpo", "rloo", "ppo"), ("sampled", inspect_sampled)),
+}
 
 
 def inspect_run(
@@ -62,11 +67,8 @@ def inspect_run(
         assert step is not None
         examples, subject = step_examples(config, data, step, run_dir=folder.path), f"step {step}"
     run = opened.load(weights.adapter, reference=True)
-    pairs = inspect_pairs(run.policy, run.method, examples) if isinstance(run.method, DPO) else ()
-    sequences = inspect_sequences(run.policy, run.method, examples) if isinstance(run.method, SFT) else ()
-    labelled = inspect_labelled(run.policy, run.method, examples) if isinstance(run.method, KTO) else ()
-    rewards = inspect_rewards(run.policy, run.method, examples) if isinstance(run.method, Reward) else ()
-    sampled = inspect_sampled(run.policy, run.method, examples) if isinstance(run.method, PolicyGradient) else ()
+    name, inspect = INSPECTED[run.method.name]
+    records: dict[str, Any] = {name: tuple(inspect(run.policy, run.method, examples))}
     return Inspection(
         run=folder.path.resolve().name,
         subject=subject,
@@ -74,11 +76,7 @@ def inspect_run(
         logged=logged_loss(folder.read_metrics(), step, config) if step is not None else None,
         pieces=TokenPieces(run.tokenizer),
         method=run.method,
-        sequences=tuple(sequences),
-        pairs=tuple(pairs),
-        labelled=tuple(labelled),
-        rewards=tuple(rewards),
-        sampled=tuple(sampled),
+        **records,
     )
 
 
@@ -153,8 +151,7 @@ def _relation(number: int, step: int | None) -> str:
 def example_of_row(config: RunConfig, tokenizer: ChatTokenizer, data: PreparedData, row: int) -> Any:
     """The training example of data row `row`.
 
-    Raises:
-        DataError: the row was not trained on; the message gives the reason.
+    Raises DataError: the row was not trained on; the message gives the reason.
     """
     for example in data.train:
         if example.row == row:

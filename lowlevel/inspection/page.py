@@ -15,23 +15,29 @@ from markupsafe import Markup, escape
 from lowlevel.durable import given_file
 from lowlevel.errors import ConfigError
 from lowlevel.inspection.charts import histogram, loss_bands
-from lowlevel.inspection.figures import percent, plain, signed, typographic
 from lowlevel.inspection.inspection import Inspection
+from lowlevel.inspection.kto_and_reward import LabelledRecord
 from lowlevel.inspection.pieces import VISIBLE, breaks_line
-from lowlevel.inspection.reading import formula, source, sum_name, weight_name
-from lowlevel.inspection.view import labelled_article, pair_article, scales, sequence_article
-from lowlevel.methods import KTO
+from lowlevel.inspection.reading import formula, percent, plain, signed, source, sum_name, typographic, weight_name
+from lowlevel.inspection.records import PairRecord
+from lowlevel.inspection.view import compared_article, scales, sequence_article
 
 Mode = tuple[str, str, str, str, str]  # a way to colour the tokens: key, label, meaning, and both ends of its scale
 
 NO_PAGE = "--html: a page shows tokens, and a reward model reads one of each completion: leave it out"
+PAIRS_CAPTION = (
+    "Margins of {} pairs, one square per pair. Blue: the policy prefers the chosen completion more than the reference "
+    "does; orange: less."
+)
+LABELLED_CAPTION = (
+    "Rewards of {} completions, one square each. Blue: likelier than under the reference; orange: less likely."
+)
 
 
 def write_page(inspection: Inspection, path: Path) -> None:
     """Write the page. A file is replaced atomically; the target of a link is replaced; a pipe is written to.
 
-    Raises:
-        ConfigError: the file cannot be written.
+    Raises ConfigError: the file cannot be written.
     """
     page = render_page(inspection)
     try:
@@ -46,7 +52,7 @@ def render_page(inspection: Inspection) -> str:
     if inspection.rewards:
         raise ConfigError(NO_PAGE)
     script, spec = read_part("inspection/page.js"), inspection.method.spec
-    view = _sequences_view if inspection.sequences else _pairs_view if inspection.pairs else _labelled_view
+    view = _sequences_view if inspection.sequences else _compared_view
     return render_template(
         "inspection/page.html",
         ["inspection/page.css"],
@@ -77,52 +83,31 @@ def read_part(name: str) -> Markup:
     return Markup((files("lowlevel") / name).read_text(encoding="utf-8"))  # noqa: S704 - a file of this package
 
 
-def _pairs_view(inspection: Inspection) -> Mapping[str, Any]:
-    pairs, loss_type = inspection.pairs, inspection.method.spec.name
-    sides = [side for record in pairs for side in (record.chosen, record.rejected)]
+def _compared_view(inspection: Inspection) -> Mapping[str, Any]:
+    """Of pairs, or of labelled completions."""
+    records: Sequence[PairRecord | LabelledRecord] = inspection.pairs or inspection.labelled
+    name = inspection.method.spec.name
+    sides = [side for record in records for _, side, _ in record.sides]
     scale = scales([side.tokens for side in sides], [side.contributions for side in sides])
-    sums = sum_name(loss_type)
-    adds = f"β · log-ratio{'' if sums == 'margin' else ' / n'} of each token, negated for the rejected"
+    sums, measure, weight, caption, of_pairs = sum_name(name), "reward", signed, LABELLED_CAPTION, ""
+    if inspection.pairs:
+        measure, weight, caption, of_pairs = "margin", plain, PAIRS_CAPTION, ", negated for the rejected"
+    adds = f"β · log-ratio{' / n' * (sums == 'averaged margin')} of each token{of_pairs}"
     end = typographic(f"{scale['contribution']:.2g}")
-    contribution = ("contribution", f"adds to the {sums}", adds, f"≤ −{end}", f"≥ +{end}")
-    margins = [float(record.margin) for record in pairs]
+    values = [float(record.margin) for record in inspection.pairs]
+    values += [float(record.completion.reward) for record in inspection.labelled]
     return {
-        "modes": [contribution, *_modes(scale)],
-        "articles": [pair_article(r, inspection.method, inspection.pieces, scale) for r in pairs],
-        "histogram": histogram(margins),
+        "modes": [("contribution", f"adds to the {sums}", adds, f"≤ −{end}", f"≥ +{end}"), *_modes(scale)],
+        "articles": [compared_article(r, inspection.method, inspection.pieces, scale) for r in records],
+        "histogram": histogram(values),
         "batch": [
-            {"row": record.row, "margin": margin, "width": abs(margin) / (max(map(abs, margins)) or 1.0),
-             "weight": plain(float(record.chosen.weight)), "loss": plain(float(record.loss))}
-            for record, margin in zip(pairs, margins, strict=True)
+            {"row": record.row, "margin": value, "width": abs(value) / (max(map(abs, values)) or 1.0),
+             "weight": weight(float(record.sides[0][1].weight)), "loss": plain(float(record.loss))}
+            for record, value in zip(records, values, strict=True)
         ],
-        "weight_name": weight_name(loss_type),
-        "measure": "margin",
-        "caption": f"Margins of {len(pairs)} pairs, one square per pair. Blue: the policy prefers the chosen "
-                   "completion more than the reference does; orange: less.",
-        "bands": [],
-    }  # fmt: skip
-
-
-def _labelled_view(inspection: Inspection) -> Mapping[str, Any]:
-    records, method = inspection.labelled, inspection.method
-    assert isinstance(method, KTO)
-    scale = scales([r.completion.tokens for r in records], [r.completion.contributions for r in records])
-    end = typographic(f"{scale['contribution']:.2g}")
-    adds = "β · log-ratio of each token"
-    rewards = [float(record.completion.reward) for record in records]
-    return {
-        "modes": [("contribution", "adds to the reward", adds, f"≤ −{end}", f"≥ +{end}"), *_modes(scale)],
-        "articles": [labelled_article(record, method, inspection.pieces, scale) for record in records],
-        "histogram": histogram(rewards),
-        "batch": [
-            {"row": record.row, "margin": reward, "width": abs(reward) / (max(map(abs, rewards)) or 1.0),
-             "weight": signed(float(record.completion.weight)), "loss": plain(float(record.loss))}
-            for record, reward in zip(records, rewards, strict=True)
-        ],
-        "weight_name": "weight, below 0 if undesirable",
-        "measure": "reward",
-        "caption": f"Rewards of {len(records)} completions, one square each. Blue: likelier than under the reference; "
-                   "orange: less likely.",
+        "weight_name": weight_name(name),
+        "measure": measure,
+        "caption": caption.format(len(records)),
         "bands": [],
     }  # fmt: skip
 

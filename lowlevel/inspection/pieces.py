@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from lowlevel.data.rendering import ChatTokenizer
 
 SPACE, NEWLINE = "·", "⏎"
@@ -92,11 +94,5 @@ def _decoded(piece: str) -> str:
     return raw.decode("utf-8", errors="surrogateescape")
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable Latin-1 maps to itself, all others to code points from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTES = _byte_alphabet()
+# GPT-2's characters for bytes: printable Latin-1 maps to itself, all others to code points from 256 on.
+BYTES = {char: byte for byte, char in bytes_to_unicode().items()}

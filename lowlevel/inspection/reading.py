@@ -1,4 +1,4 @@
-"""How a loss is shown: what it reads of a pair, which gives its weights their meaning, and its formula as text.
+"""How a loss is shown: what it reads of a pair, which gives its weights their meaning; formulas and numbers as text.
 
 margin     only the margin, x = beta a - beta b: one weight for the pair, -dL/dx
 averages   only the margin of averages, beta (a/n+ - b/n-): a token counts less in a longer completion
@@ -8,12 +8,43 @@ quantiles  sorted over the micro-batch: element i of the loss belongs to quantil
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal
 
 from lowlevel.losses.dpo import HYPERPARAMETERS, LOSSES
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods import Method
+
+NONE = "–"
+
+
+def plain(value: float, digits: int = 4, sign: str = "-") -> str:
+    """A number; `sign="+"` also marks positive values. A value that rounds to zero has no sign."""
+    if math.isnan(value):
+        return NONE
+    text = f"{value:{sign}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """A summand, with its sign."""
+    return plain(value, digits, "+")
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1]."""
+    if not math.isfinite(share):
+        return NONE
+    if 0 < share < 1e-4:
+        return "<0.01%"
+    return f"{100 * share:.{2 if share < 1e-2 else 1}f}%"
+
+
+def typographic(text: str) -> str:
+    """With minus signs instead of hyphens, for a page."""
+    return text.replace("-", "\u2212")
+
 
 Reading = Literal["margin", "averages", "both", "quantiles"]
 
@@ -41,15 +72,8 @@ def settings(method: Method) -> str:
     spec, values = method.spec, method.settings
     signs = {name: SIGNS[one.sign] for name, one in HYPERPARAMETERS.items()}
     names = {"beta": "β", "label_smoothing": "ε", **signs}
-    return ", ".join(
-        [
-            spec.name,
-            *(
-                f"{names.get(key, key)} {value if isinstance(value, str) else f'{value:g}'}"
-                for key, value in values.items()
-            ),
-        ]
-    )
+    shown = {key: value if isinstance(value, str) else f"{value:g}" for key, value in values.items()}
+    return ", ".join([spec.name, *(f"{names.get(key, key)} {value}" for key, value in shown.items())])
 
 
 def formula(spec: LossSpec) -> str:
@@ -67,12 +91,16 @@ def source(spec: LossSpec) -> str:
 
 
 def sum_name(loss_type: str) -> str:
-    """Name of the sum of a pair's contributions."""
+    """Name of the sum of an example's contributions."""
+    if loss_type == "kto":
+        return "reward"
     rewards = loss_type in LOSSES and LOSSES[loss_type].averages
     return "averaged margin" if rewards or reading_of(loss_type) == "averages" else "margin"
 
 
 def weight_name(loss_type: str) -> str:
     """Name of a chosen completion's weight; it is the pair's if the loss reads one number of the pair."""
+    if loss_type == "kto":
+        return "weight, below 0 if undesirable"
     names = {"averages": "weight of the averaged margin", "margin": "weight"}
     return names.get(reading_of(loss_type), "chosen weight")

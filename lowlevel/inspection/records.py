@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.config.schema import DPOConfig
-from lowlevel.inspection.displacement import Displacement, displacement_of
-from lowlevel.inspection.distribution import Distribution, distribution
+from lowlevel.inspection.displacement import Displacement, Distribution, displacement_of, distribution
 from lowlevel.inspection.reading import sum_name
 from lowlevel.kernels import token_logps, token_scores
 from lowlevel.methods.dpo import DPO, pair_logps, reward_slopes
@@ -121,6 +119,17 @@ class PairRecord:
         return torch.cat([self.chosen.contributions, self.rejected.contributions]).double().cumsum(0)
 
 
+@dataclass(frozen=True)
+class PathStep:
+    """A quantity on the way to the loss: one number for each completion, or one for the pair."""
+
+    name: str
+    formula: str
+    chosen: float | None = None
+    rejected: float | None = None
+    pair: float | None = None
+
+
 @torch.no_grad()
 def inspect_sequences(policy: Policy, method: SFT, examples: Sequence[SFTExample]) -> list[SequenceRecord]:
     """The learned tokens of SFT examples, in the given order. Raises ValueError if two come from one data row."""
@@ -152,8 +161,7 @@ def inspect_sequences(policy: Policy, method: SFT, examples: Sequence[SFTExample
 def inspect_pairs(policy: Policy, method: DPO, examples: Sequence[PreferenceExample]) -> list[PairRecord]:
     """Preference pairs, in the given order. Micro-batches are those of training, because `aot` depends on them.
 
-    Raises:
-        ValueError: two come from one data row.
+    Raises ValueError: two come from one data row.
     """
     by_row, found = examples_by_row(examples), dict[int, PairRecord]()
     for batch in method.micro_batches(examples):
@@ -161,19 +169,10 @@ def inspect_pairs(policy: Policy, method: DPO, examples: Sequence[PreferenceExam
     return [found[example.row] for example in examples]
 
 
-def _token_factors(config: DPOConfig, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each completion, (2P,): the count that its sum is divided by (tokens if the loss reads averages, else 1), and
-    the factor from a token's log-ratio to its contribution: beta / count, negative for the rejected ones.
-    """
-    averages = sum_name(config.loss_type) == "averaged margin"
-    counts = lengths.clamp(min=1).float() if averages else torch.ones(len(lengths))
-    return counts, config.beta / counts * torch.tensor([1.0, -1.0]).repeat_interleave(len(lengths) // 2)
-
-
 def _pairs_of(
     policy: Policy, method: DPO, batch: PackedBatch, by_row: dict[int, PreferenceExample]
 ) -> list[PairRecord]:
-    moved, head = batch.to(policy.placement.device), policy.lm_head_weight
+    moved, head, config = batch.to(policy.placement.device), policy.lm_head_weight, method.config
     targets, needs = moved.scored_targets, method.statistics
     ref_hidden, ref_logps = None, torch.zeros_like(targets, dtype=torch.float32)
     if method.has_reference:
@@ -184,33 +183,21 @@ def _pairs_of(
     hidden = policy.scored_hidden_states(moved)
     (logps, statistics), predicted = token_scores(hidden, head, targets, needs), distribution(hidden, head, targets)
     pairs = pair_logps(moved, logps, ref_logps, method.columns, statistics)
-    output, slopes = method.preference_loss(pairs), reward_slopes(method.config, pairs)
-    logps, ref_logps, margins, losses = (t.cpu() for t in (logps, ref_logps, output.margins, output.losses))
+    output, slopes = method.preference_loss(pairs), reward_slopes(config, pairs)
+    margins, losses = output.margins.cpu(), output.losses.cpu()
     metrics, values = {name: one.cpu() for name, one in output.metrics.items()}, batch.values(method.columns)
-    # both completions of each pair, dummy pairs included: all chosen, then all rejected, (2P,) each
-    sums = torch.cat([pairs.chosen_logps, pairs.rejected_logps]).cpu()
-    ref_sums = torch.cat([pairs.ref_chosen_logps, pairs.ref_rejected_logps]).cpu()
-    half, (counts, factors) = len(batch.real), _token_factors(method.config, batch.lengths)
+    # of both completions of each pair, (2P,): what its sum is divided by; all chosen, then all rejected
+    averages, half = sum_name(config.loss_type) == "averaged margin", len(batch.real)
+    counts = batch.lengths.clamp(min=1).float() if averages else torch.ones(2 * half)
+    factors = config.beta / counts * torch.tensor([1.0, -1.0]).repeat_interleave(half)
     # a reward that rises by 1 raises an averaged contribution by 1 / n, unless the reward is the average
     own = counts if method.spec.averages else torch.ones_like(counts)
     weights = torch.cat([-slopes[0], slopes[1]]).cpu() * counts / own
-    arguments = (factors * (sums - ref_sums)).view(2, half).sum(0)
-
-    def completion(i: int) -> CompletionRecord:
-        index = places_of(batch, i)
-        tokens, reference = tokens_at(batch, index, logps, predicted), ref_logps[index]
-        return CompletionRecord(
-            tokens=tokens,
-            ref_token_logps=reference,
-            contributions=factors[i] * (tokens.logps - reference),
-            logp=sums[i],
-            ref_logp=ref_sums[i],
-            reward=method.config.beta * (sums[i] - ref_sums[i]) / own[i],
-            weight=weights[i],
-        )
+    real = [i + start for i in range(len(batch.data_rows)) for start in (0, half)]
+    sides = completions(batch, real, logps.cpu(), ref_logps.cpu(), predicted, config.beta / own, factors, weights)
 
     def displaced(i: int) -> Displacement | None:
-        if ref_hidden is None or sums[i] >= ref_sums[i]:
+        if ref_hidden is None or sides[i].logp >= sides[i].ref_logp:
             return None
         index = places_of(batch, i).to(hidden.device)
         return displacement_of(hidden[index], ref_hidden[index], head, targets[index])
@@ -220,9 +207,9 @@ def _pairs_of(
             row=row,
             where=by_row[row].where,
             prompt_ids=torch.as_tensor(by_row[row].prompt_ids, dtype=torch.int64),
-            chosen=completion(i),
-            rejected=completion(half + i),
-            argument=arguments[i],
+            chosen=sides[i],
+            rejected=sides[half + i],
+            argument=factors[i] * sides[i].logratio + factors[half + i] * sides[half + i].logratio,
             margin=margins[i],
             loss=losses[i],
             displacement=displaced(i),
@@ -231,6 +218,36 @@ def _pairs_of(
         )
         for i, row in enumerate(batch.data_rows)
     ]
+
+
+def completions(
+    batch: PackedBatch,
+    sequences: Sequence[int],
+    logps: Tensor,
+    ref_logps: Tensor,
+    predicted: Distribution,
+    scales: Tensor,
+    factors: Tensor,
+    weights: Tensor,
+) -> dict[int, CompletionRecord]:
+    """The records of some of the S sequences of a batch, from the log-probabilities (N,) of its tokens; on the CPU.
+
+    `scales` (S,): from a completion's log-ratio to its reward; `factors` (S,): from a token's to its contribution.
+    """
+    (sums, ref_sums), found = map(batch.sequence_sums, (logps, ref_logps)), {}
+    for i in sequences:
+        index = places_of(batch, i)
+        tokens, reference = tokens_at(batch, index, logps, predicted), ref_logps[index]
+        found[i] = CompletionRecord(
+            tokens=tokens,
+            ref_token_logps=reference,
+            contributions=factors[i] * (tokens.logps - reference),
+            logp=sums[i],
+            ref_logp=ref_sums[i],
+            reward=scales[i] * (sums[i] - ref_sums[i]),
+            weight=weights[i],
+        )
+    return found
 
 
 def tokens_at(batch: PackedBatch, index: Tensor, logps: Tensor, predicted: Distribution) -> TokenRecord:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowlevel.inspection.distribution import distribution
+from lowlevel.inspection.displacement import distribution
 from lowlevel.inspection.records import TokenRecord, places_of, tokens_at
 from lowlevel.methods import PolicyGradient
 from lowlevel.methods.sampled import lay_out, sampled_logps

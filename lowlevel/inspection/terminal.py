@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +13,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lowlevel.inspection.figures import percent, plain, signed
 from lowlevel.inspection.inspection import Inspection
-from lowlevel.inspection.labelled import LabelledRecord, labelled_path
-from lowlevel.inspection.lines import PathStep, TokenLine, completion_lines, fall_line, loss_path, sequence_lines
+from lowlevel.inspection.kto_and_reward import LabelledRecord, RewardRecord
+from lowlevel.inspection.lines import TokenLine, completion_lines, fall_line, path_of, sequence_lines
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.reading import reading_of, source, sum_name
+from lowlevel.inspection.reading import percent, plain, reading_of, signed, source, sum_name
 from lowlevel.inspection.records import PairRecord, SequenceRecord
-from lowlevel.inspection.rewards import RewardRecord, reward_path
 from lowlevel.inspection.sampled import SampledRecord
-from lowlevel.methods import KTO, Reward
 
 WIDE = 110  # terminal width from which a pair's tables include the likeliest alternatives
 RAISES, LOWERS = "blue", "dark_orange"
@@ -34,22 +31,11 @@ def print_inspection(inspection: Inspection, console: Console, *, details: bool 
     """Print the batch, and with `details` each example."""
     for line in (inspection.headline, inspection.conditions, inspection.result):
         console.print(line, markup=False, highlight=False)
+    batch, example = PRINTED[inspection.method.name]
     if len(inspection.records) > 1:
-        tables = {"dpo": _pairs_table, "kto": _labelled_table, "reward": _rewards_table, "sft": _sequences_table}
-        table = _sampled_table if inspection.sampled else tables[inspection.method.name]
-        console.print(table(inspection, console.width))
-    if not details:
-        return
-    for sequence in inspection.sequences:
-        _print_sequence(sequence, inspection.pieces, console)
-    for pair in inspection.pairs:
-        _print_pair(pair, inspection, console)
-    for labelled in inspection.labelled:
-        _print_labelled(labelled, inspection, console)
-    for rewards in inspection.rewards:
-        _print_rewards(rewards, inspection, console)
-    for sampled in inspection.sampled:
-        _print_sampled(sampled, inspection.pieces, console)
+        console.print(batch(inspection, console.width))
+    for record in inspection.records if details else ():
+        example(record, inspection, console)
 
 
 def _table(
@@ -107,10 +93,10 @@ def _pairs_table(inspection: Inspection, width: int) -> Table:
 def _labelled_table(inspection: Inspection, width: int) -> Table:
     rows: list[Sequence[str | Text]] = []
     for record in inspection.labelled:
-        one, label = record.completion, "desirable" if record.desirable else "undesirable"
+        one = record.completion
         reward, weight = _coloured("margin", signed(float(one.reward))), signed(float(one.weight))
         numbers = (reward, weight, plain(float(record.loss)))
-        rows.append((str(record.row), label, str(len(one.tokens)), *numbers, record.where))
+        rows.append((str(record.row), record.label, str(len(one.tokens)), *numbers, record.where))
     caption = f"z₀ {plain(float(inspection.labelled[0].kl.clamp(min=0)))}; weight: −dL/d(reward)"
     return _table(("row", "label", "tokens", "reward", "weight", "loss", "<from"), rows, width, caption=caption)
 
@@ -138,8 +124,8 @@ def _sampled_table(inspection: Inspection, width: int) -> Table:
     return _table(headings, rows, width, caption="advantage, ratio: means of the tokens; loss: their weighted sum")
 
 
-def _print_sampled(record: SampledRecord, pieces: TokenPieces, console: Console) -> None:
-    x, rows = record.rollout, list[Sequence[str | Text]]()
+def _print_sampled(record: SampledRecord, inspection: Inspection, console: Console) -> None:
+    x, pieces, rows = record.rollout, inspection.pieces, list[Sequence[str | Text]]()
     _print_title(x.row, f"{x.where}, sample {x.sample}", torch.from_numpy(x.prompt_ids), pieces, console)
     parts = ", ".join(f"{name} {plain(value)}" for name, value in x.rewards.items())
     out = "" if x.counted else "; not in the loss"
@@ -155,7 +141,8 @@ def _print_sampled(record: SampledRecord, pieces: TokenPieces, console: Console)
     console.print(_table(("#", "<token", *columns, "<"), rows, console.width))
 
 
-def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Console) -> None:
+def _print_sequence(record: SequenceRecord, inspection: Inspection, console: Console) -> None:
+    pieces = inspection.pieces
     _print_title(record.row, record.where, record.input_ids[: int(record.tokens.positions[0])], pieces, console)
     lines = sequence_lines(record, pieces)
     terms = "loss" if "loss" in lines[0].numbers else "-logp"
@@ -164,33 +151,19 @@ def _print_sequence(record: SequenceRecord, pieces: TokenPieces, console: Consol
     console.print(_tokens_table(lines, tuple(lines[0].numbers), console.width, others=True, caption=caption))
 
 
-def _print_pair(record: PairRecord, inspection: Inspection, console: Console) -> None:
+def _print_compared(record: PairRecord | LabelledRecord, inspection: Inspection, console: Console) -> None:
     _print_title(record.row, record.where, record.prompt_ids, inspection.pieces, console)
-    running = record.running_sums.tolist()
-    sums = sum_name(inspection.method.spec.name)
-    per_token = "beta x log-ratio" if sums == "margin" else "beta x log-ratio / n"
+    running, sums, paired = record.running_sums.tolist(), sum_name(inspection.method.spec.name), bool(inspection.pairs)
+    per_token = "beta x log-ratio / n" if sums == "averaged margin" else "beta x log-ratio"
     wide = console.width >= WIDE
     for name, side, part in record.sides:
-        sign, end = ("-", f"; the last sum is the {sums}") if side is record.rejected else ("", "")
+        sign, end = ("-", f"; the last sum is the {sums}") if name == "rejected" else ("", "")
         console.print(f"{name}: each token adds {sign}{per_token} to the {sums}{end}", markup=False, highlight=False)
         lines = completion_lines(side, running[part], inspection.pieces)
         console.print(_tokens_table(lines, PAIR_COLUMNS + ("prob", "rank") * wide, console.width, others=wide))
-    if fall := fall_line(record, inspection.pieces):
+    if isinstance(record, PairRecord) and (fall := fall_line(record, inspection.pieces)):
         console.print(fall.sentence, markup=False, highlight=False)
-    console.print(_path_table(record, inspection, console.width))
-
-
-def _print_labelled(record: LabelledRecord, inspection: Inspection, console: Console) -> None:
-    _print_title(record.row, record.where, record.prompt_ids, inspection.pieces, console)
-    label, wide = "desirable" if record.desirable else "undesirable", console.width >= WIDE
-    console.print(f"{label}: each token adds beta x log-ratio to the reward", markup=False, highlight=False)
-    running = record.completion.contributions.double().cumsum(0).tolist()
-    lines = completion_lines(record.completion, running, inspection.pieces)
-    console.print(_tokens_table(lines, PAIR_COLUMNS + ("prob", "rank") * wide, console.width, others=wide))
-    assert isinstance(inspection.method, KTO)
-    rows = [(step.name, step.formula, plain(step.pair or 0.0, 5)) for step in labelled_path(record, inspection.method)]
-    caption = f"{source(inspection.method.spec)}; σ sigmoid"
-    console.print(_table(("quantity", "<formula", "value"), rows, console.width, caption=caption, wrap=True))
+    console.print(_path_table(record, inspection, ", x margin, a, b log-ratios, d = a − b" * paired, console.width))
 
 
 def _print_rewards(record: RewardRecord, inspection: Inspection, console: Console) -> None:
@@ -200,9 +173,7 @@ def _print_rewards(record: RewardRecord, inspection: Inspection, console: Consol
         ("rejected", record.rejected_ids, record.rejected),
     ):
         console.print(f"{name} {signed(float(reward))}: {inspection.pieces.decode(ids)}", markup=False, highlight=False)
-    assert isinstance(inspection.method, Reward)
-    steps = reward_path(record, inspection.method)
-    console.print(_steps_table(steps, f"{source(inspection.method.spec)}; σ sigmoid", console.width))
+    console.print(_path_table(record, inspection, "", console.width))
 
 
 def _tokens_table(
@@ -216,17 +187,16 @@ def _tokens_table(
     return _table(("#", "<token", *columns, *(["<likeliest others"] * others)), rows, width, caption=caption)
 
 
-def _path_table(record: PairRecord, inspection: Inspection, width: int) -> Table:
-    caption = f"{source(inspection.method.spec)}; σ sigmoid, x margin, a, b log-ratios, d = a − b"
-    return _steps_table(loss_path(record, inspection.method), caption, width)
-
-
-def _steps_table(steps: Sequence[PathStep], caption: str, width: int) -> Table:
-    rows = []
-    for step in steps:
-        numbers = (step.chosen, step.rejected, step.pair)
+def _path_table(
+    record: PairRecord | LabelledRecord | RewardRecord, inspection: Inspection, more: str, width: int
+) -> Table:
+    """The steps to the loss; `more` explains their signs. A completion alone has one column of values."""
+    headings, rows = ("value",) if inspection.labelled else ("chosen", "rejected", "pair"), []
+    for step in path_of(record, inspection.method):
+        numbers = (step.chosen, step.rejected, step.pair)[-len(headings) :]
         rows.append((step.name, step.formula, *("" if number is None else plain(number, 5) for number in numbers)))
-    return _table(("quantity", "<formula", "chosen", "rejected", "pair"), rows, width, caption=caption, wrap=True)
+    caption = f"{source(inspection.method.spec)}; σ sigmoid{more}"
+    return _table(("quantity", "<formula", *headings), rows, width, caption=caption, wrap=True)
 
 
 def _print_title(row: int, where: str, prompt: Tensor, pieces: TokenPieces, console: Console) -> None:
@@ -240,3 +210,12 @@ def _coloured(name: str, number: str) -> Text:
     """A number; contributions to the margin in the colour of their sign."""
     styles = {"-": LOWERS, "+": RAISES} if name in ("adds", "margin") else {}
     return Text(number, style=styles.get(number[:1], ""))
+
+
+PRINTED: dict[str, tuple[Callable[..., Table], Callable[..., None]]] = {  # the batch, and one example
+    "sft": (_sequences_table, _print_sequence),
+    "dpo": (_pairs_table, _print_compared),
+    "kto": (_labelled_table, _print_compared),
+    "reward": (_rewards_table, _print_rewards),
+    **dict.fromkeys(("grpo", "rloo", "ppo"), (_sampled_table, _print_sampled)),
+}

@@ -8,21 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowlevel.inspection.charts import Stair, stair
-from lowlevel.inspection.figures import percent, plain, signed, typographic
-from lowlevel.inspection.labelled import LabelledRecord, labelled_path
-from lowlevel.inspection.lines import (
-    FallLine,
-    PathStep,
-    TokenLine,
-    completion_lines,
-    fall_line,
-    loss_path,
-    sequence_lines,
-)
+from lowlevel.inspection.kto_and_reward import LabelledRecord
+from lowlevel.inspection.lines import FallLine, TokenLine, completion_lines, fall_line, path_of, sequence_lines
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.reading import sum_name
-from lowlevel.inspection.records import PairRecord, SequenceRecord, TokenRecord
-from lowlevel.methods import KTO, Method
+from lowlevel.inspection.reading import percent, plain, signed, sum_name, typographic
+from lowlevel.inspection.records import PairRecord, PathStep, SequenceRecord, TokenRecord
+from lowlevel.methods import Method
 
 CLIPPED = 0.98  # quantile at which a colour scale ends, so that one outlier does not make all others pale
 
@@ -74,6 +65,11 @@ def scales(tokens: Sequence[TokenRecord], contributions: Sequence[Tensor]) -> di
     return {name: _high([value for part in parts for value in part.tolist()]) or 1.0 for name, parts in columns.items()}
 
 
+def _high(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(CLIPPED * len(ordered)))] if ordered else 0.0
+
+
 def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Mapping[str, float], total: float) -> Article:
     """An SFT example; `total` is the loss of the whole batch."""
     tokens, loss = record.tokens, float(record.loss)
@@ -97,55 +93,39 @@ def sequence_article(record: SequenceRecord, pieces: TokenPieces, scale: Mapping
     )
 
 
-def pair_article(record: PairRecord, method: Method, pieces: TokenPieces, scale: Mapping[str, float]) -> Article:
-    """A pair."""
-    sums = sum_name(method.spec.name)
-    running = record.running_sums.tolist()
-    chart, maps = stair(running), []
+def compared_article(
+    record: PairRecord | LabelledRecord, method: Method, pieces: TokenPieces, scale: Mapping[str, float]
+) -> Article:
+    """A pair, or a labelled completion."""
+    sums, running = sum_name(method.spec.name), record.running_sums.tolist()
+    chart, maps, pair = stair(running), [], record if isinstance(record, PairRecord) else None
     for name, side, part in record.sides:
         lines = completion_lines(side, running[part], pieces)
         views = _token_views(side.tokens, lines, scale, side.contributions.tolist(), chart.heights[part])
         summary = f"{len(side.tokens)} tokens, reward {typographic(signed(float(side.reward)))}"
         maps.append(HeatMap(name, summary, views, lines))
-    weights = dict.fromkeys(plain(float(side.weight)) for side in (record.chosen, record.rejected))
-    facts = (
-        ("margin", signed(float(record.margin))),
-        *([(sums, signed(float(record.argument)))] if sums != "margin" else []),
-        ("weight" if sums == "margin" else f"weight of the {sums}", " / ".join(weights)),
-        ("loss", plain(float(record.loss))),
-    )
     return Article(
         row=record.row,
         where=record.where,
-        facts=facts,
+        facts=[*_facts(record, sums), ("loss", plain(float(record.loss)))],
         chart=chart,
         chart_name=f"cumulative {sums} along the tokens",
         maps=maps,
         prompt=pieces.decode(record.prompt_ids).strip(),
-        steps=loss_path(record, method),
-        split=100 * len(record.chosen.tokens) / max(1, len(running)),
-        fall=fall_line(record, pieces),
+        steps=path_of(record, method),
+        split=100 * len(pair.chosen.tokens) / max(1, len(running)) if pair else None,
+        fall=fall_line(pair, pieces) if pair else None,
     )
 
 
-def labelled_article(record: LabelledRecord, method: KTO, pieces: TokenPieces, scale: Mapping[str, float]) -> Article:
-    """A labelled completion."""
-    one, label = record.completion, "desirable" if record.desirable else "undesirable"
-    running = one.contributions.double().cumsum(0).tolist()
-    chart, lines = stair(running), completion_lines(one, running, pieces)
-    views = _token_views(one.tokens, lines, scale, one.contributions.tolist(), chart.heights)
-    reward, weight = signed(float(one.reward)), signed(float(one.weight))
-    summary = f"{len(one.tokens)} tokens, reward {typographic(reward)}"
-    return Article(
-        row=record.row,
-        where=record.where,
-        facts=(("label", label), ("reward", reward), ("weight", weight), ("loss", plain(float(record.loss)))),
-        chart=chart,
-        chart_name="cumulative reward along the tokens",
-        maps=[HeatMap(label, summary, views, lines)],
-        prompt=pieces.decode(record.prompt_ids).strip(),
-        steps=labelled_path(record, method),
-    )
+def _facts(record: PairRecord | LabelledRecord, sums: str) -> list[tuple[str, str]]:
+    if isinstance(record, LabelledRecord):
+        reward, weight = (signed(float(value)) for value in (record.completion.reward, record.completion.weight))
+        return [("label", record.label), ("reward", reward), ("weight", weight)]
+    weights = dict.fromkeys(plain(float(side.weight)) for side in (record.chosen, record.rejected))
+    argument = [(sums, signed(float(record.argument)))] if sums != "margin" else []
+    weight_of = "weight" if sums == "margin" else f"weight of the {sums}"
+    return [("margin", signed(float(record.margin))), *argument, (weight_of, " / ".join(weights))]
 
 
 def _token_views(
@@ -161,16 +141,8 @@ def _token_views(
         values = {"contribution": abs(adds), "loss": -logp, "entropy": entropy}
         strengths = {name[0]: round(min(1.0, max(0.0, value / scale[name])), 3) for name, value in values.items()}
         css = ";".join(f"--{letter}:{strength}" for letter, strength in strengths.items())
-        views.append(TokenView(line.token, _tip(line), "up" if adds > 0 else "down" if adds < 0 else "", css, height))
+        numbers = [f"{name}\t{typographic(number)}" for name, number in line.numbers.items()]
+        others = [f"{'instead' if i == 0 else ''}\t{other}" for i, other in enumerate(line.others)]
+        sign, tip = "up" if adds > 0 else "down" if adds < 0 else "", "\n".join([line.token, *numbers, *others])
+        views.append(TokenView(line.token, tip, sign, css, height))
     return views
-
-
-def _tip(line: TokenLine) -> str:
-    numbers = [f"{name}\t{typographic(number)}" for name, number in line.numbers.items()]
-    others = [f"{'instead' if i == 0 else ''}\t{other}" for i, other in enumerate(line.others)]
-    return "\n".join([line.token, *numbers, *others])
-
-
-def _high(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(CLIPPED * len(ordered)))] if ordered else 0.0

@@ -17,7 +17,7 @@ from lowlevel.config.schema import ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.model.placement import Placement
-from lowlevel.model.sizes import head_size
+from lowlevel.model.targets import head_size
 
 # Names of span attention in transformers, which downloads a kernel from the hub if a name contains "flash".
 NAMES = {"flash": "lowlevel_fa2", "efficient": "lowlevel_efficient", "math": "lowlevel_math"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,8 +66,14 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     name = resolve_name(config.name)
     check_is_model(name)
     refuse_pickles(Path(name), "model.name")
-    if (Path(name) / "config.json").is_file():
-        _check_dtype(read_json_object(Path(name) / "config.json"), config.name)
+    if (
+        Path(name) / "config.json"
+    ).is_file():  # transformers cannot read other dtypes, or no weights here can have them
+        found = read_json_object(Path(name) / "config.json")
+        dtype = found.get("dtype", found.get("torch_dtype"))
+        if dtype not in (None, *DTYPES):
+            problem = f"config.json says dtype = {quoted(repr(dtype))}, expected {', '.join(DTYPES)}"
+            raise ConfigError(f"model.name {config.name!r}: {problem}")
     try:
         loaded = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
     except Exception as error:  # transformers, huggingface_hub and httpx each raise their own kinds here
@@ -87,19 +92,10 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     return loaded
 
 
-def _check_dtype(settings: Mapping[str, Any], name: str) -> None:
-    """Raise ConfigError for a dtype that transformers cannot read, or that no weights here can have."""
-    dtype = settings.get("dtype", settings.get("torch_dtype"))
-    if dtype not in (None, *DTYPES):
-        expected = ", ".join(DTYPES)
-        raise ConfigError(f"model.name {name!r}: config.json says dtype = {quoted(repr(dtype))}, expected {expected}")
-
-
 def load_stored(config: ModelConfig) -> StoredQuantisation | None:
     """How the base's folder is quantised, from its config.json and the names of its weights; None: not.
 
-    Raises:
-        ConfigError: in a way that cannot be trained, or config.json does not agree with the weights.
+    Raises ConfigError: in a way that cannot be trained, or config.json does not agree with the weights.
     """
     stored = stored_quantisation(load_model_config(config), config.name)
     check_stored(stored, Path(resolve_name(config.name)), config.name)
@@ -175,7 +171,10 @@ def load_base(
         to_precision(model, stored, config.name, placement.dtype, None if dtype else placement.dtype)
     _check_finite(config.name, model)
     _freeze(model)
-    _untie(model)
+    # If the LM head is the file's own, transformers 5.23 uses it but keeps "tied", and a merged model whose config.json
+    # says so would lose its head in tools that believe it.
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
     install_dequantising_products(model)
     return model
 
@@ -192,15 +191,6 @@ def _freeze(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     model.config.attention_dropout = 0.0
-
-
-def _untie(model: Any) -> None:
-    """Let the configuration say so if the LM head is the file's own: transformers 5.23 uses it, but keeps "tied".
-
-    A merged model whose config.json says "tied" would lose its head in tools that believe it.
-    """
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        model.config.tie_word_embeddings = False
 
 
 def notes_of_base(config: ModelConfig, loaded: PretrainedConfig) -> list[str]:

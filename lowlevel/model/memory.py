@@ -36,8 +36,7 @@ from lowlevel.model.base import empty_model
 from lowlevel.model.moving_reference import Following
 from lowlevel.model.placement import DTYPES, Placement
 from lowlevel.model.quantisation import stored_quantisation
-from lowlevel.model.sizes import head_size, size_of, unsupported
-from lowlevel.model.targets import matched
+from lowlevel.model.targets import head_size, matched, size_of, unsupported
 
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
 WORKSPACES = 4  # of cuBLAS: two streams (linear.py), each in the threads of the forward and of the backward pass

@@ -43,10 +43,8 @@ def choose_placement(precision: str) -> Placement:
     """Choose the device, and check that it supports the precision.
 
     Call it before the process's first product on the GPU: from compute capability 9.0 on, where torch's default cuBLAS
-    workspaces are large, it sets small ones in the environment. On older GPUs the variable only costs time.
-
-    Raises:
-        ConfigError: bf16 on a GPU below compute capability 8.0; fp16 without a GPU.
+    workspaces are large, it sets small ones in the environment. On older GPUs the variable only costs time. Raises
+    ConfigError: bf16 on a GPU below compute capability 8.0; fp16 without a GPU.
     """
     if not torch.cuda.is_available():
         if precision == "fp16":

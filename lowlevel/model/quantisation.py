@@ -40,10 +40,6 @@ class StoredQuantisation:
     double_quant: bool
     skipped: list[str] | None  # modules left in 16 bits, in transformers' patterns; None: the LM head
 
-    def settings(self) -> dict[str, Any]:
-        """The keys of [model] that describe these weights."""
-        return dict(zip(KEYS, (True, self.quant_type, self.double_quant), strict=True))
-
     def __str__(self) -> str:
         return _kind(self.quant_type, self.double_quant)
 
@@ -61,8 +57,7 @@ class StoredQuantisation:
 def stored_quantisation(base: PretrainedConfig, name: str) -> StoredQuantisation | None:
     """How a base's weights are quantised already; None: not. `name` is for messages.
 
-    Raises:
-        ConfigError: in any way but bitsandbytes' 4 bits.
+    Raises ConfigError: in any way but bitsandbytes' 4 bits.
     """
     settings = base.to_dict()
     tables = (settings, settings.get("text_config") or {})
@@ -128,12 +123,11 @@ def double_quantisation(double: bool) -> str:
 def as_stored(model: ModelConfig, stored: StoredQuantisation | None) -> ModelConfig:
     """The settings with the quantisation keys of a pre-quantised folder. `stored` None: the settings as they are.
 
-    Raises:
-        ConfigError: a key that was set contradicts the folder, or adapter_mode needs 16-bit weights.
+    Raises ConfigError: a key that was set contradicts the folder, or adapter_mode needs 16-bit weights.
     """
     if stored is None:
         return model
-    own = stored.settings()
+    own = dict(zip(KEYS, (True, stored.quant_type, stored.double_quant), strict=True))
     for key in KEYS:
         if key in model.model_fields_set and getattr(model, key) != own[key]:
             value = str(getattr(model, key)).lower()

@@ -21,7 +21,7 @@ from lowlevel.batch.layout import build_batch, pair_segment, sft_segment
 from lowlevel.errors import ConfigError, LowlevelError, one_line
 from lowlevel.model.attention_choice import plain_attention
 from lowlevel.model.policy import Policy
-from lowlevel.model.sizes import unsupported
+from lowlevel.model.targets import unsupported
 
 FIRST, PROMPT, REJECTED = 13, 5, 8  # tokens of the test: an example, its prompt, the other completion
 

@@ -1,4 +1,4 @@
-"""Target modules of an adapter: which linear layers names, a pattern or "all-linear" mean, as in PEFT."""
+"""What a base's configuration and modules say: sizes, and the target modules of an adapter, named as in PEFT."""
 
 from __future__ import annotations
 
@@ -7,8 +7,32 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from lowlevel.config.schema import ALL_LINEAR, stands_alone
+from lowlevel.errors import ConfigError
+
+
+def unsupported(config: PretrainedConfig, why: str) -> ConfigError:
+    """The error for an unsupported architecture."""
+    return ConfigError(f"model.name: this architecture ({config.model_type}) is not supported: {why}")
+
+
+def size_of(config: PretrainedConfig, key: str) -> int:
+    """A size by its common name in transformers (GPT-2's `hidden_size` is `n_embd`). Raises ConfigError if missing."""
+    try:
+        value = getattr(config, key)
+    except AttributeError:
+        value = None
+    if not isinstance(value, int):
+        raise unsupported(config, f"its configuration has no {key}")
+    return value
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """Features of an attention head. Raises as `size_of`."""
+    given = config.to_dict().get("head_dim")
+    return given or size_of(config, "hidden_size") // size_of(config, "num_attention_heads")
 
 
 def linear_layers(model: Any) -> list[str]:

@@ -59,7 +59,7 @@ def run_doctor(out: Path, json_file: Path | None, console: Console, silence: Cal
 
 def machine_checks(out: Path) -> Checks:
     """Checks that load no weights. Their imports are here, because torch takes seconds and may be missing."""
-    from lowlevel.preflight import device, numerics, storage
+    from lowlevel.preflight import device, numerics
 
     return (
         ("device", device.device),
@@ -70,14 +70,14 @@ def machine_checks(out: Path) -> Checks:
         ("4-bit weights", numerics.four_bit),
         ("Triton kernels", numerics.triton_kernels),
         ("optimizer", numerics.optimizer),
-        ("run folder", partial(storage.run_folder, out)),
-        ("hub cache", storage.hub),
+        ("run folder", partial(device.run_folder, out)),
+        ("hub cache", device.hub),
     )
 
 
 def step_checks() -> Checks:
     """One step of each method."""
-    from lowlevel.preflight.step import one_step
+    from lowlevel.preflight.numerics import one_step
 
     return ("sft step", partial(one_step, "sft")), ("dpo step", partial(one_step, "dpo"))
 

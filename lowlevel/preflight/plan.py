@@ -50,18 +50,18 @@ def show_plan(config: RunConfig, console: Console, budget: str | None, gpus: int
     if not size:
         raise ConfigError(f'--budget: expected a size like "15GiB" or "800MiB", got {text!r}')
     config = with_stored(config)
-    target = _target(config)
-    columns = [_as_configured(config, target)]
+    shape, placement = _target(config)
+    columns = [_as_configured(config, shape, placement)]
     fixed = _why_fixed(config)
     if not fixed:
-        columns.append(Column(f"fastest in {text}", config, target.fastest(config, size)))
-        columns += _with_host(columns[-1], target, size)
-    forecasts = [target.forecast(column) for column in columns]
-    console.print(_plan_table(target.shape, columns, forecasts))
+        columns.append(Column(f"fastest in {text}", config, best_plan(shape, config, placement, size)))
+        columns += _with_host(columns[-1], shape, placement, size)
+    forecasts = [forecast(shape, column.config, column.plan, placement) for column in columns]
+    console.print(_plan_table(shape, columns, forecasts))
     console.print(f"optimizer state: {forecasts[0].paged / MIB:,.0f} MiB more, paged (outside the allocator's peak)")
     console.print(OUTSIDE)
     if gpus > 1:
-        line = _on_several(config, gpus, target.shape.trained * 4)
+        line = _on_several(config, gpus, shape.trained * 4)
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     base = f"{config.model.name}, {describe_base(config.model)}"
     console.print(f"{config.method}: {base}", markup=False, highlight=False, soft_wrap=True)
@@ -107,24 +107,8 @@ class Column:
     on_host: tuple[str, ...] = ()  # keys that this plan switches on
 
 
-@dataclass(frozen=True)
-class Target:
-    """The model with its adapters, and where it runs."""
-
-    shape: ModelShape
-    placement: Placement
-
-    def fastest(self, config: RunConfig, size: int) -> Plan:
-        """The fastest plan within `size` bytes. Raises ConfigError if no plan fits."""
-        return best_plan(self.shape, config, self.placement, size)
-
-    def forecast(self, column: Column) -> Forecast:
-        """The forecast of a column's plan."""
-        return forecast(self.shape, column.config, column.plan, self.placement)
-
-
-def _target(config: RunConfig) -> Target:
-    """The model of a run; an adapter that is not trained yet has the sizes of [lora]."""
+def _target(config: RunConfig) -> tuple[ModelShape, Placement]:
+    """The model with its adapters, and where it runs; an adapter that is not trained yet has the sizes of [lora]."""
     own = AdapterSize(config.lora.r, config.lora.target_modules)
     init_from = find_adapter(config.lora.init_from, "lora.init_from")
     try:
@@ -132,16 +116,16 @@ def _target(config: RunConfig) -> Target:
     except ConfigError:
         sizes = adapter_sizes(config, None, init_from)[0], own if config.model.adapter_mode == "stack" else None
     precision = "fp16" if config.train.precision == "auto" else config.train.precision
-    shape = model_shape(load_model_config(config.model), *sizes)
-    return Target(shape, Placement(torch.device("cuda"), precision))
+    return model_shape(load_model_config(config.model), *sizes), Placement(torch.device("cuda"), precision)
 
 
-def _as_configured(config: RunConfig, target: Target) -> Column:
+def _as_configured(config: RunConfig, shape: ModelShape, placement: Placement) -> Column:
     """The configuration with its default plan, or with the plan for the run file's memory budget."""
     budget = parse_size(config.train.memory_budget or "")
     if budget and not _why_fixed(config):
-        return Column(f"as configured ({config.train.memory_budget})", config, target.fastest(config, budget))
-    return Column("as configured", config, default_plan(target.shape, config))
+        plan = best_plan(shape, config, placement, budget)
+        return Column(f"as configured ({config.train.memory_budget})", config, plan)
+    return Column("as configured", config, default_plan(shape, config))
 
 
 def _why_fixed(config: RunConfig) -> str:
@@ -153,14 +137,14 @@ def _why_fixed(config: RunConfig) -> str:
     return ""
 
 
-def _with_host(fastest: Column, target: Target, size: int) -> list[Column]:
+def _with_host(fastest: Column, shape: ModelShape, placement: Placement, size: int) -> list[Column]:
     """The fastest plan with everything possible on the host, if it is faster: micro-batches can be larger."""
-    config, tied = fastest.config, target.shape.tied
+    config, tied = fastest.config, shape.tied
     model = config.model.model_copy(update={} if tied else {"embeddings_on_host": True})
     train = config.train.model_copy(update={"offload_activations": True})
     moved = config.model_copy(update={"model": model, "train": train})
-    plan = target.fastest(moved, size)
-    if cost(target.shape, moved, plan) >= cost(target.shape, config, fastest.plan):
+    plan = best_plan(shape, moved, placement, size)
+    if cost(shape, moved, plan) >= cost(shape, config, fastest.plan):
         return []
     return [Column("with more on the host", moved, plan, ON_HOST[tied:])]
 

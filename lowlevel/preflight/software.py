@@ -79,7 +79,11 @@ def libraries() -> Finding:
         return NOT_INSTALLED
     required = requirements(asked)
     found = versions(required)
-    wrong = [one for one in required if not _fits(found[one.name], one.specifier)]
+    wrong = [
+        one
+        for one in required
+        if (version := found[one.name]) is None or not one.specifier.contains(version, prereleases=True)
+    ]
     if wrong:
         lines = [f"{one.name} {found[one.name] or 'is missing'} (asked for: {one.specifier})" for one in wrong]
         return fail("; ".join(lines), "pip install " + " ".join(f"'{one.name}{one.specifier}'" for one in wrong))
@@ -91,7 +95,3 @@ def missing() -> list[str]:
     """Names of missing libraries; the other checks need all of them."""
     asked = needs()
     return [name for name, version in versions(requirements(asked)).items() if version is None] if asked else []
-
-
-def _fits(version: str | None, specifier: SpecifierSet) -> bool:
-    return version is not None and specifier.contains(version, prereleases=True)

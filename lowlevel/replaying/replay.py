@@ -19,8 +19,7 @@ from lowlevel.optim.optimizer import optimizer_tensors
 from lowlevel.replaying.compare import Row, number_rows, tensors_row
 from lowlevel.replaying.dump import Dump, check_target, observe
 from lowlevel.replaying.report import Replay
-from lowlevel.replaying.session import Session, open_session
-from lowlevel.replaying.what_if import Outcome, parse_settings, what_if
+from lowlevel.replaying.session import Outcome, Session, open_session, parse_settings, what_if
 from lowlevel.running.forensics import examine_error
 from lowlevel.running.reopening import Reopened
 

@@ -14,7 +14,7 @@ from rich.table import Table, box
 
 from lowlevel.errors import LowlevelError
 from lowlevel.replaying.compare import NUMBERS, TENSORS, Row
-from lowlevel.replaying.what_if import Outcome
+from lowlevel.replaying.session import Outcome
 
 
 class ReplayDiffersError(LowlevelError):

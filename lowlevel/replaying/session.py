@@ -1,4 +1,4 @@
-"""A run set up again at a checkpoint, and taken further step by step.
+"""A run set up again at a checkpoint, and taken further step by step, also under other settings.
 
 Nothing is written and no lock is taken: the run may still be training.
 """
@@ -6,28 +6,39 @@ Nothing is written and no lock is taken: the run may still be training.
 from __future__ import annotations
 
 import time
+import tomllib
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.order import DataOrder
 from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good
 from lowlevel.checkpoints.training_state import restore_state
-from lowlevel.config.schema import RunConfig
+from lowlevel.config.file import config_from_tables, to_tables
+from lowlevel.config.schema import METHODS, SECTIONS, RunConfig
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.execution import Execution, WithFallback
+from lowlevel.execution import Eager, Execution, WithFallback
 from lowlevel.loop import optimizer_step
 from lowlevel.methods import Method
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
 from lowlevel.online import rollouts
 from lowlevel.optim.loss_scale import LossScale
-from lowlevel.optim.optimizer import build_optimizer, learning_rate, set_learning_rate
+from lowlevel.optim.optimizer import (
+    build_optimizer,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
 from lowlevel.optim.train_state import StepResult, TrainState
-from lowlevel.running.assembly import Inputs, choose_execution, identity
+from lowlevel.running.assembly import Inputs, build_method, check_loss, choose_execution, identity
 from lowlevel.running.reopening import Reopened, kept_rollouts, step_examples
 from lowlevel.running.run_folder import RunFolder
 
@@ -154,3 +165,93 @@ def _check_identity(opened: Reopened, found: dict[str, Any]) -> None:
     changed = [key for key in expected if expected[key] != other.get(key)]
     if changed:
         raise CheckpointError(f"{opened.folder.path}: {', '.join(changed)} differ from its manifest")
+
+
+TRAIN_KEYS = ("learning_rate", "max_grad_norm")
+NOT_OF_A_STEP = ("reference_cache", "loss_kwargs", "ref_model_sync_steps", "ref_model_mixup_alpha")
+LOSS_KEYS = {  # settings of a step by method
+    method: tuple(name for name in SECTIONS[method].model_fields if name not in NOT_OF_A_STEP) for method in METHODS
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Numbers of a step under some settings."""
+
+    settings: str
+    numbers: dict[str, float]  # loss, metrics, grad_norm, cosine to the actual gradient, learning_rate, update_norm
+
+
+def parse_settings(config: RunConfig, text: str) -> RunConfig:
+    """The configuration changed by "beta=0.3", "loss_type=ipo,beta=0.2" or "loss_kwargs.gamma=2".
+
+    Raises ConfigError for a key that is not a setting of one step, and for a value that a run file refuses.
+    """
+    tables, method = to_tables(config), config.method
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        name = key.strip().removeprefix(f"{method}.").removeprefix("train.")
+        keys = LOSS_KEYS[method]
+        _, is_kwarg, kwarg = name.partition("loss_kwargs.")
+        if not equals or not (name in (*TRAIN_KEYS, *keys) or is_kwarg):
+            other = next((other for other in METHODS if name in LOSS_KEYS[other]), None)
+            if other and equals:
+                raise ConfigError(f"--what-if {text}: {name} is a setting of {other}, and the run is {method}")
+            known = ", ".join([*TRAIN_KEYS, *keys, *["loss_kwargs.KEY"] * ("loss_type" in keys)])
+            raise ConfigError(f"--what-if {text}: expected NAME=VALUE, NAME one of {known}")
+        section = "train" if name in TRAIN_KEYS else method
+        given, new = tables.get(section, {}), _value(value.strip())
+        update = {"loss_kwargs": {**given.get("loss_kwargs", {}), kwarg: new}} if is_kwarg else {name: new}
+        tables[section] = {**given, **update}
+    changed = config_from_tables(tables, f"--what-if {text}")
+    try:
+        check_loss(changed)
+    except ConfigError as error:
+        raise ConfigError(f"--what-if {text}: {error}") from None
+    return changed
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def what_if(session: Session, settings: Sequence[tuple[str, RunConfig]]) -> list[Outcome]:
+    """The next step with the run's settings, then with each of the others; weights, state and counters stay.
+
+    Raises NonFiniteError if a loss or gradient is NaN or infinite.
+    """
+    outcomes: list[Outcome] = []
+    actual: Tensor | None = None
+    for name, config in [("actual", session.config), *settings]:
+        numbers, gradient = _outcome(session, config)
+        actual = gradient if actual is None else actual
+        numbers["cosine"] = float(torch.nn.functional.cosine_similarity(gradient, actual, dim=0))
+        outcomes.append(Outcome(name, numbers))
+    return outcomes
+
+
+def _outcome(session: Session, config: RunConfig) -> tuple[dict[str, float], Tensor]:
+    """Take the step and undo it. Clipping only scales the gradient, so it does not change the cosine."""
+    weights, optimizer = session.policy.flat.weights, session.optimizer
+    before, state = weights.detach().clone(), optimizer_tensors(optimizer)
+    execution = Eager(session.policy, build_method(config, session.inputs.attention))
+    session.policy.layers.use(compiled=False)
+    scale = deepcopy(session.state.loss_scale)
+    try:
+        result = take_step(session, config, execution, scale)
+        gradient = session.policy.flat.grad.double()
+        update = float((weights.detach() - before).double().norm())
+    finally:
+        with torch.no_grad():
+            weights.copy_(before)
+        if state:
+            load_optimizer_tensors(optimizer, state)
+        else:
+            optimizer.state.clear()
+        session.policy.layers.use(compiled=session.compiled)
+    rate = session.rate(config)
+    numbers = {**result.metrics, "grad_norm": result.grad_norm, "learning_rate": rate, "update_norm": update}
+    return numbers, gradient

@@ -16,6 +16,7 @@ from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import counted
 from lowlevel.labels import IGNORED
+from lowlevel.losses.reward import ranked
 from lowlevel.perplexity import PERPLEXITIES, perplexities
 from lowlevel.running.assembly import prepare_data
 from lowlevel.running.progress import lines_to
@@ -159,11 +160,11 @@ def pair_scores(scored: Scored, reference: Scored | None) -> dict[str, float]:
     chosen, rejected = scored.logps.chunk(2)
     scores = {
         "chosen_nll": float(-chosen.double().sum() / scored.lengths.chunk(2)[0].sum()),
-        "pair_accuracy": _share_positive(chosen - rejected),
+        "pair_accuracy": float(ranked(chosen - rejected).double().mean()),
     }
     if reference is not None:
         chosen_ratio, rejected_ratio = (scored.logps - reference.logps).chunk(2)
-        scores["reward_accuracy"] = _share_positive(chosen_ratio - rejected_ratio)
+        scores["reward_accuracy"] = float(ranked(chosen_ratio - rejected_ratio).double().mean())
     return scores
 
 
@@ -176,10 +177,6 @@ def label_scores(scored: Scored, reference: Scored | None) -> dict[str, float]:
             ratios = scored.logps - reference.logps if reference else torch.zeros_like(scored.logps)
             scores[f"{label}_logratio"] = float(ratios[belongs].double().mean())
     return scores
-
-
-def _share_positive(margins: torch.Tensor) -> float:
-    return float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())
 
 
 def prompt_ids(row: Any) -> list[int]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from lowlevel.evaluation.table import TextTable
 from lowlevel.inspection.page import render_template
-from lowlevel.reporting.charts import chart
-from lowlevel.reporting.displaced import NOTICED_TEXT, DisplacedPairs
-from lowlevel.reporting.pairs import SHOWN, PairTables
+from lowlevel.reporting.displaced import NOTICED_TEXT, SHOWN, DisplacedPairs, PairTables
+from lowlevel.reporting.series import chart
 from lowlevel.running.plots import Panel
 
 

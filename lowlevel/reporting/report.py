@@ -17,9 +17,8 @@ from lowlevel.evaluation.forgetting import forgetting_table
 from lowlevel.evaluation.results import eval_tables
 from lowlevel.evaluation.table import TextTable
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.reporting.displaced import look_at_displaced
+from lowlevel.reporting.displaced import PairTables, look_at_displaced, pair_tables
 from lowlevel.reporting.page import Report, render
-from lowlevel.reporting.pairs import PairTables, pair_tables
 from lowlevel.reporting.series import panels
 from lowlevel.running.assembly import load_run_tokenizer
 from lowlevel.running.plots import plot_panels
@@ -87,7 +86,10 @@ def report_run(
         raise ConfigError(f"{folder.path}: the report cannot be written: {error.strerror}") from None
     _say(console, f"page written to {page}, {len(made)} charts to {folder.report}")
     if tables and tables.alarm:
-        _say(console, _alarm(tables, report.command))
+        rows = ", ".join(str(row["row"]) for row in tables.farthest)
+        below = f"{tables.below} of {tables.count} chosen completions are below the reference"
+        hint = f"to see which tokens gained their probability: {report.command}"
+        _say(console, f"likelihood displacement: {below}, farthest those of rows {rows}; {hint}")
     if moved:
         _say(console, f"where the probability went: {moved.sentence}")
     return page
@@ -108,14 +110,6 @@ def measured_tables(folder: Path) -> list[TextTable]:
 
 def _say(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _alarm(tables: PairTables, command: str) -> str:
-    rows = ", ".join(str(row["row"]) for row in tables.farthest)
-    return (
-        f"likelihood displacement: {tables.below} of {tables.count} chosen completions are below the reference, "
-        f"farthest those of rows {rows}; to see which tokens gained their probability: {command}"
-    )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

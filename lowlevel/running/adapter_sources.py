@@ -25,8 +25,7 @@ QUANTISATION = ("dtype", *KEYS)
 def find_adapter(path: str | None, key: str) -> Path | None:
     """The PEFT folder at `path`: itself, the final adapter of that run, or the only one in it.
 
-    Raises:
-        ConfigError: none or several; names `key`, and what the folder holds instead.
+    Raises ConfigError: none or several; names `key`, and what the folder holds instead.
     """
     if path is None:
         return None

@@ -43,8 +43,8 @@ from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
 from lowlevel.model.quantisation import KEYS, as_stored, lacks_16_bits
 from lowlevel.model.quantisation_error import start_from_error
-from lowlevel.model.sizes import size_of
 from lowlevel.model.suitability import attention_window, short_positions
+from lowlevel.model.targets import size_of
 from lowlevel.online import rewards
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
 from lowlevel.running.result_files import save_tokenizer

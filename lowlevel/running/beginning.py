@@ -108,9 +108,8 @@ class Start:
     def begin(self, job: Job, found: Checkpoint | None) -> TrainState:
         """The state of a new run or of the checkpoint; writes the files that describe the run.
 
-        Raises:
-            ConfigError, DataError: the run differs from the checkpoint's and --allow-change does not permit it, or
-                continuing would lose a result.
+        Raises ConfigError, DataError: the run differs from the checkpoint's and --allow-change does not permit it, or
+        continuing would lose a result.
         """
         sources = {"model.adapter": job.inputs.parent, "lora.init_from": job.inputs.init_from}
         notes = [*notes_of_sources(job.config, sources), *check_bases(sources, job.manifest["base"])]

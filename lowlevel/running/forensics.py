@@ -73,7 +73,7 @@ class FailureReport:
 
     def to_json(self, run_dir: Path) -> dict[str, Any]:
         """Plain values; NaN and infinity as text."""
-        found = self.finding
+        found = self.finding or Finding("", "", "")
         return {
             "step": self.step,
             "quantity": self.quantity,
@@ -82,12 +82,10 @@ class FailureReport:
             "loss_scale_history": [{k: _plain(v) for k, v in attempt.items()} for attempt in self.attempts],
             "micro_batch": self.micro_batch,
             "micro_batch_rows": list(self.batch.data_rows) if self.batch else [],
-            "where": found and found.where,
-            "module": found and found.module,
-            "what": found and found.what,
-            "damaged_rows": list(found.data_rows) if found else [],
-            "inputs": [{k: _plain(v) for k, v in value.items()} for value in found.inputs] if found else [],
-            "weights_not_finite": list(found.weights) if found else [],
+            **{key: vars(found)[key] or None for key in ("where", "module", "what")},
+            "damaged_rows": list(found.data_rows),
+            "inputs": [{k: _plain(v) for k, v in value.items()} for value in found.inputs],
+            "weights_not_finite": list(found.weights),
             "notes": list(self.notes),
             "replay": None if self.evaluates else f"lowlevel replay {shlex.quote(str(run_dir))} --step {self.step}",
         }
@@ -301,10 +299,10 @@ def explained(error: NonFiniteError, policy: Policy, method: Method, run_dir: Pa
     """The error with the finding and the path of the report at its end. Always returns an error to raise."""
     report = examine_error(error, policy, method)
     try:
-        end = f"{report.sentence}; see {write_failure(report, run_dir)}"
+        end = f"see {write_failure(report, run_dir)}"
     except Exception as problem:  # a full disk must not hide the error that stopped the run
-        end = f"{report.sentence}; no report written ({one_line(problem)})"
-    return NonFiniteError(f"{error}; {end}")
+        end = f"no report written ({one_line(problem)})"
+    return NonFiniteError(f"{error}; {report.sentence}; {end}")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rich.console import Console
 from lowlevel.batch.order import DataOrder
 from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config.schema import RunConfig
-from lowlevel.data.labelled import balance
+from lowlevel.data.formats import balance
 from lowlevel.data.report import not_learned, template_lines, truncated
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.methods.dpo import reads_reference

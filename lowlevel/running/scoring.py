@@ -17,12 +17,13 @@ import torch
 
 from lowlevel.batch.layout import build_batch
 from lowlevel.config.given import GivenRows
+from lowlevel.config.schema import DataConfig
 from lowlevel.data.examples import truncate_pair
 from lowlevel.data.formats import recognised
-from lowlevel.data.messages import Normalised, normalise
+from lowlevel.data.messages import Normalised
+from lowlevel.data.prepare import normalised_rows
 from lowlevel.data.sources import RowProblem, data_error, read_source
 from lowlevel.data.templates import RenderError
-from lowlevel.data.texts import BadRow
 from lowlevel.errors import ConfigError
 from lowlevel.losses.reward import calibration, ranked
 from lowlevel.methods.reward import read_segment
@@ -70,17 +71,14 @@ def score_source(run: LoadedRun, source: str | GivenRows, split: str = "test") -
 
     Raises ConfigError for an unknown source; DataError for unusable rows.
     """
-    read, problems = read_source(source, "heldout" if source == "demo" else split, "reward"), list[RowProblem]()
+    read = read_source(source, "heldout" if source == "demo" else split, "reward")
     columns = {column for row in read.rows for column in row.columns}
     pairs = {"chosen", "rejected"} <= columns
     method = "reward" if pairs else "kto" if "label" in columns else "sft"
     read = recognised(read, run.config.data.format if pairs else "auto", method)
-    rows: list[Normalised] = []
-    for row in read.rows:
-        try:
-            rows.append(normalise(row))
-        except BadRow as bad:
-            problems.append(RowProblem(row.where, bad.reason, str(bad)))
+    found = list(normalised_rows(read.rows, DataConfig()))
+    rows = [row for row in found if isinstance(row, Normalised)]
+    problems = [row for row in found if isinstance(row, RowProblem)]
     sequences = _sequences(run, rows, problems)
     if problems or read.problems:
         raise data_error([*read.problems, *problems])

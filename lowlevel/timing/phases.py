@@ -1,4 +1,4 @@
-"""The phases of a step: functions of the training path, wrapped so that a clock sees when they begin and end.
+"""A clock of phases, and those of a step: functions of the training path, wrapped so that it sees their beginning.
 
     loop.optimizer_step          other, until the first micro-step
       with_baseline              kto's mismatched completions, with everything inside it
@@ -17,6 +17,7 @@ A captured graph is one launch and cannot be divided: only eager and compiled la
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -28,7 +29,59 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.execution import Eager
 from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
-from lowlevel.timing.clock import OTHER, PhaseClock
+
+OTHER = "other"
+
+
+class PhaseClock:
+    """Seconds by phase. Each boundary waits for the device, so that its work counts in the phase that launched it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.phase = OTHER
+        self.held = False  # within `throughout`
+        self._on_gpu = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._since = self._now()
+
+    def switch(self, phase: str) -> str:
+        """End the current phase and begin another; returns the one that ended."""
+        if self.held:
+            return self.phase
+        now, ended = self._now(), self.phase
+        self._seconds[ended] = self._seconds.get(ended, 0.0) + now - self._since
+        self.phase, self._since = phase, now
+        return ended
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """A phase inside the current one, which continues afterwards."""
+        before = self.switch(phase)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    @contextmanager
+    def throughout(self, phase: str) -> Iterator[None]:
+        """A phase to which all phases inside it belong."""
+        with self.during(phase):
+            self.held = True
+            try:
+                yield
+            finally:
+                self.held = False
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call; their sum is the time that passed."""
+        self.switch(self.phase)
+        taken, self._seconds = self._seconds, {}
+        return taken
+
+    def _now(self) -> float:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
 
 LAYOUT = "lay out the rows (CPU)"
 COPY = "copy to the device"
@@ -40,18 +93,8 @@ BACKWARD = "backward"
 CLIP = "unscale, clip"
 OPTIMIZER = "optimizer"
 Call = Callable[[], Any]
-PHASES = (
-    LAYOUT,
-    BASELINE,
-    COPY,
-    REFERENCE,
-    FORWARD,
-    LOSS,
-    BACKWARD,
-    CLIP,
-    OPTIMIZER,
-    OTHER,
-)  # in the order of the table
+# In the order of the table.
+PHASES = (LAYOUT, BASELINE, COPY, REFERENCE, FORWARD, LOSS, BACKWARD, CLIP, OPTIMIZER, OTHER)
 
 
 @contextmanager

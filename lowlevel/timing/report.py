@@ -25,8 +25,7 @@ from lowlevel.running.assembly import Inputs, build_method, build_run_policy, ch
 from lowlevel.running.progress import lines_to
 from lowlevel.running.rehearsal import largest_batch, rehearse
 from lowlevel.running.run_record import announce
-from lowlevel.timing.steps import Step, TimedRun, take_steps
-from lowlevel.timing.summary import Whole, mean_phases, whole
+from lowlevel.timing.steps import Step, TimedRun, Whole, mean_phases, take_steps, whole
 
 WARM_UP = 3  # steps before the measured ones, in both parts
 BOUNDARIES = "each boundary waits for the device; a run packs its rows ahead, in a thread"

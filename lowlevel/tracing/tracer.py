@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ from lowlevel.methods.dpo import DPO, kept_pair_logps, reward_slopes
 from lowlevel.model.policy import Policy
 from lowlevel.tracing.files import write_table
 from lowlevel.tracing.gradients import measure
+
+if TYPE_CHECKING:
+    pass
+
 
 FLUSH_VALUES = 2**22  # numbers held on the host before they are written between two checkpoints
 LOGPS = {  # by the names of PairLogps
@@ -98,8 +102,7 @@ class Tracer:
     def flush(self) -> None:
         """Write the rows since the last flush, one file for each kind.
 
-        Raises:
-            CheckpointError: a file cannot be written, for example because the disk is full.
+        Raises CheckpointError: a file cannot be written, for example because the disk is full.
         """
         parts: dict[str, list[Columns]] = {}
         for step in sorted(self._taken):

@@ -4,9 +4,3 @@ Every check runs functions of the training path (`method.micro_batches`, `method
 them with a recomputation that shares no code with them: float64, closed forms, rows rendered again. A user's own loss
 is its own formula: its function is called in float64.
 """
-
-from lowlevel.verification.check import Check
-from lowlevel.verification.report import run_checks
-from lowlevel.verification.subject import Subject
-
-__all__ = ["Check", "Subject", "run_checks"]

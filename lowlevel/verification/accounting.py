@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from lowlevel.errors import one_line
-from lowlevel.verification.check import Check, check, largest, relative
 from lowlevel.verification.evidence import Evidence
 from lowlevel.verification.formulas import count_of, exact_losses
-from lowlevel.verification.subject import Subject, with_batches_of
+from lowlevel.verification.subject import Check, Subject, check, largest, relative, with_batches_of
 
 GROUP = "accounting"
 SCALES = {"fp32": (1.0, 1024.0), "fp16": (1024.0, 8192.0), "bf16": (1.0, 1024.0)}

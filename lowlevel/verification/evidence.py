@@ -13,10 +13,9 @@ from torch import Tensor
 
 from lowlevel.config.schema import RunConfig
 from lowlevel.methods.kto import KTO
-from lowlevel.verification.exact import ExactModel, base_parameters, exact_model
+from lowlevel.verification.exact import ExactModel, HeadScores, Scored, base_parameters, exact_model, head_scores
 from lowlevel.verification.formulas import Logps, count_of, exact_losses, logps_of, value_slopes
 from lowlevel.verification.subject import Subject
-from lowlevel.verification.truth import HeadScores, Scored, head_scores
 
 BUDGET = 1.5e10  # parameters x tokens of a float64 pass: seconds on a CPU core
 

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from lowlevel.losses import token_logps_reference
 from lowlevel.methods.kto import KTO
-from lowlevel.model.policy import Policy
-from lowlevel.verification.check import Check, check, largest, relative
 from lowlevel.verification.evidence import Evidence, by_side, flat64, head_scores_of, mean_logratio, reference64
+from lowlevel.verification.exact import sequences_of
 from lowlevel.verification.formulas import count_of, exact_losses, gradients, logps_of, slopes, tokens_of, with_tokens
-from lowlevel.verification.subject import Subject, kept_weights
-from lowlevel.verification.truth import sequences_of
+from lowlevel.verification.subject import Check, Subject, check, kept_weights, largest, relative
 
 GROUP = "gradients"
 DIRECTIONS = 3
@@ -101,7 +99,11 @@ def _hidden_check(subject: Subject, evidence: Evidence) -> Check:
         own = hidden[part].detach().clone().requires_grad_()
         exact = hidden[part].detach().double().requires_grad_()
         (policy.scores(own, targets)[0] * incoming[part]).sum().backward()
-        (_scores64(policy, exact, targets) * incoming[part]).sum().backward()
+        if policy.reward_head is None:
+            scores = token_logps_reference(exact, policy.lm_head_weight.double(), targets)
+        else:
+            scores = (exact @ policy.reward_head.detach().double().T).squeeze(1)
+        (scores * incoming[part]).sum().backward()
         assert own.grad is not None and exact.grad is not None
         errors.append(largest(own.grad.double() - exact.grad) / largest(exact.grad))
     policy.flat.grad.zero_()
@@ -109,12 +111,6 @@ def _hidden_check(subject: Subject, evidence: Evidence) -> Check:
     if subject.rewards:
         name, note = "reward in the hidden state", "relative"
     return check(GROUP, name, max(errors), max(subject.bounds.hidden, subject.head_bound(evidence.largest_logit)), note)
-
-
-def _scores64(policy: Policy, hidden: Tensor, targets: Tensor) -> Tensor:
-    if policy.reward_head is not None:
-        return (hidden @ policy.reward_head.detach().double().T).squeeze(1)
-    return token_logps_reference(hidden, policy.lm_head_weight.double(), targets)
 
 
 def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:

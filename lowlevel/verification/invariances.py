@@ -16,9 +16,8 @@ from lowlevel.batch.replies import replies, segment
 from lowlevel.labels import IGNORED
 from lowlevel.methods import KTO, Method
 from lowlevel.methods.reward import reward_segments
-from lowlevel.verification.check import Check, check, relative
 from lowlevel.verification.evidence import Evidence
-from lowlevel.verification.subject import Subject, packed, with_batches_of
+from lowlevel.verification.subject import Check, Subject, check, packed, relative, with_batches_of
 
 GROUP = "invariances"
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from lowlevel.losses import LabelledLogps, PairLogps, PairRewards, TokenLogps
-from lowlevel.verification.check import Check, check, largest
 from lowlevel.verification.evidence import Evidence, flat64, reference64
+from lowlevel.verification.exact import HeadScores
 from lowlevel.verification.formulas import exact_losses
-from lowlevel.verification.subject import Subject
-from lowlevel.verification.truth import HeadScores
+from lowlevel.verification.subject import Check, Subject, check, largest
 
 GROUP = "loss"
 EPS = torch.finfo(torch.float32).eps
@@ -27,10 +26,8 @@ def loss_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     name, what = ("reward", "completions") if subject.rewards else ("token log-probability", "tokens, nats")
     checks = [check(GROUP, name, tokens, bound, f"{evidence.tokens:,} {what}, from the same hidden states")]
     longest = max(len(sequence.places) for example in evidence.sequences for sequence in example)
-    of_method = {"sft": _token_checks, "dpo": _pair_checks, "kto": _labelled_checks, "reward": _reward_checks}[
-        subject.method.name
-    ]
-    checks += of_method(subject, evidence, bound, longest)
+    of_method = {"sft": _token_checks, "dpo": _pair_checks, "kto": _labelled_checks, "reward": _reward_checks}
+    checks += of_method[subject.method.name](subject, evidence, bound, longest)
     return checks + _forward_checks(subject, evidence)
 
 
@@ -53,10 +50,7 @@ def _token_checks(subject: Subject, evidence: Evidence, token: float, longest: i
 def _pair_checks(subject: Subject, evidence: Evidence, token: float, longest: int) -> list[Check]:
     logps, beta = evidence.logps, subject.config.dpo.beta
     assert isinstance(logps, PairLogps)
-    named = {
-        "logps/chosen": logps.chosen_logps,
-        "logps/rejected": logps.rejected_logps,
-    }
+    named = {"logps/chosen": logps.chosen_logps, "logps/rejected": logps.rejected_logps}
     if subject.method.has_reference:
         named |= {"logps/ref_chosen": logps.ref_chosen_logps, "logps/ref_rejected": logps.ref_rejected_logps}
     keys = (*named, "loss", "rewards/margins")

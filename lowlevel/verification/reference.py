@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.placement import dtype_name
-from lowlevel.verification.check import Check, check, largest
-from lowlevel.verification.subject import Subject, fill_b, kept_weights, remove_effect
+from lowlevel.verification.subject import Check, Subject, check, fill_b, kept_weights, largest, remove_effect
 
 GROUP = "reference"
 

@@ -18,7 +18,6 @@ from lowlevel.errors import LowlevelError
 from lowlevel.heartbeat import working
 from lowlevel.model.base import base_sha256
 from lowlevel.verification.accounting import accounting_checks
-from lowlevel.verification.check import Check
 from lowlevel.verification.evidence import gather
 from lowlevel.verification.gradients import gradient_checks
 from lowlevel.verification.invariances import invariance_checks
@@ -26,7 +25,7 @@ from lowlevel.verification.loss import loss_checks
 from lowlevel.verification.masking import masking_checks
 from lowlevel.verification.reference import frozen_checks, reference_checks
 from lowlevel.verification.sampled import sampled_checks
-from lowlevel.verification.subject import Subject, fill_b, kept_weights, without_dropout, without_effect
+from lowlevel.verification.subject import Check, Subject, fill_b, kept_weights, without_dropout, without_effect
 
 
 def run_checks(subject: Subject) -> list[Check]:

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from lowlevel.config.online import ClippedConfig, GRPOConfig, PPOConfig
 from lowlevel.config.schema import RunConfig
-from lowlevel.verification.check import Check, check, largest, relative
 from lowlevel.verification.evidence import flat64
-from lowlevel.verification.exact import base_parameters, exact_model
-from lowlevel.verification.subject import Subject, packed, with_batches_of
-from lowlevel.verification.truth import Scored, scores64
+from lowlevel.verification.exact import Scored, base_parameters, exact_model, scores64
+from lowlevel.verification.subject import Check, Subject, check, largest, packed, relative, with_batches_of
 
 if TYPE_CHECKING:
     from lowlevel.online.rollouts import Rollout

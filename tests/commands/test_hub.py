@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.running.hub import push_to_hub
+from lowlevel.running.result_files import push_to_hub
 
 TOKEN = "a-token-of-no-known-form"
 

@@ -16,7 +16,7 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.cli import build_parser
 from lowlevel.config.file import load_config
 from lowlevel.timing import phases
-from lowlevel.timing.clock import OTHER
+from lowlevel.timing.phases import OTHER
 from lowlevel.timing.steps import Step
 
 

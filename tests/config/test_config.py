@@ -1,14 +1,15 @@
 """The run file: every key arrives from a file and from a flag, and the resolved file reads back as the same run."""
 
+import ast
 import re
 import tomllib
 
 import pytest
 import tomli_w
-from config_keys import HOLDOUT, KEYS, PREFERENCES, merged, value_of, write
+from config_keys import HOLDOUT, KEYS, PACKAGE, PREFERENCES, merged, value_of, write
 
 from lowlevel.config.file import config_from_tables, load_config, to_tables
-from lowlevel.config.schema import SECTIONS, RunConfig
+from lowlevel.config.schema import SECTIONS, Filter, RunConfig
 
 
 def test_the_list_of_examples_has_every_key():
@@ -106,3 +107,15 @@ def test_dpo_has_defaults_of_its_own_where_nothing_is_given():
     given = {"method": "dpo", "train": {"learning_rate": 3e-4}, "data": {"format": "orca"}}
     assert config_from_tables(given, "test").train.learning_rate == 3e-4
     assert config_from_tables(given, "test").data.format == "orca"
+
+
+def names_in(source: str) -> set[str]:
+    nodes = list(ast.walk(ast.parse(source)))
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return texts | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
+def test_every_key_is_read_outside_the_configuration():
+    files = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "config"]
+    read = set().union(*(names_in(path.read_text(encoding="utf-8")) for path in files))
+    assert {key.split(".")[1] for key in KEYS} | set(Filter.model_fields) | {"method"} <= read

@@ -8,7 +8,7 @@ import pytest
 from lowlevel.config.file import config_from_tables
 from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import KTOConfig
-from lowlevel.data.labelled import balance
+from lowlevel.data.formats import balance
 from lowlevel.errors import DataError
 from lowlevel.running.assembly import prepare_data
 

@@ -14,6 +14,7 @@ from lowlevel.data.messages import normalise
 from lowlevel.data.prepare import ModelLimits, prepare
 from lowlevel.data.rendering import chat_tokenizer
 from lowlevel.data.report import render_report, show_example
+from lowlevel.data.truncation import kept_tokens, truncation
 from lowlevel.errors import ConfigError
 
 
@@ -256,3 +257,30 @@ def test_messages_that_the_template_leaves_out_are_counted(run, write, kit, chat
     for template, count in ((kit.CHATML, 0), (silent, 1)):
         tokenizer = chat_tokenizer(chatml.tokenizer, template)
         assert run(write(pair), "preference", tokenizer=tokenizer).report.train.warnings.get(kind, 0) == count
+
+
+def test_the_lengths_of_rows_of_1_to_100_tokens():
+    """5,050 tokens; at length L, 100 L - L (L - 1) / 2 stay: 4,545 need 69, 4,797.5 need 79, 4,999.5 need 91."""
+    rows = [(n, 0, 0, 0) for n in range(1, 101)]
+    found = truncation(rows, DataConfig(max_length=50), limit=80)
+    assert (found.rows, found.rows_cut, found.rows_dropped, found.tokens, found.tokens_cut) == (100, 50, 0, 5050, 1275)
+    assert found.keeping == {"90": 69, "95": 79, "99": 91}
+    line = "max_length 50 cuts 50 of 100 rows (25.2% of tokens); 69 keeps 90 %, 79 keeps 95 %, 91 keeps 99 %"
+    assert str(found) == f"{line} (the model takes at most 80)"
+    assert str(truncation(rows, DataConfig(max_length=50), limit=91)) == line
+
+
+def test_a_row_whose_reply_begins_later_is_dropped_and_keeps_nothing():
+    rows = [(10, 0, 0, 5), (1000, 0, 0, 999)]
+    found = truncation(rows, DataConfig(max_length=512), limit=2048)
+    assert (found.rows_cut, found.rows_dropped, found.tokens_cut, found.keeping["90"]) == (1, 1, 1000, 1000)
+    assert " rows and drops 1 of these (" in str(found)
+
+
+@pytest.mark.parametrize("max_prompt", [None, 7])
+def test_a_pair_is_cut_by_the_rule_of_the_examples(max_prompt):
+    rng = np.random.default_rng(0)
+    sizes = np.array([*rng.integers(1, 30, (3, 200)), [-1] * 200])
+    for length in (2, 9, 16, 31, 60):
+        cut = [truncate_pair([7] * p, [8] * c, [9] * r, length, max_prompt, None) for p, c, r, _ in sizes.T]
+        assert kept_tokens(sizes, length, max_prompt).tolist() == [sum(map(len, kept)) for kept in cut]

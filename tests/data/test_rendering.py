@@ -12,7 +12,7 @@ from lowlevel.data.rendering import APART, CHANGED, CROSSED, chat_tokenizer, loa
 from lowlevel.data.report import not_learned, tokenizer_report
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import ConfigError
-from lowlevel.verification.rendered import expected_sequences, truncated
+from lowlevel.verification.masking import expected_sequences, truncated
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 TALK = [USER, REPLY, {"role": "user", "content": "more"}, {"role": "assistant", "content": "ok"}]

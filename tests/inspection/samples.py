@@ -13,9 +13,9 @@ from workspace import CHATS, PAIRS, Workspace, run
 
 from lowlevel.data.examples import PreferenceExample, SFTExample
 from lowlevel.data.rendering import chat_tokenizer
-from lowlevel.inspection import inspect_pairs, inspect_sequences
 from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.pieces import TokenPieces
+from lowlevel.inspection.records import inspect_pairs, inspect_sequences
 
 HOSTILE = ("<script>document.title='bad'</script>", "\"'><img src=x onerror=alert(1)>", "[red]{{ 7 * 7 }}[/red]")
 FIRST_HOSTILE = 259  # ids 0 to 258 are three special tokens and the bytes

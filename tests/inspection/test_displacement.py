@@ -12,9 +12,10 @@ from samples import inspection_of_pairs, pairs
 
 import lowlevel.inspection.displacement as module
 from lowlevel.batch.layout import Shape
-from lowlevel.inspection import displacement_of, inspect_pairs, largest_gains
+from lowlevel.inspection.displacement import displacement_of, largest_gains
 from lowlevel.inspection.lines import fall_line
 from lowlevel.inspection.page import render_page
+from lowlevel.inspection.records import inspect_pairs
 from lowlevel.inspection.terminal import print_inspection
 
 LAYOUTS = [{"packing": True}, {"packing": False}, {"packing": False, "batch_size": 3}]

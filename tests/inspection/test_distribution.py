@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-import lowlevel.inspection.distribution as module
-from lowlevel.inspection.distribution import distribution
+import lowlevel.inspection.displacement as module
+from lowlevel.inspection.displacement import distribution
 
 # softmax of [2, 1, 0, -1]
 P = [math.exp(z) / sum(math.exp(x) for x in (2, 1, 0, -1)) for z in (2, 1, 0, -1)]

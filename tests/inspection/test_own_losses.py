@@ -11,11 +11,11 @@ from samples import inspection_of_pairs, pairs
 from workspace import CHATS, PAIRS, make_workspace, metrics, run
 
 import lowlevel.losses.registry
-from lowlevel.inspection import inspect_pairs
 from lowlevel.inspection.lines import loss_path
 from lowlevel.inspection.opening import inspect_run
 from lowlevel.inspection.page import render_page
 from lowlevel.inspection.reading import formula, settings, source
+from lowlevel.inspection.records import inspect_pairs
 from lowlevel.inspection.terminal import print_inspection
 from lowlevel.losses import loss
 from lowlevel.running.reopening import reopen

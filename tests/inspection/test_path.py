@@ -4,9 +4,9 @@ import helpers
 import pytest
 from samples import pairs
 
-from lowlevel.inspection import inspect_pairs
 from lowlevel.inspection.lines import loss_path
 from lowlevel.inspection.reading import formula, settings
+from lowlevel.inspection.records import inspect_pairs
 from lowlevel.losses import LOSSES
 
 

@@ -7,13 +7,15 @@ import pytest
 import torch
 from samples import chats, pairs
 
+from lowlevel.batch.layout import Shape
 from lowlevel.config.schema import DPOConfig
-from lowlevel.inspection import PairRecord, inspect_pairs, inspect_sequences
 from lowlevel.inspection.reading import READINGS
+from lowlevel.inspection.records import PairRecord, inspect_pairs, inspect_sequences
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
 from lowlevel.losses.preference import PairLogps
 from lowlevel.methods.dpo import preference_loss, reward_slopes
+from lowlevel.model.placement import Placement
 from lowlevel.model.policy import Policy
 
 LAYOUTS = [{"packing": True}, {"packing": False}, {"packing": False, "batch_size": 3}]
@@ -251,3 +253,71 @@ def test_a_row_that_comes_twice_is_refused(policy):
         inspect_sequences(policy, helpers.sft(), [*chats(), chats()[0]])
     with pytest.raises(ValueError, match="inspect each row once"):
         inspect_pairs(policy, helpers.dpo(), [*pairs(), pairs()[3]])
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+PLACEMENTS = [
+    pytest.param(Placement(torch.device("cpu"), "bf16"), id="cpu-bf16"),
+    pytest.param(Placement(torch.device("cuda"), "fp16"), id="cuda-fp16", marks=needs_gpu),
+]
+
+
+@pytest.fixture(params=PLACEMENTS)
+def rough(request, tiny_base):
+    return helpers.make_policy(tiny_base, quantised=True, dropout=0.3, placement=request.param)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_losses_are_those_of_training(rough, packing):
+    for method, examples, inspect in (
+        (helpers.sft(packing=packing), chats(), inspect_sequences),
+        (helpers.dpo(packing=packing), pairs(), inspect_pairs),
+    ):
+        records = inspect(rough, method, examples)
+        count = sum(len(record.tokens) for record in records) if method.name == "sft" else len(records)
+        logged = evaluate_examples(rough, method, method.micro_batches(examples), prefix="")["loss"]
+        assert float(sum(record.loss for record in records)) / count == pytest.approx(logged, abs=1e-5)
+
+
+def test_records_are_fp32_on_the_cpu_and_add_up(rough):
+    for record in inspect_pairs(rough, helpers.dpo(), pairs()):
+        for side in (record.chosen, record.rejected):
+            tokens = (side.tokens.logps, side.ref_token_logps, side.contributions, side.tokens.predicted.entropies)
+            for value in (*tokens, side.logp, side.reward, side.weight):
+                assert (value.dtype, value.device.type) == (torch.float32, "cpu")
+            assert (side.tokens.predicted.ranks >= 1).all() and torch.isfinite(side.tokens.logps).all()
+        added = float(record.chosen.contributions.sum() + record.rejected.contributions.sum())
+        assert added == pytest.approx(float(record.margin), abs=1e-5)
+
+
+SHAPE = Shape(positions=16, examples=4, longest=64, capacity=96)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "rpo"])
+def test_pairs_in_filled_batches_are_the_same(policy, name):
+    plain = helpers.dpo(packing=True, loss_type=name)
+    filled = replace(plain, shape=SHAPE)
+    batches = filled.micro_batches(pairs(7))
+    assert any(len(batch.lengths) // 2 > len(batch.data_rows) for batch in batches)
+    assert any(len(batch.scored_positions) > batch.num_scored for batch in batches)
+    for one, other in zip(inspect_pairs(policy, filled, pairs(7)), inspect_pairs(policy, plain, pairs(7)), strict=True):
+        assert one.row == other.row
+        for side, same in ((one.chosen, other.chosen), (one.rejected, other.rejected)):
+            assert torch.equal(side.tokens.ids, same.tokens.ids)
+            assert torch.equal(side.tokens.positions, same.tokens.positions)
+            assert torch.allclose(side.contributions, same.contributions, atol=1e-5)
+            assert float(side.weight) == pytest.approx(float(same.weight), abs=1e-5)
+        assert float(one.loss) == pytest.approx(float(other.loss), abs=1e-4)
+        assert float(one.margin) == pytest.approx(float(other.margin), abs=1e-5)
+
+
+def test_conversations_in_filled_batches_are_the_same(policy):
+    plain = helpers.sft(packing=True)
+    for one, other in zip(
+        inspect_sequences(policy, replace(plain, shape=SHAPE), chats()),
+        inspect_sequences(policy, plain, chats()),
+        strict=True,
+    ):
+        assert torch.equal(one.tokens.ids, other.tokens.ids)
+        assert torch.allclose(one.tokens.logps, other.tokens.logps, atol=1e-5)
+        assert torch.equal(one.tokens.predicted.ranks, other.tokens.predicted.ranks)

@@ -9,7 +9,7 @@ from helpers import step_result
 
 from lowlevel.config.schema import RunConfig
 from lowlevel.execution import WithFallback, micro_step
-from lowlevel.preflight.step import Taken, demo_config, judge, one_step
+from lowlevel.preflight.numerics import Taken, demo_config, judge, one_step
 from lowlevel.running.observer import MARGINS
 from lowlevel.verification.subject import Subject
 

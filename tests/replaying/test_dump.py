@@ -9,8 +9,7 @@ from workspace import metrics, run
 
 from lowlevel.losses import dpo_loss
 from lowlevel.replaying.dump import Dump
-from lowlevel.replaying.session import open_session
-from lowlevel.replaying.what_if import parse_settings, what_if
+from lowlevel.replaying.session import open_session, parse_settings, what_if
 from lowlevel.running.reopening import reopen
 
 

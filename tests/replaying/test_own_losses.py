@@ -10,8 +10,7 @@ from workspace import Workspace, make_workspace, metrics, run
 
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.losses.registry import OWN, loss
-from lowlevel.replaying.session import open_session
-from lowlevel.replaying.what_if import parse_settings, what_if
+from lowlevel.replaying.session import open_session, parse_settings, what_if
 from lowlevel.running.reopening import reopen
 
 SOURCE = """

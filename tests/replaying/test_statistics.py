@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 from workspace import CHATS, make_workspace, metrics, run
 
-from lowlevel.replaying.session import open_session
-from lowlevel.replaying.what_if import parse_settings, what_if
+from lowlevel.replaying.session import open_session, parse_settings, what_if
 from lowlevel.running.reopening import reopen
 from lowlevel.tracing.files import read_trace
 

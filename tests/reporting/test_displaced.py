@@ -14,13 +14,12 @@ from workspace import PAIRS, run
 
 import lowlevel as ll
 from lowlevel.errors import ConfigError
-from lowlevel.inspection import inspect_pairs
 from lowlevel.inspection.opening import example_of_row
 from lowlevel.inspection.pieces import TokenPieces
+from lowlevel.inspection.records import inspect_pairs
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.policy import TRAINED
-from lowlevel.reporting.displaced import displaced_pairs
-from lowlevel.reporting.pairs import pair_tables
+from lowlevel.reporting.displaced import displaced_pairs, pair_tables
 from lowlevel.reporting.report import report_run
 from lowlevel.running.assembly import prepare_data
 from lowlevel.running.reopening import load_run, reopen

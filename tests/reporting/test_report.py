@@ -9,10 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from workspace import metrics, run
 
-from lowlevel.reporting.charts import chart, number, ticks
+from lowlevel.reporting.displaced import pair_tables, token_falls
 from lowlevel.reporting.page import Report, render
-from lowlevel.reporting.pairs import pair_tables, token_falls
-from lowlevel.reporting.series import fallen, panels
+from lowlevel.reporting.series import chart, fallen, number, panels, ticks
 from lowlevel.running.plots import Curve, Panel
 from lowlevel.tracing.files import write_table
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from lowlevel.timing.clock import OTHER, PhaseClock
+from lowlevel.timing.phases import OTHER, PhaseClock
 
 CPU = torch.device("cpu")
 

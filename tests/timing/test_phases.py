@@ -20,8 +20,7 @@ from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.timing import phases
-from lowlevel.timing.clock import OTHER, PhaseClock
-from lowlevel.timing.phases import divided
+from lowlevel.timing.phases import OTHER, PhaseClock, divided
 
 CPU = torch.device("cpu")
 METHODS = {

@@ -1,4 +1,5 @@
-"""An adapter to stand on; for the tests of the reference cache, a count of reference passes and a filled folder."""
+"""An adapter to stand on; for the tests of the reference cache, a count of reference passes and a filled folder; for
+those of resuming, a copy of a stopped run."""
 
 import sys
 from contextlib import contextmanager
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import helpers
 import pytest
+from workspace import Said, run
 
 from lowlevel.config.schema import DPOConfig
 from lowlevel.hashing import key32
@@ -46,3 +48,19 @@ def filled(tiny_base, tmp_path):
         cache.run(batch, 1.0, key32(1, 0))
     cache.flush()
     return policy, method, tmp_path
+
+
+@pytest.fixture
+def copied(space, tmp_path) -> Path:
+    """A copy of the stopped run in the module's `space`."""
+    return space.copy("stopped", tmp_path)
+
+
+@pytest.fixture
+def resume(space, copied):
+    """`lowlevel sft stopped.toml --resume ARGUMENTS` on that copy."""
+
+    def go(*arguments: object) -> Said:
+        return run("sft", space.folder / "stopped.toml", "--train.output_dir", copied, "--resume", *arguments)
+
+    return go

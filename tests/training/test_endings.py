@@ -10,7 +10,7 @@ from pathlib import Path
 
 import helpers
 import pytest
-from workspace import Said, Workspace, at_step, make_workspace, metrics, run
+from workspace import Workspace, at_step, make_workspace, metrics, run
 
 import lowlevel.checkpoints.checkpoint
 import lowlevel.checkpoints.training_state
@@ -38,19 +38,6 @@ def space(tmp_path_factory) -> Workspace:
         at_step(patch, STOP, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run("sft", path).code == 143
     return space
-
-
-@pytest.fixture
-def copied(space, tmp_path) -> Path:
-    return space.copy("stopped", tmp_path)
-
-
-@pytest.fixture
-def resume(space, copied):
-    def go(*arguments: object) -> Said:
-        return run("sft", space.folder / "stopped.toml", "--train.output_dir", copied, "--resume", *arguments)
-
-    return go
 
 
 def before(patch: pytest.MonkeyPatch, module, name: str, do, *, times: int = 1) -> None:

@@ -1,6 +1,7 @@
 """Shards of the reference cache on disk: damaged ones are ignored, whole ones add up, a full disk costs one line."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -30,7 +31,7 @@ def rewrite(shard, data):
     """Another content under the same name, described correctly."""
     shard.write_bytes(data)
     manifest = shard.with_suffix(".json")
-    described = {**json.loads(manifest.read_text()), "bytes": len(data), "sha256": reference_cache._sha256(data)}
+    described = {**json.loads(manifest.read_text()), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest.write_text(json.dumps(described))
 
 

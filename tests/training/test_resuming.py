@@ -10,7 +10,7 @@ from pathlib import Path
 
 import helpers
 import pytest
-from workspace import CHATS, Said, Workspace, at_step, make_workspace, metrics, run
+from workspace import CHATS, Workspace, at_step, make_workspace, metrics, run
 
 from lowlevel.checkpoints.checkpoint import _payload_sha256, checkpoints, verify
 from lowlevel.durable import write_json
@@ -28,21 +28,6 @@ def space(tmp_path_factory) -> Workspace:
         at_step(patch, STOP, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run("sft", path).code == 143
     return space
-
-
-@pytest.fixture
-def copied(space, tmp_path) -> Path:
-    return space.copy("stopped", tmp_path)
-
-
-@pytest.fixture
-def resume(space, copied):
-    """`lowlevel sft stopped.toml --resume ARGUMENTS` on a copy of the run."""
-
-    def go(*arguments: object) -> Said:
-        return run("sft", space.folder / "stopped.toml", "--train.output_dir", copied, "--resume", *arguments)
-
-    return go
 
 
 def edit_payload(checkpoint: Path, section: str, **values: object) -> None:

@@ -12,10 +12,9 @@ from workspace import run
 from lowlevel.config.file import load_config
 from lowlevel.running.reopening import reopen
 from lowlevel.running.run import run_training
-from lowlevel.verification import run_checks
-from lowlevel.verification.check import Check
 from lowlevel.verification.opening import verify_run
-from lowlevel.verification.report import print_checks
+from lowlevel.verification.report import print_checks, run_checks
+from lowlevel.verification.subject import Check
 
 
 def verify(path, *options) -> str:

@@ -1,5 +1,6 @@
 """Rules of single checks: what errors of tokens do to a step's loss, against random errors; where a BOS stands."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,10 +10,10 @@ import torch
 
 import lowlevel.verification.evidence
 from lowlevel.verification.evidence import gather
+from lowlevel.verification.exact import head_scores
 from lowlevel.verification.masking import Read, _bos
 from lowlevel.verification.report import fill_b
-from lowlevel.verification.subject import kept_weights, without_dropout
-from lowlevel.verification.truth import head_scores
+from lowlevel.verification.subject import check, kept_weights, without_dropout
 
 NATS = 1e-3
 
@@ -64,3 +65,12 @@ def test_one_bos_stands_at_the_start(ids, holds):
     read = Read(0, 0, np.arange(len(ids)), np.array(ids), np.array(ids))
     subject = SimpleNamespace(tokenizer=SimpleNamespace(bos_id=1))
     assert _bos(subject, [read]).ok == holds
+
+
+@pytest.mark.parametrize(
+    ("measured", "bound", "ok"),
+    [(0.0, 0, True), (1e-9, 0, False), (0.5, 0.5, True), (0.6, 0.5, False), (math.nan, 1.0, False),
+     (math.inf, math.inf, False)],
+)  # fmt: skip
+def test_only_a_finite_number_within_the_bound_holds(measured, bound, ok):
+    assert check("group", "name", measured, bound).ok is ok

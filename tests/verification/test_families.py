@@ -4,7 +4,7 @@ import pytest
 from families import EXPERTS, SIZES, nothing, write_family
 
 from lowlevel.model import suitability
-from lowlevel.verification import run_checks
+from lowlevel.verification.report import run_checks
 
 FAMILIES = {
     "phi": SIZES,

@@ -16,9 +16,8 @@ from lowlevel.labels import IGNORED
 from lowlevel.losses.sums import LossSums
 from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.policy import PARENT, Policy
-from lowlevel.verification import run_checks
-from lowlevel.verification.exact import ExactModel
-from lowlevel.verification.truth import sequences_of
+from lowlevel.verification.exact import ExactModel, sequences_of
+from lowlevel.verification.report import run_checks
 
 
 def failures(subject) -> set[str]:

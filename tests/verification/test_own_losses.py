@@ -13,7 +13,7 @@ import lowlevel.methods.sft
 from lowlevel.errors import ConfigError
 from lowlevel.losses import PairLogps, TokenLogps, loss
 from lowlevel.losses.registry import OWN
-from lowlevel.verification import run_checks
+from lowlevel.verification.report import run_checks
 
 
 def shifted(pairs: PairLogps, *, beta: float, gamma: float = 1.0):

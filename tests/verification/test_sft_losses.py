@@ -8,7 +8,7 @@ import torch
 from test_evidence import test_the_losss_error_is_that_of_random_errors as random_errors
 
 import lowlevel.methods.sft
-from lowlevel.verification import run_checks
+from lowlevel.verification.report import run_checks
 
 SETTINGS = {
     "smoothed": {"loss_type": "smoothed_cross_entropy"},
