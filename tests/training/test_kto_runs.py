@@ -147,9 +147,9 @@ def test_verify_holds_and_finds_planted_faults(whole, monkeypatch):
     assert failures(whole.verify(step=2)) == set()
     plain, whole_loss = lowlevel.loop.with_baseline, KTO.spec
 
-    def of_the_first(execution, batches, ranks):
+    def of_the_first(execution, batches, *ranks):
         cut = [replace(batch, mismatched=batch.mismatched[:1]) for batch in batches]
-        return plain(execution, cut, ranks)
+        return plain(execution, cut, *ranks)
 
     def unclamped(rows: LabelledLogps, *, beta, desirable_weight=1.0, undesirable_weight=1.0):
         return kto(replace(rows, kl=rows.kl.abs() + 0.2), **{"beta": beta, "desirable_weight": desirable_weight},
