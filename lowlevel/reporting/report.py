@@ -23,6 +23,7 @@ from lowlevel.reporting.series import panels
 from lowlevel.running.assembly import load_run_tokenizer
 from lowlevel.running.plots import plot_panels
 from lowlevel.running.reopening import Reopened, reopen
+from lowlevel.running.result_files import read_or_empty
 from lowlevel.running.run_folder import RunFolder
 
 NO_TRACE = (
@@ -132,11 +133,11 @@ def _facts(folder: RunFolder, config: RunConfig, others: Sequence[str]) -> list[
         ("data", config.data.names),
         ("step", f"{rows}, learning rate {train.learning_rate:g}, {train.lr_scheduler_type}"),
     ]  # fmt: skip
-    try:
-        status = json.loads((folder.path / "run-status.json").read_text(encoding="utf-8"))
-        facts.append(("state", f"{status['state']}, step {status['step']}"))
-    except (OSError, ValueError, KeyError):
-        facts.append(("state", "unknown"))
+    ranks, status = (read_or_empty(folder.path / name) for name in ("environment.json", "run-status.json"))
+    facts += [("GPUs", str(ranks["ranks"]))] if "ranks" in ranks else []
+    facts.append(
+        ("state", f"{status['state']}, step {status['step']}" if status.keys() >= {"state", "step"} else "unknown")
+    )
     return facts + ([("compared with", ", ".join(others))] if others else [])
 
 

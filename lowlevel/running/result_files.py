@@ -100,7 +100,7 @@ def save_tokenizer(tokenizer: ChatTokenizer, target: Path) -> None:
 
 def model_card(folder: RunFolder, config: RunConfig, kind: Kind, merged_into: str | None = None) -> str:
     """README.md of a result: YAML front matter for the hub, a table of facts, and code that loads it."""
-    manifest = _read(folder.path / "manifest.json")
+    manifest = read_or_empty(folder.path / "manifest.json")
     whole = kind in ("merged", "full")
     library = "transformers" if whole else "peft"
     name = merged_into or config.model.name
@@ -136,7 +136,7 @@ def _facts(
     folder: RunFolder, config: RunConfig, manifest: dict[str, Any], merged_into: str | None
 ) -> list[tuple[str, str]]:
     model, train, lora = config.model, config.train, config.lora
-    base, environment = manifest.get("base", {}), _read(folder.path / "environment.json")
+    base, environment = manifest.get("base", {}), read_or_empty(folder.path / "environment.json")
     bits = f"4-bit {model.bnb_4bit_quant_type}" if model.load_in_4bit else "not quantised"
     if base.get("prequantised"):
         bits += f", pre-quantised {double_quantisation(model.bnb_4bit_use_double_quant)}"
@@ -165,7 +165,7 @@ def _facts(
 
 
 def _rows(folder: RunFolder, split: str) -> str:
-    report = _read(folder.path / "data_report.json").get(split)
+    report = read_or_empty(folder.path / "data_report.json").get(split)
     if not report:
         return ""
     tokens, lost = report["tokens"], report["rows_selected"] - report["rows_kept"]
@@ -204,9 +204,12 @@ def _loading(config: RunConfig, manifest: dict[str, Any], kind: Kind, folder: st
     return LOADING.format(imports=imports, folder=folder, loader="AutoPeftModelForCausalLM", arguments=arguments)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of the run; empty if it is missing (older versions)."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+def read_or_empty(path: Path) -> dict[str, Any]:
+    """A JSON file of the run; empty if it is missing (older versions) or damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 # Weights, tokenizer, settings and card; not optimizer.safetensors, logs, traces or other files.

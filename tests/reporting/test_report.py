@@ -1,5 +1,6 @@
 """The report: curves as logged, pairs as traced, the alarm, and a page that a browser shows without a complaint."""
 
+import json
 import os
 import re
 import shutil
@@ -160,6 +161,15 @@ def test_without_a_trace_it_says_what_one_would_add(runs):
     assert "trace.every" in page and "Likelihood displacement" not in page
     assert run("report", runs["sft"]).code == 0
     assert "No trace" not in (runs["sft"] / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("no_pngs")
+def test_the_number_of_gpus_is_named(runs, tmp_path):
+    folder = shutil.copytree(runs["plain"], tmp_path / "run")
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps({**environment, "ranks": 2}))
+    assert run("report", folder).code == 0
+    assert re.search(r"GPUs</[a-z]+>\s*<[a-z]+>2<", (folder / "report.html").read_text())
 
 
 @pytest.mark.usefixtures("no_pngs")
