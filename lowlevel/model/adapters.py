@@ -108,14 +108,8 @@ def build_policy(
     head = _new_head(base, seed, placement.device) if reward_head else None
     model = _attach(base, lora, parent, init_from, head, moving=following is not None)
     if value_head:
-        value = nn.Linear(base.get_output_embeddings().weight.shape[1], 1, bias=False, device=placement.device)
-        nn.init.zeros_(value.weight)
-        model.get_base_model().value = value
-    install_side_by_side(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    for layer in layers.values():
-        if TRAINED in layer.lora_magnitude_vector:
-            prepare_dora(layer, TRAINED, placement.dtype, fresh=init_from is None)
+        model.get_base_model().value = _new_value_head(base, placement.device)
+    layers = _prepared_layers(model, placement.dtype, fresh=init_from is None)
     state = DropoutState()
     place_dropout(layers, lora.lora_dropout, state, placement.device)
     trained = {name: p for name, p in model.named_parameters() if f".{TRAINED}." in name or name in (SCORE, VALUE)}
@@ -123,10 +117,9 @@ def build_policy(
     model.eval()  # no dropout or router noise in the base; the adapter's dropout only depends on its state
     host = HostInputs(placement.device) if offload else None
     decoder_layers = DecoderLayers(base, recomputed if gradient_checkpointing else 0, state, host)
-    adapted = tuple(layers.values())
+    adapted, heads = tuple(layers.values()), (flat.views.get(SCORE), flat.views.get(VALUE))
     moving = moving_reference(model, flat, following) if following else None
     start = adapter_start(init_from) if init_from else lora.init_lora_weights
-    heads = flat.views.get(SCORE), flat.views.get(VALUE)
     policy = Policy(
         model, flat, placement, state, adapted, parent is not None, attention, decoder_layers, moving, start, *heads
     )
@@ -135,6 +128,22 @@ def build_policy(
         load_value_head(policy.value_head, init_from)
     check_base(policy)
     return policy
+
+
+def _prepared_layers(model: PeftModel, dtype: torch.dtype, *, fresh: bool) -> dict[str, LoraLayer]:
+    """Give the adapted layers our products, and those with DoRA its row lengths; the layers by name."""
+    install_side_by_side(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for layer in layers.values():
+        if TRAINED in layer.lora_magnitude_vector:
+            prepare_dora(layer, TRAINED, dtype, fresh=fresh)
+    return layers
+
+
+def _new_value_head(base: PreTrainedModel, device: torch.device) -> nn.Linear:
+    head = nn.Linear(base.get_output_embeddings().weight.shape[1], 1, bias=False, device=device)
+    nn.init.zeros_(head.weight)
+    return head
 
 
 def load_value_head(head: nn.Parameter, folder: Path) -> None:

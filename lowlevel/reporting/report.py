@@ -87,13 +87,17 @@ def report_run(
         raise ConfigError(f"{folder.path}: the report cannot be written: {error.strerror}") from None
     _say(console, f"page written to {page}, {len(made)} charts to {folder.report}")
     if tables and tables.alarm:
-        rows = ", ".join(str(row["row"]) for row in tables.farthest)
-        below = f"{tables.below} of {tables.count} chosen completions are below the reference"
-        hint = f"to see which tokens gained their probability: {report.command}"
-        _say(console, f"likelihood displacement: {below}, farthest those of rows {rows}; {hint}")
+        _say(console, _alarm(tables, report.command))
     if moved:
         _say(console, f"where the probability went: {moved.sentence}")
     return page
+
+
+def _alarm(tables: PairTables, command: str) -> str:
+    rows = ", ".join(str(row["row"]) for row in tables.farthest)
+    below = f"{tables.below} of {tables.count} chosen completions are below the reference"
+    hint = f"to see which tokens gained their probability: {command}"
+    return f"likelihood displacement: {below}, farthest those of rows {rows}; {hint}"
 
 
 def measured_tables(folder: Path) -> list[TextTable]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,64 +62,76 @@ def announce(
     console: Console, config: RunConfig, inputs: Inputs, policy: Policy, order: DataOrder, ranks: Ranks = ALONE
 ) -> None:
     """Print model, adapter, data and device of the run."""
-    train, placement = config.train, inputs.placement
+    placement = inputs.placement
     device = torch.cuda.get_device_name() if placement.device.type == "cuda" else "CPU"
     base = describe_base(config.model)
+    console.print(f"{config.method}: {config.model.name}, {base}, {placement.precision} on {device}", markup=False)
+    of_model = _said_of_model(config, inputs, policy, order, ranks)
+    for label, text in chain(of_model, _said_of_data(config, inputs), _said_of_loss(config, inputs, policy)):
+        console.print(f"  {label:10} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _said_of_model(
+    config: RunConfig, inputs: Inputs, policy: Policy, order: DataOrder, ranks: Ranks
+) -> Iterator[tuple[str, str]]:
+    train, dtype = config.train, inputs.placement.dtype
     off = f"off ({config.method}.disable_dropout)"
     dropout = off if config.own.disable_dropout else f"{config.lora.lora_dropout:g}"
     kind, more = ("weights", "all of them") if config.full else ("adapter", f"dropout {dropout}")
-    console.print(
-        f"{config.method}: {config.model.name}, {base}, {placement.precision} on {device}\n"
-        f"  attention  {inputs.attention.reason}\n"
-        f"  {kind:10} {policy.flat.weights.numel():,} trainable parameters, {more}\n"
-        f"  data       {order.num_rows:,} examples, {order.total_steps(train):,} steps of "
-        f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}",
-        markup=False,
-    )
+    batches = f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}"
+    yield "attention", inputs.attention.reason
+    yield kind, f"{policy.flat.weights.numel():,} trainable parameters, {more}"
+    yield "data", f"{order.num_rows:,} examples, {order.total_steps(train):,} steps of {batches}"
     if ranks.size > 1:
-        what = "GPUs" if placement.device.type == "cuda" else "processes"
+        what = "GPUs" if inputs.placement.device.type == "cuda" else "processes"
         each = f"{config.rows_per_step} examples a step as on one, its micro-batches are shared out"
         if not config.data.packing and train.gradient_accumulation_steps < ranks.size:
             each += f": {train.gradient_accumulation_steps}, so some have nothing to do"
-        console.print(f"  ranks      {ranks.size} {what}; {each}", markup=False, highlight=False)
-    if config.data.names == "demo" != config.model.name:
-        console.print("  warning    data.source is not given: the rows are those of the built-in demo", markup=False)
-    for part in inputs.data.report.train.sources:
-        console.print(f"  source     {part.source}: {part} of the examples", markup=False, highlight=False)
+        yield "ranks", f"{ranks.size} {what}; {each}"
     if config.model.load_in_4bit:
         if line := describe(policy, train.dequantize_once):
-            console.print(f"  weights    {line}", markup=False, highlight=False, soft_wrap=True)
+            yield "weights", line
         quantised, total = quantised_weights(policy)
         if quantised < NEARLY_ALL * total:
-            console.print(
-                f"  note       {quantised / total:.0%} of the base is in 4 bits, {quantised:,} of {total:,} weights "
-                f"outside embedding and LM head: only linear layers are quantised, the rest (experts) stays "
-                f"{dtype_name(placement.dtype)}",
-                markup=False,
+            yield (
+                "note",
+                f"{quantised / total:.0%} of the base is in 4 bits, {quantised:,} of {total:,} weights outside "
+                f"embedding and LM head: only linear layers are quantised, the rest (experts) stays {dtype_name(dtype)}",
             )
-    for read_as in dict.fromkeys(split.read_as for split in inputs.data.report.splits.values() if split.read_as):
-        console.print(f"  rows       read as {read_as}", markup=False, highlight=False)
-    if config.method == "kto":
-        console.print(f"  labels     {balance(inputs.data.train, config.kto)}", markup=False, highlight=False)
-    for line in template_lines(inputs.data.report):
-        console.print(f"  {line}", markup=False, highlight=False)
     for line in notes_of_base(config.model, policy.causal_lm.config):
-        console.print(f"  note       {line}", markup=False, highlight=False, soft_wrap=True)
-    for line in truncated(inputs.data.report):
-        console.print(f"  truncation {line}", markup=False, highlight=False)
-    for line in not_learned(inputs.data.report):
-        console.print(f"  warning    {line}", markup=False, highlight=False)
+        yield "note", line
+
+
+def _said_of_data(config: RunConfig, inputs: Inputs) -> Iterator[tuple[str, str]]:
+    report = inputs.data.report
+    if config.data.names == "demo" != config.model.name:
+        yield "warning", "data.source is not given: the rows are those of the built-in demo"
+    for part in report.train.sources:
+        yield "source", f"{part.source}: {part} of the examples"
+    for read_as in dict.fromkeys(split.read_as for split in report.splits.values() if split.read_as):
+        yield "rows", f"read as {read_as}"
+    if config.method == "kto":
+        yield "labels", balance(inputs.data.train, config.kto)
+    for line in template_lines(report):
+        label, _, text = line.partition(" ")
+        yield label, text.lstrip()
+    for line in truncated(report):
+        yield "truncation", line
+    for line in not_learned(report):
+        yield "warning", line
+
+
+def _said_of_loss(config: RunConfig, inputs: Inputs, policy: Policy) -> Iterator[tuple[str, str]]:
     if config.sampled:
-        console.print(f"  sampled    {config.loss_line}", markup=False)
+        yield "sampled", config.loss_line
     if config.has_reference:
         reference = f"base + {config.model.adapter} (frozen)" if inputs.parent else "base"
         if policy.untrained:
             reference += f", a frozen copy of {policy.untrained.nbytes / 2**20:,.0f} MiB"
         reference += f", moving: {policy.moving.following}" if policy.moving else ""
-        reference = reference if reads_reference(config) else "none"
-        console.print(f"  reference  {reference}; {config.loss_line}", markup=False)
+        yield "reference", f"{reference if reads_reference(config) else 'none'}; {config.loss_line}"
     elif config.method == "reward":
-        console.print(f"  loss       {config.loss_line}", markup=False)
+        yield "loss", config.loss_line
 
 
 def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, console: Console) -> dict[str, Any]:
