@@ -96,7 +96,7 @@ def _said_of_model(
             yield (
                 "note",
                 f"{quantised / total:.0%} of the base is in 4 bits, {quantised:,} of {total:,} weights outside "
-                f"embedding and LM head: only linear layers are quantised, the rest (experts) stays {dtype_name(dtype)}",
+                f"embedding and LM head: only linear layers are quantised, others (experts) stay {dtype_name(dtype)}",
             )
     for line in notes_of_base(config.model, policy.causal_lm.config):
         yield "note", line
