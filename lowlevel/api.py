@@ -274,6 +274,8 @@ def _reward_names(reward: Reward) -> list[str] | None:
     if reward is None:
         return None
     given = [reward] if isinstance(reward, str) or callable(reward) else reward
+    if not isinstance(given, Sequence) or not all(isinstance(one, str) or callable(one) for one in given):
+        raise ConfigError(f"reward: expected names or functions, got {quoted(repr(reward))}")
     return [rewards.name_of(one) if callable(one) else one for one in given]
 
 

@@ -44,6 +44,7 @@ NUMBERS = {
 }
 SHORT = {"desirable_weight": "wD", "undesirable_weight": "wU", "center_rewards_coefficient": "c"}  # as in formulas
 SETTINGS = tuple(NUMBERS)[tuple(NUMBERS).index("beta") :]
+SAMPLED = "sampled completions"
 EXO_SMOOTHING = 0.001  # exo_pair takes log(label_smoothing), so the usual default 0 is invalid
 HEADINGS = ("at\nmargin", "value", "dL/d\nchosen", "dL/d\nrejected", "dL/d ref\nchosen", "dL/d ref\nrejected")
 CONVENTIONS = (
@@ -76,6 +77,10 @@ def run(options: Options, overrides: Overrides) -> None:
     if options.loss is None:
         rows = [evaluate(loss, point, _used_by(loss, settings)) for loss in LOSSES]
     else:
+        for needs, specs in _others().items():
+            if spec := specs.get(options.loss):
+                what = f"{spec.name} ({needs}) has no value at a pair; its formula: {spec.formula}"
+                raise ConfigError(f"{what}; {spec.paper}" if spec.paper else what)
         rows = [evaluate(options.loss, point, settings)]
     if options.json:
         document = {
@@ -251,11 +256,19 @@ def print_numbers(rows: Sequence[LossAtPoint], console: Console) -> None:
     console.print()
 
 
+def _others() -> dict[str, Mapping[str, LossSpec]]:
+    """The losses of other methods, by what these read."""
+    from lowlevel.losses import KTO_LOSSES, POLICY_LOSSES, REWARD_LOSSES, SFT_LOSSES
+
+    pairs = {"sft: messages": SFT_LOSSES, "kto: completions, label": KTO_LOSSES, "reward: pairs": REWARD_LOSSES}
+    return {**pairs, SAMPLED: POLICY_LOSSES}
+
+
 def print_formulas(rows: Sequence[LossAtPoint], console: Console) -> None:
     """Every loss with what it reads, formula, parameters and paper; those of other methods come last."""
     from rich.table import Table, box
 
-    from lowlevel.losses import KTO_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
+    from lowlevel.losses import loss_spec
     from lowlevel.losses.dpo import HYPERPARAMETERS
 
     signs = {"label_smoothing": "eps", **{key: one.sign for key, one in HYPERPARAMETERS.items()}}
@@ -265,12 +278,14 @@ def print_formulas(rows: Sequence[LossAtPoint], console: Console) -> None:
     for row in rows:
         own = ", ".join(f"{signs[key]} {value:g}" for key, value in row.parameters.items() if key in signs)
         table.add_row(row.name, reads(loss_spec(row.name)), row.formula, own, row.paper)
-    others = {"sft: messages": SFT_LOSSES, "kto: completions, label": KTO_LOSSES, "reward: pairs": REWARD_LOSSES}
+    others = _others()
+    sampled = ", ".join(others.pop(SAMPLED))
     for needs, specs in others.items():
         for spec in specs.values():
             own = ", ".join(SHORT.get(name, name) for name in spec.parameters)
             table.add_row(spec.name, needs, spec.formula, own, spec.paper)
     console.print(table)
+    console.print(f"Of grpo, rloo and ppo, whose formula --loss NAME shows: {sampled}.")
     if {0.0, EXO_SMOOTHING} <= {row.parameters.get("label_smoothing") for row in rows}:
         console.print(f"With eps 0, cdpo, robust and aot are sigmoid; exo_pair needs eps > 0, here {EXO_SMOOTHING}.")
 

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lowlevel.config.section import Finite, Names, NotNegative, Positive, Section
+from lowlevel.config.section import Finite, Names, NotNegative, Numbers, Positive, Section
 
 Share = Annotated[Finite, Field(ge=0, le=1)]
 Above = Annotated[Finite, Field(gt=0)]
@@ -29,7 +29,7 @@ class SampledConfig(Section):
         ("exact_match",),
         description="reward functions: exact_match, gsm8k, format, length, a reward run's folder, module:function",
     )
-    reward_weights: tuple[Finite, ...] = Field((), strict=False, description="of each function in the sum; default: 1")
+    reward_weights: Numbers = Field((), description="of each function in the sum, between commas; default: 1")
     reward_pattern: str | None = Field(None, description="format: regular expression of a whole completion")
     reward_timeout: Above = Field(60.0, description="seconds that a function may take for one prompt's completions")
     mask_truncated_completions: bool = Field(

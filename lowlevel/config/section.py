@@ -24,6 +24,16 @@ def as_list(value: Any) -> Any:
     return [] if value == "none" else [name.strip() for name in value.split(",")]
 
 
+def as_numbers(value: Any) -> Any:
+    """A number, or a text with numbers between commas, as a list."""
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
+    try:
+        return [float(part) for part in parts]
+    except (TypeError, ValueError):
+        return value
+
+
+Numbers = Annotated[tuple[Finite, ...], Field(strict=False), BeforeValidator(as_numbers)]
 Names = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(as_list)]
 
 

@@ -58,7 +58,8 @@ def normalise(row: Row, columns: Sequence[str] = (), weight_column: str | None =
     """Check a row's content, convert it to messages and read the numbers in `columns` and its weight. Raises BadRow."""
     turns, completions = row.format.read(row.columns)
     messages, context = turns.messages, turns.context
-    if not completions and row.format.name != "prompt":
+    asks = row.format.method == "grpo" and messages[-1]["role"] in ("user", "tool")  # the model answers
+    if not completions and not asks:
         _check_conversation(turns)
     labels = [label_of(row.columns)] if row.format.labelled else []
     read = (*columns, *([] if weight_column is None else [weight_column]))

@@ -163,5 +163,6 @@ def _report(source: SourceRows, checked: Checked, built: Built, data: DataConfig
     reasons, total = Counter(problem.reason for problem in built.problems), len(built.problems)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     if not built.unusable:
-        counts = f"{total} of {total} longer than max_length {data.max_length}"
+        first = built.problems[0]
+        counts = f"{total} of {total} longer than max_length {data.max_length}; {first.where}: {first.message}"
     raise DataError(f"{source.name}: no usable rows: {counts}")

@@ -221,7 +221,8 @@ def show_example(example: Example, tokenizer: ChatTokenizer, console: Console) -
     Without colours, they are put between » and «.
     """
     how = "green" if console.is_terminal and not console.no_color else "between » and «"
-    console.print(f"{example.where} (row {example.row}); learned tokens are {how}", markup=False, highlight=False)
+    what = "a prompt" if isinstance(example, PromptExample) else f"learned tokens are {how}"
+    console.print(f"{example.where} (row {example.row}); {what}", markup=False, highlight=False)
     if isinstance(example, SFTExample):
         learned = example.labels >= 0
         console.print(_coloured(example.input_ids, np.where(learned, "green", "dim"), tokenizer, console))
@@ -248,6 +249,13 @@ def _coloured(ids: np.ndarray, styles: np.ndarray, tokenizer: ChatTokenizer, con
 
 def _facts(split: SplitReport) -> dict[str, str]:
     ended = f"{split.replies_ended:,} of {split.replies:,} ({split.replies_ended / max(split.replies, 1):.0%})"
+    learned = {
+        "supervised tokens": f"{split.tokens['supervised']:,}",
+        "truncated rows": f"{split.truncated_rows:,}",
+        "supervised tokens lost": f"{split.tokens_lost:,} ({split.share_lost:.1%})",
+        "prompt tokens lost": f"{split.prompt_tokens_lost:,}",
+        "replies ending their turn": ended,
+    }
     return {
         "source": split.source,
         **({"read as": split.read_as} if split.read_as else {}),
@@ -258,11 +266,7 @@ def _facts(split: SplitReport) -> dict[str, str]:
         "rows kept": f"{split.rows_kept:,}",
         **{f"  {i}. {part.source}": str(part) for i, part in enumerate(split.sources, 1)},
         "tokens (after truncation)": f"{split.tokens['total']:,}",
-        "supervised tokens": f"{split.tokens['supervised']:,}",
-        "truncated rows": f"{split.truncated_rows:,}",
-        "supervised tokens lost": f"{split.tokens_lost:,} ({split.share_lost:.1%})",
-        "prompt tokens lost": f"{split.prompt_tokens_lost:,}",
-        "replies ending their turn": ended,
+        **(learned if split.tokens["supervised"] else {}),  # prompts have no tokens to learn
         **{f"warning: {kind}": f"{count:,}" for kind, count in split.warnings.items()},
     }
 

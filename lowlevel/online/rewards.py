@@ -25,7 +25,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -94,6 +94,9 @@ BUILT_IN: Mapping[str, Callable[[SampledConfig], Function]] = {
     "format": _format,  # 1 if the whole text matches reward_pattern
     "length": _length,  # minus the share of max_completion_length that is used
 }
+COMPARING = ("exact_match", "gsm8k")  # with the reference
+ALWAYS = ("prompts", "completions", "completion_ids", "reference")  # what every call has
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Scores:
     """Rewards of one prompt's completions."""
 
     by_function: Tensor  # (F, G) float64; NaN: failed
-    failures: tuple[str, ...]  # one line each: row, function and reason
+    failures: tuple[str, ...]  # one line for a call or a number: row, function and reason
 
 
 @dataclass(frozen=True)
@@ -142,11 +145,14 @@ def _called(function: Function, given: Mapping[str, Any], size: int, timeout: fl
     takes_all = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     named = {name: value for name, value in given.items() if takes_all or name in accepted}
     try:
-        found = [float(value) for value in _limited(lambda: function(**named), timeout)]
+        returned = _limited(lambda: function(**named), timeout)
+        if not isinstance(returned, Iterable):
+            raise TypeError(f"returned {type(returned).__name__}, expected {size} numbers")
+        found = [float(value) for value in returned]
     except Exception as error:  # a function of the user may raise anything
-        return [math.nan] * size, [f"{type(error).__name__}: {one_line(error)}"] * size
+        return [math.nan] * size, [f"{type(error).__name__}: {one_line(error)}"]
     if len(found) != size:
-        return [math.nan] * size, [f"{len(found)} rewards for {size} completions"] * size
+        return [math.nan] * size, [f"{len(found)} rewards for {size} completions"]
     bad = [f"a reward is {value}" for value in found if not math.isfinite(value)]
     return [value if math.isfinite(value) else math.nan for value in found], bad
 
@@ -160,6 +166,8 @@ def _limited(call: Callable[[], Sequence[float]], seconds: float) -> Sequence[fl
             results.append(call())
         except Exception as error:
             results.append(error)
+        except BaseException as error:  # sys.exit() ends the thread, and not the run
+            results.append(RuntimeError(f"{type(error).__name__}: {one_line(error)}"))
 
     thread = threading.Thread(target=work, daemon=True, name="reward")
     thread.start()
@@ -194,16 +202,22 @@ def _imported(name: str) -> Function:
         function: Function = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the module is the user's and may raise anything
         raise ConfigError(f"reward {name!r} cannot be imported: {type(error).__name__}: {one_line(error)}") from None
+    if not callable(function) or inspect.isclass(function) or inspect.iscoroutinefunction(function):
+        kind = "an async function" if callable(function) else "no function"
+        kind = "a class" if inspect.isclass(function) else kind
+        raise ConfigError(f"reward {name!r} is {kind}: give a function that returns a number for each completion")
     return function
 
 
 def name_of(function: Function) -> str:
     """The name of a reward function given in Python: "module:function" if it can be imported, else its own name."""
-    module, name = function.__module__, function.__qualname__
+    module, name = function.__module__, getattr(function, "__name__", type(function).__name__)
     if module != "__main__" and getattr(sys.modules.get(module), name, None) is function:
         return f"{module}:{name}"
-    OWN[function.__name__] = function
-    return function.__name__
+    if name in BUILT_IN:
+        raise ConfigError(f"reward: your function has the name of a built-in one, {name!r}: rename it")
+    OWN[name] = function
+    return name
 
 
 def check(config: SampledConfig) -> None:
@@ -220,6 +234,26 @@ def check(config: SampledConfig) -> None:
         raise ConfigError(f"reward_pattern is not a regular expression: {error}") from None
 
 
+def check_rows(config: SampledConfig, examples: Sequence[PromptExample]) -> None:
+    """Raise ConfigError if rows lack what a function needs: a text to compare with, or a column that it names."""
+    for name in config.reward:
+        own = {} if name in BUILT_IN or not (function := _own(name)) else inspect.signature(function).parameters
+        missing = {key: f'no column "{key}"' for key, p in own.items() if p.kind in NAMED and p.default is p.empty}
+        missing = {key: what for key, what in missing.items() if key not in ALWAYS}
+        if name in COMPARING:
+            missing = {"reference": 'neither a reply nor a column "answer" to compare with'}
+        for key, what in missing.items():
+            without = [x for x in examples if (x.reference is None if key == "reference" else key not in x.columns)]
+            if without:
+                first = f"{len(without):,} of {len(examples):,} rows, the first {without[0].where}"
+                raise ConfigError(f"reward {name}: {first}, have {what}: add it, or choose another reward")
+
+
+def _own(name: str) -> Function | None:
+    """A function that is not built in; None for a reward run."""
+    return OWN.get(name) or (_imported(name) if ":" in name and not Path(name).is_dir() else None)
+
+
 def sources_sha256(config: SampledConfig) -> str | None:
     """SHA-256 of what computes the rewards and is not built in, for a run's manifest; None if all is built in."""
     own = [name for name in config.reward if name not in BUILT_IN]
@@ -232,6 +266,8 @@ def _source(name: str) -> str:
         adapter = Path(name) / "adapter"
         return adapter_sha256(adapter) if adapter.exists() else name
     try:
-        return source_of(OWN.get(name) or _imported(name))
+        function = OWN.get(name) or _imported(name)
+        own = inspect.isroutine(function)  # the text of another callable would be its address
+        return source_of(function if own else getattr(function, "func", type(function)))
     except ConfigError:
         return name

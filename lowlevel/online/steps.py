@@ -136,7 +136,7 @@ class OnlineSteps:
         for line in failures[:SHOWN]:
             self.note(f"{when}: no reward: {line}")
         if len(failures) > SHOWN:
-            self.note(f"{when}: and {len(failures) - SHOWN:,} more without a reward")
+            self.note(f"{when}: and {len(failures) - SHOWN:,} more")
         if not any(np.isfinite(x.reward) for group in found for x in group):
             raise ConfigError(f"{when}: no completion has a reward: {failures[0]}")
         return found

@@ -45,8 +45,8 @@ class StepResult:
     grad_norm: float  # l2 norm before clipping
     learning_rate: float
     count: float  # supervised tokens (sft; the sum of their weights, if they have any), pairs (dpo) or examples (kto)
-    batches: tuple[PackedBatch, ...]  # on the CPU
-    sums: tuple[LossSums, ...]  # of each micro-batch, on the device, before the update
+    batches: tuple[PackedBatch, ...] = field(repr=False)  # on the CPU
+    sums: tuple[LossSums, ...] = field(repr=False)  # of each micro-batch, on the device, before the update
 
     @property
     def metrics(self) -> dict[str, float]:

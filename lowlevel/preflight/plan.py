@@ -49,6 +49,8 @@ def show_plan(config: RunConfig, console: Console, budget: str | None, gpus: int
     size = parse_size(text)
     if not size:
         raise ConfigError(f'--budget: expected a size like "15GiB" or "800MiB", got {text!r}')
+    if gpus > 1 and config.sampled:
+        raise ConfigError(f"{config.method} samples and trains on one GPU: leave out --gpus")
     config = with_stored(config)
     shape, placement = _target(config)
     columns = [_as_configured(config, shape, placement)]
@@ -67,9 +69,12 @@ def show_plan(config: RunConfig, console: Console, budget: str | None, gpus: int
     console.print(f"{config.method}: {base}", markup=False, highlight=False, soft_wrap=True)
     if fixed:
         console.print(fixed)
+    if config.sampled:
+        console.print("sampling: up to a quarter of the free memory more for its cache, and as much for copied weights")
     for column in columns[1:]:
         asked = "".join(f" --{key} true" for key in column.on_host)
-        console.print(f"{column.name}: --train.memory_budget {text}{asked}; or, as it then says:")
+        budget = "" if config.sampled else f" --train.memory_budget {text}{asked}; or, as it then says:"
+        console.print(f"{column.name}:{budget}")
         for line in _settings(column):
             console.print(f"  {line}", markup=False, highlight=False)
 

@@ -150,6 +150,8 @@ def check_inputs(config: RunConfig) -> Inputs:
     if config.lora.init_lora_weights == "loftq" and (stored := load_stored(config.model)):
         raise ConfigError(f'lora.init_lora_weights = "loftq" {lacks_16_bits(config.model.name, stored)}')
     tokenizer, data = prepare_data(config)
+    if config.sampled:
+        rewards.check_rows(config.sampled, [*data.train, *data.evaluation])
     DataOrder.of(config, len(data.train))  # refuses an endless number of epochs
     attention = choose_attention(config.model, base, placement)
     if attention.implementation != "eager":

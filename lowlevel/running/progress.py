@@ -47,7 +47,12 @@ def make_console() -> Console:
     terminal = sys.stdout.isatty()
     width = None if terminal else 140
     return PipedConsole(  # text in a notebook too
-        highlight=False, soft_wrap=not terminal, width=width, force_terminal=terminal, force_jupyter=False
+        highlight=False,
+        emoji=False,  # "module:boom" stays a name
+        soft_wrap=not terminal,
+        width=width,
+        force_terminal=terminal,
+        force_jupyter=False,
     )
 
 

@@ -75,7 +75,7 @@ def _said_of_model(
     config: RunConfig, inputs: Inputs, policy: Policy, order: DataOrder, ranks: Ranks
 ) -> Iterator[tuple[str, str]]:
     train, dtype = config.train, inputs.placement.dtype
-    off = f"off ({config.method}.disable_dropout)"
+    off = "off: completions are sampled without" if config.sampled else f"off ({config.method}.disable_dropout)"
     dropout = off if config.own.disable_dropout else f"{config.lora.lora_dropout:g}"
     kind, more = ("weights", "all of them") if config.full else ("adapter", f"dropout {dropout}")
     batches = f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}"
@@ -129,7 +129,8 @@ def _said_of_loss(config: RunConfig, inputs: Inputs, policy: Policy) -> Iterator
         if policy.untrained:
             reference += f", a frozen copy of {policy.untrained.nbytes / 2**20:,.0f} MiB"
         reference += f", moving: {policy.moving.following}" if policy.moving else ""
-        yield "reference", f"{reference if reads_reference(config) else 'none'}; {config.loss_line}"
+        loss = "" if config.sampled else f"; {config.loss_line}"  # said above
+        yield "reference", f"{reference if reads_reference(config) else 'none'}{loss}"
     elif config.method == "reward":
         yield "loss", config.loss_line
 

@@ -294,8 +294,10 @@ def test_no_model_library_is_imported(tmp_path, words):
 
 def test_the_losses_of_the_other_methods_are_listed_too(cli):
     said = cli("losses")
-    words = ("sft: messages", "kto: completions, label", "reward: pairs", "2402.01306")
+    words = ("sft: messages", "kto: completions, label", "reward: pairs", "2402.01306", "dapo, dr_grpo")
     assert all(word in said.out for word in words)
+    said = cli("losses", "--loss", "dr_grpo")
+    assert said.code == 2 and "its formula: -min(r A," in said.err and said.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [(), (*P, "--label-smoothing", 0.1), ("--rejected", -123.456)])

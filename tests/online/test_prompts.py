@@ -36,6 +36,7 @@ def prompt_of(tokenizer, tmp_path, row, **data):
         ({"prompt": "What is 2 + 3?", "answer": "5"}, ASKED, "5"),
         ({"prompt": TALK, "completion": [REPLY], "answer": "six"}, TALK, "6"),
         ({"messages": [*TALK, REPLY]}, TALK, "6"),
+        ({"messages": TALK}, TALK, None),
         ({"question": "What is 2 + 3?", "answer": "2 + 3 = 5\n#### 5"}, ASKED, "2 + 3 = 5\n#### 5"),
     ],
 )
@@ -49,5 +50,7 @@ def test_formats(tokenizer, tmp_path, row, messages, reference):
 def test_room_for_the_completion(tokenizer, tmp_path):
     size = len(tokenizer.encode_prompt(ASKED))
     assert len(prompt_of(tokenizer, tmp_path, {"prompt": ASKED}, max_length=size + 16).prompt_ids) == size
-    with pytest.raises(Exception, match=f"1 of 1 longer than max_length {size + 15}"):
+    with pytest.raises(
+        Exception, match=f"1 of 1 longer than max_length {size + 15}; .*leaves {size - 1} beside 16 new"
+    ):
         prompt_of(tokenizer, tmp_path, {"prompt": ASKED}, max_length=size + 15)

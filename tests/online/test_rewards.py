@@ -1,7 +1,12 @@
 """Reward functions: the built-in ones by hand, and what becomes of their failures."""
 
 import math
+import re
+import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +89,21 @@ def slow(completions):
     return [1.0, 1.0]
 
 
+def nothing(completions):
+    return None
+
+
+def leaves(completions):
+    sys.exit(3)
+
+
 @pytest.mark.parametrize(
     ("function", "kept", "reason"),
     [
         (fails, [False, False], "ValueError: a line"),
         (short, [False, False], "1 rewards for 2 completions"),
+        (nothing, [False, False], "TypeError: returned NoneType, expected 2 numbers"),
+        (leaves, [False, False], "RuntimeError: SystemExit: 3"),
         (odd, [False, True], "a reward is inf"),
         (slow, [False, False], "TimeoutError: took longer than 0.05 s (reward_timeout)"),
     ],
@@ -96,7 +111,8 @@ def slow(completions):
 def test_failures_are_named_and_never_a_reward_of_0(function, kept, reason):
     found, failures = scores(function, exact_match, timeout=0.05)
     assert [math.isfinite(value) for value in found] == kept
-    assert failures[0] == f"data:4 (row 4), {function.__name__}: {reason}" and len(failures) == kept.count(False)
+    assert failures[0] == f"data:4 (row 4), {function.__name__}: {reason}"
+    assert len(failures) == 1  # a call or a number
 
 
 @pytest.mark.parametrize(
@@ -105,6 +121,10 @@ def test_failures_are_named_and_never_a_reward_of_0(function, kept, reason):
         ({"reward": "exact_mach"}, "unknown reward 'exact_mach': did you mean 'exact_match'?"),
         ({"reward": "nowhere:at_all"}, "cannot be imported: ModuleNotFoundError"),
         ({"reward": "format", "reward_pattern": "("}, "reward_pattern is not a regular expression"),
+        ({"reward": "pathlib:Path"}, "'pathlib:Path' is a class: give a function"),
+        ({"reward": "math:pi"}, "'math:pi' is no function: give a function"),
+        ({"reward": "asyncio:sleep"}, "'asyncio:sleep' is an async function: give a function"),
+        ({"reward": "length,length"}, "reward names a function twice: set its weight in reward_weights"),
         ({"top_p": 0.9}, "grpo.top_p: is not supported"),
         ({"beta": 0.1, "kl_estimator": "k1"}, "expected 'k2', 'k3' or 'k3_ratio'"),
     ],
@@ -115,6 +135,31 @@ def test_refusals(own, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("reward", "why"),
+    [
+        ("gsm8k", 'reward gsm8k: 1 of 2 rows, the first data:5, have neither a reply nor a column "answer"'),
+        ("judges:level", 'reward judges:level: 1 of 2 rows, the first data:5, have no column "hint"'),
+        ("judges:free", None),
+    ],
+)
+def test_rows_that_lack_what_a_function_needs(monkeypatch, tmp_path, reward, why):
+    monkeypatch.chdir(tmp_path)
+    Path("judges.py").write_text("def level(completions, hint): ...\ndef free(completions, hint=None, **more): ...\n")
+    monkeypatch.delitem(sys.modules, "judges", raising=False)
+    rows = [EXAMPLE, replace(EXAMPLE, where="data:5", reference=None, columns={})]
+    with pytest.raises(ConfigError, match=re.escape(why)) if why else nullcontext():
+        rewards.check_rows(configured(reward=reward), rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "weights"), [("1,0.5", (1.0, 0.5)), ("2", (2.0,)), (3, (3.0,)), ([1, 2], (1.0, 2.0))]
+)
+def test_weights_as_a_list_a_number_or_a_text(given, weights):
+    functions = "length,exact_match" if len(weights) == 2 else "length"
+    assert configured(reward=functions, reward_weights=given).reward_weights == weights
+
+
 def test_names_and_sources_of_functions(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("judges.py").write_text("def one(completions):\n    return [1.0 for _ in completions]\n")
@@ -123,3 +168,23 @@ def test_names_and_sources_of_functions(monkeypatch, tmp_path):
     local = lambda completions: [0.0]  # noqa: E731
     assert name_of(exact_match) == "lowlevel.online.rewards:exact_match"
     assert rewards.OWN[name_of(local)] is local
+
+
+def test_callables_without_a_name_of_their_own():
+    """The hash of an object's source does not hold its address: another process can resume the run."""
+
+    class Judge:
+        def __call__(self, completions):
+            return [1.0] * len(completions)
+
+    judge, part = Judge(), partial(slow)
+    assert (name_of(judge), name_of(part)) == ("Judge", "partial") and rewards.OWN["partial"] is part
+    first = sources_sha256(configured(reward="Judge,partial"))
+    rewards.OWN["Judge"] = Judge()
+    assert sources_sha256(configured(reward="Judge,partial")) == first
+
+    def length(completions):
+        return [0.0] * len(completions)
+
+    with pytest.raises(ConfigError, match="'length': rename it"):
+        name_of(length)

@@ -106,11 +106,23 @@ def test_commands_on_a_run_file(space, command):
     [
         (("time",), "lowlevel time does not sample"),
         (("verify",), "give its run folder"),
+        (("plan", "--gpus", 2), "one GPU: leave out --gpus"),
+        (("grpo", "--gpus", 2), "one GPU: leave out --gpus"),
     ],
 )
 def test_commands_that_refuse_a_run_file(space, words, reason):
     said = run(*words, written(space, "refused"))
     assert said.code == 2 and reason in said.err and said.err.count("\n") == 1
+
+
+def test_a_run_in_which_nothing_is_learned(space):
+    """All rewards are equal: B stays 0, and verify leaves it so."""
+    given = {"eval_source": None, "eval_limit": None}
+    own = {**OWN, "reward": ["rollouts_by_hand:same"]}
+    said = run("grpo", written(space, "same", own=own, data=given, train={"max_steps": 1}))
+    assert said.code == 0 and "dropout off: completions are sampled without" in said.out, said.err
+    said = run("verify", space.folder / "same")
+    assert said.code == 0, said.err
 
 
 def test_compare_names_the_held_out_rewards(whole):
