@@ -6,6 +6,8 @@ from pathlib import Path
 from lowlevel.commands.common import Options, Overrides, Parser, not_negative, positive, quiet_console, temperature
 from lowlevel.errors import ConfigError
 
+LAST_PORT = 65_535
+
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="run folder whose replies are judged")
@@ -30,6 +32,8 @@ def run(options: Options, overrides: Overrides) -> None:
         raise ConfigError(f"lowlevel annotate needs {', '.join(missing)}; or --report FILE")
     if options.temperature == 0 and options.other is None:
         raise ConfigError("--temperature 0 gives two equal replies of one run: set it above 0, or give --other")
+    if options.port > LAST_PORT:
+        raise ConfigError(f"--port {options.port}: at most {LAST_PORT}; leave it out to take a free one")
     console = quiet_console()
     from lowlevel.annotation.session import annotate
     from lowlevel.running.progress import lines_to

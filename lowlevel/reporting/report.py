@@ -133,7 +133,7 @@ def _facts(folder: RunFolder, config: RunConfig, others: Sequence[str]) -> list[
         ("method", f"{config.method}, {config.loss_line}"),
         ("base", config.model.name + (", 4-bit" if config.model.load_in_4bit else "")),
         ("trained", "all weights") if config.full else
-        ("adapter", f"r = {config.lora.r}, dropout {config.lora.lora_dropout:g}"),
+        ("adapter", f"r = {config.lora.r}, dropout {config.active_dropout:g}"),
         ("data", config.data.names),
         ("step", f"{rows}, learning rate {train.learning_rate:g}, {train.lr_scheduler_type}"),
     ]  # fmt: skip

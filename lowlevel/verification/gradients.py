@@ -52,10 +52,11 @@ def _formula_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     checks = [check(GROUP, name, error, subject.bounds.closed, f"against {form}, relative")]
     if subject.method.unit != "tokens" and not subject.spec.own:
         return checks
-    return [*checks, _left_out() if subject.spec.detaches else _difference_check(subject, evidence, found[0], size)]
+    return [*checks, left_out() if subject.spec.detaches else _difference_check(subject, evidence, found[0], size)]
 
 
-def _left_out() -> Check:
+def left_out() -> Check:
+    """Says why there are no central differences."""
     note = "parts are without a gradient on purpose (a loss's detaches=True; the lengths of DoRA's rows)"
     return Check(GROUP, "central differences not compared: detaches", math.nan, math.inf, True, note)
 
@@ -142,7 +143,7 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     note = f"{len(weights):,} weights, {len(examples)} examples, relative l2"
     checks = [check(GROUP, "step, float64 autograd", relative(gradient, exact), subject.bounds.gradient, note)]
     if subject.detaches:
-        return [*checks, _left_out()]
+        return [*checks, left_out()]
     errors = []
     for seed in range(DIRECTIONS):
         generator = torch.Generator().manual_seed(1000 + seed)
@@ -163,7 +164,7 @@ def _coarse_check(subject: Subject, evidence: Evidence) -> Check:
     """
     precision = subject.policy.placement.precision
     if subject.detaches:
-        return _left_out()
+        return left_out()
     flat = subject.policy.flat.weights
     _, gradient = subject.run_step()
     norm = torch.linalg.vector_norm(gradient)

@@ -17,6 +17,7 @@ from lowlevel.config.online import ClippedConfig, GRPOConfig, PPOConfig
 from lowlevel.config.schema import RunConfig
 from lowlevel.verification.evidence import flat64
 from lowlevel.verification.exact import Scored, base_parameters, exact_model, scores64
+from lowlevel.verification.gradients import left_out
 from lowlevel.verification.subject import Check, Subject, check, largest, packed, relative, with_batches_of
 
 if TYPE_CHECKING:
@@ -201,8 +202,8 @@ def _gradient(
     own_gradient, bound = gradient.double().cpu(), subject.bounds.gradient
     note = f"{len(weights):,} weights, {len(rollouts)} completions, relative l2"
     checks = [check("gradients", "step, float64 autograd", relative(own_gradient, exact), bound, note)]
-    if subject.spec.detaches:
-        return checks
+    if subject.detaches:
+        return [*checks, left_out()]
     errors = []
     for seed in range(DIRECTIONS):
         direction = torch.randn(len(weights), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

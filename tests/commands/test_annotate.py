@@ -115,3 +115,8 @@ def test_the_last_reply_of_a_conversation_is_no_part_of_its_prompt(tmp_path):
     file = write_jsonl(tmp_path / "chats.jsonl", [{"messages": turns}, {"messages": [*turns, turns[0]]}])
     assert [prompt.messages for prompt in read_prompts(str(file))] == [turns[:1], [*turns, turns[0]]]
     assert len(read_prompts("demo")) == 240
+
+
+def test_a_port_is_checked_before_anything_is_sampled(cli, tmp_path):
+    said = cli("annotate", tmp_path, "--prompts", "demo", "--out", tmp_path / "p.jsonl", "--port", 70_000)
+    assert said.code == 2 and said.err.startswith("error: --port 70000: at most 65535"), said.err

@@ -31,7 +31,7 @@ def written(space, name, method="grpo", own=OWN, **sections):
     train = {"logging_steps": 1, "save_steps": 2, **sections.pop("train", {})}
     trace = {"every": 2, "level": "token", "gradients": True}
     return space.write(
-        name, method, **{method: own}, data={**data, **sections.pop("data", {})}, train=train, trace=trace
+        name, method, **{method: own}, data={**data, **sections.pop("data", {})}, train=train, trace=trace, **sections
     )
 
 
@@ -90,7 +90,7 @@ def test_replay_verify_inspect_and_generate(whole):
     assert said.code == 0 and "sampled at" in said.out and "advantage" in said.out, said.err
     assert "give --step" in run("inspect", whole, "--example", 1).err
     assert run("generate", whole, "--prompt", "a", "--max-new-tokens", 3).code == 0
-    assert run("report", whole).code == 0
+    assert run("report", whole).code == 0 and "dropout 0<" in (whole / "report.html").read_text()
     said = run("merge", whole, "--out", whole.parent / "merged", "--into", "dequantized")
     assert said.code == 0, said.err
 
@@ -115,14 +115,16 @@ def test_commands_that_refuse_a_run_file(space, words, reason):
     assert said.code == 2 and reason in said.err and said.err.count("\n") == 1
 
 
-def test_a_run_in_which_nothing_is_learned(space):
-    """All rewards are equal: B stays 0, and verify leaves it so."""
+@pytest.mark.parametrize(("reward", "dora"), [("same", False), ("evens", True)])
+def test_verify_of_unusual_runs(space, reward, dora):
+    """All rewards are equal: B stays 0, and verify leaves it so. DoRA's lengths are detached on purpose."""
     given = {"eval_source": None, "eval_limit": None}
-    own = {**OWN, "reward": ["rollouts_by_hand:same"]}
-    said = run("grpo", written(space, "same", own=own, data=given, train={"max_steps": 1}))
+    own = {**OWN, "reward": [f"rollouts_by_hand:{reward}"]}
+    path = written(space, reward, own=own, data=given, train={"max_steps": 1}, lora={"use_dora": dora})
+    said = run("grpo", path)
     assert said.code == 0 and "dropout off: completions are sampled without" in said.out, said.err
-    said = run("verify", space.folder / "same")
-    assert said.code == 0, said.err
+    said = run("verify", space.folder / reward)
+    assert said.code == 0 and dora == ("detaches" in said.out), said.err
 
 
 def test_compare_names_the_held_out_rewards(whole):
