@@ -78,7 +78,7 @@ class ModelConfig(Section):
         "auto", description="attention kernel; auto: flash or efficient without a mask on a GPU, sdpa with one on a CPU"
     )
     embeddings_on_host: bool = Field(False, description="input embedding in host memory: less GPU memory, same numbers")
-    adapter: OptionalLocation = Field(None, description="dpo: run folder or PEFT folder to start from")
+    adapter: OptionalLocation = Field(None, description="all but sft: run folder or PEFT folder to start from")
     adapter_mode: Literal["stack", "original", "none"] = Field(
         "stack",
         description="stack: freeze adapter under a new one; original: merge into 16-bit weights; none: no adapter",

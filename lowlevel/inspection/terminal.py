@@ -24,6 +24,7 @@ from lowlevel.inspection.sampled import SampledRecord
 WIDE = 110  # terminal width from which a pair's tables include the likeliest alternatives
 RAISES, LOWERS = "blue", "dark_orange"
 PAIR_COLUMNS = ("policy", "reference", "log-ratio", "adds", "sum")
+CLIPPED = "; clipped: by the tokens' ratios together, their "
 SHOWN_PROMPT = 400  # last characters of a longer prompt
 
 
@@ -121,7 +122,10 @@ def _sampled_table(inspection: Inspection, width: int) -> Table:
         numbers = (plain(x.reward), advantage, length, plain(float(one.ratios.mean())), clipped, plain(float(one.loss)))
         rows.append((f"{x.row}.{x.sample}", *numbers, " ".join(x.text.split())))
     headings = ("row", "reward", "advantage", "tokens", "ratio", "clipped", "loss", "<completion")
-    return _table(headings, rows, width, caption="advantage, ratio: means of the tokens; loss: their weighted sum")
+    caption = "advantage, ratio: means of the tokens; loss: their weighted sum"
+    level = inspection.method.settings.get("importance_sampling_level", "token")
+    caption += {"sequence": CLIPPED + "geometric mean", "sequence_sum": CLIPPED + "product"}.get(str(level), "")
+    return _table(headings, rows, width, caption=caption)
 
 
 def _print_sampled(record: SampledRecord, inspection: Inspection, console: Console) -> None:

@@ -120,10 +120,10 @@ def test_verify_of_unusual_runs(space, reward, dora):
     """All rewards are equal: B stays 0, and verify leaves it so. DoRA's lengths are detached on purpose."""
     given = {"eval_source": None, "eval_limit": None}
     own = {**OWN, "reward": [f"rollouts_by_hand:{reward}"]}
-    path = written(space, reward, own=own, data=given, train={"max_steps": 1}, lora={"use_dora": dora})
+    path = written(space, f"unusual-{reward}", own=own, data=given, train={"max_steps": 1}, lora={"use_dora": dora})
     said = run("grpo", path)
     assert said.code == 0 and "dropout off: completions are sampled without" in said.out, said.err
-    said = run("verify", space.folder / reward)
+    said = run("verify", space.folder / f"unusual-{reward}")
     assert said.code == 0 and dora == ("detaches" in said.out), said.err
 
 
