@@ -4,7 +4,7 @@ They are kept in the run folder's rollouts/ as parquet, a row for each completio
 
     step row sample              the step that sampled, counted from 1; data row; number in its group
     prompt_ids completion_ids    tokens; with the stop token, if the completion `ended`
-    text reward reward/NAME      what was rewarded, the weighted sum, and each function's part; null: it failed
+    text reward reward/NAME      what was rewarded, the weighted sum, and each function's part; NaN: it failed
     logps advantages values/...  of each token: what the sampler and the method computed
     counted                      whether it is in the loss
 

@@ -38,10 +38,11 @@ def run_checks(subject: Subject) -> list[Check]:
     names, before = policy.trainable_names(), policy.flat.weights.detach().clone()
     with working("verifying") as work:
         base = base_sha256(policy.model)
+        by_token = subject.config.method in ("grpo", "rloo", "ppo")
         with kept_weights(policy):
-            if without_effect(policy):
-                fill_b(policy)
-            if by_token := subject.config.method in ("grpo", "rloo", "ppo"):
+            if without_effect(policy):  # a KL term's gradient is about a log-ratio: larger than rounding
+                fill_b(policy, size=0.2 if by_token else 0.05)
+            if by_token:
                 work.what = "verifying: sampled completions, also in float64"
                 checks = sampled_checks(subject)
             else:

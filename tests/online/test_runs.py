@@ -119,7 +119,7 @@ def test_commands_that_refuse_a_run_file(space, words, reason):
 def test_verify_of_unusual_runs(space, reward, dora):
     """All rewards are equal: B stays 0, and verify leaves it so. DoRA's lengths are detached on purpose."""
     given = {"eval_source": None, "eval_limit": None}
-    own = {**OWN, "reward": [f"rollouts_by_hand:{reward}"]}
+    own = {**OWN, "reward": [f"rollouts_by_hand:{reward}"], "beta": 0.04}
     path = written(space, f"unusual-{reward}", own=own, data=given, train={"max_steps": 1}, lora={"use_dora": dora})
     said = run("grpo", path)
     assert said.code == 0 and "dropout off: completions are sampled without" in said.out, said.err
