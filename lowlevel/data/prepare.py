@@ -163,6 +163,7 @@ def _report(source: SourceRows, checked: Checked, built: Built, data: DataConfig
     reasons, total = Counter(problem.reason for problem in built.problems), len(built.problems)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     if not built.unusable:
-        first = built.problems[0]
-        counts = f"{total} of {total} longer than max_length {data.max_length}; {first.where}: {first.message}"
+        counts = f"{total} of {total} longer than max_length {data.max_length}"
+        if any(isinstance(row, Normalised) and row.row.format.method == "grpo" for row in checked):  # less than it
+            counts += f"; {built.problems[0].where}: {built.problems[0].message}"
     raise DataError(f"{source.name}: no usable rows: {counts}")
