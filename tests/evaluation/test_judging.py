@@ -14,7 +14,7 @@ from lowlevel.evaluation.endpoint import KEY, Endpoint, EndpointError
 from lowlevel.evaluation.judging import Question, judged_by_endpoint, judged_by_reward, read_questions
 from lowlevel.evaluation.preference import Verdict, length_controlled, preferences
 
-SECRET = "sk-not-for-any-file"
+SECRET = "sk-" + "not-for-any-file"
 ASKED = [{"role": "user", "content": "hello"}]
 
 
@@ -51,7 +51,7 @@ def test_the_end_is_one_line_without_the_key(faults, requests, message):
 
 
 @pytest.mark.parametrize(
-    "url", ["api.openai.com/v1", "https://me:secret@host/v1", "https://host/v1?key=secret", "ftp://x"]
+    "url", ["api.openai.com/v1", "https://me:" + "secret@host/v1", "https://host/v1?key=secret", "ftp://x"]
 )
 def test_unsuitable_urls(url):
     with pytest.raises(ConfigError, match="--endpoint: expected"):
