@@ -15,7 +15,7 @@ from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import CHANGED, CROSSED, ChatTokenizer, Encoded, EncodedPair
 from lowlevel.data.sources import RowProblem
 from lowlevel.data.templates import RenderError
-from lowlevel.data.texts import BadRow, Message, is_blank
+from lowlevel.data.texts import BadRow, Message, is_blank, number_as_text
 from lowlevel.data.truncation import Sizes, sizes_of
 from lowlevel.errors import DataError
 from lowlevel.heartbeat import counted
@@ -147,7 +147,7 @@ def _prompts(
     for row in counted("tokenising", rows, "rows"):
         said, last = row.messages, row.messages[-1]
         has_reply = last["role"] == "assistant"
-        answer = row.row.columns.get("answer")
+        answer = number_as_text(row.row.columns.get("answer"))
         messages, reference = (said[:-1], str(last["content"])) if has_reply else (said, answer)
         try:
             ids = tokenizer.encode_prompt(messages, row.tools)

@@ -17,7 +17,7 @@ from lowlevel.config.schema import ONLINE, KTOConfig
 from lowlevel.data import readers
 from lowlevel.data.readers import ADDED, PAIR, SYSTEM, Read
 from lowlevel.data.sources import Row, SourceRows
-from lowlevel.data.texts import BadRow, Columns, Message, decoded, is_message, is_transcript
+from lowlevel.data.texts import BadRow, Columns, Message, decoded, is_message, is_transcript, number_as_text
 from lowlevel.data.turns import Turns, refuse_weights
 from lowlevel.errors import ConfigError, DataError, quoted
 
@@ -49,6 +49,11 @@ def with_label(read: Callable[[Columns], Read]) -> Callable[[Columns], Read]:
         return _last_of(turns), ()
 
     return last_reply
+
+
+def with_number(column: str, read: Callable[[Columns], Read]) -> Callable[[Columns], Read]:
+    """A reader whose reply may be a number: it is only compared with."""
+    return lambda columns: read({**columns, column: number_as_text(columns[column])} if column in columns else columns)
 
 
 def halves(source: SourceRows) -> SourceRows:
@@ -194,7 +199,7 @@ FORMATS += tuple(
     if f.method == "sft"
 )
 FORMATS += (
-    *(replace(f, method="grpo") for f in FORMATS if f.method == "sft"),
+    *(replace(f, method="grpo", read=with_number(f.columns[-1], f.read)) for f in FORMATS if f.method == "sft"),
     Format("prompt", "prompts", "grpo", ("prompt",), readers.prompts, first=True, fits=_asks_in_messages),
     Format("prompt", "prompts", "grpo", ("prompt",), readers.prompts),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import unicodedata
 import warnings
@@ -68,6 +69,13 @@ def text_of(columns: Columns, name: str) -> str:
         hint = 'expected one message; give a list of messages (pairs of transcripts: data.format = "hh")'
         raise BadRow("transcript", f'"{name}" is a transcript (Human: ... Assistant: ...), {hint}')
     return text
+
+
+def number_as_text(value: object) -> object:
+    """The text of a finite number, 5.0 as "5": a table with gaps stores whole numbers as floats. Else the value."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return value
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def reply_of(columns: Columns, name: str, called: str = "") -> str:

@@ -34,6 +34,8 @@ def prompt_of(tokenizer, tmp_path, row, **data):
         ({"prompt": TALK}, TALK, None),
         ({"prompt": TALK, "answer": "6", "level": 2}, TALK, "6"),
         ({"prompt": "What is 2 + 3?", "answer": "5"}, ASKED, "5"),
+        ({"question": "What is 2 + 3?", "answer": 5.0}, ASKED, "5"),  # a number is compared as text
+        ({"prompt": TALK, "answer": 6.25}, TALK, "6.25"),
         ({"prompt": TALK, "completion": [REPLY], "answer": "six"}, TALK, "6"),
         ({"messages": [*TALK, REPLY]}, TALK, "6"),
         ({"messages": TALK}, TALK, None),
