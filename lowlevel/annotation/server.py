@@ -42,12 +42,14 @@ class Refusal(Exception):  # noqa: N818 - an answer to the client, not a failure
 class AnnotationServer(ThreadingTCPServer):
     """Serves `journal` at `url` until `shutdown`; a thread a request, which the journal's lock puts in order."""
 
+    journal: Journal  # set before it serves; the port is taken first, since sampling the pairs takes long
+
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, journal: Journal, port: int = 0) -> None:
+    def __init__(self, port: int = 0) -> None:
         """Raises ConfigError if the port is taken; 0 takes a free one."""
-        self.journal, self.token = journal, secrets.token_urlsafe(24)
+        self.token = secrets.token_urlsafe(24)
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except (OSError, OverflowError) as error:

@@ -41,7 +41,8 @@ def annotate(
             raise DataError(f"{source}: no prompt has two different replies to judge; raise --temperature")
         return pairs, left_out
 
-    with open_journal(out, header, sample, resume=resume) as journal, AnnotationServer(journal, port) as server:
+    with AnnotationServer(port) as server, open_journal(out, header, sample, resume=resume) as journal:
+        server.journal = journal
         note(f"{len(journal.pairs)} pairs, every annotator judges each; saved in {journal.path} at once; Ctrl-C ends")
         note(server.url)
         try:

@@ -39,7 +39,8 @@ PAIRS = [
 
 @contextmanager
 def served(journal):
-    server = AnnotationServer(journal)
+    server = AnnotationServer()
+    server.journal = journal
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:

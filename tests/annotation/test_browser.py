@@ -180,7 +180,8 @@ def test_each_annotator_sees_every_pair(desk, server):
 
 
 def serve_in_child(opened, pipe) -> None:
-    with opened as journal, AnnotationServer(journal) as server:
+    with opened as journal, AnnotationServer() as server:
+        server.journal = journal
         pipe.send(server.url)
         server.serve_forever()
 

@@ -184,9 +184,9 @@ def test_texts_are_sent_as_they_are(client):
 
 def test_a_taken_port_is_named(server):
     with pytest.raises(ConfigError, match=r"--port \d+: .*in use"):
-        AnnotationServer(server.journal, server.server_address[1])
+        AnnotationServer(server.server_address[1])
     with pytest.raises(ConfigError, match="--port 70000"):
-        AnnotationServer(server.journal, 70000)
+        AnnotationServer(70000)
 
 
 def test_only_this_machine_reaches_it(server):

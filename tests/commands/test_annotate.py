@@ -1,6 +1,7 @@
 """`lowlevel annotate` from two runs to a preference file that `lowlevel dpo` takes."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,11 @@ def test_the_last_reply_of_a_conversation_is_no_part_of_its_prompt(tmp_path):
 def test_a_port_is_checked_before_anything_is_sampled(cli, tmp_path):
     said = cli("annotate", tmp_path, "--prompts", "demo", "--out", tmp_path / "p.jsonl", "--port", 70_000)
     assert said.code == 2 and said.err.startswith("error: --port 70000: at most 65535"), said.err
+
+
+def test_a_taken_port_is_named_before_anything_is_sampled(runs, cli, prompts, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port, out = taken.getsockname()[1], tmp_path / "p.jsonl"
+        said = annotate(cli, runs.sft, "--prompts", prompts, "--out", out, "--port", port)
+    assert said.code == 2 and said.err.startswith(f"error: --port {port}: "), said.err
+    assert list(tmp_path.iterdir()) == [prompts]
