@@ -56,6 +56,7 @@ OTHER_NAMES = {
     "loss": "loss_type",
 }
 TRUNCATED = "is not supported: the loss needs the distribution that was sampled from, which is that of all tokens"
+ELSEWHERE = {("grpo", "loss_type", "gspo"): 'grpo.importance_sampling_level = "sequence"'}  # where a value belongs
 REFUSED = dict.fromkeys(("top_p", "top_k", "min_p"), TRUNCATED)
 
 
@@ -219,6 +220,8 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
     expected = expected.replace("a valid ", "a ").replace("a integer", "an integer")
     known = re.findall("'(.*?)'", expected) if problem["type"] == "literal_error" else []
     near = difflib.get_close_matches(str(problem["input"]), known, n=1)
+    if belongs := ELSEWHERE.get((*location, str(problem["input"]).lower())):
+        return f"{where}: {name}: {problem['input']} is set by {belongs}"
     hint = f' (did you mean "{near[0]}"?)' if near else ""
     return f"{where}: {name}: expected {expected}{hint}, got {quoted(' '.join(repr(problem['input']).split()))}"
 

@@ -112,6 +112,11 @@ def test_wrong_types_and_values_are_one_line_with_the_value(tmp_path, key, value
         load_config(write(tmp_path, tables))
 
 
+def test_a_value_that_is_another_keys_names_that_key():
+    (line,) = refused({"method": "grpo", "grpo": {"loss_type": "gspo"}})
+    assert line == 'run.toml: grpo.loss_type: gspo is set by grpo.importance_sampling_level = "sequence"'
+
+
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "abc", "", "true", "[1]"])
 def test_a_flag_that_is_no_number(text):
     with pytest.raises(ConfigError, match=r"flags: train\.learning_rate: expected "):
