@@ -32,7 +32,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: Options, overrides: Overrides) -> None:
     if (options.endpoint is None) != (options.model is None) or (options.endpoint is None) == (options.reward is None):
-        raise ConfigError("give a judge: --endpoint with --model, or --reward")
+        raise ConfigError("give one judge: --endpoint with --model, or --reward")
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: no such folder")
     console = quiet_console()

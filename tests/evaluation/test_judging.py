@@ -172,4 +172,4 @@ def test_reward_run_as_judge(monkeypatch):
 @pytest.mark.parametrize("flags", ["", "--endpoint https://x/v1", "--reward r --endpoint e --model m"])
 def test_one_judge(dpo_run, tmp_path, flags):
     said = workspace.run("judge", dpo_run, dpo_run, "--prompts", tmp_path / "q", *flags.split())
-    assert said.code == 2 and "give a judge: --endpoint with --model, or --reward" in said.err
+    assert said.code == 2 and "give one judge: --endpoint with --model, or --reward" in said.err
