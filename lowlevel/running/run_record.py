@@ -105,7 +105,7 @@ def _said_of_model(
 def _said_of_data(config: RunConfig, inputs: Inputs) -> Iterator[tuple[str, str]]:
     report = inputs.data.report
     if config.data.names == "demo" != config.model.name:
-        yield "warning", "data.source is not given: the rows are those of the built-in demo"
+        yield "warning", 'data.source is "demo", the default: the rows are those of the built-in demo'
     for part in report.train.sources:
         yield "source", f"{part.source}: {part} of the examples"
     for read_as in dict.fromkeys(split.read_as for split in report.splits.values() if split.read_as):
