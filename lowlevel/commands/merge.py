@@ -25,3 +25,4 @@ def run(options: Options, overrides: Overrides) -> None:
     from lowlevel.running.merge import merge_run
 
     merge_run(options.run_dir, options.into, options.out, console, base=options.base)
+    console.print(f"written: {options.out}", markup=False, soft_wrap=True)

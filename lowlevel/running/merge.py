@@ -95,7 +95,7 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: st
         write_json(temporary / "lowlevel_merge.json", {**chain, "fidelity": asdict(fidelity)})
         check_new(out)  # again, so that a folder made meanwhile is not replaced
     console.print(
-        f"merged into {into} base{f' {base}' if base is not None else ''}: {out}\n"
+        f"merged into {into} base{f' {base}' if base is not None else ''}\n"
         f"  KL to the training-time model  {fidelity.kl:.2e} nats a token over {fidelity.tokens:,} tokens\n"
         f"  loss                           {fidelity.loss:.4f}, training-time model {fidelity.training_time_loss:.4f}\n"
         f"  same most likely token         {fidelity.same_top_token:.1%}"

@@ -38,6 +38,7 @@ def test_gguf_is_read_back_with_the_same_logits_and_tokens(runs, tmp_path):
     assert run("export", tmp_path / "merged", "--to", "gguf", "--out", tmp_path / "whole").code == 0
     said = run("export", runs / "dpo", "--to", "ollama", "--out", tmp_path / "run")
     assert said.code == 0, said.err
+    assert f"{tmp_path}/." not in said.out  # the folder of the merged model, which is gone
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["Modelfile", "model.gguf"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     own, ids = AutoTokenizer.from_pretrained(tmp_path / "merged"), torch.arange(3, 90)[None]

@@ -23,7 +23,7 @@ def other_merges(runs, cli) -> dict[str, Path]:
     for into, out in folders.items():
         said = cli("merge", runs.dpo, "--into", into, "--out", out)
         assert said.code == 0, said.err
-        assert f"merged into {into} base: {out}" in said.out
+        assert f"merged into {into} base\n" in said.out and f"written: {out}\n" in said.out
     return folders
 
 
