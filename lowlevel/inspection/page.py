@@ -102,7 +102,7 @@ def _compared_view(inspection: Inspection) -> Mapping[str, Any]:
         "histogram": histogram(values),
         "batch": [
             {"row": record.row, "margin": value, "width": abs(value) / (max(map(abs, values)) or 1.0),
-             "weight": weight(float(record.sides[0][1].weight)), "loss": plain(float(record.loss))}
+             "weight": typographic(weight(float(record.sides[0][1].weight))), "loss": plain(float(record.loss))}
             for record, value in zip(records, values, strict=True)
         ],
         "weight_name": weight_name(name),
