@@ -142,7 +142,7 @@ def _online(config: RunConfig, given: set[str]) -> list[Check]:
 
 def _full(config: RunConfig, given: set[str]) -> list[Check]:
     full, model = 'train.finetuning_type = "full"', config.model
-    start = f"{full} starts from model.name: give RUN_DIR/model of a full run or a folder of lowlevel merge there, not model.adapter"
+    start = f"{full} starts from model.name, a whole model (RUN_DIR/model, or lowlevel merge), not model.adapter"
     checks = [
         (
             config.method not in ("sft", "dpo", "kto"),
