@@ -295,6 +295,5 @@ def test_a_run_on_ones_own_base_says_that_its_rows_are_the_demos(runs, cli, tmp_
     data = {"source": source, "limit": 8, "max_length": 256} if source else {}
     said = cli("sft", runs.space.write("run", "sft", folder=tmp_path, data=data, **ONE_STEP))
     assert said.code == 0, said.err
-    assert ('data.source is "demo", the default: the rows are those of the built-in demo' in flat(said.out)) == (
-        source == "demo"
-    )
+    line = 'data.source is "demo", the default: the rows are those of the built-in demo'
+    assert (line in flat(said.out)) == (source == "demo")
