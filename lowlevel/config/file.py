@@ -56,7 +56,9 @@ OTHER_NAMES = {
     "loss": "loss_type",
 }
 TRUNCATED = "is not supported: the loss needs the distribution that was sampled from, which is that of all tokens"
-ELSEWHERE = {("grpo", "loss_type", "gspo"): 'grpo.importance_sampling_level = "sequence"'}  # where a value belongs
+ELSEWHERE: dict[tuple[str, ...], str] = {
+    ("grpo", "loss_type", "gspo"): 'grpo.importance_sampling_level = "sequence"',  # where a value belongs
+}
 REFUSED = dict.fromkeys(("top_p", "top_k", "min_p"), TRUNCATED)
 
 
