@@ -65,7 +65,7 @@ def panels(runs: Sequence[tuple[str, Sequence[Record]]]) -> list[Panel]:
     """
     own = sorted({key for _, records in runs for record in records for key in record} - KNOWN)
     metrics: list[Plan] = [
-        (re.sub(r"\W+", "_", f"metric_{key}"), key, "", "metric of the loss.",
+        (re.sub(r"\W+", "_", f"metric_{key}"), key, "", "a metric of the run, as in metrics.jsonl.",
          ((key, "training"), (f"eval_{key}", "held out")))
         for key in own if not key.startswith("eval_")
     ]  # fmt: skip
