@@ -32,6 +32,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_gguf_is_read_back_with_the_same_logits_and_tokens(runs, tmp_path):
     gguf = pytest.importorskip("gguf")
     assert run("merge", runs / "dpo", "--out", tmp_path / "merged").code == 0

@@ -13,7 +13,6 @@ from lowlevel.batch.packing import divide, micro_batch_rows
 from lowlevel.hashing import checksum
 from lowlevel.ranks import ALONE
 
-SIZES = (2, 4)
 BOUND = 1e-6  # relative for losses and metrics; for elements of a gradient, and twice that for pairs and labels
 
 
@@ -22,7 +21,7 @@ def alone(tiny_base):
     return rank_cases.compute(tiny_base, ALONE)
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def together(request, tiny_base, tmp_path_factory):
     """The tensors and messages of each rank."""
     from benchmarks.faulting.ranks import at_once

@@ -131,6 +131,7 @@ def test_compare_names_the_held_out_rewards(whole):
     assert "eval_reward" in run("compare", whole).err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "own"), [("rloo", {"beta": 0.05}), ("ppo", {"beta": 0.05}), ("online_dpo", {"num_iterations": 1})]
 )

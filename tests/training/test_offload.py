@@ -51,6 +51,7 @@ def test_a_step_is_the_same_bit_for_bit(tiny_base, name, recomputed):
         assert loss == wanted_loss and torch.equal(gradient, wanted) and wanted.norm() > 0.1
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_the_same_bit_for_bit_from_the_same_graphs(tiny_base):
     torch._dynamo.reset()
     counters.clear()
