@@ -51,7 +51,7 @@ class SampledRecord:
 def inspect_sampled(policy: Policy, method: PolicyGradient, rollouts: Sequence[Rollout]) -> list[SampledRecord]:
     """The completions of a step, in the given order."""
     found: dict[int, SampledRecord] = {}
-    made = zip(method.micro_batches(rollouts), lay_out(rollouts, method.rows), strict=True)
+    made = zip(method.micro_batches(rollouts), lay_out(rollouts, method), strict=True)
     for batch, (_, inside) in made:
         moved = batch.to(policy.placement.device)
         sums = method.loss(policy, moved)

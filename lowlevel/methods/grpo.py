@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Shape
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.online import GRPOConfig
 from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
 from lowlevel.losses.advantages import group_relative
-from lowlevel.losses.policy_gradient import AGGREGATION, kl_penalty
+from lowlevel.losses.policy_gradient import kl_penalty
 from lowlevel.losses.registry import LossSpec
-from lowlevel.methods.sampled import Rows, micro_batches, policy_gradient, with_advantages, without_none
+from lowlevel.methods.sampled import SampledMethod, policy_gradient, with_advantages, without_none
 from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:
@@ -28,19 +28,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GRPO:
-    """The method. Its examples are completions that the policy sampled, with their rewards."""
+class GRPO(SampledMethod):
+    """The method."""
 
     config: GRPOConfig
-    batch_size: int  # completions per micro-batch; with packing, rows
-    row_length: int
-    packing: bool
-    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
-    columns: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str] = "grpo"
-    unit: ClassVar[str] = "completions"
-    paired: ClassVar[bool] = False
-    statistics: ClassVar[tuple[str, ...]] = ()
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The weighted sum of the tokens' losses."""
@@ -76,21 +68,3 @@ class GRPO:
         rewards = torch.tensor([[x.reward for x in group] for group in groups], dtype=torch.float64)
         advantages = group_relative(rewards, scale_rewards=self.config.scale_rewards)
         return with_advantages(groups, advantages, masked=self.config.mask_truncated_completions)
-
-    def count(self, batch: PackedBatch) -> float:
-        """Completions, tokens, or completions times the maximal length, by loss_type."""
-        assert batch.total_weight is not None
-        return batch.total_weight
-
-    def size(self, example: Rollout) -> int:
-        """Positions: all tokens but the last."""
-        return len(example)
-
-    @property
-    def rows(self) -> Rows:
-        """How completions become micro-batches."""
-        return Rows(self.batch_size, self.row_length, self.packing, self.shape)
-
-    def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
-        """The completions of one step in rows."""
-        return micro_batches(examples, self.rows, AGGREGATION[self.config.loss_type], self.config.max_completion_length)

@@ -16,19 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Shape
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.online import PPOConfig
 from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
 from lowlevel.losses.advantages import gae, whiten
-from lowlevel.losses.policy_gradient import AGGREGATION
 from lowlevel.losses.registry import LossSpec
 from lowlevel.losses.reward import head_rewards
 from lowlevel.losses.value import clipped_value_loss
 from lowlevel.methods.sampled import (
     GIVEN,
-    Rows,
+    SampledMethod,
     by_completion,
-    micro_batches,
     policy_gradient_sums,
     sampled_logps,
     scaled_reference_logps,
@@ -38,24 +36,15 @@ from lowlevel.model.policy import Policy
 if TYPE_CHECKING:
     from lowlevel.online.rollouts import Rollout
 
-VALUES = ("values", "returns")  # of each token, at sampling
-
 
 @dataclass(frozen=True)
-class PPO:
-    """The method. Its examples are completions that the policy sampled, with their rewards and values."""
+class PPO(SampledMethod):
+    """The method. Its completions also have values of their tokens."""
 
     config: PPOConfig
-    batch_size: int  # completions per micro-batch; with packing, rows
-    row_length: int
-    packing: bool
-    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
-    columns: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str] = "ppo"
-    unit: ClassVar[str] = "completions"
-    paired: ClassVar[bool] = False
     has_reference: ClassVar[bool] = False  # in the reward, not in the loss
-    statistics: ClassVar[tuple[str, ...]] = ()
+    values: ClassVar[tuple[str, ...]] = ("values", "returns")  # of each token, at sampling
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The weighted sum of the tokens' losses, of policy and value head."""
@@ -90,14 +79,14 @@ class PPO:
         """The completions of one step with values, returns and advantages of their tokens."""
         every, own = [x for group in groups for x in group], self.config
         policy.dropout.disable()
-        values = by_completion(policy, every, self.rows, lambda batch: _values(policy, batch))
+        values = by_completion(policy, every, self, lambda batch: _values(policy, batch))
         references: Sequence[np.ndarray] = [x.logps for x in every]
         if own.beta > 0:
 
             def reference(batch: PackedBatch) -> Tensor:
                 return scaled_reference_logps(policy, batch, own.temperature)
 
-            references = by_completion(policy, every, self.rows, reference)
+            references = by_completion(policy, every, self, reference)
         found = []
         for x, value, ref in zip(every, values, references, strict=True):
             rewards = -own.beta * torch.from_numpy(x.logps - ref).double()
@@ -108,24 +97,6 @@ class PPO:
             advantages = advantages if counted else torch.zeros_like(advantages)
             found.append(replace(x, advantages=advantages.float().numpy(), values=kept, counted=counted))
         return _whitened(found) if own.whiten_advantages else found
-
-    def count(self, batch: PackedBatch) -> float:
-        """Tokens of completions."""
-        assert batch.total_weight is not None
-        return batch.total_weight
-
-    def size(self, example: Rollout) -> int:
-        """Positions: all tokens but the last."""
-        return len(example)
-
-    @property
-    def rows(self) -> Rows:
-        """How completions become micro-batches."""
-        return Rows(self.batch_size, self.row_length, self.packing, self.shape)
-
-    def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
-        """The completions of one step in rows."""
-        return micro_batches(examples, self.rows, AGGREGATION[self.name], self.config.max_completion_length, VALUES)
 
 
 def _values(policy: Policy, batch: PackedBatch) -> Tensor:

@@ -16,16 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Shape
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.online import RLOOConfig
 from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
 from lowlevel.losses.advantages import leave_one_out
-from lowlevel.losses.policy_gradient import AGGREGATION
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods.sampled import (
-    Rows,
+    SampledMethod,
     by_completion,
-    micro_batches,
     policy_gradient,
     scaled_reference_logps,
     with_advantages,
@@ -38,20 +36,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RLOO:
-    """The method. Its examples are completions that the policy sampled, with their rewards."""
+class RLOO(SampledMethod):
+    """The method."""
 
     config: RLOOConfig
-    batch_size: int  # completions per micro-batch; with packing, rows
-    row_length: int
-    packing: bool
-    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
-    columns: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str] = "rloo"
-    unit: ClassVar[str] = "completions"
-    paired: ClassVar[bool] = False
     has_reference: ClassVar[bool] = False  # in the reward, not in the loss
-    statistics: ClassVar[tuple[str, ...]] = ()
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
         """The sum over completions, each at all its tokens by their share."""
@@ -87,22 +77,4 @@ class RLOO:
         def scores(batch: PackedBatch) -> Tensor:
             return scaled_reference_logps(policy, batch, self.config.temperature)
 
-        return by_completion(policy, rollouts, self.rows, scores)
-
-    def count(self, batch: PackedBatch) -> float:
-        """Completions."""
-        assert batch.total_weight is not None
-        return batch.total_weight
-
-    def size(self, example: Rollout) -> int:
-        """Positions: all tokens but the last."""
-        return len(example)
-
-    @property
-    def rows(self) -> Rows:
-        """How completions become micro-batches."""
-        return Rows(self.batch_size, self.row_length, self.packing, self.shape)
-
-    def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
-        """The completions of one step in rows."""
-        return micro_batches(examples, self.rows, AGGREGATION[self.name], self.config.max_completion_length)
+        return by_completion(policy, rollouts, self, scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, prompt_segment
 from lowlevel.batch.packing import micro_batch_rows
+from lowlevel.config.online import SampledConfig
 from lowlevel.losses import LossSums, SampledLogps
-from lowlevel.losses.policy_gradient import aggregation
+from lowlevel.losses.policy_gradient import AGGREGATION, aggregation
+from lowlevel.losses.registry import LossSpec
 from lowlevel.model.policy import Policy
 
 if TYPE_CHECKING:
@@ -25,24 +27,49 @@ DIFFERENCE = "sampling/sampling_logp_difference"
 
 
 @dataclass(frozen=True)
-class Rows:
-    """How completions become micro-batches. With packing, they share rows of `row_length` positions."""
+class SampledMethod:
+    """What GRPO, RLOO and PPO have in common. Examples are completions that the policy sampled, with their rewards."""
 
+    config: SampledConfig
     batch_size: int  # completions per micro-batch; with packing, rows
     row_length: int
     packing: bool
-    shape: Shape | None
+    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
+    columns: ClassVar[tuple[str, ...]] = ()
+    unit: ClassVar[str] = "completions"
+    paired: ClassVar[bool] = False
+    statistics: ClassVar[tuple[str, ...]] = ()
+    values: ClassVar[tuple[str, ...]] = ()  # of Rollout.values that the loss reads
+
+    @property
+    def spec(self) -> LossSpec:
+        """The configured loss; its name decides how tokens are averaged."""
+        raise NotImplementedError
+
+    def count(self, batch: PackedBatch) -> float:
+        """Completions, tokens, or completions times the maximal length: see `aggregation`."""
+        assert batch.total_weight is not None
+        return batch.total_weight
+
+    def size(self, example: Rollout) -> int:
+        """Positions: all tokens but the last."""
+        return len(example)
+
+    def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
+        """The completions of one step in rows."""
+        kind, longest = AGGREGATION[self.spec.name], self.config.max_completion_length
+        return micro_batches(examples, self, kind, longest, self.values)
 
 
-def lay_out(rollouts: Sequence[Rollout], rows: Rows) -> list[tuple[PackedBatch, list[Rollout]]]:
+def lay_out(rollouts: Sequence[Rollout], method: SampledMethod) -> list[tuple[PackedBatch, list[Rollout]]]:
     """Micro-batches with the completions of each in the order of their sequences.
 
     With packing, completions of one prompt that fit into a row share the prompt.
     """
-    room = rows.shape.capacity if rows.shape else rows.row_length
-    parts = shared_prompts(rollouts, room) if rows.packing else [[x] for x in rollouts]
+    room = method.shape.capacity if method.shape else method.row_length
+    parts = shared_prompts(rollouts, room) if method.packing else [[x] for x in rollouts]
     found = []
-    for made in micro_batch_rows(parts, positions, rows.batch_size, rows.row_length, rows.packing, rows.shape):
+    for made in micro_batch_rows(parts, positions, method.batch_size, method.row_length, method.packing, method.shape):
         inside = [x for row in made for part in row for x in part]
         number, segments = 0, list[list[Segment]]()
         for row in made:
@@ -51,7 +78,7 @@ def lay_out(rollouts: Sequence[Rollout], rows: Rows) -> list[tuple[PackedBatch, 
                 branches = {branch: x.completion_ids for branch, x in enumerate(part, 1)}
                 segments[-1].append(prompt_segment(part[0].row, number, part[0].prompt_ids, branches))
                 number += len(part)
-        found.append((build_batch(segments, pairs=False, shape=rows.shape), inside))
+        found.append((build_batch(segments, pairs=False, shape=method.shape), inside))
     return found
 
 
@@ -72,13 +99,13 @@ def shared_prompts(rollouts: Sequence[Rollout], room: int) -> list[list[Rollout]
 
 
 def micro_batches(
-    rollouts: Sequence[Rollout], rows: Rows, kind: str, max_length: int, more: Sequence[str] = ()
+    rollouts: Sequence[Rollout], method: SampledMethod, kind: str, max_length: int, more: Sequence[str] = ()
 ) -> list[PackedBatch]:
     """The completions of one step, with weights and counts over all of them.
 
     Args:
         rollouts: of the whole step.
-        rows: how they are laid out.
+        method: lays them out.
         kind: of `policy_gradient.aggregation`, with `max_length`.
         more: names of further values that the rollouts hold of each token.
     """
@@ -87,7 +114,7 @@ def micro_batches(
     count, tokens = sum(c for _, c in parts.values()), sum(len(x.completion_ids) for x in counted)
     share = count / tokens if tokens else 0.0
     made = []
-    for batch, inside in lay_out(rollouts, rows):
+    for batch, inside in lay_out(rollouts, method):
         values = np.zeros((len(GIVEN) + len(more), len(batch.sequence_ids)), np.float32)
         for number, x in enumerate(inside):
             places = batch.sequence_index[number, : len(x.completion_ids)].numpy()
@@ -104,11 +131,11 @@ def micro_batches(
 
 @torch.no_grad()
 def by_completion(
-    policy: Policy, rollouts: Sequence[Rollout], rows: Rows, scores: Callable[[PackedBatch], Tensor]
+    policy: Policy, rollouts: Sequence[Rollout], method: SampledMethod, scores: Callable[[PackedBatch], Tensor]
 ) -> list[np.ndarray]:
     """What a pass without gradient gives for each token, (N,) by batch, as an array (n,) fp32 for each completion."""
     found: dict[int, np.ndarray] = {}
-    for batch, inside in lay_out(rollouts, rows):
+    for batch, inside in lay_out(rollouts, method):
         values = scores(batch.to(policy.placement.device)).float().cpu().numpy()
         for number, x in enumerate(inside):
             found[id(x)] = values[batch.sequence_index[number, : len(x.completion_ids)].numpy()]
