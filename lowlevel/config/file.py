@@ -219,7 +219,7 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
         name = quoted(".".join(location[: location.index("value") + 1]))
         return f"{where}: {name}: expected text, a number, true or false, or a list of them"
     expected = problem["msg"].removeprefix("Input should be ")
-    expected = expected.replace("a valid ", "a ").replace("a integer", "an integer")
+    expected = expected.replace("a valid ", "a ").replace("a integer", "an integer").replace("a tuple", "a list")
     known = re.findall("'(.*?)'", expected) if problem["type"] == "literal_error" else []
     near = difflib.get_close_matches(str(problem["input"]), known, n=1)
     if belongs := ELSEWHERE.get((*location, str(problem["input"]).lower())):

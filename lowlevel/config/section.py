@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -25,12 +26,14 @@ def as_list(value: Any) -> Any:
 
 
 def as_numbers(value: Any) -> Any:
-    """A number, or a text with numbers between commas, as a list."""
-    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
-    try:
-        return [float(part) for part in parts]
-    except (TypeError, ValueError):
+    """A number, or a text with numbers between commas, as a list; pydantic refuses parts that are none."""
+    if not isinstance(value, str | int | float):
         return value
+    numbers: list[Any] = value.split(",") if isinstance(value, str) else [value]
+    for place, text in enumerate(numbers):
+        with contextlib.suppress(ValueError, OverflowError):
+            numbers[place] = float(text)
+    return numbers
 
 
 Numbers = Annotated[tuple[Finite, ...], Field(strict=False), BeforeValidator(as_numbers)]

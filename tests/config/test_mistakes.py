@@ -123,6 +123,12 @@ def test_a_flag_that_is_no_number(text):
         load_config(None, {"train.learning_rate": text})
 
 
+@pytest.mark.parametrize("value", ["1,abc", 10**400, [1, 10**400], {"a": 1}])
+def test_a_list_of_numbers_that_holds_none(value):
+    (line,) = refused({"grpo": {"reward_weights": value}})
+    assert line.startswith("run.toml: grpo.reward_weights") and ": expected a" in line
+
+
 def test_all_problems_are_reported_at_once_a_line_each():
     lines = refused({"train": {"lr": 1, "seed": -1}, "dpo": {"beta": "x"}, "extra": 1})
     assert sorted(line.split(": ", 1)[1].split("; ")[0] for line in lines) == [
