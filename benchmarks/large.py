@@ -31,8 +31,8 @@ from lowlevel.config.contradictions import parse_size
 from lowlevel.config.schema import DataConfig, RunConfig, TrainConfig
 from lowlevel.execution import WithFallback
 from lowlevel.loop import optimizer_step
-from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import NAMES, Attention, choose_attention
+from lowlevel.model.build import build_policy
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.memory import AdapterSize, best_plan, forecast, model_shape, planned
 from lowlevel.model.placement import choose_placement

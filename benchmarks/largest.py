@@ -29,9 +29,9 @@ from benchmarks.runner import commit
 from lowlevel.config.schema import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from lowlevel.execution import WithFallback
 from lowlevel.loop import optimizer_step
-from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import NAMES, Attention, choose_attention, register
 from lowlevel.model.base import empty_model
+from lowlevel.model.build import build_policy
 from lowlevel.model.linear import install_dequantising_products
 from lowlevel.model.memory import AdapterSize, default_plan, forecast, model_shape
 from lowlevel.model.offload import move_embeddings_to_host

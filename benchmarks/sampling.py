@@ -28,9 +28,9 @@ from benchmarks.runner import commit, write_table
 from benchmarks.workload import SHAPES, make_model
 from lowlevel.batch.layout import build_batch, sft_segment
 from lowlevel.config.schema import ALL_PROJECTIONS, LoraConfig, ModelConfig
-from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import choose_attention, plain_attention
 from lowlevel.model.base import load_base, load_model_config
+from lowlevel.model.build import build_policy
 from lowlevel.model.placement import choose_placement
 from lowlevel.model.policy import Policy
 from lowlevel.sampling import FastSampler, PlainSampler, Sampling

@@ -38,7 +38,7 @@ from lowlevel.watch import Watch
 if TYPE_CHECKING:  # the process that starts torchrun needs none of it
     from lowlevel.batch.layout import PackedBatch
     from lowlevel.losses import LossSums
-    from lowlevel.model.policy import FlatParameters
+    from lowlevel.model.flat import FlatParameters
     from lowlevel.running.endings import Interrupts
 
 _MORE = 60.0  # seconds that gloo and NCCL wait beyond train.ddp_timeout: the watch is to speak first

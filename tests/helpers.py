@@ -32,9 +32,10 @@ from lowlevel.methods.dpo import DPO
 from lowlevel.methods.kto import KTO
 from lowlevel.methods.reward import Reward
 from lowlevel.methods.sft import SFT
-from lowlevel.model.adapters import build_policy, save_adapter
+from lowlevel.model.adapters import save_adapter
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
+from lowlevel.model.build import build_policy
 from lowlevel.model.moving_reference import Following
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import TRAINED, Policy

@@ -84,7 +84,7 @@ def run_demo(out: Path, console: Console, *, resume: bool = False, restart: bool
     from lowlevel.demo.replies import preferred_style
     from lowlevel.demo.world import check_items, exact_match
     from lowlevel.durable import write_json
-    from lowlevel.model.policy import dequantize_once
+    from lowlevel.model.dequantised import dequantize_once
     from lowlevel.reporting.comparison import compare_stages, load_held_out, print_replies
     from lowlevel.running.progress import lines_to
     from lowlevel.running.reopening import load_run

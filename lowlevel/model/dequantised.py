@@ -7,14 +7,14 @@ tests check, so resuming with another amount of memory continues the same run.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import bitsandbytes as bnb
 from torch import nn
 
 from lowlevel.model.linear import quantised_state
 from lowlevel.model.placement import dtype_name
-from lowlevel.model.policy import Policy, dequantize_once
+from lowlevel.model.policy import Policy, is_base
 
 SHARE = 0.5  # of the available memory that the copy may take
 CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
@@ -65,3 +65,34 @@ def _copy_bytes(policy: Policy) -> int:
     """Size of the dequantised weights of the adapted layers that are in 4 bits."""
     in_4_bits = [layer for layer in _layers(policy) if isinstance(layer, bnb.nn.Linear4bit)]
     return sum(quantised_state(layer).shape.numel() for layer in in_4_bits) * policy.placement.dtype.itemsize
+
+
+def dequantize_once(policy: Policy) -> None:
+    """Replace the 4-bit weights of the adapted layers by dequantised ones, with the same results."""
+    for layer in policy.lora_layers:
+        quantised = cast(Any, layer).base_layer
+        if not isinstance(quantised, bnb.nn.Linear4bit):
+            continue
+        weight = bnb.functional.dequantize_4bit(quantised.weight.data, quantised_state(quantised))
+        plain = nn.Linear(quantised.in_features, quantised.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(weight.to(policy.placement.dtype), requires_grad=False)
+        plain.bias = quantised.bias
+        cast(Any, layer).base_layer = plain
+
+
+def quantised_weights(policy: Policy) -> tuple[int, int]:
+    """Number of the base's weights that were loaded in 4 bits, and of all, without input embedding and LM head.
+
+    bitsandbytes only quantises linear layers. Layers that `dequantize_once` changed count as quantised.
+    """
+    base, quantised, total = policy.causal_lm, 0, 0
+    embeddings = [*base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()]
+    left_out = {id(parameter) for parameter in embeddings}
+    for name, parameter in base.named_parameters():
+        if id(parameter) in left_out or not is_base(name):
+            continue
+        in_4_bits = isinstance(parameter, bnb.nn.Params4bit)
+        size = cast(Any, parameter).quant_state.shape.numel() if in_4_bits else parameter.numel()
+        total += size
+        quantised += size if in_4_bits or name.endswith(".base_layer.weight") else 0
+    return quantised, total

@@ -1,7 +1,7 @@
 """The policy: a frozen base, an optional frozen adapter (the parent), and the trained adapter.
 
 The reference is the same model with the trained adapter switched off; a moving one (moving_reference.py) has an adapter
-of its own in its place. In full fine-tuning (full.py) all weights are trained, and the reference has those of the base.
+of its own in its place. In full fine-tuning all weights are trained, and the reference has those of the base (flat.py).
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
-import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -22,46 +21,17 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.kernels import token_scores
 from lowlevel.losses.reward import head_rewards
 from lowlevel.model.attention_choice import Attention
-from lowlevel.model.dropout import CounterDropout, DropoutState
+from lowlevel.model.dropout import DropoutState
+from lowlevel.model.flat import FlatParameters, Untrained
 from lowlevel.model.layers import DecoderLayers
-from lowlevel.model.linear import quantised_state
-from lowlevel.model.moving_reference import Following, MovingReference
+from lowlevel.model.moving_reference import MovingReference
 from lowlevel.model.placement import Placement
-
-if TYPE_CHECKING:
-    from lowlevel.model.full import Untrained
 
 TRAINED = "trained"  # the adapter in training
 PARENT = "parent"  # the frozen adapter that it is stacked on
 REFERENCE = "reference"  # the adapter of a moving reference
-TAIL = 256  # numbers behind the flat gradient
 SCORE = "base_model.model.score.weight"  # the reward head (1, D), under PEFT's key for it
 VALUE = "base_model.model.value.weight"  # PPO's value head (1, D), which is no part of the adapter
-
-
-@dataclass(frozen=True)
-class FlatParameters:
-    """All trainable weights in one buffer and all gradients in another, so an optimizer step is a few kernels."""
-
-    weights: nn.Parameter  # (n,) fp32, with a gradient (n,) fp32
-    views: Mapping[str, nn.Parameter]  # the trained parameters, views of both
-    parts: tuple[tuple[nn.Parameter, float], ...]  # for the optimizer: views of both, and factors of the learning rate
-    with_tail: Tensor  # (n + TAIL,): the gradient, and room for numbers that several GPUs sum with it (ranks.py)
-
-    @property
-    def grad(self) -> Tensor:
-        """The flat gradient, never None; backward passes add to it."""
-        assert self.weights.grad is not None
-        return self.weights.grad
-
-    @property
-    def tail(self) -> Tensor:
-        """The room behind the gradient, (TAIL,)."""
-        return self.with_tail[self.weights.numel() :]
-
-    def named_grads(self) -> dict[str, Tensor]:
-        """Gradient of each parameter, as a view."""
-        return {name: view.grad for name, view in self.views.items() if view.grad is not None}
 
 
 @dataclass(frozen=True)
@@ -165,95 +135,3 @@ class Policy:
 def is_base(name: str) -> bool:
     """Whether a parameter of this name belongs to the base, and not to an adapter."""
     return ".lora_" not in name and name not in (SCORE, "score.weight", VALUE, "value.weight")
-
-
-def quantised_weights(policy: Policy) -> tuple[int, int]:
-    """Number of the base's weights that were loaded in 4 bits, and of all, without input embedding and LM head.
-
-    bitsandbytes only quantises linear layers. Layers that `dequantize_once` changed count as quantised.
-    """
-    base, quantised, total = policy.causal_lm, 0, 0
-    embeddings = [*base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()]
-    left_out = {id(parameter) for parameter in embeddings}
-    for name, parameter in base.named_parameters():
-        if id(parameter) in left_out or not is_base(name):
-            continue
-        in_4_bits = isinstance(parameter, bnb.nn.Params4bit)
-        size = cast(Any, parameter).quant_state.shape.numel() if in_4_bits else parameter.numel()
-        total += size
-        quantised += size if in_4_bits or name.endswith(".base_layer.weight") else 0
-    return quantised, total
-
-
-def dequantize_once(policy: Policy) -> None:
-    """Replace the 4-bit weights of the adapted layers by dequantised ones, with the same results."""
-    for layer in policy.lora_layers:
-        quantised = cast(Any, layer).base_layer
-        if not isinstance(quantised, bnb.nn.Linear4bit):
-            continue
-        weight = bnb.functional.dequantize_4bit(quantised.weight.data, quantised_state(quantised))
-        plain = nn.Linear(quantised.in_features, quantised.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(weight.to(policy.placement.dtype), requires_grad=False)
-        plain.bias = quantised.bias
-        cast(Any, layer).base_layer = plain
-
-
-def place_dropout(layers: dict[str, LoraLayer], p: float, state: DropoutState, device: torch.device) -> None:
-    """Replace the trained adapter's `lora_dropout` by `CounterDropout`; the other adapters get no dropout."""
-    for salt, name in enumerate(sorted(layers)):
-        layer = layers[name]
-        features = cast(int, layer.in_features)
-        layer.lora_dropout[TRAINED] = CounterDropout(p, salt, features, state, device) if p > 0 else nn.Identity()
-        for other in layer.lora_dropout.keys() - {TRAINED}:
-            layer.lora_dropout[other] = nn.Identity()
-
-
-def flatten(
-    parameters: Mapping[str, nn.Parameter], ratio: float | None = None, *, masters: bool = False
-) -> FlatParameters:
-    """Move parameters into one buffer and make them views of it. Raises ValueError: none, or one that is not fp32.
-
-    Args:
-        parameters: by name.
-        ratio: learning rate of every B relative to that of every A (LoRA+). All A then come before all B, so that each
-            kind is one contiguous part; without a ratio the order is the given one.
-        masters: parameters in 16 bits become fp32.
-    """
-    if not parameters:
-        raise ValueError("no trainable parameters")
-    wrong = [name for name, parameter in parameters.items() if parameter.dtype != torch.float32]
-    if wrong and not masters:
-        raise ValueError(f"trainable parameters must be fp32, and {wrong[0]} is {parameters[wrong[0]].dtype}")
-    up = {name: parameter for name, parameter in parameters.items() if ratio is not None and ".lora_B." in name}
-    parameters = {name: parameter for name, parameter in parameters.items() if name not in up} | up
-    device = next(iter(parameters.values())).device
-    weights = nn.Parameter(torch.empty(sum(p.numel() for p in parameters.values()), dtype=torch.float32, device=device))
-    with_tail = torch.zeros(weights.numel() + TAIL, device=device)
-    weights.grad = with_tail[: weights.numel()]
-    start = 0
-    for parameter in parameters.values():
-        span = slice(start, start + parameter.numel())
-        parameter.data = weights.data[span].view_as(parameter).copy_(parameter.data)
-        parameter.grad = weights.grad[span].view_as(parameter)
-        start = span.stop
-    if ratio is None:
-        return FlatParameters(weights, dict(parameters), ((weights, 1.0),), with_tail)
-    parts = []
-    middle = weights.numel() - sum(parameter.numel() for parameter in up.values())
-    for span, factor in ((slice(0, middle), 1.0), (slice(middle, None), ratio)):
-        part = nn.Parameter(weights.data[span])
-        part.grad = weights.grad[span]
-        parts.append((part, factor))
-    return FlatParameters(weights, dict(parameters), tuple(parts), with_tail)
-
-
-def moving_reference(model: nn.Module, flat: FlatParameters, following: Following) -> MovingReference:
-    """The start of a moving reference: A of the trained adapter and B = 0, in the model's adapter `REFERENCE`."""
-    parameters, weights, start = dict(model.named_parameters()), flat.weights.detach().clone(), 0
-    for name, view in flat.views.items():
-        span = slice(start, start + view.numel())
-        if ".lora_B." in name:
-            weights[span] = 0.0
-        parameters[name.replace(f".{TRAINED}.", f".{REFERENCE}.")].data = weights[span].view_as(view)
-        start = span.stop
-    return MovingReference(weights, following)

@@ -24,17 +24,11 @@ from lowlevel.heartbeat import working
 from lowlevel.losses import KTO_LOSSES, POLICY_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
 from lowlevel.losses.registry import LossSpec, find
 from lowlevel.methods import Method, dpo, grpo, kto, ppo, reward, rloo, sft
-from lowlevel.model.adapters import (
-    adapter_sha256,
-    build_policy,
-    check_target_modules,
-    is_reward_model,
-    read_adapter_config,
-)
+from lowlevel.model.adapters import adapter_sha256, is_reward_model, read_adapter_config
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, load_stored, public_name, resolve_name
+from lowlevel.model.build import build_full_policy, build_policy, check_target_modules, check_trainable
 from lowlevel.model.files import refuse_no_weights
-from lowlevel.model.full import build_full_policy, check_trainable
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
 from lowlevel.model.moving_reference import Following

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, TextStreamer
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.errors import ConfigError
-from lowlevel.model.adapters import ADAPTER_CONFIG, build_policy, is_reward_model, read_adapter_config
+from lowlevel.model.adapters import ADAPTER_CONFIG, is_reward_model, read_adapter_config
 from lowlevel.model.attention_choice import MASKED
 from lowlevel.model.base import load_base, resolve_name
 from lowlevel.model.base_folder import CONFIG, holds_model_weights, note_of_adapter
+from lowlevel.model.build import build_policy
 from lowlevel.model.files import read_json_object
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.running.reopening import Note, load_run

@@ -22,10 +22,10 @@ from lowlevel.durable import replaced_folder, write_json
 from lowlevel.methods.dpo import reads_reference
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.base import base_location, describe_base, notes_of_base
-from lowlevel.model.dequantised import describe
+from lowlevel.model.dequantised import describe, quantised_weights
 from lowlevel.model.merging import write_stacked_adapter
 from lowlevel.model.placement import dtype_name
-from lowlevel.model.policy import TRAINED, Policy, quantised_weights
+from lowlevel.model.policy import TRAINED, Policy
 from lowlevel.optim.train_state import TrainState
 from lowlevel.ranks import ALONE, Ranks
 from lowlevel.running.assembly import Inputs

@@ -10,9 +10,9 @@ from transformers import FalconConfig, LlamaConfig
 from lowlevel import determinism as workspaces
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.errors import ConfigError
-from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention, choose_attention
 from lowlevel.model.base import load_base
+from lowlevel.model.build import build_policy
 from lowlevel.model.placement import Placement, choose_placement
 
 

@@ -17,8 +17,9 @@ from lowlevel.checkpoints.checkpoint import save_checkpoint, verify
 from lowlevel.config.schema import ModelConfig
 from lowlevel.data.rendering import chat_tokenizer
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.model.adapters import ADAPTER_CONFIG, WEIGHTS, build_policy, read_adapter_config, read_adapter_weights
+from lowlevel.model.adapters import ADAPTER_CONFIG, WEIGHTS, read_adapter_config, read_adapter_weights
 from lowlevel.model.base import empty_model, load_base, load_model_config
+from lowlevel.model.build import build_policy
 from lowlevel.model.files import MAX_JSON_BYTES, read_json_object
 from lowlevel.model.merging import scaled_pairs
 from lowlevel.model.placement import Placement

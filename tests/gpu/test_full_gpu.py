@@ -18,7 +18,7 @@ from lowlevel.methods.dpo import DPO
 from lowlevel.methods.sft import SFT
 from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.model.base import load_base
-from lowlevel.model.full import build_full_policy
+from lowlevel.model.build import build_full_policy
 from lowlevel.model.placement import Placement
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer

@@ -21,12 +21,12 @@ from lowlevel.losses.registry import loss as custom_loss
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.reward import Reward
 from lowlevel.methods.sft import SFT
-from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import base_sha256, load_base
+from lowlevel.model.build import build_policy
+from lowlevel.model.flat import flatten
 from lowlevel.model.moving_reference import Following
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import flatten
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 

@@ -9,9 +9,9 @@ from lowlevel.config.schema import KTOConfig, LoraConfig, ModelConfig
 from lowlevel.execution import Eager, WithFallback
 from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.methods.kto import KTO
-from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
+from lowlevel.model.build import build_policy
 from lowlevel.model.placement import Placement
 from lowlevel.optim.loss_scale import LossScale
 

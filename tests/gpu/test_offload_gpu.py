@@ -15,9 +15,9 @@ from lowlevel.execution import ExecutionFailedError, WithFallback
 from lowlevel.hashing import key32
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.sft import SFT
-from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
+from lowlevel.model.build import build_policy
 from lowlevel.model.offload import HostInputs
 from lowlevel.model.placement import Placement
 

@@ -17,9 +17,9 @@ from lowlevel.config.online import GRPOConfig, PPOConfig, RLOOConfig
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.execution import Eager, WithFallback
 from lowlevel.methods import GRPO, PPO, RLOO
-from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
+from lowlevel.model.build import build_policy
 from lowlevel.model.placement import Placement
 from lowlevel.optim.loss_scale import LossScale
 

@@ -11,9 +11,9 @@ import torch
 from lowlevel.batch.layout import build_batch, sft_segment
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.kernels.decoding import attend_reference, decode_attention
-from lowlevel.model.adapters import build_policy
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
+from lowlevel.model.build import build_policy
 from lowlevel.model.placement import Placement
 from lowlevel.sampling import FastSampler, PlainSampler, Sampling
 from lowlevel.sampling.cached_model import misfit

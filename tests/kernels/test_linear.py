@@ -7,9 +7,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lowlevel.kernels.dequantize import Quantised
+from lowlevel.model.build import place_dropout
 from lowlevel.model.dropout import DropoutState
 from lowlevel.model.linear import adapted_linear, install_dequantising_products, install_side_by_side
-from lowlevel.model.policy import PARENT, TRAINED, place_dropout
+from lowlevel.model.policy import PARENT, TRAINED
 
 INPUTS, OUTPUTS = 128, 40
 CPU = torch.device("cpu")

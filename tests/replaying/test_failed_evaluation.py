@@ -72,7 +72,7 @@ def test_the_held_out_row_is_named(runs, tmp_path, monkeypatch, method):
                             data={"eval_source": str(source), "packing": True})  # fmt: skip
     for module in ("lowlevel.model.files", "lowlevel.model.base"):
         monkeypatch.setattr(f"{module}.is_finite", lambda tensor: True)
-    monkeypatch.setattr("lowlevel.model.adapters.check_base", lambda policy: None)
+    monkeypatch.setattr("lowlevel.model.build.check_base", lambda policy: None)
     said = run(method, path)
     assert said.code == 5 and said.err.startswith("error: step 0: eval_loss is nan over 6 held-out rows; first not fin")
     assert "output of embed_tokens, whose weights are not finite (forward of the" in said.err

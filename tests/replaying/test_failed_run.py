@@ -40,7 +40,7 @@ def failed(request, runs, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for module in ("lowlevel.model.files", "lowlevel.model.base"):
             patch.setattr(f"{module}.is_finite", lambda tensor: True)
-        patch.setattr("lowlevel.model.adapters.check_base", lambda policy: None)  # its tokens may hold the letter
+        patch.setattr("lowlevel.model.build.check_base", lambda policy: None)  # its tokens may hold the letter
         yield folder / "run", path, method, run(method, path)
 
 

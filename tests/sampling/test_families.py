@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowlevel.config.schema import LoraConfig
-from lowlevel.model.adapters import build_policy
 from lowlevel.model.base import _freeze
+from lowlevel.model.build import build_policy
 from lowlevel.sampling import FastSampler, PlainSampler, Sampling, build_sampler
 
 SIZES = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

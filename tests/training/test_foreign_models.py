@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowlevel.batch.layout import build_batch, pair_segment, sft_segment
 from lowlevel.config.schema import LoraConfig
 from lowlevel.errors import ConfigError
-from lowlevel.model.adapters import build_policy, read_adapter_config, save_adapter, write_adapter
+from lowlevel.model.adapters import read_adapter_config, save_adapter, write_adapter
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention, register
 from lowlevel.model.base import _freeze
+from lowlevel.model.build import build_policy
 from lowlevel.model.policy import TRAINED
 from lowlevel.model.suitability import attention_window, short_positions
 

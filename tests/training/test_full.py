@@ -22,7 +22,7 @@ from lowlevel.methods.sft import SFT
 from lowlevel.model.adapters import WEIGHTS, WHOLE, weights_file
 from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.model.base import load_base
-from lowlevel.model.full import build_full_policy
+from lowlevel.model.build import build_full_policy
 from lowlevel.model.memory import best_plan, model_shape
 from lowlevel.model.placement import Placement
 from lowlevel.running.reopening import reopen

@@ -13,9 +13,10 @@ from workspace import make_workspace, run
 
 from lowlevel.config.schema import LoraConfig, ModelConfig, TrainConfig
 from lowlevel.execution import WithFallback
-from lowlevel.model.adapters import adapter_start, build_policy
+from lowlevel.model.adapters import adapter_start
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import base_sha256, load_base
+from lowlevel.model.build import build_policy
 from lowlevel.model.linear import Dora, product
 from lowlevel.model.policy import TRAINED
 from lowlevel.model.quantisation_error import low_rank, start_from_error

@@ -21,6 +21,7 @@ from lowlevel.methods.sft import SFT
 from lowlevel.model import dequantised
 from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.model.base import load_model_config
+from lowlevel.model.dequantised import dequantize_once
 from lowlevel.model.memory import (
     AdapterSize,
     ModelShape,
@@ -34,7 +35,6 @@ from lowlevel.model.memory import (
     plans,
 )
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import dequantize_once
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.running.assembly import build_method
 from lowlevel.running.rehearsal import components, largest_batch

@@ -17,7 +17,8 @@ from transformers import (
 from lowlevel.config.schema import TrainConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.model.adapters import save_adapter
-from lowlevel.model.policy import TRAINED, flatten
+from lowlevel.model.flat import flatten
+from lowlevel.model.policy import TRAINED
 from lowlevel.optim.optimizer import (
     build_optimizer,
     learning_rate,

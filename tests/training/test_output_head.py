@@ -11,8 +11,8 @@ from torch import nn
 
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.errors import ConfigError
-from lowlevel.model.adapters import build_policy
 from lowlevel.model.base import load_base, load_model_config
+from lowlevel.model.build import build_policy
 
 
 @pytest.mark.parametrize("change", [lambda logits: 2 * logits, lambda logits: 3 * torch.tanh(logits / 3)])

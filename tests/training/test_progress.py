@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lowlevel.config.schema import RunConfig
+from lowlevel.model.dequantised import dequantize_once
 from lowlevel.model.placement import Placement
-from lowlevel.model.policy import dequantize_once
 from lowlevel.running.pace import Pace, faster
 from lowlevel.running.progress import describe
 

@@ -20,8 +20,9 @@ from lowlevel.batch.layout import Shape
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.loop import evaluate_examples
-from lowlevel.model.adapters import build_policy, save_adapter
+from lowlevel.model.adapters import save_adapter
 from lowlevel.model.base import load_base
+from lowlevel.model.build import build_policy
 from lowlevel.model.policy import SCORE, TRAINED
 from lowlevel.tracing import read_trace
 

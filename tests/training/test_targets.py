@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from lowlevel.config.file import load_config
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.model.adapters import build_policy, read_adapter_config, save_adapter
+from lowlevel.model.adapters import read_adapter_config, save_adapter
 from lowlevel.model.base import empty_model, load_base, load_model_config
+from lowlevel.model.build import build_policy
 from lowlevel.model.memory import AdapterSize, model_shape
 from lowlevel.model.merging import adapter_updates, write_stacked_adapter
 from lowlevel.model.policy import TRAINED
