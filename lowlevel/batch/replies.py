@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lowlevel.batch.layout import Branch, Segment, build_segment
+from lowlevel.data.examples import SFTExample
 from lowlevel.labels import IGNORED
-
-if TYPE_CHECKING:
-    from lowlevel.data.examples import SFTExample
 
 
 @dataclass(frozen=True)

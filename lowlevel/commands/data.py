@@ -26,8 +26,8 @@ def run(options: Options, overrides: Overrides) -> None:
 def show_data(config: RunConfig, console: Console) -> None:
     """Print the data report, how the rows fill batches, and one example with its supervised tokens coloured."""
     from lowlevel.batch.order import DataOrder
-    from lowlevel.data.formats import balance
     from lowlevel.data.report import render_report, show_example
+    from lowlevel.methods.kto import balance
     from lowlevel.online.rollouts import longest_examples
     from lowlevel.running.assembly import build_method, prepare_data
 

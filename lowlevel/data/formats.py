@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from lowlevel.config.schema import ONLINE, KTOConfig
+from lowlevel.config.schema import ONLINE
 from lowlevel.data import readers
 from lowlevel.data.readers import ADDED, PAIR, SYSTEM, Read
 from lowlevel.data.sources import Row, SourceRows
@@ -21,11 +21,7 @@ from lowlevel.data.texts import BadRow, Columns, Message, decoded, is_message, i
 from lowlevel.data.turns import Turns, refuse_weights
 from lowlevel.errors import ConfigError, DataError, quoted
 
-if TYPE_CHECKING:
-    from lowlevel.data.examples import Example
-
 LABEL = "label"
-BALANCED = (1.0, 4 / 3)  # desirable_weight n_desirable / (undesirable_weight n_undesirable), arXiv 2402.01306
 
 
 def label_of(columns: Columns) -> float:
@@ -92,24 +88,6 @@ def _last_of(turns: Turns) -> Turns:
     """The same turns, of whose replies only the last is learned."""
     replies = [i for i, message in enumerate(turns.messages) if message["role"] == "assistant"]
     return replace(turns, weights=dict.fromkeys(replies[:-1], 0.0))
-
-
-def balance(examples: Sequence[Example], config: KTOConfig) -> str:
-    """The number of examples with each label; if they are unbalanced, the range of a weight that balances them."""
-    desirable = sum(example.values[0] > 0 for example in examples)
-    undesirable = len(examples) - desirable
-    counts = f"{desirable:,} desirable and {undesirable:,} undesirable completions"
-    good, bad = config.desirable_weight * desirable, config.undesirable_weight * undesirable
-    low, high = BALANCED
-    if not good or not bad or low <= good / bad <= high:
-        return counts
-    name, count, ends = (
-        ("undesirable_weight", undesirable, (good / high, good / low))
-        if good > bad
-        else ("desirable_weight", desirable, (bad * low, bad * high))
-    )
-    weights = " to ".join(f"{end / count:.3g}" for end in ends)
-    return f"{counts}, weighted {good / bad:.2f} to 1; for 1:1 to 4:3, as the paper advises, set kto.{name} = {weights}"
 
 
 Method = Literal["sft", "dpo", "kto", "grpo"]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from lowlevel.config.given import GIVEN
 from lowlevel.config.schema import DataConfig, RunConfig
-from lowlevel.data.examples import Built, PreferenceExample, PromptExample, SFTExample, build_examples
+from lowlevel.data.building import Built, build_examples
+from lowlevel.data.examples import PreferenceExample, PromptExample, SFTExample
 from lowlevel.data.messages import Normalised, normalise
 from lowlevel.data.mixing import evaluation_rows, training_rows
 from lowlevel.data.rendering import ChatTokenizer

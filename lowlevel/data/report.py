@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowlevel.data.examples import Built, Example, PromptExample, SFTExample, TokenCounts
+from lowlevel.data.building import Built, TokenCounts
+from lowlevel.data.examples import Example, PromptExample, SFTExample
 from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import APART, ChatTokenizer
 from lowlevel.data.sources import SHOWN, RowProblem, SourceRows

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.data.examples import PreferenceExample, SFTExample
 from lowlevel.execution import Eager
 from lowlevel.inspection.displacement import distribution
 from lowlevel.inspection.records import CompletionRecord, PathStep, completions, examples_by_row
@@ -23,9 +23,6 @@ from lowlevel.losses.modifiers import rated_margins
 from lowlevel.methods.kto import KTO, labelled_logps
 from lowlevel.methods.reward import Reward
 from lowlevel.model.policy import Policy
-
-if TYPE_CHECKING:
-    from lowlevel.data.examples import PreferenceExample, SFTExample
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good, saved, step_of
 from lowlevel.config.schema import RunConfig
-from lowlevel.data.examples import build_examples
+from lowlevel.data.building import build_examples
 from lowlevel.data.messages import normalise
 from lowlevel.data.mixing import apply_filters, read_parts
 from lowlevel.data.prepare import PreparedData

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.data.examples import PreferenceExample, SFTExample
 from lowlevel.inspection.displacement import Displacement, Distribution, displacement_of, distribution
 from lowlevel.inspection.reading import sum_name
 from lowlevel.kernels import token_logps, token_scores
 from lowlevel.methods.dpo import DPO, pair_logps, reward_slopes
 from lowlevel.methods.sft import SFT
 from lowlevel.model.policy import Policy
-
-if TYPE_CHECKING:
-    from lowlevel.data.examples import PreferenceExample, SFTExample
 
 
 @dataclass(frozen=True)

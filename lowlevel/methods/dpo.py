@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,15 +17,12 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, pair_rows, pair_segment
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.config.schema import DPOConfig, RunConfig
+from lowlevel.data.examples import PreferenceExample
 from lowlevel.losses import DPOOutput, LossSums, PairLogps, PreferenceLoss, loss_spec
 from lowlevel.losses.dpo import HYPERPARAMETERS, reward_counts
 from lowlevel.losses.modifiers import rated_margins
 from lowlevel.losses.registry import LossSpec, check_result
 from lowlevel.model.policy import Policy
-
-if TYPE_CHECKING:
-    from lowlevel.data.examples import PreferenceExample
-
 
 NO_STATISTICS: Mapping[str, Tensor] = MappingProxyType({})
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,15 +21,14 @@ from lowlevel.batch.layout import PackedBatch, Shape, build_batch
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.batch.replies import Reply, by_prompt, positions, replies, segment
 from lowlevel.config.schema import KTOConfig
+from lowlevel.data.examples import SFTExample
 from lowlevel.losses import LossSums
 from lowlevel.losses.kto import KTO_LOSSES, LabelledLogps, mismatched
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods.dpo import reference_token_logps
 from lowlevel.model.policy import Policy
 
-if TYPE_CHECKING:
-    from lowlevel.data.examples import SFTExample
-
+BALANCED = (1.0, 4 / 3)  # desirable_weight n_desirable / (undesirable_weight n_undesirable), arXiv 2402.01306
 COARSER = 4  # the last micro-batch of mismatched completions is padded to few sizes, each of which is captured
 
 
@@ -169,3 +168,21 @@ def _sums_of(batch: PackedBatch, rows: LabelledLogps, losses: Tensor, rewards: T
         examples={**examples, "loss": losses.detach()},
         tokens={name: value.detach() for name, value in tokens.items() if value is not None},
     )
+
+
+def balance(examples: Sequence[SFTExample], config: KTOConfig) -> str:
+    """The number of examples with each label; if they are unbalanced, the range of a weight that balances them."""
+    desirable = sum(example.values[0] > 0 for example in examples)
+    undesirable = len(examples) - desirable
+    counts = f"{desirable:,} desirable and {undesirable:,} undesirable completions"
+    good, bad = config.desirable_weight * desirable, config.undesirable_weight * undesirable
+    low, high = BALANCED
+    if not good or not bad or low <= good / bad <= high:
+        return counts
+    name, count, ends = (
+        ("undesirable_weight", undesirable, (good / high, good / low))
+        if good > bad
+        else ("desirable_weight", desirable, (bad * low, bad * high))
+    )
+    weights = " to ".join(f"{end / count:.3g}" for end in ends)
+    return f"{counts}, weighted {good / bad:.2f} to 1; for 1:1 to 4:3, as the paper advises, set kto.{name} = {weights}"

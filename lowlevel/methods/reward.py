@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,15 +18,13 @@ from torch import Tensor
 from lowlevel.batch.layout import Branch, PackedBatch, Segment, Shape, build_batch, build_segment
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.config.schema import RewardConfig
+from lowlevel.data.examples import PreferenceExample
 from lowlevel.labels import IGNORED
 from lowlevel.losses import LossSums
 from lowlevel.losses.modifiers import MARGIN_COLUMNS
 from lowlevel.losses.registry import LossSpec
 from lowlevel.losses.reward import REWARD_LOSSES, PairRewards, ranked
 from lowlevel.model.policy import Policy
-
-if TYPE_CHECKING:
-    from lowlevel.data.examples import PreferenceExample
 
 
 @dataclass(frozen=True)

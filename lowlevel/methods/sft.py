@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +13,10 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch, Shape, build_batch, sft_segment
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.config.schema import SFTConfig
+from lowlevel.data.examples import SFTExample
 from lowlevel.losses import LossSums, SupervisedLoss, TokenLogps
 from lowlevel.losses.registry import LossSpec, check_result
 from lowlevel.model.policy import Policy
-
-if TYPE_CHECKING:
-    from lowlevel.data.examples import SFTExample
 
 
 @dataclass(frozen=True)

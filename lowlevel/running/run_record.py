@@ -16,10 +16,10 @@ from rich.console import Console
 from lowlevel.batch.order import DataOrder
 from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config.schema import RunConfig
-from lowlevel.data.formats import balance
 from lowlevel.data.report import not_learned, template_lines, truncated
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.methods.dpo import reads_reference
+from lowlevel.methods.kto import balance
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.base import base_location, describe_base, notes_of_base
 from lowlevel.model.dequantised import describe, quantised_weights

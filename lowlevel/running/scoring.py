@@ -18,7 +18,7 @@ import torch
 from lowlevel.batch.layout import build_batch
 from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import DataConfig
-from lowlevel.data.examples import truncate_pair
+from lowlevel.data.building import truncate_pair
 from lowlevel.data.formats import recognised
 from lowlevel.data.messages import Normalised
 from lowlevel.data.prepare import normalised_rows

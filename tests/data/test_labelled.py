@@ -8,8 +8,8 @@ import pytest
 from lowlevel.config.file import config_from_tables
 from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import KTOConfig
-from lowlevel.data.formats import balance
 from lowlevel.errors import DataError
+from lowlevel.methods.kto import balance
 from lowlevel.running.assembly import prepare_data
 
 PAIR = {"prompt": "What is two plus two?", "chosen": "It is four.", "rejected": "Five, I think."}

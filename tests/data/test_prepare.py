@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lowlevel.config.schema import DataConfig, RunConfig
-from lowlevel.data.examples import truncate_pair
+from lowlevel.data.building import truncate_pair
 from lowlevel.data.messages import normalise
 from lowlevel.data.prepare import ModelLimits, prepare
 from lowlevel.data.rendering import chat_tokenizer
