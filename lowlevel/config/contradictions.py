@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lowlevel.config.schema import METHODS, ONLINE, PAIRED
+from lowlevel.config.schema import METHODS, ONLINE, PAIRED, RunConfig
 from lowlevel.redaction import holds_secret
-
-if TYPE_CHECKING:
-    from lowlevel.config.schema import RunConfig
 
 LARGEST_BATCH = 1_048_576  # examples a step
 # With lora.init_from, the adapter has its own.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,7 @@ from lowlevel.inspection.records import TokenRecord, places_of, tokens_at
 from lowlevel.methods import PolicyGradient
 from lowlevel.methods.sampled import lay_out, sampled_logps
 from lowlevel.model.policy import Policy
-
-if TYPE_CHECKING:
-    from lowlevel.online.rollouts import Rollout
+from lowlevel.online.rollouts import Rollout
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,9 +22,7 @@ from lowlevel.losses.policy_gradient import kl_penalty
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods.sampled import SampledMethod, policy_gradient, with_advantages, without_none
 from lowlevel.model.policy import Policy
-
-if TYPE_CHECKING:
-    from lowlevel.online.rollouts import Rollout
+from lowlevel.online.rollouts import Rollout
 
 
 @dataclass(frozen=True)

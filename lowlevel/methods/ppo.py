@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -32,9 +32,7 @@ from lowlevel.methods.sampled import (
     scaled_reference_logps,
 )
 from lowlevel.model.policy import Policy
-
-if TYPE_CHECKING:
-    from lowlevel.online.rollouts import Rollout
+from lowlevel.online.rollouts import Rollout
 
 
 @dataclass(frozen=True)

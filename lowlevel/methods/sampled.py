@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,9 +17,7 @@ from lowlevel.losses import LossSums, SampledLogps
 from lowlevel.losses.policy_gradient import AGGREGATION, aggregation
 from lowlevel.losses.registry import LossSpec
 from lowlevel.model.policy import Policy
-
-if TYPE_CHECKING:
-    from lowlevel.online.rollouts import Rollout
+from lowlevel.online.rollouts import Rollout
 
 # What a batch holds of each token: its weight in the loss, that in means over tokens, and what the rollout gives.
 GIVEN = ("weight", "share", "old_logps", "advantages")

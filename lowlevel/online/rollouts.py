@@ -14,22 +14,18 @@ A step that is replayed, inspected, or repeated by num_iterations reads them ins
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import PreferenceExample, PromptExample
 from lowlevel.durable import write_bytes
 from lowlevel.errors import CheckpointError
 from lowlevel.labels import IGNORED
 from lowlevel.running.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from lowlevel.batch.layout import PackedBatch
-    from lowlevel.config.schema import RunConfig
-    from lowlevel.methods import Method
 
 MOST = 10_000  # completions held on the host before they are written between two checkpoints
 
@@ -88,12 +84,6 @@ def longest_examples(config: RunConfig, prompts: Sequence[PromptExample]) -> lis
             one = Rollout(x.row, x.where, group, sample, x.prompt_ids, ids, "", True, zeros, {}, 0.0, zeros, values)
             found.append(one)
     return step_examples(config, found)
-
-
-def step_batches(config: RunConfig, method: Method, rollouts: Sequence[Rollout]) -> list[PackedBatch]:
-    """The micro-batches of a step; the first has the facts that are logged."""
-    first, *others = method.micro_batches(step_examples(config, rollouts))
-    return [replace(first, facts=facts(rollouts)), *others]
 
 
 def pairs_of(rollouts: Sequence[Rollout], *, masked: bool = False) -> list[PreferenceExample]:

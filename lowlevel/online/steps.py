@@ -23,10 +23,10 @@ from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.errors import EVAL_REWARD, CheckpointError, ConfigError
 from lowlevel.hashing import key32
 from lowlevel.heartbeat import working
-from lowlevel.methods import DPO, PolicyGradient
+from lowlevel.methods import DPO, Method, PolicyGradient
 from lowlevel.model.policy import Policy
 from lowlevel.online.rewards import Function, Rewards, exact_match
-from lowlevel.online.rollouts import KeptRollouts, Rollout, step_batches
+from lowlevel.online.rollouts import KeptRollouts, Rollout, facts, step_examples
 from lowlevel.running.scoring import load_reward_run, rewards_of_replies
 from lowlevel.sampling import Sampler, Sampling, build_sampler
 
@@ -166,6 +166,12 @@ class OnlineSteps:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         with suppress(CheckpointError):  # of a failed run too, with the failing step
             self.kept.flush()
+
+
+def step_batches(config: RunConfig, method: Method, rollouts: Sequence[Rollout]) -> list[PackedBatch]:
+    """The micro-batches of a step; the first has the facts that are logged."""
+    first, *others = method.micro_batches(step_examples(config, rollouts))
+    return [replace(first, facts=facts(rollouts)), *others]
 
 
 def reward_run(folder: Path, note: Callable[[str], None]) -> Function:

@@ -28,7 +28,7 @@ from lowlevel.loop import optimizer_step
 from lowlevel.methods import Method
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
-from lowlevel.online import rollouts
+from lowlevel.online.steps import step_batches
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import (
     build_optimizer,
@@ -68,7 +68,7 @@ class Session:
         """The micro-batches of the step after `step` updates."""
         own, run_dir = method or self.method, self.folder.path
         if self.config.sampled:
-            return rollouts.step_batches(self.config, own, kept_rollouts(self.config, run_dir, step + 1))
+            return step_batches(self.config, own, kept_rollouts(self.config, run_dir, step + 1))
         return own.micro_batches(step_examples(self.config, self.inputs.data, step + 1))
 
     def rate(self, config: RunConfig | None = None) -> float:

@@ -8,20 +8,18 @@ whole model in float64. Of ppo the value head is part of the loss check only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowlevel.config.online import ClippedConfig, GRPOConfig, PPOConfig
 from lowlevel.config.schema import RunConfig
+from lowlevel.online.rollouts import Rollout
 from lowlevel.verification.evidence import flat64
 from lowlevel.verification.exact import Scored, base_parameters, exact_model, scores64
 from lowlevel.verification.gradients import left_out
 from lowlevel.verification.subject import Check, Subject, check, largest, packed, relative, with_batches_of
-
-if TYPE_CHECKING:
-    from lowlevel.online.rollouts import Rollout
 
 DIRECTIONS = 3
 STEP = 1e-4  # of the adapter's norm

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from lowlevel import loop
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import RunConfig
+from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.execution import Eager, Execution, WithFallback
 from lowlevel.hashing import key32
 from lowlevel.losses.registry import LossSpec
@@ -27,9 +28,6 @@ from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import StepResult
 from lowlevel.verification.exact import Scored, sequences_of
 from lowlevel.verification.formulas import Logps
-
-if TYPE_CHECKING:
-    from lowlevel.data.rendering import ChatTokenizer
 
 
 @dataclass(frozen=True)

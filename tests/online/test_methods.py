@@ -12,7 +12,8 @@ from rollouts_by_hand import groups_of, logps_alone, on_policy, rollouts
 from lowlevel.batch.layout import Shape
 from lowlevel.config.online import GRPOConfig, PPOConfig, RLOOConfig
 from lowlevel.methods import GRPO, PPO, RLOO
-from lowlevel.online.rollouts import KeptRollouts, pairs_of, step_batches
+from lowlevel.online.rollouts import KeptRollouts, pairs_of
+from lowlevel.online.steps import step_batches
 
 BOUND = 1e-6
 MAX_LENGTH = 16
