@@ -12,7 +12,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lowlevel.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lowlevel.api import Run, configure, dpo, grpo, kto, online_dpo, ppo, reward, rloo, sft, steps, train

@@ -20,7 +20,6 @@ from functools import partial
 from importlib import import_module
 from typing import TextIO, cast
 
-from lowlevel import __version__
 from lowlevel.commands.common import Parser
 from lowlevel.errors import (
     CONTINUE,
@@ -34,6 +33,7 @@ from lowlevel.errors import (
 )
 from lowlevel.heartbeat import heartbeat
 from lowlevel.redaction import RedactedStream
+from lowlevel.version import __version__
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint or model, 5 loss or gradient NaN or \

@@ -34,7 +34,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lowlevel import __version__
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.durable import remove_left, write_bytes, write_json
 from lowlevel.errors import CheckpointError
@@ -44,6 +43,7 @@ from lowlevel.methods import Method
 from lowlevel.methods.dpo import reference_token_logps
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import PARENT, Policy
+from lowlevel.version import __version__
 
 LAYOUT_VERSION = 1  # increase it if the same tensors of a PackedBatch give other reference numbers
 KERNELS_VERSION = 1  # increase it if a change of kernels/ or model/linear.py changes any bit

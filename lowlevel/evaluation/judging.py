@@ -28,7 +28,8 @@ from lowlevel.evaluation.preference import Verdict, preferences
 from lowlevel.evaluation.rows import read_rows
 from lowlevel.heartbeat import working
 from lowlevel.running.replies import generate_replies, load_for_replies
-from lowlevel.running.scoring import check_reward_run, load_reward_run, score_source
+from lowlevel.running.run_folder import check_reward_run
+from lowlevel.running.scoring import load_reward_run, score_source
 from lowlevel.sampling import Sampling
 
 Message = dict[str, str]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowlevel.losses import modifiers, preference, reference_free
 from lowlevel.losses.preference import PairLogps, token_counts
-from lowlevel.losses.registry import LossSpec, find, spec_of
+from lowlevel.losses.registry import BUILT_IN, LossSpec, find, spec_of
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ _SPECS = (
 )
 
 LOSSES: Mapping[str, LossSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
+BUILT_IN.update(LOSSES)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def spec_of(function: Callable[..., Any], formula: str, paper: str = "", *, name
 
 
 OWN: dict[str, LossSpec] = {}  # filled by `loss`
+BUILT_IN: set[str] = set()  # names that `loss` refuses, filled where the losses of dpo and sft are listed
 
 
 @overload
@@ -102,15 +103,13 @@ def loss(
     Raises:
         ValueError: a built-in loss has this name, or a statistic does not exist.
     """
-    from lowlevel.losses import LOSSES, SFT_LOSSES
-
     unknown = [one for one in statistics if one not in STATISTICS]
     if unknown:
         raise ValueError(f"unknown statistic {unknown[0]!r}; known: {', '.join(STATISTICS)}")
 
     def register(given: Callable[..., Any]) -> Callable[..., Any]:
         spec = _own(given, name, mixes_pairs=mixes_pairs, detaches=detaches, statistics=tuple(statistics))
-        if spec.name in {**LOSSES, **SFT_LOSSES}:
+        if spec.name in BUILT_IN:
             raise ValueError(f"{spec.name!r} is a built-in loss: register yours under another name")
         OWN[spec.name] = spec
         return given

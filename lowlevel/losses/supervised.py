@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from lowlevel.losses.registry import LossSpec, find, spec_of
+from lowlevel.losses.registry import BUILT_IN, LossSpec, find, spec_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ _SPECS = (
     spec_of(dft, "-sg(pi(y_t | y_<t)) log pi(y_t | y_<t)", "arXiv 2508.05629", detaches=True),
 )
 SFT_LOSSES: Mapping[str, LossSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
+BUILT_IN.update(SFT_LOSSES)
 
 
 @dataclass(frozen=True)

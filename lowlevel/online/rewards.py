@@ -39,6 +39,7 @@ from lowlevel.data.examples import PromptExample
 from lowlevel.errors import ConfigError, one_line
 from lowlevel.losses.registry import source_of
 from lowlevel.model.adapters import adapter_sha256
+from lowlevel.running.run_folder import check_reward_run
 
 Function = Callable[..., Sequence[float]]
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
@@ -222,7 +223,6 @@ def name_of(function: Function) -> str:
 
 def check(config: SampledConfig) -> None:
     """Raise ConfigError for a function or folder that does not exist, or a wrong pattern; loads no reward run."""
-    from lowlevel.running.scoring import check_reward_run
 
     def no_model(folder: Path) -> Function:
         check_reward_run(folder)

@@ -52,7 +52,8 @@ def sample_best(
 
     Raises ConfigError for another kind of run, before a model is loaded.
     """
-    from lowlevel.running.scoring import best_of, check_reward_run, load_reward_run
+    from lowlevel.running.run_folder import check_reward_run
+    from lowlevel.running.scoring import best_of, load_reward_run
 
     def note(line: str) -> None:
         print(line, file=sys.stderr)

@@ -35,7 +35,6 @@ from typing import Any
 
 import tomli_w
 
-from lowlevel import __version__
 from lowlevel.batch.order import ORDER_VERSION
 from lowlevel.checkpoints.checkpoint import checkpoints, newest_good, newest_verified, step_of
 from lowlevel.config.file import config_from_tables, to_tables
@@ -43,6 +42,7 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.durable import append_line, sync, write_json, write_text
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.files import SHOWN, folders_with, read_json_object
+from lowlevel.version import __version__
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 TENSORBOARD, TRACKER_ID = "tensorboard", "tracker_id.txt"  # running/trackers.py
@@ -196,6 +196,13 @@ class RunFolder:
         name = checkpoint.name if checkpoint else None
         status = {"state": state, "step": step, "checkpoint": name, "exit": code, "error": error}
         write_json(self.path / "run-status.json", status)
+
+
+def check_reward_run(run_dir: Path) -> None:
+    """Raise ConfigError for another kind of run."""
+    method = RunFolder(run_dir).read_config().method
+    if method != "reward":
+        raise ConfigError(f"{run_dir} is a {method} run: rewards need a run of lowlevel reward")
 
 
 @contextmanager

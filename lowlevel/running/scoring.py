@@ -28,7 +28,7 @@ from lowlevel.errors import ConfigError
 from lowlevel.losses.reward import calibration, ranked
 from lowlevel.methods.reward import read_segment
 from lowlevel.running.reopening import LoadedRun, Note, reopen
-from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.run_folder import check_reward_run
 
 BATCH = 16  # sequences
 
@@ -47,13 +47,6 @@ class Scored:
         names = ("reward",) if len(self.rewards) == 1 else ("chosen_reward", "rejected_reward")
         line: dict[str, Any] = {"row": self.row, "where": self.where, **dict(zip(names, self.rewards, strict=True))}
         return line | ({"margin": self.rewards[0] - self.rewards[1]} if len(self.rewards) == 2 else {})
-
-
-def check_reward_run(run_dir: Path) -> None:
-    """Raise ConfigError for another kind of run."""
-    method = RunFolder(run_dir).read_config().method
-    if method != "reward":
-        raise ConfigError(f"{run_dir} is a {method} run: rewards need a run of lowlevel reward")
 
 
 def load_reward_run(run_dir: Path, note: Note) -> LoadedRun:
