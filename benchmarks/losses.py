@@ -28,7 +28,8 @@ import torch
 from rich.console import Console
 
 import lowlevel as ll
-from lowlevel.config.schema import DPOConfig, RunConfig
+from lowlevel.config.offline import DPOConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.methods.dpo import DPO, reference_token_logps
 from lowlevel.model.policy import Policy

@@ -20,7 +20,7 @@ from functools import partial
 from importlib import import_module
 from typing import TextIO, cast
 
-from lowlevel.commands.common import Parser
+from lowlevel.commands.common import METHODS, Parser
 from lowlevel.errors import (
     CONTINUE,
     ConfigError,
@@ -40,16 +40,6 @@ EXIT_CODES = (
 infinite, 6 out of memory, 130/143 interrupted and saved"
 )
 LONG_DASH = re.compile("[\u2013\u2014\u2212]+-?(?=[a-z]+[.][a-z])")  # what editors and web pages make of two hyphens
-METHODS = {  # each is commands/train.py
-    "sft": "supervised fine-tuning",
-    "dpo": "Direct Preference Optimization",
-    "kto": "Kahneman-Tversky Optimization: completions with a label instead of pairs",
-    "reward": "reward model: a scalar head, trained on preference pairs",
-    "grpo": "GRPO and its family: completions are sampled, rewarded and compared with their group",
-    "rloo": "RLOO: completions are sampled, and each is compared with the others of its prompt",
-    "ppo": "PPO: completions are sampled, and a value head predicts the reward still to come at each token",
-    "online_dpo": "DPO on the best and the worst of sampled completions",
-}
 NAMES = (
     "demo",
     "doctor",
@@ -74,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         text = METHODS.get(name, command.__doc__)
         style = argparse.RawDescriptionHelpFormatter
         added = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=style)
-        added.set_defaults(takes_config=False, output_is_result=False)
+        added.set_defaults(takes_config=False, output_is_result=False, method=name if name in METHODS else None)
         added.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.add_arguments(added)
     return parser
@@ -151,20 +141,17 @@ def _unknown(word: str, options: argparse.Namespace) -> ConfigError:
     for name, parser in parsers.items():
         COMMANDS[name].add_arguments(parser)
     flags = {name: re.findall(r"--[a-z][a-z-]*", parser.format_usage()) for name, parser in parsers.items()}
-    keys: list[str] = []
     if options.takes_config and re.match("--?[A-Za-z]{2}", flag):
-        from lowlevel.config.file import flags_of
+        from lowlevel.config.file import flag_hint
 
         flag = f"--{flag.lstrip('-')}"
-        keys = flags_of(flag[2:].replace("-", "_"), command)
-    near = keys if len(keys) == 1 else difflib.get_close_matches(flag, [*flags[command], *keys], n=1)
-    owners = [name for name, own in flags.items() if flag in own]
-    if near:
-        hint = f"did you mean {near[0]}?"
-    elif owners:
-        hint = f"it is an option of {', '.join(owners)}: leave it out"
+        hint = flag_hint(flag[2:].replace("-", "_"), options.method, flags[command])
     else:
-        hint = f"lowlevel {command} --help lists the options"
+        near = difflib.get_close_matches(flag, flags[command], n=1)
+        hint = f"did you mean {near[0]}?" if near else ""
+    if not hint and (owners := [name for name, own in flags.items() if flag in own]):
+        hint = f"it is an option of {', '.join(owners)}: leave it out"
+    hint = hint or f"lowlevel {command} --help lists the options"
     return ConfigError(f"unknown argument {quoted(word)!r}; {hint}")
 
 

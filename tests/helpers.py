@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.config.schema import DPOConfig, KTOConfig, LoraConfig, ModelConfig, RewardConfig, SFTConfig
+from lowlevel.config.offline import DPOConfig, KTOConfig, RewardConfig, SFTConfig
+from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.execution import Eager, Execution
 from lowlevel.kernels import token_logps
 from lowlevel.loop import optimizer_step

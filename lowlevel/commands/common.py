@@ -15,19 +15,28 @@ if TYPE_CHECKING:
 
 Options = argparse.Namespace
 Overrides = dict[str, str]  # "section.key" -> text as typed
+METHODS = {  # each is commands/train.py
+    "sft": "supervised fine-tuning",
+    "dpo": "Direct Preference Optimization",
+    "kto": "Kahneman-Tversky Optimization: completions with a label instead of pairs",
+    "reward": "reward model: a scalar head, trained on preference pairs",
+    "grpo": "GRPO and its family: completions are sampled, rewarded and compared with their group",
+    "rloo": "RLOO: completions are sampled, and each is compared with the others of its prompt",
+    "ppo": "PPO: completions are sampled, and a value head predicts the reward still to come at each token",
+    "online_dpo": "DPO on the best and the worst of sampled completions",
+}
 # A T4 lacks bf16 and FlashAttention 2 (compute capability 8.0); a process can use 15 GiB of it.
-METHODS = ("sft", "dpo", "kto", "reward", "grpo", "rloo", "ppo", "online_dpo")
 AS_T4 = {"train.precision": "fp16", "model.attn_implementation": "efficient"}
 T4_BYTES = 15 * 2**30
 
 
 class Parser(argparse.ArgumentParser):
-    """Lists every configuration key in the help of a command whose flags they are."""
+    """Lists the configuration keys in the help of a command whose flags they are."""
 
     def format_help(self) -> str:
         """Pydantic is imported only if the keys are listed."""
         if self.get_default("takes_config"):
-            self.epilog = describe_keys()
+            self.epilog = describe_keys(self.get_default("method"))
         return super().format_help()
 
 
@@ -135,18 +144,20 @@ def quiet_console() -> Console:
     return make_console()
 
 
-def describe_keys() -> str:
-    """Every key of a run file as a flag, with its choices and default."""
-    from lowlevel.config.schema import METHOD_DEFAULTS, SECTIONS
+def describe_keys(method: str | None) -> str:
+    """Every key that a method reads (None: any method) as a flag, with its choices and default."""
+    from lowlevel.config.schema import METHOD_DEFAULTS, sections_of
 
     lines = ["every key of the run file is also a flag:"]
-    for section, model in SECTIONS.items():
+    for section, model in sections_of(method).items():
+        own = {name: tables.get(section, {}) for name, tables in METHOD_DEFAULTS.items() if method in (None, name)}
         lines.append("")
         for key, field in model.model_fields.items():
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             listed = f" [{' | '.join(choices)}]" if choices else ""
-            own = {method: tables.get(section, {}) for method, tables in METHOD_DEFAULTS.items()}
-            differing = "".join(f"; for {method}: {table[key]}" for method, table in own.items() if key in table)
-            default = "" if field.default is None else f" (default: {field.default}{differing})"
-            lines.append(f"  --{section}.{key:<30} {field.description}{listed}{default}")
+            differing = {name: table[key] for name, table in own.items() if key in table}
+            value = differing.pop(method, field.default) if method else field.default
+            others = "".join(f"; for {name}: {other}" for name, other in differing.items())
+            default = "" if value is None else f" (default: {value}{others})"
+            lines.append(f"  {f'--{section}.{key}':<37} {field.description}{listed}{default}")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lowlevel.config.schema import METHODS, ONLINE, PAIRED, RunConfig
+from lowlevel.config.schema import METHODS, ONLINE, PAIRED, RunConfig, other_section
 from lowlevel.redaction import holds_secret
 
 LARGEST_BATCH = 1_048_576  # examples a step
@@ -69,7 +69,9 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
     sft, kto, online = config.method == "sft", config.method == "kto", config.method in ONLINE
     paired = config.method in PAIRED and not online
     model, data, mode = config.model, config.data, config.model.adapter_mode
-    unused = "], [".join(method for method in METHODS if method != config.method and method in given)
+    others = [method for method in METHODS if method != config.method and method in given]
+    keys = (name.partition(".")[2] for name in sorted(given) if name.startswith(tuple(f"{other}." for other in others)))
+    hint = next((f"; {found}" for found in (other_section(key, config.method) for key in keys) if found), "")
     no_adapter, continued = model.adapter is None, config.lora.init_from is not None
     loftq, stacked = config.lora.init_lora_weights == "loftq", mode == "stack" and not no_adapter
     quantisation = bool({"model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"} & given)
@@ -78,7 +80,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
     messages = 'data.format = "messages" is for sft and kto'
     needed_mode = no_adapter and "model.adapter_mode" in given and mode != "none"
     return [
-        (bool(unused), f'[{unused}] is not used when method = "{config.method}"'),
+        (bool(others), f'[{"], [".join(others)}] is not used when method = "{config.method}"{hint}'),
         (sft and bool(model.adapter), f"model.adapter is for {others_say}; to continue an adapter use lora.init_from"),
         (
             (sft or online) and pairs,

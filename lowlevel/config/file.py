@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from lowlevel.config.contradictions import ADAPTER_SHAPE, UNREAD, contradictions, empty_texts, secrets_in
 from lowlevel.config.given import Source
+from lowlevel.config.offline import DPOConfig
 from lowlevel.config.schema import (
     FULL_RATES,
     LOSS_DEFAULTS,
@@ -22,9 +23,10 @@ from lowlevel.config.schema import (
     METHODS,
     SECTIONS,
     DataSource,
-    DPOConfig,
     Filter,
     RunConfig,
+    other_section,
+    sections_of,
 )
 from lowlevel.errors import ConfigError, one_line, quoted
 
@@ -154,12 +156,20 @@ def to_tables(config: RunConfig) -> dict[str, Any]:
     return tables
 
 
-def flags_of(name: str, method: str) -> list[str]:
-    """The flags of the keys with this name, or with its name in OTHER_NAMES; of all keys if there are none."""
-    other = {"sft": "dpo", "dpo": "sft"}.get(method)
-    flags = {f"--{section}.{key}": key for section, model in SECTIONS.items() if section != other
-             for key in model.model_fields}  # fmt: skip
-    return [flag for flag, key in flags.items() if key == OTHER_NAMES.get(name, name)] or list(flags)
+def keys_named(name: str, method: str | None) -> list[str]:
+    """The keys that a method reads (None: any method), "section.key", with this name or with that of OTHER_NAMES."""
+    key = OTHER_NAMES.get(name, name)
+    return [f"{section}.{key}" for section, model in sections_of(method).items() if key in model.model_fields]
+
+
+def flag_hint(name: str, method: str | None, options: Sequence[str]) -> str:
+    """What a mistaken flag may mean: a key with this name, else a near one or a near option; "" for nothing."""
+    keys = [f"--{key}" for key in keys_named(name, method)]
+    if method and not keys and (found := other_section(OTHER_NAMES.get(name, name), method)):
+        return found
+    known = [f"--{section}.{key}" for section, model in sections_of(method).items() for key in model.model_fields]
+    near = keys if len(keys) == 1 else difflib.get_close_matches(f"--{name}", keys or [*options, *known], n=1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -209,7 +219,7 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
         key = OTHER_NAMES.get(key, key)
         near = [key] if key in known else []
         if not near and len(location) <= 2:
-            near = [f"{section}.{key}" for section, model in SECTIONS.items() if key in model.model_fields]
+            near = keys_named(key, None)
         near = near or difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}"
         return f'{where}: unknown key "{name}"; {hint}'

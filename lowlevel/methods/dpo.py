@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, pair_rows, pair_segment
 from lowlevel.batch.packing import micro_batch_rows
-from lowlevel.config.schema import DPOConfig, RunConfig
+from lowlevel.config.offline import DPOConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.losses import DPOOutput, LossSums, PairLogps, PreferenceLoss, loss_spec
 from lowlevel.losses.dpo import HYPERPARAMETERS, reward_counts

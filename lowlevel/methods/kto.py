@@ -20,7 +20,7 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch, Shape, build_batch
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.batch.replies import Reply, by_prompt, positions, replies, segment
-from lowlevel.config.schema import KTOConfig
+from lowlevel.config.offline import KTOConfig
 from lowlevel.data.examples import SFTExample
 from lowlevel.losses import LossSums
 from lowlevel.losses.kto import KTO_LOSSES, LabelledLogps, mismatched

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowlevel.batch.layout import Branch, PackedBatch, Segment, Shape, build_batch, build_segment
 from lowlevel.batch.packing import micro_batch_rows
-from lowlevel.config.schema import RewardConfig
+from lowlevel.config.offline import RewardConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.labels import IGNORED
 from lowlevel.losses import LossSums

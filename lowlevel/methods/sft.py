@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Shape, build_batch, sft_segment
 from lowlevel.batch.packing import micro_batch_rows
-from lowlevel.config.schema import SFTConfig
+from lowlevel.config.offline import SFTConfig
 from lowlevel.data.examples import SFTExample
 from lowlevel.losses import LossSums, SupervisedLoss, TokenLogps
 from lowlevel.losses.registry import LossSpec, check_result

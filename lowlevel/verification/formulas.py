@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lowlevel.config.schema import RunConfig, SFTConfig
+from lowlevel.config.offline import SFTConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError, one_line
 from lowlevel.losses import SFT_LOSSES, LabelledLogps, PairLogps, PairRewards, TokenLogps, loss_spec
 from lowlevel.losses.registry import LossSpec, find

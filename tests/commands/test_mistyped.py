@@ -15,6 +15,13 @@ import pytest
         ("sft --loss-type x", "unknown argument '--loss-type'; did you mean --sft.loss_type?"),
         ("sft -train.max_steps 3", "unknown argument '-train.max_steps'; did you mean --train.max_steps?"),
         ("sft -lr 1e-4", "unknown argument '-lr'; did you mean --train.learning_rate?"),
+        ("sft --lam 1", "unknown argument '--lam'; lam is a key of ppo"),
+        ("kto --beta 1", "unknown argument '--beta'; did you mean --kto.beta?"),
+        ("dpo --grpo.beta 1", 'flags: [grpo] is not used when method = "dpo"; did you mean dpo.beta?'),
+        (
+            "reward --grpo.beta 0.1",
+            'flags: [grpo] is not used when method = "reward"; beta is a key of dpo, kto, grpo, rloo, ppo, online_dpo',
+        ),
         (
             "sft \u2014train.max_steps 3",
             "'\u2014train.max_steps' begins with a long dash: write two hyphens, --train.max_steps",

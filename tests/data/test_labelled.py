@@ -7,7 +7,7 @@ import pytest
 
 from lowlevel.config.file import config_from_tables
 from lowlevel.config.given import GivenRows
-from lowlevel.config.schema import KTOConfig
+from lowlevel.config.offline import KTOConfig
 from lowlevel.errors import DataError
 from lowlevel.methods.kto import balance
 from lowlevel.running.assembly import prepare_data

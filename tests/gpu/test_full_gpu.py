@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowlevel.batch.layout import Shape
-from lowlevel.config.schema import DPOConfig, ModelConfig, SFTConfig, TrainConfig
+from lowlevel.config.offline import DPOConfig, SFTConfig
+from lowlevel.config.schema import ModelConfig, TrainConfig
 from lowlevel.execution import WithFallback
 from lowlevel.loop import optimizer_step
 from lowlevel.methods.dpo import DPO

@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowlevel.batch.layout import Shape
-from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig, RewardConfig, SFTConfig, TrainConfig
+from lowlevel.config.offline import DPOConfig, RewardConfig, SFTConfig
+from lowlevel.config.schema import LoraConfig, ModelConfig, TrainConfig
 from lowlevel.execution import Eager, ExecutionFailedError, WithFallback, signature_of
 from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention

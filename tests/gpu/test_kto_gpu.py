@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lowlevel.batch.layout import Shape, build_batch, prompt_segment
-from lowlevel.config.schema import KTOConfig, LoraConfig, ModelConfig
+from lowlevel.config.offline import KTOConfig
+from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.execution import Eager, WithFallback
 from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.methods.kto import KTO

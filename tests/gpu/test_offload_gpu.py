@@ -9,7 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lowlevel.batch.layout import Shape
-from lowlevel.config.schema import DPOConfig, LoraConfig, ModelConfig
+from lowlevel.config.offline import DPOConfig
+from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.execution import ExecutionFailedError, WithFallback
 from lowlevel.hashing import key32

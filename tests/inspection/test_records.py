@@ -8,7 +8,7 @@ import torch
 from samples import chats, pairs
 
 from lowlevel.batch.layout import Shape
-from lowlevel.config.schema import DPOConfig
+from lowlevel.config.offline import DPOConfig
 from lowlevel.inspection.reading import READINGS
 from lowlevel.inspection.records import PairRecord, inspect_pairs, inspect_sequences
 from lowlevel.loop import evaluate_examples

@@ -10,7 +10,8 @@ import torch
 
 from lowlevel import loop
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.config.schema import DPOConfig, TrainConfig
+from lowlevel.config.offline import DPOConfig
+from lowlevel.config.schema import TrainConfig
 from lowlevel.execution import Eager
 from lowlevel.loop import optimizer_step
 from lowlevel.methods.dpo import DPO

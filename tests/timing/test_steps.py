@@ -11,7 +11,8 @@ from torch._dynamo.utils import counters
 from lowlevel import execution as execution_module
 from lowlevel.batch.layout import Shape
 from lowlevel.batch.order import DataOrder
-from lowlevel.config.schema import DPOConfig, RunConfig, TrainConfig
+from lowlevel.config.offline import DPOConfig
+from lowlevel.config.schema import RunConfig, TrainConfig
 from lowlevel.errors import ConfigError
 from lowlevel.execution import Eager, ExecutionFailedError, Graphed, WithFallback, signature_of
 from lowlevel.hashing import key32

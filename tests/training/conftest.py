@@ -9,7 +9,7 @@ import helpers
 import pytest
 from workspace import Said, run
 
-from lowlevel.config.schema import DPOConfig
+from lowlevel.config.offline import DPOConfig
 from lowlevel.hashing import key32
 from lowlevel.methods.dpo import DPO
 from lowlevel.model.policy import Policy

@@ -10,7 +10,7 @@ from workspace import make_workspace, run
 
 from lowlevel.checkpoints.training_state import restore_state
 from lowlevel.config.file import config_from_tables
-from lowlevel.config.schema import DPOConfig
+from lowlevel.config.offline import DPOConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.execution import WithFallback
 from lowlevel.methods.dpo import check_loss

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from workspace import make_workspace, metrics, run
 
 from lowlevel.batch.layout import Shape
-from lowlevel.config.schema import DPOConfig
+from lowlevel.config.offline import DPOConfig
 from lowlevel.execution import WithFallback
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.sft import SFT

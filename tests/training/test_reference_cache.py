@@ -9,7 +9,7 @@ import torch
 from reference_caching import PAIRS, SHAPE, SPANS, cached, only, recording, shards
 from safetensors.torch import load_file
 
-from lowlevel.config.schema import DPOConfig
+from lowlevel.config.offline import DPOConfig
 from lowlevel.execution import signature_of
 from lowlevel.hashing import key32
 from lowlevel.methods.dpo import DPO

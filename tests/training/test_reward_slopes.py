@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowlevel.config.schema import DPOConfig
+from lowlevel.config.offline import DPOConfig
 from lowlevel.losses import LOSSES
 from lowlevel.losses.preference import PairLogps
 from lowlevel.methods.dpo import preference_loss, reward_slopes
