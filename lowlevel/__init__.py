@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from lowlevel.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lowlevel.api import Run, configure, dpo, grpo, kto, online_dpo, ppo, reward, rloo, sft, steps, train
+    from lowlevel.api import configure, dpo, grpo, kto, online_dpo, ppo, reward, rloo, sft, steps, train
     from lowlevel.config.schema import RunConfig
     from lowlevel.errors import LowlevelError
     from lowlevel.losses import PairLogps, TokenLogps, dpo_loss, loss, masked_cross_entropy, token_logps
+    from lowlevel.run import Run
     from lowlevel.running.callbacks import Callback
 
 # fmt: off (type checkers read only a plain list)

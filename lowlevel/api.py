@@ -1,4 +1,4 @@
-"""The Python API: train a run, take its steps one by one, and look into it afterwards.
+"""The Python API: train a run, take its steps one by one, and look into it afterwards (`Run`, in run.py).
 
     import lowlevel as ll
 
@@ -6,50 +6,40 @@
     run = ll.dpo(model="HuggingFaceTB/SmolLM2-135M-Instruct", data=pairs, adapter=run, output_dir="out/b", beta=0.2)
     run.metrics[-1], run.inspect(step=1).pairs[0].margin, run.verify()
 
-The command line calls the same functions.
+Keywords become the keys of a run file (`configure`), and `train` takes the same steps as the command line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from difflib import get_close_matches
-from functools import cached_property, wraps
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any
 
 from rich.console import Console
 
-from lowlevel.checkpoints.checkpoint import saved
 from lowlevel.config.file import OTHER_NAMES, config_from_tables, load_tables
-from lowlevel.config.given import GivenRows
-from lowlevel.config.schema import METHODS, SECTIONS, RunConfig
+from lowlevel.config.given import GivenRows, source_of
+from lowlevel.config.schema import SECTIONS, RunConfig, other_section, sections_of
 from lowlevel.errors import ConfigError, errors_for_python, quoted
 from lowlevel.losses.registry import name_of
-from lowlevel.model.files import read_json_object
-from lowlevel.model.policy import Policy
 from lowlevel.online import rewards
 from lowlevel.optim.train_state import StepResult
 from lowlevel.ranks import is_first
+from lowlevel.run import Run
 from lowlevel.running.callbacks import Callback
 from lowlevel.running.progress import make_console, quiet_libraries, speaking
-from lowlevel.running.reopening import Reopened, reopen, with_rows
-from lowlevel.running.run import run_steps
-from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.run import returned, run_steps
 
-if TYPE_CHECKING:
-    from lowlevel.inspection.inspection import Inspection
-    from lowlevel.replaying.report import Replay
-    from lowlevel.verification.report import Report
-
+Model = str | Path | None  # a hub name or a folder
 Rows = Any  # a path or hub name, or rows: dicts, a datasets.Dataset, a torch Dataset
+Adapter = Run | str | Path | None
 Reward = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None
-Result = TypeVar("Result")
-Options = ParamSpec("Options")
 
 
-def sft(model: str | Path | None = None, data: Rows = None, **settings: Any) -> Run:
+def sft(model: Model = None, data: Rows = None, **settings: Any) -> Run:
     """Supervised fine-tuning of a model on conversations.
 
     Args:
@@ -68,9 +58,7 @@ def sft(model: str | Path | None = None, data: Rows = None, **settings: Any) -> 
     return train("sft", model=model, data=data, **settings)
 
 
-def dpo(
-    model: str | Path | None = None, data: Rows = None, *, adapter: Run | str | Path | None = None, **settings: Any
-) -> Run:
+def dpo(model: Model = None, data: Rows = None, *, adapter: Adapter = None, **settings: Any) -> Run:
     """Direct Preference Optimization (arXiv 2305.18290) on pairs of a chosen and a rejected completion.
 
     Args:
@@ -82,9 +70,7 @@ def dpo(
     return train("dpo", model=model, data=data, adapter=adapter, **settings)
 
 
-def kto(
-    model: str | None = None, data: Rows = None, *, adapter: Run | str | Path | None = None, **settings: Any
-) -> Run:
+def kto(model: Model = None, data: Rows = None, *, adapter: Adapter = None, **settings: Any) -> Run:
     """Kahneman-Tversky Optimization (arXiv 2402.01306) on completions with a label, desirable or not.
 
     Args:
@@ -96,27 +82,16 @@ def kto(
     return train("kto", model=model, data=data, adapter=adapter, **settings)
 
 
-def reward(
-    model: str | None = None, data: Rows = None, *, adapter: Run | str | Path | None = None, **settings: Any
-) -> Run:
+def reward(model: Model = None, data: Rows = None, *, adapter: Adapter = None, **settings: Any) -> Run:
     """A reward model on preference pairs (Bradley-Terry, arXiv 2203.02155); `Run.score` gives its rewards.
 
-    Args:
-        model: as in `sft`.
-        data: as in `dpo`.
-        adapter: as in `dpo`.
-        **settings: see `train`.
+    Arguments as in `dpo`.
     """
     return train("reward", model=model, data=data, adapter=adapter, **settings)
 
 
 def grpo(
-    model: str | None = None,
-    data: Rows = None,
-    *,
-    reward: Reward = None,
-    adapter: Run | str | Path | None = None,
-    **settings: Any,
+    model: Model = None, data: Rows = None, *, reward: Reward = None, adapter: Adapter = None, **settings: Any
 ) -> Run:
     """Group-relative policy optimisation (arXiv 2402.03300) and its family, by `loss_type`; it samples completions.
 
@@ -132,36 +107,21 @@ def grpo(
 
 
 def rloo(
-    model: str | None = None,
-    data: Rows = None,
-    *,
-    reward: Reward = None,
-    adapter: Run | str | Path | None = None,
-    **settings: Any,
+    model: Model = None, data: Rows = None, *, reward: Reward = None, adapter: Adapter = None, **settings: Any
 ) -> Run:
     """REINFORCE with the other completions of a prompt as baseline (RLOO, arXiv 2402.14740). Arguments as in `grpo`."""
     return train("rloo", model=model, data=data, reward=reward, adapter=adapter, **settings)
 
 
 def ppo(
-    model: str | None = None,
-    data: Rows = None,
-    *,
-    reward: Reward = None,
-    adapter: Run | str | Path | None = None,
-    **settings: Any,
+    model: Model = None, data: Rows = None, *, reward: Reward = None, adapter: Adapter = None, **settings: Any
 ) -> Run:
     """Proximal policy optimisation (arXiv 1707.06347) with a value head. Arguments as in `grpo`."""
     return train("ppo", model=model, data=data, reward=reward, adapter=adapter, **settings)
 
 
 def online_dpo(
-    model: str | None = None,
-    data: Rows = None,
-    *,
-    reward: Reward = None,
-    adapter: Run | str | Path | None = None,
-    **settings: Any,
+    model: Model = None, data: Rows = None, *, reward: Reward = None, adapter: Adapter = None, **settings: Any
 ) -> Run:
     """DPO on the best and the worst of sampled completions (arXiv 2402.04792). Arguments as in `grpo`."""
     return train("online_dpo", model=model, data=data, reward=reward, adapter=adapter, **settings)
@@ -192,18 +152,13 @@ def train(
     Raises:
         LowlevelError: as in `sft`.
     """
-    options = {"callbacks": callbacks, "resume": resume, "restart": restart, "allow_change": allow_change}
-    by_command = isinstance(method, RunConfig)
-    taken = _taken(_config(method, settings), console, options, by_command=by_command)
-    while True:
-        try:
-            next(taken)
-        except StopIteration as end:
-            run: Run = end.value
-            return run
+    options = {"resume": resume, "restart": restart, "allow_change": allow_change, "details": bool(callbacks)}
+    return returned(_steps(_config(method, settings), console, callbacks, options))
 
 
-def steps(method: str | RunConfig, **settings: Any) -> Iterator[StepResult]:
+def steps(
+    method: str | RunConfig, *, callbacks: Sequence[Callback] = (), console: Console | None = None, **settings: Any
+) -> Iterator[StepResult]:
     """Train a run step by step: yield each optimizer step after its update, with everything it was computed from.
 
         for step in ll.steps("dpo", data=pairs, output_dir="out/c", max_steps=20):
@@ -211,20 +166,19 @@ def steps(method: str | RunConfig, **settings: Any) -> Iterator[StepResult]:
 
     Leaving the loop saves a checkpoint: `resume=True` continues there. Arguments and errors are those of `train`.
     """
-    names = ("callbacks", "resume", "restart", "allow_change")
+    names = ("resume", "restart", "allow_change")
     options = {name: settings.pop(name) for name in names if name in settings}
-    console = settings.pop("console", None)
-    return _taken(_config(method, settings), console, {**options, "details": True})
+    return _steps(_config(method, settings), console, callbacks, {**options, "details": True})
 
 
 def configure(
     method: str,
     *,
     file: str | Path | None = None,
-    model: str | Path | None = None,
+    model: Model = None,
     data: Rows = None,
     eval_data: Rows = None,
-    adapter: Run | str | Path | None = None,
+    adapter: Adapter = None,
     loss: str | Callable[..., Any] | None = None,
     reward: Reward = None,
     **settings: Any,
@@ -253,8 +207,8 @@ def configure(
     named = {
         "model.name": model,
         "model.adapter": str(adapter.path) if isinstance(adapter, Run) else adapter and str(adapter),
-        "data.source": _source(data),
-        "data.eval_source": _source(eval_data),
+        "data.source": source_of(data),
+        "data.eval_source": source_of(eval_data),
         f"{method}.loss_type": name_of(loss) if callable(loss) else loss,
         f"{method}.reward": _reward_names(reward),
     }
@@ -281,22 +235,13 @@ def _reward_names(reward: Reward) -> list[str] | None:
 
 def _section_of(key: str, method: str) -> str:
     """The section of a key; methods share keys: its own. Raises ConfigError for unknown keys."""
-    own = {name: section for name, section in SECTIONS.items() if name not in METHODS or name == method}
-    sections = {key: name for name, section in own.items() for key in section.model_fields}
+    sections = {key: name for name, section in sections_of(method).items() for key in section.model_fields}
     if key not in sections:
         known = [*sections, *signature(configure).parameters, *signature(train).parameters]
         near = [OTHER_NAMES[key]] if key in OTHER_NAMES else get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f'did you mean "{near[0]}"?' if near else f"`lowlevel {method} --help` lists the keys"
-        raise ConfigError(f'settings: unknown key "{quoted(key)}"; {hint}')
+        raise ConfigError(f'settings: unknown key "{quoted(key)}"; {other_section(key, method) or hint}')
     return sections[key]
-
-
-def _source(data: Rows) -> str | GivenRows | None:
-    return str(data) if isinstance(data, str | Path) else _rows(data)
-
-
-def _rows(data: Rows) -> GivenRows | None:
-    return None if data is None else GivenRows.of(data)
 
 
 def _config(method: str | RunConfig, settings: Mapping[str, Any]) -> RunConfig:
@@ -307,152 +252,19 @@ def _config(method: str | RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     return method
 
 
-def _taken(config: RunConfig, console: Console | None, options: Mapping[str, Any], *, by_command: bool = False) -> Any:
-    """A generator over the steps that returns the run: the one way in, of the command line too."""
+def _steps(
+    config: RunConfig, console: Console | None, callbacks: Sequence[Callback], options: Mapping[str, Any]
+) -> Generator[StepResult, None, Run]:
+    """The steps of `run_steps`, then the run."""
     quiet_libraries()
     console = (console or make_console()) if is_first() else Console(quiet=True)
-    details = options.get("details", False) or bool(options.get("callbacks"))
-    taken = run_steps(config, console, **{**options, "details": details})
-    words = nullcontext() if by_command else errors_for_python()
-    with words, speaking(console, config.method) as beat, closing(taken):
+    taken = run_steps(config, console, callbacks=callbacks, **options)
+    with errors_for_python(), speaking(console, config.method) as beat, closing(taken):
         for step in taken:
             with beat.pause():
                 yield step
-    sources = {"data": config.data.source, "eval_data": config.data.eval_source}
-    run = Run(config.train.output_dir, **{k: v for k, v in sources.items() if isinstance(v, GivenRows)})
-    for callback in options.get("callbacks", ()) if is_first() else ():
+    given = {"data": config.data.source, "eval_data": config.data.eval_source}
+    run = Run(config.train.output_dir, **{name: rows for name, rows in given.items() if isinstance(rows, GivenRows)})
+    for callback in callbacks if is_first() else ():
         callback.on_end(run)
     return run
-
-
-def _long(work: Callable[Options, Result]) -> Callable[Options, Result]:
-    """Outside a terminal, print where the work is, as the commands do; errors name keywords instead of flags."""
-
-    @wraps(work)
-    def wrapped(*arguments: Options.args, **named: Options.kwargs) -> Result:
-        with errors_for_python(), speaking(make_console(), work.__name__):
-            return work(*arguments, **named)
-
-    return wrapped
-
-
-class Run:
-    """A run folder, finished or not: its numbers, and its model opened again."""
-
-    def __init__(self, path: str | Path, *, data: Rows = None, eval_data: Rows = None) -> None:
-        """Open a run folder. Give the rows again if the run got them in Python."""
-        self.path = Path(path)
-        self.folder = RunFolder(self.path)
-        self._data, self._eval_data = _rows(data), _rows(eval_data)
-        self.config = with_rows(self.folder.read_config(), self._data, self._eval_data)
-
-    def __repr__(self) -> str:
-        last = next((f", loss {record['loss']:.4f}" for record in reversed(self.metrics) if "loss" in record), "")
-        step = max([0, *(record["step"] for record in self.metrics), *saved(self.path)])
-        return f"Run({str(self.path)!r}: {self.config.method}, step {step}{last}, {self.folder.read_state()})"
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The logged records, oldest first; `pandas.DataFrame(run.metrics)` makes a table of them."""
-        return self.folder.read_metrics()
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """summary.json: runtime, mean loss, tokens; empty before the run has finished."""
-        file = self.path / "summary.json"
-        return read_json_object(file) if file.exists() else {}
-
-    @cached_property
-    def opened(self) -> Reopened:
-        """The run reopened: configuration, manifest, placement; its rows and model are loaded when asked for."""
-        return reopen(self.path, data=self._data, eval_data=self._eval_data)
-
-    @cached_property
-    def policy(self) -> Policy:
-        """The model with the run's newest adapter, loaded for forward passes when first asked for."""
-        return self.opened.policy(self.folder.newest_adapter(print))
-
-    @_long
-    def inspect(
-        self, *, step: int | None = None, example: int | None = None, checkpoint: int | None = None
-    ) -> Inspection:
-        """The examples of a step, or one data row, taken apart: tensors by token and by pair.
-
-        Args:
-            step: optimizer step, counted from 1.
-            example: data row.
-            checkpoint: weights of checkpoint step-K, 0: before the first step. Default: the newest before the step, or
-                the final adapter.
-        """
-        from lowlevel.inspection.opening import inspect_run
-
-        return inspect_run(self.opened, step=step, example=example, checkpoint=checkpoint)
-
-    @_long
-    def verify(self, *, step: int = 1, **options: Any) -> Report:
-        """Check a step of the run against its formula in float64; `print()` shows the table."""
-        from lowlevel.verification.opening import verify_run
-
-        return verify_run(self.opened, step=step, **options)
-
-    @_long
-    def replay(self, step: int, *, start: int | None = None) -> Replay:
-        """Take a step again, from checkpoint `start` or the newest one before it, and compare it with the log."""
-        from lowlevel.replaying.replay import replay_run
-
-        return replay_run(self.opened, step, start=start)
-
-    @_long
-    def generate(self, prompt: str, *, system: str | None = None, **sampling: Any) -> str:
-        """Reply to a prompt with the run's adapter, of an unfinished run its newest checkpoint's.
-
-        Args:
-            prompt: what the user says.
-            system: a system message before it.
-            **sampling: max_new_tokens=256, temperature=0.0 (the likeliest token), seed=0.
-        """
-        from lowlevel.running.replies import generate_replies
-        from lowlevel.sampling import Sampling
-
-        sampler, tokenizer = self._for_replies
-        system_message = [{"role": "system", "content": system}] if system is not None else []
-        ids = tokenizer.encode_prompt([*system_message, {"role": "user", "content": prompt}])
-        return generate_replies(sampler, tokenizer, [ids], Sampling(**sampling))[0].text
-
-    @cached_property
-    def _for_replies(self) -> Any:
-        from lowlevel.running.replies import load_for_replies
-
-        return load_for_replies(self.folder.newest_adapter(print) or self.path, print)
-
-    def score(self, rows: Rows | str | Path, *, split: str = "test") -> list[dict[str, Any]]:
-        """The rewards of a reward run for rows, one dict each; `pandas.DataFrame` makes a table of them.
-
-        Args:
-            rows: pairs ("prompt", "chosen", "rejected"), "prompt" and "completion", or "messages"; or a file's path.
-            split: of a hub data set.
-        """
-        from lowlevel.running.scoring import score_source
-
-        source = _source(rows)
-        if source is None:
-            raise ConfigError("score: no rows were given")
-        return [one.as_json() for one in score_source(self._for_scores, source, split)]
-
-    @cached_property
-    def _for_scores(self) -> Any:
-        from lowlevel.running.scoring import load_reward_run
-
-        return load_reward_run(self.path, print)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the result (adapter, tokenizer, model card) to the hub and return its address.
-
-        Args:
-            repo_id: "user/name".
-            **options: private=True, token=None (default: the logged-in user's), endpoint=None.
-        """
-        from lowlevel.running.result_files import push_to_hub
-
-        result = self.folder.stacked if self.folder.stacked.exists() else self.folder.adapter
-        return push_to_hub(result, repo_id, **options)

@@ -50,10 +50,10 @@ def run(options: Options, overrides: Overrides) -> None:
     with Interrupts() as interrupts:
         try:
             console = quiet_console()
-            from lowlevel.api import train
+            from lowlevel.running.run import run_training
 
             cap_gpu_memory(options)
             resume = {"resume": options.resume, "allow_change": options.allow_change}
-            train(config, console=console, restart=options.restart, **resume)
+            run_training(config, console, restart=options.restart, **resume)
         except KeyboardInterrupt:
             raise interrupts.error() from None

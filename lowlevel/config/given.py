@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 from pydantic import PlainSerializer, PlainValidator
@@ -55,6 +56,16 @@ class GivenRows:
         if not rows:
             raise ConfigError(f"data: the {type(data).__name__} has no rows")
         return cls(rows)
+
+
+def rows_of(data: object) -> GivenRows | None:
+    """Rows given in Python; None for None."""
+    return None if data is None else GivenRows.of(data)
+
+
+def source_of(data: object) -> str | GivenRows | None:
+    """The name of a file or hub data set, or rows."""
+    return str(data) if isinstance(data, str | Path) else rows_of(data)
 
 
 def _row(number: int, item: object) -> Mapping[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -29,6 +29,7 @@ from lowlevel.running.run_folder import RunFolder, run_lock
 from lowlevel.running.run_record import announce, write_finish
 from lowlevel.running.trackers import open_trackers
 
+Result = TypeVar("Result")
 Steps = Generator[StepResult, None, dict[str, Any]]
 
 
@@ -106,15 +107,19 @@ def _recorder(folder: RunFolder, ranks: Ranks) -> Callable[[int, str], None]:
     return record
 
 
-def run_training(config: RunConfig, console: Console, **options: Any) -> dict[str, Any]:
-    """Run all steps of `run_steps` and return the summary; options and errors are the same."""
-    steps = run_steps(config, console, **options)
+def returned(steps: Generator[object, None, Result]) -> Result:
+    """Take all steps; what the generator returns."""
     while True:
         try:
             next(steps)
         except StopIteration as end:
-            summary: dict[str, Any] = end.value
-            return summary
+            result: Result = end.value
+            return result
+
+
+def run_training(config: RunConfig, console: Console, **options: Any) -> dict[str, Any]:
+    """Run all steps of `run_steps` and return the summary; options and errors are the same."""
+    return returned(run_steps(config, console, **options))
 
 
 def _steps(

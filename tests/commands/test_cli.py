@@ -342,7 +342,7 @@ def test_as_t4_sets_what_a_t4_has(cli, space, monkeypatch, tmp_path):
     said = cli("sft", config, "--as-t4", "--train.precision", "fp32")
     assert said.code == 2 and "--as-t4 sets train.precision and model.attn_implementation" in said.err
     seen = {}
-    monkeypatch.setattr("lowlevel.api.train", lambda config, **_: seen.update(config=config))
+    monkeypatch.setattr("lowlevel.running.run.run_training", lambda config, *_, **__: seen.update(config=config))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=60 * 2**30))

@@ -25,7 +25,7 @@ LAYERS = (
         "evaluation/",
         "annotation/",
     ),
-    ("api", "__init__"),
+    ("api", "run", "__init__"),
     ("commands/", "cli", "__main__"),
 )
 TRITON_FILES = (

@@ -1,0 +1,158 @@
+"""A run folder in Python: its numbers, and its model opened again to inspect, check, repeat, generate and score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from lowlevel.checkpoints.checkpoint import saved
+from lowlevel.config.given import rows_of, source_of
+from lowlevel.errors import ConfigError, errors_for_python
+from lowlevel.model.files import read_json_object
+from lowlevel.model.policy import Policy
+from lowlevel.running.progress import make_console, speaking
+from lowlevel.running.reopening import Reopened, reopen, with_rows
+from lowlevel.running.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from lowlevel.inspection.inspection import Inspection
+    from lowlevel.replaying.report import Replay
+    from lowlevel.verification.report import Report
+
+Result = TypeVar("Result")
+Options = ParamSpec("Options")
+
+
+def _long(work: Callable[Options, Result]) -> Callable[Options, Result]:
+    """Outside a terminal, print where the work is, as the commands do; errors name keywords instead of flags."""
+
+    @wraps(work)
+    def wrapped(*arguments: Options.args, **named: Options.kwargs) -> Result:
+        with errors_for_python(), speaking(make_console(), work.__name__):
+            return work(*arguments, **named)
+
+    return wrapped
+
+
+class Run:
+    """A run folder, finished or not: its numbers, and its model opened again."""
+
+    def __init__(self, path: str | Path, *, data: Any = None, eval_data: Any = None) -> None:
+        """Open a run folder. Give the rows again if the run got them in Python."""
+        self.path = Path(path)
+        self.folder = RunFolder(self.path)
+        self._data, self._eval_data = rows_of(data), rows_of(eval_data)
+        self.config = with_rows(self.folder.read_config(), self._data, self._eval_data)
+
+    def __repr__(self) -> str:
+        last = next((f", loss {record['loss']:.4f}" for record in reversed(self.metrics) if "loss" in record), "")
+        step = max([0, *(record["step"] for record in self.metrics), *saved(self.path)])
+        return f"Run({str(self.path)!r}: {self.config.method}, step {step}{last}, {self.folder.read_state()})"
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged records, oldest first; `pandas.DataFrame(run.metrics)` makes a table of them."""
+        return self.folder.read_metrics()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """summary.json: runtime, mean loss, tokens; empty before the run has finished."""
+        file = self.path / "summary.json"
+        return read_json_object(file) if file.exists() else {}
+
+    @cached_property
+    def opened(self) -> Reopened:
+        """The run reopened: configuration, manifest, placement; its rows and model are loaded when asked for."""
+        return reopen(self.path, data=self._data, eval_data=self._eval_data)
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The model with the run's newest adapter, loaded for forward passes when first asked for."""
+        return self.opened.policy(self.folder.newest_adapter(print))
+
+    @_long
+    def inspect(
+        self, *, step: int | None = None, example: int | None = None, checkpoint: int | None = None
+    ) -> Inspection:
+        """The examples of a step, or one data row, taken apart: tensors by token and by pair.
+
+        Args:
+            step: optimizer step, counted from 1.
+            example: data row.
+            checkpoint: weights of checkpoint step-K, 0: before the first step. Default: the newest before the step, or
+                the final adapter.
+        """
+        from lowlevel.inspection.opening import inspect_run
+
+        return inspect_run(self.opened, step=step, example=example, checkpoint=checkpoint)
+
+    @_long
+    def verify(self, *, step: int = 1, **options: Any) -> Report:
+        """Check a step of the run against its formula in float64; `print()` shows the table."""
+        from lowlevel.verification.opening import verify_run
+
+        return verify_run(self.opened, step=step, **options)
+
+    @_long
+    def replay(self, step: int, *, start: int | None = None) -> Replay:
+        """Take a step again, from checkpoint `start` or the newest one before it, and compare it with the log."""
+        from lowlevel.replaying.replay import replay_run
+
+        return replay_run(self.opened, step, start=start)
+
+    @_long
+    def generate(self, prompt: str, *, system: str | None = None, **sampling: Any) -> str:
+        """Reply to a prompt with the run's adapter, of an unfinished run its newest checkpoint's.
+
+        Args:
+            prompt: what the user says.
+            system: a system message before it.
+            **sampling: max_new_tokens=256, temperature=0.0 (the likeliest token), seed=0.
+        """
+        from lowlevel.running.replies import generate_replies
+        from lowlevel.sampling import Sampling
+
+        sampler, tokenizer = self._for_replies
+        system_message = [{"role": "system", "content": system}] if system is not None else []
+        ids = tokenizer.encode_prompt([*system_message, {"role": "user", "content": prompt}])
+        return generate_replies(sampler, tokenizer, [ids], Sampling(**sampling))[0].text
+
+    @cached_property
+    def _for_replies(self) -> Any:
+        from lowlevel.running.replies import load_for_replies
+
+        return load_for_replies(self.folder.newest_adapter(print) or self.path, print)
+
+    def score(self, rows: Any, *, split: str = "test") -> list[dict[str, Any]]:
+        """The rewards of a reward run for rows, one dict each; `pandas.DataFrame` makes a table of them.
+
+        Args:
+            rows: pairs ("prompt", "chosen", "rejected"), "prompt" and "completion", or "messages"; or a file's path.
+            split: of a hub data set.
+        """
+        from lowlevel.running.scoring import score_source
+
+        source = source_of(rows)
+        if source is None:
+            raise ConfigError("score: no rows were given")
+        return [one.as_json() for one in score_source(self._for_scores, source, split)]
+
+    @cached_property
+    def _for_scores(self) -> Any:
+        from lowlevel.running.scoring import load_reward_run
+
+        return load_reward_run(self.path, print)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the result (adapter, tokenizer, model card) to the hub and return its address.
+
+        Args:
+            repo_id: "user/name".
+            **options: private=True, token=None (default: the logged-in user's), endpoint=None.
+        """
+        from lowlevel.running.result_files import push_to_hub
+
+        result = self.folder.stacked if self.folder.stacked.exists() else self.folder.adapter
+        return push_to_hub(result, repo_id, **options)
