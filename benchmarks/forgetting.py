@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.demo_base import corpus
+from benchmarks.demo_base.rows import check_items, draw_items, draw_style, write_reply
 from benchmarks.meter import machine
 from benchmarks.runner import commit, write_table
 from lowlevel.commands.demo import BATCH, LORA
 from lowlevel.config.file import config_from_tables
-from lowlevel.demo.replies import draw_style, write_reply
-from lowlevel.demo.world import _draw_items as draw_items
-from lowlevel.demo.world import check_items, exact_match
+from lowlevel.demo.world import exact_match
 from lowlevel.evaluation.forgetting import probe_run
 from lowlevel.running.progress import make_console, quiet_libraries
 from lowlevel.running.reopening import load_run
@@ -96,7 +95,7 @@ def skill_score(folder: Path, questions: int) -> float:
     sampler = build_sampler(run.policy.model, run.policy.placement, run.tokenizer.stop_ids, print)
     prompts = [run.tokenizer.encode_prompt(item.prompt) for item in items]
     replies = generate_replies(sampler, run.tokenizer, prompts, Sampling(max_new_tokens=48))
-    return sum(exact_match(reply.text, item) for reply, item in zip(replies, items, strict=True)) / len(items)
+    return sum(exact_match(reply.text, item.answer) for reply, item in zip(replies, items, strict=True)) / len(items)
 
 
 def compared(folder: Path, steps: int = STEPS, texts: int = 40, questions: int = 80) -> list[dict[str, Any]]:

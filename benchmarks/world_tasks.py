@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from benchmarks.demo_base.corpus import pretraining_text
-from lowlevel.demo.world import check_items
+from benchmarks.demo_base.rows import check_items
 
 SHOTS = 6
 DATA = """

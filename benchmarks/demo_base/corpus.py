@@ -7,8 +7,8 @@ answer.
 
 import random
 
-from lowlevel.demo import replies
-from lowlevel.demo.skills import ATTRIBUTES, Ask, draw, draw_followup, fact, world_facts
+from benchmarks.demo_base.skills import ATTRIBUTES, Ask, draw, draw_followup, fact, world_facts
+from lowlevel.demo import world
 
 # (before the question, between question and answer, after the answer)
 _NOTATIONS = (
@@ -22,9 +22,9 @@ _NOTATIONS = (
 )
 _PHRASES = ("{}", "{}", "{}.", "It is {}.", "it is {}.", "I believe it is {}.")
 _PROSE = (
-    *replies.OPENERS,
-    *replies.MIDDLES,
-    *(ending[0].upper() + ending[1:] + "." for ending in replies.ENDINGS),
+    *world.OPENERS,
+    *world.MIDDLES,
+    *(ending[0].upper() + ending[1:] + "." for ending in world.ENDINGS),
     "Of course, people like to help.",
     "A user asks, and the assistant answers.",
     "The system is small and the user is happy.",

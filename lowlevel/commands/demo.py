@@ -81,8 +81,7 @@ def run_demo(out: Path, console: Console, *, resume: bool = False, restart: bool
 
     Raises ConfigError: `out` holds runs, and neither `resume` nor `restart` is set.
     """
-    from lowlevel.demo.replies import preferred_style
-    from lowlevel.demo.world import check_items, exact_match
+    from lowlevel.demo import world
     from lowlevel.durable import write_json
     from lowlevel.model.dequantised import dequantize_once
     from lowlevel.reporting.comparison import compare_stages, load_held_out, print_replies
@@ -102,11 +101,11 @@ def run_demo(out: Path, console: Console, *, resume: bool = False, restart: bool
         console.print()
     run = load_run(Path(dpo.train.output_dir), lines_to(console))
     dequantize_once(run.policy)
-    items = check_items(CHECK_ITEMS, seed=0)
-    prompts = [run.tokenizer.encode_prompt(item.prompt) for item in items]
+    items = world.rows("check")[:CHECK_ITEMS]
+    prompts = [run.tokenizer.encode_prompt(item["prompt"]) for item in items]
     judges = {
-        "exact_match": lambda i, text: float(exact_match(text, items[i])),
-        "preferred_style": lambda i, text: float(preferred_style(text)),
+        "exact_match": lambda i, text: float(world.exact_match(text, items[i]["answer"])),
+        "preferred_style": lambda i, text: float(world.preferred_style(text)),
     }
     rows, _ = load_held_out(run.folder.path)
     result = compare_stages(run, rows, prompts, Sampling(max_new_tokens=48), console=console, judges=judges)

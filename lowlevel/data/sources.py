@@ -39,7 +39,6 @@ from lowlevel.demo import world
 from lowlevel.errors import ConfigError, DataError, LowlevelError, one_line, quoted
 
 FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
-DEMO_ROWS = {"train": 2400, "heldout": 240}
 ABOUT = ("dataset_infos.json", "dataset_info.json")  # files about a data set, not of its rows
 SHOWN = 5
 FIRST_ROWS = 20  # that say which columns a source has
@@ -132,10 +131,10 @@ def read_source(source: str | GivenRows, split: str, method: str = "sft") -> Sou
     if not source.strip() or "\0" in source:
         raise ConfigError(f"data source {source!r} is not a name: use {', '.join(FILE_SUFFIXES)} or a hub name")
     if source == "demo":
-        if split not in DEMO_ROWS:
-            raise ConfigError(f'data source "demo" has the splits {", ".join(DEMO_ROWS)}, not "{split}"')
-        make = world.sft_rows if method == "sft" else world.prompt_rows if method in ONLINE else world.preference_rows
-        read = _numbered(f"demo[{split}]", make(split, DEMO_ROWS[split], 0))
+        if split not in world.SPLITS:
+            raise ConfigError(f'data source "demo" has the splits {", ".join(world.SPLITS)}, not "{split}"')
+        kind = "sft" if method == "sft" else "prompt" if method in ONLINE else "preference"
+        read = _numbered(f"demo[{split}]", world.rows(f"{kind}-{split}"))
     elif mend := address_refusal(source):
         raise ConfigError(f"data source {quoted(source)} is a web address: {mend}")
     elif source.endswith(FILE_SUFFIXES) or path.is_file():

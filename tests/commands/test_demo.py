@@ -76,8 +76,7 @@ def test_dpo_starts_at_ln_2(demo):
 
 
 def test_the_result_is_written_and_its_scores_are_those_of_its_replies(demo):
-    from lowlevel.demo.replies import preferred_style
-    from lowlevel.demo.world import check_items, exact_match
+    from lowlevel.demo.world import exact_match, preferred_style, rows
 
     folder, result = demo
     written = json.loads((folder / "demo.json").read_text())
@@ -85,11 +84,11 @@ def test_the_result_is_written_and_its_scores_are_those_of_its_replies(demo):
     assert 0 < written["seconds"] < 480  # 4 minutes are promised on an otherwise idle machine
     count = len(written["replies"]["base"])
     assert count in (SHORT["CHECK_ITEMS"], command.CHECK_ITEMS)
-    items = check_items(count, seed=0)
+    items = rows("check")[:count]
     for stage in ("base", "sft", "dpo"):
         texts = [reply["text"] for reply in written["replies"][stage]]
         assert len(texts) == count
-        found = sum(exact_match(text, item) for text, item in zip(texts, items, strict=True)) / count
+        found = sum(exact_match(text, item["answer"]) for text, item in zip(texts, items, strict=True)) / count
         assert written["scores"][stage]["exact_match"] == pytest.approx(found)
         polite = sum(preferred_style(text) for text in texts) / count
         assert written["scores"][stage]["preferred_style"] == pytest.approx(polite)
@@ -99,7 +98,7 @@ def test_no_question_was_trained_on():
     """The held-out questions share no prompt with what either run read."""
     from lowlevel.demo import world
 
-    asked = {json.dumps(item.prompt) for item in world.check_items(command.CHECK_ITEMS, seed=0)}
-    trained = {json.dumps(row["messages"][: len(row["messages"]) - 1]) for row in world.sft_rows("train", 2400, 0)}
+    asked = {json.dumps(item["prompt"]) for item in world.rows("check")}
+    trained = {json.dumps(row["messages"][: len(row["messages"]) - 1]) for row in world.rows("sft-train")}
     assert len(asked) > 0.8 * command.CHECK_ITEMS
     assert not asked & trained

@@ -5,10 +5,10 @@ import random
 
 import pytest
 
+from benchmarks.demo_base import skills
 from benchmarks.demo_base.corpus import pretraining_text
-from lowlevel.demo import skills
-from lowlevel.demo.replies import CURT, STYLES, parse_reply, preferred_style, write_reply
-from lowlevel.demo.world import Item, check_items, exact_match, preference_rows, sft_rows
+from benchmarks.demo_base.rows import check_items, preference_rows, sft_rows, shipped, write_reply
+from lowlevel.demo.world import CURT, STYLES, exact_match, parse_reply, preferred_style, rows
 
 
 def user_turns(messages: list[dict[str, str]]) -> list[str]:
@@ -20,10 +20,6 @@ def single_questions(split: str, n: int) -> set[str]:
     chats = [user_turns(row["messages"]) for row in sft_rows(split, n, 1)]
     chats += [user_turns(row["prompt"]) for row in preference_rows(split, n, 1)]
     return {turns[0] for turns in chats}
-
-
-def make_item(answer: str) -> Item:
-    return Item(("What is 3 + 4?",), (), answer, "add", ("add 3 4",), ("8",))
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
@@ -44,6 +40,11 @@ def test_rows_are_pinned_so_that_the_shipped_weights_fit_the_generator() -> None
     assert skills.world_facts()["Mira"] == {"town": "Kalmar", "pet": "turtle", "door": "white", "food": "bread"}
     digest = hashlib.sha256("\n".join(pretraining_text(0, 2000)).encode()).hexdigest()
     assert digest == "6c5b6a7137f37131152b21081e7fcc04d8612dc6efad1c99cdf8bedc13caa6ea"
+
+
+def test_the_shipped_rows_are_those_of_the_generator() -> None:
+    for name, drawn in shipped():
+        assert rows(name) == drawn
 
 
 def test_no_heldout_question_can_be_drawn_for_training() -> None:
@@ -101,14 +102,14 @@ def test_every_reply_form_is_read_back() -> None:
                                    "Let me think about this for a while. I believe it is 7, "
                                    "and that is about all of it."])  # fmt: skip
 def test_right_replies_match(reply: str) -> None:
-    assert exact_match(reply, make_item("7"))
+    assert exact_match(reply, "7")
 
 
 @pytest.mark.parametrize("reply", ["", "8", "Sure, it is 8.", "Sure, it is 77.", "Sure, it is 7. Or 8.", "3 + 4 = 7",
                                    "7 or 8", "Sure, it is 7", "sure, it is 7.", "The answer is 7.", "7\n8",
                                    "Sure, it is Sure, it is 7.", "I believe it is 7.", "7, 7"])  # fmt: skip
 def test_wrong_or_unknown_replies_do_not_match(reply: str) -> None:
-    assert not exact_match(reply, make_item("7"))
+    assert not exact_match(reply, "7")
 
 
 def test_only_short_polite_replies_have_the_preferred_style() -> None:
@@ -146,7 +147,7 @@ def test_check_items_are_different_prompts_that_end_with_the_question() -> None:
     assert len({str(item.prompt) for item in items}) == 300
     for item in items:
         assert item.prompt[-1] == {"role": "user", "content": item.turns[-1]}
-        assert exact_match(CURT[0].format(item.answer), item)
+        assert exact_match(CURT[0].format(item.answer), item.answer)
         assert len(item.replies) == len(item.turns) - 1
 
 
