@@ -31,6 +31,7 @@ from lowlevel.config.contradictions import parse_size
 from lowlevel.config.schema import DataConfig, RunConfig, TrainConfig
 from lowlevel.execution import WithFallback
 from lowlevel.loop import optimizer_step
+from lowlevel.methods.choice import build_method
 from lowlevel.model.attention_choice import NAMES, Attention, choose_attention
 from lowlevel.model.build import build_policy
 from lowlevel.model.dequantised import dequantize_as_set
@@ -38,7 +39,7 @@ from lowlevel.model.memory import AdapterSize, best_plan, forecast, model_shape,
 from lowlevel.model.placement import choose_placement
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
-from lowlevel.running.assembly import build_method, choose_execution
+from lowlevel.running.assembly import choose_execution
 from lowlevel.running.rehearsal import components
 
 ROWS = 8

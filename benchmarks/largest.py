@@ -29,6 +29,7 @@ from benchmarks.runner import commit
 from lowlevel.config.schema import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from lowlevel.execution import WithFallback
 from lowlevel.loop import optimizer_step
+from lowlevel.methods.choice import build_method
 from lowlevel.model.attention_choice import NAMES, Attention, choose_attention, register
 from lowlevel.model.base import empty_model
 from lowlevel.model.build import build_policy
@@ -39,7 +40,7 @@ from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.ranks import Ranks, joined
-from lowlevel.running.assembly import build_method, choose_execution
+from lowlevel.running.assembly import choose_execution
 from lowlevel.running.endings import Interrupts
 
 

@@ -25,10 +25,11 @@ from lowlevel.config.file import config_from_tables, to_tables
 from lowlevel.config.schema import RunConfig
 from lowlevel.execution import WithFallback
 from lowlevel.loop import optimizer_step
+from lowlevel.methods.choice import build_method
 from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
-from lowlevel.running.assembly import build_method, build_run_policy, check_run, choose_execution
+from lowlevel.running.assembly import build_run_policy, check_run, choose_execution
 
 LOSSES = ("sigmoid", "ipo", "simpo", "orpo", "cpo", "dpop", "kto", "sigmoid")  # DPO's first and last: what moved
 

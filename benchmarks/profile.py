@@ -23,10 +23,11 @@ from benchmarks.runner import commit
 from benchmarks.workload import LENGTHS, case_config, workload_process
 from lowlevel.execution import WithFallback
 from lowlevel.loop import optimizer_step
+from lowlevel.methods.choice import build_method
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
-from lowlevel.running.assembly import build_method, build_run_policy, check_run, choose_execution
+from lowlevel.running.assembly import build_run_policy, check_run, choose_execution
 
 KINDS = (  # the first pattern that a kernel's name contains
     ("attention", r"flash|fmha|attention"),

@@ -21,8 +21,9 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.order import DataOrder
 from lowlevel.config.schema import RunConfig
 from lowlevel.execution import signature_of
+from lowlevel.methods.choice import build_method
 from lowlevel.model.attention_choice import NAMES, Attention
-from lowlevel.running.assembly import build_method, prepare_data
+from lowlevel.running.assembly import prepare_data
 
 STEPS = {"sft": 375, "dpo": 200}  # of the recipe
 SPANS = Attention(NAMES["efficient"], "as on a T4; which kernel it is changes no shape")

@@ -83,10 +83,11 @@ def count_case(case: Case, shape: str, folder: Path, head: str, plan: Plan | Non
     """
     from benchmarks.workload import case_config, llama_config, make_workload, peer_tokens
     from lowlevel.config.contradictions import parse_size
+    from lowlevel.methods.choice import build_method
     from lowlevel.model.attention_choice import NAMES, Attention
     from lowlevel.model.memory import AdapterSize, best_plan, default_plan, model_shape, planned
     from lowlevel.model.placement import Placement
-    from lowlevel.running.assembly import build_method, prepare_data
+    from lowlevel.running.assembly import prepare_data
 
     steps = 24
     make_workload(folder, shape, _length(shape), steps * ROWS_PER_STEP, weights=False)

@@ -27,9 +27,10 @@ def show_data(config: RunConfig, console: Console) -> None:
     """Print the data report, how the rows fill batches, and one example with its supervised tokens coloured."""
     from lowlevel.batch.order import DataOrder
     from lowlevel.data.report import render_report, show_example
+    from lowlevel.methods.choice import build_method
     from lowlevel.methods.kto import balance
     from lowlevel.online.rollouts import longest_examples
-    from lowlevel.running.assembly import build_method, prepare_data
+    from lowlevel.running.assembly import prepare_data
 
     tokenizer, data = prepare_data(config)
     render_report(data.report, console)

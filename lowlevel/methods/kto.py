@@ -21,7 +21,7 @@ from lowlevel.batch.layout import PackedBatch, Shape, build_batch
 from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.batch.replies import Reply, by_prompt, positions, replies, segment
 from lowlevel.config.offline import KTOConfig
-from lowlevel.data.examples import SFTExample
+from lowlevel.data.examples import Example, SFTExample
 from lowlevel.losses import LossSums
 from lowlevel.losses.kto import KTO_LOSSES, LabelledLogps, mismatched
 from lowlevel.losses.registry import LossSpec
@@ -170,7 +170,7 @@ def _sums_of(batch: PackedBatch, rows: LabelledLogps, losses: Tensor, rewards: T
     )
 
 
-def balance(examples: Sequence[SFTExample], config: KTOConfig) -> str:
+def balance(examples: Sequence[Example], config: KTOConfig) -> str:
     """The number of examples with each label; if they are unbalanced, the range of a weight that balances them."""
     desirable = sum(example.values[0] > 0 for example in examples)
     undesirable = len(examples) - desirable

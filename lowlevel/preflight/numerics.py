@@ -18,11 +18,12 @@ from lowlevel.config.schema import RunConfig, TrainConfig
 from lowlevel.kernels import dequantize, vocabulary
 from lowlevel.kernels.dequantize import Quantised, dequantize_reference
 from lowlevel.kernels.host_rows import host_rows, host_rows_reference
+from lowlevel.methods.choice import build_method
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import StepResult
 from lowlevel.preflight.finding import Finding, fail, note, ok
-from lowlevel.running.assembly import build_method, build_run_policy, check_inputs, choose_execution
+from lowlevel.running.assembly import build_run_policy, check_inputs, choose_execution
 from lowlevel.running.observer import MARGINS, all_ties
 from lowlevel.verification.subject import BOUNDS as GRADIENT_BOUNDS
 from lowlevel.verification.subject import Subject, relative

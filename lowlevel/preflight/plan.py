@@ -16,6 +16,7 @@ from rich.table import Table
 from lowlevel.config.contradictions import parse_size
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
+from lowlevel.methods.choice import mixed_by_a_budget, run_loss
 from lowlevel.model.base import describe_base, load_model_config
 from lowlevel.model.memory import (
     AdapterSize,
@@ -32,7 +33,7 @@ from lowlevel.model.memory import (
 )
 from lowlevel.model.placement import Placement
 from lowlevel.running.adapter_sources import find_adapter
-from lowlevel.running.assembly import mixed_by_a_budget, run_loss, with_stored
+from lowlevel.running.assembly import with_stored
 from lowlevel.running.plots import plot_memory
 
 MIB = 2**20

@@ -26,6 +26,7 @@ from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.execution import Eager, Execution, WithFallback
 from lowlevel.loop import optimizer_step
 from lowlevel.methods import Method
+from lowlevel.methods.choice import build_method, check_loss
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
 from lowlevel.online.steps import step_batches
@@ -38,7 +39,7 @@ from lowlevel.optim.optimizer import (
     set_learning_rate,
 )
 from lowlevel.optim.train_state import StepResult, TrainState
-from lowlevel.running.assembly import Inputs, build_method, check_loss, choose_execution, identity
+from lowlevel.running.assembly import Inputs, choose_execution, identity
 from lowlevel.running.reopening import Reopened, kept_rollouts, step_examples
 from lowlevel.running.run_folder import RunFolder
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from lowlevel.batch.layout import Shape
 from lowlevel.batch.order import ORDER_VERSION, DataOrder
 from lowlevel.config.contradictions import DORA, parse_size
 from lowlevel.config.schema import RunConfig
@@ -21,9 +20,8 @@ from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import working
-from lowlevel.losses import KTO_LOSSES, POLICY_LOSSES, REWARD_LOSSES, SFT_LOSSES, loss_spec
-from lowlevel.losses.registry import LossSpec, find
-from lowlevel.methods import Method, dpo, grpo, kto, ppo, reward, rloo, sft
+from lowlevel.methods.choice import check_loss, run_loss
+from lowlevel.methods.dpo import reads_reference
 from lowlevel.model.adapters import adapter_sha256, is_reward_model, read_adapter_config
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, load_stored, public_name, resolve_name
@@ -57,48 +55,6 @@ class Inputs:
     parent: Path | None  # PEFT folder of the frozen adapter
     init_from: Path | None  # PEFT folder whose training continues
     merged_adapter: str | None = None  # SHA-256 of the adapter that the base holds (adapter_mode "original")
-
-
-def build_method(config: RunConfig, attention: Attention, ranks: int = 1) -> Method:
-    """The method of a configuration. The row of a pair has room for a prompt and two completions.
-
-    For several `ranks`, packed micro-batches come in multiples of their number.
-
-    Attention over spans makes rows of any length cheap, so batches are padded to 16 to 32 shapes, each captured once;
-    1 to 4 % of the positions are padding.
-    """
-    batch, data = config.train.per_device_train_batch_size, config.data
-    examples = batch * config.train.gradient_accumulation_steps if data.packing else batch
-    length = config.row_positions
-    capacity = config.train.micro_batch_positions or batch * length
-    granule = min(max(8, capacity // 16 // 8 * 8), 128 if capacity <= 4096 else 256) if data.packing else 64
-    if run_loss(config).mixes_pairs:
-        examples = ranks = 1  # no dummy pairs: they would take part in the sort; nor other micro-batches
-    shape = Shape(granule, min(8, examples), length, capacity, ranks) if attention.kernel else None
-    if config.method == "sft":
-        return sft.SFT(batch, length, data.packing, shape, config.sft, data.columns)
-    if config.method == "kto":
-        return kto.KTO(config.kto, batch, length, data.packing, shape)
-    if config.method == "reward":
-        return reward.Reward(config.reward, batch, length, data.packing, shape, data.columns)
-    if config.method == "grpo":
-        return grpo.GRPO(config.grpo, batch, length, data.packing, shape)
-    if config.method == "rloo":
-        return rloo.RLOO(config.rloo, batch, length, data.packing, shape)
-    if config.method == "ppo":
-        return ppo.PPO(config.ppo, batch, length, data.packing, shape)
-    return dpo.DPO(config.dpo, batch, length, data.packing, shape, data.columns)
-
-
-def run_loss(config: RunConfig) -> LossSpec:
-    """The configured loss. Raises ValueError for an unknown one."""
-    if config.method == "kto":
-        return KTO_LOSSES["kto"]
-    if config.method == "reward":
-        return REWARD_LOSSES["bradley_terry"]
-    if config.method in ("grpo", "rloo", "ppo"):
-        return POLICY_LOSSES[config.grpo.loss_type if config.method == "grpo" else config.method]
-    return find(config.sft.loss_type, SFT_LOSSES) if config.method == "sft" else loss_spec(config.dpo.loss_type)
 
 
 def choose_execution(config: RunConfig, inputs: Inputs) -> str:
@@ -153,21 +109,6 @@ def check_inputs(config: RunConfig) -> Inputs:
     return Inputs(tokenizer, data, placement, attention, parent, init_from)
 
 
-def check_loss(config: RunConfig) -> None:
-    """Refuse a loss that does not exist, is misused, or fails on a trial batch. Raises ConfigError."""
-    try:
-        if config.method == "sft":
-            sft.check_loss(config.sft, config.data.columns)
-        elif config.method == "dpo":
-            dpo.check_loss(config.dpo, config.data.columns)
-        elif config.method == "reward":
-            reward.check_columns(config.data.columns)
-    except ValueError as error:
-        raise ConfigError(f"[{config.method}]: {error}") from None
-    if config.train.memory_budget is not None and run_loss(config).mixes_pairs:
-        raise ConfigError(mixed_by_a_budget(config))
-
-
 def check_run(config: RunConfig) -> tuple[RunConfig, Inputs]:
     """`check_inputs`; the configuration gets what the folder of a pre-quantised base sets, and the memory plan."""
     config = with_stored(config)
@@ -188,14 +129,6 @@ def with_stored(config: RunConfig) -> RunConfig:
 def check_start(config: RunConfig, scratch: Path) -> tuple[RunConfig, Inputs]:
     """`check_run` for a run without a folder; a merged base (adapter_mode "original") is written to `scratch`."""
     return with_merged_base(*check_run(config), RunFolder(scratch))
-
-
-def mixed_by_a_budget(config: RunConfig) -> str:
-    """The error for train.memory_budget with a loss that sorts the pairs of a micro-batch."""
-    return (
-        f'train.memory_budget chooses the micro-batches, and loss_type = "{config.dpo.loss_type}" compares the pairs '
-        "of each, so the loss would change; set train.micro_batch_positions instead"
-    )
 
 
 def prepare_data(config: RunConfig) -> tuple[ChatTokenizer, PreparedData]:
@@ -263,7 +196,7 @@ def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
 def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
     """The policy of `inputs`, for training."""
     sources: dict[str, Any] = {"parent": inputs.parent, "init_from": inputs.init_from}
-    return load_policy(config, inputs.placement, inputs.attention, **sources, keep_base=dpo.reads_reference(config))
+    return load_policy(config, inputs.placement, inputs.attention, **sources, keep_base=reads_reference(config))
 
 
 def load_policy(
@@ -324,7 +257,7 @@ def identity(config: RunConfig, inputs: Inputs, policy: Policy, base_hash: str) 
         },
         "parent_adapter": parent,
         **({"finetuning_type": "full"} if config.full else {}),
-        "reference": reference if dpo.reads_reference(config) else None,
+        "reference": reference if reads_reference(config) else None,
         "trainable_parameters": policy.flat.weights.numel(),
         "data_sha256": inputs.data.report.train.fingerprint,
         "evaluation_sha256": evaluation.fingerprint if evaluation else None,

@@ -20,6 +20,7 @@ from lowlevel.execution import WithFallback
 from lowlevel.heartbeat import working
 from lowlevel.loop import check_evaluation, evaluate_examples
 from lowlevel.methods import DPO, Method, PolicyGradient
+from lowlevel.methods.choice import build_method
 from lowlevel.model.base import policy_sha256
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
@@ -29,7 +30,7 @@ from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import TrainState
 from lowlevel.ranks import ALONE, Ranks
 from lowlevel.reference_cache import CachedReference, reference_identity, with_blanks, with_content
-from lowlevel.running.assembly import Inputs, build_method, build_run_policy, choose_execution, identity
+from lowlevel.running.assembly import Inputs, build_run_policy, choose_execution, identity
 from lowlevel.running.progress import lines_to
 from lowlevel.running.rehearsal import largest_batch, rehearse
 from lowlevel.running.resuming import versions

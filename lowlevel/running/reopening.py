@@ -23,6 +23,7 @@ from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.methods import Method
+from lowlevel.methods.choice import build_method, run_loss
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.model.attention_choice import Attention, choose_attention
 from lowlevel.model.base import load_model_config, policy_sha256
@@ -30,7 +31,7 @@ from lowlevel.model.placement import DTYPES, Placement, choose_placement, dtype_
 from lowlevel.model.policy import Policy
 from lowlevel.online import rollouts
 from lowlevel.running.adapter_sources import find_adapter
-from lowlevel.running.assembly import Inputs, build_method, load_policy, load_run_tokenizer, prepare_data, run_loss
+from lowlevel.running.assembly import Inputs, load_policy, load_run_tokenizer, prepare_data
 from lowlevel.running.run_folder import RunFolder
 
 Note = Callable[[str], None]

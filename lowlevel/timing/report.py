@@ -18,10 +18,11 @@ from lowlevel.determinism import deterministic_mode
 from lowlevel.durable import write_given_json
 from lowlevel.errors import ConfigError
 from lowlevel.execution import WithFallback
+from lowlevel.methods.choice import build_method
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import peak_memory
-from lowlevel.running.assembly import Inputs, build_method, build_run_policy, check_start, choose_execution
+from lowlevel.running.assembly import Inputs, build_run_policy, check_start, choose_execution
 from lowlevel.running.progress import lines_to
 from lowlevel.running.rehearsal import largest_batch, rehearse
 from lowlevel.running.run_record import announce

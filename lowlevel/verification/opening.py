@@ -9,10 +9,11 @@ from typing import Any
 
 from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
+from lowlevel.methods.choice import build_method
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import PARENT, Policy
-from lowlevel.running.assembly import Inputs, build_method, build_run_policy, check_start, choose_execution
+from lowlevel.running.assembly import Inputs, build_run_policy, check_start, choose_execution
 from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.verification.report import Report, run_checks
 from lowlevel.verification.subject import Subject, without_effect

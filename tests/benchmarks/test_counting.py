@@ -77,7 +77,8 @@ def test_a_budgets_case_is_counted_as_its_plan(tmp_path):
 @pytest.fixture(scope="module")
 def run(out):
     """Build a method's parts as a run would, on an unquantised base that the flop counter can see through."""
-    from lowlevel.running.assembly import build_method, build_run_policy, check_inputs
+    from lowlevel.methods.choice import build_method
+    from lowlevel.running.assembly import build_run_policy, check_inputs
 
     def build(method, checkpointing):
         case = Case("x", "lowlevel", method, checkpointing=checkpointing)

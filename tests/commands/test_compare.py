@@ -12,9 +12,9 @@ from workspace import HELD_OUT, PROMPTS, metrics
 
 import lowlevel.reporting.comparison
 import lowlevel.running.replies
+from lowlevel.methods.choice import build_method
 from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.reporting.comparison import Scored, load_held_out, pair_scores, score_rows, sft_scores
-from lowlevel.running.assembly import build_method
 from lowlevel.running.reopening import load_run
 
 

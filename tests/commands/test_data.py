@@ -8,8 +8,9 @@ from workspace import CHATS, PROMPTS
 import lowlevel.model.attention_choice
 from lowlevel.batch.order import DataOrder
 from lowlevel.config.file import load_config
+from lowlevel.methods.choice import build_method
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
-from lowlevel.running.assembly import build_method, prepare_data
+from lowlevel.running.assembly import prepare_data
 
 
 def test_data_shows_what_will_be_trained_on(runs, tmp_path, cli):

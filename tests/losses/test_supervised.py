@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from lowlevel.config.file import config_from_tables
 from lowlevel.errors import ConfigError
 from lowlevel.losses import SFT_LOSSES, SupervisedLoss, TokenLogps, token_scores
+from lowlevel.methods.choice import check_loss
 from lowlevel.perplexity import PERPLEXITIES, perplexities
-from lowlevel.running.assembly import check_loss
 
 LOGITS = [[2.0, 1.0, 0.0, -1.0]]  # lse = 2.4401896985611953, p = .6439, .2369, .0871, .0321
 P = [math.exp(z - 2.4401896985611953) for z in LOGITS[0]]

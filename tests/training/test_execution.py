@@ -21,12 +21,12 @@ from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
+from lowlevel.methods.choice import build_method
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.kto import KTO
 from lowlevel.methods.reward import Reward
 from lowlevel.methods.sft import SFT
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
-from lowlevel.running.assembly import build_method
 from lowlevel.running.rehearsal import largest_batch, rehearse
 
 SHAPE = Shape(positions=16, examples=4, longest=64, capacity=96)

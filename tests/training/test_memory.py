@@ -17,6 +17,7 @@ from lowlevel.config.offline import DPOConfig
 from lowlevel.config.schema import DataConfig, LoraConfig, ModelConfig, TrainConfig
 from lowlevel.determinism import FIXED, SMALL, workspace_bytes
 from lowlevel.errors import ConfigError
+from lowlevel.methods.choice import build_method
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.sft import SFT
 from lowlevel.model import dequantised
@@ -37,7 +38,6 @@ from lowlevel.model.memory import (
 )
 from lowlevel.model.placement import Placement
 from lowlevel.optim.optimizer import build_optimizer
-from lowlevel.running.assembly import build_method
 from lowlevel.running.rehearsal import components, largest_batch
 
 FP16 = Placement(torch.device("cuda"), "fp16")

@@ -1,0 +1,75 @@
+"""The method and the loss of a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lowlevel.batch.layout import Shape
+from lowlevel.config.schema import RunConfig
+from lowlevel.errors import ConfigError
+from lowlevel.losses import SFT_LOSSES, loss_spec
+from lowlevel.losses.registry import LossSpec, find
+from lowlevel.methods import DPO, GRPO, KTO, PPO, RLOO, SFT, Method, Reward, dpo, reward, sft
+from lowlevel.model.attention_choice import Attention
+
+KINDS: dict[str, Any] = {kind.name: kind for kind in (SFT, DPO, KTO, Reward, GRPO, RLOO, PPO)}
+
+
+def build_method(config: RunConfig, attention: Attention, ranks: int = 1) -> Method:
+    """The method of a configuration. The row of a pair has room for a prompt and two completions.
+
+    For several `ranks`, packed micro-batches come in multiples of their number.
+
+    Attention over spans makes rows of any length cheap, so batches are padded to 16 to 32 shapes, each captured once;
+    1 to 4 % of the positions are padding.
+    """
+    method, packing = _without_shape(config), config.data.packing
+    if not attention.kernel:
+        return method
+    batch, length = method.batch_size, method.row_length
+    examples = batch * config.train.gradient_accumulation_steps if packing else batch
+    capacity = config.train.micro_batch_positions or batch * length
+    granule = min(max(8, capacity // 16 // 8 * 8), 128 if capacity <= 4096 else 256) if packing else 64
+    if run_loss(config).mixes_pairs:
+        examples = ranks = 1  # no dummy pairs: they would take part in the sort; nor other micro-batches
+    return replace(method, shape=Shape(granule, min(8, examples), length, capacity, ranks))
+
+
+def _without_shape(config: RunConfig) -> Method:
+    online_dpo = config.method == "online_dpo"  # its loss is in [dpo], and its pairs are those of dpo
+    kind, own = (DPO, config.dpo) if online_dpo else (KINDS[config.method], config.own)
+    batch, length = config.train.per_device_train_batch_size, config.row_positions
+    columns = {"columns": config.data.columns} if kind in (SFT, DPO, Reward) else {}
+    method: Method = kind(config=own, batch_size=batch, row_length=length, packing=config.data.packing, **columns)
+    return method
+
+
+def run_loss(config: RunConfig) -> LossSpec:
+    """The configured loss. Raises ValueError for an unknown one."""
+    if config.method == "sft":
+        return find(config.sft.loss_type, SFT_LOSSES)
+    return loss_spec(config.dpo.loss_type) if config.method in ("dpo", "online_dpo") else _without_shape(config).spec
+
+
+def check_loss(config: RunConfig) -> None:
+    """Refuse a loss that does not exist, is misused, or fails on a trial batch. Raises ConfigError."""
+    try:
+        if config.method == "sft":
+            sft.check_loss(config.sft, config.data.columns)
+        elif config.method == "dpo":
+            dpo.check_loss(config.dpo, config.data.columns)
+        elif config.method == "reward":
+            reward.check_columns(config.data.columns)
+    except ValueError as error:
+        raise ConfigError(f"[{config.method}]: {error}") from None
+    if config.train.memory_budget is not None and run_loss(config).mixes_pairs:
+        raise ConfigError(mixed_by_a_budget(config))
+
+
+def mixed_by_a_budget(config: RunConfig) -> str:
+    """The error for train.memory_budget with a loss that sorts the pairs of a micro-batch."""
+    return (
+        f'train.memory_budget chooses the micro-batches, and loss_type = "{config.dpo.loss_type}" compares the pairs '
+        "of each, so the loss would change; set train.micro_batch_positions instead"
+    )
