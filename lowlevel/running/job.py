@@ -31,9 +31,9 @@ from lowlevel.optim.train_state import TrainState
 from lowlevel.ranks import ALONE, Ranks
 from lowlevel.reference_cache import CachedReference, reference_identity, with_blanks, with_content
 from lowlevel.running.assembly import Inputs, build_run_policy, choose_execution, identity
+from lowlevel.running.machine import versions
 from lowlevel.running.progress import lines_to
 from lowlevel.running.rehearsal import largest_batch, rehearse
-from lowlevel.running.resuming import versions
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.tracing import Tracer
 

@@ -6,14 +6,11 @@ and prints a note.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lowlevel.batch.order import DataOrder
 from lowlevel.checkpoints.training_state import checkpoint_with_reference, restore_reference
@@ -27,15 +24,15 @@ from lowlevel.methods.choice import build_method, run_loss
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.model.attention_choice import Attention, choose_attention
 from lowlevel.model.base import load_model_config, policy_sha256
-from lowlevel.model.placement import DTYPES, Placement, choose_placement, dtype_name
+from lowlevel.model.placement import Placement, dtype_name
 from lowlevel.model.policy import Policy
 from lowlevel.online import rollouts
 from lowlevel.running.adapter_sources import find_adapter
 from lowlevel.running.assembly import Inputs, load_policy, load_run_tokenizer, prepare_data
+from lowlevel.running.machine import ENVIRONMENT, placement_here
 from lowlevel.running.run_folder import RunFolder
 
 Note = Callable[[str], None]
-ENVIRONMENT = "environment.json"
 NAMED = {"base", "parent_adapter", "data_sha256"}  # required keys of a manifest
 
 
@@ -217,7 +214,7 @@ def reopen(
     parent = folder.parent if folder.parent.exists() else None
     if manifest["parent_adapter"] and parent is None:
         raise CheckpointError(f"{folder.parent} is missing: the frozen adapter of this run")
-    placement, moved, elsewhere = _placement(folder, config, base["dtype"])
+    placement, moved, elsewhere = placement_here(folder, config, base["dtype"])
     attention = choose_attention(config.model, load_model_config(config.model), placement)
     return Reopened(folder, config, manifest, placement, moved, elsewhere, attention, parent, note)
 
@@ -274,43 +271,6 @@ def kept_rollouts(config: RunConfig, run_dir: Path | None, step: int) -> list[ro
         raise ConfigError(f"{config.method} trains on completions that a run samples: give its run folder")
     repeats = config.sampled.num_iterations if config.sampled else 1
     return rollouts.KeptRollouts(run_dir).read((step - 1) // repeats * repeats + 1)
-
-
-def _placement(folder: RunFolder, config: RunConfig, dtype: str) -> tuple[Placement, str | None, bool | None]:
-    """Placement, `moved` and `elsewhere` of `Reopened`. If the run's device is unknown, its base must be the same."""
-    was = _environment(folder, dtype)
-    device, precision, threads, ranks = was or ("a device that environment.json does not name", None, None, 1)
-    try:
-        placement = choose_placement(precision if precision in DTYPES else config.train.precision)
-    except ConfigError:
-        placement = choose_placement("auto")
-    on_gpu, own_threads = placement.device.type == "cuda", torch.get_num_threads()
-    here = torch.cuda.get_device_name() if on_gpu else "cpu"
-    if (device, precision) != (here, placement.precision):
-        moved = f"the run computed in {precision} on {device}, this is {placement.precision} on {here}"
-        return placement, moved, device != here if was else None
-    if ranks > 1:
-        return placement, f"the run added on {ranks} GPUs, in another order", False
-    if on_gpu and not (config.train.deterministic or torch.are_deterministic_algorithms_enabled()):
-        return placement, "a GPU sums in varying order, unless the run has train.deterministic = true", False
-    if not on_gpu and threads not in (None, own_threads):
-        return placement, f"the run computed with {threads} threads, this is {own_threads}", True
-    return placement, None, False
-
-
-def _environment(folder: RunFolder, dtype: str) -> tuple[str, str, int | None, int] | None:
-    """Device, precision, threads and number of GPUs (or processes) of the run; None if they cannot be read or do not
-    fit the manifest's `dtype`.
-    """
-    try:
-        was = json.loads((folder.path / ENVIRONMENT).read_text(encoding="utf-8"))
-        device, precision, threads, ranks = was["device"], was["precision"], was.get("threads"), was.get("ranks", 1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    typed = isinstance(device, str) and isinstance(precision, str) and isinstance(threads, int | None)
-    typed = typed and isinstance(ranks, int)
-    fits = typed and (precision not in DTYPES or dtype_name(DTYPES[precision]) == dtype)
-    return (device, precision, threads, ranks) if fits else None
 
 
 def _without_backward(config: RunConfig) -> RunConfig:

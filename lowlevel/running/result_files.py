@@ -19,7 +19,8 @@ from lowlevel.model.adapters import ADAPTER_CONFIG
 from lowlevel.model.base import base_location, public_name
 from lowlevel.model.quantisation import double_quantisation
 from lowlevel.redaction import REDACTED, redact
-from lowlevel.running.run_folder import LIBRARIES, RunFolder
+from lowlevel.running.machine import LIBRARIES
+from lowlevel.running.run_folder import RunFolder
 
 Kind = Literal["adapter", "stacked", "merged", "full"]
 METHODS = {

@@ -18,16 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lowlevel.checkpoints.row_digests import SPLITS, describe_change
 from lowlevel.config.file import to_tables
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import PreparedData
 from lowlevel.durable import write_json
 from lowlevel.errors import CheckpointError, ConfigError, DataError
-from lowlevel.model.placement import Placement
-from lowlevel.running.run_folder import RunFolder, own_versions
+from lowlevel.running.run_folder import RunFolder
 
 CHANGES = "changes.json"
 Change = dict[str, Any]
@@ -69,13 +66,6 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.key}: {self.then!r} (checkpoint) != {self.now!r} (now)"
-
-
-def versions(placement: Placement) -> dict[str, str | None]:
-    """Versions of software and GPU; "cuda" and "gpu" are None on a CPU."""
-    on_gpu = placement.device.type == "cuda"
-    cuda, gpu = (torch.version.cuda, torch.cuda.get_device_name()) if on_gpu else (None, None)
-    return {**own_versions(), "cuda": cuda, "gpu": gpu}
 
 
 def differences(

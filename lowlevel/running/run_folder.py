@@ -24,27 +24,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import platform
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from lowlevel.batch.order import ORDER_VERSION
 from lowlevel.checkpoints.checkpoint import checkpoints, newest_good, newest_verified, step_of
 from lowlevel.config.file import config_from_tables, to_tables
 from lowlevel.config.schema import RunConfig
 from lowlevel.durable import append_line, sync, write_json, write_text
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.files import SHOWN, folders_with, read_json_object
-from lowlevel.version import __version__
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "numpy")
 TENSORBOARD, TRACKER_ID = "tensorboard", "tracker_id.txt"  # running/trackers.py
 OWN_BASE = "./base"  # model.name in config.toml if the base is in the run folder, which may be moved
 INSPECTED = "lowlevel inspect"  # in every page of that command
@@ -228,15 +223,3 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return record if isinstance(record["step"], int) else None
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def environment(device: dict[str, Any]) -> dict[str, Any]:
-    """Versions and machine, for environment.json; no paths, names or variables of the user."""
-    system = f"{platform.system()} {platform.machine()}"
-    return {**own_versions(), "system": system, "order_version": ORDER_VERSION, **device}
-
-
-def own_versions() -> dict[str, str]:
-    """Versions of lowlevel, Python and the libraries that compute."""
-    libraries = {name: version(name) for name in LIBRARIES}
-    return {"lowlevel": __version__, "python": platform.python_version(), **libraries}

@@ -30,23 +30,19 @@ from lowlevel.optim.train_state import TrainState
 from lowlevel.ranks import ALONE, Ranks
 from lowlevel.running.assembly import Inputs
 from lowlevel.running.job import Job
+from lowlevel.running.machine import ENVIRONMENT, environment
 from lowlevel.running.plots import plot_loss
 from lowlevel.running.result_files import complete_result
-from lowlevel.running.run_folder import RunFolder, environment
+from lowlevel.running.run_folder import RunFolder
 
 NEARLY_ALL = 0.95  # share of weights in 4 bits below which a note is printed; norms and routers stay in 16 bits
 
 
 def write_start(folder: RunFolder, job: Job, step: int) -> None:
     """Write the files that describe a run: before its first step, and again after --allow-change."""
-    config, inputs, precision = job.config, job.inputs, job.inputs.placement.precision
-    device: dict[str, Any] = {"device": "cpu", "threads": torch.get_num_threads(), "precision": precision}
-    if inputs.placement.device.type == "cuda":
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        device |= {"device": torch.cuda.get_device_name(), "compute_capability": capability, "cuda": torch.version.cuda}
-    device |= {"ranks": job.ranks.size} if job.ranks.size > 1 else {}
+    config, inputs = job.config, job.inputs
     folder.write_config(config)
-    write_json(folder.path / "environment.json", environment(device))
+    write_json(folder.path / ENVIRONMENT, environment(inputs.placement, job.ranks.size))
     write_json(folder.path / "data_report.json", inputs.data.report.to_json())
     write_row_digests(folder.path, inputs.data)
     write_json(folder.path / "manifest.json", job.manifest)
