@@ -22,31 +22,11 @@ if TYPE_CHECKING:
     from lowlevel.run import Run
     from lowlevel.running.callbacks import Callback
 
-# fmt: off (type checkers read only a plain list)
 __all__ = [
-    "Callback",
-    "LowlevelError",
-    "PairLogps",
-    "Run",
-    "RunConfig",
-    "TokenLogps",
-    "configure",
-    "dpo",
-    "dpo_loss",
-    "grpo",
-    "kto",
-    "loss",
-    "masked_cross_entropy",
-    "online_dpo",
-    "ppo",
-    "reward",
-    "rloo",
-    "sft",
-    "steps",
-    "token_logps",
+    "Callback", "LowlevelError", "PairLogps", "Run", "RunConfig", "TokenLogps", "configure", "dpo", "dpo_loss", "grpo",
+    "kto", "loss", "masked_cross_entropy", "online_dpo", "ppo", "reward", "rloo", "sft", "steps", "token_logps",
     "train",
-]
-# fmt: on
+]  # fmt: skip
 _PLACES = {
     "lowlevel.running.callbacks": ("Callback",),
     "lowlevel.errors": ("LowlevelError",),

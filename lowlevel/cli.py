@@ -40,13 +40,8 @@ EXIT_CODES = (
 infinite, 6 out of memory, 130/143 interrupted and saved"
 )
 LONG_DASH = re.compile("[\u2013\u2014\u2212]+-?(?=[a-z]+[.][a-z])")  # what editors and web pages make of two hyphens
-NAMES = (
-    "demo",
-    "doctor",
-    *METHODS,
-    *"data losses plan time memory merge export generate annotate score compare".split(),
-)
-NAMES += ("eval", "judge", "inspect", "verify", "report", "replay")
+NAMES = ["demo", "doctor", *METHODS, *"data losses plan time memory merge export generate annotate score".split()]
+NAMES += "compare eval judge inspect verify report replay".split()
 COMMANDS = {name: import_module(f"lowlevel.commands.{'train' if name in METHODS else name}") for name in NAMES}
 
 

@@ -111,12 +111,11 @@ class Run:
             system: a system message before it.
             **sampling: max_new_tokens=256, temperature=0.0 (the likeliest token), seed=0.
         """
-        from lowlevel.running.replies import generate_replies
+        from lowlevel.running.replies import generate_replies, question
         from lowlevel.sampling import Sampling
 
         sampler, tokenizer = self._for_replies
-        system_message = [{"role": "system", "content": system}] if system is not None else []
-        ids = tokenizer.encode_prompt([*system_message, {"role": "user", "content": prompt}])
+        ids = tokenizer.encode_prompt(question(prompt, system))
         return generate_replies(sampler, tokenizer, [ids], Sampling(**sampling))[0].text
 
     @cached_property
@@ -154,5 +153,4 @@ class Run:
         """
         from lowlevel.running.result_files import push_to_hub
 
-        result = self.folder.stacked if self.folder.stacked.exists() else self.folder.adapter
-        return push_to_hub(result, repo_id, **options)
+        return push_to_hub(self.path, repo_id, **options)

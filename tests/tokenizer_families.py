@@ -7,7 +7,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
-from lowlevel.data.rendering import ChatTokenizer, chat_tokenizer
+from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.data.tokenizer import chat_tokenizer
 
 CORPUS = [
     "There are three ways to say it. The user asks, the assistant answers: yes, no, or nothing at all.\n\n",

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from lowlevel.annotation.pairs import Message, Pair
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.data.sources import Row, RowProblem, data_error, read_source
+from lowlevel.data.rows import Row, RowProblem, data_error
+from lowlevel.data.sources import read_source
 from lowlevel.data.templates import RenderError
 from lowlevel.data.texts import BadRow, is_blank, is_filled, text_of
 from lowlevel.data.turns import message, turns_of, turns_or_none

@@ -14,7 +14,7 @@ from lowlevel.config.schema import DataConfig
 from lowlevel.data.examples import PreferenceExample, PromptExample, SFTExample
 from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import CHANGED, CROSSED, ChatTokenizer, Encoded, EncodedPair
-from lowlevel.data.sources import RowProblem
+from lowlevel.data.rows import RowProblem
 from lowlevel.data.templates import RenderError
 from lowlevel.data.texts import BadRow, is_blank, number_as_text
 from lowlevel.data.truncation import Sizes, sizes_of

@@ -16,7 +16,7 @@ from typing import Literal
 from lowlevel.config.schema import ONLINE
 from lowlevel.data import readers
 from lowlevel.data.readers import ADDED, PAIR, SYSTEM, Read
-from lowlevel.data.sources import Row, SourceRows
+from lowlevel.data.rows import Row, SourceRows
 from lowlevel.data.texts import BadRow, Columns, Message, decoded, is_message, is_transcript, number_as_text
 from lowlevel.data.turns import Turns, refuse_weights
 from lowlevel.errors import ConfigError, DataError, quoted

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from lowlevel.data.formats import LABEL, label_of
 from lowlevel.data.readers import Completion, Completions
-from lowlevel.data.sources import Row
+from lowlevel.data.rows import Row
 from lowlevel.data.texts import WEIGHTS, BadRow, Columns, Message, is_filled, is_weight, value_of
 from lowlevel.data.turns import MASKED, Turns, tools_of
 

@@ -19,7 +19,8 @@ from typing import Any
 from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import DataConfig, Filter
 from lowlevel.data.formats import halves, listed, recognised
-from lowlevel.data.sources import Part, Row, RowProblem, SourceRows, data_error, kind_of, read_source, shuffled
+from lowlevel.data.rows import Part, Row, RowProblem, SourceRows, data_error, kind_of, shuffled
+from lowlevel.data.sources import read_source
 from lowlevel.errors import ConfigError, DataError
 
 

@@ -19,7 +19,7 @@ from lowlevel.data.messages import Normalised, normalise
 from lowlevel.data.mixing import evaluation_rows, training_rows
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.report import DataReport, SplitReport, count_warnings, split_report, tokenizer_report
-from lowlevel.data.sources import Row, RowProblem, SourceRows, data_error
+from lowlevel.data.rows import Row, RowProblem, SourceRows, data_error
 from lowlevel.data.texts import BadRow
 from lowlevel.data.truncation import truncation
 from lowlevel.errors import ConfigError, DataError, quoted

@@ -18,7 +18,7 @@ from lowlevel.data.building import Built, TokenCounts
 from lowlevel.data.examples import Example, PromptExample, SFTExample
 from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import APART, ChatTokenizer
-from lowlevel.data.sources import SHOWN, RowProblem, SourceRows
+from lowlevel.data.rows import SHOWN, RowProblem, SourceRows
 from lowlevel.data.truncation import Truncation
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any
 
-from lowlevel.data.sources import kind_of
+from lowlevel.data.rows import kind_of
 from lowlevel.errors import printable
 from lowlevel.redaction import redact
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowlevel.data.sources import kind_of
+from lowlevel.data.rows import kind_of
 from lowlevel.data.texts import WEIGHTS, BadRow, Columns, Message, decoded, is_blank, is_filled, is_weight, value_of
 from lowlevel.errors import printable, quoted
 from lowlevel.redaction import redact

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import AutoConfig
 
-from lowlevel.data.rendering import load_chat_tokenizer
+from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.durable import replaced_folder
 from lowlevel.errors import ConfigError
 from lowlevel.exporting.gguf_model import check_model, tokenizer_fields, write_gguf

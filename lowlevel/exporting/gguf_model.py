@@ -17,7 +17,8 @@ import numpy as np
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
+from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.errors import ConfigError
 from lowlevel.model.suitability import attention_window
 from lowlevel.model.targets import head_size

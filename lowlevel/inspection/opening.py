@@ -18,7 +18,7 @@ from lowlevel.data.messages import normalise
 from lowlevel.data.mixing import apply_filters, read_parts
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.data.sources import Row
+from lowlevel.data.rows import Row
 from lowlevel.data.texts import BadRow
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.inspection.inspection import Inspection, logged_loss

@@ -16,27 +16,8 @@ from lowlevel.losses.supervised import SFT_LOSSES, SupervisedLoss, TokenLogps
 from lowlevel.losses.token_logps import token_logps, token_logps_reference, token_scores, token_scores_reference
 
 __all__ = [
-    "POLICY_LOSSES",
-    "KTO_LOSSES",
-    "LOSSES",
-    "REWARD_LOSSES",
-    "SFT_LOSSES",
-    "DPOOutput",
-    "LabelledLogps",
-    "LossSums",
-    "PairLogps",
-    "PairRewards",
-    "PreferenceLoss",
-    "SampledLogps",
-    "SupervisedLoss",
-    "TokenLogps",
-    "dpo_loss",
-    "loss",
-    "loss_spec",
-    "masked_cross_entropy",
-    "sequence_logps",
-    "token_logps",
-    "token_logps_reference",
-    "token_scores",
+    "POLICY_LOSSES", "KTO_LOSSES", "LOSSES", "REWARD_LOSSES", "SFT_LOSSES", "DPOOutput", "LabelledLogps", "LossSums",
+    "PairLogps", "PairRewards", "PreferenceLoss", "SampledLogps", "SupervisedLoss", "TokenLogps", "dpo_loss", "loss",
+    "loss_spec", "masked_cross_entropy", "sequence_logps", "token_logps", "token_logps_reference", "token_scores",
     "token_scores_reference",
-]
+]  # fmt: skip

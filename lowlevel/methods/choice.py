@@ -38,7 +38,7 @@ def build_method(config: RunConfig, attention: Attention, ranks: int = 1) -> Met
 
 def _without_shape(config: RunConfig) -> Method:
     online_dpo = config.method == "online_dpo"  # its loss is in [dpo], and its pairs are those of dpo
-    kind, own = (DPO, config.dpo) if online_dpo else (KINDS[config.method], config.own)
+    kind, own = KINDS["dpo" if online_dpo else config.method], config.dpo if online_dpo else config.own
     batch, length = config.train.per_device_train_batch_size, config.row_positions
     columns = {"columns": config.data.columns} if kind in (SFT, DPO, Reward) else {}
     method: Method = kind(config=own, batch_size=batch, row_length=length, packing=config.data.packing, **columns)

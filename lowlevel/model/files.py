@@ -44,6 +44,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_or_empty(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if it is missing (older versions wrote fewer files) or damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def _deeper(value: Any, levels: int) -> bool:
     if not isinstance(value, dict | list):
         return False

@@ -17,13 +17,13 @@ from lowlevel.evaluation.forgetting import forgetting_table
 from lowlevel.evaluation.results import eval_tables
 from lowlevel.evaluation.table import TextTable
 from lowlevel.inspection.pieces import TokenPieces
+from lowlevel.model.files import read_or_empty
 from lowlevel.reporting.displaced import PairTables, look_at_displaced, pair_tables
 from lowlevel.reporting.page import Report, render
 from lowlevel.reporting.series import panels
 from lowlevel.running.assembly import load_run_tokenizer
 from lowlevel.running.plots import plot_panels
 from lowlevel.running.reopening import Reopened, reopen
-from lowlevel.running.result_files import read_or_empty
 from lowlevel.running.run_folder import RunFolder
 
 NO_TRACE = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from lowlevel.batch.order import ORDER_VERSION, DataOrder
 from lowlevel.config.contradictions import DORA, parse_size
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import ModelLimits, PreparedData, prepare
-from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
+from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import working
@@ -26,7 +26,7 @@ from lowlevel.model.adapters import adapter_sha256, is_reward_model, read_adapte
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, load_stored, public_name, resolve_name
 from lowlevel.model.build import build_full_policy, build_policy, check_target_modules, check_trainable
-from lowlevel.model.files import refuse_no_weights
+from lowlevel.model.files import read_or_empty, refuse_no_weights
 from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
 from lowlevel.model.merging import merged_model
 from lowlevel.model.moving_reference import Following
@@ -174,10 +174,7 @@ def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tu
 
 def read_merged_adapter(folder: RunFolder) -> str | None:
     """SHA-256 of the adapter in the merged base of a run folder; None if it cannot be read."""
-    try:
-        return str(json.loads(folder.base_record.read_text(encoding="utf-8"))["merged_adapter"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return read_or_empty(folder.base_record).get("merged_adapter")
 
 
 def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:

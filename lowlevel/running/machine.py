@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from lowlevel.batch.order import ORDER_VERSION
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
+from lowlevel.model.files import read_or_empty
 from lowlevel.model.placement import DTYPES, Placement, choose_placement, dtype_name
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.version import __version__
@@ -70,12 +70,9 @@ def _environment(folder: RunFolder, dtype: str) -> tuple[str, str, int | None, i
     """Device, precision, threads and number of GPUs (or processes) of the run; None if they cannot be read or do not
     fit the manifest's `dtype`.
     """
-    try:
-        was = json.loads((folder.path / ENVIRONMENT).read_text(encoding="utf-8"))
-        device, precision, threads, ranks = was["device"], was["precision"], was.get("threads"), was.get("ranks", 1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    was = read_or_empty(folder.path / ENVIRONMENT)
+    device, precision, threads, ranks = was.get("device"), was.get("precision"), was.get("threads"), was.get("ranks", 1)
+    if not (isinstance(device, str) and isinstance(precision, str) and isinstance(threads, int | None)):
         return None
-    typed = isinstance(device, str) and isinstance(precision, str) and isinstance(threads, int | None)
-    typed = typed and isinstance(ranks, int)
-    fits = typed and (precision not in DTYPES or dtype_name(DTYPES[precision]) == dtype)
-    return (device, precision, threads, ranks) if fits else None
+    fits = precision not in DTYPES or dtype_name(DTYPES[precision]) == dtype
+    return (device, precision, threads, ranks) if fits and isinstance(ranks, int) else None

@@ -12,7 +12,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TextStreamer
 
 from lowlevel.config.schema import LoraConfig, ModelConfig
-from lowlevel.data.rendering import ChatTokenizer, load_chat_tokenizer
+from lowlevel.data.rendering import ChatTokenizer
+from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.errors import ConfigError
 from lowlevel.model.adapters import ADAPTER_CONFIG, is_reward_model, read_adapter_config
 from lowlevel.model.attention_choice import MASKED
@@ -35,11 +36,16 @@ class Reply:
     ended: bool
 
 
+def question(prompt: str, system: str | None) -> list[dict[str, str]]:
+    """The messages of a prompt: what the user says, after a system message if there is one."""
+    said = {"system": system, "user": prompt}
+    return [{"role": role, "content": text} for role, text in said.items() if text is not None]
+
+
 def stream_reply(model_dir: Path, prompt: str, system: str | None, sampling: Sampling) -> None:
     """Load DIR and stream its reply to one user message to standard output, which gets nothing else."""
     sampler, tokenizer = load_for_replies(model_dir, lambda line: print(line, file=sys.stderr))
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    ids = tokenizer.encode_prompt([*messages, {"role": "user", "content": prompt}])
+    ids = tokenizer.encode_prompt(question(prompt, system))
     streamer = TextStreamer(tokenizer.tokenizer, skip_special_tokens=True)
     sampler.sample([ids], sampling, watch=lambda _, tokens: streamer.put(torch.tensor(tokens)))
     streamer.end()
@@ -60,8 +66,7 @@ def sample_best(
 
     check_reward_run(reward_dir)
     sampler, tokenizer = load_for_replies(model_dir, note)
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": prompt})
+    messages = question(prompt, system)
     replies = generate_replies(sampler, tokenizer, [tokenizer.encode_prompt(messages)], sampling, samples=number)
     del sampler  # the reward model needs its memory
     return best_of(load_reward_run(reward_dir, note), messages, [reply.text for reply in replies])

@@ -17,6 +17,7 @@ from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.errors import CheckpointError, ConfigError, one_line
 from lowlevel.model.adapters import ADAPTER_CONFIG
 from lowlevel.model.base import base_location, public_name
+from lowlevel.model.files import read_or_empty
 from lowlevel.model.quantisation import double_quantisation
 from lowlevel.redaction import REDACTED, redact
 from lowlevel.running.machine import LIBRARIES
@@ -203,14 +204,6 @@ def _loading(config: RunConfig, manifest: dict[str, Any], kind: Kind, folder: st
         more = ", BitsAndBytesConfig" if config.model.load_in_4bit else ""
         return REWARDS.format(imports=more, folder=folder, base=base_location(config.model.name), arguments=arguments)
     return LOADING.format(imports=imports, folder=folder, loader="AutoPeftModelForCausalLM", arguments=arguments)
-
-
-def read_or_empty(path: Path) -> dict[str, Any]:
-    """A JSON file of the run; empty if it is missing (older versions) or damaged."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 # Weights, tokenizer, settings and card; not optimizer.safetensors, logs, traces or other files.

@@ -38,7 +38,7 @@ from lowlevel.config.file import config_from_tables, to_tables
 from lowlevel.config.schema import RunConfig
 from lowlevel.durable import append_line, sync, write_json, write_text
 from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.model.files import SHOWN, folders_with, read_json_object
+from lowlevel.model.files import SHOWN, folders_with, read_json_object, read_or_empty
 
 TENSORBOARD, TRACKER_ID = "tensorboard", "tracker_id.txt"  # running/trackers.py
 OWN_BASE = "./base"  # model.name in config.toml if the base is in the run folder, which may be moved
@@ -168,10 +168,7 @@ class RunFolder:
 
     def read_state(self) -> str | None:
         """The state in run-status.json; None if it cannot be read."""
-        try:
-            return str(json.loads((self.path / "run-status.json").read_text(encoding="utf-8"))["state"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return read_or_empty(self.path / "run-status.json").get("state")
 
     def write_end(self, state: str, exit_code: int, error: str) -> None:
         """Write the status of a run that an error ended, if the run wrote any file."""

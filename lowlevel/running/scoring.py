@@ -22,7 +22,8 @@ from lowlevel.data.building import truncate_pair
 from lowlevel.data.formats import recognised
 from lowlevel.data.messages import Normalised
 from lowlevel.data.prepare import normalised_rows
-from lowlevel.data.sources import RowProblem, data_error, read_source
+from lowlevel.data.rows import RowProblem, data_error
+from lowlevel.data.sources import read_source
 from lowlevel.data.templates import RenderError
 from lowlevel.errors import ConfigError
 from lowlevel.losses.reward import calibration, ranked

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from workspace import metrics
 
 from lowlevel.config.schema import ModelConfig
-from lowlevel.data.rendering import UNUSED_TEMPLATE, load_chat_tokenizer
+from lowlevel.data.tokenizer import UNUSED_TEMPLATE, load_chat_tokenizer
 from lowlevel.errors import ConfigError
 from lowlevel.model.base import load_base, load_model_config
 

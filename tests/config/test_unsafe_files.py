@@ -15,7 +15,7 @@ from workspace import make_workspace, run
 
 from lowlevel.checkpoints.checkpoint import save_checkpoint, verify
 from lowlevel.config.schema import ModelConfig
-from lowlevel.data.rendering import chat_tokenizer
+from lowlevel.data.tokenizer import chat_tokenizer
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.adapters import ADAPTER_CONFIG, WEIGHTS, read_adapter_config, read_adapter_weights
 from lowlevel.model.base import empty_model, load_base, load_model_config

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lowlevel.config.schema import DataConfig, RunConfig
 from lowlevel.data.prepare import ModelLimits, prepare
-from lowlevel.data.rendering import chat_tokenizer
+from lowlevel.data.tokenizer import chat_tokenizer
 
 # as published with TinyLlama/TinyLlama-1.1B-Chat-v1.0
 TINYLLAMA = """{% for message in messages %}

@@ -8,7 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lowlevel.data.sources import data_error, read_source
+from lowlevel.data.rows import data_error
+from lowlevel.data.sources import read_source
 from lowlevel.errors import ConfigError, DataError
 
 ROWS = [{"prompt": f"café {i}", "completion": "ok"} for i in range(4)]

@@ -6,10 +6,10 @@ import pytest
 
 from lowlevel.data.formats import recognised
 from lowlevel.data.messages import normalise
-from lowlevel.data.rendering import chat_tokenizer
 from lowlevel.data.report import DOUBLE_END
-from lowlevel.data.sources import Row, SourceRows
+from lowlevel.data.rows import Row, SourceRows
 from lowlevel.data.texts import BadRow
+from lowlevel.data.tokenizer import chat_tokenizer
 from lowlevel.data.turns import DECODED, MASKED
 from lowlevel.errors import DataError
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lowlevel.data.rendering import TOOLS_LEFT_OUT, chat_tokenizer
+from lowlevel.data.rendering import TOOLS_LEFT_OUT
+from lowlevel.data.tokenizer import chat_tokenizer
 from lowlevel.errors import ConfigError, DataError
 
 

@@ -12,8 +12,8 @@ from lowlevel.config.schema import DataConfig, RunConfig
 from lowlevel.data.building import truncate_pair
 from lowlevel.data.messages import normalise
 from lowlevel.data.prepare import ModelLimits, prepare
-from lowlevel.data.rendering import chat_tokenizer
 from lowlevel.data.report import render_report, show_example
+from lowlevel.data.tokenizer import chat_tokenizer
 from lowlevel.data.truncation import kept_tokens, truncation
 from lowlevel.errors import ConfigError
 

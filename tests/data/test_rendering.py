@@ -8,9 +8,10 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from lowlevel.config.schema import DataConfig
-from lowlevel.data.rendering import APART, CHANGED, CROSSED, chat_tokenizer, load_chat_tokenizer
+from lowlevel.data.rendering import APART, CHANGED, CROSSED
 from lowlevel.data.report import not_learned, tokenizer_report
 from lowlevel.data.templates import RenderError
+from lowlevel.data.tokenizer import chat_tokenizer, load_chat_tokenizer
 from lowlevel.errors import ConfigError
 from lowlevel.verification.masking import expected_sequences, truncated
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lowlevel.config.file import load_config
 from lowlevel.config.schema import Filter
 from lowlevel.data.mixing import apply_filters
-from lowlevel.data.sources import Row, SourceRows, data_error, read_source, shuffled
+from lowlevel.data.rows import Row, SourceRows, data_error, shuffled
+from lowlevel.data.sources import read_source
 from lowlevel.errors import ConfigError, DataError, LowlevelError
 
 GOOD = b'{"a": 1}\n'

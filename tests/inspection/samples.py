@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from workspace import CHATS, PAIRS, Workspace, run
 
 from lowlevel.data.examples import PreferenceExample, SFTExample
-from lowlevel.data.rendering import chat_tokenizer
+from lowlevel.data.tokenizer import chat_tokenizer
 from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.records import inspect_pairs, inspect_sequences

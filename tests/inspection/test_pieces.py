@@ -6,7 +6,7 @@ from samples import FIRST_HOSTILE, HOSTILE, byte_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from lowlevel.data.rendering import chat_tokenizer, load_chat_tokenizer
+from lowlevel.data.tokenizer import chat_tokenizer, load_chat_tokenizer
 from lowlevel.inspection.pieces import TokenPieces, breaks_line, visible
 
 

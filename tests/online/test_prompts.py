@@ -6,7 +6,7 @@ import pytest
 
 from lowlevel.config.file import config_from_tables
 from lowlevel.data.prepare import ModelLimits, prepare
-from lowlevel.data.rendering import load_chat_tokenizer
+from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.model.base import resolve_name
 
 ASKED = [{"role": "user", "content": "What is 2 + 3?"}]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from workspace import CHATS, PAIRS, metrics, run
 
 import lowlevel.running.job
-from lowlevel.data.rendering import load_chat_tokenizer
+from lowlevel.data.tokenizer import load_chat_tokenizer
 
 BAD = 3  # the only held-out row that has the letter whose embedding is damaged
 EARLY = {"save_steps": 1, "logging_steps": 1, "eval_steps": 1, "early_stopping_patience": 2}

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from workspace import CHATS, PAIRS, run
 
-from lowlevel.data.rendering import load_chat_tokenizer
+from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.model.policy import Policy
 from lowlevel.running import forensics
 

@@ -10,7 +10,8 @@ import torch
 from lowlevel.errors import NonFiniteError
 from lowlevel.losses.sums import LossSums
 from lowlevel.optim.loss_scale import LossScale
-from lowlevel.running.forensics import examine_error, explained, write_failure
+from lowlevel.running.failure import write_failure
+from lowlevel.running.forensics import examine_error, explained
 
 LAYER = "model.layers.1"
 
