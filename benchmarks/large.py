@@ -28,7 +28,8 @@ from benchmarks.meter import GIB, limit_memory, machine, synchronize
 from benchmarks.runner import commit
 from benchmarks.workload import LENGTHS, SHAPES, llama_config
 from lowlevel.config.contradictions import parse_size
-from lowlevel.config.schema import DataConfig, RunConfig, TrainConfig
+from lowlevel.config.data import DataConfig
+from lowlevel.config.schema import RunConfig, TrainConfig
 from lowlevel.execution import WithFallback
 from lowlevel.loop import optimizer_step
 from lowlevel.methods.choice import build_method

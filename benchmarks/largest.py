@@ -26,7 +26,8 @@ from transformers import LlamaConfig
 
 from benchmarks.meter import limit_memory, machine, synchronize
 from benchmarks.runner import commit
-from lowlevel.config.schema import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from lowlevel.config.data import DataConfig
+from lowlevel.config.schema import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from lowlevel.execution import WithFallback
 from lowlevel.loop import optimizer_step
 from lowlevel.methods.choice import build_method

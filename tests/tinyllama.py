@@ -2,7 +2,8 @@
 
 import json
 
-from lowlevel.config.schema import DataConfig, LoraConfig, RunConfig, TrainConfig
+from lowlevel.config.data import DataConfig
+from lowlevel.config.schema import LoraConfig, RunConfig, TrainConfig
 from lowlevel.model.memory import AdapterSize
 
 RECIPE = AdapterSize(64, LoraConfig().target_modules)

@@ -7,10 +7,21 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from lowlevel.commands.common import Options, Overrides, Parser
+from lowlevel.commands.loss_at_point import (
+    EXO_SMOOTHING,
+    LENGTHS,
+    LOGPS,
+    LossAtPoint,
+    evaluate,
+    flag,
+    path_of,
+    read_point,
+    used_by,
+)
 from lowlevel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,9 +29,6 @@ if TYPE_CHECKING:
 
     from lowlevel.losses.registry import LossSpec
 
-# One pair: log-probabilities in nats, summed over a completion's tokens, and the tokens in each.
-LOGPS = {"chosen": -10.0, "rejected": -12.0, "ref_chosen": -11.0, "ref_rejected": -11.5}
-LENGTHS = {"chosen_length": 4, "rejected_length": 5}
 NUMBERS = {
     "chosen": "log-probability of the chosen completion under the policy (default: -10)",
     "rejected": "of the rejected completion (default: -12)",
@@ -45,7 +53,6 @@ NUMBERS = {
 SHORT = {"desirable_weight": "wD", "undesirable_weight": "wU", "center_rewards_coefficient": "c"}  # as in formulas
 SETTINGS = tuple(NUMBERS)[tuple(NUMBERS).index("beta") :]
 SAMPLED = "sampled completions"
-EXO_SMOOTHING = 0.001  # exo_pair takes log(label_smoothing), so the usual default 0 is invalid
 HEADINGS = ("at\nmargin", "value", "dL/d\nchosen", "dL/d\nrejected", "dL/d ref\nchosen", "dL/d ref\nrejected")
 CONVENTIONS = (
     "y+ chosen, y- rejected completion; pi policy, ref reference; log natural, summed over a completion's tokens; "
@@ -59,7 +66,7 @@ CONVENTIONS = (
 def add_arguments(parser: Parser) -> None:
     parser.set_defaults(output_is_result=True)
     for name, text in NUMBERS.items():  # as text: `_number` checks them, with one line per error
-        parser.add_argument(_flag(name), metavar="NUMBER", help=text)
+        parser.add_argument(flag(name), metavar="NUMBER", help=text)
     parser.add_argument(
         "--loss", metavar="NAME", help="only this loss, with every digit; an option that it does not use is an error"
     )
@@ -75,7 +82,7 @@ def run(options: Options, overrides: Overrides) -> None:
     beta = given.get("beta", 0.1)
     settings = {key: given[key] for key in SETTINGS if key in given}
     if options.loss is None:
-        rows = [evaluate(loss, point, _used_by(loss, settings)) for loss in LOSSES]
+        rows = [evaluate(loss, point, used_by(loss, settings)) for loss in LOSSES]
     else:
         for needs, specs in _others().items():
             if spec := specs.get(options.loss):
@@ -102,119 +109,6 @@ def run(options: Options, overrides: Overrides) -> None:
         print_detail(rows[0], console)
     for line in CONVENTIONS:
         console.print(line, style="dim", markup=False)
-
-
-@dataclass(frozen=True)
-class LossAtPoint:
-    """A loss and its derivatives at one pair, in float64.
-
-    margin: beta (a - b), of simpo and orpo beta (a/n+ - b/n-). slope: d loss / d margin while the chosen reward rises
-        and the rejected one falls by as much.
-    """
-
-    name: str
-    formula: str
-    paper: str
-    parameters: dict[str, float]
-    margin: float
-    loss: float
-    gradients: dict[str, float]
-    slope: float
-
-
-def read_point(given: Mapping[str, float]) -> dict[str, float]:
-    """The pair that the flags describe.
-
-    Raises ConfigError: a log-probability above 0, or a length that is not a whole number from 1.
-    """
-    for key, value in given.items():
-        if key in LOGPS and value > 0:
-            raise ConfigError(f"{_flag(key)} is a log-probability and cannot be above 0, got {value:g}")
-        if key in LENGTHS and not (value.is_integer() and 1 <= value < 2**31):
-            raise ConfigError(f"{_flag(key)} is a number of tokens: expected a whole number >= 1, got {value:g}")
-    lengths = {key: int(given.get(key, default)) for key, default in LENGTHS.items()}
-    logps = {key: given.get(key, default) for key, default in LOGPS.items()}
-    squares = given.get("log_square_sum", -0.3)
-    if squares > 0:
-        raise ConfigError(f"--log-square-sum is the logarithm of at most 1 and cannot be above 0, got {squares:g}")
-    return {**logps, **lengths, "margin": given.get("margin", 1.0), "log_square_sum": squares}
-
-
-def _used_by(loss: str, settings: Mapping[str, float]) -> dict[str, float]:
-    """The settings that a loss reads; label_smoothing 0 counts as not given, as in training."""
-    from lowlevel.losses import loss_spec
-
-    given = {key: value for key, value in settings.items() if key != "label_smoothing" or value != 0}
-    return {key: value for key, value in given.items() if key in loss_spec(loss).parameters}
-
-
-def evaluate(name: str, point: Mapping[str, float], settings: Mapping[str, float]) -> LossAtPoint:
-    """The loss at a point as training computes it, and its derivatives by autograd.
-
-    Raises ConfigError: an unknown loss, a wrong hyper-parameter, or a result that float64 cannot hold.
-    """
-    import torch
-
-    from lowlevel.losses import PairLogps, PreferenceLoss
-    from lowlevel.losses.dpo import reward_counts
-
-    logps = [torch.tensor([point[key]], dtype=torch.float64, requires_grad=True) for key in LOGPS]
-    lengths = torch.tensor([point[key] for key in LENGTHS])
-    tokens = [(torch.cat(sums) / lengths).repeat_interleave(lengths) for sums in (logps[:2], logps[2:])]
-    values = {"margin": torch.tensor([point["margin"]], dtype=torch.float64)}
-    chosen_length, rejected_length = lengths.split(1)
-    ids = torch.arange(2).repeat_interleave(lengths)
-    statistics = {"log_square_sum": torch.full_like(tokens[0], point["log_square_sum"])}
-    pairs = PairLogps(logps[0], logps[1], logps[2], logps[3], chosen_length, rejected_length, tokens[0], tokens[1],
-                      ids, values=values, statistics=statistics)  # fmt: skip
-    try:
-        parameters = {**_defaults(name), **settings}
-        loss = PreferenceLoss.of(name, **parameters)
-        if loss.spec.reference_free:
-            zero = torch.zeros(1, dtype=torch.float64)
-            pairs = replace(pairs, ref_chosen_logps=zero, ref_rejected_logps=zero)
-        output = loss(pairs)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    found = torch.autograd.grad(output.losses.sum(), logps, allow_unused=True)
-    gradients = {key: 0.0 if one is None else one.item() for key, one in zip(LOGPS, found, strict=True)}
-    counts = (count.item() for count in reward_counts(loss.spec, pairs))
-    slope = (gradients["chosen"] * next(counts) - gradients["rejected"] * next(counts)) / (2 * loss.beta)
-    margin, value = output.margins.item(), output.losses.item()
-    if not all(map(math.isfinite, (margin, value, slope, *gradients.values()))):
-        raise ConfigError(f"{name} is beyond what float64 holds at {dict(point)}, {parameters}")
-    return LossAtPoint(name, loss.spec.formula, loss.spec.paper, parameters, margin, value, gradients, slope)
-
-
-def _defaults(name: str) -> dict[str, float]:
-    """The hyper-parameters that a loss reads, with their defaults. Raises ValueError for an unknown loss."""
-    from inspect import signature
-
-    from lowlevel.losses import loss_spec
-    from lowlevel.losses.dpo import BETA, BETAS, HYPERPARAMETERS
-
-    spec = loss_spec(name)
-    found = {key: one.default for key, one in HYPERPARAMETERS.items()}
-    found |= {"beta": BETAS.get(name, BETA), "label_smoothing": EXO_SMOOTHING if name == "exo_pair" else 0.0}
-    if spec.own:
-        found |= {key: one.default for key, one in signature(spec.function).parameters.items()}
-    return {key: found[key] for key in spec.parameters}
-
-
-def path_of(point: Mapping[str, float], beta: float) -> dict[str, float]:
-    """From four log-probabilities to sigma(-margin), the weight of the pair in DPO's gradient."""
-    import torch
-
-    a, b = point["chosen"] - point["ref_chosen"], point["rejected"] - point["ref_rejected"]
-    margin = beta * a - beta * b
-    return {
-        "chosen_logratio": a,
-        "rejected_logratio": b,
-        "chosen_reward": beta * a,
-        "rejected_reward": beta * b,
-        "margin": margin,
-        "sigmoid_of_minus_margin": torch.sigmoid(torch.tensor(-margin, dtype=torch.float64)).item(),
-    }
 
 
 def print_path(point: Mapping[str, float], beta: float, given: Mapping[str, float], console: Console) -> None:
@@ -328,9 +222,5 @@ def _number(key: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ConfigError(f"{_flag(key)} must be a finite number, got {text!r}")
+        raise ConfigError(f"{flag(key)} must be a finite number, got {text!r}")
     return value
-
-
-def _flag(key: str) -> str:
-    return f"--{key.replace('_', '-')}"

@@ -14,6 +14,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from lowlevel.config.contradictions import ADAPTER_SHAPE, UNREAD, contradictions, empty_texts, secrets_in
+from lowlevel.config.data import DataSource, Filter
 from lowlevel.config.given import Source
 from lowlevel.config.offline import DPOConfig
 from lowlevel.config.schema import (
@@ -22,8 +23,6 @@ from lowlevel.config.schema import (
     METHOD_DEFAULTS,
     METHODS,
     SECTIONS,
-    DataSource,
-    Filter,
     RunConfig,
     other_section,
     sections_of,

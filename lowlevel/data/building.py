@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lowlevel.config.schema import DataConfig
+from lowlevel.config.data import DataConfig
 from lowlevel.data.examples import PreferenceExample, PromptExample, SFTExample
 from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import CHANGED, CROSSED, ChatTokenizer, Encoded, EncodedPair

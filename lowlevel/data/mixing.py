@@ -16,8 +16,8 @@ from math import inf, lcm
 from pathlib import Path
 from typing import Any
 
+from lowlevel.config.data import DataConfig, Filter
 from lowlevel.config.given import GivenRows
-from lowlevel.config.schema import DataConfig, Filter
 from lowlevel.data.formats import halves, listed, recognised
 from lowlevel.data.rows import Part, Row, RowProblem, SourceRows, data_error, kind_of, shuffled
 from lowlevel.data.sources import read_source

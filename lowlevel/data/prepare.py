@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+from lowlevel.config.data import DataConfig
 from lowlevel.config.given import GIVEN
-from lowlevel.config.schema import DataConfig, RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.building import Built, build_examples
 from lowlevel.data.examples import PreferenceExample, PromptExample, SFTExample
 from lowlevel.data.messages import Normalised, normalise

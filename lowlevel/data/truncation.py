@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lowlevel.config.schema import DataConfig
+from lowlevel.config.data import DataConfig
 from lowlevel.data.rendering import Encoded, EncodedPair
 
 SHARES = (90, 95, 99)  # percent of the tokens

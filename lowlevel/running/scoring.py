@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from lowlevel.batch.layout import build_batch
+from lowlevel.config.data import DataConfig
 from lowlevel.config.given import GivenRows
-from lowlevel.config.schema import DataConfig
 from lowlevel.data.building import truncate_pair
 from lowlevel.data.formats import recognised
 from lowlevel.data.messages import Normalised

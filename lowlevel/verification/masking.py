@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PADDING, PackedBatch
-from lowlevel.config.schema import DataConfig
+from lowlevel.config.data import DataConfig
 from lowlevel.data.messages import Normalised, normalise
 from lowlevel.data.mixing import read_parts
 from lowlevel.data.rendering import ChatTokenizer

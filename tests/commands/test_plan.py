@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from tinyllama import RECIPE, run_config, write_config
 
+from lowlevel.config.data import DataConfig
 from lowlevel.config.offline import DPOConfig
-from lowlevel.config.schema import DataConfig, LoraConfig, ModelConfig, RunConfig
+from lowlevel.config.schema import LoraConfig, ModelConfig, RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import Plan, adapter_sizes, forecast, model_shape

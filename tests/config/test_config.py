@@ -8,8 +8,9 @@ import pytest
 import tomli_w
 from config_keys import HOLDOUT, KEYS, PACKAGE, PREFERENCES, merged, value_of, write
 
+from lowlevel.config.data import Filter
 from lowlevel.config.file import config_from_tables, load_config, to_tables
-from lowlevel.config.schema import SECTIONS, Filter, RunConfig
+from lowlevel.config.schema import SECTIONS, RunConfig
 
 
 def test_the_list_of_examples_has_every_key():

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lowlevel.config.schema import DataConfig, RunConfig
+from lowlevel.config.data import DataConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import ModelLimits, prepare
 from lowlevel.data.tokenizer import chat_tokenizer
 

@@ -12,9 +12,10 @@ import pyarrow
 import pytest
 import torch
 
+from lowlevel.config.data import DataConfig
 from lowlevel.config.file import config_from_tables, to_tables
 from lowlevel.config.given import GIVEN, GivenRows
-from lowlevel.config.schema import DataConfig, RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.sources import read_source
 from lowlevel.errors import ConfigError, DataError
 

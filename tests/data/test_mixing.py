@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowlevel.config.data import DataConfig
 from lowlevel.config.file import config_from_tables, to_tables
-from lowlevel.config.schema import DataConfig, RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.mixing import interleaved
 from lowlevel.data.prepare import ModelLimits, prepare
 from lowlevel.errors import ConfigError, DataError

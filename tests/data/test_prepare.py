@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lowlevel.config.schema import DataConfig, RunConfig
+from lowlevel.config.data import DataConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.data.building import truncate_pair
 from lowlevel.data.messages import normalise
 from lowlevel.data.prepare import ModelLimits, prepare

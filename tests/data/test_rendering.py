@@ -7,7 +7,7 @@ import sys
 import pytest
 from tokenizers import pre_tokenizers
 
-from lowlevel.config.schema import DataConfig
+from lowlevel.config.data import DataConfig
 from lowlevel.data.rendering import APART, CHANGED, CROSSED
 from lowlevel.data.report import not_learned, tokenizer_report
 from lowlevel.data.templates import RenderError

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lowlevel.config.data import Filter
 from lowlevel.config.file import load_config
-from lowlevel.config.schema import Filter
 from lowlevel.data.mixing import apply_filters
 from lowlevel.data.rows import Row, SourceRows, data_error, shuffled
 from lowlevel.data.sources import read_source

@@ -13,9 +13,10 @@ from torch._dynamo.utils import counters
 
 from lowlevel import execution
 from lowlevel.batch.layout import Shape, attention_mask, build_batch, pair_rows, pair_segment, sft_segment
+from lowlevel.config.data import DataConfig
 from lowlevel.config.file import config_from_tables
 from lowlevel.config.offline import DPOConfig, KTOConfig, RewardConfig
-from lowlevel.config.schema import DataConfig, RunConfig
+from lowlevel.config.schema import RunConfig
 from lowlevel.execution import MODES, Eager, Graphed, WithFallback, signature_of
 from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention

@@ -13,8 +13,9 @@ from tinyllama import RECIPE, run_config, write_config
 from transformers import AutoConfig
 
 from lowlevel.batch.layout import Shape
+from lowlevel.config.data import DataConfig
 from lowlevel.config.offline import DPOConfig
-from lowlevel.config.schema import DataConfig, LoraConfig, ModelConfig, TrainConfig
+from lowlevel.config.schema import LoraConfig, ModelConfig, TrainConfig
 from lowlevel.determinism import FIXED, SMALL, workspace_bytes
 from lowlevel.errors import ConfigError
 from lowlevel.methods.choice import build_method
