@@ -10,8 +10,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from lowlevel.config.given import Source
-from lowlevel.config.paths import OptionalLocation
-from lowlevel.config.section import Finite, Length, Names, Positive, Section, Seed
+from lowlevel.config.section import Finite, Length, Names, OptionalLocation, Positive, Section, Seed
 
 
 def _iso_date(text: str) -> str:

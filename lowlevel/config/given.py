@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 from pydantic import PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from lowlevel.config.paths import expanded
+from lowlevel.config.section import expanded
 from lowlevel.errors import ConfigError
 
 GIVEN = "rows given in Python"

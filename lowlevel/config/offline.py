@@ -6,8 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from lowlevel.config.paths import OptionalLocation
-from lowlevel.config.section import Finite, NotNegative, Number, Positive, Section
+from lowlevel.config.section import Finite, NotNegative, Number, OptionalLocation, Positive, Section
 
 
 class SFTConfig(Section):

@@ -14,12 +14,13 @@ from pydantic import BeforeValidator, Field
 from lowlevel.config.data import DataConfig
 from lowlevel.config.offline import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from lowlevel.config.online import GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig, SampledConfig
-from lowlevel.config.paths import Location, OptionalLocation
 from lowlevel.config.section import (
     Batch,
     Finite,
+    Location,
     Names,
     Natural,
+    OptionalLocation,
     Positive,
     Section,
     Seed,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 LARGEST = 2**31 - 1  # counts are also tensors' sizes and int32 indices
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
@@ -38,6 +42,21 @@ def as_numbers(value: Any) -> Any:
 
 Numbers = Annotated[tuple[Finite, ...], Field(strict=False), BeforeValidator(as_numbers)]
 Names = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(as_list)]
+
+
+def expanded(value: object) -> object:
+    """A path as a shell passes it, with `~` and `$NAME` written out; what exists as written, and other values, stay."""
+    value = str(value) if isinstance(value, Path) else value
+    if not isinstance(value, str) or os.path.exists(value):
+        return value
+    path = os.path.expandvars(os.path.expanduser(value))
+    if re.search(r"\$\{?[A-Za-z_]", path):
+        raise PydanticCustomError("path", "a path whose variables are set in the environment")
+    return path
+
+
+Location = Annotated[str, BeforeValidator(expanded)]
+OptionalLocation = Annotated[str | None, BeforeValidator(expanded)]
 
 
 class Section(BaseModel):

@@ -81,10 +81,10 @@ def build_policy(
     # length is not a multiple of 128 (benchmarks/attention_nan.py).
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(seed)
-    head = _new_head(base, seed, placement.device) if reward_head else None
+    head = _new_head(base, placement.device, seed) if reward_head else None
     model = _attach(base, lora, parent, init_from, head, moving=following is not None)
     if value_head:
-        model.get_base_model().value = _new_value_head(base, placement.device)
+        model.get_base_model().value = _new_head(base, placement.device, None)
     layers = _prepared_layers(model, placement.dtype, fresh=init_from is None)
     state = DropoutState()
     place_dropout(layers, lora.lora_dropout, state, placement.device)
@@ -116,16 +116,13 @@ def _prepared_layers(model: PeftModel, dtype: torch.dtype, *, fresh: bool) -> di
     return layers
 
 
-def _new_value_head(base: PreTrainedModel, device: torch.device) -> nn.Linear:
-    head = nn.Linear(base.get_output_embeddings().weight.shape[1], 1, bias=False, device=device)
-    nn.init.zeros_(head.weight)
-    return head
-
-
-def _new_head(base: PreTrainedModel, seed: int, device: torch.device) -> nn.Linear:
-    """A reward head (1, D) in fp32, without a bias: it would cancel in r+ - r-."""
+def _new_head(base: PreTrainedModel, device: torch.device, seed: int | None) -> nn.Linear:
+    """A head (1, D) in fp32, of rewards by `seed`, of values 0. It has no bias, which would cancel in r+ - r-."""
     head = nn.Linear(base.get_output_embeddings().weight.shape[1], 1, bias=False)
-    nn.init.normal_(head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(seed))
+    if seed is None:
+        nn.init.zeros_(head.weight)
+    else:
+        nn.init.normal_(head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(seed))
     return head.to(device)
 
 
