@@ -14,7 +14,6 @@ from lowlevel.data.sources import read_source
 from lowlevel.data.templates import RenderError
 from lowlevel.data.texts import BadRow, is_blank, is_filled, text_of
 from lowlevel.data.turns import message, turns_of, turns_or_none
-from lowlevel.errors import ConfigError
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.running.reopening import Note, check_gives_text
 from lowlevel.running.replies import Reply, Sampling, generate_replies, load_for_replies
@@ -69,9 +68,7 @@ def describe_runs(runs: Sequence[Path]) -> list[dict[str, str]]:
     for run in runs:
         folder = RunFolder(run)
         check_gives_text(folder.read_config(), run)
-        if not folder.adapter.exists():
-            raise ConfigError(f"{run} has no adapter yet; has the run finished?")
-        described.append({"run": str(run), "adapter_sha256": adapter_sha256(folder.adapter)})
+        described.append({"run": str(run), "adapter_sha256": adapter_sha256(folder.final_adapter())})
     return described
 
 

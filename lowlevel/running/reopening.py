@@ -243,10 +243,7 @@ def load_run(run_dir: Path, note: Note = print, *, adapter: Path | None = None) 
     """
     opened = reopen(run_dir, note)
     check_gives_text(opened.config, run_dir)
-    trained = adapter or opened.folder.adapter
-    if not trained.exists():
-        raise ConfigError(f"{run_dir} has no adapter yet; has the run finished?")
-    return opened.load(trained)
+    return opened.load(adapter or opened.folder.final_adapter())
 
 
 def step_examples(

@@ -72,6 +72,12 @@ class RunFolder:
         """The trained weights: the trained adapter, PEFT format; after full fine-tuning the whole model."""
         return self.whole if self.whole.exists() else self.path / "adapter"
 
+    def final_adapter(self) -> Path:
+        """`adapter` of a finished run. Raises ConfigError for others."""
+        if not self.adapter.exists():
+            raise ConfigError(f"{self.path} has no adapter yet; has the run finished?")
+        return self.adapter
+
     def newest_adapter(self, warn: Callable[[str], None]) -> Path | None:
         """The final adapter, else the newest good checkpoint, else None. Raises CheckpointError if all are damaged."""
         if self.adapter.exists():

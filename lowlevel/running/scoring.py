@@ -25,7 +25,6 @@ from lowlevel.data.prepare import normalised_rows
 from lowlevel.data.rows import RowProblem, data_error
 from lowlevel.data.sources import read_source
 from lowlevel.data.templates import RenderError
-from lowlevel.errors import ConfigError
 from lowlevel.losses.reward import calibration, ranked
 from lowlevel.methods.reward import read_segment
 from lowlevel.running.reopening import LoadedRun, Note, reopen
@@ -54,10 +53,7 @@ def load_reward_run(run_dir: Path, note: Note) -> LoadedRun:
     """A reward run with its newest weights. Raises ConfigError for another method, or without saved weights."""
     check_reward_run(run_dir)
     opened = reopen(run_dir, note)
-    adapter = opened.folder.newest_adapter(note)
-    if adapter is None:
-        raise ConfigError(f"{run_dir} has no adapter yet; has the run finished?")
-    return opened.load(adapter)
+    return opened.load(opened.folder.newest_adapter(note) or opened.folder.final_adapter())
 
 
 def score_source(run: LoadedRun, source: str | GivenRows, split: str = "test") -> list[Scored]:
