@@ -12,7 +12,7 @@ LAYERS = (
     ("data/", "demo/", "kernels/"),
     ("model/", "optim/", "checkpoints/", "running/plots", "running/progress", "running/run_folder", "running/endings"),
     ("methods/", "execution", "reference_cache", "batch/replies", "online/rollouts", "sampling/", "watch", "ranks"),
-    ("loop", "tracing/", "running/rehearsal", "running/forensics"),
+    ("loop", "tracing/", "running/rehearsal", "running/forensics", "running/failure"),
     ("running/", "online/"),
     (
         "inspection/",
