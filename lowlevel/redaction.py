@@ -24,9 +24,9 @@ def secrets_of(environment: Mapping[str, str]) -> list[str]:
     return sorted((value for value in values if len(value) >= SHORTEST), key=len, reverse=True)
 
 
-def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """The text with every secret replaced; `environment`: default os.environ."""
-    for secret in secrets_of(os.environ if environment is None else environment):
+def redact(text: str) -> str:
+    """The text with every secret replaced."""
+    for secret in secrets_of(os.environ):
         text = text.replace(secret, REDACTED)
     text = _HUB_TOKEN.sub(REDACTED, text)
     return _IN_URL.sub(rf"\g<scheme>{REDACTED}@", text)

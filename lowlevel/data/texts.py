@@ -78,11 +78,11 @@ def number_as_text(value: object) -> object:
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
-def reply_of(columns: Columns, name: str, called: str = "") -> str:
+def reply_of(columns: Columns, name: str) -> str:
     """A text that is a reply, not empty. Raises BadRow."""
     text = text_of(columns, name)
     if is_blank(text):
-        raise BadRow(f"empty {called or name}", f"empty {called or name}")
+        raise BadRow(f"empty {name}", f"empty {name}")
     return text
 
 
