@@ -74,7 +74,7 @@ def truncation(rows: Sequence[Sizes], data: DataConfig, limit: int) -> Truncatio
 
 
 def kept_tokens(sizes: np.ndarray, max_length: int, max_prompt: int | None) -> np.ndarray:
-    """Tokens (N,) that truncation leaves of rows `sizes` (4, N), by the rule of `examples.truncate_pair`."""
+    """Tokens (N,) that truncation leaves of rows `sizes` (4, N), by the rule of `building.truncate_pair`."""
     prompt, chosen, rejected, reply = sizes
     claimed = np.minimum(np.maximum(chosen, rejected), max_length // 2)
     prompt = np.minimum(prompt, np.minimum(max_length - claimed, max_prompt or max_length))

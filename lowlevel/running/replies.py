@@ -23,7 +23,8 @@ from lowlevel.model.build import build_policy
 from lowlevel.model.files import read_json_object
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.running.reopening import Note, load_run
-from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.run_folder import RunFolder, check_reward_run
+from lowlevel.running.scoring import best_of, load_reward_run
 from lowlevel.sampling import Sampler, Sampling, build_sampler
 
 
@@ -58,8 +59,6 @@ def sample_best(
 
     Raises ConfigError for another kind of run, before a model is loaded.
     """
-    from lowlevel.running.run_folder import check_reward_run
-    from lowlevel.running.scoring import best_of, load_reward_run
 
     def note(line: str) -> None:
         print(line, file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowlevel.durable import write_bytes
 from lowlevel.errors import CheckpointError
+from lowlevel.losses.token_logps import STATISTICS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,8 +77,6 @@ def read_trace(folder: Path, kind: str) -> pa.Table | None:
 def _table(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
     """A table with types chosen by column name, so that all files of a kind have the same; fp32 stays fp32."""
     import pyarrow as pa
-
-    from lowlevel.losses.token_logps import STATISTICS
 
     def kind(name: str) -> pa.DataType:
         if name.startswith("metrics/"):
