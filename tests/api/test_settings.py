@@ -48,6 +48,7 @@ def test_a_run_file_and_keys_that_replace_its_own(tmp_path):
         ({"rank": 5}, 'did you mean "r"'),
         ({"lora": {"rank": 5}}, 'did you mean "r"'),
         ({"zzzzzz": 1}, "lowlevel dpo --help"),
+        ({"lam": 0.9}, "lam is a key of ppo"),
         ({"train": {"max_step": 5}}, 'did you mean "max_steps"'),
         ({"loss": "sigmoyd"}, "did you mean 'sigmoid'"),
         ({"max_steps": "5"}, "train.max_steps"),
