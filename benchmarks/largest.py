@@ -2,6 +2,7 @@
 
     python -m benchmarks.largest --hidden 6144 --intermediate 16384 --layers 50 --heads 48 --kv-heads 8
     torchrun --nproc-per-node 2 -m benchmarks.largest --rows 2     # rows of a step, shared among the GPUs of torchrun
+    torchrun ... --rows 2 --shard                                  # and each GPU holds a part of every layer
 
 One row of 512 tokens a micro-batch, r = 16 on all seven projections, every layer recomputed, paged 8-bit AdamW, fp16;
 on the host lie the embeddings and, unless --no-offload is given, the layers' inputs. Prints one CSV line: parameters,
@@ -15,6 +16,7 @@ import csv
 import statistics
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,10 +36,11 @@ from lowlevel.methods.choice import build_method
 from lowlevel.model.attention_choice import NAMES, Attention, choose_attention, register
 from lowlevel.model.base import empty_model
 from lowlevel.model.build import build_policy
-from lowlevel.model.linear import install_dequantising_products
+from lowlevel.model.linear import install_dequantising_products, quantised_states
 from lowlevel.model.memory import AdapterSize, default_plan, forecast, model_shape
 from lowlevel.model.offload import move_embeddings_to_host
 from lowlevel.model.placement import Placement, choose_placement
+from lowlevel.model.sharding import join_layers, shard_layer
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.ranks import Ranks, joined
@@ -45,25 +48,38 @@ from lowlevel.running.assembly import choose_execution
 from lowlevel.running.endings import Interrupts
 
 
-def random_base(config: LlamaConfig, placement: Placement, attention: Attention) -> Any:
+def random_base(config: LlamaConfig, placement: Placement, attention: Attention, shards: Ranks | None) -> Any:
     """A quantised base that never exists in 16 bits: each weight is drawn, quantised and dropped."""
     register()
     model: Any = empty_model(config)
     model.set_attn_implementation(attention.implementation)
+    torch.manual_seed(0)  # the same on every GPU
+    for layer in model.model.layers:
+        draw(layer, placement)
+        if shards:
+            shard_layer(layer, shards)
+    draw(model, placement)
+    model.model.rotary_emb.to(placement.device)
+    install_dequantising_products(model)
+    if shards:
+        join_layers(model, shards)
+    model.config.use_cache = False
+    return model
+
+
+def draw(part: nn.Module, placement: Placement) -> None:
+    """Give random values to all weights that have none: linear layers in 4 bits, others (the LM head too) in 16."""
     device, dtype = placement.device, placement.dtype
-    for module in list(model.modules()):
+    for module in list(part.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and name != "lm_head":
+            if isinstance(child, nn.Linear) and child.weight.is_meta and name != "lm_head":
                 setattr(module, name, quantised_linear(child, dtype, device))
-    for name, parameter in list(model.named_parameters()):
+    for name, parameter in list(part.named_parameters()):
         if parameter.is_meta:  # norms, embeddings, LM head
             made = torch.ones(parameter.shape, dtype=dtype, device=device)
             values = made if "norm" in name else made.normal_(std=0.02)
-            owner, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            owner, key = part.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             setattr(owner, key, nn.Parameter(values, requires_grad=False))
-    install_dequantising_products(model.to(device))
-    model.config.use_cache = False
-    return model
 
 
 def quantised_linear(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> bnb.nn.Linear4bit:
@@ -74,12 +90,13 @@ def quantised_linear(layer: nn.Linear, dtype: torch.dtype, device: torch.device)
     weight = torch.randn(layer.out_features, layer.in_features, dtype=dtype, device=device) * 0.02
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     made.weight = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=made)
+    made.quant_state = state
     made.support_avx512bf16_for_cpu = False
     return made
 
 
 def measure(
-    shape: dict[str, int], steps: int, cap_gib: float, offload: bool, rows: int, ranks: Ranks
+    shape: dict[str, int], steps: int, cap_gib: float, offload: bool, rows: int, ranks: Ranks, shard: bool
 ) -> dict[str, Any]:
     """Train and say what it took."""
     limit_memory(cap_gib)
@@ -98,14 +115,16 @@ def measure(
     )
     cuda = placement.device.type == "cuda"
     attention = choose_attention(run.model, settings, placement) if cuda else Attention(NAMES["math"], "no GPU")
-    base = random_base(settings, placement, attention)
-    parameters = sum(p.numel() * (2 if isinstance(p, bnb.nn.Params4bit) else 1) for p in base.parameters())
+    base = random_base(settings, placement, attention, ranks if shard else None)
+    states = quantised_states(base)
+    parameters = sum(states[name].shape.numel() if name in states else p.numel() for name, p in base.named_parameters())
     move_embeddings_to_host(base)
     policy = build_policy(base, run.lora, placement, seed=0, attention=attention, offload=offload)
     optimizer = build_optimizer(policy.flat.weights, run.train)
     method = build_method(run, attention)
-    inputs: Any = SimpleNamespace(placement=placement, attention=attention)
+    inputs: Any = SimpleNamespace(placement=placement, attention=attention, shards=ranks if shard else None)
     execution = WithFallback(policy, method, choose_execution(run, inputs), lambda line: print(line, file=sys.stderr))
+    execution.falls_back = not shard
     drawn = np.random.default_rng(0).integers(3, 32000, (rows, 512))
     examples: list[Any] = [
         SimpleNamespace(row=row, input_ids=ids, labels=ids, weights=None) for row, ids in enumerate(drawn)
@@ -121,13 +140,16 @@ def measure(
         seconds.append(time.perf_counter() - began)
         losses.append(result.metrics["loss"])
     ranks.check_equal(steps, {"weights": [policy.flat.weights]})
-    sizes = model_shape(settings, AdapterSize(run.lora.r, run.lora.target_modules))
+    sizes = replace(
+        model_shape(settings, AdapterSize(run.lora.r, run.lora.target_modules)), shards=ranks.size if shard else 1
+    )
     return {
         "parameters": parameters,
         **shape,
         "offload": offload,
         "rows": rows,
         "ranks": ranks.size,
+        "sharded": shard,
         "forecast_gb": round(forecast(sizes, run, default_plan(sizes, run), placement).peak / 1e9, 3),
         "peak_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if cuda else "",
         "seconds_per_step": round(statistics.median(seconds[steps // 2 :]), 4),
@@ -149,6 +171,7 @@ def main() -> None:
     parser.add_argument("--cap-gib", type=float, default=15e9 / 2**30, help="limit of the CUDA allocator")
     parser.add_argument("--offload", action=argparse.BooleanOptionalAction, default=True, help="layer inputs to host")
     parser.add_argument("--rows", type=int, default=1, help="rows a step")
+    parser.add_argument("--shard", action="store_true", help="each GPU holds a part of every layer")
     options = parser.parse_args()
     shape = {
         "hidden_size": options.hidden,
@@ -158,7 +181,7 @@ def main() -> None:
         "num_key_value_heads": options.kv_heads,
     }
     with joined(300.0) as ranks, ranks.together(Interrupts(), lambda code, text: None):
-        row = measure(shape, options.steps, options.cap_gib, options.offload, options.rows, ranks)
+        row = measure(shape, options.steps, options.cap_gib, options.offload, options.rows, ranks, options.shard)
     if not ranks.first:
         return
     writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.errors import ConfigError, RankError
 from lowlevel.losses import LossSums
 from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
@@ -179,6 +180,8 @@ def signature_of(batch: PackedBatch) -> Signature:
 class WithFallback:
     """Runs in one mode; if it cannot compile or capture, prints one line and continues in the next simpler mode."""
 
+    falls_back = True  # a sharded base does not: FSDP2 must not be used after a failure in a layer
+
     def __init__(self, policy: Policy, method: Method, mode: str, note: Callable[[str], None]) -> None:
         """`note` prints the line."""
         self.policy, self.method, self.note = policy, method, note
@@ -217,10 +220,12 @@ class WithFallback:
         except (torch.cuda.OutOfMemoryError, ExecutionFailedError):
             raise
         except Exception as error:
-            if self.mode == "eager":
+            if self.mode == "eager" or isinstance(error, RankError):
                 raise
             simpler = MODES[MODES.index(self.mode) - 1]
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if not self.falls_back:
+                raise ConfigError(f'{self.mode} failed ({reason[:200]}): set train.execution = "{simpler}"') from error
             self.note(f"execution: {self.mode} failed ({reason[:200]}); continuing {simpler}")
             self.use(simpler)
             raise ExecutionFailedError(simpler) from error

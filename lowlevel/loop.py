@@ -26,7 +26,7 @@ from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import learning_rate, set_learning_rate
 from lowlevel.optim.train_state import StepResult, TrainState, Window, on_host, totals
 from lowlevel.perplexity import perplexities
-from lowlevel.ranks import ALONE, Ranks
+from lowlevel.ranks import ALONE, Ranks, Share
 from lowlevel.tracing import Tracer
 
 
@@ -59,7 +59,7 @@ def optimizer_step(
     attempts: list[dict[str, float]] = []
     while True:
         scale = loss_scale.scale
-        sums = accumulate(execution, share.batches, scale / count, dropout_key, details=details)
+        sums = accumulate(execution, share, scale / count, dropout_key, details=details)
         summed, more = ranks.sum_step(flat, totals(sums), share)  # the one all-reduce
         sums = ranks.gather(share, batches, sums) if details else sums
         if tracer is not None:
@@ -88,23 +88,23 @@ def with_baseline(execution: Execution, batches: Sequence[PackedBatch], ranks: R
     if not others:
         return batches
     share = ranks.deal(others)
-    sums = accumulate(execution, share.batches, 0.0, 0, details=False)
+    sums = accumulate(execution, share, 0.0, 0, details=False)
     total = torch.zeros_like(sums[0].loss) if share.idle else torch.stack([one.loss for one in sums]).sum()
     kl = ranks.sum_(total) / sum(len(other.data_rows) for other in others)
     return [replace(batch, kl=kl) for batch in batches]
 
 
 def accumulate(
-    execution: Execution, batches: Sequence[PackedBatch], factor: float, dropout_key: int, *, details: bool
+    execution: Execution, share: Share, factor: float, dropout_key: int, *, details: bool
 ) -> tuple[LossSums, ...]:
-    """The gradient of `factor` times the summed loss of all micro-batches, in the flat gradient; the sums of each."""
-    policy = execution.policy
+    """The gradient of `factor` times the summed loss of the micro-batches, in the flat gradient; the sums of each."""
+    policy, last = execution.policy, max(1, len(share.numbers))  # the results of others do not count
     while True:
         policy.flat.grad.zero_()
         try:  # moved one by one: the GPU starts on the first
-            waiting = counted("this step", batches, "micro-batches")
-            moved = (batch.to(policy.placement.device) for batch in waiting)
-            return tuple(execution.run(batch, factor, dropout_key).kept(details) for batch in moved)
+            waiting = counted("this step", share.batches, "micro-batches")
+            moved = ((batch.to(policy.placement.device), factor * (i < last)) for i, batch in enumerate(waiting))
+            return tuple(execution.run(*one, dropout_key).kept(details) for one in moved)[:last]
         except ExecutionFailedError:  # it, or a simpler mode, is ready to start over
             continue
 

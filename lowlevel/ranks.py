@@ -21,14 +21,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowlevel.batch.packing import divide
 from lowlevel.errors import ConfigError, RankError
@@ -49,7 +49,7 @@ class Share:
     """A rank's part of a list of micro-batches."""
 
     numbers: tuple[int, ...]  # places in the list, ascending
-    batches: Sequence[PackedBatch]  # an idle rank has the first, and its results do not count
+    batches: Sequence[PackedBatch]  # those, and others whose results do not count: an idle rank has the first
 
     @property
     def idle(self) -> bool:
@@ -65,6 +65,7 @@ class Ranks:
         rank, size: number of this process, from 0, and of all.
         signum: the signal that asked any rank to stop, as all knew it at the last step; 0 without one.
         failing: ranks whose own loss was not finite at the last step.
+        sharded: whether each rank holds a part of the base's layers, so that all run a layer at the same time.
     """
 
     rank: int = 0
@@ -72,6 +73,7 @@ class Ranks:
     signum: int = 0
     failing: list[int] = field(default_factory=list)
     watch: Watch | None = None
+    sharded: bool = False
     _asked: Callable[[], int] = lambda: 0
 
     @property
@@ -89,11 +91,13 @@ class Ranks:
             self.watch.step = step
 
     def deal(self, batches: Sequence[PackedBatch]) -> Share:
-        """This rank's micro-batches; the same division on every rank."""
+        """This rank's micro-batches; the same division on every rank. With a sharded base all run equally many."""
         if self.watch is None:
             return Share(tuple(range(len(batches))), batches)
-        own = divide([batch.input_ids.numel() for batch in batches], self.size)[self.rank]
-        return Share(tuple(own), [batches[i] for i in own] or batches[:1])
+        runs = -(-len(batches) // self.size) if self.sharded else None
+        own = divide([batch.input_ids.numel() for batch in batches], self.size, runs)[self.rank]
+        more = list(batches[:1]) * ((runs or 1) - len(own))
+        return Share(tuple(own), [batches[i] for i in own] + more)
 
     def sum_step(
         self, flat: FlatParameters, totals: Mapping[str, Tensor], share: Share
@@ -139,6 +143,22 @@ class Ranks:
             parts[number].copy_(one.flat())
         rows = zip(batches, self.sum_(torch.cat(parts)).split(sizes), strict=True)
         return tuple(sums[0].like_this(row, len(batch.real)) for batch, row in rows)
+
+    def shard(self, module: nn.Module, whole: Iterable[Tensor] = ()) -> None:
+        """Keep 1 / size of the module's weights, but for `whole`; FSDP2 gathers them when it runs, and frees them."""
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+
+        ranks = self
+
+        class Gather(DefaultAllGather):
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                with ranks.waiting():
+                    return super().__call__(*args, **kwargs)
+
+        fully_shard(module, ignored_params=cast("set[nn.Parameter]", set(whole)))
+        cast("Any", module).set_custom_all_gather(Gather())
+        self.sharded = True
 
     def check_equal(self, step: int, parts: Mapping[str, Sequence[Tensor]]) -> None:
         """Compare checksums of tensors over the ranks. Raises RankError, on all of them, with those that differ."""
@@ -196,6 +216,15 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def here(tensor: Tensor, *, whole: bool = False) -> Tensor:
+    """The part of a tensor that this rank holds: all, unless it is sharded. `whole`: all of it, asked of all ranks."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor() if whole else tensor.to_local()
 
 
 def is_first() -> bool:

@@ -76,6 +76,7 @@ KEYS = {
     "train.offload_activations": (True, {}),
     "train.micro_batch_positions": (2048, {}),
     "train.dequantize_once": (True, {}),
+    "train.shard_base": (False, {}),
     "train.memory_budget": ("15GiB", {}),
     "train.deterministic": (True, {}),
     "train.seed": (7, {}),

@@ -183,9 +183,12 @@ def make_policy(
     following: Following | None = None,
     reward_head: bool = False,
     value_head: bool = False,
+    shards: Ranks | None = None,
 ) -> Policy:
     """A policy over the tiny base. `randomize` fills B, so that the adapter has an effect and A a gradient."""
-    model = load_base(ModelConfig(name=str(base), load_in_4bit=quantised), placement, attention=attention)
+    model = load_base(
+        ModelConfig(name=str(base), load_in_4bit=quantised), placement, attention=attention, shards=shards
+    )
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
     policy = build_policy(
         model,

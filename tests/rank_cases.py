@@ -1,5 +1,6 @@
 """What test_ranks.py computes in one process, and in several."""
 
+import itertools
 import json
 from dataclasses import replace
 from functools import partial
@@ -7,14 +8,20 @@ from pathlib import Path
 
 import helpers
 import torch
+from pytest import MonkeyPatch
 from safetensors.torch import save_file
+from transformers import core_model_loading
 
 from lowlevel.errors import NonFiniteError
 from lowlevel.execution import Eager
 from lowlevel.loop import evaluate_examples
+from lowlevel.model import sharding
+from lowlevel.model.base import base_sha256
+from lowlevel.model.policy import is_base, quantised_weights
 from lowlevel.optim.loss_scale import LossScale
-from lowlevel.ranks import Ranks, joined
+from lowlevel.ranks import Ranks, here, joined
 from lowlevel.running.endings import Interrupts
+from lowlevel.verification.exact import base_parameters
 
 KINDS = {
     "sft": (helpers.sft, helpers.ragged_examples),
@@ -43,8 +50,8 @@ class Hurt:
         return sums
 
 
-def compute(base: Path, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Losses, gradients, weights and values by name; and messages."""
+def compute(base: Path, stored: Path, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Losses, gradients, weights and values by name; and messages. `stored`: the base, quantised in its files."""
     found, said = {}, {}
     policies = {kind: helpers.make_policy(base, dropout=0.1, reward_head=kind == "reward") for kind in KINDS}
     for kind, (make, examples) in KINDS.items():
@@ -72,13 +79,53 @@ def compute(base: Path, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str
         examples = helpers.ragged_examples(seed=number)
         helpers.step(policy, method, examples, optimizer, number=number, ranks=ranks, max_grad_norm=1.0)
     found["weights after 20 steps"] = policy.flat.weights.detach().clone()
+    for kind in ("plain", "4-bit", "stored"):
+        sharded(stored if kind == "stored" else base, kind, ranks, found, said)
     return found, said
 
 
-def work(base: Path, out: Path) -> None:
+def sharded(base: Path, kind: str, ranks: Ranks, found: dict[str, torch.Tensor], said: dict[str, str]) -> None:
+    """Steps of 8 and of 3 micro-batches over a base that several ranks share; adds to what is found and said."""
+    quantised = kind != "plain"
+    more = {"dropout": 0.1, "checkpointing": True, "recomputed": 1, "offload": quantised}
+    with MonkeyPatch.context() as patch:
+        whole = watch_loading(patch) if ranks.size > 1 else []
+        policy = helpers.make_policy(base, quantised=quantised, shards=ranks if ranks.size > 1 else None, **more)
+        said[f"{kind} layers whole at once"] = str(max(whole, default=0))
+    layers = [parameter for name, parameter in policy.model.named_parameters() if ".layers." in name and is_base(name)]
+    found[f"{kind} bytes of layers"] = torch.tensor(sum(here(parameter).nbytes for parameter in layers))
+    said[f"{kind} sha256"], weights = base_sha256(policy.model), quantised_weights(policy)
+    said[f"{kind} weights"] = f"{weights} {base_parameters(policy)}"
+    for method, count in itertools.product(("sft", "dpo"), (8, 3)) if kind != "stored" else [("sft", 3)]:
+        make, examples = KINDS[method]
+        result = helpers.step(policy, make(1), examples(count), ranks=ranks, details=True)
+        name = f"sharded {method} {kind} {count}"
+        found[f"{name} metrics"] = torch.tensor(list(result.metrics.values()))
+        found[f"{name} gradient"] = policy.flat.grad.clone()
+        found |= {f"{name} {k} of examples": value.clone() for k, value in result.examples.items()}
+        scores = evaluate_examples(policy, make(1), make(1).micro_batches(examples(count)), prefix="", ranks=ranks)
+        found[f"{name} evaluation"] = torch.tensor(list(scores.values()), dtype=torch.float64)
+
+
+def watch_loading(patch: MonkeyPatch) -> list[int]:
+    """The number of layers with weights that are not yet sharded, each time that a weight has been loaded."""
+    load, shard = core_model_loading.set_param_for_module, sharding.shard_layer
+    begun, done, whole = set(), [], []
+
+    def loaded(model, name, *rest):
+        load(model, name, *rest)
+        begun.update(name.split(".")[2:3] if ".layers." in name else ())
+        whole.append(len(begun) - len(done))
+
+    patch.setattr(core_model_loading, "set_param_for_module", loaded)
+    patch.setattr(sharding, "shard_layer", lambda *arguments: done.append(shard(*arguments)))
+    return whole
+
+
+def work(base: Path, stored: Path, out: Path) -> None:
     """Compute in one of several ranks."""
     with joined(30.0) as ranks, ranks.together(Interrupts(), lambda code, text: None):
-        found, said = compute(base, ranks)
+        found, said = compute(base, stored, ranks)
         ranks.check_equal(20, {"weights": [found["weights after 20 steps"]]})
         save_file(found, out / f"{ranks.size}-{ranks.rank}.safetensors")
         (out / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(said))

@@ -30,14 +30,14 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sorted(sorted(row) for row in rows)
 
 
-def divide(loads: Sequence[int], size: int) -> list[list[int]]:
+def divide(loads: Sequence[int], size: int, most: int | None = None) -> list[list[int]]:
     """Item numbers for each of `size` shares, ascending: the largest item first, each to the share with the least load
-    so far (Graham, SIAM J. Applied Mathematics 17, 1969).
+    so far (Graham, SIAM J. Applied Mathematics 17, 1969), of those that have fewer than `most` items.
     """
     shares: list[list[int]] = [[] for _ in range(size)]
     sums = [0] * size
     for item in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
-        least = sums.index(min(sums))
+        least = min((k for k in range(size) if most is None or len(shares[k]) < most), key=sums.__getitem__)
         shares[least].append(item)
         sums[least] += loads[item]
     return [sorted(share) for share in shares]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
@@ -132,8 +133,9 @@ def cap_gpu_memory(options: Options) -> None:
     import torch
 
     if options.as_t4 and torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, T4_BYTES / total))
+        own = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's
+        total = torch.cuda.get_device_properties(own).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, T4_BYTES / total), own)
 
 
 def quiet_console() -> Console:

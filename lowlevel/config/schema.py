@@ -125,6 +125,7 @@ class TrainConfig(Section):
     dequantize_once: bool | None = Field(
         None, description="dequantise the 4-bit weights once: 4 to 8 times their memory; default: on a CPU with room"
     )
+    shard_base: bool | None = Field(None, description="GPUs share the base's layers; default: if one cannot hold them")
     memory_budget: str | None = Field(
         None,
         description='GPU memory ("15GiB"); sets recomputed_layers, micro_batch_positions, dequantize_once to fit it',

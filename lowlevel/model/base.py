@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +29,12 @@ from lowlevel.model.files import (
     refuse_no_weights,
     refuse_pickles,
 )
-from lowlevel.model.linear import install_dequantising_products, quantised_state
+from lowlevel.model.linear import install_dequantising_products, quantised_state, quantised_states
 from lowlevel.model.placement import Placement, dtype_name
 from lowlevel.model.policy import Policy, is_base
-from lowlevel.model.quantisation import StoredQuantisation, check_stored, stored_quantisation, to_precision
+from lowlevel.model.quantisation import StoredQuantisation, check_kinds, check_stored, stored_quantisation, to_precision
+from lowlevel.model.sharding import join_layers, sharded_when_loaded
+from lowlevel.ranks import Ranks, here
 
 # Logit transforms that are missing in `hidden @ lm_head.T`: Gemma 2, Cohere, Granite.
 OUTPUT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -122,13 +125,18 @@ def describe_base(config: ModelConfig) -> str:
 
 
 def load_base(
-    config: ModelConfig, placement: Placement, *, attention: str | None = None, dtype: Literal["auto"] | None = None
+    config: ModelConfig,
+    placement: Placement,
+    *,
+    attention: str | None = None,
+    dtype: Literal["auto"] | None = None,
+    shards: Ranks | None = None,
 ) -> PreTrainedModel:
     """Load the frozen base onto the device.
 
     Quantised linear layers compute in the placement's dtype; all other weights are stored in it, or in `dtype` ("auto":
     the file's). A pre-quantised folder stays as it is quantised, whatever `config` says. `attention` None: sdpa if the
-    architecture supports it, otherwise eager.
+    architecture supports it, otherwise eager. `shards`: the ranks that divide its layers among them (sharding.py).
 
     Raises:
         ConfigError: as `load_stored`.
@@ -138,8 +146,37 @@ def load_base(
     stored = load_stored(config)
     refuse_no_weights(Path(resolve_name(config.name)))
     check_weight_files(Path(resolve_name(config.name)), quantised=stored is not None)
+    kept: Any = empty_model(load_model_config(config))._get_dtype_plan(placement.dtype) if stored else ()  # in fp32
+
+    def prepare(part: nn.Module) -> None:
+        if stored:
+            to_precision(part, placement.dtype, None if dtype else placement.dtype, kept)
+
+    with sharded_when_loaded(shards, prepare) if shards else nullcontext():
+        model, info = _from_pretrained(config, placement, attention, dtype or placement.dtype, stored is not None)
+    _check_loading(config.name, info)
+    _check_quantised_layers(config.name, model, placement.device)
+    if stored:
+        check_kinds(model, stored, config.name)
+    prepare(model)
+    _check_finite(config.name, model)
+    _freeze(model)
+    # If the LM head is the file's own, transformers 5.23 uses it but keeps "tied", and a merged model whose config.json
+    # says so would lose its head in tools that believe it.
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
+    install_dequantising_products(model)
+    if shards:
+        join_layers(model, shards)
+    return model
+
+
+def _from_pretrained(
+    config: ModelConfig, placement: Placement, attention: str | None, dtype: Any, stored: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The base as transformers loads it, quantised meanwhile unless it is `stored` so; and what it says about names."""
     quantisation = {}  # transformers 5.23 takes `quantization_config=None` for "ignore that the folder is quantised"
-    if config.load_in_4bit and stored is None:
+    if config.load_in_4bit and not stored:
         quantisation["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=config.bnb_4bit_quant_type,
@@ -150,7 +187,7 @@ def load_base(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_name(config.name),
             revision=config.revision,
-            dtype=dtype or placement.dtype,
+            dtype=dtype,
             device_map={"": placement.device},
             attn_implementation=attention,
             use_safetensors=True,
@@ -165,18 +202,7 @@ def load_base(
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"base {config.name!r} cannot be loaded: {one_line(error)}") from None
     model, info = loaded
-    _check_loading(config.name, info)
-    _check_quantised_layers(config.name, model, placement.device)
-    if stored:
-        to_precision(model, stored, config.name, placement.dtype, None if dtype else placement.dtype)
-    _check_finite(config.name, model)
-    _freeze(model)
-    # If the LM head is the file's own, transformers 5.23 uses it but keeps "tied", and a merged model whose config.json
-    # says so would lose its head in tools that believe it.
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        model.config.tie_word_embeddings = False
-    install_dequantising_products(model)
-    return model
+    return model, info
 
 
 def _freeze(model: Any) -> None:
@@ -208,7 +234,7 @@ def base_sha256(model: nn.Module) -> str:
     """SHA-256 over every frozen weight and quantisation constant of the base, by name (without adapters)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(_base_tensors(model).items()):
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+        data = here(tensor, whole=True).detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(data.tobytes())
     return digest.hexdigest()
@@ -221,13 +247,14 @@ def policy_sha256(policy: Policy) -> str:
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    states = quantised_states(model)
     for name, parameter in model.named_parameters():
         if not is_base(name):
             continue
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         tensors[plain] = parameter
-        if isinstance(parameter, bnb.nn.Params4bit):
-            state = parameter.quant_state.as_dict(packed=True)
+        if name in states:
+            state = states[name].as_dict(packed=True)
             tensors.update({f"{plain}.{key}": value for key, value in state.items()})
     return tensors
 
@@ -241,7 +268,7 @@ def _check_loading(name: str, info: dict) -> None:
             raise CheckpointError(f"base {name!r}: {len(names)} tensors {what}: {', '.join(names[:5])}{hint}")
 
 
-@functools.cache
+@cache
 def _reads_ragged_rows() -> bool:
     """Whether bitsandbytes dequantises rows that end inside a block correctly; 0.50 does not on CPUs with AVX-512."""
     values = torch.arange(1.0, 4 * 96 + 1).view(4, 96)
@@ -255,7 +282,7 @@ def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -
     for module_name, module in model.named_modules():
         if not isinstance(module, bnb.nn.Linear4bit):
             continue
-        if not isinstance(module.weight, bnb.nn.Params4bit) or quantised_state(module) is None:  # pre-quantised folder
+        if quantised_state(module) is None:  # pre-quantised folder
             hint = "correct llm_int8_skip_modules there"
             raise CheckpointError(f"base {name!r}: config.json says that {module_name} is quantised; it is not: {hint}")
         state = quantised_state(module)
@@ -272,17 +299,19 @@ def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -
 
 def _check_finite(name: str, model: PreTrainedModel) -> None:
     """Refuse weights that overflow in the dtype (1e5 of an fp32 file is infinite in fp16) or were not finite before."""
-    bad = sorted(n for n, parameter in model.named_parameters() if not all(map(is_finite, _float_values(parameter))))
+    states = quantised_states(model)
+    values = ((name, _float_values(here(p), states.get(name))) for name, p in model.named_parameters())
+    bad = sorted(name for name, value in values if not is_finite(value))
     if bad:
         what = f"{len(bad)} tensors are not finite in {dtype_name(model.dtype)}"
         raise CheckpointError(f"base {name!r}: {what}: {', '.join(bad[:SHOWN])}")
 
 
-def _float_values(parameter: nn.Parameter) -> list[Tensor]:
+def _float_values(parameter: Tensor, state: Any) -> Tensor:
     """A parameter's values; of a 4-bit weight the largest of each block, in the dtype that it is dequantised to."""
-    if not isinstance(parameter, bnb.nn.Params4bit):
-        return [parameter]
-    state: Any = parameter.quant_state
-    if not state.nested:
-        return [state.absmax.to(state.dtype)]
-    return [(bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).to(state.dtype)]
+    if state is None:
+        return parameter
+    largest = state.absmax
+    if state.nested:
+        largest = bnb.functional.dequantize_blockwise(largest, state.state2) + state.offset
+    return largest.to(state.dtype)  # type: ignore[no-any-return]

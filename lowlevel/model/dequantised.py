@@ -12,7 +12,7 @@ from typing import Any, cast
 import bitsandbytes as bnb
 from torch import nn
 
-from lowlevel.model.linear import quantised_state
+from lowlevel.model.linear import quantised_state, quantised_states
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import Policy, is_base
 
@@ -88,11 +88,11 @@ def quantised_weights(policy: Policy) -> tuple[int, int]:
     base, quantised, total = policy.causal_lm, 0, 0
     embeddings = [*base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()]
     left_out = {id(parameter) for parameter in embeddings}
+    states = quantised_states(base)
     for name, parameter in base.named_parameters():
         if id(parameter) in left_out or not is_base(name):
             continue
-        in_4_bits = isinstance(parameter, bnb.nn.Params4bit)
-        size = cast(Any, parameter).quant_state.shape.numel() if in_4_bits else parameter.numel()
+        size = states[name].shape.numel() if name in states else parameter.numel()
         total += size
-        quantised += size if in_4_bits or name.endswith(".base_layer.weight") else 0
+        quantised += size if name in states or name.endswith(".base_layer.weight") else 0
     return quantised, total

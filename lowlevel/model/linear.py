@@ -145,8 +145,14 @@ def _packed(layer: nn.Linear) -> tuple[list[Tensor], list[int]]:
 
 
 def quantised_state(module: Any) -> Any:
-    """The QuantState of a bitsandbytes Linear4bit; its type hints lack it."""
-    return module.weight.quant_state
+    """The QuantState of a bitsandbytes Linear4bit, or None; its weight has it too, but not one that FSDP2 gathered."""
+    return module.quant_state
+
+
+def quantised_states(model: nn.Module) -> dict[str, Any]:
+    """The QuantState of each 4-bit weight, by the weight's name."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    return {f"{name}.weight": quantised_state(layer) for name, layer in layers.items()}
 
 
 @operator("adapted_linear")

@@ -40,6 +40,7 @@ from lowlevel.model.targets import head_size, matched, size_of, unsupported
 
 ABSMAX_BLOCK = 64  # weights that share a quantisation constant (bitsandbytes' default)
 WORKSPACES = 4  # of cuBLAS: two streams (linear.py), each in the threads of the forward and of the backward pass
+GATHERED = 3  # layers whose weights are whole at a time with FSDP2: this one, its collective's output, the next one's
 DEQUANTISE_POSITIONS = 500  # on an H100, dequantising a layer takes as long as the products of this many positions
 
 
@@ -71,6 +72,7 @@ class ModelShape:
     frozen: int  # values of the frozen adapter under it
     unquantised: int = 0  # values in linear weights that a pre-quantised folder leaves in 16 bits
     scaled: int = 0  # outputs of a layer that DoRA scales
+    shards: int = 1  # GPUs that share the weights of the layers (sharding.py)
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
     head = shape.vocabulary * shape.hidden
     chunk = 0 if config.method == "reward" else chunk_rows(shape.vocabulary, size) * shape.vocabulary * size
     copies = of_head = 0
+    layers = quantised // 2 + (shape.linear - quantised) * size
     if config.full:  # 16-bit copies, and the gradient of one weight in 16 and 32 bits
         kept_copies = max(shape.layers - plan.recomputed, 1) * shape.linear // shape.layers * size
         copies = kept_copies + head * size + shape.largest * (size + 4)
@@ -206,13 +209,14 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
                 {"master weights": shape.trained * 4, "reference weights": _reference(shape, config) * size}
                 if config.full
                 else {
-                    "base weights": quantised // 2 + (shape.linear - quantised) * size,
+                    "base weights": layers // shape.shards,
                     "quantisation constants": constants,
                     "embeddings, LM head, norms": other * size,
                     "adapters": (shape.trained * (1 + (Following.of(config) is not None)) + shape.frozen) * 4,
                 }
             ),
             "gradient": shape.trained * 4,
+            **({"gathered layers": GATHERED * layers // shape.layers} if shape.shards > 1 else {}),
             "cuBLAS workspaces": WORKSPACES * workspace_bytes(FIXED[0] if config.train.deterministic else SMALL),
         },
         phases={
@@ -266,7 +270,7 @@ def plans(shape: ModelShape, config: RunConfig) -> list[Plan]:
     """Candidate plans: micro-batches from one sequence to a whole step, any number of recomputed layers."""
     step = step_positions(config)
     sizes = sorted({min(step, config.row_positions * 2**k) for k in range(step.bit_length())})
-    once = (False, True) if config.model.load_in_4bit else (False,)
+    once = (False, True) if config.model.load_in_4bit and shape.shards == 1 else (False,)
     return [Plan(n, r, d) for n in sizes for r in range(shape.layers + 1) for d in once]
 
 
@@ -276,6 +280,7 @@ def best_plan(shape: ModelShape, config: RunConfig, placement: Placement, budget
     fitting = [p for p in needed if needed[p] <= budget]
     if not fitting:
         hint = "lower data.max_length or lora.r"
+        hint += "" if shape.shards > 1 or config.sampled else ", or share the base among GPUs (--gpus 2)"
         if config.full:
             state = forecast(shape, config, next(iter(needed)), placement).paged + 8 * shape.trained
             hint = (

@@ -8,6 +8,7 @@ deserialiser claims every tensor whose name contains "weight", quantised or not,
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from lowlevel.config.schema import ModelConfig
 from lowlevel.errors import CheckpointError, ConfigError, quoted
 from lowlevel.model.files import weight_names
+from lowlevel.model.linear import quantised_state, quantised_states
 
 KEYS = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 TRAINABLE = "trainable are 16-bit and 32-bit weights, and 4-bit bitsandbytes ones (nf4, fp4)"
@@ -146,41 +148,33 @@ def lacks_16_bits(name: str, stored: StoredQuantisation) -> str:
     return f"needs the base's 16-bit weights, and {name!r} holds only 4-bit ones ({stored.quant_type})"
 
 
-def to_precision(
-    model: PreTrainedModel, stored: StoredQuantisation, name: str, compute: torch.dtype, dtype: torch.dtype | None
-) -> None:
-    """Change a pre-quantised base to the dtypes that the same base has if it is quantised while it is loaded.
-
-    Args:
-        model: as transformers loaded it.
-        stored: what its config.json says.
-        name: for messages.
-        compute: of products with 4-bit weights, which are dequantised to it.
-        dtype: of all other parameters, except those that the architecture keeps in fp32; None: as they are.
-
-    Raises:
-        ConfigError: a layer is quantised in another way than `stored`.
-        CheckpointError: the LM head is quantised.
+def check_kinds(model: PreTrainedModel, stored: StoredQuantisation, name: str) -> None:
+    """Raise ConfigError if a layer of a loaded folder `name` is not quantised as its config.json says (`stored`), and
+    CheckpointError if the LM head is quantised.
     """
-    found = set()
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            weight: Any = module.weight
-            found.add((weight.quant_state.quant_type, weight.quant_state.nested))
+    states = quantised_states(model).values()
+    _agree(stored, {(state.quant_type, state.nested) for state in states}, f"model.name {name!r}")
+    if isinstance(model.get_output_embeddings(), bnb.nn.Linear4bit):
+        raise CheckpointError(f"base {name!r}: its LM head is quantised, and the losses need it in 16 bits")
+
+
+def to_precision(part: nn.Module, compute: torch.dtype, dtype: torch.dtype | None, kept: Iterable[str]) -> None:
+    """Change a pre-quantised model or layer to the dtypes that it has if it is quantised while it is loaded: `compute`
+    for products with 4-bit weights, `dtype` (None: any) for other parameters, fp32 for those with a pattern in `kept`.
+    """
+    for module in part.modules():
+        if isinstance(module, bnb.nn.Linear4bit) and quantised_state(module) is not None:
+            weight, state = module.weight, quantised_state(module)
+            module.quant_storage = weight.quant_storage = torch.uint8  # type: ignore[assignment, attr-defined]
             module.compute_dtype, module.compute_type_is_set = compute, True
-            module.quant_storage = weight.quant_storage = torch.uint8
-            weight.quant_state.dtype = compute
-            for constants in filter(None, (weight.quant_state, weight.quant_state.state2)):
+            state.dtype = compute
+            for constants in filter(None, (state, state.state2)):
                 constants.code = constants.code.float()
                 if constants.absmax.is_floating_point():  # with double quantisation, the first is in 8 bits
                     constants.absmax = constants.absmax.float()
-            weight.data = weight.data.view(torch.uint8).view(-1, 1)  # the bytes, whatever bnb_4bit_quant_storage is
-    _agree(stored, found, f"model.name {name!r}")
-    if isinstance(model.get_output_embeddings(), bnb.nn.Linear4bit):
-        raise CheckpointError(f"base {name!r}: its LM head is quantised, and the losses need it in 16 bits")
-    if dtype is not None:
-        kept = model._get_dtype_plan(dtype)  # patterns -> fp32, as transformers applies them elsewhere
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and not isinstance(parameter, bnb.nn.Params4bit):
-                in_fp32 = any(re.search(pattern.replace("*", ".*"), parameter_name) for pattern in kept)
-                parameter.data = parameter.data.to(torch.float32 if in_fp32 else dtype)
+            if weight.dtype != torch.uint8:
+                weight.data = weight.data.view(torch.uint8).view(-1, 1)  # the bytes, whatever bnb_4bit_quant_storage is
+    for name, parameter in part.named_parameters() if dtype else ():
+        wanted = torch.float32 if any(re.search(pattern.replace("*", ".*"), name) for pattern in kept) else dtype
+        if parameter.is_floating_point() and parameter.dtype != wanted:
+            parameter.data = parameter.data.to(wanted)

@@ -33,7 +33,7 @@ from lowlevel.model.memory import (
 )
 from lowlevel.model.placement import Placement
 from lowlevel.running.adapter_sources import find_adapter
-from lowlevel.running.assembly import with_stored
+from lowlevel.running.assembly import with_shards, with_stored
 from lowlevel.running.plots import plot_memory
 
 MIB = 2**20
@@ -54,6 +54,7 @@ def show_plan(config: RunConfig, console: Console, budget: str | None, gpus: int
         raise ConfigError(f"{config.method} samples and trains on one GPU: leave out --gpus")
     config = with_stored(config)
     shape, placement = _target(config)
+    shape = with_shards(shape, config, placement, gpus, size)
     columns = [_as_configured(config, shape, placement)]
     fixed = _why_fixed(config)
     if not fixed:
@@ -64,7 +65,7 @@ def show_plan(config: RunConfig, console: Console, budget: str | None, gpus: int
     console.print(f"optimizer state: {forecasts[0].paged / MIB:,.0f} MiB more, paged (outside the allocator's peak)")
     console.print(OUTSIDE)
     if gpus > 1:
-        line = _on_several(config, gpus, shape.trained * 4)
+        line = _on_several(config, gpus, shape, forecasts[0])
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     base = f"{config.model.name}, {describe_base(config.model)}"
     console.print(f"{config.method}: {base}", markup=False, highlight=False, soft_wrap=True)
@@ -87,19 +88,21 @@ OUTSIDE = "driver, captured graphs and gaps of the allocator: 0.9 to 1.9 GiB mor
 PCIE = 6e9  # bytes a second between two T4s that reach each other through the host; assumed, not measured
 
 
-def _on_several(config: RunConfig, gpus: int, gradient: int) -> str:
-    """What several GPUs change. `gradient`: bytes that they sum once a step."""
+def _on_several(config: RunConfig, gpus: int, shape: ModelShape, expected: Forecast) -> str:
+    """What several GPUs change."""
+    gradient = shape.trained * 4
     batches = config.train.gradient_accumulation_steps
     share = 1 / gpus if config.data.packing else -(-batches // gpus) / batches
     seconds = 2 * (gpus - 1) / gpus * gradient / PCIE
-    idle = (
-        f"; only {batches} of them work: raise gradient_accumulation_steps"
-        if not config.data.packing and gpus > batches
-        else ""
-    )
+    more = ""
+    if not config.data.packing and gpus > batches:
+        more = f"; only {batches} of them work: raise gradient_accumulation_steps"
+    if shape.shards > 1:
+        others = (gpus - 1) * expected.static["base weights"] / 1e9
+        more += f"; each holds 1/{gpus} of every layer, and gets {others:,.1f} GB more in each pass; no CUDA graphs"
     return (
         f"{gpus} GPUs: each needs the memory above; a step takes about {share:.0%} of the time, and "
-        f"{seconds * 1e3:,.0f} ms to sum {gradient / 1e6:,.0f} MB of gradient at {PCIE / 1e9:g} GB/s{idle}"
+        f"{seconds * 1e3:,.0f} ms to sum {gradient / 1e6:,.0f} MB of gradient at {PCIE / 1e9:g} GB/s{more}"
     )
 
 

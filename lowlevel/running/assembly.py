@@ -27,7 +27,7 @@ from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attent
 from lowlevel.model.base import empty_model, load_base, load_model_config, load_stored, public_name, resolve_name
 from lowlevel.model.build import build_full_policy, build_policy, check_target_modules, check_trainable
 from lowlevel.model.files import read_or_empty, refuse_no_weights
-from lowlevel.model.memory import adapter_sizes, best_plan, model_shape, planned
+from lowlevel.model.memory import ModelShape, adapter_sizes, best_plan, forecast, model_shape, planned, plans
 from lowlevel.model.merging import merged_model
 from lowlevel.model.moving_reference import Following
 from lowlevel.model.offload import TIED, move_embeddings_to_host
@@ -38,10 +38,13 @@ from lowlevel.model.quantisation_error import start_from_error
 from lowlevel.model.suitability import attention_window, short_positions
 from lowlevel.model.targets import size_of
 from lowlevel.online import rewards
+from lowlevel.ranks import ALONE, Ranks
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
 from lowlevel.running.result_files import save_tokenizer
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.running.trackers import check_trackers
+
+OUTSIDE = 2**30  # bytes of a GPU that the allocator does not get: driver, NCCL
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Inputs:
     parent: Path | None  # PEFT folder of the frozen adapter
     init_from: Path | None  # PEFT folder whose training continues
     merged_adapter: str | None = None  # SHA-256 of the adapter that the base holds (adapter_mode "original")
+    shards: Ranks | None = None  # the ranks that share the base's layers
 
 
 def choose_execution(config: RunConfig, inputs: Inputs) -> str:
@@ -62,7 +66,8 @@ def choose_execution(config: RunConfig, inputs: Inputs) -> str:
     asked, on_gpu = config.train.execution, inputs.placement.device.type == "cuda"
     spans = inputs.attention.kernel is not None
     if asked == "auto":
-        return "graphed" if on_gpu and spans else "eager"
+        # of a sharded base no graph is captured: its passes are those of other GPUs too
+        return "eager" if not (on_gpu and spans) else "compiled" if inputs.shards else "graphed"
     if asked == "graphed" and not on_gpu:
         raise ConfigError('train.execution = "graphed" needs a GPU, and none is visible: use "eager" or "compiled"')
     if asked != "eager" and not spans:
@@ -109,13 +114,17 @@ def check_inputs(config: RunConfig) -> Inputs:
     return Inputs(tokenizer, data, placement, attention, parent, init_from)
 
 
-def check_run(config: RunConfig) -> tuple[RunConfig, Inputs]:
+def check_run(config: RunConfig, ranks: Ranks = ALONE) -> tuple[RunConfig, Inputs]:
     """`check_inputs`; the configuration gets what the folder of a pre-quantised base sets, and the memory plan."""
     config = with_stored(config)
     refuse_no_weights(Path(resolve_name(config.model.name)))
     inputs = check_inputs(config)
-    if config.train.memory_budget is not None:
-        config = with_plan(config, inputs)
+    if ranks.size > 1 or config.train.memory_budget is not None:
+        sizes = adapter_sizes(config, inputs.parent, inputs.init_from)
+        shape = model_shape(load_model_config(config.model), *sizes)
+        shape = with_shards(shape, config, inputs.placement, ranks.size, usable_memory(config))
+        inputs = replace(inputs, shards=ranks if shape.shards > 1 else None)
+        config = with_plan(config, inputs, shape)
     choose_execution(config, inputs)
     return config, inputs
 
@@ -177,22 +186,54 @@ def read_merged_adapter(folder: RunFolder) -> str | None:
     return read_or_empty(folder.base_record).get("merged_adapter")
 
 
-def with_plan(config: RunConfig, inputs: Inputs) -> RunConfig:
-    """train.memory_budget replaced by the settings of the fastest plan that fits. Raises ConfigError if none does."""
+def usable_memory(config: RunConfig) -> int:
+    """Bytes that a run may use of each GPU, the same on every rank; 0: there is none."""
+    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    least = min(gpus) * torch.cuda.get_per_process_memory_fraction() - OUTSIDE if gpus else 0
+    return parse_size(config.train.memory_budget or "") or int(least)
+
+
+def with_shards(shape: ModelShape, config: RunConfig, placement: Placement, gpus: int, memory: int) -> ModelShape:
+    """The shape as `gpus` GPUs hold it: sharded if train.shard_base says so, or if `memory` bytes are too few for one.
+
+    Raises ConfigError: sharded, but with a setting that needs the whole base, or passes of one GPU alone.
+    """
+    needed = min(forecast(shape, config, plan, placement).peak for plan in plans(shape, config))
+    asked = config.train.shard_base
+    if gpus == 1 or not (needed > memory > 0 if asked is None else asked):
+        return shape
+    impossible = {
+        'train.finetuning_type = "full"': config.full,
+        f"{config.method}, which samples,": config.sampled,
+        'train.execution = "graphed"': config.train.execution == "graphed",
+        "train.dequantize_once": config.train.dequantize_once,
+        "lora.use_dora": config.lora.use_dora,
+        'lora.init_lora_weights = "loftq"': config.lora.init_lora_weights == "loftq",
+        "dpo.reference_cache": config.dpo.reference_cache,
+        "trace.gradients": config.trace.gradients,
+    }
+    if wrong := next((setting for setting, is_set in impossible.items() if is_set), None):
+        why = "train.shard_base" if asked else f"one needs {needed / 2**30:.2f} GiB, and has {memory / 2**30:.2f}"
+        hint = "with train.shard_base = false, each holds all of it"
+        raise ConfigError(f"{wrong} is not possible with a base that {gpus} GPUs share ({why}); {hint}")
+    return replace(shape, shards=gpus)
+
+
+def with_plan(config: RunConfig, inputs: Inputs, shape: ModelShape) -> RunConfig:
+    """train.memory_budget, if any, replaced by the settings of the fastest plan that fits. Raises ConfigError: none."""
     budget = parse_size(config.train.memory_budget or "")
-    assert budget is not None  # checked with the configuration
+    if budget is None:
+        return config
     if inputs.placement.device.type != "cuda":
         raise ConfigError("train.memory_budget is for a GPU, and none is visible")
     if inputs.attention.kernel is None:
         raise ConfigError(f"train.memory_budget needs attention over spans: {inputs.attention.reason}")
-    sizes = adapter_sizes(config, inputs.parent, inputs.init_from)
-    shape = model_shape(load_model_config(config.model), *sizes)
     return planned(config, best_plan(shape, config, inputs.placement, budget))
 
 
 def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:
     """The policy of `inputs`, for training."""
-    sources: dict[str, Any] = {"parent": inputs.parent, "init_from": inputs.init_from}
+    sources: dict[str, Any] = {"parent": inputs.parent, "init_from": inputs.init_from, "shards": inputs.shards}
     return load_policy(config, inputs.placement, inputs.attention, **sources, keep_base=reads_reference(config))
 
 
@@ -204,6 +245,7 @@ def load_policy(
     parent: Path | None,
     init_from: Path | None,
     keep_base: bool = True,
+    shards: Ranks | None = None,
 ) -> Policy:
     """Load the base and attach the adapters, without the data. `keep_base`: as in `build_full_policy`."""
     train = config.train
@@ -215,7 +257,7 @@ def load_policy(
         "attention": attention,
     }
     with working(f"loading {config.model.name}"):
-        base = load_base(config.model, placement, attention=attention.implementation)
+        base = load_base(config.model, placement, attention=attention.implementation, shards=shards)
         if config.model.embeddings_on_host:
             move_embeddings_to_host(base)
         if config.full:

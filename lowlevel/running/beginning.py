@@ -66,7 +66,7 @@ class Start:
         """The configuration with its memory plan, and the inputs. Raises ConfigError, DataError, CheckpointError."""
         if not self.resume:
             self._check_apart(config)
-        config, inputs = check_run(self.folder.resolved(config))
+        config, inputs = check_run(self.folder.resolved(config), self.ranks)
         if (cache := config.dpo.reference_cache) is not None:
             try:
                 Path(cache).mkdir(parents=True, exist_ok=True)

@@ -77,9 +77,10 @@ class Engine:
     def __init__(self, job: Job, folder: RunFolder, console: Console) -> None:
         config, policy, method = job.config, job.policy, job.method
         with working("dequantising the base"):
-            dequantize_as_set(policy, config.train.dequantize_once)
+            dequantize_as_set(policy, False if job.ranks.sharded else config.train.dequantize_once)
         self.job, self.folder = job, folder
         self.execution = WithFallback(policy, method, choose_execution(config, job.inputs), lines_to(console))
+        self.execution.falls_back = not job.ranks.sharded
         self.cached: CachedReference | None = None
         if config.dpo.reference_cache is not None:
             reference = reference_identity(policy, job.manifest["base"]["sha256"], job.manifest["parent_adapter"])

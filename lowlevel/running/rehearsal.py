@@ -10,12 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Params4bit
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.execution import WithFallback
 from lowlevel.methods import Method
+from lowlevel.model.linear import quantised_states
 from lowlevel.model.policy import REFERENCE, Policy, is_base
+from lowlevel.ranks import here
 
 PASSES = 2  # the first compiles or warms up, the second is like all later ones
 
@@ -70,20 +71,21 @@ def components(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, in
     """Bytes allocated outside a step, by kind."""
     sizes = {"base weights": 0, "quantisation constants": 0, "embeddings, LM head, norms": 0}
     sizes |= {"frozen adapter": 0, "moving reference": 0}
+    states = quantised_states(policy.model)
     for name, parameter in policy.model.named_parameters():
         if policy.untrained:
             sizes["reference weights"] = policy.untrained.nbytes
-        elif isinstance(parameter, Params4bit):
-            sizes["base weights"] += parameter.nbytes
-            constants = parameter.quant_state.as_dict(packed=False).values()
+        elif name in states:
+            sizes["base weights"] += here(parameter).nbytes
+            constants = states[name].as_dict(packed=False).values()
             sizes["quantisation constants"] += sum(c.nbytes for c in constants if isinstance(c, torch.Tensor))
         elif not is_base(name):
             other = "moving reference" if f".{REFERENCE}." in name else "frozen adapter"
             sizes[other] += 0 if name in policy.flat.views else parameter.nbytes
         elif ".base_layer." in name:
-            sizes["base weights"] += parameter.nbytes
+            sizes["base weights"] += here(parameter).nbytes
         elif parameter.device == policy.placement.device:
-            sizes["embeddings, LM head, norms"] += parameter.nbytes
+            sizes["embeddings, LM head, norms"] += here(parameter).nbytes
     sizes["trained weights" if policy.untrained else "trained adapter"] = policy.flat.weights.nbytes
     sizes["gradient"] = policy.flat.grad.nbytes
     state = [value for values in optimizer.state.values() for value in values.values()]

@@ -35,7 +35,7 @@ FREE = (
     "data.format",
     *("model.embeddings_on_host", "train.offload_activations"),
     *("train.output_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit", "dpo.reference_cache"),
-    *("train.report_to", "train.ddp_timeout"),
+    *("train.report_to", "train.ddp_timeout", "train.shard_base"),
     *("trace.every", "trace.steps", "trace.level", "trace.gradients"),
     "base.prequantised",  # older versions did not write it
     *("attention", "versions.lowlevel", "versions.python", "versions.safetensors", "versions.numpy"),

@@ -139,6 +139,7 @@ def _steps(
     explained: AbstractContextManager[None] = nullcontext()
     if ranks.first:
         opened = open_trackers(config, folder.path, start.note)
+    if ranks.first and not ranks.sharded:  # it runs layers on this rank alone
         explained = explaining(job.policy, job.method, folder.path)
     with TrainingProgress(start.console, config.method, job.total_steps, state.step) as bar:
         with (

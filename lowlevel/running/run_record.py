@@ -83,9 +83,11 @@ def _said_of_model(
         each = f"{config.rows_per_step} examples a step as on one, its micro-batches are shared out"
         if not config.data.packing and train.gradient_accumulation_steps < ranks.size:
             each += f": {train.gradient_accumulation_steps}, so some have nothing to do"
+        if ranks.sharded:
+            each += f"; each holds 1/{ranks.size} of every layer (train.shard_base), without CUDA graphs"
         yield "ranks", f"{ranks.size} {what}; {each}"
     if config.model.load_in_4bit:
-        if line := describe(policy, train.dequantize_once):
+        if line := describe(policy, False if ranks.sharded else train.dequantize_once):
             yield "weights", line
         quantised, total = quantised_weights(policy)
         if quantised < NEARLY_ALL * total:

@@ -24,7 +24,7 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import ModelConfig
 from lowlevel.labels import IGNORED
 from lowlevel.model.base import empty_model, load_model_config
-from lowlevel.model.linear import quantised_state
+from lowlevel.model.linear import quantised_state, quantised_states
 from lowlevel.model.policy import PARENT, SCORE, TRAINED, Policy, is_base
 
 ROWS = 256  # of float64 logits at once: 65 MB for 32,000 words
@@ -215,13 +215,9 @@ class ExactModel:
 
 def base_parameters(policy: Policy) -> int:
     """Number of weights of the base; each 4-bit weight counts."""
-    total = 0
-    for name, parameter in policy.model.named_parameters():
-        if isinstance(parameter, bnb.nn.Params4bit):
-            total += parameter.quant_state.shape.numel()
-        elif is_base(name):
-            total += parameter.numel()
-    return total
+    states = quantised_states(policy.model)
+    own = ((name, parameter) for name, parameter in policy.model.named_parameters() if is_base(name))
+    return sum(states[name].shape.numel() if name in states else parameter.numel() for name, parameter in own)
 
 
 def exact_model(policy: Policy, config: ModelConfig, statistics: tuple[str, ...] = ()) -> ExactModel:

@@ -18,7 +18,7 @@ from lowlevel.model.memory import Plan, adapter_sizes, forecast, model_shape
 from lowlevel.model.placement import Placement
 from lowlevel.preflight.plan import show_memory, show_plan
 from lowlevel.running.adapter_sources import find_adapter
-from lowlevel.running.assembly import check_inputs
+from lowlevel.running.assembly import check_inputs, with_shards
 
 FP16 = Placement(torch.device("cuda"), "fp16")
 PAIRS = DataConfig(format="preference")
@@ -50,6 +50,49 @@ def test_the_plan_for_several_gpus(tmp_path):
     unpacked = config.model_copy(update={"data": DataConfig(packing=False)})
     assert "about 50% of the time" in planned_by(unpacked, gpus=3)  # 2 of its 4 micro-batches
     assert "only 4 of them work: raise gradient_accumulation_steps" in planned_by(unpacked, gpus=5)
+
+
+SHAPE_34B = {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 48, "num_attention_heads": 64}
+
+
+def test_the_plan_for_a_base_that_needs_several_gpus(tmp_path):
+    name = write_config(tmp_path / "model", **SHAPE_34B, num_key_value_heads=8)
+    config = RunConfig(model=ModelConfig(name=name), lora=LoraConfig(r=16))
+    with pytest.raises(ConfigError, match=r"15.00 GiB is too little: .* 18.\d\d GiB; .* \(--gpus 2\)"):
+        planned_by(config, "15GiB")
+    said = planned_by(config, "15GiB", gpus=2)
+    weights = 48 * (8192 * (2 * 8192 + 2 * 1024) + 3 * 8192 * 22016)  # q, o; k, v; gate, up, down
+    for row, size in {"base weights": weights // 4, "gathered layers": 3 * weights // 2 // 48}.items():
+        assert f"{size // 2**20:,}" in next(line for line in said.splitlines() if row in line)
+    assert f"each holds 1/2 of every layer, and gets {weights / 4 / 1e9:,.1f} GB more in each pass" in said
+    with pytest.raises(ConfigError, match=r"9.00 GiB is too little: the smallest plan needs 1\d.\d\d GiB"):
+        planned_by(config, "9GiB", gpus=2)
+    assert "gathered" not in planned_by(config, "24GiB", gpus=2)
+    forced = config.model_copy(update={"train": config.train.model_copy(update={"shard_base": True})})
+    assert "gathered" in planned_by(forced, "24GiB", gpus=2) and "gathered" not in planned_by(forced, "24GiB")
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"train": {"execution": "graphed"}},
+        {"train": {"dequantize_once": True}},
+        {"train": {"finetuning_type": "full"}, "model": {"load_in_4bit": False}},
+        {"lora": {"use_dora": True}},
+        {"lora": {"init_lora_weights": "loftq"}},
+        {"method": "dpo", "dpo": {"reference_cache": "cache"}},
+        {"trace": {"gradients": True}},
+        {"method": "grpo"},
+    ],
+)
+def test_what_needs_the_whole_base_is_refused_with_a_shared_one(tables):
+    config = RunConfig(**tables)
+    shape = model_shape(load_model_config(config.model), *adapter_sizes(config, None, None))
+    assert with_shards(shape, config, FP16, 2, 2**40).shards == with_shards(shape, config, FP16, 1, 1).shards == 1
+    with pytest.raises(ConfigError, match=r"a base that 2 GPUs share \(one needs 0.\d\d GiB, and has 0.00\); "):
+        with_shards(shape, config, FP16, 2, 2**20)
+    own = config.model_copy(update={"train": config.train.model_copy(update={"shard_base": False})})
+    assert with_shards(shape, own, FP16, 2, 2**20).shards == 1
 
 
 def test_the_plan_command_says_what_goes_to_the_host(tmp_path):

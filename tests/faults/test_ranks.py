@@ -1,7 +1,9 @@
 """Several ranks compute what one computes, up to the order of additions; and the same bits on each rank."""
 
 import json
+from types import SimpleNamespace
 
+import helpers
 import pytest
 import rank_cases
 import torch
@@ -10,24 +12,33 @@ from safetensors.torch import load_file
 
 from lowlevel.batch.layout import Shape
 from lowlevel.batch.packing import divide, micro_batch_rows
+from lowlevel.config.schema import RunConfig
 from lowlevel.hashing import checksum
+from lowlevel.model.placement import Placement
 from lowlevel.ranks import ALONE
+from lowlevel.running.assembly import choose_execution
 
 BOUND = 1e-6  # relative for losses and metrics; for elements of a gradient, and twice that for pairs and labels
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_base):
-    return rank_cases.compute(tiny_base, ALONE)
+def bases(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stored")
+    return tiny_base, helpers.write_stored_base(tiny_base, folder, bnb_4bit_quant_storage=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def alone(bases):
+    return rank_cases.compute(*bases, ALONE)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def together(request, tiny_base, tmp_path_factory):
+def together(request, bases, tmp_path_factory):
     """The tensors and messages of each rank."""
     from benchmarks.faulting.ranks import at_once
 
     out = tmp_path_factory.mktemp("ranks")
-    at_once(rank_cases.work, request.param, tiny_base, out)
+    at_once(rank_cases.work, request.param, *bases, out)
     names = [out / f"{request.param}-{rank}" for rank in range(request.param)]
     return [(load_file(f"{name}.safetensors"), json.loads(name.with_suffix(".json").read_text())) for name in names]
 
@@ -36,7 +47,8 @@ def test_every_rank_has_the_same_bits(together):
     first = together[0][0]
     for found, _ in together[1:]:
         assert found.keys() == first.keys()
-        assert [name for name in first if not torch.equal(found[name], first[name])] == []
+        # of a shared base, the first ranks have a part that is larger by the rest of the division
+    assert [n for n in first if not (n.endswith("bytes of layers") or torch.equal(found[n], first[n]))] == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,7 +87,29 @@ def test_training_stays_close(alone, together):
     )
 
 
+@pytest.mark.parametrize("kind", ["plain", "4-bit", "stored"])
+def test_a_shared_base_gives_the_same_step(alone, together, kind):
+    wanted, found = alone[0], together[0][0]
+    names = [name for name in wanted if name.startswith("sharded") and kind in name]
+    assert len(names) >= 5 and all(float(wanted[name].norm()) > 0.05 for name in names if name.endswith("gradient"))
+    for name in names:
+        torch.testing.assert_close(found[name], wanted[name], rtol=BOUND, atol=2 * BOUND, equal_nan=True)
+    for one in together:
+        assert one[0][f"{kind} bytes of layers"] < 1.05 * wanted[f"{kind} bytes of layers"] / len(together)
+        assert one[1][f"{kind} layers whole at once"] == "1"
+        for what in ("sha256", "weights"):
+            assert one[1][f"{kind} {what}"] == alone[1][f"{kind} {what}"]
+
+
+def test_no_graph_is_captured_of_a_shared_base():
+    """A captured pass could not be repeated on one GPU alone, so "auto" compiles."""
+    on_gpu = {"placement": Placement(torch.device("cuda"), "fp16"), "attention": SimpleNamespace(kernel="x")}
+    modes = [choose_execution(RunConfig(), SimpleNamespace(**on_gpu, shards=shards)) for shards in (None, ALONE)]
+    assert modes == ["graphed", "compiled"]
+
+
 def test_micro_batches_are_divided_by_load():
+    assert divide([9, 1, 1, 1], 2) == [[0], [1, 2, 3]] and divide([9, 1, 1, 1], 2, 2) == [[0, 3], [1, 2]]
     assert divide([5, 9, 1, 4], 2) == [[1, 2], [0, 3]]  # 9 + 1 and 5 + 4
     assert divide([3, 3, 3], 2) == [[0, 2], [1]]
     assert divide([7], 3) == [[0], [], []]

@@ -88,6 +88,19 @@ def test_two_gpus_compute_what_one_does(whole):
     assert json.loads((two / "summary.json").read_text())["ranks"] == 2
 
 
+def test_two_gpus_share_a_base(whole, space):
+    method, _, two = whole
+    shared = space.folder / f"shared-{method}"
+    said = run(method, write(space, shared.name, method, shard_base=True))
+    assert "each holds 1/2 of every layer" in said
+    assert losses(shared)[:3] == pytest.approx(losses(two)[:3], rel=2e-3)
+    assert losses(shared) == pytest.approx(losses(two), rel=2e-2)
+    if not SMALL:
+        assert json.loads((shared / "summary.json").read_text())["execution"] == "compiled"
+        held = [json.loads((one / "memory.json").read_text())["components"]["base weights"] for one in (shared, two)]
+        assert held[0] < 0.6 * held[1]
+
+
 def test_the_same_bits_again_and_after_a_stop(whole, space):
     method, _, two = whole
     again = space.folder / f"again-{method}"
