@@ -96,8 +96,7 @@ class Ranks:
             return Share(tuple(range(len(batches))), batches)
         runs = -(-len(batches) // self.size) if self.sharded else None
         own = divide([batch.input_ids.numel() for batch in batches], self.size, runs)[self.rank]
-        more = list(batches[:1]) * ((runs or 1) - len(own))
-        return Share(tuple(own), [batches[i] for i in own] + more)
+        return Share(tuple(own), [batches[i] for i in own] + list(batches[:1]) * ((runs or 1) - len(own)))
 
     def sum_step(
         self, flat: FlatParameters, totals: Mapping[str, Tensor], share: Share

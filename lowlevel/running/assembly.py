@@ -207,7 +207,7 @@ def with_shards(shape: ModelShape, config: RunConfig, placement: Placement, gpus
         f"{config.method}, which samples,": config.sampled,
         'train.execution = "graphed"': config.train.execution == "graphed",
         "train.dequantize_once": config.train.dequantize_once,
-        "lora.use_dora": config.lora.use_dora,
+        "lora.use_dora": shape.scaled > 0,
         'lora.init_lora_weights = "loftq"': config.lora.init_lora_weights == "loftq",
         "dpo.reference_cache": config.dpo.reference_cache,
         "trace.gradients": config.trace.gradients,

@@ -10,8 +10,18 @@ LAYERS = (
     ("version", "config/", "durable", "errors", "redaction", "running/__init__"),
     ("losses/", "labels", "hashing", "determinism", "perplexity", "heartbeat", "batch/"),
     ("data/", "demo/", "kernels/"),
-    ("model/", "optim/", "checkpoints/", "running/plots", "running/progress", "running/run_folder", "running/endings"),
-    ("methods/", "execution", "reference_cache", "batch/replies", "online/rollouts", "sampling/", "watch", "ranks"),
+    (
+        "model/",
+        "optim/",
+        "checkpoints/",
+        "running/plots",
+        "running/progress",
+        "running/run_folder",
+        "running/endings",
+        "watch",
+        "ranks",
+    ),  # a base may lie on several GPUs
+    ("methods/", "execution", "reference_cache", "batch/replies", "online/rollouts", "sampling/"),
     ("loop", "tracing/", "running/rehearsal", "running/forensics", "running/failure"),
     ("running/", "online/"),
     (
