@@ -17,7 +17,8 @@ from lowlevel.execution import Eager
 from lowlevel.loop import evaluate_examples
 from lowlevel.model import sharding
 from lowlevel.model.base import base_sha256
-from lowlevel.model.policy import is_base, quantised_weights
+from lowlevel.model.dequantised import quantised_weights
+from lowlevel.model.policy import is_base
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.ranks import Ranks, here, joined
 from lowlevel.running.endings import Interrupts
