@@ -15,6 +15,7 @@ import lowlevel.running.run
 from benchmarks.cases import Job
 from benchmarks.memory import plan_text
 from benchmarks.meter import Measured, Meter, work
+from benchmarks.shapes import STEPS
 from benchmarks.workload import by_step, case_config, peer_tokens
 from lowlevel import __version__
 from lowlevel.batch.order import DataOrder
@@ -52,6 +53,7 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
         progress(self, *args)
 
     with (
+        patch("lowlevel.running.job.fitted", fitted_as_recipe),
         patch("lowlevel.running.job.rehearse", metered_rehearse),
         patch("lowlevel.running.run.train", metered_train),
         patch("lowlevel.running.run.RunObserver.progress", metered_progress),
@@ -60,9 +62,16 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
     return [r for r in RunFolder(Path(config.train.output_dir)).read_metrics() if "loss" in r], summary["execution"]
 
 
+def fitted_as_recipe(method: Any, config: RunConfig, examples: Any) -> Any:
+    """The shapes of a run as long as the recipe's, for which the measured steps stand."""
+    train = config.train.model_copy(update={"max_steps": STEPS[config.method]})
+    return fitted(method, config.model_copy(update={"train": train}), examples)
+
+
 def count(config: RunConfig, inputs: Inputs, steps: int) -> tuple[list[int], int, int]:
     """Tokens of each step as the peers count them; positions of all steps without and with padding."""
-    examples, method = inputs.data.train, build_method(config, inputs.attention)
+    examples = inputs.data.train
+    method = fitted_as_recipe(build_method(config, inputs.attention), config, examples)
     per_step = config.rows_per_step
     order = DataOrder(len(examples), per_step, config.train.seed, config.train.data_order == "shuffled")
     rows = [[examples[i] for i in order.step_rows(step)] for step in range(steps)]

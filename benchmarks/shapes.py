@@ -3,7 +3,8 @@
     python -m benchmarks.shapes --out out/shapes
 
 Captured graphs are one for each shape. A step that meets a new one takes as long as the capture, and medians over steps
-leave that out; how often it happens in a run is counted here, on the recipe's own number of rows (benchmarks/workload).
+leave that out; how often it happens is counted here, in a run of 40 steps and in one of the recipe's length, on rows of
+benchmarks/workload. Before the first step a run captures the largest shape, which counts here if a step meets it.
 Writes OUT/shapes.csv.
 """
 
@@ -26,12 +27,13 @@ from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.running.assembly import prepare_data
 
 STEPS = {"sft": 375, "dpo": 200}  # of the recipe
+TRIAL = 40  # steps of a short run
 SPANS = Attention(NAMES["efficient"], "as on a T4; which kernel it is changes no shape")
 
 
 def batches_of(config: RunConfig, rows: list[Any], steps: int) -> Iterable[list[PackedBatch]]:
     """The micro-batches of each step, as training lays them out on a GPU."""
-    method, order = build_method(config, SPANS), DataOrder.of(config, len(rows))
+    method, order = fitted(build_method(config, SPANS), config, rows), DataOrder.of(config, len(rows))
     for step in range(steps):
         yield method.micro_batches([rows[i] for i in order.step_rows(step)])
 
@@ -65,10 +67,11 @@ def main() -> None:
     for method in STEPS:
         for batch in (2, ROWS_PER_STEP):
             case = Case(f"{method}_{batch}x{ROWS_PER_STEP // batch}", "lowlevel", method, batch, ROWS_PER_STEP // batch)
-            config = case_config(case, options.out / "workload", options.out / "unused", steps[method])
-            rows = list(prepare_data(config)[1].train)[: ROWS_PER_STEP * steps[method]]
-            table.append({"case": case.name, **count(batches_of(config, rows, steps[method])), "commit": commit()})
-            print("  ".join(f"{key} {value}" for key, value in table[-1].items()), flush=True)
+            for length in sorted({min(TRIAL, steps[method]), steps[method]}):
+                config = case_config(case, options.out / "workload", options.out / "unused", length)
+                rows = list(prepare_data(config)[1].train)[: ROWS_PER_STEP * length]
+                table.append({"case": case.name, **count(batches_of(config, rows, length)), "commit": commit()})
+                print("  ".join(f"{key} {value}" for key, value in table[-1].items()), flush=True)
     write_table(options.out / "shapes.csv", table, tuple(table[0]))
 
 

@@ -208,16 +208,14 @@ def pair_rows(
 
 @dataclass(frozen=True)
 class Shape:
-    """How to round up the sizes of a batch, so that few different ones occur.
-
-    Scored tokens are rounded up to three quarters of the positions, or to all of them.
-    """
+    """How to round up the sizes of a batch, so that few different ones occur; running/fitting.py fits it to a run."""
 
     positions: int  # of a row: a multiple of this
     examples: int  # a multiple of this
     longest: int  # upper bound on the positions of a sequence
     capacity: int  # upper bound on the positions of a packed micro-batch
-    shares: int = 1  # packed micro-batches of a step come in multiples of this, alike in size: for several GPUs
+    shares: int = 1  # packed micro-batches of a step are alike in size, and a multiple of this; 0: as `pack` fills them
+    fill: float = 0.75  # scored tokens are rounded up to this share of the positions, or to all of them
 
 
 def build_batch(
@@ -239,11 +237,11 @@ def build_batch(
     row_of = {n // sides: segment.row for row in rows for segment in row for n in segment.numbers.tolist()}
     examples = _round_up(len(row_of), shape.examples) if shape else len(row_of)
     sequences = examples * sides
-    longest, width = shape.longest if shape else None, _row_width(max(used), shape)
+    longest, width = shape.longest if shape else None, row_width(max(used), shape)
     grids = _fill_grids(rows, width)
     sequence_of = grids["numbers"] // sides + grids["numbers"] % sides * examples
-    fill = sequences if one_a_sequence else grids["targets"].size * 3 // 4
-    scored, sequence_ids, num_scored = _scored_tokens(grids["targets"], sequence_of, sequences, fill if shape else None)
+    room = None if shape is None else sequences if one_a_sequence else int(grids["targets"].size * shape.fill)
+    scored, sequence_ids, num_scored = _scored_tokens(grids["targets"], sequence_of, sequences, room)
     weights = grids["weights"].ravel()[scored] if "weights" in grids else None
     index, lengths = _sequence_index(sequence_ids, sequences, longest)
     branches = [[segment.branch_ids for segment in row] for row in rows]
@@ -278,7 +276,7 @@ def build_batch(
     )
 
 
-def _row_width(longest: int, shape: Shape | None) -> int:
+def row_width(longest: int, shape: Shape | None) -> int:
     """Positions of every row, if the longest needs `longest`."""
     width = _round_up(longest, 8)
     return min(_round_up(width, shape.positions), max(width, _round_up(shape.capacity, 8))) if shape else width

@@ -44,10 +44,12 @@ def divide(loads: Sequence[int], size: int, most: int | None = None) -> list[lis
 
 
 def _pack_alike(lengths: Sequence[int], shape: Shape) -> list[list[int]]:
-    """As `pack`; for several shares, a multiple of them and about equal sums, if the capacity and items allow it."""
+    """As many rows as `pack` needs, or the next multiple of `shape.shares`, with about equal sums if the capacity and
+    the items allow it: rows of about one size are of few shapes, and several GPUs end at the same time.
+    """
     rows = pack(lengths, shape.capacity)
-    count = -(-len(rows) // shape.shares) * shape.shares
-    if shape.shares == 1 or count > len(lengths):
+    count = -(-len(rows) // (shape.shares or 1)) * shape.shares
+    if not 0 < count <= len(lengths):
         return rows
     alike = divide(lengths, count)
     fits = max(sum(lengths[i] for i in row) for row in alike) <= shape.capacity

@@ -38,7 +38,7 @@ def show_data(config: RunConfig, console: Console) -> None:
         console.print(balance(data.train, config.kto), markup=False, highlight=False)
     order = DataOrder.of(config, len(data.train))
     attention, where = layout_of(config)
-    method = build_method(config, attention)
+    method = fitted(build_method(config, attention), config, data.train)
     examples = [data.train[i] for i in order.step_rows(0)]
     batches = method.micro_batches(longest_examples(config, examples) if config.sampled else examples)
     positions = sum(batch.input_ids.numel() for batch in batches)

@@ -32,7 +32,7 @@ def build_method(config: RunConfig, attention: Attention, ranks: int = 1) -> Met
     capacity = config.train.micro_batch_positions or batch * length
     granule = min(max(8, capacity // 16 // 8 * 8), 128 if capacity <= 4096 else 256) if packing else 64
     if run_loss(config).mixes_pairs:
-        examples = ranks = 1  # no dummy pairs: they would take part in the sort; nor other micro-batches
+        examples, ranks = 1, 0  # no dummy pairs: they would take part in the sort; nor other micro-batches
     return replace(method, shape=Shape(granule, min(8, examples), length, capacity, ranks))
 
 

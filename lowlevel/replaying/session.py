@@ -118,6 +118,7 @@ def open_session(opened: Reopened, step: int, *, start: int | None = None) -> Se
     if start is not None and start >= step:
         raise ConfigError(f"--from {start}: a replay of step {step} starts before it")
     inputs = opened.inputs()
+    method = fitted(method, config, inputs.data.train)
     step_examples(config, inputs.data, step, run_dir=opened.folder.path)  # refuses a step beyond the run's last
     policy = opened.policy(training=True)
     _check_identity(opened, identity(config, inputs, policy, opened.manifest["base"]["sha256"]))

@@ -67,7 +67,7 @@ def build_job(config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE) -> Job:
     optimizer = build_optimizer(policy.flat.weights, config.train, policy.flat.parts)
     manifest = identity(config, inputs, policy, policy_sha256(policy))
     origin = {"identity": manifest, "versions": versions(inputs.placement)}
-    method = build_method(config, inputs.attention, ranks.size)
+    method = fitted(build_method(config, inputs.attention, ranks.size), config, inputs.data.train)
     return Job(config, inputs, method, policy, optimizer, order, order.total_steps(config.train), origin, ranks)
 
 

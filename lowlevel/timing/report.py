@@ -78,7 +78,8 @@ def _build(config: RunConfig, inputs: Inputs) -> TimedRun:
     dequantize_as_set(policy, config.train.dequantize_once)
     examples = inputs.data.train
     order = DataOrder.of(config, len(examples))
-    return TimedRun(config, policy, build_method(config, inputs.attention), optimizer, order, examples)
+    method = fitted(build_method(config, inputs.attention), config, examples)
+    return TimedRun(config, policy, method, optimizer, order, examples)
 
 
 def _measure(run: TimedRun, mode: str, steps: int, console: Console) -> tuple[Timed, dict[str, list[Step]]]:

@@ -120,7 +120,8 @@ def test_packed_micro_batches_come_in_multiples_of_the_ranks():
         return micro_batch_rows(lengths, lambda length: length, 2, 64, True, Shape(8, 1, 64, 100, ranks))
 
     lengths = [60, 50, 50, 40, 30]
-    assert packed(lengths, 1) == [[[60, 40]], [[50, 50]], [[30]]]  # with two ranks one would wait for the other
+    assert packed(lengths, 0) == [[[60, 40]], [[50, 50]], [[30]]]  # first fit decreasing
+    assert packed(lengths, 1) == [[[60]], [[50, 40]], [[50, 30]]]  # as many, of about one size
     assert packed(lengths, 2) == [[[60]], [[50]], [[50]], [[40, 30]]]
     assert packed([60, 60, 60], 2) == [[[60]], [[60]], [[60]]]  # no fourth
     assert packed([100, 60, 40], 2) == [[[100]], [[60, 40]]]
