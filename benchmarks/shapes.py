@@ -67,10 +67,10 @@ def main() -> None:
     for method in STEPS:
         for batch in (2, ROWS_PER_STEP):
             case = Case(f"{method}_{batch}x{ROWS_PER_STEP // batch}", "lowlevel", method, batch, ROWS_PER_STEP // batch)
-            for length in sorted({min(TRIAL, steps[method]), steps[method]}):
-                config = case_config(case, options.out / "workload", options.out / "unused", length)
-                rows = list(prepare_data(config)[1].train)[: ROWS_PER_STEP * length]
-                table.append({"case": case.name, **count(batches_of(config, rows, length)), "commit": commit()})
+            for planned in sorted({min(TRIAL, steps[method]), steps[method]}):
+                config = case_config(case, options.out / "workload", options.out / "unused", planned)
+                rows = list(prepare_data(config)[1].train)[: ROWS_PER_STEP * planned]
+                table.append({"case": case.name, **count(batches_of(config, rows, planned)), "commit": commit()})
                 print("  ".join(f"{key} {value}" for key, value in table[-1].items()), flush=True)
     write_table(options.out / "shapes.csv", table, tuple(table[0]))
 
