@@ -195,8 +195,9 @@ def _read_parquet(path: Path) -> SourceRows:
 
 
 def _read_hub(name: str, split: str) -> SourceRows:
-    import datasets
+    import datasets  # and pandas with it: as long to import as half of torch
 
+    datasets.disable_progress_bars()
     try:
         saved = Path(name, split) if Path(name, "dataset_dict.json").is_file() else Path(name)  # by save_to_disk
         on_disk = (saved / "state.json").is_file()

@@ -60,14 +60,11 @@ def quiet_libraries() -> None:
     """Switch off progress bars and warnings of libraries; their errors still show."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, in a notebook without ipywidgets
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils.logging import disable_progress_bar as disable_loading_bar
+    from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    disable_loading_bar()
     # On CPUs with AVX512-BF16, bitsandbytes 0.50 advises to download a kernel from the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers 5.23 renamed gradient_checkpointing_enable; PEFT 0.21 uses the name that 5.17 requires.
