@@ -7,6 +7,10 @@ P and B are this GPU's measured ceilings (a large product, a large copy); the tw
 of the table's captured steps and checked on the other half. For a T4, P and B are its data sheet's 65 TFLOP/s and 320
 GB/s, times what this GPU's ceilings are of its own data sheet. Everything that comes out of it is marked "predicted".
 
+The same steps are predicted a second time from a profile of another GPU (profile.py): each kind of kernel takes as much
+longer as the T4's data sheet is below that GPU's, and kernels do not overlap. That is a lower bound of the speed where
+the other GPU idles in small kernels, which fill a T4's 40 multiprocessors.
+
 Eager steps are bound by the host that launches the kernels; no count of the device's work predicts them.
 """
 
@@ -17,7 +21,7 @@ import csv
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +43,7 @@ DATASHEETS = {
     "L4": (121e12, 300e9),
     "T4": (65e12, 320e9),
 }
+COMPUTED = ("products", "attention")  # kinds of a profile that FLOP/s bound; bytes/s bound the others
 T4_LINK = 12e9  # PCIe 3.0 x16, what copies reach of its 15.8 GB/s
 TOLERANCE = 0.15
 PREDICTED = ("lowlevel_sft_2x4_graphed", "lowlevel_sft_8x1_nockpt_graphed", "lowlevel_dpo_2x4_graphed",
@@ -186,6 +191,21 @@ def read_ceilings(path: Path) -> Ceilings:
     )
 
 
+def scaled(profile: Path, counted: Mapping[str, Counted]) -> list[dict[str, object]]:
+    """Rows of a profile's cases: its times by kind of kernel, longer by what the data sheets say."""
+    from benchmarks.runner import read_table
+
+    by_case: dict[str, float] = Counter()
+    for row in read_table(profile):
+        if row["kind"] not in ("wall clock", "GPU busy"):
+            here, t4 = (DATASHEETS[name] for name in (next(n for n in DATASHEETS if n in row["gpu"]), "T4"))
+            ceiling = 0 if row["kind"] in COMPUTED else 1
+            by_case[row["case"]] += float(row["ms"]) / 1000 * here[ceiling] / t4[ceiling]
+    kind = {"kind": "predicted from a profile", "gpu": "Tesla T4"}
+    return [{"case": case, **kind, "seconds_per_step": round(seconds, 3),
+             "tokens_per_second": round(counted[case].tokens / seconds)} for case, seconds in by_case.items()]  # fmt: skip
+
+
 def show_prediction(counted: Counted, ceilings: Ceilings, fractions: tuple[float, float]) -> dict[str, object]:
     """Print a case's predicted time with its parts, and return its row."""
     seconds = counted.seconds(ceilings, fractions)
@@ -219,6 +239,7 @@ def main() -> None:
     results = Path(__file__).parent / "results"
     parser.add_argument("--table", type=Path, nargs="+", default=[results / "step_h100.csv"], help="CSVs of step.py")
     parser.add_argument("--ceilings", type=Path, default=results / "kernels_h100.csv", help="CSV of kernels.py")
+    parser.add_argument("--profile", type=Path, default=results / "profile_h200.csv", help="CSV of profile.py")
     parser.add_argument("--out", type=Path, default=Path("out/t4"))
     parser.add_argument("--head", choices=("torch", "fused"), default="fused", help="how log-probabilities are taken")
     parser.add_argument("--shape", default="tinyllama")
@@ -236,13 +257,18 @@ def main() -> None:
     t4 = t4_ceilings(here)
     print(f"\nTesla T4, predicted: product {t4.matmul_flops / 1e12:.0f} TFLOP/s, copy {t4.copy_bytes / 1e9:.0f} GB/s")
     found = [show_prediction(counted[name], t4, fractions) for name in PREDICTED]
+    found += scaled(options.profile, counted)
     if torch.cuda.is_available() and "T4" in torch.cuda.get_device_name():
         found += measure_here(options.out)
     with open(options.out / "t4.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ("case", "kind", "gpu", "seconds_per_step", "tokens_per_second"))
         writer.writeheader()
         writer.writerows(found)
-    print("\n" + "\n".join(f"{r['case']:<36} {r['kind']:<10} {r['seconds_per_step']} s" for r in found))
+    lines = (
+        f"{r['case']:<34}{r['kind']:<26}{r['seconds_per_step']:>7} s {r['tokens_per_second']:>6} tokens/s"
+        for r in found
+    )
+    print("\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":

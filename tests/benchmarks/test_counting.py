@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import Case
 from benchmarks.counting import ModelShape, Op, Settings, Work, dequantise, step_ops, totals, visible_pairs
-from benchmarks.t4 import Counted, count_case, fit, t4_ceilings
+from benchmarks.t4 import Counted, count_case, fit, scaled, t4_ceilings
 from benchmarks.timing import Ceilings
 from benchmarks.workload import case_config, llama_config
 
@@ -144,3 +144,16 @@ def test_ceilings_of_a_t4():
     t4 = t4_ceilings(HERE)
     assert t4.matmul_flops == pytest.approx(65e12 * 700 / 989.4)
     assert t4.copy_bytes == pytest.approx(320e9 * 3 / 3.35)
+
+
+def test_a_profile_is_scaled_by_the_data_sheets(tmp_path):
+    """An H100 computes 989.4 / 65 times a T4 and moves 3.35 / 0.32 times its bytes; whole steps are not kernels."""
+    table = tmp_path / "profile.csv"
+    kinds = {"wall clock": 99, "GPU busy": 25, "products": 10, "attention": 1, "dequantise": 20, "copies": 2}
+    lines = [f"a,{kind},{ms},NVIDIA H100 80GB HBM3" for kind, ms in kinds.items()]
+    table.write_text("\n".join(["case,kind,ms,gpu", *lines, "b,products,1,NVIDIA H100"]))
+    counted = dict.fromkeys("ab", Counted(Case("a", "lowlevel", "sft"), 4000, ()))
+    a, b = scaled(table, counted)
+    seconds = 11e-3 * 989.4 / 65 + 22e-3 * 3.35 / 0.32
+    assert a["seconds_per_step"] == pytest.approx(seconds, abs=5e-4) and b["seconds_per_step"] == 0.015
+    assert a["tokens_per_second"] == round(4000 / seconds) and "predicted" in str(a["kind"])
