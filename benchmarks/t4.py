@@ -201,9 +201,16 @@ def scaled(profile: Path, counted: Mapping[str, Counted]) -> list[dict[str, obje
             here, t4 = (DATASHEETS[name] for name in (next(n for n in DATASHEETS if n in row["gpu"]), "T4"))
             ceiling = 0 if row["kind"] in COMPUTED else 1
             by_case[row["case"]] += float(row["ms"]) / 1000 * here[ceiling] / t4[ceiling]
-    kind = {"kind": "predicted from a profile", "gpu": "Tesla T4"}
-    return [{"case": case, **kind, "seconds_per_step": round(seconds, 3),
-             "tokens_per_second": round(counted[case].tokens / seconds)} for case, seconds in by_case.items()]  # fmt: skip
+    return [
+        {
+            "case": case,
+            "kind": "predicted from a profile",
+            "gpu": "Tesla T4",
+            "seconds_per_step": round(seconds, 3),
+            "tokens_per_second": round(counted[case].tokens / seconds),
+        }
+        for case, seconds in by_case.items()
+    ]
 
 
 def show_prediction(counted: Counted, ceilings: Ceilings, fractions: tuple[float, float]) -> dict[str, object]:
