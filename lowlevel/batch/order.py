@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -25,13 +27,21 @@ class DataOrder:
     seed: int
     shuffled: bool
     repeats: int = 1  # steps on the same rows: num_iterations of an online method
+    together: tuple[int, ...] = ()  # for each example the one whose place in the order it follows; (): itself
 
     @classmethod
-    def of(cls, config: RunConfig, num_rows: int) -> DataOrder:
-        """The order of a run's `num_rows` training examples. Raises ConfigError if its epochs have too many steps."""
-        train = config.train
+    def of(cls, config: RunConfig, examples: Sequence[Any]) -> DataOrder:
+        """The order of a run's training examples. Raises ConfigError if its epochs have too many steps."""
+        train, shuffled = config.train, config.train.data_order != "sequential"
         repeats = config.sampled.num_iterations if config.sampled else 1
-        order = cls(num_rows, config.prompts_per_step, train.seed, train.data_order == "shuffled", repeats)
+        together: tuple[int, ...] = ()
+        if (
+            train.data_order == "shuffled_pairs"
+        ):  # the two rows of a pair for kto are "FILE:N chosen" and "... rejected"
+            rows = [x.where.removesuffix(" chosen").removesuffix(" rejected") for x in examples]
+            first = {row: i for i, row in reversed([*enumerate(rows)])}
+            together = tuple(first[row] for row in rows)
+        order = cls(len(examples), config.prompts_per_step, train.seed, shuffled, repeats, together)
         steps = order.steps_per_epoch * train.num_train_epochs  # a float, which may be infinite
         if train.max_steps is None and steps > MOST_STEPS:
             epochs = f"train.num_train_epochs {train.num_train_epochs:g}"
@@ -55,14 +65,15 @@ class DataOrder:
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """A permutation of the examples, (num_rows,) int64: sorted by a 64-bit hash of (seed, epoch, index)."""
-        return _shuffled(self.num_rows, self.seed, epoch) if self.shuffled else np.arange(self.num_rows)
+        rows = self.together or range(self.num_rows)
+        return _shuffled(rows, self.seed, epoch) if self.shuffled else np.arange(self.num_rows)
 
 
 @lru_cache(maxsize=2)  # each step asks for its epoch's order; with prefetching, steps at an epoch's end ask for two
-def _shuffled(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+def _shuffled(rows: tuple[int, ...] | range, seed: int, epoch: int) -> np.ndarray:
     """See `epoch_order`; read-only, because callers share it."""
     seeded = splitmix64(np.array([seed], np.uint64))
     salt = splitmix64(seeded + np.uint64(epoch))
-    order = np.argsort(splitmix64(np.arange(num_rows, dtype=np.uint64) ^ salt), kind="stable")
+    order = np.argsort(splitmix64(np.array(rows, np.uint64) ^ salt), kind="stable")
     order.setflags(write=False)
     return order

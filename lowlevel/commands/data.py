@@ -36,7 +36,7 @@ def show_data(config: RunConfig, console: Console) -> None:
     render_report(data.report, console)
     if config.method == "kto":
         console.print(balance(data.train, config.kto), markup=False, highlight=False)
-    order = DataOrder.of(config, len(data.train))
+    order = DataOrder.of(config, data.train)
     attention, where = layout_of(config)
     method = fitted(build_method(config, attention), config, data.train)
     examples = [data.train[i] for i in order.step_rows(0)]

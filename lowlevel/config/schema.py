@@ -132,7 +132,9 @@ class TrainConfig(Section):
     )
     deterministic: bool = Field(False, description="same bits on every repetition, also on a GPU; may be slower")
     seed: Seed = Field(42, description="seed of adapter initialisation, dropout and data order")
-    data_order: Literal["shuffled", "sequential"] = Field("shuffled", description="order of rows within an epoch")
+    data_order: Literal["shuffled", "shuffled_pairs", "sequential"] = Field(
+        "shuffled", description="of rows within an epoch; shuffled_pairs: kto's two rows of a pair in one step"
+    )
     logging_steps: Positive = Field(10, description="steps between logged lines")
     eval_steps: Positive | None = Field(None, description="steps between evaluations; default: only at start and end")
     early_stopping_patience: Positive | None = Field(None, description="stop after N evaluations without a lower loss")

@@ -107,7 +107,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     tokenizer, data = prepare_data(config)
     if config.sampled:
         rewards.check_rows(config.sampled, [*data.train, *data.evaluation])
-    DataOrder.of(config, len(data.train))  # refuses an endless number of epochs
+    DataOrder.of(config, data.train)  # refuses an endless number of epochs
     attention = choose_attention(config.model, base, placement)
     if attention.implementation != "eager":
         check_sdpa(model)

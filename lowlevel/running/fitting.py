@@ -30,7 +30,7 @@ def fitted(method: MethodT, config: RunConfig, examples: Sequence[Any]) -> Metho
     known = isinstance(method, SFT | DPO | Reward) and not config.sampled
     if not known or method.shape is None or not method.packing:
         return method
-    order, shape = DataOrder.of(config, len(examples)), method.shape
+    order, shape = DataOrder.of(config, examples), method.shape
     total = order.total_steps(config.train)
     looked_at = min(total, LOOKED_AT)
     sizes: list[tuple[int, int]] = []  # positions and scored tokens of each micro-batch

@@ -62,7 +62,7 @@ class Job:
 
 def build_job(config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE) -> Job:
     """Load the model and build the other parts."""
-    order = DataOrder.of(config, len(inputs.data.train))
+    order = DataOrder.of(config, inputs.data.train)
     policy = build_run_policy(config, inputs)
     optimizer = build_optimizer(policy.flat.weights, config.train, policy.flat.parts)
     manifest = identity(config, inputs, policy, policy_sha256(policy))

@@ -253,7 +253,7 @@ def step_examples(
 
     Raises ConfigError, which names the option `flag`; CheckpointError if completions are not kept.
     """
-    order = DataOrder.of(config, len(data.train))
+    order = DataOrder.of(config, data.train)
     total = order.total_steps(config.train)
     if not 1 <= step <= total:
         raise ConfigError(f"{flag} {step}: the run has {total} steps")

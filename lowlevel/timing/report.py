@@ -77,7 +77,7 @@ def _build(config: RunConfig, inputs: Inputs) -> TimedRun:
     optimizer = build_optimizer(policy.flat.weights, config.train, policy.flat.parts)
     dequantize_as_set(policy, config.train.dequantize_once)
     examples = inputs.data.train
-    order = DataOrder.of(config, len(examples))
+    order = DataOrder.of(config, examples)
     method = fitted(build_method(config, inputs.attention), config, examples)
     return TimedRun(config, policy, method, optimizer, order, examples)
 

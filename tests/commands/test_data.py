@@ -40,7 +40,7 @@ def test_rows_fill_batches_as_they_will_in_the_run_on_this_machine(runs, tmp_pat
     path = runs.space.write("shown", "sft", folder=tmp_path)
     config = load_config(path)
     train = prepare_data(config)[1].train
-    rows = [train[i] for i in DataOrder.of(config, len(train)).step_rows(0)]
+    rows = [train[i] for i in DataOrder.of(config, train).step_rows(0)]
     batches = build_method(config, attention).micro_batches(rows)
     said = cli("data", path)
     assert said.code == 0, said.err

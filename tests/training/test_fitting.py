@@ -30,7 +30,7 @@ def run(method, steps=20, **sections):
 
 def laid_out(method, config, rows, steps):
     """The micro-batches of a run's first steps."""
-    order = DataOrder.of(config, len(rows))
+    order = DataOrder.of(config, rows)
     return [batch for step in range(steps) for batch in method.micro_batches([rows[i] for i in order.step_rows(step)])]
 
 

@@ -63,6 +63,16 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(settings, whole, tmp_path):
     assert (folder / file).read_bytes() == (whole.path / file).read_bytes()
 
 
+def test_the_rows_of_a_pair_meet_in_a_step_if_that_is_asked_for(settings, tmp_path):
+    pairs = [{"prompt": p, "chosen": "yes " * (1 + i % 3), "rejected": "no"} for i, p in enumerate(PROMPTS)]
+    own = {**settings, "data": pairs, "eval_data": None, "eval_limit": None, "trace": {}, "data_order": "shuffled_pairs"}
+    own["train"] = {key: value for key, value in settings["train"].items() if key != "eval_steps"}
+    for step in ll.steps("kto", **own, output_dir=tmp_path / "run"):
+        assert [row // 2 for row in step.rows[::2]] == [row // 2 for row in step.rows[1::2]] and len(step.rows) == 4
+        if step.number == 2:
+            break
+
+
 def test_what_is_logged(whole):
     first, last = lines(whole.path)[1], lines(whole.path)[-1]
     half = 0.5 * (first["share/desirable"] + 1.5 * first["share/undesirable"])  # but for dropout

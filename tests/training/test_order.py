@@ -1,5 +1,7 @@
 """The order of rows: a permutation an epoch, and the same one on every machine and in every version."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -128,6 +130,30 @@ def test_epochs_that_would_never_end_are_refused_with_their_steps(count):
     batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     config = RunConfig(train=TrainConfig(num_train_epochs=count, **batch))
     with pytest.raises(ConfigError, match=r"train.num_train_epochs .* x 3 = .* steps; at most 1,000,000,000"):
-        DataOrder.of(config, 12)
+        DataOrder.of(config, range(12))
     limited = RunConfig(train=TrainConfig(num_train_epochs=count, max_steps=7, **batch))
-    assert DataOrder.of(limited, 12).total_steps(limited.train) == 7
+    assert DataOrder.of(limited, range(12)).total_steps(limited.train) == 7
+
+
+def test_the_rows_of_a_pair_stay_together_and_others_where_they_were():
+    """The second row of a pair has the first one's key in the sort; rows of their own have the keys of any run."""
+    places = [
+        "a b:1",
+        "a b:2 chosen",
+        "a b:2 rejected",
+        "a b:3 rejected",
+        "a b:4",
+        "a b:5 chosen",
+        "a b:6",
+        "a b:5 rejected",
+    ]
+    together = [0, 1, 1, 3, 4, 5, 6, 5]
+    examples = [SimpleNamespace(where=place) for place in places]
+    config = RunConfig(method="kto", train=TrainConfig(data_order="shuffled_pairs", seed=3))
+    for epoch in range(4):
+        plain = DataOrder(8, 8, 3, True).epoch_order(epoch).tolist()
+        expected = sorted(range(8), key=lambda i: (plain.index(together[i]), i))
+        assert DataOrder.of(config, examples).epoch_order(epoch).tolist() == expected
+    alone = [one for one in examples if one.where[-1].isdigit()]
+    same = DataOrder.of(config, alone).epoch_order(0).tolist()
+    assert same == DataOrder(len(alone), 8, 3, True).epoch_order(0).tolist()
