@@ -20,7 +20,7 @@ from benchmarks.workload import by_step, case_config, peer_tokens
 from lowlevel import __version__
 from lowlevel.batch.order import DataOrder
 from lowlevel.config.schema import RunConfig
-from lowlevel.methods.choice import build_method
+from lowlevel.methods.choice import build_method, fitted
 from lowlevel.running.assembly import Inputs, check_inputs, with_plan
 from lowlevel.running.progress import make_console
 from lowlevel.running.run_folder import RunFolder

@@ -22,7 +22,7 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.order import DataOrder
 from lowlevel.config.schema import RunConfig
 from lowlevel.execution import signature_of
-from lowlevel.methods.choice import build_method
+from lowlevel.methods.choice import build_method, fitted
 from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.running.assembly import prepare_data
 

@@ -208,7 +208,7 @@ def pair_rows(
 
 @dataclass(frozen=True)
 class Shape:
-    """How to round up the sizes of a batch, so that few different ones occur; running/fitting.py fits it to a run."""
+    """How to round up the sizes of a batch, so that few different ones occur; methods/choice.py fits it to a run."""
 
     positions: int  # of a row: a multiple of this
     examples: int  # a multiple of this
@@ -224,13 +224,11 @@ def build_batch(
     pairs: bool,
     shape: Shape | None = None,
     values: Sequence[Sequence[float]] | None = None,
-    one_a_sequence: bool = False,
 ) -> PackedBatch:
     """Lay segments out in rows, all as long as the longest, rounded up to a multiple of 8 (of `shape.positions`).
 
     The numbers of completions must run from 0 over the whole batch; with `pairs`, 2 n and 2 n + 1 are chosen and
-    rejected of pair n. `values` are the numeric columns of each example (completion or pair), in the order of these
-    numbers. `one_a_sequence`: each has one scored position, so a shape needs no more than S of them.
+    rejected of pair n. `values` are the numeric columns of each example (completion or pair), in their order.
     """
     used = [sum(map(len, row)) for row in rows]
     sides = 2 if pairs else 1
@@ -240,7 +238,7 @@ def build_batch(
     longest, width = shape.longest if shape else None, row_width(max(used), shape)
     grids = _fill_grids(rows, width)
     sequence_of = grids["numbers"] // sides + grids["numbers"] % sides * examples
-    room = None if shape is None else sequences if one_a_sequence else int(grids["targets"].size * shape.fill)
+    room = int(grids["targets"].size * shape.fill) if shape else None
     scored, sequence_ids, num_scored = _scored_tokens(grids["targets"], sequence_of, sequences, room)
     weights = grids["weights"].ravel()[scored] if "weights" in grids else None
     index, lengths = _sequence_index(sequence_ids, sequences, longest)

@@ -27,7 +27,7 @@ def show_data(config: RunConfig, console: Console) -> None:
     """Print the data report, how the rows fill batches, and one example with its supervised tokens coloured."""
     from lowlevel.batch.order import DataOrder
     from lowlevel.data.report import render_report, show_example
-    from lowlevel.methods.choice import build_method
+    from lowlevel.methods.choice import build_method, fitted
     from lowlevel.methods.kto import balance
     from lowlevel.online.rollouts import longest_examples
     from lowlevel.running.assembly import prepare_data

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lowlevel.batch.layout import Shape
+import numpy as np
+
+from lowlevel.batch.layout import Shape, row_width
+from lowlevel.batch.order import DataOrder
+from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
+from lowlevel.labels import IGNORED
 from lowlevel.losses import SFT_LOSSES, loss_spec
 from lowlevel.losses.registry import LossSpec, find
 from lowlevel.methods import DPO, GRPO, KTO, PPO, RLOO, SFT, Method, Reward, dpo, reward, sft
 from lowlevel.model.attention_choice import Attention
 
+LOOKED_AT = 256  # steps, which stand for the others
+CAPTURE = 4096  # positions that are computed while one shape could be captured: 2,000 on a T4, more on an H200
 KINDS: dict[str, Any] = {kind.name: kind for kind in (SFT, DPO, KTO, Reward, GRPO, RLOO, PPO)}
 
 
@@ -21,8 +30,8 @@ def build_method(config: RunConfig, attention: Attention, ranks: int = 1) -> Met
 
     For several `ranks`, packed micro-batches come in multiples of their number.
 
-    Attention over spans makes rows of any length cheap, so batches are padded to 16 to 32 shapes, each captured once;
-    1 to 4 % of the positions are padding.
+    Attention over spans makes rows of any length cheap, so batches are padded to 8 to 32 shapes, each captured once;
+    1 to 4 % of the positions are padding. `fitted` adapts the shapes to a run.
     """
     method, packing = _without_shape(config), config.data.packing
     if not attention.kernel:
@@ -34,6 +43,38 @@ def build_method(config: RunConfig, attention: Attention, ranks: int = 1) -> Met
     if run_loss(config).mixes_pairs:
         examples, ranks = 1, 0  # no dummy pairs: they would take part in the sort; nor other micro-batches
     return replace(method, shape=Shape(granule, min(8, examples), length, capacity, ranks))
+
+
+def fitted(method: Method, config: RunConfig, examples: Sequence[Any]) -> Method:
+    """The method with the `Shape` that makes a run over `examples` shortest: padding and captures both take time.
+
+    Its room for scored tokens is what the fullest micro-batch needs, in sixteenths, so each width is one shape. Methods
+    that sample their rows, and kto, whose rows share prompts, keep the shape that they have.
+    """
+    if not isinstance(method, SFT | DPO | Reward) or config.sampled or method.shape is None or not method.packing:
+        return method
+    order, shape, sizes = DataOrder.of(config, examples), method.shape, list[tuple[int, int]]()
+    looked_at = min(total := order.total_steps(config.train), LOOKED_AT)
+    for step in range(looked_at):
+        rows = [examples[i] for i in order.step_rows(step)]
+        for (row,) in micro_batch_rows(rows, method.size, method.batch_size, method.row_length, True, shape):
+            sizes.append((sum(method.size(x) for x in row), sum(_scored(x, method.paired) for x in row)))
+
+    def cost(one: Shape) -> float:
+        widths = [row_width(size, one) for size, _ in sizes]
+        return sum(widths) * total / looked_at + CAPTURE * len({*widths, row_width(shape.capacity, one)})
+
+    multiples = (shape.positions, *(max(8, int(shape.positions * k) // 8 * 8) for k in (0.5, 2, 4)))
+    best = min((replace(shape, positions=multiple) for multiple in multiples), key=cost)
+    fill = max(scored / row_width(size, best) for size, scored in sizes)
+    return replace(method, shape=replace(best, fill=math.ceil(16 * fill) / 16))
+
+
+def _scored(example: Any, paired: bool) -> int:
+    """Tokens that the loss reads."""
+    if paired:
+        return len(example.chosen_ids) + len(example.rejected_ids)
+    return int(np.count_nonzero(example.labels[1:] != IGNORED))
 
 
 def _without_shape(config: RunConfig) -> Method:

@@ -97,7 +97,7 @@ class Reward:
             made = [reward_segments(x, next(numbers), shared=self.packing) for x in group]
             rows += [[segment for segments in made for segment in segments]] if self.packing else [[s] for s in made[0]]
         values = [x.values for group in groups for x in group] if self.columns else None
-        return build_batch(rows, pairs=True, shape=self.shape, values=values, one_a_sequence=True)
+        return build_batch(rows, pairs=True, shape=self.shape, values=values)
 
 
 def reward_segments(example: PreferenceExample, number: int, *, shared: bool) -> list[Segment]:

@@ -5,12 +5,10 @@ models. Nothing here uses the network.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 import time
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,8 +30,7 @@ from lowlevel.running.run_folder import run_lock
 
 GIB = 2**30
 FREE_SHARE = 0.8  # of a GPU's memory: this process's own CUDA context takes less than the rest
-DRIVER = Path("/proc/driver/nvidia/version")
-OLDEST_DRIVER = {12: 525, 13: 580}  # that runs a CUDA of this major version
+OLDEST_DRIVER = {"12": 525, "13": 580}  # that runs a CUDA of this major version
 TRIAL_BOUND = 1e-5  # between an fp32 function and the same one compiled
 MODES = {
     "graphed": "graphed: layers compiled, each batch shape captured in a CUDA graph",
@@ -55,7 +52,7 @@ def device() -> Finding:
     count = torch.cuda.device_count()
     found = (
         f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}, {free / GIB:.1f} of "
-        f"{total / GIB:.1f} GiB free; CUDA {torch.version.cuda}, driver {_driver() or 'unknown'}"
+        f"{total / GIB:.1f} GiB free; CUDA {torch.version.cuda}"
     )
     if count > 1:
         found += f"; {count} GPUs visible, one is used: cuda:{index} (CUDA_VISIBLE_DEVICES chooses another)"
@@ -73,25 +70,15 @@ def _adds_right() -> bool:
     return float((torch.ones(8, device="cuda") + 1).sum()) == 16
 
 
-def _driver() -> str | None:
-    """Version of the NVIDIA driver that the kernel has loaded."""
-    found = None
-    with suppress(OSError):
-        found = re.search(r" (\d+\.[\d.]+) ", DRIVER.read_text(encoding="utf-8"))
-    return found and found[1]
-
-
 def _cpu(warned: list[str]) -> Finding:
     found = f"CPU, {torch.get_num_threads()} threads; no GPU is visible"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    cuda, driver = torch.version.cuda or "0", _driver()
-    oldest = OLDEST_DRIVER.get(int(cuda.split(".")[0]), 0)
-    if driver and int(driver.split(".")[0]) < oldest:
-        found += f": driver {driver} is too old for this torch, whose CUDA {cuda} needs {oldest} or newer"
-        return note(found, "pip install torch --index-url https://download.pytorch.org/whl/cu128, or a newer driver")
     if warned:
         reason = warned[0].strip().splitlines()[0]
-        return note(f"{found}: {reason}", "install a driver for this torch, or a torch for this driver")
+        cuda = torch.version.cuda or "12"  # what pip installs by default may be newer than the machine's driver
+        needed = f"CUDA {cuda} of this torch needs driver {OLDEST_DRIVER.get(cuda.split('.')[0], 580)} or newer"
+        mend = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
+        return note(f"{found}: {reason}", f"{needed}; for an older one: {mend}")
     if hidden is not None and hidden.strip() in ("", "-1"):
         return note(f"{found}: CUDA_VISIBLE_DEVICES is {hidden!r}", "unset it to use the GPU")
     if torch.version.cuda is None and shutil.which("nvidia-smi"):

@@ -26,7 +26,7 @@ from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.execution import Eager, Execution, WithFallback
 from lowlevel.loop import optimizer_step
 from lowlevel.methods import Method
-from lowlevel.methods.choice import build_method, check_loss
+from lowlevel.methods.choice import build_method, check_loss, fitted
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
 from lowlevel.online.steps import step_batches

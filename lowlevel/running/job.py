@@ -20,7 +20,7 @@ from lowlevel.execution import WithFallback
 from lowlevel.heartbeat import working
 from lowlevel.loop import check_evaluation, evaluate_examples
 from lowlevel.methods import DPO, Method, PolicyGradient
-from lowlevel.methods.choice import build_method
+from lowlevel.methods.choice import build_method, fitted
 from lowlevel.model.base import policy_sha256
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy

@@ -108,7 +108,7 @@ def rewards_of(run: LoadedRun, sequences: Sequence[Ids]) -> list[float]:
     for start in range(0, len(sequences), BATCH):
         part = enumerate(sequences[start : start + BATCH])
         rows = [[read_segment(i, i, np.asarray(prompt, int), {1: np.asarray(ids, int)})] for i, (prompt, ids) in part]
-        batch = build_batch(rows, pairs=False, one_a_sequence=True).to(run.policy.placement.device)
+        batch = build_batch(rows, pairs=False).to(run.policy.placement.device)
         found += run.policy.rewards(batch).tolist()
     return found
 

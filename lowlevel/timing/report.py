@@ -18,7 +18,7 @@ from lowlevel.determinism import deterministic_mode
 from lowlevel.durable import write_given_json
 from lowlevel.errors import ConfigError
 from lowlevel.execution import WithFallback
-from lowlevel.methods.choice import build_method
+from lowlevel.methods.choice import build_method, fitted
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import peak_memory

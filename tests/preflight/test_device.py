@@ -31,7 +31,6 @@ def test_a_t4(gpu):
     answer = device.device()
     assert answer.verdict == "ok"
     assert "Tesla T4, compute capability 7.5, 14.0 of 15.0 GiB free" in answer.found and "visible" not in answer.found
-    assert answer.found.endswith("driver unknown")  # this machine has none
     precision = device.precision().found
     assert precision.startswith("fp16 (") and "bf16 needs compute capability 8.0; this GPU has 7.5" in precision
     chosen = device.attention()
@@ -83,26 +82,9 @@ def test_why_no_gpu_is_seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", old_driver)
     answer = device.device()
     assert answer.verdict == "note" and answer.found.endswith("CUDA initialization: The NVIDIA driver is too old")
-
-
-KERNEL_MODULES = {  # the first line of the driver's file, closed and open
-    "550.54.15": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024",
-    "580.65.06": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build",
-}
-
-
-@pytest.mark.parametrize(("cuda", "driver", "oldest"), [
-    ("13.2", "550.54.15", 580), ("13.0", "580.65.06", None), ("12.8", "550.54.15", None), (None, "550.54.15", None),
-])  # fmt: skip
-def test_a_driver_that_is_too_old_for_this_torch(tmp_path, monkeypatch, cuda, driver, oldest):
-    (tmp_path / "version").write_text(KERNEL_MODULES[driver] + "\nGCC version:  gcc version 12.3.0\n")
-    monkeypatch.setattr(device, "DRIVER", tmp_path / "version")
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    answer = device.device()
-    expected = f": driver {driver} is too old for this torch, whose CUDA {cuda} needs {oldest} or newer"
-    assert answer.verdict == "note" and (expected in answer.found) == bool(oldest)
-    assert ("whl/cu128" in answer.advice) == bool(oldest)
+    for cuda, oldest in (("13.2", 580), ("12.8", 525)):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert f"CUDA {cuda} of this torch needs driver {oldest} or newer; " in device.device().advice
 
 
 def test_the_compiler_here():

@@ -8,10 +8,9 @@ import pytest
 from lowlevel.batch.order import DataOrder
 from lowlevel.config.file import config_from_tables
 from lowlevel.execution import signature_of
+from lowlevel.methods import choice
+from lowlevel.methods.choice import CAPTURE, build_method, fitted
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
-from lowlevel.running import fitting
-from lowlevel.running.assembly import build_method
-from lowlevel.running.fitting import CAPTURE, fitted
 from lowlevel.running.rehearsal import largest_batch
 
 SPANS = Attention(NAMES["math"], "as on a GPU")
@@ -71,7 +70,7 @@ def test_the_first_steps_stand_for_the_others(monkeypatch):
     """60 rows in sequential order are the same 8 steps in each epoch; a longer run of them pads less."""
     chosen = {}
     for looked_at in (8, 256):
-        monkeypatch.setattr(fitting, "LOOKED_AT", looked_at)
+        monkeypatch.setattr(choice, "LOOKED_AT", looked_at)
         for steps in (2, 16, 240):
             config, method = run("sft", train={"max_steps": steps, "data_order": "sequential"})
             chosen[steps, looked_at] = fitted(method, config, ROWS["sft"]).shape

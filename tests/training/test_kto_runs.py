@@ -65,7 +65,14 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(settings, whole, tmp_path):
 
 def test_the_rows_of_a_pair_meet_in_a_step_if_that_is_asked_for(settings, tmp_path):
     pairs = [{"prompt": p, "chosen": "yes " * (1 + i % 3), "rejected": "no"} for i, p in enumerate(PROMPTS)]
-    own = {**settings, "data": pairs, "eval_data": None, "eval_limit": None, "trace": {}, "data_order": "shuffled_pairs"}
+    own = {
+        **settings,
+        "data": pairs,
+        "eval_data": None,
+        "eval_limit": None,
+        "trace": {},
+        "data_order": "shuffled_pairs",
+    }
     own["train"] = {key: value for key, value in settings["train"].items() if key != "eval_steps"}
     for step in ll.steps("kto", **own, output_dir=tmp_path / "run"):
         assert [row // 2 for row in step.rows[::2]] == [row // 2 for row in step.rows[1::2]] and len(step.rows) == 4
