@@ -1,6 +1,7 @@
 """Helpers are imported by name (with importlib import mode no test folder is on the path by itself), and one thread:
 bit-for-bit comparisons need the same number on both sides."""
 
+import gc
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -19,6 +21,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+SAVEFIG = Figure.savefig
 DRIVER = shutil.which("chromedriver")
 FLAGS = (
     "--headless",
@@ -46,12 +49,33 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log) if config.getoption("dist") == "loadfile" else None
 
 
+def pytest_collection_finish():
+    """Full garbage collections pass over what imports and collection left: 0.3 s each with it, and there are hundreds."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_files():
+    """Files are not flushed to the disk, and figures are made and not drawn, which takes longer than a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(Figure, "savefig", lambda _, path, **__: Path(path).write_bytes(b""))
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> None:
+    """Figures are drawn."""
+    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
 
 
 @pytest.fixture(scope="session")

@@ -114,6 +114,7 @@ wrong: int = run.generate("x")
 """
 
 
+@pytest.mark.slow
 def test_a_users_script_passes_mypy(tmp_path):
     """All but its last line; what is imported only for the package's own use is left out, it takes minutes."""
     script, options = tmp_path / "script.py", tmp_path / "mypy.ini"

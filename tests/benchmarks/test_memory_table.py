@@ -36,7 +36,7 @@ def test_rows_without_numbers_or_a_plan_are_left_out(tmp_path):
     assert doubled["error"] == pytest.approx(-0.5, abs=0.01)
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command(drawn, tmp_path, monkeypatch, capsys):
     command = ["benchmarks.memory", "--out", str(tmp_path), "--table", str(tmp_path / "two.csv")]
     monkeypatch.setattr(sys, "argv", command)
     rows = read_table(H100)[:2]

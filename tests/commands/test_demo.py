@@ -9,7 +9,7 @@ from rich.console import Console
 from lowlevel.commands import demo as command
 from lowlevel.commands.demo import demo_configs, run_demo
 
-SHORT = {"CHECK_ITEMS": 16, "limit": 160, "eval_limit": 16, "max_steps": 6}  # 10 steps of SFT, then 6 of DPO
+SHORT = {"CHECK_ITEMS": 16, "limit": 160, "eval_limit": 16, "max_steps": 2}  # 10 steps of SFT, then 2 of DPO
 
 
 def run_in(folder):

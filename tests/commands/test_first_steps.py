@@ -79,7 +79,7 @@ def test_help_names_the_choices(cli):
         assert choices in said.out
 
 
-@pytest.mark.parametrize("command", ["sft", "losses"])
+@pytest.mark.parametrize("command", ["sft", pytest.param("losses", marks=pytest.mark.slow)])
 def test_a_reader_that_leaves_ends_a_command_with_130(tmp_path, command):
     environment = {**os.environ, "PYTHONPATH": str(Path(lowlevel.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
     flags = [*SHORT, "--train.max_steps", "40", "--train.logging_steps", "1"] if command == "sft" else []

@@ -187,7 +187,7 @@ def test_a_plan_without_packing_forecasts_what_is_configured_and_says_what_a_bud
     assert "as configured" in said and "fastest" not in said and "needs data.packing = true" in said
 
 
-def test_the_memory_command(tmp_path, capsys):
+def test_the_memory_command(drawn, tmp_path, capsys):
     console = Console(width=100)
     with pytest.raises(ConfigError, match="holds no memory.json: memory is measured in runs on a GPU"):
         show_memory(tmp_path, console, None)

@@ -15,6 +15,7 @@ from workspace import HELD_OUT, metrics
 
 from lowlevel.config.file import load_config
 from lowlevel.model.base import base_sha256
+from lowlevel.running.plots import plot_loss
 
 BASE_KEYS = ["step", "loss", "grad_norm", "learning_rate", "loss_scale", "skipped_steps", "epoch", "num_tokens",
              "supervised_tokens", "tokens_per_second", "padding_share", "peak_allocated_gib",
@@ -32,7 +33,7 @@ RUN_FILES = {"config.toml", "environment.json", "data_report.json", "manifest.js
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_the_run_folder(runs, method):
+def test_the_run_folder(runs, method, drawn, tmp_path):
     folder: Path = getattr(runs, method)
     parent = {"parent", "stacked"} if method == "dpo" else set()
     written = {"compare.json", "verify.json"}  # by commands of other tests on the same run
@@ -51,7 +52,8 @@ def test_the_run_folder(runs, method):
     assert f"finished: 6 steps in {summary['train_runtime']:.1f} s, mean loss {summary['train_loss']:.4f}, " in (
         runs.said[method].out
     )
-    png = (folder / "loss.png").read_bytes()
+    plot_loss(metrics(folder), tmp_path / "loss.png", title="with the curves of a run")
+    png = (tmp_path / "loss.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     assert min(struct.unpack(">II", png[16:24])) > 200
     environment = json.loads((folder / "environment.json").read_text())

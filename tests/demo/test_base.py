@@ -15,7 +15,7 @@ from benchmarks.demo_base.rows import check_items, preference_rows, sft_rows
 from lowlevel.demo import DEMO_BASE
 from lowlevel.demo.world import exact_match
 
-PLAIN_ITEMS = 120
+PLAIN_ITEMS = 40
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +95,15 @@ def test_the_base_knows_the_world_in_plain_text(model, tokenizer) -> None:
     replies = [reply.split("\n")[0].strip().removesuffix(".") for reply in continue_text(model, tokenizer, texts, 16)]
     pairs = zip(replies, asks, strict=True)
     right = sum(reply == ask.answer or reply.endswith(f" is {ask.answer}") for reply, ask in pairs)
-    # Measured: 120 of 120. Untrained weights give 0.
-    assert right >= 108, f"{right} of {PLAIN_ITEMS} right"
+    # Measured: all of 120. Untrained weights give 0.
+    assert right >= 36, f"{right} of {PLAIN_ITEMS} right"
 
 
 def test_the_base_fails_when_asked_in_the_chat_format(model, tokenizer) -> None:
-    items = check_items(30, 0)
+    items = check_items(10, 0)
     texts = [tokenizer.apply_chat_template(item.prompt, tokenize=False, add_generation_prompt=True) for item in items]
     replies = continue_text(model, tokenizer, texts, 40)
-    assert sum(exact_match(reply, item.answer) for reply, item in zip(replies, items, strict=True)) <= 6
+    assert sum(exact_match(reply, item.answer) for reply, item in zip(replies, items, strict=True)) <= 2
 
 
 def test_a_model_is_the_same_for_the_same_seed_and_saves_a_loadable_folder(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_a_damaged_trace_is_one_line(runs, tmp_path):
 
 
 @pytest.mark.parametrize("refused", ["report.html", "loss.png"])
-def test_pages_and_charts_are_replaced_whole_or_not_at_all(runs, tmp_path, monkeypatch, refused):
+def test_pages_and_charts_are_replaced_whole_or_not_at_all(runs, drawn, tmp_path, monkeypatch, refused):
     monkeypatch.setattr("lowlevel.reporting.report.panels", lambda runs: panels(runs)[:1])  # the loss
     folder = Path(shutil.copytree(runs["plain"], tmp_path / "plain"))
     files = [folder / "report.html", folder / "report" / "loss.png"]

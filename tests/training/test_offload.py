@@ -66,8 +66,10 @@ def test_compiled_steps_are_the_same_bit_for_bit_from_the_same_graphs(tiny_base)
             assert loss == wanted_loss and torch.equal(gradient, wanted)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(
+    ("offload", "compiled"),
+    [(False, False), (True, False), (True, True), pytest.param(False, True, marks=pytest.mark.slow)],
+)
 def test_no_input_of_a_recomputed_layer_outlives_the_forward_pass(tiny_base, offload, compiled):
     """Offloaded; and none the backward pass, though compiled layers ask for the gradient of the first one, too."""
     method, examples = METHODS["sft, packed"]
