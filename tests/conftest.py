@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from matplotlib.figure import Figure
 sys.path.append(str(Path(__file__).parent))
 
 import helpers  # noqa: E402
+
+from lowlevel import cli  # noqa: E402
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background
@@ -50,7 +53,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_finish():
-    """Full garbage collections pass over what imports and collection left: 0.3 s each with it, and there are hundreds."""
+    """Full garbage collections, of which there are hundreds, pass over what imports left: 0.3 s each."""
     gc.collect()
     gc.freeze()
 
@@ -64,10 +67,11 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def quick_files():
-    """Files are not flushed to the disk, and figures are made and not drawn, which takes longer than a small run."""
+def quick():
+    """Files are not flushed to the disk, figures are made and not drawn, and the command line has one parser."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(cli, "build_parser", cache(cli.build_parser))
         patch.setattr(Figure, "savefig", lambda _, path, **__: Path(path).write_bytes(b""))
         yield
 

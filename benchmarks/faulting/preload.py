@@ -8,10 +8,10 @@ import matplotlib.pyplot  # noqa: F401
 import peft  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
+from matplotlib.figure import Figure
 
 import lowlevel.cli  # noqa: F401
 import lowlevel.running.run  # noqa: F401
-from matplotlib.figure import Figure
 
 # A forked process has none of its parent's threads: there must be no pool that torch would wait for.
 torch.set_num_threads(1)

@@ -135,11 +135,12 @@ def dangerous_lines(file):
     forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
     constants = {"trust_remote_code": False, "allow_pickle": False, "shell": False, "use_safetensors": True}
     attributes = {("torch", "load"), ("torch", "save"), ("np", "load"), ("numpy", "load")}
+    name = name_of(file)
     for dotted in imports_of(file):
         if dotted.split(".")[0] in forbidden:
-            yield name_of(file), dotted
+            yield name, dotted
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        place = f"{name_of(file)}:{getattr(node, 'lineno', getattr(getattr(node, 'value', None), 'lineno', 0))}"
+        place = f"{name}:{getattr(node, 'lineno', getattr(getattr(node, 'value', None), 'lineno', 0))}"
         if isinstance(node, ast.Attribute):
             if isinstance(node.value, ast.Name) and (node.value.id, node.attr) in attributes:
                 yield place, f"{node.value.id}.{node.attr}"
