@@ -34,6 +34,7 @@ def test_the_step_that_was_begun_is_saved(sft):
     assert expect(ended, 143) == [] and newest_good(folder) == 3
 
 
+@pytest.mark.slow  # tests/training/test_endings.py has these places within one process
 @pytest.mark.parametrize("number", [TERM, INT], ids=["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("target", [PREPARATION, LOADING])
 def test_before_the_first_step(sft, target, number):
@@ -41,15 +42,14 @@ def test_before_the_first_step(sft, target, number):
 
 
 def test_in_an_evaluation(evaluating, thorough):
-    for which in (1, 2, 3) if thorough or evaluating.case.method == "dpo" else (2,):
+    for which in (1, 2, 3) if thorough else (2,):
         assert signalled(evaluating, AtCall(EVALUATION, (which,), Signal(TERM)), TERM) == [], which
 
 
-@pytest.mark.parametrize(
-    "place", [r"tensors write .*/optimizer\.safetensors", r"rename \.tmp-step-00000002 .*", r"unlink \.del-step-.*"]
-)
-def test_in_a_save(sft, place):
-    assert signalled(sft, AtFile(place, Signal(TERM)), TERM) == []
+def test_in_a_save(sft, thorough):
+    places = (r"rename \.tmp-step-00000002 .*", r"tensors write .*/optimizer\.safetensors", r"unlink \.del-step-.*")
+    for place in places if thorough else places[:1]:
+        assert signalled(sft, AtFile(place, Signal(TERM)), TERM) == [], place
 
 
 def test_twice_in_training(evaluating):
@@ -57,8 +57,8 @@ def test_twice_in_training(evaluating):
     assert signalled(evaluating, fault, TERM, twice=True) == []
 
 
-@pytest.mark.parametrize("offset", [2, 8, 14])
-def test_twice_in_a_save(sft, offset):
+def test_twice_in_a_save(sft, thorough):
     """The second one ends the process in the middle of the save, of which nothing is to be seen."""
-    first = sft.whole.saves()[1][0] + offset
-    assert signalled(sft, AtOperation(first, Signal(INT), first + 1), INT, twice=True) == []
+    for offset in (2, 8, 14) if thorough else (8,):
+        first = sft.whole.saves()[1][0] + offset
+        assert signalled(sft, AtOperation(first, Signal(INT), first + 1), INT, twice=True) == [], offset

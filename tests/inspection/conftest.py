@@ -11,9 +11,9 @@ sys.path.append(str(Path(__file__).parent))
 from samples import Runs, hostile_pieces, make_runs  # noqa: E402
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def policy(tiny_base):
-    """An adapter with an effect, and dropout that would show."""
+    """An adapter with an effect, and dropout that would show; tests do not change it."""
     return helpers.make_policy(tiny_base, dropout=0.3)
 
 

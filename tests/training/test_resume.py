@@ -173,20 +173,18 @@ def outcome(workspace) -> dict:
     file.write_bytes(data)
     jobs.append({"config": str(damaged), "resume": True})
 
-    killed = write_config(folder / "killed", CASES[0], workspace)
-    process = stop_by_sigterm(killed, folder / "killed", lines=2)
-    shutil.copytree(folder / "killed", folder / "killed-before")
-    jobs.append({"config": str(killed), "resume": True})
+    printed, again = in_another_process(folder, jobs)
+    return {"folder": folder, "errors": errors, "status": status, "printed": printed, "again": again}
 
-    worker = Path(__file__).with_name("resume_worker.py")
+
+def in_another_process(folder: Path, jobs: list[dict]) -> tuple[dict[str, str], bytes]:
+    """What each run said, and what went to the process's standard output."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(worker), "jobs.json", "printed.json"]
+    command = [sys.executable, str(Path(__file__).with_name("resume_worker.py")), "jobs.json", "printed.json"]
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     said = json.loads((folder / "printed.json").read_text())
-    printed = {Path(job["config"]).stem: text for job, text in zip(jobs, said, strict=True)}
-    made = {"folder": folder, "errors": errors, "status": status, "printed": printed}
-    return {**made, "process": process, "again": done.stdout}
+    return {Path(job["config"]).stem: text for job, text in zip(jobs, said, strict=True)}, done.stdout
 
 
 def sha256(path: Path) -> str:
@@ -264,8 +262,11 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(outcome):
     assert_same_run(outcome["folder"] / "damaged", outcome["folder"] / CASES[0].name, CASES[0].steps)
 
 
-def test_a_real_sigterm_saves_and_the_run_goes_on(outcome):
-    process, before = outcome["process"], outcome["folder"] / "killed-before"
+@pytest.mark.slow  # two processes that import torch; tests/faults has the signals, in processes that are forked
+def test_a_real_sigterm_saves_and_the_run_goes_on(outcome, workspace):
+    before = outcome["folder"] / "killed"
+    config = write_config(before, CASES[0], workspace)
+    process = stop_by_sigterm(config, before, lines=2)
     assert process.returncode == 143, process.stderr
     status = json.loads((before / "run-status.json").read_text())
     assert (status["state"], status["exit"]) == ("preempted", 143)
@@ -274,7 +275,8 @@ def test_a_real_sigterm_saves_and_the_run_goes_on(outcome):
     assert 2 <= step < CASES[0].steps and verify(newest)["state"]["step"] == step
     assert process.stderr.startswith(f"stopped at step {step} of {CASES[0].steps} and saved")
     assert not [path for path in before.iterdir() if path.name.startswith(".")]
-    assert f"resumed from step-{step:08d}" in outcome["printed"]["killed"]
+    printed, _ = in_another_process(outcome["folder"], [{"config": str(config), "resume": True}])
+    assert f"resumed from step-{step:08d}" in printed["killed"]
     assert_same_run(outcome["folder"] / "killed", outcome["folder"] / CASES[0].name, CASES[0].steps)
 
 
