@@ -251,17 +251,6 @@ def test_a_folder_that_holds_a_run_is_left_alone(cli, runs):
     assert {path: path.stat().st_mtime_ns for path in runs.sft.rglob("*")} == before
 
 
-def test_restart_discards_the_run_and_nothing_else(cli, runs, tmp_path):
-    copy = runs.space.copy("sft", tmp_path)
-    (copy / "notes").mkdir()
-    config = runs.space.write("sft", "sft", folder=tmp_path, train={"max_steps": 1})
-    said = cli("sft", config, "--restart")
-    assert said.code == 0, said.err
-    assert (copy / "notes").exists()
-    assert [path.name for path in sorted(copy.glob("step-*"))] == ["step-00000001"]
-    assert json.loads((copy / "metrics.jsonl").read_text())["step"] == 1
-
-
 # 3: data
 
 

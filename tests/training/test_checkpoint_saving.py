@@ -1,12 +1,10 @@
-"""Saving against kills, full disks and second writers."""
+"""Saving against kills and full disks."""
 
 import errno
 import math
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,7 @@ from checkpoint_files import PAYLOAD, Killed, fail_with, flip, kill_before, name
 from safetensors.torch import save_file
 
 from lowlevel.checkpoints.checkpoint import checkpoints, remove_litter, save_checkpoint, verify
-from lowlevel.errors import CheckpointError, ConfigError
-from lowlevel.running.run_folder import run_lock
+from lowlevel.errors import CheckpointError
 
 
 def good(folder: Path) -> set[str]:
@@ -172,32 +169,3 @@ def test_hidden_folders_of_a_persons_own_are_no_litter(tmp_path):
     before = names(tmp_path)
     remove_litter(tmp_path)
     assert names(tmp_path) == before and (tmp_path / ".old-notes" / "mine.txt").exists()
-
-
-def test_a_second_holder_is_refused_and_told_who_holds_it(tmp_path):
-    code = (
-        "import sys, pathlib\n"
-        "from lowlevel.running.run_folder import run_lock\n"
-        "from lowlevel.errors import ConfigError\n"
-        "for line in sys.stdin:\n"
-        "    try:\n"
-        "        with run_lock(pathlib.Path(sys.argv[1])): print('got it', flush=True)\n"
-        "    except ConfigError as error: print(error, flush=True)\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-
-    with subprocess.Popen(command, **pipes, text=True, bufsize=1, env=environment) as process:
-
-        def other() -> str:
-            process.stdin.write("try\n")
-            return process.stdout.readline()
-
-        with run_lock(tmp_path / "run"):
-            with pytest.raises(ConfigError, match=f"in use by pid {os.getpid()}"), run_lock(tmp_path / "run"):
-                pass
-            assert other() == f"{tmp_path / 'run'} is in use by pid {os.getpid()}\n"
-        assert other() == "got it\n"
-    with run_lock(tmp_path / "run"):
-        pass

@@ -359,12 +359,10 @@ def test_other_data_weights_or_parents_are_refused(outcome, workspace, tmp_path)
     refused(ConfigError, r"\n  parent_adapter: '\w{64}' \(checkpoint\) != '\w{64}' \(now\)$")
 
 
-def test_a_run_is_not_overwritten_by_accident(outcome, workspace, tmp_path, capsys):
+def test_a_restart_discards_the_run_and_nothing_else(outcome, workspace, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(outcome["folder"] / CASES[1].name, run)
     config = write_config(run, CASES[1], workspace)
-    assert main(["sft", str(config)]) == 2
-    assert "holds a run: add --resume to continue it, --restart to discard it" in capsys.readouterr().err
     (run / "notes.d").mkdir()
     run_training(load_config(config), QUIET, restart=True)
     assert_same_run(run, outcome["folder"] / CASES[1].name, CASES[1].steps)
