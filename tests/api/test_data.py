@@ -41,14 +41,6 @@ def test_every_kind_of_data_trains(api, dpo, kind, rows):
     assert run.config.data.eval_limit == 2
 
 
-def test_resuming_with_the_same_rows_continues_bit_for_bit(api, dpo, same, rows):
-    for step in api.steps("resumed", rows["dpo"]):
-        if step.number == 3:
-            break
-    assert ll.Run(api.folder / "resumed").folder.read_state() == "preempted"
-    assert same(api.dpo("resumed", KINDS["datasets"](rows["dpo"]), resume=True), dpo)
-
-
 def test_resuming_with_other_rows_names_the_row(api, rows):
     next(iter(api.steps("changed", rows["dpo"], max_steps=2)))
     other = [*rows["dpo"][:4], {**rows["dpo"][4], "chosen": "At home."}, *rows["dpo"][5:]]

@@ -3,6 +3,7 @@
 import signal
 import threading
 
+import datasets
 import pytest
 import torch
 
@@ -53,7 +54,8 @@ def test_the_tokens_of_sft(api, sft):
     assert len(last) > 1
 
 
-def test_leaving_the_loop_saves_and_resuming_continues_bit_for_bit(api, dpo, taken, same):
+def test_leaving_the_loop_saves_and_resuming_continues_bit_for_bit(api, dpo, taken, same, rows):
+    """Also where the same rows come in another container."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for step in api.steps("left", logging_steps=10):
         if step.number == 1:
@@ -65,7 +67,8 @@ def test_leaving_the_loop_saves_and_resuming_continues_bit_for_bit(api, dpo, tak
     assert isinstance(run.generate("Hello", max_new_tokens=2), str)  # with its newest checkpoint
     with pytest.raises(ConfigError, match="resume"):
         next(api.steps("left"))
-    rest = [step.number for step in api.steps("left", logging_steps=10, resume=True)]
+    again = datasets.Dataset.from_list(rows["dpo"])
+    rest = [step.number for step in api.steps("left", again, logging_steps=10, resume=True)]
     assert rest == [2, 3, 4] and same(ll.Run(run.path), ll.Run(api.folder / "taken"))
 
 

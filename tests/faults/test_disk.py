@@ -10,8 +10,7 @@ from benchmarks.faulting.actions import Refuse
 from benchmarks.faulting.comparison import litter, newest_good
 from benchmarks.faulting.damage import FILES
 from benchmarks.faulting.operations import AtFile, AtOperation
-from benchmarks.faulting.processes import lowlevel
-from benchmarks.faulting.trials import disk_full, expect, refused
+from benchmarks.faulting.trials import disk_full, refused
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_file(sft, thorough):
@@ -89,13 +88,6 @@ def test_a_disk_that_refuses_from_some_moment_on(play, thorough):
     moments = [(3, "EROFS"), (saves[1][1] - 1, "EIO"), (saves[0][0], "EROFS"), (saves[3][1] + 8, "EACCES")]
     for change, error in moments if thorough else moments[1::2]:
         assert refused(play, change, error, for_good=True) == [], play.whole.operations[change - 1]
-
-
-def test_a_folder_that_cannot_be_made(sft):
-    folder = sft.new()
-    folder.parent.joinpath("file").write_text("")
-    ended = lowlevel(sft.arguments(folder.parent / "file" / "run"), folder)
-    assert expect(ended, 4) == [] and "Not a directory" in ended.err
 
 
 def test_the_order_of_writing(play):
