@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,14 +110,13 @@ def test_every_key_has_its_description_and_default_in_the_help(cli):
 
 
 def test_help_imports_nothing_heavy_and_answers_at_once():
-    fastest = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        done = process("-c", HELP, "--help")
-        fastest = min(fastest, time.perf_counter() - started)
-        assert done.returncode == 0, done.stderr
-        assert "imported: []" in done.stderr
-    assert fastest < 1.5
+    before = os.times()
+    done = process("-c", HELP, "--help")
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    assert "imported: []" in done.stderr
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    assert spent < 1.5, "seconds of computing, which a busy machine does not change much"
     assert "imported: []" in process("-c", HELP, "sft", "--help").stderr
     assert "imported: []" in process("-c", HELP, "sft", "--train.seed", "x").stderr  # a typo answers at once, too
 

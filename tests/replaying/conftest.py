@@ -1,4 +1,4 @@
-"""Runs of 24 steps, dropout on, packed, a checkpoint every 5 steps."""
+"""Runs of 14 steps, dropout on, packed, a checkpoint every 5 steps."""
 
 import shutil
 import signal
@@ -15,7 +15,7 @@ from workspace import Workspace, make_workspace, run  # noqa: E402
 
 from lowlevel.running.run import RunObserver  # noqa: E402
 
-STEPS = 24
+STEPS = 14  # the third epoch begins with step 13
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def runs(tmp_path_factory) -> Runs:
     make("dpo", "dpo", train={"optim": "paged_adamw_32bit"})
     make("dpo8", "dpo", train={"optim": "paged_adamw_8bit"}, lora={"r": 16})
     cache = {"disable_dropout": False, "reference_cache": str(folder / "cache")}
-    make("cached", "dpo", dpo=cache, train={"max_steps": 14})  # the third epoch begins with step 13
+    make("cached", "dpo", dpo=cache)
     make("thirds", "sft", train={"logging_steps": 3, "max_steps": 12})
     held_out = {"eval_source": "holdout", "eval_limit": 4}
     patch = stop_after(8)
