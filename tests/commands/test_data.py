@@ -8,7 +8,7 @@ from workspace import CHATS, PROMPTS
 import lowlevel.model.attention_choice
 from lowlevel.batch.order import DataOrder
 from lowlevel.config.file import load_config
-from lowlevel.methods.choice import build_method
+from lowlevel.methods.choice import build_method, fitted
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
 from lowlevel.running.assembly import prepare_data
 
@@ -41,7 +41,7 @@ def test_rows_fill_batches_as_they_will_in_the_run_on_this_machine(runs, tmp_pat
     config = load_config(path)
     train = prepare_data(config)[1].train
     rows = [train[i] for i in DataOrder.of(config, train).step_rows(0)]
-    batches = build_method(config, attention).micro_batches(rows)
+    batches = fitted(build_method(config, attention), config, train).micro_batches(rows)
     said = cli("data", path)
     assert said.code == 0, said.err
     positions = sum(batch.input_ids.numel() for batch in batches)

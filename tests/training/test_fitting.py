@@ -57,6 +57,13 @@ def test_the_shape_is_the_best_of_the_multiples_and_each_width_is_one_shape(name
     assert costs[found.shape.positions] == min(costs.values())
 
 
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_scored_tokens_are_those_of_a_batch(name):
+    _, method = run(name)
+    for example in ROWS[name][:9]:
+        assert choice._scored(example, method.paired) == method.micro_batches([example])[0].num_scored
+
+
 def test_room_for_scored_tokens_is_that_of_the_fullest_batch():
     config, plain = run("dpo")
     found = fitted(plain, config, ROWS["dpo"])
