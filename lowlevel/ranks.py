@@ -26,6 +26,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +156,9 @@ class Ranks:
                 with ranks.waiting():
                     return super().__call__(*args, **kwargs)
 
-        fully_shard(module, ignored_params=cast("set[nn.Parameter]", set(whole)))
+        # torch 2.11 first makes each part a Parameter that requires a gradient, which bytes cannot.
+        with patch.object(nn.Parameter.__new__, "__defaults__", (None, False)):
+            fully_shard(module, ignored_params=cast("set[nn.Parameter]", set(whole)))
         cast("Any", module).set_custom_all_gather(Gather())
         self.sharded = True
 

@@ -44,8 +44,6 @@ from lowlevel.running.result_files import save_tokenizer
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.running.trackers import check_trackers
 
-OUTSIDE = 2**30  # bytes of a GPU that the allocator does not get: driver, NCCL
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -189,7 +187,7 @@ def read_merged_adapter(folder: RunFolder) -> str | None:
 def usable_memory(config: RunConfig) -> int:
     """Bytes that a run may use of each GPU, the same on every rank; 0: there is none."""
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    least = min(gpus) * torch.cuda.get_per_process_memory_fraction() - OUTSIDE if gpus else 0
+    least = min(gpus) * torch.cuda.get_per_process_memory_fraction() - 2**30 if gpus else 0  # driver, NCCL
     return parse_size(config.train.memory_budget or "") or int(least)
 
 
@@ -214,8 +212,7 @@ def with_shards(shape: ModelShape, config: RunConfig, placement: Placement, gpus
     }
     if wrong := next((setting for setting, is_set in impossible.items() if is_set), None):
         why = "train.shard_base" if asked else f"one needs {needed / 2**30:.2f} GiB, and has {memory / 2**30:.2f}"
-        hint = "with train.shard_base = false, each holds all of it"
-        raise ConfigError(f"{wrong} is not possible with a base that {gpus} GPUs share ({why}); {hint}")
+        raise ConfigError(f"{wrong} is not possible if {gpus} GPUs share the base ({why}); or set shard_base = false")
     return replace(shape, shards=gpus)
 
 
