@@ -22,6 +22,7 @@ FREE = {
     "train.save_steps": "only what is kept",
     "train.save_total_limit": "only what is kept",
     "train.ddp_timeout": "only when it gives up",
+    "train.shard_base": "the same weights, in parts on several GPUs",
     "train.report_to": "only where the numbers also go",
     "dpo.reference_cache": "the same numbers, computed once",
     "trace.every": "only what is kept",
