@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 INTERVAL, POLL = 9.0, 0.5  # seconds: a line is late by one poll at most, so 10 never pass without one
 Clock = Callable[[], float]
@@ -26,7 +26,12 @@ Item = TypeVar("Item")
 
 @dataclass(eq=False)
 class Work:
-    """One piece of work; `done` and `first`, what was done at its start, count up to `total`."""
+    """One piece of work; `done` and `first`, what was done at its start, count up to `total`.
+
+    `signs` counts every beginning and every update of any work: several GPUs tell a slow process from one that hangs.
+    """
+
+    signs: ClassVar[int] = 0
 
     what: str
     started: float = 0.0
@@ -34,6 +39,10 @@ class Work:
     unit: str = ""
     first: int = 0
     done: int = 0
+
+    def __setattr__(self, name: str, value: object) -> None:
+        Work.signs += 1
+        super().__setattr__(name, value)
 
     def line(self, now: float) -> str:
         """What is done, how much of it, for how long, and the time left if it is known."""

@@ -9,6 +9,9 @@ so one all-reduce of the flat gradient, with the sums of loss and metrics append
 computes, up to the order of additions (1e-6 in fp32). An inf or NaN of one rank is in every rank's sum, so all of them
 skip the step, or stop. Everything that follows is the same arithmetic on the same bits on every rank.
 
+An online method first needs completions: each rank samples and rewards those of every size-th prompt, and `collect`
+gives all of them to every rank. From there on they are the examples of a step like any others.
+
 The number of ranks is not a setting of a run: a step has per_device_train_batch_size x gradient_accumulation_steps
 examples with any number. Rank 0 writes the run folder; the others write nothing.
 
@@ -25,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from unittest.mock import patch
 
 import torch
@@ -34,6 +37,7 @@ from torch import Tensor, nn
 from lowlevel.batch.packing import divide
 from lowlevel.errors import ConfigError, RankError
 from lowlevel.hashing import checksum
+from lowlevel.losses.sums import LARGEST
 from lowlevel.watch import Watch
 
 if TYPE_CHECKING:  # the process that starts torchrun needs none of it
@@ -42,6 +46,7 @@ if TYPE_CHECKING:  # the process that starts torchrun needs none of it
     from lowlevel.model.flat import FlatParameters
     from lowlevel.running.endings import Interrupts
 
+Result = TypeVar("Result")
 _MORE = 60.0  # seconds that gloo and NCCL wait beyond train.ddp_timeout: the watch is to speak first
 
 
@@ -107,16 +112,18 @@ class Ranks:
             return totals, flat.tail[:0]
         if share.idle:
             flat.grad.zero_()
-        names, count = list(totals), len(totals)
-        used = flat.tail[: count + 2 * self.size].zero_()
-        if len(used) != count + 2 * self.size:
-            raise ConfigError(f"{count} metrics on {self.size} ranks: at most {len(flat.tail)} numbers go along")
+        width = len(totals) + 1  # of a rank's row: its totals, and the signal that it was sent
+        used = flat.tail[: width * self.size].zero_()
+        if len(used) != width * self.size:
+            raise ConfigError(f"{width - 1} metrics on {self.size} ranks: at most {len(flat.tail)} numbers go along")
+        rows = used.view(self.size, width)
         if not share.idle:
-            used[:count] = torch.stack(list(totals.values()))
-            used[count + self.rank] = totals["loss"]
-        used[count + self.size + self.rank] = float(self._asked())
+            rows[self.rank, :-1] = torch.stack(list(totals.values()))
+        rows[self.rank, -1] = float(self._asked())
         self.sum_(flat.with_tail[: flat.grad.numel() + len(used)])
-        return dict(zip(names, used[:count].unbind(), strict=True)), used[count:]
+        over_ranks = zip(totals, rows.sum(0), rows.amax(0), strict=False)
+        summed = {name: most if name.endswith(LARGEST) else total for name, total, most in over_ranks}
+        return summed, torch.cat([rows[:, list(totals).index("loss")], rows[:, -1]])
 
     def hear(self, more: Sequence[float]) -> None:
         """Learn from the second result of `sum_step`, on the host: who was asked to stop, whose loss is not finite."""
@@ -132,6 +139,24 @@ class Ranks:
             with self.waiting():
                 dist.all_reduce(values)
         return values
+
+    def collect(self, work: Callable[[], Result]) -> list[Result]:
+        """What `work` gives on each rank, in their order, on every rank.
+
+        The ranks may take unlike times, so they do not wait for each other in a collective; one that is at work when
+        another fails ends at once.
+        """
+        if self.watch is None:
+            return [work()]
+        import torch.distributed as dist
+
+        with self.watch.apart():
+            own = work()
+        found: list[Result] = [own] * self.size
+        with self.waiting():
+            self.watch.meet()
+            dist.all_gather_object(found, own)
+        return found
 
     def gather(self, share: Share, batches: Sequence[PackedBatch], sums: Sequence[LossSums]) -> tuple[LossSums, ...]:
         """The results of all micro-batches on every rank, from each rank's own: exact, as only one adds to a place."""

@@ -4,11 +4,13 @@ A rank that waits in a collective cannot act: its thread is inside NCCL or gloo.
 second, into the key-value store that torchrun keeps:
 
     failure      the first one, as JSON; whoever writes it tells the user, all others end silently
-    at/R         number of collectives that rank R has begun
+    at/R         number of collectives that rank R has begun, and its signs of life (heartbeat.py)
+    met/R        number of times that rank R has waited for all others outside of a collective
     process/R    host and pid: a process of this host that is gone without a failure was killed
     done/R       rank R has ended by itself
 
-A rank that has waited for `timeout` seconds looks for one that has begun fewer collectives: that one hangs.
+A rank that has waited for `timeout` seconds looks for one that has begun fewer collectives and gave no sign of life for
+as long: that one hangs.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowlevel.errors import CONTINUE, InterruptedRunError, NonFiniteError, RankError
+from lowlevel.heartbeat import Work
 from lowlevel.running.endings import Interrupts, code_and_text
 
 PERIOD = 0.5  # seconds between looks
@@ -69,10 +72,12 @@ class Watch:
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
-        self.step = self.begun = 0
+        self.step = self.begun = self.met = 0
         self.failure: Failure | None = None
         self._record: Callable[[int, str], None] = lambda code, text: None
         self._waiting_since: float | None = None
+        self._apart = False
+        self._seen: dict[int, tuple[str, float]] = {}  # what a rank has published, and since when
         self._stopped = threading.Event()
         self._store_lock = threading.Lock()
         self.store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
@@ -102,6 +107,24 @@ class Watch:
         """It has come out."""
         self._waiting_since = None
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Long work that writes nothing, outside of collectives: if another rank fails, this one ends in the middle."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
+
+    def meet(self) -> None:
+        """Wait for all ranks, as long as the others give signs of life. Raises RankError for a failure."""
+        self.met += 1
+        self.write(f"met/{self.rank}", str(self.met))
+        while any(int(self._read(f"met/{rank}") or 0) < self.met for rank in self._others()):
+            if self.failure:
+                raise self.error(self.failure)
+            time.sleep(0.02)
+
     def claim(self, rank: int, code: int, text: str) -> Failure:
         """Record a failure of `rank` unless one is recorded; return the one that is."""
         own = json.dumps(asdict(Failure(rank, self.rank, code, text)))
@@ -120,10 +143,10 @@ class Watch:
         with self._store_lock:
             return self.store.check([key])
 
-    def write(self, key: str) -> None:
+    def write(self, key: str, value: str = "1") -> None:
         """Write a key for `reached`."""
         with self._store_lock:
-            self.store.set(key, "1")
+            self.store.set(key, value)
 
     def gone(self, rank: int) -> bool:
         """Whether a rank's process, if it is on this host, no longer runs."""
@@ -220,11 +243,10 @@ class Watch:
         """Whether this rank's thread is stuck: in a collective, or because it is the one that hangs."""
         waiting = self._waiting_since
         stuck = waiting is not None and time.monotonic() - waiting > GRACE
-        return stuck or self.rank == failure.rank != failure.teller
+        return stuck or self._apart or self.rank == failure.rank != failure.teller
 
     def _publish(self) -> None:
-        with self._store_lock:
-            self.store.set(f"at/{self.rank}", str(self.begun))
+        self.write(f"at/{self.rank}", f"{self.begun} {Work.signs}")
 
     def _recorded(self) -> Failure | None:
         text = self._read("failure")
@@ -247,11 +269,18 @@ class Watch:
         return None
 
     def _hung(self) -> Failure | None:
-        since = self._waiting_since
-        if since is None or time.monotonic() - since < self.timeout:
+        since, now = self._waiting_since, time.monotonic()
+        if since is None:
             return None
-        behind = [rank for rank in self._others() if int(self._read(f"at/{rank}") or 0) < self.begun]
-        rank = (behind or self._others())[0]
+        at = {rank: self._read(f"at/{rank}") or "0" for rank in self._others()}
+        for rank, signs in at.items():
+            if self._seen.get(rank, ("",))[0] != signs:
+                self._seen[rank] = signs, now
+        behind = [rank for rank, signs in at.items() if int(signs.split()[0]) < self.begun]
+        silent = [rank for rank in behind or at if now - max(since, self._seen[rank][1]) >= self.timeout]
+        if not silent:
+            return None
+        rank = silent[0]
         what = f"rank {rank} hangs {self.where}: no answer for {self.timeout:g} s (train.ddp_timeout)"
         failure = self.claim(rank, 1, f"{what}; {CONTINUE}")
         host, _, pid = self._read(f"process/{rank}").partition(" ")

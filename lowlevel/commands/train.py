@@ -40,8 +40,6 @@ def run(options: Options, overrides: Overrides) -> None:
     check_resume(options)
     if options.allow_change and not options.resume:
         raise ConfigError("--allow-change needs --resume, which compares a run with its checkpoint")
-    if options.gpus > 1 and config.sampled:
-        raise ConfigError(f"{config.method} samples and trains on one GPU: leave out --gpus")
     if options.gpus > 1 and "LOCAL_RANK" not in os.environ:  # which torchrun sets
         from lowlevel.ranks import launch
 

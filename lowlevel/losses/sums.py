@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+LARGEST = "/max"  # ends the name of a metric that is the largest value and no sum
 LABELS = ("desirable", "undesirable")
 
 

@@ -23,6 +23,7 @@ from lowlevel.losses.registry import LossSpec
 from lowlevel.methods.sampled import SampledMethod, policy_gradient, with_advantages, without_none
 from lowlevel.model.policy import Policy
 from lowlevel.online.rollouts import Rollout
+from lowlevel.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class GRPO(SampledMethod):
         """Whether the loss compares the policy with a reference."""
         return self.config.beta > 0
 
-    def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
+    def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]], ranks: Ranks = ALONE) -> list[Rollout]:
         """The completions of one step with their advantages."""
         rewards = torch.tensor([[x.reward for x in group] for group in groups], dtype=torch.float64)
         advantages = group_relative(rewards, scale_rewards=self.config.scale_rewards)

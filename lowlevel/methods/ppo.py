@@ -33,6 +33,7 @@ from lowlevel.methods.sampled import (
 )
 from lowlevel.model.policy import Policy
 from lowlevel.online.rollouts import Rollout
+from lowlevel.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,18 @@ class PPO(SampledMethod):
         """The hyper-parameters that it reads."""
         return {"epsilon": self.config.cliprange}
 
-    def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
+    def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]], ranks: Ranks = ALONE) -> list[Rollout]:
         """The completions of one step with values, returns and advantages of their tokens."""
         every, own = [x for group in groups for x in group], self.config
         policy.dropout.disable()
-        values = by_completion(policy, every, self, lambda batch: _values(policy, batch))
+        values = by_completion(policy, every, self, lambda batch: _values(policy, batch), ranks)
         references: Sequence[np.ndarray] = [x.logps for x in every]
         if own.beta > 0:
 
             def reference(batch: PackedBatch) -> Tensor:
                 return scaled_reference_logps(policy, batch, own.temperature)
 
-            references = by_completion(policy, every, self, reference)
+            references = by_completion(policy, every, self, reference, ranks)
         found = []
         for x, value, ref in zip(every, values, references, strict=True):
             rewards = -own.beta * torch.from_numpy(x.logps - ref).double()

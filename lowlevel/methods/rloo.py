@@ -31,6 +31,7 @@ from lowlevel.methods.sampled import (
 )
 from lowlevel.model.policy import Policy
 from lowlevel.online.rollouts import Rollout
+from lowlevel.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,19 @@ class RLOO(SampledMethod):
         clip = {"epsilon": self.config.epsilon, "epsilon_high": self.config.epsilon_high}
         return without_none({**clip, "importance_sampling_level": "sequence_sum"})
 
-    def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
+    def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]], ranks: Ranks = ALONE) -> list[Rollout]:
         """The completions of one step with their advantages."""
         rewards = torch.tensor([[x.reward for x in group] for group in groups], dtype=torch.float64)
         if self.config.beta > 0:
             every = [x for group in groups for x in group]
-            kl = [float((x.logps - ref).sum()) for x, ref in zip(every, self._reference(policy, every), strict=True)]
+            references = self._reference(policy, every, ranks)
+            kl = [float((x.logps - ref).sum()) for x, ref in zip(every, references, strict=True)]
             rewards -= self.config.beta * torch.tensor(kl, dtype=torch.float64).view_as(rewards)
         masked = self.config.mask_truncated_completions
         return with_advantages(groups, leave_one_out(rewards), masked=masked)
 
-    def _reference(self, policy: Policy, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+    def _reference(self, policy: Policy, rollouts: Sequence[Rollout], ranks: Ranks) -> list[np.ndarray]:
         def scores(batch: PackedBatch) -> Tensor:
             return scaled_reference_logps(policy, batch, self.config.temperature)
 
-        return by_completion(policy, rollouts, self, scores)
+        return by_completion(policy, rollouts, self, scores, ranks)

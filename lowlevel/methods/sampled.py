@@ -18,6 +18,7 @@ from lowlevel.losses.policy_gradient import AGGREGATION, aggregation
 from lowlevel.losses.registry import LossSpec
 from lowlevel.model.policy import Policy
 from lowlevel.online.rollouts import Rollout
+from lowlevel.ranks import Ranks
 
 # What a batch holds of each token: its weight in the loss, that in means over tokens, and what the rollout gives.
 GIVEN = ("weight", "share", "old_logps", "advantages")
@@ -129,14 +130,26 @@ def micro_batches(
 
 @torch.no_grad()
 def by_completion(
-    policy: Policy, rollouts: Sequence[Rollout], method: SampledMethod, scores: Callable[[PackedBatch], Tensor]
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    method: SampledMethod,
+    scores: Callable[[PackedBatch], Tensor],
+    ranks: Ranks,
 ) -> list[np.ndarray]:
-    """What a pass without gradient gives for each token, (N,) by batch, as an array (n,) fp32 for each completion."""
-    found: dict[int, np.ndarray] = {}
-    for batch, inside in lay_out(rollouts, method):
-        values = scores(batch.to(policy.placement.device)).float().cpu().numpy()
+    """What a pass without gradient gives for each token, (N,) by batch, as an array (n,) fp32 for each completion.
+
+    `ranks` share the micro-batches; each gets all results.
+    """
+    found, made = dict[int, np.ndarray](), lay_out(rollouts, method)
+    sizes = [len(batch.scored_targets) for batch, _ in made]
+    every = torch.zeros(sum(sizes))
+    parts = every.split(sizes)
+    for number in ranks.deal([batch for batch, _ in made]).numbers:
+        parts[number].copy_(scores(made[number][0].to(policy.placement.device)))
+    ranks.sum_(every)
+    for (batch, inside), values in zip(made, parts, strict=True):
         for number, x in enumerate(inside):
-            found[id(x)] = values[batch.sequence_index[number, : len(x.completion_ids)].numpy()]
+            found[id(x)] = values.numpy()[batch.sequence_index[number, : len(x.completion_ids)].numpy()]
     return [found[id(x)] for x in rollouts]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-TAIL = 256  # numbers behind the flat gradient
+TAIL = 1024  # numbers behind the flat gradient
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from torch import Tensor
 from lowlevel.config.online import SampledConfig
 from lowlevel.data.examples import PromptExample
 from lowlevel.errors import ConfigError, one_line
+from lowlevel.heartbeat import working
 from lowlevel.losses.registry import source_of
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.running.run_folder import check_reward_run
@@ -130,7 +131,8 @@ class Rewards:
         given |= {"completions": list(texts), "completion_ids": [list(map(int, one)) for one in ids]}
         values, failures = [], list[str]()
         for name, function in self.functions.items():
-            found, why = _called(function, given, size, self.timeout)
+            with working(f"reward {name}"):
+                found, why = _called(function, given, size, self.timeout)
             values.append(found)
             failures += [f"{example.where} (row {example.row}), {name}: {reason}" for reason in why]
         return Scores(torch.tensor(values, dtype=torch.float64), tuple(failures))

@@ -132,15 +132,19 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class KeptRollouts:
-    """The rollouts of a run folder: `add` keeps those of a step until `flush` writes them; `read` finds them again."""
+    """The rollouts of a run folder: `add` keeps those of a step until `flush` writes them; `read` finds them again.
 
-    def __init__(self, run_dir: Path) -> None:
+    Of several ranks the first one writes; the others keep only the last step's.
+    """
+
+    def __init__(self, run_dir: Path, *, writes: bool = True) -> None:
+        self.writes = writes
         self.folder = RunFolder(run_dir).rollouts
         self._waiting: dict[int, Sequence[Rollout]] = {}
 
     def add(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """Keep the completions that step `step`, counted from 1, sampled."""
-        self._waiting[step] = rollouts
+        self._waiting = {**(self._waiting if self.writes else {}), step: rollouts}
         if sum(map(len, self._waiting.values())) > MOST:
             self.flush()
 
@@ -149,7 +153,7 @@ class KeptRollouts:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if not self._waiting:
+        if not (self._waiting and self.writes):
             return
         lines = [_line(step, x) for step, rollouts in sorted(self._waiting.items()) for x in rollouts]
         columns = {name: [line[name] for line in lines] for name in lines[0]}

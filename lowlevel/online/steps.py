@@ -1,12 +1,14 @@
 """The batches of an online method's step: prompts in the stateless order, completions, rewards, advantages.
 
-The same weights, seed and step give the same completions, so a resumed run continues as if it had not stopped.
+The same weights, seed and step give the same completions, so a resumed run continues as if it had not stopped. Of
+several ranks each samples and rewards the groups of every size-th prompt. What is drawn does not depend on the rank, so
+completions are those of one rank unless rounding, which depends on the batch, decides between two tokens.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,16 +24,18 @@ from lowlevel.data.examples import PromptExample
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.errors import EVAL_REWARD, CheckpointError, ConfigError
 from lowlevel.hashing import key32
-from lowlevel.heartbeat import working
+from lowlevel.heartbeat import counted, working
 from lowlevel.methods import DPO, Method, PolicyGradient
 from lowlevel.model.policy import Policy
 from lowlevel.online.rewards import Function, Rewards, exact_match
 from lowlevel.online.rollouts import KeptRollouts, Rollout, facts, step_examples
+from lowlevel.ranks import Ranks
 from lowlevel.running.scoring import load_reward_run, rewards_of_replies
 from lowlevel.sampling import Sampler, Sampling, build_sampler
 
 SALT = 0x524F4C4C  # of the completions' random numbers
 SHOWN = 3  # failures of reward functions that a step names
+Group = list[Rollout]  # the completions of a prompt
 
 
 @dataclass
@@ -47,6 +51,7 @@ class OnlineSteps:
     sampler: Sampler
     rewards: Rewards
     kept: KeptRollouts
+    ranks: Ranks
     note: Callable[[str], None]
 
     @classmethod
@@ -58,6 +63,7 @@ class OnlineSteps:
         inputs: Any,
         order: DataOrder,
         run_dir: Path,
+        ranks: Ranks,
         note: Callable[[str], None],
     ) -> OnlineSteps:
         """With the fastest sampler for the policy; loads reward runs. `inputs`: the run's `assembly.Inputs`."""
@@ -65,8 +71,8 @@ class OnlineSteps:
         tokenizer: ChatTokenizer = inputs.tokenizer
         rewards = Rewards.of(config.sampled, lambda folder: reward_run(folder, note))
         sampler = build_sampler(policy.model, policy.placement, tokenizer.stop_ids, note)
-        kept = KeptRollouts(run_dir)
-        return cls(config, policy, method, tokenizer, inputs.data.train, order, sampler, rewards, kept, note)
+        kept = KeptRollouts(run_dir, writes=ranks.first)
+        return cls(config, policy, method, tokenizer, inputs.data.train, order, sampler, rewards, kept, ranks, note)
 
     def __call__(self, step: int) -> list[PackedBatch]:
         """The micro-batches of the step after `step` updates. Raises ConfigError if no completion has a reward."""
@@ -76,28 +82,55 @@ class OnlineSteps:
             return step_batches(self.config, self.method, self.kept.read(first + 1))
         started = time.perf_counter()
         prompts = [self.examples[i] for i in self.order.step_rows(step)]
-        with working("sampling"):
-            groups = self.sample(prompts, step)
-        sampled = time.perf_counter()
-        with working("rewarding"):
-            scored = self.score(prompts, groups, f"step {step + 1}")
-            rollouts = [x for group in scored for x in group]
-            if not isinstance(self.method, DPO):
-                rollouts = self.method.credit(self.policy, scored)
+        scored, sampling = self.groups(prompts, step, f"step {step + 1}")
+        rollouts = [x for group in scored for x in group]
+        if not isinstance(self.method, DPO):
+            rollouts = self.method.credit(self.policy, scored, self.ranks)
         self.kept.add(step + 1, rollouts)
         first_batch, *others = step_batches(self.config, self.method, rollouts)
-        seconds = {"sampling_seconds": sampled - started, "rewarding_seconds": time.perf_counter() - sampled}
+        seconds = {"sampling_seconds": sampling, "rewarding_seconds": time.perf_counter() - started - sampling}
         return [replace(first_batch, facts={**first_batch.facts, **seconds}), *others]
 
-    def sample(self, examples: Sequence[PromptExample], step: int, *, greedy: bool = False) -> list[list[Rollout]]:
-        """A group of completions for each prompt, without rewards."""
+    def groups(
+        self, examples: Sequence[PromptExample], step: int, when: str, *, greedy: bool = False
+    ) -> tuple[list[Group], float]:
+        """A rewarded group of completions for each prompt, and the seconds of the rank that sampled longest.
+
+        Those without a reward are named. Raises ConfigError if none has one.
+        """
+        found: list[tuple[Group, tuple[str, ...]]] = [([], ())] * len(examples)
+        parts = self.ranks.collect(lambda: self._own(examples, step, greedy=greedy))
+        for rank, (own, _) in enumerate(parts):
+            found[rank :: self.ranks.size] = own
+        failures = [line for _, lines in found for line in lines]
+        for line in failures[:SHOWN]:
+            self.note(f"{when}: no reward: {line}")
+        if len(failures) > SHOWN:
+            self.note(f"{when}: and {len(failures) - SHOWN:,} more")
+        if not any(np.isfinite(x.reward) for group, _ in found for x in group):
+            raise ConfigError(f"{when}: no completion has a reward: {failures[0]}")
+        return [group for group, _ in found], max(seconds for _, seconds in parts)
+
+    def _own(
+        self, examples: Sequence[PromptExample], step: int, *, greedy: bool
+    ) -> tuple[list[tuple[Group, tuple[str, ...]]], float]:
+        """This rank's groups with their failures, and the seconds that sampling them took."""
+        own, started = range(self.ranks.rank, len(examples), self.ranks.size), time.perf_counter()
+        with working("sampling"):
+            groups = self.sample({i: examples[i] for i in own}, step, greedy=greedy) if own else []
+        seconds = time.perf_counter() - started
+        pairs = [(examples[group[0].group], group) for group in groups]
+        return [self.score(example, group) for example, group in counted("rewarding", pairs, "prompts")], seconds
+
+    def sample(self, prompts: Mapping[int, PromptExample], step: int, *, greedy: bool = False) -> list[Group]:
+        """A group of completions for each prompt, without rewards; `prompts` by their number in the step."""
         own = self.config.sampled
         assert own is not None
         size, seed = (1 if greedy else own.num_generations), self.config.train.seed
-        keys = [[key32(seed, SALT, step, example.row, sample) for sample in range(size)] for example in examples]
+        keys = [[key32(seed, SALT, step, x.row, sample) for sample in range(size)] for x in prompts.values()]
         sampling = Sampling(own.max_completion_length, 0.0 if greedy else own.temperature, seed)
-        prompts = [example.prompt_ids.tolist() for example in examples]
-        found = self.sampler.sample(prompts, sampling, samples=size, keys=keys)
+        ids = [x.prompt_ids.tolist() for x in prompts.values()]
+        found = self.sampler.sample(ids, sampling, samples=size, keys=keys)
         return [
             [
                 Rollout(
@@ -115,37 +148,24 @@ class OnlineSteps:
                 )
                 for sample, one in enumerate(completions)
             ]
-            for number, (example, completions) in enumerate(zip(examples, found, strict=True))
+            for (number, example), completions in zip(prompts.items(), found, strict=True)
         ]
 
-    def score(
-        self, examples: Sequence[PromptExample], groups: Sequence[Sequence[Rollout]], when: str
-    ) -> list[list[Rollout]]:
-        """The same completions with their rewards; those without one are named. Raises ConfigError if none has one."""
-        found, failures = list[list[Rollout]](), list[str]()
-        for example, group in zip(examples, groups, strict=True):
-            texts, ids = [x.text for x in group], [x.completion_ids.tolist() for x in group]
-            scores = self.rewards(example, texts, ids)
-            failures += scores.failures
-            names, columns = list(self.rewards.functions), scores.by_function.T.tolist()
-            totals = self.rewards.total(scores.by_function).tolist()
-            found.append([
-                replace(x, rewards=dict(zip(names, column, strict=True)), reward=total)
-                for x, column, total in zip(group, columns, totals, strict=True)
-            ])  # fmt: skip
-        for line in failures[:SHOWN]:
-            self.note(f"{when}: no reward: {line}")
-        if len(failures) > SHOWN:
-            self.note(f"{when}: and {len(failures) - SHOWN:,} more")
-        if not any(np.isfinite(x.reward) for group in found for x in group):
-            raise ConfigError(f"{when}: no completion has a reward: {failures[0]}")
-        return found
+    def score(self, example: PromptExample, group: Sequence[Rollout]) -> tuple[Group, tuple[str, ...]]:
+        """The completions of a prompt with their rewards, and a line for each failure."""
+        texts, ids = [x.text for x in group], [x.completion_ids.tolist() for x in group]
+        scores, names = self.rewards(example, texts, ids), list(self.rewards.functions)
+        columns, totals = scores.by_function.T.tolist(), self.rewards.total(scores.by_function).tolist()
+        scored = [
+            replace(x, rewards=dict(zip(names, column, strict=True)), reward=total)
+            for x, column, total in zip(group, columns, totals, strict=True)
+        ]
+        return scored, scores.failures
 
     def evaluate(self, held_out: Sequence[PromptExample], step: int) -> dict[str, float]:
         """Mean reward, each function's part, and exact match of greedy completions of held-out prompts."""
-        with working("sampling held-out prompts"):
-            groups = self.sample(held_out, step, greedy=True)
-        every = [x for group in self.score(held_out, groups, "held out") for x in group]
+        groups, _ = self.groups(held_out, step, "held out", greedy=True)
+        every = [x for group in groups for x in group]
         scores = {EVAL_REWARD: float(np.nanmean([x.reward for x in every]))}
         if len(self.rewards.functions) > 1:
             for name in self.rewards.functions:

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.losses import LossSums
-from lowlevel.losses.sums import by_label
+from lowlevel.losses.sums import LARGEST, by_label
 from lowlevel.optim.loss_scale import LossScale
-
-LARGEST = "/max"  # ends the name of a metric that is the largest value and no sum
 
 
 @dataclass

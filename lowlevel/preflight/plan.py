@@ -50,8 +50,6 @@ def show_plan(config: RunConfig, console: Console, budget: str | None, gpus: int
     size = parse_size(text)
     if not size:
         raise ConfigError(f'--budget: expected a size like "15GiB" or "800MiB", got {text!r}')
-    if gpus > 1 and config.sampled:
-        raise ConfigError(f"{config.method} samples and trains on one GPU: leave out --gpus")
     config = with_stored(config)
     shape, placement = _target(config)
     shape = with_shards(shape, config, placement, gpus, size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,8 +76,6 @@ def check_inputs(config: RunConfig) -> Inputs:
     """All checks that need no loaded model, the cheapest first. Raises ConfigError, DataError or CheckpointError."""
     check_loss(config)
     if config.sampled:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError(f"{config.method} samples and trains on one GPU: start it without torchrun")
         rewards.check(config.sampled)
     check_trackers(config)
     placement = choose_placement(config.train.precision)

@@ -94,7 +94,7 @@ class Engine:
         if config.sampled:
             kind = cast("PolicyGradient | DPO", method)
             note = lines_to(console)
-            self.online = OnlineSteps.of(config, policy, kind, job.inputs, job.order, folder.path, note)
+            self.online = OnlineSteps.of(config, policy, kind, job.inputs, job.order, folder.path, job.ranks, note)
             self.batches = self.online
         else:
             self.batches = Prefetched(lambda step: prepare([examples[i] for i in rows(step)]), job.total_steps)

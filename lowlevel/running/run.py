@@ -56,8 +56,9 @@ def run_steps(
         LowlevelError: a subclass with the exit code.
     """
     folder = RunFolder(Path(config.train.output_dir))
+    silent = config.sampled.reward_timeout if config.sampled else 0.0  # seconds without a sign of life, and no hang
     with (
-        joined(config.train.ddp_timeout) as ranks,
+        joined(config.train.ddp_timeout + silent) as ranks,
         deterministic_mode(config.train.deterministic),
         Interrupts() as interrupts,
         ranks.together(interrupts, _recorder(folder, ranks)),

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from lowlevel.heartbeat import counted
+from lowlevel.heartbeat import Work, counted
 from lowlevel.model.attention_choice import plain_attention
 from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.placement import Placement
@@ -100,6 +100,7 @@ class _Drawing(LogitsProcessor):
         self.done = np.zeros(len(keys), bool)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        Work.signs += 1
         position = torch.full_like(self.keys, len(self.drawn), dtype=torch.int32)
         vectors = (self.keys.to(torch.int32).to(scores.device), position.to(scores.device))
         words = token_keys(scores.shape[1], scores.device)
