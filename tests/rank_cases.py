@@ -8,13 +8,16 @@ from pathlib import Path
 
 import helpers
 import torch
+from online.rollouts_by_hand import groups_of, rollouts
 from pytest import MonkeyPatch
 from safetensors.torch import save_file
 from transformers import core_model_loading
 
+from lowlevel.config.online import GRPOConfig, PPOConfig
 from lowlevel.errors import NonFiniteError
 from lowlevel.execution import Eager
 from lowlevel.loop import evaluate_examples
+from lowlevel.methods import GRPO, PPO
 from lowlevel.model import sharding
 from lowlevel.model.base import base_sha256
 from lowlevel.model.dequantised import quantised_weights
@@ -24,12 +27,25 @@ from lowlevel.ranks import Ranks, here, joined
 from lowlevel.running.endings import Interrupts
 from lowlevel.verification.exact import base_parameters
 
+
+def grpo(batch_size=8, packing=False):
+    return GRPO(GRPOConfig(max_completion_length=16, beta=0.1), batch_size, 64, packing)
+
+
+def ppo(batch_size=8, packing=False):
+    """A step's values and its KL are shared out too."""
+    return PPO(PPOConfig(max_completion_length=16, beta=0.1), batch_size, 64, packing)
+
+
 KINDS = {
     "sft": (helpers.sft, helpers.ragged_examples),
     "dpo": (partial(helpers.dpo, disable_dropout=False), partial(helpers.ragged_pairs, longest=8)),
     "kto": (partial(helpers.kto, disable_dropout=False), helpers.labelled_examples),
     "reward": (partial(helpers.reward, disable_dropout=False), helpers.ragged_pairs),
+    "grpo": (grpo, partial(rollouts, prompts=2)),
+    "ppo": (ppo, partial(rollouts, prompts=2)),
 }
+SAMPLED = ("grpo", "ppo")
 LAYOUTS = {f"{size}x{8 // size}": {"batch_size": size} for size in (8, 4, 2, 1)} | {
     "packed": {"batch_size": 1, "packing": True}
 }
@@ -54,15 +70,24 @@ class Hurt:
 def compute(base: Path, stored: Path, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Losses, gradients, weights and values by name; and messages. `stored`: the base, quantised in its files."""
     found, said = {}, {}
-    policies = {kind: helpers.make_policy(base, dropout=0.1, reward_head=kind == "reward") for kind in KINDS}
+    heads = {"reward": {"reward_head": True}, "ppo": {"value_head": True}}
+    policies = {kind: helpers.make_policy(base, dropout=0.1, **heads.get(kind, {})) for kind in KINDS}
+    with torch.no_grad():
+        policies["ppo"].value_head.normal_(generator=torch.Generator().manual_seed(0))
     for kind, (make, examples) in KINDS.items():
         for name, layout in LAYOUTS.items():
-            result = helpers.step(policies[kind], make(**layout), examples(), ranks=ranks, details=name == "2x4")
+            given, method = examples(), make(**layout)
+            if kind in SAMPLED:
+                given = method.credit(policies[kind], groups_of(given), ranks)
+                found[f"{kind} {name} advantages"] = torch.cat([torch.from_numpy(x.advantages) for x in given])
+            result = helpers.step(policies[kind], method, given, ranks=ranks, details=name == "2x4")
             found[f"{kind} {name} metrics"] = torch.tensor(list(result.metrics.values()))
             found[f"{kind} {name} gradient"] = policies[kind].flat.grad.clone()
             if name == "2x4":
                 found |= {f"{kind} {k} of examples": v.clone() for k, v in result.examples.items()}
                 found |= {f"{kind} {k} of tokens": v.clone() for k, v in result.tokens.items()}
+        if kind in SAMPLED:
+            continue
         batches = make(2).micro_batches(examples(7))
         scores = evaluate_examples(policies[kind], make(2), batches, prefix="eval_", ranks=ranks)
         found[f"{kind} evaluation"] = torch.tensor(list(scores.values()), dtype=torch.float64)

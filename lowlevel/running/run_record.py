@@ -80,9 +80,11 @@ def _said_of_model(
     yield "data", f"{order.num_rows:,} examples, {order.total_steps(train):,} steps of {batches}"
     if ranks.size > 1:
         what = "GPUs" if inputs.placement.device.type == "cuda" else "processes"
-        each = f"{config.rows_per_step} examples a step as on one, its micro-batches are shared out"
-        if not config.data.packing and train.gradient_accumulation_steps < ranks.size:
-            each += f": {train.gradient_accumulation_steps}, so some have nothing to do"
+        shared = {"prompts": config.prompts_per_step} if config.sampled else {}
+        shared["micro-batches"] = ranks.size if config.data.packing else train.gradient_accumulation_steps
+        few = " and ".join(f"{count} {name}" for name, count in shared.items() if count < ranks.size)
+        each = f"{config.rows_per_step} examples a step as on one, {' and '.join(shared)} are shared out"
+        each += f": {few}, so some have nothing to do" if few else ""
         if ranks.sharded:
             each += f"; each holds 1/{ranks.size} of every layer (train.shard_base), without CUDA graphs"
         yield "ranks", f"{ranks.size} {what}; {each}"

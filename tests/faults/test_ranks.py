@@ -7,7 +7,7 @@ import helpers
 import pytest
 import rank_cases
 import torch
-from rank_cases import KINDS, LAYOUTS
+from rank_cases import KINDS, LAYOUTS, SAMPLED
 from safetensors.torch import load_file
 
 from lowlevel.batch.layout import Shape
@@ -60,6 +60,8 @@ def test_a_step_is_that_of_one_rank(alone, together, kind):
         torch.testing.assert_close(found[f"{name} metrics"], wanted[f"{name} metrics"], rtol=BOUND, atol=BOUND)
         apart = (found[f"{name} gradient"] - wanted[f"{name} gradient"]).abs().max()
         assert apart <= (1 if kind == "sft" else 2) * BOUND, (name, float(apart))
+        if kind in SAMPLED:
+            assert torch.equal(found[f"{name} advantages"], wanted[f"{name} advantages"])  # no micro-batch was split
 
 
 @pytest.mark.parametrize("kind", KINDS)
