@@ -4,7 +4,8 @@
     steps           take its steps one by one
     Run             open a run folder                 Callback    be called at each step, log line, checkpoint
     loss            register a loss of your own       dpo_loss    the built-in losses as a function of tensors
-    PairLogps, TokenLogps    what a loss receives     configure   keyword arguments -> RunConfig
+    PairLogps, TokenLogps, SampledLogps    what a loss receives
+    configure       keyword arguments -> RunConfig
 
 `help(lowlevel.sft)` and `help(lowlevel.loss)` say more. Nothing heavy is imported before one of them is used.
 """
@@ -18,20 +19,29 @@ if TYPE_CHECKING:
     from lowlevel.api import configure, dpo, grpo, kto, online_dpo, ppo, reward, rloo, sft, steps, train
     from lowlevel.config.schema import RunConfig
     from lowlevel.errors import LowlevelError
-    from lowlevel.losses import PairLogps, TokenLogps, dpo_loss, loss, masked_cross_entropy, token_logps
+    from lowlevel.losses import PairLogps, SampledLogps, TokenLogps, dpo_loss, loss, masked_cross_entropy, token_logps
     from lowlevel.run import Run
     from lowlevel.running.callbacks import Callback
 
 __all__ = [
-    "Callback", "LowlevelError", "PairLogps", "Run", "RunConfig", "TokenLogps", "configure", "dpo", "dpo_loss", "grpo",
-    "kto", "loss", "masked_cross_entropy", "online_dpo", "ppo", "reward", "rloo", "sft", "steps", "token_logps",
+    "Callback", "LowlevelError", "PairLogps", "Run", "RunConfig", "SampledLogps", "TokenLogps", "configure", "dpo",
+    "dpo_loss", "grpo", "kto", "loss", "masked_cross_entropy", "online_dpo", "ppo", "reward", "rloo", "sft", "steps",
+    "token_logps",
     "train",
 ]  # fmt: skip
 _PLACES = {
     "lowlevel.running.callbacks": ("Callback",),
     "lowlevel.errors": ("LowlevelError",),
     "lowlevel.config.schema": ("RunConfig",),
-    "lowlevel.losses": ("PairLogps", "TokenLogps", "dpo_loss", "loss", "masked_cross_entropy", "token_logps"),
+    "lowlevel.losses": (
+        "PairLogps",
+        "SampledLogps",
+        "TokenLogps",
+        "dpo_loss",
+        "loss",
+        "masked_cross_entropy",
+        "token_logps",
+    ),
 }
 
 

@@ -120,7 +120,9 @@ def _online(config: RunConfig, given: set[str]) -> list[Check]:
     unread = next((key for key in unread_keys if f"grpo.{key}" in given), "")
     estimator = "grpo.kl_estimator" in given and own.beta == 0
     functions, weights = len(own.reward), len(own.reward_weights)
+    gspo = f'grpo.loss_type: {own.loss_type} is set by grpo.importance_sampling_level = "sequence"'
     return [
+        (name == "grpo" and own.loss_type.lower() == "gspo", gspo),
         (
             config.rows_per_step % group != 0,
             f"{batch} = {config.rows_per_step} completions are not a multiple of {name}.num_generations {group}",

@@ -57,9 +57,6 @@ OTHER_NAMES = {
     "loss": "loss_type",
 }
 TRUNCATED = "is not supported: the loss needs the distribution that was sampled from, which is that of all tokens"
-ELSEWHERE: dict[tuple[str, ...], str] = {
-    ("grpo", "loss_type", "gspo"): 'grpo.importance_sampling_level = "sequence"',  # where a value belongs
-}
 REFUSED = dict.fromkeys(("top_p", "top_k", "min_p"), TRUNCATED)
 
 
@@ -120,8 +117,8 @@ def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
     if problems:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
     if config.method == "online_dpo":  # its loss is that of dpo
-        dpo = DPOConfig(beta=config.online_dpo.beta, loss_type=config.online_dpo.loss_type)
-        return config.model_copy(update={"dpo": dpo})
+        own = config.online_dpo.model_dump(include={"beta", "loss_type", "loss_kwargs"})
+        return config.model_copy(update={"dpo": DPOConfig(**own)})
     return config
 
 
@@ -231,8 +228,6 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
     expected = expected.replace("a valid ", "a ").replace("a integer", "an integer").replace("a tuple", "a list")
     known = re.findall("'(.*?)'", expected) if problem["type"] == "literal_error" else []
     near = difflib.get_close_matches(str(problem["input"]), known, n=1)
-    if belongs := ELSEWHERE.get((*location, str(problem["input"]).lower())):
-        return f"{where}: {name}: {problem['input']} is set by {belongs}"
     hint = f' (did you mean "{near[0]}"?)' if near else ""
     return f"{where}: {name}: expected {expected}{hint}, got {quoted(' '.join(repr(problem['input']).split()))}"
 

@@ -10,10 +10,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lowlevel.config.section import Finite, Names, NotNegative, Numbers, Positive, Section
+from lowlevel.config.section import Finite, Names, NotNegative, Number, Numbers, Positive, Section
 
 Share = Annotated[Finite, Field(ge=0, le=1)]
 Above = Annotated[Finite, Field(gt=0)]
+OWN_LOSS = 'your own by name or as "module:function"'
 
 
 class SampledConfig(Section):
@@ -21,7 +22,10 @@ class SampledConfig(Section):
 
     disable_dropout: ClassVar[bool] = True  # sampled and scored by the same policy
     pairs: ClassVar[bool] = False  # an example is made of two completions
+    losses: ClassVar[tuple[str, ...]]  # the built-in ones
 
+    loss_type: str
+    loss_kwargs: dict[str, Number] = Field({}, description="hyper-parameters of your own loss")
     num_generations: Annotated[int, Field(ge=2, le=65_536)] = Field(8, description="completions of each prompt")
     max_completion_length: Positive = Field(128, description="most tokens of a completion")
     temperature: Above = Field(1.0, description="of sampling, and of the log-probabilities in the loss")
@@ -46,7 +50,8 @@ class SampledConfig(Section):
     @property
     def line(self) -> str:
         """Reward and main settings, in words."""
-        return f"reward {' + '.join(self.reward)}, {self.num_generations} completions a prompt, beta {self.beta:g}"
+        reward = f"reward {' + '.join(self.reward)}, {self.num_generations} completions a prompt"
+        return f"{reward}, loss {self.loss_type}, beta {self.beta:g}"
 
 
 class ClippedConfig(SampledConfig):
@@ -61,9 +66,9 @@ class ClippedConfig(SampledConfig):
 class GRPOConfig(ClippedConfig):
     """Group-relative policy optimisation (arXiv 2402.03300) and its family."""
 
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo", "sapo"] = Field(
-        "dapo", description="see losses/policy_gradient.py: term of a token, and how tokens are averaged"
-    )
+    losses: ClassVar[tuple[str, ...]] = ("grpo", "dapo", "dr_grpo", "cispo", "sapo")
+
+    loss_type: str = Field("dapo", description=f"grpo, dapo, dr_grpo, cispo or sapo (`lowlevel losses`); {OWN_LOSS}")
     delta: Annotated[Finite, Field(gt=1)] | None = Field(None, description="dual clip: upper bound of the ratio")
     importance_sampling_level: Literal["token", "sequence"] = Field(
         "token", description="sequence: one ratio a completion, the geometric mean (GSPO, arXiv 2507.18071)"
@@ -77,10 +82,17 @@ class GRPOConfig(ClippedConfig):
 class RLOOConfig(ClippedConfig):
     """REINFORCE with the other completions' mean as baseline (arXiv 2402.14740); beta: KL (k1) in the reward."""
 
+    losses: ClassVar[tuple[str, ...]] = ("rloo",)
+
+    loss_type: str = Field("rloo", description=f"rloo; {OWN_LOSS}")
+
 
 class PPOConfig(SampledConfig):
     """Proximal policy optimisation (arXiv 1707.06347) with a value head; beta: KL (k1) in the reward of each token."""
 
+    losses: ClassVar[tuple[str, ...]] = ("ppo",)
+
+    loss_type: str = Field("ppo", description=f"of the policy: ppo; {OWN_LOSS}")
     num_generations: Annotated[int, Field(ge=1, le=65_536)] = Field(1, description="completions of each prompt")
     cliprange: Annotated[Finite, Field(gt=0, lt=1)] = Field(0.2, description="clip the ratio to 1 +- cliprange")
     cliprange_value: Above = Field(0.2, description="clip the value to the old value +- cliprange_value")
@@ -94,7 +106,8 @@ class OnlineDPOConfig(SampledConfig):
     """DPO on the best and the worst of a prompt's completions by reward (arXiv 2402.04792)."""
 
     pairs: ClassVar[bool] = True
+    losses: ClassVar[tuple[str, ...]] = ("sigmoid", "ipo", "hinge")
 
     num_generations: Annotated[int, Field(ge=2, le=65_536)] = Field(2, description="completions of each prompt")
     beta: Above = Field(0.1, description="KL temperature, as in dpo")
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="as in dpo")
+    loss_type: str = Field("sigmoid", description=f"sigmoid, ipo or hinge, as in dpo; {OWN_LOSS}")

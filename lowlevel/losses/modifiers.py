@@ -137,6 +137,8 @@ def mixture(text: str, find: Callable[[str], LossSpec]) -> LossSpec:
             )
         terms.append((weight, find(name.strip())))
     specs = [spec for _, spec in terms]
+    needs = ("needs_lengths", "needs_tokens", "needs_margin", "mixes_pairs", "detaches")
+    flags: dict[str, Any] = {flag: any(getattr(spec, flag) for spec in specs) for flag in needs}
     return LossSpec(
         name=" + ".join(f"{weight:g}*{spec.name}" for weight, spec in terms),
         function=Mixture(tuple(terms)),
@@ -146,10 +148,7 @@ def mixture(text: str, find: Callable[[str], LossSpec]) -> LossSpec:
         reference_free=all(spec.reference_free for spec in specs),
         own=any(spec.own for spec in specs),
         statistics=tuple(dict.fromkeys(name for spec in specs for name in spec.statistics)),
-        **{
-            flag: any(getattr(spec, flag) for spec in specs)
-            for flag in ("needs_lengths", "needs_tokens", "needs_margin", "mixes_pairs", "detaches")
-        },
+        **flags,
     )
 
 

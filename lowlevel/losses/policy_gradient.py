@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowlevel.losses.registry import LossSpec, spec_of
+from lowlevel.losses.registry import AVERAGES, BUILT_IN, LossSpec, spec_of
 
 Level = Literal["token", "sequence", "sequence_sum"]
 Metrics = dict[str, Tensor]
@@ -130,23 +130,25 @@ def kl_penalty(tokens: SampledLogps, estimator: str = "k3") -> Tensor:
     return k3 * ratios(tokens) if estimator == "k3_ratio" else k3
 
 
-_CLIPPED = "-min(r A, clip(r, 1-eps, 1+eps_high) A)"
+TOKENS, SEQUENCES, CONSTANT = AVERAGES
+
+
+def _clipped(name: str, averaged: str, paper: str, average: str = TOKENS) -> LossSpec:
+    formula = f"-min(r A, clip(r, 1-eps, 1+eps_high) A), {averaged}"
+    return spec_of(clipped_surrogate, formula, paper, name=name, average=average)
+
+
 _SPECS = (
-    spec_of(clipped_surrogate, f"{_CLIPPED}, mean of completions' means", "arXiv 2402.03300", name="grpo"),
-    spec_of(clipped_surrogate, f"{_CLIPPED}, mean of tokens", "arXiv 2503.14476", name="dapo"),
-    spec_of(clipped_surrogate, f"{_CLIPPED}, sum of tokens / max. length", "arXiv 2503.20783", name="dr_grpo"),
+    _clipped("grpo", "mean of completions' means", "arXiv 2402.03300", SEQUENCES),
+    _clipped("dapo", "mean of tokens", "arXiv 2503.14476"),
+    _clipped("dr_grpo", "sum of tokens / max. length", "arXiv 2503.20783", CONSTANT),
     spec_of(cispo, "-sg(min(r, eps_high)) A log pi, mean of tokens", "arXiv 2506.13585", detaches=True),
-    spec_of(clipped_surrogate, f"{_CLIPPED}, r of a completion, mean of completions", "arXiv 2402.14740", name="rloo"),
-    spec_of(clipped_surrogate, f"{_CLIPPED}, mean of tokens", "arXiv 1707.06347", name="ppo"),
-    spec_of(sapo, "-4/T s(T (r - 1)) A, mean of completions' means", "arXiv 2511.20347"),
+    _clipped("rloo", "r of a completion, mean of completions", "arXiv 2402.14740", SEQUENCES),
+    _clipped("ppo", "mean of tokens", "arXiv 1707.06347"),
+    spec_of(sapo, "-4/T s(T (r - 1)) A, mean of completions' means", "arXiv 2511.20347", average=SEQUENCES),
 )
 POLICY_LOSSES: Mapping[str, LossSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
-SEQUENCES, TOKENS, CONSTANT = "sequences", "tokens", "constant"
-AGGREGATION = {
-    **dict.fromkeys(("grpo", "sapo", "rloo"), SEQUENCES),
-    **dict.fromkeys(("dapo", "cispo", "ppo"), TOKENS),
-    "dr_grpo": CONSTANT,
-}
+BUILT_IN.update(POLICY_LOSSES)
 
 
 def aggregation(kind: str, length: int, max_length: int) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """Losses by name: built-in ones, custom ones (`@lowlevel.loss`), and "module:function", imported when it is used.
 
-A custom loss has the form of a built-in one: the first argument holds log-probabilities (`PairLogps` for dpo,
-`TokenLogps` for sft), keyword-only arguments are its hyper-parameters, and the result is one value for each pair or
-token, optionally with metrics of the same shape:
+A custom loss has the form of a built-in one: the first argument holds log-probabilities (`PairLogps` for dpo and
+online_dpo, `TokenLogps` for sft, `SampledLogps` for grpo, rloo and ppo), keyword-only arguments are its
+hyper-parameters, and the result is one value for each pair or token, optionally with metrics of the same shape:
 
     @lowlevel.loss
     def shifted(pairs: PairLogps, *, beta: float, gamma: float = 1.0):
@@ -48,6 +48,7 @@ class LossSpec:
     mixes_pairs: bool = False  # the loss of a pair depends on the other pairs of its micro-batch
     detaches: bool = False  # parts of the loss are without a gradient on purpose
     statistics: tuple[str, ...] = ()  # of the vocabulary at each token, which it reads: token_logps.STATISTICS
+    average: str = "tokens"  # of sampled completions, how their tokens' losses are averaged: AVERAGES
     own: bool = False  # a custom loss
 
     @property
@@ -68,28 +69,34 @@ def spec_of(function: Callable[..., Any], formula: str, paper: str = "", *, name
     return LossSpec(name or function.__name__, function, formula, paper, tuple(keywords), **needs)
 
 
+AVERAGES = ("tokens", "sequences", "constant")  # policy_gradient.aggregation
 OWN: dict[str, LossSpec] = {}  # filled by `loss`
-BUILT_IN: set[str] = set()  # names that `loss` refuses, filled where the losses of dpo and sft are listed
+BUILT_IN: set[str] = set()  # names that `loss` refuses, filled where losses are listed
 
 
 @overload
 def loss(
     function: Function, /, *, name: str = "", mixes_pairs: bool = False, detaches: bool = False,
-    statistics: Sequence[str] = (),
+    statistics: Sequence[str] = (), average: str = "tokens",
 ) -> Function: ...  # fmt: skip
 
 
 @overload
 def loss(
-    *, name: str = "", mixes_pairs: bool = False, detaches: bool = False, statistics: Sequence[str] = ()
+    *,
+    name: str = "",
+    mixes_pairs: bool = False,
+    detaches: bool = False,
+    statistics: Sequence[str] = (),
+    average: str = "tokens",
 ) -> Callable[[Function], Function]: ...
 
 
 def loss(
     function: Any = None, /, *, name: str = "", mixes_pairs: bool = False, detaches: bool = False,
-    statistics: Sequence[str] = (),
+    statistics: Sequence[str] = (), average: str = "tokens",
 ) -> Any:  # fmt: skip
-    """Register a loss, so that `dpo.loss_type` or `sft.loss_type` can name it. Use it as a decorator.
+    """Register a loss, so that the `loss_type` of a method can name it. Use it as a decorator.
 
     Args:
         function: see the module's docstring for its form.
@@ -99,16 +106,20 @@ def loss(
             differences of its value.
         statistics: of the vocabulary at each token, which it reads from `statistics` of its first argument: "lse",
             "mean_logp", "log_square_sum" (see `lowlevel.losses.token_logps`).
+        average: grpo, rloo, ppo: "tokens", the mean of all tokens of the step; "sequences", that of the completions'
+            means; "constant", the sum divided by max_completion_length for each completion. A loss of whole
+            completions returns `tokens.spread(losses)`, with "sequences".
 
     Raises:
-        ValueError: a built-in loss has this name, or a statistic does not exist.
+        ValueError: a built-in loss has this name, or a statistic or an average does not exist.
     """
-    unknown = [one for one in statistics if one not in STATISTICS]
-    if unknown:
-        raise ValueError(f"unknown statistic {unknown[0]!r}; known: {', '.join(STATISTICS)}")
+    for what, given, known in (("statistic", statistics, STATISTICS), ("average", [average], AVERAGES)):
+        if unknown := [one for one in given if one not in known]:
+            raise ValueError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
 
     def register(given: Callable[..., Any]) -> Callable[..., Any]:
-        spec = _own(given, name, mixes_pairs=mixes_pairs, detaches=detaches, statistics=tuple(statistics))
+        needs: dict[str, Any] = {"mixes_pairs": mixes_pairs, "detaches": detaches, "average": average}
+        spec = _own(given, name, statistics=tuple(statistics), **needs)
         if spec.name in BUILT_IN:
             raise ValueError(f"{spec.name!r} is a built-in loss: register yours under another name")
         OWN[spec.name] = spec

@@ -15,9 +15,11 @@ from lowlevel.batch.packing import micro_batch_rows
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.labels import IGNORED
-from lowlevel.losses import SFT_LOSSES, loss_spec
+from lowlevel.losses import LOSSES, SFT_LOSSES, loss_spec
 from lowlevel.losses.registry import LossSpec, find
 from lowlevel.methods import DPO, GRPO, KTO, PPO, RLOO, SFT, Method, Reward, dpo, reward, sft
+from lowlevel.methods.sampled import SampledMethod
+from lowlevel.methods.sampled import check_loss as check_sampled
 from lowlevel.model.attention_choice import Attention
 
 LOOKED_AT = 256  # steps, which stand for the others
@@ -100,6 +102,11 @@ def check_loss(config: RunConfig) -> None:
             sft.check_loss(config.sft, config.data.columns)
         elif config.method == "dpo":
             dpo.check_loss(config.dpo, config.data.columns)
+        elif config.method == "online_dpo":
+            find(config.online_dpo.loss_type, {name: LOSSES[name] for name in config.online_dpo.losses})
+            dpo.check_loss(config.dpo)
+        elif isinstance(method := _without_shape(config), SampledMethod):
+            check_sampled(method)
         elif config.method == "reward":
             reward.check_columns(config.data.columns)
     except ValueError as error:

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.online import GRPOConfig
-from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
+from lowlevel.losses import LossSums, SampledLogps
 from lowlevel.losses.advantages import group_relative
 from lowlevel.losses.policy_gradient import kl_penalty
-from lowlevel.losses.registry import LossSpec
-from lowlevel.methods.sampled import SampledMethod, policy_gradient, with_advantages, without_none
+from lowlevel.methods.sampled import SampledMethod, policy_gradient, with_advantages
 from lowlevel.model.policy import Policy
 from lowlevel.online.rollouts import Rollout
 from lowlevel.ranks import ALONE, Ranks
@@ -40,22 +39,11 @@ class GRPO(SampledMethod):
 
     def token_losses(self, tokens: SampledLogps) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of each token, (N,), before its weight, and metrics, (N,) each."""
-        losses, metrics = self.spec(tokens, self.settings)
-        if not self.has_reference:
+        losses, metrics = super().token_losses(tokens)
+        if not self.has_reference or "beta" in self.spec.parameters:  # a custom loss that has its own KL term
             return losses, metrics
         penalty = kl_penalty(tokens, self.config.kl_estimator)
         return losses + self.config.beta * penalty, {**metrics, "kl": penalty.detach()}
-
-    @property
-    def spec(self) -> LossSpec:
-        """The configured loss."""
-        return POLICY_LOSSES[self.config.loss_type]
-
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """The hyper-parameters that it reads."""
-        fields = GRPOConfig.model_fields
-        return without_none({name: getattr(self.config, name) for name in self.spec.parameters if name in fields})
 
     @property
     def has_reference(self) -> bool:

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.online import PPOConfig
-from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
+from lowlevel.losses import LossSums
 from lowlevel.losses.advantages import gae, whiten
-from lowlevel.losses.registry import LossSpec
 from lowlevel.losses.reward import head_rewards
 from lowlevel.losses.value import clipped_value_loss
 from lowlevel.methods.sampled import (
@@ -59,20 +58,10 @@ class PPO(SampledMethod):
         total = losses + self.config.vf_coef * value_losses
         return policy_gradient_sums(batch, tokens, total, {**metrics, "values": values.detach()})
 
-    def token_losses(self, tokens: SampledLogps) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The policy's loss of each token, (N,), before its weight, and metrics, (N,) each."""
-        losses, metrics = self.spec(tokens, self.settings)
-        return losses, metrics
-
-    @property
-    def spec(self) -> LossSpec:
-        """The clipped loss of the policy."""
-        return POLICY_LOSSES["ppo"]
-
     @property
     def settings(self) -> Mapping[str, object]:
-        """The hyper-parameters that it reads."""
-        return {"epsilon": self.config.cliprange}
+        """The clip range has a name of its own here."""
+        return {**super().settings, **({} if self.spec.own else {"epsilon": self.config.cliprange})}
 
     def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]], ranks: Ranks = ALONE) -> list[Rollout]:
         """The completions of one step with values, returns and advantages of their tokens."""

@@ -18,16 +18,14 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.online import RLOOConfig
-from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
+from lowlevel.losses import LossSums
 from lowlevel.losses.advantages import leave_one_out
-from lowlevel.losses.registry import LossSpec
 from lowlevel.methods.sampled import (
     SampledMethod,
     by_completion,
     policy_gradient,
     scaled_reference_logps,
     with_advantages,
-    without_none,
 )
 from lowlevel.model.policy import Policy
 from lowlevel.online.rollouts import Rollout
@@ -46,21 +44,10 @@ class RLOO(SampledMethod):
         """The sum over completions, each at all its tokens by their share."""
         return policy_gradient(policy, batch, self.token_losses, self.config.temperature)
 
-    def token_losses(self, tokens: SampledLogps) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of each token's completion, (N,), before the token's weight 1 / length; and metrics."""
-        losses, metrics = self.spec(tokens, self.settings)
-        return losses, metrics
-
-    @property
-    def spec(self) -> LossSpec:
-        """PPO's clipped loss."""
-        return POLICY_LOSSES["rloo"]
-
     @property
     def settings(self) -> Mapping[str, object]:
-        """The hyper-parameters that it reads."""
-        clip = {"epsilon": self.config.epsilon, "epsilon_high": self.config.epsilon_high}
-        return without_none({**clip, "importance_sampling_level": "sequence_sum"})
+        """The ratio of the built-in loss is that of the whole completion."""
+        return {**super().settings, **({} if self.spec.own else {"importance_sampling_level": "sequence_sum"})}
 
     def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]], ranks: Ranks = ALONE) -> list[Rollout]:
         """The completions of one step with their advantages."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, prompt_segment
 from lowlevel.batch.packing import micro_batch_rows
-from lowlevel.config.online import SampledConfig
-from lowlevel.losses import LossSums, SampledLogps
-from lowlevel.losses.policy_gradient import AGGREGATION, aggregation
-from lowlevel.losses.registry import LossSpec
+from lowlevel.config.online import GRPOConfig, SampledConfig
+from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
+from lowlevel.losses.policy_gradient import aggregation
+from lowlevel.losses.registry import LossSpec, check_result, find
 from lowlevel.model.policy import Policy
 from lowlevel.online.rollouts import Rollout
 from lowlevel.ranks import Ranks
@@ -23,6 +24,7 @@ from lowlevel.ranks import Ranks
 # What a batch holds of each token: its weight in the loss, that in means over tokens, and what the rollout gives.
 GIVEN = ("weight", "share", "old_logps", "advantages")
 DIFFERENCE = "sampling/sampling_logp_difference"
+CLIPPING = ("epsilon", "epsilon_high", "delta", "importance_sampling_level", "cliprange")  # keys of built-in losses
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,21 @@ class SampledMethod:
     statistics: ClassVar[tuple[str, ...]] = ()
     values: ClassVar[tuple[str, ...]] = ()  # of Rollout.values that the loss reads
 
-    @property
+    @cached_property
     def spec(self) -> LossSpec:
-        """The configured loss; its name decides how tokens are averaged."""
-        raise NotImplementedError
+        """The loss of `loss_type`, which says how tokens are averaged. Raises ValueError for an unknown one."""
+        return find(self.config.loss_type, {name: POLICY_LOSSES[name] for name in self.config.losses})
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The hyper-parameters that were given to it; the others are its own defaults."""
+        own = self.config
+        keys = {name: getattr(own, name) for name in self.spec.parameters if name in type(own).model_fields}
+        return {name: value for name, value in {**keys, **own.loss_kwargs}.items() if value is not None}
+
+    def token_losses(self, tokens: SampledLogps) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of each token, (N,), before its weight, and metrics, (N,) each."""
+        return self.spec(tokens, self.settings)
 
     def count(self, batch: PackedBatch) -> float:
         """Completions, tokens, or completions times the maximal length: see `aggregation`."""
@@ -56,8 +69,7 @@ class SampledMethod:
 
     def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
         """The completions of one step in rows."""
-        kind, longest = AGGREGATION[self.spec.name], self.config.max_completion_length
-        return micro_batches(examples, self, kind, longest, self.values)
+        return micro_batches(examples, self, self.spec.average, self.config.max_completion_length, self.values)
 
 
 def lay_out(rollouts: Sequence[Rollout], method: SampledMethod) -> list[tuple[PackedBatch, list[Rollout]]]:
@@ -214,9 +226,23 @@ def policy_gradient_sums(
     )
 
 
-def without_none(settings: Mapping[str, object]) -> dict[str, object]:
-    """The settings that were given; the others are the loss's own defaults."""
-    return {name: value for name, value in settings.items() if value is not None}
+def check_loss(method: SampledMethod) -> None:
+    """Raise ValueError for an unknown loss, for a setting that it does not read, and for a custom loss that fails on a
+    trial batch; needs no model.
+    """
+    spec, config, fields = method.spec, method.config, type(method.config).model_fields
+    keys = [key for key in CLIPPING if key in fields and spec.own]
+    changed = {key: getattr(config, key) for key in keys if getattr(config, key) != fields[key].default}
+    for name, value in {**changed, **config.loss_kwargs}.items():
+        if name not in spec.parameters:
+            raise ValueError(f"loss_type {spec.name!r} does not use {name} (got {value})")
+    if spec.own:  # completions of 1 and 3 tokens, a dummy one, and dummy tokens
+        ids, index = torch.tensor([3, 0, 3, 1, 1, 1]), torch.tensor([[1, 6, 6], [3, 4, 5], [6, 6, 6]])
+        logps = torch.linspace(-0.5, -2.0, 6, requires_grad=True)
+        old, advantages = torch.tensor([[0.0, -1.0, 0.0, -1.0, -2.0, -0.5], [0.0, 1.0, 0.0, -1.0, -1.0, -1.0]])
+        reference = old if isinstance(config, GRPOConfig) and config.beta > 0 else None
+        given = SampledLogps(logps, old, advantages, reference, ids, index, torch.tensor([1, 3, 0]))
+        check_result(spec, given, method.settings, logps, size=6)
 
 
 def with_advantages(groups: Sequence[Sequence[Rollout]], advantages: Tensor, *, masked: bool) -> list[Rollout]:

@@ -173,7 +173,11 @@ def _difference(values: Mapping[str, Tensor], like: Tensor) -> Tensor:
 
 
 def _by_function(spec: LossSpec, logps: Logps, values: Mapping[str, float | None]) -> Tensor:
-    used = {name: values[name] for name in spec.parameters if values.get(name) is not None}
+    return in_float64(spec, logps, {n: values[n] for n in spec.parameters if values.get(n) is not None})
+
+
+def in_float64(spec: LossSpec, logps: Any, used: Mapping[str, Any]) -> Tensor:
+    """The losses by the loss's own function. Raises ConfigError if it is a custom one and fails in this dtype."""
     try:
         return spec(logps, used)[0]
     except Exception as error:

@@ -1,8 +1,9 @@
 """The checks of a step on sampled completions (grpo, rloo, ppo): loss, gradient, layouts, and the kept advantages.
 
 The loss is written out once more in float64, from the configuration and the kept completions alone; nothing of
-`lowlevel.losses` takes part. Its log-probabilities come from the run's hidden states, and for the gradient from the
-whole model in float64. Of ppo the value head is part of the loss check only.
+`lowlevel.losses` takes part, except that a custom loss is its own formula: it is called for one completion at a time.
+Log-probabilities come from the run's hidden states, and for the gradient from the whole model in float64. Of ppo the
+value head is part of the loss check only.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lowlevel.config.online import ClippedConfig, GRPOConfig, PPOConfig
-from lowlevel.config.schema import RunConfig
+from lowlevel.losses import SampledLogps
 from lowlevel.online.rollouts import Rollout
 from lowlevel.verification.evidence import flat64
 from lowlevel.verification.exact import Scored, base_parameters, exact_model, scores64
+from lowlevel.verification.formulas import in_float64
 from lowlevel.verification.gradients import left_out
 from lowlevel.verification.subject import Check, Subject, check, largest, packed, relative, with_batches_of
 
@@ -30,10 +32,10 @@ def sampled_checks(subject: Subject) -> list[Check]:
     rollouts: Sequence[Rollout] = subject.examples
     heads = [_hidden(subject, x) for x in rollouts]
     exact, references, values = (list(part) for part in zip(*(head[:3] for head in heads), strict=True))
-    config, biggest = subject.config, max(head[3] for head in heads)
+    biggest = max(head[3] for head in heads)
     own_values = values if subject.method.name == "ppo" else None
     with torch.no_grad():
-        expected = float(step_loss(config, rollouts, exact, references, own_values))
+        expected = float(step_loss(subject.method, rollouts, exact, references, own_values))
     bound = subject.head_bound(biggest)
     error = max(largest(head[4]) for head in heads)
     tokens = sum(len(x.completion_ids) for x in rollouts)
@@ -51,28 +53,39 @@ def sampled_checks(subject: Subject) -> list[Check]:
 
 
 def step_loss(
-    config: RunConfig,
+    method: Any,
     rollouts: Sequence[Rollout],
     logps: Sequence[Tensor],
     references: Sequence[Tensor],
     values: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """The loss of a step, () float64, from the log-probabilities (n,) of each completion's tokens."""
-    own: Any = config.own
+    own, spec = method.config, method.spec
     total, count = torch.zeros((), dtype=torch.float64), 0.0
-    kind = own.loss_type if isinstance(own, GRPOConfig) else config.method
+    kind = spec.average if spec.own else spec.name
     for number, x in enumerate(rollouts):
         if not x.counted:
             continue
-        losses = _token_losses(own, kind, x, logps[number])
-        if isinstance(own, GRPOConfig) and own.beta > 0:
-            losses = losses + own.beta * _kl(own, x, logps[number], references[number])
+        new, ref = logps[number], references[number]
+        losses = _by_function(method, x, new, ref) if spec.own else _token_losses(own, kind, x, new)
+        if isinstance(own, GRPOConfig) and own.beta > 0 and "beta" not in spec.parameters:
+            losses = losses + own.beta * _kl(own, x, new, ref)
         if values is not None:
             losses = losses + own.vf_coef * _value_losses(own, x, values[number])
         size = len(losses)
-        total = total + (losses.mean() if kind in ("grpo", "sapo", "rloo") else losses.sum())
-        count += {"dr_grpo": own.max_completion_length, "dapo": size, "cispo": size, "ppo": size}.get(kind, 1)
+        total = total + (losses.mean() if kind in ("grpo", "sapo", "rloo", "sequences") else losses.sum())
+        lengths = dict.fromkeys(("dapo", "cispo", "ppo", "tokens"), size)
+        count += (lengths | dict.fromkeys(("dr_grpo", "constant"), own.max_completion_length)).get(kind, 1)
     return total / (count or 1.0)
+
+
+def _by_function(method: Any, x: Rollout, new: Tensor, ref: Tensor) -> Tensor:
+    """A custom loss of one completion alone, (n,). Raises ConfigError if it fails in float64."""
+    old, advantages = (torch.from_numpy(part).double() for part in (x.logps, x.advantages))
+    one, lengths = torch.arange(len(new)), torch.tensor([len(new)])
+    reference = ref if method.has_reference else None
+    given = SampledLogps(new, old, advantages, reference, torch.zeros_like(one), one[None], lengths)
+    return in_float64(method.spec, given, method.settings)
 
 
 def _token_losses(own: Any, kind: str, x: Rollout, new: Tensor) -> Tensor:
@@ -192,7 +205,7 @@ def _gradient(
 
     def loss(flat: Tensor) -> Tensor:
         logps = [scores[0][:, 0] for scores in model.examples(flat, sequences)]
-        return step_loss(subject.config, rollouts, logps, references)
+        return step_loss(subject.method, rollouts, logps, references)
 
     weights = flat64(subject)
     leaf = weights.clone().requires_grad_()

@@ -8,7 +8,6 @@ import torch
 
 from lowlevel.losses.advantages import gae, group_relative, leave_one_out, whiten
 from lowlevel.losses.policy_gradient import (
-    AGGREGATION,
     POLICY_LOSSES,
     SampledLogps,
     aggregation,
@@ -38,7 +37,7 @@ def point(old=OLD, new=NEW, ref=REF, advantages=(1.0, -1.0, -1.0, -1.0)):
 
 def aggregated(losses, loss_type, rows=((0, 1), (1, 3)), max_length=4):
     """Sum of weighted losses over the completions (number, length) divided by the sum of their counts."""
-    parts = {number: aggregation(AGGREGATION[loss_type], length, max_length) for number, length in rows}
+    parts = {number: aggregation(POLICY_LOSSES[loss_type].average, length, max_length) for number, length in rows}
     own = point().sequence_ids.tolist()
     total = sum(losses[i] * parts[own[i]][0] for i in REAL if own[i] in parts)
     return total / sum(count for _, count in parts.values())
