@@ -33,15 +33,8 @@ _PLACES = {
     "lowlevel.running.callbacks": ("Callback",),
     "lowlevel.errors": ("LowlevelError",),
     "lowlevel.config.schema": ("RunConfig",),
-    "lowlevel.losses": (
-        "PairLogps",
-        "SampledLogps",
-        "TokenLogps",
-        "dpo_loss",
-        "loss",
-        "masked_cross_entropy",
-        "token_logps",
-    ),
+    "lowlevel.losses": ("PairLogps", "TokenLogps", "dpo_loss", "loss", "masked_cross_entropy", "token_logps"),
+    "lowlevel.losses.policy_gradient": ("SampledLogps",),
 }
 
 

@@ -31,7 +31,7 @@ class SampledLogps:
         token_logps: (N,) fp32, under the policy.
         old_logps: (N,), under the policy that sampled.
         advantages: (N,); all tokens of a completion have the same, except in PPO.
-        ref_token_logps: (N,), under the reference; None without a KL term.
+        ref_token_logps: (N,), under the reference; None unless grpo has beta above 0.
         sequence_ids: (N,) int64, the completion of each token; S marks a dummy token, which no sum contains.
         sequence_index: (S, L) int64, the tokens of each completion; N marks padding.
         lengths: (S,) tokens of each completion.

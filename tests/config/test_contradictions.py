@@ -67,6 +67,7 @@ grpo data.columns=a | data.columns is for sft | reward functions receive all col
 grpo grpo.num_generations=3 | = 8 completions are not a multiple of grpo.num_generations 3
 grpo grpo.max_completion_length=256 | leaves no prompt: data.max_length is 256
 grpo grpo.loss_type=cispo grpo.delta=2.0 | grpo.delta is not read by loss_type = "cispo"
+grpo grpo.loss_type=GSPO | grpo.loss_type: GSPO is set by | grpo.importance_sampling_level = "sequence"
 grpo grpo.kl_estimator=k2 | grpo.kl_estimator needs grpo.beta above 0
 rloo rloo.reward=none | rloo.reward is empty
 rloo rloo.reward=length,length | rloo.reward names a function twice: set its weight in reward_weights
