@@ -11,7 +11,7 @@ import lowlevel as ll
 from lowlevel.config.online import GRPOConfig, PPOConfig, RLOOConfig
 from lowlevel.errors import ConfigError
 from lowlevel.methods import GRPO, PPO, RLOO
-from lowlevel.running.assembly import check_loss
+from lowlevel.methods.choice import check_loss
 
 METHODS = {GRPOConfig: GRPO, RLOOConfig: RLOO, PPOConfig: PPO}
 
