@@ -148,7 +148,7 @@ _SPECS = (
     spec_of(sapo, "-4/T s(T (r - 1)) A, mean of completions' means", "arXiv 2511.20347", average=SEQUENCES),
 )
 POLICY_LOSSES: Mapping[str, LossSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
-BUILT_IN.update(POLICY_LOSSES)
+BUILT_IN.update((*POLICY_LOSSES, "gspo"))  # that one is grpo.importance_sampling_level = "sequence"
 
 
 def aggregation(kind: str, length: int, max_length: int) -> tuple[float, float]:
