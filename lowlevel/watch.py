@@ -76,7 +76,7 @@ class Watch:
         self.failure: Failure | None = None
         self._record: Callable[[int, str], None] = lambda code, text: None
         self._waiting_since: float | None = None
-        self._apart = False
+        self._leaves: bool | None = None  # whether the thread will see a failure by itself; None: unless it waits
         self._seen: dict[int, tuple[str, float]] = {}  # what a rank has published, and since when
         self._stopped = threading.Event()
         self._store_lock = threading.Lock()
@@ -110,20 +110,21 @@ class Watch:
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Long work that writes nothing, outside of collectives: if another rank fails, this one ends in the middle."""
-        self._apart = True
+        self._leaves = False
         try:
             yield
         finally:
-            self._apart = False
+            self._leaves = None
 
     def meet(self) -> None:
         """Wait for all ranks, as long as the others give signs of life. Raises RankError for a failure."""
-        self.met += 1
+        self.met, self._leaves = self.met + 1, True
         self.write(f"met/{self.rank}", str(self.met))
         while any(int(self._read(f"met/{rank}") or 0) < self.met for rank in self._others()):
             if self.failure:
                 raise self.error(self.failure)
             time.sleep(0.02)
+        self._leaves = None
 
     def claim(self, rank: int, code: int, text: str) -> Failure:
         """Record a failure of `rank` unless one is recorded; return the one that is."""
@@ -243,7 +244,8 @@ class Watch:
         """Whether this rank's thread is stuck: in a collective, or because it is the one that hangs."""
         waiting = self._waiting_since
         stuck = waiting is not None and time.monotonic() - waiting > GRACE
-        return stuck or self._apart or self.rank == failure.rank != failure.teller
+        stuck = stuck if self._leaves is None else not self._leaves
+        return stuck or self.rank == failure.rank != failure.teller
 
     def _publish(self) -> None:
         self.write(f"at/{self.rank}", f"{self.begun} {Work.signs}")

@@ -20,6 +20,13 @@ SMALL = os.environ.get("LOWLEVEL_TRY_ON_CPU")  # the same tests with gloo, to tr
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2 and not SMALL, reason="needs two CUDA GPUs")
 STEPS = 8
 TRAIN = {"save_steps": 1, "save_total_limit": 9, "logging_steps": 1, "max_steps": STEPS, "deterministic": True}
+SAMPLED = {  # 2 prompts a step
+    "num_generations": 2,
+    "max_completion_length": 16,
+    "reward": "format",
+    "reward_pattern": ".*[a-m].*",
+    "reward_timeout": 1.0,
+}
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,8 +36,10 @@ def space(tmp_path_factory):
 
 
 def write(space, name, method, **train):
-    dpo = {"dpo": {"disable_dropout": False}} if method == "dpo" else {}
-    return space.write(name, method, train={**TRAIN, **train}, **dpo)
+    more = {"dpo": {"dpo": {"disable_dropout": False}}, "grpo": {"grpo": SAMPLED}}.get(method, {})
+    if method == "grpo":
+        more["data"] = {"source": str(space.sft_rows), "format": "auto"}
+    return space.write(name, method, train={**TRAIN, **train}, **more)
 
 
 def start(method, config, *more, gpus=2):
@@ -61,7 +70,7 @@ def ranks_of(process):
     return found
 
 
-@pytest.fixture(scope="module", params=["sft", "dpo"])
+@pytest.fixture(scope="module", params=["sft", "dpo", "grpo"])
 def whole(request, space):
     """Method, and the folders of a run on one GPU and of the same on two."""
     folders = []
@@ -82,7 +91,11 @@ def weights(folder):
 
 
 def test_two_gpus_compute_what_one_does(whole):
-    _, one, two = whole
+    method, one, two = whole
+    if method == "grpo":  # its loss is about 0, and another rounding draws other tokens sooner or later
+        assert [metrics(folder)[0]["reward"] for folder in (one, two)] == [metrics(one)[0]["reward"]] * 2
+        assert len(losses(two)) == len(losses(one)) == STEPS
+        return
     assert losses(two)[:3] == pytest.approx(losses(one)[:3], rel=2e-3) and len(losses(two)) == STEPS
     assert losses(two) == pytest.approx(losses(one), rel=2e-2)  # fp16 at a learning rate of 1e-2
     assert json.loads((two / "summary.json").read_text())["ranks"] == 2
@@ -119,7 +132,7 @@ def test_the_same_bits_again_and_after_a_stop(whole, space):
 def test_a_lost_rank_ends_all(whole, space, rank, kind):
     method, _, two = whole
     if method == "dpo" and kind == signal.SIGSTOP:
-        pytest.skip("sft says it")
+        pytest.skip("sft says it")  # grpo: a rank may be lost while it samples
     lost = space.folder / f"lost-{method}-{rank}-{kind.name}"
     process = start(method, write(space, lost.name, method, ddp_timeout=10, max_steps=400, save_steps=2))
     lines = iter(process.stdout.readline, "")
@@ -146,4 +159,5 @@ def test_one_gpu_goes_on_with_a_run_of_two(whole, space):
     process.communicate(timeout=120)
     said = run(method, config, "--resume", gpus=1)
     assert "resumed from step-" in said
-    assert losses(begun) == pytest.approx(losses(two), rel=2e-2)
+    assert len(losses(begun)) == STEPS
+    assert method == "grpo" or losses(begun) == pytest.approx(losses(two), rel=2e-2)
