@@ -23,6 +23,7 @@ def registered(monkeypatch):
         ll.loss(clipped, name=f"clipped_{average}", average=average)
     ll.loss(whole, average="sequences")
     ll.loss(with_kl)
+    ll.loss(with_kl, name="kl_means", average="sequences")
 
 
 def clipped(tokens: ll.SampledLogps, *, epsilon: float = 0.2, cliprange: float | None = None):
@@ -82,17 +83,17 @@ def written(space, name, method, **own):
 
 
 def test_a_run_is_verified_replayed_and_inspected(space, monkeypatch):
-    path = written(space, "mine", "grpo", loss_type="with_kl", loss_kwargs={"scale": 0.5}, beta=0.1, num_iterations=2)
+    path = written(space, "mine", "grpo", loss_type="kl_means", loss_kwargs={"scale": 0.5}, beta=0.1, num_iterations=2)
     said = run("grpo", path)
-    assert said.code == 0 and "loss with_kl" in said.out, said.err
+    assert said.code == 0 and "loss kl_means" in said.out, said.err
     folder = space.folder / "mine"
     said = run("verify", folder, "--step", 2)
-    assert said.code == 0 and "with_kl in float64" in said.out and "central differences" in said.out, said.out
+    assert said.code == 0 and "kl_means in float64" in said.out and "central differences" in said.out, said.out
     said = run("replay", folder, "--step", 2, "--what-if", "loss_kwargs.scale=1")
     assert said.code == 0 and "identical" in said.out.lower(), said.out + said.err
     assert run("inspect", folder, "--step", 2).code == 0
     monkeypatch.setattr("lowlevel.losses.registry.OWN", {})
-    ll.loss(clipped, name="with_kl")
+    ll.loss(clipped, name="kl_means")
     said = run("verify", folder)
     assert said.code != 0 and "its source is not the run's" in said.err and said.err.count("\n") == 1
 
