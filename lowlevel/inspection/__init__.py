@@ -1,8 +1,9 @@
-"""The parts of a loss: each scored token of a step or a row, and the path from log-probabilities to the loss.
+"""The parts of a loss: each scored token of a step or a row, and the way from log-probabilities to the loss.
 
-records = inspect_pairs(policy, method, examples)     # of records.py; inspect_sequences (sft), and in kto_and_reward.py
-                                                      # inspect_labelled, inspect_rewards; `opening.inspect_run`: a run
-records[0].chosen.contributions                       # (n,): beta * log-ratio of each token; together with the rejected
-records[0].margin                                     # ones they sum to the margin
-records[0].displacement                               # tokens that gained what the chosen completion lost, or None
+example.py describes an example of any method; sft, pairs, labelled, rewards and sampled.py say what its numbers are;
+terminal.py and page.py draw it. In Python, `found = run.inspect(step=5)`:
+
+found.examples[0].numbers["margin"]                   # of the example; of a text: .texts[0].numbers["reward"]
+found.examples[0].texts[0].columns["log-ratio"]       # (n,), of each scored token
+found.examples[0].equation["margin"]                  # what the number is
 """

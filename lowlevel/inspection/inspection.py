@@ -1,4 +1,4 @@
-"""An inspection: the records of a step or a row, the weights that they were computed with, and the logged loss."""
+"""An inspection: the examples of a step or a row, the weights that they were computed with, and the logged loss."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lowlevel.config.schema import RunConfig
-from lowlevel.inspection.kto_and_reward import LabelledRecord, RewardRecord
+from lowlevel.inspection.example import Example, View
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import settings
-from lowlevel.inspection.records import PairRecord, SequenceRecord
-from lowlevel.inspection.sampled import SampledRecord
 from lowlevel.methods import Method
 
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """The inspected examples: `pairs` (dpo), `sequences` (sft), `labelled` (kto), `rewards` (reward) or `sampled`."""
+    """The inspected examples; of methods that sample, each is a prompt with its completions."""
 
     run: str  # name of the run folder
     subject: str  # "step 5" or "row 12"
@@ -27,42 +23,28 @@ class Inspection:
     logged: str | None  # the loss that the run logged for this step, and what it is a mean of; None if not logged
     pieces: TokenPieces  # token ids as text
     method: Method  # holds the configured loss
-    sequences: tuple[SequenceRecord, ...] = ()
-    pairs: tuple[PairRecord, ...] = ()
-    labelled: tuple[LabelledRecord, ...] = ()
-    rewards: tuple[RewardRecord, ...] = ()
-    sampled: tuple[SampledRecord, ...] = ()  # grpo, rloo, ppo
+    view: View
+    examples: tuple[Example, ...]
 
     def __repr__(self) -> str:
         return "\n".join((self.headline, self.conditions, self.result))
 
     @property
-    def records(self) -> Sequence[SequenceRecord | PairRecord | LabelledRecord | RewardRecord | SampledRecord]:
-        """Whichever there are."""
-        return self.sequences or self.pairs or self.labelled or self.rewards or self.sampled
-
-    @property
     def loss(self) -> float:
-        """The loss as the training loop logs it: the sum over tokens (sft), pairs or examples, by their number."""
-        return float(torch.stack([record.loss for record in self.records]).double().sum()) / self.count
+        """The loss as the training loop logs it: the sum over tokens (sft), pairs or completions, by their number."""
+        return sum(x.loss for x in self.examples) / self.count
 
     @property
     def count(self) -> float:
-        """Learned tokens (sft), pairs (dpo) or labelled completions (kto); of sampled ones what the loss counts."""
-        if self.sampled:
-            return sum(record.count for record in self.sampled) or 1.0
-        return len(self.pairs or self.labelled or self.rewards) or sum(len(record.tokens) for record in self.sequences)
+        """Learned tokens (sft), pairs or labelled completions; of sampled completions what the loss counts."""
+        return sum(x.count for x in self.examples) or 1.0
 
     @property
     def headline(self) -> str:
         """Run, subject, number of examples and loss, in one line."""
-        if self.sampled:
-            tokens = sum(len(record.tokens) for record in self.sampled)
-            counts = [_count(len(self.sampled), "completion"), _count(tokens, "token")]
-        elif not self.sequences:
-            counts = [_count(self.count, "labelled completion" if self.labelled else "pair")]
-        else:
-            counts = [_count(len(self.sequences), "example"), _count(self.count, "learned token")]
+        texts = [text for x in self.examples for text in x.texts]
+        counts = [_count(len(texts if self.view.by_text else self.examples), self.view.unit)]
+        counts += [_count(sum(len(text.scored) for text in texts), self.view.tokens)] if self.view.tokens else []
         return f"{self.run}, {self.subject}: {', '.join([*counts, settings(self.method)])}"
 
     @property

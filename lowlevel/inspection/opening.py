@@ -21,20 +21,20 @@ from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.rows import Row
 from lowlevel.data.texts import BadRow
 from lowlevel.errors import CheckpointError, ConfigError, DataError
+from lowlevel.inspection import labelled, pairs, rewards, sampled, sft
+from lowlevel.inspection.example import Example, View
 from lowlevel.inspection.inspection import Inspection, logged_loss
-from lowlevel.inspection.kto_and_reward import inspect_labelled, inspect_rewards
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.records import inspect_pairs, inspect_sequences
-from lowlevel.inspection.sampled import inspect_sampled
-from lowlevel.running.reopening import Reopened, step_examples
+from lowlevel.online import rollouts
+from lowlevel.running.reopening import Reopened, kept_rollouts, step_examples
 from lowlevel.running.run_folder import RunFolder
 
-INSPECTED: dict[str, tuple[str, Callable[..., list[Any]]]] = {  # the records of an inspection by method
-    "sft": ("sequences", inspect_sequences),
-    "dpo": ("pairs", inspect_pairs),
-    "kto": ("labelled", inspect_labelled),
-    "reward": ("rewards", inspect_rewards),
-    **dict.fromkeys(("grpo", "rloo", "ppo"), ("sampled", inspect_sampled)),
+METHODS: dict[str, tuple[Callable[..., list[Example]], Callable[..., View]]] = {  # what is shown, and how
+    "sft": (sft.inspect_sft, sft.view),
+    "dpo": (pairs.inspect_pairs, pairs.view),
+    "kto": (labelled.inspect_labelled, labelled.view),
+    "reward": (rewards.inspect_rewards, rewards.view),
+    **dict.fromkeys(("grpo", "rloo", "ppo"), (sampled.inspect_sampled, sampled.view)),
 }
 
 
@@ -66,9 +66,13 @@ def inspect_run(
     else:
         assert step is not None
         examples, subject = step_examples(config, data, step, run_dir=folder.path), f"step {step}"
+    kept = kept_rollouts(config, folder.path, step) if step and config.method == "online_dpo" else []
+    examples = rollouts.step_examples(config, kept) if kept else examples
     run = opened.load(weights.adapter, reference=True)
-    name, inspect = INSPECTED[run.method.name]
-    records: dict[str, Any] = {name: tuple(inspect(run.policy, run.method, examples))}
+    inspect, view = METHODS[run.method.name]
+    found = inspect(run.policy, run.method, examples)
+    if config.method == "online_dpo":
+        found = sampled.with_groups(found, examples, kept, config.online_dpo)
     return Inspection(
         run=folder.path.resolve().name,
         subject=subject,
@@ -76,7 +80,8 @@ def inspect_run(
         logged=logged_loss(folder.read_metrics(), step, config) if step is not None else None,
         pieces=TokenPieces(run.tokenizer),
         method=run.method,
-        **records,
+        view=view(run.method),
+        examples=tuple(found),
     )
 
 

@@ -58,8 +58,8 @@
   // Mark the same token in the chart.
   function mark(element) {
     const article = element.closest("article");
-    if (!article || !element.classList.contains("tok")) return;
-    const tokens = [...article.querySelectorAll(".tok")];
+    if (!element.closest(".charted")) return;
+    const tokens = [...article.querySelectorAll(".charted .tok")];
     const cursor = article.querySelector(".cursor");
     cursor.style.left = `${(100 * (tokens.indexOf(element) + 0.5)) / tokens.length}%`;
     cursor.firstElementChild.style.top = `${element.dataset.y}%`;
@@ -99,7 +99,7 @@
   // Moving the pointer over the chart shows the token at that place.
   for (const canvas of document.querySelectorAll(".canvas")) {
     canvas.addEventListener("pointermove", (event) => {
-      const tokens = canvas.closest("article").querySelectorAll(".tok");
+      const tokens = canvas.closest("article").querySelectorAll(".charted .tok");
       const box = canvas.getBoundingClientRect();
       const i = Math.floor((tokens.length * (event.clientX - box.left)) / box.width);
       const token = tokens[Math.max(0, Math.min(i, tokens.length - 1))];

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
+from torch import Tensor
 
 from lowlevel.durable import given_file
 from lowlevel.errors import ConfigError
-from lowlevel.inspection.charts import histogram, loss_bands
+from lowlevel.inspection.charts import Stair, histogram, loss_bands, stair
+from lowlevel.inspection.example import Example, Text, View
 from lowlevel.inspection.inspection import Inspection
-from lowlevel.inspection.kto_and_reward import LabelledRecord
+from lowlevel.inspection.pairs import FallLine, fall_line
 from lowlevel.inspection.pieces import VISIBLE, breaks_line
-from lowlevel.inspection.reading import formula, percent, plain, signed, source, sum_name, typographic, weight_name
-from lowlevel.inspection.records import PairRecord
-from lowlevel.inspection.view import compared_article, scales, sequence_article
+from lowlevel.inspection.reading import plain, settings, signed, source, typographic
+from lowlevel.inspection.tables import TokenLine, batch_table, caption, facts_of, steps_of, summary, token_lines
 
-Mode = tuple[str, str, str, str, str]  # a way to colour the tokens: key, label, meaning, and both ends of its scale
-
-NO_PAGE = "--html: a page shows tokens, and a reward model reads one of each completion: leave it out"
-PAIRS_CAPTION = (
-    "Margins of {} pairs, one square per pair. Blue: the policy prefers the chosen completion more than the reference "
-    "does; orange: less."
-)
-LABELLED_CAPTION = (
-    "Rewards of {} completions, one square each. Blue: likelier than under the reference; orange: less likely."
-)
+FULL = 0.98  # quantile at which a colour scale ends, so that one outlier does not make all others pale
 
 
 def write_page(inspection: Inspection, path: Path) -> None:
@@ -49,19 +46,25 @@ def write_page(inspection: Inspection, path: Path) -> None:
 
 def render_page(inspection: Inspection) -> str:
     """The page as HTML; its policy forbids all scripts but its own."""
-    if inspection.rewards:
-        raise ConfigError(NO_PAGE)
-    script, spec = read_part("inspection/page.js"), inspection.method.spec
-    view = _sequences_view if inspection.sequences else _compared_view
+    script, modes, seen = read_part("inspection/page.js"), colour_modes(inspection), Counter[int]()
+    anchors = []
+    for x in inspection.examples:  # a prompt may come twice
+        anchors.append(f"row-{x.row}" + (f"-again-{seen[x.row]}" if seen[x.row] else ""))
+        seen[x.row] += 1
+    columns = inspection.examples[0].texts[0].columns
     return render_template(
         "inspection/page.html",
         ["inspection/page.css"],
         inspection=inspection,
+        view=inspection.view,
         script=script,
-        formula=f"Σ {formula(spec)}" if inspection.sequences and not spec.own else formula(spec),
-        paper=source(spec),
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        **view(inspection),
+        paper=f"{settings(inspection.method)}; {source(inspection.method.spec)}",
+        modes=modes,
+        articles=[_article(x, at, inspection, modes) for x, at in zip(inspection.examples, anchors, strict=True)],
+        caption=caption(inspection),
+        words={name: word for name, word in inspection.view.words.items() if name in columns},
+        **_overview(inspection, anchors),
     )
 
 
@@ -83,58 +86,143 @@ def read_part(name: str) -> Markup:
     return Markup((files("lowlevel") / name).read_text(encoding="utf-8"))  # noqa: S704 - a file of this package
 
 
-def _compared_view(inspection: Inspection) -> Mapping[str, Any]:
-    """Of pairs, or of labelled completions."""
-    records: Sequence[PairRecord | LabelledRecord] = inspection.pairs or inspection.labelled
-    name = inspection.method.spec.name
-    sides = [side for record in records for _, side, _ in record.sides]
-    scale = scales([side.tokens for side in sides], [side.contributions for side in sides])
-    sums, measure, weight, caption, of_pairs = sum_name(name), "reward", signed, LABELLED_CAPTION, ""
-    if inspection.pairs:
-        measure, weight, caption, of_pairs = "margin", plain, PAIRS_CAPTION, ", negated for the rejected"
-    adds = f"β · log-ratio{' / n' * (sums == 'averaged margin')} of each token{of_pairs}"
-    end = typographic(f"{scale['contribution']:.2g}")
-    values = [float(record.margin) for record in inspection.pairs]
-    values += [float(record.completion.reward) for record in inspection.labelled]
+@dataclass(frozen=True)
+class Mode:
+    """A way to colour the tokens; `scale` is the value with the full colour."""
+
+    name: str
+    label: str
+    meaning: str
+    kind: str  # "both", "up" or "down": the colours that it has
+    scale: float
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Labels of both ends of the scale."""
+        low, high = (f"{math.exp(x) if self.name == 'ratio' else x:+.2g}" for x in (-self.scale, self.scale))
+        if self.kind != "both":
+            return "0", f"≥ {high.lstrip('+')}"
+        low, high = (low.lstrip("+"), high.lstrip("+")) if self.name == "ratio" else (low, high)
+        return typographic(f"≤ {low}"), f"≥ {high}"
+
+
+KINDS = {"surprise": "down", "entropy": "up"}
+
+
+def shades(text: Text, view: View) -> dict[str, Tensor]:
+    """What the tokens of a text are coloured by, (n,) each: above 0 blue, below 0 orange."""
+    found = {name: text.columns[name] for name in view.colours if name in text.columns}
+    found |= {"ratio": found["ratio"].log()} if "ratio" in found else {}
+    if text.predicted is not None:
+        found |= {"surprise": next(iter(text.columns.values())), "entropy": text.columns["entropy"]}
+    return found
+
+
+def colour_modes(inspection: Inspection) -> list[Mode]:
+    """The ways to colour the tokens of a page; one scale for all of them."""
+    view, modes = inspection.view, []
+    parts = [shades(text, view) for x in inspection.examples for text in x.texts]
+    words = {
+        **view.words,
+        "surprise": "−log-probability of the token, in nats",
+        "entropy": "of the prediction, in nats",
+    }
+    for name in parts[0]:
+        sizes = torch.cat([part[name].double().abs() for part in parts]).nan_to_num().sort().values
+        scale = float(sizes[min(len(sizes) - 1, int(FULL * len(sizes)))]) if len(sizes) else 0.0
+        label = f"adds to the {view.sums}" if name == "adds" else name
+        modes.append(Mode(name, label, words[name], KINDS.get(name, "both"), scale or 1.0))
+    return modes
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One token of a heat map."""
+
+    text: str
+    tip: str = ""  # lines of "label, tab, value"
+    style: str = ""  # CSS: its value in each mode, in [-1, 1]; empty if the token is not scored
+    height: float = 0.0  # the chart's y after the token
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """The tokens of a text, and the lines of a table of their numbers."""
+
+    text: Text
+    summary: str
+    tokens: Sequence[TokenView]
+    lines: Sequence[TokenLine]
+
+
+@dataclass(frozen=True)
+class Article:
+    """One example."""
+
+    example: Example
+    anchor: str
+    prompt: str
+    facts: Sequence[tuple[str, str]]
+    chart: Stair
+    maps: Sequence[HeatMap]
+    others: Sequence[HeatMap]
+    steps: Sequence[tuple[str, str, list[str]]]
+    spans: Sequence[tuple[str, float]]  # name of each text, and its share of the chart in percent
+    fall: FallLine | None  # of a displaced pair
+
+
+def _article(example: Example, anchor: str, inspection: Inspection, modes: Sequence[Mode]) -> Article:
+    pieces, view = inspection.pieces, inspection.view
+    chart, sizes = stair(example.running(view.adds).tolist()), [len(text.scored) for text in example.texts]
+    heights = iter(chart.heights)
+    return Article(
+        example=example,
+        anchor=anchor,
+        prompt="" if view.sums == "loss" and not view.by_text else pieces.decode(example.prompt_ids).strip(),
+        facts=facts_of(example, view),
+        chart=chart,
+        maps=[_heat_map(text, inspection, modes, list(islice(heights, len(text.scored)))) for text in example.texts],
+        others=[_heat_map(text, inspection, modes) for text in example.others],
+        steps=steps_of(example),
+        spans=[(text.name, 100 * n / max(1, sum(sizes))) for text, n in zip(example.texts, sizes, strict=True)],
+        fall=fall_line(example, pieces),
+    )
+
+
+def _heat_map(
+    text: Text, inspection: Inspection, modes: Sequence[Mode], heights: Sequence[float] | None = None
+) -> HeatMap:
+    pieces, view = inspection.pieces, inspection.view
+    lines, marks = token_lines(text, pieces), [c for c in text.columns.values() if c.dtype == torch.bool]
+    colours = shades(text, view)
+    strengths = [(colours[one.name] / one.scale).clamp(-1, 1).nan_to_num().tolist() for one in modes if colours]
+    tokens = [TokenView(piece) for piece in pieces.texts(text.ids)]
+    for i, (place, line) in enumerate(zip(text.scored.tolist(), lines, strict=True)):
+        numbers = [f"{name}\t{typographic(number)}" for name, number in line.numbers.items() if number]
+        others = [f"{'instead' if j == 0 else ''}\t{other}" for j, other in enumerate(line.others)]
+        css = ";".join(f"--m{number}:{values[i]:.3g}" for number, values in enumerate(strengths))
+        tip, marked = "\n".join([line.token, *numbers, *others]), any(bool(column[i]) for column in marks)
+        tokens[place] = TokenView(line.token, tip, css, heights[i] if heights else 0.0, marked)
+    return HeatMap(text, summary(text), tokens, lines)
+
+
+def _overview(inspection: Inspection, anchors: Sequence[str]) -> Mapping[str, Any]:
+    """The batch: a line for each example or text, and the histogram of what is drawn of them."""
+    view = inspection.view
+    headings, lines = batch_table(inspection, view.facts)
+    largest = max(abs(line.measure) for line in lines) or 1.0
+    losses = [loss for x in inspection.examples for text in x.texts for loss in text.columns[view.adds].tolist()]
     return {
-        "modes": [("contribution", f"adds to the {sums}", adds, f"≤ −{end}", f"≥ +{end}"), *_modes(scale)],
-        "articles": [compared_article(r, inspection.method, inspection.pieces, scale) for r in records],
-        "histogram": histogram(values),
+        "headings": headings,
         "batch": [
-            {"row": record.row, "margin": value, "width": abs(value) / (max(map(abs, values)) or 1.0),
-             "weight": typographic(weight(float(record.sides[0][1].weight))), "loss": plain(float(record.loss))}
-            for record, value in zip(records, values, strict=True)
+            {"line": line, "width": abs(line.measure) / largest,
+             "anchor": anchors[line.example] + (f"-text-{line.text}" if line.text else "")}
+            for line in lines
         ],
-        "weight_name": weight_name(name),
-        "measure": measure,
-        "caption": caption.format(len(records)),
-        "bands": [],
+        "histogram": histogram([line.measure for line in lines]) if view.caption else None,
+        "bands": [] if view.caption else loss_bands(losses),
     }  # fmt: skip
-
-
-def _sequences_view(inspection: Inspection) -> Mapping[str, Any]:
-    records = inspection.sequences
-    scale = scales([record.tokens for record in records], [])
-    total = inspection.loss * inspection.count
-    largest = max(abs(float(record.loss)) for record in records) or 1.0
-    return {
-        "modes": _modes(scale),
-        "articles": [sequence_article(r, inspection.pieces, scale, total) for r in records],
-        "histogram": None,
-        "batch": [
-            {"row": r.row, "tokens": len(r.tokens), "loss": plain(float(r.loss)), "width": abs(float(r.loss)) / largest,
-             "mean": plain(float(r.loss) / max(1, len(r.tokens))), "share": percent(float(r.loss) / (total or 1.0))}
-            for r in records
-        ],
-        "bands": loss_bands([loss for record in records for loss in record.token_losses.tolist()]),
-    }  # fmt: skip
-
-
-def _modes(scale: Mapping[str, float]) -> list[Mode]:
-    return [
-        ("loss", "surprise", "−log-probability of the token, in nats", "0", f"≥ {scale['loss']:.2g}"),
-        ("entropy", "entropy", "entropy of the prediction, in nats", "0", f"≥ {scale['entropy']:.2g}"),
-    ]
 
 
 def inked(text: str) -> Markup:

@@ -12,7 +12,7 @@ import math
 import re
 from typing import Literal
 
-from lowlevel.losses.dpo import HYPERPARAMETERS, LOSSES
+from lowlevel.losses.dpo import HYPERPARAMETERS
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods import Method
 
@@ -41,9 +41,20 @@ def percent(share: float) -> str:
     return f"{100 * share:.{2 if share < 1e-2 else 1}f}%"
 
 
+COUNTS, SHARES = ("tokens", "rank"), ("prob", "share", "of the step", "clipped")
+SIGNED = ("log-ratio", "adds", "sum", "weight", "reward", "advantage", "margin", "averaged margin")
+
+
+def shown(name: str, value: float, digits: int = 4) -> str:
+    """A number of an inspection, by its name."""
+    if name in COUNTS or name in SHARES:
+        return f"{value:.0f}" if name in COUNTS else percent(value)
+    return plain(value, 2 if name == "entropy" else digits, "+" if name in SIGNED else "-")
+
+
 def typographic(text: str) -> str:
-    """With minus signs instead of hyphens, for a page."""
-    return text.replace("-", "\u2212")
+    """Numbers with minus signs instead of hyphens, for a page."""
+    return re.sub(r"(?<!\w)-(?=\d|inf)", "\u2212", text)
 
 
 Reading = Literal["margin", "averages", "both", "quantiles"]
@@ -58,7 +69,7 @@ READINGS: dict[str, Reading] = {
 SIGNS = {
     "ls(": "log σ(", "s(": "σ(", "log pi(": "log π(", "pi(": "π(",
     "beta": "β", "eps": "ε", "tau": "τ", "lambda": "λ", "alpha": "α", "gamma": "γ",
-    "n+": "n₊", "n-": "n₋", "y+": "y₊", "y-": "y₋", "y_t": "yₜ", "y_<t": "y<ₜ",
+    "eps_high": "ε₊", "r+": "r₊", "r-": "r₋", "n+": "n₊", "n-": "n₋", "y+": "y₊", "y-": "y₋", "y_t": "yₜ", "y_<t": "y<ₜ",
 }  # fmt: skip
 
 
@@ -71,7 +82,7 @@ def settings(method: Method) -> str:
     """Loss and hyper-parameters as one phrase."""
     spec, values = method.spec, method.settings
     signs = {name: SIGNS[one.sign] for name, one in HYPERPARAMETERS.items()}
-    names = {"beta": "β", "label_smoothing": "ε", **signs}
+    names = {"beta": "β", "label_smoothing": "ε", "epsilon": "ε", "epsilon_high": "ε₊", **signs}
     shown = {key: value if isinstance(value, str) else f"{value:g}" for key, value in values.items()}
     return ", ".join([spec.name, *(f"{names.get(key, key)} {value}" for key, value in shown.items())])
 
@@ -88,19 +99,3 @@ def formula(spec: LossSpec) -> str:
 def source(spec: LossSpec) -> str:
     """Name and publication of the loss."""
     return f"{spec.name}: {spec.paper}"
-
-
-def sum_name(loss_type: str) -> str:
-    """Name of the sum of an example's contributions."""
-    if loss_type == "kto":
-        return "reward"
-    rewards = loss_type in LOSSES and LOSSES[loss_type].averages
-    return "averaged margin" if rewards or reading_of(loss_type) == "averages" else "margin"
-
-
-def weight_name(loss_type: str) -> str:
-    """Name of a chosen completion's weight; it is the pair's if the loss reads one number of the pair."""
-    if loss_type == "kto":
-        return "weight, below 0 if undesirable"
-    names = {"averages": "weight of the averaged margin", "margin": "weight"}
-    return names.get(reading_of(loss_type), "chosen weight")

@@ -1,76 +1,239 @@
-"""The records of an inspected step on sampled completions: each token's ratio, clip, KL and loss."""
+"""What an inspection shows of grpo, rloo and ppo: a prompt's completions, their rewards, and each token's push.
+
+The weight of a token, -dL/d(log pi), says where the step pushes it; the value of the loss does not (its mean is 0 while
+the policy is the one that sampled).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.config.online import SampledConfig
+from lowlevel.data.examples import PreferenceExample
 from lowlevel.inspection.displacement import distribution
-from lowlevel.inspection.records import TokenRecord, places_of, tokens_at
-from lowlevel.methods import PolicyGradient
-from lowlevel.methods.sampled import lay_out, sampled_logps
+from lowlevel.inspection.example import WORDS, Example, Scored, Text, View
+from lowlevel.inspection.reading import formula
+from lowlevel.losses.advantages import EPS, deviation
+from lowlevel.losses.policy_gradient import AGGREGATION, CONSTANT, SEQUENCES, TOKENS
+from lowlevel.losses.reward import head_rewards
+from lowlevel.methods import GRPO, PPO, RLOO, PolicyGradient
+from lowlevel.methods.sampled import lay_out, sampled_logps, scaled_reference_logps
 from lowlevel.model.policy import Policy
 from lowlevel.online.rollouts import Rollout
 
 
-@dataclass(frozen=True, repr=False)
-class SampledRecord:
-    """A completion of n tokens, under the policy that sampled it and under the inspected one."""
-
-    rollout: Rollout  # prompt, rewards, advantages
-    tokens: TokenRecord  # under the inspected policy, at the temperature of sampling
-    old_logps: Tensor  # (n,) fp32, by the sampler
-    ref_logps: Tensor | None  # (n,) fp32
-    clipped: Tensor  # (n,) bool: the clip removes the token's gradient
-    kl: Tensor | None  # (n,) fp32, of beta's term
-    token_losses: Tensor  # (n,) fp32, with the weight of the aggregation
-    count: float  # what the completion adds to the count that the step's loss is divided by
-
-    def __repr__(self) -> str:
-        x = self.rollout
-        return f"SampledRecord(row {x.row}, sample {x.sample}: reward {x.reward:g}, loss {float(self.loss):+.4f})"
-
-    @property
-    def loss(self) -> Tensor:
-        """Sum over the tokens, () fp32."""
-        return self.token_losses.sum()
-
-    @property
-    def ratios(self) -> Tensor:
-        """pi / old of each token, (n,) fp32."""
-        return (self.tokens.logps - self.old_logps).exp()
-
-
 @torch.no_grad()
-def inspect_sampled(policy: Policy, method: PolicyGradient, rollouts: Sequence[Rollout]) -> list[SampledRecord]:
-    """The completions of a step, in the given order."""
-    found: dict[int, SampledRecord] = {}
-    made = zip(method.micro_batches(rollouts), lay_out(rollouts, method), strict=True)
-    for batch, (_, inside) in made:
-        moved = batch.to(policy.placement.device)
-        sums = method.loss(policy, moved)
-        tokens = sampled_logps(moved, sums.tokens["logps"], sums.tokens.get("ref_logps"))
-        metrics = {name: value.cpu() for name, value in method.token_losses(tokens)[1].items()}
-        clips = [value for name, value in metrics.items() if "clip_ratio" in name]
-        clipped = torch.stack(clips).sum(0) > 0 if clips else torch.zeros(len(batch.sequence_ids), dtype=torch.bool)
-        hidden = policy.scored_hidden_states(moved) / method.config.temperature
-        predicted = distribution(hidden, policy.lm_head_weight, moved.scored_targets)
-        kept = {name: value.cpu() for name, value in sums.tokens.items()}
-        weights = batch.token_values[0] if batch.token_values is not None else kept["logps"]
-        for number, x in enumerate(inside):
-            index = places_of(batch, number)
-            count = method.count(batch) * float(weights[index].sum()) / (float(weights[batch.belongs].sum()) or 1.0)
-            found[id(x)] = SampledRecord(
-                rollout=x,
-                tokens=tokens_at(batch, index, kept["logps"], predicted),
-                old_logps=kept["old_logps"][index],
-                ref_logps=kept["ref_logps"][index] if "ref_logps" in kept else None,
-                clipped=clipped[index],
-                kl=metrics["kl"][index] if "kl" in metrics else None,
-                token_losses=kept["token_losses"][index],
-                count=count,
+def inspect_sampled(policy: Policy, method: PolicyGradient, rollouts: Sequence[Rollout]) -> list[Example]:
+    """The groups of a step, in the given order."""
+    texts, counts, groups = dict[int, Text](), dict[int, float](), dict[int, list[Rollout]]()
+    spread = deviation(torch.tensor([[x.reward for x in rollouts]], dtype=torch.float64))
+    for batch, (_, inside) in zip(method.micro_batches(rollouts), lay_out(rollouts, method), strict=True):
+        scored, weights = _scored(policy, method, batch)
+        for i, x in enumerate(inside):
+            index = scored.places(i)
+            part = float(weights[index].sum()) / (float(weights[batch.belongs].sum()) or 1.0)
+            numbers = {**{f"reward/{name}": value for name, value in x.rewards.items()}, "reward": x.reward}
+            texts[id(x)], counts[id(x)] = (
+                scored.text(i, f"sample {x.sample}", numbers, note=_note(x)),
+                method.count(batch) * part,
             )
-    return [found[id(x)] for x in rollouts]
+    for x in rollouts:
+        groups.setdefault(x.group, []).append(x)
+    found = []
+    for group in groups.values():
+        own, numbers = _numbers(method, group, [texts[id(x)] for x in group], float(spread))
+        count, prompt = sum(counts[id(x)] for x in group), torch.as_tensor(group[0].prompt_ids, dtype=torch.int64)
+        lines = equation(method, list(group[0].rewards))
+        found.append(Example(group[0].row, group[0].where, prompt, own, numbers, lines, count))
+    return found
+
+
+def _note(x: Rollout) -> str:
+    return ", ".join([*([] if x.ended else ["cut at its maximal length"]), *([] if x.counted else ["not in the loss"])])
+
+
+def _scored(policy: Policy, method: PolicyGradient, batch: PackedBatch) -> tuple[Scored, Tensor]:
+    """A micro-batch with the columns of its tokens, and their weights in the loss, (N,)."""
+    moved, temperature = batch.to(policy.placement.device), method.config.temperature
+    assert moved.token_values is not None
+    kept = method.loss(policy, moved).tokens
+    tokens, part = sampled_logps(moved, kept["logps"], kept.get("ref_logps")), moved.token_values[0]
+    with torch.enable_grad():
+        leaf = tokens.token_logps.clone().requires_grad_()
+        losses, metrics = method.token_losses(replace(tokens, token_logps=leaf))
+        (slopes,) = torch.autograd.grad(torch.where(moved.belongs, losses * part, 0.0).sum(), leaf)
+    clips = [value for name, value in metrics.items() if "clip_ratio" in name]
+    columns = {
+        "policy": tokens.token_logps,
+        "sampler": tokens.old_logps,
+        "ratio": (tokens.token_logps - tokens.old_logps).exp(),
+        **({"clipped": torch.stack(clips).sum(0) > 0} if clips else {}),
+        "weight": -slopes,
+        "loss": kept["token_losses"],
+    }
+    if "kl" in metrics:
+        columns["kl"] = metrics["kl"]
+    elif method.config.beta > 0:
+        columns["kl"] = tokens.old_logps - scaled_reference_logps(policy, moved, temperature)
+        policy.dropout.disable()
+    columns["advantage"] = tokens.advantages
+    hidden = policy.scored_hidden_states(moved)
+    if isinstance(method, PPO):
+        assert policy.value_head is not None
+        value, returns = head_rewards(hidden, policy.value_head), moved.token_values[-1]
+        of_value = kept["token_losses"] - losses.detach() * part
+        columns |= {"value": value, "return": returns, "value loss": of_value}
+    predicted = distribution(hidden / temperature, policy.lm_head_weight, moved.scored_targets)
+    return Scored(batch, {name: column.cpu() for name, column in columns.items()}, predicted), part.cpu()
+
+
+def _numbers(
+    method: PolicyGradient, group: Sequence[Rollout], texts: Sequence[Text], spread: float
+) -> tuple[tuple[Text, ...], dict[str, float]]:
+    """The texts of a group with the way from their rewards to their losses, and the numbers of the group."""
+    rewards, beta = np.array([x.reward for x in group]), method.config.beta
+    known, each, common = max(1, int(np.isfinite(rewards).sum())), dict[str, np.ndarray](), dict[str, float]()
+    if isinstance(method, RLOO):
+        each["R"] = rewards - np.array([beta * float(one.columns["kl"].sum()) if beta else 0.0 for one in texts])
+        each["mean of others"] = (np.nansum(each["R"]) - each["R"]) / max(1, known - 1)
+    if isinstance(method, GRPO):
+        common["group mean"] = float(np.nansum(rewards)) / known
+        if method.config.scale_rewards != "none":
+            own = float(deviation(torch.from_numpy(rewards)[None]))
+            common["deviation"] = own if method.config.scale_rewards == "group" else spread
+    made = []
+    for i, text in enumerate(texts):
+        means = {name: text.columns[name].float().mean() for name in MEANS if name in text.columns}
+        sums = {name: text.columns[name].sum() for name in ("value loss", "loss") if name in text.columns}
+        own_numbers = {name: float(values[i]) for name, values in each.items()}
+        own_numbers |= {name: float(value) for name, value in {**means, **sums}.items()}
+        made.append(replace(text, numbers=text.numbers | own_numbers))
+    return tuple(made), common | {"loss of the group": sum(one.numbers["loss"] for one in made)}
+
+
+def equation(method: PolicyGradient, names: Sequence[str]) -> dict[str, str]:
+    """From the rewards by function to the loss."""
+    own, kind = method.config, AGGREGATION[method.spec.name]
+    lines = {**rewarded(own, names), "reward": "Σ weight · function"}
+    if isinstance(method, GRPO):
+        scaled = own.scale_rewards != "none"
+        lines |= {"group mean": "of the rewards", "deviation": f"of the {own.scale_rewards}'s rewards"}
+        lines["advantage"] = (
+            f"A = (reward − group mean) / (deviation + {EPS:g})" if scaled else "A = reward − group mean"
+        )
+    if isinstance(method, RLOO):
+        lines["R"] = f"reward − β Σ kl, β = {own.beta:g}"
+        lines |= {"mean of others": "of the R of the group", "advantage": "A = R − mean of others"}
+    if isinstance(method, PPO):
+        white = ", whitened over the step" * own.whiten_advantages
+        lines["advantage"] = f"A by GAE from −β kl, V, and the reward at the last token{white}; mean of tokens"
+    return lines | {
+        "tokens": "n, sampled",
+        "ratio": "r = π / sampler, mean of tokens",
+        "clipped": "share of tokens",
+        "kl": "mean of tokens",
+        "value loss": "its part of the loss",
+        "loss": "Σ ℓ of the tokens" + " / n" * (kind == SEQUENCES),
+        "loss of the group": f"Σ loss; that of the step: Σ of its groups / {DIVISORS[kind]}",
+    }
+
+
+def rewarded(config: SampledConfig, names: Sequence[str]) -> dict[str, str]:
+    """Lines of the reward functions."""
+    weights = config.reward_weights or (1.0,) * len(names)
+    return {f"reward/{name}": f"function, weight {weight:g}" for name, weight in zip(names, weights, strict=True)}
+
+
+MEANS = ("advantage", "ratio", "clipped", "kl")
+DIVISORS = {SEQUENCES: "completions", TOKENS: "tokens", CONSTANT: "(completions × max_completion_length)"}
+TOGETHER = {"sequence": "geometric mean", "sequence_sum": "product"}  # of the ratios of a completion
+MEAN_OF = {
+    SEQUENCES: "mean over completions of Σ ℓ / n",
+    TOKENS: "mean over tokens of ℓ",
+    CONSTANT: "Σ ℓ / (completions × max_completion_length)",
+}
+
+
+def view(method: PolicyGradient) -> View:
+    """Of completions."""
+    level = TOGETHER.get(str(method.settings.get("importance_sampling_level")))
+    terms, clip = "", f": it looks at the {level} of the completion's ratios" if level else ""
+    if isinstance(method, GRPO) and method.has_reference:
+        terms = f" + {method.config.beta:g} kl"
+    if isinstance(method, PPO):
+        terms = f" + {method.config.vf_coef:g} · value loss"
+    warm = "" if method.config.temperature == 1 else f", at temperature {method.config.temperature:g}"
+    penalty = method.config.kl_estimator if isinstance(method, GRPO) else "log sampler − log reference"
+    return View(
+        unit="completion",
+        tokens="token",
+        formula=f"{MEAN_OF[AGGREGATION[method.spec.name]]}, ℓ = {formula(method.spec).rpartition(', ')[0]}{terms}",
+        words={
+            "policy": f"log-probability of the token under the policy now{warm}",
+            "sampler": "the same when the completion was sampled",
+            "ratio": "r = π / sampler: 1 while the policy is the one that sampled",
+            "clipped": f"the clip removes the token's gradient{clip}",
+            "weight": "−dL/d(log π), before the mean: above 0, the step makes the token likelier",
+            "loss": "of the token, with its weight in the sum",
+            "kl": f"divergence from the reference ({penalty}), {'in the loss' if 'kl' in terms else 'in the reward'}",
+            "advantage": "A: how much better than expected",
+            "value": "V, of the value head before the token",
+            "return": "A + V at sampling: what V is trained towards",
+            "value loss": "its part of the loss",
+            **WORDS,
+        },
+        adds="loss",
+        sums="loss",
+        facts=("reward", "advantage", "tokens", "ratio", "clipped", "loss"),
+        measure="advantage",
+        caption="Advantages of {} completions, one square each. Blue: the step makes the completion likelier; orange: "
+        "less likely.",
+        colours=("weight", "ratio", "kl", "advantage"),
+        by_text=True,
+        symbols="π: policy; A: advantage; r: ratio; ε, ε₊: clip ranges; n: tokens of the completion; ℓ: loss of a token",
+    )
+
+
+def with_groups(
+    examples: Sequence[Example], pairs: Sequence[PreferenceExample], rollouts: Sequence[Rollout], config: SampledConfig
+) -> list[Example]:
+    """Pairs of online_dpo with the scores of their completions, and the others of their groups."""
+    groups, found = dict[int, list[Rollout]](), []
+    for x in rollouts:
+        groups.setdefault(x.group, []).append(x)
+    for example, pair, group in zip(examples, pairs, groups.values(), strict=True):
+        texts = []
+        for text, ids in zip(example.texts, (pair.chosen_ids, pair.rejected_ids), strict=True):
+            x = next(x for x in group if x.completion_ids is ids)
+            columns = {**text.columns, "sampler": torch.from_numpy(x.logps)}
+            same = "all scores are equal, so nothing is preferred" * (pair.chosen_ids is pair.rejected_ids)
+            note = ", ".join(filter(None, [f"sample {x.sample}", _note(x), same]))
+            texts.append(replace(text, note=note, columns=columns, numbers={**_scores(x), **text.numbers}))
+        start, none = len(pair.prompt_ids), torch.zeros(0, dtype=torch.int64)
+        others = tuple(
+            Text(
+                f"sample {x.sample}",
+                _note(x),
+                torch.as_tensor(x.completion_ids, dtype=torch.int64),
+                none,
+                start,
+                {},
+                _scores(x),
+            )
+            for x in group
+            if not any(x.completion_ids is ids for ids in (pair.chosen_ids, pair.rejected_ids))
+        )
+        lines = rewarded(config, list(group[0].rewards)) | {"score": "Σ weight · function: highest and lowest"}
+        found.append(replace(example, texts=tuple(texts), others=others, equation={**lines, **example.equation}))
+    return found
+
+
+def _scores(x: Rollout) -> dict[str, float]:
+    """A completion's rewards by function and their sum; "reward" is DPO's, of policy and reference."""
+    return {**{f"reward/{name}": value for name, value in x.rewards.items()}, "score": x.reward}

@@ -1,0 +1,157 @@
+"""An example of a step, taken apart: the one description that terminal and page draw, whatever the method.
+
+An example is a prompt with its texts: a conversation, a pair, or the completions of a group. The n scored tokens of a
+text have columns of numbers; each text, and the example, has numbers by name; and the equation says, in order, how each
+number follows from those before it, down to the loss. The files of the methods say what these numbers are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.inspection.displacement import Displacement, Distribution
+
+
+@dataclass(frozen=True, repr=False)
+class Text:
+    """A text of L tokens, n of them scored; all on the CPU."""
+
+    name: str  # "chosen", "conversation", "sample 2"
+    note: str  # what else is to be known of it
+    ids: Tensor  # (L,) int64
+    scored: Tensor  # (n,) int64, places in `ids`
+    start: int  # tokens before it in its sequence
+    columns: Mapping[str, Tensor]  # (n,) each; a bool marks tokens
+    numbers: Mapping[str, float]
+    predicted: Distribution | None = None  # of the n predictions; its columns' first is their log-probability
+
+    def __repr__(self) -> str:
+        return f"Text({self.name!r}: {len(self.ids)} tokens, {', '.join([*self.columns, *self.numbers])})"
+
+    @property
+    def token_ids(self) -> Tensor:
+        """Of the scored tokens, (n,)."""
+        return self.ids[self.scored]
+
+    @property
+    def positions(self) -> list[int]:
+        """Of the scored tokens in their sequence."""
+        return (self.scored + self.start).tolist()
+
+
+@dataclass(frozen=True, repr=False)
+class Example:
+    """One example of a step, under the inspected weights; dropout is off."""
+
+    row: int
+    where: str
+    prompt_ids: Tensor  # (p,) int64
+    texts: tuple[Text, ...]
+    numbers: Mapping[str, float]  # "loss" is one of them, or of each text's
+    equation: Mapping[str, str]  # of each number of texts and example, in order: its formula
+    count: float = 1.0  # what it adds to the count that the step's loss is divided by
+    others: tuple[Text, ...] = ()  # which belong to the example, but are not in its loss
+    displacement: Displacement | None = (
+        None  # of a pair whose chosen completion is less likely than under the reference
+    )
+
+    def __repr__(self) -> str:
+        texts = ", ".join(f"{text.name} {len(text.scored)} tokens" for text in self.texts)
+        return f"Example(row {self.row}: {texts}, loss {self.loss:.4f})"
+
+    @property
+    def loss(self) -> float:
+        """Summed, as the step's loss adds it up."""
+        return sum(value or 0.0 for value in self.values("loss"))
+
+    def values(self, name: str) -> list[float | None]:
+        """A number by name: one of the example, or one of each text."""
+        return [self.numbers[name]] if name in self.numbers else [text.numbers.get(name) for text in self.texts]
+
+    def running(self, column: str) -> Tensor:
+        """Cumulative sums of a column along the texts, (sum of n,) float64."""
+        return torch.cat([text.columns[column].double() for text in self.texts]).cumsum(0)
+
+
+@dataclass(frozen=True)
+class View:
+    """How the examples of a method are shown."""
+
+    unit: str  # what a line of the batch is
+    tokens: str  # what its tokens are called where they are counted; "": they are not
+    formula: str
+    words: Mapping[str, str]  # columns of tokens, and what they are
+    adds: str  # the column whose sum is drawn along the tokens
+    sums: str  # what it adds up to
+    facts: tuple[str, ...]  # numbers to compare examples by
+    more: tuple[str, ...] = ()  # others for a wide table
+    measure: str = "loss"  # which of the facts is drawn
+    caption: str = ""  # of the histogram of measures; "": the tokens' losses are drawn
+    colours: tuple[str, ...] = ()  # columns that colour tokens, besides surprise and entropy
+    by_text: bool = False  # a line of the batch is a text, not an example
+    symbols: str = ""  # of the equation
+
+
+WORDS = {  # of every prediction
+    "prob": "probability of the token",
+    "rank": "1 is the likeliest token",
+    "entropy": "of the prediction, in nats",
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A micro-batch with columns (N,) of its scored tokens, and their predictions; all on the CPU."""
+
+    batch: PackedBatch
+    columns: Mapping[str, Tensor]  # the first: log-probabilities, if they were predicted
+    predicted: Distribution | None
+
+    def text(
+        self, sequence: int, name: str, numbers: Mapping[str, float], *, note: str = "", ids: Any = None, start: int = 0
+    ) -> Text:
+        """A sequence as a text: its scored tokens alone, or the tokens `ids`, of which the first is at `start`."""
+        index = self.places(sequence)
+        positions = self.batch.position_ids.flatten()[self.batch.scored_positions[index]]
+        positions = positions + (self.predicted is not None)  # a position predicts the next token; a reward is its own
+        columns, predicted = {name: column[index] for name, column in self.columns.items()}, None
+        if self.predicted is not None:
+            predicted = self.predicted.at(index)
+            logps = next(iter(columns.values()))
+            columns |= {"prob": logps.exp(), "rank": predicted.ranks, "entropy": predicted.entropies}
+        if ids is None:
+            ids, start = self.batch.scored_targets[index], int(positions[0])
+        ids = torch.as_tensor(ids, dtype=torch.int64)
+        return Text(name, note, ids, positions - start, start, columns, {"tokens": len(index), **numbers}, predicted)
+
+    def places(self, sequence: int) -> Tensor:
+        """Of a sequence's tokens among the N scored ones, (n,) int64."""
+        return self.batch.sequence_index[sequence, : int(self.batch.lengths[sequence])]
+
+
+def with_sums(texts: Sequence[Text], column: str) -> tuple[Text, ...]:
+    """The texts with a column "sum", after `column`: its cumulative sums along all of them, float64."""
+    sums = torch.cat([text.columns[column].double() for text in texts]).cumsum(0)
+    made = []
+    for text, part in zip(texts, sums.split([len(text.scored) for text in texts]), strict=True):
+        columns = {}
+        for name, values in text.columns.items():
+            columns |= {name: values, "sum": part} if name == column else {name: values}
+        made.append(replace(text, columns=columns))
+    return tuple(made)
+
+
+def named(values: Mapping[str, Tensor], at: int) -> dict[str, float]:
+    """The numbers of one example from those of a batch."""
+    return {name: float(value[at]) for name, value in values.items()}
+
+
+def numbered(examples: Sequence[Any]) -> list[Any]:
+    """The examples with their places as rows: micro-batches change the order, and a row may come twice."""
+    return [replace(example, row=place) for place, example in enumerate(examples)]
