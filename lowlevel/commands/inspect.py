@@ -26,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
 def run(options: Options, overrides: Overrides) -> None:
     console = quiet_console()
     from lowlevel.inspection.opening import inspect_run
-    from lowlevel.inspection.page import NO_PAGE, write_page
+    from lowlevel.inspection.page import write_page
     from lowlevel.inspection.terminal import print_inspection
     from lowlevel.running.progress import lines_to
     from lowlevel.running.reopening import reopen
@@ -35,10 +35,6 @@ def run(options: Options, overrides: Overrides) -> None:
     if html and not html.parent.is_dir():
         raise ConfigError(f"--html {html}: no such folder")
     opened = reopen(options.run_dir, lines_to(console))
-    if html and opened.config.method == "reward":
-        raise ConfigError(NO_PAGE)
-    if html and opened.config.method in ("grpo", "rloo", "ppo"):
-        raise ConfigError(f"--html: there is no page of {opened.config.method}'s completions: leave it out")
     inspection = inspect_run(opened, step=options.step, example=options.example, checkpoint=options.checkpoint)
     print_inspection(inspection, console, details=html is None)
     if html:

@@ -30,12 +30,10 @@ class Stair:
     """A step chart of a cumulative sum, one step per token; SVG paths in a box of 100 x 100, y downwards."""
 
     line: str
-    area: str
     rises: str  # the vertical parts that go up, and those that go down
     falls: str
     zero: float
     heights: tuple[float, ...]  # y after each token
-    end: float  # y after the last
     ticks: tuple[Tick, ...]
 
 
@@ -58,12 +56,10 @@ def stair(sums: Sequence[float]) -> Stair:
     line = f"M0 {y(0.0)}" + "".join(f"H{x}V{after}" for x, _, after in steps) + "H100"
     return Stair(
         line=line,
-        area=f"{line}V{y(0.0)}H0Z",
         rises="".join(f"M{x} {before}V{after}" for x, before, after in steps if after < before),
         falls="".join(f"M{x} {before}V{after}" for x, before, after in steps if after > before),
         zero=y(0.0),
         heights=tuple(heights),
-        end=y(end),
         ticks=tuple(ticks),
     )
 

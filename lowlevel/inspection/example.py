@@ -7,8 +7,8 @@ number follows from those before it, down to the loss. The files of the methods 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -140,18 +140,33 @@ def with_sums(texts: Sequence[Text], column: str) -> tuple[Text, ...]:
     sums = torch.cat([text.columns[column].double() for text in texts]).cumsum(0)
     made = []
     for text, part in zip(texts, sums.split([len(text.scored) for text in texts]), strict=True):
-        columns = {}
+        columns: dict[str, Tensor] = {}
         for name, values in text.columns.items():
             columns |= {name: values, "sum": part} if name == column else {name: values}
         made.append(replace(text, columns=columns))
     return tuple(made)
 
 
-def named(values: Mapping[str, Tensor], at: int) -> dict[str, float]:
-    """The numbers of one example from those of a batch."""
-    return {name: float(value[at]) for name, value in values.items()}
+Step = tuple[str, str, Tensor]  # on the way to the loss: name, formula, and the values of a whole batch
 
 
-def numbered(examples: Sequence[Any]) -> list[Any]:
-    """The examples with their places as rows: micro-batches change the order, and a row may come twice."""
-    return [replace(example, row=place) for place, example in enumerate(examples)]
+def numbers(
+    steps: Sequence[Step], at: int, size: int, texts: int = 1
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """The numbers of example `at` of `size`, and of each of its texts, whose values come text after text."""
+    own = {name: float(values[at]) for name, _, values in steps if len(values) == size}
+    rest = [(name, values) for name, _, values in steps if len(values) > size]
+    return own, [{name: float(values[at + text * size]) for name, values in rest} for text in range(texts)]
+
+
+def in_order(
+    examples: Sequence[Any],
+    batches: Callable[[Sequence[Any]], Sequence[PackedBatch]],
+    of_batch: Callable[[PackedBatch, Sequence[Any]], Sequence[Example]],
+) -> list[Example]:
+    """The parts of examples by micro-batch, which change their order, in the given order; a row may come twice."""
+    found: dict[int, Example] = {}
+    for batch in batches([replace(x, row=place) for place, x in enumerate(examples)]):
+        own = [examples[place] for place in batch.data_rows]
+        found |= zip(batch.data_rows, of_batch(batch, own), strict=True)
+    return [found[place] for place in range(len(examples))]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.data.examples import SFTExample
 from lowlevel.execution import Eager
 from lowlevel.inspection.displacement import distribution
-from lowlevel.inspection.example import WORDS, Example, Scored, Text, View, named, numbered, with_sums
+from lowlevel.inspection.example import WORDS, Example, Scored, Text, View, in_order, numbers, with_sums
 from lowlevel.inspection.pairs import COMPARED, compared
 from lowlevel.inspection.reading import formula
 from lowlevel.kernels import token_logps
@@ -20,20 +20,17 @@ from lowlevel.methods.kto import KTO, labelled_logps
 from lowlevel.methods.sft import SFT
 from lowlevel.model.policy import Policy
 
-if TYPE_CHECKING:
-    from lowlevel.data.examples import SFTExample
-
 
 @torch.no_grad()
 def inspect_labelled(policy: Policy, method: KTO, examples: Sequence[SFTExample]) -> list[Example]:
     """Labelled completions, in the given order; z0 is that of these examples."""
-    rows, found = numbered(examples), dict[int, Example]()
-    others = _mismatched(policy, method, rows)
-    for batch in with_baseline(Eager(policy, method), method.micro_batches(rows)):
-        own = [examples[number] for number in batch.data_rows]
-        for number, one in zip(batch.data_rows, _of_batch(policy, method, batch, own, len(others)), strict=True):
-            found[number] = replace(one, others=(others[number],) if number in others else ())
-    return [found[place] for place in range(len(examples))]
+    others = _mismatched(policy, method, [replace(x, row=place) for place, x in enumerate(examples)])
+    found = in_order(
+        examples,
+        lambda rows: with_baseline(Eager(policy, method), method.micro_batches(rows)),
+        lambda batch, own: _of_batch(policy, method, batch, own, len(others)),
+    )
+    return [replace(x, others=(others[i],) if i in others else ()) for i, x in enumerate(found)]
 
 
 def _scored(policy: Policy, batch: PackedBatch, beta: float) -> Scored:
@@ -68,41 +65,29 @@ def _of_batch(
         leaf = rows.logps.detach().clone().requires_grad_()
         losses, _ = method.spec(replace(rows, logps=leaf), method.settings)
         (slopes,) = torch.autograd.grad(losses.sum(), leaf)
-    z0 = rows.kl.clamp(min=0)
-    each = {
-        "policy": rows.logps,
-        "reference": rows.ref_logps,
-        "log-ratio": rows.logratios,
-        "reward": config.beta * rows.logratios,
-        "x": config.beta * (rows.logratios - z0),
-        "weight": -slopes / config.beta,
-        "loss": losses.detach(),
-    }
+    ratios, z0 = rows.logratios, rows.kl.clamp(min=0)
     found = []
     for i, x in enumerate(examples):
-        desirable = bool(rows.desirable[i])
-        text = scored.text(i, "desirable" if desirable else "undesirable", named(each, i))
-        prompt = torch.as_tensor(x.input_ids[: text.start], dtype=torch.int64)
-        numbers, lines = {"KL estimate": float(rows.kl), "z₀": float(z0)}, equation(method, mismatched, text.name)
-        found.append(Example(x.row, x.where, prompt, with_sums([text], "adds"), numbers, lines))
+        label, sign, weight = ("desirable", "−", config.desirable_weight) if rows.desirable[i] else (
+            "undesirable", "", config.undesirable_weight)  # fmt: skip
+        steps = [
+            ("policy", "log π(y|x), sum over tokens", rows.logps),
+            ("reference", "log ref(y|x)", rows.ref_logps),
+            ("log-ratio", "r = log π − log ref", ratios),
+            ("reward", f"β r, β = {config.beta:g}", config.beta * ratios),
+            ("KL estimate", f"mean log-ratio of {mismatched} mismatched completions", rows.kl.expand_as(ratios)),
+            ("z₀", "max(0, KL estimate)", z0.expand_as(ratios)),
+            ("x", "β (r − z₀)", config.beta * (ratios - z0)),
+            ("weight", "−dL/d(reward)", -slopes / config.beta),
+            ("loss", f"{weight:g} · σ({sign}x), {label}", losses.detach()),
+        ]
+        own, text = numbers(steps, i, len(ratios))[0], scored.text(i, label, {})
+        prompt, formulas = (
+            torch.as_tensor(x.input_ids[: text.start], dtype=torch.int64),
+            {n: line for n, line, _ in steps},
+        )
+        found.append(Example(x.row, x.where, prompt, with_sums([text], "adds"), own, formulas))
     return found
-
-
-def equation(method: KTO, mismatched: int, label: str) -> dict[str, str]:
-    """From the log-probabilities to the loss."""
-    config = method.config
-    weight, sign = (config.desirable_weight, "−") if label == "desirable" else (config.undesirable_weight, "")
-    return {
-        "policy": "log π(y|x), sum over tokens",
-        "reference": "log ref(y|x)",
-        "log-ratio": "r = log π − log ref",
-        "reward": f"β r, β = {config.beta:g}",
-        "KL estimate": f"mean log-ratio of {mismatched} mismatched completions",
-        "z₀": "max(0, KL estimate)",
-        "x": "β (r − z₀)",
-        "weight": "−dL/d(reward)",
-        "loss": f"{weight:g} · σ({sign}x), {label}",
-    }
 
 
 def view(method: KTO) -> View:

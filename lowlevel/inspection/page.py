@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,13 @@ from torch import Tensor
 
 from lowlevel.durable import given_file
 from lowlevel.errors import ConfigError
-from lowlevel.inspection.charts import Stair, histogram, loss_bands, stair
+from lowlevel.inspection.charts import histogram, loss_bands, stair
 from lowlevel.inspection.example import Example, Text, View
 from lowlevel.inspection.inspection import Inspection
-from lowlevel.inspection.pairs import FallLine, fall_line
+from lowlevel.inspection.pairs import fall_line
 from lowlevel.inspection.pieces import VISIBLE, breaks_line
 from lowlevel.inspection.reading import plain, settings, signed, source, typographic
-from lowlevel.inspection.tables import TokenLine, batch_table, caption, facts_of, steps_of, summary, token_lines
+from lowlevel.inspection.tables import batch_table, caption, facts_of, steps_of, summary, token_lines
 
 FULL = 0.98  # quantile at which a colour scale ends, so that one outlier does not make all others pale
 
@@ -99,14 +98,12 @@ class Mode:
     @property
     def ends(self) -> tuple[str, str]:
         """Labels of both ends of the scale."""
-        low, high = (f"{math.exp(x) if self.name == 'ratio' else x:+.2g}" for x in (-self.scale, self.scale))
-        if self.kind != "both":
-            return "0", f"≥ {high.lstrip('+')}"
-        low, high = (low.lstrip("+"), high.lstrip("+")) if self.name == "ratio" else (low, high)
-        return typographic(f"≤ {low}"), f"≥ {high}"
+        high = f"≥ {self.scale:.2g}"
+        return (f"≤ −{self.scale:.2g}", high) if self.kind == "both" else ("0", high)
 
 
 KINDS = {"surprise": "down", "entropy": "up"}
+OWN_WORDS = {"surprise": "−log-probability of the token, in nats", "ratio": "logarithm of r = π / sampler"}
 
 
 def shades(text: Text, view: View) -> dict[str, Tensor]:
@@ -122,11 +119,7 @@ def colour_modes(inspection: Inspection) -> list[Mode]:
     """The ways to colour the tokens of a page; one scale for all of them."""
     view, modes = inspection.view, []
     parts = [shades(text, view) for x in inspection.examples for text in x.texts]
-    words = {
-        **view.words,
-        "surprise": "−log-probability of the token, in nats",
-        "entropy": "of the prediction, in nats",
-    }
+    words = {**view.words, **OWN_WORDS}
     for name in parts[0]:
         sizes = torch.cat([part[name].double().abs() for part in parts]).nan_to_num().sort().values
         scale = float(sizes[min(len(sizes) - 1, int(FULL * len(sizes)))]) if len(sizes) else 0.0
@@ -146,53 +139,27 @@ class TokenView:
     marked: bool = False
 
 
-@dataclass(frozen=True)
-class HeatMap:
-    """The tokens of a text, and the lines of a table of their numbers."""
-
-    text: Text
-    summary: str
-    tokens: Sequence[TokenView]
-    lines: Sequence[TokenLine]
-
-
-@dataclass(frozen=True)
-class Article:
-    """One example."""
-
-    example: Example
-    anchor: str
-    prompt: str
-    facts: Sequence[tuple[str, str]]
-    chart: Stair
-    maps: Sequence[HeatMap]
-    others: Sequence[HeatMap]
-    steps: Sequence[tuple[str, str, list[str]]]
-    spans: Sequence[tuple[str, float]]  # name of each text, and its share of the chart in percent
-    fall: FallLine | None  # of a displaced pair
-
-
-def _article(example: Example, anchor: str, inspection: Inspection, modes: Sequence[Mode]) -> Article:
+def _article(example: Example, anchor: str, inspection: Inspection, modes: Sequence[Mode]) -> Mapping[str, Any]:
+    """What the page shows of an example; `spans`: name of each text, and its share of the chart in percent."""
     pieces, view = inspection.pieces, inspection.view
     chart, sizes = stair(example.running(view.adds).tolist()), [len(text.scored) for text in example.texts]
     heights = iter(chart.heights)
-    return Article(
-        example=example,
-        anchor=anchor,
-        prompt="" if view.sums == "loss" and not view.by_text else pieces.decode(example.prompt_ids).strip(),
-        facts=facts_of(example, view),
-        chart=chart,
-        maps=[_heat_map(text, inspection, modes, list(islice(heights, len(text.scored)))) for text in example.texts],
-        others=[_heat_map(text, inspection, modes) for text in example.others],
-        steps=steps_of(example),
-        spans=[(text.name, 100 * n / max(1, sum(sizes))) for text, n in zip(example.texts, sizes, strict=True)],
-        fall=fall_line(example, pieces),
-    )
+    return {
+        "example": example,
+        "anchor": anchor,
+        "prompt": pieces.decode(example.prompt_ids).strip() * (example.texts[0].start > 0),
+        "facts": facts_of(example, view),
+        "chart": chart,
+        "maps": [_heat_map(text, inspection, modes, list(islice(heights, n)))
+                 for text, n in zip(example.texts, sizes, strict=True)],
+        "others": [_heat_map(text, inspection, modes, [0.0] * len(text.scored)) for text in example.others],
+        "steps": steps_of(example),
+        "spans": [(text.name, 100 * n / max(1, sum(sizes))) for text, n in zip(example.texts, sizes, strict=True)],
+        "fall": fall_line(example, pieces),
+    }  # fmt: skip
 
 
-def _heat_map(
-    text: Text, inspection: Inspection, modes: Sequence[Mode], heights: Sequence[float] | None = None
-) -> HeatMap:
+def _heat_map(text: Text, inspection: Inspection, modes: Sequence[Mode], heights: Sequence[float]) -> Mapping[str, Any]:
     pieces, view = inspection.pieces, inspection.view
     lines, marks = token_lines(text, pieces), [c for c in text.columns.values() if c.dtype == torch.bool]
     colours = shades(text, view)
@@ -203,8 +170,8 @@ def _heat_map(
         others = [f"{'instead' if j == 0 else ''}\t{other}" for j, other in enumerate(line.others)]
         css = ";".join(f"--m{number}:{values[i]:.3g}" for number, values in enumerate(strengths))
         tip, marked = "\n".join([line.token, *numbers, *others]), any(bool(column[i]) for column in marks)
-        tokens[place] = TokenView(line.token, tip, css, heights[i] if heights else 0.0, marked)
-    return HeatMap(text, summary(text), tokens, lines)
+        tokens[place] = TokenView(line.token, tip, css, heights[i], marked)
+    return {"text": text, "summary": summary(text), "tokens": tokens, "lines": lines}
 
 
 def _overview(inspection: Inspection, anchors: Sequence[str]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""What an inspection shows of dpo and online_dpo: what each token of a pair adds to the margin, and the way to the loss.
+"""What an inspection shows of dpo and online_dpo: what each token adds to a pair's margin, and the way to the loss.
 
 One forward pass of the policy and one of the reference, with the functions of training and its micro-batches, because
 the loss `aot` depends on them.
@@ -6,25 +6,23 @@ the loss `aot` depends on them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.data.examples import PreferenceExample
 from lowlevel.inspection.displacement import displacement_of, distribution
-from lowlevel.inspection.example import WORDS, Example, Scored, Text, View, named, numbered, with_sums
+from lowlevel.inspection.example import WORDS, Example, Scored, Step, View, in_order, numbers, with_sums
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import formula, percent, plain, reading_of
 from lowlevel.kernels import token_logps, token_scores
+from lowlevel.losses import PairLogps
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods.dpo import DPO, pair_logps, reward_slopes
 from lowlevel.model.policy import Policy
-
-if TYPE_CHECKING:
-    from lowlevel.data.examples import PreferenceExample
 
 COMPARED = {
     "policy": "log-probability of the token under the policy",
@@ -36,11 +34,7 @@ COMPARED = {
 @torch.no_grad()
 def inspect_pairs(policy: Policy, method: DPO, examples: Sequence[PreferenceExample]) -> list[Example]:
     """Preference pairs, in the given order."""
-    found: dict[int, Example] = {}
-    for batch in method.micro_batches(numbered(examples)):
-        own = [examples[number] for number in batch.data_rows]
-        found |= zip(batch.data_rows, _of_batch(policy, method, batch, own), strict=True)
-    return [found[place] for place in range(len(examples))]
+    return in_order(examples, method.micro_batches, lambda batch, own: _of_batch(policy, method, batch, own))
 
 
 def _of_batch(policy: Policy, method: DPO, batch: PackedBatch, examples: Sequence[PreferenceExample]) -> list[Example]:
@@ -55,65 +49,54 @@ def _of_batch(policy: Policy, method: DPO, batch: PackedBatch, examples: Sequenc
     hidden = policy.scored_hidden_states(moved)
     logps, statistics = token_scores(hidden, head, targets, method.statistics)
     pairs = pair_logps(moved, logps, ref_logps, method.columns, statistics)
-    output, slopes = method.preference_loss(pairs), torch.cat(reward_slopes(method.config, pairs)).cpu()
-    # of both completions of each pair, (2P,): what its sum is divided by; all chosen, then all rejected
-    n, ones = batch.lengths.clamp(min=1).float(), torch.ones(2 * half)
-    divided, sign = (n if per_token(method.spec) else ones), torch.tensor([1.0, -1.0]).repeat_interleave(half)
-    of_reward = n if method.spec.averages else ones
-    factors = torch.cat([method.config.beta / divided * sign, torch.zeros(1)])[batch.sequence_ids]
+    # of both completions of each pair, (2P,), all chosen, then all rejected: what its sum is divided by
+    n = batch.lengths.clamp(min=1).float()
+    factors = method.config.beta / (n if per_token(method.spec) else torch.ones(2 * half))
+    factors[half:] *= -1
     columns = compared(logps, ref_logps)
-    columns["adds"] = factors * columns["log-ratio"]
+    columns["adds"] = torch.cat([factors, torch.zeros(1)])[batch.sequence_ids] * columns["log-ratio"]
     scored = Scored(batch, columns, distribution(hidden, head, targets))
-    sums = {name: batch.sequence_sums(columns[name]) for name in COMPARED}
-    sums["reward"] = method.config.beta / of_reward * sums["log-ratio"]
-    sums |= {"reward per token": sums["reward"] / n} if averaged(method.spec) else {}
-    sums["weight"] = -sign * slopes * divided / of_reward  # a reward that rises by 1 raises an averaged sum by 1 / n
-    singles = {**batch.values(method.columns), **output.metrics, "margin": output.margins, "loss": output.losses}
-    found = []
-    for i, example in enumerate(examples):
-        sides = [scored.text(i + at, name, named(sums, i + at)) for name, at in (("chosen", 0), ("rejected", half))]
+    steps, found = (
+        _steps(method, batch, pairs, {name: batch.sequence_sums(values) for name, values in columns.items()}),
+        [],
+    )
+    for i, x in enumerate(examples):
+        own, both = numbers(steps, i, half, 2)
+        texts = scored.text(i, "chosen", both[0]), scored.text(half + i, "rejected", both[1])
         fall, index = None, scored.places(i).to(hidden.device)
-        if ref_hidden is not None and sums["policy"][i] < sums["reference"][i]:
+        if ref_hidden is not None and both[0]["policy"] < both[0]["reference"]:
             fall = displacement_of(hidden[index], ref_hidden[index], head, targets[index])
-        pair = _example(example, with_sums(sides, "adds"), named(singles, i), method, list(output.metrics))
-        found.append(replace(pair, displacement=fall))
+        prompt, formulas = torch.as_tensor(x.prompt_ids, dtype=torch.int64), {name: line for name, line, _ in steps}
+        found.append(Example(x.row, x.where, prompt, with_sums(texts, "adds"), own, formulas, displacement=fall))
     return found
 
 
-def _example(
-    x: PreferenceExample, texts: tuple[Text, ...], numbers: dict[str, float], method: DPO, metrics: Sequence[str]
-) -> Example:
-    """A pair; a loss that reads one number of it gives it one weight."""
-    spec, reading, loss = method.spec, reading_of(method.spec.name), numbers.pop("loss")
-    if averaged(spec):
-        numbers["averaged margin"] = float(sum(text.columns["adds"].sum() for text in texts))
-    if reading in ("margin", "averages"):
-        numbers["weight"] = texts[0].numbers["weight"]
-        texts = tuple(replace(one, numbers={k: v for k, v in one.numbers.items() if k != "weight"}) for one in texts)
-    prompt = torch.as_tensor(x.prompt_ids, dtype=torch.int64)
-    return Example(x.row, x.where, prompt, texts, {**numbers, "loss": loss}, equation(method, metrics))
-
-
-def equation(method: DPO, metrics: Sequence[str] = ()) -> dict[str, str]:
-    """From four log-probabilities to the loss."""
-    spec, reading = method.spec, reading_of(method.spec.name)
-    weights = {
-        "margin": "σ(−x)" if spec.name == "sigmoid" else "−dL/dx",
-        "averages": "−dL/dx" if spec.averages else "−dL/d(averaged margin)",
-    }
-    return {
-        "tokens": "n₊, n₋",
-        "policy": "log π(y|x), sum over tokens",
-        "reference": "none: 0" if spec.reference_free else "log ref(y|x)",
-        "log-ratio": "a, b = log π − log ref",
-        "reward": f"β · log-ratio{' / n' * spec.averages}, β = {method.config.beta:g}",
-        "margin": "x = chosen − rejected reward",
-        **({"reward per token": "reward / n", "averaged margin": "β (a/n₊ − b/n₋)"} if averaged(spec) else {}),
-        "weight": weights.get(reading, "−dL/d(chosen reward), dL/d(rejected reward)"),
-        **dict.fromkeys(method.columns, "column of the row"),
-        "loss": f"{formula(spec)}{' (of the quantile of this number)' * (reading == 'quantiles')}",
-        **dict.fromkeys(metrics, "metric of the loss"),
-    }
+def _steps(method: DPO, batch: PackedBatch, pairs: PairLogps, sums: Mapping[str, Tensor]) -> list[Step]:
+    """From four log-probabilities to the loss: of each completion (2P,), or of each pair (P,)."""
+    spec, beta, n, half = method.spec, method.config.beta, batch.lengths.clamp(min=1).float(), len(batch.real)
+    reading, output = reading_of(spec.name), method.preference_loss(pairs)
+    reward = beta * sums["log-ratio"] / (n if spec.averages else 1)
+    weights = torch.cat(reward_slopes(method.config, pairs)).cpu() * (n if averaged(spec) else 1)
+    weights[:half] *= -1
+    slope = "−dL/d(averaged margin)" if averaged(spec) else "σ(−x)" if spec.name == "sigmoid" else "−dL/dx"
+    single = reading in ("margin", "averages")  # the loss reads one number of a pair
+    averages: list[Step] = [
+        ("reward per token", "reward / n", reward / n),
+        ("averaged margin", "β (a/n₊ − b/n₋)", sums["adds"].view(2, -1).sum(0)),
+    ]
+    return [
+        ("tokens", "n₊, n₋", batch.lengths),
+        ("policy", "log π(y|x), sum over tokens", sums["policy"]),
+        ("reference", "none: 0" if spec.reference_free else "log ref(y|x)", sums["reference"]),
+        ("log-ratio", "a, b = log π − log ref", sums["log-ratio"]),
+        ("reward", f"β · log-ratio{' / n' * spec.averages}, β = {beta:g}", reward),
+        ("margin", "x = chosen − rejected reward", output.margins),
+        *(averages if averaged(spec) else []),
+        ("weight", slope, weights[:half]) if single else ("weight", "−dL/d(reward), its negative if rejected", weights),
+        *((f"column/{name}", "of the row", values) for name, values in batch.values(method.columns).items()),
+        ("loss", f"{formula(spec)}{' (of the quantile of this number)' * (reading == 'quantiles')}", output.losses),
+        *((f"metric/{name}", "of the loss", values) for name, values in output.metrics.items()),
+    ]
 
 
 def compared(logps: Tensor, ref_logps: Tensor) -> dict[str, Tensor]:
@@ -142,7 +125,7 @@ def view(method: DPO) -> View:
         words={
             **COMPARED,
             "sampler": "the same as the policy sampled it",
-            "adds": f"what it adds to the {sums}: β · log-ratio{' / n' * per_token(method.spec)}; of the rejected, its negative",
+            "adds": f"what it adds to the {sums}: β · log-ratio{' / n' * per_token(method.spec)}; − for the rejected",
             "sum": f"of all that was added so far; the last one is the {sums}",
             **WORDS,
         },

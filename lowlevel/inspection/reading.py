@@ -69,7 +69,8 @@ READINGS: dict[str, Reading] = {
 SIGNS = {
     "ls(": "log σ(", "s(": "σ(", "log pi(": "log π(", "pi(": "π(",
     "beta": "β", "eps": "ε", "tau": "τ", "lambda": "λ", "alpha": "α", "gamma": "γ",
-    "eps_high": "ε₊", "r+": "r₊", "r-": "r₋", "n+": "n₊", "n-": "n₋", "y+": "y₊", "y-": "y₋", "y_t": "yₜ", "y_<t": "y<ₜ",
+    "eps_high": "ε₊", "r+": "r₊", "r-": "r₋",
+    "n+": "n₊", "n-": "n₋", "y+": "y₊", "y-": "y₋", "y_t": "yₜ", "y_<t": "y<ₜ",
 }  # fmt: skip
 
 

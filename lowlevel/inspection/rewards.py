@@ -1,31 +1,24 @@
-"""What an inspection shows of reward: the reward of each completion, which is read at its last token, and their loss."""
+"""What an inspection shows of reward: the reward of each completion, read at its last token, and their loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.inspection.example import Example, Scored, View, named, numbered
+from lowlevel.data.examples import PreferenceExample
+from lowlevel.inspection.example import Example, Scored, Step, View, in_order, numbers
 from lowlevel.inspection.reading import formula
 from lowlevel.losses.modifiers import rated_margins
 from lowlevel.methods.reward import Reward
 from lowlevel.model.policy import Policy
 
-if TYPE_CHECKING:
-    from lowlevel.data.examples import PreferenceExample
-
 
 def inspect_rewards(policy: Policy, method: Reward, examples: Sequence[PreferenceExample]) -> list[Example]:
     """Pairs, in the given order."""
-    found: dict[int, Example] = {}
-    for batch in method.micro_batches(numbered(examples)):
-        own = [examples[number] for number in batch.data_rows]
-        found |= zip(batch.data_rows, _of_batch(policy, method, batch, own), strict=True)
-    return [found[place] for place in range(len(examples))]
+    return in_order(examples, method.micro_batches, lambda batch, own: _of_batch(policy, method, batch, own))
 
 
 def _of_batch(
@@ -42,36 +35,28 @@ def _of_batch(
     signs = torch.cat([torch.ones(half), -torch.ones(half), torch.zeros(1)])[batch.sequence_ids]
     scored = Scored(batch, {"reward": rewards, "adds": signs * rewards}, None)
     centre = method.config.center_rewards_coefficient
-    singles = {"margin": pairs.margins, **pairs.values}
-    singles |= {"rated margin": rated_margins(pairs.values)} if pairs.values else {}
-    singles |= {"centring": centre * (pairs.chosen + pairs.rejected) ** 2} if centre else {}
-    singles["loss"] = losses.detach()
-    both = {"reward": torch.cat([pairs.chosen, pairs.rejected]), "weight": weights}
+    rated = {"rated margin": rated_margins(pairs.values)} if pairs.values else {}
+    steps: list[Step] = [
+        ("reward", "r = w · h of the last token", torch.cat([pairs.chosen, pairs.rejected])),
+        ("margin", "r₊ − r₋", pairs.margins),
+        *((f"column/{name}", "of the row", values) for name, values in pairs.values.items()),
+        *((name, "m, subtracted from the margin", values) for name, values in rated.items()),
+        ("centring", f"{centre:g} (r₊ + r₋)²", centre * (pairs.chosen + pairs.rejected) ** 2),
+        ("weight", "−dL/dr", weights),
+        ("loss", "−log σ(r₊ − r₋ − m) + centring", losses.detach()),
+    ]
+    steps = [step for step in steps if centre or step[0] != "centring"]
     found = []
     for i, x in enumerate(examples):
-        prompt = torch.as_tensor(x.prompt_ids, dtype=torch.int64)
+        prompt, (own, both) = torch.as_tensor(x.prompt_ids, dtype=torch.int64), numbers(steps, i, half, 2)
         sides = [("chosen", i, x.chosen_ids), ("rejected", half + i, x.rejected_ids)]
         texts = tuple(
-            scored.text(at, name, {"tokens": len(ids), **named(both, at)}, ids=ids, start=len(prompt))
-            for name, at, ids in sides
+            scored.text(at, name, {"tokens": len(ids), **part}, ids=ids, start=len(prompt))
+            for (name, at, ids), part in zip(sides, both, strict=True)
         )
-        found.append(Example(x.row, x.where, prompt, texts, named(singles, i), equation(method)))
+        formulas = {"tokens": "of the completion"} | {name: line for name, line, _ in steps}
+        found.append(Example(x.row, x.where, prompt, texts, own, formulas))
     return found
-
-
-def equation(method: Reward) -> dict[str, str]:
-    """From the last tokens to the loss."""
-    centre = method.config.center_rewards_coefficient
-    return {
-        "tokens": "of the completion",
-        "reward": "r = w · h of the last token",
-        "margin": "r₊ − r₋",
-        **dict.fromkeys(method.columns, "column of the row"),
-        "rated margin": "m, subtracted from the margin",
-        "centring": f"{centre:g} (r₊ + r₋)²",
-        "weight": "−dL/dr",
-        "loss": "−log σ(r₊ − r₋ − m) + centring",
-    }
 
 
 def view(method: Reward) -> View:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,9 +16,9 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.online import SampledConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.inspection.displacement import distribution
-from lowlevel.inspection.example import WORDS, Example, Scored, Text, View
+from lowlevel.inspection.example import WORDS, Example, Scored, Step, Text, View, numbers
 from lowlevel.inspection.reading import formula
-from lowlevel.losses.advantages import EPS, deviation
+from lowlevel.losses.advantages import deviation, leave_one_out
 from lowlevel.losses.policy_gradient import AGGREGATION, CONSTANT, SEQUENCES, TOKENS
 from lowlevel.losses.reward import head_rewards
 from lowlevel.methods import GRPO, PPO, RLOO, PolicyGradient
@@ -38,19 +37,19 @@ def inspect_sampled(policy: Policy, method: PolicyGradient, rollouts: Sequence[R
         for i, x in enumerate(inside):
             index = scored.places(i)
             part = float(weights[index].sum()) / (float(weights[batch.belongs].sum()) or 1.0)
-            numbers = {**{f"reward/{name}": value for name, value in x.rewards.items()}, "reward": x.reward}
-            texts[id(x)], counts[id(x)] = (
-                scored.text(i, f"sample {x.sample}", numbers, note=_note(x)),
-                method.count(batch) * part,
-            )
+            texts[id(x)] = scored.text(i, f"sample {x.sample}", {}, note=_note(x))
+            counts[id(x)] = method.count(batch) * part
     for x in rollouts:
         groups.setdefault(x.group, []).append(x)
     found = []
     for group in groups.values():
-        own, numbers = _numbers(method, group, [texts[id(x)] for x in group], float(spread))
+        own_texts = [texts[id(x)] for x in group]
+        steps = _steps(method, group, own_texts, float(spread))
+        own, each = numbers(steps, 0, 1, len(group))
+        parts = [replace(text, numbers={**text.numbers, **part}) for text, part in zip(own_texts, each, strict=True)]
         count, prompt = sum(counts[id(x)] for x in group), torch.as_tensor(group[0].prompt_ids, dtype=torch.int64)
-        lines = equation(method, list(group[0].rewards))
-        found.append(Example(group[0].row, group[0].where, prompt, own, numbers, lines, count))
+        formulas = {name: line for name, line, _ in steps}
+        found.append(Example(group[0].row, group[0].where, prompt, tuple(parts), own, formulas, count))
     return found
 
 
@@ -93,65 +92,49 @@ def _scored(policy: Policy, method: PolicyGradient, batch: PackedBatch) -> tuple
     return Scored(batch, {name: column.cpu() for name, column in columns.items()}, predicted), part.cpu()
 
 
-def _numbers(
-    method: PolicyGradient, group: Sequence[Rollout], texts: Sequence[Text], spread: float
-) -> tuple[tuple[Text, ...], dict[str, float]]:
-    """The texts of a group with the way from their rewards to their losses, and the numbers of the group."""
-    rewards, beta = np.array([x.reward for x in group]), method.config.beta
-    known, each, common = max(1, int(np.isfinite(rewards).sum())), dict[str, np.ndarray](), dict[str, float]()
-    if isinstance(method, RLOO):
-        each["R"] = rewards - np.array([beta * float(one.columns["kl"].sum()) if beta else 0.0 for one in texts])
-        each["mean of others"] = (np.nansum(each["R"]) - each["R"]) / max(1, known - 1)
+def _steps(method: PolicyGradient, group: Sequence[Rollout], texts: Sequence[Text], spread: float) -> list[Step]:
+    """From the rewards to the losses: of each completion of a group (G,), or of the group (1,)."""
+    beta, n = method.config.beta, " / n" * (AGGREGATION[method.spec.name] == SEQUENCES)
+    rewards = torch.tensor([x.reward for x in group], dtype=torch.float64)
+    steps, advantage = [*rewarded(method.config, group), ("reward", "Σ weight · function", rewards)], ""
     if isinstance(method, GRPO):
-        common["group mean"] = float(np.nansum(rewards)) / known
-        if method.config.scale_rewards != "none":
-            own = float(deviation(torch.from_numpy(rewards)[None]))
-            common["deviation"] = own if method.config.scale_rewards == "group" else spread
-    made = []
-    for i, text in enumerate(texts):
-        means = {name: text.columns[name].float().mean() for name in MEANS if name in text.columns}
-        sums = {name: text.columns[name].sum() for name in ("value loss", "loss") if name in text.columns}
-        own_numbers = {name: float(values[i]) for name, values in each.items()}
-        own_numbers |= {name: float(value) for name, value in {**means, **sums}.items()}
-        made.append(replace(text, numbers=text.numbers | own_numbers))
-    return tuple(made), common | {"loss of the group": sum(one.numbers["loss"] for one in made)}
-
-
-def equation(method: PolicyGradient, names: Sequence[str]) -> dict[str, str]:
-    """From the rewards by function to the loss."""
-    own, kind = method.config, AGGREGATION[method.spec.name]
-    lines = {**rewarded(own, names), "reward": "Σ weight · function"}
-    if isinstance(method, GRPO):
-        scaled = own.scale_rewards != "none"
-        lines |= {"group mean": "of the rewards", "deviation": f"of the {own.scale_rewards}'s rewards"}
-        lines["advantage"] = (
-            f"A = (reward − group mean) / (deviation + {EPS:g})" if scaled else "A = reward − group mean"
-        )
+        scale, own = method.config.scale_rewards, float(deviation(rewards[None]))
+        steps += [("group mean", "of the rewards", rewards.nanmean()[None])]
+        if scale != "none":
+            steps += [("deviation", f"of the {scale}'s rewards", torch.tensor([own if scale == "group" else spread]))]
+        advantage = "A = reward − group mean" if scale == "none" else "A = (reward − group mean) / (deviation + 0.0001)"
     if isinstance(method, RLOO):
-        lines["R"] = f"reward − β Σ kl, β = {own.beta:g}"
-        lines |= {"mean of others": "of the R of the group", "advantage": "A = R − mean of others"}
+        penalised = rewards - torch.tensor([beta * float(one.columns["kl"].sum()) if beta else 0.0 for one in texts])
+        others = penalised - leave_one_out(penalised[None])[0]
+        steps += [("R", f"reward − β Σ kl, β = {beta:g}", penalised), ("mean of others", "of the group's R", others)]
+        advantage = "A = R − mean of others"
     if isinstance(method, PPO):
-        white = ", whitened over the step" * own.whiten_advantages
-        lines["advantage"] = f"A by GAE from −β kl, V, and the reward at the last token{white}; mean of tokens"
-    return lines | {
-        "tokens": "n, sampled",
+        white = ", whitened over the step" * method.config.whiten_advantages
+        advantage = f"A by GAE from −β kl, V, and the reward at the last token{white}; mean of tokens"
+    words = {
+        "advantage": advantage,
         "ratio": "r = π / sampler, mean of tokens",
         "clipped": "share of tokens",
         "kl": "mean of tokens",
         "value loss": "its part of the loss",
-        "loss": "Σ ℓ of the tokens" + " / n" * (kind == SEQUENCES),
-        "loss of the group": f"Σ loss; that of the step: Σ of its groups / {DIVISORS[kind]}",
+        "loss": f"Σ ℓ{n} of the tokens",
     }
+    for name, word in words.items():
+        if name in texts[0].columns:
+            values = torch.stack([one.columns[name].double().sum() for one in texts])
+            lengths = torch.tensor([len(one.scored) for one in texts])
+            steps.append((name, word, values if "loss" in name else values / lengths))
+    return [*steps, ("loss of the group", "Σ loss", steps[-1][2].sum()[None])]
 
 
-def rewarded(config: SampledConfig, names: Sequence[str]) -> dict[str, str]:
-    """Lines of the reward functions."""
-    weights = config.reward_weights or (1.0,) * len(names)
-    return {f"reward/{name}": f"function, weight {weight:g}" for name, weight in zip(names, weights, strict=True)}
+def rewarded(config: SampledConfig, group: Sequence[Rollout]) -> list[Step]:
+    """The rewards of a group's completions by function, (G,)."""
+    weights = config.reward_weights or (1.0,) * len(group[0].rewards)
+    named = zip(group[0].rewards, weights, strict=True)
+    return [(f"reward/{name}", f"function, weight {weight:g}", torch.tensor([x.rewards[name] for x in group]))
+            for name, weight in named]  # fmt: skip
 
 
-MEANS = ("advantage", "ratio", "clipped", "kl")
-DIVISORS = {SEQUENCES: "completions", TOKENS: "tokens", CONSTANT: "(completions × max_completion_length)"}
 TOGETHER = {"sequence": "geometric mean", "sequence_sum": "product"}  # of the ratios of a completion
 MEAN_OF = {
     SEQUENCES: "mean over completions of Σ ℓ / n",
@@ -196,7 +179,7 @@ def view(method: PolicyGradient) -> View:
         "less likely.",
         colours=("weight", "ratio", "kl", "advantage"),
         by_text=True,
-        symbols="π: policy; A: advantage; r: ratio; ε, ε₊: clip ranges; n: tokens of the completion; ℓ: loss of a token",
+        symbols="π: policy; A: advantage; r: ratio; ε, ε₊: clip ranges; n: tokens; ℓ: loss of a token",
     )
 
 
@@ -208,13 +191,16 @@ def with_groups(
     for x in rollouts:
         groups.setdefault(x.group, []).append(x)
     for example, pair, group in zip(examples, pairs, groups.values(), strict=True):
-        texts = []
+        score = "Σ weight · function: highest and lowest"  # "reward" is that of dpo
+        steps = [*rewarded(config, group), ("score", score, torch.tensor([x.reward for x in group]))]
+        scores = numbers(steps, 0, 1, len(group))[1]
+        texts, same = [], pair.chosen_ids is pair.rejected_ids
         for text, ids in zip(example.texts, (pair.chosen_ids, pair.rejected_ids), strict=True):
             x = next(x for x in group if x.completion_ids is ids)
+            notes = f"sample {x.sample}", _note(x), "all scores are equal, so nothing is preferred" * same
             columns = {**text.columns, "sampler": torch.from_numpy(x.logps)}
-            same = "all scores are equal, so nothing is preferred" * (pair.chosen_ids is pair.rejected_ids)
-            note = ", ".join(filter(None, [f"sample {x.sample}", _note(x), same]))
-            texts.append(replace(text, note=note, columns=columns, numbers={**_scores(x), **text.numbers}))
+            own = {**scores[group.index(x)], **text.numbers}
+            texts.append(replace(text, note=", ".join(filter(None, notes)), columns=columns, numbers=own))
         start, none = len(pair.prompt_ids), torch.zeros(0, dtype=torch.int64)
         others = tuple(
             Text(
@@ -224,16 +210,11 @@ def with_groups(
                 none,
                 start,
                 {},
-                _scores(x),
+                own,
             )
-            for x in group
+            for x, own in zip(group, scores, strict=True)
             if not any(x.completion_ids is ids for ids in (pair.chosen_ids, pair.rejected_ids))
         )
-        lines = rewarded(config, list(group[0].rewards)) | {"score": "Σ weight · function: highest and lowest"}
-        found.append(replace(example, texts=tuple(texts), others=others, equation={**lines, **example.equation}))
+        formulas = {name: line for name, line, _ in steps} | dict(example.equation)
+        found.append(replace(example, texts=tuple(texts), others=others, equation=formulas))
     return found
-
-
-def _scores(x: Rollout) -> dict[str, float]:
-    """A completion's rewards by function and their sum; "reward" is DPO's, of policy and reference."""
-    return {**{f"reward/{name}": value for name, value in x.rewards.items()}, "score": x.reward}

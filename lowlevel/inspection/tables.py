@@ -10,7 +10,7 @@ import torch
 from lowlevel.inspection.example import Example, Text, View
 from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.reading import NONE, percent, plain, shown
+from lowlevel.inspection.reading import NONE, percent, shown
 
 SIDES = ("+", "-")  # of a pair
 

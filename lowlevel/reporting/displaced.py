@@ -13,11 +13,11 @@ from typing import Any
 
 from lowlevel.errors import ConfigError
 from lowlevel.inspection.displacement import NOTICED, TokenGain, largest_gains
-from lowlevel.inspection.lines import FallLine, fall_line
+from lowlevel.inspection.example import Example
 from lowlevel.inspection.opening import example_of_row, last_weights
+from lowlevel.inspection.pairs import FallLine, fall_line, inspect_pairs
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import percent, signed
-from lowlevel.inspection.records import PairRecord, inspect_pairs
 from lowlevel.methods.dpo import DPO
 from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.tracing import read_trace
@@ -171,10 +171,10 @@ def look_at_displaced(opened: Reopened, tables: PairTables | None, limit: int) -
 
 
 def displaced_pairs(
-    records: Sequence[PairRecord], pieces: TokenPieces, *, weights: str, origin: str, limit: int
+    records: Sequence[Example], pieces: TokenPieces, *, weights: str, origin: str, limit: int
 ) -> DisplacedPairs:
     """Up to `limit` pairs of `records`, those displaced farthest, and the tokens that gained over all of them."""
-    farthest = sorted(records, key=lambda record: float(record.chosen.logratio))[:limit]
+    farthest = sorted(records, key=lambda record: record.texts[0].numbers["log-ratio"])[:limit]
     found = [record.displacement for record in farthest if record.displacement]
     falls = [(record.row, line) for record in farthest if (line := fall_line(record, pieces))]
     return DisplacedPairs(

@@ -65,10 +65,10 @@ def test_a_run_opened_with_its_rows(dpo, rows):
     assert repr(run) == repr(dpo) and "dpo, step 4" in repr(run) and "finished" in repr(run)
     found = run.inspect(step=3)  # with the weights of checkpoint 2
     assert found.loss == pytest.approx(run.metrics[2]["loss"], abs=1e-6)
-    assert [pair.row for pair in found.pairs] and found.pairs[0].margin.shape == ()
-    parts = torch.cat([found.pairs[0].chosen.contributions, found.pairs[0].rejected.contributions])
-    assert float(parts.sum()) == pytest.approx(float(found.pairs[0].margin), abs=1e-6)
-    assert run.inspect(example=5).pairs[0].row == 5
+    pair = found.examples[0]
+    parts = torch.cat([text.columns["adds"] for text in pair.texts])
+    assert float(parts.sum()) == pytest.approx(pair.numbers["margin"], abs=1e-6)
+    assert run.inspect(example=5).examples[0].row == 5
     report = run.verify()
     assert report.ok
     replayed = run.replay(4)

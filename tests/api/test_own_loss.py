@@ -66,8 +66,9 @@ def test_hyper_parameters_metrics_and_columns(api, rows):
         expected = -logsigmoid(step.examples["rewards/margins"] - 0.25 * scores)
         assert torch.allclose(step.examples["loss"], expected, atol=1e-6)
         assert record["score"] == pytest.approx(float(scores.mean())) and 0 <= record["above"] <= 1
-    pair = run.inspect(step=1, checkpoint=0).pairs[0]
-    assert pair.values == {"score": rows["dpo"][pair.row]["score"]} and set(pair.metrics) == {"above", "score"}
+    pair = run.inspect(step=1, checkpoint=0).examples[0]
+    assert pair.numbers["column/score"] == rows["dpo"][pair.row]["score"]
+    assert {name for name in pair.numbers if name.startswith("metric/")} == {"metric/above", "metric/score"}
 
 
 def test_a_token_loss_of_sft(api, sft, same, rows):

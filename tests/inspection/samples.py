@@ -13,9 +13,12 @@ from workspace import CHATS, PAIRS, Workspace, run
 
 from lowlevel.data.examples import PreferenceExample, SFTExample
 from lowlevel.data.tokenizer import chat_tokenizer
+from lowlevel.inspection import pairs as of_pairs
+from lowlevel.inspection import sft as of_sft
 from lowlevel.inspection.inspection import Inspection
+from lowlevel.inspection.pairs import inspect_pairs
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.records import inspect_pairs, inspect_sequences
+from lowlevel.inspection.sft import inspect_sft
 
 HOSTILE = ("<script>document.title='bad'</script>", "\"'><img src=x onerror=alert(1)>", "[red]{{ 7 * 7 }}[/red]")
 FIRST_HOSTILE = 259  # ids 0 to 258 are three special tokens and the bytes
@@ -78,12 +81,14 @@ def hostile_pieces() -> TokenPieces:
 def inspection_of_pairs(policy, pieces, examples=None, **config) -> Inspection:
     method = helpers.dpo(**config)
     records = tuple(inspect_pairs(policy, method, examples or hostile_pairs()))
-    return Inspection("<i>run</i>", "step 3", "step-00000002", "logged: 0.5", pieces, method, pairs=records)
+    view = of_pairs.view(method)
+    return Inspection("<i>run</i>", "step 3", "step-00000002", "logged: 0.5", pieces, method, view, records)
 
 
 def inspection_of_chats(policy, pieces, examples=None) -> Inspection:
-    records = tuple(inspect_sequences(policy, helpers.sft(), examples or hostile_chats()))
-    return Inspection("<i>run</i>", "step 3", "final adapter", None, pieces, helpers.sft(), sequences=records)
+    method = helpers.sft()
+    records = tuple(inspect_sft(policy, method, examples or hostile_chats()))
+    return Inspection("<i>run</i>", "step 3", "final adapter", None, pieces, method, of_sft.view(method), records)
 
 
 @dataclass(frozen=True)

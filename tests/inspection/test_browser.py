@@ -90,7 +90,7 @@ def test_a_token_shows_its_values_on_hover(browser, pages):
     title, *lines = token.get_attribute("data-tip").split("\n")
     tip = sight.tip
     assert tip["title"] == title
-    for name in ("policy", "reference", "log-ratio", "adds", "sum", "probability".replace("probability", "prob")):
+    for name in ("policy", "reference", "log-ratio", "adds", "sum", "prob"):
         assert tip[name] == dict(line.split("\t") for line in lines)[name]
     assert token.get_attribute("aria-describedby") == "tip"
     assert sight.find("article .cursor:not([hidden])")
@@ -133,7 +133,7 @@ def test_a_click_changes_the_colours(browser, pages):
 
     before = colours()
     assert len(set(before)) > 10
-    for mode in ("loss", "entropy"):
+    for mode in ("surprise", "entropy"):
         sight.find(f"input[value={mode}] + span")[0].click()
         assert colours() != before
         shown = [e.get_attribute("data-for") for e in sight.find(".legend") if e.is_displayed()]

@@ -13,9 +13,8 @@ from samples import inspection_of_pairs, pairs
 import lowlevel.inspection.displacement as module
 from lowlevel.batch.layout import Shape
 from lowlevel.inspection.displacement import displacement_of, largest_gains
-from lowlevel.inspection.lines import fall_line
 from lowlevel.inspection.page import render_page
-from lowlevel.inspection.records import inspect_pairs
+from lowlevel.inspection.pairs import fall_line, inspect_pairs
 from lowlevel.inspection.terminal import print_inspection
 
 LAYOUTS = [{"packing": True}, {"packing": False}, {"packing": False, "batch_size": 3}]
@@ -116,7 +115,7 @@ def test_every_displaced_pair_is_what_plain_forwards_give(policy, layout):
     method = replace(helpers.dpo(**settings), **({"shape": shape} if shape else {}))
     records = inspect_pairs(policy, method, pairs())
     for record, example in zip(records, pairs(), strict=True):
-        assert (record.displacement is None) == (float(record.chosen.logp) >= float(record.chosen.ref_logp))
+        assert (record.displacement is None) == (record.texts[0].numbers["log-ratio"] >= 0)
         if record.displacement is None:
             continue
         prompt, chosen = example.prompt_ids.tolist(), example.chosen_ids.tolist()
@@ -157,18 +156,18 @@ def test_a_planted_token_is_named(tiny_base, pieces):
     for record in records:
         line = fall_line(record, pieces)
         assert line.gainers[0][0] == pieces.text(PLANTED) and line.sentence in text
-        i = int((record.chosen.tokens.logps - record.chosen.ref_token_logps).argmin())
+        i = int((record.texts[0].columns["policy"] - record.texts[0].columns["reference"]).argmin())
         assert line.position == str(len(record.prompt_ids) + i)
-        assert line.token == pieces.text(int(record.chosen.tokens.ids[i]))
+        assert line.token == pieces.text(int(record.texts[0].token_ids[i]))
         before, after = (float(share.strip("<%")) for share in re.split(" → ", line.gainers[0][1]))
         assert after > 50 > before
-        assert float(line.ref_logp) == pytest.approx(float(record.chosen.ref_token_logps[i]), abs=6e-5)
-        assert float(line.fell) == pytest.approx(-float(record.chosen.logratio), abs=6e-5)
+        assert float(line.ref_logp) == pytest.approx(float(record.texts[0].columns["reference"][i]), abs=6e-5)
+        assert float(line.fell) == pytest.approx(-float(record.texts[0].numbers["log-ratio"]), abs=6e-5)
 
 
 def test_what_is_not_displaced_has_no_line(policy, pieces):
     inspection = inspection_of_pairs(policy, pieces)
-    displaced = [record for record in inspection.pairs if record.displacement]
-    assert 0 < len(displaced) < len(inspection.pairs)
+    displaced = [record for record in inspection.examples if record.displacement]
+    assert 0 < len(displaced) < len(inspection.examples)
     assert said(inspection).count("displaced: ") == len(displaced)
     assert render_page(inspection).count('<p class="displaced">') == len(displaced)

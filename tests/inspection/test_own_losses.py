@@ -1,5 +1,6 @@
 """Custom losses in `inspect`, traces and reports: the numbers of their run, whatever they read."""
 
+import math
 from dataclasses import replace
 
 import helpers
@@ -11,11 +12,10 @@ from samples import inspection_of_pairs, pairs
 from workspace import CHATS, PAIRS, make_workspace, metrics, run
 
 import lowlevel.losses.registry
-from lowlevel.inspection.lines import loss_path
 from lowlevel.inspection.opening import inspect_run
 from lowlevel.inspection.page import render_page
+from lowlevel.inspection.pairs import inspect_pairs
 from lowlevel.inspection.reading import formula, settings, source
-from lowlevel.inspection.records import inspect_pairs
 from lowlevel.inspection.terminal import print_inspection
 from lowlevel.losses import loss
 from lowlevel.running.reopening import reopen
@@ -62,11 +62,12 @@ def test_an_inspected_step_has_the_numbers_that_were_logged(runs, name):
     for step in range(1, STEPS + 1):
         found = inspect_run(opened, step=step)
         assert found.loss == pytest.approx(logged[step]["loss"], rel=1e-5, abs=1e-5)
-        records = found.pairs or found.sequences
-        for metric in records[0].metrics:
-            total = torch.cat([record.metrics[metric].reshape(-1) for record in records]).sum()
-            assert float(total) / found.count == pytest.approx(logged[step][metric], rel=1e-5, abs=1e-5)
-        assert all(record.values == {"score": 0.5 + record.row % 3} for record in records)
+        metric = {"weighted": "reached", "focal": "confidence"}.get(name)
+        if metric:  # of a pair, or of a token
+            total = sum(float(x.texts[0].columns[metric].sum()) if name == "focal" else x.numbers[f"metric/{metric}"]
+                        for x in found.examples)  # fmt: skip
+            assert total / found.count == pytest.approx(logged[step][metric], rel=1e-5, abs=1e-5)
+        assert all(x.numbers["column/score"] == 0.5 + x.row % 3 for x in found.examples)
 
 
 def test_formula_and_name_of_a_custom_loss_are_shown(runs):
@@ -86,13 +87,14 @@ def test_formula_and_name_of_a_custom_loss_are_shown(runs):
 
 def test_the_focal_loss_of_each_token(runs):
     found = inspect_run(reopen(runs["focal"], lambda line: None), step=STEPS)
-    for record in found.sequences:
-        p = record.tokens.logps.exp()
-        assert torch.allclose(record.token_losses, -((1 - p) ** 1.5) * p.log() * record.values["score"], atol=1e-5)
-        assert torch.allclose(record.metrics["confidence"], p)
-        assert float(record.shares.sum()) == pytest.approx(1, abs=1e-5)
+    for record in found.examples:
+        p = record.texts[0].columns["logp"].exp()
+        columns, score = record.texts[0].columns, record.numbers["column/score"]
+        assert torch.allclose(columns["loss"], -((1 - p) ** 1.5) * p.log() * score, atol=1e-5)
+        assert torch.allclose(columns["confidence"], p)
+        assert float(columns["share"].sum()) == pytest.approx(1, abs=1e-5)
     text = said(found)
-    assert "confidence" in text and "sum of loss" in text and "score 0.5" in text
+    assert "confidence" in text and "column/score 0.5000" in text
 
 
 def test_the_weight_of_a_loss_of_the_margin(policy):
@@ -101,25 +103,25 @@ def test_the_weight_of_a_loss_of_the_margin(policy):
                      columns=("score",))  # fmt: skip
     rows = [replace(pair, values=(1.0 + i,)) for i, pair in enumerate(pairs())]
     for record, row in zip(inspect_pairs(policy, method, rows), rows, strict=True):
-        expected = row.values[0] * float(torch.sigmoid(0.5 - record.margin))
-        assert float(record.chosen.weight) == pytest.approx(expected, rel=1e-4)
-        assert float(record.rejected.weight) == pytest.approx(expected, rel=1e-4)
-        assert float(record.metrics["reached"]) == float(record.margin > 0.5)
-        path = {step.name: step.pair for step in loss_path(record, method)}
-        assert (path["score"], path["reached"]) == (row.values[0], float(record.metrics["reached"]))
+        expected = row.values[0] * float(torch.sigmoid(torch.tensor(0.5 - record.numbers["margin"])))
+        assert float(record.values("weight")[0]) == pytest.approx(expected, rel=1e-4)
+        assert float(record.values("weight")[-1]) == pytest.approx(expected, rel=1e-4)
+        assert record.numbers["metric/reached"] == float(record.numbers["margin"] > 0.5)
+        assert record.numbers["column/score"] == row.values[0]
+        assert {"column/score", "metric/reached"} <= set(record.equation)
 
 
 def test_a_loss_of_one_completion_has_no_weight_for_the_other(policy):
     for record in inspect_pairs(policy, helpers.dpo(loss_type="sample_losses:chosen_only", beta=0.4), pairs()):
-        assert (float(record.chosen.weight), float(record.rejected.weight)) == (pytest.approx(1.0), 0.0)
-        assert float(record.loss) == pytest.approx(-0.4 * float(record.chosen.logp), rel=1e-6)
+        assert (float(record.values("weight")[0]), float(record.values("weight")[-1])) == (pytest.approx(1.0), 0.0)
+        assert float(record.loss) == pytest.approx(-0.4 * float(record.texts[0].numbers["policy"]), rel=1e-6)
 
 
 def test_a_loss_of_tokens_has_no_weights_and_shows_a_dash(policy, pieces):
     found = inspection_of_pairs(policy, pieces, loss_type="sample_losses:all_tokens", beta=0.4)
-    for record in found.pairs:
-        assert record.chosen.weight.isnan() and record.rejected.weight.isnan()
-        clipped = [side.token_logratios.clamp(-1, 1).sum() for side in (record.chosen, record.rejected)]
+    for record in found.examples:
+        assert all(math.isnan(weight) for weight in record.values("weight"))
+        clipped = [side.columns["log-ratio"].clamp(-1, 1).sum() for side in record.texts]
         assert float(record.loss) == pytest.approx(
             float(-torch.nn.functional.logsigmoid(0.4 * (clipped[0] - clipped[1]))), rel=1e-5
         )

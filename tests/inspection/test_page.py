@@ -55,18 +55,18 @@ def inspection(request, policy, pieces):
 
 
 @pytest.mark.parametrize(
-    ("name", "heading", "fact"),
+    ("name", "weights", "formula"),
     [
-        ("sigmoid", "weight", "weight"),
-        ("ipo", "weight of the averaged margin", "weight of the averaged margin"),
-        ("bco_pair", "chosen weight", "weight"),
+        ("sigmoid", 1, "σ(−x)"),
+        ("ipo", 1, "−dL/d(averaged margin)"),
+        ("bco_pair", 2, "−dL/d(reward), its negative if rejected"),
     ],
 )
-def test_a_weight_says_what_it_is_of(policy, pieces, name, heading, fact):
+def test_a_weight_says_what_it_is_of(policy, pieces, name, weights, formula):
     page = Page(render_page(inspection_of_pairs(policy, pieces, loss_type=name)))
-    assert [cell["text"] for cell in page.of("th") if "weight" in cell["text"]].count(heading) >= 1
-    facts = {cell["text"] for cell in page.of("dt") if "weight" in cell["text"]} - {"weights"}
-    assert facts == {fact}
+    headings = [cell["text"] for cell in page.of("th") if cell["text"].startswith("weight")]
+    assert headings[:weights] == (["weight"] if weights == 1 else ["weight+", "weight-"])
+    assert headings[weights] == f"weight {formula}" and f"weight: {formula}" in page.of("figcaption")[0]["text"]
 
 
 def test_every_text_is_escaped(inspection):
@@ -101,7 +101,7 @@ def test_links_lead_to_examples(inspection):
     assert len(ids) == len(set(ids))
     links = [e["href"].removeprefix("#") for e in page.of("a")]
     assert set(links) <= set(ids)
-    records = inspection.pairs or inspection.sequences
+    records = inspection.examples
     assert [e["id"] for e in page.of("article")] == [f"row-{record.row}" for record in records]
     for record in records:
         assert links.count(f"row-{record.row}") >= 2
@@ -111,58 +111,59 @@ def test_every_token_has_its_values(policy, pieces):
     inspection = inspection_of_pairs(policy, pieces)
     page = Page(render_page(inspection))
     tokens = iter(page.of("span", "tok"))
-    for record in inspection.pairs:
-        running = iter(record.running_sums.tolist())
-        for side in (record.chosen, record.rejected):
-            for i, token in enumerate(side.tokens.ids.tolist()):
-                shown, adds = next(tokens), float(side.contributions[i])
+    for record in inspection.examples:
+        running = iter(record.running("adds").tolist())
+        for side in record.texts:
+            for i, token in enumerate(side.token_ids.tolist()):
+                shown, adds = next(tokens), float(side.columns["adds"][i])
                 title, *lines = shown["data-tip"].split("\n")
                 values = dict(line.split("\t") for line in lines if not line.startswith("\t"))
                 assert title == pieces.text(token) == shown["text"]
                 read = {key: float(values[key].replace("−", "-")) for key in ("policy", "reference", "adds", "sum")}
-                assert read["policy"] == pytest.approx(float(side.tokens.logps[i]), abs=6e-5)
-                assert read["reference"] == pytest.approx(float(side.ref_token_logps[i]), abs=6e-5)
+                assert read["policy"] == pytest.approx(float(side.columns["policy"][i]), abs=6e-5)
+                assert read["reference"] == pytest.approx(float(side.columns["reference"][i]), abs=6e-5)
                 assert read["adds"] == pytest.approx(adds, abs=6e-5)
                 assert read["sum"] == pytest.approx(next(running), abs=6e-5)
-                assert values["rank"] == str(int(side.tokens.predicted.ranks[i]))
+                assert values["rank"] == str(int(side.columns["rank"][i]))
                 assert len([line for line in lines if line.startswith(("instead\t", "\t"))]) == 3
-                assert ("up" in shown["class"], "down" in shown["class"]) == (adds > 0, adds < 0)
     assert next(tokens, None) is None
 
 
 def test_colours_grow_with_the_contribution(policy, pieces):
     inspection = inspection_of_pairs(policy, pieces)
     page = Page(render_page(inspection))
-    sides = [side for record in inspection.pairs for side in (record.chosen, record.rejected)]
-    sizes = [abs(float(c)) for side in sides for c in side.contributions]
-    full = sorted(sizes)[int(0.98 * len(sizes))]
-    shown = [float(re.search(r"--c:([\d.]+)", e["style"])[1]) for e in page.of("span", "tok")]
-    assert shown == pytest.approx([min(1.0, size / full) for size in sizes], abs=1e-3)
+    sides = [side for record in inspection.examples for side in record.texts]
+    adds = [float(c) for side in sides for c in side.columns["adds"]]
+    full = sorted(map(abs, adds))[int(0.98 * len(adds))]
+    shown = [float(re.search(r"--m0:([-\d.e]+)", e["style"])[1]) for e in page.of("span", "tok")]
+    assert shown == pytest.approx([max(-1.0, min(1.0, one / full)) for one in adds], abs=1e-3)
 
 
 def test_a_conversation_is_shown_whole(policy, pieces):
     inspection = inspection_of_chats(policy, pieces)
     page = Page(render_page(inspection))
-    for heat, record in zip(page.of("p", "heat"), inspection.sequences, strict=True):
-        assert heat["text"] == "".join(pieces.texts(record.input_ids))
+    for heat, record in zip(page.of("p", "heat"), inspection.examples, strict=True):
+        assert heat["text"] == "".join(pieces.texts(record.texts[0].ids))
     assert len(page.of("span", "tok")) == inspection.count
-    assert len(page.of("span", "context")) == sum(len(r.input_ids) for r in inspection.sequences) - inspection.count
+    assert len(page.of("span", "context")) == sum(len(r.texts[0].ids) for r in inspection.examples) - inspection.count
 
 
 def test_the_chart_ends_at_the_margin(policy, pieces):
     inspection = inspection_of_pairs(policy, pieces)
     last = [e for e in Page(render_page(inspection)).of("span", "last")]
-    for element, record in zip(last, inspection.pairs, strict=True):
-        assert float(element["text"].replace("−", "-")) == pytest.approx(float(record.margin), rel=6e-3, abs=1e-6)
+    for element, record in zip(last, inspection.examples, strict=True):
+        assert float(element["text"].replace("−", "-")) == pytest.approx(
+            float(record.numbers["margin"]), rel=6e-3, abs=1e-6
+        )
 
 
 def test_the_histogram_holds_every_pair(policy, pieces):
     inspection = inspection_of_pairs(policy, pieces)
     units = Page(render_page(inspection)).of("a", "unit")
-    assert len(units) == len(inspection.pairs)
-    for record in inspection.pairs:
+    assert len(units) == len(inspection.examples)
+    for record in inspection.examples:
         (unit,) = (e for e in units if e["href"] == f"#row-{record.row}")
-        assert ("up" in unit["class"]) == (float(record.margin) > 0)
+        assert ("up" in unit["class"]) == (float(record.numbers["margin"]) > 0)
 
 
 def test_a_single_row_has_no_batch(policy, pieces):

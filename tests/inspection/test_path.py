@@ -1,56 +1,53 @@
 """The path from log-probabilities to the loss, in words and numbers, for every kind of loss."""
 
+import math
+
 import helpers
 import pytest
 from samples import pairs
 
-from lowlevel.inspection.lines import loss_path
+from lowlevel.inspection.pairs import inspect_pairs
 from lowlevel.inspection.reading import formula, settings
-from lowlevel.inspection.records import inspect_pairs
 from lowlevel.losses import LOSSES
 
 
 def path_of(policy, **config):
-    method = helpers.dpo(**config)
-    record = inspect_pairs(policy, method, pairs())[2]
-    return record, {step.name: step for step in loss_path(record, method)}
+    example = inspect_pairs(policy, helpers.dpo(**config), pairs())[2]
+    return example, {name: example.values(name) for name in example.equation}
 
 
 def test_the_path_of_dpo(policy):
-    record, steps = path_of(policy, beta=0.2)
-    assert list(steps) == ["policy", "reference", "log-ratio a, b", "reward", "margin x", "weight", "loss L"]
-    a = steps["policy"].chosen - steps["reference"].chosen
-    b = steps["policy"].rejected - steps["reference"].rejected
-    assert (steps["log-ratio a, b"].chosen, steps["log-ratio a, b"].rejected) == pytest.approx((a, b), abs=1e-5)
-    assert (steps["reward"].chosen, steps["reward"].rejected) == pytest.approx((0.2 * a, 0.2 * b), abs=1e-5)
-    assert steps["margin x"].pair == pytest.approx(0.2 * (a - b), abs=1e-5)
-    assert (steps["weight"].formula, steps["loss L"].formula) == ("σ(−x)", "−log σ(x)")
-    assert steps["weight"].pair == pytest.approx(float((-record.margin).sigmoid()), abs=1e-6)
-    assert steps["loss L"].pair == float(record.loss)
+    example, steps = path_of(policy, beta=0.2)
+    assert list(steps) == ["tokens", "policy", "reference", "log-ratio", "reward", "margin", "weight", "loss"]
+    ratios = [p - r for p, r in zip(steps["policy"], steps["reference"], strict=True)]
+    assert steps["log-ratio"] == pytest.approx(ratios, abs=1e-5)
+    assert steps["reward"] == pytest.approx([0.2 * ratio for ratio in ratios], abs=1e-5)
+    (margin,) = steps["margin"]
+    assert margin == pytest.approx(0.2 * (ratios[0] - ratios[1]), abs=1e-5)
+    assert (example.equation["weight"], example.equation["loss"]) == ("σ(−x)", "−log σ(x)")
+    assert steps["weight"] == [pytest.approx(1 / (1 + math.exp(margin)), abs=1e-6)]
+    assert steps["loss"] == [pytest.approx(math.log1p(math.exp(-margin)), abs=1e-6)]
 
 
 @pytest.mark.parametrize("name", ["ipo", "sigmoid_norm"])
 def test_a_loss_of_averages_shows_them(policy, name):
-    record, steps = path_of(policy, loss_type=name, beta=0.2)
-    plus, minus = len(record.chosen.tokens), len(record.rejected.tokens)
-    assert f"n₊ = {plus}, n₋ = {minus}" in steps["reward per token"].formula
-    averaged = steps["reward"].chosen / plus - steps["reward"].rejected / minus
-    assert steps["averaged margin"].pair == pytest.approx(averaged, abs=1e-5)
-    assert steps["averaged margin"].pair == pytest.approx(float(record.running_sums[-1]), abs=1e-5)
-    assert steps["weight"].pair is not None
+    example, steps = path_of(policy, loss_type=name, beta=0.2)
+    n = [len(text.scored) for text in example.texts]
+    averages = [reward / size for reward, size in zip(steps["reward"], n, strict=True)]
+    assert steps["tokens"] == n and steps["reward per token"] == pytest.approx(averages, abs=1e-6)
+    (averaged,) = steps["averaged margin"]
+    assert averaged == pytest.approx(averages[0] - averages[1], abs=1e-5)
+    assert averaged == pytest.approx(float(example.running("adds")[-1]), abs=1e-5)
+    assert len(steps["weight"]) == 1 and example.equation["weight"] == "−dL/d(averaged margin)"
     expected = {"ipo": (averaged / 0.2 - 2.5) ** 2}.get(name)
-    assert expected is None or steps["loss L"].pair == pytest.approx(expected, rel=1e-4)
+    assert expected is None or steps["loss"] == [pytest.approx(expected, rel=1e-4)]
 
 
 @pytest.mark.parametrize("name", ["bco_pair", "dpop", "rpo", "aot"])
 def test_a_loss_that_reads_both_has_two_weights(policy, name):
-    record, steps = path_of(policy, loss_type=name)
-    assert (steps["weight"].chosen, steps["weight"].rejected) == (
-        float(record.chosen.weight),
-        float(record.rejected.weight),
-    )
-    assert steps["weight"].pair is None
-    assert ("quantile" in steps["loss L"].formula) == (name == "aot")
+    example, steps = path_of(policy, loss_type=name)
+    assert len(steps["weight"]) == 2 and "weight" not in example.numbers
+    assert ("quantile" in example.equation["loss"]) == (name == "aot")
 
 
 def test_formulas_keep_their_words():

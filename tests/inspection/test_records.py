@@ -1,6 +1,6 @@
 """Records of tokens and pairs: against plain forward passes, against the training losses, and against themselves."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import helpers
 import pytest
@@ -9,8 +9,10 @@ from samples import chats, pairs
 
 from lowlevel.batch.layout import Shape
 from lowlevel.config.offline import DPOConfig
+from lowlevel.inspection.example import Example, Text
+from lowlevel.inspection.pairs import inspect_pairs
 from lowlevel.inspection.reading import READINGS
-from lowlevel.inspection.records import PairRecord, inspect_pairs, inspect_sequences
+from lowlevel.inspection.sft import inspect_sft
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
 from lowlevel.losses.preference import PairLogps
@@ -34,33 +36,33 @@ def logits_of(policy, ids, *, trained: bool = True) -> torch.Tensor:
     return logits
 
 
-def check_tokens(record, logits: torch.Tensor, ids: list[int], start: int) -> None:
+def check_tokens(record: Text, logits: torch.Tensor, ids: list[int], start: int) -> None:
     """The tokens from position `start` on, from the logits of the whole sequence."""
-    assert record.ids.tolist() == ids[start:]
-    assert record.positions.tolist() == list(range(start, len(ids)))
+    assert record.token_ids.tolist() == ids[start:]
+    assert record.positions == list(range(start, len(ids)))
     logps = logits[start - 1 : -1].log_softmax(1)
     for i, token in enumerate(ids[start:]):
         order = logps[i].argsort(descending=True).tolist()
-        assert float(record.logps[i]) == pytest.approx(float(logps[i, token]), abs=1e-4)
-        assert float(record.predicted.entropies[i]) == pytest.approx(
-            float(-(logps[i].exp() * logps[i]).sum()), abs=1e-4
-        )
-        assert int(record.predicted.ranks[i]) == order.index(token) + 1
+        assert float(next(iter(record.columns.values()))[i]) == pytest.approx(float(logps[i, token]), abs=1e-4)
+        entropy = float(-(logps[i].exp() * logps[i]).sum())
+        assert float(record.columns["entropy"][i]) == pytest.approx(entropy, abs=1e-4)
+        assert int(record.columns["rank"][i]) == order.index(token) + 1
         assert record.predicted.alternative_ids[i].tolist() == [other for other in order if other != token][:3]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_token_of_a_conversation_is_what_a_plain_forward_gives(policy, layout):
     examples = chats()
-    records = inspect_sequences(policy, helpers.sft(**layout), examples)
+    records = inspect_sft(policy, helpers.sft(**layout), examples)
     assert [record.row for record in records] == [example.row for example in examples]
     for record, example in zip(records, examples, strict=True):
         start = int((example.labels != -100).argmax())
-        check_tokens(record.tokens, logits_of(policy, example.input_ids), example.input_ids.tolist(), start)
-        assert record.input_ids.tolist() == example.input_ids.tolist()
-        assert float(record.loss) == pytest.approx(-float(record.tokens.logps.sum()), rel=1e-6)
-        assert float(record.shares.sum()) == pytest.approx(1, abs=1e-5)
-        assert torch.allclose(record.shares * record.loss, -record.tokens.logps)
+        check_tokens(record.texts[0], logits_of(policy, example.input_ids), example.input_ids.tolist(), start)
+        (text,) = record.texts
+        assert text.ids.tolist() == example.input_ids.tolist()
+        assert record.loss == pytest.approx(-float(text.columns["logp"].sum()), rel=1e-6)
+        assert float(text.columns["share"].sum()) == pytest.approx(1, abs=1e-5)
+        assert torch.allclose(text.columns["share"] * record.loss, -text.columns["logp"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -71,14 +73,16 @@ def test_every_token_of_a_pair_is_what_plain_forwards_give(policy, layout):
     for record, example in zip(records, examples, strict=True):
         prompt = example.prompt_ids.tolist()
         assert record.prompt_ids.tolist() == prompt
-        for side, completion in ((record.chosen, example.chosen_ids), (record.rejected, example.rejected_ids)):
+        for side, completion in ((record.texts[0], example.chosen_ids), (record.texts[1], example.rejected_ids)):
             ids = [*prompt, *completion.tolist()]
-            check_tokens(side.tokens, logits_of(policy, ids), ids, len(prompt))
+            check_tokens(side, logits_of(policy, ids), ids, len(prompt))
             reference = logits_of(policy, ids, trained=False)[len(prompt) - 1 : -1].log_softmax(1)
             expected = reference.gather(1, torch.tensor(ids[len(prompt) :])[:, None])[:, 0]
-            assert torch.allclose(side.ref_token_logps.double(), expected, atol=1e-4)
-            assert float(side.ref_logp) == pytest.approx(float(expected.sum()), abs=1e-4)
-            assert float(side.reward) == pytest.approx(0.1 * float(side.tokens.logps.sum() - expected.sum()), abs=1e-5)
+            assert torch.allclose(side.columns["reference"].double(), expected, atol=1e-4)
+            assert float(side.numbers["reference"]) == pytest.approx(float(expected.sum()), abs=1e-4)
+            assert float(side.numbers["reward"]) == pytest.approx(
+                0.1 * float(side.columns["policy"].sum() - expected.sum()), abs=1e-5
+            )
 
 
 def config_of(name: str) -> DPOConfig:
@@ -94,30 +98,38 @@ def test_losses_are_those_of_training(policy, name, layout):
     logged = evaluate_examples(policy, method, method.micro_batches(pairs()), prefix="")
     mean = {
         "loss": [record.loss for record in records],
-        "rewards/margins": [record.margin for record in records],
-        "rewards/chosen": [record.chosen.reward for record in records],
-        "rewards/rejected": [record.rejected.reward for record in records],
-        "logps/chosen": [record.chosen.logp for record in records],
-        **({"logps/ref_rejected": [record.rejected.ref_logp for record in records]} if method.has_reference else {}),
+        "rewards/margins": [record.numbers["margin"] for record in records],
+        "rewards/chosen": [record.texts[0].numbers["reward"] for record in records],
+        "rewards/rejected": [record.texts[1].numbers["reward"] for record in records],
+        "logps/chosen": [record.texts[0].numbers["policy"] for record in records],
+        **(
+            {"logps/ref_rejected": [record.texts[1].numbers["reference"] for record in records]}
+            if method.has_reference
+            else {}
+        ),
     }
     for name, values in mean.items():
-        assert float(torch.stack(values).mean()) == pytest.approx(logged[name], abs=1e-5), name
+        assert sum(values) / len(values) == pytest.approx(logged[name], abs=1e-5), name
 
 
 def test_the_loss_of_a_conversation_is_that_of_training(policy):
     method = helpers.sft(packing=True)
-    records = inspect_sequences(policy, method, chats())
+    records = inspect_sft(policy, method, chats())
     logged = evaluate_examples(policy, method, method.micro_batches(chats()), prefix="")
-    tokens = sum(len(record.tokens) for record in records)
-    assert float(sum(record.loss for record in records)) / tokens == pytest.approx(logged["loss"], abs=1e-5)
+    tokens = sum(record.count for record in records)
+    assert sum(record.loss for record in records) / tokens == pytest.approx(logged["loss"], abs=1e-5)
 
 
-def logps_of(records: list[PairRecord]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def argument(record: Example) -> float:
+    return record.numbers.get("averaged margin", record.numbers["margin"])
+
+
+def logps_of(records: list[Example]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The four log-probabilities and two lengths, (P,) float64 each."""
-    sides = [[record.chosen for record in records], [record.rejected for record in records]]
-    logps = [torch.stack([side.logp for side in part]).double() for part in sides]
-    ref_logps = [torch.stack([side.ref_logp for side in part]).double() for part in sides]
-    return logps + ref_logps, [torch.tensor([len(side.tokens) for side in part]).double() for part in sides]
+    sides = [[record.texts[i] for record in records] for i in (0, 1)]
+    names = ("policy", "reference")
+    logps = [torch.tensor([side.numbers[name] for side in part]).double() for name in names for part in sides]
+    return logps, [torch.tensor([len(side.scored) for side in part]).double() for part in sides]
 
 
 @pytest.mark.parametrize("name", OF_SUMS)
@@ -132,30 +144,33 @@ def test_contributions_add_up_and_weights_are_slopes(policy, name):
         return float(preference_loss(config)(PairLogps(plus, minus, *reference, *lengths)).losses.sum())
 
     for i, record in enumerate(records):
-        added = float(record.chosen.contributions.sum() + record.rejected.contributions.sum())
-        assert added == pytest.approx(float(record.argument), abs=1e-5)
-        size = max(1.0, float(record.chosen.contributions.abs().sum() + record.rejected.contributions.abs().sum()))
-        assert float(record.running_sums[-1]) == pytest.approx(added, abs=1e-6 * size)
+        added = float(record.texts[0].columns["adds"].sum() + record.texts[1].columns["adds"].sum())
+        assert added == pytest.approx(argument(record), abs=1e-5)
+        size = max(
+            1.0, float(record.texts[0].columns["adds"].abs().sum() + record.texts[1].columns["adds"].abs().sum())
+        )
+        assert float(record.running("adds")[-1]) == pytest.approx(added, abs=1e-6 * size)
         scales = [config.beta / (float(n[i]) if averages else 1) for n in lengths]
         sums = scales[0] * (chosen - reference[0])[i] - scales[1] * (rejected - reference[1])[i]
-        assert float(record.argument) == pytest.approx(float(sums), abs=1e-5)
+        assert argument(record) == pytest.approx(float(sums), abs=1e-5)
         counts = lengths if own else [torch.ones(len(records))] * 2
         margin = config.beta * float(((chosen - reference[0]) / counts[0] - (rejected - reference[1]) / counts[1])[i])
-        assert float(record.margin) == pytest.approx(margin, abs=1e-5)
+        assert float(record.numbers["margin"]) == pytest.approx(margin, abs=1e-5)
         nudge = torch.zeros(len(records), dtype=torch.float64)
         nudge[i] = 1e-4
         up = total(chosen + nudge / scales[0], rejected) - total(chosen - nudge / scales[0], rejected)
         down = total(chosen, rejected - nudge / scales[1]) - total(chosen, rejected + nudge / scales[1])
-        assert float(record.chosen.weight) == pytest.approx(-up / 2e-4, abs=2e-3, rel=2e-3)
-        assert float(record.rejected.weight) == pytest.approx(-down / 2e-4, abs=2e-3, rel=2e-3)
+        assert float(record.values("weight")[0]) == pytest.approx(-up / 2e-4, abs=2e-3, rel=2e-3)
+        assert float(record.values("weight")[-1]) == pytest.approx(-down / 2e-4, abs=2e-3, rel=2e-3)
 
 
 def test_the_weight_of_a_pair_is_the_sigmoid_of_minus_its_margin(policy):
     for record in inspect_pairs(policy, helpers.dpo(), pairs()):
-        expected = float(torch.sigmoid(-record.margin))
-        assert float(record.chosen.weight) == pytest.approx(expected, abs=1e-6)
-        assert float(record.rejected.weight) == pytest.approx(expected, abs=1e-6)
-        assert float(record.loss) == pytest.approx(-float(torch.log(torch.sigmoid(record.margin.double()))), abs=1e-6)
+        margin = torch.tensor(record.numbers["margin"]).double()
+        expected = float(torch.sigmoid(-margin))
+        assert float(record.values("weight")[0]) == pytest.approx(expected, abs=1e-6)
+        assert float(record.values("weight")[-1]) == pytest.approx(expected, abs=1e-6)
+        assert float(record.loss) == pytest.approx(-float(torch.log(torch.sigmoid(margin))), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", OF_SUMS)
@@ -167,10 +182,12 @@ def test_weights_are_those_of_a_trace_times_n_where_the_loss_reads_averages(poli
     for i, record in enumerate(records):
         averages = READINGS[name] == "averages" and not LOSSES[name].averages  # or the reward itself is the average
         n = [float(size[i]) if averages else 1.0 for size in lengths]
-        assert float(record.chosen.weight) == pytest.approx(-float(slopes[0][i]) * n[0], rel=1e-4, abs=1e-6)
-        assert float(record.rejected.weight) == pytest.approx(float(slopes[1][i]) * n[1], rel=1e-4, abs=1e-6)
+        assert float(record.values("weight")[0]) == pytest.approx(-float(slopes[0][i]) * n[0], rel=1e-4, abs=1e-6)
+        assert float(record.values("weight")[-1]) == pytest.approx(float(slopes[1][i]) * n[1], rel=1e-4, abs=1e-6)
         if READINGS[name] in ("margin", "averages"):  # one number a pair
-            assert float(record.chosen.weight) == pytest.approx(float(record.rejected.weight), rel=1e-4, abs=1e-6)
+            assert float(record.values("weight")[0]) == pytest.approx(
+                float(record.values("weight")[-1]), rel=1e-4, abs=1e-6
+            )
 
 
 def of(name: str, a: float, b: float, lengths=(4.0, 5.0), *, reference: float = -10.0) -> torch.Tensor:
@@ -220,13 +237,13 @@ def test_one_forward_pass_of_the_policy_and_one_of_the_reference(policy, monkeyp
 
     monkeypatch.setattr(Policy, "scored_hidden_states", counted)
     inspect_pairs(policy, helpers.dpo(), pairs())
-    inspect_sequences(policy, helpers.sft(), chats())
+    inspect_sft(policy, helpers.sft(), chats())
     assert passes == [[], ["trained"], ["trained"]]
 
 
 def test_dropout_is_off(policy):
     """Whatever the step before has left behind; of one key all tokens of any shape draw the same mask."""
-    methods = ((inspect_sequences, helpers.sft(), chats()), (inspect_pairs, helpers.dpo(), pairs()))
+    methods = ((inspect_sft, helpers.sft(), chats()), (inspect_pairs, helpers.dpo(), pairs()))
     for inspect, method, examples in methods:
         policy.dropout.disable()
         off = inspect(policy, method, examples)
@@ -242,17 +259,15 @@ def test_nothing_changes_in_the_policy(policy):
     assert not policy.model.training
     assert policy.trainable_names() == before
     assert torch.equal(policy.flat.weights, weights) and not policy.flat.grad.any()
-    for record in records:
-        for field in fields(record):
-            value = getattr(record, field.name)
-            assert not (isinstance(value, torch.Tensor) and value.requires_grad)
+    for text in (text for record in records for text in record.texts):
+        assert not any(column.requires_grad for column in text.columns.values())
 
 
-def test_a_row_that_comes_twice_is_refused(policy):
-    with pytest.raises(ValueError, match="9 examples come from 8 data rows"):
-        inspect_sequences(policy, helpers.sft(), [*chats(), chats()[0]])
-    with pytest.raises(ValueError, match="inspect each row once"):
-        inspect_pairs(policy, helpers.dpo(), [*pairs(), pairs()[3]])
+def test_a_row_may_come_twice(policy):
+    for inspect, method, rows in ((inspect_sft, helpers.sft(), chats()), (inspect_pairs, helpers.dpo(), pairs())):
+        *found, last = inspect(policy, method, [*rows, rows[3]])
+        assert [one.row for one in (*found, last)] == [row.row for row in (*rows, rows[3])]
+        assert last.loss == pytest.approx(found[3].loss, abs=1e-5)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -270,24 +285,23 @@ def rough(request, tiny_base):
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_losses_are_those_of_training(rough, packing):
     for method, examples, inspect in (
-        (helpers.sft(packing=packing), chats(), inspect_sequences),
+        (helpers.sft(packing=packing), chats(), inspect_sft),
         (helpers.dpo(packing=packing), pairs(), inspect_pairs),
     ):
         records = inspect(rough, method, examples)
-        count = sum(len(record.tokens) for record in records) if method.name == "sft" else len(records)
+        count = sum(record.count for record in records)
         logged = evaluate_examples(rough, method, method.micro_batches(examples), prefix="")["loss"]
         assert float(sum(record.loss for record in records)) / count == pytest.approx(logged, abs=1e-5)
 
 
 def test_records_are_fp32_on_the_cpu_and_add_up(rough):
     for record in inspect_pairs(rough, helpers.dpo(), pairs()):
-        for side in (record.chosen, record.rejected):
-            tokens = (side.tokens.logps, side.ref_token_logps, side.contributions, side.tokens.predicted.entropies)
-            for value in (*tokens, side.logp, side.reward, side.weight):
-                assert (value.dtype, value.device.type) == (torch.float32, "cpu")
-            assert (side.tokens.predicted.ranks >= 1).all() and torch.isfinite(side.tokens.logps).all()
-        added = float(record.chosen.contributions.sum() + record.rejected.contributions.sum())
-        assert added == pytest.approx(float(record.margin), abs=1e-5)
+        for side in record.texts:
+            for name in ("policy", "reference", "adds", "entropy"):
+                assert (side.columns[name].dtype, side.columns[name].device.type) == (torch.float32, "cpu")
+            assert (side.columns["rank"] >= 1).all() and torch.isfinite(side.columns["policy"]).all()
+        added = float(record.texts[0].columns["adds"].sum() + record.texts[1].columns["adds"].sum())
+        assert added == pytest.approx(float(record.numbers["margin"]), abs=1e-5)
 
 
 SHAPE = Shape(positions=16, examples=4, longest=64, capacity=96)
@@ -302,22 +316,23 @@ def test_pairs_in_filled_batches_are_the_same(policy, name):
     assert any(len(batch.scored_positions) > batch.num_scored for batch in batches)
     for one, other in zip(inspect_pairs(policy, filled, pairs(7)), inspect_pairs(policy, plain, pairs(7)), strict=True):
         assert one.row == other.row
-        for side, same in ((one.chosen, other.chosen), (one.rejected, other.rejected)):
-            assert torch.equal(side.tokens.ids, same.tokens.ids)
-            assert torch.equal(side.tokens.positions, same.tokens.positions)
-            assert torch.allclose(side.contributions, same.contributions, atol=1e-5)
-            assert float(side.weight) == pytest.approx(float(same.weight), abs=1e-5)
-        assert float(one.loss) == pytest.approx(float(other.loss), abs=1e-4)
-        assert float(one.margin) == pytest.approx(float(other.margin), abs=1e-5)
+        for side, same in zip(one.texts, other.texts, strict=True):
+            assert torch.equal(side.token_ids, same.token_ids)
+            assert side.positions == same.positions
+            assert torch.allclose(side.columns["adds"], same.columns["adds"], atol=1e-5)
+        assert one.values("weight") == pytest.approx(other.values("weight"), abs=1e-5)
+        assert one.loss == pytest.approx(other.loss, abs=1e-4)
+        assert float(one.numbers["margin"]) == pytest.approx(float(other.numbers["margin"]), abs=1e-5)
 
 
 def test_conversations_in_filled_batches_are_the_same(policy):
     plain = helpers.sft(packing=True)
     for one, other in zip(
-        inspect_sequences(policy, replace(plain, shape=SHAPE), chats()),
-        inspect_sequences(policy, plain, chats()),
+        inspect_sft(policy, replace(plain, shape=SHAPE), chats()),
+        inspect_sft(policy, plain, chats()),
         strict=True,
     ):
-        assert torch.equal(one.tokens.ids, other.tokens.ids)
-        assert torch.allclose(one.tokens.logps, other.tokens.logps, atol=1e-5)
-        assert torch.equal(one.tokens.predicted.ranks, other.tokens.predicted.ranks)
+        (text,), (same,) = one.texts, other.texts
+        assert torch.equal(text.token_ids, same.token_ids)
+        assert torch.allclose(text.columns["logp"], same.columns["logp"], atol=1e-5)
+        assert torch.equal(text.columns["rank"], same.columns["rank"])

@@ -32,7 +32,7 @@ def logged(folder, step: int) -> dict:
 def test_a_conversation_step_has_the_loss_that_was_logged(runs, step):
     found = look(runs.sft, step=step)
     assert found.loss == pytest.approx(logged(runs.sft, step)["loss"], abs=1e-5)
-    assert found.count == sum(len(record.tokens) for record in found.sequences)
+    assert found.count == sum(len(record.texts[0].scored) for record in found.examples)
     assert found.logged == f"logged: {logged(runs.sft, step)['loss']:.6f}"
 
 
@@ -42,28 +42,27 @@ def test_a_preference_step_has_the_numbers_that_were_logged(runs, name, step):
     folder = {"dpo": runs.dpo, "ipo": runs.ipo}[name]
     found, record = look(folder, step=step), logged(folder, step)
     mean = {
-        "loss": [pair.loss for pair in found.pairs],
-        "rewards/margins": [pair.margin for pair in found.pairs],
-        "rewards/chosen": [pair.chosen.reward for pair in found.pairs],
-        "logps/rejected": [pair.rejected.logp for pair in found.pairs],
-        "logps/ref_chosen": [pair.chosen.ref_logp for pair in found.pairs],
+        "loss": [pair.loss for pair in found.examples],
+        "rewards/margins": [pair.numbers["margin"] for pair in found.examples],
+        "rewards/chosen": [pair.texts[0].numbers["reward"] for pair in found.examples],
+        "logps/rejected": [pair.texts[1].numbers["policy"] for pair in found.examples],
+        "logps/ref_chosen": [pair.texts[0].numbers["reference"] for pair in found.examples],
     }
     for key, values in mean.items():
-        assert float(torch.stack(values).mean()) == pytest.approx(record[key], rel=1e-5, abs=1e-5), key
+        assert sum(values) / len(values) == pytest.approx(record[key], rel=1e-5, abs=1e-5), key
     assert found.loss == pytest.approx(record["loss"], rel=1e-6, abs=1e-5)
-    for pair in found.pairs:
-        added = float(pair.chosen.contributions.sum() + pair.rejected.contributions.sum())
-        assert added == pytest.approx(float(pair.argument), abs=1e-5)
-        assert name == "ipo" or added == pytest.approx(float(pair.margin), abs=1e-5)
+    for pair in found.examples:
+        added = float(pair.texts[0].columns["adds"].sum() + pair.texts[1].columns["adds"].sum())
+        assert added == pytest.approx(pair.numbers["averaged margin" if name == "ipo" else "margin"], abs=1e-5)
 
 
 def test_steps_hold_the_rows_of_an_epoch(runs):
     """24 rows, 4 a step, 5 steps: no row twice; the texts are those of the file."""
     found = [look(runs.sft, step=step) for step in range(1, STEPS + 1)]
-    rows = [record.row for inspection in found for record in inspection.sequences]
+    rows = [record.row for inspection in found for record in inspection.examples]
     assert len(rows) == len(set(rows)) == 4 * STEPS
-    for record in found[0].sequences:
-        text = found[0].pieces.decode(record.tokens.ids)
+    for record in found[0].examples:
+        text = found[0].pieces.decode(record.texts[0].token_ids)
         assert CHATS[record.row]["messages"][1]["content"] + "</s>" == text
         assert record.where == f"chats.jsonl:{record.row + 1}"
 
@@ -93,23 +92,26 @@ def test_the_weights_are_named(runs, keys, line):
 
 def test_a_row_is_the_same_in_a_step_and_alone(runs):
     step = look(runs.dpo, step=4)
-    alone = look(runs.dpo, example=step.pairs[1].row, checkpoint=3)
-    assert float(alone.pairs[0].margin) == pytest.approx(float(step.pairs[1].margin), abs=1e-5)
-    assert (alone.subject, step.subject) == (f"row {step.pairs[1].row}", "step 4")
-    assert alone.pieces.decode(alone.pairs[0].chosen.tokens.ids) == PAIRS[alone.pairs[0].row]["chosen"] + "</s>"
+    alone = look(runs.dpo, example=step.examples[1].row, checkpoint=3)
+    assert float(alone.examples[0].numbers["margin"]) == pytest.approx(
+        float(step.examples[1].numbers["margin"]), abs=1e-5
+    )
+    assert (alone.subject, step.subject) == (f"row {step.examples[1].row}", "step 4")
+    assert alone.pieces.decode(alone.examples[0].texts[0].token_ids) == PAIRS[alone.examples[0].row]["chosen"] + "</s>"
 
 
 def test_the_final_adapter_is_the_last_checkpoint(runs):
     final, last = look(runs.dpo, example=3), look(runs.dpo, example=3, checkpoint=STEPS)
-    assert torch.equal(final.pairs[0].chosen.tokens.logps, last.pairs[0].chosen.tokens.logps)
-    assert not torch.equal(final.pairs[0].chosen.logp, look(runs.dpo, example=3, checkpoint=2).pairs[0].chosen.logp)
+    assert torch.equal(final.examples[0].texts[0].columns["policy"], last.examples[0].texts[0].columns["policy"])
+    (earlier,) = look(runs.dpo, example=3, checkpoint=2).examples
+    assert final.examples[0].texts[0].numbers["policy"] != earlier.texts[0].numbers["policy"]
 
 
 def test_before_the_first_step_policy_and_reference_are_equal(runs):
-    for pair in look(runs.dpo, step=1).pairs:
-        assert torch.equal(pair.chosen.tokens.logps, pair.chosen.ref_token_logps)
-        assert float(pair.margin) == 0 and float(pair.loss) == pytest.approx(0.6931472)
-        assert not pair.running_sums.any()
+    for pair in look(runs.dpo, step=1).examples:
+        assert torch.equal(pair.texts[0].columns["policy"], pair.texts[0].columns["reference"])
+        assert float(pair.numbers["margin"]) == 0 and float(pair.loss) == pytest.approx(0.6931472)
+        assert not pair.running("adds").any()
 
 
 @pytest.fixture
@@ -147,8 +149,8 @@ def test_a_run_that_goes_on_from_an_adapter_began_with_it(runs, tmp_path):
     assert run("sft", file).code == 0
     more = look(tmp_path / "more", step=1)
     assert more.loss == pytest.approx(logged(tmp_path / "more", 1)["loss"], abs=1e-5)
-    fresh = look(runs.sft, example=more.sequences[0].row, checkpoint=0)
-    assert abs(float(more.sequences[0].loss - fresh.sequences[0].loss)) > 1e-3
+    fresh = look(runs.sft, example=more.examples[0].row, checkpoint=0)
+    assert abs(float(more.examples[0].loss - fresh.examples[0].loss)) > 1e-3
 
 
 # The log
@@ -209,7 +211,7 @@ def test_a_row_that_gave_no_example_says_why(runs, tmp_path):
         with pytest.raises(DataError, match=message) as error:
             look(tmp_path / "odd", example=row)
         assert "\n" not in str(error.value)
-    assert look(tmp_path / "odd", example=4).pairs[0].row == 4
+    assert look(tmp_path / "odd", example=4).examples[0].row == 4
 
 
 def test_a_damaged_checkpoint_that_was_named_is_refused(copied):
@@ -322,7 +324,7 @@ def test_an_inspection_is_a_function_of_a_reopened_run(runs):
     opened = reopen(runs.dpo, lambda line: None)
     found = inspect_run(opened, step=3)
     assert repr(found) == str(found) == "\n".join((found.headline, found.conditions, found.result))
-    assert found.pairs[0].chosen.tokens.logps.shape == found.pairs[0].chosen.tokens.ids.shape
+    assert found.examples[0].texts[0].columns["policy"].shape == found.examples[0].texts[0].token_ids.shape
     for keys in ({}, {"step": 1, "example": 2}):
         with pytest.raises(ConfigError, match="either a step or an example"):
             inspect_run(opened, **keys)

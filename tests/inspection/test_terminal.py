@@ -35,25 +35,25 @@ def test_no_line_is_wider_than_the_terminal(policy, pieces, width):
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_columns_of_a_pair(policy, pieces, width):
     inspection = inspection_of_pairs(policy, pieces, [pairs()[2]])
-    (record,), text = inspection.pairs, said(inspection, width)
-    chosen, rejected = text.split("rejected: each token adds -beta x log-ratio to the margin")
-    running = record.running_sums.tolist()
+    (record,), text = inspection.examples, said(inspection, width)
+    chosen, rejected = text.split("rejected: ")
+    running = record.running("adds").tolist()
     for part, side, sums in (
-        (chosen, record.chosen, running[: len(record.chosen.tokens)]),
-        (rejected, record.rejected, running[len(record.chosen.tokens) :]),
+        (chosen, record.texts[0], running[: len(record.texts[0].scored)]),
+        (rejected, record.texts[1], running[len(record.texts[0].scored) :]),
     ):
-        rows = rows_of(part, len(side.tokens))
-        assert len(rows) == len(side.tokens)
+        rows = rows_of(part, len(side.scored))
+        assert len(rows) == len(side.scored)
         for i, row in enumerate(rows):
             numbers = [float(cell) for cell in row[2:7]]
-            exact = (side.tokens.logps, side.ref_token_logps, side.token_logratios, side.contributions)
+            exact = (side.columns["policy"], side.columns["reference"], side.columns["log-ratio"], side.columns["adds"])
             assert numbers == pytest.approx([*(float(values[i]) for values in exact), sums[i]], abs=6e-5)
             if width < 110:
                 continue
-            assert row[7] == f"{100 * float(side.tokens.logps[i].exp()):.1f}%" or float(row[7].strip("<%")) < 1
-            assert row[8] == str(int(side.tokens.predicted.ranks[i]))
-    assert "margin x" in text and f"{float(record.margin):.5f}" in text
-    assert f"{float(record.loss):.5f}" in text and f"{float(record.chosen.weight):.5f}" in text
+            assert row[7] == f"{100 * float(side.columns['policy'][i].exp()):.1f}%" or float(row[7].strip("<%")) < 1
+            assert row[8] == str(int(side.columns["rank"][i]))
+    assert "x = chosen − rejected reward" in text and f"{float(record.numbers['margin']):.5f}" in text
+    assert f"{float(record.loss):.5f}" in text and f"{float(record.values('weight')[0]):.5f}" in text
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -61,13 +61,14 @@ def test_the_columns_of_a_conversation(policy, pieces, width):
     inspection = inspection_of_chats(policy, pieces)
     text = said(inspection, width)
     assert text.splitlines()[0] == f"<i>run</i>, step 3: 3 examples, {inspection.count} learned tokens, cross_entropy"
-    record = inspection.sequences[0]
+    record = inspection.examples[0]
     part = text.split(f"row {record.row}  ")[1]
-    for i, row in enumerate(rows_of(part, len(record.tokens) - len(HOSTILE))):  # hostile ones hold spaces
-        assert float(row[2]) == pytest.approx(float(record.tokens.logps[i]), abs=6e-5)
-        assert row[4] == str(int(record.tokens.predicted.ranks[i]))
-        assert float(row[5]) == pytest.approx(float(record.tokens.predicted.entropies[i]), abs=6e-3)
-        assert float(row[6].strip("%")) == pytest.approx(100 * float(record.shares[i]), abs=6e-2)
+    for i, row in enumerate(rows_of(part, len(record.texts[0].scored) - len(HOSTILE))):  # hostile ones hold spaces
+        assert float(row[2]) == pytest.approx(float(record.texts[0].columns["logp"][i]), abs=6e-5)
+        assert float(row[3]) == pytest.approx(-float(row[2]))
+        assert row[5] == str(int(record.texts[0].columns["rank"][i]))
+        assert float(row[6]) == pytest.approx(float(record.texts[0].columns["entropy"][i]), abs=6e-3)
+        assert float(row[7].strip("%")) == pytest.approx(100 * float(record.texts[0].columns["share"][i]), abs=6e-2)
 
 
 def test_tokens_are_text_and_not_markup(policy, pieces):
@@ -81,12 +82,18 @@ def test_tokens_are_text_and_not_markup(policy, pieces):
 def test_the_table_of_the_batch(policy, pieces):
     inspection = inspection_of_pairs(policy, pieces)
     text = said(inspection, details=False)
-    assert "log-ratio" not in text
-    for record in inspection.pairs:
+    assert "reference" not in text
+    for record in inspection.examples:
         (line,) = (line for line in text.splitlines() if line.strip().startswith(f"{record.row} "))
-        row, plus, minus, chosen, rejected, margin, weight, loss = line.split()
-        assert (int(plus), int(minus)) == (len(record.chosen.tokens), len(record.rejected.tokens))
-        exact = (record.chosen.reward, record.rejected.reward, record.margin, record.chosen.weight, record.loss)
+        row, plus, minus, chosen, rejected, margin, weight, loss, *_ = line.split()
+        assert (int(plus), int(minus)) == (len(record.texts[0].scored), len(record.texts[1].scored))
+        exact = (
+            record.texts[0].numbers["reward"],
+            record.texts[1].numbers["reward"],
+            record.numbers["margin"],
+            record.values("weight")[0],
+            record.loss,
+        )
         assert [float(x) for x in (chosen, rejected, margin, weight, loss)] == pytest.approx(
             [float(value) for value in exact], abs=6e-5
         )
@@ -97,21 +104,23 @@ def test_a_loss_that_reads_both_has_two_weights(policy, pieces, name):
     inspection = inspection_of_pairs(policy, pieces, loss_type=name)
     text = said(inspection, details=False)
     assert "weight+" in text and "weight-" in text
-    for record in inspection.pairs:
+    for record in inspection.examples:
         (line,) = (line for line in text.splitlines() if line.strip().startswith(f"{record.row} "))
         weights = [float(cell) for cell in line.split()[6:8]]
-        assert weights == pytest.approx([float(record.chosen.weight), float(record.rejected.weight)], abs=6e-5)
+        assert weights == pytest.approx(
+            [float(record.values("weight")[0]), float(record.values("weight")[-1])], abs=6e-5
+        )
 
 
-@pytest.mark.parametrize(("name", "says"), [("ipo", True), ("sigmoid", False), ("bco_pair", False)])
-def test_the_table_of_the_batch_says_what_its_weight_is_of(policy, pieces, name, says):
-    text = said(inspection_of_pairs(policy, pieces, loss_type=name), 80, details=False)
-    assert ("weight: of the averaged margin" in text) == says
+@pytest.mark.parametrize(("name", "of"), [("ipo", "−dL/d(averaged margin)"), ("sigmoid", "σ(−x)")])
+def test_the_table_of_the_batch_says_what_its_weight_is_of(policy, pieces, name, of):
+    text = " ".join(said(inspection_of_pairs(policy, pieces, loss_type=name), 80, details=False).split())
+    assert f"weight: {of}; loss: " in text
 
 
 def test_a_loss_of_averages_says_so(policy, pieces):
     text = said(inspection_of_pairs(policy, pieces, loss_type="ipo", beta=0.3))
-    assert "each token adds beta x log-ratio / n to the averaged margin" in text
+    assert "what it adds to the averaged margin: β · log-ratio / n; − for the rejected" in " ".join(text.split())
     assert "(a/n₊ − b/n₋ − 1/(2 β))²" in text and "arXiv 2310.12036 eq 17" in text
 
 

@@ -87,7 +87,7 @@ def test_replay_verify_inspect_and_generate(whole):
     said = run("verify", whole, "--step", 4)
     assert said.code == 0 and "float64 autograd" in said.out, said.out + said.err
     said = run("inspect", whole, "--step", 3)
-    assert said.code == 0 and "sampled at" in said.out and "advantage" in said.out, said.err
+    assert said.code == 0 and "sampler" in said.out and "advantage" in said.out, said.err
     assert "give --step" in run("inspect", whole, "--example", 1).err
     assert run("generate", whole, "--prompt", "a", "--max-new-tokens", 3).code == 0
     assert run("report", whole).code == 0 and "dropout 0<" in (whole / "report.html").read_text()
@@ -162,7 +162,7 @@ def test_from_python_with_rows_and_functions(space):
     )  # fmt: skip
     assert made.metrics[-1]["step"] == 2 and len(seen) == 4
     assert all(PROMPTS[hint[0]] == prompt and len(hint) == 2 for hint, prompt in seen)
-    assert len(made.inspect(step=1).sampled) == 4
+    assert sum(len(one.texts) for one in made.inspect(step=1).examples) == 4
 
 
 def test_rows_steps_and_samples_have_their_own_random_numbers(space):

@@ -15,8 +15,8 @@ from workspace import PAIRS, run
 import lowlevel as ll
 from lowlevel.errors import ConfigError
 from lowlevel.inspection.opening import example_of_row
+from lowlevel.inspection.pairs import inspect_pairs
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.records import inspect_pairs
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.policy import TRAINED
 from lowlevel.reporting.displaced import displaced_pairs, pair_tables

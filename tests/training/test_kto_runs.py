@@ -97,16 +97,18 @@ def test_a_replayed_step_is_identical(whole):
 def test_the_path_of_an_inspected_row(whole):
     """From the log-probabilities of the path, by hand, to the loss that the step logged without dropout."""
     found = whole.inspect(step=1)
-    kl, losses = float(found.labelled[0].kl), []
-    assert len({float(record.kl) for record in found.labelled}) == 1 and found.labelled[0].mismatched == 4
-    for record in found.labelled:
-        one, sign = record.completion, 1 if record.desirable else -1
-        x = 0.1 * (float(one.logp - one.ref_logp) - max(0.0, kl))
-        losses.append((1.0 if record.desirable else 1.5) / (1 + math.exp(sign * x)))
-        assert float(record.loss) == pytest.approx(losses[-1], rel=1e-5)
-        assert float(one.contributions.sum()) == pytest.approx(float(one.reward), abs=1e-5)
-        slope = sign * losses[-1] * (1 - losses[-1] / (1.0 if record.desirable else 1.5))
-        assert float(one.weight) == pytest.approx(slope, rel=1e-4)
+    (kl,), losses = {record.numbers["KL estimate"] for record in found.examples}, []
+    ratios = [other.numbers["log-ratio"] for record in found.examples for other in record.others]
+    assert len(ratios) == 4 and kl == pytest.approx(sum(ratios) / 4, abs=1e-6)
+    for record in found.examples:
+        (text,), own = record.texts, record.numbers
+        weight, sign = (1.0, 1) if text.name == "desirable" else (1.5, -1)
+        assert (text.name == "desirable") == ROWS[record.row]["label"]
+        x = 0.1 * (own["policy"] - own["reference"] - max(0.0, kl))
+        losses.append(weight / (1 + math.exp(sign * x)))
+        assert record.loss == pytest.approx(losses[-1], rel=1e-5)
+        assert float(text.columns["adds"].sum()) == pytest.approx(own["reward"], abs=1e-5)
+        assert own["weight"] == pytest.approx(sign * losses[-1] * (1 - losses[-1] / weight), rel=1e-4)
     assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
@@ -120,7 +122,7 @@ def test_an_inspection_in_print(whole, tmp_path):
     print_inspection(found, Console(file=out, width=140))
     assert all(word in out.getvalue() for word in ("labelled completions", "undesirable", "z₀", "KL estimate"))
     page = render_page(found)
-    assert all(f'id="row-{record.row}"' in page for record in found.labelled) and "cumulative reward" in page
+    assert all(f'id="row-{record.row}"' in page for record in found.examples) and "cumulative reward" in page
 
 
 def test_the_trace_is_that_of_the_step(whole):
