@@ -4,7 +4,7 @@
 
     run = ll.sft(model="HuggingFaceTB/SmolLM2-135M-Instruct", data=rows, output_dir="out/a", max_steps=50)
     run = ll.dpo(model="HuggingFaceTB/SmolLM2-135M-Instruct", data=pairs, adapter=run, output_dir="out/b", beta=0.2)
-    run.metrics[-1], run.inspect(step=1).pairs[0].margin, run.verify()
+    run.metrics[-1], run.inspect(step=1).examples[0].numbers["margin"], run.verify()
 
 Keywords become the keys of a run file (`configure`), and `train` takes the same steps as the command line.
 """

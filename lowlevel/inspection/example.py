@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,7 @@ class Example:
 
     row: int
     where: str
-    prompt_ids: Tensor  # (p,) int64
+    prompt_ids: np.ndarray  # (p,)
     texts: tuple[Text, ...]
     numbers: Mapping[str, float]  # "loss" is one of them, or of each text's
     equation: Mapping[str, str]  # of each number of texts and example, in order: its formula
@@ -113,9 +114,7 @@ class Scored:
     columns: Mapping[str, Tensor]  # the first: log-probabilities, if they were predicted
     predicted: Distribution | None
 
-    def text(
-        self, sequence: int, name: str, numbers: Mapping[str, float], *, note: str = "", ids: Any = None, start: int = 0
-    ) -> Text:
+    def text(self, sequence: int, name: str, note: str = "", *, ids: Any = None, start: int = 0) -> Text:
         """A sequence as a text: its scored tokens alone, or the tokens `ids`, of which the first is at `start`."""
         index = self.places(sequence)
         positions = self.batch.position_ids.flatten()[self.batch.scored_positions[index]]
@@ -127,8 +126,8 @@ class Scored:
             columns |= {"prob": logps.exp(), "rank": predicted.ranks, "entropy": predicted.entropies}
         if ids is None:
             ids, start = self.batch.scored_targets[index], int(positions[0])
-        ids = torch.as_tensor(ids, dtype=torch.int64)
-        return Text(name, note, ids, positions - start, start, columns, {"tokens": len(index), **numbers}, predicted)
+        ids, tokens = torch.as_tensor(ids, dtype=torch.int64), len(ids if predicted is None else index)
+        return Text(name, note, ids, positions - start, start, columns, {"tokens": tokens}, predicted)
 
     def places(self, sequence: int) -> Tensor:
         """Of a sequence's tokens among the N scored ones, (n,) int64."""
@@ -150,13 +149,18 @@ def with_sums(texts: Sequence[Text], column: str) -> tuple[Text, ...]:
 Step = tuple[str, str, Tensor]  # on the way to the loss: name, formula, and the values of a whole batch
 
 
-def numbers(
-    steps: Sequence[Step], at: int, size: int, texts: int = 1
-) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """The numbers of example `at` of `size`, and of each of its texts, whose values come text after text."""
+def example_of(
+    x: Any, prompt: np.ndarray, texts: Sequence[Text], steps: Sequence[Step], at: int = 0, size: int = 1, **more: Any
+) -> Example:
+    """Example `at` of `size` with the numbers of `steps`: one value an example, or one a text, text after text."""
     own = {name: float(values[at]) for name, _, values in steps if len(values) == size}
-    rest = [(name, values) for name, _, values in steps if len(values) > size]
-    return own, [{name: float(values[at + text * size]) for name, values in rest} for text in range(texts)]
+    each = [(name, values) for name, _, values in steps if len(values) > size]
+    found = [
+        replace(text, numbers={**text.numbers, **{name: float(values[at + i * size]) for name, values in each}})
+        for i, text in enumerate(texts)
+    ]
+    formulas = {name: formula for name, formula, _ in steps}
+    return Example(x.row, x.where, prompt, tuple(found), own, formulas, **more)
 
 
 def in_order(

@@ -11,7 +11,7 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.data.examples import SFTExample
 from lowlevel.execution import Eager
 from lowlevel.inspection.displacement import distribution
-from lowlevel.inspection.example import WORDS, Example, Scored, Text, View, in_order, numbers, with_sums
+from lowlevel.inspection.example import WORDS, Example, Scored, Text, View, example_of, in_order, with_sums
 from lowlevel.inspection.pairs import COMPARED, compared
 from lowlevel.inspection.reading import formula
 from lowlevel.kernels import token_logps
@@ -51,8 +51,8 @@ def _mismatched(policy: Policy, method: KTO, rows: Sequence[SFTExample]) -> dict
         scored = _scored(policy, batch, method.config.beta)
         ratios = batch.sequence_sums(scored.columns["log-ratio"])
         for place, number in enumerate(batch.data_rows):
-            numbers = {"log-ratio": float(ratios[place])}
-            found[number] = scored.text(place, "mismatched", numbers, note="the completion of another prompt, for z₀")
+            text = scored.text(place, "mismatched", "the completion of another prompt, for z₀")
+            found[number] = replace(text, numbers={**text.numbers, "log-ratio": float(ratios[place])})
     return found
 
 
@@ -81,12 +81,8 @@ def _of_batch(
             ("weight", "−dL/d(reward)", -slopes / config.beta),
             ("loss", f"{weight:g} · σ({sign}x), {label}", losses.detach()),
         ]
-        own, text = numbers(steps, i, len(ratios))[0], scored.text(i, label, {})
-        prompt, formulas = (
-            torch.as_tensor(x.input_ids[: text.start], dtype=torch.int64),
-            {n: line for n, line, _ in steps},
-        )
-        found.append(Example(x.row, x.where, prompt, with_sums([text], "adds"), own, formulas))
+        text = scored.text(i, label)
+        found.append(example_of(x, x.input_ids[: text.start], with_sums([text], "adds"), steps, i, len(ratios)))
     return found
 
 

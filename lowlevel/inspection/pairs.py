@@ -15,7 +15,7 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.inspection.displacement import displacement_of, distribution
-from lowlevel.inspection.example import WORDS, Example, Scored, Step, View, in_order, numbers, with_sums
+from lowlevel.inspection.example import WORDS, Example, Scored, Step, View, example_of, in_order, with_sums
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import formula, percent, plain, reading_of
 from lowlevel.kernels import token_logps, token_scores
@@ -56,18 +56,14 @@ def _of_batch(policy: Policy, method: DPO, batch: PackedBatch, examples: Sequenc
     columns = compared(logps, ref_logps)
     columns["adds"] = torch.cat([factors, torch.zeros(1)])[batch.sequence_ids] * columns["log-ratio"]
     scored = Scored(batch, columns, distribution(hidden, head, targets))
-    steps, found = (
-        _steps(method, batch, pairs, {name: batch.sequence_sums(values) for name, values in columns.items()}),
-        [],
-    )
+    sums = {name: batch.sequence_sums(values) for name, values in columns.items()}
+    steps, found = _steps(method, batch, pairs, sums), []
     for i, x in enumerate(examples):
-        own, both = numbers(steps, i, half, 2)
-        texts = scored.text(i, "chosen", both[0]), scored.text(half + i, "rejected", both[1])
+        texts = with_sums([scored.text(i, "chosen"), scored.text(half + i, "rejected")], "adds")
         fall, index = None, scored.places(i).to(hidden.device)
-        if ref_hidden is not None and both[0]["policy"] < both[0]["reference"]:
+        if ref_hidden is not None and sums["policy"][i] < sums["reference"][i]:
             fall = displacement_of(hidden[index], ref_hidden[index], head, targets[index])
-        prompt, formulas = torch.as_tensor(x.prompt_ids, dtype=torch.int64), {name: line for name, line, _ in steps}
-        found.append(Example(x.row, x.where, prompt, with_sums(texts, "adds"), own, formulas, displacement=fall))
+        found.append(example_of(x, x.prompt_ids, texts, steps, i, half, displacement=fall))
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.data.examples import PreferenceExample
-from lowlevel.inspection.example import Example, Scored, Step, View, in_order, numbers
+from lowlevel.inspection.example import Example, Scored, Step, View, example_of, in_order
 from lowlevel.inspection.reading import formula
 from lowlevel.losses.modifiers import rated_margins
 from lowlevel.methods.reward import Reward
@@ -48,14 +48,9 @@ def _of_batch(
     steps = [step for step in steps if centre or step[0] != "centring"]
     found = []
     for i, x in enumerate(examples):
-        prompt, (own, both) = torch.as_tensor(x.prompt_ids, dtype=torch.int64), numbers(steps, i, half, 2)
-        sides = [("chosen", i, x.chosen_ids), ("rejected", half + i, x.rejected_ids)]
-        texts = tuple(
-            scored.text(at, name, {"tokens": len(ids), **part}, ids=ids, start=len(prompt))
-            for (name, at, ids), part in zip(sides, both, strict=True)
-        )
-        formulas = {"tokens": "of the completion"} | {name: line for name, line, _ in steps}
-        found.append(Example(x.row, x.where, prompt, texts, own, formulas))
+        sides = [(i, "chosen", x.chosen_ids), (half + i, "rejected", x.rejected_ids)]
+        texts = [scored.text(at, name, ids=ids, start=len(x.prompt_ids)) for at, name, ids in sides]
+        found.append(example_of(x, x.prompt_ids, texts, steps, i, half))
     return found
 
 

@@ -16,9 +16,9 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.online import SampledConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.inspection.displacement import distribution
-from lowlevel.inspection.example import WORDS, Example, Scored, Step, Text, View, numbers
+from lowlevel.inspection.example import WORDS, Example, Scored, Step, Text, View, example_of
 from lowlevel.inspection.reading import formula
-from lowlevel.losses.advantages import deviation, leave_one_out
+from lowlevel.losses.advantages import EPS, deviation, leave_one_out
 from lowlevel.losses.policy_gradient import AGGREGATION, CONSTANT, SEQUENCES, TOKENS
 from lowlevel.losses.reward import head_rewards
 from lowlevel.methods import GRPO, PPO, RLOO, PolicyGradient
@@ -37,19 +37,15 @@ def inspect_sampled(policy: Policy, method: PolicyGradient, rollouts: Sequence[R
         for i, x in enumerate(inside):
             index = scored.places(i)
             part = float(weights[index].sum()) / (float(weights[batch.belongs].sum()) or 1.0)
-            texts[id(x)] = scored.text(i, f"sample {x.sample}", {}, note=_note(x))
+            texts[id(x)] = scored.text(i, f"sample {x.sample}", _note(x))
             counts[id(x)] = method.count(batch) * part
     for x in rollouts:
         groups.setdefault(x.group, []).append(x)
     found = []
     for group in groups.values():
-        own_texts = [texts[id(x)] for x in group]
-        steps = _steps(method, group, own_texts, float(spread))
-        own, each = numbers(steps, 0, 1, len(group))
-        parts = [replace(text, numbers={**text.numbers, **part}) for text, part in zip(own_texts, each, strict=True)]
-        count, prompt = sum(counts[id(x)] for x in group), torch.as_tensor(group[0].prompt_ids, dtype=torch.int64)
-        formulas = {name: line for name, line, _ in steps}
-        found.append(Example(group[0].row, group[0].where, prompt, tuple(parts), own, formulas, count))
+        own = [texts[id(x)] for x in group]
+        steps, count = _steps(method, group, own, float(spread)), sum(counts[id(x)] for x in group)
+        found.append(example_of(group[0], group[0].prompt_ids, own, steps, count=count))
     return found
 
 
@@ -102,7 +98,9 @@ def _steps(method: PolicyGradient, group: Sequence[Rollout], texts: Sequence[Tex
         steps += [("group mean", "of the rewards", rewards.nanmean()[None])]
         if scale != "none":
             steps += [("deviation", f"of the {scale}'s rewards", torch.tensor([own if scale == "group" else spread]))]
-        advantage = "A = reward − group mean" if scale == "none" else "A = (reward − group mean) / (deviation + 0.0001)"
+        advantage = (
+            "A = reward − group mean" if scale == "none" else f"A = (reward − group mean) / (deviation + {EPS:g})"
+        )
     if isinstance(method, RLOO):
         penalised = rewards - torch.tensor([beta * float(one.columns["kl"].sum()) if beta else 0.0 for one in texts])
         others = penalised - leave_one_out(penalised[None])[0]
@@ -193,28 +191,21 @@ def with_groups(
     for example, pair, group in zip(examples, pairs, groups.values(), strict=True):
         score = "Σ weight · function: highest and lowest"  # "reward" is that of dpo
         steps = [*rewarded(config, group), ("score", score, torch.tensor([x.reward for x in group]))]
-        scores = numbers(steps, 0, 1, len(group))[1]
-        texts, same = [], pair.chosen_ids is pair.rejected_ids
-        for text, ids in zip(example.texts, (pair.chosen_ids, pair.rejected_ids), strict=True):
-            x = next(x for x in group if x.completion_ids is ids)
-            notes = f"sample {x.sample}", _note(x), "all scores are equal, so nothing is preferred" * same
-            columns = {**text.columns, "sampler": torch.from_numpy(x.logps)}
-            own = {**scores[group.index(x)], **text.numbers}
-            texts.append(replace(text, note=", ".join(filter(None, notes)), columns=columns, numbers=own))
         start, none = len(pair.prompt_ids), torch.zeros(0, dtype=torch.int64)
-        others = tuple(
-            Text(
-                f"sample {x.sample}",
-                _note(x),
-                torch.as_tensor(x.completion_ids, dtype=torch.int64),
-                none,
-                start,
-                {},
-                own,
-            )
-            for x, own in zip(group, scores, strict=True)
-            if not any(x.completion_ids is ids for ids in (pair.chosen_ids, pair.rejected_ids))
-        )
-        formulas = {name: line for name, line, _ in steps} | dict(example.equation)
-        found.append(replace(example, texts=tuple(texts), others=others, equation=formulas))
+        every = [
+            Text(f"sample {x.sample}", _note(x), torch.as_tensor(x.completion_ids), none, start, {}, {}) for x in group
+        ]
+        judged = example_of(group[0], pair.prompt_ids, every, steps)
+        texts, used = [], [pair.chosen_ids, pair.rejected_ids]
+        for text, ids in zip(example.texts, used, strict=True):
+            i = next(i for i, x in enumerate(group) if x.completion_ids is ids)
+            same = "all scores are equal, so nothing is preferred" * (used[0] is used[1])
+            notes, own = (judged.texts[i].name, _note(group[i]), same), {**judged.texts[i].numbers, **text.numbers}
+            columns = {**text.columns, "sampler": torch.from_numpy(group[i].logps)}
+            texts.append(replace(text, note=", ".join(filter(None, notes)), columns=columns, numbers=own))
+        others = [
+            one for one, x in zip(judged.texts, group, strict=True) if not any(x.completion_ids is ids for ids in used)
+        ]
+        formulas = {**judged.equation, **example.equation}
+        found.append(replace(example, texts=tuple(texts), others=tuple(others), equation=formulas))
     return found

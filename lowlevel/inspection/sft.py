@@ -37,12 +37,12 @@ def _of_batch(policy: Policy, method: SFT, batch: PackedBatch, examples: Sequenc
     shares = columns["loss"] / torch.cat([torch.where(sums == 0, 1.0, sums), torch.ones(1)])[batch.sequence_ids]
     scored, found = Scored(batch, columns, distribution(*predictions)), []
     for i, x in enumerate(examples):
-        text, index = scored.text(i, "conversation", {}, ids=x.input_ids), scored.places(i)
+        text, index = scored.text(i, "conversation", ids=x.input_ids), scored.places(i)
         text = replace(text, columns={**text.columns, "share": shares[index]})
         numbers = {f"column/{name}": float(value[i]) for name, value in batch.values(method.columns).items()}
         numbers |= {"loss": float(sums[i]), "per token": float(sums[i]) / max(1, len(index))}
         count = len(index) if batch.token_weights is None else float(batch.token_weights[index].sum())
-        found.append(Example(x.row, x.where, text.ids[: text.positions[0]], (text,), numbers, {}, count))
+        found.append(Example(x.row, x.where, x.input_ids[: text.positions[0]], (text,), numbers, {}, count))
     return found
 
 

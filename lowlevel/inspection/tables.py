@@ -34,18 +34,14 @@ def batch_table(inspection: Inspection, names: Sequence[str]) -> tuple[list[str]
         for j, text in enumerate(x.texts if view.by_text else x.texts[:1]):
             found: dict[str, float] = {}
             for name in names:
-                if view.by_text:
-                    found[name] = text.numbers.get(name, x.numbers.get(name, torch.nan))
-                elif len(values := x.values(name)) == 1:
-                    found[name] = values[0] if values[0] is not None else torch.nan
-                else:
-                    found |= {f"{name}{side}": v for side, v in zip(SIDES, values, strict=True) if v is not None}
+                own = [text.numbers[name]] if view.by_text and name in text.numbers else x.values(name)
+                ends = SIDES if len(own) == len(SIDES) else ("",) * len(own)
+                found |= {f"{name}{end}": value for end, value in zip(ends, own, strict=True) if value is not None}
             headings = list(found)
             cells = tuple(shown(name.rstrip("+-"), value) for name, value in found.items())
-            measure = found.get(view.measure, found.get(f"{view.measure}+", 0.0))
             row, start = f"{x.row}", " ".join(inspection.pieces.decode(text.token_ids).split())
             row += f" {text.name}" if view.by_text else ""
-            lines.append(Line(i, j, row, cells, measure, start if view.by_text else x.where))
+            lines.append(Line(i, j, row, cells, found.get(view.measure, 0.0), start if view.by_text else x.where))
     return headings, lines
 
 

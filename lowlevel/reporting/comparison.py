@@ -20,7 +20,7 @@ from lowlevel.losses.reward import ranked
 from lowlevel.perplexity import PERPLEXITIES, perplexities
 from lowlevel.running.assembly import prepare_data
 from lowlevel.running.progress import lines_to
-from lowlevel.running.reopening import LoadedRun, check_gives_text, load_run, reopen
+from lowlevel.running.reopening import LoadedRun, load_run, reopen
 from lowlevel.running.replies import Reply, generate_replies
 from lowlevel.sampling import Sampling, build_sampler
 
@@ -73,7 +73,11 @@ def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
     """
     opened = reopen(run_dir)
     config = opened.config
-    check_gives_text(config, run_dir)
+    if config.method == "reward":
+        raise ConfigError(
+            f"{run_dir} is a reward model, and the stages before it give no rewards: lowlevel score {run_dir} --data PAIRS "
+            f"measures it on other pairs, lowlevel report {run_dir} --compare OTHER_RUN draws the held-out curves of two"
+        )
     if config.sampled:
         logged = "logs the rewards of held-out prompts: eval_reward in metrics.jsonl"
         raise ConfigError(f"{run_dir}: compare scores given replies, and a run of {config.method} {logged}")
