@@ -85,7 +85,6 @@ class View:
     """How the examples of a method are shown."""
 
     unit: str  # what a line of the batch is
-    tokens: str  # what its tokens are called where they are counted; "": they are not
     formula: str
     words: Mapping[str, str]  # columns of tokens, and what they are
     adds: str  # the column whose sum is drawn along the tokens
@@ -97,6 +96,7 @@ class View:
     colours: tuple[str, ...] = ()  # columns that colour tokens, besides surprise and entropy
     by_text: bool = False  # a line of the batch is a text, not an example
     symbols: str = ""  # of the equation
+    tokens: str = ""  # what tokens are called where they are counted; "": they are not
 
 
 WORDS = {  # of every prediction
@@ -134,16 +134,11 @@ class Scored:
         return self.batch.sequence_index[sequence, : int(self.batch.lengths[sequence])]
 
 
-def with_sums(texts: Sequence[Text], column: str) -> tuple[Text, ...]:
-    """The texts with a column "sum", after `column`: its cumulative sums along all of them, float64."""
+def with_sums(texts: Sequence[Text], column: str) -> list[Text]:
+    """The texts with the cumulative sums of a column along all of them as column "sum", float64."""
     sums = torch.cat([text.columns[column].double() for text in texts]).cumsum(0)
-    made = []
-    for text, part in zip(texts, sums.split([len(text.scored) for text in texts]), strict=True):
-        columns: dict[str, Tensor] = {}
-        for name, values in text.columns.items():
-            columns |= {name: values, "sum": part} if name == column else {name: values}
-        made.append(replace(text, columns=columns))
-    return tuple(made)
+    parts = sums.split([len(text.scored) for text in texts])
+    return [replace(text, columns={**text.columns, "sum": part}) for text, part in zip(texts, parts, strict=True)]
 
 
 Step = tuple[str, str, Tensor]  # on the way to the loss: name, formula, and the values of a whole batch

@@ -40,7 +40,7 @@ def _scored(policy: Policy, batch: PackedBatch, beta: float) -> Scored:
     policy.dropout.disable()
     predictions = policy.scored_hidden_states(moved), policy.lm_head_weight, moved.scored_targets
     columns = compared(token_logps(*predictions), ref_logps)
-    columns["adds"] = beta * columns["log-ratio"]
+    columns["adds"] = columns["sum"] = beta * columns["log-ratio"]  # "sum": see with_sums
     return Scored(batch, columns, distribution(*predictions))
 
 
@@ -52,6 +52,7 @@ def _mismatched(policy: Policy, method: KTO, rows: Sequence[SFTExample]) -> dict
         ratios = batch.sequence_sums(scored.columns["log-ratio"])
         for place, number in enumerate(batch.data_rows):
             text = scored.text(place, "mismatched", "the completion of another prompt, for z₀")
+            (text,) = with_sums([text], "adds")
             found[number] = replace(text, numbers={**text.numbers, "log-ratio": float(ratios[place])})
     return found
 
@@ -90,7 +91,6 @@ def view(method: KTO) -> View:
     """Of labelled completions."""
     return View(
         unit="labelled completion",
-        tokens="",
         formula=formula(method.spec),
         words={
             **COMPARED,

@@ -55,6 +55,7 @@ def _of_batch(policy: Policy, method: DPO, batch: PackedBatch, examples: Sequenc
     factors[half:] *= -1
     columns = compared(logps, ref_logps)
     columns["adds"] = torch.cat([factors, torch.zeros(1)])[batch.sequence_ids] * columns["log-ratio"]
+    columns["sum"] = columns["adds"]  # its place; see with_sums
     scored = Scored(batch, columns, distribution(hidden, head, targets))
     sums = {name: batch.sequence_sums(values) for name, values in columns.items()}
     steps, found = _steps(method, batch, pairs, sums), []
@@ -116,7 +117,6 @@ def view(method: DPO) -> View:
     sums = "averaged margin" if averaged(method.spec) else "margin"
     return View(
         unit="pair",
-        tokens="",
         formula=formula(method.spec),
         words={
             **COMPARED,

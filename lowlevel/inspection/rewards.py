@@ -35,17 +35,15 @@ def _of_batch(
     signs = torch.cat([torch.ones(half), -torch.ones(half), torch.zeros(1)])[batch.sequence_ids]
     scored = Scored(batch, {"reward": rewards, "adds": signs * rewards}, None)
     centre = method.config.center_rewards_coefficient
-    rated = {"rated margin": rated_margins(pairs.values)} if pairs.values else {}
     steps: list[Step] = [
         ("reward", "r = w · h of the last token", torch.cat([pairs.chosen, pairs.rejected])),
         ("margin", "r₊ − r₋", pairs.margins),
         *((f"column/{name}", "of the row", values) for name, values in pairs.values.items()),
-        *((name, "m, subtracted from the margin", values) for name, values in rated.items()),
-        ("centring", f"{centre:g} (r₊ + r₋)²", centre * (pairs.chosen + pairs.rejected) ** 2),
+        *([("rated margin", "m, subtracted from the margin", rated_margins(pairs.values))] if pairs.values else []),
+        *([("centring", f"{centre:g} (r₊ + r₋)²", centre * (pairs.chosen + pairs.rejected) ** 2)] if centre else []),
         ("weight", "−dL/dr", weights),
         ("loss", "−log σ(r₊ − r₋ − m) + centring", losses.detach()),
     ]
-    steps = [step for step in steps if centre or step[0] != "centring"]
     found = []
     for i, x in enumerate(examples):
         sides = [(i, "chosen", x.chosen_ids), (half + i, "rejected", x.rejected_ids)]
@@ -58,7 +56,6 @@ def view(method: Reward) -> View:
     """Of pairs."""
     return View(
         unit="pair",
-        tokens="",
         formula=formula(method.spec),
         words={
             "reward": "of the completion, read at its last token: there is none of the tokens before",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ from lowlevel.online.rollouts import Rollout
 @torch.no_grad()
 def inspect_sampled(policy: Policy, method: PolicyGradient, rollouts: Sequence[Rollout]) -> list[Example]:
     """The groups of a step, in the given order."""
-    texts, counts, groups = dict[int, Text](), dict[int, float](), dict[int, list[Rollout]]()
+    texts, counts, found = dict[int, Text](), dict[int, float](), list[Example]()
     spread = deviation(torch.tensor([[x.reward for x in rollouts]], dtype=torch.float64))
     for batch, (_, inside) in zip(method.micro_batches(rollouts), lay_out(rollouts, method), strict=True):
         scored, weights = _scored(policy, method, batch)
@@ -39,14 +41,16 @@ def inspect_sampled(policy: Policy, method: PolicyGradient, rollouts: Sequence[R
             part = float(weights[index].sum()) / (float(weights[batch.belongs].sum()) or 1.0)
             texts[id(x)] = scored.text(i, f"sample {x.sample}", _note(x))
             counts[id(x)] = method.count(batch) * part
-    for x in rollouts:
-        groups.setdefault(x.group, []).append(x)
-    found = []
-    for group in groups.values():
+    for group in in_groups(rollouts):
         own = [texts[id(x)] for x in group]
         steps, count = _steps(method, group, own, float(spread)), sum(counts[id(x)] for x in group)
         found.append(example_of(group[0], group[0].prompt_ids, own, steps, count=count))
     return found
+
+
+def in_groups(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """The completions of each prompt, in the order of the step."""
+    return [list(group) for _, group in groupby(rollouts, key=attrgetter("group"))]
 
 
 def _note(x: Rollout) -> str:
@@ -185,10 +189,8 @@ def with_groups(
     examples: Sequence[Example], pairs: Sequence[PreferenceExample], rollouts: Sequence[Rollout], config: SampledConfig
 ) -> list[Example]:
     """Pairs of online_dpo with the scores of their completions, and the others of their groups."""
-    groups, found = dict[int, list[Rollout]](), []
-    for x in rollouts:
-        groups.setdefault(x.group, []).append(x)
-    for example, pair, group in zip(examples, pairs, groups.values(), strict=True):
+    found = []
+    for example, pair, group in zip(examples, pairs, in_groups(rollouts), strict=True):
         score = "Σ weight · function: highest and lowest"  # "reward" is that of dpo
         steps = [*rewarded(config, group), ("score", score, torch.tensor([x.reward for x in group]))]
         start, none = len(pair.prompt_ids), torch.zeros(0, dtype=torch.int64)

@@ -32,7 +32,7 @@ def print_inspection(inspection: Inspection, console: Console, *, details: bool 
     headings, lines = batch_table(inspection, (*view.more, *view.facts))
     if len(lines) > 1:
         rows = [(line.row, *line.cells, line.note) for line in lines]
-        console.print(_table(("row", *headings, "<from"), rows, console.width, caption=caption(inspection)))
+        console.print(_table(("row", *headings, "<from"), rows, console.width, caption(inspection)))
     if not details:
         return
     shown = inspection.examples[0].texts[0].columns
@@ -59,56 +59,48 @@ def _print_example(example: Example, inspection: Inspection, console: Console) -
 
 def _print_text(text: Text, inspection: Inspection, console: Console) -> None:
     """The tokens with their numbers; of a text whose tokens have no prediction the text itself."""
-    said = f"{text.name}: {summary(text)}"
-    if text.predicted is None:
-        return _say(f"{said}: {inspection.pieces.decode(text.ids)}", console)
-    _say(said, console)
-    lines = token_lines(text, inspection.pieces)
-    rows = [(line.position, line.token, *line.numbers.values(), "  ".join(line.others)) for line in lines]
-    console.print(_table(("#", "<token", *text.columns, "<likeliest others"), rows, console.width))
-    return None
+    plain = "" if text.predicted else f": {inspection.pieces.decode(text.ids)}"
+    _say(f"{text.name}: {summary(text)}{plain}", console)
+    if text.predicted:
+        lines = token_lines(text, inspection.pieces)
+        rows = [(line.position, line.token, *line.numbers.values(), "  ".join(line.others)) for line in lines]
+        console.print(_table(("#", "<token", *text.columns, "<likeliest others"), rows, console.width))
 
 
 def _path_tables(example: Example, steps: Sequence[tuple[str, str, list[str]]], notes: str, width: int) -> list[Table]:
     """The way to the loss, with as many texts beside each other as fit."""
-    texts = [text.name for text in example.texts]
-    cells = [value for _, _, values in steps for value in values]
-    each = 2 + max(map(cell_len, [*texts, *cells]))
+    texts, tables = [text.name for text in example.texts], []
+    each = 2 + max(cell_len(cell) for cell in (*texts, *(value for _, _, values in steps for value in values)))
     fits = max(1, (width - max(cell_len(name) for name, _, _ in steps) - FORMULA - 4) // each)
-    tables = []
     for start in range(0, len(texts), fits):
-        names, rows = texts[start : start + fits], []
+        part, rows = slice(start, start + fits), []
+        names = texts[part] if len(texts) > 1 else ["value"]
         for name, formula, values in steps:
-            single = ["" for _ in names[1:]] + values
-            rows.append((name, formula, *(single if len(values) == 1 else values[start : start + fits])))
-        last = start + fits >= len(texts)
-        headings = ("quantity", "<formula", *(names if len(texts) > 1 else ["value"]))
-        tables.append(_table(headings, rows, width, caption=notes if last else None, wrap=True))
+            cells = values[part] if len(values) == len(texts) else [""] * (len(names) - 1) + values
+            rows.append((name, formula, *cells))
+        last = notes if start + fits >= len(texts) else ""
+        tables.append(_table(("quantity", "<formula", *names), rows, width, last, wrap=True))
     return tables
 
 
 def _table(
-    headings: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    width: int,
-    *,
-    caption: str | None = None,
-    wrap: bool = False,
+    headings: Sequence[str], rows: Sequence[Sequence[str]], width: int, caption: str = "", *, wrap: bool = False
 ) -> Table:
     """Numbers in full and right-aligned, as many columns as fit; texts (heading with "<") in the remaining width."""
     names = [heading.removeprefix("<") for heading in headings]
     texts = [i for i, heading in enumerate(headings) if heading.startswith("<")]
     widths = [max(map(cell_len, [name, *(row[i] for row in rows)])) for i, name in enumerate(names)]
-    least = [min(one, LEAST) if i in texts else one for i, one in enumerate(widths)]
-    kept: list[int] = []
-    for i, one in enumerate(least):
-        if sum(least[j] + 2 for j in kept) + one + 2 <= width or (wrap and i not in texts):
-            kept.append(i)
-    room = width - sum(least[i] + 2 for i in kept)
-    for i in [i for i in kept if i in texts]:
-        more = min(room, widths[i] - least[i])
-        widths[i], room = least[i] + more, room - more
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left", pad_edge=False)
+    kept, room = list[int](), width
+    for i, one in enumerate(widths):
+        least = min(one, LEAST) if i in texts else one
+        if least + 2 <= room:
+            kept, room = [*kept, i], room - least - 2
+    for i in (i for i in texts if i in kept):
+        more = min(room, max(0, widths[i] - LEAST))
+        widths[i], room = min(widths[i], LEAST) + more, room - more
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption or None, caption_justify="left", pad_edge=False
+    )
     overflow: Any = "fold" if wrap else "ellipsis"
     for i in kept:
         justify: Any = "left" if i in texts or i == 0 else "right"

@@ -74,10 +74,8 @@ def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
     opened = reopen(run_dir)
     config = opened.config
     if config.method == "reward":
-        raise ConfigError(
-            f"{run_dir} is a reward model, and the stages before it give no rewards: lowlevel score {run_dir} --data PAIRS "
-            f"measures it on other pairs, lowlevel report {run_dir} --compare OTHER_RUN draws the held-out curves of two"
-        )
+        use = f"lowlevel score {run_dir} --data PAIRS; for two runs lowlevel report {run_dir} --compare OTHER_RUN"
+        raise ConfigError(f"{run_dir} is a reward model, and the stages before it give no rewards: use {use}")
     if config.sampled:
         logged = "logs the rewards of held-out prompts: eval_reward in metrics.jsonl"
         raise ConfigError(f"{run_dir}: compare scores given replies, and a run of {config.method} {logged}")

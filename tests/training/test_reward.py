@@ -261,7 +261,7 @@ def test_commands(space, tmp_path):
         (2, "is a sft run", ("score", talker, "--data", rows)),
         (2, "is a reward model", ("generate", folder, "--prompt", "hi")),
         (2, "is a reward model", ("merge", folder, "--out", tmp_path / "merged")),
-        (2, "measures it on other pairs", ("compare", folder)),
+        (2, "the stages before it give no rewards: use lowlevel score", ("compare", folder)),
         (2, "belong together", ("generate", talker, "--prompt", "hi", "--best-of", 3)),
         (2, "is a reward model", ("dpo", space.write("x", "dpo", folder=tmp_path), "--model.adapter", folder)),
         (2, "a rated margin is", ("reward", path, "--data.columns", '["x"]', "--train.output_dir", tmp_path / "y")),
