@@ -76,7 +76,7 @@ class Run:
     def inspect(
         self, *, step: int | None = None, example: int | None = None, checkpoint: int | None = None
     ) -> Inspection:
-        """The examples of a step, or one data row, taken apart: tensors by token and by pair.
+        """The examples of a step, or one data row, taken apart: the columns of each token, and the way to the loss.
 
         Args:
             step: optimizer step, counted from 1.

@@ -14,7 +14,7 @@ from rollouts_by_hand import groups_of, logps_alone, on_policy, rollouts
 from transformers import AutoTokenizer
 
 from lowlevel.config.online import GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig
-from lowlevel.data.rendering import chat_tokenizer
+from lowlevel.data.tokenizer import chat_tokenizer
 from lowlevel.inspection.inspection import Inspection
 from lowlevel.inspection.opening import METHODS
 from lowlevel.inspection.page import render_page
