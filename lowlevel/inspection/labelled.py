@@ -60,7 +60,7 @@ def _mismatched(policy: Policy, method: KTO, rows: Sequence[SFTExample]) -> dict
 def _of_batch(
     policy: Policy, method: KTO, batch: PackedBatch, examples: Sequence[SFTExample], mismatched: int
 ) -> list[Example]:
-    scored, config = _scored(policy, batch, method.config.beta), method.config
+    scored, beta, batch = _scored(policy, batch, method.config.beta), method.config.beta, batch.to(torch.device("cpu"))
     rows = labelled_logps(batch, scored.columns["policy"], scored.columns["reference"])
     with torch.enable_grad():
         leaf = rows.logps.detach().clone().requires_grad_()
@@ -69,17 +69,17 @@ def _of_batch(
     ratios, z0 = rows.logratios, rows.kl.clamp(min=0)
     found = []
     for i, x in enumerate(examples):
-        label, sign, weight = ("desirable", "−", config.desirable_weight) if rows.desirable[i] else (
-            "undesirable", "", config.undesirable_weight)  # fmt: skip
+        label, sign = ("desirable", "−") if rows.desirable[i] else ("undesirable", "")
+        weight = method.settings[f"{label}_weight"]
         steps = [
             ("policy", "log π(y|x), sum over tokens", rows.logps),
             ("reference", "log ref(y|x)", rows.ref_logps),
             ("log-ratio", "r = log π − log ref", ratios),
-            ("reward", f"β r, β = {config.beta:g}", config.beta * ratios),
+            ("reward", f"β r, β = {beta:g}", beta * ratios),
             ("KL estimate", f"mean log-ratio of {mismatched} mismatched completions", rows.kl.expand_as(ratios)),
             ("z₀", "max(0, KL estimate)", z0.expand_as(ratios)),
-            ("x", "β (r − z₀)", config.beta * (ratios - z0)),
-            ("weight", "−dL/d(reward)", -slopes / config.beta),
+            ("x", "β (r − z₀)", beta * (ratios - z0)),
+            ("weight", "−dL/d(reward)", -slopes / beta),
             ("loss", f"{weight:g} · σ({sign}x), {label}", losses.detach()),
         ]
         text = scored.text(i, label)

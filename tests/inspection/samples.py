@@ -29,6 +29,11 @@ def chats(count: int = 8) -> list[SFTExample]:
     return [SFTExample(x.row, f"rows:{x.row}", x.input_ids, x.labels) for x in helpers.ragged_examples(count)]
 
 
+def labelled(count: int = 8) -> list[SFTExample]:
+    made = helpers.labelled_examples(count)
+    return [SFTExample(x.row, f"rows:{x.row}", x.input_ids, x.labels, x.values) for x in made]
+
+
 def pairs(count: int = 8) -> list[PreferenceExample]:
     return [
         PreferenceExample(x.row, f"rows:{x.row}", x.prompt_ids, x.chosen_ids, x.rejected_ids)

@@ -5,11 +5,12 @@ from dataclasses import replace
 import helpers
 import pytest
 import torch
-from samples import chats, pairs
+from samples import chats, labelled, pairs
 
 from lowlevel.batch.layout import Shape
 from lowlevel.config.offline import DPOConfig
 from lowlevel.inspection.example import Example, Text
+from lowlevel.inspection.labelled import inspect_labelled
 from lowlevel.inspection.pairs import inspect_pairs
 from lowlevel.inspection.reading import READINGS
 from lowlevel.inspection.sft import inspect_sft
@@ -287,6 +288,7 @@ def test_the_losses_are_those_of_training(rough, packing):
     for method, examples, inspect in (
         (helpers.sft(packing=packing), chats(), inspect_sft),
         (helpers.dpo(packing=packing), pairs(), inspect_pairs),
+        (helpers.kto(packing=packing), labelled(), inspect_labelled),
     ):
         records = inspect(rough, method, examples)
         count = sum(record.count for record in records)
