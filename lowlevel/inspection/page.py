@@ -95,12 +95,6 @@ class Mode:
     kind: str  # "both", "up" or "down": the colours that it has
     scale: float
 
-    @property
-    def ends(self) -> tuple[str, str]:
-        """Labels of both ends of the scale."""
-        high = f"≥ {self.scale:.2g}"
-        return (f"≤ −{self.scale:.2g}", high) if self.kind == "both" else ("0", high)
-
 
 KINDS = {"surprise": "down", "entropy": "up"}
 OWN_WORDS = {"surprise": "−log-probability of the token, in nats", "ratio": "logarithm of r = π / sampler"}
@@ -140,10 +134,10 @@ class TokenView:
 
 
 def _article(example: Example, anchor: str, inspection: Inspection, modes: Sequence[Mode]) -> Mapping[str, Any]:
-    """What the page shows of an example; `spans`: name of each text, and its share of the chart in percent."""
+    """What the page shows of an example; `spans`: name of each text, and its width and start in the chart."""
     pieces, view = inspection.pieces, inspection.view
     chart, sizes = stair(example.running(view.adds).tolist()), [len(text.scored) for text in example.texts]
-    heights = iter(chart.heights)
+    heights, total = iter(chart.heights), max(1, sum(sizes))
     return {
         "example": example,
         "anchor": anchor,
@@ -154,7 +148,8 @@ def _article(example: Example, anchor: str, inspection: Inspection, modes: Seque
                  for text, n in zip(example.texts, sizes, strict=True)],
         "others": [_heat_map(text, inspection, modes, [0.0] * len(text.scored)) for text in example.others],
         "steps": steps_of(example),
-        "spans": [(text.name, 100 * n / max(1, sum(sizes))) for text, n in zip(example.texts, sizes, strict=True)],
+        "spans": [(text.name, 100 * n / total, 100 * sum(sizes[:i]) / total)
+                  for i, (text, n) in enumerate(zip(example.texts, sizes, strict=True))],
         "fall": fall_line(example, pieces),
     }  # fmt: skip
 

@@ -118,7 +118,7 @@ def _steps(method: PolicyGradient, group: Sequence[Rollout], texts: Sequence[Tex
         "ratio": "r = π / sampler, mean of tokens",
         "clipped": "share of tokens",
         "kl": "mean of tokens",
-        "value loss": "its part of the loss",
+        "value loss": "Σ of the tokens, in the loss",
         "loss": f"Σ ℓ{n} of the tokens",
     }
     for name, word in words.items():
@@ -152,7 +152,7 @@ def view(method: PolicyGradient) -> View:
     if isinstance(method, GRPO) and method.has_reference:
         terms = f" + {method.config.beta:g} kl"
     if isinstance(method, PPO):
-        terms = f" + {method.config.vf_coef:g} · value loss"
+        terms = " + value loss"
     warm = "" if method.config.temperature == 1 else f", at temperature {method.config.temperature:g}"
     penalty = method.config.kl_estimator if isinstance(method, GRPO) else "log sampler − log reference"
     return View(
@@ -170,7 +170,7 @@ def view(method: PolicyGradient) -> View:
             "advantage": "A: how much better than expected",
             "value": "V, of the value head before the token",
             "return": "A + V at sampling: what V is trained towards",
-            "value loss": "its part of the loss",
+            "value loss": "vf_coef · half the squared error of V, clipped, with its weight in the sum",
             **WORDS,
         },
         adds="loss",

@@ -32,7 +32,9 @@ def print_inspection(inspection: Inspection, console: Console, *, details: bool 
     headings, lines = batch_table(inspection, (*view.more, *view.facts))
     if len(lines) > 1:
         rows = [(line.row, *line.cells, line.note) for line in lines]
-        console.print(_table(("row", *headings, "<from"), rows, console.width, caption(inspection)))
+        console.print(
+            _table(("row", *headings, "<text" if view.by_text else "<from"), rows, console.width, caption(inspection))
+        )
     if not details:
         return
     shown = inspection.examples[0].texts[0].columns
