@@ -96,10 +96,10 @@ def test_a_replayed_step_is_identical(whole):
 
 def test_the_path_of_an_inspected_row(whole):
     """From the log-probabilities of the path, by hand, to the loss that the step logged without dropout."""
-    found = whole.inspect(step=1)
+    found = whole.inspect(step=5)
     (kl,), losses = {record.numbers["KL estimate"] for record in found.examples}, []
     ratios = [other.numbers["log-ratio"] for record in found.examples for other in record.others]
-    assert len(ratios) == 4 and kl == pytest.approx(sum(ratios) / 4, abs=1e-6)
+    assert len(ratios) == len(found.examples) > 2 and kl == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
     for record in found.examples:
         (text,), own = record.texts, record.numbers
         weight, sign = (1.0, 1) if text.name == "desirable" else (1.5, -1)
