@@ -20,6 +20,7 @@ from lowlevel.inspection.displacement import head_logits
 from lowlevel.model.policy import Policy
 
 POSITIONS = {"cuda": 8192, "cpu": 512}  # of a batch (a CPU's caches are small); a longer request has its own
+MASKED = 512  # positions of a row, if attention computes the scores of all of them and masks most
 CHUNK_SIZE = 512  # rows of logits; with V = 32,000 a buffer has 62 MiB of fp32
 
 Ids = Sequence[int]
@@ -75,14 +76,15 @@ def batches_of(policy: Policy, requests: Sequence[Request], max_length: int) -> 
     """The requests in batches on the policy's device.
 
     Args:
-        policy: its attention decides whether several contexts share a row.
+        policy: its attention decides how long a row of several contexts may be.
         requests: token ids.
         max_length: positions that the model reads at once: the beginning of a longer request is cut off, as in the LM
             Evaluation Harness. The continuation alone must fit.
     """
     with working("scoring continuations", len(requests), "continuations") as work:
-        capacity, packed = POSITIONS[policy.placement.device.type], policy.attention.kernel is not None
-        for rows in _rows(_shared(requests, max_length, capacity), capacity, packed):
+        capacity = POSITIONS[policy.placement.device.type]
+        width = capacity if policy.attention.kernel else min(capacity, MASKED)
+        for rows in _batches(_shared(requests, max_length, capacity), capacity, width):
             parts = [part for row in rows for part in row]
             places = [place for part in parts for place in part.places]
             lengths = [len(ids) for part in parts for ids in part.continuations]
@@ -132,17 +134,10 @@ def _shared(requests: Sequence[Request], max_length: int, capacity: int) -> list
     return [*done, *groups.values()]
 
 
-def _rows(parts: Sequence[Shared], capacity: int, packed: bool) -> Iterator[list[list[Shared]]]:
-    """Rows of each batch, longest first: packed, a row is a batch; else rows of about one length fill it."""
-    if packed:
-        for row in pack([len(part) for part in parts], max(capacity, *map(len, parts), 0)):
-            yield [[parts[i] for i in row]]
-        return
-    rows: list[list[Shared]] = []
-    for part in sorted(parts, key=len, reverse=True):
-        if rows and len(rows[0][0]) * (len(rows) + 1) > capacity:
-            yield rows
-            rows = []
-        rows.append([part])
-    if rows:
-        yield rows
+def _batches(parts: Sequence[Shared], capacity: int, width: int) -> Iterator[list[list[Shared]]]:
+    """Rows of up to `width` positions, and as many of them in a batch as make `capacity`; a longer part is alone."""
+    short = [part for part in parts if len(part) <= width]
+    rows = [[short[i] for i in row] for row in pack([len(part) for part in short], width)]
+    for start in range(0, len(rows), max(1, capacity // width)):
+        yield rows[start : start + max(1, capacity // width)]
+    yield from ([[part]] for part in parts if len(part) > width)

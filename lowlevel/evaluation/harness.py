@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -19,7 +20,7 @@ from lowlevel.errors import ConfigError
 from lowlevel.evaluation.continuations import Ids, likelihoods
 from lowlevel.evaluation.stopping import reply_texts
 from lowlevel.running.reopening import LoadedRun
-from lowlevel.sampling import Sampling, build_sampler
+from lowlevel.sampling import Sampler, Sampling, build_sampler
 
 MAX_GEN_TOKS = 256  # of a task that sets none, as in `hf`
 UNDERSTOOD = ("until", "max_gen_toks", "do_sample", "temperature", "seed")
@@ -35,6 +36,12 @@ class RunLM(TemplateLM):
         self.run = run
         self.tokenizer = run.tokenizer.tokenizer
         self.max_length = int(resolve_max_length(run.policy.causal_lm.config, self.tokenizer))
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Of all stages and tasks: what it compiles and captures stays."""
+        run = self.run
+        return build_sampler(run.policy.model, run.policy.placement, run.tokenizer.stop_ids, run.opened.note)
 
     @property
     def eot_token_id(self) -> int:
@@ -95,8 +102,6 @@ class RunLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """A reply to each context, up to its stop texts. Contexts lose their beginning if the reply needs the room."""
-        run = self.run
-        sampler = build_sampler(run.policy.model, run.policy.placement, run.tokenizer.stop_ids, run.opened.note)
         groups: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
@@ -109,7 +114,8 @@ class RunLM(TemplateLM):
                 raise ConfigError(f"{asked}, and the model has {self.max_length} positions: lower max_gen_toks")
             stops = handle_stop_sequences(stops, eos=self.tokenizer.decode([self.eot_token_id]))
             prompts = [self.tok_encode(requests[place].args[0])[-room:] for place in places]
-            for place, text in zip(places, reply_texts(sampler, run.tokenizer, prompts, stops, sampling), strict=True):
+            made = reply_texts(self.sampler, self.run.tokenizer, prompts, stops, sampling)
+            for place, text in zip(places, made, strict=True):
                 texts[place] = text
         return texts
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.sampling import Sampler, Sampling
-
-FIRST_ROUND = 64  # tokens
 
 
 def reply_texts(
@@ -20,23 +17,20 @@ def reply_texts(
 ) -> list[str]:
     """Replies to prompts of token ids, each cut before its first stop text.
 
-    Greedy replies are made in rounds of 64, 128, 256, ... tokens, and those with a stop text leave: no reply is
-    generated to the end for a stop in its first line.
+    A sampler shows the tokens of a reply as they are made, and is told to end it once a stop text is among them.
     """
     made: list[list[int]] = [[] for _ in prompts]
-    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # neighbours need little padding
-    length = FIRST_ROUND if sampling.temperature == 0 and any(stops) else sampling.max_new_tokens
-    while waiting:
-        count = min(length, sampling.max_new_tokens - len(made[waiting[0]]))
-        asked = [[*prompts[i], *made[i]] for i in waiting]
-        going = []
-        for i, (new,) in zip(waiting, sampler.sample(asked, replace(sampling, max_new_tokens=count)), strict=True):
-            made[i] += new.ids[: len(new.ids) - new.ended].tolist()
-            text = _text(tokenizer, made[i])
-            if not new.ended and len(made[i]) < sampling.max_new_tokens and cut(text, stops) == text:
-                going.append(i)
-        waiting, length = going, 2 * length
-    return [cut(_text(tokenizer, ids), stops) for ids in made]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # neighbours need little padding
+
+    def has_stop(number: int, ids: Sequence[int]) -> bool:
+        made[number] += ids
+        text = _text(tokenizer, made[number])
+        return any(stop in text for stop in stops if stop)
+
+    found = sampler.sample([prompts[i] for i in order], sampling, watch=has_stop if any(stops) else None)
+    texts = {i: cut(_text(tokenizer, one.ids[: len(one.ids) - one.ended].tolist()), stops)
+             for i, (one,) in zip(order, found, strict=True)}  # fmt: skip
+    return [texts[i] for i in range(len(prompts))]
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

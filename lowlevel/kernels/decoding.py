@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from lowlevel.kernels.operators import operator
 
@@ -48,8 +49,22 @@ def decode_attention(
         positions: (B,) int64, below C.
         scale: of the scores.
     """
+    if not (query.is_cuda or torch.compiler.is_compiling()):
+        return _attend_on_cpu(query, key, value, cache, positions, scale)
     parts, lse = _attend(query, key, value, cache, positions, scale)
     return (parts * lse.softmax(-1)[..., None]).sum(2).to(query.dtype)
+
+
+def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, cache: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """By torch's own attention, without chunks: it reads the cache in place, up to the last token of any row."""
+    rows, heads, features = query.shape
+    store(cache, key, value, torch.arange(rows), positions)
+    used = int(positions.max()) + 1
+    keys, values = cache[:, :rows, :, :used]  # (B, H_kv, used, D)
+    seen = (torch.arange(used) <= positions[:, None])[:, None, None]  # (B, 1, 1, used)
+    groups = query.to(cache.dtype).view(rows, key.shape[1], -1, features)  # a group's heads: queries of the same keys
+    output = scaled_dot_product_attention(groups, keys, values, seen, scale=scale)
+    return output.reshape(rows, heads, features).to(query.dtype)
 
 
 @operator("decode_attention", writes=("cache",))

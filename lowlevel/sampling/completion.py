@@ -10,7 +10,8 @@ import numpy as np
 
 from lowlevel.hashing import key32
 
-Watch = Callable[[int, Sequence[int]], None]  # number of a completion (prompt * samples + sample), its next tokens
+# Gets the number of a completion (prompt * samples + sample) and its next tokens; True ends the completion.
+Watch = Callable[[int, Sequence[int]], bool | None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Sampler(Protocol):
             samples: completions of each prompt; they share its forward pass.
             keys: an int32 for each completion, [prompt][sample]; the same key draws the same random numbers, whatever
                 else is in the batch. None: `completion_keys`.
-            watch: called with the tokens of a completion as they are generated.
+            watch: called with the tokens of a completion as they are generated, one or several at a time.
         """
 
 

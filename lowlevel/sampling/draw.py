@@ -39,8 +39,12 @@ def draw(
         temperature: a number or a () tensor; 0: the likeliest token, and log-probabilities at temperature 1.
         keys, positions, tokens: as in `gumbel`.
     """
-    heat = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
-    scaled = logits.float() / torch.where(heat > 0, heat, 1.0)
-    noise = gumbel(keys, positions, tokens)
-    chosen = torch.where(heat > 0, scaled + noise, scaled).argmax(-1)
+    if isinstance(temperature, float) and temperature == 0:  # the same numbers, and no noise of the vocabulary's size
+        scaled = logits.float()
+        chosen = scaled.argmax(-1)
+    else:
+        heat = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
+        scaled = logits.float() / torch.where(heat > 0, heat, 1.0)
+        noise = gumbel(keys, positions, tokens)
+        chosen = torch.where(heat > 0, scaled + noise, scaled).argmax(-1)
     return chosen, scaled.gather(1, chosen[:, None])[:, 0] - scaled.logsumexp(-1)

@@ -96,7 +96,7 @@ class FastSampler:
         pairs = [(i, key) for i, own in enumerate(keys) for key in own]
         waiting = deque(Wanted(n, i, prompts[i], key) for n, (i, key) in enumerate(pairs))
         found: dict[int, Completion] = {}
-        rows = _rows(len(pairs), self.slots)
+        rows = self._rows(len(pairs), self.slots)
         self.steps.begin(sampling, rows, length)
         rows = min(rows, self.model.slots)
         self._seats, self._held = [None] * rows, [None] * rows
@@ -174,43 +174,43 @@ class FastSampler:
         if wanted:
             index, width = self._tensor(wanted), int(state[COUNT, wanted].max())
             outputs = [part[index, :width].cpu().numpy() for part in (self.steps.ids, self.steps.logps)]
-        found = {}
+        found, stopped = {}, []
         for slot, own, own_logps in zip(wanted, *outputs, strict=True):
             one, size = self._seats[slot], int(state[COUNT, slot])
             assert one is not None
-            if watch:
-                watch(one.number, own[one.count : size].tolist())
-            if state[DONE, slot]:
+            if watch and watch(one.number, own[one.count : size].tolist()):
+                stopped.append(slot)
+            if state[DONE, slot] or slot in stopped:
                 found[one.number] = Completion(own[:size].copy(), own_logps[:size].copy(), bool(state[ENDED, slot]))
                 self._seats[slot] = None
+        self.steps.state[DONE, self._tensor(stopped)] = 1
         for slot in seated:
             if (one := self._seats[slot]) is not None:
                 one.count = int(state[COUNT, slot])
         return found
 
     def _close_up(self, rows: int) -> int:
-        """Once nothing waits: move the last completions to the first slots if half of them are enough."""
-        seated = [slot for slot in range(rows) if self._seats[slot] is not None]
-        fewer = _rows(len(seated), rows)
-        if fewer >= rows:
-            return rows
-        index = self._tensor(seated)
-        first = torch.arange(len(seated), device=index.device)
-        self.model.copy(index, first, self.model.capacity)
-        for tensor, dim in ((self.steps.state, 1), (self.steps.ids, 0), (self.steps.logps, 0)):
-            moved = tensor.index_select(dim, index)
-            tensor.narrow(dim, 0, len(seated)).copy_(moved)
-        self.steps.state[DONE, len(seated) :] = 1
-        self._seats = [self._seats[slot] for slot in seated] + [None] * (len(self._seats) - len(seated))
+        """Once nothing waits: the fewest slots that hold the last completions, of which some move to free ones."""
+        seats = self._seats
+        fewer = self._rows(sum(one is not None for one in seats), rows)
+        moving = {slot: one for slot, one in enumerate(seats) if one and slot >= fewer}
+        if moving:
+            free = [slot for slot in range(fewer) if seats[slot] is None][: len(moving)]
+            sources, targets = self._tensor(list(moving)), self._tensor(free)
+            self.model.copy(sources, targets, max(len(one.ids) + one.count for one in moving.values()))
+            for tensor, dim in ((self.steps.state, 1), (self.steps.ids, 0), (self.steps.logps, 0)):
+                tensor.index_copy_(dim, targets, tensor.index_select(dim, sources))
+            for slot, target in zip(moving, free, strict=True):
+                seats[target], seats[slot] = seats[slot], None
+        self.steps.state[DONE, fewer:] = 1
         return fewer
+
+    def _rows(self, wanted: int, most: int) -> int:
+        """Slots of a step, from 2, because compilers treat a size of 1 as another graph. Graphs: powers of two."""
+        return min(most, max(2, wanted if self.steps.mode == "eager" else 1 << (wanted - 1).bit_length()))
 
     def _tensor(self, values: object) -> Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(self.placement.device)
-
-
-def _rows(wanted: int, most: int) -> int:
-    """Slots of a step: a power of two from 2, because compilers treat a size of 1 as another graph."""
-    return min(most, max(2, 1 << (wanted - 1).bit_length()))
 
 
 def _read_size(tokens: int) -> int:

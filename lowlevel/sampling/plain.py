@@ -98,6 +98,7 @@ class _Drawing(LogitsProcessor):
         self.keys, self.sampling, self.stop_ids, self.first, self.watch = keys, sampling, stop_ids, first, watch
         self.drawn: list[tuple[np.ndarray, np.ndarray]] = []  # tokens and log-probabilities, (B,) each
         self.done = np.zeros(len(keys), bool)
+        self.sizes: dict[int, int] = {}  # tokens of the completions that the watch ended, by row
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         Work.signs += 1
@@ -107,19 +108,23 @@ class _Drawing(LogitsProcessor):
         tokens, logps = draw(scores, self.sampling.temperature, *vectors, words)
         self.drawn.append((tokens.cpu().numpy(), logps.cpu().numpy()))
         if self.watch is not None:
-            for i in np.flatnonzero(~self.done):
-                self.watch(self.first + int(i), [int(self.drawn[-1][0][i])])
+            for i in map(int, np.flatnonzero(~self.done)):
+                if self.watch(self.first + i, [int(self.drawn[-1][0][i])]):
+                    self.sizes[i] = len(self.drawn)
         self.done |= np.isin(self.drawn[-1][0], self.stop_ids)
+        if ended := list(self.sizes):
+            self.done[ended] = True
+            tokens = tokens.index_fill(0, tokens.new_tensor(ended), self.stop_ids[0])  # so `generate` ends them, too
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
     def completions(self) -> list[Completion]:
         """The tokens of each row up to its stop token."""
         ids, logps = (np.stack(part, axis=1) for part in zip(*self.drawn, strict=True))
         found = []
-        for row, own in zip(ids, logps, strict=True):
+        for i, (row, own) in enumerate(zip(ids, logps, strict=True)):
             stops = np.flatnonzero(np.isin(row, self.stop_ids))
-            size = int(stops[0]) + 1 if len(stops) else len(row)
-            found.append(Completion(row[:size], own[:size], bool(len(stops))))
+            size = self.sizes.get(i) or (int(stops[0]) + 1 if len(stops) else len(row))
+            found.append(Completion(row[:size], own[:size], bool(row[size - 1] in self.stop_ids)))
         return found
 
 

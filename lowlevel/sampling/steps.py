@@ -62,7 +62,8 @@ class Steps:
 
         What the slots held is gone if there was not enough room.
         """
-        self.temperature.fill_(sampling.temperature)
+        self.heat = float(sampling.temperature)
+        self.temperature.fill_(self.heat)
         self.limit.fill_(sampling.max_new_tokens)
         self.adapters = self.model.active_adapters()
         if self.model.reserve(slots, capacity):
@@ -85,7 +86,8 @@ class Steps:
         state = self.state[:, :rows]
         logits = self.model.next_logits(state[TOKEN], state[POSITION])
         outputs = (self.ids[:rows], self.logps[:rows])
-        self._advance(state, *outputs, logits, self.temperature, self.limit, self.words, self.stops)
+        heat = self.heat if self.mode == "eager" else self.temperature  # a graph serves every temperature
+        self._advance(state, *outputs, logits, heat, self.limit, self.words, self.stops)
 
     def _run(self, name: Hashable, work: Callable[[Any], None], inputs: Prompts | None) -> None:
         """A pass in the mode; if it cannot be compiled or captured, in the next simpler one."""
@@ -163,8 +165,8 @@ def first_cause(error: BaseException) -> BaseException:
 
 
 def _advance(
-    state: Tensor, ids: Tensor, logps: Tensor, logits: Tensor, temperature: Tensor, limit: Tensor, words: Tensor,
-    stops: Tensor,
+    state: Tensor, ids: Tensor, logps: Tensor, logits: Tensor, temperature: float | Tensor, limit: Tensor,
+    words: Tensor, stops: Tensor,
 ) -> None:  # fmt: skip
     """Draw a token of each row and write it: state (FIELDS, B), ids and logps (B, C + 1), logits (B, V)."""
     token, position, key, count, done, ended = state.unbind(0)

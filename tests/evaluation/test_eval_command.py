@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import workspace
 
-from lowlevel.evaluation import stopping
 from lowlevel.evaluation.stopping import cut, reply_texts
 from lowlevel.running import reopening
-from lowlevel.sampling import Sampling, build_sampler
+from lowlevel.sampling import FastSampler, PlainSampler, Sampling
+from lowlevel.sampling.fast import TURN
 
 
 def evaluate(run: Path, *arguments: object) -> workspace.Said:
@@ -82,11 +82,15 @@ def test_refused_before_the_base_is_loaded(dpo_run, tasks, monkeypatch, argument
     assert said.code == 2 and message in said.err and len(said.err.splitlines()) == 1
 
 
-def test_rounds_change_no_text(dpo_run, monkeypatch):
+@pytest.mark.parametrize("kind", [PlainSampler, FastSampler])
+def test_a_reply_ends_soon_after_its_stop_text(dpo_run, kind):
     run = reopening.load_run(dpo_run)
-    sampler = build_sampler(run.policy.model, run.policy.placement, run.tokenizer.stop_ids, print)
+    sampler = kind(run.policy.model, run.policy.placement, run.tokenizer.stop_ids)
     prompts = [run.tokenizer.encode_prompt([{"role": "user", "content": f"What is {n} + 4?"}]) for n in range(5)]
     whole = reply_texts(sampler, run.tokenizer, prompts, [], Sampling(20))
-    monkeypatch.setattr(stopping, "FIRST_ROUND", 3)
     for stops in (["e"], ["is", "t"], ["\n\n"]):
         assert reply_texts(sampler, run.tokenizer, prompts, stops, Sampling(20)) == [cut(text, stops) for text in whole]
+    made: list[int] = []
+    found = sampler.sample(prompts, Sampling(20), watch=lambda number, ids: made.append(number) or number == 1)
+    assert not found[1][0].ended and len(found[1][0].ids) == (1 if kind is PlainSampler else TURN) < 20
+    assert made.count(1) == 1 < made.count(0)
