@@ -6,7 +6,8 @@ Continuations of one context share its positions, and only the positions that pr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from lowlevel.batch.layout import PackedBatch, Segment, build_batch, prompt_segm
 from lowlevel.batch.packing import pack
 from lowlevel.heartbeat import working
 from lowlevel.inspection.displacement import head_logits
+from lowlevel.model.attention_choice import MASKED, NAMES, Attention
 from lowlevel.model.policy import Policy
 
 POSITIONS = {"cuda": 8192, "cpu": 512}  # of a batch (a CPU's caches are small); a longer request has its own
-MASKED = 512  # positions of a row, if attention computes the scores of all of them and masks most
+MASKED_POSITIONS = 512  # positions of a row, if attention computes the scores of all of them and masks most
 CHUNK_SIZE = 512  # rows of logits; with V = 32,000 a buffer has 62 MiB of fp32
 
 Ids = Sequence[int]
@@ -57,19 +59,36 @@ class Scorable:
     lengths: list[int]  # of each continuation, in tokens
 
 
-@torch.no_grad()
 def likelihoods(policy: Policy, requests: Sequence[Request], max_length: int) -> list[Likelihood]:
     """The likelihood of each continuation after its context, under the active adapters and without dropout.
 
     Arguments as in `batches_of`.
     """
-    policy.dropout.disable()
     found: dict[int, Likelihood] = {}
-    for made in batches_of(policy, requests, max_length):
-        logps, greedy = _scores(policy, made.batch)
-        split = zip(made.places, logps.split(made.lengths), greedy.split(made.lengths), strict=True)
-        found |= {place: Likelihood(float(one.double().sum()), bool(same.all())) for place, one, same in split}
+    with scoring(policy) as policy:
+        for made in batches_of(policy, requests, max_length):
+            logps, greedy = _scores(policy, made.batch)
+            split = zip(made.places, logps.split(made.lengths), greedy.split(made.lengths), strict=True)
+            found |= {place: Likelihood(float(one.double().sum()), bool(same.all())) for place, one, same in split}
     return [found[place] for place in range(len(requests))]
+
+
+@contextmanager
+def scoring(policy: Policy) -> Iterator[Policy]:
+    """The policy for forward passes within the block: without gradient and dropout. On a CPU, where a run has a mask,
+    attention computes each span alone; layers compute an adapter's product as in model/linear.py.
+    """
+    policy.dropout.disable()
+    model: Any = policy.causal_lm
+    before = model.config._attn_implementation
+    if policy.attention == MASKED and model._supports_attention_backend:
+        policy = replace(policy, attention=Attention(NAMES["math"], "each span alone"))
+    model.config._attn_implementation = policy.attention.implementation
+    try:
+        with torch.inference_mode():
+            yield policy
+    finally:
+        model.config._attn_implementation = before
 
 
 def batches_of(policy: Policy, requests: Sequence[Request], max_length: int) -> Iterator[Scorable]:
@@ -83,7 +102,7 @@ def batches_of(policy: Policy, requests: Sequence[Request], max_length: int) -> 
     """
     with working("scoring continuations", len(requests), "continuations") as work:
         capacity = POSITIONS[policy.placement.device.type]
-        width = capacity if policy.attention.kernel else min(capacity, MASKED)
+        width = capacity if policy.attention.kernel else min(capacity, MASKED_POSITIONS)
         for rows in _batches(_shared(requests, max_length, capacity), capacity, width):
             parts = [part for row in rows for part in row]
             places = [place for part in parts for place in part.places]

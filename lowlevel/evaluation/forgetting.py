@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lowlevel.data.rendering import PLAIN, ChatTokenizer
 from lowlevel.durable import write_json
-from lowlevel.evaluation.continuations import CHUNK_SIZE, Request, batches_of
+from lowlevel.evaluation.continuations import CHUNK_SIZE, Request, batches_of, scoring
 from lowlevel.evaluation.paired import mean_by_weight
 from lowlevel.evaluation.rows import read_rows
 from lowlevel.evaluation.table import TextTable, with_interval
@@ -102,7 +102,6 @@ class Measured:
     kl: Mapping[str, np.ndarray]
 
 
-@torch.no_grad()
 def measure(run: LoadedRun, texts: Sequence[Text]) -> Measured:
     """Loss and KL of every stage; the base's hidden states are computed once for all."""
     policy, names, size = run.policy, [stage.name for stage in run.stages], len(texts)
@@ -110,18 +109,18 @@ def measure(run: LoadedRun, texts: Sequence[Text]) -> Measured:
     windows = [(place, window) for place, text in enumerate(texts) for window in _windows(text.ids, width)]
     owners = np.array([place for place, _ in windows])
     made = Measured(np.zeros(size), *({name: np.zeros(size) for name in names} for _ in range(2)))
-    policy.dropout.disable()
-    for part in batches_of(policy, [window for _, window in windows], width):
-        own = np.repeat(owners[part.places], part.lengths)  # the text of each token
-        np.add.at(made.tokens, own, 1)
-        base = None
-        for stage in run.stages:
-            run.activate(stage)
-            hidden = policy.scored_hidden_states(part.batch)
-            base = hidden if base is None else base
-            loss, kl = _loss_and_kl(policy, hidden, base, part.batch.scored_targets)
-            np.add.at(made.loss[stage.name], own, loss.double().numpy())
-            np.add.at(made.kl[stage.name], own, kl.double().numpy())
+    with scoring(policy) as policy:
+        for part in batches_of(policy, [window for _, window in windows], width):
+            own = np.repeat(owners[part.places], part.lengths)  # the text of each token
+            np.add.at(made.tokens, own, 1)
+            base = None
+            for stage in run.stages:
+                run.activate(stage)
+                hidden = policy.scored_hidden_states(part.batch)
+                base = hidden if base is None else base
+                loss, kl = _loss_and_kl(policy, hidden, base, part.batch.scored_targets)
+                np.add.at(made.loss[stage.name], own, loss.double().numpy())
+                np.add.at(made.kl[stage.name], own, kl.double().numpy())
     return made
 
 

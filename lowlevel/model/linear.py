@@ -59,11 +59,11 @@ def install_dequantising_products(model: nn.Module) -> None:
 
 
 class _SideBySide(Adapted):
-    """A PEFT layer that computes the first line of the module's docstring when compiled."""
+    """A PEFT layer that computes the first line of the module's docstring when compiled, and in inference mode."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        own = torch.compiler.is_compiling() or len(self.lora_magnitude_vector) > 0
+        own = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or len(self.lora_magnitude_vector) > 0
         if not own or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         device = x.device.type

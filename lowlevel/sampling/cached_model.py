@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -251,9 +251,4 @@ def _forward(
         return decode_attention(q, k, v, cache, where["positions"], scaling)[None], None
     store(cache, k, v, where["slots"], where["positions"])
     bounds, longest = where["bounds"], cache.shape[3]
-    if not (q.is_cuda or torch.compiler.is_compiling()):  # each prompt alone, and no scores above the diagonal
-        sizes = [size for size in bounds.diff().tolist() if size]
-        parts = zip(*(one.split(sizes, 2) for one in (query, key.to(query), value.to(query))), strict=True)
-        outputs = [scaled_dot_product_attention(*p, is_causal=True, scale=scaling, enable_gqa=True) for p in parts]
-        return torch.cat(outputs, 2).transpose(1, 2), None
     return span_attention(q, k, v, bounds, bounds, longest, scaling, kernel)[None], None
