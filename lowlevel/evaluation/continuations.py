@@ -21,7 +21,7 @@ from lowlevel.inspection.displacement import head_logits
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
 from lowlevel.model.policy import Policy
 
-POSITIONS = {"cuda": 8192, "cpu": 512}  # of a batch (a CPU's caches are small); a longer request has its own
+POSITIONS = {"cuda": 8192, "cpu": 1024}  # of a batch; a longer request has its own
 MASKED_POSITIONS = 512  # positions of a row, if attention computes the scores of all of them and masks most
 CHUNK_SIZE = 512  # rows of logits; with V = 32,000 a buffer has 62 MiB of fp32
 

@@ -12,8 +12,8 @@ The fast sampler: a prompt but for its last token is read once, in packed rows, 
 samples. From then on a slot is its last token and its position: a step feeds that token to the layers, draws the next
 one, and writes it with its log-probability. A prompt's last token is the first to be fed, as at the head of each
 completion in a training row (batch/layout.py). The host looks at the finished flags, and lets a watch end completions,
-after each 8 steps; it refills slots while completions wait, and then takes fewer rows: with captured graphs half of
-them whenever half are done, else as many as are left.
+after each 8 steps (on a CPU after each); it refills slots while completions wait, and then takes fewer rows: with
+captured graphs half of them whenever half are done, else as many as are left.
 
 A captured step is one for each number of rows (powers of two) and serves every length, because attention reads the
 positions on the device (kernels/decoding.py). Weights and adapters are read in place: after an optimizer step nothing

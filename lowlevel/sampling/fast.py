@@ -21,9 +21,9 @@ from lowlevel.sampling.completion import Completion, Sampling, Watch, completion
 from lowlevel.sampling.plain import PLAIN, PlainSampler, without_dropout
 from lowlevel.sampling.steps import COUNT, DONE, ENDED, Steps
 
-SLOTS = 128
-TURN = 8  # steps between two looks at the finished flags
-MOST_READ = 4096  # tokens of prompts that are read in one pass, unless one prompt is longer
+SLOTS = {"cuda": 128, "cpu": 32}  # more take more memory, and a CPU is not faster with them
+TURN = {"cuda": 8, "cpu": 1}  # steps between two looks at the finished flags, for which a GPU has to wait
+MOST_READ = {"cuda": 4096, "cpu": 1024}  # tokens of prompts that are read in one pass, unless one prompt is longer
 LEAST_READ = 64
 SPANS = 64  # prompts that are read in one pass
 
@@ -49,7 +49,7 @@ class FastSampler:
         stop_ids: Sequence[int],
         note: Callable[[str], None] = print,
         *,
-        slots: int = SLOTS,
+        slots: int | None = None,
         mode: str | None = None,
         join: bool | None = None,
     ) -> None:
@@ -60,7 +60,7 @@ class FastSampler:
             placement: of the model.
             stop_ids: tokens that end a completion.
             note: prints a line.
-            slots: completions that are sampled at a time.
+            slots: completions that are sampled at a time; None: SLOTS.
             mode: of steps.MODES; None: the device's fastest.
             join: copy the weights of linear layers in the placement's dtype (joined.py), instead of reading them as
                 they are, in 4 bits; None: on a GPU with memory for it.
@@ -74,7 +74,7 @@ class FastSampler:
         if join or join is None and on_gpu and self.model.joined_bytes() < SHARE * torch.cuda.mem_get_info()[0]:
             self.model.join()
         self.steps = Steps(self.model, sorted(stop_ids), mode or ("graphed" if on_gpu else "eager"), note)
-        self.slots = slots
+        self.slots = slots or SLOTS[placement.device.type]
         self._seats: list[Wanted | None] = []  # by slot
         self._held: list[int | None] = []  # the prompt whose keys and values are in the slot
 
@@ -106,7 +106,7 @@ class FastSampler:
                     self._fill(waiting, rows)
                     rows = rows if waiting else self._close_up(rows)
                     left = sampling.max_new_tokens - min(one.count for one in self._seats if one)
-                    for _ in range(min(TURN, left)):
+                    for _ in range(min(TURN[self.placement.device.type], left)):
                         self.steps.step(rows)
                     found |= self._collect(rows, watch)
                     work.done = len(found)
@@ -141,8 +141,9 @@ class FastSampler:
     def _packed(self, to_read: Iterable[tuple[int, Sequence[int]]]) -> Iterable[Prompts]:
         """The prompts side by side, a pass's number of them at a time, filled up to one of few sizes."""
         group: list[tuple[int, Sequence[int]]] = []
+        most = MOST_READ[self.placement.device.type]
         for slot, ids in sorted(to_read, key=lambda item: len(item[1])):
-            if group and (len(group) == SPANS or sum(len(own) for _, own in group) + len(ids) > MOST_READ):
+            if group and (len(group) == SPANS or sum(len(own) for _, own in group) + len(ids) > most):
                 yield self._pack(group)
                 group = []
             group += [(slot, ids)] * bool(ids)
@@ -214,7 +215,8 @@ class FastSampler:
 
 
 def _read_size(tokens: int) -> int:
-    """Tokens of a pass over prompts: powers of two up to MOST_READ, then its multiples."""
-    if tokens > MOST_READ:
-        return -(-tokens // MOST_READ) * MOST_READ
+    """Tokens of a pass over prompts on a GPU: powers of two up to MOST_READ, then its multiples."""
+    most = MOST_READ["cuda"]
+    if tokens > most:
+        return -(-tokens // most) * most
     return max(LEAST_READ, 1 << (tokens - 1).bit_length())

@@ -92,7 +92,7 @@ class Steps:
     def _run(self, name: Hashable, work: Callable[[Any], None], inputs: Prompts | None) -> None:
         """A pass in the mode; if it cannot be compiled or captured, in the next simpler one."""
         try:
-            with torch.no_grad():
+            with torch.inference_mode() if self.mode == "eager" else torch.no_grad():  # see model/linear.py
                 if self.mode == "graphed":
                     self._replay(name, work, inputs)
                 else:
