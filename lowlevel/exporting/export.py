@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.durable import replaced_folder
 from lowlevel.errors import ConfigError
-from lowlevel.exporting.gguf_model import check_model, tokenizer_fields, write_gguf
+from lowlevel.exporting.gguf_model import check_model, tokenizer_fields, write_gguf, write_gguf_adapter
 from lowlevel.exporting.ollama import modelfile
 from lowlevel.heartbeat import working
 from lowlevel.model.adapters import read_adapter_config
@@ -23,7 +23,7 @@ from lowlevel.running.merge import check_new, merge_run
 from lowlevel.running.reopening import check_gives_text
 from lowlevel.running.run_folder import RunFolder
 
-GGUF = "model.gguf"
+GGUF, GGUF_ADAPTER = "model.gguf", "adapter.gguf"
 # vllm/config/lora.py: --max-lora-rank is one of these, 16 by default.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -33,7 +33,7 @@ def export(source: Path, to: str, out: Path, console: Console) -> None:
 
     Args:
         source: a finished run; its adapters are merged into the weights that they were trained on, in 16 bits.
-        to: gguf, ollama (the same with a Modelfile), or vllm: the run's adapter, not merged.
+        to: gguf, ollama (the same with a Modelfile); or the run's adapter, not merged: gguf-adapter, vllm.
         out: a new folder.
         console: prints what was written, and how to load it.
 
@@ -44,8 +44,12 @@ def export(source: Path, to: str, out: Path, console: Console) -> None:
     check_new(out)
     run = RunFolder(source) if (source / "config.toml").exists() else None
     result = _result(source, run)
-    if to == "vllm":
-        return _write_adapter(result, run, out, console)
+    if to in ("vllm", "gguf-adapter"):
+        if run is None or result == run.whole:
+            raise ConfigError(
+                f"--to {to} writes an adapter, and {result} is a whole model: vllm serve {result}, or --to gguf"
+            )
+        return (_write_adapter if to == "vllm" else _write_gguf_adapter)(result, run, out, console)
     _check_first(result, run, to)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _whole_model(result, run, out, console) as folder, replaced_folder(out) as target:
@@ -92,9 +96,21 @@ def _whole_model(result: Path, run: RunFolder | None, out: Path, console: Consol
         yield Path(scratch) / "merged"
 
 
-def _write_adapter(result: Path, run: RunFolder | None, out: Path, console: Console) -> None:
-    if run is None or result == run.whole:
-        raise ConfigError(f"--to vllm writes an adapter, and {result} is a whole model: vllm serve {result}")
+def _write_gguf_adapter(result: Path, run: RunFolder, out: Path, console: Console) -> None:
+    """The run's adapter, or both of a stacked run as one."""
+    model = run.read_config().model
+    config = load_model_config(model)
+    check_model(config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_folder(out) as target:
+        write_gguf_adapter(result, config, target / GGUF_ADAPTER)
+    lines = f"""written: {out / GGUF_ADAPTER}, fp32, for a GGUF file of {base_location(model.name)}
+load it: llama-cli -m BASE.gguf --lora {out / GGUF_ADAPTER}
+Ollama: a Modelfile with the lines "FROM BASE.gguf" and "ADAPTER {out / GGUF_ADAPTER}\""""
+    console.print(lines, markup=False, soft_wrap=True)
+
+
+def _write_adapter(result: Path, run: RunFolder, out: Path, console: Console) -> None:
     adapter = read_adapter_config(result)
     rank = next((size for size in VLLM_RANKS if size >= adapter.r), None)
     if rank is None:

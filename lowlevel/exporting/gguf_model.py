@@ -1,4 +1,4 @@
-"""Writes a model folder as one GGUF file in 16 bits, for llama.cpp and Ollama.
+"""Writes a model folder as one GGUF file in 16 bits, for llama.cpp and Ollama; or an adapter alone.
 
 llama.cpp's own converter is a script of its repository and not a maintained package; its `gguf` package, used here,
 writes the format. Only what could be checked by loading the file back is written: Llama and Mistral without biases or
@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.errors import ConfigError
+from lowlevel.model.adapters import adapter_start, read_adapter_config
+from lowlevel.model.merging import PREFIX, scaled_pairs
 from lowlevel.model.suitability import attention_window
 from lowlevel.model.targets import head_size
 
@@ -44,14 +46,10 @@ def write_gguf(folder: Path, target: Path) -> None:
 
     Raises ConfigError: the `gguf` package is missing, or the model or tokenizer is of another kind.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise ConfigError('--to gguf and ollama need the gguf package: pip install "lowlevel[export]"') from None
     config = AutoConfig.from_pretrained(folder)
     check_model(config)
     words = tokenizer_fields(load_chat_tokenizer(str(folder), None, None), config.vocab_size)
-    writer: Any = gguf.GGUFWriter(target, "llama")
+    writer, names = _writer(target, config)
     writer.add_name(folder.resolve().name)
     writer.add_file_type(F16)
     positions = config.max_position_embeddings  # llama.cpp's "llama" has no attention window
@@ -69,9 +67,43 @@ def write_gguf(folder: Path, target: Path) -> None:
     writer.add_vocab_size(config.vocab_size)
     for add, value in words.items():
         getattr(writer, add)(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, values in tensors(folder, config):
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values)
+    _finish(writer)
+
+
+def write_gguf_adapter(folder: Path, config: Any, target: Path) -> None:
+    """Write a PEFT adapter alone, in fp32, for llama.cpp to add to a GGUF file of its base, whose `config` this is.
+
+    llama.cpp computes W x + alpha / r B A x, where r is the size of B A. B has the scaling already, so alpha is r.
+    Raises ConfigError: an adapter that is more than B A (DoRA), or one that the base in full precision does not fit.
+    """
+    read, start = read_adapter_config(folder), adapter_start(folder)
+    if read.use_dora or start == "loftq":
+        raise ConfigError(f"--to gguf-adapter: {'DoRA' if read.use_dora else 'LoftQ'} cannot be added to W; use gguf")
+    writer, names = _writer(target, config)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(read.r))
+    for stem, (a, b) in scaled_pairs(folder).items():
+        name = f"{stem.removeprefix(PREFIX)}.weight"
+        written = names.get_name(name, try_suffixes=(".weight",))
+        for end, values in (("lora_a", a), ("lora_b", _rotated(name, b, config))):
+            writer.add_tensor(f"{written}.{end}", values.contiguous().numpy())
+    _finish(writer)
+
+
+def _writer(target: Path, config: Any) -> tuple[Any, Any]:
+    """A writer and its names of tensors. Raises ConfigError without the gguf package."""
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError('--to gguf and ollama need the gguf package: pip install "lowlevel[export]"') from None
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    return gguf.GGUFWriter(target, "llama"), names
+
+
+def _finish(writer: Any) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -93,16 +125,18 @@ def check_model(config: Any) -> None:
 def tensors(folder: Path, config: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Each weight by its name in transformers: matrices in fp16, norms in fp32. Raises ConfigError beyond fp16."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, weight in model.named_parameters():  # names a tied weight once
-        values = weight.detach()
-        kind = name.split(".")[-2]
-        if kind in heads:
-            values = interleaved(values, heads[kind])
+        values = _rotated(name, weight.detach(), config)
         values = values.float() if values.ndim == 1 else values.half()
         if not bool(values.isfinite().all()):
             raise ConfigError(f"--to gguf: {name} has values beyond fp16")
         yield name, values.contiguous().numpy()
+
+
+def _rotated(name: str, weight: Tensor, config: Any) -> Tensor:
+    """The rows of a matrix as llama.cpp reads them: those of queries and keys are `interleaved`."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    return weight if heads is None else interleaved(weight, heads)
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:

@@ -1,12 +1,14 @@
 """`lowlevel export`: files that other readers load, with the same logits and tokens; what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import helpers
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizer_families import CHATML as CHATML_TEMPLATE
 from tokenizer_families import FAMILIES, byte_level
 from tokenizer_families import chat as chat_of
@@ -52,6 +54,39 @@ def test_gguf_is_read_back_with_the_same_logits_and_tokens(runs, tmp_path):
         fields = gguf.GGUFReader(folder / "model.gguf").fields
         assert fields["tokenizer.ggml.pre"].contents() == "smollm"
         assert fields["tokenizer.chat_template"].contents() == own.chat_template
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_an_adapter_in_gguf_added_to_its_base_has_pefts_logits(runs, tmp_path, stage):
+    """dpo: SFT's and its own adapter as one of rank 8. The base is read with llama.cpp's order of rows."""
+    gguf = pytest.importorskip("gguf")
+    said = run("export", runs / stage, "--to", "gguf-adapter", "--out", tmp_path / "out")
+    assert said.code == 0 and "--lora" in said.out, said.err
+    reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+    fields = {name: reader.fields[name].contents() for name in ("general.type", "adapter.type", "general.architecture")}
+    assert list(fields.values()) == ["adapter", "lora", "llama"]
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    ids, folder = torch.arange(3, 90)[None], runs / stage / ("stacked" if stage == "dpo" else "adapter")
+    name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), folder)
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, base.config.num_hidden_layers)
+    before = base(ids).logits
+    for key, weight in base.named_parameters():
+        written = names.get_name(key, try_suffixes=(".weight",))
+        if f"{written}.lora_a" not in found:
+            continue
+        a, b = found.pop(f"{written}.lora_a"), found.pop(f"{written}.lora_b")
+        assert len(a) == (8 if stage == "dpo" else 4)
+        update = alpha / b.shape[1] * b @ a
+        heads = {"attn_q": base.config.num_attention_heads, "attn_k": base.config.num_key_value_heads}
+        if heads := heads.get(written.split(".")[2]):  # pairs of neighbours, of which llama.cpp rotates each
+            update = torch.cat([part.view(-1, 2, part.shape[1]).transpose(0, 1).flatten(0, 1)
+                                for part in update.chunk(heads)])  # fmt: skip
+        weight.data += update
+    assert not found and (before - expected(ids).logits).abs().max() > 0.1
+    assert (base(ids).logits - expected(ids).logits).abs().max() < 1e-4
 
 
 def test_the_two_halves_of_a_head_take_turns():
@@ -169,12 +204,20 @@ def test_which_tokenizers_are_written(family):
 
 def test_what_is_refused_in_one_line(runs, tmp_path):
     adapter = runs / "sft" / "adapter"
+    dora, loftq = (shutil.copytree(runs / "sft", tmp_path / name) for name in ("dora", "loftq"))
+    settings = dora / "adapter" / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"use_dora": True}))
+    weights = loftq / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt", "init_lora_weights": "loftq"})
     cases = [
         ((adapter, "gguf"), "neither a run folder nor the folder of a whole model"),
         ((tmp_path, "ollama"), "neither a run folder"),
         ((_folder(tmp_path / "qwen", model_type="qwen2"), "gguf"), "a qwen2 model is not written here"),
         ((_folder(tmp_path / "biased", attention_bias=True), "gguf"), "a llama model with biases"),
         ((_folder(tmp_path / "plain"), "vllm"), "is a whole model: vllm serve"),
+        ((tmp_path / "plain", "gguf-adapter"), "is a whole model"),
+        ((dora, "gguf-adapter"), "DoRA cannot be added to W"),
+        ((loftq, "gguf-adapter"), "LoftQ cannot be added to W"),
     ]
     for (source, to), line in cases:
         said = run("export", source, "--to", to, "--out", tmp_path / "out")
