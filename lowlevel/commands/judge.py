@@ -38,13 +38,14 @@ def run(options: Options, overrides: Overrides) -> None:
     console = quiet_console()
     from lowlevel.evaluation.endpoint import Endpoint
     from lowlevel.evaluation.judging import judge_runs
+    from lowlevel.running.progress import lines_to
     from lowlevel.sampling import Sampling
 
     judge_runs(
         (options.a, options.b),
         options.prompts,
         console,
-        endpoint=Endpoint.of(options.endpoint, options.model) if options.endpoint else None,
+        endpoint=Endpoint.of(options.endpoint, options.model, lines_to(console)) if options.endpoint else None,
         reward=options.reward,
         sampling=Sampling(options.max_new_tokens),
         price=options.price,

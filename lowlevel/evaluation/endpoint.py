@@ -51,19 +51,21 @@ class Endpoint:
     timeout: float = 120.0
     attempts: int = 6
     wait: Callable[[float], None] = time.sleep
+    note: Callable[[str], None] = lambda line: None  # gets a line for each new reason to wait
+    told: set[str] = field(default_factory=set)
     usage: Usage = field(default_factory=Usage)
     settings: dict[str, float] = field(default_factory=lambda: {"temperature": 0.0})  # removed if the server objects
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def of(cls, url: str, model: str) -> Endpoint:
+    def of(cls, url: str, model: str, note: Callable[[str], None] = print) -> Endpoint:
         """With the key of the environment, if there is one. Raises ConfigError for an unsuitable URL."""
         parts, key = urlsplit(url), os.environ.get(KEY)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise ConfigError("--endpoint: expected http://HOST/v1 or https://HOST/v1, without a name, key or query")
         if key and parts.scheme == "http" and parts.hostname not in HERE:
             raise ConfigError(f"--endpoint {parts.hostname}: {KEY} is only sent by https, or unset it")
-        return cls(url.rstrip("/"), model, key)
+        return cls(url.rstrip("/"), model, key, note=note)
 
     def ask(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The reply to a conversation. Raises EndpointError after the last attempt, or if another one is no use."""
@@ -75,7 +77,11 @@ class Endpoint:
                 problem = str(passing)
                 if attempt + 1 < self.attempts:
                     self._count(retries=1)
-                    self.wait(min(2.0**attempt if passing.seconds is None else passing.seconds, LONGEST_WAIT))
+                    seconds = min(2.0**attempt if passing.seconds is None else passing.seconds, LONGEST_WAIT)
+                    if problem not in self.told:
+                        self.told.add(problem)
+                        self.note(f"{self.url}: {problem}; again in {seconds:.0f} s")
+                    self.wait(seconds)
         raise EndpointError(f"{self.url}: no answer in {self.attempts} attempts; the last one: {problem}")
 
     def _ask(self, messages: Sequence[Mapping[str, str]]) -> str:

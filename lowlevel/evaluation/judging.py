@@ -23,7 +23,7 @@ from rich.console import Console
 from lowlevel.config.given import GivenRows
 from lowlevel.durable import write_given_json
 from lowlevel.errors import ConfigError, LowlevelError
-from lowlevel.evaluation.endpoint import Endpoint
+from lowlevel.evaluation.endpoint import Endpoint, EndpointError
 from lowlevel.evaluation.preference import Verdict, preferences
 from lowlevel.evaluation.rows import read_rows
 from lowlevel.heartbeat import working
@@ -88,6 +88,8 @@ def judge_runs(
         check_reward_run(reward)
     if missing := [folder for folder in dirs if not folder.is_dir()]:
         raise ConfigError(f"{missing[0]}: no such folder")
+    if endpoint:  # a wrong URL, key or model is known before the replies are made
+        endpoint.ask([{"role": "user", "content": "Answer with one word: ready"}])
     chats = [conversations(folder, questions, sampling, console) for folder in dirs]
     if endpoint:
         judged = judged_by_endpoint(endpoint, chats, answers)
@@ -198,8 +200,11 @@ def judged_by_endpoint(endpoint: Endpoint, chats: Sequence[Sequence[list[Message
             for one in waiting:
                 found.append(one.result())
                 work.done += 1
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, EndpointError):
+                kept = f"the answers so far are in {log}, and the same command goes on from there"
+                raise EndpointError(f"{error}; {kept}") from None
             raise
     verdicts: list[Verdict | None] = []
     for (a, b), first, second in zip(pairs, found[::2], found[1::2], strict=True):

@@ -147,7 +147,8 @@ def test_command(dpo_run, tmp_path, monkeypatch):
         said = workspace.run("judge", dpo_run, dpo_run / "parent", "--prompts", questions, *flags)
     assert said.code == 0, said.err
     assert "won 0, lost 0, tied 2" in said.out and "first got 100% of the decisions" in said.out
-    assert "5 requests (1 retries), 400 input and 40 output tokens, $0.00" in said.out
+    assert "6 requests (1 retries), 500 input and 50 output tokens, $0.00" in said.out
+    assert said.out.count("HTTP 400") == 1 and "again in 0 s" in said.out
     assert len((tmp_path / "found_answers.jsonl").read_text().splitlines()) == 4
     found = json.loads(out.read_text())
     roles = [message["role"] for message in found["conversations"][0]["a"]]
@@ -155,6 +156,24 @@ def test_command(dpo_run, tmp_path, monkeypatch):
     assert found["conversations"][0]["a"] != found["conversations"][0]["b"]
     files = [path.read_text() for path in Path(tmp_path).iterdir()]
     assert SECRET not in "".join(files) + said.out + said.err
+
+
+def test_a_judge_that_refuses_is_known_before_the_replies_are_made(tmp_path, monkeypatch):
+    def made(*args: object) -> None:
+        raise AssertionError("made")
+
+    monkeypatch.setattr(judging, "conversations", made)
+    (tmp_path / "q.jsonl").write_text('{"prompt": "hi"}\n')
+    with judge_server(lambda text: "ready", "401") as server:
+        flags = ("--endpoint", server.url, "--model", "m", "--out", tmp_path / "found.json")
+        said = workspace.run("judge", tmp_path, tmp_path, "--prompts", tmp_path / "q.jsonl", *flags)
+    assert said.code != 0 and "HTTP 401" in said.err and "is OPENAI_API_KEY set?" in said.err
+
+
+def test_a_judge_that_gives_up_says_where_its_answers_are(tmp_path):
+    log, chats = tmp_path / "judge.jsonl", [chats_of("good"), chats_of("bad")]
+    with judge_server(prefers_good, *["500"] * 8) as server, pytest.raises(EndpointError, match=f"are in {log}"):
+        judged_by_endpoint(endpoint_of(server, attempts=2), chats, log)
 
 
 def test_reward_run_as_judge(monkeypatch):
