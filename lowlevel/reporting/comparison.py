@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError
+from lowlevel.evaluation.table import TextTable
 from lowlevel.heartbeat import counted
 from lowlevel.labels import IGNORED
 from lowlevel.losses.reward import ranked
@@ -24,6 +24,7 @@ from lowlevel.running.reopening import LoadedRun, load_run, reopen
 from lowlevel.running.replies import Reply, generate_replies
 from lowlevel.sampling import Sampling, build_sampler
 
+SAMPLES = 5  # in the report
 COLUMNS = {
     "eval_loss": ("held-out loss", "{:.4f}"),
     **{name: (name.replace("/", ", tokens "), "{:.2f}") for name in PERPLEXITIES},
@@ -122,6 +123,7 @@ def compare_stages(
     print_table(scores, console)
     return {
         "scores": scores,
+        "prompts": [run.tokenizer.decode(prompt).strip() for prompt in prompts],
         "replies": {name: [asdict(reply) for reply in made] for name, made in replies.items()},
         "sampling": asdict(sampling),
     }
@@ -190,17 +192,29 @@ def prompt_ids(row: Any) -> list[int]:
 
 
 def print_table(scores: Mapping[str, Mapping[str, float]], console: Console) -> None:
+    """See `score_table`."""
+    score_table(scores).show(console)
+
+
+def score_table(scores: Mapping[str, Mapping[str, float]]) -> TextTable:
     """Stages as rows, scores as columns."""
     keys = list(dict.fromkeys(key for row in scores.values() for key in row))
     rewards = "reward accuracy: log-ratios to the row above, which is the reference of dpo"
-    table = Table(caption=rewards if "reward_accuracy" in keys else None)
-    table.add_column("stage")
-    for key in keys:
-        table.add_column(COLUMNS.get(key, (key.replace("_", " "), ""))[0], justify="right")
-    for name, row in scores.items():
-        cells = [COLUMNS.get(key, ("", "{:.1%}"))[1].format(row[key]) if key in row else "-" for key in keys]
-        table.add_row(name, *cells)
-    console.print(table)
+    names = [COLUMNS.get(key, (key.replace("_", " "), ""))[0] for key in keys]
+    rows = [
+        [name, *(COLUMNS.get(key, ("", "{:.1%}"))[1].format(row[key]) if key in row else "-" for key in keys)]
+        for name, row in scores.items()
+    ]
+    return TextTable("Stages", ["stage", *names], rows, rewards if "reward_accuracy" in keys else "", names=1)
+
+
+def sample_table(result: Mapping[str, Any]) -> TextTable:
+    """The first prompts of a comparison with the reply of each stage."""
+    replies, prompts = result["replies"], result.get("prompts") or []  # older files have no prompts
+    rows = [[prompt, *(made[i]["text"].strip() for made in replies.values())]
+            for i, prompt in enumerate(prompts[:SAMPLES])]  # fmt: skip
+    note = f"the first {len(rows)} held-out prompts and the greedy reply of each stage"
+    return TextTable("Samples", ["prompt", *replies], rows, note, names=1 + len(replies))
 
 
 def print_replies(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -18,6 +19,7 @@ from lowlevel.evaluation.results import eval_tables
 from lowlevel.evaluation.table import TextTable
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.model.files import read_or_empty
+from lowlevel.reporting.comparison import sample_table, score_table
 from lowlevel.reporting.displaced import PairTables, look_at_displaced, pair_tables
 from lowlevel.reporting.page import Report, render
 from lowlevel.reporting.series import panels
@@ -101,16 +103,37 @@ def _alarm(tables: PairTables, command: str) -> str:
 
 
 def measured_tables(folder: Path) -> list[TextTable]:
-    """What lowlevel eval and compare --probe have written here. Raises ConfigError for a damaged file."""
+    """The data, and what lowlevel compare and eval have written here. Raises ConfigError for a damaged file."""
     made: list[TextTable] = []
-    for name, tables in (("eval.json", eval_tables), ("forgetting.json", lambda rows: [forgetting_table(rows)])):
+    files: dict[str, Callable[[Any], list[TextTable]]] = {
+        "data_report.json": lambda found: [data_table(found)],
+        "compare.json": lambda found: [score_table(found["scores"])],
+        "eval.json": lambda found: eval_tables(found["rows"]),
+        "forgetting.json": lambda found: [forgetting_table(found["rows"])],
+        "compare.json: replies": lambda found: [one for one in [sample_table(found)] if one.rows],
+    }
+    for key, tables in files.items():
+        name = key.partition(":")[0]
         try:
-            made += tables(json.loads((folder / name).read_text(encoding="utf-8"))["rows"])
+            made += tables(json.loads((folder / name).read_text(encoding="utf-8")))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             raise ConfigError(f"{folder / name} cannot be read: remove it, or measure again") from None
     return made
+
+
+def data_table(found: Mapping[str, Any]) -> TextTable:
+    """Rows and tokens of the training and the held-out data; older runs may lack some of the numbers."""
+    rows = []
+    for name, title in (("train", "training"), ("evaluation", "held out")):
+        if part := found.get(name):
+            tokens = part.get("tokens", {})
+            counts = (part.get("rows_read"), part.get("rows_kept"), tokens.get("total"), tokens.get("supervised"))
+            cut = part.get("truncated_rows")
+            rows.append([title, str(part.get("source")), *("-" if n is None else f"{n:,}" for n in (*counts, cut))])
+    columns = ["data", "source", "rows read", "rows kept", "tokens", "supervised tokens", "rows cut"]
+    return TextTable("Data", columns, rows, "supervised: tokens that the loss is about; cut: longer than max_length")
 
 
 def _say(console: Console, line: str) -> None:

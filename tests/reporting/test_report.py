@@ -12,6 +12,7 @@ from workspace import metrics, run
 
 from lowlevel.reporting.displaced import pair_tables, token_falls
 from lowlevel.reporting.page import Report, render
+from lowlevel.reporting.report import measured_tables
 from lowlevel.reporting.series import chart, fallen, number, panels, ticks
 from lowlevel.running.plots import Curve, Panel
 from lowlevel.tracing.files import write_table
@@ -259,3 +260,17 @@ def check_look(browser, runs, look, width, dark):
     assert all(top >= 0 and top + height <= 100 for top, height in boxes)
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     assert browser.save_screenshot(str(SCREENSHOTS / f"report-{look}.png"))
+
+
+def test_data_stages_and_samples(tmp_path):
+    replies = {name: [{"text": f" {name} {i}\n"} for i in range(7)] for name in ("base", "sft")}
+    compared = {"scores": {"base": {"pair_accuracy": 0.5}, "sft": {"pair_accuracy": 0.75}}, "replies": replies}
+    (tmp_path / "compare.json").write_text(json.dumps(compared))  # an older one, without prompts
+    assert [table.title for table in measured_tables(tmp_path)] == ["Stages"]
+    (tmp_path / "compare.json").write_text(json.dumps({**compared, "prompts": [f"ask {i}" for i in range(7)]}))
+    part = {"source": "a.jsonl", "rows_read": 1200, "rows_kept": 1000, "tokens": {"total": 9, "supervised": 4}}
+    (tmp_path / "data_report.json").write_text(json.dumps({"train": part, "evaluation": None}))
+    data, stages, samples = measured_tables(tmp_path)
+    assert data.rows == [["training", "a.jsonl", "1,200", "1,000", "9", "4", "-"]]
+    assert stages.rows == [["base", "50.0%"], ["sft", "75.0%"]]
+    assert samples.rows == [[f"ask {i}", f"base {i}", f"sft {i}"] for i in range(5)]
