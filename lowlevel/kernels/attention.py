@@ -177,8 +177,10 @@ def _math(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     if not query.is_cuda:
         q, k = len(query), len(key)
         seen = None if q == k else torch.ones(q, k, dtype=torch.bool).tril(k - q)
-        parts = (part.transpose(0, 1)[None] for part in (query, key.to(query), value.to(query)))
-        output = scaled_dot_product_attention(*parts, seen, is_causal=q == k, scale=scale, enable_gqa=True)
+        states, keys, values = (part.transpose(0, 1)[None] for part in (query, key.to(query), value.to(query)))
+        output = scaled_dot_product_attention(
+            states, keys, values, seen, is_causal=q == k, scale=scale, enable_gqa=True
+        )
         return output[0].transpose(0, 1)
     value = _expand(value, query.shape[1] // value.shape[1])
     weights = _weights(query, key, scale)
