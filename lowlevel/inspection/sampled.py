@@ -21,7 +21,7 @@ from lowlevel.inspection.displacement import distribution
 from lowlevel.inspection.example import WORDS, Example, Scored, Step, Text, View, example_of
 from lowlevel.inspection.reading import formula
 from lowlevel.losses.advantages import EPS, deviation, leave_one_out
-from lowlevel.losses.policy_gradient import AGGREGATION, CONSTANT, SEQUENCES, TOKENS
+from lowlevel.losses.policy_gradient import CONSTANT, SEQUENCES, TOKENS
 from lowlevel.losses.reward import head_rewards
 from lowlevel.methods import GRPO, PPO, RLOO, PolicyGradient
 from lowlevel.methods.sampled import lay_out, sampled_logps, scaled_reference_logps
@@ -94,7 +94,7 @@ def _scored(policy: Policy, method: PolicyGradient, batch: PackedBatch) -> tuple
 
 def _steps(method: PolicyGradient, group: Sequence[Rollout], texts: Sequence[Text], spread: float) -> list[Step]:
     """From the rewards to the losses: of each completion of a group (G,), or of the group (1,)."""
-    beta, n = method.config.beta, " / n" * (AGGREGATION[method.spec.name] == SEQUENCES)
+    beta, n = method.config.beta, " / n" * (method.spec.average == SEQUENCES)
     rewards = torch.tensor([x.reward for x in group], dtype=torch.float64)
     steps, advantage = [*rewarded(method.config, group), ("reward", "Σ weight · function", rewards)], ""
     if isinstance(method, GRPO):
@@ -153,12 +153,15 @@ def view(method: PolicyGradient) -> View:
         terms = f" + {method.config.beta:g} kl"
     if isinstance(method, PPO):
         terms = " + value loss"
+    of_token = formula(method.spec)
+    if not method.spec.own:
+        of_token = of_token.rpartition(", ")[0]  # without the average
     warm = "" if method.config.temperature == 1 else f", at temperature {method.config.temperature:g}"
     penalty = method.config.kl_estimator if isinstance(method, GRPO) else "log sampler − log reference"
     return View(
         unit="completion",
         tokens="token",
-        formula=f"{MEAN_OF[AGGREGATION[method.spec.name]]}, ℓ = {formula(method.spec).rpartition(', ')[0]}{terms}",
+        formula=f"{MEAN_OF[method.spec.average]}, ℓ = {of_token}{terms}",
         words={
             "policy": f"log-probability of the token under the policy now{warm}",
             "sampler": "the same when the completion was sampled",
