@@ -54,7 +54,7 @@ def shown(name: str, value: float, digits: int = 4) -> str:
 
 def typographic(text: str) -> str:
     """Numbers with minus signs instead of hyphens, for a page."""
-    return re.sub(r"(?<!\w)-(?=\d|inf)", "\u2212", text)
+    return re.sub(r"(?<!\w)-(?=\d|inf)|(?<=\de)-(?=\d)", "\u2212", text)
 
 
 Reading = Literal["margin", "averages", "both", "quantiles"]

@@ -331,9 +331,8 @@ def test_as_t4_sets_what_a_t4_has(cli, space, monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr("lowlevel.running.run.run_training", lambda config, *_, **__: seen.update(config=config))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=60 * 2**30))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: seen.update(share=share))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, own: seen.update(share=share))
     assert cli("sft", config, "--as-t4").code == 0
     assert (seen["config"].train.precision, seen["config"].model.attn_implementation) == ("fp16", "efficient")
     assert seen["share"] == 0.25
