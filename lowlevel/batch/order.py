@@ -35,9 +35,7 @@ class DataOrder:
         train, shuffled = config.train, config.train.data_order != "sequential"
         repeats = config.sampled.num_iterations if config.sampled else 1
         together: tuple[int, ...] = ()
-        if (
-            train.data_order == "shuffled_pairs"
-        ):  # the two rows of a pair for kto are "FILE:N chosen" and "... rejected"
+        if train.data_order == "shuffled_pairs":  # a pair's rows for kto are "FILE:N chosen" and "FILE:N rejected"
             rows = [x.where.removesuffix(" chosen").removesuffix(" rejected") for x in examples]
             first = {row: i for i, row in reversed([*enumerate(rows)])}
             together = tuple(first[row] for row in rows)

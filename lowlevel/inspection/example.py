@@ -58,9 +58,7 @@ class Example:
     equation: Mapping[str, str]  # of each number of texts and example, in order: its formula
     count: float = 1.0  # what it adds to the count that the step's loss is divided by
     others: tuple[Text, ...] = ()  # which belong to the example, but are not in its loss
-    displacement: Displacement | None = (
-        None  # of a pair whose chosen completion is less likely than under the reference
-    )
+    displacement: Displacement | None = None  # if the chosen completion is less likely than under the reference
 
     def __repr__(self) -> str:
         texts = ", ".join(f"{text.name} {len(text.scored)} tokens" for text in self.texts)

@@ -69,9 +69,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     name = resolve_name(config.name)
     check_is_model(name)
     refuse_pickles(Path(name), "model.name")
-    if (
-        Path(name) / "config.json"
-    ).is_file():  # transformers cannot read other dtypes, or no weights here can have them
+    if (Path(name) / "config.json").is_file():  # transformers cannot read other dtypes, or no weights have them
         found = read_json_object(Path(name) / "config.json")
         dtype = found.get("dtype", found.get("torch_dtype"))
         if dtype not in (None, *DTYPES):

@@ -199,7 +199,7 @@ def with_shards(shape: ModelShape, config: RunConfig, placement: Placement, gpus
         return shape
     impossible = {
         'train.finetuning_type = "full"': config.full,
-        f"{config.method}, which samples,": config.sampled,
+        config.method: config.sampled,
         'train.execution = "graphed"': config.train.execution == "graphed",
         "train.dequantize_once": config.train.dequantize_once,
         "lora.use_dora": shape.scaled > 0,
@@ -209,7 +209,8 @@ def with_shards(shape: ModelShape, config: RunConfig, placement: Placement, gpus
     }
     if wrong := next((setting for setting, is_set in impossible.items() if is_set), None):
         why = "train.shard_base" if asked else f"one needs {needed / 2**30:.2f} GiB, and has {memory / 2**30:.2f}"
-        raise ConfigError(f"{wrong} is not possible if {gpus} GPUs share the base ({why}); or set shard_base = false")
+        what = f"{wrong} does not work while {gpus} GPUs share the base ({why})"
+        raise ConfigError(f"{what}: leave it out, or set train.shard_base = false")
     return replace(shape, shards=gpus)
 
 

@@ -89,7 +89,7 @@ def test_what_needs_the_whole_base_is_refused_with_a_shared_one(tables):
     config = RunConfig(**tables)
     shape = model_shape(load_model_config(config.model), *adapter_sizes(config, None, None))
     assert with_shards(shape, config, FP16, 2, 2**40).shards == with_shards(shape, config, FP16, 1, 1).shards == 1
-    with pytest.raises(ConfigError, match=r"if 2 GPUs share the base \(one needs 0.\d\d GiB, and has 0.00\); or "):
+    with pytest.raises(ConfigError, match=r"while 2 GPUs share the base \(one needs 0.\d\d GiB, and has 0.00\): "):
         with_shards(shape, config, FP16, 2, 2**20)
     own = config.model_copy(update={"train": config.train.model_copy(update={"shard_base": False})})
     assert with_shards(shape, own, FP16, 2, 2**20).shards == 1
