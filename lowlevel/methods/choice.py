@@ -60,7 +60,7 @@ def fitted(method: Method, config: RunConfig, examples: Sequence[Any]) -> Method
     for step in range(looked_at):
         rows = [examples[i] for i in order.step_rows(step)]
         for (row,) in micro_batch_rows(rows, method.size, method.batch_size, method.row_length, True, shape):
-            sizes.append((sum(method.size(x) for x in row), sum(_scored(x, method.paired) for x in row)))
+            sizes.append((sum(method.size(x) for x in row), sum(_scored(method, x) for x in row)))
 
     def cost(one: Shape) -> float:
         widths = [row_width(size, one) for size, _ in sizes]
@@ -72,9 +72,11 @@ def fitted(method: Method, config: RunConfig, examples: Sequence[Any]) -> Method
     return replace(method, shape=replace(best, fill=math.ceil(16 * fill) / 16))
 
 
-def _scored(example: Any, paired: bool) -> int:
+def _scored(method: Method, example: Any) -> int:
     """Tokens that the loss reads."""
-    if paired:
+    if isinstance(method, Reward):
+        return 2
+    if method.paired:
         return len(example.chosen_ids) + len(example.rejected_ids)
     return int(np.count_nonzero(example.labels[1:] != IGNORED))
 

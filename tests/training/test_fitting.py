@@ -57,17 +57,18 @@ def test_the_shape_is_the_best_of_the_multiples_and_each_width_is_one_shape(name
     assert costs[found.shape.positions] == min(costs.values())
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo"])
+@pytest.mark.parametrize("name", ROWS)
 def test_scored_tokens_are_those_of_a_batch(name):
     _, method = run(name)
     for example in ROWS[name][:9]:
-        assert choice._scored(example, method.paired) == method.micro_batches([example])[0].num_scored
+        assert choice._scored(method, example) == method.micro_batches([example])[0].num_scored
 
 
-def test_room_for_scored_tokens_is_that_of_the_fullest_batch():
-    config, plain = run("dpo")
-    found = fitted(plain, config, ROWS["dpo"])
-    batches = laid_out(found, config, ROWS["dpo"], 20)
+@pytest.mark.parametrize("name", ["reward", "dpo"])
+def test_room_for_scored_tokens_is_that_of_the_fullest_batch(name):
+    config, plain = run(name)
+    found = fitted(plain, config, ROWS[name])
+    batches = laid_out(found, config, ROWS[name], 20)
     fullest = max(one.num_scored / one.input_ids.numel() for one in batches)
     assert 0 <= found.shape.fill - fullest < 1 / 16
     assert {len(one.scored_targets) / one.input_ids.numel() for one in batches} == {found.shape.fill}
