@@ -78,7 +78,7 @@ def _scored(policy: Policy, method: PolicyGradient, batch: PackedBatch) -> tuple
     }
     if "kl" in metrics:
         columns["kl"] = metrics["kl"]
-    elif method.config.beta > 0:
+    elif method.config.beta > 0 and not isinstance(method, GRPO):
         columns["kl"] = tokens.old_logps - scaled_reference_logps(policy, moved, temperature)
         policy.dropout.disable()
     columns["advantage"] = tokens.advantages
@@ -149,7 +149,7 @@ def view(method: PolicyGradient) -> View:
     """Of completions."""
     level = TOGETHER.get(str(method.settings.get("importance_sampling_level")))
     terms, clip = "", f": it looks at the {level} of the completion's ratios" if level else ""
-    if isinstance(method, GRPO) and method.has_reference:
+    if isinstance(method, GRPO) and method.adds_kl:
         terms = f" + {method.config.beta:g} kl"
     if isinstance(method, PPO):
         terms = " + value loss"

@@ -40,7 +40,7 @@ class GRPO(SampledMethod):
     def token_losses(self, tokens: SampledLogps) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of each token, (N,), before its weight, and metrics, (N,) each."""
         losses, metrics = super().token_losses(tokens)
-        if not self.has_reference or "beta" in self.spec.parameters:  # a custom loss that has its own KL term
+        if not self.adds_kl:
             return losses, metrics
         penalty = kl_penalty(tokens, self.config.kl_estimator)
         return losses + self.config.beta * penalty, {**metrics, "kl": penalty.detach()}
@@ -49,6 +49,11 @@ class GRPO(SampledMethod):
     def has_reference(self) -> bool:
         """Whether the loss compares the policy with a reference."""
         return self.config.beta > 0
+
+    @property
+    def adds_kl(self) -> bool:
+        """Whether beta times the KL term is added to the loss: a custom one that reads beta has its own."""
+        return self.has_reference and "beta" not in self.spec.parameters
 
     def credit(self, policy: Policy, groups: Sequence[Sequence[Rollout]], ranks: Ranks = ALONE) -> list[Rollout]:
         """The completions of one step with their advantages."""
