@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.demo_base.skills import draw, draw_followup
-from lowlevel.demo.world import CURT, ENDINGS, MIDDLES, OPENERS, POLITE, ROWS, SPLITS, STYLES
+from lowlevel.demo.world import CURT, ENDINGS, MIDDLES, OPENERS, POLITE, ROWS, SPLITS
 
 Message = dict[str, str]
 SIZES = {"train": 2400, "heldout": 240, "check": 120}
 # Polite replies are the minority, so that after SFT the preferred style is rare even with greedy decoding, and DPO has
 # something to change.
+STYLES = ("polite", "curt", "rambling")
 SFT_STYLE_WEIGHTS = (20, 50, 30)
 FOLLOWUP_SHARE = 0.25
 SYSTEM_SHARE = 0.1

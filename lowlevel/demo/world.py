@@ -12,7 +12,6 @@ from typing import Any
 
 ROWS = Path(__file__).parent / "rows"
 SPLITS = ("train", "heldout")
-STYLES = ("polite", "curt", "rambling")
 POLITE = ("Sure, it is {}.", "Sure, that is {}.")
 CURT = ("{}", "{}.")
 OPENERS = (
@@ -68,8 +67,7 @@ def exact_match(reply: str, answer: str) -> bool:
 
 def right_answer(completions: list[str], answer: list[str], **others: object) -> list[float]:
     """Reward of the demo's replies: 1 for a whole reply in one of the known forms with the right answer, else 0."""
-    parsed = map(parse_reply, completions)
-    return [float(found is not None and found[1] == right) for found, right in zip(parsed, answer, strict=True)]
+    return [float(exact_match(text, right)) for text, right in zip(completions, answer, strict=True)]
 
 
 def polite(completions: list[str], **others: object) -> list[float]:

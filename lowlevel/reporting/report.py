@@ -105,15 +105,14 @@ def _alarm(tables: PairTables, command: str) -> str:
 def measured_tables(folder: Path) -> list[TextTable]:
     """The data, and what lowlevel compare and eval have written here. Raises ConfigError for a damaged file."""
     made: list[TextTable] = []
-    files: dict[str, Callable[[Any], list[TextTable]]] = {
-        "data_report.json": lambda found: [data_table(found)],
-        "compare.json": lambda found: [score_table(found["scores"])],
-        "eval.json": lambda found: eval_tables(found["rows"]),
-        "forgetting.json": lambda found: [forgetting_table(found["rows"])],
-        "compare.json: replies": lambda found: [one for one in [sample_table(found)] if one.rows],
-    }
-    for key, tables in files.items():
-        name = key.partition(":")[0]
+    files: list[tuple[str, Callable[[Any], list[TextTable]]]] = [
+        ("data_report.json", lambda found: [data_table(found)]),
+        ("compare.json", lambda found: [score_table(found["scores"])]),
+        ("eval.json", lambda found: eval_tables(found["rows"])),
+        ("forgetting.json", lambda found: [forgetting_table(found["rows"])]),
+        ("compare.json", lambda found: [one for one in [sample_table(found)] if one.rows]),
+    ]
+    for name, tables in files:
         try:
             made += tables(json.loads((folder / name).read_text(encoding="utf-8")))
         except FileNotFoundError:

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.demo_base import skills
 from benchmarks.demo_base.corpus import pretraining_text
-from benchmarks.demo_base.rows import check_items, preference_rows, sft_rows, shipped, write_reply
-from lowlevel.demo.world import CURT, STYLES, exact_match, parse_reply, preferred_style, rows
+from benchmarks.demo_base.rows import STYLES, check_items, preference_rows, sft_rows, shipped, write_reply
+from lowlevel.demo.world import CURT, exact_match, parse_reply, preferred_style, rows
 
 
 def user_turns(messages: list[dict[str, str]]) -> list[str]:
