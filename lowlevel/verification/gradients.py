@@ -141,10 +141,11 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     leaf = weights.clone().requires_grad_()
     (exact,) = torch.autograd.grad(mean_loss(leaf), leaf)
     note = f"{len(weights):,} weights, {len(examples)} examples, relative l2"
-    checks = [check(GROUP, "step, float64 autograd", relative(gradient, exact), subject.bounds.gradient, note)]
+    error = relative(gradient, exact, subject.cancelled)
+    checks = [check(GROUP, "step, float64 autograd", error, subject.bounds.gradient, note)]
     if subject.detaches:
         return [*checks, left_out()]
-    errors = []
+    errors, scale = [], max(float(torch.linalg.vector_norm(exact)), subject.cancelled) or 1.0
     for seed in range(DIRECTIONS):
         generator = torch.Generator().manual_seed(1000 + seed)
         direction = torch.randn(len(weights), generator=generator, dtype=torch.float64)
@@ -152,7 +153,7 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
         h = STEP * float(torch.linalg.vector_norm(weights))
         with torch.no_grad():
             slope = float(mean_loss(weights + h * direction) - mean_loss(weights - h * direction)) / (2 * h)
-        errors.append(abs(float(gradient @ direction) - slope) / float(torch.linalg.vector_norm(exact)))
+        errors.append(abs(float(gradient @ direction) - slope) / scale)
     note = f"{DIRECTIONS} random directions, in parts of the gradient's norm"
     return [*checks, check(GROUP, "step, central differences", max(errors), subject.bounds.gradient, note)]
 
@@ -172,7 +173,7 @@ def _coarse_check(subject: Subject, evidence: Evidence) -> Check:
     def loss_at(distance: float) -> float:
         with kept_weights(subject.policy):
             with torch.no_grad():
-                flat.add_(gradient, alpha=distance / float(norm))
+                flat.add_(gradient, alpha=distance / (float(norm) or 1.0))
             policy, reference = head_scores_of(subject, subject.examples)
         sides, needs = (by_side(policy), by_side(reference) if reference else None), subject.method.statistics
         logps = logps_of(*sides, evidence.values, needs, evidence.weights, rewards=subject.rewards)
@@ -182,5 +183,5 @@ def _coarse_check(subject: Subject, evidence: Evidence) -> Check:
     whole, half = ((loss_at(step) - loss_at(-step)) / (2 * step) for step in (h, h / 2))
     slope = (4 * half - whole) / 3
     note = "along the gradient; the base is too large for float64 (--exact-parameters)"
-    error = abs(slope - float(norm)) / float(norm)
+    error = abs(slope - float(norm)) / (max(float(norm), subject.cancelled) or 1.0)
     return check(GROUP, "step, central differences", error, COARSE_BOUND[precision], note)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -87,11 +88,16 @@ def largest(values: Tensor) -> float:
     return float(values.detach().abs().max()) if values.numel() else 0.0
 
 
-def relative(value: Tensor, expected: Tensor) -> float:
-    """|value - expected| / |expected| in the l2 norm, float64; the plain difference if `expected` is 0."""
+def relative(value: Tensor, expected: Tensor, least: float = 0.0) -> float:
+    """|value - expected| / max(|expected|, least) in the l2 norm, float64; the plain difference if that is 0."""
     expected = expected.detach().double().cpu()
     difference = float(torch.linalg.vector_norm(value.detach().double().cpu() - expected))
-    return difference / (float(torch.linalg.vector_norm(expected)) or 1.0)
+    return difference / (max(float(torch.linalg.vector_norm(expected)), least) or 1.0)
+
+
+def is_tied(example: Any) -> bool:
+    """Whether a pair is one completion twice (online_dpo, equal rewards), so that its margin and gradient are 0."""
+    return bool(np.array_equal(example.chosen_ids, example.rejected_ids))
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,23 @@ class Subject:
     def paired(self) -> bool:
         """Whether an example has two completions."""
         return self.method.paired
+
+    @cached_property
+    def tied(self) -> list[bool]:
+        """Whether `is_tied`, by example."""
+        return [self.paired and is_tied(x) for x in self.examples]
+
+    @cached_property
+    def cancelled(self) -> float:
+        """Norm of the gradient that cancels in tied pairs up to rounding: errors are relative to it, at least.
+
+        It is that of the step if each tied pair's rejected completion ends after one token; 0 without such pairs.
+        """
+        if not any(self.tied):
+            return 0.0
+        pairs = zip(self.examples, self.tied, strict=True)
+        cut = [replace(x, rejected_ids=x.rejected_ids[:1]) if tied else x for x, tied in pairs]
+        return float(torch.linalg.vector_norm(self.run_step(examples=cut)[1]))
 
     @property
     def rewards(self) -> bool:
