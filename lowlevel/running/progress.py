@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lowlevel.heartbeat import Heartbeat, heartbeat, spoke, working
 
+EQUAL_REWARDS = "frac_reward_zero_std"  # share of prompts whose completions all have the same reward
 LINE_KEYS = {
     "loss": "loss {:.4f}",
     "eval_loss": "eval_loss {:.4f}",
@@ -22,6 +23,7 @@ LINE_KEYS = {
     "reward": "reward {:.3f}",
     "eval_reward": "eval_reward {:.3f}",
     "completions/mean_length": "{:.0f} tokens a completion",
+    EQUAL_REWARDS: "equal rewards in {:.0%} of prompts",
     "rewards/accuracies": "accuracy {:.3f}",
     "eval_rewards/accuracies": "eval_accuracy {:.3f}",
     "rewards/margins": "margin {:.4f}",
@@ -31,7 +33,7 @@ LINE_KEYS = {
     "peak_allocated_gib": "{:.2f} GiB",
     "skipped_steps": "{} skipped",
 }
-HIDE_AT_ZERO = ("peak_allocated_gib", "skipped_steps")
+HIDE_AT_ZERO = (EQUAL_REWARDS, "peak_allocated_gib", "skipped_steps")
 
 
 class PipedConsole(Console):
@@ -82,12 +84,14 @@ def speaking(console: Console, name: str) -> AbstractContextManager[Heartbeat]:
     return heartbeat(lines_to(console), name, on=not (console.is_terminal or console.quiet))
 
 
-def describe(record: dict[str, Any]) -> str:
-    """One line for a logged record."""
+def describe(record: dict[str, Any], method: str | None = None) -> str:
+    """One line for a logged record. Equal rewards matter where rewards are compared, so not in ppo."""
     shown = [
         form.format(record[key])
         for key, form in LINE_KEYS.items()
-        if key in record and not (key in HIDE_AT_ZERO and not record[key])
+        if key in record
+        and not (key in HIDE_AT_ZERO and not record[key])
+        and not (key == EQUAL_REWARDS and method == "ppo")
     ]
     return "  ".join(shown)
 
@@ -96,7 +100,7 @@ class TrainingProgress:
     """A bar over optimizer steps with the remaining time and the newest record; without a terminal, lines."""
 
     def __init__(self, console: Console, name: str, total_steps: int, start: int) -> None:
-        self.console, self.total_steps = console, total_steps
+        self.console, self.name, self.total_steps = console, name, total_steps
         self.live = console.is_terminal
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[last]}"), console=console)
@@ -119,7 +123,7 @@ class TrainingProgress:
 
     def record(self, record: dict[str, Any]) -> None:
         """Show a logged record."""
-        line = describe(record)
+        line = describe(record, self.name)
         if self.live:
             self.bar.update(self.task, last=line)
         else:

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -32,6 +33,7 @@ from lowlevel.running.assembly import Inputs
 from lowlevel.running.job import Job
 from lowlevel.running.machine import ENVIRONMENT, environment
 from lowlevel.running.plots import plot_loss
+from lowlevel.running.progress import EQUAL_REWARDS
 from lowlevel.running.result_files import complete_result
 from lowlevel.running.run_folder import RunFolder
 
@@ -166,11 +168,26 @@ def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, cons
     lines = [
         f"finished: {state.step:,} steps in {state.seconds:.1f} s, mean loss {summary['train_loss']:.4f}, "
         f"{state.num_tokens / state.seconds:,.0f} tokens/s; {folder.adapter.name} in {folder.adapter}",
+        *equal_rewards(folder.read_metrics(), config),
         "next:",
         *(f"  {command}" for command in next_commands(folder, config, state.step)),
     ]
     console.print("\n".join(lines), markup=False, soft_wrap=True)
     return summary
+
+
+def equal_rewards(records: list[dict[str, Any]], config: RunConfig) -> Iterator[str]:
+    """A line if more than half of the prompts taught nothing, because all of their completions had the same reward."""
+    logged = [(record["step"], record[EQUAL_REWARDS]) for record in records if EQUAL_REWARDS in record]
+    if config.method == "ppo" or not logged:
+        return
+    steps, shares = zip(*logged, strict=True)
+    share = float(np.average(shares, weights=np.diff(steps, prepend=0)))
+    if share > 0.5:
+        sft = "" if config.model.adapter else "begin from an SFT run (--model.adapter), "
+        raised = f"raise {config.method}.num_generations or {config.method}.temperature"
+        prompts = "take prompts that are answered right sometimes (easier ones if the reward is low)"
+        yield f"equal rewards in {share:.0%} of prompts: nothing is learned from them; {sft}{prompts}, or {raised}"
 
 
 def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
