@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 key = next(iter(overrides))
                 raise ConfigError(f"no command before --{quoted(key)}; lowlevel --help lists the commands")
             if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-                near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+                near = difflib.get_close_matches(words[0].lower(), COMMANDS, n=1)
                 hint = f'did you mean "{near[0]}"?' if near else "lowlevel --help lists the commands"
                 raise ConfigError(f'unknown command "{quoted(words[0])}"; {hint}')
             options, unknown = build_parser().parse_known_args(join_negative_numbers(words))
@@ -136,7 +136,7 @@ def _unknown(word: str, options: argparse.Namespace) -> ConfigError:
     for name, parser in parsers.items():
         COMMANDS[name].add_arguments(parser)
     flags = {name: re.findall(r"--[a-z][a-z-]*", parser.format_usage()) for name, parser in parsers.items()}
-    if options.takes_config and re.match("--?[A-Za-z]{2}", flag):
+    if options.takes_config and re.match("--?[A-Za-z]", flag):
         from lowlevel.config.file import flag_hint
 
         flag = f"--{flag.lstrip('-')}"
@@ -173,7 +173,7 @@ def _is_number(word: str) -> bool:
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Split the arguments into words and `--section.key value` or `--section.key=value` overrides, in any order.
 
-    Raises ConfigError: a key without a value.
+    Raises ConfigError: a key without a value, or with two.
     """
     rest: list[str] = []
     overrides: dict[str, str] = {}
@@ -188,8 +188,11 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
             rest.append(word)
             continue
         if not equals:
-            if not words:
+            if not words or words[0].startswith("--"):
                 raise ConfigError(f"{word} needs a value")
             value = words.pop(0)
+        if overrides.get(name, value) != value:
+            hint = "; [[data.sources]] in a run file mixes several" if name == "data.source" else ""
+            raise ConfigError(f"--{name} is given twice: {quoted(overrides[name])} and {quoted(value)}{hint}")
         overrides[name] = value
     return rest, overrides

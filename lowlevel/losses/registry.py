@@ -157,7 +157,7 @@ def find(name: str, built_in: Mapping[str, LossSpec]) -> LossSpec:
     nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     custom = 'your own: import the module that registers it with @lowlevel.loss, or write "module:function"'
-    raise ValueError(f"unknown loss_type {name!r}: {hint}Known: {', '.join(known)}; {custom}")
+    raise ValueError(f"unknown loss_type {name!r}: {hint}known: {', '.join(known)}; {custom}")
 
 
 def _imported(name: str) -> LossSpec:

@@ -194,7 +194,7 @@ def _find(name: str, config: SampledConfig, load: Callable[[Path], Function]) ->
     near = difflib.get_close_matches(name, [*BUILT_IN, *OWN], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     known = f'{", ".join([*BUILT_IN, *OWN])}, the folder of a reward run, or your own as "module:function"'
-    raise ConfigError(f"unknown reward {name!r}: {hint}Known: {known}")
+    raise ConfigError(f"unknown reward {name!r}: {hint}known: {known}")
 
 
 def _imported(name: str) -> Function:

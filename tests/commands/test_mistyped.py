@@ -15,6 +15,12 @@ import pytest
         ("sft --loss-type x", "unknown argument '--loss-type'; did you mean --sft.loss_type?"),
         ("sft -train.max_steps 3", "unknown argument '-train.max_steps'; did you mean --train.max_steps?"),
         ("sft -lr 1e-4", "unknown argument '-lr'; did you mean --train.learning_rate?"),
+        ("sft -o x", "unknown argument '-o'; did you mean --train.output_dir?"),
+        ("sft --train.learning_rate --train.max_steps 3", "--train.learning_rate needs a value"),
+        (
+            "sft --data.source a --data.source b",
+            "--data.source is given twice: a and b; [[data.sources]] in a run file mixes several",
+        ),
         ("sft --lam 1", "unknown argument '--lam'; lam is a key of ppo"),
         ("kto --beta 1", "unknown argument '--beta'; did you mean --kto.beta?"),
         ("dpo --grpo.beta 1", 'flags: [grpo] is not used when method = "dpo"; did you mean dpo.beta?'),
