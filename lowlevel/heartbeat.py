@@ -19,6 +19,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+from lowlevel.errors import one_line
+
 INTERVAL, POLL = 9.0, 0.5  # seconds: a line is late by one poll at most, so 10 never pass without one
 Clock = Callable[[], float]
 Item = TypeVar("Item")
@@ -137,6 +139,34 @@ def counted(what: str, items: Collection[Item], unit: str = "") -> Iterator[Item
         for item in items:
             yield item
             work.done += 1
+
+
+def limited(call: Callable[[], Item], seconds: float, limit: str) -> Item:
+    """The result of a call within `seconds`. A thread cannot be stopped: a call over the limit goes on, unread.
+
+    Raises:
+        TimeoutError: names the `limit`.
+        Exception: that of the call; RuntimeError if it tried to end the process.
+    """
+    results: list[Item] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            errors.append(error)
+        except BaseException as error:  # sys.exit() ends the thread, and not the run
+            errors.append(RuntimeError(f"{type(error).__name__}: {one_line(error)}"))
+
+    thread = threading.Thread(target=work, daemon=True, name=limit)
+    thread.start()
+    thread.join(seconds)
+    for error in errors:
+        raise error
+    if not results:
+        raise TimeoutError(f"took longer than {seconds:g} s ({limit})")
+    return results[0]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from lowlevel.errors import ConfigError, LowlevelError, one_line, quoted
+from lowlevel.heartbeat import limited
 
 KEY = "OPENAI_API_KEY"
 HERE = ("localhost", "127.0.0.1", "::1")
@@ -48,7 +49,7 @@ class Endpoint:
     url: str
     model: str
     key: str | None = None
-    timeout: float = 120.0
+    timeout: float = 120.0  # seconds for one answer
     attempts: int = 6
     wait: Callable[[float], None] = time.sleep
     note: Callable[[str], None] = lambda line: None  # gets a line for each new reason to wait
@@ -72,7 +73,7 @@ class Endpoint:
         problem = ""
         for attempt in range(self.attempts):
             try:
-                return self._ask(messages)
+                return self._in_time(messages)
             except _PassingError as passing:
                 problem = str(passing)
                 if attempt + 1 < self.attempts:
@@ -84,6 +85,12 @@ class Endpoint:
                     self.wait(seconds)
         raise EndpointError(f"{self.url}: no answer in {self.attempts} attempts; the last one: {problem}")
 
+    def _in_time(self, messages: Sequence[Mapping[str, str]]) -> str:
+        try:  # a socket's time limit is that of its next byte: an answer that trickles in would never end
+            return limited(lambda: self._ask(messages), self.timeout, "the limit of an answer")
+        except TimeoutError as error:
+            raise _PassingError(str(error)) from None
+
     def _ask(self, messages: Sequence[Mapping[str, str]]) -> str:
         body = json.dumps({"model": self.model, "messages": list(messages), **self.settings}).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
@@ -92,7 +99,7 @@ class Endpoint:
         try:
             with build_opener(_NoRedirection).open(request, timeout=self.timeout) as response:
                 answer = json.loads(response.read(LARGEST_ANSWER))
-            text, usage = answer["choices"][0]["message"]["content"], answer.get("usage") or {}
+            text, usage = answer["choices"][0]["message"]["content"], answer.get("usage")
             if not isinstance(text, str):
                 raise ValueError("the content is no text")
         except HTTPError as error:
@@ -101,7 +108,8 @@ class Endpoint:
             raise _PassingError(self._safe(f"{type(error).__name__}: {one_line(error)}")) from None
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _PassingError(f"malformed answer ({type(error).__name__}: {self._safe(one_line(error))})") from None
-        counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+        counts = usage if isinstance(usage, dict) else {}
+        counts = {name: counts.get(name) for name in ("prompt_tokens", "completion_tokens")}
         self._count(**{name: value for name, value in counts.items() if isinstance(value, int)})
         return text
 

@@ -89,7 +89,8 @@ def judge_runs(
     if missing := [folder for folder in dirs if not folder.is_dir()]:
         raise ConfigError(f"{missing[0]}: no such folder")
     if endpoint:  # a wrong URL, key or model is known before the replies are made
-        endpoint.ask([{"role": "user", "content": "Answer with one word: ready"}])
+        with working("asking the judge whether it is ready"):
+            endpoint.ask([{"role": "user", "content": "Answer with one word: ready"}])
     chats = [conversations(folder, questions, sampling, console) for folder in dirs]
     if endpoint:
         judged = judged_by_endpoint(endpoint, chats, answers)

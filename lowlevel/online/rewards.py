@@ -24,7 +24,6 @@ import math
 import os
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -37,7 +36,7 @@ from torch import Tensor
 from lowlevel.config.online import SampledConfig
 from lowlevel.data.examples import PromptExample
 from lowlevel.errors import ConfigError, one_line
-from lowlevel.heartbeat import working
+from lowlevel.heartbeat import limited, working
 from lowlevel.losses.registry import source_of
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.running.run_folder import check_reward_run
@@ -148,7 +147,7 @@ def _called(function: Function, given: Mapping[str, Any], size: int, timeout: fl
     takes_all = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     named = {name: value for name, value in given.items() if takes_all or name in accepted}
     try:
-        returned = _limited(lambda: function(**named), timeout)
+        returned = limited(lambda: function(**named), timeout, "reward_timeout")
         if not isinstance(returned, Iterable):
             raise TypeError(f"returned {type(returned).__name__}, expected {size} numbers")
         found = [float(value) for value in returned]
@@ -158,28 +157,6 @@ def _called(function: Function, given: Mapping[str, Any], size: int, timeout: fl
         return [math.nan] * size, [f"{len(found)} rewards for {size} completions"]
     bad = [f"a reward is {value}" for value in found if not math.isfinite(value)]
     return [value if math.isfinite(value) else math.nan for value in found], bad
-
-
-def _limited(call: Callable[[], Sequence[float]], seconds: float) -> Sequence[float]:
-    """The result of a call within `seconds`. A thread cannot be stopped: a call over the limit goes on, unread."""
-    results: list[Sequence[float] | Exception] = []
-
-    def work() -> None:
-        try:
-            results.append(call())
-        except Exception as error:
-            results.append(error)
-        except BaseException as error:  # sys.exit() ends the thread, and not the run
-            results.append(RuntimeError(f"{type(error).__name__}: {one_line(error)}"))
-
-    thread = threading.Thread(target=work, daemon=True, name="reward")
-    thread.start()
-    thread.join(seconds)
-    if not results:
-        raise TimeoutError(f"took longer than {seconds:g} s (reward_timeout)")
-    if isinstance(results[0], Exception):
-        raise results[0]
-    return results[0]
 
 
 def _find(name: str, config: SampledConfig, load: Callable[[Path], Function]) -> Function:

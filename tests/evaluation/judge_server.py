@@ -13,7 +13,8 @@ class JudgeServer(ThreadingHTTPServer):
     """Answers with `reply(user's text)`, after the faults of `faults`, one a request, in order.
 
     Faults: an HTTP status as text ("429" with Retry-After 7), "cut" (the body ends early), "closed" (no answer),
-    "html", "empty" (no choices), "null" (a content that is no text), "redirect".
+    "html", "empty" (no choices), "null" (a content that is no text), "redirect", "usage" (a list, and not the counts),
+    "slow headers" and "slow body" (a byte from time to time, without end).
     """
 
     daemon_threads = True
@@ -21,6 +22,7 @@ class JudgeServer(ThreadingHTTPServer):
     def __init__(self, reply: Callable[[str], str], faults: list[str]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply, self.faults, self.lock = reply, faults, threading.Lock()
+        self.ended = threading.Event()
         self.bodies: list[dict] = []
         self.keys: list[str | None] = []
 
@@ -44,9 +46,13 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "closed":
             self.connection.close()
             return
+        if fault and fault.startswith("slow"):
+            self.trickle(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if fault == "slow body" else b""))
+            return
         content = None if fault == "null" else self.server.reply(body["messages"][-1]["content"])
         choices = [] if fault == "empty" else [{"message": {"role": "assistant", "content": content}}]
-        text = json.dumps({"choices": choices, "usage": {"prompt_tokens": 100, "completion_tokens": 10}})
+        usage = [] if fault == "usage" else {"prompt_tokens": 100, "completion_tokens": 10}
+        text = json.dumps({"choices": choices, "usage": usage})
         if fault == "html":
             text = "<html>busy</html>"
         status = 302 if fault == "redirect" else int(fault) if fault and fault.isdigit() else 200
@@ -61,6 +67,14 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text.encode()[: 20 if fault == "cut" else None])
 
+    def trickle(self, start: bytes) -> None:
+        try:
+            self.wfile.write(start)
+            while not self.server.ended.wait(0.02):
+                self.wfile.write(b" ")
+        except OSError:
+            pass
+
     def log_message(self, *args: object) -> None:
         pass
 
@@ -74,5 +88,6 @@ def judge_server(reply: Callable[[str], str], *faults: str) -> Iterator[JudgeSer
     try:
         yield server
     finally:
+        server.ended.set()
         server.shutdown()
         server.server_close()

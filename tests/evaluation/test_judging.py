@@ -38,6 +38,22 @@ def test_another_attempt_after_what_may_pass(fault, first_wait):
     assert ("temperature" in server.bodies[1]) == (fault != "400")  # left out for a model that has only its own
 
 
+@pytest.mark.parametrize("fault", ["slow headers", "slow body"])
+def test_an_answer_that_never_ends(fault):
+    with judge_server(lambda text: "fine", fault) as server:
+        endpoint = endpoint_of(server, waits := [], timeout=0.3)
+        assert endpoint.ask(ASKED) == "fine"
+        with pytest.raises(EndpointError, match=r"took longer than 0.3 s \(the limit of an answer\)$"):
+            server.faults.append(fault)
+            endpoint_of(server, timeout=0.3, attempts=1).ask(ASKED)
+    assert waits == [1.0]
+
+
+def test_counts_that_are_none_are_left_out():
+    with judge_server(lambda text: "fine", "usage") as server:
+        assert endpoint_of(server).ask(ASKED) == "fine"
+
+
 @pytest.mark.parametrize(
     ("faults", "requests", "message"),
     [(["401"], 1, "HTTP 401"), (["404"], 1, "HTTP 404"), (["redirect"], 1, "HTTP 302"),

@@ -13,7 +13,7 @@ from lowlevel.online.rollouts import KeptRollouts
 
 SAMPLE = "lowlevel.online.steps:OnlineSteps.sample"
 SCORE = "lowlevel.online.rewards:Rewards.__call__"
-CALL = "lowlevel.online.rewards:_limited"
+CALL = "lowlevel.online.rewards:limited"
 UNLIKE = ("sampling_seconds", "rewarding_seconds", "ratio")
 SLOW = pytest.mark.slow
 
