@@ -78,6 +78,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
     pairs, others_say = data.format in PAIRS, "dpo, kto and reward"
     columns = "data.columns is for sft, dpo and reward; reward functions receive all columns"
     messages = 'data.format = "messages" is for sft and kto'
+    together = not kto and config.train.data_order == "shuffled_pairs"
     needed_mode = no_adapter and "model.adapter_mode" in given and mode != "none"
     return [
         (bool(others), f'[{"], [".join(others)}] is not used when method = "{config.method}"{hint}'),
@@ -89,6 +90,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
         (not paired and "data.max_prompt_length" in given, "data.max_prompt_length is for dpo and reward"),
         (not sft and "data.weight_column" in given, "data.weight_column is for sft"),
         (not (sft or config.method == "dpo") and data.supervise == "all", 'data.supervise = "all" is for sft and dpo'),
+        (together, 'train.data_order = "shuffled_pairs" is for kto: in other methods a pair is one example'),
         ((kto or online) and bool(data.columns), columns),
         (paired and data.format == "messages", f'{messages}; {config.method} takes "preference"'),
         (not no_adapter and mode == "none", 'model.adapter is set, but model.adapter_mode = "none" ignores it'),

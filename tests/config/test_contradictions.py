@@ -63,6 +63,7 @@ sft model.load_in_4bit=false model.bnb_4bit_quant_type=nf4 | model.bnb_4bit_* | 
 sft model.load_in_4bit=false model.bnb_4bit_use_double_quant=true | model.bnb_4bit_* | model.load_in_4bit = true
 sft trace.level=pair | trace.level needs trace.every or trace.steps
 sft trace.gradients=true | trace.gradients needs trace.every or trace.steps
+dpo train.data_order=shuffled_pairs | "shuffled_pairs" is for kto
 grpo data.columns=a | data.columns is for sft | reward functions receive all columns
 grpo grpo.num_generations=3 | = 8 completions are not a multiple of grpo.num_generations 3
 grpo grpo.max_completion_length=256 | leaves no prompt: data.max_length is 256
