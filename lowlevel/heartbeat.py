@@ -142,11 +142,9 @@ def counted(what: str, items: Collection[Item], unit: str = "") -> Iterator[Item
 
 
 def limited(call: Callable[[], Item], seconds: float, limit: str) -> Item:
-    """The result of a call within `seconds`. A thread cannot be stopped: a call over the limit goes on, unread.
+    """The result of a call, or its exception, within `seconds`; else a TimeoutError that names the `limit`.
 
-    Raises:
-        TimeoutError: names the `limit`.
-        Exception: that of the call; RuntimeError if it tried to end the process.
+    A thread cannot be stopped: a call over the limit goes on, unread.
     """
     results: list[Item] = []
     errors: list[Exception] = []
