@@ -2,6 +2,7 @@
 # For a machine with a T4: install beside its torch, check it, and measure what runs/README.md predicts.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+nvidia-smi -L >/dev/null 2>&1 || { echo "runs/t4.sh measures an NVIDIA GPU, and nvidia-smi finds none here" >&2; exit 1; }
 mkdir -p out/t4
 {
     python3 -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >out/t4/torch.txt &&
