@@ -36,7 +36,7 @@ from lowlevel.running.run import returned, run_steps
 Model = str | Path | None  # a hub name or a folder
 Rows = Any  # a path or hub name, or rows: dicts, a datasets.Dataset, a torch Dataset
 Adapter = Run | str | Path | None
-Reward = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None
+Reward = Run | str | Callable[..., Any] | Sequence[Run | str | Callable[..., Any]] | None
 
 
 def sft(model: Model = None, data: Rows = None, **settings: Any) -> Run:
@@ -98,7 +98,7 @@ def grpo(
     Args:
         model: as in `sft`.
         data: as in `sft`; rows of which only the prompt is needed. A last reply is the reference of reward functions.
-        reward: one or several reward functions: names, folders of reward runs, "module:function", or functions
+        reward: one or several reward functions: names, reward runs or their folders, "module:function", or functions
             (lowlevel/online/rewards.py says with what they are called).
         adapter: as in `dpo`.
         **settings: see `train`.
@@ -142,7 +142,8 @@ def train(
     Args:
         method: "sft", "dpo", "kto", "reward", "grpo", "rloo", "ppo", "online_dpo", or a resolved configuration and then
             no settings.
-        callbacks: objects whose methods are called at each step, log line, evaluation, checkpoint and at the end.
+        callbacks: `lowlevel.Callback` objects, whose methods are called at each step, log line, evaluation, checkpoint
+            and at the end.
         resume: continue the run in `output_dir` from its newest good checkpoint, with the same data and settings.
         restart: discard the run in `output_dir`.
         allow_change: with `resume`, names of what may differ from the checkpoint, as the refusal prints them.
@@ -227,10 +228,11 @@ def configure(
 def _reward_names(reward: Reward) -> list[str] | None:
     if reward is None:
         return None
-    given = [reward] if isinstance(reward, str) or callable(reward) else reward
-    if not isinstance(given, Sequence) or not all(isinstance(one, str) or callable(one) for one in given):
+    given = [reward] if isinstance(reward, Run | str) or callable(reward) else reward
+    if not isinstance(given, Sequence) or not all(isinstance(one, Run | str) or callable(one) for one in given):
         raise ConfigError(f"reward: expected names or functions, got {quoted(repr(reward))}")
-    return [rewards.name_of(one) if callable(one) else one for one in given]
+    named = [str(one.path) if isinstance(one, Run) else one for one in given]
+    return [rewards.name_of(one) if callable(one) else one for one in named]
 
 
 def _section_of(key: str, method: str) -> str:
@@ -256,6 +258,8 @@ def _steps(
     config: RunConfig, console: Console | None, callbacks: Sequence[Callback], options: Mapping[str, Any]
 ) -> Generator[StepResult, None, Run]:
     """The steps of `run_steps`, then the run."""
+    if not isinstance(callbacks, Sequence) or not all(isinstance(one, Callback) for one in callbacks):
+        raise ConfigError(f"callbacks: expected a list of lowlevel.Callback objects, got {quoted(repr(callbacks))}")
     quiet_libraries()
     console = (console or make_console()) if is_first() else Console(quiet=True)
     taken = run_steps(config, console, callbacks=callbacks, **options)

@@ -24,6 +24,7 @@ _KEYWORDS = [
         (r"(step|checkpoint) (\d+)", r"\1=\2"),
         (r"[a-z]+\.(\w+) (\w+)", r'\1="\2"'),
         (r"allow-change\b", "allow_change"),
+        (r"what-if\b", "what_if:"),
     )
 ]
 LONGEST_QUOTE = 80  # characters of an input value quoted in a message

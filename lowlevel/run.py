@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -96,11 +96,17 @@ class Run:
         return verify_run(self.opened, step=step, **options)
 
     @_long
-    def replay(self, step: int, *, start: int | None = None) -> Replay:
-        """Take a step again, from checkpoint `start` or the newest one before it, and compare it with the log."""
+    def replay(
+        self, step: int, *, start: int | None = None, what_if: Mapping[str, str | float] | None = None
+    ) -> Replay:
+        """Take a step again, from checkpoint `start` or the newest one before it, and compare it with the log.
+
+        `what_if`, such as {"beta": 0.3}: take it under these settings as well; `print()` shows both.
+        """
         from lowlevel.replaying.replay import replay_run
 
-        return replay_run(self.opened, step, start=start)
+        settings = ",".join(f"{name}={value}" for name, value in (what_if or {}).items())
+        return replay_run(self.opened, step, start=start, settings=[settings] if settings else ())
 
     @_long
     def generate(self, prompt: str, *, system: str | None = None, **sampling: Any) -> str:

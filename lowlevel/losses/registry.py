@@ -189,13 +189,16 @@ def check_result(spec: LossSpec, logps: Any, settings: Mapping[str, Any], leaf: 
         size: pairs or tokens; loss and metrics must be (size,).
 
     Raises:
-        ValueError: it raises, returns another shape or type, or its gradient is missing, NaN or infinite.
+        ValueError: it raises, returns another shape or type, names a metric "loss", or its gradient is missing, NaN or
+            infinite.
     """
     what = f"loss_type {spec.name!r}"
     try:
         result = spec(logps, settings)
     except Exception as error:
         raise ValueError(f"{what} failed on a trial batch: {type(error).__name__}: {error}") from error
+    if "loss" in result[1]:
+        raise ValueError(f"{what}: a metric is named 'loss', as the loss itself: give it another name")
     for name, value in {"loss": result[0], **result[1]}.items():
         if not isinstance(value, Tensor) or value.shape != (size,):
             found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

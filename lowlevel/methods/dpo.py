@@ -195,6 +195,8 @@ def _sums_of(batch: PackedBatch, pairs: PairLogps, output: DPOOutput, reference_
 
 def preference_loss(config: DPOConfig) -> PreferenceLoss:
     """The configured loss. Raises ValueError for an unknown one, or a hyper-parameter that it does not use."""
+    if keys := sorted({"beta", "label_smoothing"} & config.loss_kwargs.keys()):
+        raise ValueError(f"loss_type {config.loss_type!r}: {keys[0]} is a key of its own: not in loss_kwargs")
     given = {name: getattr(config, name) for name in HYPERPARAMETERS} | dict(config.loss_kwargs)
     return PreferenceLoss.of(config.loss_type, beta=config.beta, label_smoothing=config.label_smoothing, **given)
 

@@ -50,6 +50,13 @@ def test_without_callbacks_nothing_of_a_step_is_kept(api, dpo, same):
     assert same(api.dpo("observed", callbacks=[Recorder()]), dpo)
 
 
+@pytest.mark.parametrize("callbacks", [Recorder(), [Recorder], [lambda step: None]])
+def test_what_is_no_list_of_callbacks_is_refused(api, callbacks):
+    with pytest.raises(ll.LowlevelError, match=r"callbacks: expected a list of lowlevel\.Callback objects, got"):
+        api.dpo("uncalled", callbacks=callbacks)
+    assert not (api.folder / "uncalled").exists()
+
+
 @pytest.mark.parametrize("moment", ["on_step", "on_log", "on_save"])
 def test_an_exception_in_a_callback_fails_the_run(api, moment):
     class Failing(ll.Callback):

@@ -71,7 +71,11 @@ def test_a_run_opened_with_its_rows(dpo, rows):
     assert run.inspect(example=5).examples[0].row == 5
     report = run.verify()
     assert report.ok
-    replayed = run.replay(4)
+    replayed = run.replay(4, what_if={"beta": 4 * run.config.dpo.beta})
+    actual, other = replayed.outcomes
+    assert other.numbers["rewards/margins"] == pytest.approx(4 * actual.numbers["rewards/margins"], rel=1e-5)
+    with pytest.raises(LowlevelError, match="^what_if: betta=1: expected NAME=VALUE"):
+        run.replay(4, what_if={"betta": 1})
     assert replayed.exact and replayed.first_difference is None and replayed.rows
     assert isinstance(run.generate(rows["dpo"][0]["prompt"], max_new_tokens=4), str)
     assert run.policy.trainable_names()
@@ -90,5 +94,6 @@ def test_data_that_cannot_be_rows(api):
 def test_a_dpo_run_starts_from_a_run(api, sft):
     run = api.dpo("stacked", adapter=sft, max_steps=1)
     assert run.config.model.adapter == str(sft.path)
+    assert ll.configure("grpo", reward=[sft, "length"]).grpo.reward == (str(sft.path), "length")
     assert run.metrics[0]["rewards/margins"] == 0
     assert run.folder.read_manifest()["parent_adapter"]

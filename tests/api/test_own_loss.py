@@ -122,6 +122,10 @@ def bad_metric(pairs, *, beta):
     return plain(pairs, beta=beta), {"share": 0.5}
 
 
+def named_loss(pairs, *, beta):
+    return plain(pairs, beta=beta), {"loss": pairs.deltas}
+
+
 def bad_rows(tokens):
     return -tokens.token_logps[:1]
 
@@ -134,6 +138,8 @@ def bad_rows(tokens):
         ("dpo", without_gradient, {}, "has no gradient"),
         ("dpo", not_finite, {}, "NaN or infinite"),
         ("dpo", bad_metric, {}, "'share'"),
+        ("dpo", named_loss, {}, "a metric is named 'loss'"),
+        ("dpo", plain, {"loss_kwargs": {"beta": 1.0}}, "beta is a key of its own"),
         ("dpo", shifted, {}, "KeyError: 'score'"),  # data.columns is missing
         ("dpo", plain, {"loss_kwargs": {"gama": 1.0}}, "gama"),
         ("sft", bad_rows, {}, "expected a tensor of shape (4,)"),
