@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         content = None if fault == "null" else self.server.reply(body["messages"][-1]["content"])
         choices = [] if fault == "empty" else [{"message": {"role": "assistant", "content": content}}]
-        usage = [] if fault == "usage" else {"prompt_tokens": 100, "completion_tokens": 10}
+        usage = [1] if fault == "usage" else {"prompt_tokens": 100, "completion_tokens": 10}
         text = json.dumps({"choices": choices, "usage": usage})
         if fault == "html":
             text = "<html>busy</html>"
