@@ -89,9 +89,7 @@ def describe(record: dict[str, Any], method: str | None = None) -> str:
     shown = [
         form.format(record[key])
         for key, form in LINE_KEYS.items()
-        if key in record
-        and not (key in HIDE_AT_ZERO and not record[key])
-        and not (key == EQUAL_REWARDS and method == "ppo")
+        if key in record and (record[key] or key not in HIDE_AT_ZERO) and (key != EQUAL_REWARDS or method != "ppo")
     ]
     return "  ".join(shown)
 
