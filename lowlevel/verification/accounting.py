@@ -100,10 +100,9 @@ def _parameter(subject: Subject, evidence: Evidence, name: str) -> Check:
         return check(GROUP, title, 0.0, 0.0, f"the loss refuses {new:g}: {one_line(refused)}")
     expected = float((losses - exact_losses(evidence.logps, subject.config)).sum())
     size = float(losses.abs().sum())
-    scale = size if all(subject.tied) else abs(expected) or 1.0
-    error = abs(found - expected) / scale
+    scale = (size if all(subject.tied) else abs(expected)) or 1.0
     bound = max(1e-3, subject.bounds.layout_loss * 10 * size / scale)
     note = f"{old:g} -> {new:g} changes the loss by {expected / len(losses):+.4g}, relative"
     if all(subject.tied):
         note = "not visible in this step: every pair is one completion twice, so all margins are 0"
-    return check(GROUP, title, error, min(bound, 0.5), note)
+    return check(GROUP, title, abs(found - expected) / scale, min(bound, 0.5), note)

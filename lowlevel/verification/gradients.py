@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -115,10 +116,9 @@ def _hidden_check(subject: Subject, evidence: Evidence) -> Check:
 
 
 def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
-    """A step's flat gradient against float64 autograd, and in random directions against central differences."""
+    """`float64_checks` of a step of pairs or plain examples."""
     examples = list(subject.examples)[: evidence.exact]
     _, gradient = subject.run_step(examples=examples)
-    gradient = gradient.double().cpu()
     assert evidence.model is not None
     model, sequences = evidence.model, evidence.sequences[: evidence.exact]
     with torch.no_grad():
@@ -137,11 +137,18 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
         )
         return exact_losses(logps, subject.config).sum() / count_of(logps)
 
-    weights = flat64(subject)
+    return float64_checks(subject, mean_loss, gradient, f"{len(examples)} examples")
+
+
+def float64_checks(subject: Subject, loss: Callable[[Tensor], Tensor], gradient: Tensor, examples: str) -> list[Check]:
+    """A step's flat gradient (n,) against autograd of `loss` in float64, and central differences in random directions.
+
+    `loss`: of the adapter's weights (n,), float64. `examples` is for the note.
+    """
+    weights, gradient = flat64(subject), gradient.double().cpu()
     leaf = weights.clone().requires_grad_()
-    (exact,) = torch.autograd.grad(mean_loss(leaf), leaf)
-    note = f"{len(weights):,} weights, {len(examples)} examples, relative l2"
-    error = relative(gradient, exact, subject.cancelled)
+    (exact,) = torch.autograd.grad(loss(leaf), leaf)
+    note, error = f"{len(weights):,} weights, {examples}, relative l2", relative(gradient, exact, subject.cancelled)
     checks = [check(GROUP, "step, float64 autograd", error, subject.bounds.gradient, note)]
     if subject.detaches:
         return [*checks, left_out()]
@@ -152,7 +159,7 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
         direction /= torch.linalg.vector_norm(direction)
         h = STEP * float(torch.linalg.vector_norm(weights))
         with torch.no_grad():
-            slope = float(mean_loss(weights + h * direction) - mean_loss(weights - h * direction)) / (2 * h)
+            slope = float(loss(weights + h * direction) - loss(weights - h * direction)) / (2 * h)
         errors.append(abs(float(gradient @ direction) - slope) / scale)
     note = f"{DIRECTIONS} random directions, in parts of the gradient's norm"
     return [*checks, check(GROUP, "step, central differences", max(errors), subject.bounds.gradient, note)]

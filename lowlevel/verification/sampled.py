@@ -17,14 +17,10 @@ from torch import Tensor
 from lowlevel.config.online import ClippedConfig, GRPOConfig, PPOConfig
 from lowlevel.losses import SampledLogps
 from lowlevel.online.rollouts import Rollout
-from lowlevel.verification.evidence import flat64
 from lowlevel.verification.exact import Scored, base_parameters, exact_model, scores64
 from lowlevel.verification.formulas import in_float64
-from lowlevel.verification.gradients import left_out
-from lowlevel.verification.subject import Check, Subject, check, largest, packed, relative, with_batches_of
-
-DIRECTIONS = 3
-STEP = 1e-4  # of the adapter's norm
+from lowlevel.verification.gradients import float64_checks
+from lowlevel.verification.subject import Check, Subject, check, largest, packed, with_batches_of
 
 
 def sampled_checks(subject: Subject) -> list[Check]:
@@ -207,21 +203,4 @@ def _gradient(
         logps = [scores[0][:, 0] for scores in model.examples(flat, sequences)]
         return step_loss(subject.method, rollouts, logps, references)
 
-    weights = flat64(subject)
-    leaf = weights.clone().requires_grad_()
-    (exact,) = torch.autograd.grad(loss(leaf), leaf)
-    own_gradient, bound = gradient.double().cpu(), subject.bounds.gradient
-    note = f"{len(weights):,} weights, {len(rollouts)} completions, relative l2"
-    checks = [check("gradients", "step, float64 autograd", relative(own_gradient, exact), bound, note)]
-    if subject.detaches:
-        return [*checks, left_out()]
-    errors = []
-    for seed in range(DIRECTIONS):
-        direction = torch.randn(len(weights), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        h = STEP * float(weights.norm()) / float(direction.norm())
-        with torch.no_grad():
-            slope = float(loss(weights + h * direction) - loss(weights - h * direction)) / (2 * h)
-        scale = float(exact.norm()) * float(direction.norm()) or 1.0
-        errors.append(abs(float(own_gradient @ direction) - slope) / scale)
-    note = f"{DIRECTIONS} random directions, in parts of the gradient's norm"
-    return [*checks, check("gradients", "step, central differences", max(errors), bound, note)]
+    return float64_checks(subject, loss, gradient, f"{len(rollouts)} completions")

@@ -95,11 +95,6 @@ def relative(value: Tensor, expected: Tensor, least: float = 0.0) -> float:
     return difference / (max(float(torch.linalg.vector_norm(expected)), least) or 1.0)
 
 
-def is_tied(example: Any) -> bool:
-    """Whether a pair is one completion twice (online_dpo, equal rewards), so that its margin and gradient are 0."""
-    return bool(np.array_equal(example.chosen_ids, example.rejected_ids))
-
-
 @dataclass(frozen=True)
 class Subject:
     """The input of every check."""
@@ -126,14 +121,14 @@ class Subject:
 
     @cached_property
     def tied(self) -> list[bool]:
-        """Whether `is_tied`, by example."""
-        return [self.paired and is_tied(x) for x in self.examples]
+        """By example: whether it is one completion twice (online_dpo, equal rewards), with margin and gradient 0."""
+        return [self.paired and np.array_equal(x.chosen_ids, x.rejected_ids) for x in self.examples]
 
     @cached_property
     def cancelled(self) -> float:
-        """Norm of the gradient that cancels in tied pairs up to rounding: errors are relative to it, at least.
+        """Norm of the step's gradient if tied pairs had a rejected completion of one token; 0 without any.
 
-        It is that of the step if each tied pair's rejected completion ends after one token; 0 without such pairs.
+        Both sides of such a pair are of about this size and cancel up to rounding: errors are relative to it, at least.
         """
         if not any(self.tied):
             return 0.0
