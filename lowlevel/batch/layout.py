@@ -99,6 +99,13 @@ class PackedBatch:
         """(N,) bool: scored positions that belong to a sequence."""
         return self.sequence_ids < len(self.lengths)
 
+    @property
+    def tied(self) -> Tensor:
+        """(examples,) bool, of pairs: both completions are the same tokens, as in online_dpo for equal rewards."""
+        targets = torch.cat([self.scored_targets, self.scored_targets.new_full((1,), IGNORED)])[self.sequence_index]
+        chosen, rejected = targets.chunk(2)
+        return (chosen == rejected).all(-1)
+
     def values(self, columns: Sequence[str]) -> dict[str, Tensor]:
         """The rows' numeric columns by name, (examples,) fp32 each; 0 for dummy examples."""
         return {} if self.row_values is None else dict(zip(columns, self.row_values, strict=True))

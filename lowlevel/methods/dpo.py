@@ -164,6 +164,10 @@ def _pair_logps(
     real = batch.real.repeat(2)
     chosen, rejected = torch.where(real, logps, -1.0).chunk(2)
     ref_chosen, ref_rejected = torch.where(real, ref_logps, -1.0).chunk(2)
+    # One completion twice: one number twice, so the gradient is 0 and not rounding, which AdamW would make a step of.
+    rejected, ref_rejected = (
+        torch.where(batch.tied, first, second) for first, second in ((chosen, rejected), (ref_chosen, ref_rejected))
+    )
     chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
     return PairLogps(
         chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths,

@@ -90,7 +90,7 @@ def pairs_of(rollouts: Sequence[Rollout], *, masked: bool = False) -> list[Prefe
     """The completions of each prompt with the highest and the lowest reward, the first of equal ones.
 
     Left out are those without a reward and, if `masked`, without an end. If all are equal, nothing is preferred: the
-    pair is one completion twice, whose gradient is 0 up to rounding.
+    pair is one completion twice, whose gradient is 0.
     """
     groups: dict[int, list[Rollout]] = {}
     for x in rollouts:

@@ -1,4 +1,4 @@
-"""A step of online DPO whose pairs are one completion twice: margins and gradient are 0 up to rounding."""
+"""A step of online DPO whose pairs are one completion twice: margins and gradient are 0."""
 
 from dataclasses import replace
 
@@ -23,6 +23,14 @@ def test_rounding_is_no_failure(tied, exact):
     evidence = gather(tied if exact else replace(tied, exact_parameters=0))
     checks = [*gradient_checks(tied, evidence), *(invariance_checks(tied, evidence) if exact else [])]
     assert len(checks) > 2 and not [one for one in checks if not one.ok]
+
+
+def test_the_gradient_of_a_tie_is_zero_and_not_rounding(tied):
+    assert not tied.run_step()[1].any()
+    mixed = replace(
+        tied, examples=(replace(tied.examples[0], rejected_ids=tied.examples[0].rejected_ids[:1]), *tied.examples[1:])
+    )
+    assert mixed.run_step()[1].any()
 
 
 def test_a_tie_with_a_gradient_fails(tied):
