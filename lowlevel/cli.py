@@ -173,7 +173,7 @@ def _is_number(word: str) -> bool:
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Split the arguments into words and `--section.key value` or `--section.key=value` overrides, in any order.
 
-    Raises ConfigError: a key without a value, or with two.
+    Raises ConfigError: a key without a value, or two sources.
     """
     rest: list[str] = []
     overrides: dict[str, str] = {}
@@ -191,8 +191,8 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
             if not words or words[0].startswith("--"):
                 raise ConfigError(f"{word} needs a value")
             value = words.pop(0)
-        if overrides.get(name, value) != value:
-            hint = "; [[data.sources]] in a run file mixes several" if name == "data.source" else ""
-            raise ConfigError(f"--{name} is given twice: {quoted(overrides[name])} and {quoted(value)}{hint}")
+        if name == "data.source" and overrides.get(name, value) != value:  # of other keys the last value wins
+            both = f"{quoted(overrides[name])} and {quoted(value)}"
+            raise ConfigError(f"--{name} is given twice: {both}; [[data.sources]] in a run file mixes several")
         overrides[name] = value
     return rest, overrides
