@@ -91,6 +91,7 @@ def evaluate_run(
 def load_tasks(names: Sequence[str], num_fewshot: int | None) -> dict[str, Any]:
     """Tasks and groups by name or file, with their data. Raises ConfigError, also for settings of generation."""
     try:
+        import datasets
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         hint = "pip install 'lowlevel[eval]' (lm-eval 0.4.13)"
@@ -98,6 +99,7 @@ def load_tasks(names: Sequence[str], num_fewshot: int | None) -> dict[str, Any]:
     from lowlevel.evaluation.harness import generation_settings
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     files = {name: Path(name).resolve() for name in names if name.endswith(SUFFIXES)}
     if missing := [name for name, path in files.items() if not path.is_file()]:
         raise ConfigError(f"--tasks {missing[0]}: no such file")
