@@ -51,12 +51,13 @@ def prompts_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows[: options.prompts * (options.steps + options.warmup)]
 
 
-def rewards_of(options: argparse.Namespace) -> Callable[..., list[float]]:
+def rewards_of(options: argparse.Namespace) -> Callable[..., list[float | None]]:
     """The reward as TRL calls it: completions are lists of messages."""
 
-    def reward(completions: list[Any], reference_text: list[str], **columns: Any) -> list[float]:
+    def reward(completions: list[Any], reference_text: list[str], **columns: Any) -> list[float | None]:
         texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
-        return right_answer(texts, columns["answer"]) if options.model == "demo" else gsm8k(texts, reference_text)
+        found = right_answer(texts, columns["answer"]) if options.model == "demo" else gsm8k(texts, reference_text)
+        return list(found)
 
     return reward
 

@@ -19,7 +19,8 @@ from benchmarks.shapes import SPANS
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.order import DataOrder
 from lowlevel.config.file import config_from_tables
-from lowlevel.running.assembly import build_method, prepare_data
+from lowlevel.methods.choice import build_method
+from lowlevel.running.assembly import prepare_data
 
 
 def positions(batches: Iterable[PackedBatch]) -> int:

@@ -76,7 +76,7 @@ def measure(name: str, method: Any, options: argparse.Namespace) -> dict[str, An
     predicted, config = forecast(shape, config, plan, placement), planned(config, plan)
     attention = choose_attention(config.model, settings, placement) if cuda else Attention(NAMES["math"], "no GPU")
     policy = build_policy(
-        random_base(settings, placement, attention),
+        random_base(settings, placement, attention, None),
         config.lora,
         placement,
         seed=0,
@@ -86,7 +86,7 @@ def measure(name: str, method: Any, options: argparse.Namespace) -> dict[str, An
     )
     dequantize_as_set(policy, config.train.dequantize_once)
     optimizer, built = build_optimizer(policy.flat.weights, config.train), build_method(config, attention)
-    inputs: Any = SimpleNamespace(placement=placement, attention=attention)
+    inputs: Any = SimpleNamespace(placement=placement, attention=attention, shards=None)
     execution = WithFallback(policy, built, choose_execution(config, inputs), lambda line: print(line, file=sys.stderr))
     rows = rows_of(method, length, settings.vocab_size)
     batches = built.micro_batches(rows)

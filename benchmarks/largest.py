@@ -96,7 +96,7 @@ def quantised_linear(layer: nn.Linear, dtype: torch.dtype, device: torch.device)
 
 
 def measure(
-    shape: dict[str, int], steps: int, cap_gib: float, offload: bool, rows: int, ranks: Ranks, shard: bool
+    shape: dict[str, Any], steps: int, cap_gib: float, offload: bool, rows: int, ranks: Ranks, shard: bool
 ) -> dict[str, Any]:
     """Train and say what it took."""
     limit_memory(cap_gib)

@@ -50,7 +50,8 @@ def with_loss(config: RunConfig, loss: str) -> RunConfig:
 def measure(policy: Policy, config: RunConfig, steps: int) -> dict[str, Any]:
     """Median seconds of a step, and the mode that it ran in."""
     config, inputs = check_run(config)
-    method, rows = build_method(config, inputs.attention), inputs.data.train
+    method: Any = build_method(config, inputs.attention)
+    rows = inputs.data.train
     trouble: list[str] = []
     execution = WithFallback(policy, method, choose_execution(config, inputs), trouble.append)
     optimizer = build_optimizer(policy.flat.weights, config.train)
@@ -79,7 +80,7 @@ def main() -> None:
         folder, (case,) = Path(scratch), select(["lowlevel_dpo_2x4_eager"])
         workload_process(folder, options.shape, LENGTHS.get(options.shape, 512), options.steps * ROWS_PER_STEP, 300)
         config, inputs = check_run(case_config(case, folder, folder / "run", options.steps))
-        policy, table = build_run_policy(config, inputs), []
+        policy, table = build_run_policy(config, inputs), list[dict[str, Any]]()
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         for loss in options.losses:
             row = {"loss": loss, **measure(policy, with_loss(config, loss), options.steps)}

@@ -86,7 +86,7 @@ def train(options: argparse.Namespace, loss: str, seed: int, folder: Path) -> An
     return ll.train(method, console=Console(quiet=True), **settings)
 
 
-def held_out(options: argparse.Namespace) -> tuple[Any, list[PreferenceExample]]:
+def held_out(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     """Tokenizer and examples of the held-out pairs, from the run's own preparation of rows."""
     config: RunConfig = ll.configure(
         "dpo", model=options.model, data=options.held_out, max_length=options.max_length, on_bad_row="skip"

@@ -21,7 +21,7 @@ from lowlevel import __version__
 from lowlevel.batch.order import DataOrder
 from lowlevel.config.schema import RunConfig
 from lowlevel.methods.choice import build_method, fitted
-from lowlevel.running.assembly import Inputs, check_inputs, with_plan
+from lowlevel.running.assembly import Inputs, check_run
 from lowlevel.running.progress import make_console
 from lowlevel.running.run_folder import RunFolder
 
@@ -84,9 +84,7 @@ def measure(job: Job, meter: Meter) -> Measured:
     """Run the case and count what it did."""
     config = case_config(job.case, Path(job.workload), Path(job.scratch) / job.case.name, job.steps)
     records, mode = run_metered(config, meter)
-    inputs = check_inputs(config)
-    if config.train.memory_budget is not None:
-        config = with_plan(config, inputs)
+    config, inputs = check_run(config)
     tokens, computed, positions = count(config, inputs, job.steps)
     if records[-1]["num_tokens"] != computed:
         raise ValueError(f"the run computed {records[-1]['num_tokens']} tokens, {computed} were counted")

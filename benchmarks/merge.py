@@ -57,7 +57,8 @@ def losses(run_dir: Path) -> dict[str, float]:
                 again = model.model_copy(update={"name": folder, "revision": None})
                 found["original base, quantised again"] = held_out_loss(run, load_base(again, placement).eval())
     run.activate(run.stages[-1])
-    merged = run.policy.model.merge_and_unload()
+    peft_model: Any = run.policy.model
+    merged = peft_model.merge_and_unload()
     found["merge_and_unload into the 4-bit model"] = held_out_loss(run, merged, attention)
     return found
 

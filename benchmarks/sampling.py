@@ -17,6 +17,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def prompts_of(policy: Policy, number: int, length: int) -> list[list[int]]:
 
 def hugging_face(policy: Policy, new: int) -> Callable[[list[list[int]]], Any]:
     """Its generate as people call it: sampling, a growing cache."""
-    base, device = policy.causal_lm, policy.placement.device
+    base: Any = policy.causal_lm
+    device = policy.placement.device
     settings: Any = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": new, "min_new_tokens": new,
                      "use_cache": True, "pad_token_id": 0}  # fmt: skip
 
@@ -192,8 +194,8 @@ def main() -> None:
         synchronize()
         print(f"{name}: first token {time.perf_counter() - began:.2f} s after the sampler was made", flush=True)
         for batch in options.batches:
-            add(name, batch, lambda prompts, own=sampler: own.sample(prompts, Sampling(options.new, 1.0)),
-                options.repeats)  # fmt: skip
+            sampling = Sampling(options.new, 1.0)
+            add(name, batch, partial(sampler.sample, sampling=sampling), options.repeats)
             report(policy, sampler, batch, options)
             if (why := sampler.steps.failure) is not None:
                 print("".join(traceback.format_exception(why)), flush=True)

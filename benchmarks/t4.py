@@ -20,11 +20,12 @@ import argparse
 import csv
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ def count_case(case: Case, shape: str, folder: Path, head: str, plan: Plan | Non
         plan = plan or best_plan(sizes, config, Placement(torch.device("cuda"), "fp16"), budget)
         config = planned(config, plan)
     plan = default_plan(sizes, config)
-    examples = prepare_data(config)[1].train
+    examples: Any = prepare_data(config)[1].train
     parts = [examples[i : i + ROWS_PER_STEP] for i in range(0, len(examples), ROWS_PER_STEP)]
     tokens = [sum(peer_tokens(part, case.method)) for part in parts]
     median = tokens.index(statistics.median_low(tokens))
@@ -195,7 +196,7 @@ def scaled(profile: Path, counted: Mapping[str, Counted]) -> list[dict[str, obje
     """Rows of a profile's cases: its times by kind of kernel, longer by what the data sheets say."""
     from benchmarks.runner import read_table
 
-    by_case: dict[str, float] = Counter()
+    by_case = defaultdict[str, float](float)
     for row in read_table(profile):
         if row["kind"] not in ("wall clock", "GPU busy"):
             here, t4 = (DATASHEETS[name] for name in (next(n for n in DATASHEETS if n in row["gpu"]), "T4"))

@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.demo_base.skills import draw, draw_followup
 from lowlevel.demo.world import CURT, ENDINGS, MIDDLES, OPENERS, POLITE, ROWS, SPLITS
@@ -136,7 +137,7 @@ def check_items(n: int, seed: int) -> list[Item]:
     return list(items.values())[:n]
 
 
-def shipped() -> Iterator[tuple[str, list[dict[str, object]]]]:
+def shipped() -> Iterator[tuple[str, list[Any]]]:
     """The files of lowlevel/demo/rows: name and rows."""
     for name, make in (("sft", sft_rows), ("preference", preference_rows), ("prompt", prompt_rows)):
         for split in SPLITS:
