@@ -98,16 +98,19 @@ class Untrained:
         }
         self._parameters = parameters
         self._masters: dict[str, Tensor] = {}
+        self._grads: dict[str, Tensor | None] = {}
 
     def trains(self) -> None:
         """The parameters now hold the trained weights: remember these."""
         self._masters = {name: p.data for name, p in self._parameters.items()}
+        self._grads = {name: p.grad for name, p in self._parameters.items()}
 
     def show(self, trained: bool) -> None:
         """Let the parameters hold the trained weights, or those of the base."""
         assert trained or self.kept is not None
         for name, tensor in (self._masters if trained else self.kept or {}).items():
             self._parameters[name].data = tensor
+            self._parameters[name].grad = self._grads[name] if trained else None  # the compiler wants equal dtypes
 
     @torch.no_grad()
     def restart(self) -> None:

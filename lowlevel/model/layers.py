@@ -48,19 +48,25 @@ class DecoderLayers:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for number, layer in enumerate(self.layers):
             forward = inspect.unwrap(type(layer).forward)  # transformers 5.23 wraps it in a checkpoint of its own
-            if compiled:  # torch keeps compiled graphs by code object: all layers share them
-                forward = torch.compile(forward, fullgraph=True, options={**COMPILER, **compiler_options()})
             keep = partial(self.host.keeping, number) if self.host else nullcontext
-            bound = _bind(forward, layer, number < self.recomputed, keep)
-            layer.forward = self._with_marks(bound) if compiled else bound  # type: ignore[method-assign]
+            run = _bind(forward, layer, number < self.recomputed, keep)
+            if compiled:  # torch keeps compiled graphs by code object: all layers share them
+                fast = torch.compile(forward, fullgraph=True, options={**COMPILER, **compiler_options()})
+                run = self._with_marks(_bind(fast, layer, number < self.recomputed, keep), run)
+            layer.forward = run  # type: ignore[method-assign]
         self._require_input_grads(compiled)
         self.compiled = compiled
 
-    def _with_marks(self, forward: Forward) -> Forward:
-        """Mark the sizes that change between batches as dynamic, so that one graph serves every shape."""
+    def _with_marks(self, forward: Forward, plain: Forward) -> Forward:
+        """Mark the sizes that change between batches as dynamic, so that one graph serves every shape.
+
+        `plain` runs where there is no batch, as in Hugging Face's generate.
+        """
         mark = torch._dynamo.maybe_mark_dynamic
 
         def run(hidden_states: Tensor, **arguments: Any) -> Tensor:
+            if "spans" not in arguments:
+                return plain(hidden_states, **arguments)
             rotary, spans = arguments["position_embeddings"], arguments["spans"]
             for tensor in (hidden_states, *rotary, arguments["position_ids"], self.dropout.token_keys, spans[3]):
                 if tensor is not None:

@@ -7,7 +7,9 @@ from helpers import VOCABULARY, make_policy, save_random_adapter
 
 from lowlevel.batch.layout import build_batch, sft_segment
 from lowlevel.hashing import key32
+from lowlevel.model.attention_choice import NAMES
 from lowlevel.sampling import PlainSampler, Sampling, completion_keys
+from lowlevel.sampling.cached_model import misfit
 from lowlevel.sampling.fast import FastSampler
 
 STOP = 7  # among the likelier tokens of the random base
@@ -50,6 +52,17 @@ def trained_logps(policy, prompt, ids, temperature=1.0):
     policy.dropout.token_keys = keys
     logits = hidden @ policy.lm_head_weight.T / temperature
     return logits.log_softmax(-1).gather(1, batch.scored_targets[:, None])[:, 0].numpy()
+
+
+def test_compiled_layers_are_left_out_where_there_is_no_packed_batch(tiny_base, prompts):
+    """A run's sampler is made after its layers are compiled, and compares itself with plain transformers."""
+    policy = make_policy(tiny_base, attention=NAMES["math"])
+    plain = PlainSampler(policy.model, policy.placement, [STOP])
+    before = plain.sample(prompts, Sampling(4))
+    policy.layers.use(compiled=True)
+    assert misfit(policy.causal_lm, policy.placement) is None
+    for (one,), (other,) in zip(plain.sample(prompts, Sampling(4)), before, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
 
 
 @pytest.mark.parametrize("stage", ["policy", "reference", "base"])
