@@ -98,6 +98,7 @@ class _FusedTokenScores(torch.autograd.Function):
                 part_grad.copy_(grad_logits @ weight)
                 if grad_weight is not None:
                     grad_weight += grad_logits.T @ part.to(weight.dtype)
+                del grad_logits  # before the next chunk's logits
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 

@@ -107,16 +107,20 @@ def test_log_probabilities_are_the_trainers_after_updates_without_a_new_capture(
 
 
 def test_modes_and_hugging_face_agree(policy):
-    """Greedy tokens: equal in fp32; in fp16 a rounding may decide a tie, and everything behind it differs."""
+    """Greedy tokens: where two differ first, they are as likely to the trainer, so that a rounding decided."""
     own = prompts()
     made = {mode: FastSampler(policy.model, policy.placement, [7], slots=8, mode=mode) for mode in ("eager", "graphed")}
     found = {mode: [g[0].ids.tolist() for g in one.sample(own, Sampling(30))] for mode, one in made.items()}
     found["plain"] = [
         g[0].ids.tolist() for g in PlainSampler(policy.model, policy.placement, [7]).sample(own, Sampling(30))
     ]
-    allowed = 0 if policy.placement.precision == "fp32" else 4
+    bound = 2e-2 if policy.placement.precision == "fp16" else 1e-4
     for mode in ("eager", "graphed"):
-        assert sum(a != b for a, b in zip(found[mode], found["plain"], strict=True)) <= allowed
+        for prompt, one, other in zip(own, found[mode], found["plain"], strict=True):
+            if one != other:
+                first = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+                logps = [trained_logps(policy, prompt, np.array(ids[: first + 1]))[-1] for ids in (one, other)]
+                assert abs(logps[0] - logps[1]) < bound, (mode, first, logps)
 
 
 def test_samples_do_not_depend_on_the_batch(policy):
