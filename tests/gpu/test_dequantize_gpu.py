@@ -28,7 +28,7 @@ def test_the_kernel_gives_bitsandbytes_numbers_bit_for_bit(shape, dtype, nested,
     values[0] *= 100
     packed, state = bnb.functional.quantize_4bit(values.to(dtype), quant_type=kind, compress_statistics=nested)
     weight = Quantised.of(packed, state)
-    assert _kernel_takes(weight, dtype)
+    assert _kernel_takes(weight, dtype) == (values.numel() % 8 == 0)
     found = dequantize(weight, dtype)
     assert torch.equal(found, bnb.functional.dequantize_4bit(packed, state))
     assert torch.equal(found, dequantize_reference(weight, dtype))

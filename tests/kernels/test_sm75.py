@@ -62,9 +62,9 @@ def compile_plainly(function: Any, types: dict[str, str], constants: dict[str, A
 def dequantize_kernel(nested: bool, dtype: str) -> Any:
     from lowlevel.kernels import dequantize as module
 
-    types = {"packed": "*u8", "code": "*fp32", "absmax": "*u8" if nested else "*fp32", "code2": "*fp32"}
+    types = {"words": "*i32", "code": "*fp32", "absmax": "*u8" if nested else "*fp32", "code2": "*fp32"}
     types |= {"absmax2": "*fp32", "offset": "*fp32", "out": f"*{dtype}", "count": "i32"}
-    constants = {"blocksize": 64, "blocksize2": 256, "nested": nested, "size": module.BYTES}
+    constants = {"blocksize": 64, "blocksize2": 256, "nested": nested, "size": module.WORDS}
     return compile_plainly(module.kernel(), types, constants, module.LAUNCH)
 
 
@@ -106,7 +106,7 @@ def test_kernels_that_move_bytes_compile_for_a_t4(name: str, dtype: str, tmp_pat
     registers, spilled = ptxas(ptx, tmp_path)
     assert registers * 32 * 4 * 2 <= 65536 and spilled == 0  # at least two programs of 4 warps a multiprocessor
     if name.startswith("4-bit"):
-        assert dtype == "fp32" or "st.global.v4" in ptx  # 16-bit weights, which a T4 runs on: 16 bytes at a time
+        assert "ld.global.v4" in ptx and "st.global.v4" in ptx  # 16 bytes at a time
         assert "fma.rn" not in ptx  # a fused multiply-add would round once where bitsandbytes rounds twice
 
 
