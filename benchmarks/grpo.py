@@ -38,6 +38,7 @@ FIELDS = ("tool", "precision", "prompts", "generations", "new", "step_seconds", 
           "peak_allocated_gib", "steps", "status", "model", "rank", "gpu", "torch", "transformers", "peft",
           "bitsandbytes", "trl", "commit", "started")  # fmt: skip
 RATE = 1e-5
+NEVER = -1  # a stop token that no vocabulary has
 
 
 def prompts_of(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -70,10 +71,11 @@ def median(values: list[float], options: argparse.Namespace) -> float:
 def lowlevel_steps(options: argparse.Namespace) -> dict[str, Any]:
     """This project, by its Python API."""
     import lowlevel as ll
-    from lowlevel.data.rendering import ChatTokenizer
+    import lowlevel.online.steps as online
+    from lowlevel.sampling import build_sampler
 
     if options.no_end:
-        ChatTokenizer.stop_ids = property(lambda self: [-1])  # type: ignore[assignment, method-assign]
+        online.build_sampler = lambda model, placement, stop_ids, note: build_sampler(model, placement, [NEVER], note)
     total: list[float] = []
     found: dict[str, list[float]] = {}
     began = time.perf_counter()

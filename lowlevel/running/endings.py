@@ -1,11 +1,13 @@
 """How a run ends: signals, one error with an exit code, and run-status.json.
 
-SIGTERM and SIGINT end a run at once while it is prepared, and at the next step boundary while it trains. A second
-signal ends the process at once. Imports nothing heavy, so that a command handles signals from its first line on.
+SIGTERM and SIGINT end a run at once while it is prepared, when the compiler has finished while it compiles, and at the
+next step boundary while it trains. A second signal ends the process at once. Imports nothing heavy, so that a command
+handles signals from its first line on.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -30,7 +32,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.signum = 0
-        self._deferred = False
+        self._deferred = self._compiling = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -51,14 +53,33 @@ class Interrupts:
         finally:
             self._deferred = False
 
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Inside the block, the first signal is stored, and raises KeyboardInterrupt at the block's end.
+
+        An exception that passes through torch's compiler can abort the process, with a traceback of C++ functions.
+        """
+        self._compiling = True
+        try:
+            with self.deferred():
+                yield
+        finally:
+            self._compiling = False
+        if self.signum:
+            raise KeyboardInterrupt
+
     def on_signal(self, signum: int, frame: object) -> None:
         """Raise KeyboardInterrupt for a first signal outside `deferred`, and SystemExit for a second signal.
 
         These are not subclasses of Exception, so that libraries do not catch them.
         """
         if self.signum:
+            if self._compiling:
+                os._exit(128 + signum)
             raise SystemExit(128 + signum)
         self.signum = signum
+        if self._compiling:
+            os.write(2, b"\nstopping when the compiler has finished; a second signal ends the process at once\n")
         if not self._deferred:
             raise KeyboardInterrupt
 

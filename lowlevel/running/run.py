@@ -135,7 +135,8 @@ def _steps(
     state = start.begin(job, found)
     engine = Engine(job, folder, start.console)
     announce(start.console, config, job.inputs, job.policy, job.order, ranks)
-    engine.rehearse()
+    with interrupts.compiling():
+        engine.rehearse()
     opened: AbstractContextManager[Sequence[Callback]] = nullcontext(())
     explained: AbstractContextManager[None] = nullcontext()
     if ranks.first:

@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import helpers
@@ -108,6 +110,29 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(space, tmp_path, mo
     said = run("sft", path, *(["--resume"] if place == "evaluate_examples" else []))
     assert said.code == 0, said.err
     assert_whole(tmp_path / "early", space)
+
+
+def test_a_signal_while_a_run_compiles_waits_for_the_compiler(space, tmp_path, monkeypatch, capfd):
+    compiled = []
+
+    def rehearse(engine):
+        os.kill(os.getpid(), signal.SIGINT)
+        compiled.append(engine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lowlevel.running.job.Engine, "rehearse", rehearse)
+        at_step(patch, 1, lambda: pytest.fail("a step was taken"))
+        said = run("sft", space.write("early", "sft", folder=tmp_path, train=EVERY, data=HOLDOUT))
+    assert said.code == 130, said.err
+    assert compiled and status(tmp_path / "early")["state"] == "preempted"
+    assert "stopping when the compiler has finished" in said.err + capfd.readouterr().err
+
+
+def test_a_second_signal_while_a_run_compiles_ends_the_process():
+    code = "import os; from lowlevel.running.endings import Interrupts as I\nwith I() as one, one.compiling():\n"
+    code += "    os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); print('on')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (143, "")
 
 
 @pytest.mark.parametrize("place", ["check_run", "restore_state"])
