@@ -134,7 +134,9 @@ def test_a_lost_rank_ends_all(whole, space, rank, kind):
     if method == "dpo" and kind == signal.SIGSTOP:
         pytest.skip("sft says it")  # grpo: a rank may be lost while it samples
     lost = space.folder / f"lost-{method}-{rank}-{kind.name}"
-    process = start(method, write(space, lost.name, method, ddp_timeout=10, max_steps=400, save_steps=2))
+    process = start(
+        method, write(space, lost.name, method, execution="eager", ddp_timeout=10, max_steps=400, save_steps=2)
+    )
     lines = iter(process.stdout.readline, "")
     next(line for line in lines if line.startswith("step 5/"))
     pids = ranks_of(process)
@@ -152,7 +154,7 @@ def test_a_lost_rank_ends_all(whole, space, rank, kind):
 def test_one_gpu_goes_on_with_a_run_of_two(whole, space):
     method, _, two = whole
     begun = space.folder / f"begun-{method}"
-    config = write(space, begun.name, method)
+    config = write(space, begun.name, method, execution="eager")  # no compiler: sooner at the third step
     process = start(method, config)
     next(line for line in iter(process.stdout.readline, "") if line.startswith("step 3/"))
     process.send_signal(signal.SIGTERM)
