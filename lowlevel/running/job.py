@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from lowlevel.execution import WithFallback
 from lowlevel.heartbeat import working
 from lowlevel.loop import check_evaluation, evaluate_examples
 from lowlevel.methods import DPO, Method, PolicyGradient
-from lowlevel.methods.choice import build_method, fitted
+from lowlevel.methods.choice import build_method, fitted, run_loss
 from lowlevel.model.base import policy_sha256
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
@@ -148,7 +148,15 @@ class Engine:
 
 
 def evaluation_batches(method: Method, config: RunConfig, inputs: Inputs) -> list[PackedBatch]:
-    """Held-out rows as micro-batches, in the order of the data."""
+    """Held-out rows as micro-batches, in the order of the data.
+
+    Packed ones are up to four times as large as in training: without a backward pass there is room for that, and few
+    large ones cost less than many small ones, up to some 4,096 positions.
+    """
     rows: Sequence[Any] = inputs.data.evaluation
     size = max(1, len(rows)) if config.method == "kto" else config.rows_per_step  # mismatched completions of all rows
+    if method.shape is not None and method.packing and not run_loss(config).mixes_pairs:
+        capacity = method.shape.capacity
+        larger = max(1, min(4, 4096 // capacity))
+        method, size = replace(method, shape=replace(method.shape, capacity=larger * capacity)), larger * size
     return [batch for start in range(0, len(rows), size) for batch in method.micro_batches(rows[start : start + size])]

@@ -4,6 +4,7 @@ import copy
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import helpers
 import numpy as np
@@ -28,6 +29,7 @@ from lowlevel.methods.kto import KTO
 from lowlevel.methods.reward import Reward
 from lowlevel.methods.sft import SFT
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
+from lowlevel.running.job import evaluation_batches
 from lowlevel.running.rehearsal import largest_batch, rehearse
 
 SHAPE = Shape(positions=16, examples=4, longest=64, capacity=96)
@@ -296,6 +298,18 @@ def test_an_evaluation_that_cannot_be_compiled_falls_back_too(tiny_base, monkeyp
     found = execution.until_it_runs(lambda: evaluate_examples(policy, method, batches, prefix="eval_"))
     assert found == wanted and not policy.layers.compiled
     assert notes == ["execution: compiled failed (no compiler here); continuing eager"]
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto"])
+def test_an_evaluation_takes_larger_micro_batches_for_the_same_numbers(tiny_base, name):
+    policy, (method, examples) = helpers.make_policy(tiny_base, attention=SPANS), methods(SHAPE)[name]
+    inputs: Any = SimpleNamespace(data=SimpleNamespace(evaluation=4 * examples))
+    larger = evaluation_batches(method, RunConfig(method=name), inputs)
+    plain = method.micro_batches(inputs.data.evaluation)
+    widths = [max(batch.input_ids.numel() for batch in batches) for batches in (plain, larger)]
+    assert widths[0] <= SHAPE.capacity < widths[1] <= 4 * SHAPE.capacity and len(larger) < len(plain) / 2
+    found, wanted = (evaluate_examples(policy, method, batches, prefix="") for batches in (larger, plain))
+    assert found == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in wanted.items()}
 
 
 def test_a_rehearsal_that_cannot_be_compiled_falls_back_too(tiny_base, monkeypatch):
