@@ -25,6 +25,7 @@ from lowlevel.inspection import labelled, pairs, rewards, sampled, sft
 from lowlevel.inspection.example import Example, View
 from lowlevel.inspection.inspection import Inspection, logged_loss
 from lowlevel.inspection.pieces import TokenPieces
+from lowlevel.methods.choice import fitted
 from lowlevel.online import rollouts
 from lowlevel.running.reopening import Reopened, kept_rollouts, step_examples
 from lowlevel.running.run_folder import RunFolder
@@ -69,8 +70,9 @@ def inspect_run(
     kept = kept_rollouts(config, folder.path, step) if step and config.method == "online_dpo" else []
     examples = rollouts.step_examples(config, kept) if kept else examples
     run = opened.load(weights.adapter, reference=True)
-    inspect, view = METHODS[run.method.name]
-    found = inspect(run.policy, run.method, examples)
+    method = fitted(run.method, config, data.train)
+    inspect, view = METHODS[method.name]
+    found = inspect(run.policy, method, examples)
     if config.method == "online_dpo":
         found = sampled.with_groups(found, examples, kept, config.online_dpo)
     return Inspection(
@@ -79,8 +81,8 @@ def inspect_run(
         weights=f"{weights.line}; the moving reference as it was then" if run.policy.moving else weights.line,
         logged=logged_loss(folder.read_metrics(), step, config) if step is not None else None,
         pieces=TokenPieces(run.tokenizer),
-        method=run.method,
-        view=view(run.method),
+        method=method,
+        view=view(method),
         examples=tuple(found),
     )
 

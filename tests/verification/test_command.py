@@ -10,11 +10,15 @@ from rich.console import Console
 from workspace import run
 
 from lowlevel.config.file import load_config
+from lowlevel.inspection.opening import inspect_run
+from lowlevel.methods.choice import build_method, fitted
+from lowlevel.model.attention_choice import NAMES, Attention
+from lowlevel.preflight import numerics
 from lowlevel.running.reopening import reopen
 from lowlevel.running.run import run_training
-from lowlevel.verification.opening import verify_run
+from lowlevel.verification.opening import make_subject, open_run, verify_run
 from lowlevel.verification.report import print_checks, run_checks
-from lowlevel.verification.subject import Check
+from lowlevel.verification.subject import Check, Subject
 
 
 def verify(path, *options) -> str:
@@ -76,6 +80,23 @@ def test_a_failed_check_is_one_line_and_is_written(finished, monkeypatch, tmp_pa
     assert "a note" in said.out
     written = json.loads((tmp_path / "result.json").read_text())
     assert written["checks"][0]["measured"] is None and not written["ok"] and written["loss"] == "cross_entropy"
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_verify_inspect_and_doctor_lay_out_the_batch_as_the_run_does(finished, method, monkeypatch):
+    spans = Attention(NAMES["math"], "as on a GPU")  # on a CPU batches have no shape
+    opened = replace(reopen(finished / f"run-{method}"), attention=spans)
+    rows, plain = opened.data()[1].train, build_method(opened.config, spans)
+    shape = fitted(plain, opened.config, rows).shape
+    assert shape not in (None, plain.shape)
+    assert make_subject(open_run(opened), rows[:4], 0, 0).method.shape == shape
+    assert inspect_run(opened, step=2).method.shape == shape
+
+    inputs, seen = replace(numerics.check_inputs(config := numerics.demo_config(method)), attention=spans), []
+    monkeypatch.setattr(numerics, "check_inputs", lambda config: inputs)
+    monkeypatch.setattr(Subject, "run_step", lambda subject: seen.append(subject.method) or 1 / 0)
+    pytest.raises(ZeroDivisionError, numerics.one_step, method)
+    assert seen[0].shape == fitted(build_method(config, spans), config, inputs.data.train).shape
 
 
 def test_a_run_from_python(finished):
