@@ -28,7 +28,7 @@ def accounting_checks(subject: Subject, evidence: Evidence) -> list[Check]:
 
 def _division(subject: Subject, evidence: Evidence) -> Check:
     """A step's logged loss against sum / count in float64: by the run's execution, and in ragged micro-batches."""
-    expected = evidence.step_loss(subject)
+    expected = evidence.step_loss()
     notes: list[str] = []
     execution = subject.execution(notes)
     taken = [subject.run_step(execution=execution)[0] for _ in range(3 if subject.mode == "graphed" else 1)]
@@ -37,10 +37,10 @@ def _division(subject: Subject, evidence: Evidence) -> Check:
         taken += [subject.run_step(with_batches_of(subject.method, n))[0] for n in (1, 3)]
     losses = [result.metrics["loss"] for result in taken]
     error = max(abs(loss - expected) for loss in losses) / (abs(expected) or 1.0)
-    by_weight = " by weight" if evidence.weights else ""
+    by_weight = " by weight" if subject.weights(subject.examples) else ""
     note = f"{expected:.7f} = sum / {subject.method.unit}{by_weight} of the step, float64"
     rounding = 0.3 * subject.head_bound(evidence.largest_logit)  # rms of an even spread
-    bound = subject.bounds.layout_loss * 5 + evidence.loss_error(rounding, subject.config) / (abs(expected) or 1.0)
+    bound = subject.bounds.layout_loss * 5 + evidence.loss_error(rounding) / (abs(expected) or 1.0)
     return check(GROUP, "step loss", error, bound, note)
 
 
@@ -65,7 +65,7 @@ def _loss_scale(subject: Subject) -> Check:
 
 def _alone(subject: Subject, evidence: Evidence) -> Check:
     """A user's own loss in float64: each example alone against all of the step together."""
-    together = exact_losses(evidence.logps, subject.config)
+    together = evidence.losses
     alone = [evidence.logps_of(slice(number, number + 1)) for number in range(len(subject.examples))]
     parts = [exact_losses(logps, subject.config) for logps in alone]
     error = largest(together - torch.cat(parts)) / (largest(together) or 1.0)
@@ -98,7 +98,7 @@ def _parameter(subject: Subject, evidence: Evidence, name: str) -> Check:
         if not subject.spec.own:
             raise
         return check(GROUP, title, 0.0, 0.0, f"the loss refuses {new:g}: {one_line(refused)}")
-    expected = float((losses - exact_losses(evidence.logps, subject.config)).sum())
+    expected = float((losses - evidence.losses).sum())
     size = float(losses.abs().sum())
     scale = (size if all(subject.tied) else abs(expected)) or 1.0
     bound = max(1e-3, subject.bounds.layout_loss * 10 * size / scale)

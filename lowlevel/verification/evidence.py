@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlevel.config.schema import RunConfig
+from lowlevel.losses import LabelledLogps, PairLogps, PairRewards, TokenLogps
 from lowlevel.methods.kto import KTO
 from lowlevel.verification.exact import ExactModel, HeadScores, Scored, base_parameters, exact_model, head_scores
-from lowlevel.verification.formulas import Logps, count_of, exact_losses, logps_of, value_slopes
+from lowlevel.verification.formulas import Logps, count_of, exact_losses, value_slopes, with_tokens
 from lowlevel.verification.subject import Subject
 
 BUDGET = 1.5e10  # parameters x tokens of a float64 pass: seconds on a CPU core
@@ -24,17 +24,15 @@ BUDGET = 1.5e10  # parameters x tokens of a float64 pass: seconds on a CPU core
 class Evidence:
     """Results by example, without dropout."""
 
+    subject: Subject
     sequences: list[list[Scored]]
     sums: list[dict[str, Tensor]]  # `method.loss` of a micro-batch that holds the example alone
     policy: list[HeadScores]
     reference: list[HeadScores] | None  # None if the loss has no reference
     values: Mapping[str, Tensor]  # numeric columns that the loss reads, one number an example; kto: also "kl"
     kl: Tensor | None  # () of the training path, kto
-    statistics: tuple[str, ...]  # names of those that the loss reads
-    weights: list[Tensor] | None  # of the scored tokens in the loss, by example
     model: ExactModel | None  # in float64; None if the base is too large
     exact: int  # how many examples are run through it
-    rewards: bool = False  # scores are rewards and not log-probabilities
 
     @property
     def tokens(self) -> int:
@@ -55,30 +53,34 @@ class Evidence:
         """The same of some of the examples."""
         reference = None if self.reference is None else by_side(self.reference[part])
         values = {name: column[part] for name, column in self.values.items()}
-        weights = None if self.weights is None else self.weights[part]
-        policy = by_side(self.policy[part])
-        return logps_of(policy, reference, values, self.statistics, weights, rewards=self.rewards)
+        return logps_of(self.subject, self.subject.examples[part], by_side(self.policy[part]), reference, values)
 
-    def steepest(self, config: RunConfig) -> float:
+    @cached_property
+    def losses(self) -> Tensor:
+        """The configured loss of each pair or example (P,), or token (N,), float64."""
+        return exact_losses(self.logps, self.subject.config)
+
+    def steepest(self) -> float:
         """How far an error of one nat in each sequence can move the loss of an example, the largest of all."""
         ids = self.logps.sequence_ids
         assert ids is not None
         zeros = torch.zeros(int(ids.max()) + 1, dtype=torch.float64)
-        found = value_slopes(self.logps, config)
+        found = value_slopes(self.logps, self.subject.config)
         parts = [zeros.scatter_reduce(0, ids, slope.abs().sum(1), "amax") for slope in found]
         return float(torch.stack(parts).reshape(-1, len(self.policy)).sum(0).max())
 
-    def loss_error(self, nats: float, config: RunConfig) -> float:
+    def loss_error(self, nats: float) -> float:
         """Error of the step's loss, rms, if each token's log-probability has an independent error of `nats`.
 
         First order: the slopes of the loss in all of them, under policy and reference.
         """
-        square = float(sum(slope.square().sum() for slope in value_slopes(self.logps, config)))
+        slopes = value_slopes(self.logps, self.subject.config)
+        square = float(sum(slope.square().sum() for slope in slopes))
         return nats * math.sqrt(square) / count_of(self.logps)
 
-    def step_loss(self, subject: Subject) -> float:
+    def step_loss(self) -> float:
         """What the step must log: the sum over the step, divided once."""
-        return float(exact_losses(self.logps, subject.config).sum()) / count_of(self.logps)
+        return float(self.losses.sum()) / count_of(self.logps)
 
 
 def gather(subject: Subject) -> Evidence:
@@ -90,12 +92,49 @@ def gather(subject: Subject) -> Evidence:
     policy, reference = head_scores_of(subject, subject.examples)
     size, names = base_parameters(subject.policy), subject.method.statistics
     model = exact_model(subject.policy, subject.config.model, names) if size <= subject.exact_parameters else None
-    values, weights = subject.values(subject.examples), subject.weights(subject.examples)
+    values = subject.values(subject.examples)
     if isinstance(subject.method, KTO):
         scores = [by_side(one or []) for one in head_scores_of(subject, subject.method.mismatched(subject.examples))]
         values["kl"] = mean_logratio(*scores).expand(len(sequences))
-    within, rewards = _within(size, sequences), subject.rewards
-    return Evidence(sequences, sums, policy, reference, values, kl, names, weights, model, within, rewards)
+    return Evidence(subject, sequences, sums, policy, reference, values, kl, model, _within(size, sequences))
+
+
+def logps_of(
+    subject: Subject,
+    examples: Sequence[Any],
+    policy: Sequence[Sequence[Tensor]],
+    reference: Sequence[Sequence[Tensor]] | None,
+    values: Mapping[str, Tensor],
+) -> Logps:
+    """What the loss reads of some examples, from scores (n, 1 + K) [example][chosen, rejected] or [example][whole].
+
+    `reference` is None without one; `values`: numeric columns of the rows, one number an example; for kto with "kl".
+    """
+    tokens = torch.cat(sequences := _sequences(policy))
+    lengths = torch.tensor(list(map(len, sequences)))
+    ids = torch.arange(len(lengths)).repeat_interleave(lengths)
+    if subject.rewards:
+        return PairRewards(*tokens[:, 0].chunk(2), values=values)
+    statistics = dict(zip(subject.method.statistics, tokens[:, 1:].unbind(1), strict=True))
+    if subject.method.name == "sft":
+        weights = subject.weights(examples)
+        return TokenLogps(
+            tokens[:, 0], ids, lengths, values, statistics, None if weights is None else torch.cat(weights)
+        )
+    of_reference = tokens.new_zeros(len(tokens), 1) if reference is None else torch.cat(_sequences(reference))
+    empty = tokens.new_zeros(len(policy))
+    rows: Logps
+    if "kl" in values:
+        rows = LabelledLogps(empty, empty, values["label"] > 0, values["kl"], sequence_ids=ids)
+    else:
+        more: dict[str, Any] = {"sequence_ids": ids, "values": values, "statistics": statistics}
+        rows = PairLogps(empty, empty, empty, empty, *lengths.chunk(2), **more)
+    return with_tokens(rows, tokens, of_reference[:, :1])
+
+
+def _sequences(examples: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """All chosen completions, then all rejected ones."""
+    return [example[side] for side in range(len(examples[0])) for example in examples]
 
 
 def mean_logratio(policy: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -110,10 +149,11 @@ def head_scores_of(subject: Subject, examples: Sequence[Any]) -> tuple[list[Head
     policy, reference = [], []
     for example in examples:
         (batch,) = subject.batches(examples=[example])
-        policy.append(head_scores(subject.policy, batch, subject.method.statistics))
+        given = subject.policy, batch, subject.method.statistics, subject.temperature
+        policy.append(head_scores(*given))
         if subject.method.has_reference:
             with subject.policy.reference():
-                reference.append(head_scores(subject.policy, batch, subject.method.statistics))
+                reference.append(head_scores(*given))
     return policy, reference or None
 
 

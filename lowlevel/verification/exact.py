@@ -64,14 +64,14 @@ def sequences_of(example: Any, paired: bool, rewards: bool = False) -> list[Scor
     return [Scored(ids, np.array([len(ids)]) if rewards else np.arange(first, len(ids))) for ids in wholes]
 
 
-def head_scores(policy: Policy, batch: PackedBatch, needs: Sequence[str] = ()) -> HeadScores:
+def head_scores(policy: Policy, batch: PackedBatch, needs: Sequence[str] = (), temperature: float = 1.0) -> HeadScores:
     """Score a micro-batch's tokens twice from the same hidden states: by the training path, and in float64.
 
-    Targets are read from `batch.targets`; dummy positions are left out.
+    Targets are read from `batch.targets`; dummy positions are left out. Logits are divided by `temperature`.
     """
     policy.dropout.disable()
     with torch.no_grad():
-        hidden = policy.scored_hidden_states(batch)
+        hidden = policy.scored_hidden_states(batch) / temperature
         scores, statistics = policy.scores(hidden, batch.scored_targets, needs)
         path = torch.stack([scores, *statistics.values()], dim=1)
         targets = batch.targets.flatten()[batch.scored_positions]

@@ -7,7 +7,7 @@ from elsewhere. A user's own loss is its own formula: its function is called in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,45 +22,6 @@ from lowlevel.losses import SFT_LOSSES, LabelledLogps, PairLogps, PairRewards, T
 from lowlevel.losses.registry import LossSpec, find
 
 Logps = PairLogps | TokenLogps | LabelledLogps | PairRewards
-
-
-def logps_of(
-    policy: Sequence[Sequence[Tensor]],
-    reference: Sequence[Sequence[Tensor]] | None,
-    values: Mapping[str, Tensor],
-    statistics: Sequence[str] = (),
-    weights: list[Tensor] | None = None,
-    *,
-    rewards: bool = False,
-) -> Logps:
-    """What a loss reads, from scores [example][chosen, rejected] or [example][whole]: (n, 1 + K) each, the
-    log-probability and the `statistics`.
-
-    `reference` is None without one; `values`: numeric columns of the rows, one number an example; for kto with "kl".
-    `weights`: of the tokens of each example in the loss. With `rewards`: a reward (1, 1) of each sequence.
-    """
-    lengths = torch.tensor([len(part) for part in _sequences(policy)])
-    ids = torch.arange(len(lengths)).repeat_interleave(lengths)
-    tokens = torch.cat(_sequences(policy))
-    if rewards:
-        return PairRewards(*tokens[:, 0].chunk(2), values=values)
-    named = dict(zip(statistics, tokens[:, 1:].unbind(1), strict=True))
-    if len(policy[0]) == 1 and "kl" not in values:
-        return TokenLogps(tokens[:, 0], ids, lengths, values, named, None if weights is None else torch.cat(weights))
-    empty = tokens.new_zeros(len(policy))
-    if len(policy[0]) == 1:
-        assert reference is not None
-        rows = LabelledLogps(empty, empty, values["label"] > 0, values["kl"], sequence_ids=ids)
-        return with_tokens(rows, tokens, torch.cat(_sequences(reference)))
-    chosen, rejected = lengths.chunk(2)
-    pairs = PairLogps(empty, empty, empty, empty, chosen, rejected, sequence_ids=ids, values=values, statistics=named)
-    of_reference = tokens.new_zeros(len(tokens), 1) if reference is None else torch.cat(_sequences(reference))
-    return with_tokens(pairs, tokens, of_reference[:, :1])
-
-
-def _sequences(examples: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """All chosen completions, then all rejected ones."""
-    return [example[side] for side in range(len(examples[0])) for example in examples]
 
 
 def with_tokens(logps: Logps, policy: Tensor, reference: Tensor | None) -> Logps:

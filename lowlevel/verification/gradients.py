@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lowlevel.losses import token_logps_reference
 from lowlevel.methods.kto import KTO
-from lowlevel.verification.evidence import Evidence, by_side, flat64, head_scores_of, mean_logratio, reference64
+from lowlevel.verification.evidence import Evidence, flat64, head_scores_of, logps_of, mean_logratio, reference64
 from lowlevel.verification.exact import sequences_of
-from lowlevel.verification.formulas import count_of, exact_losses, gradients, logps_of, slopes, tokens_of, with_tokens
+from lowlevel.verification.formulas import count_of, exact_losses, gradients, slopes, tokens_of, with_tokens
 from lowlevel.verification.subject import Check, Subject, check, kept_weights, largest, relative
 
 GROUP = "gradients"
@@ -66,7 +67,7 @@ def _difference_check(subject: Subject, evidence: Evidence, found: Tensor, size:
     """Central differences of a loss, one number of a token at a time; `found` is its gradient, as `tokens_of`, fp32."""
     logps = evidence.logps
     tokens, reference = tokens_of(logps)
-    double = exact_losses(logps, subject.config).dtype == torch.float64
+    double = evidence.losses.dtype == torch.float64
     h, bound = (1e-5, subject.bounds.closed) if double else (2e-2, COARSE_BOUND["fp32"])
     places = torch.linspace(0, tokens.numel() - 1, min(tokens.numel(), MOST_TOKENS)).long()
     errors = []
@@ -124,7 +125,7 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     with torch.no_grad():
         has_reference = evidence.reference is not None
         reference = model.examples(reference64(subject), sequences) if has_reference else None
-    values, token_weights = subject.values(examples), subject.weights(examples)
+    values = subject.values(examples)
     if isinstance(subject.method, KTO):
         others = [sequences_of(example, False) for example in subject.method.mismatched(examples)]
         with torch.no_grad():  # z0 has no gradient
@@ -132,9 +133,7 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
         values["kl"] = kl.expand(len(examples))
 
     def mean_loss(flat: Tensor) -> Tensor:
-        logps = logps_of(
-            model.examples(flat, sequences), reference, values, model.statistics, token_weights, rewards=subject.rewards
-        )
+        logps = logps_of(subject, examples, model.examples(flat, sequences), reference, values)
         return exact_losses(logps, subject.config).sum() / count_of(logps)
 
     return float64_checks(subject, mean_loss, gradient, f"{len(examples)} examples")
@@ -182,9 +181,7 @@ def _coarse_check(subject: Subject, evidence: Evidence) -> Check:
             with torch.no_grad():
                 flat.add_(gradient, alpha=distance / (float(norm) or 1.0))
             policy, reference = head_scores_of(subject, subject.examples)
-        sides, needs = (by_side(policy), by_side(reference) if reference else None), subject.method.statistics
-        logps = logps_of(*sides, evidence.values, needs, evidence.weights, rewards=subject.rewards)
-        return float(exact_losses(logps, subject.config).sum()) / count_of(logps)
+        return replace(evidence, policy=policy, reference=reference).step_loss()
 
     h = COARSE_STEP[precision] * float(torch.linalg.vector_norm(flat.detach()))
     whole, half = ((loss_at(step) - loss_at(-step)) / (2 * step) for step in (h, h / 2))

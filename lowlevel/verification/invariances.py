@@ -26,7 +26,7 @@ def invariance_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """Loss and gradient of the same step, pairwise. Dropout stays on: its masks must not change either."""
     expected = _step(subject, with_batches_of(subject.method, len(subject.examples)))
     checks = []
-    for name, method in _layouts(subject):
+    for name, method in layouts(subject):
         checks += _compare(subject, name, _step(subject, method), expected)
     padded = _step(subject, batches=[left_padded(subject)])
     checks += _compare(subject, "left padding = right padding", padded, expected)
@@ -39,7 +39,7 @@ def invariance_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     return checks
 
 
-def _layouts(subject: Subject) -> Iterator[tuple[str, Method]]:
+def layouts(subject: Subject) -> Iterator[tuple[str, Method]]:
     """Layouts to compare with one padded micro-batch. A loss that mixes pairs needs them in one micro-batch."""
     method, number = subject.method, len(subject.examples)
     yield "as the run has it", method
@@ -122,7 +122,7 @@ def _execution_checks(subject: Subject, evidence: Evidence) -> list[Check]:
         result, gradient = subject.run_step(execution=execution)
     mode = execution.mode
     execution.use("eager")
-    rounding = evidence.loss_error(math.sqrt(2) * subject.bounds.forward, subject.config)
+    rounding = evidence.loss_error(math.sqrt(2) * subject.bounds.forward)
     found = result.metrics["loss"], gradient
     checks = _compare(subject, f"{subject.mode} = eager", found, expected, rounding)
     fell_back = "; ".join(notes) or f"ran {mode}"

@@ -4,6 +4,7 @@ the forward pass (the whole model in float64) are separate checks."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch import Tensor
 from lowlevel.losses import LabelledLogps, PairLogps, PairRewards, TokenLogps
 from lowlevel.verification.evidence import Evidence, flat64, reference64
 from lowlevel.verification.exact import HeadScores
-from lowlevel.verification.formulas import exact_losses
 from lowlevel.verification.subject import Check, Subject, check, largest
 
 GROUP = "loss"
@@ -36,13 +36,34 @@ def _sum_bound(token: float, longest: int, total: float) -> float:
     return 2 * token * math.sqrt(longest) + 4 * EPS * total
 
 
+def _found(evidence: Evidence, name: str) -> Tensor:
+    """A sum of `method.loss` by example, (P,) float64."""
+    return torch.stack([sums[name].double().cpu() for sums in evidence.sums])
+
+
+def _completion_checks(evidence: Evidence, exact: Mapping[str, Tensor], bound: float, unit: str) -> list[Check]:
+    """The sums over completions; `exact`: by their names in `method.loss`, (P,) each."""
+    errors: dict[str, float] = {}
+    for name, values in exact.items():
+        who = "reference" if "ref_" in name else "policy"
+        errors[who] = max(errors.get(who, 0.0), largest(_found(evidence, name) - values))
+    note = f"{len(evidence.sums)} {unit}"
+    return [check(GROUP, f"completion log-probability, {who}", error, bound, note) for who, error in errors.items()]
+
+
+def _loss_check(subject: Subject, evidence: Evidence, unit: str, bound: float) -> Check:
+    """The loss of each pair or example, if what it reads is off by `bound`."""
+    bound = evidence.steepest() * bound + 4 * EPS * max(1.0, largest(evidence.losses))
+    error = largest(_found(evidence, "loss") - evidence.losses)
+    return check(GROUP, f"loss of {unit}", error, bound, subject.spec.name)
+
+
 def _token_checks(subject: Subject, evidence: Evidence, token: float, longest: int) -> list[Check]:
-    logps, losses = evidence.logps, exact_losses(evidence.logps, subject.config)
+    logps, losses = evidence.logps, evidence.losses
     assert isinstance(logps, TokenLogps)
     zeros = torch.zeros(len(logps.lengths), dtype=torch.float64)
     totals, sums = (zeros.index_add(0, logps.sequence_ids, values.double()) for values in (losses, logps.token_logps))
-    error = largest(torch.stack([s["loss"].double().cpu() for s in evidence.sums]) - totals)
-    steepest = evidence.steepest(subject.config)
+    error, steepest = largest(_found(evidence, "loss") - totals), evidence.steepest()
     bound = _sum_bound(steepest * token, longest, max(largest(totals), steepest * largest(sums)))
     return [check(GROUP, "summed loss of an example", error, bound, subject.spec.name)]
 
@@ -53,53 +74,40 @@ def _pair_checks(subject: Subject, evidence: Evidence, token: float, longest: in
     named = {"logps/chosen": logps.chosen_logps, "logps/rejected": logps.rejected_logps}
     if subject.method.has_reference:
         named |= {"logps/ref_chosen": logps.ref_chosen_logps, "logps/ref_rejected": logps.ref_rejected_logps}
-    keys = (*named, "loss", "rewards/margins")
-    found = {key: torch.stack([s[key].double().cpu() for s in evidence.sums]) for key in keys}
     bound = _sum_bound(token, longest, max(map(largest, named.values())))
-    checks = []
-    for who, prefix in (("policy", "logps/"), ("reference", "logps/ref_"))[: len(named) // 2]:
-        error = max(largest(found[key] - named[key]) for key in (f"{prefix}chosen", f"{prefix}rejected"))
-        note = f"{len(logps.chosen_logps)} pairs"
-        checks.append(check(GROUP, f"completion log-probability, {who}", error, bound, note))
+    checks = _completion_checks(evidence, named, bound, "pairs")
     margins = beta * logps.deltas
     if subject.spec.averages:
         assert logps.chosen_lengths is not None and logps.rejected_lengths is not None
         margins = beta * (logps.chosen_logps / logps.chosen_lengths - logps.rejected_logps / logps.rejected_lengths)
-    error = largest(found["rewards/margins"] - margins)
+    error = largest(_found(evidence, "rewards/margins") - margins)
     checks.append(check(GROUP, "margin of a pair", error, 4 * beta * bound))
     if subject.mixes:
         return checks  # a pair alone has another loss than among others: the step's loss is in `accounting`
-    losses = exact_losses(logps, subject.config)
-    loss_bound = evidence.steepest(subject.config) * bound + 4 * EPS * max(1.0, largest(losses))
-    return [*checks, check(GROUP, "loss of a pair", largest(found["loss"] - losses), loss_bound, subject.spec.name)]
+    return [*checks, _loss_check(subject, evidence, "a pair", bound)]
 
 
 def _labelled_checks(subject: Subject, evidence: Evidence, token: float, longest: int) -> list[Check]:
-    rows, losses = evidence.logps, exact_losses(evidence.logps, subject.config)
+    rows = evidence.logps
     assert isinstance(rows, LabelledLogps) and evidence.kl is not None
-    bound, checks = _sum_bound(token, longest, max(map(largest, (rows.logps, rows.ref_logps)))), []
-    for who, prefix, exact in (("policy", "logps/", rows.logps), ("reference", "logps/ref_", rows.ref_logps)):
-        found = torch.stack([s[f"{prefix}desirable"] + s[f"{prefix}undesirable"] for s in evidence.sums])  # one is 0
-        error, note = largest(found.double().cpu() - exact), f"{len(losses)} examples"
-        checks.append(check(GROUP, f"completion log-probability, {who}", error, bound, note))
+    bound, exact = _sum_bound(token, longest, max(map(largest, (rows.logps, rows.ref_logps)))), dict[str, Tensor]()
+    for label, has in (("desirable", rows.desirable), ("undesirable", ~rows.desirable)):
+        exact |= {f"logps/{label}": rows.logps * has, f"logps/ref_{label}": rows.ref_logps * has}
+    checks = _completion_checks(evidence, exact, bound, "examples")
     error = largest(evidence.kl.double().cpu() - rows.kl)
     note = f"mean log-ratio of the step's mismatched completions, {float(rows.kl[0]):+.6f}"
     checks.append(check(GROUP, "baseline of the step", error, 2 * bound, note))
-    error = largest(torch.stack([s["loss"].double().cpu() for s in evidence.sums]) - losses)
-    loss_bound = evidence.steepest(subject.config) * 2 * bound + 4 * EPS * max(1.0, largest(losses))
-    return [*checks, check(GROUP, "loss of an example", error, loss_bound, subject.spec.name)]
+    return [*checks, _loss_check(subject, evidence, "an example", 2 * bound)]
 
 
 def _reward_checks(subject: Subject, evidence: Evidence, reward: float, longest: int) -> list[Check]:
-    pairs, losses = evidence.logps, exact_losses(evidence.logps, subject.config)
+    pairs = evidence.logps
     assert isinstance(pairs, PairRewards)
     named = {"rewards/chosen": pairs.chosen, "rewards/rejected": pairs.rejected, "rewards/margins": pairs.margins}
-    found = {key: torch.stack([s[key].double().cpu() for s in evidence.sums]) for key in (*named, "loss")}
     bound = 2 * reward + 4 * EPS * max(map(largest, named.values()))
-    error = max(largest(found[key] - named[key]) for key in named)
-    checks = [check(GROUP, "rewards and margin of a pair", error, 2 * bound, f"{len(losses)} pairs")]
-    loss_bound = evidence.steepest(subject.config) * bound + 4 * EPS * max(1.0, largest(losses))
-    return [*checks, check(GROUP, "loss of a pair", largest(found["loss"] - losses), loss_bound, subject.spec.name)]
+    error = max(largest(_found(evidence, name) - exact) for name, exact in named.items())
+    rewards = check(GROUP, "rewards and margin of a pair", error, 2 * bound, f"{len(evidence.sums)} pairs")
+    return [rewards, _loss_check(subject, evidence, "a pair", bound)]
 
 
 def _forward_checks(subject: Subject, evidence: Evidence) -> list[Check]:

@@ -17,23 +17,25 @@ from torch import Tensor
 from lowlevel.config.online import ClippedConfig, GRPOConfig, PPOConfig
 from lowlevel.losses import SampledLogps
 from lowlevel.online.rollouts import Rollout
-from lowlevel.verification.exact import Scored, base_parameters, exact_model, scores64
+from lowlevel.verification.evidence import head_scores_of
+from lowlevel.verification.exact import Scored, base_parameters, exact_model
 from lowlevel.verification.formulas import in_float64
 from lowlevel.verification.gradients import float64_checks
-from lowlevel.verification.subject import Check, Subject, check, largest, packed, with_batches_of
+from lowlevel.verification.invariances import layouts
+from lowlevel.verification.subject import Check, Subject, check, largest, with_batches_of
 
 
 def sampled_checks(subject: Subject) -> list[Check]:
     """All checks of the step's completions. Dropout is off in these methods."""
     rollouts: Sequence[Rollout] = subject.examples
-    heads = [_hidden(subject, x) for x in rollouts]
-    exact, references, values = (list(part) for part in zip(*(head[:3] for head in heads), strict=True))
-    biggest = max(head[3] for head in heads)
-    own_values = values if subject.method.name == "ppo" else None
+    policy, reference = head_scores_of(subject, rollouts)
+    references = [one.exact[:, 0] for one in reference or policy]
+    values = [_values(subject, x) for x in rollouts] if subject.method.name == "ppo" else None
     with torch.no_grad():
-        expected = float(step_loss(subject.method, rollouts, exact, references, own_values))
-    bound = subject.head_bound(biggest)
-    error = max(largest(head[4]) for head in heads)
+        logps = [one.exact[:, 0] for one in policy]
+        expected = float(step_loss(subject.method, rollouts, logps, references, values))
+    bound = subject.head_bound(max(one.largest_logit for one in [*policy, *(reference or [])]))
+    error = max(largest(one.path - one.exact) for one in policy)
     tokens = sum(len(x.completion_ids) for x in rollouts)
     note = f"{tokens:,} tokens, nats, from the same hidden states"
     checks = [check("loss", "token log-probability", error, bound, note)]
@@ -43,7 +45,7 @@ def sampled_checks(subject: Subject) -> list[Check]:
     checks.append(check("loss", "step loss", abs(result.metrics["loss"] - expected), allowed, note))
     checks += _advantages(subject, rollouts)
     checks += _layouts(subject, result.metrics["loss"], gradient)
-    if base_parameters(subject.policy) <= subject.exact_parameters and not own_values:
+    if base_parameters(subject.policy) <= subject.exact_parameters and values is None:
         checks += _gradient(subject, rollouts, gradient, references)
     return checks
 
@@ -124,32 +126,13 @@ def _value_losses(own: PPOConfig, x: Rollout, values: Tensor) -> Tensor:
     return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
 
 
-def _hidden(subject: Subject, x: Rollout) -> tuple[Tensor, Tensor, Tensor, float, Tensor]:
-    """Of one completion alone, from the run's hidden states, in float64: log-probabilities, those of the reference,
-    values; the largest logit, and the error of the training path's log-probabilities.
-    """
-    policy, method = subject.policy, with_batches_of(subject.method, 1)
-    (batch,) = subject.batches(method, [x])
-    own: Any = subject.config.own
-    policy.dropout.disable()
-
-    def exact(hidden: Tensor) -> tuple[Tensor, float]:
-        scores, logit = scores64(hidden / own.temperature, policy.lm_head_weight, batch.scored_targets, ())
-        return scores[:, 0].cpu(), logit
-
-    with torch.no_grad():
-        hidden = policy.scored_hidden_states(batch)
-        path = policy.scores(hidden / own.temperature, batch.scored_targets)[0].double().cpu()
-        found, logit = exact(hidden)
-        reference = found
-        if subject.method.has_reference:
-            with policy.reference():
-                reference, other = exact(policy.scored_hidden_states(batch))
-            logit = max(logit, other)
-        values = torch.zeros(len(found), dtype=torch.float64)
-        if policy.value_head is not None:
-            values = (hidden.double() @ policy.value_head.double()[0]).cpu()
-    return found, reference, values, logit, path - found
+@torch.no_grad()
+def _values(subject: Subject, x: Rollout) -> Tensor:
+    """What the value head gives before each token of a completion, (n,) float64, from the run's hidden states."""
+    (batch,) = subject.batches(with_batches_of(subject.method, 1), [x])
+    assert subject.policy.value_head is not None
+    subject.policy.dropout.disable()
+    return (subject.policy.scored_hidden_states(batch).double() @ subject.policy.value_head.double()[0]).cpu()
 
 
 def _advantages(subject: Subject, rollouts: Sequence[Rollout]) -> list[Check]:
@@ -171,17 +154,10 @@ def _advantages(subject: Subject, rollouts: Sequence[Rollout]) -> list[Check]:
 
 
 def _layouts(subject: Subject, loss: float, gradient: Tensor) -> list[Check]:
-    """The step as the run has it, in other micro-batches, and with shared prompts, against one padded micro-batch."""
-    method, number = subject.method, len(subject.examples)
-    layouts = {
-        "as the run has it": method,
-        f"{number} x 1 = 1 x {number}": with_batches_of(method, 1),
-        f"3 a micro-batch = 1 x {number}": with_batches_of(method, 3),
-        "shared prompts = plain rows": packed(method, number),
-    }
+    """The step in other layouts against one padded micro-batch."""
     checks = []
-    for name, other in layouts.items():
-        result, found = subject.run_step(other)
+    for name, method in layouts(subject):
+        result, found = subject.run_step(method)
         apart, size = abs(result.metrics["loss"] - loss), float(gradient.norm()) or 1.0
         checks.append(check("invariances", f"{name}: loss", apart, subject.bounds.layout_loss * max(1.0, abs(loss))))
         error = float((found - gradient).norm()) / size
@@ -193,8 +169,7 @@ def _gradient(
     subject: Subject, rollouts: Sequence[Rollout], gradient: Tensor, references: Sequence[Tensor]
 ) -> list[Check]:
     """The step's flat gradient against float64 autograd through the whole model, and central differences."""
-    own: Any = subject.config.own
-    if own.temperature != 1:
+    if subject.temperature != 1:
         return []  # the float64 model has the logits of temperature 1
     model = exact_model(subject.policy, subject.config.model)
     sequences = [[Scored(x.input_ids, torch.arange(len(x.prompt_ids), len(x.input_ids)).numpy())] for x in rollouts]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowlevel import loop
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.config.online import SampledConfig
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.execution import Eager, Execution, WithFallback
@@ -72,15 +73,6 @@ BOUNDS = {
     "fp16": Bounds(2e-2, 0.25, 1e-5, 5e-3, 3e-2, 2e-3, 3e-2),
     "bf16": Bounds(2e-1, 1.0, 1e-5, 4e-2, 2e-1, 2e-2, 2e-1),
 }
-
-
-def head_bound(largest_logit: float, dtype: torch.dtype) -> float:
-    """Bound on the error of a token's log-probability, given its hidden state: nats.
-
-    A logit is rounded once to `dtype`; its product and the log-sum-exp are accumulated in fp32.
-    """
-    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
-    return max(1.0, largest_logit) * (rounding + 8 * torch.finfo(torch.float32).eps)
 
 
 def largest(values: Tensor) -> float:
@@ -142,8 +134,19 @@ class Subject:
         return self.policy.reward_head is not None
 
     def head_bound(self, largest_logit: float) -> float:
-        """Bound on the error of a log-probability or reward, given its hidden state."""
-        return head_bound(largest_logit, torch.float32 if self.rewards else self.policy.lm_head_weight.dtype)
+        """Bound on the error of a log-probability (nats) or reward, given its hidden state.
+
+        A logit is rounded once to its dtype; its product and the log-sum-exp are accumulated in fp32.
+        """
+        dtype = torch.float32 if self.rewards else self.policy.lm_head_weight.dtype
+        rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
+        return max(1.0, largest_logit) * (rounding + 8 * torch.finfo(torch.float32).eps)
+
+    @property
+    def temperature(self) -> float:
+        """What the logits are divided by before the softmax: not 1 only in losses of sampled completions."""
+        settings = self.method.config
+        return settings.temperature if isinstance(settings, SampledConfig) else 1.0
 
     def sequences(self, example: Any) -> list[Scored]:
         """The plain sequences of an example, with their scored places."""

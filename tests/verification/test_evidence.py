@@ -24,7 +24,7 @@ def test_the_losss_error_is_that_of_random_errors(name, request):
     with kept_weights(subject.policy), without_dropout(subject.policy):
         fill_b(subject.policy)
         evidence = gather(subject)
-    expected = evidence.loss_error(NATS, subject.config)
+    expected = evidence.loss_error(NATS)
     generator = torch.Generator().manual_seed(0)
 
     def moved(scores):
@@ -35,8 +35,8 @@ def test_the_losss_error_is_that_of_random_errors(name, request):
     for _ in range(400):
         policy = [moved(one) for one in evidence.policy]
         reference = None if evidence.reference is None else [moved(one) for one in evidence.reference]
-        errors.append(replace(evidence, policy=policy, reference=reference).step_loss(subject))
-    found = (torch.tensor(errors) - evidence.step_loss(subject)).square().mean().sqrt()
+        errors.append(replace(evidence, policy=policy, reference=reference).step_loss())
+    found = (torch.tensor(errors) - evidence.step_loss()).square().mean().sqrt()
     assert found == pytest.approx(expected, rel=0.15)  # 400 draws: 3.5 % of chance
 
 
@@ -51,8 +51,8 @@ def test_an_example_is_scored_once_under_each_model(name, passes, request, monke
 
 def test_twice_the_error_of_tokens_is_twice_that_of_the_loss(sft):
     evidence = gather(sft)
-    once = evidence.loss_error(NATS, sft.config)
-    assert evidence.loss_error(2 * NATS, sft.config) == pytest.approx(2 * once)
+    once = evidence.loss_error(NATS)
+    assert evidence.loss_error(2 * NATS) == pytest.approx(2 * once)
     assert once == pytest.approx(NATS / evidence.tokens**0.5)
 
 
