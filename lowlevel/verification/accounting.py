@@ -20,9 +20,9 @@ SCALES = {"fp32": (1.0, 1024.0), "fp16": (1024.0, 8192.0), "bf16": (1.0, 1024.0)
 def accounting_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """Dropout must be off."""
     checks = [_division(subject, evidence), _counts(subject, evidence), _loss_scale(subject)]
-    if subject.spec.own and not subject.mixes:
+    if subject.method.spec.own and not subject.mixes:
         checks.append(_alone(subject, evidence))
-    names = dict.fromkeys((*subject.spec.parameters, *subject.method.settings))  # these also have a z-loss
+    names = dict.fromkeys((*subject.method.spec.parameters, *subject.method.settings))  # these also have a z-loss
     return checks + [_parameter(subject, evidence, name) for name in names]
 
 
@@ -70,7 +70,7 @@ def _alone(subject: Subject, evidence: Evidence) -> Check:
     parts = [exact_losses(logps, subject.config) for logps in alone]
     error = largest(together - torch.cat(parts)) / (largest(together) or 1.0)
     bound, note = subject.bounds.closed, f"{len(parts)} examples, float64, relative"
-    if not error <= bound and subject.paired:
+    if not error <= bound and subject.method.paired:
         note = "the loss of a pair depends on the other pairs: declare mixes_pairs=True"
     elif not error <= bound:
         note = "the loss of a token depends on other examples, and so on how micro-batches are made"
@@ -82,7 +82,7 @@ def _parameter(subject: Subject, evidence: Evidence, name: str) -> Check:
     title, section = f"{name} reaches the loss", subject.method.name  # of online_dpo: dpo
     settings: Any = getattr(subject.config, section)
     found: Any = subject.method.settings.get(name)
-    old = float(inspect.signature(subject.spec.function).parameters[name].default if found is None else found)
+    old = float(inspect.signature(subject.method.spec.function).parameters[name].default if found is None else found)
     new = 0.5 * old or 0.5  # allowed, and gives another loss
     if name == "label_smoothing":
         new = 0.25 if old < 0.2 else 0.1
@@ -90,12 +90,10 @@ def _parameter(subject: Subject, evidence: Evidence, name: str) -> Check:
     changed = settings.model_copy(update=update)
     method = replace(subject.method, config=changed)
     try:
-        found = sum(
-            float(subject.sums(batch, method)["loss"] - subject.sums(batch)["loss"]) for batch in subject.batches()
-        )
+        found = sum(float(subject.sums(b, method)["loss"] - subject.sums(b)["loss"]) for b in subject.batches())
         losses = exact_losses(evidence.logps, subject.config.model_copy(update={section: changed}))
     except Exception as refused:
-        if not subject.spec.own:
+        if not subject.method.spec.own:
             raise
         return check(GROUP, title, 0.0, 0.0, f"the loss refuses {new:g}: {one_line(refused)}")
     expected = float((losses - evidence.losses).sum())

@@ -17,6 +17,7 @@ from lowlevel.verification.exact import ExactModel, HeadScores, Scored, base_par
 from lowlevel.verification.formulas import Logps, count_of, exact_losses, value_slopes, with_tokens
 from lowlevel.verification.subject import Subject
 
+Scores = Sequence[Sequence[Tensor]]  # [example][chosen, rejected] or [example][whole]
 BUDGET = 1.5e10  # parameters x tokens of a float64 pass: seconds on a CPU core
 
 
@@ -100,13 +101,9 @@ def gather(subject: Subject) -> Evidence:
 
 
 def logps_of(
-    subject: Subject,
-    examples: Sequence[Any],
-    policy: Sequence[Sequence[Tensor]],
-    reference: Sequence[Sequence[Tensor]] | None,
-    values: Mapping[str, Tensor],
+    subject: Subject, examples: Sequence[Any], policy: Scores, reference: Scores | None, values: Mapping[str, Tensor]
 ) -> Logps:
-    """What the loss reads of some examples, from scores (n, 1 + K) [example][chosen, rejected] or [example][whole].
+    """What the loss reads of some examples, from their scores (n, 1 + K).
 
     `reference` is None without one; `values`: numeric columns of the rows, one number an example; for kto with "kl".
     """
@@ -117,10 +114,9 @@ def logps_of(
         return PairRewards(*tokens[:, 0].chunk(2), values=values)
     statistics = dict(zip(subject.method.statistics, tokens[:, 1:].unbind(1), strict=True))
     if subject.method.name == "sft":
-        weights = subject.weights(examples)
-        return TokenLogps(
-            tokens[:, 0], ids, lengths, values, statistics, None if weights is None else torch.cat(weights)
-        )
+        given = subject.weights(examples)
+        weights = None if given is None else torch.cat(given)
+        return TokenLogps(tokens[:, 0], ids, lengths, values, statistics, weights)
     of_reference = tokens.new_zeros(len(tokens), 1) if reference is None else torch.cat(_sequences(reference))
     empty = tokens.new_zeros(len(policy))
     rows: Logps
@@ -132,12 +128,12 @@ def logps_of(
     return with_tokens(rows, tokens, of_reference[:, :1])
 
 
-def _sequences(examples: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def _sequences(examples: Scores) -> list[Tensor]:
     """All chosen completions, then all rejected ones."""
     return [example[side] for side in range(len(examples[0])) for example in examples]
 
 
-def mean_logratio(policy: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]]) -> Tensor:
+def mean_logratio(policy: Scores, reference: Scores) -> Tensor:
     """Mean over sequences of log pi - log ref, (); 0 without any. From scores of the tokens [example][whole]."""
     pairs = zip(policy, reference, strict=True)
     ratios = [one[:, 0].sum() - other[:, 0].sum() for (one,), (other,) in pairs]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes as bnb
@@ -134,49 +134,37 @@ def _shorter(value: object) -> bool:
     return isinstance(value, torch.dtype) and value.is_floating_point and value != torch.float64
 
 
-@dataclass(frozen=True)
-class Update:
-    """One adapter's part of one layer, scaling * B A; A, B and DoRA's m are tensors, or slices of the flat weights."""
-
-    a: Tensor | slice
-    b: Tensor | slice
-    a_shape: torch.Size
-    b_shape: torch.Size
-    scaling: float
-    m: Tensor | slice | None = None
-
-    def on(self, weight: Tensor, flat: Tensor) -> Tensor:
-        """A weight (out, in) float64 with this update."""
-        a, b, m = (flat[part] if isinstance(part, slice) else part for part in (self.a, self.b, self.m))
-        assert a is not None and b is not None
-        changed = weight + self.scaling * (b.reshape(self.b_shape) @ a.reshape(self.a_shape))
-        return changed if m is None else (m / changed.detach().norm(dim=1))[:, None] * changed
+def updated(weight: Tensor, a: Tensor, b: Tensor, scaling: float, m: Tensor | None = None) -> Tensor:
+    """A weight (out, in) with an adapter's scaling * B A; of DoRA its rows have the lengths m (out,)."""
+    changed = weight + scaling * (b @ a)
+    return changed if m is None else (m / changed.detach().norm(dim=1))[:, None] * changed
 
 
 @dataclass(frozen=True)
 class ExactModel:
-    """float64 on the CPU. `trained`, `parent`: updates by weight name. `statistics`: those that the loss reads."""
+    """float64 on the CPU. `statistics`: those that the loss reads."""
 
     model: Any
-    fixed: dict[str, Tensor]
-    trained: dict[str, Update]
-    parent: dict[str, Update]
+    fixed: dict[str, Tensor]  # by name, with the frozen adapter merged in
+    views: Mapping[str, tuple[slice, torch.Size]]  # of the flat weights, by their names in the policy
+    layers: Mapping[str, tuple[str, float]]  # weights under the trained adapter: its layer's name, and its scaling
+    whole: Mapping[str, str]  # weights that are trained themselves: their names in the policy
     statistics: tuple[str, ...]
-    head: slice | None = None  # of the flat weights: the reward head
-    whole: Mapping[str, tuple[slice, torch.Size]] = field(default_factory=dict)  # of the flat weights: all, by name
 
     def weights(self, flat: Tensor | None) -> dict[str, Tensor]:
         """Merged weights by name: with the trained adapter at `flat` (n,) float64, or without it.
 
         A moving reference is the trained adapter at other weights.
         """
-        if self.whole and flat is not None:
-            return {**self.fixed, **{name: flat[span].view(shape) for name, (span, shape) in self.whole.items()}}
-        merged = dict(self.fixed)
-        for updates in (self.parent, self.trained if flat is not None else {}):
-            for name, update in updates.items():
-                merged[name] = update.on(merged[name], flat if flat is not None else torch.empty(0))
-        return merged if self.head is None or flat is None else {**merged, SCORE: flat[self.head]}
+        if flat is None:
+            return self.fixed
+        own = {name: flat[span].view(shape) for name, (span, shape) in self.views.items()}
+        merged = self.fixed | {name: own[view] for name, view in self.whole.items()}
+        for name, (stem, scaling) in self.layers.items():
+            a, b = (own[f"{stem}.lora_{which}.{TRAINED}.weight"] for which in "AB")
+            m = own.get(f"{stem}.lora_magnitude_vector.{TRAINED}.weight")
+            merged[name] = updated(merged[name], a, b, scaling, m)
+        return merged
 
     def scores(self, weights: dict[str, Tensor], sequence: Scored) -> Tensor:
         """`token_scores`; with a reward head the sequence's reward, (1, 1)."""
@@ -192,7 +180,7 @@ class ExactModel:
             torch.func.functional_call(self.model, plain, kwargs={"input_ids": ids, "use_cache": False})
         hook.remove()
         assert kept[0].dtype == torch.float64
-        return kept[0][0, -1:] @ weights[SCORE][:, None]
+        return kept[0][0, -1:] @ weights[SCORE].view(-1, 1)
 
     def token_scores(self, weights: dict[str, Tensor], sequence: Scored) -> Tensor:
         """Log-probability of each scored token and its statistics, (n, 1 + K) float64."""
@@ -228,29 +216,26 @@ def exact_model(policy: Policy, config: ModelConfig, statistics: tuple[str, ...]
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     with policy.reference() if policy.untrained and policy.untrained.kept else nullcontext():
         fixed = _fixed(policy, f"{head}.weight")
-    start, spans = 0, {}
+    start, views = 0, {}
     for name, view in policy.flat.views.items():
-        spans[name] = slice(start, start + view.numel())
+        views[name] = slice(start, start + view.numel()), view.shape
         start += view.numel()
+    whole = {name: name for name in views if policy.untrained or name == SCORE}
     if policy.untrained:
-        whole = {name: (spans[name], view.shape) for name, view in policy.flat.views.items()}
         own: Any = policy.causal_lm.get_output_embeddings()
-        tied = next(name for name, view in policy.flat.views.items() if view is own.weight)
-        return ExactModel(model, fixed, {}, {}, statistics, whole={**whole, f"{head}.weight": whole[tied]})
-    updates: dict[str, dict[str, Update]] = {TRAINED: {}, PARENT: {}}
+        whole[f"{head}.weight"] = next(name for name, view in policy.flat.views.items() if view is own.weight)
     names = {id(module): name for name, module in policy.model.named_modules()}
+    layers: dict[str, tuple[str, float]] = {}
     for layer in policy.lora_layers:
-        stem = names[id(layer)]
-        for adapter in [PARENT] * policy.has_parent + [TRAINED]:
-            if adapter not in layer.lora_A:
-                continue
-            factors: list[Any] = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
-            own = [f"{stem}.lora_{which}.{adapter}.weight" for which in "AB"]
-            parts = [spans.get(key, w.detach().double().cpu()) for key, w in zip(own, factors, strict=True)]
-            m = spans.get(f"{stem}.lora_magnitude_vector.{adapter}.weight")
-            update = Update(parts[0], parts[1], factors[0].shape, factors[1].shape, float(layer.scaling[adapter]), m)
-            updates[adapter][f"{stem.removeprefix(PREFIX)}.weight"] = update
-    return ExactModel(model, fixed, updates[TRAINED], updates[PARENT], statistics, spans.get(SCORE))
+        stem, adapters = names[id(layer)], layer.lora_A
+        name = f"{stem.removeprefix(PREFIX)}.weight"
+        if policy.has_parent and PARENT in adapters:
+            sides: list[Any] = [layer.lora_A[PARENT], layer.lora_B[PARENT]]
+            a, b = (side.weight.detach().double().cpu() for side in sides)
+            fixed[name] = updated(fixed[name], a, b, float(layer.scaling[PARENT]))
+        if TRAINED in adapters:
+            layers[name] = stem, float(layer.scaling[TRAINED])
+    return ExactModel(model, fixed, views, layers, whole, statistics)
 
 
 def _fixed(policy: Policy, head: str) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ MOST_TOKENS = 1000  # of one step, each moved up and down
 
 def gradient_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """Dropout must be off."""
-    plain = subject.spec.name == "cross_entropy" and not subject.method.statistics  # -log p: nothing to compare
+    plain = subject.method.spec.name == "cross_entropy" and not subject.method.statistics  # -log p: nothing to compare
     checks = [] if plain else _formula_checks(subject, evidence)
     checks.append(_hidden_check(subject, evidence))
     if evidence.model is None:
@@ -44,17 +45,19 @@ def _formula_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     logps = evidence.logps
     tokens, reference = tokens_of(logps)
     single = None if reference is None else reference.float()
-    found = gradients(logps, tokens.float(), single, subject.losses)
+    found = gradients(logps, tokens.float(), single, cast("Any", subject.method).losses)
     expected = slopes(logps, subject.config)
     closed = subject.method.name == "dpo" and subject.config.dpo.loss_type == "sigmoid"
-    form = "-beta sigma(-x)" if closed else f"{subject.spec.name}, autograd in float64"
+    form = "-beta sigma(-x)" if closed else f"{subject.method.spec.name}, autograd in float64"
     size = max(map(largest, expected)) or 1.0
     error = max(largest(a.double() - b) for a, b in zip(found, expected, strict=True)) / size
     name = f"loss in the {'rewards' if subject.rewards else 'log-probabilities'}"
     checks = [check(GROUP, name, error, subject.bounds.closed, f"against {form}, relative")]
-    if subject.method.unit != "tokens" and not subject.spec.own:
+    if subject.method.unit != "tokens" and not subject.method.spec.own:
         return checks
-    return [*checks, left_out() if subject.spec.detaches else _difference_check(subject, evidence, found[0], size)]
+    if subject.method.spec.detaches:
+        return [*checks, left_out()]
+    return [*checks, _difference_check(subject, evidence, found[0], size)]
 
 
 def left_out() -> Check:
@@ -77,7 +80,7 @@ def _difference_check(subject: Subject, evidence: Evidence, found: Tensor, size:
         moved[1].view(-1)[place] -= h
         up, down = (exact_losses(with_tokens(logps, one, reference), subject.config) for one in moved)
         errors.append(abs(float((up - down).sum()) / (2 * h) - float(found.flatten()[place])))
-    note = f"{subject.spec.name}, {len(places):,} of {tokens.numel():,} numbers of tokens, float64, relative"
+    note = f"{subject.method.spec.name}, {len(places):,} of {tokens.numel():,} numbers of tokens, float64, relative"
     if not double:
         note += "; the loss computes in fp32: keep the dtype of its tensors"
     if not max(errors) / size <= bound:

@@ -16,24 +16,26 @@ from lowlevel.batch.replies import replies, segment
 from lowlevel.labels import IGNORED
 from lowlevel.methods import KTO, Method
 from lowlevel.methods.reward import reward_segments
+from lowlevel.optim.train_state import StepResult
 from lowlevel.verification.evidence import Evidence
 from lowlevel.verification.subject import Check, Subject, check, packed, relative, with_batches_of
 
 GROUP = "invariances"
+Step = tuple[StepResult, Tensor]  # a step's result and its flat gradient
 
 
 def invariance_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     """Loss and gradient of the same step, pairwise. Dropout stays on: its masks must not change either."""
-    expected = _step(subject, with_batches_of(subject.method, len(subject.examples)))
+    expected = subject.run_step(with_batches_of(subject.method, len(subject.examples)))
     checks = []
     for name, method in layouts(subject):
-        checks += _compare(subject, name, _step(subject, method), expected)
-    padded = _step(subject, batches=[left_padded(subject)])
+        checks += _compare(subject, name, subject.run_step(method), expected)
+    padded = subject.run_step(batches=[left_padded(subject)])
     checks += _compare(subject, "left padding = right padding", padded, expected)
     with _checkpointing(subject, on=False):
-        without = _step(subject)
+        without = subject.run_step()
     with _checkpointing(subject, on=True):
-        checks += _compare(subject, "recomputed layers = kept", _step(subject), without)
+        checks += _compare(subject, "recomputed layers = kept", subject.run_step(), without)
     if subject.mode != "eager":
         checks += _execution_checks(subject, evidence)
     return checks
@@ -46,22 +48,16 @@ def layouts(subject: Subject) -> Iterator[tuple[str, Method]]:
     if not subject.mixes:
         yield f"{number} x 1 = 1 x {number}", with_batches_of(method, 1)
         yield f"3 a micro-batch = 1 x {number}", with_batches_of(method, 3)
-    yield "shared prompt = two rows" if subject.paired else "packed = padded", packed(method, number)
+    name = "shared prompts = plain rows" if subject.config.sampled else "packed = padded"
+    yield "shared prompt = two rows" if method.paired else name, packed(method, number)
 
 
-def _step(
-    subject: Subject, method: Method | None = None, batches: list[PackedBatch] | None = None
-) -> tuple[float, Tensor]:
-    result, gradient = subject.run_step(method, batches=batches)
-    return result.metrics["loss"], gradient
-
-
-def _compare(
-    subject: Subject, name: str, found: tuple[float, Tensor], expected: tuple[float, Tensor], other_kernels: float = 0.0
-) -> list[Check]:
+def _compare(subject: Subject, name: str, found: Step, expected: Step, other_kernels: float = 0.0) -> list[Check]:
     """`other_kernels`: error of the loss if the two passes round differently."""
-    bounds, size = subject.bounds, abs(expected[0]) or 1.0
-    loss, gradient = abs(found[0] - expected[0]) / size, relative(found[1], expected[1], subject.cancelled)
+    bounds, wanted = subject.bounds, expected[0].metrics["loss"]
+    size = abs(wanted) or 1.0
+    loss = abs(found[0].metrics["loss"] - wanted) / size
+    gradient = relative(found[1], expected[1], subject.cancelled)
     return [
         check(GROUP, f"{name}: loss", loss, bounds.layout_loss + other_kernels / size, "relative"),
         check(GROUP, f"{name}: gradient", gradient, bounds.layout_gradient, "relative l2"),
@@ -79,7 +75,7 @@ def left_padded(subject: Subject) -> PackedBatch:
         rows = [segment([reply], numbers) for reply in replies(examples)]
     elif subject.rewards:
         rows = [row for x in examples for row in reward_segments(x, next(numbers), shared=False)]
-    elif subject.paired:
+    elif subject.method.paired:
         ids = [(x.row, next(numbers), x.prompt_ids, x.chosen_ids, x.rejected_ids) for x in examples]
         rows = [row for parts in ids for row in pair_rows(*parts)]
     else:
@@ -92,7 +88,7 @@ def left_padded(subject: Subject) -> PackedBatch:
         padded.append([Segment(row.row, zeros, zeros, zeros, numbers, targets), row])
     values = [x.values for x in subject.examples] if subject.method.columns else None
     (plain,) = with_batches_of(subject.method, len(subject.examples)).micro_batches(subject.examples)
-    batch = build_batch(padded, pairs=subject.paired, values=values)
+    batch = build_batch(padded, pairs=subject.method.paired, values=values)
     return replace(batch, kl=plain.kl, mismatched=plain.mismatched).to(subject.policy.placement.device)
 
 
@@ -115,15 +111,14 @@ def _execution_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     Fused kernels round differently from eager ones. A pair's margin sums up to thousands of tokens, so the error of
     a forward pass in each token, times two passes, bounds the loss.
     """
-    expected = _step(subject)
+    expected = subject.run_step()
     notes: list[str] = []
     execution = subject.execution(notes)
     for _ in range(3):
-        result, gradient = subject.run_step(execution=execution)
+        found = subject.run_step(execution=execution)
     mode = execution.mode
     execution.use("eager")
     rounding = evidence.loss_error(math.sqrt(2) * subject.bounds.forward)
-    found = result.metrics["loss"], gradient
     checks = _compare(subject, f"{subject.mode} = eager", found, expected, rounding)
     fell_back = "; ".join(notes) or f"ran {mode}"
     return [*checks, check(GROUP, f"runs {subject.mode}", float(mode != subject.mode), 0, fell_back)]

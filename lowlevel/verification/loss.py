@@ -55,7 +55,7 @@ def _loss_check(subject: Subject, evidence: Evidence, unit: str, bound: float) -
     """The loss of each pair or example, if what it reads is off by `bound`."""
     bound = evidence.steepest() * bound + 4 * EPS * max(1.0, largest(evidence.losses))
     error = largest(_found(evidence, "loss") - evidence.losses)
-    return check(GROUP, f"loss of {unit}", error, bound, subject.spec.name)
+    return check(GROUP, f"loss of {unit}", error, bound, subject.method.spec.name)
 
 
 def _token_checks(subject: Subject, evidence: Evidence, token: float, longest: int) -> list[Check]:
@@ -65,7 +65,7 @@ def _token_checks(subject: Subject, evidence: Evidence, token: float, longest: i
     totals, sums = (zeros.index_add(0, logps.sequence_ids, values.double()) for values in (losses, logps.token_logps))
     error, steepest = largest(_found(evidence, "loss") - totals), evidence.steepest()
     bound = _sum_bound(steepest * token, longest, max(largest(totals), steepest * largest(sums)))
-    return [check(GROUP, "summed loss of an example", error, bound, subject.spec.name)]
+    return [check(GROUP, "summed loss of an example", error, bound, subject.method.spec.name)]
 
 
 def _pair_checks(subject: Subject, evidence: Evidence, token: float, longest: int) -> list[Check]:
@@ -77,7 +77,7 @@ def _pair_checks(subject: Subject, evidence: Evidence, token: float, longest: in
     bound = _sum_bound(token, longest, max(map(largest, named.values())))
     checks = _completion_checks(evidence, named, bound, "pairs")
     margins = beta * logps.deltas
-    if subject.spec.averages:
+    if subject.method.spec.averages:
         assert logps.chosen_lengths is not None and logps.rejected_lengths is not None
         margins = beta * (logps.chosen_logps / logps.chosen_lengths - logps.rejected_logps / logps.rejected_lengths)
     error = largest(_found(evidence, "rewards/margins") - margins)

@@ -149,11 +149,12 @@ def masking_checks(subject: Subject) -> list[Check]:
     reads = [read_sequences(batch) for batch in batches]
     flat = [read for of_batch in reads for read in of_batch]
     by_row = {example.row: example for example in subject.examples}
+    kind = subject.method.paired, subject.rewards
     targets = {
-        row: truncated(by_row[row], wholes, subject.paired, subject.rewards) if all(w.sure for w in wholes) else None
+        row: truncated(by_row[row], wholes, *kind) if all(w.sure for w in wholes) else None
         for row, wholes in expected.items()
     }
-    of_targets = _targets(flat, targets, len(subject.examples) * (1 + subject.paired))
+    of_targets = _targets(flat, targets, len(subject.examples) * (1 + subject.method.paired))
     checks = [_supervised(batches, flat), *of_targets[: 1 if subject.rewards else 2]]
     checks += [_ends(subject, flat, expected, by_row), _bos(subject, flat)]
     return [*checks, _gradient(subject, batches, reads, targets)]
@@ -233,7 +234,7 @@ def _ends(subject: Subject, reads: list[Read], expected: dict[int, list[Expected
         whole = expected[read.row][read.side]
         example = by_row[read.row]
         left = 0
-        if subject.paired:
+        if subject.method.paired:
             left = int(whole.learned.argmax()) - len(example.prompt_ids)  # tokens cut from the prompt's left
         for place in whole.ends:
             position = place - left - shift

@@ -76,7 +76,7 @@ def verify_run(opened: Reopened | Opened, *, step: int = 1, exact_parameters: in
         equal = opened.adapter is not None and moving is not None and without_effect(subject.policy)
         return Report(
             method=subject.config.method,
-            loss=subject.spec.name,
+            loss=subject.method.spec.name,
             step=step,
             data_rows=[example.row for example in subject.examples],
             weights=opened.weights + "; its moving reference equals it, so checks use a random B" * equal,

@@ -60,7 +60,7 @@ def _log_ratios(subject: Subject, batches: list[PackedBatch]) -> Check:
             ratios += [sums[name.replace("ref_", "")] - sums[name] for name in sums if name.startswith("logps/ref_")]
             ratios += [sums[name] for name in sums if name.startswith("rewards/") and name != "rewards/accuracies"]
         ratios += [_logps(subject, batch, reference=False) - _logps(subject, batch) for batch in batches]
-    note = f"{(1 + subject.paired) * len(subject.examples)} completions, B = 0, log-ratios and rewards"
+    note = f"{(1 + subject.method.paired) * len(subject.examples)} completions, B = 0, log-ratios and rewards"
     return check(GROUP, "log-ratios at step 0", max(map(largest, ratios)), 0, note)
 
 

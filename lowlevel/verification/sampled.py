@@ -24,6 +24,8 @@ from lowlevel.verification.gradients import float64_checks
 from lowlevel.verification.invariances import layouts
 from lowlevel.verification.subject import Check, Subject, check, largest, with_batches_of
 
+Tensors = Sequence[Tensor]  # one of each completion
+
 
 def sampled_checks(subject: Subject) -> list[Check]:
     """All checks of the step's completions. Dropout is off in these methods."""
@@ -41,7 +43,7 @@ def sampled_checks(subject: Subject) -> list[Check]:
     checks = [check("loss", "token log-probability", error, bound, note)]
     result, gradient = subject.run_step(with_batches_of(subject.method, len(rollouts)))
     allowed = 20 * bound * max(1.0, max(abs(float(x.advantages.max(initial=0.0))) for x in rollouts))
-    note = f"{expected:+.7f}, {subject.spec.name} in float64, divided by {result.count:,.10g}"
+    note = f"{expected:+.7f}, {subject.method.spec.name} in float64, divided by {result.count:,.10g}"
     checks.append(check("loss", "step loss", abs(result.metrics["loss"] - expected), allowed, note))
     checks += _advantages(subject, rollouts)
     checks += _layouts(subject, result.metrics["loss"], gradient)
@@ -51,11 +53,7 @@ def sampled_checks(subject: Subject) -> list[Check]:
 
 
 def step_loss(
-    method: Any,
-    rollouts: Sequence[Rollout],
-    logps: Sequence[Tensor],
-    references: Sequence[Tensor],
-    values: Sequence[Tensor] | None = None,
+    method: Any, rollouts: Sequence[Rollout], logps: Tensors, references: Tensors, values: Tensors | None = None
 ) -> Tensor:
     """The loss of a step, () float64, from the log-probabilities (n,) of each completion's tokens."""
     own, spec = method.config, method.spec
@@ -165,9 +163,7 @@ def _layouts(subject: Subject, loss: float, gradient: Tensor) -> list[Check]:
     return checks
 
 
-def _gradient(
-    subject: Subject, rollouts: Sequence[Rollout], gradient: Tensor, references: Sequence[Tensor]
-) -> list[Check]:
+def _gradient(subject: Subject, rollouts: Sequence[Rollout], gradient: Tensor, references: Tensors) -> list[Check]:
     """The step's flat gradient against float64 autograd through the whole model, and central differences."""
     if subject.temperature != 1:
         return []  # the float64 model has the logits of temperature 1

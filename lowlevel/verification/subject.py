@@ -22,14 +22,12 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.execution import Eager, Execution, WithFallback
 from lowlevel.hashing import key32
-from lowlevel.losses.registry import LossSpec
 from lowlevel.methods import Method
 from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import StepResult
 from lowlevel.verification.exact import Scored, sequences_of
-from lowlevel.verification.formulas import Logps
 
 
 @dataclass(frozen=True)
@@ -106,15 +104,10 @@ class Subject:
         """Bounds of the run's precision."""
         return BOUNDS[self.policy.placement.precision]
 
-    @property
-    def paired(self) -> bool:
-        """Whether an example has two completions."""
-        return self.method.paired
-
     @cached_property
     def tied(self) -> list[bool]:
         """By example: whether it is one completion twice (online_dpo, equal rewards), with margin and gradient 0."""
-        return [self.paired and np.array_equal(x.chosen_ids, x.rejected_ids) for x in self.examples]
+        return [self.method.paired and np.array_equal(x.chosen_ids, x.rejected_ids) for x in self.examples]
 
     @cached_property
     def cancelled(self) -> float:
@@ -150,26 +143,17 @@ class Subject:
 
     def sequences(self, example: Any) -> list[Scored]:
         """The plain sequences of an example, with their scored places."""
-        return sequences_of(example, self.paired, self.rewards)
-
-    @property
-    def spec(self) -> LossSpec:
-        """The configured loss."""
-        return self.method.spec
+        return sequences_of(example, self.method.paired, self.rewards)
 
     @property
     def detaches(self) -> bool:
         """Whether parts of the loss, or the lengths of DoRA's rows, are without a gradient on purpose."""
-        return self.spec.detaches or any(layer.lora_magnitude_vector for layer in self.policy.lora_layers)
+        return self.method.spec.detaches or any(layer.lora_magnitude_vector for layer in self.policy.lora_layers)
 
     @property
     def mixes(self) -> bool:
         """Whether the loss of a pair depends on the other pairs of its micro-batch."""
-        return self.paired and self.spec.mixes_pairs
-
-    def losses(self, logps: Logps) -> Tensor:
-        """The loss of each pair or example (P,), or token (N,), as `method.loss` computes it from log-probabilities."""
-        return self.method.losses(logps)  # type: ignore[arg-type, union-attr]
+        return self.method.paired and self.method.spec.mixes_pairs
 
     def values(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """The numeric columns that the loss reads, one number an example; float64, rounded to fp32 as in a batch."""
@@ -178,7 +162,7 @@ class Subject:
 
     def weights(self, examples: Sequence[Any]) -> list[Tensor] | None:
         """The weight of each scored token in the loss, by example, (n,) float64; None if there are none."""
-        if self.paired or all(x.weights is None for x in examples):
+        if self.method.paired or all(x.weights is None for x in examples):
             return None
         places = [sequences_of(x, paired=False)[0].places for x in examples]
         given = [np.ones(len(x.input_ids)) if x.weights is None else x.weights for x in examples]

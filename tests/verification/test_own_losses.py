@@ -178,7 +178,7 @@ def test_hyper_parameters_that_do_not_reach_the_loss_are_found(own, monkeypatch)
 
 def test_a_token_loss_that_is_not_the_configured_one_is_found(own, monkeypatch):
     subject, plain = own(focal, "sft", kwargs={"gamma": 1.5}), lowlevel.methods.sft.sft_loss
-    other = replace(plain(subject.config.sft), spec=replace(subject.spec, function=cross_entropy))
+    other = replace(plain(subject.config.sft), spec=replace(subject.method.spec, function=cross_entropy))
     monkeypatch.setattr(lowlevel.methods.sft, "sft_loss", lambda config: other)
     found = failures(replace(subject, method=replace(subject.method)))
     wrong = {"loss: summed loss of an example", "accounting: step loss", "gradients: loss in the log-probabilities"}
