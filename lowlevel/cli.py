@@ -20,7 +20,7 @@ from functools import partial
 from importlib import import_module
 from typing import TextIO, cast
 
-from lowlevel.commands.common import METHODS, Parser
+from lowlevel.commands.common import METHODS, Parser, number
 from lowlevel.errors import (
     CONTINUE,
     ConfigError,
@@ -155,19 +155,11 @@ def join_negative_numbers(words: Sequence[str]) -> list[str]:
     joined: list[str] = []
     for word in words:
         after_flag = bool(joined) and joined[-1].startswith("--") and "=" not in joined[-1]
-        if after_flag and word.startswith("-") and _is_number(word):
+        if after_flag and word.startswith("-") and number(word) is not None:
             joined[-1] += f"={word}"
         else:
             joined.append(word)
     return joined
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:

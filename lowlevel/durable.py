@@ -25,6 +25,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from lowlevel.errors import ConfigError
+
 TEMPORARY = ".tmp-"
 OLD = ".old-"
 
@@ -34,10 +36,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, _as_json(value))
 
 
-def write_given_json(path: Path, value: Any) -> None:
-    """The same for a path from the user, see `given_file`."""
-    with given_file(path) as target:
-        target.write_text(_as_json(value), encoding="utf-8")
+def write_given_json(path: Path, value: Any, flag: str = "--json") -> None:
+    """The same for a path from the user, see `write_given`."""
+    write_given(path, _as_json(value), flag)
+
+
+def write_given(path: Path, text: str, flag: str) -> None:
+    """Write a text file that the user named by an option, see `given_file`. Raises ConfigError if that fails."""
+    try:
+        with given_file(path) as target:
+            target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -167,24 +167,16 @@ def limited(call: Callable[[], Item], seconds: float, limit: str) -> Item:
     return results[0]
 
 
-@contextmanager
-def paused() -> Iterator[None]:
-    """No lines inside the block: it waits for a person."""
+def paused() -> AbstractContextManager[None]:
+    """A block in which the active heartbeat prints nothing: it waits for a person, or other processes print."""
     beat = _active.get()
-    with beat.pause() if beat else nullcontext():
-        yield
+    return beat.pause() if beat else nullcontext()
 
 
 def spoke() -> None:
     """Other progress was printed: no line is due for a while."""
     if beat := _active.get():
         beat.spoke()
-
-
-def silence() -> AbstractContextManager[None]:
-    """A block in which the active heartbeat, if there is one, prints nothing: other processes do."""
-    beat = _active.get()
-    return beat.pause() if beat else nullcontext()
 
 
 def duration(seconds: float) -> str:

@@ -26,30 +26,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from lowlevel.errors import CONTINUE, InterruptedRunError, NonFiniteError, RankError
 from lowlevel.heartbeat import Work
 from lowlevel.running.endings import Interrupts, code_and_text
 
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
 PERIOD = 0.5  # seconds between looks
 GRACE = 2.0  # seconds for a waiting thread to come out of its collective by itself
-
-
-class Store(Protocol):
-    """A torch.distributed.TCPStore."""
-
-    def set(self, key: str, value: str) -> None:
-        """Write a key."""
-
-    def get(self, key: str) -> bytes:
-        """Read a key that exists."""
-
-    def check(self, keys: list[str]) -> bool:
-        """Whether all keys exist."""
-
-    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        """Write a key that does not exist yet (`expected` is ""); return what it holds now."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +215,7 @@ class Watch:
     def _look(self) -> None:
         while not self._stopped.wait(PERIOD):
             try:
-                self._publish()
+                self.write(f"at/{self.rank}", f"{self.begun} {Work.signs}")
                 self.failure = failure = self._recorded() or self._killed() or self._hung()
             except RuntimeError:  # the store is gone: torchrun was killed, or rank 0 if it keeps the store
                 os.kill(os.getpid(), signal.SIGTERM)  # save at the next step boundary, if all are there
@@ -246,9 +233,6 @@ class Watch:
         stuck = waiting is not None and time.monotonic() - waiting > GRACE
         stuck = stuck if self._leaves is None else not self._leaves
         return stuck or self.rank == failure.rank != failure.teller
-
-    def _publish(self) -> None:
-        self.write(f"at/{self.rank}", f"{self.begun} {Work.signs}")
 
     def _recorded(self) -> Failure | None:
         text = self._read("failure")
@@ -294,9 +278,7 @@ class Watch:
 def _runs(pid: int) -> bool:
     """Whether a process runs; one that has ended and was not waited for does not."""
     try:
-        state: Any = (
-            Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
-        )
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        return fields[0] not in ("Z", "X")
     except (OSError, IndexError):
         return False
-    return state not in ("Z", "X")

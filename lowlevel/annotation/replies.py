@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from lowlevel.annotation.pairs import Message, Pair
+from lowlevel.data.readers import prompts
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.data.rows import Row, RowProblem, data_error
-from lowlevel.data.sources import read_source
+from lowlevel.data.rows import Row
 from lowlevel.data.templates import RenderError
-from lowlevel.data.texts import BadRow, is_blank, is_filled, text_of
-from lowlevel.data.turns import message, turns_of, turns_or_none
+from lowlevel.data.texts import BadRow, is_blank, is_filled
+from lowlevel.data.turns import turns_of
+from lowlevel.errors import DataError
+from lowlevel.evaluation.rows import read_rows
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.running.reopening import Note, check_gives_text
 from lowlevel.running.replies import Reply, Sampling, generate_replies, load_for_replies
 from lowlevel.running.run_folder import RunFolder
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """The messages before a reply; `where` is the row's place in its file."""
-
-    where: str
-    messages: list[Message]
+Prompt = tuple[str, list[Message]]  # the row's place in its file, and the messages before a reply
 
 
 def read_prompts(source: str) -> list[Prompt]:
@@ -33,16 +29,7 @@ def read_prompts(source: str) -> list[Prompt]:
 
     Raises ConfigError for an unknown source; DataError for unusable rows.
     """
-    read = read_source(source, "heldout", "dpo")
-    prompts, problems = [], list(read.problems)
-    for row in read.rows:
-        try:
-            prompts.append(Prompt(row.where, _messages(row)))
-        except BadRow as bad:
-            problems.append(RowProblem(row.where, bad.reason, str(bad)))
-    if problems:
-        raise data_error(problems)
-    return prompts
+    return read_rows(source, lambda row: (row.where, _messages(row)), "heldout", "dpo")
 
 
 def _messages(row: Row) -> list[Message]:
@@ -50,8 +37,7 @@ def _messages(row: Row) -> list[Message]:
     if is_filled(columns.get("tools")):
         raise BadRow("tools", '"tools" cannot be shown: leave them out')
     if columns.get("prompt") is not None:
-        turns = turns_or_none(columns, "prompt")
-        messages = (message("user", text_of(columns, "prompt")) if turns is None else turns).messages
+        messages = prompts(columns)[0].messages
     elif columns.get("messages") is not None:
         messages = turns_of(columns, "messages").messages
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -83,25 +69,25 @@ def sample_pairs(
     replies: list[list[Reply]] = [[] for _ in prompts]
     for number, run in enumerate(runs):
         sampler, tokenizer = load_for_replies(run, note)
-        ids = [_encoded(tokenizer, prompt) for prompt in prompts]
+        ids = [_encoded(tokenizer, *prompt) for prompt in prompts]
         own = replace(sampling, seed=sampling.seed + number)
         for i, reply in enumerate(generate_replies(sampler, tokenizer, ids, own, samples=2 // len(runs))):
             replies[i * len(runs) // 2].append(reply)
         del sampler  # the next one needs its memory
     pairs, left_out = [], Counter[str]()
-    for prompt, (first, second) in zip(prompts, replies, strict=True):
+    for (where, messages), (first, second) in zip(prompts, replies, strict=True):
         if is_blank(first.text) or is_blank(second.text):
             left_out["an empty reply"] += 1
         elif first.text.strip() == second.text.strip():
             left_out["two equal replies"] += 1
         else:
             ended = (first.ended, second.ended)
-            pairs.append(Pair(prompt.where, prompt.messages, (first.text, second.text), ended))
+            pairs.append(Pair(where, messages, (first.text, second.text), ended))
     return pairs, left_out
 
 
-def _encoded(tokenizer: ChatTokenizer, prompt: Prompt) -> list[int]:
+def _encoded(tokenizer: ChatTokenizer, where: str, messages: list[Message]) -> list[int]:
     try:
-        return tokenizer.encode_prompt(prompt.messages)
+        return tokenizer.encode_prompt(messages)
     except RenderError as error:
-        raise data_error([RowProblem(prompt.where, "chat template", str(error))]) from None
+        raise DataError(f"{where}: {error}") from None

@@ -29,7 +29,7 @@ def annotate(
     prompts = read_prompts(source)
     header = {
         "runs": describe_runs(runs),
-        "prompts": {"source": source, "sha256": digest([prompt.messages for prompt in prompts])},
+        "prompts": {"source": source, "sha256": digest([messages for _, messages in prompts])},
         "sampling": asdict(sampling),
     }
 

@@ -10,17 +10,18 @@ LAST_PORT = 65_535
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="run folder whose replies are judged")
-    parser.add_argument("--prompts", metavar="FILE", help='rows with "prompt" or "messages"; "demo": its held-out rows')
-    parser.add_argument("--other", type=Path, metavar="RUN_DIR2", help="second reply from this run (default: RUN_DIR)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="preference file for lowlevel dpo, journal beside it")
-    parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest reply, in tokens (default: 256)")
-    parser.add_argument("--temperature", type=temperature, default=1.0, help="of the sampling (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling and of the sides (default: 0)")
-    parser.add_argument("--resume", action="store_true", help="go on with the journal of --out")
+    add = parser.add_argument
+    add("run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="run folder whose replies are judged")
+    add("--prompts", metavar="FILE", help='rows with "prompt" or "messages"; "demo": its held-out rows')
+    add("--other", type=Path, metavar="RUN_DIR2", help="second reply from this run (default: RUN_DIR)")
+    add("--out", type=Path, metavar="FILE", help="preference file for lowlevel dpo, journal beside it")
+    add("--max-new-tokens", type=positive, default=256, help="longest reply, in tokens (default: 256)")
+    add("--temperature", type=temperature, default=1.0, help="of the sampling (default: 1)")
+    add("--seed", type=int, default=0, help="of the sampling and of the sides (default: 0)")
+    add("--resume", action="store_true", help="go on with the journal of --out")
     text = "default: a free one; an SSH tunnel needs the same number at both ends"
-    parser.add_argument("--port", type=not_negative, default=0, help=text)
-    parser.add_argument("--report", type=Path, metavar="FILE", help="only print the report of this preference file")
+    add("--port", type=not_negative, default=0, help=text)
+    add("--report", type=Path, metavar="FILE", help="only print the report of this preference file")
 
 
 def run(options: Options, overrides: Overrides) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
@@ -41,29 +42,28 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
 
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    return _whole_number(text, 1)
-
-
-def not_negative(text: str) -> int:
-    """A whole number from 0."""
-    return _whole_number(text, 0)
-
-
-def _whole_number(text: str, least: int) -> int:
+def whole_number(text: str, least: int) -> int:
+    """A whole number from `least`."""
     if not text.isdecimal() or int(text) < least:  # argparse adds the option's name and exits with code 2
         raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text!r}")
     return int(text)
 
 
+positive, not_negative = partial(whole_number, least=1), partial(whole_number, least=0)
+
+
+def number(text: str) -> float | None:
+    """A number, also an infinite one or NaN; None for another text."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def temperature(text: str) -> float:
     """A finite number from 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
+    value = number(text)
+    if value is None or not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text!r}")
     return value
 
@@ -82,25 +82,23 @@ def add_run_file(parser: argparse.ArgumentParser, *, method: bool = True) -> Non
     )
 
 
+def check_target(flag: str, file: Path | None) -> None:
+    """Raise ConfigError if there is no folder for a file to write, before any work is done for it."""
+    if file and not file.parent.is_dir():
+        raise ConfigError(f"{flag} {file}: no such folder")
+
+
 def check_resume(options: Options) -> None:
     """Raises ConfigError if both --resume and --restart are given."""
     if options.resume and options.restart:
         raise ConfigError("--resume continues a run and --restart discards it: give one of them")
 
 
-def read_run_file(options: Options, overrides: Overrides, method: str) -> RunConfig:
-    """The configuration of the run file with flags applied, for a command that names the method.
-
-    Raises:
-        ConfigError: one line for each problem.
-    """
-    from lowlevel.config.file import load_config
-
-    return load_config(options.config, _with_short_flags(options, overrides), method=method)
-
-
 def read_any_run(options: Options, overrides: Overrides, console: Console) -> RunConfig:
-    """As `read_run_file`, of either method and also of a run folder; prints the method if it was inferred."""
+    """The configuration of a run file or run folder with flags applied; prints the method if it was inferred.
+
+    Raises ConfigError with one line for each problem.
+    """
     from lowlevel.config.file import config_from_tables, given_tables
     from lowlevel.config.method import infer_method
     from lowlevel.data.sources import column_names
@@ -110,7 +108,7 @@ def read_any_run(options: Options, overrides: Overrides, console: Console) -> Ru
         path /= "config.toml"
         if not path.exists():
             raise ConfigError(f"{path.parent} is not a run folder: it has no config.toml")
-    tables = given_tables(path, _with_short_flags(options, overrides), options.method)
+    tables = given_tables(path, with_short_flags(options, overrides), options.method)
     if "method" not in tables:
         data = tables.get("data", {})
         first = next(iter(data.get("sources") or ()), data)  # of a mix, whose parts must fit one method
@@ -120,7 +118,8 @@ def read_any_run(options: Options, overrides: Overrides, console: Console) -> Ru
     return config_from_tables(tables, str(path or "flags"))
 
 
-def _with_short_flags(options: Options, overrides: Overrides) -> Overrides:
+def with_short_flags(options: Options, overrides: Overrides) -> Overrides:
+    """The keys that flags set, also those of --as-t4 and --on-bad-row."""
     if options.as_t4:
         if AS_T4.keys() & overrides.keys():
             raise ConfigError(f"--as-t4 sets {' and '.join(AS_T4)}: leave them out")

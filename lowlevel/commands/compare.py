@@ -6,17 +6,13 @@ from lowlevel.commands.common import Options, Overrides, Parser, positive, quiet
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--prompts", type=positive, default=16, help="held-out prompts to reply to (default: 16)")
-    parser.add_argument("--max-new-tokens", type=positive, default=128, help="longest reply, in tokens (default: 128)")
-    parser.add_argument(
-        "--probe",
-        type=Path,
-        metavar="FILE",
-        help='instead: loss and KL by token against the base on the texts of FILE, by domain (rows with a "text" and, '
-        'if you like, a "domain")',
-    )
-    parser.add_argument("--show", type=int, default=3, help="replies to print side by side (default: 3)")
+    add = parser.add_argument
+    add("run_dir", type=Path, metavar="RUN_DIR")
+    add("--prompts", type=positive, default=16, help="held-out prompts to reply to (default: 16)")
+    add("--max-new-tokens", type=positive, default=128, help="longest reply, in tokens (default: 128)")
+    text = 'instead: loss and KL a token against the base, by domain: rows with a "text" and, if you like, a "domain"'
+    add("--probe", type=Path, metavar="FILE", help=text)
+    add("--show", type=int, default=3, help="replies to print side by side (default: 3)")
 
 
 def run(options: Options, overrides: Overrides) -> None:

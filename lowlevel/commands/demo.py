@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from lowlevel.config.schema import RunConfig
 
+Tables = dict[str, Any]
 CHECK_ITEMS = 120
 SHOWN_REPLIES = 4
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
@@ -21,17 +22,17 @@ BATCH = {
     "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1,
     "gradient_checkpointing": False,
+    "warmup_ratio": 0.05,
     "dequantize_once": True,  # the same numbers; the base is small
     "seed": 0,
 }
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/demo"), help="folder for the demo's runs (default: out/demo)"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the demo in the folder")
-    parser.add_argument("--restart", action="store_true", help="discard the demo in the folder")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out/demo"), help="folder for the demo's runs (default: out/demo)")
+    add("--resume", action="store_true", help="continue the demo in the folder")
+    add("--restart", action="store_true", help="discard the demo in the folder")
 
 
 def run(options: Options, overrides: Overrides) -> None:
@@ -43,37 +44,19 @@ def demo_configs(out: Path) -> tuple[RunConfig, RunConfig]:
     """The demo's SFT run, and the DPO run that starts from its adapter."""
     from lowlevel.config.file import config_from_tables
 
-    data = {"source": "demo", "max_length": 128, "eval_source": "demo", "eval_limit": 100}
-    sft = {
-        "method": "sft",
-        "model": {"name": "demo"},
-        "lora": LORA,
-        "data": {**data, "format": "messages", "limit": 2400},
-        "train": {
-            **BATCH,
-            "output_dir": str(out / "sft"),
-            "learning_rate": 2e-3,
-            "warmup_ratio": 0.05,
-            "save_steps": 50,
-        },
-    }
-    dpo = {
-        "method": "dpo",
-        "model": {"name": "demo", "adapter": str(out / "sft")},
-        "lora": LORA,
-        "data": {**data, "format": "preference", "limit": 640},
-        "train": {
-            **BATCH,
-            "output_dir": str(out / "dpo"),
-            "learning_rate": 2.5e-4,
-            "warmup_ratio": 0.05,
-            "max_steps": 60,
-            "save_steps": 20,
-            "save_total_limit": 3,
-        },
-        "trace": {"every": 10},
-    }
-    return config_from_tables(sft, "demo"), config_from_tables(dpo, "demo")
+    rows = {"source": "demo", "max_length": 128, "eval_source": "demo", "eval_limit": 100}
+
+    def config(method: str, model: Tables, data: Tables, train: Tables, **more: Tables) -> RunConfig:
+        own = {"output_dir": str(out / method), **BATCH, **train}
+        tables: Tables = {"method": method, "lora": LORA, "data": {**rows, **data}, "train": own, **more}
+        return config_from_tables({**tables, "model": {"name": "demo", **model}}, "demo")
+
+    steps = {"learning_rate": 2.5e-4, "max_steps": 60, "save_steps": 20, "save_total_limit": 3}
+    parent = {"adapter": str(out / "sft")}
+    return (
+        config("sft", {}, {"format": "messages", "limit": 2400}, {"learning_rate": 2e-3, "save_steps": 50}),
+        config("dpo", parent, {"format": "preference", "limit": 640}, steps, trace={"every": 10}),
+    )
 
 
 def run_demo(out: Path, console: Console, *, resume: bool = False, restart: bool = False) -> dict[str, Any]:

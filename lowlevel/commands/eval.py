@@ -2,37 +2,24 @@
 
 from pathlib import Path
 
-from lowlevel.commands.common import Options, Overrides, Parser, not_negative, positive, quiet_console
-from lowlevel.errors import ConfigError
+from lowlevel.commands.common import Options, Overrides, Parser, check_target, not_negative, positive, quiet_console
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument(
-        "--tasks",
-        type=_names,
-        required=True,
-        metavar="NAMES",
-        help="lm-eval's tasks, groups, or task files (.yaml), by comma",
-    )
-    parser.add_argument(
-        "--stages", type=_names, default=(), metavar="NAMES", help="for example base,dpo (default: all)"
-    )
-    parser.add_argument(
-        "--num-fewshot", type=not_negative, metavar="N", help="examples in each prompt (default: the task's)"
-    )
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N items of each task")
-    parser.add_argument(
-        "--no-chat-template",
-        action="store_true",
-        help="prompts as plain text, as in most published numbers (default: the run's template, examples as turns)",
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the result as JSON (default: RUN_DIR/eval.json)")
+    add = parser.add_argument
+    add("run_dir", type=Path, metavar="RUN_DIR")
+    text = "lm-eval's tasks, groups, or task files (.yaml), by comma"
+    add("--tasks", type=_names, required=True, metavar="NAMES", help=text)
+    add("--stages", type=_names, default=(), metavar="NAMES", help="for example base,dpo (default: all)")
+    add("--num-fewshot", type=not_negative, metavar="N", help="examples in each prompt (default: the task's)")
+    add("--limit", type=positive, metavar="N", help="only the first N items of each task")
+    text = "prompts as plain text, as in most published numbers (default: the run's template, examples as turns)"
+    add("--no-chat-template", action="store_true", help=text)
+    add("--out", type=Path, metavar="FILE", help="the result as JSON (default: RUN_DIR/eval.json)")
 
 
 def run(options: Options, overrides: Overrides) -> None:
-    if options.out and not options.out.parent.is_dir():
-        raise ConfigError(f"--out {options.out}: no such folder")
+    check_target("--out", options.out)
     console = quiet_console()
     from lowlevel.evaluation.tasks import evaluate_run
 

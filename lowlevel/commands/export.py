@@ -6,15 +6,16 @@ from lowlevel.commands.common import Options, Overrides, Parser, quiet_console
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("source", type=Path, metavar="RUN_DIR", help="a finished run, or the folder of a merged model")
-    parser.add_argument(
+    add = parser.add_argument
+    add("source", type=Path, metavar="RUN_DIR", help="a finished run, or the folder of a merged model")
+    add(
         "--to",
         choices=("gguf", "ollama", "vllm", "gguf-adapter"),
         required=True,
         help="gguf: one file, merged, in fp16; ollama: the same with a Modelfile; vllm: the adapter, not merged; "
         "gguf-adapter: likewise, for llama.cpp's --lora and Ollama's ADAPTER",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    add("--out", type=Path, required=True, metavar="DIR", help="new folder")
 
 
 def run(options: Options, overrides: Overrides) -> None:

@@ -8,15 +8,16 @@ from lowlevel.errors import ConfigError
 
 
 def add_arguments(parser: Parser) -> None:
+    add = parser.add_argument
     parser.set_defaults(output_is_result=True)
-    parser.add_argument("model_dir", type=Path, metavar="DIR", help="run folder, PEFT adapter or merged model")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="user message")
-    parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest reply, in tokens (default: 256)")
-    parser.add_argument("--temperature", type=temperature, help="0: always the likeliest token (default)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling if temperature > 0 (default: 0)")
-    parser.add_argument("--best-of", type=positive, metavar="N", help="sample N replies, print the best by --reward")
-    parser.add_argument("--reward", type=Path, metavar="RUN_DIR", help="reward run that chooses the best reply")
+    add("model_dir", type=Path, metavar="DIR", help="run folder, PEFT adapter or merged model")
+    add("--prompt", required=True, metavar="TEXT", help="user message")
+    add("--system", metavar="TEXT", help="system message")
+    add("--max-new-tokens", type=positive, default=256, help="longest reply, in tokens (default: 256)")
+    add("--temperature", type=temperature, help="0: always the likeliest token (default)")
+    add("--seed", type=int, default=0, help="of the sampling if temperature > 0 (default: 0)")
+    add("--best-of", type=positive, metavar="N", help="sample N replies, print the best by --reward")
+    add("--reward", type=Path, metavar="RUN_DIR", help="reward run that chooses the best reply")
 
 
 def run(options: Options, overrides: Overrides) -> None:

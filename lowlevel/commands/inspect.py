@@ -2,28 +2,23 @@
 
 from pathlib import Path
 
-from lowlevel.commands.common import Options, Overrides, Parser, not_negative, positive, quiet_console
-from lowlevel.errors import ConfigError
+from lowlevel.commands.common import Options, Overrides, Parser, check_target, not_negative, positive, quiet_console
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    add = parser.add_argument
+    add("run_dir", type=Path, metavar="RUN_DIR")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--step", type=positive, metavar="N", help="examples of optimizer step N, from 1")
-    what.add_argument(
-        "--example", type=not_negative, metavar="ROW", help="data row, as named in the data report and in errors"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=not_negative,
-        metavar="K",
-        help="weights of checkpoint step-K; 0: before the first step (default: for a step, the newest checkpoint "
-        "before it; for a row, the final adapter)",
-    )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of the tables of tokens")
+    text = "data row, as named in the data report and in errors"
+    what.add_argument("--example", type=not_negative, metavar="ROW", help=text)
+    text = "weights of checkpoint step-K, 0: at the start (default: the newest before the step; of a row the final)"
+    add("--checkpoint", type=not_negative, metavar="K", help=text)
+    add("--html", type=Path, metavar="FILE", help="write a page instead of the tables of tokens")
 
 
 def run(options: Options, overrides: Overrides) -> None:
+    check_target("--html", options.html)
     console = quiet_console()
     from lowlevel.inspection.opening import inspect_run
     from lowlevel.inspection.page import write_page
@@ -31,12 +26,9 @@ def run(options: Options, overrides: Overrides) -> None:
     from lowlevel.running.progress import lines_to
     from lowlevel.running.reopening import reopen
 
-    html = options.html
-    if html and not html.parent.is_dir():
-        raise ConfigError(f"--html {html}: no such folder")
     opened = reopen(options.run_dir, lines_to(console))
     inspection = inspect_run(opened, step=options.step, example=options.example, checkpoint=options.checkpoint)
-    print_inspection(inspection, console, details=html is None)
-    if html:
-        write_page(inspection, html)
-        console.print(f"page written to {html}", markup=False)
+    print_inspection(inspection, console, details=options.html is None)
+    if options.html:
+        write_page(inspection, options.html)
+        console.print(f"page written to {options.html}", markup=False)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from lowlevel.commands.common import Options, Overrides, Parser
+from lowlevel.commands.common import Options, Overrides, Parser, number
 from lowlevel.commands.loss_at_point import (
     EXO_SMOOTHING,
     LENGTHS,
@@ -64,13 +64,12 @@ CONVENTIONS = (
 
 
 def add_arguments(parser: Parser) -> None:
+    add = parser.add_argument
     parser.set_defaults(output_is_result=True)
     for name, text in NUMBERS.items():  # as text: `_number` checks them, with one line per error
-        parser.add_argument(flag(name), metavar="NUMBER", help=text)
-    parser.add_argument(
-        "--loss", metavar="NAME", help="only this loss, with every digit; an option that it does not use is an error"
-    )
-    parser.add_argument("--json", action="store_true", help="JSON with every digit")
+        add(flag(name), metavar="NUMBER", help=text)
+    add("--loss", metavar="NAME", help="only this loss, with every digit; an option that it does not use is an error")
+    add("--json", action="store_true", help="JSON with every digit")
 
 
 def run(options: Options, overrides: Overrides) -> None:
@@ -113,7 +112,9 @@ def run(options: Options, overrides: Overrides) -> None:
 
 def print_path(point: Mapping[str, float], beta: float, given: Mapping[str, float], console: Console) -> None:
     """The steps from the log-probabilities to sigma(-margin), one per line; defaults are marked."""
-    from rich.table import Table, box
+    from rich.table import box
+
+    from lowlevel.table import table_of
 
     path = {key: f"{value:.10g}" for key, value in path_of(point, beta).items()}
     numbers = {key: point[key] for key in (*LOGPS, *LENGTHS)} | {"beta": beta}
@@ -121,18 +122,17 @@ def print_path(point: Mapping[str, float], beta: float, given: Mapping[str, floa
         key: f"{sign}{value:.10g}" + ("" if key in given else "  (default)")
         for (key, value), sign in zip(numbers.items(), ("",) * 4 + ("n+ = ", "n- = ", ""), strict=True)
     }
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("", "chosen y+", "rejected y-"):
-        table.add_column(heading, overflow="fold")
-    table.add_row("log pi, policy", shown["chosen"], shown["rejected"])
-    table.add_row("log ref, reference", shown["ref_chosen"], shown["ref_rejected"])
-    table.add_row("tokens", shown["chosen_length"], shown["rejected_length"])
-    table.add_row("beta", shown["beta"])
-    table.add_row("log-ratio = log pi - log ref", f"a = {path['chosen_logratio']}", f"b = {path['rejected_logratio']}")
-    table.add_row("reward = beta * log-ratio", path["chosen_reward"], path["rejected_reward"])
-    table.add_row("margin = reward+ - reward-", f"x = {path['margin']}")
-    table.add_row("sigma(-margin)", path["sigmoid_of_minus_margin"], "weight in DPO's gradient")
-    console.print(table)
+    rows: list[tuple[str, ...]] = [
+        ("log pi, policy", shown["chosen"], shown["rejected"]),
+        ("log ref, reference", shown["ref_chosen"], shown["ref_rejected"]),
+        ("tokens", shown["chosen_length"], shown["rejected_length"]),
+        ("beta", shown["beta"]),
+        ("log-ratio = log pi - log ref", f"a = {path['chosen_logratio']}", f"b = {path['rejected_logratio']}"),
+        ("reward = beta * log-ratio", path["chosen_reward"], path["rejected_reward"]),
+        ("margin = reward+ - reward-", f"x = {path['margin']}"),
+        ("sigma(-margin)", path["sigmoid_of_minus_margin"], "weight in DPO's gradient"),
+    ]
+    console.print(table_of(("<", "<chosen y+", "<rejected y-"), rows, box=box.SIMPLE_HEAD))
 
 
 def print_numbers(rows: Sequence[LossAtPoint], console: Console) -> None:
@@ -217,10 +217,7 @@ def _numbers(row: LossAtPoint) -> list[float]:
 
 
 def _number(key: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
+    value = number(text)
+    if value is None or not math.isfinite(value):
         raise ConfigError(f"{flag(key)} must be a finite number, got {text!r}")
     return value

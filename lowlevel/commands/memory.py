@@ -6,8 +6,9 @@ from lowlevel.commands.common import Options, Overrides, Parser, quiet_console
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it, by phase and component")
+    add = parser.add_argument
+    add("run_dir", type=Path, metavar="RUN_DIR")
+    add("--plot", type=Path, metavar="FILE.png", help="draw it, by phase and component")
 
 
 def run(options: Options, overrides: Overrides) -> None:

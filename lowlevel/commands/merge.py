@@ -6,18 +6,17 @@ from lowlevel.commands.common import Options, Overrides, Parser, quiet_console
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument(
+    add = parser.add_argument
+    add("run_dir", type=Path, metavar="RUN_DIR")
+    add(
         "--into",
         choices=("dequantized", "original", "requantized"),
         default="dequantized",
         help="dequantized: the 4-bit base used in training, in 16 bits (default); original: the unquantised base; "
         "requantized: the merged original, quantised again",
     )
-    parser.add_argument(
-        "--base", metavar="NAME", help="original, requantized: folder or hub name with the base's 16-bit weights"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the merged model")
+    add("--base", metavar="NAME", help="original, requantized: folder or hub name with the base's 16-bit weights")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the merged model")
 
 
 def run(options: Options, overrides: Overrides) -> None:

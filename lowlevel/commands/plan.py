@@ -4,11 +4,10 @@ from lowlevel.commands.common import Options, Overrides, Parser, add_run_file, p
 
 
 def add_arguments(parser: Parser) -> None:
+    add = parser.add_argument
     add_run_file(parser)
-    parser.add_argument(
-        "--gpus", type=positive, default=1, metavar="N", help="forecast for N GPUs that share each step"
-    )
-    parser.add_argument("--budget", metavar="SIZE", help='such as "15GiB" (default: train.memory_budget, or 15GiB)')
+    add("--gpus", type=positive, default=1, metavar="N", help="forecast for N GPUs that share each step")
+    add("--budget", metavar="SIZE", help='such as "15GiB" (default: train.memory_budget, or 15GiB)')
 
 
 def run(options: Options, overrides: Overrides) -> None:

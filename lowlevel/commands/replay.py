@@ -7,30 +7,15 @@ from lowlevel.errors import ConfigError
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument(
-        "--step", type=positive, required=True, metavar="N", help="optimizer step, from 1 as in the log"
-    )
-    parser.add_argument(
-        "--from",
-        type=not_negative,
-        dest="start",
-        metavar="K",
-        help="start from checkpoint step-K; 0: from the start of the run (default: the newest checkpoint before the "
-        "step)",
-    )
-    parser.add_argument("--dump", type=Path, metavar="DIR", help="write every intermediate of the step as safetensors")
-    parser.add_argument(
-        "--dump-layers", action="store_true", help="with --dump: also the outputs of the decoder layers"
-    )
-    parser.add_argument(
-        "--what-if",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="also take the step with another beta, loss_type (dpo), learning_rate or max_grad_norm; repeatable, a "
-        "comma joins several",
-    )
+    add = parser.add_argument
+    add("run_dir", type=Path, metavar="RUN_DIR")
+    add("--step", type=positive, required=True, metavar="N", help="optimizer step, from 1 as in the log")
+    text = "start from checkpoint step-K; 0: from the start (default: the newest checkpoint before the step)"
+    add("--from", type=not_negative, dest="start", metavar="K", help=text)
+    add("--dump", type=Path, metavar="DIR", help="write every intermediate of the step as safetensors")
+    add("--dump-layers", action="store_true", help="with --dump: also the outputs of the decoder layers")
+    text = "also take the step with another beta, loss_type (dpo), learning_rate or max_grad_norm; by comma, repeatable"
+    add("--what-if", action="append", default=[], metavar="NAME=VALUE", help=text)
 
 
 def run(options: Options, overrides: Overrides) -> None:

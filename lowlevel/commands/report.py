@@ -6,17 +6,11 @@ from lowlevel.commands.common import Options, Overrides, Parser, positive, quiet
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument(
-        "--compare", type=Path, nargs="+", default=[], metavar="RUN_DIR", help="draw these runs into the same charts"
-    )
-    parser.add_argument(
-        "--displaced",
-        type=positive,
-        metavar="N",
-        help="load the model and show which tokens gained the probability that the N pairs with the lowest chosen "
-        "log-ratio lost",
-    )
+    add = parser.add_argument
+    add("run_dir", type=Path, metavar="RUN_DIR")
+    add("--compare", type=Path, nargs="+", default=[], metavar="RUN_DIR", help="draw these runs into the same charts")
+    text = "load the model: which tokens gained the probability that the N pairs with the lowest chosen log-ratio lost"
+    add("--displaced", type=positive, metavar="N", help=text)
 
 
 def run(options: Options, overrides: Overrides) -> None:

@@ -2,55 +2,41 @@
 
 import os
 
-from lowlevel.commands.common import (
-    Options,
-    Overrides,
-    Parser,
-    add_run_file,
-    cap_gpu_memory,
-    check_resume,
-    positive,
-    quiet_console,
-    read_run_file,
-)
+from lowlevel.commands import common
+from lowlevel.commands.common import Options, Overrides, Parser
 from lowlevel.errors import ConfigError
-from lowlevel.heartbeat import silence
+from lowlevel.heartbeat import paused
 from lowlevel.running.endings import Interrupts
 
 
 def add_arguments(parser: Parser) -> None:
-    add_run_file(parser, method=False)
-    parser.add_argument("--resume", action="store_true", help="continue from the newest verified checkpoint")
-    parser.add_argument("--restart", action="store_true", help="discard the run in the folder")
-    parser.add_argument(
-        "--gpus", type=positive, default=1, metavar="N", help="share each step among N GPUs (starts torchrun)"
-    )
-    parser.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="with --resume: continue although KEY differs from the checkpoint (train.learning_rate, data_sha256, "
-        "base, versions.torch, ...: the error names it); repeatable",
-    )
+    add = parser.add_argument
+    common.add_run_file(parser, method=False)
+    add("--resume", action="store_true", help="continue from the newest verified checkpoint")
+    add("--restart", action="store_true", help="discard the run in the folder")
+    add("--gpus", type=common.positive, default=1, metavar="N", help="share each step among N GPUs (starts torchrun)")
+    text = "with --resume: continue although KEY, which the error names, differs from the checkpoint; repeatable"
+    add("--allow-change", action="append", default=[], metavar="KEY", help=text)
 
 
 def run(options: Options, overrides: Overrides) -> None:
-    config = read_run_file(options, overrides, options.command)
-    check_resume(options)
+    from lowlevel.config.file import load_config
+
+    config = load_config(options.config, common.with_short_flags(options, overrides), method=options.command)
+    common.check_resume(options)
     if options.allow_change and not options.resume:
         raise ConfigError("--allow-change needs --resume, which compares a run with its checkpoint")
     if options.gpus > 1 and "LOCAL_RANK" not in os.environ:  # which torchrun sets
         from lowlevel.ranks import launch
 
-        with silence():
+        with paused():
             raise SystemExit(launch(options.arguments, options.gpus))
     with Interrupts() as interrupts:
         try:
-            console = quiet_console()
+            console = common.quiet_console()
             from lowlevel.running.run import run_training
 
-            cap_gpu_memory(options)
+            common.cap_gpu_memory(options)
             resume = {"resume": options.resume, "allow_change": options.allow_change}
             run_training(config, console, restart=options.restart, **resume)
         except KeyboardInterrupt:

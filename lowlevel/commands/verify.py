@@ -3,33 +3,18 @@
 import tempfile
 from pathlib import Path
 
-from lowlevel.commands.common import (
-    Options,
-    Overrides,
-    Parser,
-    add_run_file,
-    cap_gpu_memory,
-    not_negative,
-    positive,
-    quiet_console,
-    read_any_run,
-)
+from lowlevel.commands import common
+from lowlevel.commands.common import Options, Overrides, Parser
 from lowlevel.errors import ConfigError
 
 
 def add_arguments(parser: Parser) -> None:
-    add_run_file(parser)
-    parser.add_argument(
-        "--step", "--batch", type=positive, default=1, metavar="N", help="optimizer step to check (default: 1)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="result (default: verify.json in the run folder)")
-    parser.add_argument(
-        "--exact-parameters",
-        type=not_negative,
-        default=500_000_000,
-        metavar="N",
-        help="also run a base of up to N weights in float64 on the CPU (default: 500,000,000)",
-    )
+    add = parser.add_argument
+    common.add_run_file(parser)
+    add("--step", "--batch", type=common.positive, default=1, metavar="N", help="optimizer step to check (default: 1)")
+    add("--json", type=Path, metavar="FILE", help="result (default: verify.json in the run folder)")
+    text = "also run a base of up to N weights in float64 on the CPU (default: 500,000,000)"
+    add("--exact-parameters", type=common.not_negative, default=500_000_000, metavar="N", help=text)
 
 
 def run(options: Options, overrides: Overrides) -> None:
@@ -38,11 +23,10 @@ def run(options: Options, overrides: Overrides) -> None:
     given += [f"--{key.replace('_', '-')}" for key in ("method", "on_bad_row", "as_t4") if vars(options)[key]]
     if folder and given:
         raise ConfigError(f"{given[0]}: {folder} has its own config.toml; flags are for the start of a run")
-    if options.json and not options.json.parent.is_dir():
-        raise ConfigError(f"--json {options.json}: no such folder")
-    console = quiet_console()
-    config = None if folder else read_any_run(options, overrides, console)
-    cap_gpu_memory(options)
+    common.check_target("--json", options.json)
+    console = common.quiet_console()
+    config = None if folder else common.read_any_run(options, overrides, console)
+    common.cap_gpu_memory(options)
     from lowlevel.durable import write_given_json
     from lowlevel.running.progress import lines_to
     from lowlevel.running.reopening import reopen

@@ -11,6 +11,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -26,20 +27,11 @@ HERE = ("localhost", "127.0.0.1", "::1")
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # states that may pass
 LONGEST_WAIT = 60.0  # seconds between two attempts, also if Retry-After asks for more
 LARGEST_ANSWER = 4 * 2**20  # bytes
+COUNTED = ("requests", "retries", "prompt_tokens", "completion_tokens")  # of what was asked of the server
 
 
 class EndpointError(LowlevelError):
     """The server refuses, or did not answer in any attempt."""
-
-
-@dataclass
-class Usage:
-    """What was asked of the server so far."""
-
-    requests: int = 0
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,7 @@ class Endpoint:
     wait: Callable[[float], None] = time.sleep
     note: Callable[[str], None] = lambda line: None  # gets a line for each new reason to wait
     told: set[str] = field(default_factory=set)
-    usage: Usage = field(default_factory=Usage)
+    usage: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTED, 0)))  # so far
     settings: dict[str, float] = field(default_factory=lambda: {"temperature": 0.0})  # removed if the server objects
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -109,8 +101,7 @@ class Endpoint:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _PassingError(f"malformed answer ({type(error).__name__}: {self._safe(one_line(error))})") from None
         counts = usage if isinstance(usage, dict) else {}
-        counts = {name: counts.get(name) for name in ("prompt_tokens", "completion_tokens")}
-        self._count(**{name: value for name, value in counts.items() if isinstance(value, int)})
+        self._count(**{name: n for name, n in counts.items() if name in COUNTED and isinstance(n, int)})
         return text
 
     def _refused(self, error: HTTPError) -> NoReturn:
@@ -132,8 +123,7 @@ class Endpoint:
 
     def _count(self, **changes: int) -> None:
         with self.lock:
-            for name, change in changes.items():
-                setattr(self.usage, name, getattr(self.usage, name) + change)
+            self.usage.update(changes)
 
 
 class _PassingError(Exception):

@@ -24,11 +24,11 @@ from rich.console import Console
 from torch import Tensor
 
 from lowlevel.data.rendering import PLAIN, ChatTokenizer
+from lowlevel.data.rows import Row
 from lowlevel.durable import write_json
 from lowlevel.evaluation.continuations import CHUNK_SIZE, Request, batches_of, scoring
 from lowlevel.evaluation.paired import mean_by_weight
 from lowlevel.evaluation.rows import read_rows
-from lowlevel.evaluation.table import TextTable, with_interval
 from lowlevel.inspection.displacement import head_logits
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
@@ -37,6 +37,7 @@ from lowlevel.running.assembly import load_run_tokenizer
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import LoadedRun, check_gives_text, load_run
 from lowlevel.running.run_folder import RunFolder
+from lowlevel.table import TextTable, with_interval
 
 BOUND = 0.1  # nats a token
 WINDOW = 1024  # tokens that are read at once, if the model has as many positions
@@ -80,8 +81,8 @@ def probe_run(run_dir: Path, probe: Path, console: Console) -> dict[str, Any]:
 def read_probe(path: Path, tokenizer: ChatTokenizer) -> list[Text]:
     """The texts of a file. Raises ConfigError if there is no such file, DataError for rows without a text."""
 
-    def read(row: Mapping[str, Any]) -> Text:
-        values = {"domain": ALL, "text": None, **row}
+    def read(row: Row) -> Text:
+        values: dict[str, Any] = {"domain": ALL, "text": None, **row.columns}
         if wrong := [name for name in ("text", "domain") if not isinstance(values[name], str)]:
             raise ValueError(f'"{wrong[0]}" must be a text')
         ids = tokenizer.tokenizer(values["text"], **PLAIN)["input_ids"]
@@ -172,9 +173,8 @@ def forgetting_table(rows: Sequence[Mapping[str, Any]]) -> TextTable:
     """A line for each domain and stage, and the alarms."""
     cells = []
     for row in rows:
-        cells.append(
-            [row["domain"], "base", f"{row['texts']:,}", f"{row['tokens']:,}", f"{row['loss']['base']:.4f}", "", ""]
-        )
+        counts = [f"{row['texts']:,}", f"{row['tokens']:,}"]
+        cells.append([row["domain"], "base", *counts, f"{row['loss']['base']:.4f}", "", ""])
         for stage, one in row["stages"].items():
             cells.append(["", stage, "", "", f"{row['loss'][stage]:.4f}", _marked(one["increase"]), _marked(one["kl"])])
     return TextTable("Forgetting", COLUMNS, cells, NOTE, alarms=alarms(rows))

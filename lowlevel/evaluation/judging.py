@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from lowlevel.config.given import GivenRows
-from lowlevel.durable import write_given_json
+from lowlevel.data.rows import Row
+from lowlevel.durable import append_line, write_given_json
 from lowlevel.errors import ConfigError, LowlevelError
 from lowlevel.evaluation.endpoint import Endpoint, EndpointError
 from lowlevel.evaluation.preference import Verdict, preferences
@@ -33,6 +33,8 @@ from lowlevel.running.scoring import load_reward_run, score_source
 from lowlevel.sampling import Sampling
 
 Message = dict[str, str]
+# The verdict on each question, None if one of the orders has none; and what the result's file says about it.
+Judged = tuple[list[Verdict | None], list[dict[str, Any]]]
 WORKERS = 4  # requests at a time
 READINGS = 3  # times that the judge is asked until its answer has a verdict
 SCORES = {"A": 1.0, "B": 0.0, "C": 0.5}  # of the conversation that was read first
@@ -51,14 +53,6 @@ class Question:
     system: str = ""
 
 
-@dataclass(frozen=True)
-class Judged:
-    """The scores of all questions; None where the judge gave no verdict in one of the orders."""
-
-    verdicts: list[Verdict | None]
-    said: list[dict[str, Any]]  # of each question, what the result's file has about it
-
-
 def judge_runs(
     dirs: tuple[Path, Path],
     prompts: Path,
@@ -74,7 +68,7 @@ def judge_runs(
 
     Args:
         dirs: run folders, adapters or merged models: A and B.
-        prompts: file of questions, see `read_questions`.
+        prompts: file of questions, see `question_of`.
         console: receives the summary.
         endpoint, reward: the judge; one of them.
         sampling: of the replies.
@@ -83,7 +77,7 @@ def judge_runs(
 
     Raises ConfigError and DataError for unusable arguments, EndpointError if the server fails.
     """
-    questions, answers = read_questions(prompts), out.with_name(f"{out.stem}_answers.jsonl")
+    questions, answers = read_rows(prompts, question_of), out.with_name(f"{out.stem}_answers.jsonl")
     if reward:
         check_reward_run(reward)
     if missing := [folder for folder in dirs if not folder.is_dir()]:
@@ -93,21 +87,20 @@ def judge_runs(
             endpoint.ask([{"role": "user", "content": "Answer with one word: ready"}])
     chats = [conversations(folder, questions, sampling, console) for folder in dirs]
     if endpoint:
-        judged = judged_by_endpoint(endpoint, chats, answers)
-        judge: dict[str, Any] = {"url": endpoint.url, "model": endpoint.model, "usage": asdict(endpoint.usage)}
+        found, said = judged_by_endpoint(endpoint, chats, answers)
+        judge: dict[str, Any] = {"url": endpoint.url, "model": endpoint.model, "usage": dict(endpoint.usage)}
     else:
         assert reward is not None
-        judged, judge = judged_by_reward(reward, chats, console), {"reward": str(reward)}
-    verdicts = [one for one in judged.verdicts if one is not None]
+        found, said = judged_by_reward(reward, chats, console)
+        judge = {"reward": str(reward)}
+    verdicts = [one for one in found if one is not None]
     if not verdicts:
         raise LowlevelError(f"no verdict on any question: {answers} has what the judge said")
     result = {"a": str(dirs[0]), "b": str(dirs[1]), "judge": judge, "unreadable": len(questions) - len(verdicts)}
     result |= preferences(verdicts)
-    said = [
-        {"question": number, "a": a, "b": b, **one}
-        for number, (a, b, one) in enumerate(zip(*chats, judged.said, strict=True), 1)
-    ]
-    write_given_json(out, {**result, "conversations": said})
+    asked = enumerate(zip(*chats, said, strict=True), 1)
+    every = [{"question": number, "a": a, "b": b, **one} for number, (a, b, one) in asked]
+    write_given_json(out, {**result, "conversations": every}, "--out")
     console.print(summary(result, price), markup=False)
     console.print(f"written to {out}", markup=False)
     return result
@@ -144,16 +137,10 @@ def _share(one: Mapping[str, float | None]) -> str:
     return f"{one['value']:.1%}{ends}"
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Questions of a file: rows with "turns" (a list of texts) or "prompt", and "system" if there is one.
-
-    Raises ConfigError if there is no such file, DataError for other rows.
-    """
-    return read_rows(path, _question)
-
-
-def _question(row: Mapping[str, Any]) -> Question:
-    turns, system = row.get("turns", [row.get("prompt")]), row.get("system") or ""
+def question_of(row: Row) -> Question:
+    """A row with "turns" (a list of texts) or "prompt", and "system" if there is one. Raises ValueError for others."""
+    given: Mapping[str, Any] = row.columns
+    turns, system = given.get("turns", [given.get("prompt")]), given.get("system") or ""
     if not (isinstance(turns, list) and turns and all(isinstance(one, str) and one.strip() for one in turns)):
         raise ValueError('needs "prompt", a text, or "turns", a list of texts')
     if not isinstance(system, str):
@@ -186,7 +173,7 @@ def judged_by_reward(run_dir: Path, chats: Sequence[Sequence[list[Message]]], co
     for a, b, *lengths in zip(rewards[::2], rewards[1::2], *(map(_characters, side) for side in chats), strict=True):
         score = 0.5 + 0.5 * ((a > b) - (a < b))
         verdicts.append(Verdict(score, score, *lengths))
-    return Judged(verdicts, [{"rewards": pair} for pair in zip(rewards[::2], rewards[1::2], strict=True)])
+    return verdicts, [{"rewards": pair} for pair in zip(rewards[::2], rewards[1::2], strict=True)]
 
 
 def judged_by_endpoint(endpoint: Endpoint, chats: Sequence[Sequence[list[Message]]], log: Path) -> Judged:
@@ -215,7 +202,7 @@ def judged_by_endpoint(endpoint: Endpoint, chats: Sequence[Sequence[list[Message
             scores = SCORES[first["verdict"]], 1 - SCORES[second["verdict"]]
             verdicts.append(Verdict(*scores, _characters(a), _characters(b)))
     said = [{"a_first": first, "b_first": second} for first, second in zip(found[::2], found[1::2], strict=True)]
-    return Judged(verdicts, said)
+    return verdicts, said
 
 
 class Journal:
@@ -225,7 +212,8 @@ class Journal:
         self.path, self.lock = path, threading.Lock()
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         self.known = {one["request"]: one for one in filter(None, map(_entry, text.splitlines()))}
-        self.start = "" if text.endswith("\n") or not text else "\n"  # after a line that a killed process cut
+        if text and not text.endswith("\n"):  # a killed process cut the last line
+            path.write_text(f"{text}\n", encoding="utf-8")
 
     def verdict(self, endpoint: Endpoint, first: Sequence[Message], second: Sequence[Message]) -> dict[str, Any]:
         """The known answer about two conversations, or a new one; `verdict` is None if no reading of the judge had one.
@@ -245,11 +233,8 @@ class Journal:
                 verdict = marks[-1]
                 break
         entry = {"request": key, "verdict": verdict, "text": text}
-        with self.lock, open(self.path, "a", encoding="utf-8") as file:
-            file.write(self.start + json.dumps(entry) + "\n")
-            self.start = ""
-            file.flush()
-            os.fsync(file.fileno())
+        with self.lock:
+            append_line(self.path, entry, synced=True)
         return entry
 
 

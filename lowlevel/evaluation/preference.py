@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lowlevel.evaluation.paired import mean_by_weight, resampled_items
+from lowlevel.evaluation.paired import Difference, mean_by_weight, resampled_items
 
 PENALTY = (1e-3, 1.0)  # of theta, which keeps it finite if A always wins, and of phi
 NEWTON_STEPS = 12
@@ -49,7 +49,7 @@ def preferences(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "tied": int((scores == 0.5).sum()),
         "lost": int((scores < 0.5).sum()),
         "win_rate": mean_by_weight(scores, np.ones(len(scores)), "judge").as_json(),
-        "length_controlled_win_rate": {"value": rate, **_ends(drawn)},
+        "length_controlled_win_rate": Difference(rate, np.array(drawn)).as_json(),
         "orders_agree": float((orders[:, 0] == orders[:, 1]).mean()),
         "first_wins": float((first * (first != 0.5)).sum() / decided.sum()) if decided.sum() else None,
         "characters": {"a": _mean(verdicts, "a_characters"), "b": _mean(verdicts, "b_characters")},
@@ -68,13 +68,6 @@ def length_controlled(scores: np.ndarray, differences: np.ndarray) -> float:
         step = np.linalg.solve(curvature, slope)
         weights = weights - step / max(1.0, float(np.abs(step).max()))  # at most 1: far away the curvature vanishes
     return float(1 / (1 + np.exp(-weights[0])))
-
-
-def _ends(values: Sequence[float]) -> dict[str, float | None]:
-    if not values:
-        return {"low": None, "high": None}
-    low, high = np.percentile(values, (2.5, 97.5)).tolist()
-    return {"low": low, "high": high}
 
 
 def _mean(verdicts: Sequence[Verdict], name: str) -> float:

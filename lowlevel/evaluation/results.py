@@ -8,7 +8,7 @@ from typing import Any
 
 from lowlevel.errors import LowlevelError
 from lowlevel.evaluation.paired import SLOW_RESAMPLES, Difference, paired_difference, weighted_difference
-from lowlevel.evaluation.table import TextTable, with_interval
+from lowlevel.table import TextTable, with_interval
 
 Results = Mapping[str, Any]  # what lm-eval returns for one stage
 Pair = tuple[str, str]  # of stages, the earlier one first
@@ -54,9 +54,8 @@ def check_prompts(results: Mapping[str, Results]) -> None:
         for name, samples in result["samples"].items():
             own = [(one["doc_id"], one["filter"], one["prompt_hash"], one["target_hash"]) for one in samples]
             if asked.setdefault(name, own) != own:
-                raise LowlevelError(
-                    f"task {name} has other prompts for {stage}: it draws them at random, without a seed"
-                )
+                why = "it draws them at random, without a seed"
+                raise LowlevelError(f"task {name} has other prompts for {stage}: {why}")
 
 
 def item_lines(results: Mapping[str, Results]) -> Iterator[dict[str, Any]]:
@@ -74,14 +73,7 @@ def eval_tables(rows: Sequence[Mapping[str, Any]]) -> list[TextTable]:
     """The values of the stages, and their differences; of no rows nothing."""
     if not rows:
         return []
-    stages = [
-        [
-            *_named(row),
-            f"{row['items']:,}",
-            *(_with_error(one["value"], one["stderr"]) for one in row["stages"].values()),
-        ]
-        for row in rows
-    ]
+    stages = [[*_named(row), f"{row['items']:,}", *map(_with_error, row["stages"].values())] for row in rows]
     tables = [TextTable("Tasks", ["task", "metric", "items", *rows[0]["stages"]], stages, STAGES_NOTE)]
     if pairs := [f"{one['to']} - {one['from']}" for one in rows[0]["differences"]]:
         changes = [[*_named(row), *map(_change, row["differences"])] for row in rows]
@@ -89,8 +81,8 @@ def eval_tables(rows: Sequence[Mapping[str, Any]]) -> list[TextTable]:
     return tables
 
 
-def _with_error(value: float, stderr: float | None) -> str:
-    return f"{value:.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
+def _with_error(one: Mapping[str, Any]) -> str:
+    return f"{one['value']:.4g}" + ("" if one["stderr"] is None else f" ± {one['stderr']:.2g}")
 
 
 def _change(one: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from lowlevel.durable import write_given_json, write_json, write_text
+from lowlevel.durable import write_given_json, write_text
 from lowlevel.errors import ConfigError, one_line
 from lowlevel.evaluation.results import Results, eval_tables, item_lines, result_rows
 from lowlevel.heartbeat import working
@@ -60,9 +60,7 @@ def evaluate_run(
     names = [stage.name for stage in opened.stages]
     if unknown := sorted(set(stages) - set(names)):
         raise ConfigError(f"--stages {','.join(unknown)}: the run's stages are {', '.join(names)}")
-    adapter = opened.folder.newest_adapter(opened.note)
-    if adapter is None:
-        raise ConfigError(f"{run_dir} has no adapter yet; has the run finished?")
+    adapter = opened.folder.newest_adapter(opened.note) or opened.folder.final_adapter()
     loaded = load_tasks(tasks, num_fewshot)
 
     from lowlevel.evaluation.harness import RunLM
@@ -81,7 +79,7 @@ def evaluate_run(
     for table in eval_tables(rows):
         table.show(console)
     target = out or run_dir / "eval.json"
-    (write_given_json if out else write_json)(target, summary)
+    write_given_json(target, summary, "--out")
     items = target.with_name(f"{target.stem}_items.jsonl")
     write_text(items, "".join(json.dumps(line, default=str) + "\n" for line in item_lines(results)))
     console.print(f"written to {target}, item by item to {items}", markup=False)

@@ -46,9 +46,8 @@ def export(source: Path, to: str, out: Path, console: Console) -> None:
     result = _result(source, run)
     if to in ("vllm", "gguf-adapter"):
         if run is None or result == run.whole:
-            raise ConfigError(
-                f"--to {to} writes an adapter, and {result} is a whole model: vllm serve {result}, or --to gguf"
-            )
+            use = f"vllm serve {result}, or --to gguf"
+            raise ConfigError(f"--to {to} writes an adapter, and {result} is a whole model: {use}")
         return (_write_adapter if to == "vllm" else _write_gguf_adapter)(result, run, out, console)
     _check_first(result, run, to)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,10 +68,7 @@ def _result(source: Path, run: RunFolder | None) -> Path:
             raise ConfigError(f"{source} is neither a run folder nor the folder of a whole model (config.json)")
         return source
     check_gives_text(run.read_config(), source)
-    found = run.stacked if run.stacked.exists() else run.adapter
-    if not found.exists():
-        raise ConfigError(f"{source} has no result yet; has the run finished?")
-    return found
+    return run.stacked if run.stacked.exists() else run.final_adapter()
 
 
 def _check_first(result: Path, run: RunFolder | None, to: str) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowlevel.durable import write_given_json
-from lowlevel.errors import ConfigError, LowlevelError
+from lowlevel.errors import LowlevelError
 from lowlevel.preflight import software
 from lowlevel.preflight.finding import Finding, look
 
@@ -32,12 +32,8 @@ def run_doctor(out: Path, json_file: Path | None, console: Console, silence: Cal
 
     `silence` is called before the libraries are imported: it keeps their advice out of the table.
 
-    Raises:
-        PreflightError: a check failed.
-        ConfigError: the folder of the JSON file does not exist.
+    Raises PreflightError if a check failed.
     """
-    if json_file and not json_file.parent.is_dir():
-        raise ConfigError(f"--json {json_file}: no such folder")
     findings = [_shown(name, check, console) for name, check in SOFTWARE]
     absent = software.missing()
     if not absent:

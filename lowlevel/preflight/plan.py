@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from lowlevel.model.placement import Placement
 from lowlevel.running.adapter_sources import find_adapter
 from lowlevel.running.assembly import with_shards, with_stored
 from lowlevel.running.plots import plot_memory
+from lowlevel.table import table_of
 
 MIB = 2**20
 ON_HOST = ("model.embeddings_on_host", "train.offload_activations")  # may be kept on the host, at the cost of copies
@@ -165,27 +166,24 @@ def _settings(column: Column) -> list[str]:
 
 
 def _plan_table(shape: ModelShape, columns: Sequence[Column], forecasts: Sequence[Forecast]) -> Table:
-    table = Table(title="forecast of a GPU's memory, MiB", title_justify="left")
-    table.add_column("")
-    for column in columns:
-        table.add_column(column.name, justify="right")
-    for part in forecasts[0].static:
-        table.add_row(part, *(f"{f.static[part] / MIB:,.0f}" for f in forecasts))
-    for phase in forecasts[0].phases:
-        table.add_row(f"activations: {phase}", *(f"{f.phases[phase] / MIB:,.0f}" for f in forecasts))
-    table.add_section()
-    table.add_row("peak allocated", *(f"{f.peak / MIB:,.0f}" for f in forecasts))
-    if any(column.config.train.offload_activations for column in columns):
-        table.add_row("inputs of recomputed layers, on the host", *(f"{f.host / MIB:,.0f}" for f in forecasts))
-    table.add_section()
+    def line(name: str, sizes: Iterable[int]) -> list[str]:
+        return [name, *(f"{size / MIB:,.0f}" for size in sizes)]
+
     plans = [column.plan for column in columns]
-    table.add_row("positions a micro-batch", *(f"{plan.positions:,}" for plan in plans))
-    table.add_row("layers recomputed", *(f"{plan.recomputed} of {shape.layers}" for plan in plans))
-    if columns[0].config.model.load_in_4bit:
-        table.add_row("4-bit weights dequantised", *("once" if p.dequantize_once else "each pass" for p in plans))
     costs = [cost(shape, column.config, column.plan) for column in columns]
-    table.add_row("speed, relative", *(f"{max(costs) / one:.2f}" for one in costs))
-    return table
+    static, phases = forecasts[0].static, forecasts[0].phases
+    rows: list[list[str] | None] = [line(part, [f.static[part] for f in forecasts]) for part in static]
+    rows += [line(f"activations: {phase}", [f.phases[phase] for f in forecasts]) for phase in phases]
+    rows += [None, line("peak allocated", [f.peak for f in forecasts])]
+    if any(column.config.train.offload_activations for column in columns):
+        rows.append(line("inputs of recomputed layers, on the host", [f.host for f in forecasts]))
+    rows += [None, ["positions a micro-batch", *(f"{plan.positions:,}" for plan in plans)]]
+    rows.append(["layers recomputed", *(f"{plan.recomputed} of {shape.layers}" for plan in plans)])
+    if columns[0].config.model.load_in_4bit:
+        rows.append(["4-bit weights dequantised", *("once" if p.dequantize_once else "each pass" for p in plans)])
+    rows.append(["speed, relative", *(f"{max(costs) / one:.2f}" for one in costs)])
+    title = "forecast of a GPU's memory, MiB"
+    return table_of(("<", *(column.name for column in columns)), rows, title=title, title_justify="left")
 
 
 def show_memory(run_dir: Path, console: Console, plot: Path | None) -> None:
@@ -196,18 +194,12 @@ def show_memory(run_dir: Path, console: Console, plot: Path | None) -> None:
         report: dict[str, Any] = json.loads((run_dir / "memory.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{run_dir} holds no memory.json: memory is measured in runs on a GPU") from None
-    table = Table(title=f"memory of {run_dir.name}, MiB ({report['positions']:,} positions)", title_justify="left")
-    table.add_column("")
-    table.add_column("MiB", justify="right")
-    for name, size in report["components"].items():
-        table.add_row(name, f"{size / MIB:,.1f}")
-    table.add_row("activations kept for the backward pass", f"{report['kept_for_backward'] / MIB:,.1f}")
-    table.add_section()
-    for phase, peak in report["phases"].items():
-        table.add_row(f"peak allocated: {phase}", f"{peak / MIB:,.1f}")
-    table.add_row("reserved by the allocator", f"{report['reserved'] / MIB:,.1f}")
-    table.add_row("in use on the device", f"{report['device_used'] / MIB:,.1f}")
-    console.print(table)
+    kept = {**report["components"], "activations kept for the backward pass": report["kept_for_backward"]}
+    whole = {f"peak allocated: {phase}": peak for phase, peak in report["phases"].items()}
+    whole |= {"reserved by the allocator": report["reserved"], "in use on the device": report["device_used"]}
+    parts, wholes = ([(name, f"{size / MIB:,.1f}") for name, size in sizes.items()] for sizes in (kept, whole))
+    title = f"memory of {run_dir.name}, MiB ({report['positions']:,} positions)"
+    console.print(table_of(("<", "MiB"), [*parts, None, *wholes], title=title, title_justify="left"))
     if plot:
         plot_memory(report, plot, title=run_dir.name)
         console.print(f"plot saved to {plot}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import tomllib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,21 +26,27 @@ NOT_INSTALLED = note(
 
 @dataclass(frozen=True)
 class Needs:
-    """Requirements of the package: Python versions, a line for each library, and where they were read."""
+    """Requirements of the package on this system, without extras, and where they were read."""
 
     python: str
-    libraries: list[str]
+    libraries: list[Requirement]
     source: str
+
+    @classmethod
+    def of(cls, python: str, lines: Sequence[str], source: str) -> Needs:
+        """From the line of each library."""
+        read = [Requirement(line) for line in lines]
+        return cls(python, [one for one in read if one.marker is None or one.marker.evaluate({"extra": ""})], source)
 
 
 def needs() -> Needs | None:
     """From the installed package's metadata, else from the pyproject.toml of a checkout; None without both."""
     with suppress(metadata.PackageNotFoundError):
         python = metadata.metadata(PACKAGE)["Requires-Python"]
-        return Needs(python, metadata.requires(PACKAGE) or [], "the package")
+        return Needs.of(python, metadata.requires(PACKAGE) or [], "the package")
     try:
         project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
-        found = Needs(project["requires-python"], project["dependencies"], PROJECT.name)
+        found = Needs.of(project["requires-python"], project["dependencies"], PROJECT.name)
         return found if project["name"] == PACKAGE else None
     except (OSError, ValueError, KeyError):
         return None
@@ -57,19 +64,11 @@ def python() -> Finding:
     return fail(found, "make an environment with a Python in that range")
 
 
-def requirements(asked: Needs) -> list[Requirement]:
-    """The requirements of this system, without extras."""
-    parsed = [Requirement(line) for line in asked.libraries]
-    return [one for one in parsed if one.marker is None or one.marker.evaluate({"extra": ""})]
-
-
-def versions(asked: list[Requirement]) -> dict[str, str | None]:
-    """The installed version of each; None if missing."""
-    found: dict[str, str | None] = {one.name: None for one in asked}
-    for name in found:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+def installed(name: str) -> str | None:
+    """The version of a library; None if it is missing."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    return None
 
 
 def libraries() -> Finding:
@@ -77,21 +76,20 @@ def libraries() -> Finding:
     asked = needs()
     if asked is None:
         return NOT_INSTALLED
-    required = requirements(asked)
-    found = versions(required)
+    found = {one.name: installed(one.name) or "" for one in asked.libraries}
     wrong = [
         one
-        for one in required
-        if (version := found[one.name]) is None or not one.specifier.contains(version, prereleases=True)
+        for one in asked.libraries
+        if not (found[one.name] and one.specifier.contains(found[one.name], prereleases=True))
     ]
     if wrong:
         lines = [f"{one.name} {found[one.name] or 'is missing'} (asked for: {one.specifier})" for one in wrong]
         return fail("; ".join(lines), "pip install " + " ".join(f"'{one.name}{one.specifier}'" for one in wrong))
     named = ", ".join(f"{name} {found[name]}" for name in NAMED if name in found)
-    return ok(f"all {len(required)} within the ranges of {asked.source}: {named}")
+    return ok(f"all {len(found)} within the ranges of {asked.source}: {named}")
 
 
 def missing() -> list[str]:
     """Names of missing libraries; the other checks need all of them."""
     asked = needs()
-    return [name for name, version in versions(requirements(asked)).items() if version is None] if asked else []
+    return [one.name for one in asked.libraries if installed(one.name) is None] if asked else []

@@ -8,9 +8,10 @@ DIR/layers-0.safetensors     outputs of its decoder layers, if asked for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,20 +135,17 @@ def _watched(session: Session, layers: bool) -> Iterator[Tensors]:
     watched = [(decoder, "hidden")]
     if layers:
         watched += [(layer, f"layer.{number}") for number, layer in enumerate(session.policy.layers.layers)]
-    handles = [module.register_forward_hook(_keep(seen, name)) for module, name in watched]
+
+    def keep(name: str, module: object, arguments: object, output: Any) -> None:
+        tensor = output if isinstance(output, Tensor) else output[0]
+        seen[f"{name}.{'policy' if torch.is_grad_enabled() else 'reference'}"] = _copy(tensor)
+
+    handles = [module.register_forward_hook(partial(keep, name)) for module, name in watched]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _keep(seen: Tensors, name: str) -> Callable[..., None]:
-    def hook(module: object, arguments: object, output: Any) -> None:
-        tensor = output if isinstance(output, Tensor) else output[0]
-        seen[f"{name}.{'policy' if torch.is_grad_enabled() else 'reference'}"] = _copy(tensor)
-
-    return hook
 
 
 @torch.no_grad()

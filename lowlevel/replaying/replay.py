@@ -88,7 +88,7 @@ def replay(session: Session, step: int, before_last: Callable[[], None] = lambda
         session.advance()
         number = session.state.step
         if number in logged or number == step:  # a window ends where the run logged a line
-            record = session.close_window(rate)
+            record = session.state.close_window(rate, number / session.order.steps_per_epoch)
             if number in logged:
                 found.rows += number_rows(number, logged[number], record, exact=found.exact)
             found.record = record

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table, box
+from rich.table import box
 
 from lowlevel.errors import LowlevelError
 from lowlevel.replaying.compare import NUMBERS, TENSORS, Row
 from lowlevel.replaying.session import Outcome
+from lowlevel.table import table_of
+
+HEADINGS = ("<quantity", "logged", "replayed", "difference", "<identical")
+STYLE: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False}
 
 
 class ReplayDiffersError(LowlevelError):
@@ -66,7 +70,7 @@ def print_replay(found: Replay, console: Console) -> None:
     if earlier:
         console.print(f"  before it: {_summary(earlier)}", markup=False)
     if own:
-        console.print(_table(own))
+        console.print(table_of(HEADINGS, map(_cells, own), **STYLE))
     elif found.record:
         numbers = ", ".join(f"{k} {v:.6g}" for k, v in found.record.items() if k in ("loss", "grad_norm"))
         console.print(f"  replayed: {numbers} (means since the log line before)", markup=False)
@@ -80,8 +84,10 @@ def print_replay(found: Replay, console: Console) -> None:
         )
     for note in notes:
         console.print(f"  {note}", markup=False)
-    if found.outcomes:
-        console.print(_what_if_table(found.outcomes))
+    if outcomes := found.outcomes:
+        lines = [(name, *(f"{one.numbers[name]:.6g}" for one in outcomes)) for name in outcomes[0].numbers]
+        title = {"title": "only this step, under other settings", "title_justify": "left"}
+        console.print(table_of(("<quantity", *(one.settings for one in outcomes)), lines, **STYLE, **title))
 
 
 def _summary(rows: Sequence[Row]) -> str:
@@ -94,25 +100,7 @@ def _summary(rows: Sequence[Row]) -> str:
     return f"{span}: {len(rows)} numbers, {'identical' if same else 'within the tolerance'}"
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("quantity", overflow="fold")
-    for name in ("logged", "replayed", "difference"):
-        table.add_column(name, justify="right")
-    table.add_column("identical")
-    for row in rows:
-        difference = "missing" if math.isinf(row.difference) else f"{row.difference:.3g}"
-        answer = "yes" if row.identical else ("within tolerance" if row.good else "NO")
-        table.add_row(row.quantity, row.logged, row.replayed, difference, answer)
-    return table
-
-
-def _what_if_table(outcomes: Sequence[Outcome]) -> Table:
-    title = "only this step, under other settings"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    table.add_column("quantity")
-    for outcome in outcomes:
-        table.add_column(outcome.settings, justify="right")
-    for name in outcomes[0].numbers:
-        table.add_row(name, *(f"{outcome.numbers[name]:.6g}" for outcome in outcomes))
-    return table
+def _cells(row: Row) -> tuple[str, ...]:
+    difference = "missing" if math.isinf(row.difference) else f"{row.difference:.3g}"
+    answer = "yes" if row.identical else ("within tolerance" if row.good else "NO")
+    return row.quantity, row.logged, row.replayed, difference, answer

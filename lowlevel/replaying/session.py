@@ -85,10 +85,6 @@ class Session:
         self.policy.move_reference(self.state.step)
         return result
 
-    def close_window(self, rate: float) -> dict[str, Any]:
-        """The record that the loop would log now."""
-        return self.state.close_window(rate, self.state.step / self.order.steps_per_epoch)
-
 
 def take_step(session: Session, config: RunConfig, execution: Execution, scale: LossScale) -> StepResult:
     """One update with the learning rate and clipping of `config` and the loss of `execution`; `state` stays."""
@@ -239,7 +235,8 @@ def _outcome(session: Session, config: RunConfig) -> tuple[dict[str, float], Ten
     """Take the step and undo it. Clipping only scales the gradient, so it does not change the cosine."""
     weights, optimizer = session.policy.flat.weights, session.optimizer
     before, state = weights.detach().clone(), optimizer_tensors(optimizer)
-    execution = Eager(session.policy, build_method(config, session.inputs.attention))
+    method = fitted(build_method(config, session.inputs.attention), config, session.inputs.data.train)
+    execution = Eager(session.policy, method)
     session.policy.layers.use(compiled=False)
     scale = deepcopy(session.state.loss_scale)
     try:

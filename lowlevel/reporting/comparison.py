@@ -13,7 +13,6 @@ from rich.console import Console
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.durable import write_json
 from lowlevel.errors import ConfigError
-from lowlevel.evaluation.table import TextTable
 from lowlevel.heartbeat import counted
 from lowlevel.labels import IGNORED
 from lowlevel.losses.reward import ranked
@@ -23,6 +22,7 @@ from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import LoadedRun, load_run, reopen
 from lowlevel.running.replies import Reply, generate_replies
 from lowlevel.sampling import Sampling, build_sampler
+from lowlevel.table import TextTable
 
 SAMPLES = 5  # in the report
 COLUMNS = {
@@ -120,7 +120,7 @@ def compare_stages(
         replies[stage.name] = made
         reference = scored if not stage.trained else reference  # the stage before the trained one is DPO's reference
     run.activate(run.stages[-1])
-    print_table(scores, console)
+    score_table(scores).show(console)
     return {
         "scores": scores,
         "prompts": [run.tokenizer.decode(prompt).strip() for prompt in prompts],
@@ -189,11 +189,6 @@ def prompt_ids(row: Any) -> list[int]:
         return row.prompt_ids.tolist()
     first = int((row.labels != IGNORED).argmax())
     return row.input_ids[: max(1, first)].tolist()
-
-
-def print_table(scores: Mapping[str, Mapping[str, float]], console: Console) -> None:
-    """See `score_table`."""
-    score_table(scores).show(console)
 
 
 def score_table(scores: Mapping[str, Mapping[str, float]]) -> TextTable:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowlevel.evaluation.table import TextTable
 from lowlevel.inspection.page import render_template
 from lowlevel.reporting.displaced import NOTICED_TEXT, SHOWN, DisplacedPairs, PairTables
 from lowlevel.reporting.series import chart
 from lowlevel.running.plots import Panel
+from lowlevel.table import TextTable
 
 
 @dataclass(frozen=True)

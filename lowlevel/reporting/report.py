@@ -16,7 +16,6 @@ from lowlevel.durable import write_text
 from lowlevel.errors import ConfigError, LowlevelError
 from lowlevel.evaluation.forgetting import forgetting_table
 from lowlevel.evaluation.results import eval_tables
-from lowlevel.evaluation.table import TextTable
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.model.files import read_or_empty
 from lowlevel.reporting.comparison import sample_table, score_table
@@ -27,6 +26,7 @@ from lowlevel.running.assembly import load_run_tokenizer
 from lowlevel.running.plots import plot_panels
 from lowlevel.running.reopening import Reopened, reopen
 from lowlevel.running.run_folder import RunFolder
+from lowlevel.table import TextTable
 
 NO_TRACE = (
     "A trace adds the best and the worst pairs, the number of chosen completions below the reference, and the tokens "

@@ -10,23 +10,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from lowlevel.batch.order import DataOrder
 from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.durable import write_given_json
 from lowlevel.errors import ConfigError
 from lowlevel.execution import WithFallback
-from lowlevel.methods.choice import build_method, fitted
 from lowlevel.model.dequantised import dequantize_as_set
-from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import peak_memory
-from lowlevel.running.assembly import Inputs, build_run_policy, check_start, choose_execution
+from lowlevel.running.assembly import Inputs, check_start, choose_execution
+from lowlevel.running.job import Job, build_job
 from lowlevel.running.progress import lines_to
 from lowlevel.running.rehearsal import largest_batch, rehearse
 from lowlevel.running.run_record import announce
-from lowlevel.timing.steps import Step, TimedRun, Whole, mean_phases, take_steps, whole
+from lowlevel.table import table_of
+from lowlevel.timing.steps import Step, Whole, mean_phases, take_steps, whole
 
 WARM_UP = 3  # steps before the measured ones, in both parts
 BOUNDARIES = "each boundary waits for the device; a run packs its rows ahead, in a thread"
@@ -51,18 +49,17 @@ def time_run(config: RunConfig, console: Console, *, steps: int, json_file: Path
 
     `steps` steps are measured, after WARM_UP unmeasured ones. Raises as a run would.
     """
-    if json_file and not json_file.parent.is_dir():
-        raise ConfigError(f"--json {json_file}: no such folder")
     if config.sampled:
         what = "sampling_seconds, rewarding_seconds and tokens_per_second of metrics.jsonl"
         raise ConfigError(f"lowlevel time does not sample: a run of {config.method} logs {what}")
     with tempfile.TemporaryDirectory() as scratch, deterministic_mode(config.train.deterministic):
         resolved, inputs = check_start(config, Path(scratch))
-        run = _build(resolved, inputs)
-        announce(console, resolved, inputs, run.policy, run.order)
+        job = build_job(resolved, inputs)
+        dequantize_as_set(job.policy, resolved.train.dequantize_once)
+        announce(console, resolved, inputs, job.policy, job.order)
         if config.dpo.reference_cache is not None:
             console.print("  dpo.reference_cache is left out: the reference pass is timed")
-        timed, taken = _measure(run, choose_execution(resolved, inputs), steps, console)
+        timed, taken = _measure(job, choose_execution(resolved, inputs), steps, console)
     _print_whole(timed, steps, console)
     if config.method == "dpo":
         console.print(SHARED)
@@ -72,28 +69,18 @@ def time_run(config: RunConfig, console: Console, *, steps: int, json_file: Path
     return timed
 
 
-def _build(config: RunConfig, inputs: Inputs) -> TimedRun:
-    policy = build_run_policy(config, inputs)
-    optimizer = build_optimizer(policy.flat.weights, config.train, policy.flat.parts)
-    dequantize_as_set(policy, config.train.dequantize_once)
-    examples = inputs.data.train
-    order = DataOrder.of(config, examples)
-    method = fitted(build_method(config, inputs.attention), config, examples)
-    return TimedRun(config, policy, method, optimizer, order, examples)
-
-
-def _measure(run: TimedRun, mode: str, steps: int, console: Console) -> tuple[Timed, dict[str, list[Step]]]:
+def _measure(job: Job, mode: str, steps: int, console: Console) -> tuple[Timed, dict[str, list[Step]]]:
     """Whole steps in the run's mode, then divided steps in the nearest mode that can be divided."""
-    execution = WithFallback(run.policy, run.method, mode, lines_to(console))
-    if run.policy.placement.device.type == "cuda":  # as at the start of a run: capture the largest graph first
-        largest = largest_batch(run.method, run.examples, run.order.rows_per_step)
-        rehearse(run.policy, run.method, execution, run.optimizer, largest)
-    undivided = take_steps(run, execution, WARM_UP + steps)
+    execution = WithFallback(job.policy, job.method, mode, lines_to(console))
+    if job.policy.placement.device.type == "cuda":  # as at the start of a run: capture the largest graph first
+        largest = largest_batch(job.method, job.inputs.data.train, job.order.rows_per_step)
+        rehearse(job.policy, job.method, execution, job.optimizer, largest)
+    undivided = take_steps(job, execution, WARM_UP + steps)
     mode, memory = execution.mode, peak_memory()
     if mode == "graphed":
         execution.use("compiled")  # and frees the graphs
         torch.cuda.empty_cache()
-    divided = take_steps(run, execution, WARM_UP + steps, divide=True)
+    divided = take_steps(job, execution, WARM_UP + steps, divide=True)
     measured = {"whole": undivided[WARM_UP:], "divided": divided[WARM_UP:]}
     phases, counted = mean_phases(measured["divided"]), sum(step.counts for step in measured["divided"])
     return Timed(mode, whole(measured["whole"]), memory, execution.mode, phases, counted), measured
@@ -102,7 +89,6 @@ def _measure(run: TimedRun, mode: str, steps: int, console: Console) -> tuple[Ti
 def _print_whole(timed: Timed, steps: int, console: Console) -> None:
     one = timed.whole
     console.print(f"whole steps, {timed.mode}: {one.counted} of {steps}, after {WARM_UP} warm-up steps")
-    table = Table()
     cells = {
         "median ms": f"{one.median_ms:,.1f}",
         "p10": f"{one.p10_ms:,.1f}",
@@ -111,10 +97,7 @@ def _print_whole(timed: Timed, steps: int, console: Console) -> None:
         "supervised/s": f"{one.supervised_tokens_per_second:,.0f}",
         "padding": f"{one.padding_share:.1%}",
     }
-    for name in cells:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_row(*cells.values())
-    console.print(table)
+    console.print(table_of([*cells], [[*cells.values()]]))
     for apart, what in (
         (one.set_up, "captured or compiled a new batch shape"),
         (one.repeated, "overflowed in fp16 and were repeated at half the loss scale"),
@@ -129,14 +112,8 @@ def _print_whole(timed: Timed, steps: int, console: Console) -> None:
 def _print_phases(timed: Timed, console: Console) -> None:
     total = sum(timed.phases.values())
     console.print(f"a step by phase, {timed.divided_mode}: means of {timed.divided_steps} steps")
-    table = Table("phase")
-    for name in ("ms", "share"):
-        table.add_column(name, justify="right")
-    for name, milliseconds in timed.phases.items():
-        table.add_row(name, f"{milliseconds:,.2f}", f"{milliseconds / total:.1%}")
-    table.add_section()
-    table.add_row("the whole step", f"{total:,.2f}", "100.0%")
-    console.print(table)
+    rows = [(name, f"{one:,.2f}", f"{one / total:.1%}") for name, one in timed.phases.items()]
+    console.print(table_of(("<phase", "ms", "share"), [*rows, None, ("the whole step", f"{total:,.2f}", "100.0%")]))
     console.print(BOUNDARIES)
     if timed.mode == "graphed":
         console.print(NOT_DIVIDED)

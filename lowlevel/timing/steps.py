@@ -9,40 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch._dynamo.utils import counters
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.batch.order import DataOrder
 from lowlevel.batch.prefetch import Prefetched
-from lowlevel.config.schema import RunConfig
 from lowlevel.errors import ConfigError
 from lowlevel.execution import Graphed, WithFallback, signature_of
 from lowlevel.heartbeat import working
 from lowlevel.loop import train
 from lowlevel.losses import LossSums
-from lowlevel.methods import Method
-from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.train_state import StepResult, TrainState
+from lowlevel.running.job import Job
 from lowlevel.timing.phases import LAYOUT, PHASES, PhaseClock, divided
 from lowlevel.verification.subject import kept_weights
-
-
-@dataclass(frozen=True)
-class TimedRun:
-    """The parts of a run whose steps are timed."""
-
-    config: RunConfig
-    policy: Policy
-    method: Method
-    optimizer: torch.optim.Optimizer
-    order: DataOrder
-    examples: Sequence[Any]
-
-    def batches(self, step: int) -> list[PackedBatch]:
-        """The micro-batches of step `step`, counted from 0, on the CPU."""
-        return self.method.micro_batches([self.examples[i] for i in self.order.step_rows(step)])
 
 
 @dataclass(frozen=True)
@@ -117,31 +97,34 @@ class Recorder:
         return 0
 
 
-def take_steps(run: TimedRun, execution: WithFallback, count: int, *, divide: bool = False) -> list[Step]:
+def take_steps(job: Job, execution: WithFallback, count: int, *, divide: bool = False) -> list[Step]:
     """Take the first `count` steps of a run, with their updates, then restore the adapter's weights.
 
     A shorter run continues with its next epoch. The optimizer keeps its state between calls. `divide`: divide steps
     into phases, and lay rows out within the step instead of ahead of it; not for "graphed". Raises as in training.
     """
-    policy = run.policy
+    policy, examples = job.policy, job.inputs.data.train
     clock, watched = PhaseClock(policy.placement.device), Watched(execution)
     recorder = Recorder(clock, watched)
 
+    def batches(step: int) -> list[PackedBatch]:
+        return job.method.micro_batches([examples[i] for i in job.order.step_rows(step)])
+
     def laid_out(step: int) -> list[PackedBatch]:
         with clock.during(LAYOUT):
-            return run.batches(step)
+            return batches(step)
 
-    with kept_weights(policy), divided(clock, run.method, run.optimizer) if divide else nullcontext():
+    with kept_weights(policy), divided(clock, job.method, job.optimizer) if divide else nullcontext():
         steps = train(
             watched,
-            run.optimizer,
+            job.optimizer,
             TrainState(LossScale.for_precision(policy.placement.precision)),
-            laid_out if divide else Prefetched(run.batches, count),
+            laid_out if divide else Prefetched(batches, count),
             None,
             recorder,
-            run.config.train,
+            job.config.train,
             total_steps=count,
-            steps_per_epoch=run.order.steps_per_epoch,
+            steps_per_epoch=job.order.steps_per_epoch,
         )
         with working("timing", count, "steps") as work:
             for result in steps:
@@ -176,9 +159,8 @@ def counted_steps(steps: Sequence[Step]) -> list[Step]:
     """The steps with a typical time. Raises ConfigError if there is none."""
     found = [step for step in steps if step.counts]
     if not found:
-        raise ConfigError(
-            f"--steps {len(steps)}: each of these steps met a batch shape for the first time or overflowed; give more"
-        )
+        met = "met a batch shape for the first time or overflowed"
+        raise ConfigError(f"--steps {len(steps)}: each of these steps {met}; give more")
     return found
 
 

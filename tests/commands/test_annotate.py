@@ -114,7 +114,7 @@ def test_a_prompt_that_cannot_be_used_is_named(tmp_path, row, named):
 def test_the_last_reply_of_a_conversation_is_no_part_of_its_prompt(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     file = write_jsonl(tmp_path / "chats.jsonl", [{"messages": turns}, {"messages": [*turns, turns[0]]}])
-    assert [prompt.messages for prompt in read_prompts(str(file))] == [turns[:1], [*turns, turns[0]]]
+    assert [messages for _, messages in read_prompts(str(file))] == [turns[:1], [*turns, turns[0]]]
     assert len(read_prompts("demo")) == 240
 
 

@@ -345,17 +345,6 @@ def test_the_path_from_logps_to_the_weight_stands_above_the_table(cli):
     assert lines.count(path[-1]) == 1
 
 
-def test_the_signs_are_stated_and_true(cli):
-    said = " ".join(shown(cli).split())
-    assert "losses are minimised, so a negative derivative raises that log-probability" in said
-    assert "Margin > 0: the policy prefers y+ to y- by more than the reference does." in said
-    row = by_name(cli)["sigmoid"]
-    better = by_name(cli, "--chosen", -9)["sigmoid"]
-    assert row["gradients"]["chosen"] < 0
-    assert better["loss"] < row["loss"]
-    assert better["margin"] > row["margin"] > 0
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_one_loss_in_detail_has_every_digit_its_formula_and_its_paper(cli, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "80")

@@ -11,6 +11,7 @@ from helpers import step_result
 from refusals import refused
 from rich.console import Console
 
+import lowlevel.running.job as job
 import lowlevel.timing.report as command
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.cli import build_parser
@@ -165,14 +166,14 @@ def on_gpu(monkeypatch, space, tmp_path):
         special = {4: {"set_up": True}, 5: {"repeated": True}}
         return [step(i, 2.0 if i in special else 0.1, **special.get(i, {})) for i in range(count)]
 
-    build = command.build_run_policy
+    build = job.build_run_policy
 
     def build_policy(config, inputs):
         policy = build(config, inputs)
         object.__setattr__(policy, "placement", SimpleNamespace(device=torch.device("cuda"), precision="fp16"))
         return policy
 
-    monkeypatch.setattr(command, "build_run_policy", build_policy)
+    monkeypatch.setattr(job, "build_run_policy", build_policy)
     monkeypatch.setattr(command, "announce", lambda *_: None)
     monkeypatch.setattr(command, "choose_execution", lambda *_: "graphed")
     monkeypatch.setattr(command, "WithFallback", Execution)

@@ -11,8 +11,9 @@ from judge_server import judge_server
 from lowlevel.errors import ConfigError, DataError
 from lowlevel.evaluation import judging
 from lowlevel.evaluation.endpoint import KEY, Endpoint, EndpointError
-from lowlevel.evaluation.judging import Question, judged_by_endpoint, judged_by_reward, read_questions
+from lowlevel.evaluation.judging import Question, judged_by_endpoint, judged_by_reward, question_of
 from lowlevel.evaluation.preference import Verdict, length_controlled, preferences
+from lowlevel.evaluation.rows import read_rows
 
 SECRET = "sk-" + "not-for-any-file"
 ASKED = [{"role": "user", "content": "hello"}]
@@ -32,8 +33,8 @@ def test_another_attempt_after_what_may_pass(fault, first_wait):
     with judge_server(lambda text: "fine", fault) as server:
         endpoint = endpoint_of(server, waits)
         assert endpoint.ask(ASKED) == "fine"
-    assert waits == [first_wait] and (endpoint.usage.requests, endpoint.usage.retries) == (2, 1)
-    assert (endpoint.usage.prompt_tokens, endpoint.usage.completion_tokens) == (100, 10)
+    assert waits == [first_wait] and (endpoint.usage["requests"], endpoint.usage["retries"]) == (2, 1)
+    assert (endpoint.usage["prompt_tokens"], endpoint.usage["completion_tokens"]) == (100, 10)
     assert server.keys == [f"Bearer {SECRET}"] * 2
     assert ("temperature" in server.bodies[1]) == (fault != "400")  # left out for a model that has only its own
 
@@ -98,7 +99,7 @@ def test_both_orders_and_the_log(tmp_path):
     chats = chats_of("good", "bad", "bad", "good", "same"), chats_of("bad", "good", "poor", "good, too", "same")
     with judge_server(prefers_good) as server:
         judged = judged_by_endpoint(endpoint_of(server), chats, log)
-        assert [(one.a_first, one.b_first) for one in judged.verdicts] == [
+        assert [(one.a_first, one.b_first) for one in judged[0]] == [
             (1, 1),
             (0, 0),
             (1, 0),
@@ -107,8 +108,8 @@ def test_both_orders_and_the_log(tmp_path):
         ]
         assert len(server.bodies) == 8  # equal conversations are a tie
         again = judged_by_endpoint(endpoint_of(server), chats, log)
-        assert again.verdicts == judged.verdicts and len(server.bodies) == 8  # nothing is asked twice
-    found = preferences(judged.verdicts)
+        assert again[0] == judged[0] and len(server.bodies) == 8  # nothing is asked twice
+    found = preferences(judged[0])
     assert (found["won"], found["tied"], found["lost"]) == (1, 3, 1)
     assert found["win_rate"]["value"] == 0.5 and found["orders_agree"] == 0.8
     assert found["first_wins"] == pytest.approx(4 / 6)  # of the decisions: 1 of 2, 1 of 2, both of the third
@@ -119,7 +120,7 @@ def test_no_verdict(tmp_path):
     chats = chats_of("good", "a"), chats_of("bad", "b")
     with judge_server(lambda text: "both are nice" if "\na\n" in text else "[[C]]") as server:
         judged = judged_by_endpoint(endpoint_of(server), chats, tmp_path / "log")
-        assert [one is None for one in judged.verdicts] == [False, True]
+        assert [one is None for one in judged[0]] == [False, True]
         assert len(server.bodies) == 2 + 2 * judging.READINGS
 
 
@@ -144,13 +145,13 @@ def test_questions(tmp_path):
     file = tmp_path / "q.jsonl"
     rows = [{"turns": ["one", "two"], "category": "math"}, {"prompt": "x", "system": "be brief"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_questions(file) == [Question(("one", "two")), Question(("x",), "be brief")]
+    assert read_rows(str(file), question_of) == [Question(("one", "two")), Question(("x",), "be brief")]
     for bad in ({"turns": []}, {"turns": ["a", 3]}, {"text": "x"}, {"prompt": ""}):
         file.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad) + "\n")
         with pytest.raises(
             DataError, match='q.jsonl:2: needs "prompt", a text, or "turns", a list of texts .1 of 2 rows'
         ):
-            read_questions(file)
+            read_rows(str(file), question_of)
 
 
 def test_command(dpo_run, tmp_path, monkeypatch):
@@ -201,7 +202,7 @@ def test_reward_run_as_judge(monkeypatch):
     monkeypatch.setattr(judging, "score_source", lambda run, rows: [Scored(v) for v in (2.0, 1.0, 0.5, 0.5, -1.0, 3.0)])
     chats = chats_of("aaa", "b", "c"), chats_of("a", "b", "ccc")
     judged = judged_by_reward(Path("reward"), chats, None)
-    assert judged.verdicts == [Verdict(1, 1, 3, 1), Verdict(0.5, 0.5, 1, 1), Verdict(0, 0, 1, 3)]
+    assert judged[0] == [Verdict(1, 1, 3, 1), Verdict(0.5, 0.5, 1, 1), Verdict(0, 0, 1, 3)]
 
 
 @pytest.mark.parametrize("flags", ["", "--endpoint https://x/v1", "--reward r --endpoint e --model m"])

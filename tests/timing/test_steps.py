@@ -1,5 +1,6 @@
 """Timed steps are the run's own first steps, and leave nothing behind; which of them count."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import helpers
@@ -22,9 +23,10 @@ from lowlevel.methods.sft import SFT
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import TrainState
+from lowlevel.running.job import Job
 from lowlevel.timing import phases
 from lowlevel.timing.phases import BACKWARD, FORWARD, LAYOUT, OTHER
-from lowlevel.timing.steps import Recorder, Step, TimedRun, Watched, mean_phases, take_steps, whole
+from lowlevel.timing.steps import Recorder, Step, Watched, mean_phases, take_steps, whole
 
 COUNT = 5  # of a run with three steps an epoch
 TRAIN = TrainConfig(learning_rate=1e-2, logging_steps=2, save_steps=1, max_steps=3, seed=1)
@@ -34,14 +36,23 @@ METHODS = {
 }
 
 
-def run_of(tiny_base, name: str) -> TimedRun:
+def job_of(method, policy, optimizer, order, examples) -> Job:
+    inputs = SimpleNamespace(data=SimpleNamespace(train=examples))
+    return Job(RunConfig(train=TRAIN), inputs, method, policy, optimizer, order, 3, {})
+
+
+def run_of(tiny_base, name: str) -> Job:
     method, examples = METHODS[name]
     policy = helpers.make_policy(tiny_base, dropout=0.3)
     optimizer = build_optimizer(policy.flat.weights, TRAIN)
-    return TimedRun(RunConfig(train=TRAIN), policy, method, optimizer, DataOrder(10, 4, 1, True), examples)
+    return job_of(method, policy, optimizer, DataOrder(10, 4, 1, True), examples)
 
 
-def eager(run: TimedRun) -> WithFallback:
+def batches_of(run: Job, step: int):
+    return run.method.micro_batches([run.inputs.data.train[i] for i in run.order.step_rows(step)])
+
+
+def eager(run: Job) -> WithFallback:
     return WithFallback(run.policy, run.method, "eager", pytest.fail)
 
 
@@ -64,11 +75,12 @@ class Kept:
         return 0
 
 
-def trained(run: TimedRun) -> Kept:
+def trained(run: Job) -> Kept:
     """The same steps as `lowlevel sft` takes them."""
     observer = Kept()
     state = TrainState(LossScale.for_precision("fp32"))
-    steps = train(Eager(run.policy, run.method), run.optimizer, state, run.batches, None, observer, TRAIN,
+    batches = partial(batches_of, run)
+    steps = train(Eager(run.policy, run.method), run.optimizer, state, batches, None, observer, TRAIN,
           total_steps=COUNT, steps_per_epoch=3)  # fmt: skip
     for _ in steps:
         pass
@@ -185,7 +197,7 @@ def test_a_mode_that_falls_back_is_told(tiny_base):
 def test_a_step_that_overflowed_does_not_count(tiny_base, monkeypatch):
     """fp16's loss scale on a CPU: the first attempt at the second step gives a gradient that is not finite."""
     run, calls = run_of(tiny_base, "sft"), []
-    first, whole = len(run.batches(0)), execution_module.micro_step
+    first, whole = len(batches_of(run, 0)), execution_module.micro_step
 
     def micro_step(policy, *arguments):
         calls.append(arguments)
@@ -208,7 +220,7 @@ def test_compiled_layers(tiny_base):
     method = SFT(2, 48, True, Shape(positions=16, examples=4, longest=64, capacity=96))
     policy = helpers.make_policy(tiny_base, attention="lowlevel_math")
     optimizer = build_optimizer(policy.flat.weights, TRAIN)
-    run = TimedRun(RunConfig(train=TRAIN), policy, method, optimizer, DataOrder(8, 4, 1, False), examples)
+    run = job_of(method, policy, optimizer, DataOrder(8, 4, 1, False), examples)
     taken = take_steps(run, WithFallback(policy, method, "compiled", pytest.fail), 4, divide=True)
     assert [step.set_up for step in taken] == [True, False, False, False]
     assert taken[0].seconds > taken[3].seconds and {FORWARD, BACKWARD, LAYOUT} < set(taken[3].phases)
