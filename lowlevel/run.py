@@ -17,7 +17,7 @@ from lowlevel.running.reopening import Reopened, reopen, with_rows
 from lowlevel.running.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from lowlevel.inspection.inspection import Inspection
+    from lowlevel.inspection.example import Inspection
     from lowlevel.replaying.report import Replay
     from lowlevel.verification.report import Report
 

@@ -32,30 +32,26 @@ class Distribution:
 
     def at(self, index: Tensor) -> Distribution:
         """The predictions at some positions, (n,) int64."""
-        return Distribution(
-            self.entropies[index], self.ranks[index], self.alternative_ids[index], self.alternative_logps[index]
-        )
+        every = self.entropies, self.ranks, self.alternative_ids, self.alternative_logps
+        return Distribution(*(values[index] for values in every))
 
 
 @torch.no_grad()
-def distribution(
-    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_SIZE
-) -> Distribution:
-    """Summarise `softmax(hidden @ lm_head_weight.T)` row by row; at most chunk_size x V numbers are in memory.
+def distribution(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor) -> Distribution:
+    """Summarise `softmax(hidden @ lm_head_weight.T)` row by row; at most CHUNK_SIZE x V numbers are in memory.
 
     Args:
         hidden: (N, D), floating.
         lm_head_weight: (V, D); its dtype is the dtype of the product; everything after it is fp32 (float64 stays
             float64), as in `lowlevel.losses.token_logps`.
         targets: (N,) int64.
-        chunk_size: rows a chunk.
     """
     count, kept = len(hidden), min(ALTERNATIVES, lm_head_weight.shape[0] - 1)
     dtype = torch.promote_types(lm_head_weight.dtype, torch.float32)
     entropies, ranks = torch.empty(count, dtype=dtype), torch.empty(count, dtype=torch.int64)
     ids, logps = torch.empty(count, kept, dtype=torch.int64), torch.empty(count, kept, dtype=dtype)
-    for start in range(0, count, chunk_size):
-        rows = slice(start, start + chunk_size)
+    for start in range(0, count, CHUNK_SIZE):
+        rows = slice(start, start + CHUNK_SIZE)
         logits = head_logits(hidden[rows], lm_head_weight)  # (chunk, V)
         target = targets[rows, None]
         ranks[rows] = (logits > logits.gather(1, target)).sum(1).cpu() + 1
@@ -104,27 +100,25 @@ class Displacement:
 
 
 @dataclass(frozen=True)
-class TokenGain:
-    """A token that gained probability, summed over all inspected positions."""
+class TokenChange:
+    """A token, what it gained over some positions in all (probability, or log-probability), and their number."""
 
     token: int
-    gained: float
-    positions: int  # number at which it gained `NOTICED` or more
+    change: float
+    positions: int
 
 
 @torch.no_grad()
-def displacement_of(
-    hidden: Tensor, ref_hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_SIZE // 2
-) -> Displacement:
-    """Compare the predictions of policy and reference; at most chunk_size x V numbers of each are in memory.
+def displacement_of(hidden: Tensor, ref_hidden: Tensor, lm_head_weight: Tensor, targets: Tensor) -> Displacement:
+    """Compare the predictions of policy and reference; at most CHUNK_SIZE / 2 x V numbers of each are in memory.
 
     Args:
         hidden: (n, D), floating, of the policy.
         ref_hidden: (n, D), of the reference at the same positions.
         lm_head_weight: (V, D), of both; dtypes as in `distribution`.
         targets: (n,) int64, the tokens of the completion.
-        chunk_size: rows a chunk.
     """
+    chunk_size = CHUNK_SIZE // 2
     vocabulary, device = lm_head_weight.shape[0], hidden.device
     gained = torch.zeros(vocabulary, dtype=torch.float64, device=device)
     noticed = torch.zeros(vocabulary, dtype=torch.int64, device=device)
@@ -144,15 +138,18 @@ def displacement_of(
     return Displacement(losses, ids, ref_probs, probs, gained.cpu(), noticed.cpu())
 
 
-def largest_gains(found: Sequence[Displacement], count: int) -> tuple[TokenGain, ...]:
-    """The up to `count` tokens with the largest gains over several completions, largest first; all above 0."""
+def largest_gains(found: Sequence[Displacement], count: int) -> tuple[TokenChange, ...]:
+    """The up to `count` tokens with the largest gains over several completions, largest first; all above 0.
+
+    Counted are the positions at which they gained `NOTICED` or more.
+    """
     if not found:
         return ()
     gained = torch.stack([one.gained for one in found]).sum(0)
     noticed = torch.stack([one.noticed for one in found]).sum(0)
     best = gained.topk(min(count, len(gained)))
     return tuple(
-        TokenGain(token, gain, int(noticed[token]))
+        TokenChange(token, gain, int(noticed[token]))
         for token, gain in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         if gain > 0
     )

@@ -1,4 +1,4 @@
-"""An example of a step, taken apart: the one description that terminal and page draw, whatever the method.
+"""Examples of a step, taken apart: the one description that terminal and page draw, whatever the method.
 
 An example is a prompt with its texts: a conversation, a pair, or the completions of a group. The n scored tokens of a
 text have columns of numbers; each text, and the example, has numbers by name; and the equation says, in order, how each
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.inspection.displacement import Displacement, Distribution
+from lowlevel.inspection.pieces import TokenPieces
+from lowlevel.inspection.reading import settings
+from lowlevel.methods import Method
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,16 +88,65 @@ class View:
     unit: str  # what a line of the batch is
     formula: str
     words: Mapping[str, str]  # columns of tokens, and what they are
-    adds: str  # the column whose sum is drawn along the tokens
-    sums: str  # what it adds up to
+    sums: str  # what the sum that is drawn along the tokens adds up to
     facts: tuple[str, ...]  # numbers to compare examples by
+    adds: str = "adds"  # the column whose sum it is
     more: tuple[str, ...] = ()  # others for a wide table
     measure: str = "loss"  # which of the facts is drawn
     caption: str = ""  # of the histogram of measures; "": the tokens' losses are drawn
-    colours: tuple[str, ...] = ()  # columns that colour tokens, besides surprise and entropy
+    colours: tuple[str, ...] = ("adds",)  # columns that colour tokens, besides surprise and entropy
     by_text: bool = False  # a line of the batch is a text, not an example
     symbols: str = ""  # of the equation
     tokens: str = ""  # what tokens are called where they are counted; "": they are not
+
+
+@dataclass(frozen=True, repr=False)
+class Inspection:
+    """The inspected examples; of methods that sample, each is a prompt with its completions."""
+
+    run: str  # name of the run folder
+    subject: str  # "step 5" or "row 12"
+    weights: str  # description of the trained adapter
+    logged: str | None  # the loss that the run logged for this step, and what it is a mean of; None if not logged
+    pieces: TokenPieces  # token ids as text
+    method: Method  # holds the configured loss
+    view: View
+    examples: tuple[Example, ...]
+
+    def __repr__(self) -> str:
+        return "\n".join((self.headline, self.conditions, self.result))
+
+    @property
+    def loss(self) -> float:
+        """The loss as the training loop logs it: the sum over tokens (sft), pairs or completions, by their number."""
+        return sum(x.loss for x in self.examples) / self.count
+
+    @property
+    def count(self) -> float:
+        """Learned tokens (sft), pairs or labelled completions; of sampled completions what the loss counts."""
+        return sum(x.count for x in self.examples) or 1.0
+
+    @property
+    def headline(self) -> str:
+        """Run, subject, number of examples and loss, in one line."""
+        texts = [text for x in self.examples for text in x.texts]
+        counts = [_count(len(texts if self.view.by_text else self.examples), self.view.unit)]
+        counts += [_count(sum(len(text.scored) for text in texts), self.view.tokens)] if self.view.tokens else []
+        return f"{self.run}, {self.subject}: {', '.join([*counts, settings(self.method)])}"
+
+    @property
+    def conditions(self) -> str:
+        """Weights and dropout, in one line."""
+        return f"weights: {self.weights}; dropout off"
+
+    @property
+    def result(self) -> str:
+        """The loss, and the one that the run logged, in one line."""
+        return f"loss {self.loss:.6f}" + (f" ({self.logged})" if self.logged else "")
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 WORDS = {  # of every prediction

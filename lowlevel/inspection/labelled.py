@@ -98,14 +98,12 @@ def view(method: KTO) -> View:
             "sum": "of all that was added so far; the last one is the reward",
         }
         | WORDS,
-        adds="adds",
         sums="reward",
         facts=("reward", "weight", "loss"),
         more=("tokens", "z₀"),
         measure="reward",
         caption="Rewards of {} completions, one square each. Blue: likelier than under the reference; orange: less "
         "likely.",
-        colours=("adds",),
         by_text=True,
         symbols="σ: sigmoid; wD, wU: the weights of desirable and undesirable completions",
     )

@@ -6,24 +6,20 @@ run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good, saved, step_of
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.building import build_examples
-from lowlevel.data.messages import normalise
 from lowlevel.data.mixing import apply_filters, read_parts
-from lowlevel.data.prepare import PreparedData
+from lowlevel.data.prepare import PreparedData, normalised_rows
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.data.rows import Row
-from lowlevel.data.texts import BadRow
+from lowlevel.data.rows import Row, RowProblem
 from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.inspection import labelled, pairs, rewards, sampled, sft
-from lowlevel.inspection.example import Example, View
-from lowlevel.inspection.inspection import Inspection, logged_loss
+from lowlevel.inspection.example import Example, Inspection, View
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.methods.choice import fitted
 from lowlevel.online import rollouts
@@ -37,6 +33,9 @@ METHODS: dict[str, tuple[Callable[..., list[Example]], Callable[..., View]]] = {
     "reward": (rewards.inspect_rewards, rewards.view),
     **dict.fromkeys(("grpo", "rloo", "ppo"), (sampled.inspect_sampled, sampled.view)),
 }
+
+
+Weights = tuple[Path | None, str]  # a trained adapter (None: as the run initialised it), and its description
 
 
 def inspect_run(
@@ -58,7 +57,7 @@ def inspect_run(
     if (step is None) == (example is None):
         raise ConfigError(f"inspect: give either a step or an example, got step {step} and example {example}")
     folder, config = opened.folder, opened.config
-    weights = _choose_weights(folder, step, checkpoint, opened.note)
+    adapter, line = _choose_weights(folder, step, checkpoint, opened.note)
     tokenizer, data = opened.data()
     if example is not None and config.sampled:
         raise ConfigError(f"--example: {config.method} samples other completions in each step: give --step")
@@ -69,7 +68,7 @@ def inspect_run(
         examples, subject = step_examples(config, data, step, run_dir=folder.path), f"step {step}"
     kept = kept_rollouts(config, folder.path, step) if step and config.method == "online_dpo" else []
     examples = rollouts.step_examples(config, kept) if kept else examples
-    run = opened.load(weights.adapter, reference=True)
+    run = opened.load(adapter, reference=True)
     method = fitted(run.method, config, data.train)
     inspect, view = METHODS[method.name]
     found = inspect(run.policy, method, examples)
@@ -78,7 +77,7 @@ def inspect_run(
     return Inspection(
         run=folder.path.resolve().name,
         subject=subject,
-        weights=f"{weights.line}; the moving reference as it was then" if run.policy.moving else weights.line,
+        weights=f"{line}; the moving reference as it was then" if run.policy.moving else line,
         logged=logged_loss(folder.read_metrics(), step, config) if step is not None else None,
         pieces=TokenPieces(run.tokenizer),
         method=method,
@@ -87,12 +86,16 @@ def inspect_run(
     )
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A trained adapter and its description."""
-
-    adapter: Path | None  # PEFT folder; None: as the run initialised it
-    line: str
+def logged_loss(metrics: Sequence[dict[str, Any]], step: int, config: RunConfig) -> str | None:
+    """The logged loss of a step as text, with the steps that it is a mean of; None if the step was not logged."""
+    steps = [record["step"] for record in metrics if "loss" in record]
+    if step not in steps:
+        return None
+    first = max((other for other in steps if other < step), default=0) + 1
+    loss = next(record["loss"] for record in metrics if record["step"] == step and "loss" in record)
+    window = "" if first == step else f", the mean of steps {first} to {step}"
+    dropout = f", with dropout {config.active_dropout:g}" if config.active_dropout else ""
+    return f"logged: {loss:.6f}{window}{dropout}"
 
 
 def _choose_weights(
@@ -103,13 +106,13 @@ def _choose_weights(
     `warn` receives a line for each damaged checkpoint that is skipped.
     """
     if checkpoint == 0 or (checkpoint is None and step == 1):
-        return Weights(None, f"adapter as initialised{_relation(0, step) or ', before the first step'}")
+        return None, f"adapter as initialised{_relation(0, step) or ', before the first step'}"
     if checkpoint is not None:
         try:
             path, _ = checkpoint_at(folder.path, checkpoint, "--checkpoint")
         except CheckpointError as error:
             raise CheckpointError(f"{error}; choose another checkpoint with --checkpoint") from None
-        return Weights(path, f"{path.name}{_relation(checkpoint, step)}")
+        return path, f"{path.name}{_relation(checkpoint, step)}"
     return last_weights(folder, warn) if step is None else _before(folder, step, warn)
 
 
@@ -119,17 +122,17 @@ def last_weights(folder: RunFolder, warn: Callable[[str], None]) -> Weights:
     if adapter is None:
         raise _nothing_saved(folder)
     if adapter == folder.adapter:
-        return Weights(adapter, "final adapter")
-    return Weights(adapter, f"{adapter.name}, the newest checkpoint (the run has no final adapter yet)")
+        return adapter, "final adapter"
+    return adapter, f"{adapter.name}, the newest checkpoint (the run has no final adapter yet)"
 
 
 def _before(folder: RunFolder, step: int, warn: Callable[[str], None]) -> Weights:
     """The newest good checkpoint before a step, or the final adapter if none is left."""
     found = newest_good(folder.path, warn, before=step)
     if found:
-        return Weights(found[0], f"{found[0].name}{_relation(step_of(found[0]), step)}")
+        return found[0], f"{found[0].name}{_relation(step_of(found[0]), step)}"
     if folder.adapter.exists():
-        return Weights(folder.adapter, f"final adapter (no checkpoint at or before step {step - 1} is left)")
+        return folder.adapter, f"final adapter (no checkpoint at or before step {step - 1} is left)"
     if any(number < step for number in saved(folder.path)):
         raise CheckpointError(
             f"{folder.path}: no usable checkpoint before step {step}; --checkpoint 0 uses the initial weights"
@@ -138,10 +141,8 @@ def _before(folder: RunFolder, step: int, warn: Callable[[str], None]) -> Weight
 
 
 def _nothing_saved(folder: RunFolder) -> ConfigError:
-    return ConfigError(
-        f"{folder.path} has no saved weights yet: set train.save_steps, or wait until the run ends; "
-        "inspect --checkpoint 0 uses the initial weights"
-    )
+    hint = "set train.save_steps, or wait until the run ends; inspect --checkpoint 0 uses the initial weights"
+    return ConfigError(f"{folder.path} has no saved weights yet: {hint}")
 
 
 def _relation(number: int, step: int | None) -> str:
@@ -189,9 +190,8 @@ def _why_missing(config: RunConfig, tokenizer: ChatTokenizer, row: int) -> str:
 
 def _problem(row: Row, config: RunConfig, tokenizer: ChatTokenizer) -> str | None:
     """Why a row gives no example, or None if it gives one."""
-    try:
-        normalised = normalise(row, config.data.columns, config.data.weight_column)
-    except BadRow as bad:
-        return str(bad)
-    built = build_examples([normalised], config.data, tokenizer, len(tokenizer.tokenizer))
+    (read,) = normalised_rows([row], config.data)
+    if isinstance(read, RowProblem):
+        return read.message
+    built = build_examples([read], config.data, tokenizer, len(tokenizer.tokenizer))
     return next((problem.message for problem in built.problems), None)

@@ -17,11 +17,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from torch import Tensor
 
-from lowlevel.durable import given_file
-from lowlevel.errors import ConfigError
+from lowlevel.durable import write_given
 from lowlevel.inspection.charts import histogram, loss_bands, stair
-from lowlevel.inspection.example import Example, Text, View
-from lowlevel.inspection.inspection import Inspection
+from lowlevel.inspection.example import Example, Inspection, Text, View
 from lowlevel.inspection.pairs import fall_line
 from lowlevel.inspection.pieces import VISIBLE, breaks_line
 from lowlevel.inspection.reading import plain, settings, signed, source, typographic
@@ -35,12 +33,7 @@ def write_page(inspection: Inspection, path: Path) -> None:
 
     Raises ConfigError: the file cannot be written.
     """
-    page = render_page(inspection)
-    try:
-        with given_file(path) as target:
-            target.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--html {path}: {error.strerror}") from None
+    write_given(path, render_page(inspection), "--html")
 
 
 def render_page(inspection: Inspection) -> str:

@@ -125,14 +125,12 @@ def view(method: DPO) -> View:
             "sum": f"of all that was added so far; the last one is the {sums}",
             **WORDS,
         },
-        adds="adds",
         sums=sums,
         facts=("margin", *(["averaged margin"] if averaged(method.spec) else []), "weight", "loss"),
         more=("tokens", "reward"),
         measure="margin",
         caption="Margins of {} pairs, one square each. Blue: the policy prefers the chosen completion more than the "
         "reference does; orange: less.",
-        colours=("adds",),
         symbols="σ: sigmoid; x: margin; a, b: log-ratios of chosen and rejected; d = a − b; n₊, n₋: lengths",
     )
 

@@ -61,14 +61,12 @@ def view(method: Reward) -> View:
             "reward": "of the completion, read at its last token: there is none of the tokens before",
             "adds": "what it adds to the margin: the reward; of the rejected, its negative",
         },
-        adds="adds",
         sums="margin",
         facts=("margin", "weight", "loss"),
         more=("tokens", "reward"),
         measure="margin",
         caption="Margins of {} pairs, one square each. Blue: the chosen completion has the higher reward; orange: the "
         "lower.",
-        colours=("adds",),
         symbols="σ: sigmoid; w: the reward head; h: the last hidden state; r₊, r₋: rewards of chosen and rejected; m: "
         "rated margin, 0 without one",
     )

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowlevel.inspection.example import Example, Text, View
-from lowlevel.inspection.inspection import Inspection
+from lowlevel.inspection.example import Example, Inspection, Text, View
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import NONE, percent, shown
 

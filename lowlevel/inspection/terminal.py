@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Styled
 
-from lowlevel.inspection.example import Example, Text
-from lowlevel.inspection.inspection import Inspection
+from lowlevel.inspection.example import Example, Inspection, Text
 from lowlevel.inspection.pairs import fall_line
 from lowlevel.inspection.reading import source
 from lowlevel.inspection.tables import batch_table, caption, facts_of, steps_of, summary, token_lines
@@ -32,9 +31,8 @@ def print_inspection(inspection: Inspection, console: Console, *, details: bool 
     headings, lines = batch_table(inspection, (*view.more, *view.facts))
     if len(lines) > 1:
         rows = [(line.row, *line.cells, line.note) for line in lines]
-        console.print(
-            _table(("row", *headings, "<text" if view.by_text else "<from"), rows, console.width, caption(inspection))
-        )
+        names = ("row", *headings, "<text" if view.by_text else "<from")
+        console.print(_table(names, rows, console.width, caption(inspection)))
     if not details:
         return
     shown = inspection.examples[0].texts[0].columns
@@ -100,9 +98,8 @@ def _table(
     for i in (i for i in texts if i in kept):
         more = min(room, max(0, widths[i] - LEAST))
         widths[i], room = min(widths[i], LEAST) + more, room - more
-    table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption or None, caption_justify="left", pad_edge=False
-    )
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    table = Table(caption=caption or None, caption_justify="left", **style)
     overflow: Any = "fold" if wrap else "ellipsis"
     for i in kept:
         justify: Any = "left" if i in texts or i == 0 else "right"

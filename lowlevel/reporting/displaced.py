@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lowlevel.errors import ConfigError
-from lowlevel.inspection.displacement import NOTICED, TokenGain, largest_gains
+from lowlevel.inspection.displacement import TokenChange, largest_gains
 from lowlevel.inspection.example import Example
 from lowlevel.inspection.opening import example_of_row, last_weights
 from lowlevel.inspection.pairs import FallLine, fall_line, inspect_pairs
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.inspection.reading import percent, signed
+from lowlevel.inspection.reading import signed
 from lowlevel.methods.dpo import DPO
 from lowlevel.running.reopening import Reopened, step_examples
 from lowlevel.tracing import read_trace
@@ -27,15 +27,6 @@ NEWEST = 64  # least number of pairs in "the last traced steps", if the trace ha
 LEAST = 5e-4  # nats; smaller values are shown as zero
 ALARM = 0.5  # share of pairs below their reference
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class TokenFall:
-    """A token of chosen completions, and the summed change of its log-probability from reference to policy."""
-
-    token: int
-    change: float
-    count: int
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class PairTables:
     lowest: tuple[Row, ...]  # all pairs, the lowest log-ratio of a chosen completion first
     best: tuple[Row, ...]
     worst: tuple[Row, ...]
-    falls: tuple[TokenFall, ...]
+    falls: tuple[TokenChange, ...]  # log-probabilities from reference to policy
 
     @property
     def alarm(self) -> bool:
@@ -94,7 +85,7 @@ def pair_tables(trace: Path) -> PairTables | None:
     )
 
 
-def token_falls(rows: Sequence[Row]) -> tuple[TokenFall, ...]:
+def token_falls(rows: Sequence[Row]) -> tuple[TokenChange, ...]:
     """The tokens of chosen completions that lost most; empty if the trace is at pair level."""
     sums: dict[int, tuple[float, int]] = {}
     for row in rows:
@@ -104,13 +95,12 @@ def token_falls(rows: Sequence[Row]) -> tuple[TokenFall, ...]:
         for token, logp, reference in values:
             change, count = sums.get(token, (0.0, 0))
             sums[token] = change + logp - reference, count + 1
-    falls = sorted((TokenFall(token, *value) for token, value in sums.items()), key=lambda fall: fall.change)
+    falls = sorted((TokenChange(token, *value) for token, value in sums.items()), key=lambda fall: fall.change)
     return tuple(fall for fall in falls[: 2 * SHOWN] if fall.change < -LEAST)
 
 
 TOKENS = 10  # in the table
 NAMED = 3  # of them in the terminal
-NOTICED_TEXT = percent(NOTICED)
 
 
 @dataclass(frozen=True)
@@ -124,14 +114,14 @@ class DisplacedPairs:
     falls: tuple[tuple[int, FallLine], ...]  # data row and line of the displaced pairs that are shown, farthest first
     lost: float  # probability that their chosen tokens lost, summed over the positions with a loss
     positions: int  # number of those positions
-    gains: tuple[tuple[str, TokenGain], ...]  # the tokens that gained most there, with their texts
+    gains: tuple[tuple[str, TokenChange], ...]  # the tokens that gained most there, with their texts
 
     @property
     def sentence(self) -> str:
         """For a terminal."""
         if not self.falls:
             return f"none of {self.looked} pairs {self.origin} is below its reference ({self.weights})"
-        named = [f"{text} {signed(gain.gained, 3)} ({gain.positions})" for text, gain in self.gains[:NAMED]]
+        named = [f"{text} {signed(gain.change, 3)} ({gain.positions})" for text, gain in self.gains[:NAMED]]
         return (
             f"{self.below} of {self.looked} pairs {self.origin} are below their reference ({self.weights}); at the "
             f"{self.positions} positions where chosen tokens of {len(self.falls)} fell, by {self.lost:.3f} in all, "
@@ -155,7 +145,7 @@ def look_at_displaced(opened: Reopened, tables: PairTables | None, limit: int) -
     folder, config = opened.folder, opened.config
     if config.method != "dpo":
         raise ConfigError(f"--displaced: {folder.path} is a run of {config.method}; only dpo runs have pairs")
-    weights = last_weights(folder, opened.note)
+    adapter, line = last_weights(folder, opened.note)
     tokenizer, data = opened.data()
     if tables is None:
         step = max(record["step"] for record in folder.read_metrics())
@@ -164,10 +154,10 @@ def look_at_displaced(opened: Reopened, tables: PairTables | None, limit: int) -
         rows = [row["row"] for row in tables.lowest[:limit]]
         examples = [example_of_row(config, tokenizer, data, row) for row in rows]
         origin = f"with the lowest chosen log-ratios of steps {tables.first} to {tables.last}"
-    run = opened.load(weights.adapter, reference=True)
+    run = opened.load(adapter, reference=True)
     assert isinstance(run.method, DPO)
     records = inspect_pairs(run.policy, run.method, examples)
-    return displaced_pairs(records, TokenPieces(run.tokenizer), weights=weights.line, origin=origin, limit=limit)
+    return displaced_pairs(records, TokenPieces(run.tokenizer), weights=line, origin=origin, limit=limit)
 
 
 def displaced_pairs(

@@ -16,14 +16,16 @@ from lowlevel.durable import write_text
 from lowlevel.errors import ConfigError, LowlevelError
 from lowlevel.evaluation.forgetting import forgetting_table
 from lowlevel.evaluation.results import eval_tables
+from lowlevel.inspection.displacement import NOTICED
+from lowlevel.inspection.page import render_template
 from lowlevel.inspection.pieces import TokenPieces
+from lowlevel.inspection.reading import percent
 from lowlevel.model.files import read_or_empty
 from lowlevel.reporting.comparison import sample_table, score_table
-from lowlevel.reporting.displaced import PairTables, look_at_displaced, pair_tables
-from lowlevel.reporting.page import Report, render
-from lowlevel.reporting.series import panels
+from lowlevel.reporting.displaced import SHOWN, PairTables, look_at_displaced, pair_tables
+from lowlevel.reporting.series import chart, panels
 from lowlevel.running.assembly import load_run_tokenizer
-from lowlevel.running.plots import plot_panels
+from lowlevel.running.plots import Panel, plot_panels
 from lowlevel.running.reopening import Reopened, reopen
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.table import TextTable
@@ -69,30 +71,39 @@ def report_run(
     if displaced is not None:
         opened = opened or reopen(run_dir, lambda text: _say(console, text))
         moved = look_at_displaced(opened, tables, displaced)
-    report = Report(
-        name=names[0],
-        folder=shlex.quote(str(run_dir)),
+    quoted, page = shlex.quote(str(run_dir)), folder.path / "report.html"
+    command = f"lowlevel report {quoted} --displaced {SHOWN}"
+    text = render(
+        made,
+        title=names[0],
+        folder=quoted,
+        command=command,  # shows which tokens gained the probability of displaced pairs
         facts=_facts(folder, config, names[1:]),
-        panels=made,
-        tables=tables,
+        pair_tables=tables,
         missing=NO_TRACE if config.method == "dpo" and tables is None else None,
         tokens=_token_texts(config, tables),
         pages=_inspection_pages(folder),
         measured=measured_tables(folder.path),
         displaced=moved,
     )
-    page = folder.path / "report.html"
     try:
         plot_panels(made, folder.report, title=" / ".join(names))
-        write_text(page, render(report))
+        write_text(page, text)
     except OSError as error:
         raise ConfigError(f"{folder.path}: the report cannot be written: {error.strerror}") from None
     _say(console, f"page written to {page}, {len(made)} charts to {folder.report}")
     if tables and tables.alarm:
-        _say(console, _alarm(tables, report.command))
+        _say(console, _alarm(tables, command))
     if moved:
         _say(console, f"where the probability went: {moved.sentence}")
     return page
+
+
+def render(panels: Sequence[Panel], **values: Any) -> str:
+    """The page as HTML, in the style of the inspection page; needs no network, and its policy forbids all scripts."""
+    styles = ["inspection/page.css", "reporting/report.css"]
+    values |= {"charts": [chart(panel) for panel in panels], "noticed": percent(NOTICED)}
+    return render_template("reporting/report.html", styles, **values)
 
 
 def _alarm(tables: PairTables, command: str) -> str:
@@ -161,9 +172,8 @@ def _facts(folder: RunFolder, config: RunConfig, others: Sequence[str]) -> list[
     ]  # fmt: skip
     ranks, status = (read_or_empty(folder.path / name) for name in ("environment.json", "run-status.json"))
     facts += [("GPUs", str(ranks["ranks"]))] if "ranks" in ranks else []
-    facts.append(
-        ("state", f"{status['state']}, step {status['step']}" if status.keys() >= {"state", "step"} else "unknown")
-    )
+    known = status.keys() >= {"state", "step"}
+    facts.append(("state", f"{status['state']}, step {status['step']}" if known else "unknown"))
     return facts + ([("compared with", ", ".join(others))] if others else [])
 
 

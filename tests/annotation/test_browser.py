@@ -4,11 +4,9 @@ Screenshots go to the folder that LOWLEVEL_SCREENSHOTS names, else to out/.
 """
 
 import multiprocessing
-import os
-from pathlib import Path
 
 import pytest
-from contrast import least_contrast, luminance
+from contrast import keep, least_contrast, luminance, show_as
 from hostile import CODE, CUT, HEBREW, MARKUP, PAIRS, served
 
 from lowlevel.annotation.journal import Journal, journal_path
@@ -18,7 +16,6 @@ pytest.importorskip("selenium", reason="no selenium here: pip install lowlevel[d
 from selenium.webdriver import ActionChains, Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
-SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")
 DESKTOP, PHONE = (1280, 900), (390, 844)
 TEXTS = ".text, .turn > b, button, kbd, h1, h3, small, label, p, #count, #notice"
 
@@ -32,10 +29,7 @@ class Desk:
         driver.get_log("browser")
 
     def look(self, size, *, dark: bool = False) -> None:
-        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+        show_as(self.driver, size, dark)
 
     def open(self, url: str, name: str | None = None) -> None:
         self.driver.get(url)
@@ -217,7 +211,6 @@ def test_a_killed_server_loses_nothing(desk, journal_of, out):
 def test_every_look_fits_and_can_be_read(desk, server, size, dark):
     desk.look(size, dark=dark)
     desk.open(server.url, "Ada")
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     for number in range(len(PAIRS)):
         desk.judged(number)
         paper = desk.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
@@ -226,8 +219,7 @@ def test_every_look_fits_and_can_be_read(desk, server, size, dark):
         if PAIRS[number].replies[0] is HEBREW:
             lines = desk.driver.execute_script(LINES, HEBREW)
             assert lines[0]["right"] == lines[2]["right"] > lines[1]["right"] and lines[1]["left"] < lines[0]["left"]
-        name = f"annotate-{number}-{'phone' if size == PHONE else 'desktop'}{'-dark' * dark}.png"
-        assert desk.driver.save_screenshot(str(SCREENSHOTS / name))
+        keep(desk.driver, f"annotate-{number}-{'phone' if size == PHONE else 'desktop'}{'-dark' * dark}")
         desk.press("b")
     desk.wait_for("#end")
     desk.check()

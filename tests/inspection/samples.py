@@ -15,7 +15,7 @@ from lowlevel.data.examples import PreferenceExample, SFTExample
 from lowlevel.data.tokenizer import chat_tokenizer
 from lowlevel.inspection import pairs as of_pairs
 from lowlevel.inspection import sft as of_sft
-from lowlevel.inspection.inspection import Inspection
+from lowlevel.inspection.example import Inspection
 from lowlevel.inspection.pairs import inspect_pairs
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.sft import inspect_sft

@@ -3,18 +3,16 @@
 Screenshots go to the folder that LOWLEVEL_SCREENSHOTS names, else to out/.
 """
 
-import os
 import re
 from pathlib import Path
 
 import pytest
-from contrast import least_contrast, luminance
+from contrast import check_page, keep, least_contrast, luminance, show_as
 from samples import inspection_of_chats, inspection_of_pairs
 from workspace import run
 
 from lowlevel.inspection.page import write_page
 
-SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")
 DESKTOP, PHONE = (1280, 900), (390, 844)
 TEXTS = ".tok, dt, dd, td, th, small, h1, h2, h3, figcaption, a, .prompt, .context"
 
@@ -24,10 +22,7 @@ class Sight:
 
     def __init__(self, driver, path: Path, *, size=DESKTOP, dark: bool = False) -> None:
         self.driver = driver
-        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+        show_as(driver, size, dark)
         driver.get_log("browser")
         driver.get(path.resolve().as_uri())
 
@@ -59,15 +54,12 @@ class Sight:
         return {"title": self.find("#tip strong")[0].text, **dict(zip(names, values, strict=True))}
 
     def keep(self, name: str) -> None:
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        assert self.driver.save_screenshot(str(SCREENSHOTS / f"inspect-{name}.png"))
+        keep(self.driver, f"inspect-{name}")
 
     def check(self) -> None:
         """No message in the console, nothing fetched, nothing wider than the window, and the hostile tokens obeyed by
         nobody."""
-        assert self.driver.get_log("browser") == []
-        assert self.ask("performance.getEntriesByType('resource').length") == 0
-        assert self.ask("document.documentElement.scrollWidth <= innerWidth")
+        check_page(self.driver)
         assert self.ask("document.title") != "bad" and not self.find("img")
 
 

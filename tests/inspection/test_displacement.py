@@ -45,7 +45,7 @@ def test_by_hand():
     assert found.noticed.tolist() == [1, 1, 0, 1]
     assert found.lost == pytest.approx(0.75, abs=1e-6)
     assert [(gain.token, gain.positions) for gain in largest_gains([found, found], 2)] == [(1, 2), (0, 2)]
-    assert largest_gains([found, found], 2)[0].gained == pytest.approx(0.8, abs=1e-6)
+    assert largest_gains([found, found], 2)[0].change == pytest.approx(0.8, abs=1e-6)
     assert [gain.token for gain in largest_gains([found], 9)] == [1, 0, 3]  # none that lost
     assert largest_gains([], 3) == ()
 
@@ -57,12 +57,13 @@ def test_a_vocabulary_with_few_others():
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 9, 100])
 def test_against_float64_in_chunks(monkeypatch, chunk_size):
+    monkeypatch.setattr(module, "CHUNK_SIZE", 2 * chunk_size)
     generator = torch.Generator().manual_seed(0)
     hidden, ref_hidden = torch.randn(2, 9, 8, generator=generator)
     weight, targets = torch.randn(50, 8, generator=generator), torch.randint(50, (9,), generator=generator)
     held, head_logits = [], module.head_logits
     monkeypatch.setattr(module, "head_logits", lambda h, w: held.append(len(h)) or head_logits(h, w))
-    found = displacement_of(hidden, ref_hidden, weight, targets, chunk_size=chunk_size)
+    found = displacement_of(hidden, ref_hidden, weight, targets)
     assert max(held) <= chunk_size and sum(held) == 2 * 9
     probs, ref_probs = ((h.double() @ weight.double().T).softmax(1) for h in (hidden, ref_hidden))
     check(found, probs, ref_probs, targets.tolist())
@@ -149,7 +150,7 @@ def test_a_planted_token_is_named(tiny_base, pieces):
     positions = sum(len(example.chosen_ids) for example in examples)
     fell = sum(int((one.losses > 0).sum()) for one in found)
     assert best.token == PLANTED and fell > 0.8 * positions
-    assert best.gained > 0.8 * fell and best.positions > 0.9 * fell
+    assert best.change > 0.8 * fell and best.positions > 0.9 * fell
     inspection = inspection_of_pairs(policy, pieces, examples)
     text, page = said(inspection), render_page(inspection)
     assert text.count("displaced: the chosen is ") == page.count("<strong>Displaced:</strong>") == len(records)

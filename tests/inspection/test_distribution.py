@@ -39,13 +39,14 @@ def test_a_vocabulary_with_few_others():
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
 def test_against_float64_in_chunks(monkeypatch, chunk_size):
+    monkeypatch.setattr(module, "CHUNK_SIZE", chunk_size)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(7, 8, generator=generator), torch.randn(50, 8, generator=generator)
     targets = torch.randint(50, (7,), generator=generator)
     held = []
     linear = module.linear
     monkeypatch.setattr(module, "linear", lambda h, w: held.append(len(h)) or linear(h, w))
-    found = distribution(hidden, weight, targets, chunk_size=chunk_size)
+    found = distribution(hidden, weight, targets)
     assert max(held) <= chunk_size and sum(held) == 7
     logps = (hidden.double() @ weight.double().T).log_softmax(1)
     assert torch.allclose(found.entropies.double(), -(logps.exp() * logps).sum(1), atol=1e-5)

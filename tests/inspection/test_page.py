@@ -5,7 +5,6 @@ import errno
 import hashlib
 import os
 import re
-import threading
 from html.parser import HTMLParser
 
 import pytest
@@ -191,18 +190,3 @@ def test_a_page_is_replaced_whole_or_not_at_all(policy, pieces, tmp_path, monkey
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("page.html", "old")]
     write_page(inspection, path)
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"] and path.read_text() == render_page(inspection)
-
-
-def test_a_link_keeps_its_place_and_a_pipe_is_written_to(policy, pieces, tmp_path):
-    """`--html /dev/stdout` is a link to a pipe: nothing may take the place of either."""
-    inspection = inspection_of_chats(policy, pieces)
-    link, pipe, read = tmp_path / "latest.html", tmp_path / "pipe", []
-    link.symlink_to(tmp_path / "page.html")
-    write_page(inspection, link)
-    assert link.is_symlink() and (tmp_path / "page.html").read_text() == render_page(inspection)
-    os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
-    reader.start()
-    write_page(inspection, pipe)
-    reader.join(timeout=60)
-    assert read == [render_page(inspection)] and pipe.is_fifo()

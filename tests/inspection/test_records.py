@@ -17,7 +17,7 @@ from lowlevel.inspection.sft import inspect_sft
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
 from lowlevel.losses.preference import PairLogps
-from lowlevel.methods.dpo import preference_loss, reward_slopes
+from lowlevel.methods.dpo import preference_loss
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import Policy
 
@@ -113,14 +113,6 @@ def test_losses_are_those_of_training(policy, name, layout):
         assert sum(values) / len(values) == pytest.approx(logged[name], abs=1e-5), name
 
 
-def test_the_loss_of_a_conversation_is_that_of_training(policy):
-    method = helpers.sft(packing=True)
-    records = inspect_sft(policy, method, chats())
-    logged = evaluate_examples(policy, method, method.micro_batches(chats()), prefix="")
-    tokens = sum(record.count for record in records)
-    assert sum(record.loss for record in records) / tokens == pytest.approx(logged["loss"], abs=1e-5)
-
-
 def argument(record: Example) -> float:
     return record.numbers.get("averaged margin", record.numbers["margin"])
 
@@ -163,32 +155,6 @@ def test_contributions_add_up_and_weights_are_slopes(policy, name):
         down = total(chosen, rejected - nudge / scales[1]) - total(chosen, rejected + nudge / scales[1])
         assert float(record.values("weight")[0]) == pytest.approx(-up / 2e-4, abs=2e-3, rel=2e-3)
         assert float(record.values("weight")[-1]) == pytest.approx(-down / 2e-4, abs=2e-3, rel=2e-3)
-
-
-def test_the_weight_of_a_pair_is_the_sigmoid_of_minus_its_margin(policy):
-    for record in inspect_pairs(policy, helpers.dpo(), pairs()):
-        margin = torch.tensor(record.numbers["margin"]).double()
-        expected = float(torch.sigmoid(-margin))
-        assert float(record.values("weight")[0]) == pytest.approx(expected, abs=1e-6)
-        assert float(record.values("weight")[-1]) == pytest.approx(expected, abs=1e-6)
-        assert float(record.loss) == pytest.approx(-float(torch.log(torch.sigmoid(margin))), abs=1e-6)
-
-
-@pytest.mark.parametrize("name", OF_SUMS)
-def test_weights_are_those_of_a_trace_times_n_where_the_loss_reads_averages(policy, name):
-    config = config_of(name)
-    records = inspect_pairs(policy, replace(helpers.dpo(len(pairs())), config=config), pairs())
-    (chosen, rejected, *reference), lengths = logps_of(records)
-    slopes = reward_slopes(config, PairLogps(chosen, rejected, *reference, *lengths))
-    for i, record in enumerate(records):
-        averages = READINGS[name] == "averages" and not LOSSES[name].averages  # or the reward itself is the average
-        n = [float(size[i]) if averages else 1.0 for size in lengths]
-        assert float(record.values("weight")[0]) == pytest.approx(-float(slopes[0][i]) * n[0], rel=1e-4, abs=1e-6)
-        assert float(record.values("weight")[-1]) == pytest.approx(float(slopes[1][i]) * n[1], rel=1e-4, abs=1e-6)
-        if READINGS[name] in ("margin", "averages"):  # one number a pair
-            assert float(record.values("weight")[0]) == pytest.approx(
-                float(record.values("weight")[-1]), rel=1e-4, abs=1e-6
-            )
 
 
 def of(name: str, a: float, b: float, lengths=(4.0, 5.0), *, reference: float = -10.0) -> torch.Tensor:

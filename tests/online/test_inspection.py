@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from lowlevel.config.online import GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig
 from lowlevel.data.tokenizer import chat_tokenizer
-from lowlevel.inspection.inspection import Inspection
+from lowlevel.inspection.example import Inspection
 from lowlevel.inspection.opening import METHODS
 from lowlevel.inspection.page import render_page
 from lowlevel.inspection.pieces import TokenPieces

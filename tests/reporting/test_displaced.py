@@ -1,7 +1,6 @@
 """`lowlevel report --displaced N`: which pairs are looked at, under which weights, and a planted token."""
 
 import html
-import os
 import re
 import shlex
 import shutil
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import helpers
 import pytest
+from contrast import check_page, keep, show_as
 from rich.console import Console
 from workspace import PAIRS, run
 
@@ -26,7 +26,6 @@ from lowlevel.running.reopening import load_run, reopen
 from lowlevel.tracing.files import write_table
 
 pytestmark = pytest.mark.usefixtures("no_pngs")
-SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")
 LOOKS = {"light": (1280, False), "dark": (1280, True), "phone": (390, False), "phone-dark": (390, True)}
 
 
@@ -206,21 +205,14 @@ def test_the_tables_in_a_browser(browser, planted):
 
 
 def check_look(browser, planted, look, width, dark):
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-    scheme.append({"name": "prefers-reduced-motion", "value": "reduce"})  # at the anchor at once
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    show_as(browser, (width, 900), dark)
     browser.get((planted / "report.html").as_uri() + "#took")
     ask = browser.execute_script
-    assert browser.get_log("browser") == []
-    assert ask("return performance.getEntriesByType('resource').length") == 0
-    assert ask("return document.documentElement.scrollWidth <= innerWidth")
+    check_page(browser)
     assert ask("return [...document.querySelectorAll('#took .scroll')].every(e => e.tabIndex == 0 && e.ariaLabel)")
     text, back = ask(
         "const token = getComputedStyle(document.querySelector('#took .token'));"
         "return [token.color, token.backgroundColor].map(c => c.match(/\\d+/g).slice(0, 3).map(Number))"
     )
     assert abs(sum(text) - sum(back)) > 3 * 100 and (sum(back) < sum(text)) == dark
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    assert browser.save_screenshot(str(SCREENSHOTS / f"report-displaced-{look}.png"))
+    keep(browser, f"report-displaced-{look}")

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from contrast import check_page, keep, show_as
 from workspace import metrics, run
 
 from lowlevel.reporting.displaced import pair_tables, token_falls
-from lowlevel.reporting.page import Report, render
-from lowlevel.reporting.report import measured_tables
+from lowlevel.reporting.report import measured_tables, render
 from lowlevel.reporting.series import chart, fallen, number, panels, ticks
 from lowlevel.running.plots import Curve, Panel
 from lowlevel.tracing.files import write_table
 
-SCREENSHOTS = Path(os.environ.get("LOWLEVEL_SCREENSHOTS") or Path(__file__).parents[2] / "out")
 LOOKS = {"light": (1280, False), "dark": (1280, True), "phone": (390, False)}
 
 
@@ -134,7 +133,7 @@ def test_tokens_that_lost_most():
         {"chosen_token_ids": [9], "chosen_token_logps": [-2.0], "chosen_ref_token_logps": [-1.5]},
         {"chosen_token_ids": None},
     ]  # fmt: skip
-    assert [(fall.token, fall.change, fall.count) for fall in token_falls(rows)] == [(7, -4.0, 2), (9, -0.5, 1)]
+    assert [(fall.token, fall.change, fall.positions) for fall in token_falls(rows)] == [(7, -4.0, 2), (9, -0.5, 1)]
 
 
 def test_a_report_names_the_commands_and_agrees_with_the_trace(runs):
@@ -230,7 +229,8 @@ def test_pages_and_charts_are_replaced_whole_or_not_at_all(runs, drawn, tmp_path
 def test_texts_are_escaped():
     bad = "<img src=x onerror=alert(1)>"
     panel = Panel("x", bad, bad, bad, (Curve(bad, ((0, 1.0), (1, 2.0)), 0, 0),))
-    page = render(Report(bad, bad, [(bad, bad)], [panel], None, bad, {}, {}))
+    empty = dict.fromkeys(("pair_tables", "displaced", "tokens", "pages"))
+    page = render([panel], title=bad, folder=bad, command=bad, facts=[(bad, bad)], missing=bad, measured=[], **empty)
     assert "<img" not in page
 
 
@@ -242,15 +242,10 @@ def test_the_page_in_a_browser(browser, runs):
 
 
 def check_look(browser, runs, look, width, dark):
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": look == "phone"}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    show_as(browser, (width, 900), dark)
     browser.get((runs["dpo"] / "report.html").as_uri())
     ask = browser.execute_script
-    assert browser.get_log("browser") == []
-    assert ask("return performance.getEntriesByType('resource').length") == 0
-    assert ask("return document.documentElement.scrollWidth <= innerWidth")
+    check_page(browser)
     paper = ask("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 3 * 128) == dark
     strokes = ask("return [...document.querySelectorAll('.curve')].map(e => getComputedStyle(e).stroke)")
@@ -258,8 +253,7 @@ def check_look(browser, runs, look, width, dark):
     assert strokes == keys and len(set(strokes)) == 2
     boxes = ask("return [...document.querySelectorAll('.curve')].map(e => [e.getBBox().y, e.getBBox().height])")
     assert all(top >= 0 and top + height <= 100 for top, height in boxes)
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    assert browser.save_screenshot(str(SCREENSHOTS / f"report-{look}.png"))
+    keep(browser, f"report-{look}")
 
 
 def test_data_stages_and_samples(tmp_path):
