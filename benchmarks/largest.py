@@ -180,7 +180,7 @@ def main() -> None:
         "num_attention_heads": options.heads,
         "num_key_value_heads": options.kv_heads,
     }
-    with joined(300.0) as ranks, ranks.together(Interrupts(), lambda code, text: None):
+    with joined({"300 s": 300.0}) as ranks, ranks.together(Interrupts(), lambda code, text: None):
         row = measure(shape, options.steps, options.cap_gib, options.offload, options.rows, ranks, options.shard)
     if not ranks.first:
         return

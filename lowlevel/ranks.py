@@ -260,11 +260,11 @@ def is_first() -> bool:
 
 
 @contextmanager
-def joined(timeout: float) -> Iterator[Ranks]:
+def joined(timeouts: Mapping[str, float]) -> Iterator[Ranks]:
     """The ranks of this run: those of torchrun, each on the GPU of its local number, or one process alone.
 
     Args:
-        timeout: seconds after which a rank that keeps the others waiting counts as hung.
+        timeouts: seconds, by key; after their sum, a rank that keeps the others waiting counts as hung.
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
@@ -282,12 +282,12 @@ def joined(timeout: float) -> Iterator[Ranks]:
     run = store.add(f"lowlevel/runs/{rank}", 1)  # a script may train several runs, one after another
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     second = dist.TCPStore(*address, is_master=False, wait_for_workers=False)  # NCCL may wait in the first one
-    watch = Watch(dist.PrefixStore(f"lowlevel/watch/{run}", second), rank, size, timeout)
+    watch = Watch(dist.PrefixStore(f"lowlevel/watch/{run}", second), rank, size, timeouts)
     ranks = Ranks(rank, size, watch=watch)
     if failure := watch.absent():
         raise watch.error(failure)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    limit, own = timedelta(seconds=timeout + _MORE), dist.PrefixStore(f"lowlevel/group/{run}", store)
+    limit, own = timedelta(seconds=watch.timeout + _MORE), dist.PrefixStore(f"lowlevel/group/{run}", store)
     with ranks.waiting():
         dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
     failed = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -97,16 +97,19 @@ class Run:
 
     @_long
     def replay(
-        self, step: int, *, start: int | None = None, what_if: Mapping[str, str | float] | None = None
+        self, step: int, *, start: int | None = None, what_if: Mapping[str, str | float] | Sequence[str] | None = None
     ) -> Replay:
         """Take a step again, from checkpoint `start` or the newest one before it, and compare it with the log.
 
-        `what_if`, such as {"beta": 0.3}: take it under these settings as well; `print()` shows both.
+        `what_if`, {"beta": 0.3}, "beta=0.3" or a list of such texts: take it under these settings as well; `print()`
+        shows both.
         """
         from lowlevel.replaying.replay import replay_run
 
-        settings = ",".join(f"{name}={value}" for name, value in (what_if or {}).items())
-        return replay_run(self.opened, step, start=start, settings=[settings] if settings else ())
+        if isinstance(what_if, Mapping):
+            what_if = ",".join(f"{name}={value}" for name, value in what_if.items())
+        settings = [what_if] if isinstance(what_if, str) else what_if or []
+        return replay_run(self.opened, step, start=start, settings=list(filter(None, settings)))
 
     @_long
     def generate(self, prompt: str, *, system: str | None = None, **sampling: Any) -> str:

@@ -22,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,8 +57,9 @@ class Watch:
         failure: what the watching thread has found, or None.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
-        self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
+    def __init__(self, store: Store, rank: int, size: int, timeouts: Mapping[str, float]) -> None:
+        self.store, self.rank, self.size, self.timeout = store, rank, size, sum(timeouts.values())
+        self._limit = " + ".join(timeouts)
         self.step = self.begun = self.met = 0
         self.failure: Failure | None = None
         self._record: Callable[[int, str], None] = lambda code, text: None
@@ -267,7 +268,7 @@ class Watch:
         if not silent:
             return None
         rank = silent[0]
-        what = f"rank {rank} hangs {self.where}: no answer for {self.timeout:g} s (train.ddp_timeout)"
+        what = f"rank {rank} hangs {self.where}: no answer for {self.timeout:g} s ({self._limit})"
         failure = self.claim(rank, 1, f"{what}; {CONTINUE}")
         host, _, pid = self._read(f"process/{rank}").partition(" ")
         if failure.teller == self.rank and host == socket.gethostname():

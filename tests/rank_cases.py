@@ -150,7 +150,7 @@ def watch_loading(patch: MonkeyPatch) -> list[int]:
 
 def work(base: Path, stored: Path, out: Path) -> None:
     """Compute in one of several ranks."""
-    with joined(30.0) as ranks, ranks.together(Interrupts(), lambda code, text: None):
+    with joined({"30 s": 30.0}) as ranks, ranks.together(Interrupts(), lambda code, text: None):
         found, said = compute(base, stored, ranks)
         ranks.check_equal(20, {"weights": [found["weights after 20 steps"]]})
         save_file(found, out / f"{ranks.size}-{ranks.rank}.safetensors")

@@ -67,6 +67,7 @@ def evaluate(name: str, point: Mapping[str, float], settings: Mapping[str, float
 
     from lowlevel.losses import PairLogps, PreferenceLoss
     from lowlevel.losses.dpo import reward_counts
+    from lowlevel.losses.registry import check_result
 
     logps = [torch.tensor([point[key]], dtype=torch.float64, requires_grad=True) for key in LOGPS]
     lengths = torch.tensor([point[key] for key in LENGTHS])
@@ -83,6 +84,8 @@ def evaluate(name: str, point: Mapping[str, float], settings: Mapping[str, float
         if loss.spec.reference_free:
             zero = torch.zeros(1, dtype=torch.float64)
             pairs = replace(pairs, ref_chosen_logps=zero, ref_rejected_logps=zero)
+        if loss.spec.own:
+            check_result(loss.spec, pairs, loss.settings, logps[0], size=1)
         output = loss(pairs)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -107,8 +110,9 @@ def _defaults(name: str) -> dict[str, float]:
     found = {key: one.default for key, one in HYPERPARAMETERS.items()}
     found |= {"beta": BETAS.get(name, BETA), "label_smoothing": EXO_SMOOTHING if name == "exo_pair" else 0.0}
     if spec.own:
-        found |= {key: one.default for key, one in signature(spec.function).parameters.items()}
-    return {key: found[key] for key in spec.parameters}
+        own = signature(spec.function).parameters
+        found |= {key: one.default for key, one in own.items() if one.default is not one.empty}
+    return {key: found[key] for key in spec.parameters if key in found}
 
 
 def path_of(point: Mapping[str, float], beta: float) -> dict[str, float]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -36,10 +37,13 @@ from lowlevel.data.mends import (
 from lowlevel.data.rows import Row, RowProblem, SourceRows, kind_of
 from lowlevel.demo import world
 from lowlevel.errors import ConfigError, DataError, LowlevelError, one_line, quoted
+from lowlevel.hub import offline_without_network
 
 FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
 ABOUT = ("dataset_infos.json", "dataset_info.json")  # files about a data set, not of its rows
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 FIRST_ROWS = 20  # that say which columns a source has
+MOST_FILES = 10_000  # in a folder with data; datasets needs minutes to look through 200,000
 
 
 def read_source(source: str | GivenRows, split: str, method: str = "sft") -> SourceRows:
@@ -64,7 +68,7 @@ def read_source(source: str | GivenRows, split: str, method: str = "sft") -> Sou
         raise ConfigError(f"data source {quoted(source)} is a web address: {mend}")
     elif source.endswith(FILE_SUFFIXES) or path.is_file():
         read = _read_file(path)
-    elif source.endswith(OTHER_SUFFIXES) or source[0] in "./~" and not path.is_dir():
+    elif source.endswith(OTHER_SUFFIXES) or not path.is_dir() and not HUB_NAME.fullmatch(source):
         raise ConfigError(f"data source {source}: no such file; use {', '.join(FILE_SUFFIXES)} or a hub name")
     else:
         read = _read_hub(source, split)
@@ -201,19 +205,33 @@ def _read_hub(name: str, split: str) -> SourceRows:
     try:
         saved = Path(name, split) if Path(name, "dataset_dict.json").is_file() else Path(name)  # by save_to_disk
         on_disk = (saved / "state.json").is_file()
-        if not on_disk and Path(name).is_dir():
-            _check_all_read(Path(name), datasets.load_dataset_builder(name).config.data_files or {})
+        if not Path(name).is_dir():
+            offline_without_network()
+        elif not on_disk:
+            found = _data_files(Path(name))
+            _check_all_read(Path(name), found, datasets.load_dataset_builder(name).config.data_files or {})
         table = datasets.load_from_disk(str(saved)) if on_disk else datasets.load_dataset(name, split=split)
     except ConfigError:
         raise
     except Exception as error:  # datasets, fsspec, huggingface_hub and httpx raise many types
         reason = one_line(error.__cause__ or error)  # the cause: datasets often says only that an error occurred
-        hint = f"; this is a folder: name a file in it ({', '.join(FILE_SUFFIXES)})" if Path(name).is_dir() else ""
+        kinds = f"; this is a folder: name a file in it ({', '.join(FILE_SUFFIXES)})"
+        hint = kinds if Path(name).is_dir() else "; nor is there a file or folder of this name"
         raise ConfigError(f'data source "{name}", split "{split}": {reason}{hint}') from None
     return _numbered(f"{name}[{split}]", map(dict, table))
 
 
-def _check_all_read(folder: Path, splits: Mapping[str, Iterable[str]]) -> None:
+def _data_files(folder: Path) -> list[Path]:
+    """Files with rows in a folder and those below it. Raises ConfigError if it holds too much else."""
+    paths = list(islice(folder.rglob("*"), MOST_FILES + 1))
+    files = sorted(path for path in paths if path.name.endswith(FILE_SUFFIXES) and path.name not in ABOUT)
+    if len(paths) > MOST_FILES:
+        kinds, some = ", ".join(FILE_SUFFIXES), f", such as {quoted(str(files[0]))}" if files else ""
+        raise ConfigError(f'data source "{folder}": more than {MOST_FILES:,} files; name one with rows ({kinds}){some}')
+    return files
+
+
+def _check_all_read(folder: Path, files: Sequence[Path], splits: Mapping[str, Iterable[str]]) -> None:
     """Refuse files that belong to no split: datasets 5.2 takes those with "train" in their names and leaves the others.
 
     A README.md can say which files are meant.
@@ -221,7 +239,6 @@ def _check_all_read(folder: Path, splits: Mapping[str, Iterable[str]]) -> None:
     if (folder / "README.md").is_file():
         return
     read = {Path(file).resolve() for files in splits.values() for file in files}
-    files = sorted(path for path in folder.rglob("*") if path.name.endswith(FILE_SUFFIXES) and path.name not in ABOUT)
     if left := [str(path.relative_to(folder)) for path in files if path.resolve() not in read]:
         some = f"{quoted(left[0])}{f' and {len(left) - 1:,} more' if len(left) > 1 else ''}"
         hint = "name one file, or list the files as data.sources"

@@ -11,6 +11,7 @@ from transformers.utils import find_adapter_config_file
 
 from lowlevel.config.schema import ModelConfig
 from lowlevel.errors import ConfigError, quoted
+from lowlevel.hub import offline_without_network
 from lowlevel.model.files import folders_with, read_json_object, refuse_pointers
 
 CONFIG, ADAPTER_CONFIG, RUN_CONFIG = "config.json", "adapter_config.json", "config.toml"
@@ -54,6 +55,7 @@ def _check_name(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError:
         raise ConfigError(f"model.name {quoted(name)!r}: no such folder") from None
+    offline_without_network()
 
 
 def holds_model_weights(folder: Path) -> bool:

@@ -56,9 +56,10 @@ def run_steps(
         LowlevelError: a subclass with the exit code.
     """
     folder = RunFolder(Path(config.train.output_dir))
-    silent = config.sampled.reward_timeout if config.sampled else 0.0  # seconds without a sign of life, and no hang
+    silent = {"train.ddp_timeout": float(config.train.ddp_timeout)}  # seconds without a sign of life, and no hang
+    silent |= {f"{config.method}.reward_timeout": config.sampled.reward_timeout} if config.sampled else {}
     with (
-        joined(config.train.ddp_timeout + silent) as ranks,
+        joined(silent) as ranks,
         deterministic_mode(config.train.deterministic),
         Interrupts() as interrupts,
         ranks.together(interrupts, _recorder(folder, ranks)),

@@ -74,8 +74,10 @@ def test_a_run_opened_with_its_rows(dpo, rows):
     replayed = run.replay(4, what_if={"beta": 4 * run.config.dpo.beta})
     actual, other = replayed.outcomes
     assert other.numbers["rewards/margins"] == pytest.approx(4 * actual.numbers["rewards/margins"], rel=1e-5)
-    with pytest.raises(LowlevelError, match="^what_if: betta=1: expected NAME=VALUE"):
-        run.replay(4, what_if={"betta": 1})
+    assert run.replay(4, what_if=f"beta={4 * run.config.dpo.beta}").outcomes == replayed.outcomes
+    for wrong in ({"betta": 1}, "betta=1", ["betta=1"]):
+        with pytest.raises(LowlevelError, match="^what_if: betta=1: expected NAME=VALUE"):
+            run.replay(4, what_if=wrong)
     assert replayed.exact and replayed.first_difference is None and replayed.rows
     assert isinstance(run.generate(rows["dpo"][0]["prompt"], max_new_tokens=4), str)
     assert run.policy.trainable_names()

@@ -112,6 +112,16 @@ def test_a_loss_of_the_users(cli, tmp_path, monkeypatch):
     assert "gamma" in shown(cli, "--loss", "doubled_losses:doubled")
 
 
+def test_a_loss_of_the_users_that_fails_is_named(cli, tmp_path, monkeypatch):
+    code = "def fails(pairs, *, beta):\n    raise TypeError(f'x{beta}')\ndef needs(pairs, *, gamma):\n    return 1\n"
+    (tmp_path / "failing_losses.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, why in (("fails", "TypeError: x0.1"), ("needs", "missing 1 required keyword-only argument: 'gamma'")):
+        refused(
+            cli("losses", "--loss", f"failing_losses:{name}"), f"'failing_losses:{name}' failed on a trial batch", why
+        )
+
+
 # Defaults and hyper-parameters
 
 

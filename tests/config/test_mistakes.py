@@ -10,6 +10,8 @@ from lowlevel.config.file import OTHER_NAMES, config_from_tables, load_config
 from lowlevel.config.schema import SECTIONS
 from lowlevel.errors import ConfigError
 
+LOSS_TYPED = "sft, dpo, grpo, rloo, ppo, online_dpo"
+
 
 @pytest.mark.parametrize(
     ("key", "hint"),
@@ -26,6 +28,10 @@ from lowlevel.errors import ConfigError
         ("learning_rate", 'did you mean "train.learning_rate"?'),
         ("epochs", 'did you mean "train.num_train_epochs"?'),
         ("lora.lora_rank", 'did you mean "r"?'),
+        ("kto.loss_type", f"loss_type is a key of {LOSS_TYPED}"),
+        ("sft.reward", "reward is a key of grpo, rloo, ppo, online_dpo"),
+        ("sft.max_steps", 'did you mean "train.max_steps"?'),
+        ("dpo.betas", 'did you mean "beta"?'),
         ("lora.zzzzzz", f"known: {', '.join(SECTIONS['lora'].model_fields)}"),
     ],
 )

@@ -2,21 +2,28 @@
 
 import gzip
 import json
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lowlevel import hub
 from lowlevel.config.data import Filter
 from lowlevel.config.file import load_config
+from lowlevel.data import sources
 from lowlevel.data.mixing import apply_filters
 from lowlevel.data.rows import Row, SourceRows, data_error, shuffled
 from lowlevel.data.sources import read_source
 from lowlevel.errors import ConfigError, DataError, LowlevelError
+from lowlevel.hub import offline_without_network
 
 GOOD = b'{"a": 1}\n'
 CP1252 = "looks like CP1252: iconv -f CP1252 -t UTF-8 train.jsonl > utf8-train.jsonl"
@@ -102,6 +109,8 @@ def test_parquet(tmp_path):
 
 
 def test_hub_rows_come_through_datasets_and_its_failures_are_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
     def load(name, split):
         if split != "test_sft":
             raise ValueError(f'Unknown split "{split}".\nA long story')
@@ -115,10 +124,31 @@ def test_hub_rows_come_through_datasets_and_its_failures_are_one_line(monkeypatc
     ]
     with pytest.raises(ConfigError) as caught:
         read_rows("owner/name", "nope")
-    assert str(caught.value) == 'data source "owner/name", split "nope": Unknown split "nope".'
+    said = 'Unknown split "nope".; nor is there a file or folder of this name'
+    assert str(caught.value) == f'data source "owner/name", split "nope": {said}'
 
 
-@pytest.mark.parametrize("source", ["./nowhere.jsonl", "nowhere.parquet", "./nowhere", "/nowhere/at/all"])
+def test_a_hub_that_does_not_answer_is_asked_once_and_again_later(monkeypatch):
+    """Until it answers, huggingface_hub is offline; a user's own offline mode stays."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    offline_without_network()
+    assert not hub._unreached
+    constants.HF_HUB_OFFLINE = False
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="Couldn't reach 'owner/none' on the Hub"):
+        read_rows("owner/none", "train")
+    assert constants.HF_HUB_OFFLINE and time.monotonic() - started < 5
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        Thread(target=server.handle_request).start()
+        offline_without_network()
+    assert not constants.HF_HUB_OFFLINE and not hub._unreached
+
+
+@pytest.mark.parametrize(
+    "source", ["./nowhere.jsonl", "nowhere.parquet", "./nowhere", "/nowhere/at/all", "a/b/c", "my rows", r"C:\rows"]
+)
 def test_a_missing_file_is_a_config_error(source):
     with pytest.raises(ConfigError, match="no such file"):
         read_rows(source, "train")
@@ -141,6 +171,16 @@ def test_a_folder_that_datasets_cannot_read_says_why_and_what_to_name(tmp_path, 
         read_rows(str(folder), "train")
     assert "JSON parse error" in str(caught.value) and "An error occurred" not in str(caught.value)
     assert str(caught.value).endswith("; this is a folder: name a file in it (.jsonl, .json, .jsonl.gz, .parquet)")
+
+
+def test_a_folder_with_many_files_is_refused_before_all_are_listed(tmp_path, monkeypatch):
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl"):
+        (tmp_path / name).write_text('{"a": 1}')
+    monkeypatch.setattr(sources, "MOST_FILES", 3)
+    with pytest.raises(ConfigError, match="more than 3 files; name one with rows"):
+        read_rows(str(tmp_path), "train")
+    monkeypatch.setattr(sources, "MOST_FILES", 4)
+    assert len(read_rows(str(tmp_path), "train")) == 4
 
 
 @pytest.mark.parametrize("source", ["chats.csv", "data/chats.json", "chats.jsonl.zip"])

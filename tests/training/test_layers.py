@@ -8,7 +8,7 @@ import lowlevel
 ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
     ("version", "config/", "durable", "errors", "redaction", "running/__init__"),
-    ("losses/", "labels", "hashing", "determinism", "perplexity", "heartbeat", "batch/"),
+    ("losses/", "labels", "hashing", "determinism", "perplexity", "heartbeat", "hub", "batch/"),
     ("data/", "demo/", "kernels/"),
     (
         "model/",
