@@ -22,7 +22,7 @@ from lowlevel.inspection.charts import histogram, loss_bands, stair
 from lowlevel.inspection.example import Example, Inspection, Text, View
 from lowlevel.inspection.pairs import fall_line
 from lowlevel.inspection.pieces import VISIBLE, breaks_line
-from lowlevel.inspection.reading import plain, settings, signed, source, typographic
+from lowlevel.inspection.reading import plain, settings, signed, typographic
 from lowlevel.inspection.tables import batch_table, caption, facts_of, steps_of, summary, token_lines
 
 FULL = 0.98  # quantile at which a colour scale ends, so that one outlier does not make all others pale
@@ -51,7 +51,7 @@ def render_page(inspection: Inspection) -> str:
         view=inspection.view,
         script=script,
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        paper=f"{settings(inspection.method)}; {source(inspection.method.spec)}",
+        paper=f"{settings(inspection.method)}; {inspection.method.spec.paper}",
         modes=modes,
         articles=[_article(x, at, inspection, modes) for x, at in zip(inspection.examples, anchors, strict=True)],
         caption=caption(inspection),

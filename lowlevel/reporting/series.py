@@ -54,7 +54,7 @@ PLANS: tuple[Plan, ...] = (
 KNOWN = {key for *_, keys in PLANS for key, _ in keys} | {"step", "epoch", "num_tokens", "supervised_tokens"}
 KNOWN |= {"share/desirable", "share/undesirable"}
 ZERO_SAYS_NOTHING = ("memory", "skipped_steps")  # on a CPU; in a run without an overflow
-LEVELS = {"accuracy": (0.5, "chance"), "margin": (0.0, "start"), "rewards": (0.0, "start")}
+LEVELS = {"accuracy": (0.5, "chance"), "margin": (0.0, "at the start"), "rewards": (0.0, "at the start")}
 
 
 def panels(runs: Sequence[tuple[str, Sequence[Record]]]) -> list[Panel]:
@@ -65,8 +65,7 @@ def panels(runs: Sequence[tuple[str, Sequence[Record]]]) -> list[Panel]:
     """
     own = sorted({key for _, records in runs for record in records for key in record} - KNOWN)
     metrics: list[Plan] = [
-        (re.sub(r"\W+", "_", f"metric_{key}"), key, "", "a metric of the run, as in metrics.jsonl.",
-         ((key, "training"), (f"eval_{key}", "held out")))
+        (re.sub(r"\W+", "_", f"metric_{key}"), key, "", "", ((key, "training"), (f"eval_{key}", "held out")))
         for key in own if not key.startswith("eval_")
     ]  # fmt: skip
     made = []
@@ -145,7 +144,7 @@ def chart(panel: Panel) -> Chart:
         panel,
         tuple(lines),
         tuple(Tick(place(x, low)[0], f"{x:g}") for x in ticks(left, right) if x == int(x)),
-        tuple(Tick(place(left, y)[1], number(y)) for y in ticks(bottom, top)),
+        tuple(Tick(place(left, y)[1], number(y, digits=12)) for y in ticks(bottom, top)),
         place(left, panel.level[0])[1] if panel.level else None,
     )
 
@@ -156,8 +155,8 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(i * width, 12) for i in range(math.ceil(low / width - 1e-9), math.floor(high / width + 1e-9) + 1)]
 
 
-def number(value: float) -> str:
-    """A value in a legend or on an axis: four digits, thousands with commas."""
+def number(value: float, digits: int = 4) -> str:
+    """A value in a legend: four digits, thousands with commas; on an axis, whose values are round, all digits."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
         return typographic(f"{value:.3g}")
-    return typographic(f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}")
+    return typographic(f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}")

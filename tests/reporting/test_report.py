@@ -84,6 +84,8 @@ def test_a_chart_puts_points_where_they_belong():
     assert [tick.at for tick in made.y_ticks] == sorted((tick.at for tick in made.y_ticks), reverse=True)
     assert ticks(0, 60) == [0, 20, 40, 60] and ticks(-0.4, 0.2)[-1] == pytest.approx(0.2)
     assert (number(-0.5), number(12345.6), number(2e-5)) == ("−0.5", "12,346", "2e−05")
+    close = chart(Panel("x", "X", "", "", (Curve("a", ((0, 0.99998), (10, 1.00002)), 0, 0),)))
+    assert [tick.label for tick in close.y_ticks] == ["0.99998", "1", "1.00002"]
 
 
 @pytest.mark.parametrize("points", [((1, 0.5),), ((1, 0.5), (2, 0.5))])
@@ -144,7 +146,7 @@ def test_a_report_names_the_commands_and_agrees_with_the_trace(runs):
     newest = {row["row"]: row for row in sorted(rows, key=lambda row: row["step"])}
     worst = min(newest.values(), key=lambda row: row["margin"])
     assert f"lowlevel inspect {runs['dpo']} --example {worst['row']}" in page
-    assert '<th scope="col">chosen weight</th>' in page
+    assert '<th scope="col">chosen weight</th>' in page and ">step 0</span>" in page
     assert (
         "not less" not in page
         and f"{sum(r['chosen_logratio'] < 0 for r in newest.values())} of {len(newest)} pairs" in page
