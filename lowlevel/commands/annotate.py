@@ -31,6 +31,8 @@ def run(options: Options, overrides: Overrides) -> None:
     needed = {"RUN_DIR": options.run_dir, "--prompts": options.prompts, "--out": options.out}
     if missing := [name for name, value in needed.items() if value is None]:
         raise ConfigError(f"lowlevel annotate needs {', '.join(missing)}; or --report FILE")
+    if options.prompts != "demo" and not Path(options.prompts).is_file():
+        raise ConfigError(f"--prompts {options.prompts}: no such file")
     if options.temperature == 0 and options.other is None:
         raise ConfigError("--temperature 0 gives two equal replies of one run: set it above 0, or give --other")
     if options.port > LAST_PORT:

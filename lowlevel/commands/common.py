@@ -6,7 +6,7 @@ import argparse
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Literal, NoReturn, get_args, get_origin
 
 from lowlevel.errors import ConfigError
 
@@ -40,6 +40,10 @@ class Parser(argparse.ArgumentParser):
         if self.get_default("takes_config"):
             self.epilog = describe_keys(self.get_default("method"))
         return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as for all other errors, without argparse's usage."""
+        raise ConfigError(f"{message}; {self.prog} --help explains the options")
 
 
 def whole_number(text: str, least: int) -> int:

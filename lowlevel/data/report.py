@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowlevel.data.building import Built, TokenCounts
+from lowlevel.data.building import TOO_LONG, Built, TokenCounts
 from lowlevel.data.examples import Example, PromptExample, SFTExample
 from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import APART, ChatTokenizer
@@ -207,11 +207,17 @@ def template_lines(report: DataReport) -> list[str]:
 
 
 def not_learned(report: DataReport) -> list[str]:
-    """One line for each warning that a part of the rows is not learned, with its counts."""
+    """One line for each kind of skipped rows, and for each warning that a part of the rows is not learned."""
     splits = report.splits.items()
+    skipped = [
+        f"skipped: {dropped.count:,} {name}, the first {dropped.first[0]}"
+        for name, split in splits
+        for reason, dropped in split.dropped.items()
+        if reason != TOO_LONG
+    ]
     kinds = list(dict.fromkeys(kind for _, split in splits for kind in split.warnings if kind not in DESCRIBING))
     counts = [", ".join(f"{split.warnings.get(kind, 0):,} {name}" for name, split in splits) for kind in kinds]
-    lines = [f"{kind}: {count}" for kind, count in zip(kinds[:SHOWN], counts, strict=False)]
+    lines = skipped + [f"{kind}: {count}" for kind, count in zip(kinds[:SHOWN], counts, strict=False)]
     more = len(kinds) - SHOWN
     return lines + ([f"and {more:,} more kinds, which `lowlevel data` lists"] if more > 0 else [])
 

@@ -128,7 +128,7 @@ class RunFolder:
         if (self.path / "adapter_config.json").exists():
             return "; it holds an adapter: set lora.init_from (dpo: or model.adapter) to it"
         runs = folders_with("config.toml", self.path)
-        return f"; runs in it: {', '.join(path.name for path in runs[:SHOWN])}" if runs else ""
+        return f"; runs in it: {', '.join(str(path.relative_to(self.path)) for path in runs[:SHOWN])}" if runs else ""
 
     def resolved(self, config: RunConfig) -> RunConfig:
         """A configuration from this folder's config.toml with the absolute path of a base in this folder."""

@@ -78,7 +78,7 @@ def test_two_replies_of_one_run_differ_and_are_reproducible(runs, cli, prompts, 
     [
         (("RUN",), 2, "needs --prompts, --out"),
         (("RUN", "--prompts", "FILE", "--out", "OUT", "--temperature", "0"), 2, "two equal replies"),
-        (("RUN", "--prompts", "none.jsonl", "--out", "OUT"), 2, "none.jsonl"),
+        (("RUN", "--prompts", "none", "--out", "OUT"), 2, "--prompts none: no such file"),
         (("elsewhere", "--prompts", "FILE", "--out", "OUT"), 2, "not a run folder"),
         (("RUN", "--prompts", "FILE", "--out", "none/x.jsonl"), 2, "No such file"),
         (("--report", "none.jsonl"), 2, "none.judgements.jsonl"),

@@ -3,6 +3,7 @@
 import pytest
 
 from lowlevel.data.rendering import TOOLS_LEFT_OUT
+from lowlevel.data.report import not_learned
 from lowlevel.data.tokenizer import chat_tokenizer
 from lowlevel.errors import ConfigError, DataError
 
@@ -76,6 +77,7 @@ def test_sft_rows(run, write, bad, message):
     skipping = run(path, on_bad_row="skip")
     assert len(skipping.train) == 6
     assert [d.first for d in skipping.report.train.dropped.values()] == [(f"train.jsonl:7: {message}",)]
+    assert not_learned(skipping.report)[0] == f"skipped: 1 train, the first train.jsonl:7: {message}"
 
 
 @pytest.mark.parametrize(("bad", "message"), DPO)
