@@ -176,6 +176,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except FileNotFoundError:
         hint = "; flags begin with two hyphens: --train.max_steps 3" if "=" in path.name else ""
+        hint = f"; a method is --method {path}" if str(path) in METHODS else hint
         raise ConfigError(f"{path}: no such run file{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a readable TOML file: {one_line(error)}; save it as UTF-8") from None

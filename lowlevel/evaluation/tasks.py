@@ -21,6 +21,7 @@ from lowlevel.durable import write_given_json, write_text
 from lowlevel.errors import ConfigError, one_line
 from lowlevel.evaluation.results import Results, eval_tables, item_lines, result_rows
 from lowlevel.heartbeat import working
+from lowlevel.hub import offline_without_network
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import check_gives_text, reopen
@@ -108,6 +109,7 @@ def load_tasks(names: Sequence[str], num_fewshot: int | None) -> dict[str, Any]:
     chosen = [by_path.get(files[name], name) if name in files else name for name in names]
     if unknown := [name for name in chosen if name not in index and name not in files]:
         raise ConfigError(f'--tasks {unknown[0]}: lm-eval has no such task; "lm-eval ls tasks" lists them')
+    offline_without_network()
     try:
         with working("loading tasks"):
             loaded: dict[str, Any] = dict(manager.load(chosen))

@@ -42,6 +42,7 @@ def check_is_model(name: str) -> None:
             if found := folders_with(file, folder):
                 inside = ", ".join(str(path.relative_to(folder)) for path in found[:5])
                 raise ConfigError(f"model.name {name!r} has no {CONFIG}; in it, {inside} holds {what}: give its path")
+        raise ConfigError(f"model.name {name!r} is a folder without {CONFIG}: give a model's folder or hub name")
 
 
 def _check_name(name: str) -> None:

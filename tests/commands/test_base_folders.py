@@ -78,6 +78,7 @@ def test_what_is_no_model_is_refused_as_a_base(runs, cli, tmp_path):
     alone = Path(shutil.copytree(runs.sft / "adapter", tmp_path / "alone"))
     shutil.copy(runs.space.base / "config.json", with_config := Path(shutil.copytree(alone, tmp_path / "with-config")))
     (tmp_path / "parent").mkdir()
+    (tmp_path / "empty").mkdir()
     shutil.copytree(alone, tmp_path / "parent" / "sft")
     (tmp_path / "trainer").mkdir()
     shutil.copytree(runs.space.base, tmp_path / "trainer" / "checkpoint-500")
@@ -88,6 +89,7 @@ def test_what_is_no_model_is_refused_as_a_base(runs, cli, tmp_path):
         (tmp_path / "parent", "has no config.json; in it, sft holds an adapter: give its path"),
         (tmp_path / "trainer", "has no config.json; in it, checkpoint-500 holds a model: give its path"),
         (runs.sft, "is a run folder: set model.name to that run's base"),
+        (tmp_path / "empty", "is a folder without config.json"),
     ):
         config = runs.space.write("refused", "sft", folder=tmp_path, model={"name": str(name)})
         refused(cli("sft", config), 2, f"model.name {str(name)!r}", text)

@@ -14,7 +14,7 @@ from lowlevel.errors import ConfigError
 CASES = """
 sft dpo.beta=0.1 | [dpo] | method = "sft"
 dpo sft.loss_type=cross_entropy | [sft] | method = "dpo"
-sft model.adapter=a | model.adapter is for dpo | lora.init_from
+sft model.adapter=a | model.adapter is not for sft | lora.init_from
 reward kto.beta=0.1 | [kto] | method = "reward"
 reward data.format=messages | data.format = "messages" | reward takes "preference"
 reward trace.every=1 trace.level=token | trace.level = "token" | one token
