@@ -112,20 +112,28 @@ class Run:
         return replay_run(self.opened, step, start=start, settings=list(filter(None, settings)))
 
     @_long
-    def generate(self, prompt: str, *, system: str | None = None, **sampling: Any) -> str:
+    def generate(
+        self,
+        prompt: str,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
         """Reply to a prompt with the run's adapter, of an unfinished run its newest checkpoint's.
 
         Args:
             prompt: what the user says.
             system: a system message before it.
-            **sampling: max_new_tokens=256, temperature=0.0 (the likeliest token), seed=0.
+            max_new_tokens, temperature, seed: of the sampling; 0.0 takes the likeliest token.
         """
         from lowlevel.running.replies import generate_replies, question
         from lowlevel.sampling import Sampling
 
         sampler, tokenizer = self._for_replies
         ids = tokenizer.encode_prompt(question(prompt, system))
-        return generate_replies(sampler, tokenizer, [ids], Sampling(**sampling))[0].text
+        return generate_replies(sampler, tokenizer, [ids], Sampling(max_new_tokens, temperature, seed))[0].text
 
     @cached_property
     def _for_replies(self) -> Any:

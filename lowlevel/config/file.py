@@ -33,7 +33,10 @@ TEXTS = (str, str | None, get_args(Source)[0], Source | None)  # types of keys w
 # Names of keys in other programs and papers that are too different for a suggestion by spelling.
 OTHER_NAMES = {
     **dict.fromkeys(("fp16", "bf16", "dtype"), "precision"),
-    **dict.fromkeys(("dataset", "dataset_name", "path"), "source"),
+    **dict.fromkeys(("data", "dataset", "dataset_name", "train_dataset", "path"), "source"),
+    **dict.fromkeys(("args", "training_args"), "train"),
+    **dict.fromkeys(("peft", "peft_config"), "lora"),
+    **dict.fromkeys(("tokenizer", "processing_class"), "chat_template_from"),
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
@@ -48,7 +51,7 @@ OTHER_NAMES = {
         ("seq_len", "seq_length", "max_seq_length", "max_seq_len", "sequence_len", "cutoff_len"), "max_length"
     ),
     **dict.fromkeys(("model_name_or_path", "base_model", "model_name"), "name"),
-    **dict.fromkeys(("adapter_name_or_path", "lora_model_dir"), "adapter"),
+    **dict.fromkeys(("adapter_name_or_path", "lora_model_dir", "ref_model"), "adapter"),
     **dict.fromkeys(("lora_target", "lora_target_modules"), "target_modules"),
     "micro_batch_size": "per_device_train_batch_size",
     "sample_packing": "packing",
@@ -178,12 +181,15 @@ def _read_toml(path: Path) -> dict[str, Any]:
         hint = "; flags begin with two hyphens: --train.max_steps 3" if "=" in path.name else ""
         hint = f"; a method is --method {path}" if str(path) in METHODS else hint
         raise ConfigError(f"{path}: no such run file{hint}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a readable TOML file: {one_line(error)}; save it as UTF-8") from None
     except RecursionError:
         raise ConfigError(f"{path}: not a readable TOML file: nested too deeply") from None
     except (ValueError, OSError) as error:  # ValueError: bad TOML or UTF-8, too many digits, a NUL in the name
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        reason += "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        if path.suffix != ".toml" and not isinstance(error, OSError):
+            raise ConfigError(
+                f"{path} is not a run file, which is TOML; rows to train on: --data.source {path}"
+            ) from None
         place = re.search(r"at line (\d+)", reason)
         if place and (line := text.split("\n")[int(place[1]) - 1].strip()):
             reason += f": {quoted(line)}"

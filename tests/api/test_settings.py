@@ -47,6 +47,8 @@ def test_a_run_file_and_keys_that_replace_its_own(tmp_path):
         ({"betas": 0.1}, 'did you mean "beta"'),
         ({"rank": 5}, 'did you mean "r"'),
         ({"lora": {"rank": 5}}, 'did you mean "r"'),
+        ({"train_dataset": []}, 'did you mean "data"'),
+        ({"peft_config": {}}, 'did you mean "lora"'),
         ({"zzzzzz": 1}, "lowlevel dpo --help"),
         ({"lam": 0.9}, "lam is a key of ppo"),
         ({"train": {"max_step": 5}}, 'did you mean "max_steps"'),

@@ -36,6 +36,7 @@ import pytest
             "sft train.max_steps=3",
             "train.max_steps=3: no such run file; flags begin with two hyphens: --train.max_steps 3",
         ),
+        ("sft --data x", "unknown argument '--data'; did you mean --data.source?"),
         ("plan sft", "sft: no such run file; a method is --method sft"),
         ("dpo --resum", "unknown argument '--resum'; did you mean --resume?"),
         (

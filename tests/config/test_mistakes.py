@@ -32,6 +32,7 @@ LOSS_TYPED = "sft, dpo, grpo, rloo, ppo, online_dpo"
         ("sft.reward", "reward is a key of grpo, rloo, ppo, online_dpo"),
         ("sft.max_steps", 'did you mean "train.max_steps"?'),
         ("dpo.betas", 'did you mean "beta"?'),
+        ("peft_config", 'did you mean "lora"?'),
         ("lora.zzzzzz", f"known: {', '.join(SECTIONS['lora'].model_fields)}"),
     ],
 )
@@ -68,7 +69,8 @@ def test_no_name_or_value_makes_a_line_of_thousands(tmp_path, tables, overrides)
 def test_names_of_other_programs_are_of_keys_that_exist():
     for other, name in OTHER_NAMES.items():
         sections = [model.model_fields for model in SECTIONS.values() if name in model.model_fields]
-        assert sections and not any(other in fields for fields in sections), other
+        assert sections or name in SECTIONS, other
+        assert not any(other in fields for fields in sections), other
 
 
 @pytest.mark.parametrize(
@@ -206,6 +208,10 @@ def test_a_file_that_cannot_be_read_names_itself(tmp_path, content, said):
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="not a readable TOML file"):
         load_config(tmp_path)
+    for data in (b'{"a": 1}', b"PAR1\xff"):
+        (tmp_path / "rows.jsonl").write_bytes(data)
+        with pytest.raises(ConfigError, match=r"rows to train on: --data.source .*rows\.jsonl$"):
+            load_config(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize(
