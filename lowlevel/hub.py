@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+
 from lowlevel.heartbeat import working
 
-SECONDS = 10.0  # for an answer
 _unreached: list[str] = []  # the hub that did not answer, if offline mode was set here
 
 
@@ -15,22 +17,18 @@ def offline_without_network() -> None:
 
     Without it, huggingface_hub 2.4 tries for 27 s before each file, also before those in its cache.
     """
-    from huggingface_hub import constants
-
     if constants.HF_HUB_OFFLINE and not _unreached:  # the user has set it
         return
     _unreached.clear()
     constants.HF_HUB_OFFLINE = False
     try:
-        _ask(constants.ENDPOINT)
+        with working(f"waiting for {constants.ENDPOINT}"):
+            _ask(constants.ENDPOINT)
     except Exception:  # of the HTTP client
         _unreached.append(constants.ENDPOINT)
         constants.HF_HUB_OFFLINE = True
 
 
-@cache  # of answers; an error is raised again
+@cache  # of an answer; an error is raised again
 def _ask(address: str) -> None:
-    from huggingface_hub.utils import get_session
-
-    with working(f"waiting for {address}"):
-        get_session().head(address, timeout=SECONDS)
+    get_session().head(address, timeout=10.0)

@@ -101,8 +101,7 @@ class Run:
     ) -> Replay:
         """Take a step again, from checkpoint `start` or the newest one before it, and compare it with the log.
 
-        `what_if`, {"beta": 0.3}, "beta=0.3" or a list of such texts: take it under these settings as well; `print()`
-        shows both.
+        `what_if`, {"beta": 0.3}, "beta=0.3" or several such texts: take it under these too; `print()` shows all.
         """
         from lowlevel.replaying.replay import replay_run
 
@@ -112,28 +111,20 @@ class Run:
         return replay_run(self.opened, step, start=start, settings=list(filter(None, settings)))
 
     @_long
-    def generate(
-        self,
-        prompt: str,
-        *,
-        system: str | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> str:
+    def generate(self, prompt: str, *, system: str | None = None, **sampling: Any) -> str:
         """Reply to a prompt with the run's adapter, of an unfinished run its newest checkpoint's.
 
         Args:
             prompt: what the user says.
             system: a system message before it.
-            max_new_tokens, temperature, seed: of the sampling; 0.0 takes the likeliest token.
+            **sampling: max_new_tokens=256, temperature=0.0 (the likeliest token), seed=0.
         """
         from lowlevel.running.replies import generate_replies, question
         from lowlevel.sampling import Sampling
 
         sampler, tokenizer = self._for_replies
         ids = tokenizer.encode_prompt(question(prompt, system))
-        return generate_replies(sampler, tokenizer, [ids], Sampling(max_new_tokens, temperature, seed))[0].text
+        return generate_replies(sampler, tokenizer, [ids], Sampling(**sampling))[0].text
 
     @cached_property
     def _for_replies(self) -> Any:

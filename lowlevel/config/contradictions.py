@@ -82,10 +82,7 @@ def _method_and_model(config: RunConfig, given: set[str]) -> list[Check]:
     needed_mode = no_adapter and "model.adapter_mode" in given and mode != "none"
     return [
         (bool(others), f'[{"], [".join(others)}] is not used when method = "{config.method}"{hint}'),
-        (
-            sft and bool(model.adapter),
-            "model.adapter is not for sft; to continue an adapter use lora.init_from",
-        ),
+        (sft and bool(model.adapter), "model.adapter is not for sft: lora.init_from continues an adapter"),
         (
             (sft or online) and pairs,
             f'data.format = "{data.format}" is for {others_say}; {config.method} takes "auto" or "messages"',

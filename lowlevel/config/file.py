@@ -186,13 +186,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:  # ValueError: bad TOML or UTF-8, too many digits, a NUL in the name
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         reason += "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        if path.suffix != ".toml" and not isinstance(error, OSError):
-            raise ConfigError(
-                f"{path} is not a run file, which is TOML; rows to train on: --data.source {path}"
-            ) from None
         place = re.search(r"at line (\d+)", reason)
         if place and (line := text.split("\n")[int(place[1]) - 1].strip()):
             reason += f": {quoted(line)}"
+        reason += "" if path.suffix in ("", ".toml") else f"; if it holds rows: --data.source {path}"
         raise ConfigError(f"{path}: not a readable TOML file: {reason}") from None
 
 

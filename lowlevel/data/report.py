@@ -209,12 +209,8 @@ def template_lines(report: DataReport) -> list[str]:
 def not_learned(report: DataReport) -> list[str]:
     """One line for each kind of skipped rows, and for each warning that a part of the rows is not learned."""
     splits = report.splits.items()
-    skipped = [
-        f"skipped: {dropped.count:,} {name}, the first {dropped.first[0]}"
-        for name, split in splits
-        for reason, dropped in split.dropped.items()
-        if reason != TOO_LONG
-    ]
+    skips = [(name, one) for name, split in splits for why, one in split.dropped.items() if why != TOO_LONG]
+    skipped = [f"skipped: {one.count:,} {name}, the first {one.first[0]}" for name, one in skips]
     kinds = list(dict.fromkeys(kind for _, split in splits for kind in split.warnings if kind not in DESCRIBING))
     counts = [", ".join(f"{split.warnings.get(kind, 0):,} {name}" for name, split in splits) for kind in kinds]
     lines = skipped + [f"{kind}: {count}" for kind, count in zip(kinds[:SHOWN], counts, strict=False)]

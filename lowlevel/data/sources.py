@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -208,8 +208,7 @@ def _read_hub(name: str, split: str) -> SourceRows:
         if not Path(name).is_dir():
             offline_without_network()
         elif not on_disk:
-            found = _data_files(Path(name))
-            _check_all_read(Path(name), found, datasets.load_dataset_builder(name).config.data_files or {})
+            _check_folder(Path(name))
         table = datasets.load_from_disk(str(saved)) if on_disk else datasets.load_dataset(name, split=split)
     except ConfigError:
         raise
@@ -221,23 +220,21 @@ def _read_hub(name: str, split: str) -> SourceRows:
     return _numbered(f"{name}[{split}]", map(dict, table))
 
 
-def _data_files(folder: Path) -> list[Path]:
-    """Files with rows in a folder and those below it. Raises ConfigError if it holds too much else."""
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder of many files, and one whose files belong to no split. A README.md can say which are meant.
+
+    datasets 5.2 looks at all files, takes those with "train" in their names and leaves the others.
+    """
+    import datasets
+
     paths = list(islice(folder.rglob("*"), MOST_FILES + 1))
     files = sorted(path for path in paths if path.name.endswith(FILE_SUFFIXES) and path.name not in ABOUT)
     if len(paths) > MOST_FILES:
         kinds, some = ", ".join(FILE_SUFFIXES), f", such as {quoted(str(files[0]))}" if files else ""
         raise ConfigError(f'data source "{folder}": more than {MOST_FILES:,} files; name one with rows ({kinds}){some}')
-    return files
-
-
-def _check_all_read(folder: Path, files: Sequence[Path], splits: Mapping[str, Iterable[str]]) -> None:
-    """Refuse files that belong to no split: datasets 5.2 takes those with "train" in their names and leaves the others.
-
-    A README.md can say which files are meant.
-    """
     if (folder / "README.md").is_file():
         return
+    splits = datasets.load_dataset_builder(str(folder)).config.data_files or {}
     read = {Path(file).resolve() for files in splits.values() for file in files}
     if left := [str(path.relative_to(folder)) for path in files if path.resolve() not in read]:
         some = f"{quoted(left[0])}{f' and {len(left) - 1:,} more' if len(left) > 1 else ''}"

@@ -210,7 +210,7 @@ def test_a_file_that_cannot_be_read_names_itself(tmp_path, content, said):
         load_config(tmp_path)
     for data in (b'{"a": 1}', b"PAR1\xff"):
         (tmp_path / "rows.jsonl").write_bytes(data)
-        with pytest.raises(ConfigError, match=r"rows to train on: --data.source .*rows\.jsonl$"):
+        with pytest.raises(ConfigError, match=r"if it holds rows: --data.source .*rows\.jsonl$"):
             load_config(tmp_path / "rows.jsonl")
 
 
