@@ -47,7 +47,7 @@ class Run:
         self.config = with_rows(self.folder.read_config(), self._data, self._eval_data)
 
     def __repr__(self) -> str:
-        last = next((f", loss {record['loss']:.4f}" for record in reversed(self.metrics) if "loss" in record), "")
+        last = next((f", loss {record['loss']:z.4f}" for record in reversed(self.metrics) if "loss" in record), "")
         step = max([0, *(record["step"] for record in self.metrics), *saved(self.path)])
         return f"Run({str(self.path)!r}: {self.config.method}, step {step}{last}, {self.folder.read_state()})"
 

@@ -137,6 +137,9 @@ def _before(folder: RunFolder, step: int, warn: Callable[[str], None]) -> Weight
         raise CheckpointError(
             f"{folder.path}: no usable checkpoint before step {step}; --checkpoint 0 uses the initial weights"
         )
+    if later := sorted(saved(folder.path)):
+        first = f"its first checkpoint is that of step {later[0]}: add --checkpoint {later[0]}"
+        raise ConfigError(f"{folder.path}: {first}, or --checkpoint 0 for the initial weights")
     raise _nothing_saved(folder)
 
 

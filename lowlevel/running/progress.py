@@ -17,16 +17,16 @@ from lowlevel.heartbeat import Heartbeat, heartbeat, spoke, working
 
 EQUAL_REWARDS = "frac_reward_zero_std"  # share of prompts whose completions all have the same reward
 LINE_KEYS = {
-    "loss": "loss {:.4f}",
-    "eval_loss": "eval_loss {:.4f}",
+    "loss": "loss {:z.4f}",
+    "eval_loss": "eval_loss {:z.4f}",
     "eval_perplexity": "eval_perplexity {:.2f}",
-    "reward": "reward {:.3f}",
-    "eval_reward": "eval_reward {:.3f}",
+    "reward": "reward {:z.3f}",
+    "eval_reward": "eval_reward {:z.3f}",
     "completions/mean_length": "{:.0f} tokens a completion",
     EQUAL_REWARDS: "equal rewards in {:.0%} of prompts",
     "rewards/accuracies": "accuracy {:.3f}",
     "eval_rewards/accuracies": "eval_accuracy {:.3f}",
-    "rewards/margins": "margin {:.4f}",
+    "rewards/margins": "margin {:z.4f}",
     "grad_norm": "grad_norm {:.3f}",
     "learning_rate": "lr {:.2e}",
     "tokens_per_second": "{:,.0f} tokens/s",

@@ -94,7 +94,10 @@ def load_for_replies(model_dir: Path, note: Note) -> tuple[Sampler, ChatTokenize
 
 def _load_model(model_dir: Path, note: Note) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
     if (model_dir / "config.toml").exists():
-        run = load_run(model_dir, note)
+        adapter = RunFolder(model_dir).newest_adapter(note)
+        if adapter and adapter.name.startswith("step-"):
+            note(f"note: {adapter.name}, the newest checkpoint: the run has not finished")
+        run = load_run(model_dir, note, adapter=adapter)
         return run.policy.model, run.tokenizer, run.policy.placement
     if (model_dir / ADAPTER_CONFIG).exists() and not ((model_dir / CONFIG).exists() and holds_model_weights(model_dir)):
         of_run = (model_dir.parent / "config.toml").exists()

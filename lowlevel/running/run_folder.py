@@ -75,7 +75,7 @@ class RunFolder:
     def final_adapter(self) -> Path:
         """`adapter` of a finished run. Raises ConfigError for others."""
         if not self.adapter.exists():
-            raise ConfigError(f"{self.path} has no adapter yet; has the run finished?")
+            raise ConfigError(f"{self.path} has no adapter yet: the run has not finished; --resume continues it")
         return self.adapter
 
     def newest_adapter(self, warn: Callable[[str], None]) -> Path | None:

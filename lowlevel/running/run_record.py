@@ -166,7 +166,7 @@ def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, cons
     plot_loss(folder.read_metrics(), folder.path / "loss.png", title=f"{config.method}: {folder.path.name}")
     folder.write_status("finished", state.step, exit_code=0)
     lines = [
-        f"finished: {state.step:,} steps in {state.seconds:.1f} s, mean loss {summary['train_loss']:.4f}, "
+        f"finished: {state.step:,} steps in {state.seconds:.1f} s, mean loss {summary['train_loss']:z.4f}, "
         f"{state.num_tokens / state.seconds:,.0f} tokens/s; {folder.adapter.name} in {folder.adapter}",
         *equal_rewards(folder.read_metrics(), config),
         "next:",

@@ -48,6 +48,8 @@ def test_a_folder_that_is_no_run(runs, cli, tmp_path):
     unfinished = runs.space.copy("dpo", tmp_path)
     shutil.rmtree(unfinished / "adapter")
     said = cli("merge", unfinished, "--out", tmp_path / "x")
-    assert (said.code, "has the run finished?" in said.err) == (2, True)
-    with pytest.raises(ConfigError, match="has the run finished"):
+    assert (said.code, "the run has not finished; --resume continues it" in said.err) == (2, True)
+    with pytest.raises(ConfigError, match="has not finished"):
         load_run(unfinished)
+    said = cli("generate", unfinished, "--prompt", "a", "--max-new-tokens", 2)
+    assert said.code == 0 and "note: step-00000006, the newest checkpoint" in said.err, said.err

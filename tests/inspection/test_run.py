@@ -132,6 +132,10 @@ def test_an_unfinished_run_can_be_looked_at(copied):
     shutil.rmtree(copied / "adapter")
     newest = "step-00000005, the newest checkpoint (the run has no final adapter yet)"
     assert look(copied, example=7).weights == newest
+    for number in (1, 2, 3):
+        shutil.rmtree(copied / f"step-0000000{number}")
+    with pytest.raises(ConfigError, match="its first checkpoint is that of step 4: add --checkpoint 4, or"):
+        look(copied, step=4)
     for path in copied.glob("step-*"):
         shutil.rmtree(path)
     assert look(copied, step=1).weights == "adapter as initialised, the weights before step 1"

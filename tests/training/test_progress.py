@@ -23,6 +23,7 @@ LINE = "loss 1.2500  grad_norm 0.500  lr 2.00e-04  12,346 tokens/s"
     [
         ({"peak_allocated_gib": 0.0, "skipped_steps": 0}, LINE),  # on a CPU, without an overflow
         ({"frac_reward_zero_std": 0.0}, LINE),
+        ({"loss": -1e-9}, LINE.replace("1.2500", "0.0000")),  # of rloo: not -0.0000
         ({"peak_allocated_gib": 1.5, "skipped_steps": 2}, f"{LINE}  1.50 GiB  2 skipped"),
     ],
 )
