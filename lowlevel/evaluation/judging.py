@@ -102,7 +102,8 @@ def judge_runs(
     every = [{"question": number, "a": a, "b": b, **one} for number, (a, b, one) in asked]
     write_given_json(out, {**result, "conversations": every}, "--out")
     console.print(summary(result, price), markup=False)
-    console.print(f"written to {out}", markup=False)
+    kept = f"; the judge's answers, for which it is not asked again, are in {answers}" if endpoint else ""
+    console.print(f"written to {out}{kept}", markup=False)
     return result
 
 
