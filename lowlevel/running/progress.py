@@ -95,19 +95,18 @@ def describe(record: dict[str, Any], method: str | None = None) -> str:
 
 
 class TrainingProgress:
-    """A bar over optimizer steps with the remaining time and the newest record; without a terminal, lines."""
+    """A line for each logged record and, in a terminal, a bar over optimizer steps with the remaining time."""
 
     def __init__(self, console: Console, name: str, total_steps: int, start: int) -> None:
         self.console, self.name, self.total_steps = console, name, total_steps
-        self.live = console.is_terminal
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[last]}"), console=console)
-        self.task = self.bar.add_task(name, total=total_steps, completed=start, last="")
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
+        self.task = self.bar.add_task(name, total=total_steps, completed=start)
         self._work, self._opened = working("training", total_steps, "steps", first=start), ExitStack()
 
     def __enter__(self) -> TrainingProgress:
         self.work = self._opened.enter_context(self._work)
-        if self.live:
+        if self.console.is_terminal:
             self._opened.enter_context(self.bar)
         return self
 
@@ -120,10 +119,6 @@ class TrainingProgress:
         self.work.done = step
 
     def record(self, record: dict[str, Any]) -> None:
-        """Show a logged record."""
-        line = describe(record, self.name)
-        if self.live:
-            self.bar.update(self.task, last=line)
-        else:
-            self.console.print(f"step {record['step']}/{self.total_steps}  {line}")
-            spoke()
+        """Print a logged record, in a terminal above the bar."""
+        self.console.print(f"step {record['step']}/{self.total_steps}  {describe(record, self.name)}")
+        spoke()

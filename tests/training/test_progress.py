@@ -1,17 +1,19 @@
 """The line that a run prints for a logged step."""
 
+import io
 from dataclasses import replace
 from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
+from rich.console import Console
 
 from lowlevel.config.schema import RunConfig
 from lowlevel.model.dequantised import dequantize_once
 from lowlevel.model.placement import Placement
 from lowlevel.running.pace import Pace, faster
-from lowlevel.running.progress import EQUAL_REWARDS, describe
+from lowlevel.running.progress import EQUAL_REWARDS, TrainingProgress, describe
 from lowlevel.running.run_record import equal_rewards
 
 RECORD = {"step": 3, "loss": 1.25, "grad_norm": 0.5, "learning_rate": 2e-4, "tokens_per_second": 12345.6}
@@ -29,6 +31,16 @@ LINE = "loss 1.2500  grad_norm 0.500  lr 2.00e-04  12,346 tokens/s"
 )
 def test_memory_and_skipped_steps_are_shown_if_there_are_any(more, expected):
     assert describe({**RECORD, **more}) == expected
+
+
+def test_a_narrow_terminal_keeps_each_record_above_the_bar():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False, color_system=None)
+    with TrainingProgress(console, "sft", 8, 2) as bar:
+        for step in (3, 4):
+            bar.step(step)
+            bar.record({**RECORD, "step": step})
+    said = console.file.getvalue()
+    assert all(f"step {step}/8  loss 1.2500" in said for step in (3, 4)) and "4/8 0:00:0" in said
 
 
 @pytest.mark.parametrize(("method", "shown"), [("grpo", True), ("online_dpo", True), ("ppo", False)])
