@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             say = partial(print, file=sys.stderr if options.output_is_result else sys.stdout, flush=True)
             options.arguments = arguments  # for the processes that --gpus starts
             first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, which share a terminal
-            long = options.command != "losses" and not sys.stdout.isatty() and first
+            streamed = options.output_is_result and sys.stdout.isatty()  # a line would break a reply in two
+            long = options.command != "losses" and first and not streamed
             with heartbeat(say, f"lowlevel {options.command}", on=long):
                 COMMANDS[options.command].run(options, overrides)
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Long work says where it is: outside a terminal, a line after each 10 s in which no other progress was printed.
+"""Long work says where it is: a line after each 10 s in which no other progress was printed.
 
     with heartbeat(print, "sft"):                                     # a command, or a run in Python
         with working("loading the base"): ...
@@ -81,11 +81,11 @@ class Heartbeat:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Print nothing inside the block: the caller's own work is none of ours."""
-        self.paused = True
+        before, self.paused = self.paused, True
         try:
             yield
         finally:
-            self.paused = False
+            self.paused = before
             self.spoke()
 
 

@@ -26,7 +26,7 @@ Options = ParamSpec("Options")
 
 
 def _long(work: Callable[Options, Result]) -> Callable[Options, Result]:
-    """Outside a terminal, print where the work is, as the commands do; errors name keywords instead of flags."""
+    """Print where long work is, as the commands do; errors name keywords instead of flags."""
 
     @wraps(work)
     def wrapped(*arguments: Options.args, **named: Options.kwargs) -> Result:

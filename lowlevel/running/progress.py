@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lowlevel.heartbeat import Heartbeat, heartbeat, spoke, working
+from lowlevel.heartbeat import Heartbeat, heartbeat, paused, spoke, working
 
 EQUAL_REWARDS = "frac_reward_zero_std"  # share of prompts whose completions all have the same reward
 LINE_KEYS = {
@@ -80,8 +80,8 @@ def lines_to(console: Console) -> Callable[[str], None]:
 
 
 def speaking(console: Console, name: str) -> AbstractContextManager[Heartbeat]:
-    """Lines of long work on a console; none in a terminal, on a quiet console, or inside another such block."""
-    return heartbeat(lines_to(console), name, on=not (console.is_terminal or console.quiet))
+    """Lines of long work on a console; none on a quiet console, or inside another such block."""
+    return heartbeat(lines_to(console), name, on=not console.quiet)
 
 
 def describe(record: dict[str, Any], method: str | None = None) -> str:
@@ -107,6 +107,7 @@ class TrainingProgress:
     def __enter__(self) -> TrainingProgress:
         self.work = self._opened.enter_context(self._work)
         if self.console.is_terminal:
+            self._opened.enter_context(paused())
             self._opened.enter_context(self.bar)
         return self
 

@@ -1,4 +1,4 @@
-"""Without a terminal, long work prints a line before 10 s are over; the clock is a test's own, and nothing sleeps."""
+"""Long work prints a line before 10 s are over; the clock is a test's own, and nothing sleeps."""
 
 import io
 import threading
@@ -79,11 +79,16 @@ def test_the_thread_ends_with_the_block_and_one_heartbeat_is_enough(monkeypatch)
         assert list(counted("rows", [1, 2])) == [1, 2]
 
 
-@pytest.mark.parametrize(("keys", "on"), [({}, True), ({"force_terminal": True}, False), ({"quiet": True}, False)])
-def test_a_terminal_has_the_bar_and_a_quiet_console_nothing(keys, on):
-    with speaking(Console(file=io.StringIO(), **keys), "sft"):
-        assert (heart._active.get() is not None) is on
-    assert heart._active.get() is None
+@pytest.mark.parametrize(("keys", "on"), [({}, False), ({"force_terminal": True}, True)])
+def test_beside_the_bar_of_a_terminal_no_line_is_due(keys, on):
+    with speaking(console := Console(file=io.StringIO(), **keys), "sft") as beat:
+        with TrainingProgress(console, "sft", 8, 2):
+            with beat.pause():
+                pass
+            assert beat.paused is on
+        assert not beat.paused
+    with speaking(Console(quiet=True), "sft"):
+        assert heart._active.get() is None
 
 
 def test_a_printed_step_counts_as_a_line():
