@@ -80,7 +80,7 @@ def test_a_run_whose_compiler_fails_in_the_first_evaluation_goes_on_eager(runs, 
                     for name in ("plain", "falls"))  # fmt: skip
     assert cli("sft", plain).code == 0
     monkeypatch.setattr(lowlevel.running.job, "choose_execution", lambda *_: "compiled")
-    monkeypatch.setattr(lowlevel.model.layers.DecoderLayers, "_with_marks", lambda self, forward: broken)
+    monkeypatch.setattr(lowlevel.model.layers.DecoderLayers, "_with_marks", lambda self, forward, plain: broken)
     said = cli("sft", falls)
     assert said.code == 0, said.err
     assert " ".join(said.out.split()).count("compiled failed (no compiler in [/usr/bin]); continuing eager") == 1
