@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from lowlevel.checkpoints.tables import read_trace, steps_of, write_table
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import PreferenceExample, PromptExample
-from lowlevel.durable import write_bytes
 from lowlevel.errors import CheckpointError
 from lowlevel.labels import IGNORED
 from lowlevel.running.run_folder import RunFolder
@@ -150,47 +150,24 @@ class KeptRollouts:
 
     def flush(self) -> None:
         """Write what waits as one file. Raises CheckpointError if it cannot be written."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        if not (self._waiting and self.writes):
-            return
-        lines = [_line(step, x) for step, rollouts in sorted(self._waiting.items()) for x in rollouts]
-        columns = {name: [line[name] for line in lines] for name in lines[0]}
-        table = pa.table({name: pa.array(values, _kind(name)) for name, values in columns.items()})
-        content = pa.BufferOutputStream()
-        pq.write_table(table, content)
-        first, last = min(self._waiting), max(self._waiting)
-        path = self.folder / f"rollouts-{first:08d}-{last:08d}.parquet"
-        try:
-            self.folder.mkdir(exist_ok=True)
-            write_bytes(path, content.getvalue().to_pybytes())
-        except OSError as error:
-            raise CheckpointError(f"{path}: not written: {error.strerror or error}") from None
-        self._waiting = {}
+        if self._waiting and self.writes:
+            lines = [_line(step, x) for step, rollouts in sorted(self._waiting.items()) for x in rollouts]
+            write_table(self.folder, "rollouts", {name: [line[name] for line in lines] for name in lines[0]})
+            self._waiting = {}
 
     def newest(self) -> list[Rollout]:
         """The completions of the last step that is written. Raises CheckpointError without any."""
         paths = sorted(self.folder.glob("rollouts-*.parquet"))
-        return self.read(int(paths[-1].stem.split("-")[2]) if paths else 0)
+        return self.read(steps_of(paths[-1])[1] if paths else 0)
 
     def read(self, step: int) -> list[Rollout]:
         """The completions that step `step` sampled. Raises CheckpointError if they are not kept."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         if step in self._waiting:
             return list(self._waiting[step])
-        for path in sorted(self.folder.glob("rollouts-*.parquet")):
-            first, last = (int(part) for part in path.stem.split("-")[1:])
-            if first <= step <= last:
-                try:
-                    lines = pq.read_table(path, filters=[("step", "==", step)]).to_pylist()
-                except (OSError, pa.ArrowException) as error:
-                    raise CheckpointError(f"{path} cannot be read: {error}") from None
-                if lines:
-                    return [_rollout(line) for line in lines]
-        raise CheckpointError(f"{self.folder} has no completions of step {step}: they are written at checkpoints")
+        table = read_trace(self.folder, "rollouts", step)
+        if table is None or not len(table):
+            raise CheckpointError(f"{self.folder} has no completions of step {step}: they are written at checkpoints")
+        return [_rollout(line) for line in table.to_pylist()]
 
 
 def _line(step: int, x: Rollout) -> dict[str, Any]:
@@ -227,18 +204,3 @@ def _rollout(line: Mapping[str, Any]) -> Rollout:
         rewards=part("reward/"),
         values={name: np.asarray(value, np.float32) for name, value in part("values/").items()},
     )
-
-
-def _kind(name: str) -> Any:
-    """The type of a column by its name."""
-    import pyarrow as pa
-
-    if name in ("where", "text"):
-        return pa.string()
-    if name in ("ended", "counted"):
-        return pa.bool_()
-    if name.endswith("_ids"):
-        return pa.list_(pa.int32())
-    if name in ("logps", "advantages") or name.startswith("values/"):
-        return pa.list_(pa.float32())
-    return pa.float64() if name.startswith("reward") else pa.int64()

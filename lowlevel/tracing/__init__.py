@@ -12,7 +12,7 @@ weights, -dL/d(chosen reward) and dL/d(rejected reward), come from one more deri
 log-probabilities. They are NaN for a custom loss that reads token log-probabilities.
 """
 
-from lowlevel.tracing.files import drop_after, read_trace
+from lowlevel.checkpoints.tables import drop_after, read_trace
 from lowlevel.tracing.tracer import Tracer
 
 __all__ = ["Tracer", "drop_after", "read_trace"]

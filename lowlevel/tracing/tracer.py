@@ -10,25 +10,21 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.checkpoints.tables import write_table
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.losses import LossSums
 from lowlevel.methods import Method
 from lowlevel.methods.dpo import DPO, kept_pair_logps, reward_slopes
 from lowlevel.model.policy import Policy
-from lowlevel.tracing.files import write_table
 from lowlevel.tracing.gradients import measure
-
-if TYPE_CHECKING:
-    pass
-
 
 FLUSH_VALUES = 2**22  # numbers held on the host before they are written between two checkpoints
 LOGPS = {  # by the names of PairLogps

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from workspace import CHATS, make_workspace, metrics, run
 
+from lowlevel.checkpoints.tables import read_trace
 from lowlevel.replaying.session import open_session, parse_settings, what_if
 from lowlevel.running.reopening import reopen
-from lowlevel.tracing.files import read_trace
 
 SECTIONS = {
     "smoothed": {"loss_type": "smoothed_cross_entropy", "z_loss_weight": 0.01},

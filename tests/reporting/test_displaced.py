@@ -13,6 +13,7 @@ from rich.console import Console
 from workspace import PAIRS, run
 
 import lowlevel as ll
+from lowlevel.checkpoints.tables import write_table
 from lowlevel.errors import ConfigError
 from lowlevel.inspection.opening import example_of_row
 from lowlevel.inspection.pairs import inspect_pairs
@@ -23,7 +24,6 @@ from lowlevel.reporting.displaced import displaced_pairs, pair_tables
 from lowlevel.reporting.report import report_run
 from lowlevel.running.assembly import prepare_data
 from lowlevel.running.reopening import load_run, reopen
-from lowlevel.tracing.files import write_table
 
 pytestmark = pytest.mark.usefixtures("no_pngs")
 LOOKS = {"light": (1280, False), "dark": (1280, True), "phone": (390, False), "phone-dark": (390, True)}

@@ -11,11 +11,11 @@ import pytest
 from contrast import check_page, keep, show_as
 from workspace import metrics, run
 
+from lowlevel.checkpoints.tables import write_table
 from lowlevel.reporting.displaced import pair_tables, token_falls
 from lowlevel.reporting.report import measured_tables, render
 from lowlevel.reporting.series import chart, fallen, number, panels, ticks
 from lowlevel.running.plots import Curve, Panel
-from lowlevel.tracing.files import write_table
 
 LOOKS = {"light": (1280, False), "dark": (1280, True), "phone": (390, False)}
 

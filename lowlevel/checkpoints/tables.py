@@ -1,4 +1,4 @@
-"""The files of a trace: written atomically, named by their steps, deleted after the step that a run resumes from."""
+"""Parquet files of a trace and of rollouts: atomic, named by their steps, deleted after the step of a resume."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -
     """Write the rows of some steps as one parquet file, atomically.
 
     Args:
-        folder: the run's trace folder.
-        kind: "pairs", "examples" or "steps".
+        folder: the run's trace or rollouts folder.
+        kind: "pairs", "examples", "steps" or "rollouts".
         columns: values by column; "step" ascends.
 
     Raises:
@@ -33,8 +33,9 @@ def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -
 
     steps = columns["step"]
     path = folder / f"{kind}-{steps[0]:08d}-{steps[-1]:08d}.parquet"
+    types = {} if kind == "rollouts" else {name: _type(name) for name in columns}  # those are the values' own
     content = pa.BufferOutputStream()
-    pq.write_table(_table(columns), content)
+    pq.write_table(pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()}), content)
     try:
         folder.mkdir(exist_ok=True)
         write_bytes(path, content.getvalue().to_pybytes())
@@ -56,8 +57,8 @@ def drop_after(folder: Path, step: int) -> None:
             path.unlink()
 
 
-def read_trace(folder: Path, kind: str) -> pa.Table | None:
-    """All rows of a kind, by step; None if there are none.
+def read_trace(folder: Path, kind: str, step: int | None = None) -> pa.Table | None:
+    """All rows of a kind, by step, or those of one step; None if there are none.
 
     Raises:
         CheckpointError: a file that is not valid parquet.
@@ -67,25 +68,30 @@ def read_trace(folder: Path, kind: str) -> pa.Table | None:
 
     tables = []
     for path in sorted(folder.glob(f"{kind}-*.parquet")):
-        try:
-            tables.append(pq.read_table(path))
-        except (OSError, pa.ArrowException) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        first, last = steps_of(path)
+        if step is None or first <= step <= last:
+            try:
+                tables.append(pq.read_table(path, filters=None if step is None else [("step", "==", step)]))
+            except (OSError, pa.ArrowException) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from None
     return pa.concat_tables(tables, promote_options="default") if tables else None  # trace.level may change on resume
 
 
-def _table(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
-    """A table with types chosen by column name, so that all files of a kind have the same; fp32 stays fp32."""
+def steps_of(path: Path) -> tuple[int, int]:
+    """The first and the last step of a file."""
+    first, last = path.stem.split("-")[1:]
+    return int(first), int(last)
+
+
+def _type(name: str) -> pa.DataType:
+    """The type of a trace's column, so that all files of a kind have the same; fp32 stays fp32."""
     import pyarrow as pa
 
-    def kind(name: str) -> pa.DataType:
-        if name.startswith("metrics/"):
-            return pa.float32()
-        if name.endswith("token_ids"):
-            return pa.list_(pa.int32())
-        if name.endswith(("token_logps", "token_losses", "layer_norms", *STATISTICS)):
-            return pa.list_(pa.float32())
-        whole = name in ("step", "row", "micro_batch", "pairs", "tokens", "examples") or name.endswith("length")
-        return pa.int64() if whole else pa.float64() if name == "loss_scale" else pa.float32()
-
-    return pa.table({name: pa.array(values, kind(name)) for name, values in columns.items()})
+    if name.startswith("metrics/"):
+        return pa.float32()
+    if name.endswith("token_ids"):
+        return pa.list_(pa.int32())
+    if name.endswith(("token_logps", "token_losses", "layer_norms", *STATISTICS)):
+        return pa.list_(pa.float32())
+    whole = name in ("step", "row", "micro_batch", "pairs", "tokens", "examples") or name.endswith("length")
+    return pa.int64() if whole else pa.float64() if name == "loss_scale" else pa.float32()
