@@ -225,7 +225,7 @@ def save_random_adapter(base: Path, folder: Path, seed: int = 5) -> Path:
 
 
 def sft(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **config: Any) -> SFT:
-    return SFT(batch_size, row_length, packing, config=SFTConfig(**config))
+    return SFT(SFTConfig(**config), batch_size, row_length, packing)
 
 
 def dpo(batch_size: int = 8, *, packing: bool = False, row_length: int = 64, **config: Any) -> DPO:

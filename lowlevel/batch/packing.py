@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, TypeVar
 
-from lowlevel.batch.layout import Shape
+from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch
 
 Example = TypeVar("Example")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a method lays its examples out. With packing, they share rows of `row_length` positions."""
+
+    config: Any  # the section of the method
+    batch_size: int  # examples, pairs or completions per micro-batch; with packing, rows
+    row_length: int
+    packing: bool
+    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -57,23 +70,43 @@ def _pack_alike(lengths: Sequence[int], shape: Shape) -> list[list[int]]:
 
 
 def micro_batch_rows(
-    examples: Sequence[Example],
-    size: Callable[[Example], int],
-    batch_size: int,
-    row_length: int,
-    packing: bool,
-    shape: Shape | None,
+    examples: Sequence[Example], size: Callable[[Example], int], layout: Layout
 ) -> list[list[list[Example]]]:
     """Examples by micro-batch and row; `size` gives an example's positions. Without packing, each gets its own row.
 
-    With packing and a `shape`, a micro-batch is one long row, which needs less padding than several.
+    With packing and a `Shape`, a micro-batch is one long row, which needs less padding than several.
     """
-    if packing:
+    shape = layout.shape
+    if layout.packing:
         lengths = [size(example) for example in examples]
-        rows = [
-            [examples[i] for i in row] for row in (_pack_alike(lengths, shape) if shape else pack(lengths, row_length))
-        ]
+        packed = _pack_alike(lengths, shape) if shape else pack(lengths, layout.row_length)
+        rows = [[examples[i] for i in row] for row in packed]
     else:
         rows = [[example] for example in examples]
-    count = 1 if packing and shape else batch_size
-    return [rows[start : start + count] for start in range(0, len(rows), count)]
+    number = 1 if layout.packing and shape else layout.batch_size
+    return [rows[start : start + number] for start in range(0, len(rows), number)]
+
+
+def lay_out(
+    examples: Sequence[Any],
+    size: Callable[[Any], int],
+    segments: Callable[[Any, int], Sequence[Segment]],
+    layout: Layout,
+    *,
+    pairs: bool,
+    columns: Sequence[str],
+) -> list[PackedBatch]:
+    """The micro-batches of one step.
+
+    `segments` gives those of an example, with its number in the micro-batch: several are rows of their own without
+    packing. The examples' `values` go along if there are `columns`.
+    """
+    made = []
+    for groups in micro_batch_rows(examples, size, layout):
+        numbers, rows = count(), list[Sequence[Segment]]()
+        for group in groups:
+            found = [segment for example in group for segment in segments(example, next(numbers))]
+            rows += [found] if layout.packing else [[segment] for segment in found]
+        values = [example.values for group in groups for example in group] if columns else None
+        made.append(build_batch(rows, pairs=pairs, shape=layout.shape, values=values))
+    return made

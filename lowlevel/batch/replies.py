@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
 
-from lowlevel.batch.layout import Branch, Segment, build_segment
-from lowlevel.data.examples import SFTExample
+from lowlevel.batch.layout import Branch, PackedBatch, Segment, build_batch, build_segment
+from lowlevel.batch.packing import Layout, micro_batch_rows
 from lowlevel.labels import IGNORED
 
 
@@ -14,7 +16,7 @@ from lowlevel.labels import IGNORED
 class Reply:
     """An example of a step, and what the layout needs of the others."""
 
-    example: SFTExample
+    example: Any  # an SFTExample, or a Rollout
     start: int  # of the reply in its tokens
     prompt: bytes  # the tokens before it
     first_row: int  # data row of the step's first example with this prompt
@@ -25,7 +27,7 @@ class Reply:
         return len(self.example.input_ids) - self.start
 
 
-def replies(examples: Sequence[SFTExample]) -> list[Reply]:
+def replies(examples: Sequence[Any]) -> list[Reply]:
     """The examples of a whole step, so that dropout keys do not depend on how it is divided."""
     made: list[Reply] = []
     rows: dict[bytes, list[int]] = {}  # by prompt
@@ -63,3 +65,19 @@ def segment(group: Sequence[Reply], numbers: Iterator[int]) -> Segment:
         ids, labels = reply.example.input_ids[reply.start - 1 : -1], reply.example.labels[reply.start :]
         branches.append(Branch(next(numbers), reply.branch, ids, labels))
     return build_segment(group[0].first_row, group[0].example.input_ids[: group[0].start - 1], branches)
+
+
+def lay_out_replies(
+    examples: Sequence[Any], layout: Layout, columns: Sequence[str] = ()
+) -> list[tuple[PackedBatch, list[Any]]]:
+    """The micro-batches of one step, with its examples in the order of their sequences; `columns` as in `lay_out`."""
+    shape, found = layout.shape, []
+    room = shape.capacity if shape else layout.row_length
+    groups = by_prompt(replies(examples), room if layout.packing else 0)
+    for rows in micro_batch_rows(groups, positions, layout):
+        numbers, inside = count(), [reply.example for row in rows for group in row for reply in group]
+        segments = [[segment(group, numbers) for group in row] for row in rows]
+        values = [x.values for x in inside] if columns else None
+        batch = build_batch(segments, pairs=False, shape=shape, values=values)
+        found.append((replace(batch, data_rows=tuple(x.row for x in inside)), inside))
+    return found

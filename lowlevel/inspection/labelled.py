@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.config.offline import SFTConfig
 from lowlevel.data.examples import SFTExample
 from lowlevel.execution import Eager
 from lowlevel.inspection.displacement import distribution
@@ -46,7 +47,7 @@ def _scored(policy: Policy, batch: PackedBatch, beta: float) -> Scored:
 
 def _mismatched(policy: Policy, method: KTO, rows: Sequence[SFTExample]) -> dict[int, Text]:
     """The completions that z0 is estimated from, by the place of the example whose prompt each has."""
-    plain, found = SFT(method.batch_size, method.row_length, packing=False), dict[int, Text]()
+    plain, found = SFT(SFTConfig(), method.batch_size, method.row_length, packing=False), dict[int, Text]()
     for batch in plain.micro_batches(method.mismatched(rows)):
         scored = _scored(policy, batch, method.config.beta)
         ratios = batch.sequence_sums(scored.columns["log-ratio"])

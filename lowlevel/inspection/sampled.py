@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.batch.replies import lay_out_replies
 from lowlevel.config.online import SampledConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.inspection.displacement import distribution
@@ -24,7 +25,7 @@ from lowlevel.losses.advantages import EPS, deviation, leave_one_out
 from lowlevel.losses.policy_gradient import CONSTANT, SEQUENCES, TOKENS
 from lowlevel.losses.reward import head_rewards
 from lowlevel.methods import GRPO, PPO, RLOO, PolicyGradient
-from lowlevel.methods.sampled import lay_out, sampled_logps, scaled_reference_logps
+from lowlevel.methods.sampled import sampled_logps, scaled_reference_logps
 from lowlevel.model.policy import Policy
 from lowlevel.online.rollouts import Rollout
 
@@ -34,7 +35,7 @@ def inspect_sampled(policy: Policy, method: PolicyGradient, rollouts: Sequence[R
     """The groups of a step, in the given order."""
     texts, counts, found = dict[int, Text](), dict[int, float](), list[Example]()
     spread = deviation(torch.tensor([[x.reward for x in rollouts]], dtype=torch.float64))
-    for batch, (_, inside) in zip(method.micro_batches(rollouts), lay_out(rollouts, method), strict=True):
+    for batch, (_, inside) in zip(method.micro_batches(rollouts), lay_out_replies(rollouts, method), strict=True):
         scored, weights = _scored(policy, method, batch)
         for i, x in enumerate(inside):
             index = scored.places(i)

@@ -59,7 +59,7 @@ def fitted(method: Method, config: RunConfig, examples: Sequence[Any]) -> Method
     looked_at = min(total := order.total_steps(config.train), LOOKED_AT)
     for step in range(looked_at):
         rows = [examples[i] for i in order.step_rows(step)]
-        for (row,) in micro_batch_rows(rows, method.size, method.batch_size, method.row_length, True, shape):
+        for (row,) in micro_batch_rows(rows, method.size, method):
             sizes.append((sum(method.size(x) for x in row), sum(_scored(method, x) for x in row)))
 
     def cost(one: Shape) -> float:

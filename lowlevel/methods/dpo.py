@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, pair_rows, pair_segment
-from lowlevel.batch.packing import micro_batch_rows
+from lowlevel.batch.layout import PackedBatch, Segment, pair_rows, pair_segment
+from lowlevel.batch.packing import Layout, lay_out
 from lowlevel.config.offline import DPOConfig
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import PreferenceExample
@@ -29,14 +29,10 @@ NO_STATISTICS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class DPO:
-    """The DPO method. With packing, pairs share rows of `row_length` positions and each prompt is computed once."""
+class DPO(Layout):
+    """The DPO method. With packing, the prompt of a pair is computed once."""
 
     config: DPOConfig
-    batch_size: int  # pairs per micro-batch; with packing, rows
-    row_length: int
-    packing: bool
-    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
     columns: tuple[str, ...] = ()  # data.columns, for a custom loss
     name: ClassVar[str] = "dpo"
     unit: ClassVar[str] = "pairs"
@@ -106,17 +102,11 @@ class DPO:
 
     def micro_batches(self, examples: Sequence[PreferenceExample]) -> list[PackedBatch]:
         """The pairs of one step in rows."""
-        made = micro_batch_rows(examples, self.size, self.batch_size, self.row_length, self.packing, self.shape)
-        return [self._batch(rows) for rows in made]
+        return lay_out(examples, self.size, self._segments, self, pairs=True, columns=self.columns)
 
-    def _batch(self, groups: list[list[PreferenceExample]]) -> PackedBatch:
-        numbers = iter(range(sum(map(len, groups))))
-        rows: list[list[Segment]] = []
-        for group in groups:
-            parts = [(x.row, next(numbers), x.prompt_ids, x.chosen_ids, x.rejected_ids) for x in group]
-            rows += [[pair_segment(*part) for part in parts]] if self.packing else [[s] for s in pair_rows(*parts[0])]
-        values = [x.values for group in groups for x in group] if self.columns else None
-        return build_batch(rows, pairs=True, shape=self.shape, values=values)
+    def _segments(self, x: PreferenceExample, number: int) -> Sequence[Segment]:
+        parts = (x.row, number, x.prompt_ids, x.chosen_ids, x.rejected_ids)
+        return [pair_segment(*parts)] if self.packing else pair_rows(*parts)
 
 
 def reference_token_logps(policy: Policy, batch: PackedBatch) -> Tensor:

@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Shape, build_batch
-from lowlevel.batch.packing import micro_batch_rows
-from lowlevel.batch.replies import Reply, by_prompt, positions, replies, segment
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.batch.packing import Layout
+from lowlevel.batch.replies import Reply, lay_out_replies, replies
 from lowlevel.config.offline import KTOConfig
 from lowlevel.data.examples import Example, SFTExample
 from lowlevel.losses import LossSums
@@ -33,14 +32,10 @@ COARSER = 4  # the last micro-batch of mismatched completions is padded to few s
 
 
 @dataclass(frozen=True)
-class KTO:
+class KTO(Layout):
     """The KTO method. Its examples are conversations with one scored reply, and the label in `values`."""
 
     config: KTOConfig
-    batch_size: int  # examples per micro-batch; with packing, rows
-    row_length: int  # most tokens of prompt and completion; with packing, positions of a row
-    packing: bool
-    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
     columns: ClassVar[tuple[str, ...]] = ("label",)  # of the examples' values: 1 is desirable, 0 is not
     name: ClassVar[str] = "kto"
     unit: ClassVar[str] = "examples"
@@ -92,10 +87,11 @@ class KTO:
 
     def micro_batches(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
         """The examples of one step in rows; the first micro-batch holds those of the mismatched completions."""
-        first, *others = self._batches(examples, self.shape)
+        made = lay_out_replies(examples, self, self.columns)
+        first, *others = (replace(batch, kl=torch.zeros(())) for batch, _ in made)
         coarse = self.shape and replace(self.shape, positions=COARSER * self.shape.positions)
-        without = self._batches(_distinct(self.mismatched(examples)), coarse)
-        return [replace(first, mismatched=tuple(map(_baseline, without))), *others]
+        without = lay_out_replies(_distinct(self.mismatched(examples)), replace(self, shape=coarse), self.columns)
+        return [replace(first, mismatched=tuple(_baseline(batch) for batch, _ in without)), *others]
 
     def mismatched(self, examples: Sequence[SFTExample]) -> list[SFTExample]:
         """Each prompt with the completion of the next example that has another prompt, cut to the row's length."""
@@ -107,18 +103,6 @@ class KTO:
         ids = np.concatenate([example.input_ids[: one.start], source.input_ids[other.start :]])
         labels = np.concatenate([example.labels[: one.start], source.labels[other.start :]])
         return replace(example, input_ids=ids[: self.row_length], labels=labels[: self.row_length])
-
-    def _batches(self, examples: Sequence[SFTExample], shape: Shape | None) -> list[PackedBatch]:
-        capacity = shape.capacity if shape else self.row_length
-        groups = by_prompt(replies(examples), capacity if self.packing else 0)
-        made = micro_batch_rows(groups, positions, self.batch_size, self.row_length, self.packing, shape)
-        return [self._batch(rows, shape) for rows in made]
-
-    def _batch(self, rows: list[list[list[Reply]]], shape: Shape | None) -> PackedBatch:
-        numbers, examples = count(), [reply.example for row in rows for group in row for reply in group]
-        segments = [[segment(group, numbers) for group in row] for row in rows]
-        batch = build_batch(segments, pairs=False, shape=shape, values=[x.values for x in examples])
-        return replace(batch, kl=torch.zeros(()), data_rows=tuple(x.row for x in examples))
 
 
 def _distinct(examples: Sequence[SFTExample]) -> list[SFTExample]:
@@ -132,7 +116,7 @@ def _distinct(examples: Sequence[SFTExample]) -> list[SFTExample]:
 def _baseline(batch: PackedBatch) -> PackedBatch:
     """A micro-batch of mismatched completions; `data_rows` has one as often as it stands in the mean."""
     times = batch.values(KTO.columns)["label"][: len(batch.data_rows)].int().numpy()
-    return replace(batch, kl=None, data_rows=tuple(np.repeat(batch.data_rows, times).tolist()))
+    return replace(batch, data_rows=tuple(np.repeat(batch.data_rows, times).tolist()))
 
 
 def _summed_logratio(policy: Policy, batch: PackedBatch) -> LossSums:

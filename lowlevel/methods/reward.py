@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import Branch, PackedBatch, Segment, Shape, build_batch, build_segment
-from lowlevel.batch.packing import micro_batch_rows
+from lowlevel.batch.layout import Branch, PackedBatch, Segment, build_segment
+from lowlevel.batch.packing import Layout, lay_out
 from lowlevel.config.offline import RewardConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.labels import IGNORED
@@ -28,14 +28,10 @@ from lowlevel.model.policy import Policy
 
 
 @dataclass(frozen=True)
-class Reward:
-    """The method. With packing, pairs share rows of `row_length` positions and each prompt is computed once."""
+class Reward(Layout):
+    """The method. With packing, the prompt of a pair is computed once."""
 
     config: RewardConfig
-    batch_size: int  # pairs per micro-batch; with packing, rows
-    row_length: int
-    packing: bool
-    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
     columns: tuple[str, ...] = ()  # data.columns: the rated margin
     name: ClassVar[str] = "reward"
     unit: ClassVar[str] = "pairs"
@@ -87,17 +83,8 @@ class Reward:
 
     def micro_batches(self, examples: Sequence[PreferenceExample]) -> list[PackedBatch]:
         """The pairs of one step in rows."""
-        made = micro_batch_rows(examples, self.size, self.batch_size, self.row_length, self.packing, self.shape)
-        return [self._batch(rows) for rows in made]
-
-    def _batch(self, groups: list[list[PreferenceExample]]) -> PackedBatch:
-        numbers = iter(range(sum(map(len, groups))))
-        rows: list[list[Segment]] = []
-        for group in groups:
-            made = [reward_segments(x, next(numbers), shared=self.packing) for x in group]
-            rows += [[segment for segments in made for segment in segments]] if self.packing else [[s] for s in made[0]]
-        values = [x.values for group in groups for x in group] if self.columns else None
-        return build_batch(rows, pairs=True, shape=self.shape, values=values)
+        segments = partial(reward_segments, shared=self.packing)
+        return lay_out(examples, self.size, segments, self, pairs=True, columns=self.columns)
 
 
 def reward_segments(example: PreferenceExample, number: int, *, shared: bool) -> list[Segment]:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch, prompt_segment
-from lowlevel.batch.packing import micro_batch_rows
+from lowlevel.batch.layout import PackedBatch
+from lowlevel.batch.packing import Layout
+from lowlevel.batch.replies import lay_out_replies
 from lowlevel.config.online import GRPOConfig, SampledConfig
 from lowlevel.losses import POLICY_LOSSES, LossSums, SampledLogps
 from lowlevel.losses.policy_gradient import aggregation
@@ -28,14 +29,10 @@ CLIPPING = ("epsilon", "epsilon_high", "delta", "importance_sampling_level", "cl
 
 
 @dataclass(frozen=True)
-class SampledMethod:
+class SampledMethod(Layout):
     """What GRPO, RLOO and PPO have in common. Examples are completions that the policy sampled, with their rewards."""
 
     config: SampledConfig
-    batch_size: int  # completions per micro-batch; with packing, rows
-    row_length: int
-    packing: bool
-    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
     columns: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str] = "completions"
     paired: ClassVar[bool] = False
@@ -68,76 +65,26 @@ class SampledMethod:
         return len(example)
 
     def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
-        """The completions of one step in rows."""
-        return micro_batches(examples, self, self.spec.average, self.config.max_completion_length, self.values)
-
-
-def lay_out(rollouts: Sequence[Rollout], method: SampledMethod) -> list[tuple[PackedBatch, list[Rollout]]]:
-    """Micro-batches with the completions of each in the order of their sequences.
-
-    With packing, completions of one prompt that fit into a row share the prompt.
-    """
-    room = method.shape.capacity if method.shape else method.row_length
-    parts = shared_prompts(rollouts, room) if method.packing else [[x] for x in rollouts]
-    found = []
-    for made in micro_batch_rows(parts, positions, method.batch_size, method.row_length, method.packing, method.shape):
-        inside = [x for row in made for part in row for x in part]
-        number, segments = 0, list[list[Segment]]()
-        for row in made:
-            segments.append([])
-            for part in row:
-                branches = {branch: x.completion_ids for branch, x in enumerate(part, 1)}
-                segments[-1].append(prompt_segment(part[0].row, number, part[0].prompt_ids, branches))
-                number += len(part)
-        found.append((build_batch(segments, pairs=False, shape=method.shape), inside))
-    return found
-
-
-def positions(part: Sequence[Rollout]) -> int:
-    """Of completions that share their prompt; each begins with its last token."""
-    return len(part[0].prompt_ids) - 1 + sum(len(x.completion_ids) for x in part)
-
-
-def shared_prompts(rollouts: Sequence[Rollout], room: int) -> list[list[Rollout]]:
-    """Neighbours of one group together, up to `room` positions."""
-    parts: list[list[Rollout]] = []
-    for x in rollouts:
-        if parts and parts[-1][0].group == x.group and positions([*parts[-1], x]) <= room:
-            parts[-1].append(x)
-        else:
-            parts.append([x])
-    return parts
-
-
-def micro_batches(
-    rollouts: Sequence[Rollout], method: SampledMethod, kind: str, max_length: int, more: Sequence[str] = ()
-) -> list[PackedBatch]:
-    """The completions of one step, with weights and counts over all of them.
-
-    Args:
-        rollouts: of the whole step.
-        method: lays them out.
-        kind: of `policy_gradient.aggregation`, with `max_length`.
-        more: names of further values that the rollouts hold of each token.
-    """
-    counted = [x for x in rollouts if x.counted]
-    parts = {id(x): aggregation(kind, len(x.completion_ids), max_length) for x in counted}
-    count, tokens = sum(c for _, c in parts.values()), sum(len(x.completion_ids) for x in counted)
-    share = count / tokens if tokens else 0.0
-    made = []
-    for batch, inside in lay_out(rollouts, method):
-        values = np.zeros((len(GIVEN) + len(more), len(batch.sequence_ids)), np.float32)
-        for number, x in enumerate(inside):
-            places = batch.sequence_index[number, : len(x.completion_ids)].numpy()
-            weight = parts[id(x)][0] if x.counted else 0.0
-            own = [x.logps, x.advantages, *(x.values[name] for name in more)]
-            values[0, places], values[1, places] = weight, share * x.counted
-            values[2:, places] = np.stack(own)
-        total = sum(parts[id(x)][1] for x in inside if x.counted)
-        made.append(replace(batch, token_values=torch.from_numpy(values), total_weight=total))
-    if not counted:  # the step has no loss: its gradient is 0, divided by 1
-        made[0] = replace(made[0], total_weight=1.0)
-    return made
+        """The completions of one step in rows, with weights and counts over all of them."""
+        counted = [x for x in examples if x.counted]
+        longest = self.config.max_completion_length
+        parts = {id(x): aggregation(self.spec.average, len(x.completion_ids), longest) for x in counted}
+        count, tokens = sum(c for _, c in parts.values()), sum(len(x.completion_ids) for x in counted)
+        share = count / tokens if tokens else 0.0
+        made = []
+        for batch, inside in lay_out_replies(examples, self):
+            values = np.zeros((len(GIVEN) + len(self.values), len(batch.sequence_ids)), np.float32)
+            for number, x in enumerate(inside):
+                places = batch.sequence_index[number, : len(x.completion_ids)].numpy()
+                weight = parts[id(x)][0] if x.counted else 0.0
+                own = [x.logps, x.advantages, *(x.values[name] for name in self.values)]
+                values[0, places], values[1, places] = weight, share * x.counted
+                values[2:, places] = np.stack(own)
+            total = sum(parts[id(x)][1] for x in inside if x.counted)
+            made.append(replace(batch, token_values=torch.from_numpy(values), total_weight=total))
+        if not counted:  # the step has no loss: its gradient is 0, divided by 1
+            made[0] = replace(made[0], total_weight=1.0)
+        return made
 
 
 @torch.no_grad()
@@ -152,7 +99,7 @@ def by_completion(
 
     `ranks` share the micro-batches; each gets all results.
     """
-    found, made = dict[int, np.ndarray](), lay_out(rollouts, method)
+    found, made = dict[int, np.ndarray](), lay_out_replies(rollouts, method)
     sizes = [len(batch.scored_targets) for batch, _ in made]
     every = torch.zeros(sum(sizes))
     parts = every.split(sizes)

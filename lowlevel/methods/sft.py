@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Shape, build_batch, sft_segment
-from lowlevel.batch.packing import micro_batch_rows
+from lowlevel.batch.layout import PackedBatch, Segment, sft_segment
+from lowlevel.batch.packing import Layout, lay_out
 from lowlevel.config.offline import SFTConfig
 from lowlevel.data.examples import SFTExample
 from lowlevel.losses import LossSums, SupervisedLoss, TokenLogps
@@ -20,14 +20,10 @@ from lowlevel.model.policy import Policy
 
 
 @dataclass(frozen=True)
-class SFT:
-    """The SFT method. With packing, examples share rows of `row_length` positions."""
+class SFT(Layout):
+    """The SFT method."""
 
-    batch_size: int  # examples per micro-batch; with packing, rows
-    row_length: int
-    packing: bool
-    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
-    config: SFTConfig = field(default_factory=SFTConfig)
+    config: SFTConfig
     columns: tuple[str, ...] = ()  # data.columns, for a custom loss
     name: ClassVar[str] = "sft"
     unit: ClassVar[str] = "tokens"  # of the loss's mean
@@ -96,14 +92,11 @@ class SFT:
 
     def micro_batches(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
         """The examples of one step in rows."""
-        made = micro_batch_rows(examples, self.size, self.batch_size, self.row_length, self.packing, self.shape)
-        return [self._batch(rows) for rows in made]
+        return lay_out(examples, self.size, _segments, self, pairs=False, columns=self.columns)
 
-    def _batch(self, rows: list[list[SFTExample]]) -> PackedBatch:
-        numbers = iter(range(sum(map(len, rows))))
-        segments = [[sft_segment(x.row, next(numbers), x.input_ids, x.labels, x.weights) for x in row] for row in rows]
-        values = [x.values for row in rows for x in row] if self.columns else None
-        return build_batch(segments, pairs=False, shape=self.shape, values=values)
+
+def _segments(x: SFTExample, number: int) -> tuple[Segment]:
+    return (sft_segment(x.row, number, x.input_ids, x.labels, x.weights),)
 
 
 def sft_loss(config: SFTConfig) -> SupervisedLoss:

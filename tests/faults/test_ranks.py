@@ -11,7 +11,7 @@ from rank_cases import KINDS, LAYOUTS, SAMPLED
 from safetensors.torch import load_file
 
 from lowlevel.batch.layout import Shape
-from lowlevel.batch.packing import divide, micro_batch_rows
+from lowlevel.batch.packing import Layout, divide, micro_batch_rows
 from lowlevel.config.schema import RunConfig
 from lowlevel.hashing import checksum
 from lowlevel.model.placement import Placement
@@ -119,7 +119,7 @@ def test_micro_batches_are_divided_by_load():
 
 def test_packed_micro_batches_come_in_multiples_of_the_ranks():
     def packed(lengths, ranks):
-        return micro_batch_rows(lengths, lambda length: length, 2, 64, True, Shape(8, 1, 64, 100, ranks))
+        return micro_batch_rows(lengths, lambda length: length, Layout(None, 2, 64, True, Shape(8, 1, 64, 100, ranks)))
 
     lengths = [60, 50, 50, 40, 30]
     assert packed(lengths, 0) == [[[60, 40]], [[50, 50]], [[30]]]  # first fit decreasing

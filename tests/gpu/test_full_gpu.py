@@ -53,7 +53,7 @@ def examples(pairs):
 @pytest.mark.parametrize("pairs", [False, True], ids=["sft", "dpo"])
 def test_every_mode_takes_the_same_full_step(model_dir, pairs):
     placement, name = Placement(CUDA, "fp16"), NAMES["efficient"]
-    method = DPO(DPOConfig(), 4, 256, True, SHAPE) if pairs else SFT(4, 128, True, SHAPE, SFTConfig(), ())
+    method = DPO(DPOConfig(), 4, 256, True, SHAPE) if pairs else SFT(SFTConfig(), 4, 128, True, SHAPE)
     steps = {}
     for mode in ("eager", "compiled", "graphed"):
         base = load_base(ModelConfig(name=model_dir, load_in_4bit=False), placement, attention=name)

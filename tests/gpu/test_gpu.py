@@ -84,7 +84,7 @@ def one_step(policy, method, rows, *, precision="fp16", step=0):
 SHAPE = Shape(positions=32, examples=8, longest=256, capacity=512)
 PADDED = Shape(positions=2048, examples=8, longest=256, capacity=2048)  # as a rehearsal's: padding exceeds any example
 METHODS = {
-    "sft": (SFT(2, 256, True), False),
+    "sft": (SFT(SFTConfig(), 2, 256, True), False),
     "dpo": (DPO(DPOConfig(disable_dropout=False), 2, 256, True), True),
     "reward": (Reward(RewardConfig(disable_dropout=False), 2, 256, True), True),
 }
@@ -342,9 +342,9 @@ def test_a_moving_reference_is_read_by_captured_graphs_where_it_moves(model_dir,
 
 SMOOTHED = SFTConfig(loss_type="smoothed_cross_entropy", z_loss_weight=1e-3)
 OF_STATISTICS = {
-    "smoothed with z-loss": SFT(2, 256, True, SHAPE, SMOOTHED),
-    "weighted": SFT(2, 256, True, SHAPE, SMOOTHED),
-    "dft": SFT(2, 256, True, SHAPE, SFTConfig(loss_type="dft")),
+    "smoothed with z-loss": SFT(SMOOTHED, 2, 256, True, SHAPE),
+    "weighted": SFT(SMOOTHED, 2, 256, True, SHAPE),
+    "dft": SFT(SFTConfig(loss_type="dft"), 2, 256, True, SHAPE),
     "wpo": DPO(DPOConfig(loss_type="wpo", disable_dropout=False), 2, 256, True, SHAPE),
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lowlevel.batch.layout import Shape
-from lowlevel.config.offline import DPOConfig
+from lowlevel.config.offline import DPOConfig, SFTConfig
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.execution import ExecutionFailedError, WithFallback
@@ -27,7 +27,7 @@ CUDA = torch.device("cuda")
 LAYERS, HIDDEN = 8, 512
 SHAPE = Shape(positions=128, examples=8, longest=1024, capacity=4096)
 METHODS = {
-    "sft": SFT(4, 1024, True, SHAPE),
+    "sft": SFT(SFTConfig(), 4, 1024, True, SHAPE),
     "dpo": DPO(DPOConfig(disable_dropout=False), 4, 1024, True, SHAPE),
 }
 

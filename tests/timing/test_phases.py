@@ -10,7 +10,7 @@ import torch
 
 from lowlevel import loop
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.config.offline import DPOConfig
+from lowlevel.config.offline import DPOConfig, SFTConfig
 from lowlevel.config.schema import TrainConfig
 from lowlevel.execution import Eager
 from lowlevel.loop import optimizer_step
@@ -25,7 +25,7 @@ from lowlevel.timing.phases import OTHER, PhaseClock, divided
 
 CPU = torch.device("cpu")
 METHODS = {
-    "sft": (SFT(2, 48, True), helpers.ragged_examples()),
+    "sft": (SFT(SFTConfig(), 2, 48, True), helpers.ragged_examples()),
     "dpo": (DPO(DPOConfig(disable_dropout=False), 2, 64, True), helpers.ragged_pairs()),
     "kto": (helpers.kto(2, packing=True, disable_dropout=False), helpers.labelled_examples(6)),
     "dpo, a row each": (DPO(DPOConfig(), 2, 64, False), helpers.ragged_pairs()),

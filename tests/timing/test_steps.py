@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from lowlevel import execution as execution_module
 from lowlevel.batch.layout import Shape
 from lowlevel.batch.order import DataOrder
-from lowlevel.config.offline import DPOConfig
+from lowlevel.config.offline import DPOConfig, SFTConfig
 from lowlevel.config.schema import RunConfig, TrainConfig
 from lowlevel.errors import ConfigError
 from lowlevel.execution import Eager, ExecutionFailedError, Graphed, WithFallback, signature_of
@@ -31,7 +31,7 @@ from lowlevel.timing.steps import Recorder, Step, Watched, mean_phases, take_ste
 COUNT = 5  # of a run with three steps an epoch
 TRAIN = TrainConfig(learning_rate=1e-2, logging_steps=2, save_steps=1, max_steps=3, seed=1)
 METHODS = {
-    "sft": (SFT(2, 48, True), helpers.ragged_examples(10)),
+    "sft": (SFT(SFTConfig(), 2, 48, True), helpers.ragged_examples(10)),
     "dpo": (DPO(DPOConfig(), 2, 64, True), helpers.ragged_pairs(10)),
 }
 
@@ -217,7 +217,7 @@ def test_compiled_layers(tiny_base):
     """Really compiled: once, in the first step; and divided, which a captured graph could not be."""
     torch._dynamo.reset()
     examples = helpers.ragged_examples(8)
-    method = SFT(2, 48, True, Shape(positions=16, examples=4, longest=64, capacity=96))
+    method = SFT(SFTConfig(), 2, 48, True, Shape(positions=16, examples=4, longest=64, capacity=96))
     policy = helpers.make_policy(tiny_base, attention="lowlevel_math")
     optimizer = build_optimizer(policy.flat.weights, TRAIN)
     run = job_of(method, policy, optimizer, DataOrder(8, 4, 1, False), examples)

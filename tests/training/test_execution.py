@@ -16,7 +16,7 @@ from lowlevel import execution
 from lowlevel.batch.layout import Shape, attention_mask, build_batch, pair_rows, pair_segment, sft_segment
 from lowlevel.config.data import DataConfig
 from lowlevel.config.file import config_from_tables
-from lowlevel.config.offline import DPOConfig, KTOConfig, RewardConfig
+from lowlevel.config.offline import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from lowlevel.config.schema import RunConfig
 from lowlevel.execution import MODES, Eager, Graphed, WithFallback, signature_of
 from lowlevel.hashing import key32
@@ -38,11 +38,11 @@ SPANS = "lowlevel_math"
 
 def methods(shape=None):
     return {
-        "sft": (SFT(2, 48, True, shape), helpers.ragged_examples()),
+        "sft": (SFT(SFTConfig(), 2, 48, True, shape), helpers.ragged_examples()),
         "dpo": (DPO(DPOConfig(disable_dropout=False), 2, 64, True, shape), helpers.ragged_pairs()),
         "kto": (KTO(KTOConfig(disable_dropout=False), 2, 48, True, shape), helpers.labelled_examples()),
         "reward": (Reward(RewardConfig(disable_dropout=False), 2, 64, True, shape), helpers.ragged_pairs()),
-        "sft, a row each": (SFT(2, 48, False, shape), helpers.ragged_examples()),
+        "sft, a row each": (SFT(SFTConfig(), 2, 48, False, shape), helpers.ragged_examples()),
         "dpo, a row each": (DPO(DPOConfig(disable_dropout=False), 2, 64, False, shape), helpers.ragged_pairs()),
     }
 
@@ -189,7 +189,7 @@ def test_build_method_fills_up_no_batch_of_a_loss_that_mixes_pairs(loss_type):
 
 
 def test_a_fixed_shape_is_the_same_for_batches_of_about_the_same_size():
-    method = SFT(2, 48, True, SHAPE)
+    method = SFT(SFTConfig(), 2, 48, True, SHAPE)
     batches = [b for seed in range(12) for b in method.micro_batches(helpers.ragged_examples(seed=seed))]
     assert len({signature_of(batch) for batch in batches}) < len(batches) / 2
     for batch in batches:
@@ -209,7 +209,7 @@ def test_changing_one_example_leaves_the_others_bit_equal(tiny_base):
     results = []
     for rows in (examples, changed):
         logps = {}
-        for batch in SFT(8, 48, True, SHAPE).micro_batches(rows):
+        for batch in SFT(SFTConfig(), 8, 48, True, SHAPE).micro_batches(rows):
             hidden = policy.scored_hidden_states(batch).detach()
             for number, row in enumerate(batch.data_rows):
                 index = batch.sequence_index[number]

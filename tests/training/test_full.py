@@ -14,7 +14,7 @@ from workspace import make_workspace, metrics, run
 
 from lowlevel.batch.layout import Shape
 from lowlevel.config.file import config_from_tables
-from lowlevel.config.offline import DPOConfig
+from lowlevel.config.offline import DPOConfig, SFTConfig
 from lowlevel.config.schema import ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.execution import WithFallback
@@ -82,7 +82,7 @@ def test_micro_batches_do_not_change_the_gradient(base, rows):
 @pytest.mark.parametrize(("pairs", "placement", "bound"), [(False, helpers.CPU, 1e-5), (True, BF16, 2e-2)])
 def test_compiled_layers_give_the_same_gradient_also_to_the_embedding(tiny_base, pairs, placement, bound):
     """bf16: there the reference is of another dtype than the masters."""
-    method = DPO(DPOConfig(), 2, 48, True, SHAPE) if pairs else SFT(2, 48, True, SHAPE)
+    method = DPO(DPOConfig(), 2, 48, True, SHAPE) if pairs else SFT(SFTConfig(), 2, 48, True, SHAPE)
     examples = helpers.ragged_pairs() if pairs else helpers.ragged_examples()
     policy = full_policy(tiny_base, placement, attention=NAMES["math"])
     expected = helpers.loss_and_gradient(policy, method, examples)[1]

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from lowlevel.batch.layout import Shape
 from lowlevel.config.data import DataConfig
-from lowlevel.config.offline import DPOConfig
+from lowlevel.config.offline import DPOConfig, SFTConfig
 from lowlevel.config.schema import LoraConfig, ModelConfig, TrainConfig
 from lowlevel.determinism import FIXED, SMALL, workspace_bytes
 from lowlevel.errors import ConfigError
@@ -230,7 +230,7 @@ def test_the_available_memory_is_the_machines_or_the_containers(tmp_path, files,
 def test_the_largest_batch_bounds_every_batch(kind, packing):
     shape = Shape(positions=16, examples=4, longest=64, capacity=96)
     pairs = kind == "dpo"
-    method = DPO(DPOConfig(), 2, 64, packing, shape) if pairs else SFT(2, 48, packing, shape)
+    method = DPO(DPOConfig(), 2, 64, packing, shape) if pairs else SFT(SFTConfig(), 2, 48, packing, shape)
     make = helpers.ragged_pairs if pairs else helpers.ragged_examples
     rows = [row for seed in range(6) for row in make(seed=seed)]
     largest = largest_batch(method, rows, 8)

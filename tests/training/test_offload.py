@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from workspace import make_workspace, metrics, run
 
 from lowlevel.batch.layout import Shape
-from lowlevel.config.offline import DPOConfig
+from lowlevel.config.offline import DPOConfig, SFTConfig
 from lowlevel.execution import WithFallback
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.sft import SFT
@@ -22,7 +22,7 @@ COMPILED = {"dropout": 0.1, "attention": NAMES["math"], "checkpointing": True}
 METHODS = {
     "sft": (helpers.sft(2), helpers.ragged_examples()),
     "dpo": (helpers.dpo(2, disable_dropout=False), helpers.ragged_pairs()),
-    "sft, packed": (SFT(2, 48, True, SHAPE), helpers.ragged_examples()),
+    "sft, packed": (SFT(SFTConfig(), 2, 48, True, SHAPE), helpers.ragged_examples()),
     "dpo, packed": (DPO(DPOConfig(disable_dropout=False), 2, 64, True, SHAPE), helpers.ragged_pairs()),
 }
 
