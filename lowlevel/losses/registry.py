@@ -139,12 +139,17 @@ def name_of(function: Callable[..., Any]) -> str:
     Registers a function that other processes cannot import (of a notebook or script).
     """
     registered = next((spec.name for spec in OWN.values() if spec.function is function), None)
-    module, name = function.__module__, function.__qualname__
-    if registered is None and module != "__main__" and getattr(sys.modules.get(module), name, None) is function:
-        return f"{module}:{name}"
-    if registered is None:
-        loss(function)
-    return registered or function.__name__
+    if registered or (place := place_of(function, function.__qualname__)):
+        return registered or place
+    loss(function)
+    return function.__name__
+
+
+def place_of(function: Callable[..., Any], name: str) -> str:
+    """ "module:name" if another process can import the function by it, else ""."""
+    module = function.__module__
+    there = module != "__main__" and getattr(sys.modules.get(module), name, None) is function
+    return f"{module}:{name}" if there else ""
 
 
 def find(name: str, built_in: Mapping[str, LossSpec]) -> LossSpec:
@@ -161,15 +166,20 @@ def find(name: str, built_in: Mapping[str, LossSpec]) -> LossSpec:
 
 
 def _imported(name: str) -> LossSpec:
+    function = imported(name, "loss_type")
+    registered = next((spec for spec in OWN.values() if spec.function is function), None)
+    return replace(registered, name=name) if registered else _own(function, name)
+
+
+def imported(name: str, key: str) -> Any:
+    """What "module:attribute" names, also in the current folder. ValueError: it cannot be imported; `key` has it."""
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:  # the command line does not add it
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the module is the user's and may raise anything
-        raise ValueError(f"loss_type {name!r} cannot be imported: {type(error).__name__}: {error}") from None
-    registered = next((spec for spec in OWN.values() if spec.function is function), None)
-    return replace(registered, name=name) if registered else _own(function, name)
+        raise ValueError(f"{key} {name!r} cannot be imported: {type(error).__name__}: {error}") from None
 
 
 def source_of(function: Callable[..., Any]) -> str:

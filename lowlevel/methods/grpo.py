@@ -14,12 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.online import GRPOConfig
-from lowlevel.losses import LossSums, SampledLogps
+from lowlevel.losses import SampledLogps
 from lowlevel.losses.advantages import group_relative
 from lowlevel.losses.policy_gradient import kl_penalty
-from lowlevel.methods.sampled import SampledMethod, policy_gradient, with_advantages
+from lowlevel.methods.sampled import SampledMethod, with_advantages
 from lowlevel.model.policy import Policy
 from lowlevel.online.rollouts import Rollout
 from lowlevel.ranks import ALONE, Ranks
@@ -31,11 +30,6 @@ class GRPO(SampledMethod):
 
     config: GRPOConfig
     name: ClassVar[str] = "grpo"
-
-    def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
-        """The weighted sum of the tokens' losses."""
-        temperature, reference = self.config.temperature, self.has_reference
-        return policy_gradient(policy, batch, self.token_losses, temperature, reference=reference)
 
     def token_losses(self, tokens: SampledLogps) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of each token, (N,), before its weight, and metrics, (N,) each."""

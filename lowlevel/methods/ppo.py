@@ -41,7 +41,6 @@ class PPO(SampledMethod):
 
     config: PPOConfig
     name: ClassVar[str] = "ppo"
-    has_reference: ClassVar[bool] = False  # in the reward, not in the loss
     values: ClassVar[tuple[str, ...]] = ("values", "returns")  # of each token, at sampling
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
@@ -67,14 +66,10 @@ class PPO(SampledMethod):
         """The completions of one step with values, returns and advantages of their tokens."""
         every, own = [x for group in groups for x in group], self.config
         policy.dropout.disable()
-        values = by_completion(policy, every, self, lambda batch: _values(policy, batch), ranks)
+        values = by_completion(policy, every, self, _values, ranks)
         references: Sequence[np.ndarray] = [x.logps for x in every]
         if own.beta > 0:
-
-            def reference(batch: PackedBatch) -> Tensor:
-                return scaled_reference_logps(policy, batch, own.temperature)
-
-            references = by_completion(policy, every, self, reference, ranks)
+            references = by_completion(policy, every, self, scaled_reference_logps, ranks)
         found = []
         for x, value, ref in zip(every, values, references, strict=True):
             rewards = -own.beta * torch.from_numpy(x.logps - ref).double()
@@ -87,8 +82,8 @@ class PPO(SampledMethod):
         return _whitened(found) if own.whiten_advantages else found
 
 
-def _values(policy: Policy, batch: PackedBatch) -> Tensor:
-    """Of the state before each scored token, (N,) fp32."""
+def _values(policy: Policy, batch: PackedBatch, temperature: float) -> Tensor:
+    """Of the state before each scored token, (N,) fp32, at any temperature."""
     assert policy.value_head is not None
     return head_rewards(policy.scored_hidden_states(batch), policy.value_head)
 

@@ -12,21 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.online import RLOOConfig
-from lowlevel.losses import LossSums
 from lowlevel.losses.advantages import leave_one_out
-from lowlevel.methods.sampled import (
-    SampledMethod,
-    by_completion,
-    policy_gradient,
-    scaled_reference_logps,
-    with_advantages,
-)
+from lowlevel.methods.sampled import SampledMethod, by_completion, scaled_reference_logps, with_advantages
 from lowlevel.model.policy import Policy
 from lowlevel.online.rollouts import Rollout
 from lowlevel.ranks import ALONE, Ranks
@@ -38,11 +28,6 @@ class RLOO(SampledMethod):
 
     config: RLOOConfig
     name: ClassVar[str] = "rloo"
-    has_reference: ClassVar[bool] = False  # in the reward, not in the loss
-
-    def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
-        """The sum over completions, each at all its tokens by their share."""
-        return policy_gradient(policy, batch, self.token_losses, self.config.temperature)
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -54,14 +39,8 @@ class RLOO(SampledMethod):
         rewards = torch.tensor([[x.reward for x in group] for group in groups], dtype=torch.float64)
         if self.config.beta > 0:
             every = [x for group in groups for x in group]
-            references = self._reference(policy, every, ranks)
+            references = by_completion(policy, every, self, scaled_reference_logps, ranks)
             kl = [float((x.logps - ref).sum()) for x, ref in zip(every, references, strict=True)]
             rewards -= self.config.beta * torch.tensor(kl, dtype=torch.float64).view_as(rewards)
         masked = self.config.mask_truncated_completions
         return with_advantages(groups, leave_one_out(rewards), masked=masked)
-
-    def _reference(self, policy: Policy, rollouts: Sequence[Rollout], ranks: Ranks) -> list[np.ndarray]:
-        def scores(batch: PackedBatch) -> Tensor:
-            return scaled_reference_logps(policy, batch, self.config.temperature)
-
-        return by_completion(policy, rollouts, self, scores, ranks)

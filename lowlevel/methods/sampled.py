@@ -51,6 +51,19 @@ class SampledMethod(Layout):
         keys = {name: getattr(own, name) for name in self.spec.parameters if name in type(own).model_fields}
         return {name: value for name, value in {**keys, **own.loss_kwargs}.items() if value is not None}
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss, and not only the reward, compares the policy with a reference."""
+        return False
+
+    def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
+        """The sum of the tokens' losses, each by its weight."""
+        temperature = self.config.temperature
+        ref_logps = scaled_reference_logps(policy, batch, temperature) if self.has_reference else None
+        policy.dropout.disable()  # the sampler has none
+        tokens = sampled_logps(batch, scaled_logps(policy, batch, temperature), ref_logps)
+        return policy_gradient_sums(batch, tokens, *self.token_losses(tokens))
+
     def token_losses(self, tokens: SampledLogps) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of each token, (N,), before its weight, and metrics, (N,) each."""
         return self.spec(tokens, self.settings)
@@ -87,15 +100,14 @@ class SampledMethod(Layout):
         return made
 
 
+Score = Callable[[Policy, PackedBatch, float], Tensor]  # of each scored token at a temperature, (N,)
+
+
 @torch.no_grad()
 def by_completion(
-    policy: Policy,
-    rollouts: Sequence[Rollout],
-    method: SampledMethod,
-    scores: Callable[[PackedBatch], Tensor],
-    ranks: Ranks,
+    policy: Policy, rollouts: Sequence[Rollout], method: SampledMethod, score: Score, ranks: Ranks
 ) -> list[np.ndarray]:
-    """What a pass without gradient gives for each token, (N,) by batch, as an array (n,) fp32 for each completion.
+    """What a pass without gradient gives for each token, an array (n,) fp32 for each completion.
 
     `ranks` share the micro-batches; each gets all results.
     """
@@ -104,7 +116,8 @@ def by_completion(
     every = torch.zeros(sum(sizes))
     parts = every.split(sizes)
     for number in ranks.deal([batch for batch, _ in made]).numbers:
-        parts[number].copy_(scores(made[number][0].to(policy.placement.device)))
+        batch = made[number][0].to(policy.placement.device)
+        parts[number].copy_(score(policy, batch, method.config.temperature))
     ranks.sum_(every)
     for (batch, inside), values in zip(made, parts, strict=True):
         for number, x in enumerate(inside):
@@ -129,19 +142,6 @@ def scaled_reference_logps(policy: Policy, batch: PackedBatch, temperature: floa
     """The same under the reference: no dropout, no gradient."""
     with policy.reference():
         return scaled_logps(policy, batch, temperature)
-
-
-TokenLosses = Callable[[SampledLogps], tuple[Tensor, Mapping[str, Tensor]]]
-
-
-def policy_gradient(
-    policy: Policy, batch: PackedBatch, losses: TokenLosses, temperature: float, *, reference: bool = False
-) -> LossSums:
-    """The sums of a loss of tokens; with `reference` it also gets their log-probabilities under the reference."""
-    ref_logps = scaled_reference_logps(policy, batch, temperature) if reference else None
-    policy.dropout.disable()  # the sampler has none
-    tokens = sampled_logps(batch, scaled_logps(policy, batch, temperature), ref_logps)
-    return policy_gradient_sums(batch, tokens, *losses(tokens))
 
 
 def policy_gradient_sums(

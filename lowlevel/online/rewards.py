@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
 import inspect
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -37,7 +34,7 @@ from lowlevel.config.online import SampledConfig
 from lowlevel.data.examples import PromptExample
 from lowlevel.errors import ConfigError, one_line
 from lowlevel.heartbeat import limited, working
-from lowlevel.losses.registry import source_of
+from lowlevel.losses.registry import imported, place_of, source_of
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.running.run_folder import check_reward_run
 
@@ -175,13 +172,10 @@ def _find(name: str, config: SampledConfig, load: Callable[[Path], Function]) ->
 
 
 def _imported(name: str) -> Function:
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # the command line does not add it
-        sys.path.insert(0, os.getcwd())
     try:
-        function: Function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # the module is the user's and may raise anything
-        raise ConfigError(f"reward {name!r} cannot be imported: {type(error).__name__}: {one_line(error)}") from None
+        function: Function = imported(name, "reward")
+    except ValueError as error:
+        raise ConfigError(one_line(error)) from None
     if not callable(function) or inspect.isclass(function) or inspect.iscoroutinefunction(function):
         kind = "an async function" if callable(function) else "no function"
         kind = "a class" if inspect.isclass(function) else kind
@@ -191,9 +185,9 @@ def _imported(name: str) -> Function:
 
 def name_of(function: Function) -> str:
     """The name of a reward function given in Python: "module:function" if it can be imported, else its own name."""
-    module, name = function.__module__, getattr(function, "__name__", type(function).__name__)
-    if module != "__main__" and getattr(sys.modules.get(module), name, None) is function:
-        return f"{module}:{name}"
+    name = getattr(function, "__name__", type(function).__name__)
+    if place := place_of(function, name):
+        return place
     if name in BUILT_IN:
         raise ConfigError(f"reward: your function has the name of a built-in one, {name!r}: rename it")
     OWN[name] = function
