@@ -30,6 +30,7 @@ REFERENCE_WEIGHTS = "reference.safetensors"  # in checkpoints: a moving referenc
 VALUE_WEIGHTS = "value_head.safetensors"  # in checkpoints of ppo
 ADAPTER_CONFIG = "adapter_config.json"
 START, DEFAULT = "init_lora_weights", "default"  # in the metadata of WEIGHTS, unless it is the default
+AnyModel = PeftModel | PreTrainedModel  # the latter in full fine-tuning
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 # Keys of adapter_config.json. Every variant of LoRA adds one, so a key that is not listed must be null, false or empty.
 OBEYED = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
@@ -42,6 +43,11 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
     "modules_to_save": (["score"],),  # a reward model's head
 }
+
+
+def plain_model(model: AnyModel) -> Any:
+    """The model without PEFT's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def load_value_head(head: nn.Parameter, folder: Path) -> None:
@@ -133,9 +139,7 @@ def read_adapter_weights(folder: Path, file: str | None = None) -> dict[str, Ten
     return tensors
 
 
-def load_adapter_weights(
-    model: PeftModel | PreTrainedModel, adapter: str, tensors: dict[str, Tensor], where: str
-) -> None:
+def load_adapter_weights(model: AnyModel, adapter: str, tensors: dict[str, Tensor], where: str) -> None:
     """Copy tensors into an adapter. Raises CheckpointError if names or shapes differ (PEFT 0.21 only warns)."""
     own, buffers = adapter_parameters(model, adapter), dict(model.named_buffers())
     tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
@@ -155,7 +159,7 @@ def load_adapter_weights(
             parameter.copy_(tensors[name])
 
 
-def adapter_parameters(model: PeftModel | PreTrainedModel, adapter: str) -> dict[str, nn.Parameter]:
+def adapter_parameters(model: AnyModel, adapter: str) -> dict[str, nn.Parameter]:
     """An adapter's parameters under the keys of PEFT's file format (without the adapter's name); or a whole model's."""
     if not isinstance(model, PeftModel):
         return dict(model.named_parameters())
@@ -166,19 +170,13 @@ def adapter_parameters(model: PeftModel | PreTrainedModel, adapter: str) -> dict
     return own | heads
 
 
-def adapter_tensors(model: PeftModel | PreTrainedModel, adapter: str) -> dict[str, Tensor]:
+def adapter_tensors(model: AnyModel, adapter: str) -> dict[str, Tensor]:
     """Copies of `adapter_parameters` on the CPU."""
     return {k: p.detach().to("cpu", copy=True).contiguous() for k, p in adapter_parameters(model, adapter).items()}
 
 
 def save_adapter(
-    model: PeftModel | PreTrainedModel,
-    adapter: str,
-    folder: Path,
-    base_name: str,
-    revision: str | None = None,
-    *,
-    start: str = DEFAULT,
+    model: AnyModel, adapter: str, folder: Path, base_name: str, revision: str | None = None, *, start: str = DEFAULT
 ) -> None:
     """Write an adapter for `PeftModel.from_pretrained`: fp32 safetensors, and adapter_config.json naming its base.
 

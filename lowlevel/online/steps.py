@@ -55,24 +55,13 @@ class OnlineSteps:
     note: Callable[[str], None]
 
     @classmethod
-    def of(
-        cls,
-        config: RunConfig,
-        policy: Policy,
-        method: PolicyGradient | DPO,
-        inputs: Any,
-        order: DataOrder,
-        run_dir: Path,
-        ranks: Ranks,
-        note: Callable[[str], None],
-    ) -> OnlineSteps:
-        """With the fastest sampler for the policy; loads reward runs. `inputs`: the run's `assembly.Inputs`."""
-        assert config.sampled is not None
-        tokenizer: ChatTokenizer = inputs.tokenizer
-        rewards = Rewards.of(config.sampled, lambda folder: reward_run(folder, note))
-        sampler = build_sampler(policy.model, policy.placement, tokenizer.stop_ids, note)
-        kept = KeptRollouts(run_dir, writes=ranks.first)
-        return cls(config, policy, method, tokenizer, inputs.data.train, order, sampler, rewards, kept, ranks, note)
+    def of(cls, job: Any, run_dir: Path, note: Callable[[str], None]) -> OnlineSteps:
+        """With the fastest sampler for the policy of a `running.job.Job`; loads reward runs."""
+        tokenizer, examples = job.inputs.tokenizer, job.inputs.data.train
+        rewards = Rewards.of(job.config.sampled, lambda folder: reward_run(folder, note))
+        sampler = build_sampler(job.policy.model, job.policy.placement, tokenizer.stop_ids, note)
+        parts = (job.config, job.policy, job.method, tokenizer, examples, job.order, sampler, rewards)
+        return cls(*parts, KeptRollouts(run_dir, writes=job.ranks.first), job.ranks, note)
 
     def __call__(self, step: int) -> list[PackedBatch]:
         """The micro-batches of the step after `step` updates. Raises ConfigError if no completion has a reward."""

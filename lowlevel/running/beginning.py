@@ -20,6 +20,7 @@ from lowlevel.optim.train_state import TrainState
 from lowlevel.ranks import ALONE, Ranks
 from lowlevel.running.adapter_sources import check_bases, notes_of_sources, notes_of_templates
 from lowlevel.running.assembly import Inputs, check_run, read_merged_adapter, with_merged_base
+from lowlevel.running.callbacks import Callback
 from lowlevel.running.job import Job
 from lowlevel.running.progress import lines_to
 from lowlevel.running.resuming import check_differences, differences, is_written, read_changes, recorded_changes
@@ -35,18 +36,22 @@ class Start:
     """What the user asks for in addition to the configuration.
 
     Attributes:
+        ranks: the processes that share the run; the first one checks the folder and writes.
         resume: continue from the newest verified checkpoint.
         restart: discard the run that the folder holds.
         allow_change: keys that may differ from that checkpoint (resuming.py).
-        ranks: the processes that share the run; the first one checks the folder and writes.
+        callbacks: called at the moments that `Callback` names.
+        details: add the values of each example and token to the results of steps.
     """
 
     folder: RunFolder
     console: Console
+    ranks: Ranks = ALONE
     resume: bool = False
     restart: bool = False
     allow_change: Sequence[str] = ()
-    ranks: Ranks = ALONE
+    callbacks: Sequence[Callback] = ()
+    details: bool = False
 
     def note(self, line: str) -> None:
         """Print a line without rich's markup."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +19,7 @@ from lowlevel.durable import write_json
 from lowlevel.execution import WithFallback
 from lowlevel.heartbeat import working
 from lowlevel.loop import check_evaluation, evaluate_examples
-from lowlevel.methods import DPO, Method, PolicyGradient
+from lowlevel.methods import Method
 from lowlevel.methods.choice import build_method, fitted, run_loss
 from lowlevel.model.base import policy_sha256
 from lowlevel.model.dequantised import dequantize_as_set
@@ -92,10 +92,7 @@ class Engine:
         self.online: OnlineSteps | None = None
         self.batches: Callable[[int], list[PackedBatch]]
         if config.sampled:
-            kind = cast("PolicyGradient | DPO", method)
-            note = lines_to(console)
-            self.online = OnlineSteps.of(config, policy, kind, job.inputs, job.order, folder.path, job.ranks, note)
-            self.batches = self.online
+            self.online = self.batches = OnlineSteps.of(job, folder.path, lines_to(console))
         else:
             self.batches = Prefetched(lambda step: prepare([examples[i] for i in rows(step)]), job.total_steps)
         traced = config.trace.every or config.trace.steps

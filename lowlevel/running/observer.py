@@ -18,7 +18,6 @@ from lowlevel.methods.dpo import reads_reference
 from lowlevel.methods.sampled import DIFFERENCE
 from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.callbacks import Callback
-from lowlevel.running.endings import Interrupts
 from lowlevel.running.job import Engine
 from lowlevel.running.pace import Pace
 from lowlevel.running.progress import TrainingProgress
@@ -40,7 +39,6 @@ class RunObserver:
     folder: RunFolder
     progress_bar: TrainingProgress
     engine: Engine
-    interrupts: Interrupts
     note: Callable[[str], None]
     pace: Pace
     callbacks: Sequence[Callback] = ()

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, TextStreamer
+from transformers import TextStreamer
 
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.errors import ConfigError
-from lowlevel.model.adapters import ADAPTER_CONFIG, is_reward_model, read_adapter_config
+from lowlevel.model.adapters import ADAPTER_CONFIG, AnyModel, is_reward_model, read_adapter_config
 from lowlevel.model.attention_choice import MASKED
 from lowlevel.model.base import load_base, resolve_name
 from lowlevel.model.base_folder import CONFIG, holds_model_weights, note_of_adapter
@@ -26,6 +24,7 @@ from lowlevel.running.reopening import Note, load_run
 from lowlevel.running.run_folder import RunFolder, check_reward_run
 from lowlevel.running.scoring import best_of, load_reward_run
 from lowlevel.sampling import Sampler, Sampling, build_sampler
+from lowlevel.sampling.completion import Ids
 
 
 @dataclass(frozen=True)
@@ -72,12 +71,7 @@ def sample_best(
 
 
 def generate_replies(
-    sampler: Sampler,
-    tokenizer: ChatTokenizer,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    samples: int = 1,
+    sampler: Sampler, tokenizer: ChatTokenizer, prompts: Ids, sampling: Sampling, *, samples: int = 1
 ) -> list[Reply]:
     """`samples` replies to each prompt, given as token ids, in the given order."""
     found = [one for group in sampler.sample(prompts, sampling, samples=samples) for one in group]
@@ -92,7 +86,7 @@ def load_for_replies(model_dir: Path, note: Note) -> tuple[Sampler, ChatTokenize
     return build_sampler(model, placement, tokenizer.stop_ids, note), tokenizer
 
 
-def _load_model(model_dir: Path, note: Note) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
+def _load_model(model_dir: Path, note: Note) -> tuple[AnyModel, ChatTokenizer, Placement]:
     if (model_dir / "config.toml").exists():
         adapter = RunFolder(model_dir).newest_adapter(note)
         if adapter and adapter.name.startswith("step-"):
@@ -113,7 +107,7 @@ def _load_model(model_dir: Path, note: Note) -> tuple[PreTrainedModel | PeftMode
     return model, load_chat_tokenizer(str(model_dir), None, None), placement
 
 
-def _load_adapter_of_run(adapter: Path, note: Note) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
+def _load_adapter_of_run(adapter: Path, note: Note) -> tuple[AnyModel, ChatTokenizer, Placement]:
     """An adapter inside a run folder: the final one (also stacked/), a checkpoint's, or the parent without it."""
     folder = RunFolder(adapter.parent)
     run = load_run(folder.path, note, adapter=adapter if adapter.name.startswith("step-") else None)
@@ -122,7 +116,7 @@ def _load_adapter_of_run(adapter: Path, note: Note) -> tuple[PreTrainedModel | P
     return run.policy.model, run.tokenizer, run.policy.placement
 
 
-def _load_adapter_alone(adapter: Path) -> tuple[PreTrainedModel | PeftModel, ChatTokenizer, Placement]:
+def _load_adapter_alone(adapter: Path) -> tuple[AnyModel, ChatTokenizer, Placement]:
     """An adapter outside a run folder, on its base in 4 bits (nf4, double quantisation), as in QLoRA."""
     read_adapter_config(adapter)
     if is_reward_model(adapter):

@@ -33,24 +33,13 @@ Result = TypeVar("Result")
 Steps = Generator[StepResult, None, dict[str, Any]]
 
 
-def run_steps(
-    config: RunConfig,
-    console: Console,
-    *,
-    resume: bool = False,
-    restart: bool = False,
-    allow_change: Sequence[str] = (),
-    callbacks: Sequence[Callback] = (),
-    details: bool = False,
-) -> Steps:
+def run_steps(config: RunConfig, console: Console, **options: Any) -> Steps:
     """Train as configured; yield each step's result, return the summary. Leaving the loop early saves a checkpoint.
 
     Args:
         config: the resolved configuration.
         console: prints the progress.
-        resume, restart, allow_change: see `Start`.
-        callbacks: called at the moments that `Callback` names.
-        details: add the values of each example and token to the results.
+        **options: resume, restart, allow_change, callbacks and details of `Start`.
 
     Raises:
         LowlevelError: a subclass with the exit code.
@@ -66,22 +55,22 @@ def run_steps(
         one_error(folder, interrupts),
     ):
         console = console if ranks.first else Console(quiet=True)
-        start = Start(folder, console, resume, restart, allow_change, ranks)
+        start = Start(folder, console, ranks, **options)
         if ranks.first:
             start.check_folder()
-        continues = ranks.first and folder.holds_run() and resume
+        continues = ranks.first and folder.holds_run() and start.resume
         prepared = None if continues else start.prepare(config)  # before a folder is made or discarded
         with _held(folder, ranks), one_error(folder, interrupts):
             with ranks.in_turn():
                 if ranks.first:
                     remove_litter(folder.path)
-                if ranks.first and restart:
+                if ranks.first and start.restart:
                     folder.discard()
                 config, inputs = start.merge_base(*(prepared or start.prepare(config)))
                 found = start.checkpoint()
             try:
                 job = build_job(config, inputs, ranks)
-                return (yield from _steps(start, job, found, interrupts, callbacks, details))
+                return (yield from _steps(start, job, found, interrupts))
             except torch.cuda.OutOfMemoryError:
                 raise OutOfMemoryError(_out_of_memory(config)) from None
 
@@ -124,14 +113,7 @@ def run_training(config: RunConfig, console: Console, **options: Any) -> dict[st
     return returned(run_steps(config, console, **options))
 
 
-def _steps(
-    start: Start,
-    job: Job,
-    found: Checkpoint | None,
-    interrupts: Interrupts,
-    callbacks: Sequence[Callback],
-    details: bool,
-) -> Steps:
+def _steps(start: Start, job: Job, found: Checkpoint | None, interrupts: Interrupts) -> Steps:
     folder, config, ranks = start.folder, job.config, job.ranks
     state = start.begin(job, found)
     engine = Engine(job, folder, start.console)
@@ -153,8 +135,8 @@ def _steps(
             engine.online or nullcontext(),
         ):
             pace = Pace(config, job.policy, job.total_steps, state.step, state.seconds)
-            called = [*callbacks, *trackers] if ranks.first else []
-            observer = RunObserver(folder, bar, engine, interrupts, start.note, pace, called)
+            called = [*start.callbacks, *trackers] if ranks.first else []
+            observer = RunObserver(folder, bar, engine, start.note, pace, called)
             if engine.held_out and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **engine.evaluate(0)})
             with interrupts.deferred():
@@ -170,7 +152,7 @@ def _steps(
                     steps_per_epoch=job.order.steps_per_epoch,
                     ranks=ranks,
                     tracer=engine.tracer,
-                    details=details,
+                    details=start.details,
                 )
                 try:
                     yield from steps

@@ -22,11 +22,8 @@ rounding: 1e-6 in fp32, about 1e-2 at most in fp16 with logits of size 10.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from peft import PeftModel
-from transformers import PreTrainedModel
-
+from lowlevel.model.adapters import AnyModel, plain_model
 from lowlevel.model.placement import Placement
 from lowlevel.sampling.cached_model import misfit
 from lowlevel.sampling.completion import Completion, Sampler, Sampling, completion_keys
@@ -37,11 +34,10 @@ __all__ = ["Completion", "FastSampler", "PlainSampler", "Sampler", "Sampling", "
 
 
 def build_sampler(
-    model: PreTrainedModel | PeftModel, placement: Placement, stop_ids: Sequence[int], note: Callable[[str], None]
+    model: AnyModel, placement: Placement, stop_ids: Sequence[int], note: Callable[[str], None]
 ) -> Sampler:
     """The fastest sampler that takes the model; `note` prints a line if that is not the usual one, and why."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    why = misfit(base, placement)
+    why = misfit(plain_model(model), placement)
     if why is None:
         return FastSampler(model, placement, stop_ids, note)
     note(f"sampling by {PLAIN}: {why}")

@@ -10,6 +10,7 @@ import numpy as np
 
 from lowlevel.hashing import key32
 
+Ids = Sequence[Sequence[int]]  # whole numbers by prompt
 # Gets the number of a completion (prompt * samples + sample) and its next tokens; True ends the completion.
 Watch = Callable[[int, Sequence[int]], bool | None]
 
@@ -43,13 +44,7 @@ class Sampler(Protocol):
     """Samples from a model as it is at the time of the call: its weights and active adapters, without dropout."""
 
     def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        samples: int = 1,
-        keys: Sequence[Sequence[int]] | None = None,
-        watch: Watch | None = None,
+        self, prompts: Ids, sampling: Sampling, *, samples: int = 1, keys: Ids | None = None, watch: Watch | None = None
     ) -> list[list[Completion]]:
         """`samples` completions of each prompt, in the order of the prompts.
 

@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lowlevel.heartbeat import working
+from lowlevel.model.adapters import AnyModel, plain_model
 from lowlevel.model.placement import Placement
 from lowlevel.model.suitability import attention_window, short_positions
 from lowlevel.sampling.cached_model import SHARE, CachedModel, Prompts
-from lowlevel.sampling.completion import Completion, Sampling, Watch, completion_keys
+from lowlevel.sampling.completion import Completion, Ids, Sampling, Watch, completion_keys
 from lowlevel.sampling.plain import PLAIN, PlainSampler, without_dropout
 from lowlevel.sampling.steps import COUNT, DONE, ENDED, Steps
 
@@ -44,7 +43,7 @@ class FastSampler:
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: AnyModel,
         placement: Placement,
         stop_ids: Sequence[int],
         note: Callable[[str], None] = print,
@@ -65,7 +64,7 @@ class FastSampler:
             join: copy the weights of linear layers in the placement's dtype (joined.py), instead of reading them as
                 they are, in 4 bits; None: on a GPU with memory for it.
         """
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = plain_model(model)
         limits = (attention_window(base.config), short_positions(base.config))
         self.longest = min((limit for limit in limits if limit), default=None)  # tokens that every layer sees alike
         self.plain, self.note = PlainSampler(model, placement, stop_ids), note
@@ -79,13 +78,7 @@ class FastSampler:
         self._held: list[int | None] = []  # the prompt whose keys and values are in the slot
 
     def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        samples: int = 1,
-        keys: Sequence[Sequence[int]] | None = None,
-        watch: Watch | None = None,
+        self, prompts: Ids, sampling: Sampling, *, samples: int = 1, keys: Ids | None = None, watch: Watch | None = None
     ) -> list[list[Completion]]:
         """See Sampler."""
         keys = keys or completion_keys(sampling.seed, len(prompts), samples)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lowlevel.heartbeat import Work, counted
+from lowlevel.model.adapters import AnyModel, plain_model
 from lowlevel.model.attention_choice import plain_attention
 from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.placement import Placement
-from lowlevel.sampling.completion import Completion, Sampling, Watch, completion_keys
+from lowlevel.sampling.completion import Completion, Ids, Sampling, Watch, completion_keys
 from lowlevel.sampling.draw import draw, token_keys
 
 PLAIN = "Hugging Face's generate, which is slower"
@@ -25,28 +24,15 @@ PLAIN = "Hugging Face's generate, which is slower"
 class PlainSampler:
     """See Sampler. Every token waits for the host, and a batch for its longest completion."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        placement: Placement,
-        stop_ids: Sequence[int],
-        *,
-        batch_size: int = 16,
-    ) -> None:
+    def __init__(self, model: AnyModel, placement: Placement, stop_ids: Sequence[int], *, batch_size: int = 16) -> None:
         """`batch_size` completions are sampled at a time."""
-        self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.base = plain_model(model)
         self.placement = placement
         self.stop_ids = sorted(stop_ids)
         self.batch_size = batch_size
 
     def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        samples: int = 1,
-        keys: Sequence[Sequence[int]] | None = None,
-        watch: Watch | None = None,
+        self, prompts: Ids, sampling: Sampling, *, samples: int = 1, keys: Ids | None = None, watch: Watch | None = None
     ) -> list[list[Completion]]:
         """See Sampler."""
         keys = keys or completion_keys(sampling.seed, len(prompts), samples)
