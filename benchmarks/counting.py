@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from lowlevel.kernels import chunk_rows
-from lowlevel.losses.token_logps import DEFAULT_CHUNK_SIZE
+from lowlevel.losses.token_logps import CHUNK_ROWS
 
 HALF, FULL = 2, 4  # bytes
 QUANT_BLOCK = 64  # weights that share a scale
@@ -241,7 +241,7 @@ def head_backward(shape: ModelShape, work: Work, kind: str) -> list[Op]:
 
 def _head(shape: ModelShape, work: Work, kind: str, traffic: int, kernels: int, *, products: int) -> list[Op]:
     n, d, v = work.scored, shape.hidden, shape.vocabulary
-    rows_at_once = chunk_rows(v, HALF) if kind == "fused" else DEFAULT_CHUNK_SIZE
+    rows_at_once = chunk_rows(v, HALF) if kind == "fused" else CHUNK_ROWS
     chunks = -(-n // rows_at_once)
     rows = n / chunks if chunks else 0
     flops, weight = 2.0 * rows * d * v, HALF * (d * v + 2 * rows * d)

@@ -83,13 +83,9 @@ def loss(
 
 @overload
 def loss(
-    *,
-    name: str = "",
-    mixes_pairs: bool = False,
-    detaches: bool = False,
-    statistics: Sequence[str] = (),
+    *, name: str = "", mixes_pairs: bool = False, detaches: bool = False, statistics: Sequence[str] = (),
     average: str = "tokens",
-) -> Callable[[Function], Function]: ...
+) -> Callable[[Function], Function]: ...  # fmt: skip
 
 
 def loss(

@@ -42,12 +42,10 @@ STATISTICS: Mapping[str, Formula] = MappingProxyType(
     }
 )
 NOT_DIFFERENTIABLE = ("log_square_sum",)
-DEFAULT_CHUNK_SIZE = 1024  # rows: buffers of 125 MiB in fp32 for V = 32,000, and the products still fill a large GPU
+CHUNK_ROWS = 1024  # rows: buffers of 125 MiB in fp32 for V = 32,000, and the products still fill a large GPU
 
 
-def token_logps(
-    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = DEFAULT_CHUNK_SIZE
-) -> Tensor:
+def token_logps(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_ROWS) -> Tensor:
     """`log softmax(hidden @ lm_head_weight.T)[targets]` of each row, in chunks of rows.
 
     Args:
@@ -67,12 +65,7 @@ def token_logps(
 
 
 def token_scores(
-    hidden: Tensor,
-    lm_head_weight: Tensor,
-    targets: Tensor,
-    needs: Sequence[str] = (),
-    *,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, needs: Sequence[str] = (), *, chunk_size: int = CHUNK_ROWS
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`token_logps`, and the statistics that `needs` names (keys of `STATISTICS`), by name.
 
@@ -85,7 +78,7 @@ def token_scores(
 
 
 def token_logps_reference(
-    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = DEFAULT_CHUNK_SIZE
+    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_ROWS
 ) -> Tensor:
     """The same numbers in plain torch on the full (N, V) logits, with the same arguments and errors; for tests.
 
@@ -95,12 +88,7 @@ def token_logps_reference(
 
 
 def token_scores_reference(
-    hidden: Tensor,
-    lm_head_weight: Tensor,
-    targets: Tensor,
-    needs: Sequence[str] = (),
-    *,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, needs: Sequence[str] = (), *, chunk_size: int = CHUNK_ROWS
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The numbers of `token_scores`, likewise."""
     _check(hidden, lm_head_weight, targets, chunk_size)
@@ -143,8 +131,9 @@ class _TokenScores(torch.autograd.Function):
         of_statistics = statistic_gradients(dict(zip(ctx.needs, grads, strict=True)), weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden.shape[0], ctx.chunk_size):
-                parts = of_statistics and (of_statistics[0][rows], of_statistics[1][rows])
-                grad_logits = _grad_logits(hidden[rows], weight, targets[rows], lse[rows], grad_logps[rows], parts)
+                parts = (None, None) if of_statistics is None else (part[rows] for part in of_statistics)
+                logits = _logits(hidden[rows], weight)
+                grad_logits = _grad_logits(logits, targets[rows], lse[rows], grad_logps[rows], *parts)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (grad_logits.to(weight.dtype) @ weight).to(hidden.dtype)
                 if grad_weight is not None:
@@ -165,17 +154,11 @@ def statistic_gradients(grads: Mapping[str, Tensor], vocabulary: int) -> tuple[T
 
 
 def _grad_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    grad_logps: Tensor,
-    of_statistics: tuple[Tensor, Tensor] | None,
+    logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor, of_p: Tensor | None, uniform: Tensor | None
 ) -> Tensor:
-    """`g (onehot(y) - p) + a p + u` of one chunk, (chunk, V) in fp32 or float64, in one buffer."""
+    """`g (onehot(y) - p) + a p + u` of one chunk, (chunk, V) in fp32 or float64, over its logits."""
     grad = grad_logps.to(lse.dtype)  # (chunk,)
-    of_p, uniform = (-grad, None) if of_statistics is None else (of_statistics[0] - grad, of_statistics[1])
-    grad_logits = _logits(hidden, weight).sub_(lse[:, None]).exp_().mul_(of_p[:, None])
+    grad_logits = logits.sub_(lse[:, None]).exp_().mul_((-grad if of_p is None else of_p - grad)[:, None])
     if uniform is not None:
         grad_logits.add_(uniform[:, None])
     return grad_logits.scatter_add_(1, targets[:, None], grad[:, None])

@@ -22,26 +22,23 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "saf
 
 def environment(placement: Placement, ranks: int) -> dict[str, Any]:
     """Versions and machine, for environment.json; no paths, names or variables of the user."""
-    system = f"{platform.system()} {platform.machine()}"
-    device: dict[str, Any] = {"device": "cpu", "threads": torch.get_num_threads(), "precision": placement.precision}
-    if placement.device.type == "cuda":
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        device |= {"device": torch.cuda.get_device_name(), "compute_capability": capability, "cuda": torch.version.cuda}
+    found = versions(placement)
+    cuda, gpu = found.pop("cuda"), found.pop("gpu")
+    device: dict[str, Any] = {"device": gpu or "cpu", "threads": torch.get_num_threads()}
+    device |= {"precision": placement.precision}
+    if gpu:
+        device |= {"compute_capability": ".".join(map(str, torch.cuda.get_device_capability())), "cuda": cuda}
     device |= {"ranks": ranks} if ranks > 1 else {}
-    return {**own_versions(), "system": system, "order_version": ORDER_VERSION, **device}
-
-
-def own_versions() -> dict[str, str]:
-    """Versions of lowlevel, Python and the libraries that compute."""
-    libraries = {name: version(name) for name in LIBRARIES}
-    return {"lowlevel": __version__, "python": platform.python_version(), **libraries}
+    system = f"{platform.system()} {platform.machine()}"
+    return {**found, "system": system, "order_version": ORDER_VERSION, **device}
 
 
 def versions(placement: Placement) -> dict[str, str | None]:
-    """Versions of software and GPU; "cuda" and "gpu" are None on a CPU."""
+    """Versions of lowlevel, Python and the libraries that compute; "cuda" and "gpu" are None on a CPU."""
     on_gpu = placement.device.type == "cuda"
     cuda, gpu = (torch.version.cuda, torch.cuda.get_device_name()) if on_gpu else (None, None)
-    return {**own_versions(), "cuda": cuda, "gpu": gpu}
+    libraries = {name: version(name) for name in LIBRARIES}
+    return {"lowlevel": __version__, "python": platform.python_version(), **libraries, "cuda": cuda, "gpu": gpu}
 
 
 def placement_here(folder: RunFolder, config: RunConfig, dtype: str) -> tuple[Placement, str | None, bool | None]:

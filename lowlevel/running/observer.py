@@ -13,6 +13,7 @@ from typing import Any
 
 from lowlevel.checkpoints.checkpoint import checkpoints
 from lowlevel.config.schema import RunConfig
+from lowlevel.durable import append_line, sync
 from lowlevel.errors import EVAL_LOSS, EVAL_REWARD, ConfigError
 from lowlevel.methods.dpo import reads_reference
 from lowlevel.methods.sampled import DIFFERENCE
@@ -47,7 +48,7 @@ class RunObserver:
         """Append to metrics.jsonl, show, and pass to the callbacks."""
         if not self.engine.job.ranks.first:
             return
-        self.folder.append_metrics(record)
+        append_line(self.folder.metrics, record)
         self.progress_bar.record(record)
         for callback in self.callbacks:
             (callback.on_evaluate if {EVAL_LOSS, EVAL_REWARD} & record.keys() else callback.on_log)(record)
@@ -71,7 +72,8 @@ class RunObserver:
         if not self.engine.job.ranks.first:
             self.engine.write_checkpoint(state)
             return
-        self.folder.sync_metrics()
+        if self.folder.metrics.exists():  # no checkpoint survives a power cut that its log lines do not
+            sync(self.folder.metrics)
         self.engine.write_checkpoint(state)
         self.folder.write_status("running", state.step)
         for callback in self.callbacks:

@@ -36,7 +36,7 @@ import tomli_w
 from lowlevel.checkpoints.checkpoint import checkpoints, newest_good, newest_verified, step_of
 from lowlevel.config.file import config_from_tables, to_tables
 from lowlevel.config.schema import RunConfig
-from lowlevel.durable import append_line, sync, write_json, write_text
+from lowlevel.durable import write_json, write_text
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.model.files import SHOWN, folders_with, read_json_object, read_or_empty
 
@@ -151,15 +151,6 @@ class RunFolder:
                 raise CheckpointError(f"{self.metrics}:{number}: not a record; --resume drops it")
         return [record for _, record in records if record is not None]
 
-    def append_metrics(self, record: dict[str, Any]) -> None:
-        """Append a line: all of it, or nothing if the disk refuses."""
-        append_line(self.metrics, record)
-
-    def sync_metrics(self) -> None:
-        """Flush all lines to disk, so that no checkpoint survives a power cut that its log lines do not."""
-        if self.metrics.exists():
-            sync(self.metrics)
-
     def drop_metrics_after(self, step: int) -> None:
         """Remove the lines of steps that a resumed run repeats, and damaged lines."""
         records = [_record(line) for _, line in self._metrics_lines()]
@@ -180,8 +171,7 @@ class RunFolder:
         """Write the status of a run that an error ended, if the run wrote any file."""
         with suppress(OSError):  # a full disk must not hide the error
             if self.holds_run():
-                found = newest_good(self.path, lambda line: None)
-                good = found[0] if found else None
+                good, _ = newest_good(self.path, lambda line: None) or (None, {})
                 self._write_status(state, step_of(good) if good else 0, good, exit_code, error)
 
     def write_status(self, state: str, step: int, *, exit_code: int | None = None) -> None:

@@ -28,20 +28,17 @@ _CHUNK = 2**22  # entries compared at once: no temporary as large as the gradien
 _LAYER = re.compile(r"\.layers\.(\d+)\..*?(\w+)\.lora_[AB]\.")
 
 
+Part = tuple[PackedBatch, LossSums]  # a micro-batch and its result with details, on the CPU
+
+
 def measure(
-    policy: Policy,
-    method: Method,
-    batches: Sequence[PackedBatch],
-    kept: Sequence[LossSums],
-    scale: float,
-    dropout_key: int,
+    policy: Policy, method: Method, parts: Sequence[Part], scale: float, dropout_key: int
 ) -> dict[str, list[Any]]:
     """The gradient's columns of the steps table, one value each; norms are those before clipping.
 
     Args:
         policy: holds the step's gradient, times `scale`; it is left unchanged.
-        batches: the micro-batches of the step, on the CPU.
-        kept: the result of each, with details, on the CPU.
+        parts: of the step.
         scale: loss scale.
         dropout_key: of the step.
     """
@@ -52,7 +49,7 @@ def measure(
     columns |= {"zero_share": [zero / grad.numel()], "near_fp16_overflow_share": [near / grad.numel()]}
     if isinstance(method, DPO):
         total = grad.clone()
-        chosen = _chosen_term(policy, method, batches, kept, scale, dropout_key)
+        chosen = _chosen_term(policy, method, parts, scale, dropout_key)
         grad.copy_(total)
         rejected = total.sub_(chosen)
         lengths = _norm(chosen), _norm(rejected)
@@ -65,18 +62,11 @@ def measure(
     return columns
 
 
-def _chosen_term(
-    policy: Policy,
-    method: DPO,
-    batches: Sequence[PackedBatch],
-    kept: Sequence[LossSums],
-    scale: float,
-    dropout_key: int,
-) -> Tensor:
+def _chosen_term(policy: Policy, method: DPO, parts: Sequence[Part], scale: float, dropout_key: int) -> Tensor:
     """The chosen term, (n,), times `scale`."""
     policy.flat.grad.zero_()
-    factor = scale / sum(method.count(batch) for batch in batches)
-    for batch, sums in zip(batches, kept, strict=True):
+    factor = scale / sum(method.count(batch) for batch, _ in parts)
+    for batch, sums in parts:
         moved = batch.to(policy.placement.device)
         policy.dropout.set_micro_batch(moved.dropout_keys, dropout_key)
         if method.config.disable_dropout:

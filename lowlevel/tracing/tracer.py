@@ -72,11 +72,11 @@ class Tracer:
         """
         if self.folder is None:
             return
-        step, host = steps_done + 1, _to_host(sums)
+        step, parts = steps_done + 1, list(zip(batches, _to_host(sums), strict=True))
         if step not in self._taken and self._values > FLUSH_VALUES:
             self.flush()
         kind = "pairs" if isinstance(self.method, DPO) else "examples"
-        rows = [self._rows(step, number, *part) for number, part in enumerate(zip(batches, host, strict=True))]
+        rows = [self._rows(step, number, *part) for number, part in enumerate(parts)]
         total = sum(float(np.sum(part["loss"], dtype=np.float64)) for part in rows)
         loss, unit = total / sum(map(self.method.count, batches)), self.method.unit
         size = sum(batch.num_scored if unit == "tokens" else len(batch.data_rows) for batch in batches)
@@ -84,9 +84,9 @@ class Tracer:
         if batches[0].kl is not None:
             line["kl"] = [float(batches[0].kl)]
         if self.with_gradients:
-            line |= measure(self.policy, self.method, batches, host, scale, dropout_key)
+            line |= measure(self.policy, self.method, parts, scale, dropout_key)
         self._taken[step] = {kind: rows, "steps": [line]}
-        self._values += sum(part.numel() for one in host for part in (*one.examples.values(), *one.tokens.values()))
+        self._values += sum(part.numel() for _, one in parts for part in (*one.examples.values(), *one.tokens.values()))
 
     def __enter__(self) -> Tracer:
         return self
