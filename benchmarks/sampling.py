@@ -27,7 +27,8 @@ import torch
 from benchmarks.meter import first_line, machine, synchronize
 from benchmarks.runner import commit, write_table
 from benchmarks.workload import SHAPES, make_model
-from lowlevel.batch.layout import build_batch, sft_segment
+from lowlevel.batch.layout import build_batch
+from lowlevel.batch.segments import sft_segment
 from lowlevel.config.schema import ALL_PROJECTIONS, LoraConfig, ModelConfig
 from lowlevel.model.attention_choice import choose_attention, plain_attention
 from lowlevel.model.base import load_base, load_model_config

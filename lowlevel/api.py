@@ -24,10 +24,10 @@ from lowlevel.config.file import OTHER_NAMES, config_from_tables, load_tables
 from lowlevel.config.given import GivenRows, source_of
 from lowlevel.config.schema import SECTIONS, RunConfig, other_section, sections_of
 from lowlevel.errors import ConfigError, errors_for_python, quoted
+from lowlevel.launching import is_first
 from lowlevel.losses.registry import name_of
 from lowlevel.online import rewards
 from lowlevel.optim.train_state import StepResult
-from lowlevel.ranks import is_first
 from lowlevel.run import Run
 from lowlevel.running.callbacks import Callback
 from lowlevel.running.progress import make_console, quiet_libraries, speaking

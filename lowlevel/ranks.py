@@ -15,14 +15,12 @@ gives all of them to every rank. From there on they are the examples of a step l
 The number of ranks is not a setting of a run: a step has per_device_train_batch_size x gradient_accumulation_steps
 examples with any number. Rank 0 writes the run folder; the others write nothing.
 
-No other file uses torch.distributed.
+Only launching.py also uses torch.distributed.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -254,11 +252,6 @@ def here(tensor: Tensor, *, whole: bool = False) -> Tensor:
     return tensor.full_tensor() if whole else tensor.to_local()
 
 
-def is_first() -> bool:
-    """Whether this process is the first of torchrun's, or alone."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextmanager
 def joined(timeouts: Mapping[str, float]) -> Iterator[Ranks]:
     """The ranks of this run: those of torchrun, each on the GPU of its local number, or one process alone.
@@ -300,37 +293,3 @@ def joined(timeouts: Mapping[str, float]) -> Iterator[Ranks]:
     finally:
         if not (failed and torch.cuda.is_available()):  # NCCL would wait for ranks that are gone; this process ends
             dist.destroy_process_group()
-
-
-def launch(arguments: Sequence[str], gpus: int) -> int:
-    """Run `lowlevel ARGUMENTS` in `gpus` processes under torchrun; the exit code of the first that failed.
-
-    Raises ConfigError if there are GPUs, but fewer.
-    """
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    visible = torch.cuda.device_count()
-    if 0 < visible < gpus:
-        raise ConfigError(f"--gpus {gpus}: {visible} visible here")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
-    config = LaunchConfig(
-        1,
-        1,
-        gpus,
-        run_id=str(os.getpid()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        local_addr="localhost",
-    )
-    logging.disable(logging.ERROR)  # of torchrun: the ranks say what happens
-    try:
-        elastic_launch(config, sys.executable)("-m", "lowlevel", *arguments)
-    except ChildFailedError as error:
-        code = int(error.get_first_failure()[1].exitcode)
-        return code if code > 0 else 1
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    return 0

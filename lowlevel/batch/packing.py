@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeVar
 
-from lowlevel.batch.layout import PackedBatch, Segment, Shape, build_batch
+from lowlevel.batch.layout import PackedBatch, Shape, build_batch
+from lowlevel.batch.segments import Segment
 
 Example = TypeVar("Example")
 

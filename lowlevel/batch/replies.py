@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from lowlevel.batch.layout import Branch, PackedBatch, Segment, build_batch, build_segment
+from lowlevel.batch.layout import PackedBatch, build_batch
 from lowlevel.batch.packing import Layout, micro_batch_rows
+from lowlevel.batch.segments import Branch, Segment, build_segment
 from lowlevel.labels import IGNORED
 
 

@@ -27,7 +27,7 @@ def run(options: Options, overrides: Overrides) -> None:
     if options.allow_change and not options.resume:
         raise ConfigError("--allow-change needs --resume, which compares a run with its checkpoint")
     if options.gpus > 1 and "LOCAL_RANK" not in os.environ:  # which torchrun sets
-        from lowlevel.ranks import launch
+        from lowlevel.launching import launch
 
         with paused():
             raise SystemExit(launch(options.arguments, options.gpus))

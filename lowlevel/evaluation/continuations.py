@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Segment, build_batch, prompt_segment
+from lowlevel.batch.layout import PackedBatch, build_batch
 from lowlevel.batch.packing import pack
+from lowlevel.batch.segments import Segment, prompt_segment
 from lowlevel.heartbeat import working
 from lowlevel.inspection.displacement import head_logits
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention

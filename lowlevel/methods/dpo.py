@@ -14,10 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Segment, pair_rows, pair_segment
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.packing import Layout, lay_out
+from lowlevel.batch.segments import Segment, pair_rows, pair_segment
 from lowlevel.config.offline import DPOConfig
-from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.losses import DPOOutput, LossSums, PairLogps, PreferenceLoss, loss_spec
 from lowlevel.losses.dpo import HYPERPARAMETERS, reward_counts
@@ -193,12 +193,6 @@ def preference_loss(config: DPOConfig) -> PreferenceLoss:
         raise ValueError(f"loss_type {config.loss_type!r}: {keys[0]} is a key of its own: not in loss_kwargs")
     given = {name: getattr(config, name) for name in HYPERPARAMETERS} | dict(config.loss_kwargs)
     return PreferenceLoss.of(config.loss_type, beta=config.beta, label_smoothing=config.label_smoothing, **given)
-
-
-def reads_reference(config: RunConfig) -> bool:
-    """Whether a run compares the policy with a reference."""
-    free = config.method == "dpo" and loss_spec(config.dpo.loss_type).reference_free
-    return config.has_reference and not free
 
 
 def check_loss(config: DPOConfig, columns: Sequence[str] = ()) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import Branch, PackedBatch, Segment, build_segment
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.packing import Layout, lay_out
+from lowlevel.batch.segments import Branch, Segment, build_segment
 from lowlevel.config.offline import RewardConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.labels import IGNORED

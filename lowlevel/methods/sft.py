@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Segment, sft_segment
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.packing import Layout, lay_out
+from lowlevel.batch.segments import Segment, sft_segment
 from lowlevel.config.offline import SFTConfig
 from lowlevel.data.examples import SFTExample
 from lowlevel.losses import LossSums, SupervisedLoss, TokenLogps

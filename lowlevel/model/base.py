@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,19 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from lowlevel.config.schema import ModelConfig
 from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import CheckpointError, ConfigError, one_line, quoted
-from lowlevel.kernels.dequantize import Quantised, dequantize_reference
 from lowlevel.model.attention_choice import register
+from lowlevel.model.base_checks import check_finite, check_loading, check_quantised_layers
 from lowlevel.model.base_folder import NO_ADAPTER, check_is_model, note_of_adapter, refuse_adapter
-from lowlevel.model.files import (
-    SHOWN,
-    check_weight_files,
-    is_finite,
-    read_json_object,
-    refuse_no_weights,
-    refuse_pickles,
-)
-from lowlevel.model.linear import install_dequantising_products, quantised_state, quantised_states
-from lowlevel.model.placement import Placement, dtype_name
+from lowlevel.model.files import check_weight_files, read_json_object, refuse_no_weights, refuse_pickles
+from lowlevel.model.linear import install_dequantising_products, quantised_states
+from lowlevel.model.placement import Placement
 from lowlevel.model.policy import Policy, is_base
 from lowlevel.model.quantisation import StoredQuantisation, check_kinds, check_stored, stored_quantisation, to_precision
 from lowlevel.model.sharding import join_layers, sharded_when_loaded
@@ -39,7 +31,6 @@ from lowlevel.ranks import Ranks, here
 # Logit transforms that are missing in `hidden @ lm_head.T`: Gemma 2, Cohere, Granite.
 OUTPUT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 DTYPES = ("float32", "float16", "bfloat16", "float64")  # in config.json
-NO_HEAD = "; config.json says tie_word_embeddings = false: set true there if the head is the input embedding"
 
 
 def resolve_name(name: str) -> str:
@@ -152,12 +143,12 @@ def load_base(
 
     with sharded_when_loaded(shards, prepare) if shards else nullcontext():
         model, info = _from_pretrained(config, placement, attention, dtype or placement.dtype, stored is not None)
-    _check_loading(config.name, info)
-    _check_quantised_layers(config.name, model, placement.device)
+    check_loading(config.name, info)
+    check_quantised_layers(config.name, model, placement.device)
     if stored:
         check_kinds(model, stored, config.name)
     prepare(model)
-    _check_finite(config.name, model)
+    check_finite(config.name, model)
     _freeze(model)
     # If the LM head is the file's own, transformers 5.23 uses it but keeps "tied", and a merged model whose config.json
     # says so would lose its head in tools that believe it.
@@ -255,61 +246,3 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
             state = states[name].as_dict(packed=True)
             tensors.update({f"{plain}.{key}": value for key, value in state.items()})
     return tensors
-
-
-def _check_loading(name: str, info: dict) -> None:
-    kinds = {"missing_keys": "missing", "unexpected_keys": "left over", "mismatched_keys": "of another shape"}
-    for key, what in kinds.items():
-        names = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get(key) or ())
-        if names:
-            hint = NO_HEAD if what == "missing" and names == ["lm_head.weight"] else ""
-            raise CheckpointError(f"base {name!r}: {len(names)} tensors {what}: {', '.join(names[:5])}{hint}")
-
-
-@cache
-def _reads_ragged_rows() -> bool:
-    """Whether bitsandbytes dequantises rows that end inside a block correctly; 0.50 does not on CPUs with AVX-512."""
-    values = torch.arange(1.0, 4 * 96 + 1).view(4, 96)
-    packed, state = bnb.functional.quantize_4bit(values, quant_type="nf4", blocksize=64)
-    expected = dequantize_reference(Quantised.of(packed, state), torch.float32)
-    return torch.equal(bnb.functional.dequantize_4bit(packed, state), expected)
-
-
-def _check_quantised_layers(name: str, model: nn.Module, device: torch.device) -> None:
-    """Check shapes, which transformers 5.23 does not do for weights that it quantises, and `_reads_ragged_rows`."""
-    for module_name, module in model.named_modules():
-        if not isinstance(module, bnb.nn.Linear4bit):
-            continue
-        if quantised_state(module) is None:  # pre-quantised folder
-            hint = "correct llm_int8_skip_modules there"
-            raise CheckpointError(f"base {name!r}: config.json says that {module_name} is quantised; it is not: {hint}")
-        state = quantised_state(module)
-        found, expected = tuple(state.shape), (module.out_features, module.in_features)
-        if found != expected:
-            shapes = f"{module_name}.weight {found}, not {expected}"
-            raise CheckpointError(f"base {name!r}: 1 tensors of another shape: {shapes}")
-        if device.type == "cpu" and module.in_features % state.blocksize and not _reads_ragged_rows():
-            raise ConfigError(
-                f"model.load_in_4bit: {module_name} has {module.in_features} inputs, not a multiple of "
-                f"{state.blocksize}, which bitsandbytes reads wrongly on this CPU; set load_in_4bit = false"
-            )
-
-
-def _check_finite(name: str, model: PreTrainedModel) -> None:
-    """Refuse weights that overflow in the dtype (1e5 of an fp32 file is infinite in fp16) or were not finite before."""
-    states = quantised_states(model)
-    values = ((name, _float_values(here(p), states.get(name))) for name, p in model.named_parameters())
-    bad = sorted(name for name, value in values if not is_finite(value))
-    if bad:
-        what = f"{len(bad)} tensors are not finite in {dtype_name(model.dtype)}"
-        raise CheckpointError(f"base {name!r}: {what}: {', '.join(bad[:SHOWN])}")
-
-
-def _float_values(parameter: Tensor, state: Any) -> Tensor:
-    """A parameter's values; of a 4-bit weight the largest of each block, in the dtype that it is dequantised to."""
-    if state is None:
-        return parameter
-    largest = state.absmax
-    if state.nested:
-        largest = bnb.functional.dequantize_blockwise(largest, state.state2) + state.offset
-    return largest.to(state.dtype)  # type: ignore[no-any-return]

@@ -30,10 +30,9 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import FIXED, SMALL, workspace_bytes
 from lowlevel.errors import ConfigError
 from lowlevel.kernels import chunk_rows
-from lowlevel.losses import loss_spec
 from lowlevel.model.adapters import read_adapter_config
 from lowlevel.model.base import empty_model
-from lowlevel.model.moving_reference import Following
+from lowlevel.model.moving_reference import Following, reads_reference
 from lowlevel.model.placement import DTYPES, Placement
 from lowlevel.model.quantisation import stored_quantisation
 from lowlevel.model.targets import head_size, matched, size_of, unsupported
@@ -102,10 +101,6 @@ class Forecast:
     def peak(self) -> int:
         """torch.cuda.max_memory_allocated: the static part plus the largest phase."""
         return sum(self.static.values()) + max(self.phases.values())
-
-    def needed(self, with_state: bool) -> int:
-        """The peak, and with the optimizer state."""
-        return self.peak + self.paged * with_state
 
 
 def adapter_sizes(
@@ -199,22 +194,21 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
     chunk = 0 if config.method == "reward" else chunk_rows(shape.vocabulary, size) * shape.vocabulary * size
     copies = of_head = 0
     layers = quantised // 2 + (shape.linear - quantised) * size
+    static = {
+        "base weights": layers // shape.shards,
+        "quantisation constants": constants,
+        "embeddings, LM head, norms": other * size,
+        "adapters": (shape.trained * (1 + (Following.of(config) is not None)) + shape.frozen) * 4,
+    }
     if config.full:  # 16-bit copies, and the gradient of one weight in 16 and 32 bits
         kept_copies = max(shape.layers - plan.recomputed, 1) * shape.linear // shape.layers * size
         copies = kept_copies + head * size + shape.largest * (size + 4)
         of_head = (shape.layers - plan.recomputed) * shape.linear // shape.layers * size + head * (2 * size + 8)
+        reference = shape.trained * size if reads_reference(config) else 0
+        static = {"master weights": shape.trained * 4, "reference weights": reference}
     return Forecast(
         static={
-            **(
-                {"master weights": shape.trained * 4, "reference weights": _reference(shape, config) * size}
-                if config.full
-                else {
-                    "base weights": layers // shape.shards,
-                    "quantisation constants": constants,
-                    "embeddings, LM head, norms": other * size,
-                    "adapters": (shape.trained * (1 + (Following.of(config) is not None)) + shape.frozen) * 4,
-                }
-            ),
+            **static,
             "gradient": shape.trained * 4,
             **({"gathered layers": GATHERED * layers // shape.layers} if shape.shards > 1 else {}),
             "cuBLAS workspaces": WORKSPACES * workspace_bytes(FIXED[0] if config.train.deterministic else SMALL),
@@ -226,12 +220,6 @@ def forecast(shape: ModelShape, config: RunConfig, plan: Plan, placement: Placem
         paged=shape.trained * (8 if config.train.optim != "paged_adamw_8bit" else 2),
         host=plan.positions * inputs * size if config.train.offload_activations else 0,
     )
-
-
-def _reference(shape: ModelShape, config: RunConfig) -> int:
-    """Values in the frozen copy that full fine-tuning compares with."""
-    free = config.method == "dpo" and loss_spec(config.dpo.loss_type).reference_free
-    return shape.trained if config.has_reference and not free else 0
 
 
 def _quantised(shape: ModelShape, config: RunConfig, plan: Plan) -> int:
@@ -252,9 +240,8 @@ def cost(shape: ModelShape, config: RunConfig, plan: Plan) -> float:
     """Time of an optimizer step, in units of one position's products in one pass; for ranking plans."""
     step = step_positions(config)
     share = plan.recomputed / shape.layers
-    forward = {"dpo": 1, "kto": 3}.get(config.method, 0)  # passes of the reference, and of mismatched completions
-    if config.method == "dpo" and loss_spec(config.dpo.loss_type).reference_free:
-        forward = 0
+    others = {"dpo": 1, "kto": 3}.get(config.method, 0)  # passes of the reference, and of mismatched completions
+    forward = others if reads_reference(config) else 0
     passes = 3 + share + forward
     repeated = DEQUANTISE_POSITIONS * _quantised(shape, config, plan) / shape.linear
     micro_batches = -(-step // plan.positions)
@@ -276,13 +263,14 @@ def plans(shape: ModelShape, config: RunConfig) -> list[Plan]:
 
 def best_plan(shape: ModelShape, config: RunConfig, placement: Placement, budget: int) -> Plan:
     """The fastest plan whose forecast fits `budget` bytes. Raises ConfigError if even the smallest does not."""
-    needed = {p: forecast(shape, config, p, placement).needed(config.full) for p in plans(shape, config)}
+    found = {p: forecast(shape, config, p, placement) for p in plans(shape, config)}
+    needed = {p: one.peak + one.paged * config.full for p, one in found.items()}
     fitting = [p for p in needed if needed[p] <= budget]
     if not fitting:
         hint = "lower data.max_length or lora.r"
         hint += "" if shape.shards > 1 or config.sampled else ", or share the base among GPUs (--gpus 2)"
         if config.full:
-            state = forecast(shape, config, next(iter(needed)), placement).paged + 8 * shape.trained
+            state = next(iter(found.values())).paged + 8 * shape.trained
             hint = (
                 f"{state / 2**30:.2f} GiB of it are fp32 weights, gradient and optimizer state of {shape.trained:,} "
                 'trained weights; set train.finetuning_type = "lora"'
@@ -292,7 +280,7 @@ def best_plan(shape: ModelShape, config: RunConfig, placement: Placement, budget
             f"train.memory_budget: {budget / 2**30:.2f} GiB is too little: the smallest plan needs "
             f"{min(needed.values()) / 2**30:.2f} GiB; {hint}"
         )
-    return min(fitting, key=lambda p: (cost(shape, config, p), forecast(shape, config, p, placement).peak))
+    return min(fitting, key=lambda p: (cost(shape, config, p), found[p].peak))
 
 
 def planned(config: RunConfig, plan: Plan) -> RunConfig:

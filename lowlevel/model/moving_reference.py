@@ -16,8 +16,15 @@ import torch
 from torch import Tensor
 
 from lowlevel.config.schema import RunConfig
+from lowlevel.losses import loss_spec
 
 DEFAULT_ALPHA = 0.6  # as in the paper's soft update, and in TRL
+
+
+def reads_reference(config: RunConfig) -> bool:
+    """Whether a run compares the policy with a reference."""
+    free = config.method == "dpo" and loss_spec(config.dpo.loss_type).reference_free
+    return config.has_reference and not free
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lowlevel.batch.layout import build_batch, pair_segment, sft_segment
+from lowlevel.batch.layout import build_batch
+from lowlevel.batch.segments import pair_segment, sft_segment
 from lowlevel.errors import ConfigError, LowlevelError, one_line
 from lowlevel.model.attention_choice import plain_attention
 from lowlevel.model.policy import Policy

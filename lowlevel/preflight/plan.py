@@ -33,7 +33,8 @@ from lowlevel.model.memory import (
 )
 from lowlevel.model.placement import Placement
 from lowlevel.running.adapter_sources import find_adapter
-from lowlevel.running.assembly import with_shards, with_stored
+from lowlevel.running.assembly import with_stored
+from lowlevel.running.gpu_memory import with_shards
 from lowlevel.running.plots import plot_memory
 from lowlevel.table import table_of
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lowlevel.batch.order import ORDER_VERSION, DataOrder
-from lowlevel.config.contradictions import DORA, parse_size
+from lowlevel.config.contradictions import DORA
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import ModelLimits, PreparedData, prepare
 from lowlevel.data.rendering import ChatTokenizer
@@ -20,15 +20,14 @@ from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import working
 from lowlevel.methods.choice import check_loss, run_loss
-from lowlevel.methods.dpo import reads_reference
 from lowlevel.model.adapters import adapter_sha256, is_reward_model, read_adapter_config
 from lowlevel.model.attention_choice import Attention, check_sdpa, choose_attention
 from lowlevel.model.base import empty_model, load_base, load_model_config, load_stored, public_name, resolve_name
 from lowlevel.model.build import build_full_policy, build_policy, check_target_modules, check_trainable
 from lowlevel.model.files import read_or_empty, refuse_no_weights
-from lowlevel.model.memory import ModelShape, adapter_sizes, best_plan, forecast, model_shape, planned, plans
+from lowlevel.model.memory import adapter_sizes, model_shape
 from lowlevel.model.merging import merged_model
-from lowlevel.model.moving_reference import Following
+from lowlevel.model.moving_reference import Following, reads_reference
 from lowlevel.model.offload import TIED, move_embeddings_to_host
 from lowlevel.model.placement import Placement, choose_placement, dtype_name
 from lowlevel.model.policy import Policy
@@ -39,6 +38,7 @@ from lowlevel.model.targets import size_of
 from lowlevel.online import rewards
 from lowlevel.ranks import ALONE, Ranks
 from lowlevel.running.adapter_sources import check_frozen_under, find_adapter
+from lowlevel.running.gpu_memory import usable_memory, with_plan, with_shards
 from lowlevel.running.result_files import save_tokenizer
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.running.trackers import check_trackers
@@ -119,7 +119,7 @@ def check_run(config: RunConfig, ranks: Ranks = ALONE) -> tuple[RunConfig, Input
         shape = model_shape(load_model_config(config.model), *sizes)
         shape = with_shards(shape, config, inputs.placement, ranks.size, usable_memory(config))
         inputs = replace(inputs, shards=ranks if shape.shards > 1 else None)
-        config = with_plan(config, inputs, shape)
+        config = with_plan(config, inputs.placement, inputs.attention, shape)
     choose_execution(config, inputs)
     return config, inputs
 
@@ -179,51 +179,6 @@ def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tu
 def read_merged_adapter(folder: RunFolder) -> str | None:
     """SHA-256 of the adapter in the merged base of a run folder; None if it cannot be read."""
     return read_or_empty(folder.base_record).get("merged_adapter")
-
-
-def usable_memory(config: RunConfig) -> int:
-    """Bytes that a run may use of each GPU, the same on every rank; 0: there is none."""
-    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    least = min(gpus) * torch.cuda.get_per_process_memory_fraction() - 2**30 if gpus else 0  # driver, NCCL
-    return parse_size(config.train.memory_budget or "") or int(least)
-
-
-def with_shards(shape: ModelShape, config: RunConfig, placement: Placement, gpus: int, memory: int) -> ModelShape:
-    """The shape as `gpus` GPUs hold it: sharded if train.shard_base says so, or if `memory` bytes are too few for one.
-
-    Raises ConfigError: sharded, but with a setting that needs the whole base, or passes of one GPU alone.
-    """
-    needed = min(forecast(shape, config, plan, placement).peak for plan in plans(shape, config))
-    asked = config.train.shard_base
-    if gpus == 1 or not (needed > memory > 0 if asked is None else asked):
-        return shape
-    impossible = {
-        'train.finetuning_type = "full"': config.full,
-        config.method: config.sampled,
-        'train.execution = "graphed"': config.train.execution == "graphed",
-        "train.dequantize_once": config.train.dequantize_once,
-        "lora.use_dora": shape.scaled > 0,
-        'lora.init_lora_weights = "loftq"': config.lora.init_lora_weights == "loftq",
-        "dpo.reference_cache": config.dpo.reference_cache,
-        "trace.gradients": config.trace.gradients,
-    }
-    if wrong := next((setting for setting, is_set in impossible.items() if is_set), None):
-        why = "train.shard_base" if asked else f"one needs {needed / 2**30:.2f} GiB, and has {memory / 2**30:.2f}"
-        what = f"{wrong} does not work while {gpus} GPUs share the base ({why})"
-        raise ConfigError(f"{what}: leave it out, or set train.shard_base = false")
-    return replace(shape, shards=gpus)
-
-
-def with_plan(config: RunConfig, inputs: Inputs, shape: ModelShape) -> RunConfig:
-    """train.memory_budget, if any, replaced by the settings of the fastest plan that fits. Raises ConfigError: none."""
-    budget = parse_size(config.train.memory_budget or "")
-    if budget is None:
-        return config
-    if inputs.placement.device.type != "cuda":
-        raise ConfigError("train.memory_budget is for a GPU, and none is visible")
-    if inputs.attention.kernel is None:
-        raise ConfigError(f"train.memory_budget needs attention over spans: {inputs.attention.reason}")
-    return planned(config, best_plan(shape, config, inputs.placement, budget))
 
 
 def build_run_policy(config: RunConfig, inputs: Inputs) -> Policy:

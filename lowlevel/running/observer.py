@@ -15,8 +15,8 @@ from lowlevel.checkpoints.checkpoint import checkpoints
 from lowlevel.config.schema import RunConfig
 from lowlevel.durable import append_line, sync
 from lowlevel.errors import EVAL_LOSS, EVAL_REWARD, ConfigError
-from lowlevel.methods.dpo import reads_reference
 from lowlevel.methods.sampled import DIFFERENCE
+from lowlevel.model.moving_reference import reads_reference
 from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.callbacks import Callback
 from lowlevel.running.job import Engine

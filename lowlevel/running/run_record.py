@@ -19,12 +19,12 @@ from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.report import not_learned, template_lines, truncated
 from lowlevel.durable import replaced_folder, write_json
-from lowlevel.methods.dpo import reads_reference
 from lowlevel.methods.kto import balance
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.base import base_location, describe_base, notes_of_base
 from lowlevel.model.dequantised import describe, quantised_weights
 from lowlevel.model.merging import write_stacked_adapter
+from lowlevel.model.moving_reference import reads_reference
 from lowlevel.model.placement import dtype_name
 from lowlevel.model.policy import TRAINED, Policy
 from lowlevel.optim.train_state import TrainState

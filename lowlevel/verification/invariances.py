@@ -11,8 +11,9 @@ from itertools import count
 import numpy as np
 from torch import Tensor
 
-from lowlevel.batch.layout import PackedBatch, Segment, build_batch, pair_rows, sft_segment
+from lowlevel.batch.layout import PackedBatch, build_batch
 from lowlevel.batch.replies import replies, segment
+from lowlevel.batch.segments import Segment, pair_rows, sft_segment
 from lowlevel.labels import IGNORED
 from lowlevel.methods import KTO, Method
 from lowlevel.methods.reward import reward_segments

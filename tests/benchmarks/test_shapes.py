@@ -7,7 +7,8 @@ import numpy as np
 from benchmarks.cases import Case
 from benchmarks.shapes import batches_of, count
 from benchmarks.workload import case_config
-from lowlevel.batch.layout import build_batch, sft_segment
+from lowlevel.batch.layout import build_batch
+from lowlevel.batch.segments import sft_segment
 from lowlevel.running.assembly import prepare_data
 
 

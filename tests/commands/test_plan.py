@@ -18,7 +18,8 @@ from lowlevel.model.memory import Plan, adapter_sizes, forecast, model_shape
 from lowlevel.model.placement import Placement
 from lowlevel.preflight.plan import show_memory, show_plan
 from lowlevel.running.adapter_sources import find_adapter
-from lowlevel.running.assembly import check_inputs, with_shards
+from lowlevel.running.assembly import check_inputs
+from lowlevel.running.gpu_memory import with_shards
 
 FP16 = Placement(torch.device("cuda"), "fp16")
 PAIRS = DataConfig(format="preference")

@@ -4,7 +4,8 @@ import helpers
 import pytest
 import torch
 
-from lowlevel.batch.layout import Shape, build_batch, prompt_segment
+from lowlevel.batch.layout import Shape, build_batch
+from lowlevel.batch.segments import prompt_segment
 from lowlevel.config.offline import KTOConfig
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.execution import Eager, WithFallback

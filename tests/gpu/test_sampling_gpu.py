@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lowlevel.batch.layout import build_batch, sft_segment
+from lowlevel.batch.layout import build_batch
+from lowlevel.batch.segments import sft_segment
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.kernels.decoding import attend_reference, decode_attention
 from lowlevel.model.attention_choice import Attention

@@ -5,7 +5,8 @@ import pytest
 import torch
 from helpers import VOCABULARY, make_policy, save_random_adapter
 
-from lowlevel.batch.layout import build_batch, sft_segment
+from lowlevel.batch.layout import build_batch
+from lowlevel.batch.segments import sft_segment
 from lowlevel.hashing import key32
 from lowlevel.model.attention_choice import NAMES
 from lowlevel.sampling import PlainSampler, Sampling, completion_keys

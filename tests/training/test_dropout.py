@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from lowlevel.batch.layout import build_batch, pair_segment, sft_segment
+from lowlevel.batch.layout import build_batch
+from lowlevel.batch.segments import pair_segment, sft_segment
 from lowlevel.hashing import feature_keys, key32, mix32, mix32_array
 from lowlevel.loop import evaluate_examples
 from lowlevel.model.dropout import CounterDropout, DropoutState, drop

@@ -13,7 +13,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from lowlevel import execution
-from lowlevel.batch.layout import Shape, attention_mask, build_batch, pair_rows, pair_segment, sft_segment
+from lowlevel.batch.layout import Shape, attention_mask, build_batch
+from lowlevel.batch.segments import pair_rows, pair_segment, sft_segment
 from lowlevel.config.data import DataConfig
 from lowlevel.config.file import config_from_tables
 from lowlevel.config.offline import DPOConfig, KTOConfig, RewardConfig, SFTConfig

@@ -9,7 +9,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowlevel.batch.layout import build_batch, pair_segment, sft_segment
+from lowlevel.batch.layout import build_batch
+from lowlevel.batch.segments import pair_segment, sft_segment
 from lowlevel.config.schema import LoraConfig
 from lowlevel.errors import ConfigError
 from lowlevel.model.adapters import read_adapter_config, save_adapter, write_adapter

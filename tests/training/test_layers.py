@@ -20,6 +20,7 @@ LAYERS = (
         "running/endings",
         "watch",
         "ranks",
+        "launching",
     ),  # a base may lie on several GPUs
     ("methods/", "execution", "reference_cache", "batch/replies", "online/rollouts", "sampling/"),
     ("loop", "tracing/", "running/rehearsal", "running/forensics", "running/failure"),
@@ -44,6 +45,7 @@ TRITON_FILES = (
     "kernels/host_rows",
     "kernels/decoding",
     "ranks",
+    "launching",
 )  # files that may import triton or torch.distributed
 FILES = sorted(ROOT.rglob("*.py"))
 

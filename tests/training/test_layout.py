@@ -8,16 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lowlevel.batch.layout import (
-    PADDING,
-    Shape,
-    attention_mask,
-    build_batch,
-    pair_rows,
-    pair_segment,
-    sft_segment,
-)
+from lowlevel.batch.layout import PADDING, Shape, attention_mask, build_batch
 from lowlevel.batch.packing import pack
+from lowlevel.batch.segments import pair_rows, pair_segment, sft_segment
 from lowlevel.labels import IGNORED
 from lowlevel.losses import token_logps
 

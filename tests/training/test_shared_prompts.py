@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_execution import mask_from_spans
 
-from lowlevel.batch.layout import Shape, attention_mask, build_batch, prompt_segment, sft_segment
+from lowlevel.batch.layout import Shape, attention_mask, build_batch
+from lowlevel.batch.segments import prompt_segment, sft_segment
 from lowlevel.kernels.attention import list_keys
 
 SIZES = ((5, (4, 2, 7, 1)), (3, (6,)), (1, (2, 3, 2)), (9, (1, 5, 3, 4, 2)))  # of prompts and their completions
