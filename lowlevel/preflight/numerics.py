@@ -5,7 +5,6 @@ built-in base on built-in rows, in eager mode and in this machine's default mode
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,20 +62,10 @@ def _four_bit(rows: int, columns: int, placement: Placement) -> tuple[float, boo
     """
     values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     values = values.to(placement.device, placement.dtype)
-    packed, state = bnb.functional.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
+    packed, state = _in_nf4(values)
     found = bnb.functional.dequantize_4bit(packed, state)
     twin = dequantize_reference(Quantised.of(packed, state), placement.dtype)
     return relative(found, values), relative(found, twin) <= ROUNDED[placement.precision]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One of the package's kernels. Both functions take a placement."""
-
-    name: str
-    usable: Callable[[Placement], bool]
-    apart: Callable[[Placement], float]  # relative difference to its torch twin on small inputs
-    bound: dict[str, float]  # by precision
 
 
 def triton_kernels() -> Finding:
@@ -89,74 +78,58 @@ def triton_kernels() -> Finding:
 
 def compare_kernels(placement: Placement) -> Finding:
     """Whether each kernel is usable, and gives the numbers of its twin."""
+    device, dtype = placement.device, placement.dtype
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        usable = {kernel.name: kernel.usable(placement) for kernel in KERNELS}
-    twins = [name for name, fine in usable.items() if not fine]
-    apart = {kernel.name: kernel.apart(placement) for kernel in KERNELS if usable[kernel.name]}
-    bounds = {kernel.name: kernel.bound[placement.precision] for kernel in KERNELS}
+        softmax, weights = vocabulary.usable(device, dtype, WORDS), dequantize.usable(device, dtype)
+    usable = dict(zip(KERNELS, (softmax, softmax, weights, weights), strict=True))  # the last has no trial of its own
+    apart = {name: one for name, one in _apart(placement).items() if usable[name]}
+    bounds = {name: bound[placement.precision] for name, bound in KERNELS.items()}
     wrong = [f"{name} is off by {one:.1e} (bound {bounds[name]:g})" for name, one in apart.items()
              if not one <= bounds[name]]  # fmt: skip
     if wrong:
         return fail("; ".join(wrong), "these numbers would be wrong: uninstall triton, and runs use torch instead")
-    if twins:
+    if twins := [name for name, fine in usable.items() if not fine]:
         reason = str(caught[0].message) if caught else "Triton was refused before"
         return note(f"torch twins for {', '.join(twins)}: {reason}", SLOWER)
     return ok("as their torch twins: " + ", ".join(f"{name} ({one:.0e} apart)" for name, one in apart.items()))
 
 
-def _vocabulary_usable(placement: Placement) -> bool:
-    return vocabulary.usable(placement.device, placement.dtype, WORDS)
+def _apart(placement: Placement) -> dict[str, float]:
+    """Relative difference of each kernel's numbers to those of its twin, on small inputs."""
+    device, dtype, generator = placement.device, placement.dtype, torch.Generator().manual_seed(0)
+    logits = (torch.randn(3, WORDS, generator=generator) * 5).to(device, dtype)
+    targets = torch.tensor([0, WORDS - 1, 7], device=device)  # at both ends and in between
+    lse, logit = vocabulary.logsumexp_and_target_reference(logits, targets)
+    found = zip(vocabulary.logsumexp_and_target(logits, targets), (lse, logit), strict=True)
+    upstream = torch.tensor([1024.0, -3.0, 1.0], device=device)
+    gradient = vocabulary.grad_logits_(logits.clone(), targets, lse, upstream)
+    twin = vocabulary.grad_logits_reference_(logits.clone(), targets, lse, upstream)
+    weight = Quantised.of(*_in_nf4(torch.randn(64, 256, generator=generator).to(device, dtype)))
+    table, index = torch.randn(100, 200, generator=generator).to(dtype), torch.tensor([[0, 99, 7], [7, 50, 1]])
+    table, index = table.pin_memory() if device.type == "cuda" else table, index.to(device)
+    return {
+        "log-sum-exp": max(relative(one, other) for one, other in found),
+        "softmax gradient": relative(gradient, twin),
+        "4-bit weights": relative(dequantize.dequantize(weight, dtype), dequantize_reference(weight, dtype)),
+        "rows on the host": relative(host_rows(table, index), host_rows_reference(table, index)),
+    }
 
 
-def _logits(placement: Placement) -> tuple[Tensor, Tensor]:
-    """Logits (3, WORDS) of standard deviation 5, and targets at both ends and in between."""
-    logits = torch.randn(3, WORDS, generator=torch.Generator().manual_seed(0)) * 5
-    return logits.to(placement.device, placement.dtype), torch.tensor([0, WORDS - 1, 7], device=placement.device)
-
-
-def _log_sum_exp_apart(placement: Placement) -> float:
-    logits, targets = _logits(placement)
-    pairs = zip(vocabulary.logsumexp_and_target(logits, targets),
-                vocabulary.logsumexp_and_target_reference(logits, targets), strict=True)  # fmt: skip
-    return max(relative(found, twin) for found, twin in pairs)
-
-
-def _gradient_apart(placement: Placement) -> float:
-    logits, targets = _logits(placement)
-    lse, _ = vocabulary.logsumexp_and_target_reference(logits, targets)
-    upstream = torch.tensor([1024.0, -3.0, 1.0], device=placement.device)
-    found = vocabulary.grad_logits_(logits.clone(), targets, lse, upstream)
-    return relative(found, vocabulary.grad_logits_reference_(logits.clone(), targets, lse, upstream))
-
-
-def _dequantize_usable(placement: Placement) -> bool:
-    return dequantize.usable(placement.device, placement.dtype)
-
-
-def _dequantize_apart(placement: Placement) -> float:
-    values = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).to(placement.device, placement.dtype)
+def _in_nf4(values: Tensor) -> tuple[Tensor, Any]:
     packed, state = bnb.functional.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
-    weight = Quantised.of(packed, state)
-    return relative(dequantize.dequantize(weight, placement.dtype), dequantize_reference(weight, placement.dtype))
-
-
-def _host_rows_apart(placement: Placement) -> float:
-    table = torch.randn(100, 200, generator=torch.Generator().manual_seed(0)).to(placement.dtype)
-    table = table.pin_memory() if placement.device.type == "cuda" else table
-    index = torch.tensor([[0, 99, 7], [7, 50, 1]], device=placement.device)
-    return relative(host_rows(table, index), host_rows_reference(table, index))
+    return packed, state
 
 
 EXACT = {"fp16": 0.0, "bf16": 0.0, "fp32": 0.0}
 SINGLE = {"fp16": 1e-5, "bf16": 1e-5, "fp32": 1e-5}  # fp32 sums of the same logits
 ROUNDED = {"fp16": 1e-3, "bf16": 4e-3, "fp32": 1e-5}  # rounded once to the logits' dtype
-KERNELS = (
-    Kernel("log-sum-exp", _vocabulary_usable, _log_sum_exp_apart, SINGLE),
-    Kernel("softmax gradient", _vocabulary_usable, _gradient_apart, ROUNDED),
-    Kernel("4-bit weights", _dequantize_usable, _dequantize_apart, ROUNDED),
-    Kernel("rows on the host", _dequantize_usable, _host_rows_apart, EXACT),  # has no trial of its own
-)
+KERNELS = {  # and the bound of their difference
+    "log-sum-exp": SINGLE,
+    "softmax gradient": ROUNDED,
+    "4-bit weights": ROUNDED,
+    "rows on the host": EXACT,
+}
 
 
 def optimizer() -> Finding:

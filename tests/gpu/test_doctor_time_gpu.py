@@ -27,7 +27,7 @@ def test_doctor_finds_nothing_that_would_fail(tmp_path):
 def test_the_parts_that_a_cpu_only_stands_in_for():
     for check in (device.device, device.compiler, numerics.four_bit, numerics.triton_kernels, numerics.optimizer):
         assert check().verdict != "FAIL", check()
-    assert all(kernel.name in numerics.triton_kernels().found for kernel in numerics.KERNELS)
+    assert all(name in numerics.triton_kernels().found for name in numerics.KERNELS)
     assert "paged memory" in numerics.optimizer().found
 
 

@@ -93,7 +93,7 @@ def test_on_a_cpu_there_are_twins():
 def test_kernels_that_equal_their_twins(monkeypatch, precision):
     launched(monkeypatch)
     answer = numerics.compare_kernels(Placement(torch.device("cpu"), precision))
-    assert answer.verdict == "ok" and all(kernel.name in answer.found for kernel in numerics.KERNELS)
+    assert answer.verdict == "ok" and all(name in answer.found for name in numerics.KERNELS)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
