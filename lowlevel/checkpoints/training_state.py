@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
 
 from lowlevel.checkpoints.checkpoint import checkpoints, save_checkpoint
 from lowlevel.config.schema import RunConfig
@@ -33,12 +34,7 @@ from lowlevel.optim.train_state import TrainState
 
 
 def save_state(
-    run_dir: Path,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    config: RunConfig,
-    origin: Mapping[str, Any],
+    run_dir: Path, policy: Policy, optimizer: Optimizer, state: TrainState, config: RunConfig, origin: Mapping[str, Any]
 ) -> None:
     """Write a checkpoint of everything that training changes, with `origin` in its manifest. Raises CheckpointError."""
     smallest, largest = torch.aminmax(policy.flat.weights)  # unlike isfinite() without a buffer; propagates NaN
@@ -57,9 +53,7 @@ def save_state(
     save_checkpoint(run_dir, state.step, write_files, payload, keep=config.train.save_total_limit)
 
 
-def restore_state(
-    policy: Policy, optimizer: torch.optim.Optimizer, path: Path, payload: Mapping[str, Any]
-) -> TrainState:
+def restore_state(policy: Policy, optimizer: Optimizer, path: Path, payload: Mapping[str, Any]) -> TrainState:
     """Load weights and optimizer state from a verified checkpoint, and return its counters. Raises CheckpointError."""
     if (policy.moving is not None) != (path / REFERENCE_WEIGHTS).exists():
         has = "no moving reference" if policy.moving else "a moving reference"

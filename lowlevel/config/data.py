@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from lowlevel.config.given import Source
-from lowlevel.config.section import Finite, Length, Names, OptionalLocation, Positive, Section, Seed
+from lowlevel.config.section import Above, Length, Names, OptionalLocation, Positive, Section, Seed
 
 
 def _iso_date(text: str) -> str:
@@ -38,7 +38,7 @@ class DataSource(Section):
 
     source: Source
     split: str = "train"
-    weight: Annotated[Finite, Field(gt=0)] | None = None
+    weight: Above | None = None
     format: Format | None = None  # default: data.format
     filters: tuple[Filter, ...] = Field((), strict=False)  # of this source alone, after data.filters
 

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from lowlevel.config.section import Finite, NotNegative, Number, OptionalLocation, Positive, Section
+from lowlevel.config.section import Above, Finite, NotNegative, Number, OptionalLocation, Positive, Section
 
 
 class SFTConfig(Section):
@@ -21,7 +21,7 @@ class SFTConfig(Section):
     label_smoothing: Annotated[Finite, Field(gt=0, lt=1)] | None = Field(
         None, description="smoothed_cross_entropy only: share of the target spread over the vocabulary (default 0.1)"
     )
-    z_loss_weight: Annotated[Finite, Field(ge=0)] = Field(0.0, description="adds z_loss_weight * logsumexp(logits)^2")
+    z_loss_weight: NotNegative = Field(0.0, description="adds z_loss_weight * logsumexp(logits)^2")
 
 
 class DPOConfig(Section):
@@ -31,9 +31,9 @@ class DPOConfig(Section):
         "sigmoid", description='see `lowlevel losses`; a sum ("0.8*sigmoid + 0.2*nll"); your own by "module:function"'
     )
     loss_kwargs: dict[str, Number] = Field({}, description="hyper-parameters of your own loss")
-    beta: Annotated[Finite, Field(gt=0)] = Field(0.1, description="KL temperature: reward = beta * log-ratio; simpo: 2")
+    beta: Above = Field(0.1, description="KL temperature: reward = beta * log-ratio; simpo: 2")
     label_smoothing: Annotated[Finite, Field(ge=0, lt=0.5)] = Field(0.0, description="assumed share of flipped labels")
-    discopop_tau: Annotated[Finite, Field(gt=0)] | None = Field(None, description="discopop: temperature (0.05)")
+    discopop_tau: Above | None = Field(None, description="discopop: temperature (0.05)")
     dpop_lambda: NotNegative | None = Field(None, description="dpop: penalty weight (50)")
     rpo_alpha: NotNegative | None = Field(None, description="rpo: NLL weight (1)")
     f_alpha: NotNegative | None = Field(None, description="f_alpha: the divergence's alpha, below 1 (0.5)")
@@ -57,16 +57,16 @@ class DPOConfig(Section):
 class KTOConfig(Section):
     """KTO (arXiv 2402.01306): completions with a label, desirable or not."""
 
-    beta: Annotated[Finite, Field(gt=0)] = Field(0.1, description="KL temperature: reward = beta * log-ratio")
-    desirable_weight: Annotated[Finite, Field(ge=0)] = Field(1.0, description="weight of desirable completions")
-    undesirable_weight: Annotated[Finite, Field(ge=0)] = Field(1.0, description="weight of undesirable completions")
+    beta: Above = Field(0.1, description="KL temperature: reward = beta * log-ratio")
+    desirable_weight: NotNegative = Field(1.0, description="weight of desirable completions")
+    undesirable_weight: NotNegative = Field(1.0, description="weight of undesirable completions")
     disable_dropout: bool = Field(True, description="policy pass without dropout")
 
 
 class RewardConfig(Section):
     """A reward model: a scalar head, trained on pairs (Bradley-Terry, arXiv 2203.02155)."""
 
-    center_rewards_coefficient: Annotated[Finite, Field(ge=0)] = Field(
+    center_rewards_coefficient: NotNegative = Field(
         0.0, description="weight of (r+ + r-)^2, which keeps rewards around 0 (arXiv 2312.09244); 0.01 is common"
     )
     disable_dropout: bool = Field(True, description="training pass without dropout, as in TRL")

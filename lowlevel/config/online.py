@@ -10,10 +10,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lowlevel.config.section import Finite, Names, NotNegative, Number, Numbers, Positive, Section
+from lowlevel.config.section import Above, Finite, Names, NotNegative, Number, Numbers, Positive, Section
 
 Share = Annotated[Finite, Field(ge=0, le=1)]
-Above = Annotated[Finite, Field(gt=0)]
 OWN_LOSS = 'your own by name or as "module:function"'
 
 

@@ -15,11 +15,13 @@ from lowlevel.config.data import DataConfig
 from lowlevel.config.offline import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from lowlevel.config.online import GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig, SampledConfig
 from lowlevel.config.section import (
+    Above,
     Batch,
     Finite,
     Location,
     Names,
     Natural,
+    NotNegative,
     OptionalLocation,
     Positive,
     Section,
@@ -83,7 +85,7 @@ class LoraConfig(Section):
     )
     use_rslora: bool = Field(False, description="rsLoRA (arXiv 2312.03732): update scale is lora_alpha / sqrt(r)")
     use_dora: bool = Field(False, description="DoRA (arXiv 2402.09353): learn the length of each weight row apart")
-    loraplus_lr_ratio: Annotated[Finite, Field(gt=0)] | None = Field(
+    loraplus_lr_ratio: Above | None = Field(
         None, description="LoRA+ (arXiv 2402.12354): learning rate of B in units of train.learning_rate, A's; say 16"
     )
     init_lora_weights: Literal["default", "loftq"] = Field(
@@ -108,10 +110,10 @@ class TrainConfig(Section):
     warmup_ratio: Annotated[Finite, Field(ge=0, le=1)] = Field(0.0, description="share of the steps that warm up")
     warmup_steps: Natural = Field(0, description="steps that warm up; overrides warmup_ratio")
     max_steps: Positive | None = Field(None, description="optimizer steps; overrides num_train_epochs")
-    num_train_epochs: Annotated[Finite, Field(gt=0)] = Field(1.0, description="passes over the training rows")
+    num_train_epochs: Above = Field(1.0, description="passes over the training rows")
     optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field("paged_adamw_32bit", description="AdamW")
-    weight_decay: Annotated[Finite, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
-    max_grad_norm: Annotated[Finite, Field(gt=0)] = Field(1.0, description="clip the gradient to this l2 norm")
+    weight_decay: NotNegative = Field(0.0, description="decoupled weight decay")
+    max_grad_norm: Above = Field(1.0, description="clip the gradient to this l2 norm")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field("auto", description="auto: fp16 on CUDA, fp32 on a CPU")
     gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
     execution: Literal["auto", "eager", "compiled", "graphed"] = Field(

@@ -20,6 +20,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = int | Annotated[float, Field(allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Above = Annotated[Finite, Field(gt=0)]
 
 
 def as_list(value: Any) -> Any:

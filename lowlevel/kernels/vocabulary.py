@@ -68,14 +68,7 @@ def logsumexp_and_target_reference(logits: Tensor, targets: Tensor, needs: Seque
     return lse, target_logit.where(valid, torch.nan), *(STATISTICS[name](logits, lse) for name in needs)
 
 
-def grad_logits_(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    grad_logps: Tensor,
-    of_p: Tensor | None = None,
-    uniform: Tensor | None = None,
-) -> Tensor:
+def grad_logits_(logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor, *of_statistics: Tensor) -> Tensor:
     """Overwrite logits z with `grad_logps (onehot(targets) - p) + of_p p + uniform`, p = exp(z - lse).
 
     Args:
@@ -83,28 +76,24 @@ def grad_logits_(
         targets: (C,) int64. One outside [0, V) makes its whole row NaN.
         lse: (C,) fp32, from `logsumexp_and_target` on the same logits.
         grad_logps: (C,) fp32, including the loss scale.
-        of_p, uniform: (C,) fp32 likewise, from `statistic_gradients`; both None if there are no statistics.
+        *of_statistics: of_p and uniform, (C,) fp32 likewise, from `statistic_gradients`; none without statistics.
 
     Returns:
         `logits` itself, rounded once from fp32 (float64 for float64 logits); inf beyond its range. No host sync.
     """
     run = _launch_grad_logits_ if _kernels_take(logits) else grad_logits_reference_
-    return run(logits, targets, lse, grad_logps, of_p, uniform)
+    return run(logits, targets, lse, grad_logps, *of_statistics)
 
 
 def grad_logits_reference_(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    grad_logps: Tensor,
-    of_p: Tensor | None = None,
-    uniform: Tensor | None = None,
+    logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor, *of_statistics: Tensor
 ) -> Tensor:
     """The same numbers in plain torch, also in place, on any device and layout."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     valid = _inside(targets, logits.shape[1])
     p = (logits.to(dtype) - lse[:, None]).exp_()
-    others = None if of_p is None or uniform is None else p * of_p.to(dtype)[:, None] + uniform.to(dtype)[:, None]
+    columns = [part.to(dtype)[:, None] for part in of_statistics]
+    others = p * columns[0] + columns[1] if columns else None
     grad_logits = p.neg_()
     grad_logits.scatter_add_(1, targets.where(valid, 0)[:, None], torch.ones_like(lse, dtype=dtype)[:, None])
     grad_logits.mul_(grad_logps.to(dtype).where(valid, torch.nan)[:, None])
@@ -212,16 +201,11 @@ def _launch_logsumexp(logits: Tensor, targets: Tensor, needs: Sequence[str] = ()
 
 
 def _launch_grad_logits_(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    grad_logps: Tensor,
-    of_p: Tensor | None = None,
-    uniform: Tensor | None = None,
+    logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor, *of_statistics: Tensor
 ) -> Tensor:
     rows, vocabulary = logits.shape
-    floats = (v if v is None else v.to(torch.float32).contiguous() for v in (lse, grad_logps, of_p, uniform))
-    vectors = (targets.contiguous(), *floats)
+    floats = [v.to(torch.float32).contiguous() for v in (lse, grad_logps, *of_statistics)]
+    vectors = (targets.contiguous(), *floats, *([] if of_statistics else [None, None]))
     with torch.cuda.device_of(logits):
         kernels().grad_logits[(rows, -(-vocabulary // BLOCK))](logits, *vectors, vocabulary, **LAUNCH)
     return logits

@@ -40,6 +40,7 @@ AOT = "cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))"
 F_ALPHA = "-ls(beta (g(a) - g(b))), g(r) = (exp((alpha-1) r) - 1) / (alpha-1)"
 LD_DPO = "-ls(x), tokens after min(n+, n-) times alpha"
 WPO, SQUARES = "-sg(w+ w-) ls(x), w = exp(mean_t (l_t - log sum_v p_v^2))", ("log_square_sum",)
+SIMPO, CPO = "-ls(beta (p+/n+ - p-/n-) - gamma)", "-ls(beta (p+ - p-)) - alpha p+/n+"
 ORPO = "-p+/n+ - lambda ls(o(p+/n+) - o(p-/n-)), o(p) = p - log(1 - exp(p))"
 _SPECS = (
     spec_of(preference.sigmoid, "-ls(x)", "arXiv 2305.18290 eq 7"),
@@ -66,22 +67,9 @@ _SPECS = (
     spec_of(modifiers.ld_dpo, LD_DPO, "arXiv 2409.06411", needs_tokens=True),
     spec_of(modifiers.wpo, WPO, "arXiv 2406.11827 eq 2", needs_lengths=True, detaches=True, statistics=SQUARES),
     spec_of(modifiers.odpo, "-ls(x - alpha m)", "arXiv 2402.10571", needs_margin=True),
-    spec_of(
-        reference_free.simpo,
-        "-ls(beta (p+/n+ - p-/n-) - gamma)",
-        "arXiv 2405.14734",
-        reference_free=True,
-        needs_lengths=True,
-        averages=True,
-    ),
+    spec_of(reference_free.simpo, SIMPO, "arXiv 2405.14734", reference_free=True, needs_lengths=True, averages=True),
     spec_of(reference_free.orpo, ORPO, "arXiv 2403.07691", reference_free=True, needs_lengths=True, averages=True),
-    spec_of(
-        reference_free.cpo,
-        "-ls(beta (p+ - p-)) - alpha p+/n+",
-        "arXiv 2401.08417",
-        reference_free=True,
-        needs_lengths=True,
-    ),
+    spec_of(reference_free.cpo, CPO, "arXiv 2401.08417", reference_free=True, needs_lengths=True),
     spec_of(reference_free.cpo_sum, "-ls(beta (p+ - p-)) - alpha p+", "arXiv 2401.08417", reference_free=True),
     spec_of(reference_free.nll, "-p+/n+", "maximum likelihood", reference_free=True, needs_lengths=True),
 )
@@ -115,9 +103,8 @@ class Hyperparameter:
 
 HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType(
     {
-        "discopop_tau": Hyperparameter(
-            "tau", 0.05, high=1.0, ends="(]"
-        ),  # above 1 the loss grows exponentially as x falls
+        # above a tau of 1 the loss grows exponentially as x falls
+        "discopop_tau": Hyperparameter("tau", 0.05, high=1.0, ends="(]"),
         "dpop_lambda": Hyperparameter("lambda", 50.0),
         "rpo_alpha": Hyperparameter("alpha", 1.0),
         "f_alpha": Hyperparameter("alpha", 0.5, high=1.0),

@@ -53,14 +53,10 @@ def dft(tokens: TokenLogps) -> Tensor:
     return -tokens.token_logps.detach().exp() * tokens.token_logps
 
 
+SMOOTHED = "-(1-eps) log pi(y_t | y_<t) - eps mean_v log p_v"
 _SPECS = (
     spec_of(cross_entropy, "-log pi(y_t | y_<t)", "maximum likelihood"),
-    spec_of(
-        smoothed_cross_entropy,
-        "-(1-eps) log pi(y_t | y_<t) - eps mean_v log p_v",
-        "arXiv 1512.00567",
-        statistics=("mean_logp",),
-    ),
+    spec_of(smoothed_cross_entropy, SMOOTHED, "arXiv 1512.00567", statistics=("mean_logp",)),
     spec_of(dft, "-sg(pi(y_t | y_<t)) log pi(y_t | y_<t)", "arXiv 2508.05629", detaches=True),
 )
 SFT_LOSSES: Mapping[str, LossSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})

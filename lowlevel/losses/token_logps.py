@@ -128,10 +128,10 @@ class _TokenScores(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if needs_weight else None
-        of_statistics = statistic_gradients(dict(zip(ctx.needs, grads, strict=True)), weight.shape[0])
+        of_statistics = statistic_gradients(dict(zip(ctx.needs, grads, strict=True)), weight.shape[0]) or ()
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden.shape[0], ctx.chunk_size):
-                parts = (None, None) if of_statistics is None else (part[rows] for part in of_statistics)
+                parts = (part[rows] for part in of_statistics)
                 logits = _logits(hidden[rows], weight)
                 grad_logits = _grad_logits(logits, targets[rows], lse[rows], grad_logps[rows], *parts)
                 if grad_hidden is not None:
@@ -153,14 +153,13 @@ def statistic_gradients(grads: Mapping[str, Tensor], vocabulary: int) -> tuple[T
     return (-mean if lse is None else lse - mean), mean / vocabulary
 
 
-def _grad_logits(
-    logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor, of_p: Tensor | None, uniform: Tensor | None
-) -> Tensor:
+def _grad_logits(logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor, *of_statistics: Tensor) -> Tensor:
     """`g (onehot(y) - p) + a p + u` of one chunk, (chunk, V) in fp32 or float64, over its logits."""
     grad = grad_logps.to(lse.dtype)  # (chunk,)
-    grad_logits = logits.sub_(lse[:, None]).exp_().mul_((-grad if of_p is None else of_p - grad)[:, None])
-    if uniform is not None:
-        grad_logits.add_(uniform[:, None])
+    of_p = of_statistics[0] - grad if of_statistics else -grad
+    grad_logits = logits.sub_(lse[:, None]).exp_().mul_(of_p[:, None])
+    if of_statistics:
+        grad_logits.add_(of_statistics[1][:, None])
     return grad_logits.scatter_add_(1, targets[:, None], grad[:, None])
 
 

@@ -128,8 +128,8 @@ def pair_logps(
     """
     ref_logps = batch.reference_logps if ref_token_logps is None else batch.sequence_sums(ref_token_logps)
     assert ref_logps is not None
-    pairs = _pair_logps(batch, batch.sequence_sums(token_logps), ref_logps, token_logps, ref_token_logps, columns)
-    return replace(pairs, statistics=statistics)
+    sums, tokens = (batch.sequence_sums(token_logps), ref_logps), (token_logps, ref_token_logps)
+    return replace(_pair_logps(batch, sums, tokens, columns), statistics=statistics)
 
 
 def kept_pair_logps(batch: PackedBatch, sums: LossSums, columns: Sequence[str] = ()) -> PairLogps:
@@ -137,23 +137,19 @@ def kept_pair_logps(batch: PackedBatch, sums: LossSums, columns: Sequence[str] =
     kept = {side: torch.cat([sums.examples[f"logps/{side}{end}"] for end in ("chosen", "rejected")])
             for side in ("", "ref_")}  # fmt: skip
     tokens = dict(sums.tokens)
-    logps, ref_logps = tokens.pop("logps"), tokens.pop("ref_logps", None)
-    return replace(_pair_logps(batch, kept[""], kept["ref_"], logps, ref_logps, columns), statistics=tokens)
+    logps = tokens.pop("logps"), tokens.pop("ref_logps", None)
+    return replace(_pair_logps(batch, (kept[""], kept["ref_"]), logps, columns), statistics=tokens)
 
 
 def _pair_logps(
-    batch: PackedBatch,
-    logps: Tensor,
-    ref_logps: Tensor,
-    token_logps: Tensor,
-    ref_token_logps: Tensor | None,
-    columns: Sequence[str],
+    batch: PackedBatch, sums: tuple[Tensor, Tensor], tokens: tuple[Tensor, Tensor | None], columns: Sequence[str]
 ) -> PairLogps:
+    """`sums` and `tokens`: log-probabilities of completions (2 P,) and tokens (N,), by the policy and the reference."""
     # A dummy pair gets -1 instead of its sums of 0, which can make a custom loss infinite (division, logarithm) and its
     # gradient NaN, although the loss is masked.
     real = batch.real.repeat(2)
-    chosen, rejected = torch.where(real, logps, -1.0).chunk(2)
-    ref_chosen, ref_rejected = torch.where(real, ref_logps, -1.0).chunk(2)
+    chosen, rejected = torch.where(real, sums[0], -1.0).chunk(2)
+    ref_chosen, ref_rejected = torch.where(real, sums[1], -1.0).chunk(2)
     # One completion twice: one number twice, so the gradient is 0 and not rounding, which AdamW would make a step of.
     rejected, ref_rejected = (
         torch.where(batch.tied, first, second) for first, second in ((chosen, rejected), (ref_chosen, ref_rejected))
@@ -161,7 +157,7 @@ def _pair_logps(
     chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
     return PairLogps(
         chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths,
-        token_logps, ref_token_logps, batch.sequence_ids, values=batch.values(columns),
+        *tokens, batch.sequence_ids, values=batch.values(columns),
     )  # fmt: skip
 
 
@@ -207,10 +203,8 @@ def check_loss(config: DPOConfig, columns: Sequence[str] = ()) -> None:
     if spec.needs_margin:
         rated_margins(dict.fromkeys(columns, torch.zeros(0)))
     if spec.own:
-        ids, lengths = (
-            torch.tensor([0, 0, 1, 2, 3, 4, 4, 4, 5, 6]),
-            torch.tensor([2, 1, 1, 1, 3, 1]),
-        )  # 3 pairs, a dummy
+        ids = torch.tensor([0, 0, 1, 2, 3, 4, 4, 4, 5, 6])  # 3 pairs, a dummy
+        lengths = torch.tensor([2, 1, 1, 1, 3, 1])
         tokens = torch.linspace(-0.5, -2.0, len(ids)).requires_grad_()
         chosen, rejected = torch.zeros(7).index_add(0, ids, tokens)[:6].chunk(2)
         sums = [chosen, rejected, chosen.detach() - 0.1, rejected.detach() + 0.2]

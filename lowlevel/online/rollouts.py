@@ -13,8 +13,9 @@ A step that is replayed, inspected, or repeated by num_iterations reads them ins
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ class Rollout:
     text: str
     ended: bool
     logps: np.ndarray  # (n,) fp32, by the sampler
-    rewards: Mapping[str, float]  # by function; NaN: it failed
-    reward: float  # weighted sum
+    rewards: Mapping[str, float] = field(default_factory=dict)  # by function; NaN: it failed
+    reward: float = math.nan  # weighted sum
     advantages: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))  # (n,) fp32
     values: Mapping[str, np.ndarray] = field(default_factory=dict)  # (n,) fp32 each: what else the method needs
     counted: bool = True
@@ -62,6 +63,10 @@ class Rollout:
     def labels(self) -> np.ndarray:
         """As those of sft: the completion's tokens."""
         return np.concatenate([np.full(len(self.prompt_ids), IGNORED, np.int32), self.completion_ids])
+
+
+ARRAYS = {"prompt_ids": np.int32, "completion_ids": np.int32, "logps": np.float32, "advantages": np.float32}
+COLUMNS = [part.name for part in fields(Rollout) if part.name not in ("rewards", "values")]
 
 
 def step_examples(config: RunConfig, rollouts: Sequence[Rollout]) -> list[Any]:
@@ -172,35 +177,16 @@ class KeptRollouts:
 
 def _line(step: int, x: Rollout) -> dict[str, Any]:
     """A row of the table."""
-    return {
-        "step": step,
-        "row": x.row,
-        "where": x.where,
-        "group": x.group,
-        "sample": x.sample,
-        "text": x.text,
-        "reward": x.reward,
-        **{f"reward/{name}": value for name, value in x.rewards.items()},
-        "ended": x.ended,
-        "counted": x.counted,
-        "prompt_ids": x.prompt_ids,
-        "completion_ids": x.completion_ids,
-        "logps": x.logps,
-        "advantages": x.advantages,
-        **{f"values/{name}": value for name, value in x.values.items()},
-    }
+    parts = {f"reward/{name}": value for name, value in x.rewards.items()}
+    values = {f"values/{name}": value for name, value in x.values.items()}
+    return {"step": step, **{name: getattr(x, name) for name in COLUMNS}, **parts, **values}
 
 
 def _rollout(line: Mapping[str, Any]) -> Rollout:
-    kinds = {"prompt_ids": np.int32, "completion_ids": np.int32, "logps": np.float32, "advantages": np.float32}
-    arrays: dict[str, Any] = {name: np.asarray(line[name], kind) for name, kind in kinds.items()}
-
     def part(prefix: str) -> dict[str, Any]:
         return {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
 
-    return Rollout(
-        **{name: line[name] for name in ("row", "where", "group", "sample", "text", "ended", "reward", "counted")},
-        **arrays,
-        rewards=part("reward/"),
-        values={name: np.asarray(value, np.float32) for name, value in part("values/").items()},
-    )
+    own: dict[str, Any] = {name: line[name] for name in COLUMNS}
+    own |= {name: np.asarray(line[name], kind) for name, kind in ARRAYS.items()}
+    values = {name: np.asarray(value, np.float32) for name, value in part("values/").items()}
+    return Rollout(**own, rewards=part("reward/"), values=values)

@@ -31,7 +31,7 @@ from lowlevel.online.rewards import Function, Rewards, exact_match
 from lowlevel.online.rollouts import KeptRollouts, Rollout, facts, step_examples
 from lowlevel.ranks import Ranks
 from lowlevel.running.scoring import load_reward_run, rewards_of_replies
-from lowlevel.sampling import Sampler, Sampling, build_sampler
+from lowlevel.sampling import Completion, Sampler, Sampling, build_sampler
 
 SALT = 0x524F4C4C  # of the completions' random numbers
 SHOWN = 3  # failures of reward functions that a step names
@@ -121,24 +121,14 @@ class OnlineSteps:
         ids = [x.prompt_ids.tolist() for x in prompts.values()]
         found = self.sampler.sample(ids, sampling, samples=size, keys=keys)
         return [
-            [
-                Rollout(
-                    row=example.row,
-                    where=example.where,
-                    group=number,
-                    sample=sample,
-                    prompt_ids=example.prompt_ids,
-                    completion_ids=one.ids.astype(np.int32),
-                    text=self._text(one.ids, ended=one.ended),
-                    ended=one.ended,
-                    logps=one.logps,
-                    rewards={},
-                    reward=float("nan"),
-                )
-                for sample, one in enumerate(completions)
-            ]
-            for (number, example), completions in zip(prompts.items(), found, strict=True)
+            [self._rollout(x, number, sample, one) for sample, one in enumerate(completions)]
+            for (number, x), completions in zip(prompts.items(), found, strict=True)
         ]
+
+    def _rollout(self, x: PromptExample, group: int, sample: int, one: Completion) -> Rollout:
+        shown, ids = one.ids[:-1] if one.ended else one.ids, one.ids.astype(np.int32)
+        text = str(self.tokenizer.tokenizer.decode(shown, skip_special_tokens=True))
+        return Rollout(x.row, x.where, group, sample, x.prompt_ids, ids, text, one.ended, one.logps)
 
     def score(self, example: PromptExample, group: Sequence[Rollout]) -> tuple[Group, tuple[str, ...]]:
         """The completions of a prompt with their rewards, and a line for each failure."""
@@ -165,9 +155,6 @@ class OnlineSteps:
         scores["eval_completions/mean_length"] = float(np.mean([len(x.completion_ids) for x in every]))
         scores["eval_completions/clipped_ratio"] = float(np.mean([not x.ended for x in every]))
         return scores
-
-    def _text(self, ids: np.ndarray, *, ended: bool) -> str:
-        return str(self.tokenizer.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
 
     def __enter__(self) -> OnlineSteps:
         return self
