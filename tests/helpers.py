@@ -37,7 +37,6 @@ from lowlevel.model.adapters import save_adapter
 from lowlevel.model.attention_choice import Attention
 from lowlevel.model.base import load_base
 from lowlevel.model.build import build_policy
-from lowlevel.model.moving_reference import Following
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import TRAINED, Policy
 from lowlevel.optim.loss_scale import LossScale
@@ -96,14 +95,20 @@ def write_tiny_base(folder: Path, **settings: object) -> None:
         "tie_word_embeddings": False,
     }
     LlamaForCausalLM(LlamaConfig(**{**usual, **settings})).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = ZEPHYR
+    tokenizer.save_pretrained(folder)
+
+
+def byte_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Three special tokens, all bytes, and `more` texts that are a token."""
     tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True) for token in tokens[:3]])
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=ZEPHYR
-    ).save_pretrained(folder)
+    core.add_tokens([AddedToken(text, special=False, normalized=False) for text in more])
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def write_stored_base(
@@ -174,35 +179,24 @@ def make_policy(
     checkpointing: bool = False,
     randomize: bool = True,
     seed: int = 0,
-    parent: Path | None = None,
     placement: Placement = CPU,
     attention: str = "sdpa",
-    recomputed: int | None = None,
-    offload: bool = False,
     targets: tuple[str, ...] = LoraConfig().target_modules,
-    following: Following | None = None,
-    reward_head: bool = False,
-    value_head: bool = False,
     shards: Ranks | None = None,
+    **options: Any,
 ) -> Policy:
-    """A policy over the tiny base. `randomize` fills B, so that the adapter has an effect and A a gradient."""
-    model = load_base(
-        ModelConfig(name=str(base), load_in_4bit=quantised), placement, attention=attention, shards=shards
-    )
+    """A policy over the tiny base, with `options` of `build_policy`. `randomize` fills B, so that A has a gradient."""
+    named = ModelConfig(name=str(base), load_in_4bit=quantised)
+    model = load_base(named, placement, attention=attention, shards=shards)
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
     policy = build_policy(
         model,
         lora,
         placement,
         seed=seed,
-        parent=parent,
         gradient_checkpointing=checkpointing,
         attention=Attention(attention, "for a test"),
-        recomputed=recomputed,
-        offload=offload,
-        following=following,
-        reward_head=reward_head,
-        value_head=value_head,
+        **options,
     )
     if randomize:
         fill_lora_b(policy, seed)

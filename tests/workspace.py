@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import signal
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import tomli_w
 from safetensors.torch import load_file, save_file
 
 from lowlevel.cli import main
+from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.running.observer import RunObserver
 
 if TYPE_CHECKING:
@@ -132,3 +135,32 @@ def at_step(patch: "pytest.MonkeyPatch", step: int, do) -> None:
             do()
 
     patch.setattr(RunObserver, "progress", progress)
+
+
+def stop_at(patch: "pytest.MonkeyPatch", step: int) -> None:
+    """SIGTERM at the end of a step of the runs to come."""
+    at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def status(folder: Path) -> dict:
+    return json.loads((folder / "run-status.json").read_text())
+
+
+def without(folder: Path, *unlike: str) -> list[dict]:
+    """The metrics of a run but for those that no two runs share."""
+    return [{name: value for name, value in line.items() if name not in unlike} for line in metrics(folder)]
+
+
+def break_letter(base: Path) -> None:
+    """A NaN in the embedding of the letter Q."""
+    letter = load_chat_tokenizer(str(base), None, None).tokenizer.encode("Q", add_special_tokens=False)[0]
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.embed_tokens.weight"][letter, 5] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def let_nan_through(patch: "pytest.MonkeyPatch") -> None:
+    """Bases with a NaN are refused; not these."""
+    for module in ("lowlevel.model.files", "lowlevel.model.base_checks"):
+        patch.setattr(f"{module}.is_finite", lambda tensor: True)
+    patch.setattr("lowlevel.model.build.check_base", lambda policy: None)  # its tokens may hold the letter

@@ -2,14 +2,13 @@
 
 import gc
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from workspace import at_step, make_workspace, metrics, run
+from workspace import make_workspace, metrics, run, stop_at
 
 import lowlevel.optim.loss_scale
 import lowlevel.running.job
@@ -88,7 +87,7 @@ def test_stopped_and_resumed(space, whole, step, monkeypatch):
     method, _, expected = whole
     name = f"stopped-{method}-{step}"
     with monkeypatch.context() as patch:
-        at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, step)
         folder, said = play(space, name, method)
     assert said.code == 143 and f"stopped at step {step}" in said.err
     torch._dynamo.reset()
@@ -119,7 +118,7 @@ def test_a_resumed_runs_state_is_paged(space, optim, monkeypatch):
     sections = {"lora": {"r": 64}, "train": {**TRAIN, **settings}}
     file, seen = space.write(name, "sft", **sections), []
     with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, 2)
         assert run("sft", file).code == 143
     build = lowlevel.running.job.build_optimizer
     monkeypatch.setattr(lowlevel.running.job, "build_optimizer", lambda *a: seen.append(build(*a)) or seen[-1])
@@ -140,7 +139,7 @@ def test_overflows_before_and_after_the_resume(space, step, monkeypatch):
     skipped = [line["skipped_steps"] for line in logged(expected)]
     assert skipped[0] > 3 and skipped[-1] > skipped[0], f"overflows early and late: {skipped}"
     with monkeypatch.context() as patch:
-        at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, step)
         folder, said = play(space, f"overflows-stopped-{step}", "sft")
         assert said.code == 143
     _, said = play(space, f"overflows-stopped-{step}", "sft", "--resume")
@@ -151,7 +150,7 @@ def test_resumed_under_a_memory_budget(space, monkeypatch):
     expected, said = play(space, "budget", "dpo", memory_budget="4GiB")
     assert said.code == 0, said.err
     with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, 2)
         folder, said = play(space, "budget-stopped", "dpo", memory_budget="4GiB")
         assert said.code == 143
     _, said = play(space, "budget-stopped", "dpo", "--resume", memory_budget="4GiB")
@@ -164,7 +163,7 @@ def test_out_of_memory_names_the_setting_and_leaves_the_checkpoint_good(space, w
     method, _, expected = whole
     name = f"oom-{method}"
     with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, 3)
         folder, said = play(space, name, method)
         assert said.code == 143
     gc.collect()

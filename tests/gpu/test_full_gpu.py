@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from small import CUDA, MODES, ragged, small_model
 
 from lowlevel.batch.layout import Shape
 from lowlevel.config.offline import DPOConfig, SFTConfig
@@ -25,29 +23,12 @@ from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-CUDA, SHAPE = torch.device("cuda"), Shape(64, 4, 128, 512)
+SHAPE = Shape(64, 4, 128, 512)
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
-                         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
-def examples(pairs):
-    rng = np.random.default_rng(0)
-
-    def ids(low, high):
-        return rng.integers(3, 1000, rng.integers(low, high))
-
-    keys = ("prompt_ids", "chosen_ids", "rejected_ids")
-    if pairs:
-        return [SimpleNamespace(row=i, **{key: ids(2, 40) for key in keys}) for i in range(8)]
-    return [SimpleNamespace(row=i, input_ids=(x := ids(8, 120)), labels=x, weights=None) for i in range(8)]
+    return small_model(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["sft", "dpo"])
@@ -55,15 +36,14 @@ def test_every_mode_takes_the_same_full_step(model_dir, pairs):
     placement, name = Placement(CUDA, "fp16"), NAMES["efficient"]
     method = DPO(DPOConfig(), 4, 256, True, SHAPE) if pairs else SFT(SFTConfig(), 4, 128, True, SHAPE)
     steps = {}
-    for mode in ("eager", "compiled", "graphed"):
+    for mode in MODES:
         base = load_base(ModelConfig(name=model_dir, load_in_4bit=False), placement, attention=name)
         policy = build_full_policy(base, placement, attention=Attention(name, "for a test"))
         optimizer = build_optimizer(policy.flat.weights, TrainConfig(optim="paged_adamw_8bit", learning_rate=1e-4))
         execution, scale = WithFallback(policy, method, mode, pytest.fail), LossScale.for_precision("fp16")
+        batches = method.micro_batches(ragged(pairs, 40))
         results = [
-            optimizer_step(
-                execution, optimizer, method.micro_batches(examples(pairs)), scale, seed=0, step=step, max_grad_norm=1.0
-            )
+            optimizer_step(execution, optimizer, batches, scale, seed=0, step=step, max_grad_norm=1.0)
             for step in range(4)
         ]
         assert policy.flat.views["model.embed_tokens.weight"].grad.any()

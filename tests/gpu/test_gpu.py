@@ -3,74 +3,35 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from small import CUDA, attention_errors, fill_lora_b, ragged, small_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowlevel.batch.layout import Shape
 from lowlevel.config.offline import DPOConfig, RewardConfig, SFTConfig
-from lowlevel.config.schema import LoraConfig, ModelConfig, TrainConfig
+from lowlevel.config.schema import TrainConfig
 from lowlevel.execution import Eager, ExecutionFailedError, WithFallback, signature_of
 from lowlevel.hashing import key32
-from lowlevel.kernels.attention import list_keys, span_attention
 from lowlevel.loop import optimizer_step
 from lowlevel.losses import token_logps, token_logps_reference
 from lowlevel.losses.registry import loss as custom_loss
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.reward import Reward
 from lowlevel.methods.sft import SFT
-from lowlevel.model.attention_choice import Attention
-from lowlevel.model.base import base_sha256, load_base
-from lowlevel.model.build import build_policy
+from lowlevel.model.base import base_sha256
 from lowlevel.model.flat import flatten
 from lowlevel.model.moving_reference import Following
-from lowlevel.model.placement import Placement
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-CUDA = torch.device("cuda")
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
-                         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
-def examples(pairs: bool):
-    rng = np.random.default_rng(0)
-
-    def ids(low, high):
-        return rng.integers(3, 1000, rng.integers(low, high))
-
-    if pairs:
-        return [
-            SimpleNamespace(row=i, prompt_ids=ids(2, 60), chosen_ids=ids(2, 60), rejected_ids=ids(2, 60))
-            for i in range(8)
-        ]
-    return [
-        SimpleNamespace(
-            row=i, input_ids=(x := ids(8, 120)), labels=np.where(np.arange(len(x)) > 4, x, -100), weights=None
-        )
-        for i in range(8)
-    ]
-
-
-def policy(model_dir, precision, quantised=True, p=0.1, attention="sdpa", **kwargs):
-    placement = Placement(CUDA, precision)
-    base = load_base(ModelConfig(name=model_dir, load_in_4bit=quantised), placement, attention=attention)
-    kwargs["attention"] = Attention(attention, "for a test")
-    return build_policy(base, LoraConfig(r=16, lora_dropout=p), placement, seed=0, **kwargs)
+def policy(model_dir, precision, attention="sdpa", **options):
+    return small_policy(model_dir, precision, attention=attention, **options)
 
 
 def one_step(policy, method, rows, *, precision="fp16", step=0):
@@ -94,8 +55,8 @@ METHODS = {
 def test_fp16_step_equals_fp32_step(model_dir, name):
     method, pairs = METHODS[name]
     own = {"quantised": False, "reward_head": name == "reward"}
-    reference, exact = one_step(policy(model_dir, "fp32", **own), method, examples(pairs), precision="fp32")
-    result, grad = one_step(policy(model_dir, "fp16", **own), method, examples(pairs))
+    reference, exact = one_step(policy(model_dir, "fp32", **own), method, ragged(pairs), precision="fp32")
+    result, grad = one_step(policy(model_dir, "fp16", **own), method, ragged(pairs))
     assert result.metrics["loss"] == pytest.approx(reference.metrics["loss"], rel=2e-3)
     error = (grad - exact).norm() / exact.norm()
     assert error < 5e-3, f"relative error of the fp16 gradient {error:.2e}"
@@ -107,7 +68,7 @@ def test_layout_and_checkpointing_do_not_change_the_step(model_dir, name):
     padded = copy.copy(method)
     object.__setattr__(padded, "packing", False)
     head = {"reward_head": name == "reward"}
-    _, packed_grad = one_step(policy(model_dir, "fp32", **head), method, examples(pairs), precision="fp32")
+    _, packed_grad = one_step(policy(model_dir, "fp32", **head), method, ragged(pairs), precision="fp32")
     for other, kwargs in (
         (padded, {}),
         (method, {"gradient_checkpointing": False}),
@@ -115,7 +76,7 @@ def test_layout_and_checkpointing_do_not_change_the_step(model_dir, name):
         (method, {"attention": "lowlevel_efficient"}),
         (method, {"attention": "lowlevel_math"}),
     ):
-        _, grad = one_step(policy(model_dir, "fp32", **kwargs, **head), other, examples(pairs), precision="fp32")
+        _, grad = one_step(policy(model_dir, "fp32", **kwargs, **head), other, ragged(pairs), precision="fp32")
         assert (grad - packed_grad).norm() / packed_grad.norm() < 1e-4
 
 
@@ -125,7 +86,7 @@ def test_reference_equals_policy_at_step_0_bit_for_bit(model_dir, packing, atten
     method = DPO(DPOConfig(), 2, 256, packing, SHAPE)
     one = policy(model_dir, "fp16", attention=attention)
     before = base_sha256(one.model)
-    result, _ = one_step(one, method, examples(True))
+    result, _ = one_step(one, method, ragged(True))
     assert result.metrics["loss"] == np.float32(np.log(2))
     assert result.metrics["rewards/margins"] == 0.0 and result.metrics["rewards/accuracies"] == 0.5
     assert base_sha256(one.model) == before
@@ -158,7 +119,7 @@ def test_no_bf16_tensor_in_an_fp16_step(model_dir, name):
     method, pairs = METHODS[name]
     one = policy(model_dir, "fp16", reward_head=name == "reward")
     with NoBfloat16():
-        _, grad = one_step(one, method, examples(pairs))
+        _, grad = one_step(one, method, ragged(pairs))
     assert grad.dtype == one.flat.weights.dtype == torch.float32
 
 
@@ -217,24 +178,10 @@ def test_token_logps_fp16_against_the_twin():
 ])  # fmt: skip
 def test_span_attention_kernels_equal_their_twin(kernel, dtype, bound, groups, shape):
     method = DPO(DPOConfig(), 4, 256, True, shape)
-    batch = method.micro_batches(examples(True))[0].to(CUDA)
+    batch = method.micro_batches(ragged(True))[0].to(CUDA)
     longest = max(int(part.diff().max()) for part in (batch.span_queries, batch.span_keys))
     assert longest == batch.longest if shape is PADDED else longest <= batch.longest
-    positions = batch.input_ids.numel()
-    torch.manual_seed(0)
-    shapes = (positions, 2 * groups, 64), (positions, 2, 64), (positions, 2, 64)
-    results = []
-    inputs = [torch.randn(shape, device=CUDA, dtype=dtype) for shape in shapes]
-    direction = torch.randn(shapes[0], device=CUDA, dtype=dtype)
-    for name, kind in ((kernel, dtype), ("math", torch.float64)):
-        query, key, value = (part.to(kind).requires_grad_() for part in inputs)
-        listed = [list_keys(part, batch.key_index, batch.key_uses) for part in (key, value)]
-        output = span_attention(query, *listed, batch.span_queries, batch.span_keys, batch.longest, 0.125, name)
-        results.append([output, *torch.autograd.grad(output, (query, key, value), direction.to(kind))])
-    for found, expected in zip(*results, strict=True):
-        assert torch.isfinite(found).all()
-        error = (found.double() - expected).norm() / expected.norm()
-        assert error < bound, f"{kernel} {dtype}: {error:.2e}"
+    assert max(attention_errors(batch, groups, kernel, dtype)) < bound
 
 
 def steps(one, method, rows, execution, *, scale, count):
@@ -250,10 +197,7 @@ def steps(one, method, rows, execution, *, scale, count):
 
 def modes_agree(one, method, rows, *, scale, bound):
     """Losses and gradients of compiled and graphed steps are within `bound` of the eager ones, relative."""
-    with torch.no_grad():
-        for key, view in one.flat.views.items():
-            if ".lora_B." in key:
-                view.normal_(std=0.02)
+    fill_lora_b(one, 0.02)
     expected = steps(one, method, rows, Eager(one, method), scale=scale, count=4)
     for mode in ("compiled", "graphed"):
         execution = WithFallback(one, method, mode, pytest.fail)
@@ -298,7 +242,7 @@ def shaped(name):
     method, pairs = METHODS[name]
     method = copy.copy(method)
     object.__setattr__(method, "shape", SHAPE)
-    return method, examples(pairs)
+    return method, ragged(pairs)
 
 
 @custom_loss
@@ -312,7 +256,7 @@ def focal_margin(pairs, *, beta, gamma=2.0):
 
 def test_a_custom_loss_is_captured_and_equals_eager(model_dir):
     config = DPOConfig(loss_type="focal_margin", loss_kwargs={"gamma": 1.5}, disable_dropout=False)
-    method, rows = DPO(config, 2, 256, True, SHAPE), examples(pairs=True)
+    method, rows = DPO(config, 2, 256, True, SHAPE), ragged(pairs=True)
     one = policy(model_dir, "fp16", attention="lowlevel_efficient")
     expected = steps(one, method, rows, Eager(one, method), scale=1024.0, count=3)
     execution = WithFallback(one, method, "graphed", pytest.fail)
@@ -326,7 +270,7 @@ def test_a_custom_loss_is_captured_and_equals_eager(model_dir):
 @pytest.mark.parametrize("mode", ["compiled", "graphed"])
 def test_a_moving_reference_is_read_by_captured_graphs_where_it_moves(model_dir, mode):
     """A copy of the policy after each step: every step starts at log 2, also in a graph captured before the moves."""
-    method, rows = DPO(DPOConfig(), 2, 256, True, SHAPE), examples(pairs=True)
+    method, rows = DPO(DPOConfig(), 2, 256, True, SHAPE), ragged(pairs=True)
     one = policy(model_dir, "fp16", attention="lowlevel_efficient", following=Following(1, 1.0))
     optimizer = build_optimizer(one.flat.weights, TrainConfig(learning_rate=1e-3))
     execution = WithFallback(one, method, mode, pytest.fail)
@@ -351,7 +295,7 @@ OF_STATISTICS = {
 
 @pytest.mark.parametrize("name", OF_STATISTICS)
 def test_losses_with_statistics_and_weights_compiled_and_graphed(model_dir, name):
-    method, rows = OF_STATISTICS[name], examples(pairs=name == "wpo")
+    method, rows = OF_STATISTICS[name], ragged(pairs=name == "wpo")
     if name == "weighted":
         for row in rows:
             row.weights = np.linspace(0.1, 3, len(row.labels)).astype(np.float32)

@@ -6,24 +6,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from small import CUDA, fill_lora_b, small_model, small_policy
 from torch.utils.checkpoint import checkpoint
 
 from lowlevel.batch.layout import Shape
 from lowlevel.config.offline import DPOConfig, SFTConfig
-from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.execution import ExecutionFailedError, WithFallback
 from lowlevel.hashing import key32
 from lowlevel.methods.dpo import DPO
 from lowlevel.methods.sft import SFT
-from lowlevel.model.attention_choice import Attention
-from lowlevel.model.base import load_base
-from lowlevel.model.build import build_policy
 from lowlevel.model.offload import HostInputs
-from lowlevel.model.placement import Placement
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-CUDA = torch.device("cuda")
 LAYERS, HIDDEN = 8, 512
 SHAPE = Shape(positions=128, examples=8, longest=1024, capacity=4096)
 METHODS = {
@@ -34,14 +29,8 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=1024, hidden_size=HIDDEN, intermediate_size=1024, num_hidden_layers=LAYERS,
-                         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 1024, "num_hidden_layers": LAYERS}
+    return small_model(tmp_path_factory.mktemp("model"), **sizes)
 
 
 @pytest.fixture(autouse=True)
@@ -52,16 +41,8 @@ def deterministic():
 
 
 def policy(model_dir, *, offload, recomputed=None):
-    placement = Placement(CUDA, "fp16")
-    attention = Attention("lowlevel_efficient", "for a test")
-    base = load_base(ModelConfig(name=model_dir), placement, attention=attention.implementation)
-    lora = LoraConfig(r=16, lora_dropout=0.1)
-    made = build_policy(base, lora, placement, seed=0, attention=attention, recomputed=recomputed, offload=offload)
-    generator = torch.Generator(CUDA).manual_seed(1)
-    with torch.no_grad():
-        for name, view in made.flat.views.items():
-            if ".lora_B." in name:
-                view.normal_(std=0.02, generator=generator)
+    made = small_policy(model_dir, recomputed=recomputed, offload=offload)
+    fill_lora_b(made, 0.02, 1)
     return made
 
 

@@ -3,28 +3,20 @@
 import sys
 from pathlib import Path
 
-import helpers
 import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "online"))
 
 from rollouts_by_hand import groups_of, rollouts
+from small import fill_lora_b, small_policy, steps_in_every_mode
 
 import lowlevel as ll
 from lowlevel.batch.layout import Shape
 from lowlevel.config.online import GRPOConfig, PPOConfig, RLOOConfig
-from lowlevel.config.schema import LoraConfig, ModelConfig
-from lowlevel.execution import Eager, WithFallback
 from lowlevel.methods import GRPO, PPO, RLOO
-from lowlevel.model.attention_choice import Attention
-from lowlevel.model.base import load_base
-from lowlevel.model.build import build_policy
-from lowlevel.model.placement import Placement
-from lowlevel.optim.loss_scale import LossScale
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-CUDA = torch.device("cuda")
 LAYOUT = (2, 128, True, Shape(positions=64, examples=8, longest=128, capacity=256))
 METHODS = {
     "dapo, kl": GRPO(GRPOConfig(beta=0.1), *LAYOUT),
@@ -36,32 +28,15 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_compiled_and_graphed_steps_equal_eager_ones(tmp_path, name):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
-                                 num_attention_heads=8, num_key_value_heads=2)).save_pretrained(tmp_path)  # fmt: skip
-    placement, attention = Placement(CUDA, "fp16"), Attention("lowlevel_efficient", "for a test")
-    base = load_base(ModelConfig(name=str(tmp_path)), placement, attention=attention.implementation)
-    lora, method = LoraConfig(r=16, lora_dropout=0.0), METHODS[name]
-    policy = build_policy(base, lora, placement, seed=0, attention=attention, value_head=method.name == "ppo")
-    with torch.no_grad():
-        for parameter, view in policy.flat.views.items():
-            if ".lora_B." in parameter:
-                view.normal_(std=0.05)
-    examples, found = method.credit(policy, groups_of(rollouts(prompts=6, size=4, longest=24))), []
-    for mode in ("eager", "compiled", "graphed"):
-        execution = Eager(policy, method) if mode == "eager" else WithFallback(policy, method, mode, pytest.fail)
-        for number in range(4):
-            scale = LossScale.for_precision("fp16")
-            result = helpers.step(policy, method, examples, execution=execution, scale=scale, number=number)
-            found.append((mode, number, result.metrics, policy.flat.grad.clone()))
-    for mode, number, metrics, gradient in found[4:]:
-        _, _, expected, wanted = found[number]
+def test_compiled_and_graphed_steps_equal_eager_ones(model_dir, name):
+    method = METHODS[name]
+    policy = small_policy(model_dir, lora={"lora_dropout": 0.0}, value_head=method.name == "ppo")
+    fill_lora_b(policy, 0.05)
+    examples = method.credit(policy, groups_of(rollouts(prompts=6, size=4, longest=24)))
+    for mode, metrics, expected, error in steps_in_every_mode(policy, method, examples):
         assert metrics["loss"] == pytest.approx(expected["loss"], rel=5e-3, abs=2e-3), mode
         assert metrics["ratio"] == pytest.approx(expected["ratio"], rel=1e-2), mode
-        assert wanted.norm() > 0 and (gradient - wanted).norm() / wanted.norm() < 2e-2, mode
+        assert error < 2e-2, mode
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo", "ppo", "online_dpo"])

@@ -7,20 +7,15 @@ import traceback
 import numpy as np
 import pytest
 import torch
+from small import CUDA, fill_lora_b, small_model, small_policy
 
 from lowlevel.batch.layout import build_batch
 from lowlevel.batch.segments import sft_segment
-from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.kernels.decoding import attend_reference, decode_attention
-from lowlevel.model.attention_choice import Attention
-from lowlevel.model.base import load_base
-from lowlevel.model.build import build_policy
-from lowlevel.model.placement import Placement
 from lowlevel.sampling import FastSampler, PlainSampler, Sampling
 from lowlevel.sampling.cached_model import misfit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -44,33 +39,14 @@ def test_decode_attention_equals_its_twin(heads, kv_heads, features, dtype):
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
-                         num_attention_heads=8, num_key_value_heads=2, initializer_range=0.06,
-                         tie_word_embeddings=False)  # fmt: skip
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    return small_model(tmp_path_factory.mktemp("model"), initializer_range=0.06)
 
 
 @pytest.fixture(scope="module", params=["fp16", "fp32"])
 def policy(request, model_dir):
-    placement = Placement(CUDA, request.param)
-    base = load_base(ModelConfig(name=model_dir), placement, attention="lowlevel_efficient")
-    attention = Attention("lowlevel_efficient", "for a test")
-    policy = build_policy(base, LoraConfig(r=16, lora_dropout=0.1), placement, seed=0, attention=attention)
-    fill(policy, 0)
+    policy = small_policy(model_dir, request.param)
+    fill_lora_b(policy, 0.02)
     return policy
-
-
-def fill(policy, seed):
-    generator = torch.Generator(CUDA).manual_seed(seed)
-    with torch.no_grad():
-        for name, view in policy.flat.views.items():
-            if ".lora_B." in name:
-                view.copy_(0.02 * torch.randn(view.shape, generator=generator, device=CUDA))
 
 
 def prompts(number=20):
@@ -96,7 +72,7 @@ def test_log_probabilities_are_the_trainers_after_updates_without_a_new_capture(
     policy.activate(parent=True, trained=stage == "policy")
     captured = []
     for seed in (0, 0, 1, 2):  # the first two capture
-        fill(policy, seed)
+        fill_lora_b(policy, 0.02, seed)
         for prompt, (one,) in zip(prompts(), sampler.sample(prompts(), Sampling(40, 1.0, seed)), strict=True):
             apart = np.abs(one.logps - trained_logps(policy, prompt, one.ids)).max()
             assert apart < bound, f"{apart:.1e}"

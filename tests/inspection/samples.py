@@ -7,8 +7,6 @@ from pathlib import Path
 
 import helpers
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from workspace import CHATS, PAIRS, Workspace, run
 
 from lowlevel.data.examples import PreferenceExample, SFTExample
@@ -68,19 +66,8 @@ def hostile_chats(count: int = 3) -> list[SFTExample]:
     ]
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """The tiny base's bytes, and tokens that a page or a terminal must not obey."""
-    tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True) for token in tokens[:3]])
-    core.add_tokens([AddedToken(text, special=False, normalized=False) for text in HOSTILE])
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
 def hostile_pieces() -> TokenPieces:
-    return TokenPieces(chat_tokenizer(byte_tokenizer(), helpers.ZEPHYR))
+    return TokenPieces(chat_tokenizer(helpers.byte_tokenizer(HOSTILE), helpers.ZEPHYR))
 
 
 def inspection_of_pairs(policy, pieces, examples=None, **config) -> Inspection:

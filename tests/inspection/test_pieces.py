@@ -2,7 +2,7 @@
 
 import helpers
 import pytest
-from samples import FIRST_HOSTILE, HOSTILE, byte_tokenizer
+from samples import FIRST_HOSTILE, HOSTILE
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -44,7 +44,7 @@ def test_added_tokens_are_text_and_ids_beyond_the_tokenizer_are_named(pieces):
 
 
 def test_an_added_token_with_a_line_break_stays_on_its_line():
-    tokenizer = byte_tokenizer()
+    tokenizer = helpers.byte_tokenizer(HOSTILE)
     tokenizer.add_tokens([AddedToken("<x>\n\u202e", special=False, normalized=False)])
     assert TokenPieces(chat_tokenizer(tokenizer, helpers.ZEPHYR)).text(FIRST_HOSTILE + 3) == "<x>⏎<U+202E>"
 

@@ -10,7 +10,7 @@ import torch
 from lowlevel.config.schema import ModelConfig
 from lowlevel.errors import ConfigError
 from lowlevel.kernels.dequantize import Quantised, dequantize, dequantize_reference
-from lowlevel.model import base
+from lowlevel.model import base_checks
 from lowlevel.model.base import load_base
 from lowlevel.model.linear import FrozenLinear4bit, install_dequantising_products
 from lowlevel.model.placement import Placement
@@ -86,7 +86,7 @@ def test_this_cpu_is_asked_whether_it_reads_ragged_rows():
     packed, state = quantised((40, 96), "nf4", True, torch.float32)
     found = bnb.functional.dequantize_4bit(packed, state)
     right = torch.equal(found, dequantize_reference(Quantised.of(packed, state), torch.float32))
-    assert base._reads_ragged_rows() == right
+    assert base_checks._reads_ragged_rows() == right
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -98,10 +98,10 @@ def test_weights_that_bitsandbytes_reads_wrongly_are_refused(tmp_path, monkeypat
     else:
         monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda p, s: dequantize_reference(Quantised.of(p, s),
                                                                                               s.dtype))  # fmt: skip
-    base._reads_ragged_rows.cache_clear()
+    base_checks._reads_ragged_rows.cache_clear()
     try:
         load_base(ModelConfig(name=str(tmp_path / "narrow"), load_in_4bit=False), CPU)
         with pytest.raises(ConfigError, match="q_proj has 96 inputs, not a multiple of 64") if wrong else nullcontext():
             load_base(ModelConfig(name=str(tmp_path / "narrow")), CPU)
     finally:
-        base._reads_ragged_rows.cache_clear()
+        base_checks._reads_ragged_rows.cache_clear()

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from interpreter import HALF, INTERPRETED, MODE, SINGLE, interpreted, logits_and_targets
+from measures import Sizes, kept_for_backward
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowlevel import losses
 from lowlevel.kernels import chunk_rows, token_logps
@@ -152,41 +152,17 @@ def test_fused_is_differentiable_once() -> None:
 
 
 def test_fused_keeps_hidden_weight_targets_and_lse() -> None:
-    kept: list[tuple[int, ...]] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tuple(tensor.shape))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        fused(*make(257, 101, 4), 16)
+    kept = kept_for_backward(lambda: fused(*make(257, 101, 4), 16))
     assert kept == [(257, 4), (101, 4), (257,), (257,)]
-
-
-class _Sizes(TorchDispatchMode):
-    """The largest tensor of each dtype that any operation gave, and how often a value went to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest: dict[torch.dtype, int] = {}
-        self.syncs = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.syncs += func.overloadpacket._qualified_op_name in ("aten::_local_scalar_dense", "aten::nonzero")
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self.largest[tensor.dtype] = max(self.largest.get(tensor.dtype, 0), tensor.numel())
-        return result
 
 
 def test_fused_makes_no_fp32_logits_and_no_host_sync(through_kernels: bool) -> None:
     n, v, d, chunk_size = 65, 101, 1, 16
     inputs = make(n, v, d, HALF)
-    with _Sizes() as sizes:
+    with Sizes() as sizes:
         fused(*inputs, chunk_size).sum().backward()
-    assert sizes.largest[HALF] == chunk_size * v
-    assert sizes.largest[SINGLE] == (n if through_kernels else chunk_size * v)  # N: log-probabilities; twins are plain
+    assert sizes.by_dtype[HALF] == chunk_size * v
+    assert sizes.by_dtype[SINGLE] == (n if through_kernels else chunk_size * v)  # N: log-probabilities; twins are plain
     assert sizes.syncs == 0
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from measures import Sizes
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowlevel.losses import LOSSES, dpo_loss
 
@@ -189,20 +189,12 @@ def test_the_docstring_shows_the_formula_and_the_paper(name: str) -> None:
     assert spec.paper in text
 
 
-class _HostSyncs(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket._qualified_op_name in ("aten::_local_scalar_dense", "aten::nonzero")
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", SUMS)
 def test_no_host_sync(name: str) -> None:
     a, b = (tensor.requires_grad_() for tensor in random_logratios())
-    with _HostSyncs() as syncs:
+    with Sizes() as found:
         losses_at(name, a, b).sum().backward()
-    assert syncs.count == 0
-    with _HostSyncs() as syncs:
+    assert found.syncs == 0
+    with Sizes() as found:
         a.sum().item()
-    assert syncs.count == 1  # the detector does detect
+    assert found.syncs == 1  # the detector does detect

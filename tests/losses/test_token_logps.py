@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from measures import Sizes, kept_for_backward
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowlevel.losses import (
     masked_cross_entropy,
@@ -157,7 +157,7 @@ def test_statistics_in_fp16_against_float64_with_a_loss_scale() -> None:
 
 
 def test_statistics_make_no_full_logits_and_no_host_sync() -> None:
-    with _Sizes() as sizes:
+    with Sizes() as sizes:
         logps, statistics = token_scores(*make(257, 101, 4), tuple(STATISTICS), chunk_size=16)
         (logps.sum() + statistics["lse"].sum() + statistics["mean_logp"].sum()).backward()
     assert sizes.largest == 16 * 101 and sizes.syncs == 0
@@ -233,22 +233,8 @@ def test_autocast_changes_nothing(function: Any) -> None:
         assert all(torch.equal(actual, expected) for actual, expected in zip(grads, plain[1:], strict=True))
 
 
-class _Sizes(TorchDispatchMode):
-    """The largest tensor that any operation gave, and how often a value went to the host."""
-
-    largest = 0
-    syncs = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.syncs += func.overloadpacket._qualified_op_name in ("aten::_local_scalar_dense", "aten::nonzero")
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            self.largest = max(self.largest, tensor.numel() if isinstance(tensor, Tensor) else 0)
-        return result
-
-
-def measure(function: Any, inputs: Inputs, **options: Any) -> _Sizes:
-    with _Sizes() as sizes:
+def measure(function: Any, inputs: Inputs, **options: Any) -> Sizes:
+    with Sizes() as sizes:
         function(*inputs, **options).sum().backward()
     return sizes
 
@@ -264,14 +250,7 @@ def test_no_tensor_of_full_logits_and_no_host_sync() -> None:
 
 def test_only_hidden_weight_targets_and_lse_are_kept() -> None:
     hidden, weight, targets = make(257, 101, 4)
-    kept: list[tuple[int, ...]] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tuple(tensor.shape))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        token_logps(hidden, weight, targets, chunk_size=16)
+    kept = kept_for_backward(lambda: token_logps(hidden, weight, targets, chunk_size=16))
     assert kept == [(257, 4), (101, 4), (257,), (257,)]
 
 

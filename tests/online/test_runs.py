@@ -1,16 +1,14 @@
 """Whole runs of online methods: stopped and resumed, replayed, verified, inspected, and from Python."""
 
-import os
-import signal
-
 import helpers
 import pytest
 from safetensors.torch import load_file
-from workspace import PROMPTS, Workspace, at_step, make_workspace, metrics, run
+from workspace import PROMPTS, Workspace, make_workspace, metrics, run, stop_at, without
 
 import lowlevel as ll
 from lowlevel.online.rollouts import KeptRollouts
 
+SECONDS = ("tokens_per_second", "sampling_seconds", "rewarding_seconds")
 OWN = {
     "reward": ["rollouts_by_hand:evens", "exact_match"],
     "num_generations": 4,
@@ -42,21 +40,16 @@ def whole(space):
     return space.folder / "whole"
 
 
-def numbers(folder):
-    unlike = ("tokens_per_second", "sampling_seconds", "rewarding_seconds")
-    return [{name: value for name, value in line.items() if name not in unlike} for line in metrics(folder)]
-
-
 @pytest.mark.parametrize("step", [2, 3])
 def test_a_run_that_is_stopped_and_resumed_is_the_same_run(space, whole, step):
     """Step 3 samples for steps 3 and 4: the resumed run reads its completions again."""
     path = written(space, f"stopped{step}")
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, step)
         assert run("grpo", path).code == 143
     assert run("grpo", path, "--resume").code == 0
     folder = space.folder / f"stopped{step}"
-    assert numbers(folder) == numbers(whole)
+    assert without(folder, *SECONDS) == without(whole, *SECONDS)
     one, other = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (folder, whole))
     assert all((other[name] == tensor).all() for name, tensor in one.items())
     for number in (1, 3, 5):
@@ -137,7 +130,7 @@ def test_the_other_methods(space, method, own):
     """A resumed run of ppo has its value head again."""
     path = written(space, method, method, {**OWN, "reward": ["rollouts_by_hand:evens"], **own}, train={"max_steps": 4})
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, 2)
         assert run(method, path).code == 143
     said = run(method, path, "--resume")
     assert said.code == 0, said.err

@@ -1,7 +1,6 @@
 """Runs of 14 steps, dropout on, packed, a checkpoint every 5 steps."""
 
 import shutil
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
-from workspace import Workspace, make_workspace, run  # noqa: E402
-
-from lowlevel.running.run import RunObserver  # noqa: E402
+from workspace import Workspace, make_workspace, run, stop_at  # noqa: E402
 
 STEPS = 14  # the third epoch begins with step 13
 
@@ -27,20 +24,6 @@ class Runs:
 
     def copy(self, name: str, to: Path) -> Path:
         return Path(shutil.copytree(self.folder / name, to / name))
-
-
-def stop_after(step: int):
-    """The run is asked to stop once it has taken `step` steps."""
-    original = RunObserver.progress
-
-    def progress(self, state, result):
-        original(self, state, result)
-        if state.step == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(RunObserver, "progress", progress)
-    return patch
 
 
 @pytest.fixture(scope="session")
@@ -65,9 +48,9 @@ def runs(tmp_path_factory) -> Runs:
     make("cached", "dpo", dpo=cache)
     make("thirds", "sft", train={"logging_steps": 3, "max_steps": 12})
     held_out = {"eval_source": "holdout", "eval_limit": 4}
-    patch = stop_after(8)
-    make("stopped", "dpo", train={"eval_steps": 4, "max_steps": 15}, data=held_out)
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 8)
+        make("stopped", "dpo", train={"eval_steps": 4, "max_steps": 15}, data=held_out)
     said = run("dpo", folder / "stopped.toml", "--resume")
     assert said.code == 0, said.err
     return Runs(space, folder)

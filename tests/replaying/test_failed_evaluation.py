@@ -6,11 +6,9 @@ import shutil
 
 import helpers
 import pytest
-from safetensors.torch import load_file, save_file
-from workspace import CHATS, PAIRS, metrics, run
+from workspace import CHATS, PAIRS, break_letter, let_nan_through, metrics, run
 
 import lowlevel.running.job
-from lowlevel.data.tokenizer import load_chat_tokenizer
 
 BAD = 3  # the only held-out row that has the letter whose embedding is damaged
 EARLY = {"save_steps": 1, "logging_steps": 1, "eval_steps": 1, "early_stopping_patience": 2}
@@ -58,10 +56,7 @@ def test_one_in_the_middle_does_not_stop_the_run_as_finished(runs, tmp_path, mon
 def test_the_held_out_row_is_named(runs, tmp_path, monkeypatch, method):
     """Before the first step; a base with a NaN is refused, and let through here."""
     base = shutil.copytree(runs.space.base, tmp_path / "tiny")
-    letter = load_chat_tokenizer(str(base), None, None).tokenizer.encode("Q", add_special_tokens=False)[0]
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.embed_tokens.weight"][letter, 5] = float("nan")
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    break_letter(base)
     rows = json.loads(json.dumps(CHATS if method == "sft" else PAIRS))[:6]
     if method == "sft":
         rows[BAD]["messages"][0]["content"] += " Q"
@@ -70,9 +65,7 @@ def test_the_held_out_row_is_named(runs, tmp_path, monkeypatch, method):
     source = helpers.write_jsonl(tmp_path / "held-out.jsonl", rows)
     path = runs.space.write("run", method, folder=tmp_path, model={"name": str(base)}, train={"eval_steps": 2},
                             data={"eval_source": str(source), "packing": True})  # fmt: skip
-    for module in ("lowlevel.model.files", "lowlevel.model.base"):
-        monkeypatch.setattr(f"{module}.is_finite", lambda tensor: True)
-    monkeypatch.setattr("lowlevel.model.build.check_base", lambda policy: None)
+    let_nan_through(monkeypatch)
     said = run(method, path)
     assert said.code == 5 and said.err.startswith("error: step 0: eval_loss is nan over 6 held-out rows; first not fin")
     assert "output of embed_tokens, whose weights are not finite (forward of the" in said.err

@@ -5,10 +5,9 @@ import shutil
 
 import helpers
 import pytest
-from safetensors.torch import load_file, save_file
-from workspace import CHATS, PAIRS, run
+from safetensors.torch import load_file
+from workspace import CHATS, PAIRS, break_letter, let_nan_through, run
 
-from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.model.policy import Policy
 from lowlevel.running import forensics
 
@@ -23,10 +22,7 @@ def failed(request, runs, tmp_path_factory):
     """
     folder, method = tmp_path_factory.mktemp("failed"), request.param
     base = shutil.copytree(runs.space.base, folder / "tiny")
-    letter = load_chat_tokenizer(str(base), None, None).tokenizer.encode("Q", add_special_tokens=False)[0]
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.embed_tokens.weight"][letter, 5] = float("nan")
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    break_letter(base)
     rows = json.loads(json.dumps(CHATS if method == "sft" else PAIRS))
     if method == "sft":
         rows[BAD]["messages"][0]["content"] += " Q"
@@ -38,9 +34,7 @@ def failed(request, runs, tmp_path_factory):
         train={"save_steps": 1, "logging_steps": 1},
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("lowlevel.model.files", "lowlevel.model.base"):
-            patch.setattr(f"{module}.is_finite", lambda tensor: True)
-        patch.setattr("lowlevel.model.build.check_base", lambda policy: None)  # its tokens may hold the letter
+        let_nan_through(patch)
         yield folder / "run", path, method, run(method, path)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import helpers
 import pytest
-from workspace import Workspace, at_step, make_workspace, metrics, run
+from workspace import Workspace, at_step, make_workspace, metrics, run, status, stop_at
 
 import lowlevel.checkpoints.checkpoint
 import lowlevel.checkpoints.training_state
@@ -37,7 +37,7 @@ def space(tmp_path_factory) -> Workspace:
     assert run("sft", space.write("whole", "sft", train=EVERY, data=HOLDOUT)).code == 0
     path = space.write("stopped", "sft", train=EVERY, data=HOLDOUT)
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, STOP, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, STOP)
         assert run("sft", path).code == 143
     return space
 
@@ -53,10 +53,6 @@ def before(patch: pytest.MonkeyPatch, module, name: str, do, *, times: int = 1) 
         return original(*arguments, **keywords)
 
     patch.setattr(module, name, call)
-
-
-def status(folder: Path) -> dict:
-    return json.loads((folder / "run-status.json").read_text())
 
 
 def litter(folder: Path) -> list[Path]:
@@ -360,7 +356,7 @@ def merged_base_run(space, tmp_path_factory) -> Path:
                        model={"adapter": str(parent), "adapter_mode": "original"})  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, 1)
         assert run("dpo", path).code == 143
     return folder / "run"
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import helpers
 import pytest
 from rich.console import Console
-from workspace import PROMPTS, make_workspace, metrics, run
+from workspace import PROMPTS, make_workspace, metrics, run, without
 
 import lowlevel as ll
 import lowlevel.loop
@@ -47,10 +47,6 @@ def whole(settings, tmp_path_factory):
     return ll.kto(**settings, output_dir=tmp_path_factory.mktemp("whole") / "run")
 
 
-def lines(folder):
-    return [{key: value for key, value in record.items() if key not in TIMES} for record in metrics(folder)]
-
-
 def test_a_resumed_run_is_the_same_run_bit_for_bit(settings, whole, tmp_path):
     folder = tmp_path / "run"
     for step in ll.steps("kto", **settings, output_dir=folder):
@@ -58,7 +54,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(settings, whole, tmp_path):
         if step.number == 3:
             break
     ll.kto(**settings, output_dir=folder, resume=True)
-    assert lines(folder) == lines(whole.path)
+    assert without(folder, *TIMES) == without(whole.path, *TIMES)
     file = "adapter/adapter_model.safetensors"
     assert (folder / file).read_bytes() == (whole.path / file).read_bytes()
 
@@ -81,7 +77,7 @@ def test_the_rows_of_a_pair_meet_in_a_step_if_that_is_asked_for(settings, tmp_pa
 
 
 def test_what_is_logged(whole):
-    first, last = lines(whole.path)[1], lines(whole.path)[-1]
+    first, last = without(whole.path, *TIMES)[1], without(whole.path, *TIMES)[-1]
     half = 0.5 * (first["share/desirable"] + 1.5 * first["share/undesirable"])  # but for dropout
     assert first["loss"] == pytest.approx(half, rel=0.1)
     assert {"eval_loss", "eval_kl", "eval_rewards/margins", "eval_logps/ref_undesirable"} <= last.keys()

@@ -22,12 +22,13 @@ import pytest
 import tomli_w
 from rich.console import Console
 from safetensors.torch import load_file
+from workspace import stop_at
 
 from lowlevel.batch.order import ORDER_VERSION
 from lowlevel.checkpoints.checkpoint import checkpoints, verify
 from lowlevel.config.file import load_config
 from lowlevel.errors import ConfigError, DataError, InterruptedRunError
-from lowlevel.running.run import RunObserver, run_training
+from lowlevel.running.run import run_training
 
 ROWS = 11  # batch 2 x accumulation 1: 6 steps an epoch, the last of one row; 2 x 3: 2 steps, of 6 and of 5 rows
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
@@ -99,15 +100,8 @@ def write_config(folder: Path, case: Case, workspace: dict, **train) -> Path:
 
 def run_and_stop(config: Path, step: int) -> InterruptedRunError:
     """Run until a signal arrives in step `step`."""
-    original = RunObserver.progress
-
-    def progress(self, state, result):
-        original(self, state, result)
-        if state.step == step:
-            signal.raise_signal(signal.SIGTERM)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunObserver, "progress", progress)
+        stop_at(patch, step)
         with pytest.raises(InterruptedRunError) as caught:
             run_training(load_config(config), QUIET)
     return caught.value

@@ -1,16 +1,14 @@
 """What may differ between a checkpoint and the run that goes on from it, and what is said where it may not."""
 
 import json
-import os
 import shutil
-import signal
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import helpers
 import pytest
-from workspace import CHATS, Workspace, at_step, make_workspace, metrics, run
+from workspace import CHATS, Workspace, make_workspace, metrics, run, status, stop_at
 
 from lowlevel.checkpoints.checkpoint import _payload_sha256, checkpoints, verify
 from lowlevel.durable import write_json
@@ -25,7 +23,7 @@ def space(tmp_path_factory) -> Workspace:
     data = {"eval_source": "holdout", "eval_limit": 4}
     path = space.write("stopped", "sft", train={"logging_steps": 1, "save_steps": 1}, data=data)
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, STOP, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, STOP)
         assert run("sft", path).code == 143
     return space
 
@@ -35,10 +33,6 @@ def edit_payload(checkpoint: Path, section: str, **values: object) -> None:
     payload = verify(checkpoint)
     payload[section].update(values)
     write_json(checkpoint / "manifest.json", {"payload": payload, "payload_sha256": _payload_sha256(payload)})
-
-
-def status(folder: Path) -> dict:
-    return json.loads((folder / "run-status.json").read_text())
 
 
 def content(folder: Path) -> dict:
