@@ -84,7 +84,7 @@ def read_probe(path: Path, tokenizer: ChatTokenizer) -> list[Text]:
     def read(row: Row) -> Text:
         values: dict[str, Any] = {"domain": ALL, "text": None, **row.columns}
         if wrong := [name for name in ("text", "domain") if not isinstance(values[name], str)]:
-            raise ValueError(f'column "{wrong[0]}" is missing or not text; found: {", ".join(row)}')
+            raise ValueError(f'column "{wrong[0]}" is missing or not text; found: {", ".join(row.columns)}')
         ids = tokenizer.tokenizer(values["text"], **PLAIN)["input_ids"]
         ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
         if len(ids) < 2:
