@@ -1,12 +1,14 @@
 """Speed of `lowlevel eval` beside lm-eval's own `hf` model at equal memory.
 
     python -m benchmarks.evaluation RUN_DIR --out out/evaluation.csv [--items 200] [--batches 1,4,16,64]
+                                    [--sampler default|first_n]
 
 RUN_DIR is a finished SFT or DPO run; both models get its base (in 4 bits if the run has it so), its adapter and its
-chat template, and the same questions, replies and texts of the demo's world, with five examples in the prompt. Each
-setting runs in a process of its own, after a warm-up. On a GPU, seconds are wall time and the peak is the allocator's;
-on a CPU, which others may use too, they are CPU time, and the peak is the process's resident memory. The last lines
-give, for each task, the fastest `hf` whose peak is not above that of lowlevel.
+chat template, and the same questions, replies and texts of the demo's world, with five examples in the prompt, which
+are the same for all items (first_n, as in MMLU) or drawn for each (default, as in gsm8k). Each setting runs in a
+process of its own, after a warm-up. On a GPU, seconds are wall time and the peak is the allocator's; on a CPU, which
+others may use too, they are CPU time, and the peak is the process's resident memory. The last lines give, for each
+task, the fastest `hf` whose peak is not above that of lowlevel.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ from lowlevel.evaluation.tasks import evaluate_stage, load_tasks
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.running.reopening import LoadedRun, load_run
 
-FIELDS = ("task", "tool", "batch", "seconds", "requests_per_second", "peak_gib", "run", "gpu", "torch", "transformers",
-          "peft", "bitsandbytes", "commit", "started")  # fmt: skip
+FIELDS = ("task", "sampler", "tool", "batch", "seconds", "requests_per_second", "peak_gib", "run", "gpu", "torch",
+          "transformers", "peft", "bitsandbytes", "commit", "started")  # fmt: skip
 OWN, HF = "lowlevel", "lm-eval hf"
 WARMUP = 8  # items
 
@@ -127,7 +129,7 @@ def _resident() -> int:
 def table(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """A row for each task and setting."""
     shared = {**machine(), "commit": commit(), "started": datetime.now(UTC).isoformat(timespec="seconds"),
-              "run": arguments.run_dir.name}  # fmt: skip
+              "run": arguments.run_dir.name, "sampler": arguments.sampler}  # fmt: skip
     settings = [(OWN, size) for size in arguments.positions] + [(HF, size) for size in arguments.batches]
     rows = []
     for tool, batch in settings:
@@ -175,6 +177,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--positions", type=numbers, default=[2048, 8192], help="of a batch of lowlevel's")
     parser.add_argument("--batches", type=numbers, default=[1, 4, 16, 64], help="requests in a batch of hf's")
+    parser.add_argument("--sampler", choices=("default", "first_n"), default="first_n")
     for name, kind in (("measure", str), ("batch", int), ("tasks", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -182,7 +185,7 @@ def main() -> None:
         print(json.dumps(measure(arguments.run_dir, arguments.measure, arguments.batch, arguments.tasks)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_tasks(Path(folder), arguments.items, texts=max(2, arguments.items // 4))
+        write_tasks(Path(folder), arguments.items, texts=max(2, arguments.items // 4), sampler=arguments.sampler)
         rows = table(arguments, Path(folder))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_table(arguments.out, rows, FIELDS)

@@ -14,6 +14,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {folder}/{file}.jsonl, train: {folder}/shots.jsonl}}}}
 test_split: test
 fewshot_split: train
+fewshot_config: {{sampler: {sampler}}}
 doc_to_text: "{{{{question}}}}"
 """
 CHOICES = """
@@ -39,8 +40,14 @@ metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
 TASKS = {"choices": CHOICES, "replies": REPLIES, "texts": TEXTS}
 
 
-def write_tasks(folder: Path, items: int = 24, texts: int = 6, longest: int = 8) -> dict[str, str]:
-    """The task files by name, with `items` questions and `texts` texts of 1 to `longest` documents beside them."""
+def write_tasks(
+    folder: Path, items: int = 24, texts: int = 6, longest: int = 8, sampler: str = "first_n"
+) -> dict[str, str]:
+    """The task files by name, with `items` questions and `texts` texts of 1 to `longest` documents beside them.
+
+    `sampler`: lm-eval's, of few-shot examples: `first_n`, the same for all items as in MMLU, or `default`, drawn for
+    each item as in gsm8k.
+    """
     drawn = [item for item in check_items(2 * (items + SHOTS), seed=1) if not item.system and len(item.wrong) > 1]
     rows = [{"question": item.turns[-1], "choices": [item.answer, *item.wrong[:3]]} for item in drawn[: items + SHOTS]]
     documents = pretraining_text(3, texts * longest)
@@ -54,5 +61,7 @@ def write_tasks(folder: Path, items: int = 24, texts: int = 6, longest: int = 8)
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     for name, text in TASKS.items():
         file = "texts" if name == "texts" else "choices"
-        (folder / f"{name}.yaml").write_text((text + DATA).format(folder=folder, file=file), encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(
+            (text + DATA).format(folder=folder, file=file, sampler=sampler), encoding="utf-8"
+        )
     return {name: str(folder / f"{name}.yaml") for name in TASKS}

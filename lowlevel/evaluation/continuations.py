@@ -1,6 +1,7 @@
 """Log-likelihoods of continuations, such as the choices of a question, on packed rows.
 
-Continuations of one context share its positions, and only the positions that predict a continuation reach the LM head.
+Continuations of one context share its positions, contexts with the same long beginning (few-shot examples) the keys and
+values of that beginning, and only the positions that predict a continuation reach the LM head.
 """
 
 from __future__ import annotations
@@ -8,47 +9,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lowlevel.batch.beginnings import by_beginning
 from lowlevel.batch.layout import PackedBatch, build_batch
 from lowlevel.batch.packing import pack
-from lowlevel.batch.segments import Segment, prompt_segment
+from lowlevel.batch.segments import Segment, prompt_segment, sft_segment
 from lowlevel.heartbeat import working
 from lowlevel.inspection.displacement import head_logits
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
 from lowlevel.model.policy import Policy
+from lowlevel.model.suitability import short_positions
 
 POSITIONS = {"cuda": 8192, "cpu": 1024}  # of a batch; a longer request has its own
-MASKED_POSITIONS = 512  # positions of a row, if attention computes the scores of all of them and masks most
+MASKED_POSITIONS = 2048  # at most, if attention computes the scores of all of them and masks most
 CHUNK_SIZE = 512  # rows of logits; with V = 32,000 a buffer has 62 MiB of fp32
 
 Ids = Sequence[int]
 Request = tuple[Ids, Ids]  # context and continuation, both with at least one token
 
 
-@dataclass(frozen=True)
-class Likelihood:
+class Likelihood(NamedTuple):
     """Log-probability of a continuation in nats, and whether greedy decoding would write it."""
 
     logp: float
     greedy: bool
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A context with some of its continuations; `places` are their indices in the list of requests."""
-
-    context: Ids
-    continuations: list[Ids]
-    places: list[int]
-
-    def __len__(self) -> int:
-        """Positions: each continuation repeats the context's last token, which predicts its first one."""
-        return len(self.context) - 1 + sum(map(len, self.continuations))
 
 
 @dataclass(frozen=True)
@@ -63,15 +52,35 @@ class Scorable:
 def likelihoods(policy: Policy, requests: Sequence[Request], max_length: int) -> list[Likelihood]:
     """The likelihood of each continuation after its context, under the active adapters and without dropout.
 
-    Arguments as in `batches_of`.
+    Args:
+        policy: its attention decides whether contexts share a beginning, and how long a row may be.
+        requests: token ids.
+        max_length: positions that the model reads at once: the beginning of a longer request is cut off, as in the LM
+            Evaluation Harness. The continuation alone must fit.
     """
     found: dict[int, Likelihood] = {}
+    contexts = [context[-(max_length + 1 - len(continuation)) :] for context, continuation in requests]
     with scoring(policy) as policy:
-        for made in batches_of(policy, requests, max_length):
-            logps, greedy = _scores(policy, made.batch)
-            split = zip(made.places, logps.split(made.lengths), greedy.split(made.lengths), strict=True)
-            found |= {place: Likelihood(float(one.double().sum()), bool(same.all())) for place, one, same in split}
+        shares = policy.attention.kernel and short_positions(policy.causal_lm.config) is None
+        for length, group in (
+            by_beginning(contexts, policy.placement.device.type) if shares else [(0, range(len(contexts)))]
+        ):
+            after = _after(policy, contexts[group[0]][: length + 1]) if length else policy
+            own = [(contexts[i][length:], requests[i][1]) for i in group]
+            for made in batches_of(after, own):
+                positions = {"position_ids": made.batch.position_ids + length}
+                logps, greedy = _scores(after, made.batch.with_tensors(positions))
+                split = zip(made.places, logps.split(made.lengths), greedy.split(made.lengths), strict=True)
+                found |= {group[i]: Likelihood(float(one.double().sum()), bool(same.all())) for i, one, same in split}
     return [found[place] for place in range(len(requests))]
+
+
+def _after(policy: Policy, ids: Ids) -> Policy:
+    """The policy for what follows the tokens `ids` but for the last one: keys and values of these are computed here."""
+    after, tokens = replace(policy, attention=replace(policy.attention, beginnings={})), np.array(ids)
+    batch = build_batch([[sft_segment(0, 0, tokens, tokens)]], pairs=False)
+    after.scored_hidden_states(batch.to(policy.placement.device))
+    return after
 
 
 @contextmanager
@@ -92,36 +101,29 @@ def scoring(policy: Policy) -> Iterator[Policy]:
         model.config._attn_implementation = before
 
 
-def batches_of(policy: Policy, requests: Sequence[Request], max_length: int) -> Iterator[Scorable]:
-    """The requests in batches on the policy's device.
+def batches_of(policy: Policy, requests: Sequence[Request]) -> Iterator[Scorable]:
+    """The requests in batches of one row each, on the policy's device; its attention decides how long a row may be.
 
-    Args:
-        policy: its attention decides how long a row of several contexts may be.
-        requests: token ids.
-        max_length: positions that the model reads at once: the beginning of a longer request is cut off, as in the LM
-            Evaluation Harness. The continuation alone must fit.
+    A context of one token shares nothing: its requests stay apart, in rows as short as possible.
     """
+    device, groups = policy.placement.device, dict[object, list[int]]()  # places of the requests by context
+    for place, (context, _) in enumerate(requests):
+        groups.setdefault(tuple(context) if len(context) > 1 else place, []).append(place)
+    parts = list(groups.values())
+    # each continuation repeats the context's last token, which predicts its first one
+    sizes = [len(requests[part[0]][0]) - 1 + sum(len(requests[place][1]) for place in part) for part in parts]
+    capacity = POSITIONS[device.type]
+    capacity = capacity if policy.attention.kernel else min(capacity, MASKED_POSITIONS)
     with working("scoring continuations", len(requests), "continuations") as work:
-        capacity = POSITIONS[policy.placement.device.type]
-        width = capacity if policy.attention.kernel else min(capacity, MASKED_POSITIONS)
-        for rows in _batches(_shared(requests, max_length, capacity), capacity, width):
-            parts = [part for row in rows for part in row]
-            places = [place for part in parts for place in part.places]
-            lengths = [len(ids) for part in parts for ids in part.continuations]
-            yield Scorable(_batch(rows).to(policy.placement.device), places, lengths)
+        for row in pack([min(size, capacity) for size in sizes], capacity):  # a longer one fills its row
+            segments, places = list[Segment](), list[int]()
+            for part in (parts[i] for i in row):
+                completions = {branch: np.array(requests[place][1]) for branch, place in enumerate(part, 1)}
+                segments.append(prompt_segment(0, len(places), np.array(requests[part[0]][0]), completions))
+                places += part
+            batch = build_batch([segments], pairs=False).to(device)
+            yield Scorable(batch, places, [len(requests[place][1]) for place in places])
             work.done += len(places)
-
-
-def _batch(rows: Sequence[Sequence[Shared]]) -> PackedBatch:
-    """The rows as a batch, whose scored tokens are the continuations' in the order of `rows`."""
-    number, segments = 0, list[list[Segment]]()
-    for row in rows:
-        segments.append([])
-        for part in row:
-            completions = dict(enumerate(map(np.array, part.continuations), 1))
-            segments[-1].append(prompt_segment(0, number, np.array(part.context), completions))
-            number += len(completions)
-    return build_batch(segments, pairs=False)
 
 
 def _scores(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -133,31 +135,3 @@ def _scores(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         logps.append(logits.gather(1, chunk[:, None])[:, 0] - logits.logsumexp(1))
         greedy.append(logits.argmax(1) == chunk)
     return torch.cat(logps).cpu(), torch.cat(greedy).cpu()
-
-
-def _shared(requests: Sequence[Request], max_length: int, capacity: int) -> list[Shared]:
-    """Requests by context, split where the continuations of one context exceed the positions of a batch.
-
-    A context of one token shares nothing: its requests stay apart, in rows that are no longer than needed.
-    """
-    groups: dict[tuple[Any, ...], Shared] = {}
-    done: list[Shared] = []
-    for place, (context, continuation) in enumerate(requests):
-        kept = tuple(context[-(max_length + 1 - len(continuation)) :])
-        key = kept if len(kept) > 1 else (kept, place)
-        group = groups.setdefault(key, Shared(kept, [], []))
-        if group.continuations and len(group) + len(continuation) > capacity:
-            done.append(group)
-            group = groups[key] = Shared(kept, [], [])
-        group.continuations.append(continuation)
-        group.places.append(place)
-    return [*done, *groups.values()]
-
-
-def _batches(parts: Sequence[Shared], capacity: int, width: int) -> Iterator[list[list[Shared]]]:
-    """Rows of up to `width` positions, and as many of them in a batch as make `capacity`; a longer part is alone."""
-    short = [part for part in parts if len(part) <= width]
-    rows = [[short[i] for i in row] for row in pack([len(part) for part in short], width)]
-    for start in range(0, len(rows), max(1, capacity // width)):
-        yield rows[start : start + max(1, capacity // width)]
-    yield from ([[part]] for part in parts if len(part) > width)

@@ -111,7 +111,7 @@ def measure(run: LoadedRun, texts: Sequence[Text]) -> Measured:
     owners = np.array([place for place, _ in windows])
     made = Measured(np.zeros(size), *({name: np.zeros(size) for name in names} for _ in range(2)))
     with scoring(policy) as policy:
-        for part in batches_of(policy, [window for _, window in windows], width):
+        for part in batches_of(policy, [window for _, window in windows]):
             own = np.repeat(owners[part.places], part.lengths)  # the text of each token
             np.add.at(made.tokens, own, 1)
             base = None

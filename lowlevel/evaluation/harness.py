@@ -82,9 +82,9 @@ class RunLM(TemplateLM):
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Ids, Ids]], **kwargs: object
-    ) -> list[tuple[float, bool]]:
+    ) -> Sequence[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        return [(one.logp, one.greedy) for one in likelihoods(self.run.policy, pairs, self.max_length)]
+        return likelihoods(self.run.policy, pairs, self.max_length)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-probability of each text, in windows of `max_length`; every token is predicted once."""

@@ -9,16 +9,22 @@ bottom right.
 Kernels: `flash` (FlashAttention 2; compute capability 8.0 or higher, fp16 and bf16), `efficient` (CUTLASS; 5.0 or
 higher, so it runs on a T4) and `math` (plain torch, one span at a time, on any device; tests compare the others with
 it). All of them are part of torch; the operator below adds one signature, a gradient and a shape rule for the compiler.
+
+A beginning that many sequences share is attended to apart, by all queries at once, so that its keys are neither listed
+nor copied. From two softmaxes over different keys, with outputs o and logsumexps l, follows the one over both::
+
+    o = w o_beginning + (1 - w) o_own        w = sigmoid(l_beginning - l_own)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from lowlevel.kernels.operators import operator
 
@@ -27,8 +33,9 @@ CAUSAL_BOTTOM_RIGHT = 2  # `custom_mask_type` of torch's efficient attention
 
 
 def span_attention(
-    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int, scale: float, kernel: str
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int, scale: float, kernel: str,
+    beginning: Sequence[Tensor] = (),
+) -> Tensor:  # fmt: skip
     """Causal attention of each span of queries over its list of keys.
 
     Args:
@@ -37,12 +44,29 @@ def span_attention(
             keys, query i sees the first k - q + i + 1 of them.
         queries, keys: (G + 1,) int32, cumulative. Spans may be empty; every query must belong to a span.
         longest: upper bound on the queries and keys of a span.
+        beginning: keys and values (P, H_kv, D) that all queries see before their own, and the bounds [0, n] of those
+            that count, (2,) int32. With them there is no gradient.
 
     Returns:
         (M, H, D), in the dtype of `query`. Differentiable once in query, key and value.
     """
-    output, _ = _attend(query, key, value, queries, keys, longest, scale, kernel)
-    return output
+    output, logsumexp = _attend(query, key, value, queries, keys, longest, scale, kernel)
+    if not beginning:
+        return output
+    size, longest = len(query), max(len(query), len(beginning[0]))
+    together = size * torch.arange(2, dtype=torch.int32, device=query.device)  # all queries as one span
+    first, of_first = _attend(query, *beginning[:2], together, beginning[2], longest, scale, kernel, causal=False)
+    gap = _by_query(of_first, together, size, kernel) - _by_query(logsumexp, queries, size, kernel)
+    return torch.lerp(output.float(), first.float(), gap[..., None].sigmoid()).to(output.dtype)
+
+
+def _by_query(logsumexp: Tensor, queries: Tensor, size: int, kernel: str) -> Tensor:
+    """The logsumexp of `_attend` as (M, H)."""
+    if kernel != "efficient":
+        return logsumexp.T
+    order = torch.arange(size, dtype=torch.int32, device=queries.device)
+    span = torch.searchsorted(queries[1:], order, right=True)
+    return logsumexp[span, :, order - queries[span]]
 
 
 @operator("list_keys")
@@ -87,12 +111,15 @@ torch.library.register_autograd("lowlevel::list_keys", _sum_uses, setup_context=
 
 @operator("span_attention")
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int, scale: float, kernel: str
-) -> tuple[Tensor, Tensor]:
-    """Output (M, H, D) and logsumexp, whose shape depends on the kernel."""
+    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int, scale: float, kernel: str,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output (M, H, D) and logsumexp, whose shape depends on the kernel. Without `causal`, a query sees all its keys,
+    and there is no gradient.
+    """
     if kernel == "flash":
         output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
-            query, key, value, queries, keys, longest, longest, 0.0, True, False, scale=scale
+            query, key, value, queries, keys, longest, longest, 0.0, causal, False, scale=scale
         )
         return output, logsumexp
     if kernel == "efficient":
@@ -100,19 +127,17 @@ def _attend(
         bounds = min(longest, len(query)), min(longest, len(key))  # torch 2.11 refuses bounds above the row's length
         output, logsumexp, *_ = torch.ops.aten._efficient_attention_forward(
             query[None], _expand(key, groups)[None], _expand(value, groups)[None], None, queries, keys, *bounds, 0.0,
-            CAUSAL_BOTTOM_RIGHT, True, scale=scale,
+            CAUSAL_BOTTOM_RIGHT if causal else 0, True, scale=scale,
         )  # fmt: skip
         return output[0].contiguous(), pad(logsumexp, (0, _aligned(longest) - logsumexp.shape[-1]))
-    output = torch.zeros_like(query)
+    output, logsumexp = torch.zeros_like(query), query.new_zeros(query.shape[1], query.shape[0], dtype=torch.float32)
     for q, k in _spans(queries, keys):
-        output[q] = _math(query[q], key[k], value[k], scale)
-    return output, query.new_zeros(query.shape[1], query.shape[0], dtype=torch.float32)
+        output[q], logsumexp[:, q] = _math(query[q], key[k], value[k], scale, causal)
+    return output, logsumexp
 
 
 @torch.library.register_fake("lowlevel::span_attention")
-def _(
-    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int, scale: float, kernel: str
-):  # type: ignore[no-untyped-def]  # noqa: ANN202, E501
+def _(query, key, value, queries, keys, longest, scale, kernel, causal=True):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     heads, positions = query.shape[1], query.shape[0]
     shape = (queries.shape[0] - 1, heads, _aligned(longest)) if kernel == "efficient" else (heads, positions)
     return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(shape, dtype=torch.float32)
@@ -154,7 +179,7 @@ def _(grad, query, key, value, output, logsumexp, queries, keys, longest, scale,
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, queries, keys, ctx.longest, ctx.scale, ctx.kernel = inputs
+    query, key, value, queries, keys, ctx.longest, ctx.scale, ctx.kernel, _ = inputs
     ctx.save_for_backward(query, key, value, *output, queries, keys)
 
 
@@ -163,38 +188,39 @@ def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     grads = _attend_backward(
         grad, query, key, value, output, logsumexp, queries, keys, ctx.longest, ctx.scale, ctx.kernel
     )
-    return *grads, None, None, None, None, None
+    return *grads, None, None, None, None, None, None
 
 
 torch.library.register_autograd("lowlevel::span_attention", _gradient, setup_context=_save)
 
 
-def _math(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """One span in plain torch: (q, H, D) over (k, H_kv, D), softmax in fp32 or better.
+def _math(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """One span in plain torch: (q, H, D) over (k, H_kv, D), softmax in fp32 or better; and its logsumexp (H, q).
 
     A CPU has a kernel that skips the hidden scores; on a GPU the product in full is what other kernels are tested with.
     """
+    q, k = len(query), len(key)
     if not query.is_cuda:
-        q, k = len(query), len(key)
-        seen = None if q == k else torch.ones(q, k, dtype=torch.bool).tril(k - q)
+        seen = None if q == k or not causal else torch.full((q, k), -torch.inf, dtype=query.dtype).triu(k - q + 1)
         states, keys, values = (part.transpose(0, 1)[None] for part in (query, key.to(query), value.to(query)))
-        output = scaled_dot_product_attention(
-            states, keys, values, seen, is_causal=q == k, scale=scale, enable_gqa=True
-        )
-        return output[0].transpose(0, 1)
+        output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            states, keys, values, 0.0, causal and q == k, attn_mask=seen, scale=scale
+        )  # what scaled_dot_product_attention calls
+        return output[0].transpose(0, 1), logsumexp[0]
     value = _expand(value, query.shape[1] // value.shape[1])
-    weights = _weights(query, key, scale)
-    return torch.einsum("hqk,khd->qhd", weights, value.to(weights.dtype)).to(query.dtype)
+    scores = _scores(query, key, scale, causal)
+    output = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value.to(scores.dtype))
+    return output.to(query.dtype), scores.logsumexp(-1)
 
 
-def _weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """P = softmax(scale Q K^T) under the causal triangle, (H, q, k)."""
+def _scores(query: Tensor, key: Tensor, scale: float, causal: bool = True) -> Tensor:
+    """scale Q K^T under the causal triangle, (H, q, k); -inf where a query does not see a key."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     key = _expand(key, query.shape[1] // key.shape[1])
     scores = torch.einsum("qhd,khd->hqk", query.to(dtype), key.to(dtype)) * scale
     q, k = scores.shape[-2:]
     hidden = torch.ones(q, k, dtype=torch.bool, device=query.device).triu(k - q + 1)
-    return scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return scores.masked_fill(hidden, float("-inf")) if causal else scores
 
 
 def _math_backward(
@@ -202,7 +228,7 @@ def _math_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dV = P^T dO; dP = dO V^T; dS = P (dP - rowsum(P dP)); dQ = scale dS K; dK = scale dS^T Q."""
     groups = query.shape[1] // key.shape[1]
-    weights = _weights(query, key, scale)
+    weights = _scores(query, key, scale).softmax(-1)
     q, k, v, g = (part.to(weights.dtype) for part in (query, _expand(key, groups), _expand(value, groups), grad))
     grad_value = torch.einsum("hqk,qhd->khd", weights, g)
     grad_weights = torch.einsum("qhd,khd->hqk", g, v)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,8 @@ class Attention:
 
     implementation: str  # as transformers names it: sdpa, eager, or one of NAMES
     reason: str
+    beginnings: dict[nn.Module, Sequence[Tensor]] | None = None  # `beginning` of span_attention, by attention module.
+    # A pass writes its own keys and values to the modules that are missing.
 
     @property
     def kernel(self) -> str | None:
@@ -42,7 +44,8 @@ class Attention:
         """Arguments for the decoder: spans, or a mask (rows, 1, T, T): boolean for sdpa, added to scores for eager."""
         if self.kernel:
             spans = (batch.span_queries, batch.span_keys, batch.key_index, batch.key_uses)
-            return {"attention_mask": None, "spans": spans, "longest": batch.longest}
+            more = {} if self.beginnings is None else {"beginnings": self.beginnings}
+            return {"attention_mask": None, "spans": spans, "longest": batch.longest, **more}
         visible = attention_mask(batch)
         if self.implementation == "eager":
             visible = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
@@ -122,6 +125,7 @@ def _forward(
     kernel: str,
     spans: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
     longest: int = 0,
+    beginnings: dict[nn.Module, Sequence[Tensor]] | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls; returns (rows, T, H, D)."""
@@ -136,5 +140,8 @@ def _forward(
     flat = [part.to(value.dtype) for part in flat]  # trained norms of queries and keys (Qwen 3) give fp32
     if key_index is not None and key_uses is not None:
         flat[1:] = [list_keys(part, key_index, key_uses) for part in flat[1:]]
-    output = span_attention(flat[0], flat[1], flat[2], queries, keys, longest, scaling, kernel)
+    first = beginnings.get(module, ()) if beginnings else ()
+    output = span_attention(flat[0], flat[1], flat[2], queries, keys, longest, scaling, kernel, first)
+    if beginnings is not None and not first:
+        beginnings[module] = flat[1], flat[2], keys[:2]
     return output.view(rows, width, heads, features), None

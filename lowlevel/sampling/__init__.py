@@ -9,11 +9,12 @@
     joined.py         their linear layers: one product for those that read the same tensor
 
 The fast sampler: a prompt but for its last token is read once, in packed rows, and copied to the slots of its other
-samples. From then on a slot is its last token and its position: a step feeds that token to the layers, draws the next
-one, and writes it with its log-probability. A prompt's last token is the first to be fed, as at the head of each
-completion in a training row (batch/layout.py). The host looks at the finished flags, and lets a watch end completions,
-after each 8 steps (on a CPU after each); it refills slots while completions wait, and then takes fewer rows: with
-captured graphs half of them whenever half are done, else as many as are left.
+samples. A long beginning of several prompts, such as few-shot examples, is read once and copied to all slots
+(batch/beginnings.py). From then on a slot is its last token and its position: a step feeds that token to the layers,
+draws the next one, and writes it with its log-probability. A prompt's last token is the first to be fed, as at the head
+of each completion in a training row (batch/layout.py). The host looks at the finished flags, and lets a watch end
+completions, after each 8 steps (on a CPU after each); it refills slots while completions wait, and then takes fewer
+rows: with captured graphs half of them whenever half are done, else as many as are left.
 
 A captured step is one for each number of rows (powers of two) and serves every length, because attention reads the
 positions on the device (kernels/decoding.py). Weights and adapters are read in place: after an optimizer step nothing

@@ -46,10 +46,11 @@ class Prompts:
     positions: Tensor  # (T,) int64
     slots: Tensor  # (T,) int64
     bounds: Tensor  # (G + 1,) int32: prompt g has the tokens bounds[g] to bounds[g + 1]; it may have none
+    beginning: Tensor | None = None  # (2,) int32: 0 and the number of tokens before those, which every slot has
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor."""
-        return [self.ids, self.positions, self.slots, self.bounds]
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
 
 class CachedModel:
@@ -147,8 +148,7 @@ class CachedModel:
 
     def read(self, prompts: Prompts) -> None:
         """Write the keys and values of prompts into the cache."""
-        where = {"slots": prompts.slots, "positions": prompts.positions, "bounds": prompts.bounds}
-        self._hidden(prompts.ids, prompts.positions, where)
+        self._hidden(prompts.ids, prompts.positions, prompts.tensors())
 
     def next_logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, V) behind the tokens (B,) at `positions` (B,) of slots 0 to B - 1, in the head's dtype."""
@@ -251,4 +251,5 @@ def _forward(
         return decode_attention(q, k, v, cache, where["positions"], scaling)[None], None
     store(cache, k, v, where["slots"], where["positions"])
     bounds, longest = where["bounds"], cache.shape[3]
-    return span_attention(q, k, v, bounds, bounds, longest, scaling, kernel)[None], None
+    beginning = (*cache[:, 0].transpose(1, 2), where["beginning"]) if "beginning" in where else ()
+    return span_attention(q, k, v, bounds, bounds, longest, scaling, kernel, beginning)[None], None

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowlevel.batch.beginnings import by_beginning
 from lowlevel.heartbeat import working
 from lowlevel.model.adapters import AnyModel, plain_model
 from lowlevel.model.placement import Placement
@@ -76,6 +77,7 @@ class FastSampler:
         self.slots = slots or SLOTS[placement.device.type]
         self._seats: list[Wanted | None] = []  # by slot
         self._held: list[int | None] = []  # the prompt whose keys and values are in the slot
+        self._shared = 0  # tokens that all prompts begin with, whose keys and values are in every slot
 
     def sample(
         self, prompts: Ids, sampling: Sampling, *, samples: int = 1, keys: Ids | None = None, watch: Watch | None = None
@@ -86,19 +88,28 @@ class FastSampler:
         if self.longest is not None and length > self.longest:
             self.note(f"sampling: {length:,} tokens exceed the base's window of {self.longest:,}: by {PLAIN}")
             return self.plain.sample(prompts, sampling, samples=samples, keys=keys, watch=watch)
-        pairs = [(i, key) for i, own in enumerate(keys) for key in own]
-        waiting = deque(Wanted(n, i, prompts[i], key) for n, (i, key) in enumerate(pairs))
+        self.steps.begin(sampling, self._rows(len(prompts) * samples, self.slots), length)
         found: dict[int, Completion] = {}
-        rows = self._rows(len(pairs), self.slots)
-        self.steps.begin(sampling, rows, length)
-        rows = min(rows, self.model.slots)
-        self._seats, self._held = [None] * rows, [None] * rows
+        for shared, group in by_beginning(prompts, self.placement.device.type):
+            waiting = deque(Wanted(i * samples + j, i, prompts[i], keys[i][j]) for i in group for j in range(samples))
+            found |= self._sample(waiting, shared, sampling.max_new_tokens, watch)
+        return [[found[i * samples + j] for j in range(samples)] for i in range(len(prompts))]
+
+    def _sample(self, waiting: deque[Wanted], shared: int, limit: int, watch: Watch | None) -> dict[int, Completion]:
+        """Completions of up to `limit` tokens by number, of prompts with the same first `shared` tokens."""
+        found: dict[int, Completion] = {}
+        rows = self._rows(len(waiting), min(self.slots, self.model.slots))
+        self._seats, self._held, self._shared = [None] * rows, [None] * rows, 0
         try:
             with without_dropout(self.model.base), working("generating", len(waiting), "replies") as work:
+                if shared:
+                    self.steps.read(self._pack([(0, waiting[0].ids[:shared])]))
+                    self.model.copy(self._tensor([0] * rows), self._tensor(range(rows)), shared)
+                    self._shared = shared
                 while waiting or any(self._seats):
                     self._fill(waiting, rows)
                     rows = rows if waiting else self._close_up(rows)
-                    left = sampling.max_new_tokens - min(one.count for one in self._seats if one)
+                    left = limit - min(one.count for one in self._seats if one)
                     for _ in range(min(TURN[self.placement.device.type], left)):
                         self.steps.step(rows)
                     found |= self._collect(rows, watch)
@@ -106,7 +117,7 @@ class FastSampler:
         finally:
             self.steps.state[DONE] = 1
             self._seats = []
-        return [[found[i + j] for j in range(samples)] for i in range(0, len(pairs), samples)]
+        return found
 
     def _fill(self, waiting: deque[Wanted], rows: int) -> None:
         """Give free slots among the first `rows` to waiting completions; each prompt is read once and copied."""
@@ -121,7 +132,7 @@ class FastSampler:
                 copies.append((sources[wanted.prompt], slot, len(wanted.ids) - 1))
             else:
                 sources[wanted.prompt] = slot
-                to_read.append((slot, wanted.ids[:-1]))
+                to_read.append((slot, wanted.ids[self._shared : -1]))
             self._seats[slot], self._held[slot] = wanted, wanted.prompt
         for prompts in self._packed(to_read):
             self.steps.read(prompts)
@@ -155,9 +166,10 @@ class FastSampler:
         positions[tokens:] = np.arange(size - tokens) % longest
         for (slot, own), start in zip(group, bounds[:-1], strict=False):
             place = slice(start, start + len(own))
-            ids[place], positions[place], slots[place] = own, np.arange(len(own)), slot
+            ids[place], positions[place], slots[place] = own, self._shared + np.arange(len(own)), slot
         packed = self._tensor(np.stack([ids, positions, slots]))
-        return Prompts(packed[0], packed[1], packed[2], self._tensor(bounds).to(torch.int32))
+        beginning = self._tensor([0, self._shared]).int() if self._shared else None
+        return Prompts(packed[0], packed[1], packed[2], self._tensor(bounds).int(), beginning)
 
     def _collect(self, rows: int, watch: Watch | None) -> dict[int, Completion]:
         """Completions that ended in this turn, by number; their slots are free. Waits for the device."""

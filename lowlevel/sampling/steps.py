@@ -76,7 +76,7 @@ class Steps:
 
     def read(self, prompts: Prompts) -> None:
         """Write the keys and values of prompts into the cache."""
-        self._run(("read", len(prompts.ids), self.adapters), self.model.read, prompts)
+        self._run(("read", len(prompts.ids), len(prompts.tensors()), self.adapters), self.model.read, prompts)
 
     def step(self, rows: int) -> None:
         """The next token of slots 0 to `rows` - 1."""
@@ -114,7 +114,7 @@ class Steps:
         """Run the pass uncaptured the first time, capture it the second time, and replay it from then on."""
         if name not in self._graphs:
             # Copies in both of these passes: compilers tell views from other tensors, and would compile in the capture.
-            own = None if inputs is None else Prompts(*(tensor.clone() for tensor in inputs.tensors()))
+            own = None if inputs is None else Prompts(**{name: one.clone() for name, one in inputs.tensors().items()})
             if name not in self._ran:
                 return self._run_uncaptured(name, lambda: work(own))
             try:
@@ -126,7 +126,7 @@ class Steps:
                 return self._run_uncaptured(name, lambda: work(own))
         graph, own = self._graphs[name]
         if own is not None and inputs is not None:
-            torch._foreach_copy_(own.tensors(), inputs.tensors())
+            torch._foreach_copy_(list(own.tensors().values()), list(inputs.tensors().values()))
         graph.replay()
 
     def _run_uncaptured(self, name: Hashable, work: Callable[[], None]) -> None:

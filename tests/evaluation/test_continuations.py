@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import VOCABULARY, make_policy
 
+from lowlevel.batch.beginnings import by_beginning
 from lowlevel.evaluation import continuations
 from lowlevel.evaluation.continuations import likelihoods
 
@@ -32,11 +33,23 @@ def alone(policy, context: list[int], continuation: list[int]) -> tuple[float, b
     return float(logps.sum()), bool((logits.argmax(1) == targets).all())
 
 
+def few_shot_requests() -> list[tuple[list[int], list[int]]]:
+    """Two tasks, whose contexts begin with 17 and 18 tokens that are the same in all of them."""
+    draw = torch.Generator().manual_seed(1)
+    found = []
+    for shots in (list(range(3, 20)), list(range(9, 27))):
+        for items in range(7):
+            own = torch.randint(3, VOCABULARY, (1 + items % 3,), generator=draw).tolist()
+            found += [([*shots, *own], [5 + items, *range(3, 3 + choice)]) for choice in range(3)]
+    return found[::2] + found[1::2]
+
+
 @pytest.mark.parametrize("positions", [8192, 48])
 @pytest.mark.parametrize("attention", ["sdpa", "lowlevel_math"])
-def test_same_as_each_alone(tiny_base, monkeypatch, attention, positions):
+@pytest.mark.parametrize("make", [ragged_requests, few_shot_requests])
+def test_same_as_each_alone(tiny_base, monkeypatch, make, attention, positions):
     monkeypatch.setitem(continuations.POSITIONS, "cpu", positions)
-    requests = ragged_requests()
+    requests = make()
     plain = make_policy(tiny_base)
     expected = [alone(plain, *request) for request in requests]
     greedy = plain.causal_lm(torch.tensor([requests[0][0][-10:]])).logits[0, -1].argmax()
@@ -49,7 +62,23 @@ def test_same_as_each_alone(tiny_base, monkeypatch, attention, positions):
     assert likelihoods(plain, [], MAX_LENGTH) == []
 
 
-def test_shared_contexts_are_computed_once():
-    requests = [([1, 2, 3, 4], [5]), ([9, 2], [6, 7]), ([1, 2, 3, 4], [8, 8])]
-    parts = continuations._shared(requests, MAX_LENGTH, 100)
-    assert [(len(part), part.places) for part in parts] == [(3 + 1 + 2, [0, 2]), (1 + 2, [1])]
+def test_contexts_by_beginning():
+    """Few-shot examples are shared by the items of a task; a context alone, or half of each prompt, is not shared."""
+    contexts = [context for context, _ in few_shot_requests()]
+    (one, first), (other, second), rest = by_beginning(
+        [*contexts, [9, 1, 1], *[[*range(30, 40), i, *range(9)] for i in (1, 2)]], "cpu"
+    )
+    assert {one, other} == {17, 18} and rest == (0, [42, 43, 44])
+    for length, group in ((one, first), (other, second)):
+        assert len(group) == 21 and all(contexts[i][:length] == contexts[group[0]][:length] for i in group)
+    left = [[*range(6), *own] for own in ([], [7], [8], [9])]
+    assert list(by_beginning(left, "cpu")) == [(5, [0, 1, 2, 3])]  # one token is left
+    assert list(by_beginning(left, "cuda")) == [(0, [0, 1, 2, 3])]
+    assert list(by_beginning([], "cpu")) == []
+
+
+def test_shared_contexts_are_computed_once(tiny_base):
+    requests = [([1, 2, 3, 4], [5]), ([9, 2], [6, 7]), ([1, 2, 3, 4], [8, 8]), ([7], [1]), ([7], [2])]
+    (made,) = continuations.batches_of(make_policy(tiny_base), requests)
+    assert made.batch.num_tokens == (3 + 1 + 2) + (1 + 2) + 1 + 1 and made.places == [0, 2, 1, 3, 4]
+    assert len(made.batch.span_queries) - 1 == 2 + 1 + 1 + 1 + (made.batch.num_tokens % 8 > 0)

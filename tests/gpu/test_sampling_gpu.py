@@ -9,6 +9,7 @@ import pytest
 import torch
 from small import CUDA, fill_lora_b, small_model, small_policy
 
+from lowlevel.batch import beginnings
 from lowlevel.batch.layout import build_batch
 from lowlevel.batch.segments import sft_segment
 from lowlevel.kernels.decoding import attend_reference, decode_attention
@@ -16,6 +17,11 @@ from lowlevel.sampling import FastSampler, PlainSampler, Sampling
 from lowlevel.sampling.cached_model import misfit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def shared_beginnings(monkeypatch):
+    monkeypatch.setattr(beginnings, "DEVICES", ("cpu", "cuda"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -49,9 +55,10 @@ def policy(request, model_dir):
     return policy
 
 
-def prompts(number=20):
+def prompts(number=20, shots=0):
+    """After `shots` tokens that are the same in all: a beginning that is read once."""
     rng = np.random.default_rng(1)
-    return [rng.integers(3, 1000, rng.integers(1, 90)).tolist() for _ in range(number)]
+    return [[*range(9, 9 + shots), *rng.integers(3, 1000, rng.integers(1, 90)).tolist()] for _ in range(number)]
 
 
 def trained_logps(policy, prompt, ids):
@@ -63,17 +70,17 @@ def trained_logps(policy, prompt, ids):
         return policy.token_logps(batch).cpu().numpy()
 
 
-@pytest.mark.parametrize("stage", ["policy", "reference"])
-def test_log_probabilities_are_the_trainers_after_updates_without_a_new_capture(policy, stage):
+@pytest.mark.parametrize(("stage", "shots"), [("policy", 0), ("reference", 0), ("policy", 300)])
+def test_log_probabilities_are_the_trainers_after_updates_without_a_new_capture(policy, stage, shots):
     assert misfit(policy.causal_lm, policy.placement) is None
     notes = []
     sampler = FastSampler(policy.model, policy.placement, [7], notes.append, slots=16)
     bound = 2e-2 if policy.placement.precision == "fp16" else 1e-4
     policy.activate(parent=True, trained=stage == "policy")
-    captured = []
+    captured, own = [], prompts(shots=shots)
     for seed in (0, 0, 1, 2):  # the first two capture
         fill_lora_b(policy, 0.02, seed)
-        for prompt, (one,) in zip(prompts(), sampler.sample(prompts(), Sampling(40, 1.0, seed)), strict=True):
+        for prompt, (one,) in zip(own, sampler.sample(own, Sampling(40, 1.0, seed)), strict=True):
             apart = np.abs(one.logps - trained_logps(policy, prompt, one.ids)).max()
             assert apart < bound, f"{apart:.1e}"
         captured.append({id(graph) for graph, _ in sampler.steps._graphs.values()})

@@ -79,6 +79,20 @@ def test_log_probabilities_are_the_trainers(policy, sampler, prompts, temperatur
     policy.activate(parent=True, trained=True)
 
 
+def test_a_common_beginning_is_read_once(policy, sampler, monkeypatch):
+    """Few-shot prompts and another one: log-probabilities are the trainer's, and few tokens are read."""
+    shots = list(range(10, 50))
+    prompts = [[*shots, *range(60, 61 + n % 3)] for n in range(8)] + [[5, 9, 11]]
+    read: list[int] = []
+    if isinstance(sampler, FastSampler):
+        before = sampler.steps.read
+        monkeypatch.setattr(sampler.steps, "read", lambda group: (read.append(len(group.ids)), before(group)))
+    for prompt, group in zip(prompts, sampler.sample(prompts, Sampling(8), samples=2), strict=True):
+        for one in group:
+            np.testing.assert_allclose(one.logps, trained_logps(policy, prompt, one.ids), atol=2e-5)
+    assert sum(read) < 2 * len(shots)
+
+
 def test_a_completion_ends_at_its_first_stop_token_or_at_the_limit(sampler, prompts):
     found = [one for group in sampler.sample(prompts, Sampling(40, 1.0, seed=2), samples=6) for one in group]
     assert {one.ended for one in found} == {True, False}

@@ -7,7 +7,7 @@ import lowlevel
 
 ROOT = Path(lowlevel.__file__).parent
 LAYERS = (
-    ("version", "config/", "durable", "errors", "redaction", "running/__init__"),
+    ("version", "config/", "durable", "errors", "redaction", "table", "running/__init__"),
     ("losses/", "labels", "hashing", "determinism", "perplexity", "heartbeat", "hub", "batch/"),
     ("data/", "demo/", "kernels/"),
     (
@@ -46,6 +46,7 @@ TRITON_FILES = (
     "kernels/decoding",
     "ranks",
     "launching",
+    "watch",
 )  # files that may import triton or torch.distributed
 FILES = sorted(ROOT.rglob("*.py"))
 
