@@ -191,7 +191,7 @@ def check_result(spec: LossSpec, logps: Any, settings: Mapping[str, Any], leaf: 
     """Try a custom loss on a few made-up log-probabilities, before a model is loaded.
 
     Args:
-        leaf: the token log-probabilities from which `logps` is computed, with requires_grad.
+        leaf: the log-probabilities from which `logps` is computed, with requires_grad; its graph is kept.
         size: pairs or tokens; loss and metrics must be (size,).
 
     Raises:
@@ -211,6 +211,6 @@ def check_result(spec: LossSpec, logps: Any, settings: Mapping[str, Any], leaf: 
             raise ValueError(f"{what}: {name!r} is {found}, expected a tensor of shape ({size},), one value each")
     if not result[0].requires_grad:
         raise ValueError(f"{what} has no gradient: compute it from the tensors that it is given")
-    (slopes,) = torch.autograd.grad(result[0].sum(), leaf, allow_unused=True)
+    (slopes,) = torch.autograd.grad(result[0].sum(), leaf, allow_unused=True, retain_graph=True)
     if slopes is not None and not bool(slopes.isfinite().all()):
         raise ValueError(f"{what} has a gradient that is NaN or infinite on a trial batch: {slopes.tolist()}")

@@ -103,13 +103,24 @@ def test_numbers_come_from_the_loss_that_trains(cli, monkeypatch):
         assert row["gradients"]["chosen"] == pytest.approx(3 * before[name]["gradients"]["chosen"], rel=1e-14)
 
 
-def test_a_loss_of_the_users(cli, tmp_path, monkeypatch):
-    (tmp_path / "doubled_losses.py").write_text("def doubled(pairs, *, gamma=2.0):\n    return -gamma * pairs.deltas\n")
+DOUBLED = """
+def doubled(pairs, *, gamma=2.0):
+    return -gamma * pairs.deltas
+
+def by_tokens(pairs, *, gamma=2.0):
+    chosen, rejected = pairs.completion_sums(pairs.token_logps - pairs.ref_token_logps).chunk(2)
+    return -gamma * (chosen - rejected)
+"""
+
+
+@pytest.mark.parametrize("name", ["doubled_losses:doubled", "doubled_losses:by_tokens"])
+def test_a_loss_of_the_users(cli, tmp_path, monkeypatch, name):
+    (tmp_path / "doubled_losses.py").write_text(DOUBLED)
     monkeypatch.syspath_prepend(tmp_path)
-    row = by_name(cli, "--loss", "doubled_losses:doubled")["doubled_losses:doubled"]
-    assert (row["loss"], row["parameters"]) == (-3, {"gamma": 2.0})
-    assert row["gradients"] == {"chosen": -2, "rejected": 2, "ref_chosen": 2, "ref_rejected": -2}
-    assert "gamma" in shown(cli, "--loss", "doubled_losses:doubled")
+    row = by_name(cli, "--loss", name)[name]
+    assert (row["loss"], row["parameters"]) == (pytest.approx(-3), {"gamma": 2.0})
+    assert row["gradients"] == pytest.approx({"chosen": -2, "rejected": 2, "ref_chosen": 2, "ref_rejected": -2})
+    assert "gamma" in shown(cli, "--loss", name)
 
 
 def test_a_loss_of_the_users_that_fails_is_named(cli, tmp_path, monkeypatch):
