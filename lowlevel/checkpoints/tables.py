@@ -57,7 +57,7 @@ def drop_after(folder: Path, step: int) -> None:
             path.unlink()
 
 
-def read_trace(folder: Path, kind: str, step: int | None = None) -> pa.Table | None:
+def read_table(folder: Path, kind: str, step: int | None = None) -> pa.Table | None:
     """All rows of a kind, by step, or those of one step; None if there are none.
 
     Raises:

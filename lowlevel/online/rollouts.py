@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from lowlevel.checkpoints.tables import read_trace, steps_of, write_table
+from lowlevel.checkpoints.tables import read_table, steps_of, write_table
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import PreferenceExample, PromptExample
 from lowlevel.errors import CheckpointError
@@ -169,7 +169,7 @@ class KeptRollouts:
         """The completions that step `step` sampled. Raises CheckpointError if they are not kept."""
         if step in self._waiting:
             return list(self._waiting[step])
-        table = read_trace(self.folder, "rollouts", step)
+        table = read_table(self.folder, "rollouts", step)
         if table is None or not len(table):
             raise CheckpointError(f"{self.folder} has no completions of step {step}: they are written at checkpoints")
         return [_rollout(line) for line in table.to_pylist()]

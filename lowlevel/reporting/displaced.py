@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowlevel.checkpoints.tables import read_table
 from lowlevel.errors import ConfigError
 from lowlevel.inspection.displacement import TokenChange, largest_gains
 from lowlevel.inspection.example import Example
@@ -20,7 +21,6 @@ from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import signed
 from lowlevel.methods.dpo import DPO
 from lowlevel.running.reopening import Reopened, step_examples
-from lowlevel.tracing import read_trace
 
 SHOWN = 5  # pairs in a table
 NEWEST = 64  # least number of pairs in "the last traced steps", if the trace has as many
@@ -56,7 +56,7 @@ class PairTables:
 
 def pair_tables(trace: Path) -> PairTables | None:
     """Tables of the newest traced steps with `NEWEST` pairs; each data row once, at its last step. None: no trace."""
-    table = read_trace(trace, "pairs")
+    table = read_table(trace, "pairs")
     if table is None:
         return None
     rows = table.to_pylist()

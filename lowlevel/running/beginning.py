@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lowlevel.checkpoints.checkpoint import checkpoints, newest_verified, remove, verify
+from lowlevel.checkpoints.tables import drop_after
 from lowlevel.checkpoints.training_state import restore_state
 from lowlevel.config.schema import RunConfig
 from lowlevel.errors import CheckpointError, ConfigError
@@ -26,7 +27,6 @@ from lowlevel.running.progress import lines_to
 from lowlevel.running.resuming import check_differences, differences, is_written, read_changes, recorded_changes
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.running.run_record import write_start
-from lowlevel.tracing import drop_after
 
 Checkpoint = tuple[Path, dict[str, Any]]  # its folder and its manifest
 

@@ -2,7 +2,7 @@
 
 RUN/trace/
   pairs-00000001-00000050.parquet      one row per pair and step (dpo), steps 1 to 50
-  examples-00000001-00000050.parquet   one row per example and step (sft, kto)
+  examples-00000001-00000050.parquet   one row per example and step (other methods)
   steps-00000001-00000050.parquet      one row per step; with trace.gradients also norms of its gradient
 
     datasets.load_dataset("parquet", data_files="RUN/trace/pairs-*.parquet")     pandas.read_parquet(one of the files)
@@ -12,7 +12,6 @@ weights, -dL/d(chosen reward) and dL/d(rejected reward), come from one more deri
 log-probabilities. They are NaN for a custom loss that reads token log-probabilities.
 """
 
-from lowlevel.checkpoints.tables import drop_after, read_trace
 from lowlevel.tracing.tracer import Tracer
 
-__all__ = ["Tracer", "drop_after", "read_trace"]
+__all__ = ["Tracer"]

@@ -12,6 +12,7 @@ from samples import inspection_of_pairs, pairs
 from workspace import CHATS, PAIRS, make_workspace, metrics, run
 
 import lowlevel.losses.registry
+from lowlevel.checkpoints.tables import read_table
 from lowlevel.inspection.opening import inspect_run
 from lowlevel.inspection.page import render_page
 from lowlevel.inspection.pairs import inspect_pairs
@@ -19,7 +20,6 @@ from lowlevel.inspection.reading import formula, settings, source
 from lowlevel.inspection.terminal import print_inspection
 from lowlevel.losses import loss
 from lowlevel.running.reopening import reopen
-from lowlevel.tracing import read_trace
 
 STEPS = 3
 LOSSES = {
@@ -131,8 +131,8 @@ def test_a_loss_of_tokens_has_no_weights_and_shows_a_dash(policy, pieces):
 
 def test_a_trace_holds_losses_metrics_and_both_gradient_terms(runs):
     for name in ("weighted", "all_tokens", "registered"):
-        rows = read_trace(runs[name] / "trace", "pairs").to_pylist()
-        steps = read_trace(runs[name] / "trace", "steps").to_pylist()
+        rows = read_table(runs[name] / "trace", "pairs").to_pylist()
+        steps = read_table(runs[name] / "trace", "steps").to_pylist()
         logged = {record["step"]: record for record in metrics(runs[name])}
         for line in steps:
             losses = [row["loss"] for row in rows if row["step"] == line["step"]]

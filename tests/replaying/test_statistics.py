@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from workspace import CHATS, make_workspace, metrics, run
 
-from lowlevel.checkpoints.tables import read_trace
+from lowlevel.checkpoints.tables import read_table
 from lowlevel.replaying.session import open_session, parse_settings, what_if
 from lowlevel.running.reopening import reopen
 
@@ -67,7 +67,7 @@ def test_it_is_verified_and_inspected(trained, name):
 
 
 def test_the_weight_of_a_pair_is_that_of_its_traced_tokens(trained):
-    for row in read_trace(trained / "wpo" / "trace", "pairs").to_pylist():
+    for row in read_table(trained / "wpo" / "trace", "pairs").to_pylist():
         weight = 1.0
         for side in ("chosen", "rejected"):
             likeness = torch.tensor(row[f"{side}_token_logps"]) - torch.tensor(row[f"{side}_log_square_sum"])

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from workspace import metrics, run
 
+from lowlevel.checkpoints.tables import drop_after, read_table
 from lowlevel.config.file import config_from_tables, load_config
 from lowlevel.errors import InterruptedRunError, NonFiniteError
 from lowlevel.execution import Eager
@@ -22,7 +23,7 @@ from lowlevel.optim.loss_scale import LossScale
 from lowlevel.reporting.series import panels
 from lowlevel.running.run import RunObserver, run_training
 from lowlevel.running.run_folder import RunFolder
-from lowlevel.tracing import Tracer, drop_after, read_trace
+from lowlevel.tracing import Tracer
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
 PREFERENCE = {"method": "dpo", "data": {"format": "preference"}}
@@ -45,7 +46,7 @@ def traced_step(policy, method, examples, folder, *, optimizer=None, scale=None,
     )  # fmt: skip
     keeper.flush()
     kind = "pairs" if method.name == "dpo" else "examples"
-    return result, read_trace(folder, kind).to_pylist(), read_trace(folder, "steps").to_pylist()[-1]
+    return result, read_table(folder, kind).to_pylist(), read_table(folder, "steps").to_pylist()[-1]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -170,7 +171,7 @@ def run_file(space, folder, name, **sections):
 def test_steps_are_chosen_and_off_leaves_no_folder(space, tmp_path):
     said = run("dpo", run_file(space, tmp_path, "some", trace={"every": 4, "steps": [1, 5]}))
     assert said.code == 0, said.err
-    assert sorted(set(read_trace(tmp_path / "some/trace", "pairs")["step"].to_pylist())) == [1, 4, 5]
+    assert sorted(set(read_table(tmp_path / "some/trace", "pairs")["step"].to_pylist())) == [1, 4, 5]
     assert {p.name for p in (tmp_path / "some/trace").iterdir()} == {
         f"{kind}-00000001-00000005.parquet" for kind in ("pairs", "steps")
     }
@@ -205,7 +206,7 @@ def test_a_resumed_run_has_the_trace_of_an_uninterrupted_one(space, tmp_path, mo
     run_training(load_config(path), QUIET, resume=True)
     kind = "pairs" if method == "dpo" else "examples"
     for one in (kind, "steps"):
-        assert read_trace(folder.trace, one).equals(read_trace(tmp_path / "whole/trace", one))
+        assert read_table(folder.trace, one).equals(read_table(tmp_path / "whole/trace", one))
     assert not list(folder.trace.glob(".tmp-*"))
 
 
@@ -214,7 +215,7 @@ def test_a_restart_forgets_the_trace(space, tmp_path, monkeypatch):
     path = run_file(space, tmp_path, "again", trace={"every": 1})
     run("dpo", path)
     assert run("dpo", path, "--restart", "--train.max_steps", 2).code == 0
-    assert set(read_trace(tmp_path / "again/trace", "pairs")["step"].to_pylist()) == {1, 2}
+    assert set(read_table(tmp_path / "again/trace", "pairs")["step"].to_pylist()) == {1, 2}
     assert run("report", tmp_path / "again").code == 0
     assert run("dpo", run_file(space, tmp_path, "again"), "--restart").code == 0
     assert not {"trace", "report", "report.html"} & {path.name for path in (tmp_path / "again").iterdir()}
@@ -232,7 +233,7 @@ def test_a_run_that_fails_leaves_the_pairs_of_the_failing_step(space, tmp_path, 
     monkeypatch.setattr(PreferenceLoss, "__call__", failing)
     with pytest.raises(NonFiniteError):
         run_training(config, QUIET)
-    rows = read_trace(tmp_path / "failing/trace", "pairs").to_pylist()
+    rows = read_table(tmp_path / "failing/trace", "pairs").to_pylist()
     assert any(math.isnan(row["loss"]) for row in rows if row["step"] == max(r["step"] for r in rows))
 
 

@@ -11,10 +11,10 @@ from workspace import PROMPTS, make_workspace, metrics, run, without
 
 import lowlevel as ll
 import lowlevel.loop
+from lowlevel.checkpoints.tables import read_table
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses.kto import LabelledLogps, kto
 from lowlevel.methods.kto import KTO
-from lowlevel.tracing import read_trace
 
 ROWS = [
     {"prompt": p, "completion": f"{p[::-1]}!"[: 5 + i % 9] if i % 3 else "no " * (1 + i % 4), "label": bool(i % 3)}
@@ -122,8 +122,8 @@ def test_an_inspection_in_print(whole, tmp_path):
 
 
 def test_the_trace_is_that_of_the_step(whole):
-    rows = read_trace(whole.path / "trace", "examples").to_pylist()
-    steps = read_trace(whole.path / "trace", "steps").to_pylist()
+    rows = read_table(whole.path / "trace", "examples").to_pylist()
+    steps = read_table(whole.path / "trace", "steps").to_pylist()
     logged = {record["step"]: record for record in whole.metrics if "kl" in record}
     assert [step["step"] for step in steps] == [2, 4, 6] and all(step["grad_norm"] > 0 for step in steps)
     for step in steps:

@@ -17,6 +17,7 @@ from workspace import PAIRS, PROMPTS, make_workspace, run, without
 import lowlevel as ll
 import lowlevel.methods.reward
 from lowlevel.batch.layout import Shape
+from lowlevel.checkpoints.tables import read_table
 from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.errors import CheckpointError
 from lowlevel.loop import evaluate_examples
@@ -24,7 +25,6 @@ from lowlevel.model.adapters import save_adapter
 from lowlevel.model.base import load_base
 from lowlevel.model.build import build_policy
 from lowlevel.model.policy import SCORE, TRAINED
-from lowlevel.tracing import read_trace
 
 BOUND = 1e-6
 TIMES = ("tokens_per_second", "peak_allocated_gib", "peak_reserved_gib")
@@ -190,9 +190,9 @@ def test_the_inspected_step_is_the_one_that_was_logged(whole):
 
 
 def test_the_trace_is_that_of_the_step(whole):
-    rows = read_trace(whole.path / "trace", "examples").to_pylist()
+    rows = read_table(whole.path / "trace", "examples").to_pylist()
     logged = {record["step"]: record for record in whole.metrics if "loss" in record}
-    for step in read_trace(whole.path / "trace", "steps").to_pylist():
+    for step in read_table(whole.path / "trace", "steps").to_pylist():
         own = [row for row in rows if row["step"] == step["step"]]
         assert len(own) == step["pairs"] == 4 and step["reward_head_grad_norm"] > 0
         assert sum(row["margin"] for row in own) / 4 == pytest.approx(logged[step["step"]]["rewards/margins"], rel=1e-5)
