@@ -1,4 +1,4 @@
-"""QLoRA fine-tuning of small language models (SFT, DPO, KTO), by hand-written loops whose every number can be checked.
+"""QLoRA fine-tuning of small language models in plain PyTorch, without a trainer library; every number can be checked.
 
     sft, dpo, kto, reward, grpo, rloo, ppo, online_dpo    train a run
     steps           take its steps one by one

@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands with their options."""
     parser = argparse.ArgumentParser(
         prog="lowlevel",
-        description="QLoRA SFT, DPO, KTO and GRPO on one small GPU: hand-written loops, every number can be checked.",
+        description="QLoRA fine-tuning on one small GPU, in plain PyTorch; every number can be checked.",
         epilog=EXIT_CODES,
         allow_abbrev=False,
     )

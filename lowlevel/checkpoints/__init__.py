@@ -1,1 +1,1 @@
-"""Checkpoints of a run: written atomically, with SHA-256 hashes that are verified before reading."""
+"""What a run saves as it goes: checkpoints, verified by SHA-256 before they are read; tables that are cut at them."""

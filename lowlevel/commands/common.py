@@ -1,4 +1,4 @@
-"""Shared by several commands: number types of options, the run file with its flags, and the console."""
+"""Shared by several commands: checks of their options, the run file with its flags, and the console."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 def whole_number(text: str, least: int) -> int:
     """A whole number from `least`."""
-    if not text.isdecimal() or int(text) < least:  # argparse adds the option's name and exits with code 2
+    if not text.isdecimal() or int(text) < least:  # argparse adds the option's name
         raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text!r}")
     return int(text)
 

@@ -25,7 +25,7 @@ def infer_method(tables: Mapping[str, Any], columns: Callable[[], Collection[str
     """The method, and the reason in words; `columns` gives the columns of the training rows.
 
     Raises:
-        ConfigError: the keys, or the columns, are those of both methods.
+        ConfigError: the keys, or the columns, are those of two methods.
     """
     signs = _signs(tables)
     if signs["dpo"] and {*signs["dpo"]} <= {*SHARED} and {*columns()} >= LABELLED:
@@ -47,7 +47,7 @@ def infer_method(tables: Mapping[str, Any], columns: Callable[[], Collection[str
     if not found >= PAIR:
         return "sft", "its rows have no columns chosen and rejected"
     if both := sorted(found & {"messages", "completion"}):
-        raise ConfigError(f"the rows have the columns of both methods ({both[0]}; chosen, rejected): give --method")
+        raise ConfigError(f"the rows have the columns of sft and of dpo ({both[0]}; chosen, rejected): give --method")
     return "dpo", "its rows have the columns chosen and rejected"
 
 

@@ -1,4 +1,4 @@
-"""TR-DPO (arXiv 2404.09656): a reference that follows the policy.
+"""Whether a run reads a reference, and TR-DPO (arXiv 2404.09656): one that follows the policy.
 
     after every N steps:    reference <- alpha * policy + (1 - alpha) * reference
 

@@ -1,4 +1,4 @@
-"""Console output of a run: a live progress bar in a terminal, plain lines elsewhere."""
+"""Console output of a run: lines, and in a terminal a live progress bar below them."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ BY_MINOR = tuple(f"versions.{name}" for name in ("torch", "transformers", "peft"
 GROUPS = ("base", "versions")  # in --allow-change these include all keys below them
 # Differences with which the saved state does not fit.
 FIXED = {
-    "method": "sft and dpo have different counters and metrics",
+    "method": "methods have different counters and metrics",
     "lora.r": "the saved adapter has another shape",
     "lora.target_modules": "the saved adapter has other layers",
     "lora.loraplus_lr_ratio": "with or without it, the saved optimizer state has another order",

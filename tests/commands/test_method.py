@@ -43,7 +43,7 @@ def test_the_method_comes_from_the_keys_before_the_rows(tables, columns, method,
         ({"data": {"weight_column": "w"}, "kto": {"beta": 1}}, (), ("data.weight_column is for sft", "is for kto")),
         ({"data": {"weight_column": "w"}, "reward": {"disable_dropout": True}}, (), ("is for sft", "is for reward")),
         ({"sft": {"loss_type": "a"}, "dpo": {"beta": 1}}, (), ("sft.loss_type is for sft", "dpo.beta is for dpo")),
-        ({}, ("prompt", "messages", "chosen", "rejected"), ("both methods", "--method")),
+        ({}, ("prompt", "messages", "chosen", "rejected"), ("of sft and of dpo", "--method")),
     ],
 )
 def test_signs_of_both_methods_are_refused(tables, columns, words):
