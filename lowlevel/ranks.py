@@ -26,23 +26,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
+from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.packing import divide
 from lowlevel.errors import ConfigError, RankError
 from lowlevel.hashing import checksum
+from lowlevel.losses import LossSums
 from lowlevel.losses.sums import LARGEST
+from lowlevel.model.flat import FlatParameters
+from lowlevel.running.endings import Interrupts
 from lowlevel.watch import Watch
-
-if TYPE_CHECKING:  # the process that starts torchrun needs none of it
-    from lowlevel.batch.layout import PackedBatch
-    from lowlevel.losses import LossSums
-    from lowlevel.model.flat import FlatParameters
-    from lowlevel.running.endings import Interrupts
 
 Result = TypeVar("Result")
 _MORE = 60.0  # seconds that gloo and NCCL wait beyond train.ddp_timeout: the watch is to speak first
