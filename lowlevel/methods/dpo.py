@@ -78,15 +78,6 @@ class DPO(Layout):
         """The loss of each pair, (P,)."""
         return self.preference_loss(logps).losses
 
-    def example_losses(
-        self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None, statistics: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The loss of each pair, (P,), from its tokens' scores; 0 for dummies."""
-        if ref_token_logps is None and self.spec.reference_free:
-            ref_token_logps = torch.zeros_like(token_logps)
-        pairs = pair_logps(batch, token_logps, ref_token_logps, self.columns, statistics)
-        return torch.where(batch.real, self.losses(pairs), 0.0)
-
     @property
     def has_reference(self) -> bool:
         """Whether the loss compares the policy with a reference."""

@@ -69,14 +69,6 @@ class KTO(Layout):
         """The loss of each example, (P,)."""
         return self.spec(logps, self.settings)[0]
 
-    def example_losses(
-        self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None, statistics: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The loss of each example, (P,), from its tokens' log-probabilities; 0 for dummies."""
-        assert ref_token_logps is not None
-        rows = labelled_logps(batch, token_logps, ref_token_logps)
-        return torch.where(batch.real, self.losses(rows), 0.0)
-
     def count(self, batch: PackedBatch) -> int:
         """Completions."""
         return len(batch.data_rows)

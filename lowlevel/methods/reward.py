@@ -67,13 +67,6 @@ class Reward(Layout):
         """The loss of each pair, (P,)."""
         return self.spec(pairs, self.settings)[0]
 
-    def example_losses(
-        self, batch: PackedBatch, token_rewards: Tensor, reference: Tensor | None, statistics: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The loss of each pair, (P,), from the rewards (N,) at the positions that are read; 0 for dummies."""
-        pairs = self.pair_rewards(batch, batch.sequence_sums(token_rewards))
-        return torch.where(batch.real, self.losses(pairs), 0.0)
-
     def count(self, batch: PackedBatch) -> int:
         """Preference pairs."""
         return len(batch.data_rows)

@@ -77,12 +77,6 @@ class SFT(Layout):
         """The loss of each token, (N,), times its weight."""
         return self.token_loss(logps)[0]
 
-    def example_losses(
-        self, batch: PackedBatch, token_logps: Tensor, ref_token_logps: Tensor | None, statistics: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The summed loss of each example, (S,), from its tokens' scores; 0 for dummies."""
-        return batch.sequence_sums(self.token_losses(batch, token_logps, statistics)[0])
-
     def count(self, batch: PackedBatch) -> float:
         """Supervised tokens; the sum of their weights, if they have any."""
         return batch.num_scored if batch.total_weight is None else batch.total_weight

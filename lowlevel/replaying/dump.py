@@ -25,7 +25,6 @@ from lowlevel.errors import ConfigError
 from lowlevel.execution import Eager, micro_step
 from lowlevel.hashing import key32
 from lowlevel.loop import with_baseline
-from lowlevel.methods import PolicyGradient
 from lowlevel.model.placement import dtype_name
 from lowlevel.optim.optimizer import optimizer_tensors
 from lowlevel.replaying.session import Session
@@ -39,7 +38,7 @@ MEANINGS = {
     "policy.lse": "(N,) statistics of the vocabulary, where the loss reads them; likewise mean_logp, log_square_sum",
     "policy.logps": "(S,) token_logps summed by sequence: for pairs all chosen, then all rejected",
     "reference": "the same without the trained adapter and without dropout",
-    "losses": "(P,) loss of each pair (dpo, reward), (S,) of each example (sft, kto); their sum is the loss",
+    "losses": "(P,) loss of each pair (dpo, reward), (S,) of each other example; their sum is the loss",
     "layer": "(rows, T, D) output of a decoder layer",
     "gradient": "of the step's mean loss, without loss scale and before clipping",
     "before": "adapter weights before the step",
@@ -106,10 +105,11 @@ def observe(session: Session, *, layers: bool) -> Dump:
             moved = batch.to(policy.placement.device)
             with _watched(session, layers) as seen:
                 key = key32(session.config.train.seed, state.step)
-                parts = micro_step(policy, session.method, moved, scale / count, key).named()
-            sums = {name: float(value) for name, value in parts.items()}
-            described.append({"data_rows": list(batch.data_rows), "sums": sums})
-            dump.files[f"micro-{number}.safetensors"] = _micro_tensors(session, moved, seen)
+                sums = micro_step(policy, session.method, moved, scale / count, key)
+            named = {name: float(value) for name, value in sums.named().items()}
+            described.append({"data_rows": list(batch.data_rows), "sums": named})
+            losses = _copy(torch.where(moved.real, sums.examples["loss"], 0.0))
+            dump.files[f"micro-{number}.safetensors"] = {**_micro_tensors(session, moved, seen), "losses": losses}
             if layers:
                 dump.files[f"layers-{number}.safetensors"] = {k: v for k, v in seen.items() if k.startswith("layer.")}
         step = {f"gradient.{name}": _copy(grad) / scale for name, grad in policy.flat.named_grads().items()}
@@ -151,22 +151,16 @@ def _watched(session: Session, layers: bool) -> Iterator[Tensors]:
 @torch.no_grad()
 def _micro_tensors(session: Session, batch: PackedBatch, seen: Tensors) -> Tensors:
     tensors = {f"batch.{name}": _copy(tensor) for name, tensor in batch.tensors().items()}
-    by_token: Tensors = {}
-    method, statistics = session.method, dict[str, Tensor]()
     for name in ("policy", "reference"):
         if f"hidden.{name}" not in seen:
             continue
         decoded = seen[f"hidden.{name}"].to(batch.input_ids.device)
         hidden = decoded.flatten(0, 1).index_select(0, batch.scored_positions)
-        needs = method.statistics if name == "policy" else ()
-        by_token[name], found = session.policy.scores(hidden, batch.scored_targets, needs)
-        statistics |= found
-        parts = {**found, "hidden": hidden, "token_logps": by_token[name], "logps": batch.sequence_sums(by_token[name])}
+        needs = session.method.statistics if name == "policy" else ()
+        logps, statistics = session.policy.scores(hidden, batch.scored_targets, needs)
+        parts = {**statistics, "hidden": hidden, "token_logps": logps, "logps": batch.sequence_sums(logps)}
         tensors |= {f"{name}.{part}": _copy(value) for part, value in parts.items()}
-    if isinstance(method, PolicyGradient):
-        return tensors  # the losses of its tokens are in the batch's values and these log-probabilities
-    losses = method.example_losses(batch, by_token["policy"], by_token.get("reference"), statistics)
-    return tensors | {"losses": _copy(losses)}
+    return tensors
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Whole runs of online methods: stopped and resumed, replayed, verified, inspected, and from Python."""
 
+import json
+
 import helpers
 import pytest
 from safetensors.torch import load_file
@@ -76,7 +78,12 @@ def test_what_is_logged(whole):
 def test_replay_verify_inspect_and_generate(whole):
     said = run("replay", whole, "--step", 6)
     assert said.code == 0 and "identical" in said.out.lower(), said.out + said.err
-    assert run("replay", whole, "--step", 6, "--dump", whole.parent / "dump").code == 0
+    dump = whole.parent / "dump"
+    assert run("replay", whole, "--step", 6, "--dump", dump).code == 0
+    losses = sum(float(load_file(file)["losses"].sum()) for file in dump.glob("micro-*"))
+    count = json.loads((dump / "index.json").read_text())["count"]
+    (loss,) = (line["loss"] for line in metrics(whole) if line["step"] == 6 and "loss" in line)
+    assert losses / count == pytest.approx(loss, rel=1e-5)
     said = run("verify", whole, "--step", 4)
     assert said.code == 0 and "float64 autograd" in said.out, said.out + said.err
     said = run("inspect", whole, "--step", 3)
