@@ -1,27 +1,16 @@
-"""Assign examples to rows, and rows to micro-batches."""
+"""Assign examples to rows, and rows to micro-batches; `Layout`, which every method is, has the settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from lowlevel.batch.layout import PackedBatch, Shape, build_batch
 from lowlevel.batch.segments import Segment
 
 Example = TypeVar("Example")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a method lays its examples out. With packing, they share rows of `row_length` positions."""
-
-    config: Any  # the section of the method
-    batch_size: int  # examples, pairs or completions per micro-batch; with packing, rows
-    row_length: int
-    packing: bool
-    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -88,26 +77,34 @@ def micro_batch_rows(
     return [rows[start : start + number] for start in range(0, len(rows), number)]
 
 
-def lay_out(
-    examples: Sequence[Any],
-    size: Callable[[Any], int],
-    segments: Callable[[Any, int], Sequence[Segment]],
-    layout: Layout,
-    *,
-    pairs: bool,
-    columns: Sequence[str],
-) -> list[PackedBatch]:
-    """The micro-batches of one step.
+@dataclass(frozen=True)
+class Layout:
+    """How a method lays its examples out. With packing, they share rows of `row_length` positions."""
 
-    `segments` gives those of an example, with its number in the micro-batch: several are rows of their own without
-    packing. The examples' `values` go along if there are `columns`.
-    """
-    made = []
-    for groups in micro_batch_rows(examples, size, layout):
-        numbers, rows = count(), list[Sequence[Segment]]()
-        for group in groups:
-            found = [segment for example in group for segment in segments(example, next(numbers))]
-            rows += [found] if layout.packing else [[segment] for segment in found]
-        values = [example.values for group in groups for example in group] if columns else None
-        made.append(build_batch(rows, pairs=pairs, shape=layout.shape, values=values))
-    return made
+    config: Any  # the section of the method
+    batch_size: int  # examples, pairs or completions per micro-batch; with packing, rows
+    row_length: int
+    packing: bool
+    shape: Shape | None = None  # round batches up to few shapes; a packed micro-batch is then one long row
+    columns: tuple[str, ...] = ()  # names of the examples' `values` that the loss reads
+    paired: ClassVar[bool] = False  # an example has two completions
+
+    def size(self, example: Any) -> int:
+        """Positions of an example."""
+        raise NotImplementedError
+
+    def segments(self, example: Any, number: int) -> Sequence[Segment]:
+        """Those of an example with its number in the micro-batch; several are rows of their own without packing."""
+        raise NotImplementedError
+
+    def micro_batches(self, examples: Sequence[Any]) -> list[PackedBatch]:
+        """The examples of one step in rows."""
+        made = []
+        for groups in micro_batch_rows(examples, self.size, self):
+            numbers, rows = count(), list[Sequence[Segment]]()
+            for group in groups:
+                found = [segment for example in group for segment in self.segments(example, next(numbers))]
+                rows += [found] if self.packing else [[segment] for segment in found]
+            values = [example.values for group in groups for example in group] if self.columns else None
+            made.append(build_batch(rows, pairs=self.paired, shape=self.shape, values=values))
+        return made

@@ -68,17 +68,15 @@ def segment(group: Sequence[Reply], numbers: Iterator[int]) -> Segment:
     return build_segment(group[0].first_row, group[0].example.input_ids[: group[0].start - 1], branches)
 
 
-def lay_out_replies(
-    examples: Sequence[Any], layout: Layout, columns: Sequence[str] = ()
-) -> list[tuple[PackedBatch, list[Any]]]:
-    """The micro-batches of one step, with its examples in the order of their sequences; `columns` as in `lay_out`."""
+def lay_out_replies(examples: Sequence[Any], layout: Layout) -> list[tuple[PackedBatch, list[Any]]]:
+    """The micro-batches of one step, each with its examples in the order of their sequences."""
     shape, found = layout.shape, []
     room = shape.capacity if shape else layout.row_length
     groups = by_prompt(replies(examples), room if layout.packing else 0)
     for rows in micro_batch_rows(groups, positions, layout):
         numbers, inside = count(), [reply.example for row in rows for group in row for reply in group]
         segments = [[segment(group, numbers) for group in row] for row in rows]
-        values = [x.values for x in inside] if columns else None
+        values = [x.values for x in inside] if layout.columns else None
         batch = build_batch(segments, pairs=False, shape=shape, values=values)
         found.append((replace(batch, data_rows=tuple(x.row for x in inside)), inside))
     return found

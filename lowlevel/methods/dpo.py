@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.batch.packing import Layout, lay_out
+from lowlevel.batch.packing import Layout
 from lowlevel.batch.segments import Segment, pair_rows, pair_segment
 from lowlevel.config.offline import DPOConfig
 from lowlevel.data.examples import PreferenceExample
@@ -33,7 +33,6 @@ class DPO(Layout):
     """The DPO method. With packing, the prompt of a pair is computed once."""
 
     config: DPOConfig
-    columns: tuple[str, ...] = ()  # data.columns, for a custom loss
     name: ClassVar[str] = "dpo"
     unit: ClassVar[str] = "pairs"
     paired: ClassVar[bool] = True
@@ -91,12 +90,9 @@ class DPO(Layout):
         """Positions of a pair with its prompt shared."""
         return len(example.prompt_ids) - 1 + len(example.chosen_ids) + len(example.rejected_ids)
 
-    def micro_batches(self, examples: Sequence[PreferenceExample]) -> list[PackedBatch]:
-        """The pairs of one step in rows."""
-        return lay_out(examples, self.size, self._segments, self, pairs=True, columns=self.columns)
-
-    def _segments(self, x: PreferenceExample, number: int) -> Sequence[Segment]:
-        parts = (x.row, number, x.prompt_ids, x.chosen_ids, x.rejected_ids)
+    def segments(self, example: PreferenceExample, number: int) -> Sequence[Segment]:
+        """With packing one with a shared prompt, else two plain sequences."""
+        parts = (example.row, number, example.prompt_ids, example.chosen_ids, example.rejected_ids)
         return [pair_segment(*parts)] if self.packing else pair_rows(*parts)
 
 

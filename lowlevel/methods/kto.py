@@ -36,10 +36,9 @@ class KTO(Layout):
     """The KTO method. Its examples are conversations with one scored reply, and the label in `values`."""
 
     config: KTOConfig
-    columns: ClassVar[tuple[str, ...]] = ("label",)  # of the examples' values: 1 is desirable, 0 is not
+    columns: tuple[str, ...] = ("label",)  # 1 is desirable, 0 is not
     name: ClassVar[str] = "kto"
     unit: ClassVar[str] = "examples"
-    paired: ClassVar[bool] = False
     has_reference: ClassVar[bool] = True
     statistics: ClassVar[tuple[str, ...]] = ()
 
@@ -79,10 +78,10 @@ class KTO(Layout):
 
     def micro_batches(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
         """The examples of one step in rows; the first micro-batch holds those of the mismatched completions."""
-        made = lay_out_replies(examples, self, self.columns)
+        made = lay_out_replies(examples, self)
         first, *others = (replace(batch, kl=torch.zeros(())) for batch, _ in made)
         coarse = self.shape and replace(self.shape, positions=COARSER * self.shape.positions)
-        without = lay_out_replies(_distinct(self.mismatched(examples)), replace(self, shape=coarse), self.columns)
+        without = lay_out_replies(_distinct(self.mismatched(examples)), replace(self, shape=coarse))
         return [replace(first, mismatched=tuple(_baseline(batch) for batch, _ in without)), *others]
 
     def mismatched(self, examples: Sequence[SFTExample]) -> list[SFTExample]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.batch.packing import Layout, lay_out
+from lowlevel.batch.packing import Layout
 from lowlevel.batch.segments import Branch, Segment, build_segment
 from lowlevel.config.offline import RewardConfig
 from lowlevel.data.examples import PreferenceExample
@@ -33,7 +33,6 @@ class Reward(Layout):
     """The method. With packing, the prompt of a pair is computed once."""
 
     config: RewardConfig
-    columns: tuple[str, ...] = ()  # data.columns: the rated margin
     name: ClassVar[str] = "reward"
     unit: ClassVar[str] = "pairs"
     paired: ClassVar[bool] = True
@@ -75,10 +74,9 @@ class Reward(Layout):
         """Positions of a pair with its prompt shared."""
         return len(example.prompt_ids) + len(example.chosen_ids) + len(example.rejected_ids)
 
-    def micro_batches(self, examples: Sequence[PreferenceExample]) -> list[PackedBatch]:
-        """The pairs of one step in rows."""
-        segments = partial(reward_segments, shared=self.packing)
-        return lay_out(examples, self.size, segments, self, pairs=True, columns=self.columns)
+    def segments(self, example: PreferenceExample, number: int) -> list[Segment]:
+        """With packing one with a shared prompt, else two plain sequences."""
+        return reward_segments(example, number, shared=self.packing)
 
 
 def reward_segments(example: PreferenceExample, number: int, *, shared: bool) -> list[Segment]:

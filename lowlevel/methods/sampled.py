@@ -33,9 +33,7 @@ class SampledMethod(Layout):
     """What GRPO, RLOO and PPO have in common. Examples are completions that the policy sampled, with their rewards."""
 
     config: SampledConfig
-    columns: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str] = "completions"
-    paired: ClassVar[bool] = False
     statistics: ClassVar[tuple[str, ...]] = ()
     values: ClassVar[tuple[str, ...]] = ()  # of Rollout.values that the loss reads
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.batch.packing import Layout, lay_out
+from lowlevel.batch.packing import Layout
 from lowlevel.batch.segments import Segment, sft_segment
 from lowlevel.config.offline import SFTConfig
 from lowlevel.data.examples import SFTExample
@@ -25,10 +25,8 @@ class SFT(Layout):
     """The SFT method."""
 
     config: SFTConfig
-    columns: tuple[str, ...] = ()  # data.columns, for a custom loss
     name: ClassVar[str] = "sft"
     unit: ClassVar[str] = "tokens"  # of the loss's mean
-    paired: ClassVar[bool] = False  # an example has two completions
     has_reference: ClassVar[bool] = False
 
     def loss(self, policy: Policy, batch: PackedBatch) -> LossSums:
@@ -85,13 +83,9 @@ class SFT(Layout):
         """Positions: all tokens but the last."""
         return len(example.input_ids) - 1
 
-    def micro_batches(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
-        """The examples of one step in rows."""
-        return lay_out(examples, self.size, _segments, self, pairs=False, columns=self.columns)
-
-
-def _segments(x: SFTExample, number: int) -> tuple[Segment]:
-    return (sft_segment(x.row, number, x.input_ids, x.labels, x.weights),)
+    def segments(self, example: SFTExample, number: int) -> list[Segment]:
+        """The whole conversation."""
+        return [sft_segment(example.row, number, example.input_ids, example.labels, example.weights)]
 
 
 def sft_loss(config: SFTConfig) -> SupervisedLoss:
