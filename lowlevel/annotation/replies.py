@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowlevel.annotation.pairs import Message, Pair
-from lowlevel.data.readers import prompts
+from lowlevel.data import readers
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.rows import Row
 from lowlevel.data.templates import RenderError
@@ -37,7 +37,7 @@ def _messages(row: Row) -> list[Message]:
     if is_filled(columns.get("tools")):
         raise BadRow("tools", '"tools" cannot be shown: leave them out')
     if columns.get("prompt") is not None:
-        messages = prompts(columns)[0].messages
+        messages = readers.prompts(columns)[0].messages
     elif columns.get("messages") is not None:
         messages = turns_of(columns, "messages").messages
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages

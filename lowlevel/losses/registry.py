@@ -142,7 +142,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def place_of(function: Callable[..., Any], name: str) -> str:
-    """ "module:name" if another process can import the function by it, else ""."""
+    """Where another process can import a function, "module:name"; "" if nowhere."""
     module = function.__module__
     there = module != "__main__" and getattr(sys.modules.get(module), name, None) is function
     return f"{module}:{name}" if there else ""

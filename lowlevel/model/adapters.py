@@ -16,12 +16,11 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lowlevel.config.schema import MAX_ALPHA, MAX_RANK
 from lowlevel.errors import CheckpointError, quoted
 from lowlevel.model.files import is_finite, read_json_object, refuse_pickles
-from lowlevel.model.policy import SCORE, TRAINED, VALUE
+from lowlevel.model.policy import SCORE, TRAINED, VALUE, AnyModel
 from lowlevel.model.targets import matched
 
 WEIGHTS = "adapter_model.safetensors"
@@ -30,7 +29,6 @@ REFERENCE_WEIGHTS = "reference.safetensors"  # in checkpoints: a moving referenc
 VALUE_WEIGHTS = "value_head.safetensors"  # in checkpoints of ppo
 ADAPTER_CONFIG = "adapter_config.json"
 START, DEFAULT = "init_lora_weights", "default"  # in the metadata of WEIGHTS, unless it is the default
-AnyModel = PeftModel | PreTrainedModel  # the latter in full fine-tuning
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 # Keys of adapter_config.json. Every variant of LoRA adds one, so a key that is not listed must be null, false or empty.
 OBEYED = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
@@ -43,11 +41,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
     "modules_to_save": (["score"],),  # a reward model's head
 }
-
-
-def plain_model(model: AnyModel) -> Any:
-    """The model without PEFT's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def load_value_head(head: nn.Parameter, folder: Path) -> None:

@@ -27,6 +27,7 @@ from lowlevel.model.layers import DecoderLayers
 from lowlevel.model.moving_reference import MovingReference
 from lowlevel.model.placement import Placement
 
+AnyModel = PeftModel | PreTrainedModel  # the latter in full fine-tuning
 TRAINED = "trained"  # the adapter in training
 PARENT = "parent"  # the frozen adapter that it is stacked on
 REFERENCE = "reference"  # the adapter of a moving reference
@@ -38,7 +39,7 @@ VALUE = "base_model.model.value.weight"  # PPO's value head (1, D), which is no 
 class Policy:
     """The model of a training step."""
 
-    model: PeftModel | PreTrainedModel  # the latter in full fine-tuning
+    model: AnyModel
     flat: FlatParameters
     placement: Placement
     dropout: DropoutState
@@ -55,7 +56,7 @@ class Policy:
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The Hugging Face model, without PEFT's wrapper."""
-        return cast("PreTrainedModel", self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        return plain_model(self.model)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -130,6 +131,11 @@ class Policy:
     def trainable_names(self) -> list[str]:
         """Names of the parameters that receive gradients."""
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+
+def plain_model(model: AnyModel) -> PreTrainedModel:
+    """The model without PEFT's wrapper."""
+    return cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def is_base(name: str) -> bool:

@@ -13,13 +13,14 @@ from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.errors import ConfigError
-from lowlevel.model.adapters import ADAPTER_CONFIG, AnyModel, is_reward_model, read_adapter_config
+from lowlevel.model.adapters import ADAPTER_CONFIG, is_reward_model, read_adapter_config
 from lowlevel.model.attention_choice import MASKED
 from lowlevel.model.base import load_base, resolve_name
 from lowlevel.model.base_folder import CONFIG, holds_model_weights, note_of_adapter
 from lowlevel.model.build import build_policy
 from lowlevel.model.files import read_json_object
 from lowlevel.model.placement import Placement, choose_placement
+from lowlevel.model.policy import AnyModel
 from lowlevel.running.reopening import Note, load_run
 from lowlevel.running.run_folder import RunFolder, check_reward_run
 from lowlevel.running.scoring import best_of, load_reward_run

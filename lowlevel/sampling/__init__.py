@@ -24,8 +24,8 @@ rounding: 1e-6 in fp32, about 1e-2 at most in fp16 with logits of size 10.
 
 from collections.abc import Callable, Sequence
 
-from lowlevel.model.adapters import AnyModel, plain_model
 from lowlevel.model.placement import Placement
+from lowlevel.model.policy import AnyModel, plain_model
 from lowlevel.sampling.cached_model import misfit
 from lowlevel.sampling.completion import Completion, Sampler, Sampling, completion_keys
 from lowlevel.sampling.fast import FastSampler

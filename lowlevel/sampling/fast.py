@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lowlevel.batch.beginnings import by_beginning
 from lowlevel.heartbeat import working
-from lowlevel.model.adapters import AnyModel, plain_model
 from lowlevel.model.placement import Placement
+from lowlevel.model.policy import AnyModel, plain_model
 from lowlevel.model.suitability import attention_window, short_positions
 from lowlevel.sampling.cached_model import SHARE, CachedModel, Prompts
 from lowlevel.sampling.completion import Completion, Ids, Sampling, Watch, completion_keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lowlevel.heartbeat import Work, counted
-from lowlevel.model.adapters import AnyModel, plain_model
 from lowlevel.model.attention_choice import plain_attention
 from lowlevel.model.dropout import CounterDropout
 from lowlevel.model.placement import Placement
+from lowlevel.model.policy import AnyModel, plain_model
 from lowlevel.sampling.completion import Completion, Ids, Sampling, Watch, completion_keys
 from lowlevel.sampling.draw import draw, token_keys
 
@@ -26,7 +27,7 @@ class PlainSampler:
 
     def __init__(self, model: AnyModel, placement: Placement, stop_ids: Sequence[int], *, batch_size: int = 16) -> None:
         """`batch_size` completions are sampled at a time."""
-        self.base = plain_model(model)
+        self.base: Any = plain_model(model)
         self.placement = placement
         self.stop_ids = sorted(stop_ids)
         self.batch_size = batch_size
