@@ -65,7 +65,7 @@ class Example:
 
     def __repr__(self) -> str:
         texts = ", ".join(f"{text.name} {len(text.scored)} tokens" for text in self.texts)
-        return f"Example(row {self.row}: {texts}, loss {self.loss:.4f})"
+        return f"Example(row {self.row}: {texts}, loss {self.loss:z.4f})"
 
     @property
     def loss(self) -> float:
@@ -142,7 +142,7 @@ class Inspection:
     @property
     def result(self) -> str:
         """The loss, and the one that the run logged, in one line."""
-        return f"loss {self.loss:.6f}" + (f" ({self.logged})" if self.logged else "")
+        return f"loss {self.loss:z.6f}" + (f" ({self.logged})" if self.logged else "")
 
 
 def _count(number: float, noun: str) -> str:

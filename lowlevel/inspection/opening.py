@@ -95,7 +95,7 @@ def logged_loss(metrics: Sequence[dict[str, Any]], step: int, config: RunConfig)
     loss = next(record["loss"] for record in metrics if record["step"] == step and "loss" in record)
     window = "" if first == step else f", the mean of steps {first} to {step}"
     dropout = f", with dropout {config.active_dropout:g}" if config.active_dropout else ""
-    return f"logged: {loss:.6f}{window}{dropout}"
+    return f"logged: {loss:z.6f}{window}{dropout}"
 
 
 def _choose_weights(
