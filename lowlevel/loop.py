@@ -227,7 +227,7 @@ def evaluate_examples(
     margins: list[Tensor] = []  # reward
     for batch, sums in zip(batches, ranks.gather(share, batches, own), strict=True):
         named = sums.named()
-        margins += [sums.examples["margin"][: method.count(batch)]] if method.name == "reward" else []
+        margins += [sums.examples["margin"][: len(batch.data_rows)]] if method.name == "reward" else []
         window.add(dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True)), method.count(batch))
         if method.unit == "tokens":
             logps += sums.examples["logps"][: len(batch.data_rows)].tolist()

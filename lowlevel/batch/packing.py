@@ -89,9 +89,13 @@ class Layout:
     columns: tuple[str, ...] = ()  # names of the examples' `values` that the loss reads
     paired: ClassVar[bool] = False  # an example has two completions
 
+    def count(self, batch: PackedBatch) -> float:
+        """What a sum of losses is divided by, over the micro-batches of a step: examples, if not tokens."""
+        return len(batch.data_rows)
+
     def size(self, example: Any) -> int:
-        """Positions of an example."""
-        raise NotImplementedError
+        """Positions of an example: all tokens but the last."""
+        return len(example.input_ids) - 1
 
     def segments(self, example: Any, number: int) -> Sequence[Segment]:
         """Those of an example with its number in the micro-batch; several are rows of their own without packing."""

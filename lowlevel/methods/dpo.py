@@ -82,10 +82,6 @@ class DPO(Layout):
         """Whether the loss compares the policy with a reference."""
         return not self.spec.reference_free
 
-    def count(self, batch: PackedBatch) -> int:
-        """Preference pairs."""
-        return len(batch.data_rows)
-
     def size(self, example: PreferenceExample) -> int:
         """Positions of a pair with its prompt shared."""
         return len(example.prompt_ids) - 1 + len(example.chosen_ids) + len(example.rejected_ids)

@@ -68,14 +68,6 @@ class KTO(Layout):
         """The loss of each example, (P,)."""
         return self.spec(logps, self.settings)[0]
 
-    def count(self, batch: PackedBatch) -> int:
-        """Completions."""
-        return len(batch.data_rows)
-
-    def size(self, example: SFTExample) -> int:
-        """Positions: all tokens but the last."""
-        return len(example.input_ids) - 1
-
     def micro_batches(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
         """The examples of one step in rows; the first micro-batch holds those of the mismatched completions."""
         made = lay_out_replies(examples, self)

@@ -66,10 +66,6 @@ class Reward(Layout):
         """The loss of each pair, (P,)."""
         return self.spec(pairs, self.settings)[0]
 
-    def count(self, batch: PackedBatch) -> int:
-        """Preference pairs."""
-        return len(batch.data_rows)
-
     def size(self, example: PreferenceExample) -> int:
         """Positions of a pair with its prompt shared."""
         return len(example.prompt_ids) + len(example.chosen_ids) + len(example.rejected_ids)

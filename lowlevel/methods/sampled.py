@@ -71,10 +71,6 @@ class SampledMethod(Layout):
         assert batch.total_weight is not None
         return batch.total_weight
 
-    def size(self, example: Rollout) -> int:
-        """Positions: all tokens but the last."""
-        return len(example)
-
     def micro_batches(self, examples: Sequence[Rollout]) -> list[PackedBatch]:
         """The completions of one step in rows, with weights and counts over all of them."""
         counted = [x for x in examples if x.counted]

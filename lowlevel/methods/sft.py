@@ -79,10 +79,6 @@ class SFT(Layout):
         """Supervised tokens; the sum of their weights, if they have any."""
         return batch.num_scored if batch.total_weight is None else batch.total_weight
 
-    def size(self, example: SFTExample) -> int:
-        """Positions: all tokens but the last."""
-        return len(example.input_ids) - 1
-
     def segments(self, example: SFTExample, number: int) -> list[Segment]:
         """The whole conversation."""
         return [sft_segment(example.row, number, example.input_ids, example.labels, example.weights)]

@@ -50,10 +50,6 @@ class Rollout:
     values: Mapping[str, np.ndarray] = field(default_factory=dict)  # (n,) fp32 each: what else the method needs
     counted: bool = True
 
-    def __len__(self) -> int:
-        """Positions: all tokens but the last."""
-        return len(self.prompt_ids) + len(self.completion_ids) - 1
-
     @property
     def input_ids(self) -> np.ndarray:
         """Prompt and completion, (p + n,) int32."""
