@@ -23,6 +23,7 @@ from lowlevel.losses import DPOOutput, LossSums, PairLogps, PreferenceLoss, loss
 from lowlevel.losses.dpo import HYPERPARAMETERS, reward_counts
 from lowlevel.losses.modifiers import rated_margins
 from lowlevel.losses.registry import LossSpec, check_result
+from lowlevel.losses.reward import ranked
 from lowlevel.model.policy import Policy
 
 NO_STATISTICS: Mapping[str, Tensor] = MappingProxyType({})
@@ -151,7 +152,7 @@ def _sums_of(batch: PackedBatch, pairs: PairLogps, output: DPOOutput, reference_
         "rewards/chosen": output.chosen_rewards,
         "rewards/rejected": output.rejected_rewards,
         "rewards/margins": output.margins,
-        "rewards/accuracies": (output.margins > 0).float() + 0.5 * (output.margins == 0).float(),
+        "rewards/accuracies": ranked(output.margins),
         "logps/chosen": pairs.chosen_logps.detach(),
         "logps/rejected": pairs.rejected_logps.detach(),
         **({} if reference_free else reference),
