@@ -95,6 +95,13 @@ def test_replay_verify_inspect_and_generate(whole):
     assert said.code == 0, said.err
 
 
+def test_verify_holds_where_all_advantages_are_far_below_0(space):
+    own = {"reward": ["length"], "reward_weights": [1e7], "max_completion_length": 12, "whiten_advantages": False}
+    assert run("ppo", written(space, "far", "ppo", own, train={"max_steps": 1, "save_steps": 1})).code == 0
+    said = run("verify", space.folder / "far")
+    assert said.code == 0, said.out
+
+
 @pytest.mark.parametrize("words", [("data",), ("plan", "--gpus", 2)])
 def test_commands_on_a_run_file(space, words):
     said = run(*words[:1], written(space, f"for {words[0]}"), *words[1:])
