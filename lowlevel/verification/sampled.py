@@ -98,7 +98,8 @@ def _token_losses(own: Any, kind: str, x: Rollout, new: Tensor) -> Tensor:
         high = 5.0 if own.epsilon_high is None else own.epsilon_high
         return -torch.where(r > high, high, r).detach() * advantages * new
     if kind == "sapo":
-        t = torch.where(advantages > 0, 1.0, 1.05).double()
+        given = {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05} | own.loss_kwargs
+        t = torch.where(advantages > 0, given["sapo_temperature_pos"], given["sapo_temperature_neg"]).double()
         return -4 / (t * (1 + torch.exp(-t * (r - 1)))) * advantages
     low, high = (own.cliprange,) * 2 if isinstance(own, PPOConfig) else _range(own)
     first = r * advantages

@@ -95,6 +95,15 @@ def test_replay_verify_inspect_and_generate(whole):
     assert said.code == 0, said.err
 
 
+def test_verify_reads_the_temperatures_of_sapo(space):
+    """At its second step on the same completions the ratios are not 1."""
+    own = {**OWN, "loss_type": "sapo", "loss_kwargs": {"sapo_temperature_pos": 5.0, "sapo_temperature_neg": 9.0}}
+    train = {"max_steps": 2, "save_steps": 1, "learning_rate": 0.05}
+    assert run("grpo", written(space, "sapo", own=own, train=train)).code == 0
+    said = run("verify", space.folder / "sapo", "--step", 2)
+    assert said.code == 0, said.out
+
+
 def test_verify_holds_where_all_advantages_are_far_below_0(space):
     own = {"reward": ["length"], "reward_weights": [1e7], "max_completion_length": 12, "whiten_advantages": False}
     assert run("ppo", written(space, "far", "ppo", own, train={"max_steps": 1, "save_steps": 1})).code == 0
