@@ -109,11 +109,15 @@ def batches_of(policy: Policy, requests: Sequence[Request]) -> Iterator[Scorable
     device, groups = policy.placement.device, dict[object, list[int]]()  # places of the requests by context
     for place, (context, _) in enumerate(requests):
         groups.setdefault(tuple(context) if len(context) > 1 else place, []).append(place)
-    parts = list(groups.values())
-    # each continuation repeats the context's last token, which predicts its first one
-    sizes = [len(requests[part[0]][0]) - 1 + sum(len(requests[place][1]) for place in part) for part in parts]
     capacity = POSITIONS[device.type]
     capacity = capacity if policy.attention.kernel else min(capacity, MASKED_POSITIONS)
+    parts, sizes = list[list[int]](), list[int]()
+    for group in groups.values():
+        own = len(requests[group[0]][0]) - 1  # each continuation repeats the context's last token, for its first one
+        tokens = sum(len(requests[place][1]) for place in group)
+        pieces = min(len(group), max(1, -(-tokens // max(1, capacity - own))))  # more than fit a row are divided
+        parts += [group[start::pieces] for start in range(pieces)]
+        sizes += [own + sum(len(requests[place][1]) for place in part) for part in parts[-pieces:]]
     with working("scoring continuations", len(requests), "continuations") as work:
         for row in pack([min(size, capacity) for size in sizes], capacity):  # a longer one fills its row
             segments, places = list[Segment](), list[int]()

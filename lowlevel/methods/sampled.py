@@ -172,6 +172,8 @@ def check_loss(method: SampledMethod) -> None:
     trial batch; needs no model.
     """
     spec, config, fields = method.spec, method.config, type(method.config).model_fields
+    if keys := sorted(fields.keys() & config.loss_kwargs.keys()):
+        raise ValueError(f"loss_type {spec.name!r}: {keys[0]} is a key of its own: not in loss_kwargs")
     keys = [key for key in CLIPPING if key in fields and spec.own]
     changed = {key: getattr(config, key) for key in keys if getattr(config, key) != fields[key].default}
     for name, value in {**changed, **config.loss_kwargs}.items():

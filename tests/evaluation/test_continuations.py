@@ -77,6 +77,17 @@ def test_contexts_by_beginning():
     assert list(by_beginning([], "cpu")) == []
 
 
+def test_continuations_that_no_row_holds_are_divided(tiny_base, monkeypatch):
+    requests = [([1, 2, 3, 4], [5 + i, 6]) for i in range(20)]
+    expected, policy = likelihoods(make_policy(tiny_base), requests, 64), make_policy(tiny_base)
+    monkeypatch.setitem(continuations.POSITIONS, "cpu", 16)
+    made = list(continuations.batches_of(policy, requests))
+    assert len(made) == 4 and max(one.batch.input_ids.numel() for one in made) <= 16
+    assert sorted(place for one in made for place in one.places) == list(range(20))
+    for one, two in zip(likelihoods(policy, requests, 64), expected, strict=True):
+        assert one.logp == pytest.approx(two.logp, abs=1e-5)
+
+
 def test_shared_contexts_are_computed_once(tiny_base):
     requests = [([1, 2, 3, 4], [5]), ([9, 2], [6, 7]), ([1, 2, 3, 4], [8, 8]), ([7], [1]), ([7], [2])]
     (made,) = continuations.batches_of(make_policy(tiny_base), requests)

@@ -134,6 +134,7 @@ def without_gradient(tokens):
         ("grpo", {"loss": "clipped_tokens", "delta": 2.0}, "does not use delta (got 2.0)"),
         ("ppo", {"loss": "whole", "cliprange": 0.1}, "does not use cliprange (got 0.1)"),
         ("grpo", {"loss_kwargs": {"gamma": 1.0}}, "'dapo' does not use gamma (got 1.0)"),
+        ("grpo", {"loss_kwargs": {"epsilon": 0.1}}, "'dapo': epsilon is a key of its own: not in loss_kwargs"),
         ("grpo", {"loss": "dappo"}, "unknown loss_type 'dappo': did you mean 'dapo'?"),
         ("rloo", {"loss": "dapo"}, "unknown loss_type 'dapo'"),
         ("online_dpo", {"loss": "simpo"}, "unknown loss_type 'simpo'"),
