@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import io
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -66,8 +68,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code; both output streams are redacted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run the command line and return the exit code; both output streams are redacted.
+
+    Without `argv` it is the process's, which ends afterwards: quickly, and at another Ctrl-C without a traceback.
+    """
+    if argv is not None:
+        return _run(list(argv))
+    try:
+        return _run(sys.argv[1:])
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        gc.freeze()  # Python's last collection would visit all objects of torch, for 1 s
+
+
+def _run(arguments: list[str]) -> int:
     with redirect_stdout(_redacted(sys.stdout)), redirect_stderr(_redacted(sys.stderr)):
         try:
             words, overrides = split_overrides(arguments)

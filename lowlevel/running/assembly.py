@@ -66,9 +66,11 @@ def choose_execution(config: RunConfig, inputs: Inputs) -> str:
         # of a sharded base no graph is captured: its passes are those of other GPUs too
         return "eager" if not (on_gpu and spans) else "compiled" if inputs.shards else "graphed"
     if asked == "graphed" and not on_gpu:
-        raise ConfigError('train.execution = "graphed" needs a GPU, and none is visible: use "eager" or "compiled"')
+        raise ConfigError('train.execution = "graphed" needs a GPU, and none is visible: use "eager"')
     if asked != "eager" and not spans:
-        raise ConfigError(f'train.execution = "{asked}" needs attention over spans: {inputs.attention.reason}')
+        raise ConfigError(
+            f'train.execution = "{asked}" needs attention over spans: use "eager" ({inputs.attention.reason})'
+        )
     return asked
 
 

@@ -55,5 +55,5 @@ def with_plan(config: RunConfig, placement: Placement, attention: Attention, sha
     if placement.device.type != "cuda":
         raise ConfigError("train.memory_budget is for a GPU, and none is visible")
     if attention.kernel is None:
-        raise ConfigError(f"train.memory_budget needs attention over spans: {attention.reason}")
+        raise ConfigError(f"train.memory_budget needs attention over spans, this run has {attention.reason}")
     return planned(config, best_plan(shape, config, placement, budget))

@@ -45,7 +45,7 @@ BY_MINOR = tuple(f"versions.{name}" for name in ("torch", "transformers", "peft"
 GROUPS = ("base", "versions")  # in --allow-change these include all keys below them
 # Differences with which the saved state does not fit.
 FIXED = {
-    "method": "methods have different counters and metrics",
+    "method": "each method has its own counters and metrics; set train.output_dir",
     "lora.r": "the saved adapter has another shape",
     "lora.target_modules": "the saved adapter has other layers",
     "lora.loraplus_lr_ratio": "with or without it, the saved optimizer state has another order",
@@ -120,6 +120,7 @@ def check_differences(
     if refused and len(rows) == len(refused):
         raise DataError(f"{folder.path}: cannot resume: {'; '.join(rows.values())}")
     if refused:
+        refused = [d for d in refused if d.key == "method"] or refused  # it changes half of the others
         reasons = {key: f"; {row}" for key, row in rows.items()}
         reasons |= {key: f"; cannot be allowed: {reason}" for key, reason in FIXED.items()}
         lines = "".join(f"\n  {d}{reasons.get(d.key, '')}" for d in refused)

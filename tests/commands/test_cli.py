@@ -1,8 +1,10 @@
 """The command line: help answers at once; each kind of mistake has one line and one exit code; nothing half-written."""
 
+import gc
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -130,6 +132,20 @@ def test_the_version(cli):
 def test_the_console_script_is_the_same_function():
     (script,) = entry_points(group="console_scripts", name="lowlevel")
     assert script.load() is main
+
+
+def test_a_process_ends_at_once_after_its_command(monkeypatch, capsys):
+    """Neither Python's last collection of garbage takes a second, nor does Ctrl-C print a traceback meanwhile."""
+    monkeypatch.setattr(sys, "argv", ["lowlevel", "--version"])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            main()
+        assert gc.get_freeze_count() and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        gc.unfreeze()
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().out
 
 
 def test_the_commands_are_those_of_the_list_above():

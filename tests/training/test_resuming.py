@@ -119,7 +119,8 @@ def test_another_method_cannot_be_allowed(space, copied):
     path = space.write("as-dpo", "dpo", data={"eval_source": "holdout", "eval_limit": 4})
     said = run("dpo", path, "--train.output_dir", copied, "--resume", "--allow-change", "method")
     assert said.code == 2
-    assert "method: 'sft' (checkpoint) != 'dpo' (now); cannot be allowed: methods have different counters" in said.err
+    (line,) = said.err.splitlines()[1:]
+    assert line.startswith("  method: 'sft' (checkpoint) != 'dpo' (now); cannot be allowed: ")
 
 
 def test_another_base_needs_its_name_and_its_content_allowed(space, resume, copied, tmp_path):
