@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from lowlevel.config.given import Source
+from lowlevel.config.given import GIVEN, Source
 from lowlevel.config.section import Above, Length, Names, OptionalLocation, Positive, Section, Seed
 
 
@@ -85,3 +85,8 @@ class DataConfig(Section):
     def names(self) -> str:
         """The sources for a message."""
         return ", ".join(str(part.source) for part in self.parts)
+
+    @property
+    def given(self) -> bool:
+        """Whether rows were given in Python: no command can read them again."""
+        return GIVEN in (str(self.source), str(self.eval_source))

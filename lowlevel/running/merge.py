@@ -14,16 +14,19 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.config.schema import ModelConfig
+from lowlevel.config.data import DataConfig
+from lowlevel.config.schema import DPOConfig, ModelConfig, SFTConfig
 from lowlevel.durable import replaced_folder, write_json
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.heartbeat import working
+from lowlevel.methods.choice import build_method
 from lowlevel.model.attention_choice import MASKED, Attention
 from lowlevel.model.base import load_base, load_stored, public_name
 from lowlevel.model.merging import check_is_original, merged_model, refuse_quantisation_errors
 from lowlevel.model.placement import Placement
 from lowlevel.model.quantisation import lacks_16_bits
 from lowlevel.online.rollouts import KeptRollouts, step_examples
+from lowlevel.running.assembly import prepare_data
 from lowlevel.running.progress import lines_to
 from lowlevel.running.reopening import LoadedRun, load_run, reopen
 from lowlevel.running.result_files import complete_result
@@ -143,7 +146,10 @@ def _requantise(run: LoadedRun, folder: Path, base: str | None) -> PreTrainedMod
 @torch.no_grad()
 def measure(run: LoadedRun, rows: Sequence[Any], merged_dir: Path) -> Fidelity:
     """Compare the merged folder, loaded as a user would, with base + adapters as trained."""
-    batches = [batch for row in rows for batch in run.method.micro_batches([row])]
+    # Its layout; the loss may be one that only the program knows which trained the run.
+    plain = {"sft": SFTConfig(), "dpo": DPOConfig(), "data": run.config.data.model_copy(update={"columns": ()})}
+    method = build_method(run.config.model_copy(update=plain), run.opened.attention)
+    batches = [batch for row in rows for batch in method.micro_batches([row])]
     run.activate(run.stages[-1])
     policy = run.policy
     before = [vocabulary_logps(policy.causal_lm, batch, policy.placement, policy.attention) for batch in batches]
@@ -165,11 +171,15 @@ def measure(run: LoadedRun, rows: Sequence[Any], merged_dir: Path) -> Fidelity:
 def probe_rows(run_dir: Path) -> Sequence[Any]:
     """A few held-out rows, or training rows without held-out ones; of an online method sampled completions.
 
-    Raises DataError if the rows changed since the run.
+    If the run's rows were given in Python, those of the demo. Raises DataError if the rows changed since the run.
     """
     opened = reopen(run_dir)
     if opened.config.sampled:
         return step_examples(opened.config, KeptRollouts(run_dir).newest())[:PROBE_ROWS]
+    if opened.config.data.given:
+        kept = opened.config.data.model_dump(include={"chat_template_from", "template_date", "max_length"})
+        demo = opened.config.model_copy(update={"data": DataConfig(limit=PROBE_ROWS, **kept)})
+        return prepare_data(demo)[1].train
     rows: Sequence[Any] = opened.held_out() or opened.data()[1].train
     return rows[:PROBE_ROWS]
 

@@ -192,17 +192,18 @@ def equal_rewards(records: list[dict[str, Any]], config: RunConfig) -> Iterator[
 
 def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
     """Useful commands after a run, quoted for the shell."""
-    run = shlex.quote(str(folder.path))
+    run, given = shlex.quote(str(folder.path)), config.data.given
+    reply = f'lowlevel generate {run} --prompt "Hello"'
+    look = [] if given else [f"lowlevel inspect {run} --step {step}"]
     if config.method == "reward":
-        pairs = config.data.eval_source or config.data.source
-        return [f"lowlevel score {run} --data {shlex.quote(str(pairs))}", f"lowlevel inspect {run} --step {step}"]
-    reply, look = f'lowlevel generate {run} --prompt "Hello"', f"lowlevel inspect {run} --step {step}"
+        pairs = "pairs.jsonl" if given else shlex.quote(str(config.data.parts[0].source))
+        return [f"lowlevel score {run} --data {pairs}", *look]
     if config.sampled:
-        return [reply, f"lowlevel merge {run} --out {run}-merged", look]
+        return [reply, f"lowlevel merge {run} --out {run}-merged", *look]
     if config.has_reference or config.full:
         compare, merge = f"lowlevel compare {run}", f"lowlevel merge {run} --out {run}-merged"
         other = [] if config.full else [merge]
-        return [reply, *([compare] if config.data.eval_source else other), look]
+        return [reply, *([compare] if config.data.eval_source and not given else other), *look]
     model = config.model.model_dump(exclude_defaults=True)  # base and quantisation must match the adapter
     flags = [f"--model.{key} {_flag(value)}" for key, value in model.items()]
     data = config.data.model_dump(exclude_defaults=True, include={"chat_template_from", "max_length"})
@@ -210,7 +211,7 @@ def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
     rows = [] if config.data.names == "demo" else ["--data.source pairs.jsonl"]
     out = f"--train.output_dir {run}-dpo"
     adapter = f"--model.adapter {run}{' --model.adapter_mode original' if config.lora.use_dora else ''}"
-    return [reply, " ".join(["lowlevel dpo", *flags, adapter, *rows, out]), look]
+    return [reply, " ".join(["lowlevel dpo", *flags, adapter, *rows, out]), *look]
 
 
 def _flag(value: Any) -> str:

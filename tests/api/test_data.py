@@ -1,11 +1,18 @@
 """Rows given in Python: the run of the same rows in a file; resumed, opened and looked into with the rows again."""
 
+import re
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
 
 import lowlevel as ll
+from lowlevel.cli import main
 from lowlevel.errors import ConfigError, DataError, LowlevelError
+from lowlevel.losses.registry import OWN
+from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.run_record import next_commands
 
 
 class MapStyle(torch.utils.data.Dataset):
@@ -58,6 +65,27 @@ def test_a_run_of_rows_needs_them_to_be_looked_into(dpo, rows):
     other = ll.Run(dpo.path, data=rows["dpo"][1:])
     with pytest.raises(DataError, match="not the rows"):
         other.inspect(step=1)
+
+
+def test_such_a_run_with_its_own_loss_can_be_merged_and_the_commands_shown_work(api, rows, tmp_path, capsys):
+    """Nothing that a command needs is left of its rows and its loss."""
+    settings = {"columns": ["score"], "eval_data": "holdout", "eval_limit": 2, "max_steps": 1, "console": None}
+    run = api.dpo("own", rows["dpo"], loss=lambda pairs: -pairs.deltas * pairs.values["score"], **settings)
+    shown = capsys.readouterr().out.split("next:\n")[1]
+    assert re.findall(r"lowlevel (\w+)", shown) == ["generate", "merge"]
+    OWN.clear()
+    assert main(["merge", str(run.path), "--out", str(tmp_path / "merged")]) == 0
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [("p.jsonl", ["lowlevel score r --data p.jsonl", "lowlevel inspect r --step 3"]),
+     ([{}], ["lowlevel score r --data pairs.jsonl"])],
+)  # fmt: skip
+def test_what_to_do_with_a_reward_run(data, shown):
+    config = ll.configure("reward", data=data, eval_data="holdout", eval_limit=2)
+    assert next_commands(RunFolder(Path("r")), config, 3) == shown
 
 
 def test_a_run_opened_with_its_rows(dpo, rows):
