@@ -122,6 +122,8 @@ class Run:
         from lowlevel.running.replies import generate_replies, question
         from lowlevel.sampling import Sampling
 
+        if not isinstance(prompt, str):
+            raise ConfigError(f"prompt: got a {type(prompt).__name__}, expected a text")
         sampler, tokenizer = self._for_replies
         ids = tokenizer.encode_prompt(question(prompt, system))
         return generate_replies(sampler, tokenizer, [ids], Sampling(**sampling))[0].text

@@ -108,6 +108,8 @@ def test_a_run_opened_with_its_rows(dpo, rows):
             run.replay(4, what_if=wrong)
     assert replayed.exact and replayed.first_difference is None and replayed.rows
     assert isinstance(run.generate(rows["dpo"][0]["prompt"], max_new_tokens=4), str)
+    with pytest.raises(ConfigError, match="^prompt: got a list, expected a text$"):
+        run.generate(["Hello"])
     assert run.policy.trainable_names()
 
 
