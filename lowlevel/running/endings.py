@@ -74,6 +74,7 @@ class Interrupts:
         These are not subclasses of Exception, so that libraries do not catch them.
         """
         if self.signum:
+            os.write(2, b"\nended at once by a second signal; what was saved before stays\n")
             if self._compiling:
                 os._exit(128 + signum)
             raise SystemExit(128 + signum)

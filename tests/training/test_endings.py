@@ -151,10 +151,12 @@ def test_a_second_signal_during_a_save_ends_the_process_and_shows_no_part(
         os.kill(os.getpid(), signum)
         os.kill(os.getpid(), signum)
 
+    told, write = [], os.write
     with monkeypatch.context() as patch:
         before(patch, lowlevel.checkpoints.training_state, "save_file", twice)
+        patch.setattr(os, "write", lambda to, text: told.append(text) or len(text) if to == 2 else write(to, text))
         said = resume()
-    assert said.code == code
+    assert said.code == code and told == [b"\nended at once by a second signal; what was saved before stays\n"]
     assert checkpoints(copied)[0].name == f"step-{STOP:08d}" and verify(checkpoints(copied)[0]) and not litter(copied)
     ended = status(copied)
     assert (ended["state"], ended["exit"], ended["error"]) == ("failed", code, "ended at once by a second signal")
