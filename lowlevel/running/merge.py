@@ -146,9 +146,9 @@ def _requantise(run: LoadedRun, folder: Path, base: str | None) -> PreTrainedMod
 @torch.no_grad()
 def measure(run: LoadedRun, rows: Sequence[Any], merged_dir: Path) -> Fidelity:
     """Compare the merged folder, loaded as a user would, with base + adapters as trained."""
-    # Its layout; the loss may be one that only the program knows which trained the run.
-    plain = {"sft": SFTConfig(), "dpo": DPOConfig(), "data": run.config.data.model_copy(update={"columns": ()})}
-    method = build_method(run.config.model_copy(update=plain), run.opened.attention)
+    # Only its layout: the loss may be one that only the program knows which trained the run.
+    plain = run.config.model_copy(update={"sft": SFTConfig(), "dpo": DPOConfig()})
+    method = build_method(plain, run.opened.attention)
     batches = [batch for row in rows for batch in method.micro_batches([row])]
     run.activate(run.stages[-1])
     policy = run.policy

@@ -76,7 +76,8 @@ def test_positions_that_only_fill_up_a_shape_are_not_measured(runs, merged, fill
     rows = probe_rows(runs.dpo)
     batches = [batch for row in rows for batch in filled.method.micro_batches([row])]
     assert any(len(batch.scored_positions) > batch.num_scored for batch in batches)
-    found = measure(filled, rows, merged)
+    own = filled.config.model_copy(update={"dpo": filled.config.dpo.model_copy(update={"loss_type": "not_here"})})
+    found = measure(replace(filled, config=own), rows, merged)  # a loss that this process does not know
     expected = json.loads((merged / "lowlevel_merge.json").read_text())["fidelity"]
     assert found.tokens == expected["tokens"]
     assert found.loss == pytest.approx(expected["loss"], rel=1e-5)
