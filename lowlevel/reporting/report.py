@@ -69,8 +69,7 @@ def report_run(
     tables = pair_tables(folder.trace) if config.method == "dpo" else None
     moved = None
     if displaced is not None:
-        opened = opened or reopen(run_dir, lambda text: _say(console, text))
-        moved = look_at_displaced(opened, tables, displaced)
+        moved = look_at_displaced(opened or reopen(run_dir, lambda text: _say(console, text)), tables, displaced)
     quoted, page = shlex.quote(str(run_dir)), folder.path / "report.html"
     command = f"lowlevel report {quoted} --displaced {SHOWN}"
     text = render(
