@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -97,9 +98,13 @@ class Layout:
         """Positions of an example: all tokens but the last."""
         return len(example.input_ids) - 1
 
+
+class ExampleLayout(Layout, ABC):
+    """One whose examples are laid out one by one: rows that share a prompt are in batch/replies.py."""
+
+    @abstractmethod
     def segments(self, example: Any, number: int) -> Sequence[Segment]:
         """Those of an example with its number in the micro-batch; several are rows of their own without packing."""
-        raise NotImplementedError
 
     def micro_batches(self, examples: Sequence[Any]) -> list[PackedBatch]:
         """The examples of one step in rows."""

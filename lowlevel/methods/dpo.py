@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.batch.packing import Layout
+from lowlevel.batch.packing import ExampleLayout
 from lowlevel.batch.segments import Segment, pair_rows, pair_segment
 from lowlevel.config.offline import DPOConfig
 from lowlevel.data.examples import PreferenceExample
@@ -30,7 +30,7 @@ NO_STATISTICS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class DPO(Layout):
+class DPO(ExampleLayout):
     """The DPO method. With packing, the prompt of a pair is computed once."""
 
     config: DPOConfig

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.batch.packing import Layout
+from lowlevel.batch.packing import ExampleLayout
 from lowlevel.batch.segments import Branch, Segment, build_segment
 from lowlevel.config.offline import RewardConfig
 from lowlevel.data.examples import PreferenceExample
@@ -29,7 +29,7 @@ from lowlevel.model.policy import Policy
 
 
 @dataclass(frozen=True)
-class Reward(Layout):
+class Reward(ExampleLayout):
     """The method. With packing, the prompt of a pair is computed once."""
 
     config: RewardConfig

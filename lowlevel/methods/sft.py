@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.batch.packing import Layout
+from lowlevel.batch.packing import ExampleLayout
 from lowlevel.batch.segments import Segment, sft_segment
 from lowlevel.config.offline import SFTConfig
 from lowlevel.data.examples import SFTExample
@@ -21,7 +21,7 @@ from lowlevel.model.policy import Policy
 
 
 @dataclass(frozen=True)
-class SFT(Layout):
+class SFT(ExampleLayout):
     """The SFT method."""
 
     config: SFTConfig

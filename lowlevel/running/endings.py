@@ -69,7 +69,8 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def on_signal(self, signum: int, frame: object) -> None:
-        """Raise KeyboardInterrupt for a first signal outside `deferred`, and SystemExit for a second signal.
+        """Raise KeyboardInterrupt for a first signal outside `deferred`, and SystemExit for a second signal. While
+        the compiler runs, a second one ends the process here.
 
         These are not subclasses of Exception, so that libraries do not catch them.
         """
