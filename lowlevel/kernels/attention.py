@@ -65,7 +65,7 @@ def _by_query(logsumexp: Tensor, queries: Tensor, size: int, kernel: str) -> Ten
     if kernel != "efficient":
         return logsumexp.T
     order = torch.arange(size, dtype=torch.int32, device=queries.device)
-    span = torch.searchsorted(queries[1:], order, right=True)
+    span = torch.searchsorted(queries, order, right=True) - 1  # queries[0] is 0
     return logsumexp[span, :, order - queries[span]]
 
 
