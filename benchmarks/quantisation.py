@@ -2,6 +2,7 @@
 
     python -m benchmarks.quantisation --model DIR --train rows.jsonl --held-out held.jsonl --out quantisation.csv
     python -m benchmarks.quantisation --shape tinyllama --steps 12 --out quantisation.csv     (memory and speed alone)
+    python -m benchmarks.quantisation ... --task FILE.yaml            (also accuracy before and after, by lm-eval)
 
 Each case runs `lowlevel sft` with the same rows in the same order, 2x4 rows of up to 512 tokens a step, every layer
 recomputed, the adapter of the recipe (r = 64, all projections) and the default learning rate of its kind (full: a tenth
@@ -33,6 +34,7 @@ import lowlevel as ll
 from benchmarks.meter import GIB, machine
 from benchmarks.runner import commit
 from benchmarks.workload import LENGTHS, SHAPES, workload_process
+from lowlevel.evaluation.tasks import evaluate_run
 from lowlevel.model.base import load_model_config
 from lowlevel.model.memory import model_shape
 
@@ -44,7 +46,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def measure(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def measure(name: str, settings: Mapping[str, Any], task: str | None) -> dict[str, Any]:
     """Train a case and return its row."""
     gc.collect()
     if torch.cuda.is_available():
@@ -69,8 +71,18 @@ def measure(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             "train_loss": round(steps[-1]["loss"], 4),
             "held_out_before": round(held_out[0], 4) if held_out else "",
             "held_out_after": round(held_out[-1], 4) if held_out else "",
+            **(accuracy(run.folder.path, task) if task else {}),
             "execution": run.summary["execution"],
         }
+
+
+def accuracy(run: Path, task: str) -> dict[str, float]:
+    """Accuracy of the base and of the trained model on the items of a task file, and the standard error of the gain."""
+    rows = evaluate_run(run, Console(quiet=True), tasks=[task])["rows"]
+    found = next(row for row in rows if row["metric"] == "acc")
+    named = {"accuracy_before": found["stages"]["base"], "accuracy_after": found["stages"]["sft"]}
+    gain = {"accuracy_gain_error": found["differences"][0]["stderr"]}
+    return {"items": found["items"]} | {name: one["value"] for name, one in named.items()} | gain
 
 
 def parts(report: Mapping[str, Any]) -> dict[str, float]:
@@ -97,6 +109,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--train", default="demo", help="conversations to train on")
     parser.add_argument("--held-out", help="other conversations")
     parser.add_argument("--held-out-rows", type=int, default=200)
+    parser.add_argument("--task", help="multiple-choice task file of lm-eval (YAML)")
     parser.add_argument("--shape", choices=SHAPES, help="instead of a model: random weights and rows of this shape")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--steps", type=int, default=100)
@@ -121,7 +134,7 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.cases:
             row = {"model": options.shape or Path(settings["model"]).name, "seed": seed}
-            row |= measure(name, {**settings, "seed": seed})
+            row |= measure(name, {**settings, "seed": seed}, options.task)
             row |= {**machine(), "commit": commit()}
             print(row, flush=True)
             new = not options.out.exists()
