@@ -162,8 +162,8 @@ def steps(
 ) -> Iterator[StepResult]:
     """Train a run step by step: yield each optimizer step after its update, with everything it was computed from.
 
-        for step in ll.steps("dpo", data=pairs, output_dir="out/c", max_steps=20):
-            print(step.number, step.loss, step.grad_norm, step.examples["rewards/margins"])
+        for result in ll.steps("dpo", data=pairs, output_dir="out/c", max_steps=20):
+            print(result.step, result.loss, result.grad_norm, result.examples["rewards/margins"])
 
     Leaving the loop saves a checkpoint: `resume=True` continues there. Arguments and errors are those of `train`.
     """

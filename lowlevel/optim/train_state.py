@@ -38,7 +38,7 @@ class Window:
 class StepResult:
     """One applied optimizer step: numbers on the host, its micro-batches and their results."""
 
-    number: int  # counted from 1
+    step: int  # counted from 1
     means: dict[str, float]  # "loss" and the method's metrics, over `count`
     grad_norm: float  # l2 norm before clipping
     learning_rate: float

@@ -88,10 +88,10 @@ def check_sampler(result: StepResult, config: RunConfig, precision: str) -> str 
     """A warning if a log-probability of the sampler and that of the trainer are apart by more than rounding, at the
     first step on a batch. Raises ConfigError if they are so in the mean: the sampler has another policy.
     """
-    if config.sampled is None or (result.number - 1) % config.sampled.num_iterations:
+    if config.sampled is None or (result.step - 1) % config.sampled.num_iterations:
         return None
     apart = [result.means.get(f"{DIFFERENCE}/{kind}", 0.0) for kind in ("mean", "max")]
-    what = f"step {result.number}: sampler and trainer differ by {apart[0]:.2g} nats a token, at most {apart[1]:.2g}"
+    what = f"step {result.step}: sampler and trainer differ by {apart[0]:.2g} nats a token, at most {apart[1]:.2g}"
     bound = SAMPLER_BOUNDS[precision]
     if apart[0] > bound:
         raise ConfigError(f"{what} (bound of the mean in {precision}: {bound:g}): these are two policies; report it")

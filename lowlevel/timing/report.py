@@ -137,7 +137,7 @@ def _document(config: RunConfig, inputs: Inputs, timed: Timed, taken: Mapping[st
 def _step(step: Step) -> dict[str, Any]:
     result = step.result
     return {
-        "step": step.number,
+        "step": result.step,
         "ms": 1e3 * step.seconds,
         "phases_ms": {name: 1e3 * seconds for name, seconds in step.phases.items()},
         "set_up": step.set_up,

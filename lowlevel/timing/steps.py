@@ -29,7 +29,6 @@ from lowlevel.verification.subject import kept_weights
 class Step:
     """One step, from the end of the step before to its own end; the device is idle at both."""
 
-    number: int  # counted from 1
     phases: dict[str, float]  # seconds; an undivided step is all "other"
     result: StepResult
     set_up: bool  # a batch shape was captured or ran uncaptured, layers were compiled, or the execution fell back
@@ -87,7 +86,7 @@ class Recorder:
         """Keep the step that has ended."""
         overflows, self._overflows = self._overflows, state.loss_scale.skipped_steps
         repeated = self._overflows > overflows
-        self.steps.append(Step(state.step, self.clock.take(), result, self.watched.take(), repeated))
+        self.steps.append(Step(self.clock.take(), result, self.watched.take(), repeated))
 
     def save(self, state: TrainState) -> None:
         """Not kept."""
@@ -128,7 +127,7 @@ def take_steps(job: Job, execution: WithFallback, count: int, *, divide: bool = 
         )
         with working("timing", count, "steps") as work:
             for result in steps:
-                work.done = result.number
+                work.done = result.step
     return recorder.steps
 
 

@@ -12,7 +12,7 @@ class Recorder(ll.Callback):
         self.seen = []
 
     def on_step(self, step):
-        self.seen.append(("step", step.number, step))
+        self.seen.append(("step", step.step, step))
 
     def on_log(self, record):
         self.seen.append(("log", record["step"], dict(record)))

@@ -107,7 +107,7 @@ class Watch(ll.Callback):
 
 run: ll.Run = ll.dpo(data=[{"prompt": "p"}], loss=mine, beta=0.2, callbacks=[Watch()])
 for step in ll.steps("dpo", data=[], max_steps=2):
-    number: int = step.number
+    number: int = step.step
     margins: Tensor = step.examples["rewards/margins"]
 first: float = run.inspect(step=1).loss
 reveal_type(run.verify())

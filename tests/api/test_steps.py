@@ -18,7 +18,7 @@ def taken(api) -> list[StepResult]:
 
 
 def test_the_values_of_a_step_are_those_logged(taken, dpo):
-    assert [step.number for step in taken] == [1, 2, 3, 4]
+    assert [step.step for step in taken] == [1, 2, 3, 4]
     for step, record in zip(taken, dpo.metrics, strict=True):
         assert (step.loss, step.grad_norm, step.learning_rate) == tuple(
             record[key] for key in ("loss", "grad_norm", "learning_rate")
@@ -58,7 +58,7 @@ def test_leaving_the_loop_saves_and_resuming_continues_bit_for_bit(api, dpo, tak
     """Also where the same rows come in another container."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for step in api.steps("left", logging_steps=10):
-        if step.number == 1:
+        if step.step == 1:
             break
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     run = ll.Run(api.folder / "left", data=dpo.config.data.source)
@@ -68,14 +68,14 @@ def test_leaving_the_loop_saves_and_resuming_continues_bit_for_bit(api, dpo, tak
     with pytest.raises(ConfigError, match="resume"):
         next(api.steps("left"))
     again = datasets.Dataset.from_list(rows["dpo"])
-    rest = [step.number for step in api.steps("left", again, logging_steps=10, resume=True)]
+    rest = [step.step for step in api.steps("left", again, logging_steps=10, resume=True)]
     assert rest == [2, 3, 4] and same(ll.Run(run.path), ll.Run(api.folder / "taken"))
 
 
 def test_an_exception_in_the_loop_saves_too(api):
     with pytest.raises(ZeroDivisionError):
         for step in api.steps("raised"):
-            print(1 // (2 - step.number))
+            print(1 // (2 - step.step))
     run = ll.Run(api.folder / "raised")
     assert run.folder.read_state() == "preempted" and (run.path / "step-00000002").exists()
 

@@ -140,9 +140,9 @@ def test_the_help_says_how_many_steps_are_not_counted(cli):
 # On a GPU
 
 
-def step(number, seconds, *, set_up=False, repeated=False, **parts) -> Step:
+def step(seconds, *, set_up=False, repeated=False, **parts) -> Step:
     result = step_result({"loss": 1.0}, 50, tokens=100, supervised=50, positions=128)
-    return Step(number, parts or {OTHER: seconds}, result, set_up, repeated)
+    return Step(parts or {OTHER: seconds}, result, set_up, repeated)
 
 
 @pytest.fixture
@@ -162,9 +162,9 @@ def on_gpu(monkeypatch, space, tmp_path):
     def take_steps(run, execution, count, *, divide=False):
         calls.append(("steps", execution.mode, count, divide))
         if divide:
-            return [step(i, 0, **{phases.BACKWARD: 0.3, OTHER: 0.1}, set_up=i == 4) for i in range(count)]
+            return [step(0, **{phases.BACKWARD: 0.3, OTHER: 0.1}, set_up=i == 4) for i in range(count)]
         special = {4: {"set_up": True}, 5: {"repeated": True}}
-        return [step(i, 2.0 if i in special else 0.1, **special.get(i, {})) for i in range(count)]
+        return [step(2.0 if i in special else 0.1, **special.get(i, {})) for i in range(count)]
 
     build = job.build_run_policy
 

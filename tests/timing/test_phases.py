@@ -34,7 +34,7 @@ OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw")
 
 
 def numbers(result):
-    return result.number, result.metrics, result.grad_norm, result.learning_rate, result.count, result.rows
+    return result.step, result.metrics, result.grad_norm, result.learning_rate, result.count, result.rows
 
 
 def take(policy, method, examples, optimizer, *, scale=1.0):

@@ -57,7 +57,7 @@ def eager(run: Job) -> WithFallback:
 
 
 def numbers(result):
-    return result.number, result.metrics, result.grad_norm, result.learning_rate, result.count, result.rows
+    return result.step, result.metrics, result.grad_norm, result.learning_rate, result.count, result.rows
 
 
 class Kept:
@@ -97,7 +97,7 @@ def test_the_steps_are_those_of_training_bit_for_bit_and_nothing_is_kept(tiny_ba
     assert [numbers(step.result) for step in taken] == [numbers(result) for result in expected]
     assert len({result.metrics["loss"] for result in expected}) == COUNT  # so each update was made
     assert torch.equal(run.policy.flat.weights, before) and run.policy.trainable_names() == names
-    assert [step.number for step in taken] == [1, 2, 3, 4, 5]
+    assert [step.result.step for step in taken] == [1, 2, 3, 4, 5]
     assert all(step.counts and step.seconds > 0 for step in taken)
     assert all((LAYOUT in step.phases) == divide and (set(step.phases) == {OTHER}) != divide for step in taken)
 
@@ -228,7 +228,7 @@ def test_compiled_layers(tiny_base):
 
 def step(seconds=1.0, *, tokens=60, supervised=20, positions=80, set_up=False, repeated=False, **parts) -> Step:
     result = step_result({"loss": 1.0}, supervised, tokens=tokens, supervised=supervised, positions=positions)
-    return Step(1, parts or {OTHER: seconds}, result, set_up, repeated)
+    return Step(parts or {OTHER: seconds}, result, set_up, repeated)
 
 
 def test_whole_steps():

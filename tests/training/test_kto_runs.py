@@ -51,7 +51,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(settings, whole, tmp_path):
     folder = tmp_path / "run"
     for step in ll.steps("kto", **settings, output_dir=folder):
         assert step.examples["desirable"].tolist() == [float(ROWS[row]["label"]) for row in step.rows]
-        if step.number == 3:
+        if step.step == 3:
             break
     ll.kto(**settings, output_dir=folder, resume=True)
     assert without(folder, *TIMES) == without(whole.path, *TIMES)
@@ -72,7 +72,7 @@ def test_the_rows_of_a_pair_meet_in_a_step_if_that_is_asked_for(settings, tmp_pa
     own["train"] = {key: value for key, value in settings["train"].items() if key != "eval_steps"}
     for step in ll.steps("kto", **own, output_dir=tmp_path / "run"):
         assert [row // 2 for row in step.rows[::2]] == [row // 2 for row in step.rows[1::2]] and len(step.rows) == 4
-        if step.number == 2:
+        if step.step == 2:
             break
 
 

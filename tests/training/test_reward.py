@@ -155,7 +155,7 @@ def whole(settings, tmp_path_factory):
 def test_a_resumed_run_is_the_same_run_bit_for_bit(settings, whole, tmp_path):
     folder = tmp_path / "run"
     for step in ll.steps("reward", **settings, output_dir=folder):
-        if step.number == 3:
+        if step.step == 3:
             break
     ll.reward(**settings, output_dir=folder, resume=True)
     assert without(folder, *TIMES) == without(whole.path, *TIMES)
