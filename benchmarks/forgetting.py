@@ -29,7 +29,7 @@ from lowlevel.evaluation.forgetting import probe_run
 from lowlevel.running.progress import make_console, quiet_libraries
 from lowlevel.running.reopening import load_run
 from lowlevel.running.replies import generate_replies
-from lowlevel.running.run import run_training
+from lowlevel.running.training import run_training
 from lowlevel.sampling import Sampling, build_sampler
 
 SKILLS = ("add", "opposite")

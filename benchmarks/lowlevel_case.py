@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 
 import lowlevel.running.job
-import lowlevel.running.run
+import lowlevel.running.training
 from benchmarks.cases import Job
 from benchmarks.memory import plan_text
 from benchmarks.meter import Measured, Meter, work
@@ -33,9 +33,9 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
         The logged records, and the mode of execution that the run ended in.
     """
     train, rehearse, progress = (
-        lowlevel.running.run.train,
+        lowlevel.running.training.train,
         lowlevel.running.job.rehearse,
-        lowlevel.running.run.RunObserver.progress,
+        lowlevel.running.training.RunObserver.progress,
     )
 
     def metered_rehearse(*args: Any) -> dict[str, Any]:
@@ -55,10 +55,10 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
     with (
         patch("lowlevel.running.job.fitted", fitted_as_recipe),
         patch("lowlevel.running.job.rehearse", metered_rehearse),
-        patch("lowlevel.running.run.train", metered_train),
-        patch("lowlevel.running.run.RunObserver.progress", metered_progress),
+        patch("lowlevel.running.training.train", metered_train),
+        patch("lowlevel.running.training.RunObserver.progress", metered_progress),
     ):
-        summary = lowlevel.running.run.run_training(config, make_console(), restart=True)
+        summary = lowlevel.running.training.run_training(config, make_console(), restart=True)
     return [r for r in RunFolder(Path(config.train.output_dir)).read_metrics() if "loss" in r], summary["execution"]
 
 

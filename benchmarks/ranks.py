@@ -41,7 +41,7 @@ def in_rank(job: dict[str, Any]) -> None:
     """Run a case in this rank and write what it measured to OUT/RANK.json."""
     import torch
 
-    import lowlevel.running.run
+    import lowlevel.running.training
     from benchmarks.lowlevel_case import run_metered
     from benchmarks.meter import Meter, machine, synchronize
     from benchmarks.workload import case_config
@@ -75,8 +75,8 @@ def in_rank(job: dict[str, Any]) -> None:
         found["weights"] = checksum([job.policy.flat.weights])
         return summary or {"execution": ""}
 
-    steps = lowlevel.running.run._steps
-    with patch.object(Ranks, "sum_", timed), patch("lowlevel.running.run._steps", kept):
+    steps = lowlevel.running.training._steps
+    with patch.object(Ranks, "sum_", timed), patch("lowlevel.running.training._steps", kept):
         records, mode = run_metered(config, meter)
     synchronize()
     reduce = [0.0] * len(meter.seconds)

@@ -31,7 +31,7 @@ from lowlevel.optim.train_state import StepResult
 from lowlevel.run import Run
 from lowlevel.running.callbacks import Callback
 from lowlevel.running.progress import make_console, quiet_libraries, speaking
-from lowlevel.running.run import returned, run_steps
+from lowlevel.running.training import returned, run_steps
 
 Model = str | Path | None  # a hub name or a folder
 Rows = Any  # a path or hub name, or rows: dicts, a datasets.Dataset, a torch Dataset

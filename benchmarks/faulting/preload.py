@@ -11,7 +11,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from matplotlib.figure import Figure
 
 import lowlevel.cli  # noqa: F401
-import lowlevel.running.run  # noqa: F401
+import lowlevel.running.training  # noqa: F401
 
 # A forked process has none of its parent's threads: there must be no pool that torch would wait for.
 torch.set_num_threads(1)

@@ -70,8 +70,8 @@ def run_demo(out: Path, console: Console, *, resume: bool = False, restart: bool
     from lowlevel.reporting.comparison import compare_stages, load_held_out, print_replies
     from lowlevel.running.progress import lines_to
     from lowlevel.running.reopening import load_run
-    from lowlevel.running.run import run_training
     from lowlevel.running.run_folder import RunFolder
+    from lowlevel.running.training import run_training
     from lowlevel.sampling import Sampling
 
     started = time.perf_counter()

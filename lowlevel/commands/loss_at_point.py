@@ -66,7 +66,7 @@ def evaluate(name: str, point: Mapping[str, float], settings: Mapping[str, float
     import torch
 
     from lowlevel.losses import PairLogps, PreferenceLoss
-    from lowlevel.losses.dpo import reward_counts
+    from lowlevel.losses.dpo_table import reward_counts
     from lowlevel.losses.registry import check_result
 
     logps = [torch.tensor([point[key]], dtype=torch.float64, requires_grad=True) for key in LOGPS]
@@ -104,7 +104,7 @@ def _defaults(name: str) -> dict[str, float]:
     from inspect import signature
 
     from lowlevel.losses import loss_spec
-    from lowlevel.losses.dpo import BETA, BETAS, HYPERPARAMETERS
+    from lowlevel.losses.dpo_table import BETA, BETAS, HYPERPARAMETERS
 
     spec = loss_spec(name)
     found = {key: one.default for key, one in HYPERPARAMETERS.items()}

@@ -163,7 +163,7 @@ def print_formulas(rows: Sequence[LossAtPoint], console: Console) -> None:
     from rich.table import Table, box
 
     from lowlevel.losses import loss_spec
-    from lowlevel.losses.dpo import HYPERPARAMETERS
+    from lowlevel.losses.dpo_table import HYPERPARAMETERS
 
     signs = {"label_smoothing": "eps", **{key: one.sign for key, one in HYPERPARAMETERS.items()}}
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)

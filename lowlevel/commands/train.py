@@ -34,7 +34,7 @@ def run(options: Options, overrides: Overrides) -> None:
     with Interrupts() as interrupts:
         try:
             console = common.quiet_console()
-            from lowlevel.running.run import run_training
+            from lowlevel.running.training import run_training
 
             common.cap_gpu_memory(options)
             resume = {"resume": options.resume, "allow_change": options.allow_change}

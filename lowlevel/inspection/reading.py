@@ -12,7 +12,7 @@ import math
 import re
 from typing import Literal
 
-from lowlevel.losses.dpo import HYPERPARAMETERS
+from lowlevel.losses.dpo_table import HYPERPARAMETERS
 from lowlevel.losses.registry import LossSpec
 from lowlevel.methods import Method
 

@@ -5,10 +5,10 @@ Nothing here averages over a batch: the loop divides sums once by the count of t
 """
 
 from lowlevel.losses.cross_entropy import masked_cross_entropy, sequence_logps
-from lowlevel.losses.dpo import LOSSES, DPOOutput, PreferenceLoss, dpo_loss, loss_spec
+from lowlevel.losses.dpo import PairLogps
+from lowlevel.losses.dpo_table import LOSSES, DPOOutput, PreferenceLoss, dpo_loss, loss_spec
 from lowlevel.losses.kto import KTO_LOSSES, LabelledLogps
 from lowlevel.losses.policy_gradient import POLICY_LOSSES, SampledLogps
-from lowlevel.losses.preference import PairLogps
 from lowlevel.losses.registry import loss
 from lowlevel.losses.reward import REWARD_LOSSES, PairRewards
 from lowlevel.losses.sums import LossSums

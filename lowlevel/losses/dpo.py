@@ -1,230 +1,215 @@
-"""Every preference loss by name, and `dpo_loss`, which checks its arguments.
+"""DPO's loss and its relatives, one plain function each: four log-probabilities per pair in, one loss per pair out.
 
-A hyper-parameter that the chosen loss does not use is an error: a run must not report cDPO and train DPO (TRL 1.16
-ignores `label_smoothing` for `sigmoid`). Which ones a loss uses follows from its signature.
+Symbols, per pair: `a = log pi(y+) - log ref(y+)`, `b` likewise for `y-`, `d = a - b`, `x = beta d`; `n+`, `n-` are the
+completion lengths, `eps` is label_smoothing, `s` the sigmoid and `ls = log s`. A docstring gives the formula in these
+symbols, and the paper. Keyword arguments are the hyper-parameters, whose ranges `lowlevel.losses.dpo_table` checks.
+
+Every loss and gradient is finite at x = +-1000: `ls` is never `log(sigmoid())`, which is -inf below x = -104 in fp32,
+and the exponent of the one bare exponential (DiscoPOP) cannot be positive.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from lowlevel.losses import modifiers, preference, reference_free
-from lowlevel.losses.preference import PairLogps, token_counts
-from lowlevel.losses.registry import BUILT_IN, LossSpec, find, spec_of
+from torch.nn.functional import logsigmoid
 
 
 @dataclass(frozen=True)
-class DPOOutput:
-    """Result of `dpo_loss`; each (P,) fp32, float64 if a log-probability was. Only `losses` has a gradient.
+class PairLogps:
+    """Log-probabilities of P pairs under policy and reference, summed over a completion; each (P,) and floating.
 
-    `chosen_rewards`, `rejected_rewards` = beta * log-ratio (arXiv 2305.18290 eq 5), of simpo and orpo its mean over the
-    completion's tokens (arXiv 2405.14734); `margins` their difference.
+    `chosen_lengths` and `rejected_lengths` (P,) are the numbers of tokens in those sums. Training also sets:
+
+    Attributes:
+        token_logps: (N,) fp32, of every completion token under the policy.
+        ref_token_logps: (N,) fp32, likewise under the reference; None if a cache gave the sums.
+        sequence_ids: (N,) int64, the completion of each token: i is the chosen one of pair i, P + i its rejected one,
+            2P marks a dummy token.
+        values: numeric columns of the rows that `data.columns` names, (P,) fp32 each.
+        statistics: of the vocabulary at each token under the policy, those that the loss declares, (N,) fp32 each.
     """
 
-    losses: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    margins: Tensor
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # of a user's own loss, (P,) each
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    chosen_lengths: Tensor | None = None
+    rejected_lengths: Tensor | None = None
+    token_logps: Tensor | None = None
+    ref_token_logps: Tensor | None = None
+    sequence_ids: Tensor | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
 
-
-BETA, BETAS = 0.1, {"simpo": 2.0}  # the default of beta, and of the losses that have another
-AOT = "cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))"
-F_ALPHA = "-ls(beta (g(a) - g(b))), g(r) = (exp((alpha-1) r) - 1) / (alpha-1)"
-LD_DPO = "-ls(x), tokens after min(n+, n-) times alpha"
-WPO, SQUARES = "-sg(w+ w-) ls(x), w = exp(mean_t (l_t - log sum_v p_v^2))", ("log_square_sum",)
-SIMPO, CPO = "-ls(beta (p+/n+ - p-/n-) - gamma)", "-ls(beta (p+ - p-)) - alpha p+/n+"
-ORPO = "-p+/n+ - lambda ls(o(p+/n+) - o(p-/n-)), o(p) = p - log(1 - exp(p))"
-_SPECS = (
-    spec_of(preference.sigmoid, "-ls(x)", "arXiv 2305.18290 eq 7"),
-    spec_of(preference.cdpo, "-(1-eps) ls(x) - eps ls(-x)", "ericmitchell.ai/cdpo.pdf eq 3"),
-    spec_of(preference.robust, "(-(1-eps) ls(x) + eps ls(-x)) / (1-2 eps)", "arXiv 2403.00409"),
-    spec_of(preference.hinge, "max(0, 1 - x)", "arXiv 2305.10425"),
-    spec_of(preference.ipo, "(a/n+ - b/n- - 1/(2 beta))^2", "arXiv 2310.12036 eq 17", needs_lengths=True),
-    spec_of(preference.ipo_sum, "(d - 1/(2 beta))^2", "arXiv 2310.12036 eq 17"),
-    spec_of(preference.exo_pair, "s(x)(ls(x) - log(1-eps)) + s(-x)(ls(-x) - log eps)", "arXiv 2402.00856 eq 16"),
-    spec_of(preference.nca_pair, "-ls(beta a) - ls(-beta a)/2 - ls(-beta b)/2", "arXiv 2402.05369"),
-    spec_of(preference.bco_pair, "-ls(beta a) - ls(-beta b)", "arXiv 2404.04656"),
-    spec_of(preference.sppo_hard, "(a - 1/(2 beta))^2 + (b + 1/(2 beta))^2", "arXiv 2405.00675 eq 4.7"),
-    spec_of(preference.aot, AOT, "arXiv 2406.05882", mixes_pairs=True),
-    spec_of(preference.aot_unpaired, "cdpo on sort(a) - sort(b)", "arXiv 2406.05882", mixes_pairs=True),
-    spec_of(preference.apo_zero, "1 - s(beta a) + s(beta b)", "arXiv 2408.06266 eq 7"),
-    spec_of(preference.apo_down, "s(beta a) + 1 - s(x)", "arXiv 2408.06266 eq 8"),
-    spec_of(preference.discopop, "-(1-m) ls(x) + m exp(-x), m = s(x/tau)", "arXiv 2406.08414 eq 5"),
-    spec_of(preference.sigmoid_norm, "-ls(beta (a/n+ - b/n-))", "arXiv 2411.15124 eq 6", needs_lengths=True),
-    spec_of(preference.dpop, "-ls(x - beta lambda max(0, -a))", "arXiv 2402.13228"),
-    spec_of(preference.rpo, "-ls(x) - alpha log pi(y+) / n+", "arXiv 2404.19733", needs_lengths=True),
-    spec_of(modifiers.f_forward_kl, "-ls(beta (exp(-b) - exp(-a)))", "arXiv 2309.16240"),
-    spec_of(modifiers.f_js, "-ls(beta (ls(a) - ls(b)))", "arXiv 2309.16240"),
-    spec_of(modifiers.f_alpha, F_ALPHA, "arXiv 2309.16240"),
-    spec_of(modifiers.ld_dpo, LD_DPO, "arXiv 2409.06411", needs_tokens=True),
-    spec_of(modifiers.wpo, WPO, "arXiv 2406.11827 eq 2", needs_lengths=True, detaches=True, statistics=SQUARES),
-    spec_of(modifiers.odpo, "-ls(x - alpha m)", "arXiv 2402.10571", needs_margin=True),
-    spec_of(reference_free.simpo, SIMPO, "arXiv 2405.14734", reference_free=True, needs_lengths=True, averages=True),
-    spec_of(reference_free.orpo, ORPO, "arXiv 2403.07691", reference_free=True, needs_lengths=True, averages=True),
-    spec_of(reference_free.cpo, CPO, "arXiv 2401.08417", reference_free=True, needs_lengths=True),
-    spec_of(reference_free.cpo_sum, "-ls(beta (p+ - p-)) - alpha p+", "arXiv 2401.08417", reference_free=True),
-    spec_of(reference_free.nll, "-p+/n+", "maximum likelihood", reference_free=True, needs_lengths=True),
-)
-
-LOSSES: Mapping[str, LossSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
-BUILT_IN.update(LOSSES)
-
-
-@dataclass(frozen=True)
-class Hyperparameter:
-    """A number that some losses read, besides beta and label_smoothing: its sign in formulas, and its range."""
-
-    sign: str
-    default: float
-    low: float = 0.0
-    high: float = math.inf
-    ends: str = "[)"  # whether low and high are in the range
-
-    def holds(self, value: float) -> bool:
-        """Whether the range contains a value."""
-        above = value >= self.low if self.ends[0] == "[" else value > self.low
-        return above and (value <= self.high if self.ends[1] == "]" else value < self.high)
+    def completion_sums(self, token_values: Tensor) -> Tensor:
+        """The (N,) values of tokens summed by completion, (2P,): all chosen, then all rejected; without dummies."""
+        assert self.sequence_ids is not None
+        completions = torch.arange(2 * len(self.chosen_logps), device=self.sequence_ids.device)
+        return torch.where(self.sequence_ids == completions[:, None], token_values, 0.0).sum(1)  # in a fixed order
 
     @property
-    def range(self) -> str:
-        """Such as "in [0, 1)"."""
-        if self.high == math.inf:
-            return f"finite and at least {self.low:g}"
-        return f"in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
+    def chosen_logratios(self) -> Tensor:
+        """`a`, policy minus reference for the chosen completion, (P,)."""
+        return self.chosen_logps - self.ref_chosen_logps
+
+    @property
+    def rejected_logratios(self) -> Tensor:
+        """`b`, policy minus reference for the rejected completion, (P,)."""
+        return self.rejected_logps - self.ref_rejected_logps
+
+    @property
+    def deltas(self) -> Tensor:
+        """`d = a - b`, (P,); beta times this is the margin, the sigmoid's argument."""
+        return self.chosen_logratios - self.rejected_logratios
 
 
-HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType(
-    {
-        # above a tau of 1 the loss grows exponentially as x falls
-        "discopop_tau": Hyperparameter("tau", 0.05, high=1.0, ends="(]"),
-        "dpop_lambda": Hyperparameter("lambda", 50.0),
-        "rpo_alpha": Hyperparameter("alpha", 1.0),
-        "f_alpha": Hyperparameter("alpha", 0.5, high=1.0),
-        "ld_alpha": Hyperparameter("alpha", 0.5, high=1.0, ends="[]"),
-        "odpo_alpha": Hyperparameter("alpha", 1.0),
-        "simpo_gamma": Hyperparameter("gamma", 1.0),
-        "orpo_lambda": Hyperparameter("lambda", 0.1),
-        "cpo_alpha": Hyperparameter("alpha", 1.0),
-    }
-)
+def sigmoid(pairs: PairLogps, *, beta: float) -> Tensor:
+    """DPO: `-ls(x)`. Rafailov et al., arXiv 2305.18290 eq 7."""
+    return -logsigmoid(beta * pairs.deltas)  # eq 7
 
 
-def loss_spec(loss_type: str) -> LossSpec:
-    """The preference loss of a name: built in, a user's own, or a weighted sum ("0.8*sigmoid + 0.2*bco_pair").
+def cdpo(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
+    """Conservative DPO: `-(1-eps) ls(x) - eps ls(-x)`. Mitchell, ericmitchell.ai/cdpo.pdf eq 3.
 
-    Raises ValueError for an unknown one.
+    It assumes a share eps of flipped labels; the gradient vanishes at `x = log((1-eps)/eps)`.
     """
-    return modifiers.mixture(loss_type, loss_spec) if set("+*") & set(loss_type) else find(loss_type, LOSSES)
+    return _smoothed_logistic(beta * pairs.deltas, label_smoothing)  # eq 3
 
 
-def dpo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    loss_type: str = "sigmoid",
-    beta: float | None = None,
-    label_smoothing: float = 0.0,
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
-    **hyperparameters: float | None,
-) -> DPOOutput:
-    """Loss and rewards of P preference pairs; the formulas are in `preference`, `modifiers` and `reference_free`.
+def robust(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
+    """Robust DPO: `(-(1-eps) ls(x) + eps ls(-x)) / (1-2 eps)`. Chowdhury et al., arXiv 2403.00409.
 
-    Args:
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: (P,) log-probability of each completion
-            under policy and reference, summed over its tokens; any floating dtype, upcast to fp32 at least.
-        loss_type: a key of `LOSSES`, or a weighted sum of them such as "0.8*sigmoid + 0.2*bco_pair".
-        beta: the KL temperature, finite and above 0; None means 0.1, for `simpo` 2.
-        label_smoothing: share of flipped labels, in [0, 0.5). `exo_pair` needs it above 0.
-        chosen_lengths, rejected_lengths: (P,) tokens in each completion, for losses with `needs_lengths`.
-        **hyperparameters: see `HYPERPARAMETERS`; None means the default in the loss's signature.
-
-    Returns:
-        `DPOOutput`. `losses` are per pair, in order (`aot` and `aot_unpaired`: per quantile of the batch).
-
-    Raises:
-        ValueError: unknown loss, a hyper-parameter that this loss does not use or out of range, missing lengths, or
-            shapes that differ. Values of tensors are not checked: that would be a host sync.
+    Unbiased: over labels flipped with probability eps its mean is the clean DPO loss. Negative for confident pairs.
     """
-    loss = PreferenceLoss.of(loss_type, beta=beta, label_smoothing=label_smoothing, **hyperparameters)
-    logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    return loss(_pairs(loss.spec, logps, chosen_lengths, rejected_lengths))
+    x = beta * pairs.deltas
+    clean, flipped = -logsigmoid(x), -logsigmoid(-x)
+    return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-@dataclass(frozen=True)
-class PreferenceLoss:
-    """A preference loss with its hyper-parameters."""
-
-    spec: LossSpec
-    beta: float
-    settings: Mapping[str, float]  # keyword arguments of the loss function
-
-    @classmethod
-    def of(
-        cls, loss_type: str, *, beta: float | None = None, label_smoothing: float = 0.0, **given: Any
-    ) -> PreferenceLoss:
-        """The loss of a name; None, and a label_smoothing of 0, count as not given. Raises ValueError as `dpo_loss`."""
-        spec = loss_spec(loss_type)
-        if beta not in (None, BETA) and "beta" not in spec.parameters and not spec.own:
-            raise ValueError(f"loss_type {spec.name!r} does not use beta (got {beta:g})")
-        beta = BETAS.get(spec.name, BETA) if beta is None else beta
-        chosen = {name: value for name, value in given.items() if value is not None}
-        smoothing = {"label_smoothing": label_smoothing}
-        _check_parameters(spec, beta, label_smoothing, chosen | (smoothing if label_smoothing != 0 else {}))
-        values = {"beta": beta, **smoothing, **chosen}
-        return cls(spec, beta, {name: values[name] for name in spec.parameters if name in values})
-
-    def __call__(self, pairs: PairLogps) -> DPOOutput:
-        """Loss and rewards of P pairs."""
-        losses, metrics = self.spec(pairs, self.settings)
-        counts = reward_counts(self.spec, pairs)
-        chosen_rewards = self.beta * pairs.chosen_logratios.detach() / counts[0]
-        rejected_rewards = self.beta * pairs.rejected_logratios.detach() / counts[1]
-        return DPOOutput(losses, chosen_rewards, rejected_rewards, chosen_rewards - rejected_rewards, metrics)
+def hinge(pairs: PairLogps, *, beta: float) -> Tensor:
+    """Hinge: `max(0, 1 - x)`. SLiC-HF, arXiv 2305.10425; normalised as in RSO, arXiv 2309.06657."""
+    return torch.relu(1 - beta * pairs.deltas)
 
 
-def reward_counts(spec: LossSpec, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-    """What the sums of chosen and rejected completions are divided by in their rewards: tokens (P,), or ones."""
-    return token_counts(pairs) if spec.averages else (torch.ones_like(pairs.chosen_logps),) * 2
+def ipo(pairs: PairLogps, *, beta: float) -> Tensor:
+    """IPO, token average: `(a/n+ - b/n- - 1/(2 beta))^2`. Azar et al., arXiv 2310.12036 eq 17.
+
+    The paper sums over tokens (`ipo_sum`); TRL averages, as confirmed by the authors. Needs lengths.
+    """
+    average_a, average_b = _average_logratios(pairs)
+    return (average_a - average_b - 1 / (2 * beta)) ** 2  # eq 17
 
 
-def _check_parameters(spec: LossSpec, beta: float, label_smoothing: float, given: Mapping[str, float]) -> None:
-    for name, value in given.items():
-        if name not in spec.parameters:
-            users = ", ".join(repr(other.name) for other in LOSSES.values() if name in other.parameters) or "no loss"
-            smoothed_dpo = name == "label_smoothing" and spec.name == "sigmoid"
-            hint = "; DPO with label smoothing is 'cdpo'" if smoothed_dpo else ""
-            raise ValueError(f"loss_type {spec.name!r} does not use {name} (got {value}); used by {users}{hint}")
-    if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta must be finite and above 0, got {beta}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is a share of flipped labels and must be in [0, 0.5), got {label_smoothing}")
-    if spec.name == "exo_pair" and label_smoothing == 0:
-        raise ValueError("loss_type 'exo_pair' takes log(label_smoothing) and needs it above 0: try 0.001, as TRL does")
-    for name in HYPERPARAMETERS.keys() & given.keys():
-        if not HYPERPARAMETERS[name].holds(given[name]):
-            raise ValueError(f"{name} must be {HYPERPARAMETERS[name].range}, got {given[name]}")
+def ipo_sum(pairs: PairLogps, *, beta: float) -> Tensor:
+    """IPO as printed: `(d - 1/(2 beta))^2`. Azar et al., arXiv 2310.12036 eq 17."""
+    return (pairs.deltas - 1 / (2 * beta)) ** 2  # eq 17
 
 
-def _pairs(
-    spec: LossSpec, logps: tuple[Tensor, ...], chosen_lengths: Tensor | None, rejected_lengths: Tensor | None
-) -> PairLogps:
-    if spec.needs_lengths and (chosen_lengths is None or rejected_lengths is None):
-        raise ValueError(f"loss_type {spec.name!r} averages over tokens: pass chosen_lengths and rejected_lengths")
-    tensors = [*logps, *(lengths for lengths in (chosen_lengths, rejected_lengths) if lengths is not None)]
-    shapes = [tuple(tensor.shape) for tensor in tensors]
-    if len(set(shapes)) != 1 or len(shapes[0]) != 1:
-        raise ValueError(f"log-probabilities and lengths must all be (P,), got {', '.join(map(str, shapes))}")
-    dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in logps} else torch.float32
-    chosen, rejected, ref_chosen, ref_rejected = (tensor.to(dtype) for tensor in logps)
-    return PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
+def exo_pair(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
+    """EXO-pref, K = 2: `s(x)(ls(x) - log(1-eps)) + s(-x)(ls(-x) - log eps)`. Ji et al., arXiv 2402.00856 eq 16.
+
+    The reverse KL from (s(x), s(-x)) to (1-eps, eps), so eps must be above 0.
+    """
+    x = beta * pairs.deltas
+    chosen = torch.sigmoid(x) * (logsigmoid(x) - math.log1p(-label_smoothing))
+    rejected = torch.sigmoid(-x) * (logsigmoid(-x) - math.log(label_smoothing))
+    return chosen + rejected  # eq 16
+
+
+def nca_pair(pairs: PairLogps, *, beta: float) -> Tensor:
+    """NCA, K = 2: `-ls(beta a) - ls(-beta a)/2 - ls(-beta b)/2`. Chen et al., arXiv 2402.05369."""
+    chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+def bco_pair(pairs: PairLogps, *, beta: float) -> Tensor:
+    """BCO without its reward shift: `-ls(beta a) - ls(-beta b)`. Jung et al., arXiv 2404.04656."""
+    return -logsigmoid(beta * pairs.chosen_logratios) - logsigmoid(-beta * pairs.rejected_logratios)
+
+
+def sppo_hard(pairs: PairLogps, *, beta: float) -> Tensor:
+    """SPPO, win rates 1 and 0: `(a - 1/(2 beta))^2 + (b + 1/(2 beta))^2`. Wu et al., arXiv 2405.00675 eq 4.7."""
+    target = 1 / (2 * beta)
+    return (pairs.chosen_logratios - target) ** 2 + (pairs.rejected_logratios + target) ** 2  # eq 4.7 with P = 1, 0
+
+
+def aot(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
+    """AOT, paired: `cdpo on sort(log pi(y+) - log pi(y-)) - sort(log ref(y+) - log ref(y-))`. arXiv 2406.05882.
+
+    Element i belongs to the i-th quantile of the batch, not to pair i; the sum depends on the pairs of the batch.
+    """
+    policy = (pairs.chosen_logps - pairs.rejected_logps).sort().values
+    reference = (pairs.ref_chosen_logps - pairs.ref_rejected_logps).sort().values
+    return _smoothed_logistic(beta * (policy - reference), label_smoothing)
+
+
+def aot_unpaired(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
+    """AOT, unpaired: `cdpo on sort(a) - sort(b)`. Melnyk et al., arXiv 2406.05882. Quantiles, as in `aot`."""
+    deltas = pairs.chosen_logratios.sort().values - pairs.rejected_logratios.sort().values
+    return _smoothed_logistic(beta * deltas, label_smoothing)
+
+
+def apo_zero(pairs: PairLogps, *, beta: float) -> Tensor:
+    """APO-zero: `1 - s(beta a) + s(beta b)`. D'Oosterlinck et al., arXiv 2408.06266 eq 7."""
+    # s(-z) instead of 1 - s(z), which is 0 in fp32 beyond z = 17
+    return torch.sigmoid(-beta * pairs.chosen_logratios) + torch.sigmoid(beta * pairs.rejected_logratios)  # eq 7
+
+
+def apo_down(pairs: PairLogps, *, beta: float) -> Tensor:
+    """APO-down: `s(beta a) + 1 - s(x)`. D'Oosterlinck et al., arXiv 2408.06266 eq 8."""
+    return torch.sigmoid(beta * pairs.chosen_logratios) + torch.sigmoid(-beta * pairs.deltas)  # eq 8, s(-z) = 1 - s(z)
+
+
+def discopop(pairs: PairLogps, *, beta: float, discopop_tau: float = 0.05) -> Tensor:
+    """DiscoPOP: `-(1-m) ls(x) + m exp(-x), m = s(x/tau)`. Lu et al., arXiv 2406.08414 eq 5. Needs 0 < tau <= 1.
+
+    At x = 0 its gradient in x is positive (0.78 at tau = 0.05): the first step lowers the margin.
+    """
+    x = beta * pairs.deltas
+    # m exp(-x) as one exponential: as a product it is 0 * inf = NaN below x = -88 in fp32 (TRL 1.16). The exponent
+    # ls(x/tau) - x is below x/tau - x <= 0 for x < 0 and below -x for x >= 0, so for tau <= 1 nothing overflows.
+    exponential = torch.exp(logsigmoid(x / discopop_tau) - x)
+    return -torch.sigmoid(-x / discopop_tau) * logsigmoid(x) + exponential  # eq 5
+
+
+def sigmoid_norm(pairs: PairLogps, *, beta: float) -> Tensor:
+    """Length-normalised: `-ls(beta (a/n+ - b/n-))`. Lambert et al. (Tulu 3), arXiv 2411.15124 eq 6. Needs lengths."""
+    average_a, average_b = _average_logratios(pairs)
+    return -logsigmoid(beta * (average_a - average_b))  # eq 6
+
+
+def dpop(pairs: PairLogps, *, beta: float, dpop_lambda: float = 50.0) -> Tensor:
+    """DPO-Positive: `-ls(x - beta lambda max(0, -a))`. Pal et al. (Smaug), arXiv 2402.13228.
+
+    At the kink a = 0, where every run begins, relu's gradient is 0: the first step is DPO's.
+    """
+    penalty = torch.relu(-pairs.chosen_logratios)
+    return -logsigmoid(beta * (pairs.deltas - dpop_lambda * penalty))
+
+
+def rpo(pairs: PairLogps, *, beta: float, rpo_alpha: float = 1.0) -> Tensor:
+    """DPO plus NLL: `-ls(x) - alpha log pi(y+) / n+`. Pang et al., arXiv 2404.19733. Needs lengths.
+
+    alpha weighs the NLL term, as TRL's `rpo_alpha` did; each pair averages over its own tokens.
+    """
+    nll = -pairs.chosen_logps / token_counts(pairs)[0]
+    return sigmoid(pairs, beta=beta) + rpo_alpha * nll
+
+
+def _smoothed_logistic(x: Tensor, label_smoothing: float) -> Tensor:
+    return -(1 - label_smoothing) * logsigmoid(x) - label_smoothing * logsigmoid(-x)
+
+
+def _average_logratios(pairs: PairLogps) -> tuple[Tensor, Tensor]:
+    chosen_count, rejected_count = token_counts(pairs)
+    return pairs.chosen_logratios / chosen_count, pairs.rejected_logratios / rejected_count
+
+
+def token_counts(pairs: PairLogps) -> tuple[Tensor, Tensor]:
+    """Tokens of the chosen and the rejected completions, (P,) each, at least 1: an empty completion's average is 0."""
+    if pairs.chosen_lengths is None or pairs.rejected_lengths is None:
+        raise ValueError("this loss averages over tokens: pass chosen_lengths and rejected_lengths")
+    return pairs.chosen_lengths.clamp(min=1), pairs.rejected_lengths.clamp(min=1)

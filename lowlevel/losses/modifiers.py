@@ -1,6 +1,6 @@
 """Variants of DPO's sigmoid loss: other divergences, discounted tails, rated margins, and sums of several losses.
 
-Symbols as in `lowlevel.losses.preference`: `a`, `b` log-ratios of the chosen and the rejected completion, `ls = log s`.
+Symbols as in `lowlevel.losses.dpo`: `a`, `b` log-ratios of the chosen and the rejected completion, `ls = log s`.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lowlevel.losses.preference import PairLogps, token_counts
+from lowlevel.losses.dpo import PairLogps, token_counts
 from lowlevel.losses.registry import LossSpec
 
 LARGEST_EXPONENT = 60.0  # e^60 = 1e26: its square still fits in fp32

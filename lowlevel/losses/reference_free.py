@@ -1,7 +1,7 @@
 """Preference losses without a reference: only the policy's log-probabilities enter, and no reference pass is run.
 
 Symbols: `p+ = log pi(y+)` summed over the n+ tokens of the chosen completion, `p-` likewise for the rejected one; the
-others are those of `lowlevel.losses.preference`. The reported reward of a completion is beta p; where the loss compares
+others are those of `lowlevel.losses.dpo`. The reported reward of a completion is beta p; where the loss compares
 averages (SimPO, ORPO), it is beta p/n.
 """
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lowlevel.losses.preference import PairLogps, token_counts
+from lowlevel.losses.dpo import PairLogps, token_counts
 
 LN2 = 0.6931471805599453
 

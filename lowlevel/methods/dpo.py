@@ -20,7 +20,7 @@ from lowlevel.batch.segments import Segment, pair_rows, pair_segment
 from lowlevel.config.offline import DPOConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.losses import DPOOutput, LossSums, PairLogps, PreferenceLoss, loss_spec
-from lowlevel.losses.dpo import HYPERPARAMETERS, reward_counts
+from lowlevel.losses.dpo_table import HYPERPARAMETERS, reward_counts
 from lowlevel.losses.modifiers import rated_margins
 from lowlevel.losses.registry import LossSpec, check_result
 from lowlevel.losses.reward import ranked

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from lowlevel.losses import LOSSES
-from lowlevel.losses.dpo import HYPERPARAMETERS
+from lowlevel.losses.dpo_table import HYPERPARAMETERS
 
 REFERENCES = json.loads((Path(__file__).parents[1] / "references" / "losses.json").read_text(encoding="utf-8"))
 LOGPS = ("chosen", "rejected", "ref_chosen", "ref_rejected")

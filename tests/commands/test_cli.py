@@ -17,7 +17,7 @@ from refusals import refused
 
 import lowlevel
 import lowlevel.commands.data
-import lowlevel.running.run
+import lowlevel.running.training
 from lowlevel.cli import build_parser, main
 from lowlevel.config.schema import METHODS, SECTIONS
 
@@ -345,7 +345,7 @@ def test_as_t4_sets_what_a_t4_has(cli, space, monkeypatch, tmp_path):
     said = cli("sft", config, "--as-t4", "--train.precision", "fp32")
     assert said.code == 2 and "--as-t4 sets train.precision and model.attn_implementation" in said.err
     seen = {}
-    monkeypatch.setattr("lowlevel.running.run.run_training", lambda config, *_, **__: seen.update(config=config))
+    monkeypatch.setattr("lowlevel.running.training.run_training", lambda config, *_, **__: seen.update(config=config))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=60 * 2**30))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, own: seen.update(share=share))

@@ -27,7 +27,7 @@ from losses_table import (
 import lowlevel
 from lowlevel.cli import join_negative_numbers
 from lowlevel.losses import LOSSES, PreferenceLoss, dpo_loss
-from lowlevel.losses.dpo import HYPERPARAMETERS
+from lowlevel.losses.dpo_table import HYPERPARAMETERS
 
 # Numbers
 

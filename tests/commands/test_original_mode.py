@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from workspace import HELD_OUT, alter_adapter, metrics
 
 from lowlevel.model.base import base_sha256
-from lowlevel.running.run import RunObserver
+from lowlevel.running.training import RunObserver
 
 
 @pytest.fixture(scope="module")

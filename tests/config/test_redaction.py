@@ -11,7 +11,7 @@ import torch
 from workspace import CHATS, make_workspace, run
 
 import lowlevel.commands.data
-import lowlevel.running.run
+import lowlevel.running.training
 from lowlevel.config.file import load_config
 from lowlevel.errors import ConfigError, DataError, NonFiniteError
 from lowlevel.redaction import REDACTED, holds_secret, redact
@@ -102,7 +102,7 @@ def test_runs_that_end_well_and_badly_leave_no_secret(space, tmp_path, monkeypat
     def fail(*args, **keys):
         raise NonFiniteError(f"loss is nan near {URL} with {HUB}", step=1)
 
-    monkeypatch.setattr(lowlevel.running.run, "train", fail)
+    monkeypatch.setattr(lowlevel.running.training, "train", fail)
     failed = run("sft", space.write("failed", "sft", folder=tmp_path, data=data, train=quick))
     assert (failed.code, REDACTED in failed.err) == (5, True)
     status = (tmp_path / "failed" / "run-status.json").read_text()

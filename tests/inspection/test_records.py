@@ -16,7 +16,7 @@ from lowlevel.inspection.reading import READINGS
 from lowlevel.inspection.sft import inspect_sft
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
-from lowlevel.losses.preference import PairLogps
+from lowlevel.losses.dpo import PairLogps
 from lowlevel.methods.dpo import preference_loss
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import Policy

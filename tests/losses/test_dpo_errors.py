@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lowlevel.losses import LOSSES, dpo_loss
-from lowlevel.losses.dpo import HYPERPARAMETERS
-from lowlevel.losses.preference import PairLogps
+from lowlevel.losses.dpo import PairLogps
+from lowlevel.losses.dpo_table import HYPERPARAMETERS
 
 OPTIONS = {"label_smoothing": 0.1, **{name: one.default for name, one in HYPERPARAMETERS.items()}}
 LENGTHS = {"chosen_lengths": torch.tensor([4, 4]), "rejected_lengths": torch.tensor([5, 5])}

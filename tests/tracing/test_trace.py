@@ -21,8 +21,8 @@ from lowlevel.execution import Eager
 from lowlevel.losses import PreferenceLoss
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.reporting.series import panels
-from lowlevel.running.run import RunObserver, run_training
 from lowlevel.running.run_folder import RunFolder
+from lowlevel.running.training import RunObserver, run_training
 from lowlevel.tracing import Tracer
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115

@@ -15,7 +15,7 @@ from rich.console import Console  # noqa: E402
 
 from lowlevel.cli import main  # noqa: E402
 from lowlevel.config.file import load_config  # noqa: E402
-from lowlevel.running.run import run_training  # noqa: E402
+from lowlevel.running.training import run_training  # noqa: E402
 
 if __name__ == "__main__":
     jobs, printed = map(Path, sys.argv[1:])

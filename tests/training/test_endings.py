@@ -18,9 +18,9 @@ import lowlevel.checkpoints.checkpoint
 import lowlevel.checkpoints.training_state
 import lowlevel.running.beginning
 import lowlevel.running.job
-import lowlevel.running.run
 import lowlevel.running.run_folder
 import lowlevel.running.run_record
+import lowlevel.running.training
 from lowlevel.checkpoints.checkpoint import checkpoints, verify
 from lowlevel.running.run_folder import run_lock
 
@@ -310,7 +310,7 @@ def test_an_error_of_the_program_is_in_the_status_too(space, copied, resume, mon
     def fail(*_, **__):
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(lowlevel.running.run, "train", fail)
+    monkeypatch.setattr(lowlevel.running.training, "train", fail)
     assert resume().code == 1
     ended = status(copied)
     assert (ended["state"], ended["exit"], ended["error"]) == ("failed", 1, "RuntimeError: no such thing")

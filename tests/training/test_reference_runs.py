@@ -16,7 +16,7 @@ from lowlevel.config.file import load_config
 from lowlevel.errors import InterruptedRunError
 from lowlevel.model.adapters import adapter_sha256
 from lowlevel.running.assembly import check_inputs
-from lowlevel.running.run import RunObserver, run_training
+from lowlevel.running.training import RunObserver, run_training
 
 ROWS, STEPS_OF_RUN = 7, 8  # batch 2 x accumulation 1: 4 steps an epoch, 2 epochs
 

@@ -28,7 +28,7 @@ from lowlevel.batch.order import ORDER_VERSION
 from lowlevel.checkpoints.checkpoint import checkpoints, verify
 from lowlevel.config.file import load_config
 from lowlevel.errors import ConfigError, DataError, InterruptedRunError
-from lowlevel.running.run import run_training
+from lowlevel.running.training import run_training
 
 ROWS = 11  # batch 2 x accumulation 1: 6 steps an epoch, the last of one row; 2 x 3: 2 steps, of 6 and of 5 rows
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115

@@ -5,7 +5,7 @@ import torch
 
 from lowlevel.config.offline import DPOConfig
 from lowlevel.losses import LOSSES
-from lowlevel.losses.preference import PairLogps
+from lowlevel.losses.dpo import PairLogps
 from lowlevel.methods.dpo import preference_loss, reward_slopes
 
 EXTRA = {"cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.2}, "exo_pair": {"label_smoothing": 0.01}}

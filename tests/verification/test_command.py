@@ -15,7 +15,7 @@ from lowlevel.methods.choice import build_method, fitted
 from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.preflight import numerics
 from lowlevel.running.reopening import reopen
-from lowlevel.running.run import run_training
+from lowlevel.running.training import run_training
 from lowlevel.verification.opening import make_subject, open_run, verify_run
 from lowlevel.verification.report import print_checks, run_checks
 from lowlevel.verification.subject import Check, Subject
