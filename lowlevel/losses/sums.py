@@ -22,6 +22,19 @@ class LossSums:
     examples: Mapping[str, Tensor] = field(default_factory=dict)
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def over(
+        cls, real: Tensor, losses: Tensor, metrics: Mapping[str, Tensor], examples: Mapping[str, Tensor],
+        tokens: Mapping[str, Tensor | None],
+    ) -> LossSums:  # fmt: skip
+        """Losses and detached metrics of each example, (P,), summed over the `real` ones; a token value may be None."""
+        return cls(
+            torch.where(real, losses, 0.0).sum(),
+            {name: torch.where(real, value, 0.0).sum() for name, value in metrics.items()},
+            {"loss": losses.detach(), **examples},
+            {name: value.detach() for name, value in tokens.items() if value is not None},
+        )
+
     def named(self) -> dict[str, Tensor]:
         """Loss and metrics by name, detached scalars."""
         return {"loss": self.loss.detach(), **self.metrics}

@@ -46,7 +46,7 @@ class DPO(ExampleLayout):
         token_logps, statistics = policy.token_scores(batch, self.statistics)  # (N,) fp32 each
         pairs = pair_logps(batch, token_logps, reference, self.columns, statistics)  # sums over a completion, (P,) each
         output = self.preference_loss(pairs)  # eq. 7: -logsigmoid(beta * pairs.deltas)
-        return _sums_of(batch, pairs, output, self.spec.reference_free)
+        return _pair_sums(batch, pairs, output, self.spec.reference_free)
 
     @cached_property
     def preference_loss(self) -> PreferenceLoss:
@@ -145,7 +145,7 @@ def _pair_logps(
     )  # fmt: skip
 
 
-def _sums_of(batch: PackedBatch, pairs: PairLogps, output: DPOOutput, reference_free: bool) -> LossSums:
+def _pair_sums(batch: PackedBatch, pairs: PairLogps, output: DPOOutput, reference_free: bool) -> LossSums:
     """Sums of loss and metrics over the real pairs, and the values of each pair and token for a trace."""
     reference = {"logps/ref_chosen": pairs.ref_chosen_logps, "logps/ref_rejected": pairs.ref_rejected_logps}
     metrics = {
@@ -159,12 +159,7 @@ def _sums_of(batch: PackedBatch, pairs: PairLogps, output: DPOOutput, reference_
         **output.metrics,
     }
     tokens = {"logps": pairs.token_logps, "ref_logps": pairs.ref_token_logps, **pairs.statistics}
-    return LossSums(
-        torch.where(batch.real, output.losses, 0.0).sum(),
-        {name: torch.where(batch.real, value, 0.0).sum() for name, value in metrics.items()},
-        examples={"loss": output.losses.detach(), **reference, **metrics},
-        tokens={name: value.detach() for name, value in tokens.items() if value is not None},
-    )
+    return LossSums.over(batch.real, output.losses, metrics, {**reference, **metrics}, tokens)
 
 
 def preference_loss(config: DPOConfig) -> PreferenceLoss:

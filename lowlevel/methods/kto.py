@@ -52,7 +52,7 @@ class KTO(Layout):
         token_logps = policy.token_logps(batch)  # (N,) fp32
         rows = labelled_logps(batch, token_logps, reference)  # sums over a completion, (P,) each
         losses = self.losses(rows)
-        return _sums_of(batch, rows, losses, self.config.beta * rows.logratios.detach())
+        return _label_sums(batch, rows, losses, self.config.beta * rows.logratios.detach())
 
     @property
     def spec(self) -> LossSpec:
@@ -119,7 +119,7 @@ def labelled_logps(batch: PackedBatch, token_logps: Tensor, ref_token_logps: Ten
     return LabelledLogps(logps, ref_logps, desirable, batch.kl, token_logps, ref_token_logps, batch.sequence_ids)
 
 
-def _sums_of(batch: PackedBatch, rows: LabelledLogps, losses: Tensor, rewards: Tensor) -> LossSums:
+def _label_sums(batch: PackedBatch, rows: LabelledLogps, losses: Tensor, rewards: Tensor) -> LossSums:
     """Sums of loss and metrics over the real examples, those of each label apart; and the values of each."""
     logps, ref_logps = rows.logps.detach(), rows.ref_logps
     metrics = {"kl": rows.kl.expand_as(rewards)}
@@ -129,12 +129,7 @@ def _sums_of(batch: PackedBatch, rows: LabelledLogps, losses: Tensor, rewards: T
         metrics |= {f"logps/ref_{label}": torch.where(belongs, ref_logps, 0.0)}
     examples = {"logps": logps, "ref_logps": ref_logps, "reward": rewards, "desirable": rows.desirable.float()}
     tokens = {"logps": rows.token_logps, "ref_logps": rows.ref_token_logps}
-    return LossSums(
-        torch.where(batch.real, losses, 0.0).sum(),
-        {name: torch.where(batch.real, value, 0.0).sum() for name, value in metrics.items()},
-        examples={**examples, "loss": losses.detach()},
-        tokens={name: value.detach() for name, value in tokens.items() if value is not None},
-    )
+    return LossSums.over(batch.real, losses, metrics, examples, tokens)
 
 
 def balance(examples: Sequence[Example], config: KTOConfig) -> str:

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
@@ -45,7 +44,7 @@ class Reward(ExampleLayout):
             policy.dropout.disable()
         pairs = self.pair_rewards(batch, policy.rewards(batch))  # w . h at each last token
         losses = self.losses(pairs)  # -logsigmoid(pairs.margins - m) + c (r+ + r-)^2
-        return _sums_of(batch, pairs, losses)
+        return _reward_sums(batch, pairs, losses)
 
     @property
     def spec(self) -> LossSpec:
@@ -94,7 +93,7 @@ def read_segment(row: int, number: int, prompt: np.ndarray, completions: dict[in
     return build_segment(row, prompt, branches)
 
 
-def _sums_of(batch: PackedBatch, pairs: PairRewards, losses: Tensor) -> LossSums:
+def _reward_sums(batch: PackedBatch, pairs: PairRewards, losses: Tensor) -> LossSums:
     """Sums of loss and metrics over the real pairs, and the values of each pair for a trace."""
     chosen, rejected, margins = (value.detach() for value in (pairs.chosen, pairs.rejected, pairs.margins))
     metrics = {
@@ -103,11 +102,8 @@ def _sums_of(batch: PackedBatch, pairs: PairRewards, losses: Tensor) -> LossSums
         "rewards/margins": margins,
         "rewards/accuracies": ranked(margins),
     }
-    return LossSums(
-        torch.where(batch.real, losses, 0.0).sum(),
-        {name: torch.where(batch.real, value, 0.0).sum() for name, value in metrics.items()},
-        examples={"loss": losses.detach(), "chosen_reward": chosen, "rejected_reward": rejected, "margin": margins},
-    )
+    examples = {"chosen_reward": chosen, "rejected_reward": rejected, "margin": margins}
+    return LossSums.over(batch.real, losses, metrics, examples, {})
 
 
 def check_columns(columns: Sequence[str]) -> None:
