@@ -42,6 +42,7 @@ EXIT_CODES = (
 infinite, 6 out of memory, 130/143 interrupted and saved"
 )
 LONG_DASH = re.compile("[\u2013\u2014\u2212]+-?(?=[a-z]+[.][a-z])")  # what editors and web pages make of two hyphens
+FIRST = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, which share a terminal
 NAMES = ["demo", "doctor", *METHODS, *"data losses plan time memory merge export generate annotate score".split()]
 NAMES += "compare eval judge inspect verify report replay".split()
 COMMANDS = {name: import_module(f"lowlevel.commands.{'train' if name in METHODS else name}") for name in NAMES}
@@ -100,14 +101,12 @@ def _run(arguments: list[str]) -> int:
                 raise _unknown(unknown[0] if unknown else f"--{next(iter(overrides))}", options)
             say = partial(print, file=sys.stderr if options.output_is_result else sys.stdout, flush=True)
             options.arguments = arguments  # for the processes that --gpus starts
-            first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, which share a terminal
             streamed = options.output_is_result and sys.stdout.isatty()  # a line would break a reply in two
-            long = options.command != "losses" and first and not streamed
+            long = options.command != "losses" and FIRST and not streamed
             with heartbeat(say, f"lowlevel {options.command}", on=long):
                 COMMANDS[options.command].run(options, overrides)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+            return _failed(InterruptedRunError("interrupted", signal.SIGINT), debug=False)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python prints an error at its last flush
             return 130
@@ -125,22 +124,23 @@ def _redacted(stream: TextIO) -> TextIO:
 def _failed(error: Exception, debug: bool, arguments: Sequence[str] = ()) -> int:
     """Print the error, with --debug after its traceback, and return the exit code.
 
-    A run that was stopped and saved is no error: the line has the command that continues it.
+    A run that was stopped is no error; if it was saved, the line has the command that continues it. Of several
+    processes, all of which get the signal, the first one prints.
     """
     if debug:
         sys.stderr.write(traceback.format_exc())
-    if isinstance(error, RankError) and error.told:
-        return error.exit_code
+    stopped = isinstance(error, InterruptedRunError)
+    told = stopped and not FIRST or isinstance(error, RankError) and error.told
     if isinstance(error, LowlevelError):
         code, line = error.exit_code, str(error)
     elif type(error).__name__ == "OutOfMemoryError":  # torch.cuda's; torch may not be imported here
         code, line = OutOfMemoryError.exit_code, f"out of memory: {error}"
     else:
         code, line = 1, printable(f"{type(error).__name__}: {error}{'' if debug else ' (--debug shows where)'}")
-    saved = isinstance(error, InterruptedRunError) and CONTINUE in line
     again = [word for word in arguments if word not in ("--resume", "--restart")]
     shown = f"continue with: {shlex.join(['lowlevel', *again, '--resume'])}"
-    print(line.replace(CONTINUE, shown) if saved else f"error: {line}", file=sys.stderr)
+    if not told:
+        print(line.replace(CONTINUE, shown) if stopped else f"error: {line}", file=sys.stderr)
     return code
 
 

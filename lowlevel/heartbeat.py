@@ -11,8 +11,10 @@ neither signals nor the capture of a CUDA graph.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -76,7 +78,7 @@ class Heartbeat:
         if not self.paused and now - self.spoken >= INTERVAL:
             shown = [work for work in works if work.total or work is works[-1]]
             self.spoke()
-            self.say("; ".join(work.line(now) for work in shown))
+            self.say("; ".join(work.line(now) for work in shown) + (importing() if len(works) == 1 else ""))
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -177,6 +179,13 @@ def spoke() -> None:
     """Other progress was printed: no line is due for a while."""
     if beat := _active.get():
         beat.spoke()
+
+
+def importing() -> str:
+    """Which library the main thread is importing, the end of a line; or nothing."""
+    stack = traceback.walk_stack(sys._current_frames()[threading.main_thread().ident or 0])
+    names = [frame.f_locals["name"].partition(".")[0] for frame, _ in stack if frame.f_code.co_name == "_find_and_load"]
+    return next((f", importing {name}" for name in reversed(names) if name != "lowlevel"), "")
 
 
 def duration(seconds: float) -> str:

@@ -20,6 +20,7 @@ import lowlevel.commands.data
 import lowlevel.running.training
 from lowlevel.cli import build_parser, main
 from lowlevel.config.schema import METHODS, SECTIONS
+from lowlevel.errors import InterruptedRunError
 
 COMMANDS = (
     "demo",
@@ -147,6 +148,18 @@ def test_a_process_ends_at_once_after_its_command(monkeypatch, capsys):
         gc.unfreeze()
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), InterruptedRunError("interrupted", signal.SIGINT)])
+def test_of_several_processes_that_are_stopped_the_first_says_so(cli, monkeypatch, first, error):
+    def run(options, overrides):
+        raise error
+
+    monkeypatch.setattr("lowlevel.cli.FIRST", first)
+    monkeypatch.setattr("lowlevel.commands.doctor.run", run)
+    said = cli("doctor")
+    assert (said.code, said.err) == (130, "interrupted\n" * first)
 
 
 def test_the_commands_are_those_of_the_list_above():

@@ -61,6 +61,23 @@ def test_a_line_is_due_when_ten_seconds_would_pass_without_one():
     assert said[1].startswith("training: 1 of 4 steps, 2 min")
 
 
+def test_a_command_without_a_name_for_its_work_says_what_it_imports(monkeypatch, tmp_path):
+    clock, said = Clock(), []
+    beat = Heartbeat(said.append, "lowlevel sft", clock)
+    (tmp_path / "slow_library").mkdir()
+    (tmp_path / "slow_library" / "__init__.py").write_text("import slow_library.part")
+    (tmp_path / "slow_library" / "part.py").write_text("from lowlevel.heartbeat import _active\n_active.get().poll()")
+    monkeypatch.syspath_prepend(tmp_path)
+    token = heart._active.set(beat)
+    clock.now = 110
+    import slow_library  # noqa: F401
+
+    heart._active.reset(token)
+    clock.now = 120
+    beat.poll()
+    assert said == ["lowlevel sft: 10 s, importing slow_library", "lowlevel sft: 20 s"]
+
+
 def test_the_thread_ends_with_the_block_and_one_heartbeat_is_enough(monkeypatch):
     monkeypatch.setattr(heart, "INTERVAL", 0.0)
     monkeypatch.setattr(heart, "POLL", 0.01)

@@ -96,7 +96,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(space, tmp_path, mo
         at_step(patch, 1, lambda: pytest.fail("a step was taken"))
         said = run("sft", path)
     name = signal.Signals(signum).name
-    assert (said.code, said.err) == (code, f"error: stopped by {name} outside of training: no step is lost\n")
+    assert (said.code, said.err) == (code, f"stopped by {name} outside of training: no step is lost\n")
     made = {file.name for file in (tmp_path / "early").iterdir()} if (tmp_path / "early").exists() else set()
     if place == "evaluate_examples":
         assert (status(tmp_path / "early")["state"], status(tmp_path / "early")["exit"]) == ("preempted", code)
