@@ -114,12 +114,12 @@ def quiet() -> Any:
     return Console(quiet=True)
 
 
-def trl_steps(options: argparse.Namespace) -> dict[str, Any]:
+def trl_trainer(options: argparse.Namespace, callback: Any) -> Any:
     """TRL's trainer as its users run it on a 4-bit base; generation by transformers."""
     import trl
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     cuda, folder = torch.cuda.is_available(), resolve_name(options.model)
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -140,6 +140,15 @@ def trl_steps(options: argparse.Namespace) -> dict[str, Any]:
         optim="paged_adamw_32bit" if cuda else "adamw_torch", generation_kwargs=settings or None,
     )  # fmt: skip
     lora = LoraConfig(r=options.rank, lora_alpha=32, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    rows = Dataset.from_list(prompts_of(options))
+    return trl.GRPOTrainer(model, rewards_of(options), args=config, train_dataset=rows, processing_class=tokenizer,
+                           peft_config=lora, callbacks=[callback])  # fmt: skip
+
+
+def trl_steps(options: argparse.Namespace) -> dict[str, Any]:
+    """The steps of `trl_trainer`, with a clock at their ends and around its methods that sample and reward."""
+    from transformers import TrainerCallback
+
     total: list[float] = []
     parts: dict[str, list[float]] = {"_generate": [0.0], "_calculate_rewards": [0.0]}
 
@@ -156,9 +165,7 @@ def trl_steps(options: argparse.Namespace) -> dict[str, Any]:
             for values in parts.values():
                 values.append(0.0)
 
-    rows = Dataset.from_list(prompts_of(options))
-    trainer = trl.GRPOTrainer(model, rewards_of(options), args=config, train_dataset=rows, processing_class=tokenizer,
-                              peft_config=lora, callbacks=[Clock()])  # fmt: skip
+    trainer = trl_trainer(options, Clock())
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*given: Any, **named: Any) -> Any:
@@ -179,7 +186,7 @@ def trl_steps(options: argparse.Namespace) -> dict[str, Any]:
     training = [a - b - c for a, b, c in zip(total, sampling, rewarding, strict=False)]
     lengths = [record["completions/mean_length"] * options.prompts * options.generations for record in log]
     return {
-        "precision": "bf16" if cuda else "fp32",
+        "precision": "bf16" if torch.cuda.is_available() else "fp32",
         "step_seconds": median(total, options),
         "sampling_seconds": median(sampling[: len(total)], options),
         "rewarding_seconds": median(rewarding[: len(total)], options),

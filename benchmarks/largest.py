@@ -95,14 +95,9 @@ def quantised_linear(layer: nn.Linear, dtype: torch.dtype, device: torch.device)
     return made
 
 
-def measure(
-    shape: dict[str, Any], steps: int, cap_gib: float, offload: bool, rows: int, ranks: Ranks, shard: bool
-) -> dict[str, Any]:
-    """Train and say what it took."""
-    limit_memory(cap_gib)
-    placement = choose_placement("auto")
-    settings = LlamaConfig(**shape, vocab_size=32000, tie_word_embeddings=False, max_position_embeddings=2048)
-    run = RunConfig(
+def configuration(rows: int, offload: bool) -> RunConfig:
+    """Of the run that is measured."""
+    return RunConfig(
         model=ModelConfig(embeddings_on_host=True),
         lora=LoraConfig(r=16, lora_alpha=32),
         data=DataConfig(max_length=512),
@@ -113,6 +108,21 @@ def measure(
             offload_activations=offload,
         ),
     )
+
+
+def random_rows(rows: int) -> list[Any]:
+    """Examples of 512 random tokens, all of which are learned."""
+    drawn = np.random.default_rng(0).integers(3, 32000, (rows, 512))
+    return [SimpleNamespace(row=row, input_ids=ids, labels=ids, weights=None) for row, ids in enumerate(drawn)]
+
+
+def measure(
+    shape: dict[str, Any], steps: int, cap_gib: float, offload: bool, rows: int, ranks: Ranks, shard: bool
+) -> dict[str, Any]:
+    """Train and say what it took."""
+    limit_memory(cap_gib)
+    placement, run = choose_placement("auto"), configuration(rows, offload)
+    settings = LlamaConfig(**shape, vocab_size=32000, tie_word_embeddings=False, max_position_embeddings=2048)
     cuda = placement.device.type == "cuda"
     attention = choose_attention(run.model, settings, placement) if cuda else Attention(NAMES["math"], "no GPU")
     base = random_base(settings, placement, attention, ranks if shard else None)
@@ -125,11 +135,7 @@ def measure(
     inputs: Any = SimpleNamespace(placement=placement, attention=attention, shards=ranks if shard else None)
     execution = WithFallback(policy, method, choose_execution(run, inputs), lambda line: print(line, file=sys.stderr))
     execution.falls_back = not shard
-    drawn = np.random.default_rng(0).integers(3, 32000, (rows, 512))
-    examples: list[Any] = [
-        SimpleNamespace(row=row, input_ids=ids, labels=ids, weights=None) for row, ids in enumerate(drawn)
-    ]
-    batches = method.micro_batches(examples)
+    batches = method.micro_batches(random_rows(rows))
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     losses, seconds, scale = [], [], LossScale.for_precision(placement.precision)
