@@ -89,11 +89,14 @@ class Run:
         return inspect_run(self.opened, step=step, example=example, checkpoint=checkpoint)
 
     @_long
-    def verify(self, *, step: int = 1, **options: Any) -> Report:
-        """Check a step of the run against its formula in float64; `print()` shows the table."""
+    def verify(self, *, step: int = 1, exact_parameters: int = 500_000_000) -> Report:
+        """Check a step of the run against its formula in float64; `print()` shows the table.
+
+        A base of up to `exact_parameters` weights also runs in float64.
+        """
         from lowlevel.verification.opening import verify_run
 
-        return verify_run(self.opened, step=step, **options)
+        return verify_run(self.opened, step=step, exact_parameters=exact_parameters)
 
     @_long
     def replay(
@@ -154,13 +157,17 @@ class Run:
 
         return load_reward_run(self.path, print)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = True, token: str | None = None, endpoint: str | None = None
+    ) -> str:
         """Upload the result (adapter, tokenizer, model card) to the hub and return its address.
 
         Args:
             repo_id: "user/name".
-            **options: private=True, token=None (default: the logged-in user's), endpoint=None.
+            private: whether a new repository is private.
+            token: of the hub; None: the logged-in user's.
+            endpoint: a server other than huggingface.co.
         """
         from lowlevel.running.result_files import push_to_hub
 
-        return push_to_hub(self.path, repo_id, **options)
+        return push_to_hub(self.path, repo_id, private=private, token=token, endpoint=endpoint)

@@ -10,63 +10,50 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.batch.order import DataOrder
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import PromptExample
-from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.errors import EVAL_REWARD, CheckpointError, ConfigError
 from lowlevel.hashing import key32
 from lowlevel.heartbeat import counted, working
 from lowlevel.methods import DPO, Method, PolicyGradient
-from lowlevel.model.policy import Policy
 from lowlevel.online.rewards import Function, Rewards, exact_match
 from lowlevel.online.rollouts import KeptRollouts, Rollout, facts, step_examples
-from lowlevel.ranks import Ranks
 from lowlevel.running.scoring import load_reward_run, rewards_of_replies
-from lowlevel.sampling import Completion, Sampler, Sampling, build_sampler
+from lowlevel.sampling import Completion, Sampling, build_sampler
+
+if TYPE_CHECKING:
+    from lowlevel.running.job import Job
 
 SALT = 0x524F4C4C  # of the completions' random numbers
 SHOWN = 3  # failures of reward functions that a step names
 Group = list[Rollout]  # the completions of a prompt
 
 
-@dataclass
 class OnlineSteps:
     """Samples and rewards the completions of each step when it is asked for, with the policy as it is then."""
 
-    config: RunConfig
-    policy: Policy
-    method: PolicyGradient | DPO
-    tokenizer: ChatTokenizer
-    examples: Sequence[PromptExample]
-    order: DataOrder
-    sampler: Sampler
-    rewards: Rewards
-    kept: KeptRollouts
-    ranks: Ranks
-    note: Callable[[str], None]
-
-    @classmethod
-    def of(cls, job: Any, run_dir: Path, note: Callable[[str], None]) -> OnlineSteps:
-        """With the fastest sampler for the policy of a `running.job.Job`; loads reward runs."""
-        tokenizer, examples = job.inputs.tokenizer, job.inputs.data.train
-        rewards = Rewards.of(job.config.sampled, lambda folder: reward_run(folder, note))
-        sampler = build_sampler(job.policy.model, job.policy.placement, tokenizer.stop_ids, note)
-        parts = (job.config, job.policy, job.method, tokenizer, examples, job.order, sampler, rewards)
-        return cls(*parts, KeptRollouts(run_dir, writes=job.ranks.first), job.ranks, note)
+    def __init__(self, job: Job, run_dir: Path, note: Callable[[str], None]) -> None:
+        """With the fastest sampler for the run's policy; loads reward runs."""
+        sampled, method = job.config.sampled, job.method
+        assert sampled and isinstance(method, PolicyGradient | DPO)
+        self.config, self.sampled, self.method, self.note = job.config, sampled, method, note
+        self.policy, self.order, self.ranks, self.tokenizer = job.policy, job.order, job.ranks, job.inputs.tokenizer
+        self.examples = cast("Sequence[PromptExample]", job.inputs.data.train)
+        self.rewards = Rewards.of(sampled, lambda folder: reward_run(folder, note))
+        self.sampler = build_sampler(job.policy.model, job.policy.placement, self.tokenizer.stop_ids, note)
+        self.kept = KeptRollouts(run_dir, writes=job.ranks.first)
 
     def __call__(self, step: int) -> list[PackedBatch]:
         """The micro-batches of the step after `step` updates. Raises ConfigError if no completion has a reward."""
-        assert self.config.sampled is not None
-        first = step - step % self.config.sampled.num_iterations
+        first = step - step % self.sampled.num_iterations
         if step != first:
             return step_batches(self.config, self.method, self.kept.read(first + 1))
         started = time.perf_counter()
@@ -113,9 +100,8 @@ class OnlineSteps:
 
     def sample(self, prompts: Mapping[int, PromptExample], step: int, *, greedy: bool = False) -> list[Group]:
         """A group of completions for each prompt, without rewards; `prompts` by their number in the step."""
-        own = self.config.sampled
-        assert own is not None
-        size, seed = (1 if greedy else own.num_generations), self.config.train.seed
+        own, seed = self.sampled, self.config.train.seed
+        size = 1 if greedy else own.num_generations
         keys = [[key32(seed, SALT, step, x.row, sample) for sample in range(size)] for x in prompts.values()]
         sampling = Sampling(own.max_completion_length, 0.0 if greedy else own.temperature, seed)
         ids = [x.prompt_ids.tolist() for x in prompts.values()]

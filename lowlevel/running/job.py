@@ -92,7 +92,7 @@ class Engine:
         self.online: OnlineSteps | None = None
         self.batches: Callable[[int], list[PackedBatch]]
         if config.sampled:
-            self.online = self.batches = OnlineSteps.of(job, folder.path, lines_to(console))
+            self.online = self.batches = OnlineSteps(job, folder.path, lines_to(console))
         else:
             self.batches = Prefetched(lambda step: prepare([examples[i] for i in rows(step)]), job.total_steps)
         traced = config.trace.every or config.trace.steps
