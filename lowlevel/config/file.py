@@ -27,6 +27,7 @@ from lowlevel.config.schema import (
     other_section,
     sections_of,
 )
+from lowlevel.config.section import as_sum
 from lowlevel.errors import ConfigError, one_line, quoted
 
 TEXTS = (str, str | None, get_args(Source)[0], Source | None)  # types of keys whose flags are not parsed as TOML
@@ -61,7 +62,10 @@ OTHER_NAMES = {
     "loss": "loss_type",
 }
 TRUNCATED = "is not supported: the loss needs the distribution that was sampled from, which is that of all tokens"
-REFUSED = dict.fromkeys(("top_p", "top_k", "min_p"), TRUNCATED)
+REFUSED = {
+    **dict.fromkeys(("top_p", "top_k", "min_p"), TRUNCATED),
+    "loss_weights": 'write the weights into loss_type: "0.8*sigmoid + 0.2*bco_pair"',
+}
 
 
 def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method: str | None = None) -> RunConfig:
@@ -111,7 +115,7 @@ def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
     for section, defaults in METHOD_DEFAULTS.get(str(tables.get("method")), {}).items():
         tables = _with_defaults(tables, section, defaults)
     if isinstance(given := tables.get("dpo"), Mapping):
-        tables = _with_defaults(tables, "dpo", LOSS_DEFAULTS.get(str(given.get("loss_type")), {}))
+        tables = _with_defaults(tables, "dpo", LOSS_DEFAULTS.get(str(as_sum(given.get("loss_type"))), {}))
     try:
         config = RunConfig.model_validate(tables)
     except ValidationError as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from lowlevel.config.section import Above, Finite, NotNegative, Number, OptionalLocation, Positive, Section
+from lowlevel.config.section import Above, Finite, NotNegative, Number, OptionalLocation, Positive, Section, as_sum
 
 
 class SFTConfig(Section):
@@ -27,7 +27,7 @@ class SFTConfig(Section):
 class DPOConfig(Section):
     """The preference loss (arXiv 2305.18290) and its hyper-parameters."""
 
-    loss_type: str = Field(
+    loss_type: Annotated[str, BeforeValidator(as_sum)] = Field(
         "sigmoid", description='see `lowlevel losses`; a sum ("0.8*sigmoid + 0.2*nll"); your own by "module:function"'
     )
     loss_kwargs: dict[str, Number] = Field({}, description="hyper-parameters of your own loss")

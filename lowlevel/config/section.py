@@ -30,6 +30,12 @@ def as_list(value: Any) -> Any:
     return [] if value == "none" else [name.strip() for name in value.split(",")]
 
 
+def as_sum(value: Any) -> Any:
+    """TRL's list of losses as their sum."""
+    names = re.findall(r"[\w:.]+", value) if isinstance(value, str) and value.startswith("[") else value
+    return " + ".join(map(str, names)) if isinstance(names, list | tuple) else value
+
+
 def as_numbers(value: Any) -> Any:
     """A number, or a text with numbers between commas, as a list; pydantic refuses parts that are none."""
     if not isinstance(value, str | int | float):

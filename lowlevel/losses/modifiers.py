@@ -145,6 +145,8 @@ def mixture(text: str, find: Callable[[str], LossSpec]) -> LossSpec:
         formula=" + ".join(f"{weight:g} ({spec.formula})" for weight, spec in terms),
         paper=", ".join(dict.fromkeys(spec.paper for spec in specs)),
         parameters=tuple(dict.fromkeys(name for spec in specs for name in spec.parameters)),
+        averages=any(spec.averages for spec in specs)  # beside nll, which has no beta and no reward of its own
+        and all(spec.averages or (spec.reference_free and "beta" not in spec.parameters) for spec in specs),
         reference_free=all(spec.reference_free for spec in specs),
         own=any(spec.own for spec in specs),
         statistics=tuple(dict.fromkeys(name for spec in specs for name in spec.statistics)),

@@ -155,7 +155,7 @@ def find(name: str, built_in: Mapping[str, LossSpec]) -> LossSpec:
     if ":" in name:
         return _imported(name)
     known = [*built_in, *OWN]
-    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches({"sft": "nll"}.get(name, name.lower()), known, n=1, cutoff=0.5)  # sft: TRL's
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     custom = 'your own: import the module that registers it with @lowlevel.loss, or write "module:function"'
     raise ValueError(f"unknown loss_type {name!r}: {hint}known: {', '.join(known)}; {custom}")

@@ -11,6 +11,7 @@ from config_keys import HOLDOUT, KEYS, PACKAGE, PREFERENCES, merged, value_of, w
 from lowlevel.config.data import Filter
 from lowlevel.config.file import config_from_tables, load_config, to_tables
 from lowlevel.config.schema import SECTIONS, RunConfig
+from lowlevel.errors import ConfigError
 
 
 def test_the_list_of_examples_has_every_key():
@@ -108,6 +109,22 @@ def test_dpo_has_defaults_of_its_own_where_nothing_is_given():
     given = {"method": "dpo", "train": {"learning_rate": 3e-4}, "data": {"format": "orca"}}
     assert config_from_tables(given, "test").train.learning_rate == 3e-4
     assert config_from_tables(given, "test").data.format == "orca"
+
+
+@pytest.mark.parametrize(
+    ("given", "loss_type", "beta"),
+    [
+        (["sigmoid", "bco_pair"], "sigmoid + bco_pair", 0.1),
+        ('["sigmoid", "m:mine"]', "sigmoid + m:mine", 0.1),  # a flag
+        (["simpo"], "simpo", 2.0),
+    ],
+)
+def test_a_list_of_losses_as_in_trl_is_their_sum(given, loss_type, beta):
+    for tables in ({"method": "dpo", "dpo": {"loss_type": given}}, {"method": "dpo", "dpo": {"loss_type": loss_type}}):
+        config = config_from_tables(tables, "run.toml")
+        assert (config.dpo.loss_type, config.dpo.beta) == (loss_type, beta)
+    with pytest.raises(ConfigError, match='dpo.loss_weights: write the weights into loss_type: "0.8'):
+        config_from_tables({"method": "dpo", "dpo": {"loss_type": given, "loss_weights": [0.8, 0.2]}}, "run.toml")
 
 
 def names_in(source: str) -> set[str]:

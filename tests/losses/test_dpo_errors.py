@@ -96,7 +96,8 @@ def test_label_smoothing_with_sigmoid_points_to_cdpo() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typo", "nearest"), [("sigmiod", "sigmoid"), ("IPO", "ipo"), ("apo-zero", "apo_zero"), ("exo", "exo_pair")]
+    ("typo", "nearest"),
+    [("sigmiod", "sigmoid"), ("IPO", "ipo"), ("apo-zero", "apo_zero"), ("exo", "exo_pair"), ("sft", "nll")],
 )
 def test_an_unknown_loss_names_the_nearest(typo: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"unknown loss_type '{typo}': did you mean '{nearest}'") as caught:

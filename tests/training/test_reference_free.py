@@ -21,12 +21,12 @@ def test_there_is_no_reference_pass_and_no_reference_in_the_log(tiny_base, monke
         assert result.metrics["rewards/chosen"] == pytest.approx(0.1 * result.metrics["logps/chosen"])
 
 
-@pytest.mark.parametrize("name", ["simpo", "orpo", "cpo"])
+@pytest.mark.parametrize("name", ["simpo", "orpo", "cpo", "2*simpo", "simpo + 0.2*nll", "simpo + cpo"])
 def test_rewards_are_of_what_the_loss_compares(name):
     """beta p/n of SimPO (arXiv 2405.14734) and ORPO, beta p of CPO: -10 over 4 tokens against -12 over 5, beta 0.1."""
     chosen, rejected, zero = (torch.tensor([value], dtype=torch.float64) for value in (-10, -12, 0))
     lengths = {"chosen_lengths": torch.tensor([4]), "rejected_lengths": torch.tensor([5])}
-    rewards = (-1.0, -1.2) if name == "cpo" else (-0.25, -0.24)
+    rewards = (-1.0, -1.2) if "cpo" in name else (-0.25, -0.24)
     beta = {} if name == "orpo" else {"beta": 0.1}
     found = dpo_loss(chosen, rejected, zero, zero, loss_type=name, **beta, **lengths)
     assert (found.chosen_rewards.item(), found.rejected_rewards.item()) == pytest.approx(rewards)
