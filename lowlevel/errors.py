@@ -42,6 +42,11 @@ def quoted(text: str) -> str:
     return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}... ({len(text):,} characters)"
 
 
+def how_many(number: float, things: str) -> str:
+    """Such as "2,048 rows"; "1 row"."""
+    return f"{number:,} {things if number != 1 else re.sub('(?<=ch)es$|s$', '', re.sub('ies$', 'y', things))}"
+
+
 def printable(text: str) -> str:
     """The text with control characters (except line feeds) and lone surrogates escaped.
 

@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
-from lowlevel.errors import one_line
+from lowlevel.errors import how_many, one_line
 
 INTERVAL, POLL = 9.0, 0.5  # seconds: a line is late by one poll at most, so 10 never pass without one
 Clock = Callable[[], float]
@@ -56,7 +56,7 @@ class Work:
         left, here = "", self.done - self.first
         if here > 0:
             left = f", about {duration(seconds / here * (self.total - self.done))} left"
-        return f"{self.what}: {self.done:,} of {self.total:,}{self.unit and ' '}{self.unit}, {duration(seconds)}{left}"
+        return f"{self.what}: {self.done:,} of {how_many(self.total, self.unit).strip()}, {duration(seconds)}{left}"
 
 
 class Heartbeat:

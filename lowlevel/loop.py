@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import TrainConfig
-from lowlevel.errors import EVAL_LOSS, EVAL_REWARD, NonFiniteError
+from lowlevel.errors import EVAL_LOSS, EVAL_REWARD, NonFiniteError, how_many
 from lowlevel.execution import Eager, Execution, ExecutionFailedError
 from lowlevel.hashing import key32
 from lowlevel.heartbeat import counted
@@ -121,7 +121,7 @@ def _not_finite(
     quantity = "gradient norm" if math.isfinite(last["loss"]) else "loss"
     value = last["loss" if quantity == "loss" else "grad_norm"]
     halvings = loss_scale.skips_in_a_row if loss_scale.enabled and quantity != "loss" else 0
-    tried = f" after {halvings} halvings of the loss scale" if halvings else ""
+    tried = f" after {how_many(halvings, 'halvings')} of the loss scale" if halvings else ""
     on = f" on rank {failing[0]}" if failing else ""
     message = f"step {step + 1}: {quantity} is {value}{on}{tried}; nothing was updated; data rows {rows}"
     return NonFiniteError(

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.durable import remove_left, write_bytes, write_json
-from lowlevel.errors import CheckpointError
+from lowlevel.errors import CheckpointError, how_many
 from lowlevel.execution import Execution, ExecutionFailedError
 from lowlevel.losses import LossSums
 from lowlevel.methods import Method
@@ -177,7 +177,7 @@ class CachedReference:
 
     def __exit__(self, *exception: object) -> None:
         off = ", then refused" if self.refused else ""
-        counts = f"{self.hits:,} micro-batches found, {self.computed:,} computed{off}"
+        counts = f"{how_many(self.hits, 'micro-batches')} found, {self.computed:,} computed{off}"
         self.note(f"reference cache: {counts} ({self.folder})")
 
     def run(self, batch: PackedBatch, factor: float, dropout_key: int) -> LossSums:

@@ -12,6 +12,7 @@ from itertools import chain
 
 from lowlevel.annotation.journal import Journal
 from lowlevel.annotation.pairs import Judgement
+from lowlevel.errors import how_many
 
 Label = str | int
 
@@ -64,13 +65,13 @@ def report(journal: Journal) -> str:
     names = Counter(one.annotator for one in judged)
     counts = Counter(one.choice for one in judged)
     by = f" by {', '.join(f'{name} ({count})' for name, count in names.items())}" if names else ""
-    lines = [f"{len(journal.pairs)} pairs, {len(judged)} judgements{by}"]
+    lines = [f"{how_many(len(journal.pairs), 'pairs')}, {how_many(len(judged), 'judgements')}{by}"]
     if not judged:
         return lines[0]
     written = sum(one.written is not None for one in judged)
     lines.append(
         f"left {counts['left']}, right {counts['right']}, ties {counts['tie']}, both bad {counts['bad']}; "
-        f"{written} better replies written"
+        f"{how_many(written, 'better replies')} written"
     )
     if len(names) > 1:
         lines.append(_agreement(judged, list(names)))

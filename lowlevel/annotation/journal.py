@@ -25,7 +25,7 @@ from typing import Any
 from lowlevel.annotation.pairs import CHOICES, Judgement, Pair, preference_rows, reply_on_left
 from lowlevel.data.texts import is_blank
 from lowlevel.durable import append_line, given_file, sync
-from lowlevel.errors import ConfigError, DataError
+from lowlevel.errors import ConfigError, DataError, how_many
 
 FORMAT = "lowlevel annotate 1"
 SUFFIX = ".judgements.jsonl"
@@ -174,8 +174,8 @@ def open_journal(
 
 def _check_same(journal: Journal, header: Header, resume: bool) -> None:
     if not resume:
-        count = len(journal.judgements)
-        raise ConfigError(f"{journal.path} holds {count} judgements: continue with --resume, or choose another --out")
+        held = how_many(len(journal.judgements), "judgements")
+        raise ConfigError(f"{journal.path} holds {held}: continue with --resume, or choose another --out")
     was = journal.header
     names = [[run["run"] for run in one["runs"]] for one in (was, header)]  # a run may have gone on since
     for key, old, new in (("runs", *names), *((key, was[key], header[key]) for key in FIXED[1:])):

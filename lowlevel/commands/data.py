@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowlevel.commands.common import Options, Overrides, Parser, add_run_file, quiet_console, read_any_run
-from lowlevel.errors import ConfigError
+from lowlevel.errors import ConfigError, how_many
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,9 +46,9 @@ def show_data(config: RunConfig, console: Console) -> None:
     scored = sum(batch.num_scored for batch in batches)
     step = "first step with the longest completions" if config.sampled else "first step"
     console.print(
-        f"\n{step}: {config.rows_per_step} examples in {len(batches)} micro-batches, {positions:,} positions, "
-        f"{tokens:,} tokens ({1 - tokens / positions:.1%} padding), {scored:,} supervised; "
-        f"{order.steps_per_epoch:,} steps an epoch\n{where}\n",
+        f"\n{step}: {how_many(config.rows_per_step, 'examples')} in {how_many(len(batches), 'micro-batches')}, "
+        f"{positions:,} positions, {tokens:,} tokens ({1 - tokens / positions:.1%} padding), {scored:,} supervised; "
+        f"{how_many(order.steps_per_epoch, 'steps')} an epoch\n{where}\n",
         markup=False,
     )
     show_example(data.train[0], tokenizer, console)

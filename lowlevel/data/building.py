@@ -18,7 +18,7 @@ from lowlevel.data.rows import RowProblem
 from lowlevel.data.templates import RenderError
 from lowlevel.data.texts import BadRow, is_blank, number_as_text
 from lowlevel.data.truncation import Sizes, sizes_of
-from lowlevel.errors import DataError
+from lowlevel.errors import DataError, how_many
 from lowlevel.heartbeat import counted
 from lowlevel.labels import IGNORED
 
@@ -198,7 +198,7 @@ def preference_example(
         raise BadRow("chosen = rejected", f"chosen and rejected have the same tokens ({len(chosen)})")
     kept = truncate_pair(prompt, chosen, rejected, data.max_length, data.max_prompt_length, tokenizer.bos_id)
     if kept[1] == kept[2]:
-        cut = f"truncation to max_length {data.max_length} ({len(kept[1])} tokens left)"
+        cut = f"truncation to max_length {data.max_length} ({how_many(len(kept[1]), 'tokens')} left)"
         raise BadRow(EQUAL_WHEN_CUT, f"chosen and rejected are the same after {cut}")
     tail = 1 + len(tokenizer.chat_template.after_turn)  # tokens at the end, with the end-of-turn token among them
     counts = TokenCounts(

@@ -22,7 +22,7 @@ from rich.console import Console
 from lowlevel.config.given import GivenRows
 from lowlevel.data.rows import Row
 from lowlevel.durable import append_line, write_given_json
-from lowlevel.errors import ConfigError, LowlevelError
+from lowlevel.errors import ConfigError, LowlevelError, how_many
 from lowlevel.evaluation.endpoint import Endpoint, EndpointError
 from lowlevel.evaluation.preference import Verdict, preferences
 from lowlevel.evaluation.rows import read_rows
@@ -111,8 +111,8 @@ def summary(result: Mapping[str, Any], price: tuple[float, float] | None = None)
     """The result in a few lines."""
     rates = {"win rate of A, a tie counting one half": "win_rate"} | {"at equal lengths": "length_controlled_win_rate"}
     lines = [
-        f"A {result['a']}, B {result['b']}: of {result['questions']:,} questions A won {result['won']:,}, lost "
-        f"{result['lost']:,}, tied {result['tied']:,}",
+        f"A {result['a']}, B {result['b']}: of {how_many(result['questions'], 'questions')} A won {result['won']:,}, "
+        f"lost {result['lost']:,}, tied {result['tied']:,}",
         *(f"{name}: {_share(result[key])}" for name, key in rates.items()),
         "mean characters of the replies: A {a:.0f}, B {b:.0f}".format(**result["characters"]),
     ]
@@ -124,11 +124,12 @@ def summary(result: Mapping[str, Any], price: tuple[float, float] | None = None)
         )
         cost = price and (usage["prompt_tokens"] * price[0] + usage["completion_tokens"] * price[1]) / 1e6
         lines.append(
-            f"{usage['requests']:,} requests ({usage['retries']:,} retries), {usage['prompt_tokens']:,} input and "
+            f"{how_many(usage['requests'], 'requests')} ({how_many(usage['retries'], 'retries')}), "
+            f"{usage['prompt_tokens']:,} input and "
             f"{usage['completion_tokens']:,} output tokens" + ("" if cost is None else f", ${cost:.2f}")
         )
     if result["unreadable"]:
-        lines.append(f"warning: {result['unreadable']:,} questions without a verdict in both orders are left out")
+        lines.append(f"warning: {how_many(result['unreadable'], 'questions')} left out: no verdict in both orders")
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.errors import how_many
 from lowlevel.inspection.displacement import Displacement, Distribution
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import settings
@@ -36,7 +37,7 @@ class Text:
     predicted: Distribution | None = None  # of the n predictions; its columns' first is their log-probability
 
     def __repr__(self) -> str:
-        return f"Text({self.name!r}: {len(self.ids)} tokens, {', '.join([*self.columns, *self.numbers])})"
+        return f"Text({self.name!r}: {how_many(len(self.ids), 'tokens')}, {', '.join([*self.columns, *self.numbers])})"
 
     @property
     def token_ids(self) -> Tensor:
@@ -64,7 +65,7 @@ class Example:
     displacement: Displacement | None = None  # if the chosen completion is less likely than under the reference
 
     def __repr__(self) -> str:
-        texts = ", ".join(f"{text.name} {len(text.scored)} tokens" for text in self.texts)
+        texts = ", ".join(f"{text.name} {how_many(len(text.scored), 'tokens')}" for text in self.texts)
         return f"Example(row {self.row}: {texts}, loss {self.loss:z.4f})"
 
     @property
@@ -130,8 +131,9 @@ class Inspection:
     def headline(self) -> str:
         """Run, subject, number of examples and loss, in one line."""
         texts = [text for x in self.examples for text in x.texts]
-        counts = [_count(len(texts if self.view.by_text else self.examples), self.view.unit)]
-        counts += [_count(sum(len(text.scored) for text in texts), self.view.tokens)] if self.view.tokens else []
+        counts = [how_many(len(texts if self.view.by_text else self.examples), f"{self.view.unit}s")]
+        if self.view.tokens:
+            counts.append(how_many(sum(len(text.scored) for text in texts), f"{self.view.tokens}s"))
         return f"{self.run}, {self.subject}: {', '.join([*counts, settings(self.method)])}"
 
     @property
@@ -143,10 +145,6 @@ class Inspection:
     def result(self) -> str:
         """The loss, and the one that the run logged, in one line."""
         return f"loss {self.loss:z.6f}" + (f" ({self.logged})" if self.logged else "")
-
-
-def _count(number: float, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 WORDS = {  # of every prediction

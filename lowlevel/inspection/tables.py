@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowlevel.errors import how_many
 from lowlevel.inspection.example import Example, Inspection, Text, View
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import NONE, percent, shown
@@ -100,7 +101,7 @@ def summary(text: Text) -> str:
     count = f"{n} of {len(text.ids)} tokens learned" if 0 < n < len(text.ids) and text.predicted else ""
     numbers = [f"{name} {shown(name, text.numbers[name])}" for name in ("score", "reward", "advantage", "log-ratio")
                if name in text.numbers]  # fmt: skip
-    return ", ".join([count or f"{len(text.ids)} tokens", *numbers[:2], *filter(None, [text.note])])
+    return ", ".join([count or how_many(len(text.ids), "tokens"), *numbers[:2], *filter(None, [text.note])])
 
 
 def caption(inspection: Inspection) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowlevel.config.schema import MAX_ALPHA, MAX_RANK
-from lowlevel.errors import CheckpointError, quoted
+from lowlevel.errors import CheckpointError, how_many, quoted
 from lowlevel.model.files import is_finite, read_json_object, refuse_pickles
 from lowlevel.model.policy import SCORE, TRAINED, VALUE, AnyModel
 from lowlevel.model.targets import matched
@@ -125,10 +125,10 @@ def read_adapter_weights(folder: Path, file: str | None = None) -> dict[str, Ten
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     odd = sorted(f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in STORED)
     if odd:
-        raise CheckpointError(f"{path}: {len(odd)} tensors are not fp32, fp16 or bf16: {', '.join(odd[:5])}")
+        raise CheckpointError(f"{path}: {how_many(len(odd), 'tensors')} not fp32, fp16 or bf16: {', '.join(odd[:5])}")
     bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
-        raise CheckpointError(f"{path}: {len(bad)} tensors are not finite: {', '.join(sorted(bad)[:5])}")
+        raise CheckpointError(f"{path}: {how_many(len(bad), 'tensors')} not finite: {', '.join(sorted(bad)[:5])}")
     return tensors
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.errors import CheckpointError, ConfigError, how_many
 from lowlevel.kernels.dequantize import Quantised, dequantize_reference
 from lowlevel.model.files import SHOWN, is_finite
 from lowlevel.model.linear import quantised_state, quantised_states
@@ -65,7 +65,7 @@ def check_finite(name: str, model: PreTrainedModel) -> None:
     values = ((name, _float_values(here(p), states.get(name))) for name, p in model.named_parameters())
     bad = sorted(name for name, value in values if not is_finite(value))
     if bad:
-        what = f"{len(bad)} tensors are not finite in {dtype_name(model.dtype)}"
+        what = f"{how_many(len(bad), 'tensors')} not finite in {dtype_name(model.dtype)}"
         raise CheckpointError(f"base {name!r}: {what}: {', '.join(bad[:SHOWN])}")
 
 

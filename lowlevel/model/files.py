@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowlevel.errors import CheckpointError, one_line, quoted
+from lowlevel.errors import CheckpointError, how_many, one_line, quoted
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SINGLE = "model.safetensors"
@@ -119,9 +119,9 @@ def check_weight_files(folder: Path, *, quantised: bool = False) -> None:
             raise CheckpointError(f"{shard} is damaged or cut: {one_line(error)}") from None
         wrong = [f"{name} ({kind})" for name, kind in sorted(kinds.items()) if kind not in FLOATS]
         if wrong and not quantised:
-            raise CheckpointError(f"{shard}: {len(wrong)} tensors are not floating-point: {_first(wrong)}")
+            raise CheckpointError(f"{shard}: {how_many(len(wrong), 'tensors')} not floating-point: {_first(wrong)}")
         if bad:
-            raise CheckpointError(f"{shard}: {len(bad)} tensors are not finite: {_first(bad)}")
+            raise CheckpointError(f"{shard}: {how_many(len(bad), 'tensors')} not finite: {_first(bad)}")
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.durable import write_json
-from lowlevel.errors import ConfigError
+from lowlevel.errors import ConfigError, how_many
 from lowlevel.heartbeat import counted
 from lowlevel.labels import IGNORED
 from lowlevel.losses.reward import ranked
@@ -61,7 +61,8 @@ def compare_run(run_dir: Path, console: Console, *, prompts: int, max_new_tokens
     result = compare_stages(run, rows, texts, sampling, console=console)
     print_replies(run, texts[:show], result, console)
     write_json(run_dir / "compare.json", result)
-    console.print(f"{len(rows)} held-out rows, {len(texts)} replies per stage; written to {run_dir / 'compare.json'}")
+    counts = f"{how_many(len(rows), 'held-out rows')}, {how_many(len(texts), 'replies')} per stage"
+    console.print(f"{counts}; written to {run_dir / 'compare.json'}")
     return result
 
 

@@ -18,7 +18,7 @@ from lowlevel.config.given import GivenRows
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.prepare import PreparedData
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.errors import CheckpointError, ConfigError, DataError
+from lowlevel.errors import CheckpointError, ConfigError, DataError, how_many
 from lowlevel.methods import Method
 from lowlevel.methods.choice import build_method, run_loss
 from lowlevel.model.adapters import adapter_sha256
@@ -256,7 +256,7 @@ def step_examples(
     order = DataOrder.of(config, data.train)
     total = order.total_steps(config.train)
     if not 1 <= step <= total:
-        raise ConfigError(f"{flag} {step}: the run has {total} steps")
+        raise ConfigError(f"{flag} {step}: the run has {how_many(total, 'steps')}")
     if config.sampled:
         return rollouts.step_examples(config, kept_rollouts(config, run_dir, step))
     return [data.train[i] for i in order.step_rows(step - 1)]

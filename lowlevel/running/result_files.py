@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.errors import CheckpointError, ConfigError, one_line
+from lowlevel.errors import CheckpointError, ConfigError, how_many, one_line
 from lowlevel.model.adapters import ADAPTER_CONFIG
 from lowlevel.model.base import base_location, public_name
 from lowlevel.model.files import read_or_empty
@@ -156,7 +156,7 @@ def _facts(
                     f"dropout {lora.lora_dropout:g}, "
                     f"{manifest.get('trainable_parameters', 0):,} parameters in {', '.join(lora.target_modules)}"),
         *[(f"{name} rows", text) for name in ("train", "evaluation") if (text := _rows(folder, name))],
-        ("training", f"{config.rows_per_step} rows a step, peak learning rate {train.learning_rate:g} "
+        ("training", f"{how_many(config.rows_per_step, 'rows')} a step, peak learning rate {train.learning_rate:g} "
                      f"({train.lr_scheduler_type}), {train.optim}, {base.get('dtype')}, seed {train.seed}"
                      + (f", {environment['ranks']} GPUs" if "ranks" in environment else "")),
         *[(name, _first_and_last(folder, key)) for name, key in LOGGED.items()],

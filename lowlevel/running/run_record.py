@@ -19,6 +19,7 @@ from lowlevel.checkpoints.row_digests import write_row_digests
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.report import not_learned, template_lines, truncated
 from lowlevel.durable import replaced_folder, write_json
+from lowlevel.errors import how_many
 from lowlevel.methods.kto import balance
 from lowlevel.model.adapters import save_adapter
 from lowlevel.model.base import base_location, describe_base, notes_of_base
@@ -79,13 +80,13 @@ def _said_of_model(
     batches = f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps}"
     yield "attention", inputs.attention.reason
     yield kind, f"{policy.flat.weights.numel():,} trainable parameters, {more}"
-    yield "data", f"{order.num_rows:,} examples, {order.total_steps(train):,} steps of {batches}"
+    yield "data", f"{how_many(order.num_rows, 'examples')}, {how_many(order.total_steps(train), 'steps')} of {batches}"
     if ranks.size > 1:
         what = "GPUs" if inputs.placement.device.type == "cuda" else "processes"
         shared = {"prompts": config.prompts_per_step} if config.sampled else {}
         shared["micro-batches"] = ranks.size if config.data.packing else train.gradient_accumulation_steps
-        few = " and ".join(f"{count} {name}" for name, count in shared.items() if count < ranks.size)
-        each = f"{config.rows_per_step} examples a step as on one, {' and '.join(shared)} are shared out"
+        few = " and ".join(how_many(count, name) for name, count in shared.items() if count < ranks.size)
+        each = f"{how_many(config.rows_per_step, 'examples')} a step as on one, {' and '.join(shared)} are shared out"
         each += f": {few}, so some have nothing to do" if few else ""
         if ranks.sharded:
             each += f"; each holds 1/{ranks.size} of every layer (train.shard_base), without CUDA graphs"
@@ -166,7 +167,7 @@ def write_finish(folder: RunFolder, job: Job, state: TrainState, mode: str, cons
     plot_loss(folder.read_metrics(), folder.path / "loss.png", title=f"{config.method}: {folder.path.name}")
     folder.write_status("finished", state.step, exit_code=0)
     lines = [
-        f"finished: {state.step:,} steps in {state.seconds:.1f} s, mean loss {summary['train_loss']:z.4f}, "
+        f"finished: {how_many(state.step, 'steps')} in {state.seconds:.1f} s, mean loss {summary['train_loss']:z.4f}, "
         f"{state.num_tokens / state.seconds:,.0f} tokens/s; {folder.adapter.name} in {folder.adapter}",
         *equal_rewards(folder.read_metrics(), config),
         "next:",

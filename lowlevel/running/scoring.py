@@ -25,6 +25,7 @@ from lowlevel.data.prepare import normalised_rows
 from lowlevel.data.rows import RowProblem, data_error
 from lowlevel.data.sources import read_source
 from lowlevel.data.templates import RenderError
+from lowlevel.errors import how_many
 from lowlevel.losses.reward import calibration, ranked
 from lowlevel.methods.reward import read_segment
 from lowlevel.running.reopening import LoadedRun, Note, reopen
@@ -122,13 +123,14 @@ def summary(scored: Sequence[Scored]) -> str:
         measured = {"accuracy": float(ranked(margins).mean()), "mean margin": float(margins.mean())}
         measured |= {name.replace("_", " "): value for name, value in calibration(margins).items()}
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
-        lines.append(f"{len(pairs):,} pairs: {numbers}")
+        lines.append(f"{how_many(len(pairs), 'pairs')}: {numbers}")
     single = [one.rewards[0] for one in scored if len(one.rewards) == 1]
     if single:
         mean = sum(single) / len(single)
-        lines.append(f"{len(single):,} completions: mean reward {mean:+.4f}, {min(single):+.4f} to {max(single):+.4f}")
+        count = how_many(len(single), "completions")
+        lines.append(f"{count}: mean reward {mean:+.4f}, {min(single):+.4f} to {max(single):+.4f}")
     if cut := sum(one.cut for one in scored):
-        lines.append(f"warning: {cut:,} rows were cut to data.max_length: their rewards are those of the first tokens")
+        lines.append(f"warning: {how_many(cut, 'rows')} cut to data.max_length: the reward is that of the first tokens")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from lowlevel.checkpoints.checkpoint import remove_litter
 from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
-from lowlevel.errors import CONTINUE, ConfigError, InterruptedRunError, OutOfMemoryError
+from lowlevel.errors import CONTINUE, ConfigError, InterruptedRunError, OutOfMemoryError, how_many
 from lowlevel.loop import train
 from lowlevel.optim.train_state import StepResult
 from lowlevel.ranks import Ranks, joined
@@ -173,7 +173,7 @@ def _out_of_memory(config: RunConfig) -> str:
             "train.memory_budget, or lower train.micro_batch_positions"
         )
     return (
-        f"out of memory at {peak:.2f} GiB with {train.per_device_train_batch_size} rows of {config.data.max_length} "
-        "tokens; halve train.per_device_train_batch_size and double gradient_accumulation_steps, or lower "
-        "data.max_length"
+        f"out of memory at {peak:.2f} GiB with {how_many(train.per_device_train_batch_size, 'rows')} of "
+        f"{config.data.max_length} tokens; halve train.per_device_train_batch_size and double "
+        "gradient_accumulation_steps, or lower data.max_length"
     )

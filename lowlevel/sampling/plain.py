@@ -40,7 +40,7 @@ class PlainSampler:
         wanted = [(prompt, key) for prompt, own in zip(prompts, keys, strict=True) for key in own]
         size, found = self.batch_size, []
         starts = range(0, len(wanted), size)
-        for start in counted("generating", starts, f"batches of {size} replies"):
+        for start in counted("generating", starts, "batches"):
             found += self._batch(wanted[start : start + size], sampling, start, watch)
         return [found[i : i + samples] for i in range(0, len(found), samples)]
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
 from lowlevel.durable import write_given_json
-from lowlevel.errors import ConfigError
+from lowlevel.errors import ConfigError, how_many
 from lowlevel.execution import WithFallback
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.optim.train_state import peak_memory
@@ -111,7 +111,7 @@ def _print_whole(timed: Timed, steps: int, console: Console) -> None:
 
 def _print_phases(timed: Timed, console: Console) -> None:
     total = sum(timed.phases.values())
-    console.print(f"a step by phase, {timed.divided_mode}: means of {timed.divided_steps} steps")
+    console.print(f"a step by phase, {timed.divided_mode}: means of {how_many(timed.divided_steps, 'steps')}")
     rows = [(name, f"{one:,.2f}", f"{one / total:.1%}") for name, one in timed.phases.items()]
     console.print(table_of(("<phase", "ms", "share"), [*rows, None, ("the whole step", f"{total:,.2f}", "100.0%")]))
     console.print(BOUNDARIES)

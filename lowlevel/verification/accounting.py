@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lowlevel.errors import one_line
+from lowlevel.errors import how_many, one_line
 from lowlevel.verification.evidence import Evidence
 from lowlevel.verification.formulas import count_of, exact_losses
 from lowlevel.verification.subject import Check, Subject, check, largest, relative, with_batches_of
@@ -49,8 +49,8 @@ def _counts(subject: Subject, evidence: Evidence) -> Check:
     count = count_of(evidence.logps)
     wrong = abs(result.supervised_tokens - evidence.tokens) + (abs(result.count - count) > 1e-9 * count)
     wrong += abs(len(result.rows) - len(subject.examples))
-    examples, tokens = len(result.rows), f"{evidence.tokens:,} supervised tokens"
-    note = f"{examples} examples, {tokens}, divided by {result.count:,.10g}"
+    examples, tokens = how_many(len(result.rows), "examples"), how_many(evidence.tokens, "supervised tokens")
+    note = f"{examples}, {tokens}, divided by {result.count:,.10g}"
     return check(GROUP, "counts of the step", float(wrong), 0, note)
 
 
@@ -69,7 +69,7 @@ def _alone(subject: Subject, evidence: Evidence) -> Check:
     alone = [evidence.logps_of(slice(number, number + 1)) for number in range(len(subject.examples))]
     parts = [exact_losses(logps, subject.config) for logps in alone]
     error = largest(together - torch.cat(parts)) / (largest(together) or 1.0)
-    bound, note = subject.bounds.closed, f"{len(parts)} examples, float64, relative"
+    bound, note = subject.bounds.closed, f"{how_many(len(parts), 'examples')}, float64, relative"
     if not error <= bound and subject.method.paired:
         note = "the loss of a pair depends on the other pairs: declare mixes_pairs=True"
     elif not error <= bound:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lowlevel.errors import how_many
 from lowlevel.losses import token_logps_reference
 from lowlevel.methods.kto import KTO
 from lowlevel.verification.evidence import Evidence, flat64, head_scores_of, logps_of, mean_logratio, reference64
@@ -139,7 +140,7 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
         logps = logps_of(subject, examples, model.examples(flat, sequences), reference, values)
         return exact_losses(logps, subject.config).sum() / count_of(logps)
 
-    return float64_checks(subject, mean_loss, gradient, f"{len(examples)} examples")
+    return float64_checks(subject, mean_loss, gradient, how_many(len(examples), "examples"))
 
 
 def float64_checks(subject: Subject, loss: Callable[[Tensor], Tensor], gradient: Tensor, examples: str) -> list[Check]:

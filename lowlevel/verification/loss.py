@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lowlevel.errors import how_many
 from lowlevel.losses import LabelledLogps, PairLogps, PairRewards, TokenLogps
 from lowlevel.verification.evidence import Evidence, flat64, reference64
 from lowlevel.verification.exact import HeadScores
@@ -106,7 +107,7 @@ def _reward_checks(subject: Subject, evidence: Evidence, reward: float, longest:
     named = {"rewards/chosen": pairs.chosen, "rewards/rejected": pairs.rejected, "rewards/margins": pairs.margins}
     bound = 2 * reward + 4 * EPS * max(map(largest, named.values()))
     error = max(largest(_found(evidence, name) - exact) for name, exact in named.items())
-    rewards = check(GROUP, "rewards and margin of a pair", error, 2 * bound, f"{len(evidence.sums)} pairs")
+    rewards = check(GROUP, "rewards and margin of a pair", error, 2 * bound, how_many(len(evidence.sums), "pairs"))
     return [rewards, _loss_check(subject, evidence, "a pair", bound)]
 
 

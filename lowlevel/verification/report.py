@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowlevel.errors import LowlevelError
+from lowlevel.errors import LowlevelError, how_many
 from lowlevel.heartbeat import working
 from lowlevel.model.base import base_sha256
 from lowlevel.verification.accounting import accounting_checks
@@ -92,7 +92,7 @@ class Report:
     def heading(self) -> str:
         """What is verified, in two lines."""
         return (
-            f"verify {self.method}: loss {self.loss}, step {self.step}, {len(self.data_rows)} examples, "
+            f"verify {self.method}: loss {self.loss}, step {self.step}, {how_many(len(self.data_rows), 'examples')}, "
             f"{self.precision} on {self.device}, {self.execution}\nweights: {self.weights}"
         )
 

@@ -145,7 +145,7 @@ def test_resume_refuses_other_settings(journal_of, change, named):
 def test_nothing_is_overwritten(journal_of, out):
     with journal_of() as journal:
         journal.judge("ada", 0, "left", None)
-    with pytest.raises(ConfigError, match="1 judgements: continue with --resume"), journal_of():
+    with pytest.raises(ConfigError, match="1 judgement: continue with --resume"), journal_of():
         pass
     os.remove(journal.path)
     for resume in (False, True):

@@ -8,6 +8,7 @@ from workspace import CHATS, PROMPTS
 import lowlevel.model.attention_choice
 from lowlevel.batch.order import DataOrder
 from lowlevel.config.file import load_config
+from lowlevel.errors import how_many
 from lowlevel.methods.choice import build_method, fitted
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
 from lowlevel.running.assembly import prepare_data
@@ -45,7 +46,9 @@ def test_rows_fill_batches_as_they_will_in_the_run_on_this_machine(runs, tmp_pat
     said = cli("data", path)
     assert said.code == 0, said.err
     positions = sum(batch.input_ids.numel() for batch in batches)
-    assert f"4 examples in {len(batches)} micro-batches, {positions:,} positions" in " ".join(said.out.split())
+    assert f"4 examples in {how_many(len(batches), 'micro-batches')}, {positions:,} positions" in " ".join(
+        said.out.split()
+    )
     assert f"laid out as on this machine: {attention.reason}" in said.out
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from workspace import HELD_OUT
 
 import lowlevel.heartbeat as heart
+from lowlevel.errors import how_many
 from lowlevel.heartbeat import Heartbeat, Work, counted, duration, heartbeat, working
 from lowlevel.running.progress import TrainingProgress, speaking
 
@@ -25,6 +26,7 @@ class Clock:
         (Work("loading demo"), "loading demo: 30 s"),
         (Work("rows", total=4000, unit="rows", done=1000), "rows: 1,000 of 4,000 rows, 30 s, about 90 s left"),
         (Work("training", total=40, unit="steps"), "training: 0 of 40 steps, 30 s"),
+        (Work("this step", total=1, unit="micro-batches"), "this step: 0 of 1 micro-batch, 30 s"),
         (Work("training", total=40, first=10, done=10), "training: 10 of 40, 30 s"),
         (Work("training", total=40, first=10, done=11), "training: 11 of 40, 30 s, about 14 min left"),
     ],
@@ -35,6 +37,14 @@ def test_a_line_has_what_is_done_and_the_time_left_as_soon_as_it_is_known(work, 
 
 def test_durations_have_two_digits():
     assert [duration(s) for s in (0.4, 99.4, 130, 5900, 12_000)] == ["0 s", "99 s", "2 min", "98 min", "3 h 20 min"]
+
+
+@pytest.mark.parametrize(
+    ("things", "one"),
+    [("rows", "1 row"), ("micro-batches", "1 micro-batch"), ("better replies", "1 better reply")],
+)
+def test_one_thing_is_no_plural(things, one):
+    assert [how_many(count, things) for count in (0, 1, 2048)] == [f"0 {things}", one, f"2,048 {things}"]
 
 
 def test_a_line_is_due_when_ten_seconds_would_pass_without_one():

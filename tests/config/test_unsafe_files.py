@@ -108,7 +108,7 @@ def test_a_pickle_in_a_checkpoint_is_refused(tmp_path):
         (lambda t: t.pop(Q), f"1 tensors missing: {Q}"),
         (lambda t: t.update({"model.more": torch.ones(2)}), "1 tensors left over: model.more"),
         (lambda t: t.update({Q: t[Q][:-1].clone()}), f"1 tensors of another shape: {Q}"),
-        (lambda t: t.update({Q: t[Q].to(torch.int64)}), f"1 tensors are not floating-point: {Q} (I64)"),
+        (lambda t: t.update({Q: t[Q].to(torch.int64)}), f"1 tensor not floating-point: {Q} (I64)"),
         (lambda t: [t.pop(name) for name in sorted(t) if "layers.1" in name], "9 tensors missing: "),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_base_that_is_not_finite(base, quantised, value):
 
     change_tensors(base / MODEL, spoil)
     said = refusal(lambda: load(base, load_in_4bit=quantised))
-    assert f"{MODEL}: 6 tensors are not finite: {', '.join(names[:5])}" in said and names[5] not in said
+    assert f"{MODEL}: 6 tensors not finite: {', '.join(names[:5])}" in said and names[5] not in said
 
 
 @pytest.mark.parametrize(
@@ -142,14 +142,14 @@ def test_a_weight_that_overflows_in_the_runs_precision(base, name, keys):
     load(base, **keys)
     config = ModelConfig(name=str(base), **{"load_in_4bit": False, **keys})
     said = refusal(load_base, config, Placement(torch.device("cpu"), "fp16"))
-    assert f"base {str(base)!r}: 1 tensors are not finite in float16: {name}" in said
+    assert f"base {str(base)!r}: 1 tensor not finite in float16: {name}" in said
 
 
 def test_a_run_on_a_base_that_is_not_finite_ends_with_the_tensors_name(tmp_path):
     space = make_workspace(tmp_path)
     change_tensors(space.base / MODEL, lambda t: t[Q].view(-1)[:1].fill_(torch.nan))
     said = run("sft", space.write("run", "sft"))
-    assert said.code == 4 and f"1 tensors are not finite: {Q}" in said.err and len(said.err.splitlines()) == 1
+    assert said.code == 4 and f"1 tensor not finite: {Q}" in said.err and len(said.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("kept", [0, 50, -9])
@@ -323,8 +323,8 @@ def test_an_adapter_that_does_not_fit(tiny_base, adapter, role):
     change_json(adapter / ADAPTER_CONFIG, target_modules=["q_proj"])
     assert "24 adapter tensors left over" in refusal(attach, tiny_base, adapter, role)
     for change, message in (
-        (lambda t: t.update({first: t[first].to(torch.int64)}), f"1 tensors are not fp32, fp16 or bf16: {first}"),
-        (lambda t: t.update({first: t[first].float().fill_(torch.nan)}), f"1 tensors are not finite: {first}"),
+        (lambda t: t.update({first: t[first].to(torch.int64)}), f"1 tensor not fp32, fp16 or bf16: {first}"),
+        (lambda t: t.update({first: t[first].float().fill_(torch.nan)}), f"1 tensor not finite: {first}"),
     ):
         change_tensors(adapter / WEIGHTS, change)
         assert message in refusal(read_adapter_weights, adapter)

@@ -164,7 +164,7 @@ def test_command(dpo_run, tmp_path, monkeypatch):
         said = workspace.run("judge", dpo_run, dpo_run / "parent", "--prompts", questions, *flags)
     assert said.code == 0, said.err
     assert "won 0, lost 0, tied 2" in said.out and "first got 100% of the decisions" in said.out
-    assert "6 requests (1 retries), 500 input and 50 output tokens, $0.00" in said.out
+    assert "6 requests (1 retry), 500 input and 50 output tokens, $0.00" in said.out
     assert said.out.count("HTTP 400") == 1 and "again in 0 s" in said.out
     assert len((tmp_path / "found_answers.jsonl").read_text().splitlines()) == 4
     found = json.loads(out.read_text())

@@ -17,7 +17,7 @@ def test_an_adapter_with_a_number_that_is_none_is_not_merged(sft, value):
     save_file(tensors, weights, metadata={"format": "pt"})
     out = folder.parent / "merged"
     ended = lowlevel(["merge", str(folder), "--out", str(out)], folder)
-    assert ended.code == 4 and "1 tensors are not finite" in ended.err and name in ended.err
+    assert ended.code == 4 and "1 tensor not finite" in ended.err and name in ended.err
     assert not out.exists() and not list(folder.parent.glob(".tmp*"))
 
 

@@ -114,7 +114,7 @@ def test_weights_beyond_fp16_are_refused_in_fp16(stored, tmp_path, double):
     big = load_file(folder / "model.safetensors")[name] * 1e6
     folder = altered(folder, tmp_path / "big", tensors={name: big})
     load_base(ModelConfig(name=str(folder)), helpers.CPU)
-    with pytest.raises(CheckpointError, match="1 tensors are not finite in float16: model.layers.0.mlp.up_proj"):
+    with pytest.raises(CheckpointError, match="1 tensor not finite in float16: model.layers.0.mlp.up_proj"):
         load_base(ModelConfig(name=str(folder)), Placement(torch.device("cpu"), "fp16"))
     norm = {"model.norm.weight": torch.full((64,), 1e5, dtype=torch.bfloat16)}
     with pytest.raises(CheckpointError, match="not finite in float16: model.norm.weight"):
