@@ -25,6 +25,7 @@ from typing import TextIO, cast
 from lowlevel.commands.common import METHODS, Parser, number
 from lowlevel.errors import (
     CONTINUE,
+    CheckpointError,
     ConfigError,
     InterruptedRunError,
     LowlevelError,
@@ -38,7 +39,7 @@ from lowlevel.redaction import RedactedStream
 from lowlevel.version import __version__
 
 EXIT_CODES = (
-    "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint or model, 5 loss or gradient NaN or \
+    "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint, model or disk, 5 loss or gradient NaN or \
 infinite, 6 out of memory, 130/143 interrupted and saved"
 )
 LONG_DASH = re.compile("[\u2013\u2014\u2212]+-?(?=[a-z]+[.][a-z])")  # what editors and web pages make of two hyphens
@@ -133,6 +134,8 @@ def _failed(error: Exception, debug: bool, arguments: Sequence[str] = ()) -> int
     told = stopped and not FIRST or isinstance(error, RankError) and error.told
     if isinstance(error, LowlevelError):
         code, line = error.exit_code, str(error)
+    elif isinstance(error, OSError) and error.filename:
+        code, line = CheckpointError.exit_code, printable(f"{error.filename2 or error.filename}: {error.strerror}")
     elif type(error).__name__ == "OutOfMemoryError":  # torch.cuda's; torch may not be imported here
         code, line = OutOfMemoryError.exit_code, f"out of memory: {error}"
     else:

@@ -21,11 +21,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EIO
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lowlevel.errors import ConfigError
+from lowlevel.errors import LowlevelError, one_line
 
 TEMPORARY = ".tmp-"
 OLD = ".old-"
@@ -36,18 +37,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, _as_json(value))
 
 
-def write_given_json(path: Path, value: Any, flag: str = "--json") -> None:
-    """The same for a path from the user, see `write_given`."""
-    write_given(path, _as_json(value), flag)
+def write_given_json(path: Path, value: Any) -> None:
+    """The same for a path from the user, see `given_file`."""
+    write_given(path, _as_json(value))
 
 
-def write_given(path: Path, text: str, flag: str) -> None:
-    """Write a text file that the user named by an option, see `given_file`. Raises ConfigError if that fails."""
-    try:
-        with given_file(path) as target:
-            target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{flag} {path}: {error.strerror}") from None
+def write_given(path: Path, text: str) -> None:
+    """Write a text file that the user named by an option, see `given_file`."""
+    with given_file(path) as target:
+        target.write_text(text, encoding="utf-8")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -64,18 +62,33 @@ def write_bytes(path: Path, data: bytes) -> None:
 def append_line(path: Path, record: Any, *, synced: bool = False) -> None:
     """Append a record as a line of JSON: all of it, or nothing if the disk refuses; if `synced`, it is on disk then."""
     line = (json.dumps(record) + "\n").encode()
-    with open(path, "ab", buffering=0) as file:
+    with disk_errors(path), open(path, "ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         try:
             while line:
                 line = line[file.write(line) :]
             if synced:
                 os.fsync(file.fileno())
-        except BaseException as error:
+        except BaseException:
             file.truncate(before)
-            if isinstance(error, OSError):
-                error.filename = str(path)
             raise
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Every error of a disk in the block as an OSError with the name of what is written, `path`.
+
+    A write that fails raises one without a name, and the Rust code of safetensors and tokenizers an error of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and (not error.filename or TEMPORARY in f"{error.filename}{error.filename2}"):
+            raise OSError(error.errno or EIO, error.strerror or one_line(error), str(path)) from error
+        rust = re.search(r"\(os error (\d+)\)", str(error))
+        if rust and not isinstance(error, OSError | LowlevelError):
+            raise OSError(int(rust[1]), os.strerror(int(rust[1])), str(path)) from error
+        raise
 
 
 @contextmanager
@@ -100,7 +113,8 @@ def replaced_file(path: Path) -> Iterator[Path]:
 def given_file(path: Path) -> Iterator[Path]:
     """The same for a path from the user: a link stays a link, and a pipe or device is written directly."""
     if path.exists() and not path.is_file():  # /dev/stdout
-        yield path
+        with disk_errors(path):
+            yield path
         return
     with replaced_file(path.resolve()) as temporary:
         yield temporary
@@ -181,6 +195,12 @@ def _as_json(value: Any) -> str:
 @contextmanager
 def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
     """A new file or folder next to `path`, locked until the block ends."""
+    with disk_errors(path), _locked(path, folder=folder) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _locked(path: Path, *, folder: bool) -> Iterator[Path]:
     remove_left(path.parent, path.name)
     for number in count(os.getpid()):
         temporary = path.with_name(f"{TEMPORARY}{path.name}-{number}")

@@ -24,7 +24,7 @@ from typing import Any
 
 from lowlevel.annotation.pairs import CHOICES, Judgement, Pair, preference_rows, reply_on_left
 from lowlevel.data.texts import is_blank
-from lowlevel.durable import append_line, given_file, sync
+from lowlevel.durable import append_line, disk_errors, given_file, sync
 from lowlevel.errors import ConfigError, DataError, how_many
 
 FORMAT = "lowlevel annotate 1"
@@ -66,7 +66,7 @@ class Journal:
         """Write header and pairs into the empty journal."""
         records = [{"format": FORMAT, **header, "pairs": len(pairs), "time": _now()}]
         records += [{"pair": asdict(pair)} for pair in pairs]
-        with open(self.path, "wb") as file:  # the same file, which is locked
+        with disk_errors(self.path), open(self.path, "wb") as file:  # the same file, which is locked
             file.write("".join(json.dumps(record) + "\n" for record in records).encode())
         sync(self.path)
         self.header, self.pairs, self.judgements = records[0], list(pairs), {}
@@ -148,11 +148,7 @@ def open_journal(
     path = journal_path(out)
     if out.exists() and not path.exists():
         raise ConfigError(f"--out {out} exists, and there is no {path.name}: choose another name")
-    try:
-        file = open(path, "a+b")  # noqa: SIM115 - closed below; it holds the lock
-    except OSError as error:
-        raise ConfigError(f"--out {path}: {error.strerror}") from None
-    with file:
+    with open(path, "a+b") as file:  # it holds the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

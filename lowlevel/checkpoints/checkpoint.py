@@ -29,8 +29,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from lowlevel.durable import OLD, TEMPORARY, discard, put_back, replaced_folder
 from lowlevel.errors import CheckpointError, ConfigError
 
@@ -71,7 +69,7 @@ def save_checkpoint(
         with replaced_folder(final) as temporary:
             write_files(temporary)
             _seal(temporary, {"format": FORMAT, "version": VERSION, "step": step, **payload})
-    except (OSError, SafetensorError) as error:  # safetensors 0.8 raises the latter on a full disk
+    except OSError as error:
         raise CheckpointError(_not_saved(final, error, needed)) from None
     _retire_old(folder, keep)
     return final
@@ -91,12 +89,11 @@ def _room_needed(folder: Path) -> int:
     return math.ceil(_ROOM * sum(path.lstat().st_size for path in files))
 
 
-def _not_saved(path: Path, error: Exception, needed: int) -> str:
-    reason = error.strerror if isinstance(error, OSError) else error
+def _not_saved(path: Path, error: OSError, needed: int) -> str:
     room = f"{needed:,} bytes needed, " if needed else ""
     with suppress(OSError):
         room += f"{shutil.disk_usage(path.parent).free:,} bytes free"
-    return f"{path}: not saved: {reason} ({room}); {last_good(path.parent)}"
+    return f"{path}: not saved: {error.strerror} ({room}); {last_good(path.parent)}"
 
 
 def last_good(folder: Path) -> str:

@@ -24,9 +24,6 @@ def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -
         folder: the run's trace or rollouts folder.
         kind: "pairs", "examples", "steps" or "rollouts".
         columns: values by column; "step" ascends.
-
-    Raises:
-        CheckpointError: the file cannot be written, for example because the disk is full.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -36,11 +33,8 @@ def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -
     types = {} if kind == "rollouts" else {name: _type(name) for name in columns}  # those are the values' own
     content = pa.BufferOutputStream()
     pq.write_table(pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()}), content)
-    try:
-        folder.mkdir(exist_ok=True)
-        write_bytes(path, content.getvalue().to_pybytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: not written: {error.strerror or error}") from None
+    folder.mkdir(exist_ok=True)
+    write_bytes(path, content.getvalue().to_pybytes())
     return path
 
 

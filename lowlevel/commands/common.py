@@ -87,9 +87,11 @@ def add_run_file(parser: argparse.ArgumentParser, *, method: bool = True) -> Non
 
 
 def check_target(flag: str, file: Path | None) -> None:
-    """Raise ConfigError if there is no folder for a file to write, before any work is done for it."""
+    """Raise ConfigError for a file that cannot be written, before any work is done for it."""
     if file and not file.parent.is_dir():
         raise ConfigError(f"{flag} {file}: no such folder")
+    if file and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+        raise ConfigError(f"{flag} {file}: {'a folder' if file.is_dir() else 'cannot be written'}")
 
 
 def check_resume(options: Options) -> None:

@@ -29,5 +29,5 @@ def run(options: Options, overrides: Overrides) -> None:
 
     scored = score_source(load_reward_run(options.run_dir, lines_to(console)), options.data, options.split)
     if options.out:
-        write_given(options.out, "".join(json.dumps(one.as_json()) + "\n" for one in scored), "--out")
+        write_given(options.out, "".join(json.dumps(one.as_json()) + "\n" for one in scored))
     console.print(summary(scored), markup=False)

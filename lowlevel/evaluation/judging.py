@@ -100,7 +100,7 @@ def judge_runs(
     result |= preferences(verdicts)
     asked = enumerate(zip(*chats, said, strict=True), 1)
     every = [{"question": number, "a": a, "b": b, **one} for number, (a, b, one) in asked]
-    write_given_json(out, {**result, "conversations": every}, "--out")
+    write_given_json(out, {**result, "conversations": every})
     console.print(summary(result, price), markup=False)
     kept = f"; the judge's answers, for which it is not asked again, are in {answers}" if endpoint else ""
     console.print(f"written to {out}{kept}", markup=False)

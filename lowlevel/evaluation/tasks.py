@@ -80,7 +80,7 @@ def evaluate_run(
     for table in eval_tables(rows):
         table.show(console)
     target = out or run_dir / "eval.json"
-    write_given_json(target, summary, "--out")
+    write_given_json(target, summary)
     items = target.with_name(f"{target.stem}_items.jsonl")
     write_text(items, "".join(json.dumps(line, default=str) + "\n" for line in item_lines(results)))
     console.print(f"written to {target}, item by item to {items}", markup=False)

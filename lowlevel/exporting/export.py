@@ -114,7 +114,8 @@ def _write_adapter(result: Path, run: RunFolder, out: Path, console: Console) ->
         raise ConfigError(f"--to vllm: rank {adapter.r}{more} is above {VLLM_RANKS[-1]}: merge it (lowlevel merge)")
     out.parent.mkdir(parents=True, exist_ok=True)
     with replaced_folder(out) as target:
-        shutil.copytree(result, target, dirs_exist_ok=True)
+        for file in result.iterdir():
+            shutil.copyfile(file, target / file.name)
     model = run.read_config().model
     bits = " --quantization bitsandbytes" if model.load_in_4bit else ""
     flags = f"--enable-lora --max-lora-rank {rank} --lora-modules {out.name}={out}"

@@ -29,11 +29,8 @@ FULL = 0.98  # quantile at which a colour scale ends, so that one outlier does n
 
 
 def write_page(inspection: Inspection, path: Path) -> None:
-    """Write the page. A file is replaced atomically; the target of a link is replaced; a pipe is written to.
-
-    Raises ConfigError: the file cannot be written.
-    """
-    write_given(path, render_page(inspection), "--html")
+    """Write the page. A file is replaced atomically; the target of a link is replaced; a pipe is written to."""
+    write_given(path, render_page(inspection))
 
 
 def render_page(inspection: Inspection) -> str:

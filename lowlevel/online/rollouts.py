@@ -150,7 +150,7 @@ class KeptRollouts:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits as one file. Raises CheckpointError if it cannot be written."""
+        """Write what waits as one file."""
         if self._waiting and self.writes:
             lines = [_line(step, x) for step, rollouts in sorted(self._waiting.items()) for x in rollouts]
             write_table(self.folder, "rollouts", {name: [line[name] for line in lines] for name in lines[0]})

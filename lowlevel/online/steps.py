@@ -20,7 +20,7 @@ import torch
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import PromptExample
-from lowlevel.errors import EVAL_REWARD, CheckpointError, ConfigError
+from lowlevel.errors import EVAL_REWARD, ConfigError
 from lowlevel.hashing import key32
 from lowlevel.heartbeat import counted, working
 from lowlevel.methods import DPO, Method, PolicyGradient
@@ -146,7 +146,7 @@ class OnlineSteps:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        with suppress(CheckpointError):  # of a failed run too, with the failing step
+        with suppress(OSError):  # of a failed run too, with the failing step
             self.kept.flush()
 
 

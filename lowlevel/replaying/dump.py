@@ -65,16 +65,13 @@ class Dump:
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Write everything, or nothing. Raises ConfigError for a folder that is not empty, and for a disk error."""
+        """Write everything, or nothing. Raises ConfigError for a folder that is not empty."""
         check_target(folder)
-        try:
-            with replaced_folder(folder.resolve()) as temporary:
-                for name, tensors in self.files.items():
-                    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
-                write_json(temporary / "index.json", self.index())
-                check_target(folder)  # again: nothing that appeared meanwhile is replaced
-        except OSError as error:
-            raise ConfigError(f"--dump {folder}: {error.strerror}") from None
+        with replaced_folder(folder.resolve()) as temporary:
+            for name, tensors in self.files.items():
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
+            write_json(temporary / "index.json", self.index())
+            check_target(folder)  # again: nothing that appeared meanwhile is replaced
 
     def index(self) -> dict[str, Any]:
         """Description of each tensor."""

@@ -54,7 +54,7 @@ def report_run(
         opened: the run, for `displaced`; required if its rows were given in Python, else reopened if None.
 
     Raises:
-        ConfigError: not a run folder, nothing logged yet, or a file that cannot be written.
+        ConfigError: not a run folder, or nothing logged yet.
         CheckpointError: a damaged trace; with `displaced`, no good weights, or a base that is not the run's.
         DataError: with `displaced`, data that changed since the run.
     """
@@ -85,11 +85,8 @@ def report_run(
         measured=measured_tables(folder.path),
         displaced=moved,
     )
-    try:
-        plot_panels(made, folder.report, title=" / ".join(names))
-        write_text(page, text)
-    except OSError as error:
-        raise ConfigError(f"{folder.path}: the report cannot be written: {error.strerror}") from None
+    plot_panels(made, folder.report, title=" / ".join(names))
+    write_text(page, text)
     _say(console, f"page written to {page}, {len(made)} charts to {folder.report}")
     if tables and tables.alarm:
         _say(console, _alarm(tables, command))

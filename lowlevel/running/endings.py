@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from lowlevel.checkpoints.checkpoint import last_good
 from lowlevel.errors import CheckpointError, ConfigError, InterruptedRunError, LowlevelError
 
@@ -97,7 +95,7 @@ def one_error(folder: RunFolder, interrupts: Interrupts) -> Iterator[None]:
 
     Raises:
         InterruptedRunError: replaces KeyboardInterrupt.
-        CheckpointError: replaces OSError, and SafetensorError, which a full disk raises too; names the path.
+        CheckpointError: replaces OSError; names the path.
     """
     try:
         yield
@@ -105,10 +103,8 @@ def one_error(folder: RunFolder, interrupts: Interrupts) -> Iterator[None]:
         raise interrupts.error() from None
     except BrokenPipeError:  # the reader of standard output has ended
         raise
-    except (OSError, SafetensorError) as error:
-        path, reason = folder.path, str(error)
-        if isinstance(error, OSError):
-            path, reason = error.filename2 or error.filename or path, error.strerror or reason
+    except OSError as error:
+        path, reason = error.filename2 or error.filename or folder.path, error.strerror or str(error)
         lost = f"; {last_good(folder.path)}" if folder.holds_run() else ""
         raise CheckpointError(f"{path}: {reason}{lost}") from error
 

@@ -107,9 +107,12 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: st
 
 
 def check_new(out: Path) -> None:
-    """Raise ConfigError if there is something at `out`."""
+    """Raise ConfigError if there is something at `out`, or if it cannot be written."""
     if os.path.lexists(out):  # also a broken link
         raise ConfigError(f"{out} exists: give a new folder")
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"{out} cannot be written: {place} is read-only")
 
 
 def _source(model: ModelConfig, into: str, base: str | None) -> ModelConfig:

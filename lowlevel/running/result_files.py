@@ -90,14 +90,9 @@ def complete_result(
 
 
 def save_tokenizer(tokenizer: ChatTokenizer, target: Path) -> None:
-    """Save a tokenizer with the chat template of its run. Raises CheckpointError."""
+    """Save a tokenizer with the chat template of its run."""
     tokenizer.tokenizer.chat_template = tokenizer.chat_template.text
-    try:
-        tokenizer.tokenizer.save_pretrained(target)
-    except OSError:
-        raise
-    except Exception as error:  # the Rust tokenizer raises a plain Exception if the disk refuses
-        raise CheckpointError(f"{target.parent}: the tokenizer cannot be saved: {one_line(error)}") from None
+    tokenizer.tokenizer.save_pretrained(target)
 
 
 def model_card(folder: RunFolder, config: RunConfig, kind: Kind, merged_into: str | None = None) -> str:

@@ -19,7 +19,6 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.checkpoints.tables import write_table
 from lowlevel.config.schema import RunConfig
-from lowlevel.errors import CheckpointError
 from lowlevel.losses import LossSums
 from lowlevel.methods import Method
 from lowlevel.methods.dpo import DPO, kept_pair_logps, reward_slopes
@@ -92,14 +91,11 @@ class Tracer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self.flush()  # of a failed run, with the failing step; an error here would hide the run's own
 
     def flush(self) -> None:
-        """Write the rows since the last flush, one file for each kind.
-
-        Raises CheckpointError: a file cannot be written, for example because the disk is full.
-        """
+        """Write the rows since the last flush, one file for each kind."""
         parts: dict[str, list[Columns]] = {}
         for step in sorted(self._taken):
             for kind, rows in self._taken[step].items():

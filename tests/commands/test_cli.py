@@ -82,7 +82,7 @@ def test_help_names_the_commands_and_the_exit_codes(cli):
     assert (said.code, said.err) == (0, "")
     for command in COMMANDS:
         assert re.search(rf"^ +{command}\b", said.out, re.MULTILINE)
-    for code in ("2 usage or configuration", "3 data", "4 checkpoint or model"):
+    for code in ("2 usage or configuration", "3 data", "4 checkpoint, model or disk"):
         assert code in " ".join(said.out.split())
 
 

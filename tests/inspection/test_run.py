@@ -300,7 +300,7 @@ def test_errors_are_one_line(runs, tmp_path, monkeypatch):
         ((runs.dpo, "--step", 99), 2, "the run has 5 steps"),
         ((runs.dpo, "--example", 99), 3, "has the rows 0 to 23"),
         ((runs.dpo, "--step", 1, "--html", tmp_path / "no" / "page.html"), 2, "no such folder"),
-        ((runs.dpo, "--step", 1, "--html", tmp_path), 2, "Is a directory"),
+        ((runs.dpo, "--step", 1, "--html", tmp_path), 2, f"--html {tmp_path}: a folder"),
     ):
         said = run("inspect", *words)
         assert said.code == code and text in said.err and said.err.count("\n") == 1, said.err

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from checkpoint_files import Killed, kill_before, names
+from safetensors import SafetensorError
 
 from lowlevel.checkpoints.checkpoint import remove_litter
 from lowlevel.durable import replaced_file, replaced_folder, write_given_json, write_json, write_text
+from lowlevel.errors import CheckpointError
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -226,6 +228,33 @@ def test_json_files_are_replaced_whole(tmp_path, monkeypatch):
             write_json(tmp_path / "a.json", {"new": "x" * 1000})
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
     assert names(tmp_path) == ["a.json"]
+
+
+RUST = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        (SafetensorError(RUST), "No space left on device"),
+        (Exception(RUST), "No space left on device"),  # of tokenizers
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+        (OSError(errno.EROFS, "Read-only file system", "x/.tmp-a-1/config.json"), "Read-only file system"),
+        (OSError("81920 requested and 1056 written"), "81920 requested and 1056 written"),  # of numpy's tofile
+    ],
+)
+@pytest.mark.parametrize("replaced", [replaced_file, replaced_folder])
+def test_every_error_of_a_disk_is_an_oserror_that_names_the_target(tmp_path, replaced, raised, reason):
+    with pytest.raises(OSError) as caught, replaced(tmp_path / "a"):
+        raise raised
+    assert (caught.value.filename, caught.value.strerror) == (str(tmp_path / "a"), reason) and not names(tmp_path)
+
+
+@pytest.mark.parametrize("raised", [CheckpointError("a (os error 2)"), OSError(2, "No such file", "a"), KeyError()])
+def test_other_errors_stay_as_they_are(tmp_path, raised):
+    with pytest.raises(type(raised)) as caught, replaced_folder(tmp_path / "a"):
+        raise raised
+    assert caught.value is raised
 
 
 def test_a_given_path_may_be_a_link_or_a_pipe(tmp_path):
