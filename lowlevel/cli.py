@@ -39,8 +39,8 @@ from lowlevel.redaction import RedactedStream
 from lowlevel.version import __version__
 
 EXIT_CODES = (
-    "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint, model or disk, 5 loss or gradient NaN or \
-infinite, 6 out of memory, 130/143 interrupted and saved"
+    "exit codes: 0 done, 1 other, 2 usage or configuration, 3 data, 4 checkpoint, model or disk, 5 loss or gradient \
+NaN or infinite, 6 out of memory, 130/143 interrupted and saved"
 )
 LONG_DASH = re.compile("[\u2013\u2014\u2212]+-?(?=[a-z]+[.][a-z])")  # what editors and web pages make of two hyphens
 FIRST = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, which share a terminal

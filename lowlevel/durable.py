@@ -26,7 +26,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lowlevel.errors import LowlevelError, one_line
+from lowlevel.errors import ConfigError, LowlevelError, one_line
 
 TEMPORARY = ".tmp-"
 OLD = ".old-"
@@ -143,6 +143,24 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             raise
     with suppress(OSError):  # or deletes it
         discard(old)
+
+
+def check_new(out: Path) -> None:
+    """Raise ConfigError if there is something at `out`, or if it cannot be written."""
+    if os.path.lexists(out):  # also a broken link
+        raise ConfigError(f"{out} exists: give a new folder")
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"{out} cannot be written: {place} is read-only")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """The same for a folder that must be new: what appears there meanwhile is not replaced (ConfigError)."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_folder(out) as temporary:
+        yield temporary
+        check_new(out)
 
 
 def put_back(old: Path) -> None:

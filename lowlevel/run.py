@@ -90,10 +90,7 @@ class Run:
 
     @_long
     def verify(self, *, step: int = 1, exact_parameters: int = 500_000_000) -> Report:
-        """Check a step of the run against its formula in float64; `print()` shows the table.
-
-        A base of up to `exact_parameters` weights also runs in float64.
-        """
+        """Check a step in float64, where a base of up to `exact_parameters` weights runs too; `print()` shows it."""
         from lowlevel.verification.opening import verify_run
 
         return verify_run(self.opened, step=step, exact_parameters=exact_parameters)

@@ -12,14 +12,14 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from lowlevel.data.tokenizer import load_chat_tokenizer
-from lowlevel.durable import replaced_folder
+from lowlevel.durable import check_new, new_folder
 from lowlevel.errors import ConfigError
 from lowlevel.exporting.gguf_model import check_model, tokenizer_fields, write_gguf, write_gguf_adapter
 from lowlevel.exporting.ollama import modelfile
 from lowlevel.heartbeat import working
 from lowlevel.model.adapters import read_adapter_config
 from lowlevel.model.base import base_location, load_model_config
-from lowlevel.running.merge import check_new, merge_run
+from lowlevel.running.merge import merge_run
 from lowlevel.running.reopening import check_gives_text
 from lowlevel.running.run_folder import RunFolder
 
@@ -51,7 +51,7 @@ def export(source: Path, to: str, out: Path, console: Console) -> None:
         return (_write_adapter if to == "vllm" else _write_gguf_adapter)(result, run, out, console)
     _check_first(result, run, to)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _whole_model(result, run, out, console) as folder, replaced_folder(out) as target:
+    with _whole_model(result, run, out, console) as folder, new_folder(out) as target:
         with working("writing GGUF"):
             write_gguf(folder, target / GGUF)
         if to == "ollama":
@@ -97,8 +97,7 @@ def _write_gguf_adapter(result: Path, run: RunFolder, out: Path, console: Consol
     model = run.read_config().model
     config = load_model_config(model)
     check_model(config)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_folder(out) as target:
+    with new_folder(out) as target:
         write_gguf_adapter(result, config, target / GGUF_ADAPTER)
     lines = f"""written: {out / GGUF_ADAPTER}, fp32, for a GGUF file of {base_location(model.name)}
 load it: llama-cli -m BASE.gguf --lora {out / GGUF_ADAPTER}
@@ -112,8 +111,7 @@ def _write_adapter(result: Path, run: RunFolder, out: Path, console: Console) ->
     if rank is None:
         more = " (that of both adapters)" if result == run.stacked else ""
         raise ConfigError(f"--to vllm: rank {adapter.r}{more} is above {VLLM_RANKS[-1]}: merge it (lowlevel merge)")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_folder(out) as target:
+    with new_folder(out) as target:
         for file in result.iterdir():
             shutil.copyfile(file, target / file.name)
     model = run.read_config().model

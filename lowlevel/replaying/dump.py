@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
-from lowlevel.durable import replaced_folder, write_json
-from lowlevel.errors import ConfigError
+from lowlevel.durable import new_folder, write_json
 from lowlevel.execution import Eager, micro_step
 from lowlevel.hashing import key32
 from lowlevel.loop import with_baseline
@@ -48,14 +47,6 @@ MEANINGS = {
 }
 
 
-def check_target(folder: Path) -> None:
-    """Raise ConfigError for a folder that is not empty or cannot be created."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--dump {folder}: exists and is not an empty folder")
-    if not folder.absolute().parent.is_dir():
-        raise ConfigError(f"--dump {folder}: {folder.absolute().parent} is not a folder")
-
-
 @dataclass
 class Dump:
     """The tensors and numbers of a step."""
@@ -65,13 +56,11 @@ class Dump:
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Write everything, or nothing. Raises ConfigError for a folder that is not empty."""
-        check_target(folder)
-        with replaced_folder(folder.resolve()) as temporary:
+        """Write everything, or nothing. Raises ConfigError if the folder exists."""
+        with new_folder(folder) as temporary:
             for name, tensors in self.files.items():
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
             write_json(temporary / "index.json", self.index())
-            check_target(folder)  # again: nothing that appeared meanwhile is replaced
 
     def index(self) -> dict[str, Any]:
         """Description of each tensor."""

@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 
 from lowlevel.checkpoints.checkpoint import saved, verify
 from lowlevel.determinism import deterministic_mode
+from lowlevel.durable import check_new
 from lowlevel.errors import CheckpointError, NonFiniteError
 from lowlevel.heartbeat import counted
 from lowlevel.model.adapters import adapter_parameters, weights_file
 from lowlevel.model.policy import TRAINED
 from lowlevel.optim.optimizer import optimizer_tensors
 from lowlevel.replaying.compare import Row, number_rows, tensors_row
-from lowlevel.replaying.dump import Dump, check_target, observe
+from lowlevel.replaying.dump import Dump, observe
 from lowlevel.replaying.report import Replay
 from lowlevel.replaying.session import Outcome, Session, open_session, parse_settings, what_if
 from lowlevel.running.forensics import examine_error
@@ -48,7 +49,7 @@ def replay_run(
         LowlevelError: the run cannot be set up again.
     """
     if dump:
-        check_target(dump)
+        check_new(dump)
     others = [(text, parse_settings(opened.config, text)) for text in settings]
     dumps: list[Dump] = []
     outcomes: list[Outcome] = []

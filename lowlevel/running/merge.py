@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.data import DataConfig
 from lowlevel.config.schema import DPOConfig, ModelConfig, SFTConfig
-from lowlevel.durable import replaced_folder, write_json
+from lowlevel.durable import check_new, new_folder, write_json
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.heartbeat import working
 from lowlevel.methods.choice import build_method
@@ -80,8 +79,7 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: st
     quantised = run.policy.model if into == "dequantized" else None
     with working("merging"):
         merged = merged_model(source, adapters, dtype, quantised=quantised)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_folder(out) as temporary:
+    with new_folder(out) as temporary:
         with working("writing the merged model"):
             _write_model(merged, run, temporary, base)
         if into == "requantized":
@@ -96,7 +94,6 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: st
         chain = {"run": run_dir.name, "into": into, "manifest": run.folder.read_manifest()}
         chain |= {"base": public_name(base)} if base is not None else {}
         write_json(temporary / "lowlevel_merge.json", {**chain, "fidelity": asdict(fidelity)})
-        check_new(out)  # again, so that a folder made meanwhile is not replaced
     console.print(
         f"merged into {into} base{f' {base}' if base is not None else ''}\n"
         f"  KL to the training-time model  {fidelity.kl:.2e} nats a token over {fidelity.tokens:,} tokens\n"
@@ -104,15 +101,6 @@ def merge_run(run_dir: Path, into: str, out: Path, console: Console, *, base: st
         f"  same most likely token         {fidelity.same_top_token:.1%}"
     )
     return fidelity
-
-
-def check_new(out: Path) -> None:
-    """Raise ConfigError if there is something at `out`, or if it cannot be written."""
-    if os.path.lexists(out):  # also a broken link
-        raise ConfigError(f"{out} exists: give a new folder")
-    place = next(folder for folder in out.absolute().parents if folder.exists())
-    if not os.access(place, os.W_OK):
-        raise ConfigError(f"{out} cannot be written: {place} is read-only")
 
 
 def _source(model: ModelConfig, into: str, base: str | None) -> ModelConfig:

@@ -72,14 +72,12 @@ def test_layers(runs, tmp_path):
     assert not torch.equal(layers["layer.1.policy"], layers["layer.1.reference"])
 
 
-def test_a_dump_does_not_change_the_replay_and_takes_no_folder_that_holds_something(runs, tmp_path):
+def test_a_dump_does_not_change_the_replay_and_takes_no_folder_that_exists(runs, tmp_path):
     target = tmp_path / "dump"
-    target.mkdir()
     dumped(runs.folder / "sft", 10, target)
     said = run("replay", runs.folder / "sft", "--step", "10", "--dump", target)
-    assert said.code == 2 and "exists and is not an empty folder" in said.err
+    assert said.code == 2 and "exists: give a new folder" in said.err
     assert [p.name for p in tmp_path.iterdir()] == ["dump"], "no temporary folder stays"
-    assert run("replay", runs.folder / "sft", "--step", "10", "--dump", tmp_path / "no" / "dump").code == 2
 
 
 def test_what_comes_while_a_dump_is_written_is_not_replaced(runs, tmp_path, monkeypatch):
@@ -92,7 +90,7 @@ def test_what_comes_while_a_dump_is_written_is_not_replaced(runs, tmp_path, monk
 
     monkeypatch.setattr(Dump, "index", index)
     said = run("replay", runs.folder / "sft", "--step", "10", "--dump", tmp_path / "dump")
-    assert said.code == 2 and "exists and is not an empty folder" in said.err
+    assert said.code == 2 and "exists: give a new folder" in said.err
     assert [path.name for path in tmp_path.rglob("*")] == ["dump", "file"]
 
 
