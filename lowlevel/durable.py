@@ -97,7 +97,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
     The temporary path has another suffix: pass the format to writers that derive it from the suffix.
     """
-    with _temporary(path, folder=False) as temporary:
+    with disk_errors(path), _temporary(path, folder=False) as temporary:
         try:
             yield temporary
             sync(temporary)
@@ -124,7 +124,7 @@ def given_file(path: Path) -> Iterator[Path]:
 def replaced_folder(target: Path) -> Iterator[Path]:
     """Yields a new folder, which replaces `target` at the end. Any exception leaves `target` unchanged."""
     old, moved = target.with_name(OLD + target.name), False
-    with _temporary(target, folder=True) as temporary:
+    with disk_errors(target), _temporary(target, folder=True) as temporary:
         try:
             yield temporary
             settle(temporary)
@@ -213,12 +213,6 @@ def _as_json(value: Any) -> str:
 @contextmanager
 def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
     """A new file or folder next to `path`, locked until the block ends."""
-    with disk_errors(path), _locked(path, folder=folder) as temporary:
-        yield temporary
-
-
-@contextmanager
-def _locked(path: Path, *, folder: bool) -> Iterator[Path]:
     remove_left(path.parent, path.name)
     for number in count(os.getpid()):
         temporary = path.with_name(f"{TEMPORARY}{path.name}-{number}")

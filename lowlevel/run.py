@@ -154,17 +154,14 @@ class Run:
 
         return load_reward_run(self.path, print)
 
-    def push_to_hub(
-        self, repo_id: str, *, private: bool = True, token: str | None = None, endpoint: str | None = None
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Upload the result (adapter, tokenizer, model card) to the hub and return its address.
 
         Args:
             repo_id: "user/name".
             private: whether a new repository is private.
             token: of the hub; None: the logged-in user's.
-            endpoint: a server other than huggingface.co.
         """
         from lowlevel.running.result_files import push_to_hub
 
-        return push_to_hub(self.path, repo_id, private=private, token=token, endpoint=endpoint)
+        return push_to_hub(self.path, repo_id, private=private, token=token)

@@ -44,7 +44,15 @@ class Reward(ExampleLayout):
             policy.dropout.disable()
         pairs = self.pair_rewards(batch, policy.rewards(batch))  # w . h at each last token
         losses = self.losses(pairs)  # -logsigmoid(pairs.margins - m) + c (r+ + r-)^2
-        return _reward_sums(batch, pairs, losses)
+        chosen, rejected, margins = (value.detach() for value in (pairs.chosen, pairs.rejected, pairs.margins))
+        metrics = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": margins,
+            "rewards/accuracies": ranked(margins),
+        }
+        examples = {"chosen_reward": chosen, "rejected_reward": rejected, "margin": margins}
+        return LossSums.over(batch.real, losses, metrics, examples, {})
 
     @property
     def spec(self) -> LossSpec:
@@ -91,19 +99,6 @@ def read_segment(row: int, number: int, prompt: np.ndarray, completions: dict[in
         for n, (branch, ids) in enumerate(completions.items(), number)
     ]
     return build_segment(row, prompt, branches)
-
-
-def _reward_sums(batch: PackedBatch, pairs: PairRewards, losses: Tensor) -> LossSums:
-    """Sums of loss and metrics over the real pairs, and the values of each pair for a trace."""
-    chosen, rejected, margins = (value.detach() for value in (pairs.chosen, pairs.rejected, pairs.margins))
-    metrics = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": margins,
-        "rewards/accuracies": ranked(margins),
-    }
-    examples = {"chosen_reward": chosen, "rejected_reward": rejected, "margin": margins}
-    return LossSums.over(batch.real, losses, metrics, examples, {})
 
 
 def check_columns(columns: Sequence[str]) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowlevel.errors import how_many
 from lowlevel.losses import LabelledLogps, PairLogps, PairRewards, TokenLogps
 from lowlevel.verification.evidence import Evidence, flat64, reference64
 from lowlevel.verification.exact import HeadScores
@@ -107,7 +106,7 @@ def _reward_checks(subject: Subject, evidence: Evidence, reward: float, longest:
     named = {"rewards/chosen": pairs.chosen, "rewards/rejected": pairs.rejected, "rewards/margins": pairs.margins}
     bound = 2 * reward + 4 * EPS * max(map(largest, named.values()))
     error = max(largest(_found(evidence, name) - exact) for name, exact in named.items())
-    rewards = check(GROUP, "rewards and margin of a pair", error, 2 * bound, how_many(len(evidence.sums), "pairs"))
+    rewards = check(GROUP, "rewards and margin of a pair", error, 2 * bound, f"pairs: {len(evidence.sums)}")
     return [rewards, _loss_check(subject, evidence, "a pair", bound)]
 
 

@@ -18,7 +18,6 @@ from lowlevel.config.data import DataConfig
 from lowlevel.data.messages import Normalised, normalise
 from lowlevel.data.mixing import read_parts
 from lowlevel.data.rendering import ChatTokenizer
-from lowlevel.errors import how_many
 from lowlevel.labels import IGNORED
 from lowlevel.verification.exact import sequences_of
 from lowlevel.verification.subject import Check, Subject, check
@@ -244,7 +243,7 @@ def _ends(subject: Subject, reads: list[Read], expected: dict[int, list[Expected
                 continue
             number += 1
             wrong += position >= len(read.targets) or read.targets[position] != end
-    note = f"{how_many(number, 'replies')}, id {end}" + (f"; {cut} cut by max_length" if cut else "")
+    note = f"replies: {number}, id {end}" + (f"; {cut} cut by max_length" if cut else "")
     return check(GROUP, "replies end with end of turn", float(wrong), 0, note)
 
 
