@@ -10,46 +10,55 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from lowlevel.batch.layout import PackedBatch
+from lowlevel.batch.order import DataOrder
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import PromptExample
+from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.errors import EVAL_REWARD, ConfigError
 from lowlevel.hashing import key32
 from lowlevel.heartbeat import counted, working
-from lowlevel.methods import DPO, Method, PolicyGradient
+from lowlevel.methods import Method, PolicyGradient
+from lowlevel.model.policy import Policy
 from lowlevel.online.rewards import Function, Rewards, exact_match
 from lowlevel.online.rollouts import KeptRollouts, Rollout, facts, step_examples
+from lowlevel.ranks import Ranks
 from lowlevel.running.scoring import load_reward_run, rewards_of_replies
 from lowlevel.sampling import Completion, Sampling, build_sampler
-
-if TYPE_CHECKING:
-    from lowlevel.running.job import Job
 
 SALT = 0x524F4C4C  # of the completions' random numbers
 SHOWN = 3  # failures of reward functions that a step names
 Group = list[Rollout]  # the completions of a prompt
 
 
+@dataclass
 class OnlineSteps:
     """Samples and rewards the completions of each step when it is asked for, with the policy as it is then."""
 
-    def __init__(self, job: Job, run_dir: Path, note: Callable[[str], None]) -> None:
-        """With the fastest sampler for the run's policy; loads reward runs."""
-        sampled, method = job.config.sampled, job.method
-        assert sampled and isinstance(method, PolicyGradient | DPO)
-        self.config, self.sampled, self.method, self.note = job.config, sampled, method, note
-        self.policy, self.order, self.ranks, self.tokenizer = job.policy, job.order, job.ranks, job.inputs.tokenizer
-        self.examples = cast("Sequence[PromptExample]", job.inputs.data.train)
-        self.rewards = Rewards.of(sampled, lambda folder: reward_run(folder, note))
-        self.sampler = build_sampler(job.policy.model, job.policy.placement, self.tokenizer.stop_ids, note)
-        self.kept = KeptRollouts(run_dir, writes=job.ranks.first)
+    config: RunConfig
+    policy: Policy
+    method: Method
+    tokenizer: ChatTokenizer
+    examples: Sequence[PromptExample]
+    order: DataOrder
+    ranks: Ranks
+    run_dir: Path
+    note: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        """Take the fastest sampler for the policy, and load reward runs."""
+        assert self.config.sampled is not None
+        self.sampled = self.config.sampled
+        self.rewards = Rewards.of(self.sampled, lambda folder: reward_run(folder, self.note))
+        self.sampler = build_sampler(self.policy.model, self.policy.placement, self.tokenizer.stop_ids, self.note)
+        self.kept = KeptRollouts(self.run_dir, writes=self.ranks.first)
 
     def __call__(self, step: int) -> list[PackedBatch]:
         """The micro-batches of the step after `step` updates. Raises ConfigError if no completion has a reward."""
@@ -60,7 +69,7 @@ class OnlineSteps:
         prompts = [self.examples[i] for i in self.order.step_rows(step)]
         scored, sampling = self.groups(prompts, step, f"step {step + 1}")
         rollouts = [x for group in scored for x in group]
-        if not isinstance(self.method, DPO):
+        if isinstance(self.method, PolicyGradient):
             rollouts = self.method.credit(self.policy, scored, self.ranks)
         self.kept.add(step + 1, rollouts)
         first_batch, *others = step_batches(self.config, self.method, rollouts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -15,6 +15,7 @@ from lowlevel.batch.order import DataOrder
 from lowlevel.batch.prefetch import Prefetched
 from lowlevel.checkpoints.training_state import save_state
 from lowlevel.config.schema import RunConfig
+from lowlevel.data.examples import PromptExample
 from lowlevel.durable import write_json
 from lowlevel.execution import WithFallback
 from lowlevel.heartbeat import working
@@ -92,7 +93,9 @@ class Engine:
         self.online: OnlineSteps | None = None
         self.batches: Callable[[int], list[PackedBatch]]
         if config.sampled:
-            self.online = self.batches = OnlineSteps(job, folder.path, lines_to(console))
+            prompts = cast("Sequence[PromptExample]", examples)
+            parts = (config, policy, method, job.inputs.tokenizer, prompts, job.order, job.ranks, folder.path)
+            self.online = self.batches = OnlineSteps(*parts, lines_to(console))
         else:
             self.batches = Prefetched(lambda step: prepare([examples[i] for i in rows(step)]), job.total_steps)
         traced = config.trace.every or config.trace.steps
