@@ -71,7 +71,7 @@ def save_checkpoint(
             _seal(temporary, {"format": FORMAT, "version": VERSION, "step": step, **payload})
     except OSError as error:
         raise CheckpointError(_not_saved(final, error, needed)) from None
-    _retire_old(folder, keep)
+    _retire_old(folder, keep, final)
     return final
 
 
@@ -223,10 +223,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _retire_old(folder: Path, keep: int) -> None:
-    """Delete older checkpoints if more than `keep` verified ones exist; damaged ones do not count."""
-    kept = 0
-    for path in checkpoints(folder):
+def _retire_old(folder: Path, keep: int, new: Path) -> None:
+    """Delete older checkpoints if more than `keep` verified ones exist; damaged ones do not count.
+
+    To verify one is to read all of it, so the `new` one, just sealed, counts without that.
+    """
+    others = [path for path in checkpoints(folder) if path != new]
+    if len(others) < keep:
+        return
+    kept = 1
+    for path in others:
         try:
             verify(path)
         except CheckpointError:

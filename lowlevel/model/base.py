@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import nullcontext
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +69,8 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
             problem = f"config.json says dtype = {quoted(repr(dtype))}, expected {', '.join(DTYPES)}"
             raise ConfigError(f"model.name {config.name!r}: {problem}")
     try:
-        loaded = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
+        local = Path(name).is_dir()
+        loaded = _read_config(name, config.revision) if local else deepcopy(_of_hub(name, config.revision))
     except Exception as error:  # transformers, huggingface_hub and httpx each raise their own kinds here
         refuse_adapter(name, config.revision)
         raise ConfigError(f"model.name {config.name!r} cannot be read: {one_line(error)}") from None
@@ -82,6 +85,13 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         raise ConfigError(f"model.name {config.name!r} rescales its logits ({transforms[0]}): no loss here does so")
     stored_quantisation(loaded, config.name)
     return loaded
+
+
+def _read_config(name: str, revision: str | None) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+
+
+_of_hub = cache(_read_config)  # transformers 5.23 asks the hub each time, also for what is on disk
 
 
 def load_stored(config: ModelConfig) -> StoredQuantisation | None:
@@ -225,7 +235,7 @@ def base_sha256(model: nn.Module) -> str:
     for name, tensor in sorted(_base_tensors(model).items()):
         data = here(tensor, whole=True).detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(data.tobytes())
+        digest.update(data)
     return digest.hexdigest()
 
 

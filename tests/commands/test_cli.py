@@ -350,7 +350,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_too(cli, space, tmp_path, monk
 
 
 def test_a_run_in_its_own_process_says_only_what_it_should(space, tmp_path):
-    """No progress bars, warnings or advice of libraries; standard output is plain lines. Its start does what it must."""
+    """No progress bars, warnings or advice of libraries; standard output is plain lines. Little is imported."""
     config = space.write("run", "sft", folder=tmp_path, train={"max_steps": 2, "logging_steps": 1})
     done = process("-c", RUN, "sft", config)
     assert (done.returncode, done.stderr) == (0, "")
