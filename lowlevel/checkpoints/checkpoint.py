@@ -228,11 +228,8 @@ def _retire_old(folder: Path, keep: int, new: Path) -> None:
 
     To verify one is to read all of it, so the `new` one, just sealed, counts without that.
     """
-    others = [path for path in checkpoints(folder) if path != new]
-    if len(others) < keep:
-        return
-    kept = 1
-    for path in others:
+    others, kept = [path for path in checkpoints(folder) if path != new], 1
+    for path in others if len(others) >= keep else ():
         try:
             verify(path)
         except CheckpointError:

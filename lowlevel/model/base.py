@@ -33,6 +33,7 @@ from lowlevel.ranks import Ranks, here
 # Logit transforms that are missing in `hidden @ lm_head.T`: Gemma 2, Cohere, Granite.
 OUTPUT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 DTYPES = ("float32", "float16", "bfloat16", "float64")  # in config.json
+_config_of_hub = cache(AutoConfig.from_pretrained)  # transformers 5.23 asks the hub each time, also for files on disk
 
 
 def resolve_name(name: str) -> str:
@@ -69,8 +70,8 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
             problem = f"config.json says dtype = {quoted(repr(dtype))}, expected {', '.join(DTYPES)}"
             raise ConfigError(f"model.name {config.name!r}: {problem}")
     try:
-        local = Path(name).is_dir()
-        loaded = _read_config(name, config.revision) if local else deepcopy(_of_hub(name, config.revision))
+        read = AutoConfig.from_pretrained if Path(name).is_dir() else _config_of_hub
+        loaded = deepcopy(read(name, revision=config.revision, trust_remote_code=False))
     except Exception as error:  # transformers, huggingface_hub and httpx each raise their own kinds here
         refuse_adapter(name, config.revision)
         raise ConfigError(f"model.name {config.name!r} cannot be read: {one_line(error)}") from None
@@ -85,13 +86,6 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         raise ConfigError(f"model.name {config.name!r} rescales its logits ({transforms[0]}): no loss here does so")
     stored_quantisation(loaded, config.name)
     return loaded
-
-
-def _read_config(name: str, revision: str | None) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-
-
-_of_hub = cache(_read_config)  # transformers 5.23 asks the hub each time, also for what is on disk
 
 
 def load_stored(config: ModelConfig) -> StoredQuantisation | None:

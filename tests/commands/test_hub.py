@@ -3,11 +3,16 @@
 import base64
 import json
 import threading
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from transformers import AutoConfig
 
+from lowlevel.config.schema import ModelConfig
+from lowlevel.demo import DEMO_BASE
 from lowlevel.errors import CheckpointError, ConfigError
+from lowlevel.model import base
 from lowlevel.running.result_files import push_to_hub
 
 TOKEN = "a-token-of-no-known-form"
@@ -142,3 +147,21 @@ def test_a_cut_connection_is_one_line(runs, hub, monkeypatch, cut):
 def test_a_name_that_the_hub_does_not_allow_is_refused(runs, hub):
     with pytest.raises(ConfigError, match="a//b"):
         push_to_hub(runs.sft, "a//b", token=TOKEN, endpoint=hub.endpoint)
+
+
+def test_the_hub_is_asked_once_for_the_config_of_a_base_and_each_caller_gets_its_own(monkeypatch):
+    asked = []
+
+    def read(name, **settings):
+        asked.append((name, settings["revision"]))
+        return AutoConfig.from_pretrained(DEMO_BASE)
+
+    monkeypatch.setattr(base, "_config_of_hub", cache(read))
+    monkeypatch.setattr(base, "check_is_model", lambda name: None)
+    first = base.load_model_config(ModelConfig(name="me/x"))
+    first.vocab_size = 1
+    assert base.load_model_config(ModelConfig(name="me/x")).vocab_size > 1
+    base.load_model_config(ModelConfig(name="me/x", revision="v2"))
+    assert asked == [("me/x", None), ("me/x", "v2")]
+    base.load_model_config(ModelConfig(name="demo"))  # files on disk may change
+    assert len(asked) == 2

@@ -8,6 +8,7 @@ import random
 import pytest
 from checkpoint_files import FILES, PAYLOAD, flip, names, save
 
+from lowlevel.checkpoints import checkpoint
 from lowlevel.checkpoints.checkpoint import (
     MANIFEST,
     checkpoint_at,
@@ -179,6 +180,16 @@ def test_retention_counts_only_good_ones(tmp_path):
     save(tmp_path, 7, keep=2)
     assert names(tmp_path) == ["step-00000005", "step-00000006", "step-00000007"]
     assert [path.name for path in checkpoints(tmp_path)][0] == "step-00000007"
+
+
+def test_a_save_reads_no_checkpoint_that_it_does_not_need_to(tmp_path, monkeypatch):
+    """Of 3, 2 and 1 with keep=2, the second newest decides on the oldest; the newest was sealed a moment ago."""
+    read = []
+    monkeypatch.setattr(checkpoint, "verify", lambda path: read.append(path.name) or verify(path))
+    for step, expected in ((1, []), (2, []), (3, ["step-00000002", "step-00000001"])):
+        save(tmp_path, step, keep=2)
+        assert read == expected
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
