@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lowlevel.data.templates import ChatTemplate, Message, RenderError, Rendering, Reply, left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tokens = tuple[list[int], np.ndarray]
+Tokens = tuple[list[int], list[tuple[int, int]]]
 # The index of a prompt's last special token (0: none) and the ids from there to its end. Tokens do not cross a special
 # token, so these ids are independent of the text before it.
 Opening = tuple[int, list[int]]
@@ -158,12 +156,11 @@ class ChatTokenizer:
         return self.tokenizer(list(texts), **PLAIN)["input_ids"] if texts else []
 
     def _tokenise(self, texts: Sequence[str]) -> list[Tokens]:
-        """Ids and character offsets (L, 2) of each text, without tokens that the tokenizer adds."""
+        """Ids of each text, and where in it each token begins and ends, without tokens that the tokenizer adds."""
         if not texts:
             return []
         batch = self.tokenizer(list(texts), return_offsets_mapping=True, **PLAIN)
-        offsets = [np.asarray(pairs, np.int64).reshape(-1, 2) for pairs in batch["offset_mapping"]]
-        return list(zip(batch["input_ids"], offsets, strict=True))
+        return list(zip(batch["input_ids"], batch["offset_mapping"], strict=True))
 
     def _continue(self, text: str) -> list[int]:
         """Ids of text that follows other text.
@@ -190,11 +187,11 @@ class ChatTokenizer:
         Offsets are only a guess: they can lack blanks, or have those that a special token takes from the text after it.
         """
         text, (ids, offsets), apart = rendered.text, tokens, False
-        starts, found = offsets[:, 0].tolist(), []
+        found = []
         for reply, (place, opening) in zip(rendered.replies, openings, strict=True):
-            start, end = bisect_left(starts, reply.start), bisect_left(starts, reply.end)
-            closed = end > 0 and (ids[end - 1] == self.end_of_turn_id or offsets[end - 1, 1] <= reply.end)
-            if closed and ids[bisect_left(starts, place) : start] == opening:
+            first, start, end = (bisect_left(offsets, (at,)) for at in (place, reply.start, reply.end))
+            closed = end > 0 and (ids[end - 1] == self.end_of_turn_id or offsets[end - 1][1] <= reply.end)
+            if closed and ids[first:start] == opening:
                 found.append((start, end, reply.turn))
         if len(found) < len(rendered.replies):
             ids, found, apart = self._by_prefixes(text, rendered.replies, ids)
