@@ -148,7 +148,7 @@ def test_the_console_script_is_the_same_function():
 def test_a_process_ends_at_once_after_its_command(monkeypatch, capsys):
     """Neither Python's last collection of garbage takes a second, nor does Ctrl-C print a traceback meanwhile."""
     monkeypatch.setattr(sys, "argv", ["lowlevel", "--version"])
-    before = signal.getsignal(signal.SIGINT)
+    before, threshold = signal.getsignal(signal.SIGINT), gc.get_threshold()
     gc.unfreeze()  # what other packages froze
     try:
         with pytest.raises(SystemExit):
@@ -156,6 +156,7 @@ def test_a_process_ends_at_once_after_its_command(monkeypatch, capsys):
         assert gc.get_freeze_count() and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     finally:
         gc.unfreeze()
+        gc.set_threshold(*threshold)
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().out
 
