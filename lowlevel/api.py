@@ -11,13 +11,16 @@ Keywords become the keys of a run file (`configure`), and `train` takes the same
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from difflib import get_close_matches
-from inspect import signature
+from inspect import isroutine, signature
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
+import torch
 from rich.console import Console
 
 from lowlevel.config.file import OTHER_NAMES, config_from_tables, load_tables
@@ -133,7 +136,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
     restart: bool = False,
-    allow_change: Sequence[str] = (),
+    allow_change: str | Sequence[str] = (),
     console: Console | None = None,
     **settings: Any,
 ) -> Run:
@@ -146,7 +149,7 @@ def train(
             and at the end.
         resume: continue the run in `output_dir` from its newest good checkpoint, with the same data and settings.
         restart: discard the run in `output_dir`.
-        allow_change: with `resume`, names of what may differ from the checkpoint, as the refusal prints them.
+        allow_change: with `resume`, one or several names of what may differ from the checkpoint: "learning_rate".
         console: where progress is printed; `rich.console.Console(quiet=True)` prints nothing.
         **settings: see `configure`.
 
@@ -169,7 +172,15 @@ def steps(
     """
     names = ("resume", "restart", "allow_change")
     options = {name: settings.pop(name) for name in names if name in settings}
-    return _steps(_config(method, settings), console, callbacks, {**options, "details": True})
+    taken = _steps(_config(method, settings), console, callbacks, {**options, "details": True})
+    atexit.register(_leave, ref(taken))
+    return taken
+
+
+def _leave(steps: ref[Generator[StepResult, None, Run]]) -> None:
+    """At the end of the program, save a run whose steps were taken by `next` and not to the end."""
+    if (left := steps()) is not None:
+        left.close()
 
 
 def configure(
@@ -204,6 +215,8 @@ def configure(
     for given, folder in (("model", model), ("adapter", adapter)):
         if not isinstance(folder, str | Path | Run | None):
             raise ConfigError(f"{given}: got a {type(folder).__name__}, expected a hub name or a folder")
+    if callable(loss) and not isroutine(loss):
+        raise ConfigError(f"loss: got a {type(loss).__name__}, expected a function; loss_kwargs sets its keywords")
     tables: dict[str, Any] = load_tables(Path(file), method) if file else {"method": method}
     named = {
         "model.name": model,
@@ -261,6 +274,9 @@ def _steps(
     """The steps of `run_steps`, then the run."""
     if not isinstance(callbacks, Sequence) or not all(isinstance(one, Callback) for one in callbacks):
         raise ConfigError(f"callbacks: expected a list of lowlevel.Callback objects, got {quoted(repr(callbacks))}")
+    _check_torch()
+    if isinstance(allowed := options.get("allow_change"), str):
+        options = {**options, "allow_change": [allowed]}
     quiet_libraries()
     console = (console or make_console()) if is_first() else Console(quiet=True)
     taken = run_steps(config, console, callbacks=callbacks, **options)
@@ -273,3 +289,16 @@ def _steps(
     for callback in callbacks if is_first() else ():
         callback.on_end(run)
     return run
+
+
+def _check_torch() -> None:
+    """Refuse what a program may have set in torch, and with which a run would fail or compute other numbers."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    found = {
+        "gradients are off": not torch.is_grad_enabled(),
+        "autocast is on": torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+        f"the default dtype is {dtype}": dtype != torch.float32,
+        f"the default device is {device}": device.type != "cpu",
+    }
+    if wrong := [what for what, is_so in found.items() if is_so]:
+        raise ConfigError(f"torch: {', '.join(wrong)}; train with torch's own settings: a run makes its own choice")

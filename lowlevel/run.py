@@ -101,7 +101,7 @@ class Run:
     ) -> Replay:
         """Take a step again, from checkpoint `start` or the newest one before it, and compare it with the log.
 
-        `what_if`, {"beta": 0.3}, "beta=0.3" or several such texts: take it under these too; `print()` shows all.
+        `what_if`, {"beta": 0.3}, "beta=0.3" or several such texts: take it under these too.
         """
         from lowlevel.replaying.replay import replay_run
 

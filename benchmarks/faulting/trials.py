@@ -139,7 +139,7 @@ def signalled(play: Play, fault: Fault, number: int, *, twice: bool = False) -> 
         problems.append("the second signal did not end the process at once")
     if not twice:
         problems += [f"left over: {name}" for name in litter(folder)]
-        problems += _status(folder, "finished" if ended.code == 0 else "preempted", ended.code)
+        problems += _status(folder, "finished" if ended.code == 0 else "stopped", ended.code)
     return problems + play.resumed(folder)
 
 
@@ -163,7 +163,7 @@ def stopped_after(play: Play, steps: Iterable[int]) -> list[str]:
     for step in steps:
         ended = play.run(folder, AtCall(STEP, (step - taken,), Signal(signal.SIGTERM)))
         taken = step
-        problems += expect(ended, 128 + signal.SIGTERM) + _status(folder, "preempted", 128 + signal.SIGTERM)
+        problems += expect(ended, 128 + signal.SIGTERM) + _status(folder, "stopped", 128 + signal.SIGTERM)
         if newest_good(folder) != step:
             problems.append(f"stopped in step {step}, newest checkpoint is of step {newest_good(folder)}")
     return problems + play.resumed(folder)

@@ -131,7 +131,7 @@ def _online(config: RunConfig, given: set[str]) -> list[Check]:
         ),
         (longest >= prompt, f"{name}.max_completion_length {longest} leaves no prompt: data.max_length is {prompt}"),
         (not own.reward, f"{name}.reward is empty"),
-        (len({*own.reward}) < functions, f"{name}.reward names a function twice: set its weight in reward_weights"),
+        (len({*own.reward}) < functions, f"{name}.reward has a name twice: rename it, or set reward_weights"),
         (bool(unread), f'grpo.{unread} is not read by loss_type = "{config.grpo.loss_type}"'),
         (estimator, "grpo.kl_estimator needs grpo.beta above 0"),
         (weights not in (0, functions), f"{name}.reward_weights has {weights} numbers for {functions} functions"),

@@ -80,9 +80,10 @@ def build_policy(
     # torch 2.11 prefers cuDNN's attention on an H100. With large scores its gradients are NaN for masked rows whose
     # length is not a multiple of 128 (benchmarks/attention_nan.py).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.manual_seed(seed)
-    head = _new_head(base, placement.device, seed) if reward_head else None
-    model = _attach(base, lora, parent, init_from, head, moving=following is not None)
+    with torch.random.fork_rng([placement.device] if placement.device.type == "cuda" else []):  # the caller's stay
+        torch.manual_seed(seed)
+        head = _new_head(base, placement.device, seed) if reward_head else None
+        model = _attach(base, lora, parent, init_from, head, moving=following is not None)
     if value_head:
         model.get_base_model().value = _new_head(base, placement.device, None)
     layers = _prepared_layers(model, placement.dtype, fresh=init_from is None)

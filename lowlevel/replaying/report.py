@@ -27,7 +27,7 @@ class ReplayDiffersError(LowlevelError):
 
 @dataclass
 class Replay:
-    """The result of a replay. `rows` are in the order of steps; `print(replay)` shows them."""
+    """The result of a replay. `rows` are in the order of steps; as text, their table."""
 
     step: int
     start: str
@@ -56,7 +56,7 @@ class Replay:
                 f"replayed {row.replayed}, largest difference {row.difference:.3g}"
             )
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         out = io.StringIO()
         print_replay(self, Console(file=out, width=120, force_terminal=False, force_jupyter=False))
         return out.getvalue()

@@ -30,7 +30,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.signum = 0
-        self._deferred = self._compiling = False
+        self._deferred = self._compiling = self._ended = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -39,12 +39,16 @@ class Interrupts:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
+        self._ended = True
+        for number in self._previous:
+            handler = signal.getsignal(number)
+            while isinstance(owner := getattr(handler, "__self__", None), Interrupts) and owner._ended:
+                handler = owner._previous[number]  # runs taken in turns, step by step, end in any order
             signal.signal(number, handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside the block, the first signal is stored and raises nothing."""
+        """Inside the block, the first signal is stored, announced, and raises nothing."""
         self._deferred = True
         try:
             yield
@@ -78,10 +82,11 @@ class Interrupts:
                 os._exit(128 + signum)
             raise SystemExit(128 + signum)
         self.signum = signum
-        if self._compiling:
-            os.write(2, b"\nstopping when the compiler has finished; a second signal ends the process at once\n")
         if not self._deferred:
             raise KeyboardInterrupt
+        when = b"when the compiler has finished" if self._compiling else b"when this step is saved"
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            os.write(2, b"\nstopping " + when + b"; a second signal ends the process at once\n")
 
     def error(self) -> InterruptedRunError:
         """The error for a KeyboardInterrupt; one is raised only outside training, so no step is lost."""
@@ -119,7 +124,7 @@ def recorded_end(folder: RunFolder) -> Iterator[None]:
         yield
     except BaseException as error:
         if not (isinstance(error, ConfigError) and folder.read_state() != "running"):
-            state = "preempted" if isinstance(error, InterruptedRunError | GeneratorExit) else "failed"
+            state = "stopped" if isinstance(error, InterruptedRunError | GeneratorExit) else "failed"
             folder.write_end(state, *code_and_text(error))
         raise
 

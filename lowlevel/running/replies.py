@@ -13,6 +13,7 @@ from lowlevel.config.schema import LoraConfig, ModelConfig
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.errors import ConfigError
+from lowlevel.heartbeat import paused
 from lowlevel.model.adapters import ADAPTER_CONFIG, is_reward_model, read_adapter_config
 from lowlevel.model.attention_choice import MASKED
 from lowlevel.model.base import load_base, resolve_name
@@ -48,7 +49,8 @@ def stream_reply(model_dir: Path, prompt: str, system: str | None, sampling: Sam
     sampler, tokenizer = load_for_replies(model_dir, lambda line: print(line, file=sys.stderr))
     ids = tokenizer.encode_prompt(question(prompt, system))
     streamer = TextStreamer(tokenizer.tokenizer, skip_special_tokens=True)
-    sampler.sample([ids], sampling, watch=lambda _, tokens: streamer.put(torch.tensor(tokens)))
+    with paused():  # the reply itself shows how far it is
+        sampler.sample([ids], sampling, watch=lambda _, tokens: streamer.put(torch.tensor(tokens)))
     streamer.end()
 
 

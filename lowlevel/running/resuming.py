@@ -164,7 +164,7 @@ def is_written(folder: RunFolder, config: RunConfig, identity: Mapping[str, Any]
 
 
 def _covers(allowed: str, key: str) -> bool:
-    return key == allowed or (allowed in GROUPS and key.startswith(f"{allowed}."))
+    return allowed in (key, key.rpartition(".")[2]) or (allowed in GROUPS and key.startswith(f"{allowed}."))
 
 
 def _same(key: str, then: Any, now: Any) -> bool:

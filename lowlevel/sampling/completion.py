@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lowlevel.errors import ConfigError
 from lowlevel.hashing import key32
 
 Ids = Sequence[Sequence[int]]  # whole numbers by prompt
@@ -22,6 +23,12 @@ class Sampling:
     max_new_tokens: int = 256
     temperature: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a number that nothing can be sampled with."""
+        if self.max_new_tokens < 1 or not self.temperature >= 0:  # NaN is neither
+            given = f"max_new_tokens {self.max_new_tokens} and temperature {self.temperature}"
+            raise ConfigError(f"generation: expected at least 1 token and a temperature of at least 0, got {given}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,7 @@ class VerificationError(LowlevelError):
 
 @dataclass(frozen=True)
 class Report:
-    """The checks of one step; `print(report)` shows their table."""
+    """The checks of one step; as text, their table."""
 
     method: str
     loss: str  # its name
@@ -111,7 +111,7 @@ class Report:
             one |= {key: one[key] if math.isfinite(one[key]) else None for key in ("measured", "bound")}
         return document
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         out = io.StringIO()
         print_checks(self.checks, Console(file=out, width=120, force_terminal=False, force_jupyter=False))
         return f"{self.heading}\n{out.getvalue()}"

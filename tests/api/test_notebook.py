@@ -20,7 +20,7 @@ def key_outputs(cells) -> None:
     text = "".join(text_of(cell) for cell in cells if cell["cell_type"] == "code")
     assert "50 of 50 checks hold" in text and "FAIL" not in text
     assert text.count("identical\n") == 3  # the steps of ll.steps and of the run; replayed: its log, all of it
-    assert "sum of contributions" in text and "full sentences" in text and "preempted" in text
+    assert "sum of contributions" in text and "full sentences" in text and "stopped" in text
 
 
 def test_the_committed_outputs():

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def test_a_run_file_and_keys_that_replace_its_own(tmp_path):
         ({"zzzzzz": 1}, "lowlevel dpo --help"),
         ({"lam": 0.9}, "lam is a key of ppo"),
         ({"train": {"max_step": 5}}, 'did you mean "max_steps"'),
+        ({"loss": partial(max, 1)}, "loss: got a partial, expected a function; loss_kwargs"),
         ({"loss": "sigmoyd"}, "did you mean 'sigmoid'"),
         ({"max_steps": "5"}, "train.max_steps"),
         ({"beta": -1.0}, "dpo.beta"),

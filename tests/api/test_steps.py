@@ -10,6 +10,7 @@ import torch
 import lowlevel as ll
 from lowlevel.errors import ConfigError
 from lowlevel.optim.train_state import StepResult
+from lowlevel.running.endings import Interrupts
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +57,20 @@ def test_the_tokens_of_sft(api, sft):
 
 def test_leaving_the_loop_saves_and_resuming_continues_bit_for_bit(api, dpo, taken, same, rows):
     """Also where the same rows come in another container."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before, random = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], torch.get_rng_state()
     for step in api.steps("left", logging_steps=10):
         if step.step == 1:
             break
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert torch.equal(torch.get_rng_state(), random)
     run = ll.Run(api.folder / "left", data=dpo.config.data.source)
-    assert run.folder.read_state() == "preempted" and "step 1" in repr(run)
+    assert run.folder.read_state() == "stopped" and "step 1" in repr(run)
     assert (run.path / "step-00000001").exists() and not (run.path / "adapter").exists()
     assert isinstance(run.generate("Hello", max_new_tokens=2), str)  # with its newest checkpoint
     with pytest.raises(ConfigError, match="resume"):
         next(api.steps("left"))
+    with pytest.raises(ConfigError, match=r'allow_change=\["seed"\]: not changed since'):
+        next(api.steps("left", resume=True, allow_change="seed"))
     again = datasets.Dataset.from_list(rows["dpo"])
     rest = [step.step for step in api.steps("left", again, logging_steps=10, resume=True)]
     assert rest == [2, 3, 4] and same(ll.Run(run.path), ll.Run(api.folder / "taken"))
@@ -77,7 +81,45 @@ def test_an_exception_in_the_loop_saves_too(api):
         for step in api.steps("raised"):
             print(1 // (2 - step.step))
     run = ll.Run(api.folder / "raised")
-    assert run.folder.read_state() == "preempted" and (run.path / "step-00000002").exists()
+    assert run.folder.read_state() == "stopped" and (run.path / "step-00000002").exists()
+
+
+def test_steps_taken_by_next_are_saved_when_the_program_ends(api, monkeypatch):
+    monkeypatch.setattr("atexit.register", lambda *call: at_end.append(call))
+    at_end: list[tuple] = []
+    first, second = api.steps("next"), api.steps("gone")
+    next(first)
+    for leave, steps in at_end:
+        leave(steps)
+    run = ll.Run(api.folder / "next")
+    assert run.folder.read_state() == "stopped" and (run.path / "step-00000001").exists()
+    del first, second
+    assert [steps() for _, steps in at_end] == [None, None]
+
+
+def test_runs_taken_in_turns_give_the_signal_handler_back():
+    before = signal.getsignal(signal.SIGINT)
+    first, second = Interrupts(), Interrupts()
+    for each in (first.__enter__, second.__enter__, first.__exit__):
+        each()
+    assert signal.getsignal(signal.SIGINT) == second.on_signal
+    second.__exit__()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("surroundings", "text"),
+    [
+        (torch.no_grad, "gradients are off"),
+        (torch.inference_mode, "gradients are off"),
+        (lambda: torch.autocast("cpu", torch.bfloat16), "autocast is on"),
+        (lambda: torch.device("meta"), "the default device is meta"),
+    ],
+)
+def test_settings_of_torch_that_a_run_does_not_expect_are_refused(api, surroundings, text):
+    with surroundings(), pytest.raises(ConfigError, match=f"^torch: {text};"):
+        next(api.steps("surrounded"))
+    assert not (api.folder / "surrounded").exists()
 
 
 def test_steps_in_a_thread(api, taken):

@@ -58,7 +58,7 @@ def test_restart_removes_what_runs_wrote_and_nothing_else(runs, cli, tmp_path):
 def test_a_demo_is_neither_discarded_nor_gone_on_with_unasked(cli, tmp_path):
     config = demo_configs(tmp_path)[0]
     Path(config.train.output_dir).mkdir()
-    (Path(config.train.output_dir) / "run-status.json").write_text(json.dumps({"state": "preempted"}))
+    (Path(config.train.output_dir) / "run-status.json").write_text(json.dumps({"state": "stopped"}))
     said = cli("demo", "--out", tmp_path)
     assert (said.code, said.err.count("\n")) == (2, 1)
     assert f"{tmp_path} holds a demo: add --resume to continue, --restart" in said.err

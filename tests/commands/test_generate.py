@@ -62,6 +62,7 @@ def test_the_prompt_is_rendered_as_in_training(runs, cli, monkeypatch):
         def sample(self, prompts, *args, **kwargs):
             seen.extend(prompts)
             calls.append(encoded[-1] == prompts[0])
+            assert (beat := lowlevel.heartbeat._active.get()) and beat.paused  # it would print into the reply
             return self.sampler.sample(prompts, *args, **kwargs)
 
     monkeypatch.setattr(lowlevel.running.replies, "build_sampler", Spy)

@@ -71,7 +71,7 @@ grpo grpo.loss_type=cispo grpo.delta=2.0 | grpo.delta is not read by loss_type =
 grpo grpo.loss_type=GSPO | grpo.loss_type: GSPO is set by | grpo.importance_sampling_level = "sequence"
 grpo grpo.kl_estimator=k2 | grpo.kl_estimator needs grpo.beta above 0
 rloo rloo.reward=none | rloo.reward is empty
-rloo rloo.reward=length,length | rloo.reward names a function twice: set its weight in reward_weights
+rloo rloo.reward=length,length | rloo.reward has a name twice: rename it, or set reward_weights
 ppo ppo.reward_weights=[1.0,2.0] | ppo.reward_weights has 2 numbers for 1 functions
 grpo grpo.reward=format | "format" and reward_pattern belong together
 online_dpo train.memory_budget=15GiB | train.memory_budget does not know what sampling (online_dpo) needs

@@ -96,7 +96,7 @@ def test_one_message_and_the_same_run_afterwards(whole, fault, thorough):
     if fault != "failed to load":
         assert litter(folder) == [] and newest_good(folder) == 2
         now = status(folder)
-        assert now["state"] == ("preempted" if fault == "stopped" else "failed")
+        assert now["state"] == ("stopped" if fault == "stopped" else "failed")
         assert words.removeprefix("error: ") in now["error"] and now["exit"] == max(codes)
     if thorough or "killed" in fault or fault == "stopped":
         assert run(play, folder) == ([0, 0], [])
@@ -124,7 +124,7 @@ def test_sigterm_to_torchrun(whole):
         process.send_signal(signal.SIGTERM)
         said = process.communicate()[0]
     assert process.returncode == 143 and said.count("and saved; continue with: lowlevel sft") == 1, said
-    assert "--gpus 2" in said and status(folder)["state"] == "preempted" and litter(folder) == []
+    assert "--gpus 2" in said and status(folder)["state"] == "stopped" and litter(folder) == []
 
 
 @pytest.mark.parametrize("first", [1, 2])

@@ -124,7 +124,7 @@ def test_failures_are_named_and_never_a_reward_of_0(function, kept, reason):
         ({"reward": "pathlib:Path"}, "'pathlib:Path' is a class: give a function"),
         ({"reward": "math:pi"}, "'math:pi' is no function: give a function"),
         ({"reward": "asyncio:sleep"}, "'asyncio:sleep' is an async function: give a function"),
-        ({"reward": "length,length"}, "reward names a function twice: set its weight in reward_weights"),
+        ({"reward": "length,length"}, "reward has a name twice: rename it, or set reward_weights"),
         ({"top_p": 0.9}, "grpo.top_p: is not supported"),
         ({"beta": 0.1, "kl_estimator": "k1"}, "expected 'k2', 'k3' or 'k3_ratio'"),
     ],

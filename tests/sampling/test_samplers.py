@@ -7,6 +7,7 @@ from helpers import VOCABULARY, make_policy, save_random_adapter
 
 from lowlevel.batch.layout import build_batch
 from lowlevel.batch.segments import sft_segment
+from lowlevel.errors import ConfigError
 from lowlevel.hashing import key32
 from lowlevel.model.attention_choice import NAMES
 from lowlevel.sampling import PlainSampler, Sampling, completion_keys
@@ -53,6 +54,12 @@ def trained_logps(policy, prompt, ids, temperature=1.0):
     policy.dropout.token_keys = keys
     logits = hidden @ policy.lm_head_weight.T / temperature
     return logits.log_softmax(-1).gather(1, batch.scored_targets[:, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"temperature": -0.5}, {"temperature": float("nan")}])
+def test_settings_that_nothing_can_be_sampled_with_are_refused(settings):
+    with pytest.raises(ConfigError, match="expected at least 1 token and a temperature of at least 0"):
+        Sampling(**settings)
 
 
 def test_compiled_layers_are_left_out_where_there_is_no_packed_batch(tiny_base, prompts):

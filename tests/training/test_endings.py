@@ -99,7 +99,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(space, tmp_path, mo
     assert (said.code, said.err) == (code, f"stopped by {name} outside of training: no step is lost\n")
     made = {file.name for file in (tmp_path / "early").iterdir()} if (tmp_path / "early").exists() else set()
     if place == "evaluate_examples":
-        assert (status(tmp_path / "early")["state"], status(tmp_path / "early")["exit"]) == ("preempted", code)
+        assert (status(tmp_path / "early")["state"], status(tmp_path / "early")["exit"]) == ("stopped", code)
     else:
         assert made == (set() if place == "check_run" else {"run.lock"})
     assert signal.getsignal(signum) is (signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
@@ -120,7 +120,7 @@ def test_a_signal_while_a_run_compiles_waits_for_the_compiler(space, tmp_path, m
         at_step(patch, 1, lambda: pytest.fail("a step was taken"))
         said = run("sft", space.write("early", "sft", folder=tmp_path, train=EVERY, data=HOLDOUT))
     assert said.code == 130, said.err
-    assert compiled and status(tmp_path / "early")["state"] == "preempted"
+    assert compiled and status(tmp_path / "early")["state"] == "stopped"
     assert "stopping when the compiler has finished" in said.err + capfd.readouterr().err
 
 
@@ -138,7 +138,7 @@ def test_a_signal_while_a_run_is_set_up_again_changes_nothing(space, copied, res
         before(patch, PLACES[place], place, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert resume().code == 143
     assert content(copied) == held
-    assert (status(copied)["state"], status(copied)["checkpoint"]) == ("preempted", f"step-{STOP:08d}")
+    assert (status(copied)["state"], status(copied)["checkpoint"]) == ("stopped", f"step-{STOP:08d}")
     assert resume().code == 0
     assert_whole(copied, space)
 
@@ -156,7 +156,8 @@ def test_a_second_signal_during_a_save_ends_the_process_and_shows_no_part(
         before(patch, lowlevel.checkpoints.training_state, "save_file", twice)
         patch.setattr(os, "write", lambda to, text: told.append(text) or len(text) if to == 2 else write(to, text))
         said = resume()
-    assert said.code == code and told == [b"\nended at once by a second signal; what was saved before stays\n"]
+    first = b"\nstopping when this step is saved; a second signal ends the process at once\n"
+    assert said.code == code and told == [first, b"\nended at once by a second signal; what was saved before stays\n"]
     assert checkpoints(copied)[0].name == f"step-{STOP:08d}" and verify(checkpoints(copied)[0]) and not litter(copied)
     ended = status(copied)
     assert (ended["state"], ended["exit"], ended["error"]) == ("failed", code, "ended at once by a second signal")
@@ -174,7 +175,7 @@ def test_a_signal_during_an_evaluation_or_a_save_stops_after_it(space, copied, r
             said = resume()
         line = f"stopped at step {step} of 6 and saved; continue with: lowlevel sft "
         assert said.code == 143 and said.err.startswith(line) and said.err.count("--resume") == 1, said.err
-        assert (status(copied)["state"], status(copied)["step"]) == ("preempted", step)
+        assert (status(copied)["state"], status(copied)["step"]) == ("stopped", step)
     assert resume().code == 0
     assert_whole(copied, space)
 

@@ -240,7 +240,7 @@ def test_a_stopped_run_says_so_and_how_to_go_on(outcome):
         assert error.exit_code == 143
         assert str(error) == f"stopped at step {stop} of {case.steps} and saved; continue with --resume"
         status = outcome["status"][f"{case.name}-at-{stop}"]
-        assert (status["state"], status["exit"], status["step"]) == ("preempted", 143, stop)
+        assert (status["state"], status["exit"], status["step"]) == ("stopped", 143, stop)
         assert status["checkpoint"] == f"step-{stop:08d}"
 
 
@@ -263,7 +263,7 @@ def test_a_real_sigterm_saves_and_the_run_goes_on(outcome, workspace):
     process = stop_by_sigterm(config, before, lines=2)
     assert process.returncode == 143, process.stderr
     status = json.loads((before / "run-status.json").read_text())
-    assert (status["state"], status["exit"]) == ("preempted", 143)
+    assert (status["state"], status["exit"]) == ("stopped", 143)
     newest = checkpoints(before)[0]
     step = int(newest.name.removeprefix("step-"))
     assert 2 <= step < CASES[0].steps and verify(newest)["state"]["step"] == step

@@ -85,7 +85,7 @@ def test_a_change_that_was_lost_again_is_recorded_from_the_step_resumed(resume, 
     """The checkpoints after the first change are gone: the run goes on before it, with the changed setting."""
     early = tmp_path / "early"
     shutil.copytree(checkpoints(copied)[1], early)
-    assert resume("--train.seed", "7", "--allow-change", "train.seed").code == 0
+    assert resume("--train.seed", "7", "--allow-change", "seed").code == 0
     for path in [*checkpoints(copied), copied / "adapter"]:
         shutil.rmtree(path)
     shutil.copytree(early, copied / f"step-{STOP - 1:08d}")

@@ -102,7 +102,7 @@ def test_verify_inspect_and_doctor_lay_out_the_batch_as_the_run_does(finished, m
 def test_a_run_from_python(finished):
     report = verify_run(reopen(finished / "run-sft"), step=2)
     assert report.ok and report.step == 2 and report.loss == "cross_entropy"
-    assert "token log-probability" in str(report) and "loss cross_entropy, step 2" in str(report)
+    assert "token log-probability" in repr(report) and "loss cross_entropy, step 2" in repr(report)
 
 
 def test_a_base_too_large_for_float64_is_checked_in_its_own_precision(dpo):
