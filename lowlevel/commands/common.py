@@ -82,7 +82,7 @@ def add_run_file(parser: argparse.ArgumentParser, *, method: bool = True) -> Non
         parser.add_argument("--method", choices=METHODS, help=text)
     parser.add_argument("--on-bad-row", choices=("error", "skip"), help="short for --data.on_bad_row")
     parser.add_argument(
-        "--as-t4", action="store_true", help="on a larger GPU: fp16, 15 GiB, and only the attention that a T4 has"
+        "--as-t4", action="store_true", help="rehearse a T4 on a larger GPU: fp16, 15 GiB, its attention kernel"
     )
 
 
@@ -165,6 +165,8 @@ def describe_keys(method: str | None) -> str:
             differing = {name: table[key] for name, table in own.items() if key in table}
             value = differing.pop(method, field.default) if method else field.default
             others = "".join(f"; for {name}: {other}" for name, other in differing.items())
-            default = "" if value is None else f" (default: {value}{others})"
+            value = ",".join(value) if isinstance(value, tuple) else value  # as it is typed
+            value = str(value).lower() if isinstance(value, bool) else value
+            default = "" if value in (None, "", {}) else f" (default: {value}{others})"
             lines.append(f"  {f'--{section}.{key}':<37} {field.description}{listed}{default}")
     return "\n".join(lines)

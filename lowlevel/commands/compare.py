@@ -8,11 +8,11 @@ from lowlevel.commands.common import Options, Overrides, Parser, positive, quiet
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("run_dir", type=Path, metavar="RUN_DIR")
-    add("--prompts", type=positive, default=16, help="held-out prompts to reply to (default: 16)")
+    add("--prompts", type=positive, default=16, metavar="N", help="held-out prompts to reply to (default: 16)")
     add("--max-new-tokens", type=positive, default=128, help="longest reply, in tokens (default: 128)")
     text = 'instead: loss and KL a token against the base, by domain: rows with a "text" and, if you like, a "domain"'
     add("--probe", type=Path, metavar="FILE", help=text)
-    add("--show", type=int, default=3, help="replies to print side by side (default: 3)")
+    add("--show", type=int, default=3, metavar="N", help="replies to print side by side (default: 3)")
 
 
 def run(options: Options, overrides: Overrides) -> None:

@@ -12,7 +12,7 @@ def add_arguments(parser: Parser) -> None:
     what.add_argument("--step", type=positive, metavar="N", help="examples of optimizer step N, from 1")
     text = "data row, as named in the data report and in errors"
     what.add_argument("--example", type=not_negative, metavar="ROW", help=text)
-    text = "weights of checkpoint step-K, 0: at the start (default: the newest before the step; of a row the final)"
+    text = "weights of checkpoint step-K, 0: before training (default: newest before --step; for --example the last)"
     add("--checkpoint", type=not_negative, metavar="K", help=text)
     add("--html", type=Path, metavar="FILE", help="write a page instead of the tables of tokens")
 

@@ -9,7 +9,7 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("run_dir", type=Path, metavar="RUN_DIR")
     add("--compare", type=Path, nargs="+", default=[], metavar="RUN_DIR", help="draw these runs into the same charts")
-    text = "load the model: which tokens gained the probability that the N pairs with the lowest chosen log-ratio lost"
+    text = "load the model: of the N chosen completions that lost most probability, list which tokens gained it"
     add("--displaced", type=positive, metavar="N", help=text)
 
 

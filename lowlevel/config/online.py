@@ -27,16 +27,16 @@ class SampledConfig(Section):
     loss_kwargs: dict[str, Number] = Field({}, description="hyper-parameters of your own loss")
     num_generations: Annotated[int, Field(ge=2, le=65_536)] = Field(8, description="completions of each prompt")
     max_completion_length: Positive = Field(128, description="most tokens of a completion")
-    temperature: Above = Field(1.0, description="of sampling, and of the log-probabilities in the loss")
+    temperature: Above = Field(1.0, description="temperature of sampling, and of the log-probabilities in the loss")
     reward: Names = Field(
         ("exact_match",),
         description="reward functions: exact_match, gsm8k, format, length, a reward run's folder, module:function",
     )
-    reward_weights: Numbers = Field((), description="of each function in the sum, between commas; default: 1")
+    reward_weights: Numbers = Field((), description="weight of each function, between commas; default: 1")
     reward_pattern: str | None = Field(None, description="format: regular expression of a whole completion")
     reward_timeout: Above = Field(60.0, description="seconds that a function may take for one prompt's completions")
     mask_truncated_completions: bool = Field(
-        False, description="leave completions without an end out of the loss, of its sum and of its count"
+        False, description="leave completions that were cut at max_completion_length out of the loss"
     )
     num_iterations: Positive = Field(1, description="optimizer steps on the same completions")
     beta: NotNegative = Field(0.0, description="weight of the KL divergence from the reference; 0: no reference pass")
@@ -58,7 +58,7 @@ class ClippedConfig(SampledConfig):
 
     epsilon: Annotated[Finite, Field(gt=0, lt=1)] = Field(0.2, description="clip the ratio below 1 - epsilon")
     epsilon_high: Above | None = Field(
-        None, description="and above 1 + epsilon_high (default: epsilon; dapo 0.28); cispo: above epsilon_high (5)"
+        None, description="clip it above 1 + epsilon_high (default epsilon, dapo 0.28; cispo: above epsilon_high, 5)"
     )
 
 
@@ -74,7 +74,7 @@ class GRPOConfig(ClippedConfig):
     )
     scale_rewards: Literal["none", "group", "batch"] = Field("none", description="divide advantages by a deviation")
     kl_estimator: Literal["k2", "k3", "k3_ratio"] = Field(
-        "k3_ratio", description="of beta's term; k2, k3_ratio: gradient of KL(pi || ref), k3 (TRL): of KL(ref || pi)"
+        "k3_ratio", description="KL term; k2, k3_ratio: gradient of KL(pi || ref), k3 (TRL): of KL(ref || pi)"
     )
 
 

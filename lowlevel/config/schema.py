@@ -86,10 +86,10 @@ class LoraConfig(Section):
     use_rslora: bool = Field(False, description="rsLoRA (arXiv 2312.03732): update scale is lora_alpha / sqrt(r)")
     use_dora: bool = Field(False, description="DoRA (arXiv 2402.09353): learn the length of each weight row apart")
     loraplus_lr_ratio: Above | None = Field(
-        None, description="LoRA+ (arXiv 2402.12354): learning rate of B in units of train.learning_rate, A's; say 16"
+        None, description="LoRA+ (arXiv 2402.12354): B learns at this times train.learning_rate; 16 is common"
     )
     init_lora_weights: Literal["default", "loftq"] = Field(
-        "default", description="sft: start with B = 0, or (arXiv 2310.08659) from the 4-bit base's quantisation error"
+        "default", description="B starts as 0; loftq (sft, arXiv 2310.08659): from the base's quantisation error"
     )
     init_from: OptionalLocation = Field(None, description="run folder or PEFT adapter to continue training")
 
@@ -104,7 +104,7 @@ class TrainConfig(Section):
     per_device_train_batch_size: Batch = Field(
         2, description="examples, pairs or sampled completions per micro-batch; with packing, its size in full rows"
     )
-    gradient_accumulation_steps: Batch = Field(4, description="times per_device_train_batch_size = examples per step")
+    gradient_accumulation_steps: Batch = Field(4, description="micro-batches of an optimizer step")
     learning_rate: Annotated[Finite, Field(gt=0, le=1)] = Field(2e-4, description="peak learning rate")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="schedule after warm-up")
     warmup_ratio: Annotated[Finite, Field(ge=0, le=1)] = Field(0.0, description="share of the steps that warm up")
@@ -119,7 +119,7 @@ class TrainConfig(Section):
     execution: Literal["auto", "eager", "compiled", "graphed"] = Field(
         "auto", description="run layers as they are, compiled, or in a CUDA graph; auto: the fastest on this machine"
     )
-    recomputed_layers: Natural | None = Field(None, description="layers to recompute, from the first; default: all")
+    recomputed_layers: Natural | None = Field(None, description="recompute only the first N layers; default: all")
     offload_activations: bool = Field(False, description="inputs of recomputed layers in host memory: less GPU memory")
     micro_batch_positions: Positive | None = Field(
         None, description="packed positions per micro-batch on a GPU; default: per_device_train_batch_size rows"
@@ -135,14 +135,14 @@ class TrainConfig(Section):
     deterministic: bool = Field(False, description="same bits on every repetition, also on a GPU; may be slower")
     seed: Seed = Field(42, description="seed of adapter initialisation, dropout and data order")
     data_order: Literal["shuffled", "shuffled_pairs", "sequential"] = Field(
-        "shuffled", description="of rows within an epoch; shuffled_pairs: kto's two rows of a pair in one step"
+        "shuffled", description="order of the rows in an epoch; shuffled_pairs: kto's two rows of a pair in one step"
     )
     logging_steps: Positive = Field(10, description="steps between logged lines")
     eval_steps: Positive | None = Field(None, description="steps between evaluations; default: only at start and end")
     early_stopping_patience: Positive | None = Field(None, description="stop after N evaluations without a lower loss")
     save_steps: Positive | None = Field(None, description="steps between checkpoints; default: only at the end")
     save_total_limit: Positive = Field(2, description="checkpoints to keep")
-    ddp_timeout: Positive = Field(120, description="seconds after which a GPU that keeps the others waiting is hung")
+    ddp_timeout: Positive = Field(120, description="seconds after which a GPU that others wait for counts as hung")
     report_to: Trackers = Field((), description="experiment trackers that get the logged numbers")
 
 
@@ -152,7 +152,7 @@ class TraceConfig(Section):
     every: Positive | None = Field(None, description="trace steps N, 2N, 3N, ...; default: none")
     steps: tuple[Positive, ...] = Field((), strict=False, description="trace these steps, counted from 1 as in the log")
     level: Literal["pair", "token"] = Field("pair", description="token: also ids and log-probabilities of each token")
-    gradients: bool = Field(False, description="also gradient norms, zeros and terms; one more dpo backward pass")
+    gradients: bool = Field(False, description="also gradient norms, in dpo also of the two terms, which takes longer")
 
 
 class RunConfig(Section):

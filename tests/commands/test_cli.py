@@ -113,7 +113,9 @@ def test_every_key_has_its_description_and_default_in_the_help(cli):
         for key, field in model.model_fields.items():
             (line,) = re.findall(rf"^  --{section}\.{key} +(.*)$", out, re.MULTILINE)
             assert field.description in line
-            assert (f"(default: {field.default}" in line) == (field.default is not None)
+            default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+            default = ",".join(default) if isinstance(default, tuple) else default
+            assert (f"(default: {default}" in line) == (default not in (None, "", {}))
     assert (
         "peak learning rate (default: 0.0002; for dpo: 1e-05; for kto: 1e-05; for reward: 0.0001; for grpo: 1e-05"
         in out
