@@ -253,7 +253,7 @@ def _section_of(key: str, method: str) -> str:
     sections = {key: name for name, section in sections_of(method).items() for key in section.model_fields}
     if key not in sections:
         known = [*sections, *signature(configure).parameters, *signature(train).parameters]
-        near = [OTHER_NAMES[key]] if key in OTHER_NAMES else get_close_matches(key, known, n=1, cutoff=0.5)
+        near = [OTHER_NAMES[key]] if key in OTHER_NAMES else get_close_matches(key, known, n=1, cutoff=0.6)
         near = [{"source": "data", "eval_source": "eval_data", "name": "model"}.get(one, one) for one in near]
         hint = f'did you mean "{near[0]}"?' if near else f"`lowlevel {method} --help` lists the keys"
         raise ConfigError(f'settings: unknown key "{quoted(key)}"; {other_section(key, method) or hint}')

@@ -111,6 +111,17 @@ class Run:
         return replay_run(self.opened, step, start=start, settings=list(filter(None, settings)))
 
     @_long
+    def compare(self, **options: int) -> dict[str, Any]:
+        """Print and return what `lowlevel compare` does: base, SFT and DPO side by side on the run's held-out rows.
+
+        `options`: prompts=16 of them to reply to, max_new_tokens=128, show=3 replies.
+        """
+        from lowlevel.reporting.comparison import compare_run
+
+        given = {"data": self._data, "eval_data": self._eval_data}
+        return compare_run(self.path, make_console(), **options, **given)
+
+    @_long
     def generate(self, prompt: str, *, system: str | None = None, **sampling: Any) -> str:
         """Reply to a prompt with the run's adapter, of an unfinished run its newest checkpoint's.
 

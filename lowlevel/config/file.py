@@ -42,7 +42,7 @@ OTHER_NAMES = {
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
     "steps": "max_steps",
-    **dict.fromkeys(("o", "out", "output"), "output_dir"),
+    **dict.fromkeys(("o", "out", "output", "run_name"), "output_dir"),
     "optimizer": "optim",
     "clip": "max_grad_norm",
     "rank": "r",

@@ -47,14 +47,18 @@ class Scored:
     labels: torch.Tensor  # kto: 1 for desirable, 0 for undesirable; else empty
 
 
-def compare_run(run_dir: Path, console: Console, *, prompts: int, max_new_tokens: int, show: int) -> dict[str, Any]:
+def compare_run(
+    run_dir: Path, console: Console, *, prompts: int = 16, max_new_tokens: int = 128, show: int = 3, **given: Any
+) -> dict[str, Any]:
     """Compare the stages of a run, print a table and replies, and write compare.json into the run folder.
+
+    `given`: as in `load_held_out`.
 
     Raises:
         ConfigError: the run has no held-out rows.
         DataError: they changed since the run.
     """
-    rows, texts = load_held_out(run_dir)
+    rows, texts = load_held_out(run_dir, **given)
     texts = texts[:prompts]
     run = load_run(run_dir, lines_to(console))
     sampling = Sampling(max_new_tokens=max_new_tokens)
@@ -66,14 +70,14 @@ def compare_run(run_dir: Path, console: Console, *, prompts: int, max_new_tokens
     return result
 
 
-def load_held_out(run_dir: Path) -> tuple[Sequence[Any], list[list[int]]]:
-    """The held-out rows that the run's configuration names, and their prompts.
+def load_held_out(run_dir: Path, **given: Any) -> tuple[Sequence[Any], list[list[int]]]:
+    """The held-out rows that the run's configuration names, and their prompts; `given`: data, eval_data of `reopen`.
 
     Raises:
         ConfigError: there are none.
         DataError: they changed since the run.
     """
-    opened = reopen(run_dir)
+    opened = reopen(run_dir, **given)
     config = opened.config
     if config.method == "reward":
         use = f"lowlevel score {run_dir} --data PAIRS; for two runs lowlevel report {run_dir} --compare OTHER_RUN"

@@ -44,6 +44,8 @@ def test_every_moment_in_order_with_its_values(api):
     assert run.metrics[1]["loss"] == pytest.approx(total / (steps[1].count + steps[2].count), rel=1e-6)
     assert steps[3].examples["rewards/margins"].shape == (len(steps[3].rows),)
     assert str(first.seen[-1][2].path) == str(run.path)
+    compared = run.compare(prompts=1, max_new_tokens=2, show=0)["scores"]["dpo"]
+    assert compared["reward_accuracy"] == run.metrics[-1]["eval_rewards/accuracies"]
 
 
 def test_without_callbacks_nothing_of_a_step_is_kept(api, dpo, same):
