@@ -32,7 +32,8 @@ class Truncation:
     def __str__(self) -> str:
         dropped = f" and drops {self.rows_dropped:,} of these" if self.rows_dropped else ""
         cut = f"cuts {self.rows_cut:,} of {self.rows:,} rows{dropped} ({self.tokens_cut / self.tokens:.1%} of tokens)"
-        lengths = ", ".join(f"{length:,} keeps {share} %" for share, length in self.keeping.items())
+        largest = {length: share for share, length in self.keeping.items()}  # of shares that one length keeps
+        lengths = ", ".join(f"{length:,} keeps {share} %" for length, share in largest.items())
         most = f" (the model takes at most {self.limit:,})" if max(self.keeping.values()) > self.limit else ""
         return f"max_length {self.max_length:,} {cut}; {lengths}{most}"
 

@@ -269,6 +269,7 @@ def test_the_lengths_of_rows_of_1_to_100_tokens():
     line = "max_length 50 cuts 50 of 100 rows (25.2% of tokens); 69 keeps 90 %, 79 keeps 95 %, 91 keeps 99 %"
     assert str(found) == f"{line} (the model takes at most 80)"
     assert str(truncation(rows, DataConfig(max_length=50), limit=91)) == line
+    assert str(truncation([(3, 0, 0, 0)], DataConfig(max_length=2), limit=3)).endswith("tokens); 3 keeps 99 %")
 
 
 def test_a_row_whose_reply_begins_later_is_dropped_and_keeps_nothing():
