@@ -275,6 +275,8 @@ def _steps(
     if not isinstance(callbacks, Sequence) or not all(isinstance(one, Callback) for one in callbacks):
         raise ConfigError(f"callbacks: expected a list of lowlevel.Callback objects, got {quoted(repr(callbacks))}")
     _check_torch()
+    if options.get("resume") and options.get("restart"):
+        raise ConfigError("resume=True continues a run and restart=True discards it: give one of them")
     if isinstance(allowed := options.get("allow_change"), str):
         options = {**options, "allow_change": [allowed]}
     quiet_libraries()

@@ -58,10 +58,13 @@ class Start:
         self.console.print(line, markup=False)
 
     def check_folder(self) -> None:
-        """Refuse a file, and a folder with a run, without resume or restart. Raises ConfigError."""
+        """Refuse a file, a run without resume or restart, and what a run would replace. Raises ConfigError."""
         if self.folder.path.is_file():
             raise ConfigError(f"train.output_dir {self.folder.path} is a file, expected the name of a folder")
-        if self.folder.holds_run() and not (self.resume or self.restart):
+        if not self.folder.holds_run():
+            for path in filter(Path.exists, (self.folder.adapter, self.folder.whole, self.folder.stacked)):
+                raise ConfigError(f"{path} is not from a run, which would replace it: set another train.output_dir")
+        elif not (self.resume or self.restart):
             raise ConfigError(
                 f"{self.folder.path} holds a run: add --resume to continue it, --restart to discard it, or set "
                 "train.output_dir"

@@ -64,7 +64,7 @@ def run_steps(config: RunConfig, console: Console, **options: Any) -> Steps:
             with ranks.in_turn():
                 if ranks.first:
                     remove_litter(folder.path)
-                if ranks.first and start.restart:
+                if ranks.first and start.restart and folder.holds_run():
                     folder.discard()
                 config, inputs = start.merge_base(*(prepared or start.prepare(config)))
                 found = start.checkpoint()

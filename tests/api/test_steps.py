@@ -87,8 +87,10 @@ def test_an_exception_in_the_loop_saves_too(api):
 def test_steps_taken_by_next_are_saved_when_the_program_ends(api, monkeypatch):
     monkeypatch.setattr("atexit.register", lambda *call: at_end.append(call))
     at_end: list[tuple] = []
-    first, second = api.steps("next"), api.steps("gone")
+    (api.folder / "next" / "wandb").mkdir(parents=True)
+    first, second = api.steps("next", restart=True), api.steps("gone")
     next(first)
+    assert (api.folder / "next" / "wandb").exists()  # no run was there to discard
     for leave, steps in at_end:
         leave(steps)
     run = ll.Run(api.folder / "next")
@@ -120,6 +122,18 @@ def test_settings_of_torch_that_a_run_does_not_expect_are_refused(api, surroundi
     with surroundings(), pytest.raises(ConfigError, match=f"^torch: {text};"):
         next(api.steps("surrounded"))
     assert not (api.folder / "surrounded").exists()
+
+
+def test_resuming_and_discarding_at_once_is_refused(api):
+    with pytest.raises(ConfigError, match="give one of them"):
+        next(api.steps("both", resume=True, restart=True))
+
+
+@pytest.mark.parametrize("name", ["adapter", "model", "stacked"])
+def test_a_folder_that_no_run_made_is_not_replaced(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=f"/{name} is not from a run, which would replace it"):
+        next(ll.steps("sft", output_dir=tmp_path, restart=True))
 
 
 def test_steps_in_a_thread(api, taken):
