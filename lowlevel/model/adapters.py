@@ -136,17 +136,17 @@ def load_adapter_weights(model: AnyModel, adapter: str, tensors: dict[str, Tenso
     """Copy tensors into an adapter. Raises CheckpointError if names or shapes differ (PEFT 0.21 only warns)."""
     own, buffers = adapter_parameters(model, adapter), dict(model.named_buffers())
     tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
-    kind = "adapter " * isinstance(model, PeftModel)
+    kind, ask = ("adapter ", "; was it trained on another base?") if isinstance(model, PeftModel) else ("", "")
     for what, names in (("missing", own.keys() - tensors.keys()), ("left over", tensors.keys() - own.keys())):
         if names:
             whole = what == "left over" and not any(".lora_" in name for name in names)
-            hint = "; it also has whole layers, which are not supported: merge it with PEFT and start there" * whole
-            shown = ", ".join(sorted(names)[:5])
-            raise CheckpointError(f"{where}: {len(names)} {kind}tensors {what}: {shown}{hint}")
+            hint = "; it also has whole layers, which are not supported: merge it with PEFT and start there"
+            shown = ", ".join(sorted(names)[:2])
+            raise CheckpointError(f"{where}: {len(names)} {kind}tensors {what}: {shown}{hint if whole else ask}")
     wrong = sorted(name for name in own if own[name].shape != tensors[name].shape)
     if wrong:
         shapes = f"{tuple(tensors[wrong[0]].shape)}, expected {tuple(own[wrong[0]].shape)}"
-        raise CheckpointError(f"{where}: {len(wrong)} {kind}tensors of another shape: {wrong[0]} {shapes}")
+        raise CheckpointError(f"{where}: {len(wrong)} {kind}tensors of another shape: {wrong[0]} {shapes}{ask}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])

@@ -317,7 +317,8 @@ def attach(base: Path, adapter: Path, role: str):
 def test_an_adapter_that_does_not_fit(tiny_base, adapter, role):
     first = sorted(load_file(adapter / WEIGHTS))[0]
     change_json(adapter / ADAPTER_CONFIG, r=8)
-    assert "28 adapter tensors of another shape" in refusal(attach, tiny_base, adapter, role)
+    said = refusal(attach, tiny_base, adapter, role)
+    assert "28 adapter tensors of another shape" in said and said.endswith("; was it trained on another base?")
     change_json(adapter / ADAPTER_CONFIG, r=4, target_modules=["nope"])
     assert "does not fit the base" in refusal(attach, tiny_base, adapter, role)
     change_json(adapter / ADAPTER_CONFIG, target_modules=["q_proj"])
