@@ -122,6 +122,8 @@ def _said_of_data(config: RunConfig, inputs: Inputs) -> Iterator[tuple[str, str]
         yield "truncation", line
     for line in not_learned(report):
         yield "warning", line
+    if report.overlap:
+        yield "warning", f"{report.overlap:,} evaluation prompts are also trained on"
 
 
 def _said_of_loss(config: RunConfig, inputs: Inputs, policy: Policy) -> Iterator[tuple[str, str]]:

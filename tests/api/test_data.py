@@ -56,6 +56,12 @@ def test_resuming_with_other_rows_names_the_row(api, rows):
     assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("evaluated", "said"), [(slice(5, 8), 0), (slice(3, 6), 1)])
+def test_evaluation_rows_that_are_trained_on_are_said(api, rows, evaluated, said, capsys):
+    next(api.steps("overlap", rows["dpo"][:5], eval_data=rows["dpo"][evaluated], console=None, restart=True))
+    assert capsys.readouterr().out.count("  warning    2 evaluation prompts are also trained on\n") == said
+
+
 def test_a_run_of_rows_needs_them_to_be_looked_into(dpo, rows):
     bare = ll.Run(dpo.path)
     assert bare.metrics == dpo.metrics and bare.config.data.source == "rows given in Python"
