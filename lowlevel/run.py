@@ -118,8 +118,7 @@ class Run:
         """
         from lowlevel.reporting.comparison import compare_run
 
-        given = {"data": self._data, "eval_data": self._eval_data}
-        return compare_run(self.path, make_console(), **options, **given)
+        return compare_run(self.path, make_console(), data=self._data, eval_data=self._eval_data, **options)
 
     @_long
     def generate(self, prompt: str, *, system: str | None = None, **sampling: Any) -> str:
