@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from errno import EIO
 from itertools import count
 from pathlib import Path
@@ -112,12 +112,9 @@ def replaced_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def given_file(path: Path) -> Iterator[Path]:
     """The same for a path from the user: a link stays a link, and a pipe or device is written directly."""
-    if path.exists() and not path.is_file():  # /dev/stdout
-        with disk_errors(path):
-            yield path
-        return
-    with replaced_file(path.resolve()) as temporary:
-        yield temporary
+    device = path.exists() and not path.is_file()  # /dev/stdout
+    with disk_errors(path), nullcontext(path) if device else replaced_file(path.resolve()) as target:
+        yield target
 
 
 @contextmanager

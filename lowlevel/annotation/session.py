@@ -13,7 +13,7 @@ from lowlevel.annotation.pairs import Pair
 from lowlevel.annotation.replies import describe_runs, read_prompts, sample_pairs
 from lowlevel.annotation.server import AnnotationServer
 from lowlevel.data.messages import digest
-from lowlevel.errors import DataError, how_many
+from lowlevel.errors import DataError
 from lowlevel.heartbeat import paused
 from lowlevel.running.reopening import Note
 from lowlevel.running.replies import Sampling
@@ -43,8 +43,7 @@ def annotate(
 
     with AnnotationServer(port) as server, open_journal(out, header, sample, resume=resume) as journal:
         server.journal = journal
-        pairs = how_many(len(journal.pairs), "pairs")
-        note(f"{pairs}, every annotator judges each; saved in {journal.path} at once; Ctrl-C ends")
+        note(f"pairs for every annotator: {len(journal.pairs)}; saved in {journal.path} at once; Ctrl-C ends")
         note(server.url)
         try:
             with paused():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"(pairs|examples|steps|rollouts)-(\d{8})-(\d{8})\.parquet")
 
 
-def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -> Path:
+def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -> None:
     """Write the rows of some steps as one parquet file, atomically.
 
     Args:
@@ -35,7 +35,6 @@ def write_table(folder: Path, kind: str, columns: Mapping[str, Sequence[Any]]) -
     pq.write_table(pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()}), content)
     folder.mkdir(exist_ok=True)
     write_bytes(path, content.getvalue().to_pybytes())
-    return path
 
 
 def drop_after(folder: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from lowlevel.commands import common
 from lowlevel.commands.common import Options, Overrides, Parser, not_negative, positive, quiet_console, temperature
 from lowlevel.errors import ConfigError
 
@@ -31,6 +32,7 @@ def run(options: Options, overrides: Overrides) -> None:
     needed = {"RUN_DIR": options.run_dir, "--prompts": options.prompts, "--out": options.out}
     if missing := [name for name, value in needed.items() if value is None]:
         raise ConfigError(f"lowlevel annotate needs {', '.join(missing)}; or --report FILE")
+    common.check_target("--out", options.out)
     if options.prompts != "demo" and not Path(options.prompts).is_file():
         raise ConfigError(f"--prompts {options.prompts}: no such file")
     if options.temperature == 0 and options.other is None:

@@ -62,10 +62,8 @@ OTHER_NAMES = {
     "loss": "loss_type",
 }
 TRUNCATED = "is not supported: the loss needs the distribution that was sampled from, which is that of all tokens"
-REFUSED = {
-    **dict.fromkeys(("top_p", "top_k", "min_p"), TRUNCATED),
-    "loss_weights": 'write the weights into loss_type: "0.8*sigmoid + 0.2*bco_pair"',
-}
+REFUSED = dict.fromkeys(("top_p", "top_k", "min_p"), TRUNCATED)
+REFUSED["loss_weights"] = 'write the weights into loss_type: "0.8*sigmoid + 0.2*bco_pair"'
 
 
 def load_config(path: Path | None, overrides: Mapping[str, str] = {}, *, method: str | None = None) -> RunConfig:

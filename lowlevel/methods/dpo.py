@@ -26,8 +26,6 @@ from lowlevel.losses.registry import LossSpec, check_result
 from lowlevel.losses.reward import ranked
 from lowlevel.model.policy import Policy
 
-NO_STATISTICS: Mapping[str, Tensor] = MappingProxyType({})
-
 
 @dataclass(frozen=True)
 class DPO(ExampleLayout):
@@ -104,7 +102,7 @@ def pair_logps(
     token_logps: Tensor,
     ref_token_logps: Tensor | None,
     columns: Sequence[str] = (),
-    statistics: Mapping[str, Tensor] = NO_STATISTICS,
+    statistics: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> PairLogps:
     """The input of a preference loss: the (N,) log-probabilities, summed by completion.
 

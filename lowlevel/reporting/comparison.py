@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.durable import write_json
-from lowlevel.errors import ConfigError, how_many
+from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import counted
 from lowlevel.labels import IGNORED
 from lowlevel.losses.reward import ranked
@@ -65,8 +65,7 @@ def compare_run(
     result = compare_stages(run, rows, texts, sampling, console=console)
     print_replies(run, texts[:show], result, console)
     write_json(run_dir / "compare.json", result)
-    counts = f"{how_many(len(rows), 'held-out rows')}, {how_many(len(texts), 'replies')} per stage"
-    console.print(f"{counts}; written to {run_dir / 'compare.json'}")
+    console.print(f"held-out rows {len(rows)}, replies per stage {len(texts)}; written to {run_dir / 'compare.json'}")
     return result
 
 

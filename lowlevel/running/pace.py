@@ -8,7 +8,6 @@ from typing import cast
 from bitsandbytes.nn import Linear4bit
 
 from lowlevel.config.schema import RunConfig
-from lowlevel.errors import how_many
 from lowlevel.heartbeat import duration
 from lowlevel.model.policy import Policy
 from lowlevel.optim.train_state import TrainState
@@ -38,8 +37,8 @@ class Pace:
         if step * left < LONG:
             return None
         return (
-            f"slow: {step:.1f} s a step on this CPU, about {duration(step * left)} for the {how_many(left, 'steps')} "
-            f"left; faster: {', '.join(faster(self.config, self.policy))}, or a GPU"
+            f"slow: {step:.1f} s a step on this CPU, about {duration(step * left)} left; "
+            f"faster: {', '.join(faster(self.config, self.policy))}, or a GPU"
         )
 
 

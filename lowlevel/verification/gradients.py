@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lowlevel.errors import how_many
 from lowlevel.losses import token_logps_reference
 from lowlevel.methods.kto import KTO
 from lowlevel.verification.evidence import Evidence, flat64, head_scores_of, logps_of, mean_logratio, reference64
@@ -140,7 +139,7 @@ def _exact_checks(subject: Subject, evidence: Evidence) -> list[Check]:
         logps = logps_of(subject, examples, model.examples(flat, sequences), reference, values)
         return exact_losses(logps, subject.config).sum() / count_of(logps)
 
-    return float64_checks(subject, mean_loss, gradient, how_many(len(examples), "examples"))
+    return float64_checks(subject, mean_loss, gradient, f"examples: {len(examples)}")
 
 
 def float64_checks(subject: Subject, loss: Callable[[Tensor], Tensor], gradient: Tensor, examples: str) -> list[Check]:
@@ -151,7 +150,7 @@ def float64_checks(subject: Subject, loss: Callable[[Tensor], Tensor], gradient:
     weights, gradient = flat64(subject), gradient.double().cpu()
     leaf = weights.clone().requires_grad_()
     (exact,) = torch.autograd.grad(loss(leaf), leaf)
-    note, error = f"{len(weights):,} weights, {examples}, relative l2", relative(gradient, exact, subject.cancelled)
+    note, error = f"{examples}, weights: {len(weights):,}, relative l2", relative(gradient, exact, subject.cancelled)
     checks = [check(GROUP, "step, float64 autograd", error, subject.bounds.gradient, note)]
     if subject.detaches:
         return [*checks, left_out()]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lowlevel.config.online import ClippedConfig, GRPOConfig, PPOConfig
-from lowlevel.errors import how_many
 from lowlevel.losses import SampledLogps
 from lowlevel.online.rollouts import Rollout
 from lowlevel.verification.evidence import head_scores_of
@@ -150,9 +149,8 @@ def _advantages(subject: Subject, rollouts: Sequence[Rollout]) -> list[Check]:
         others = len(rewards) - (subject.method.name == "rloo")
         base = sum(rewards) - (x.reward if subject.method.name == "rloo" else 0.0)
         worst = max(worst, float(abs(x.advantages - (x.reward - base / max(others, 1))).max()))
-    groups = how_many(len({x.group for x in rollouts}), "prompts")
-    note = f"{how_many(len(rollouts), 'completions')} of {groups}"
-    return [check("loss", "advantages of the kept rewards", worst, 1e-6, note)]
+    name, groups = "advantages of the kept rewards", len({x.group for x in rollouts})
+    return [check("loss", name, worst, 1e-6, f"prompts: {groups}, completions: {len(rollouts)}")]
 
 
 def _layouts(subject: Subject, loss: float, gradient: Tensor) -> list[Check]:
@@ -178,4 +176,4 @@ def _gradient(subject: Subject, rollouts: Sequence[Rollout], gradient: Tensor, r
         logps = [scores[0][:, 0] for scores in model.examples(flat, sequences)]
         return step_loss(subject.method, rollouts, logps, references)
 
-    return float64_checks(subject, loss, gradient, how_many(len(rollouts), "completions"))
+    return float64_checks(subject, loss, gradient, f"completions: {len(rollouts)}")

@@ -136,7 +136,7 @@ def test_compare_prints_a_table_and_the_replies(compared):
         assert heading in compared[1]
     caption = "reward accuracy: log-ratios to the row above, which is the reference of dpo"
     assert caption in " ".join(compared[1].split())
-    assert f"{HELD_OUT} held-out rows, 4 replies per stage" in compared[1]
+    assert f"held-out rows {HELD_OUT}, replies per stage 4" in compared[1]
     assert PROMPTS[-HELD_OUT] in compared[1]
 
 

@@ -12,7 +12,6 @@ WRITES = {
     "inspect": ("inspect", "--step", 1, "--html"),
     "replay": ("replay", "--step", 1, "--dump"),
     "verify": ("verify", "--json"),
-    "report": ("report",),
     "compare": ("compare",),
 }
 

@@ -80,7 +80,7 @@ def test_after_20_s_of_its_own_steps_and_once(policy):
     pace = Pace(RunConfig(), policy, total_steps=100, first=10, seconds=500.0)
     assert pace.forecast(state(11, 512)) is None, "12 s are too few"
     line = pace.forecast(state(12, 524))
-    assert line.startswith("slow: 12.0 s a step on this CPU, about 18 min for the 88 steps left; faster: train.dequant")
+    assert line.startswith("slow: 12.0 s a step on this CPU, about 18 min left; faster: train.dequant")
     assert "max_length (now 512)" in line and line.endswith(", or a GPU")
     assert pace.forecast(state(13, 536)) is None
 
