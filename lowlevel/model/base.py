@@ -229,7 +229,7 @@ def base_sha256(model: nn.Module) -> str:
     for name, tensor in sorted(_base_tensors(model).items()):
         data = here(tensor, whole=True).detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(data))
+        digest.update(data.data)
     return digest.hexdigest()
 
 
