@@ -53,7 +53,7 @@ def run_metered(config: RunConfig, meter: Meter) -> tuple[list[dict[str, Any]], 
         progress(self, *args)
 
     with (
-        patch("lowlevel.running.job.fitted", fitted_as_recipe),
+        patch("lowlevel.methods.choice.fitted", fitted_as_recipe),
         patch("lowlevel.running.job.rehearse", metered_rehearse),
         patch("lowlevel.running.training.train", metered_train),
         patch("lowlevel.running.training.RunObserver.progress", metered_progress),

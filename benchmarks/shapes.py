@@ -22,7 +22,7 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.order import DataOrder
 from lowlevel.config.schema import RunConfig
 from lowlevel.execution import signature_of
-from lowlevel.methods.choice import build_method, fitted
+from lowlevel.methods.choice import build_method
 from lowlevel.model.attention_choice import NAMES, Attention
 from lowlevel.running.assembly import prepare_data
 
@@ -33,7 +33,7 @@ SPANS = Attention(NAMES["efficient"], "as on a T4; which kernel it is changes no
 
 def batches_of(config: RunConfig, rows: list[Any], steps: int) -> Iterable[list[PackedBatch]]:
     """The micro-batches of each step, as training lays them out on a GPU."""
-    method, order = fitted(build_method(config, SPANS), config, rows), DataOrder.of(config, rows)
+    method, order = build_method(config, SPANS, rows), DataOrder.of(config, rows)
     for step in range(steps):
         yield method.micro_batches([rows[i] for i in order.step_rows(step)])
 

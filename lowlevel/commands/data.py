@@ -27,7 +27,7 @@ def show_data(config: RunConfig, console: Console) -> None:
     """Print the data report, how the rows fill batches, and one example with its supervised tokens coloured."""
     from lowlevel.batch.order import DataOrder
     from lowlevel.data.report import render_report, show_example
-    from lowlevel.methods.choice import build_method, fitted
+    from lowlevel.methods.choice import build_method
     from lowlevel.methods.kto import balance
     from lowlevel.online.rollouts import longest_examples
     from lowlevel.running.assembly import prepare_data
@@ -38,7 +38,7 @@ def show_data(config: RunConfig, console: Console) -> None:
         console.print(balance(data.train, config.kto), markup=False, highlight=False)
     order = DataOrder.of(config, data.train)
     attention, where = layout_of(config)
-    method = fitted(build_method(config, attention), config, data.train)
+    method = build_method(config, attention, data.train)
     examples = [data.train[i] for i in order.step_rows(0)]
     batches = method.micro_batches(longest_examples(config, examples) if config.sampled else examples)
     positions = sum(batch.input_ids.numel() for batch in batches)

@@ -21,7 +21,6 @@ from lowlevel.errors import CheckpointError, ConfigError, DataError
 from lowlevel.inspection import labelled, pairs, rewards, sampled, sft
 from lowlevel.inspection.example import Example, Inspection, View
 from lowlevel.inspection.pieces import TokenPieces
-from lowlevel.methods.choice import fitted
 from lowlevel.online import rollouts
 from lowlevel.running.reopening import Reopened, kept_rollouts, step_examples
 from lowlevel.running.run_folder import RunFolder
@@ -69,7 +68,7 @@ def inspect_run(
     kept = kept_rollouts(config, folder.path, step) if step and config.method == "online_dpo" else []
     examples = rollouts.step_examples(config, kept) if kept else examples
     run = opened.load(adapter, reference=True)
-    method = fitted(run.method, config, data.train)
+    method = opened.method(data.train)
     inspect, view = METHODS[method.name]
     found = inspect(run.policy, method, examples)
     if config.method == "online_dpo":

@@ -27,24 +27,28 @@ CAPTURE = 4096  # positions that are computed while one shape could be captured:
 KINDS: dict[str, Any] = {kind.name: kind for kind in (SFT, DPO, KTO, Reward, GRPO, RLOO, PPO)}
 
 
-def build_method(config: RunConfig, attention: Attention, ranks: int = 1) -> Method:
+def build_method(
+    config: RunConfig, attention: Attention, examples: Sequence[Any] | None = None, *, ranks: int = 1
+) -> Method:
     """The method of a configuration. The row of a pair has room for a prompt and two completions.
 
-    For several `ranks`, packed micro-batches come in multiples of their number.
+    `examples`: those of the run, for the micro-batches that it has (see `fitted`). For several `ranks`, packed
+    micro-batches come in multiples of their number.
 
     Attention over spans makes rows of any length cheap, so batches are padded to 8 to 32 shapes, each captured once;
-    1 to 4 % of the positions are padding. `fitted` adapts the shapes to a run.
+    1 to 4 % of the positions are padding.
     """
     method, packing = _without_shape(config), config.data.packing
     if not attention.kernel:
         return method
     batch, length = method.batch_size, method.row_length
-    examples = batch * config.train.gradient_accumulation_steps if packing else batch
+    multiple = batch * config.train.gradient_accumulation_steps if packing else batch
     capacity = config.train.micro_batch_positions or batch * length
     granule = min(max(8, capacity // 16 // 8 * 8), 128 if capacity <= 4096 else 256) if packing else 64
     if run_loss(config).mixes_pairs:
-        examples, ranks = 1, 0  # no dummy pairs: they would take part in the sort; nor other micro-batches
-    return replace(method, shape=Shape(granule, min(8, examples), length, capacity, ranks))
+        multiple, ranks = 1, 0  # no dummy pairs: they would take part in the sort; nor other micro-batches
+    method = replace(method, shape=Shape(granule, min(8, multiple), length, capacity, ranks))
+    return method if examples is None else fitted(method, config, examples)
 
 
 def fitted(method: Method, config: RunConfig, examples: Sequence[Any]) -> Method:

@@ -17,7 +17,7 @@ from lowlevel.config.schema import RunConfig, TrainConfig
 from lowlevel.kernels import dequantize, vocabulary
 from lowlevel.kernels.dequantize import Quantised, dequantize_reference
 from lowlevel.kernels.host_rows import host_rows, host_rows_reference
-from lowlevel.methods.choice import build_method, fitted
+from lowlevel.methods.choice import build_method
 from lowlevel.model.placement import Placement, choose_placement
 from lowlevel.optim.optimizer import build_optimizer
 from lowlevel.optim.train_state import StepResult
@@ -198,8 +198,8 @@ def one_step(method: str) -> Finding:
     inputs = check_inputs(config)
     policy = build_run_policy(config, inputs)
     rows, mode = tuple(inputs.data.train), choose_execution(config, inputs)
-    chosen = fitted(build_method(config, inputs.attention), config, rows)
-    subject = Subject(config, inputs.tokenizer, policy, chosen, rows, 0, mode, {}, 0)
+    method_of_run = build_method(config, inputs.attention, rows)
+    subject = Subject(config, inputs.tokenizer, policy, method_of_run, rows, 0, mode, {}, 0)
     eager = Taken("eager", *subject.run_step())
     fallen: list[str] = []
     execution = subject.execution(fallen)

@@ -26,7 +26,7 @@ from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.execution import Eager, Execution, WithFallback
 from lowlevel.loop import optimizer_step
 from lowlevel.methods import Method
-from lowlevel.methods.choice import build_method, check_loss, fitted
+from lowlevel.methods.choice import build_method, check_loss
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
 from lowlevel.online.steps import step_batches
@@ -110,11 +110,12 @@ def open_session(opened: Reopened, step: int, *, start: int | None = None) -> Se
         DataError: the rows are not those of the run.
         CheckpointError: base, adapters, loss or checkpoint are not those of the run, or damaged.
     """
-    config, note, method = opened.config, opened.note, opened.method()
+    config, note = opened.config, opened.note
+    opened.method()  # refuses another loss before anything is loaded
     if start is not None and start >= step:
         raise ConfigError(f"--from {start}: a replay of step {step} starts before it")
     inputs = opened.inputs()
-    method = fitted(method, config, inputs.data.train)
+    method = opened.method(inputs.data.train)
     step_examples(config, inputs.data, step, run_dir=opened.folder.path)  # refuses a step beyond the run's last
     policy = opened.policy(training=True)
     _check_identity(opened, identity(config, inputs, policy, opened.manifest["base"]["sha256"]))
@@ -235,7 +236,7 @@ def _outcome(session: Session, config: RunConfig) -> tuple[dict[str, float], Ten
     """Take the step and undo it. Clipping only scales the gradient, so it does not change the cosine."""
     weights, optimizer = session.policy.flat.weights, session.optimizer
     before, state = weights.detach().clone(), optimizer_tensors(optimizer)
-    method = fitted(build_method(config, session.inputs.attention), config, session.inputs.data.train)
+    method = build_method(config, session.inputs.attention, session.inputs.data.train)
     execution = Eager(session.policy, method)
     session.policy.layers.use(compiled=False)
     scale = deepcopy(session.state.loss_scale)

@@ -21,7 +21,7 @@ from lowlevel.execution import WithFallback
 from lowlevel.heartbeat import working
 from lowlevel.loop import check_evaluation, evaluate_examples
 from lowlevel.methods import Method
-from lowlevel.methods.choice import build_method, fitted, run_loss
+from lowlevel.methods.choice import build_method, run_loss
 from lowlevel.model.base import policy_sha256
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
@@ -68,7 +68,7 @@ def build_job(config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE) -> Job:
     optimizer = build_optimizer(policy.flat.weights, config.train, policy.flat.parts)
     manifest = identity(config, inputs, policy, policy_sha256(policy))
     origin = {"identity": manifest, "versions": versions(inputs.placement)}
-    method = fitted(build_method(config, inputs.attention, ranks.size), config, inputs.data.train)
+    method = build_method(config, inputs.attention, inputs.data.train, ranks=ranks.size)
     return Job(config, inputs, method, policy, optimizer, order, order.total_steps(config.train), origin, ranks)
 
 

@@ -164,8 +164,11 @@ class Reopened:
             return None
         return found, base["sha256"]
 
-    def method(self) -> Method:
-        """The run's method. Raises ConfigError without its loss, CheckpointError if the loss's source changed."""
+    def method(self, examples: Sequence[Any] | None = None) -> Method:
+        """The run's method; `examples`: its training examples, for micro-batches as in training.
+
+        Raises ConfigError without its loss, CheckpointError if the loss's source changed.
+        """
         try:
             spec = run_loss(self.config)
         except ValueError as error:
@@ -174,7 +177,7 @@ class Reopened:
         if spec.sha256 != was:
             hashes = f"hash {(spec.sha256 or 'built in')[:12]}, the run's {(was or 'built in')[:12]}"
             raise CheckpointError(f'{self.folder.path}: loss "{spec.name}": its source is not the run\'s ({hashes})')
-        return build_method(self.config, self.attention)
+        return build_method(self.config, self.attention, examples)
 
     def load_reference(self, policy: Policy, adapter: Path | None) -> None:
         """Give a moving reference the weights that it had when the trained adapter was `adapter`; None: at the start.

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowlevel.config.schema import RunConfig
 from lowlevel.determinism import deterministic_mode
-from lowlevel.methods.choice import build_method, fitted
+from lowlevel.methods.choice import build_method
 from lowlevel.model.adapters import adapter_parameters, adapter_sha256, read_adapter_weights
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import PARENT, Policy
@@ -95,7 +95,7 @@ def make_subject(opened: Opened, examples: Sequence[Any], step: int, exact_param
     if opened.run:
         opened.run.load_reference(policy, opened.adapter)
     dequantize_as_set(policy, config.train.dequantize_once)
-    method = fitted(build_method(config, inputs.attention), config, inputs.data.train)
+    method = build_method(config, inputs.attention, inputs.data.train)
     if method.spec.mixes_pairs:
         rows = set(method.micro_batches(examples)[0].data_rows)  # one micro-batch: the float64 formulas mix all pairs
         examples = [example for example in examples if example.row in rows]

@@ -9,7 +9,7 @@ import lowlevel.model.attention_choice
 from lowlevel.batch.order import DataOrder
 from lowlevel.config.file import load_config
 from lowlevel.errors import how_many
-from lowlevel.methods.choice import build_method, fitted
+from lowlevel.methods.choice import build_method
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
 from lowlevel.running.assembly import prepare_data
 
@@ -42,7 +42,7 @@ def test_rows_fill_batches_as_they_will_in_the_run_on_this_machine(runs, tmp_pat
     config = load_config(path)
     train = prepare_data(config)[1].train
     rows = [train[i] for i in DataOrder.of(config, train).step_rows(0)]
-    batches = fitted(build_method(config, attention), config, train).micro_batches(rows)
+    batches = build_method(config, attention, train).micro_batches(rows)
     said = cli("data", path)
     assert said.code == 0, said.err
     positions = sum(batch.input_ids.numel() for batch in batches)
