@@ -17,14 +17,13 @@ summed across warps, 5 times slower on an H200. No `tl.dot` (kernels/__init__.py
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lowlevel.kernels.operators import operator
+from lowlevel.kernels.operators import launches, operator
 
 CHUNK = 64  # tokens of the smallest chunk; a cache's C is a multiple of `chunk_of(C)`
 MOST_QUERIES = 8  # of a program
@@ -176,13 +175,8 @@ def usable(device: torch.device, dtype: torch.dtype, group: int, features: int) 
     """Whether the kernel compiles and launches on this device, tried before a CUDA graph needs it; else warns once."""
     cache = torch.zeros(2, 1, 1, 2 * CHUNK, features, dtype=dtype, device=device)
     query, new = cache[0, :, 0, :1].expand(1, group, features).contiguous(), cache[0, :, 0, :1].clone()
-    try:
-        _launch(query, new, new, cache, torch.zeros(1, dtype=torch.int64, device=device), 1.0)
-    except Exception as error:  # Triton's errors have no common class: missing package, no driver, compiler, ptxas
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        warnings.warn(f"plain torch instead of Triton's kernels on {device} in {dtype}: {reason}", stacklevel=2)
-        return False
-    return True
+    first = torch.zeros(1, dtype=torch.int64, device=device)
+    return launches(lambda: _launch(query, new, new, cache, first, 1.0), device, dtype)
 
 
 def launch_sizes(group: int, features: int, capacity: int) -> dict[str, int]:

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lowlevel.kernels.operators import launches
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WORDS = 512  # of a program: 4,096 weights, 32 a thread
@@ -87,14 +88,9 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     packed = torch.zeros(32, 1, dtype=torch.uint8, device=device)
     ones = torch.ones(256, device=device)
     nested = (ones[:16], packed.view(-1)[:1], ones, ones[:1], ones[0])
-    try:
-        _launch(Quantised((1, 64), 64, 1, packed, ones[:16], ones[:1]), dtype)
-        _launch(Quantised((1, 64), 64, 256, packed, *nested), dtype)
-    except Exception as error:  # Triton's errors have no common class: missing package, no driver, compiler, ptxas
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        warnings.warn(f"plain torch instead of Triton's kernels on {device} in {dtype}: {reason}", stacklevel=2)
-        return False
-    return True
+    plain = Quantised((1, 64), 64, 1, packed, ones[:16], ones[:1])
+    weights = plain, Quantised((1, 64), 64, 256, packed, *nested)
+    return launches(lambda: [_launch(weight, dtype) for weight in weights], device, dtype)
 
 
 @functools.cache

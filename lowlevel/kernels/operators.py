@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,3 +31,14 @@ def operator(name: str, *, writes: Sequence[str] = ()) -> Callable[[Callable[...
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return define
+
+
+def launches(trial: Callable[[], object], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels, which `trial` launches, compile and run on a device; if not, warns with the reason."""
+    try:
+        trial()
+    except Exception as error:  # Triton's errors have no common class: missing package, no driver, compiler, ptxas
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        warnings.warn(f"plain torch instead of Triton's kernels on {device} in {dtype}: {reason}", stacklevel=3)
+        return False
+    return True

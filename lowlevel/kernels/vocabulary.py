@@ -28,13 +28,13 @@ A target outside [0, V) is not read: its row gets NaN as log-probability and gra
 """
 
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowlevel.kernels.operators import launches
 from lowlevel.losses.token_logps import STATISTICS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of logits that the kernels accept
@@ -105,14 +105,12 @@ def usable(device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
     """Whether both kernels compile and launch, tried before a CUDA graph needs them; if not, warns once why."""
     logits = torch.zeros(1, vocabulary, dtype=dtype, device=device)
     targets = torch.zeros(1, dtype=torch.int64, device=device)
-    try:
+
+    def trial() -> None:
         lse, target_logit = _launch_logsumexp(logits, targets)
         _launch_grad_logits_(logits, targets, lse, target_logit)
-    except Exception as error:  # Triton's errors have no common class: missing package, no driver, compiler, ptxas
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        warnings.warn(f"plain torch instead of Triton's kernels on {device} in {dtype}: {reason}", stacklevel=2)
-        return False
-    return True
+
+    return launches(trial, device, dtype)
 
 
 class Kernels(NamedTuple):
