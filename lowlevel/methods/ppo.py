@@ -20,8 +20,8 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.config.online import PPOConfig
 from lowlevel.losses import LossSums
 from lowlevel.losses.advantages import gae, whiten
+from lowlevel.losses.policy_gradient import clipped_value_loss
 from lowlevel.losses.reward import head_rewards
-from lowlevel.losses.value import clipped_value_loss
 from lowlevel.methods.sampled import (
     GIVEN,
     SampledMethod,

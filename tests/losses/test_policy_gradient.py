@@ -12,10 +12,10 @@ from lowlevel.losses.policy_gradient import (
     SampledLogps,
     aggregation,
     clipped_surrogate,
+    clipped_value_loss,
     kl_penalty,
     ratios,
 )
-from lowlevel.losses.value import clipped_value_loss
 
 # Point Q: completions of 1 and 3 tokens with the advantages 1 and -1. A dummy token stands before each.
 OLD, NEW, REF = [-1.0, -1.0, -2.0, -0.5], [-0.7, -0.9, -2.3, -0.5], [-1.2, -1.0, -1.8, -0.4]
