@@ -12,11 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, build_batch
+from lowlevel.batch.packing import ExampleLayout
 from lowlevel.batch.replies import replies, segment
-from lowlevel.batch.segments import Segment, pair_rows, sft_segment
+from lowlevel.batch.segments import Segment
 from lowlevel.labels import IGNORED
-from lowlevel.methods import KTO, Method
-from lowlevel.methods.reward import reward_segments
+from lowlevel.methods import Method
 from lowlevel.optim.train_state import StepResult
 from lowlevel.verification.evidence import Evidence
 from lowlevel.verification.subject import Check, Subject, check, packed, relative, with_batches_of
@@ -30,13 +30,13 @@ def invariance_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     expected = subject.run_step(with_batches_of(subject.method, len(subject.examples)))
     checks = []
     for name, method in layouts(subject):
-        checks += _compare(subject, name, subject.run_step(method), expected)
+        checks += compare(subject, name, subject.run_step(method), expected)
     padded = subject.run_step(batches=[left_padded(subject)])
-    checks += _compare(subject, "left padding = right padding", padded, expected)
+    checks += compare(subject, "left padding = right padding", padded, expected)
     with _checkpointing(subject, on=False):
         without = subject.run_step()
     with _checkpointing(subject, on=True):
-        checks += _compare(subject, "recomputed layers = kept", subject.run_step(), without)
+        checks += compare(subject, "recomputed layers = kept", subject.run_step(), without)
     if subject.mode != "eager":
         checks += _execution_checks(subject, evidence)
     return checks
@@ -53,10 +53,15 @@ def layouts(subject: Subject) -> Iterator[tuple[str, Method]]:
     yield "shared prompt = two rows" if method.paired else name, packed(method, number)
 
 
-def _compare(subject: Subject, name: str, found: Step, expected: Step, other_kernels: float = 0.0) -> list[Check]:
-    """`other_kernels`: error of the loss if the two passes round differently."""
+def compare(
+    subject: Subject, name: str, found: Step, expected: Step, *, other_kernels: float = 0.0, least: float = 0.0
+) -> list[Check]:
+    """Loss and gradient of two steps. `other_kernels`: error of the loss if the two passes round differently.
+
+    `least`: the loss that errors are relative to, if its own size is less.
+    """
     bounds, wanted = subject.bounds, expected[0].metrics["loss"]
-    size = abs(wanted) or 1.0
+    size = max(abs(wanted), least) or 1.0
     loss = abs(found[0].metrics["loss"] - wanted) / size
     gradient = relative(found[1], expected[1], subject.cancelled)
     return [
@@ -70,27 +75,21 @@ def left_padded(subject: Subject) -> PackedBatch:
 
     The padding is a segment of tokens 0 that no token attends to and no loss reads.
     """
-    examples, numbers = subject.examples, count()
-    rows: list[Segment]
-    if isinstance(subject.method, KTO):
-        rows = [segment([reply], numbers) for reply in replies(examples)]
-    elif subject.rewards:
-        rows = [row for x in examples for row in reward_segments(x, next(numbers), shared=False)]
-    elif subject.method.paired:
-        ids = [(x.row, next(numbers), x.prompt_ids, x.chosen_ids, x.rejected_ids) for x in examples]
-        rows = [row for parts in ids for row in pair_rows(*parts)]
+    examples, numbers, plain = subject.examples, count(), with_batches_of(subject.method, len(subject.examples))
+    if isinstance(plain, ExampleLayout):
+        rows = [row for x in examples for row in plain.segments(x, next(numbers))]
     else:
-        rows = [sft_segment(x.row, next(numbers), x.input_ids, x.labels, x.weights) for x in examples]
+        rows = [segment([reply], numbers) for reply in replies(examples)]
     width = max(map(len, rows)) + 3  # so that the longest one is moved too
     padded = []
     for row in rows:
         zeros = np.zeros(width - len(row), np.int64)
-        numbers, targets = zeros + row.numbers[0], np.full(len(zeros), IGNORED)
-        padded.append([Segment(row.row, zeros, zeros, zeros, numbers, targets), row])
-    values = [x.values for x in subject.examples] if subject.method.columns else None
-    (plain,) = with_batches_of(subject.method, len(subject.examples)).micro_batches(subject.examples)
-    batch = build_batch(padded, pairs=subject.method.paired, values=values)
-    return replace(batch, kl=plain.kl, mismatched=plain.mismatched).to(subject.policy.placement.device)
+        targets = np.full(len(zeros), IGNORED)
+        padded.append([Segment(row.row, zeros, zeros, zeros, zeros + row.numbers[0], targets), row])
+    values = [x.values for x in examples] if plain.columns else None
+    (right,) = plain.micro_batches(examples)
+    batch = build_batch(padded, pairs=plain.paired, values=values)
+    return replace(batch, kl=right.kl, mismatched=right.mismatched).to(subject.policy.placement.device)
 
 
 @contextmanager
@@ -120,6 +119,6 @@ def _execution_checks(subject: Subject, evidence: Evidence) -> list[Check]:
     mode = execution.mode
     execution.use("eager")
     rounding = evidence.loss_error(math.sqrt(2) * subject.bounds.forward)
-    checks = _compare(subject, f"{subject.mode} = eager", found, expected, rounding)
+    checks = compare(subject, f"{subject.mode} = eager", found, expected, other_kernels=rounding)
     fell_back = "; ".join(notes) or f"ran {mode}"
     return [*checks, check(GROUP, f"runs {subject.mode}", float(mode != subject.mode), 0, fell_back)]

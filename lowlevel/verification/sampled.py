@@ -21,7 +21,7 @@ from lowlevel.verification.evidence import head_scores_of
 from lowlevel.verification.exact import Scored, base_parameters, exact_model
 from lowlevel.verification.formulas import in_float64
 from lowlevel.verification.gradients import float64_checks
-from lowlevel.verification.invariances import layouts
+from lowlevel.verification.invariances import compare, layouts
 from lowlevel.verification.subject import Check, Subject, check, largest, with_batches_of
 
 Tensors = Sequence[Tensor]  # one of each completion
@@ -47,7 +47,8 @@ def sampled_checks(subject: Subject) -> list[Check]:
     note = f"{expected:+.7f}, {subject.method.spec.name} in float64, divided by {result.count:,.10g}"
     checks.append(check("loss", "step loss", abs(result.metrics["loss"] - expected), allowed, note))
     checks += _advantages(subject, rollouts)
-    checks += _layouts(subject, result.metrics["loss"], gradient)
+    for name, method in layouts(subject):  # the loss itself may be 0
+        checks += compare(subject, name, subject.run_step(method), (result, gradient), least=1.0)
     if base_parameters(subject.policy) <= subject.exact_parameters and values is None:
         checks += _gradient(subject, rollouts, gradient, references)
     return checks
@@ -151,18 +152,6 @@ def _advantages(subject: Subject, rollouts: Sequence[Rollout]) -> list[Check]:
         worst = max(worst, float(abs(x.advantages - (x.reward - base / max(others, 1))).max()))
     name, groups = "advantages of the kept rewards", len({x.group for x in rollouts})
     return [check("loss", name, worst, 1e-6, f"prompts: {groups}, completions: {len(rollouts)}")]
-
-
-def _layouts(subject: Subject, loss: float, gradient: Tensor) -> list[Check]:
-    """The step in other layouts against one padded micro-batch."""
-    checks = []
-    for name, method in layouts(subject):
-        result, found = subject.run_step(method)
-        apart, size = abs(result.metrics["loss"] - loss), float(gradient.norm()) or 1.0
-        checks.append(check("invariances", f"{name}: loss", apart, subject.bounds.layout_loss * max(1.0, abs(loss))))
-        error = float((found - gradient).norm()) / size
-        checks.append(check("invariances", f"{name}: gradient", error, subject.bounds.layout_gradient, "relative l2"))
-    return checks
 
 
 def _gradient(subject: Subject, rollouts: Sequence[Rollout], gradient: Tensor, references: Tensors) -> list[Check]:
