@@ -9,7 +9,7 @@ DIR/layers-0.safetensors     outputs of its decoder layers, if asked for
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -126,12 +126,10 @@ def _watched(session: Session, layers: bool) -> Iterator[Tensors]:
         tensor = output if isinstance(output, Tensor) else output[0]
         seen[f"{name}.{'policy' if torch.is_grad_enabled() else 'reference'}"] = _copy(tensor)
 
-    handles = [module.register_forward_hook(partial(keep, name)) for module, name in watched]
-    try:
+    with ExitStack() as hooks:
+        for module, name in watched:
+            hooks.enter_context(module.register_forward_hook(partial(keep, name)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ normal step, and an error here never hides the error that it explains.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,15 +113,13 @@ def _hooked(policy: Policy, batch: PackedBatch, findings: list[Finding]) -> Iter
         elif tensor.requires_grad:
             tensor.register_hook(backward(names[module], f"gradient of the output of {names[module]}"))
 
-    handles = [module.register_forward_hook(forward) for module in names]
-    for name, view in policy.flat.views.items():
-        plain = _plain_name(name)
-        handles.append(view.register_hook(backward(plain.removesuffix(".weight"), f"gradient of {plain}")))
-    try:
+    with ExitStack() as hooks:
+        for module in names:
+            hooks.enter_context(module.register_forward_hook(forward))
+        for name, view in policy.flat.views.items():
+            plain = _plain_name(name)
+            hooks.enter_context(view.register_hook(backward(plain.removesuffix(".weight"), f"gradient of {plain}")))
         yield decoded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _forward_finding(
@@ -162,12 +160,9 @@ def _inputs_of(policy: Policy, method: Method, batch: PackedBatch, module: str, 
         if torch.is_grad_enabled():
             found.append(_largest(_tensor(inputs)))
 
-    handle = named[module].register_forward_hook(record)
     policy.dropout.set_micro_batch(batch.dropout_keys, key)
-    try:
+    with named[module].register_forward_hook(record):
         method.loss(policy, batch)
-    finally:
-        handle.remove()
     return found[0] if found else ()
 
 

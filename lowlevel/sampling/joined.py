@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
 
 import bitsandbytes as bnb
@@ -194,7 +194,7 @@ def _places(layer: nn.Module) -> list[Place]:
 def _with_same_input(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[list[Place]]:
     """The linear layers of each decoder layer in the order of their calls, those with the same input together."""
     groups: dict[tuple[int, int], list[Place]] = defaultdict(list)
-    inputs, hooks = [], []
+    inputs = []
 
     def note(number: int, place: Place) -> Callable[..., None]:
         def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -203,11 +203,9 @@ def _with_same_input(layers: Sequence[nn.Module], run: Callable[[], Any]) -> lis
 
         return hook
 
-    for number, layer in enumerate(layers):
-        hooks += [place.layer.register_forward_pre_hook(note(number, place)) for place in _places(layer)]
-    try:
+    with ExitStack() as hooks:
+        for number, layer in enumerate(layers):
+            for place in _places(layer):
+                hooks.enter_context(place.layer.register_forward_pre_hook(note(number, place)))
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return list(groups.values())

@@ -173,12 +173,11 @@ class ExactModel:
     def reward(self, weights: dict[str, Tensor], sequence: Scored) -> Tensor:
         """The head on the last token's final hidden state, (1, 1)."""
         kept: list[Tensor] = []
-        hook = self.model.get_decoder().register_forward_hook(lambda *call: kept.append(call[2].last_hidden_state))
         ids = torch.as_tensor(sequence.ids, dtype=torch.int64)[None]
         plain = {name: weight for name, weight in weights.items() if name != SCORE}
-        with KeepDouble():
+        keep = self.model.get_decoder().register_forward_hook(lambda *call: kept.append(call[2].last_hidden_state))
+        with keep, KeepDouble():
             torch.func.functional_call(self.model, plain, kwargs={"input_ids": ids, "use_cache": False})
-        hook.remove()
         assert kept[0].dtype == torch.float64
         return kept[0][0, -1:] @ weights[SCORE].view(-1, 1)
 

@@ -283,12 +283,9 @@ def hidden_gradients(subject: Subject, batch: PackedBatch) -> Tensor:
             kept.append(output.last_hidden_state)
 
     decoder: Any = subject.policy.causal_lm.get_decoder()
-    hook = decoder.register_forward_hook(keep)
     subject.set_dropout(batch)
-    try:
+    with decoder.register_forward_hook(keep):
         subject.method.loss(subject.policy, batch).loss.backward()
-    finally:
-        hook.remove()
-        subject.policy.flat.grad.zero_()
+    subject.policy.flat.grad.zero_()
     grads = [states.grad for states in kept if states.grad is not None]
     return torch.stack([grad.abs().float() for grad in grads]).sum(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -99,13 +99,12 @@ def _dropout(subject: Subject, batch: PackedBatch) -> Check:
         if output is not inputs[0]:
             dropping.append(module)
 
-    hooks = [module.register_forward_hook(look) for module in modules]
     subject.set_dropout(batch)
-    with policy.reference():
+    with ExitStack() as hooks, policy.reference():
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(look))
         keyed = policy.dropout.token_keys is not None
         policy.token_logps(batch)
-    for hook in hooks:
-        hook.remove()
     note = f"{len(modules)} dropout modules, key {'set' if keyed else 'off'}, {len(dropping)} dropped"
     return check(GROUP, "dropout off", float(len(dropping) + keyed), 0, note)
 
