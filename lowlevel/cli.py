@@ -22,7 +22,8 @@ from functools import partial
 from importlib import import_module
 from typing import TextIO, cast
 
-from lowlevel.commands.common import METHODS, Parser, number
+from lowlevel.commands.common import Parser, number
+from lowlevel.config import METHODS
 from lowlevel.errors import (
     CONTINUE,
     CheckpointError,

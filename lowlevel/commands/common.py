@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, get_args, get_origin
 
+from lowlevel.config import METHODS
 from lowlevel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,16 +18,6 @@ if TYPE_CHECKING:
 
 Options = argparse.Namespace
 Overrides = dict[str, str]  # "section.key" -> text as typed
-METHODS = {  # each is commands/train.py
-    "sft": "supervised fine-tuning",
-    "dpo": "Direct Preference Optimization",
-    "kto": "Kahneman-Tversky Optimization: completions with a label instead of pairs",
-    "reward": "reward model: a scalar head, trained on preference pairs",
-    "grpo": "GRPO and its family: completions are sampled, rewarded and compared with their group",
-    "rloo": "RLOO: completions are sampled, and each is compared with the others of its prompt",
-    "ppo": "PPO: completions are sampled, and a value head predicts the reward still to come at each token",
-    "online_dpo": "DPO on the best and the worst of sampled completions",
-}
 # A T4 lacks bf16 and FlashAttention 2 (compute capability 8.0); a process can use 15 GiB of it.
 AS_T4 = {"train.precision": "fp16", "model.attn_implementation": "efficient"}
 T4_BYTES = 15 * 2**30

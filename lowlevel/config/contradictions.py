@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lowlevel.config.schema import METHODS, ONLINE, PAIRED, RunConfig, other_section
+from lowlevel.config import METHODS
+from lowlevel.config.schema import ONLINE, PAIRED, RunConfig, other_section
 from lowlevel.redaction import holds_secret
 
 LARGEST_BATCH = 1_048_576  # examples a step

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from lowlevel.config import METHODS
 from lowlevel.config.contradictions import ADAPTER_SHAPE, UNREAD, contradictions, empty_texts, secrets_in
 from lowlevel.config.data import DataSource, Filter
 from lowlevel.config.given import Source
@@ -21,7 +22,6 @@ from lowlevel.config.schema import (
     FULL_RATES,
     LOSS_DEFAULTS,
     METHOD_DEFAULTS,
-    METHODS,
     SECTIONS,
     RunConfig,
     other_section,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from lowlevel.config.schema import METHODS, ONLINE
+from lowlevel.config import METHODS
+from lowlevel.config.schema import ONLINE
 from lowlevel.errors import ConfigError
 
 SHARED = ("model.adapter", "model.adapter_mode")  # by dpo, kto and reward

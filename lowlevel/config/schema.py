@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from lowlevel.config import METHODS
 from lowlevel.config.data import DataConfig
 from lowlevel.config.offline import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from lowlevel.config.online import GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig, SampledConfig
@@ -231,7 +232,6 @@ class RunConfig(Section):
 SECTIONS: dict[str, type[Section]] = {
     name: type(field.default) for name, field in RunConfig.model_fields.items() if name != "method"
 }
-METHODS = ("sft", "dpo", "kto", "reward", *ONLINE)  # each has a section of its name
 # Defaults of a method that differ from those of sft. The recipe has 1e-5.
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     method: {"train": {"learning_rate": rate}}

@@ -20,8 +20,9 @@ from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.order import DataOrder
 from lowlevel.checkpoints.checkpoint import checkpoint_at, newest_good
 from lowlevel.checkpoints.training_state import restore_state
+from lowlevel.config import METHODS
 from lowlevel.config.file import config_from_tables, to_tables
-from lowlevel.config.schema import METHODS, SECTIONS, RunConfig
+from lowlevel.config.schema import SECTIONS, RunConfig
 from lowlevel.errors import CheckpointError, ConfigError
 from lowlevel.execution import Eager, Execution, WithFallback
 from lowlevel.loop import optimizer_step

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from transformers import GenerationConfig
 
+from lowlevel.config import METHODS
 from lowlevel.config.schema import RunConfig
 from lowlevel.data.rendering import ChatTokenizer
 from lowlevel.errors import CheckpointError, ConfigError, how_many, one_line
@@ -24,16 +25,6 @@ from lowlevel.running.machine import LIBRARIES
 from lowlevel.running.run_folder import RunFolder
 
 Kind = Literal["adapter", "stacked", "merged", "full"]
-METHODS = {
-    "sft": "supervised fine-tuning (SFT)",
-    "dpo": "direct preference optimisation (DPO)",
-    "kto": "Kahneman-Tversky optimisation (KTO)",
-    "reward": "reward modelling (Bradley-Terry)",
-    "grpo": "group-relative policy optimisation (GRPO)",
-    "rloo": "REINFORCE leave-one-out (RLOO)",
-    "ppo": "proximal policy optimisation (PPO)",
-    "online_dpo": "online direct preference optimisation (online DPO)",
-}
 LOGGED = {"loss": "loss", "held-out loss": "eval_loss", "reward": "reward", "held-out reward": "eval_reward"}
 LOADING = """\
 import torch
@@ -123,7 +114,7 @@ def model_card(folder: RunFolder, config: RunConfig, kind: Kind, merged_into: st
     table = "\n".join(f"| {key} | {value.replace('|', '/')} |" for key, value in facts)
     return (
         "\n".join(front) + f"\n\n# {folder.path.resolve().name}\n\n"
-        f"{what} from {METHODS[config.method]} with `lowlevel`.\n{note if lacking else ''}\n"
+        f"{what} from a run of `lowlevel {config.method}`: {METHODS[config.method]}.\n{note if lacking else ''}\n"
         f"| | |\n|---|---|\n{table}\n\n"
         f"## Load it\n\n```python\n{_loading(config, manifest, kind, '../stacked' if lacking else '.')}```\n"
     )

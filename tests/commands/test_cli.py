@@ -19,7 +19,8 @@ import lowlevel
 import lowlevel.commands.data
 import lowlevel.running.training
 from lowlevel.cli import build_parser, main
-from lowlevel.config.schema import METHODS, SECTIONS
+from lowlevel.config import METHODS
+from lowlevel.config.schema import SECTIONS
 from lowlevel.errors import InterruptedRunError
 
 COMMANDS = (
