@@ -10,8 +10,8 @@ in another batch differs in the last bits. How often an entry is found depends o
 
 DIR/<SHA-256 of identity.json>/    one folder for each identity: everything else that the numbers depend on
   identity.json                    base, parent adapter, dtype, attention, layers, device, versions
-  <SHA-256>.safetensors            a shard: SHA-256 of a micro-batch -> (S,) fp32, all chosen, then all rejected
-  <SHA-256>.json                   size and SHA-256 of the shard, written last: a shard without it is not read
+  <SHA-256>.safetensors            a shard, named by its content: SHA-256 of a micro-batch -> (S,) fp32, all chosen,
+                                   then all rejected
 
 Of the entries from disk that a run uses, the first two and then one in a hundred are recomputed and must be equal bit
 for bit; a difference switches the cache off and repeats the step. (On a GPU without train.deterministic, another
@@ -47,7 +47,6 @@ from lowlevel.version import __version__
 
 LAYOUT_VERSION = 1  # increase it if the same tensors of a PackedBatch give other reference numbers
 KERNELS_VERSION = 1  # increase it if a change of kernels/ or model/linear.py changes any bit
-FORMAT = "lowlevel-reference-cache"
 IDENTITY = "identity.json"
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 ENTRIES_PER_SHARD = 256  # new entries are written at the latest after so many
@@ -111,12 +110,11 @@ class ReferenceCache:
         self._unwritten: list[str] = []
         self._writable = True
         remove_left(self.folder)  # partial files of killed writers
-        for manifest in sorted(self.folder.glob("*.json")):
-            if manifest.name != IDENTITY:
-                try:
-                    self.entries |= read_shard(manifest)
-                except CheckpointError as error:
-                    note(f"reference cache: ignored {error}")
+        for shard in sorted(self.folder.glob("*.safetensors")):
+            try:
+                self.entries |= read_shard(shard)
+            except CheckpointError as error:
+                note(f"reference cache: ignored {error}")
         self.from_disk = frozenset(self.entries)
 
     def add(self, key: str, logps: Tensor) -> None:
@@ -247,33 +245,23 @@ def _difference(found: Tensor, live: Tensor, rows: tuple[int, ...]) -> str | Non
 
 
 def write_shard(folder: Path, entries: Mapping[str, Tensor]) -> None:
-    """Write entries under the hash of their content: first the file, then the description that makes it complete."""
+    """Write entries under the hash of their content."""
     data = save({key: entries[key] for key in sorted(entries)}, metadata={"format": "pt"})
-    described = {
-        "format": FORMAT,
-        "entries": len(entries),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    path = folder / f"{described['sha256']}.safetensors"
-    write_bytes(path, data)
-    write_json(path.with_suffix(".json"), described)
+    write_bytes(folder / f"{hashlib.sha256(data).hexdigest()}.safetensors", data)
 
 
-def read_shard(manifest: Path) -> dict[str, Tensor]:
-    """The entries of the shard that a manifest describes.
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """The entries of a shard.
 
-    Raises CheckpointError: a file is missing, unreadable or not as described, or an entry has a wrong dtype or shape.
+    Raises CheckpointError: it cannot be read, its name is not the hash of its content, or an entry has a wrong dtype or
+    shape.
     """
-    path = manifest.with_suffix(".safetensors")
     try:
-        described = json.loads(manifest.read_bytes())
         data = path.read_bytes()
-        content = (FORMAT, len(data), hashlib.sha256(data).hexdigest())
-        if (described["format"], described["bytes"], described["sha256"]) != content:
-            raise CheckpointError(f"{path}: its content does not match {manifest.name}")
+        if hashlib.sha256(data).hexdigest() != path.stem:
+            raise CheckpointError(f"{path}: its content does not match its name")
         entries = load(data)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}") from None
     for key, logps in entries.items():
         if logps.dtype != torch.float32 or logps.ndim != 1 or not bool(logps.isfinite().all()):

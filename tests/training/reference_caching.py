@@ -55,7 +55,6 @@ def shards(folder: Path) -> list[Path]:
 def alter(shard: Path, change) -> None:
     """Change a shard's entries and describe it anew, so that every hash is right."""
     entries = {key: change(key, value) for key, value in load_file(shard).items()}
-    shard.with_suffix(".json").unlink()
     shard.unlink()
     reference_cache.write_shard(shard.parent, {k: v for k, v in entries.items() if v is not None})
 

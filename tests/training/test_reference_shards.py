@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import math
 import os
 
@@ -28,20 +27,16 @@ def other_numbers(shard):
 
 
 def rewrite(shard, data):
-    """Another content under the same name, described correctly."""
-    shard.write_bytes(data)
-    manifest = shard.with_suffix(".json")
-    described = {**json.loads(manifest.read_text()), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest.write_text(json.dumps(described))
+    """Another content, under its hash."""
+    shard.unlink()
+    shard.with_name(f"{hashlib.sha256(data).hexdigest()}.safetensors").write_bytes(data)
 
 
 DAMAGE = {
     "a flipped bit": (flip, "its content does not match"),
     "cut short": (lambda shard: shard.write_bytes(shard.read_bytes()[:-8]), "its content does not match"),
-    "gone": (lambda shard: shard.unlink(), "cannot be read: FileNotFoundError"),
-    "no JSON": (lambda shard: shard.with_suffix(".json").write_text("{"), "cannot be read: JSONDecodeError"),
-    "a list": (lambda shard: shard.with_suffix(".json").write_text("[]"), "cannot be read: TypeError"),
-    "an empty description": (lambda shard: shard.with_suffix(".json").write_text("{}"), "cannot be read: KeyError"),
+    "another name": (lambda shard: shard.rename(shard.with_stem("0" * 64)), "its content does not match its name"),
+    "a folder": (lambda shard: (shard.unlink(), shard.mkdir()), "cannot be read: IsADirectoryError"),
     "no safetensors": (lambda shard: rewrite(shard, b"x" * 40), "cannot be read: SafetensorError"),
     "another dtype": (other_numbers, "is not a vector of finite fp32 numbers"),
     "not finite": (lambda shard: alter(shard, lambda key, value: value / 0.0), "a vector of finite fp32 numbers"),
@@ -62,24 +57,19 @@ def test_a_damaged_shard_is_ignored_with_one_line(filled, damage):
     assert (cache.hits, cache.computed) == (0, len(method.micro_batches(PAIRS)))
 
 
-def test_a_shard_without_its_description_is_not_read(filled, monkeypatch):
-    """As a crash leaves it: between the two files, or in the middle of one."""
+def test_a_shard_is_written_whole_under_its_hash_and_partial_files_go(filled):
     policy, method, folder = filled
     shard = only(shards(folder))
-    shard.with_suffix(".json").unlink()
-    (shard.parent / f".tmp-{shard.name}-1").write_bytes(b"half")
-    (shard.parent / f".tmp-{shard.with_suffix('.json').name}-1").write_text("{")
+    before = shard.read_bytes()
+    shard.unlink()
+    (shard.parent / f".tmp-{shard.name}-1").write_bytes(b"half")  # as a crash leaves it
     cache, _ = recording(policy, folder)
     for batch in method.micro_batches(PAIRS):
         cache.run(batch, 1.0, key32(1, 0))
-    assert cache.hits == 0
-    order = []
-    write_bytes, write_json = reference_cache.write_bytes, reference_cache.write_json
-    monkeypatch.setattr(reference_cache, "write_bytes", lambda *a: (order.append("shard"), write_bytes(*a)))
-    monkeypatch.setattr(reference_cache, "write_json", lambda *a: (order.append("json"), write_json(*a)))
     cache.flush()
-    assert not list(shard.parent.glob(".tmp-*"))
-    assert order == ["shard", "json"] and len(shards(folder)) == 1, "the same entries have the same name"
+    assert cache.hits == 0 and not list(shard.parent.glob(".tmp-*"))
+    assert only(shards(folder)) == shard and shard.read_bytes() == before, "the same entries have the same name"
+    shard.with_suffix(".json").write_text("{}")  # older versions wrote one beside it
     assert recording(policy, folder)[0]._cache().from_disk
 
 
