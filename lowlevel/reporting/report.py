@@ -23,9 +23,9 @@ from lowlevel.inspection.reading import percent
 from lowlevel.model.files import read_or_empty
 from lowlevel.reporting.comparison import sample_table, score_table
 from lowlevel.reporting.displaced import SHOWN, PairTables, look_at_displaced, pair_tables
-from lowlevel.reporting.series import chart, panels
+from lowlevel.reporting.series import chart
 from lowlevel.running.assembly import load_run_tokenizer
-from lowlevel.running.plots import Panel, plot_panels
+from lowlevel.running.plots import Panel, panels, plot_panels
 from lowlevel.running.reopening import Reopened, reopen
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.table import TextTable

@@ -14,8 +14,8 @@ from workspace import metrics, run
 from lowlevel.checkpoints.tables import write_table
 from lowlevel.reporting.displaced import pair_tables, token_falls
 from lowlevel.reporting.report import measured_tables, render
-from lowlevel.reporting.series import chart, fallen, number, panels, ticks
-from lowlevel.running.plots import Curve, Panel
+from lowlevel.reporting.series import chart, number, ticks
+from lowlevel.running.plots import Curve, Panel, fallen, panels
 
 LOOKS = {"light": (1280, False), "dark": (1280, True), "phone": (390, False)}
 

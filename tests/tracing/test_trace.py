@@ -20,7 +20,7 @@ from lowlevel.errors import InterruptedRunError, NonFiniteError
 from lowlevel.execution import Eager
 from lowlevel.losses import PreferenceLoss
 from lowlevel.optim.loss_scale import LossScale
-from lowlevel.reporting.series import panels
+from lowlevel.running.plots import panels
 from lowlevel.running.run_folder import RunFolder
 from lowlevel.running.training import RunObserver, run_training
 from lowlevel.tracing import Tracer
