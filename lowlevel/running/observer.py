@@ -20,7 +20,6 @@ from lowlevel.model.moving_reference import reads_reference
 from lowlevel.optim.train_state import StepResult, TrainState
 from lowlevel.running.callbacks import Callback
 from lowlevel.running.job import Engine
-from lowlevel.running.pace import Pace
 from lowlevel.running.progress import TrainingProgress
 from lowlevel.running.run_folder import RunFolder
 
@@ -41,7 +40,6 @@ class RunObserver:
     progress_bar: TrainingProgress
     engine: Engine
     note: Callable[[str], None]
-    pace: Pace
     callbacks: Sequence[Callback] = ()
 
     def log(self, record: dict[str, Any]) -> None:
@@ -60,8 +58,6 @@ class RunObserver:
             if line := check_first_step(result, config, self.engine.job.inputs.placement.precision):
                 self.note(line)
         if line := check_sampler(result, config, self.engine.job.inputs.placement.precision):
-            self.note(line)
-        if line := self.pace.forecast(state):
             self.note(line)
         self.progress_bar.step(state.step)
         for callback in self.callbacks:

@@ -23,7 +23,6 @@ from lowlevel.running.endings import Interrupts, one_error, recorded_end
 from lowlevel.running.forensics import explaining
 from lowlevel.running.job import Engine, Job, build_job
 from lowlevel.running.observer import RunObserver
-from lowlevel.running.pace import Pace
 from lowlevel.running.progress import TrainingProgress
 from lowlevel.running.run_folder import RunFolder, run_lock
 from lowlevel.running.run_record import announce, write_finish
@@ -134,9 +133,8 @@ def _steps(start: Start, job: Job, found: Checkpoint | None, interrupts: Interru
             engine.tracer or nullcontext(),
             engine.online or nullcontext(),
         ):
-            pace = Pace(config, job.policy, job.total_steps, state.step, state.seconds)
             called = [*start.callbacks, *trackers] if ranks.first else []
-            observer = RunObserver(folder, bar, engine, start.note, pace, called)
+            observer = RunObserver(folder, bar, engine, start.note, called)
             if engine.held_out and state.step == 0:
                 observer.log({"step": 0, "epoch": 0.0, **engine.evaluate(0)})
             with interrupts.deferred():
