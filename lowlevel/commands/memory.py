@@ -6,13 +6,11 @@ from lowlevel.commands.common import Options, Overrides, Parser, quiet_console
 
 
 def add_arguments(parser: Parser) -> None:
-    add = parser.add_argument
-    add("run_dir", type=Path, metavar="RUN_DIR")
-    add("--plot", type=Path, metavar="FILE.png", help="draw it, by phase and component")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
 
 
 def run(options: Options, overrides: Overrides) -> None:
     console = quiet_console()
     from lowlevel.preflight.plan import show_memory
 
-    show_memory(options.run_dir, console, options.plot)
+    show_memory(options.run_dir, console)

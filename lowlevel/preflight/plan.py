@@ -35,7 +35,6 @@ from lowlevel.model.placement import Placement
 from lowlevel.running.adapter_sources import find_adapter
 from lowlevel.running.assembly import with_stored
 from lowlevel.running.gpu_memory import with_shards
-from lowlevel.running.plots import plot_memory
 from lowlevel.table import table_of
 
 MIB = 2**20
@@ -187,7 +186,7 @@ def _plan_table(shape: ModelShape, columns: Sequence[Column], forecasts: Sequenc
     return table_of(("<", *(column.name for column in columns)), rows, title=title, title_justify="left")
 
 
-def show_memory(run_dir: Path, console: Console, plot: Path | None) -> None:
+def show_memory(run_dir: Path, console: Console) -> None:
     """Print the memory of a run's largest micro-batch, measured before its first step. Raises ConfigError if it was
     not measured.
     """
@@ -201,6 +200,3 @@ def show_memory(run_dir: Path, console: Console, plot: Path | None) -> None:
     parts, wholes = ([(name, f"{size / MIB:,.1f}") for name, size in sizes.items()] for sizes in (kept, whole))
     title = f"memory of {run_dir.name}, MiB ({report['positions']:,} positions)"
     console.print(table_of(("<", "MiB"), [*parts, None, *wholes], title=title, title_justify="left"))
-    if plot:
-        plot_memory(report, plot, title=run_dir.name)
-        console.print(f"plot saved to {plot}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowlevel.durable import given_file, replaced_file
+from lowlevel.durable import replaced_file
 from lowlevel.perplexity import PERPLEXITIES
 
 if TYPE_CHECKING:
@@ -178,24 +178,3 @@ def draw_panel(axis: Axes, panel: Panel, title: str = "") -> None:
         axis.legend(frameon=False, fontsize=9)
     names = ", ".join(filter(None, (panel.title, title)))
     axis.set(xlabel="optimizer step", ylabel=panel.unit or panel.title.lower(), title=names)
-
-
-def plot_memory(report: Mapping[str, Any], path: Path, *, title: str) -> None:
-    """Memory by phase, stacked by component; `report` as in a run's memory.json."""
-    from matplotlib.figure import Figure
-
-    parts = {name: size / 2**20 for name, size in report["components"].items() if name != "optimizer state"}
-    names = list(report["phases"])
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axis = figure.subplots()
-    left = 0.0
-    for number, (part, size) in enumerate(parts.items()):
-        axis.barh(names, size, left=left, label=part, color=f"C{number}")
-        left += size
-    rest = [size / 2**20 - left for size in report["phases"].values()]
-    axis.barh(names, rest, left=left, label="activations and workspaces", color="0.75")
-    axis.invert_yaxis()
-    axis.set(xlabel="MiB allocated at the phase's peak, without paged optimizer state", title=title)
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    with given_file(path) as target:
-        figure.savefig(target, dpi=120, format=path.suffix.removeprefix(".") or "png")
