@@ -120,9 +120,7 @@ def last_weights(folder: RunFolder, warn: Callable[[str], None]) -> Weights:
     adapter = folder.newest_adapter(warn)
     if adapter is None:
         raise _nothing_saved(folder)
-    if adapter == folder.adapter:
-        return adapter, "final adapter"
-    return adapter, f"{adapter.name}, the newest checkpoint (the run has no final adapter yet)"
+    return adapter, folder.words(adapter)
 
 
 def _before(folder: RunFolder, step: int, warn: Callable[[str], None]) -> Weights:

@@ -91,9 +91,10 @@ def load_for_replies(model_dir: Path, note: Note) -> tuple[Sampler, ChatTokenize
 
 def _load_model(model_dir: Path, note: Note) -> tuple[AnyModel, ChatTokenizer, Placement]:
     if (model_dir / "config.toml").exists():
-        adapter = RunFolder(model_dir).newest_adapter(note)
-        if adapter and adapter.name.startswith("step-"):
-            note(f"note: {adapter.name}, the newest checkpoint: the run has not finished")
+        folder = RunFolder(model_dir)
+        adapter = folder.newest_adapter(note)
+        if adapter and adapter != folder.adapter:
+            note(f"note: {folder.words(adapter)}")
         run = load_run(model_dir, note, adapter=adapter)
         return run.policy.model, run.tokenizer, run.policy.placement
     if (model_dir / ADAPTER_CONFIG).exists() and not ((model_dir / CONFIG).exists() and holds_model_weights(model_dir)):

@@ -85,6 +85,11 @@ class RunFolder:
         found = newest_verified(self.path, warn)
         return found[0] if found else None
 
+    def words(self, adapter: Path) -> str:
+        """What `newest_adapter` found, in words."""
+        unfinished = f"{adapter.name}, the newest checkpoint: the run has not finished"
+        return "final adapter" if adapter == self.adapter else unfinished
+
     def holds_run(self) -> bool:
         """Whether a run has written here."""
         return any((self.path / name).exists() for name in OWN_FILES) or bool(checkpoints(self.path))

@@ -45,12 +45,8 @@ def open_run(run: Reopened) -> Opened:
     """A run with its newest adapter. Raises for changed rows or another loss, and for damaged weights."""
     run.method()  # refuses another loss before anything is loaded
     adapter = run.folder.newest_adapter(run.note)
-    if adapter is None:
-        line = "the run's start: it has not finished and saved no checkpoint yet"
-    elif adapter == run.folder.adapter:
-        line = "final adapter"
-    else:
-        line = f"{adapter.name}, the newest checkpoint: the run has not finished"
+    none = "the run's start: it has not finished and saved no checkpoint yet"
+    line = run.folder.words(adapter) if adapter else none
     return Opened(run.config, run.inputs(adapter), line, run, adapter)
 
 

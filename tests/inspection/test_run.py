@@ -130,7 +130,7 @@ def test_a_step_without_its_checkpoint_takes_an_older_one_and_says_so(copied):
 
 def test_an_unfinished_run_can_be_looked_at(copied):
     shutil.rmtree(copied / "adapter")
-    newest = "step-00000005, the newest checkpoint (the run has no final adapter yet)"
+    newest = "step-00000005, the newest checkpoint: the run has not finished"
     assert look(copied, example=7).weights == newest
     for number in (1, 2, 3):
         shutil.rmtree(copied / f"step-0000000{number}")
@@ -235,7 +235,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(copied):
     shutil.rmtree(copied / "adapter")
     said = run("inspect", copied, "--example", 7)
     assert said.code == 0 and f"skipped a damaged checkpoint: {copied}/step-00000005/" in said.out
-    assert "weights: step-00000004, the newest checkpoint (the run has no final adapter yet)" in said.out
+    assert "weights: step-00000004, the newest checkpoint: the run has not finished" in said.out
 
 
 def test_where_every_checkpoint_is_damaged_it_says_so(copied):
