@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,14 +73,10 @@ def prompt_segment(row: int, number: int, prompt: np.ndarray, completions: Mappi
     return build_segment(row, prompt[:-1], [Branch(n, branch, inputs[branch], ids) for n, (branch, ids) in numbered])
 
 
-def pair_segment(row: int, number: int, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Segment:
-    """A pair with a shared prompt: len(prompt) - 1 + len(chosen) + len(rejected) positions."""
-    return prompt_segment(row, 2 * number, prompt, {1: chosen, 2: rejected})
-
-
-def pair_rows(
-    row: int, number: int, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray
-) -> tuple[Segment, Segment]:
-    """The same pair as two plain sequences, prompt + chosen and prompt + rejected."""
-    one, other = ({1: chosen}, {2: rejected})
-    return prompt_segment(row, 2 * number, prompt, one), prompt_segment(row, 2 * number + 1, prompt, other)
+def pair_segments(
+    pair: Any, number: int, *, shared: bool, segment: Callable[..., Segment] = prompt_segment
+) -> list[Segment]:
+    """A preference pair as one segment with a shared prompt, or as two plain sequences."""
+    branches = {1: pair.chosen_ids, 2: pair.rejected_ids}
+    parts = [branches] if shared else [{branch: ids} for branch, ids in branches.items()]
+    return [segment(pair.row, 2 * number + i, pair.prompt_ids, part) for i, part in enumerate(parts)]

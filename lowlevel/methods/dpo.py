@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.packing import ExampleLayout
-from lowlevel.batch.segments import Segment, pair_rows, pair_segment
+from lowlevel.batch.segments import Segment, pair_segments
 from lowlevel.config.offline import DPOConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.losses import DPOOutput, LossSums, PairLogps, PreferenceLoss, loss_spec
@@ -85,10 +85,9 @@ class DPO(ExampleLayout):
         """Positions of a pair with its prompt shared."""
         return len(example.prompt_ids) - 1 + len(example.chosen_ids) + len(example.rejected_ids)
 
-    def segments(self, example: PreferenceExample, number: int) -> Sequence[Segment]:
+    def segments(self, example: PreferenceExample, number: int) -> list[Segment]:
         """With packing one with a shared prompt, else two plain sequences."""
-        parts = (example.row, number, example.prompt_ids, example.chosen_ids, example.rejected_ids)
-        return [pair_segment(*parts)] if self.packing else pair_rows(*parts)
+        return pair_segments(example, number, shared=self.packing)
 
 
 def reference_token_logps(policy: Policy, batch: PackedBatch) -> Tensor:

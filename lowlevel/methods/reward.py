@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.batch.packing import ExampleLayout
-from lowlevel.batch.segments import Branch, Segment, build_segment
+from lowlevel.batch.segments import Branch, Segment, build_segment, pair_segments
 from lowlevel.config.offline import RewardConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.labels import IGNORED
@@ -79,14 +79,7 @@ class Reward(ExampleLayout):
 
     def segments(self, example: PreferenceExample, number: int) -> list[Segment]:
         """With packing one with a shared prompt, else two plain sequences."""
-        return reward_segments(example, number, shared=self.packing)
-
-
-def reward_segments(example: PreferenceExample, number: int, *, shared: bool) -> list[Segment]:
-    """A pair as one segment with a shared prompt, or as two plain sequences."""
-    branches = {1: example.chosen_ids, 2: example.rejected_ids}
-    parts = [branches] if shared else [{branch: ids} for branch, ids in branches.items()]
-    return [read_segment(example.row, 2 * number + i, example.prompt_ids, part) for i, part in enumerate(parts)]
+        return pair_segments(example, number, shared=self.packing, segment=read_segment)
 
 
 def read_segment(row: int, number: int, prompt: np.ndarray, completions: dict[int, np.ndarray]) -> Segment:

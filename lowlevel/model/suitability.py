@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lowlevel.batch.layout import build_batch
-from lowlevel.batch.segments import pair_segment, sft_segment
+from lowlevel.batch.segments import prompt_segment, sft_segment
 from lowlevel.errors import ConfigError, LowlevelError, one_line
 from lowlevel.model.attention_choice import plain_attention
 from lowlevel.model.policy import Policy
@@ -64,7 +64,7 @@ def check_base(policy: Policy) -> None:
     second = np.concatenate([prompt, rejected])
     examples = [sft_segment(i, i, ids, ids) for i, ids in enumerate((first, second))]
     row = build_batch([examples], pairs=False).to(device)
-    pair = build_batch([[pair_segment(0, 0, prompt, chosen, rejected)]], pairs=True).to(device)
+    pair = build_batch([[prompt_segment(0, 0, prompt, {1: chosen, 2: rejected})]], pairs=True).to(device)
     with policy.reference(), _architecture_errors(policy):
         packed = policy.scored_hidden_states(row)
         if not packed.isfinite().all():

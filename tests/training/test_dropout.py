@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowlevel.batch.layout import build_batch
-from lowlevel.batch.segments import pair_segment, sft_segment
+from lowlevel.batch.segments import prompt_segment, sft_segment
 from lowlevel.hashing import feature_keys, key32, mix32, mix32_array
 from lowlevel.loop import evaluate_examples
 from lowlevel.model.dropout import CounterDropout, DropoutState, drop
@@ -85,7 +85,7 @@ def test_keys_in_plain_integers():
 def test_a_mask_in_plain_integers():
     """The whole chain, data row to bit: a run resumed by another version would else draw other masks in silence."""
     seed, step, salt, p = 42, 7, 5, 0.3
-    segment = pair_segment(1000, 0, np.arange(3), np.arange(2), np.arange(3))
+    segment = prompt_segment(1000, 0, np.arange(3), {1: np.arange(2), 2: np.arange(3)})
     batch = build_batch([[segment]], pairs=True)
     state = DropoutState()
     state.set_micro_batch(batch.dropout_keys, key32(seed, step))

@@ -14,11 +14,12 @@ from torch._dynamo.utils import counters
 
 from lowlevel import execution
 from lowlevel.batch.layout import Shape, attention_mask, build_batch
-from lowlevel.batch.segments import pair_rows, pair_segment, sft_segment
+from lowlevel.batch.segments import pair_segments, sft_segment
 from lowlevel.config.data import DataConfig
 from lowlevel.config.file import config_from_tables
 from lowlevel.config.offline import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from lowlevel.config.schema import RunConfig
+from lowlevel.data.examples import PreferenceExample
 from lowlevel.execution import MODES, Eager, Graphed, WithFallback, signature_of
 from lowlevel.hashing import key32
 from lowlevel.kernels.attention import list_keys, span_attention
@@ -359,11 +360,12 @@ def test_a_failure_of_the_eager_mode_is_an_error(tiny_base):
 
 
 def test_rows_of_pairs_need_no_listed_keys():
-    prompt, chosen, rejected = np.arange(5), np.arange(3), np.arange(4)
-    rows = [[segment] for segment in pair_rows(0, 0, prompt, chosen, rejected)]
+    prompt = np.arange(5)
+    pair = PreferenceExample(0, "", prompt, np.arange(3), np.arange(4))
+    rows = [[segment] for segment in pair_segments(pair, 0, shared=False)]
     assert build_batch(rows, pairs=True).key_index is None
     assert build_batch([[sft_segment(0, 0, prompt, prompt)]], pairs=False).key_index is None
-    assert build_batch([[pair_segment(0, 0, prompt, chosen, rejected)]], pairs=True).key_index is not None
+    assert build_batch([pair_segments(pair, 0, shared=True)], pairs=True).key_index is not None
 
 
 def test_a_graph_is_let_go_before_one_too_many_is_captured(monkeypatch):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowlevel.batch.layout import build_batch
-from lowlevel.batch.segments import pair_segment, sft_segment
+from lowlevel.batch.segments import prompt_segment, sft_segment
 from lowlevel.config.schema import LoraConfig
 from lowlevel.errors import ConfigError
 from lowlevel.model.adapters import read_adapter_config, save_adapter, write_adapter
@@ -85,7 +85,7 @@ def test_families_that_are_taken_compute_packed_what_they_compute_alone(family, 
     policy, draw = policy_of(family, kernel), np.random.default_rng(0)
     first, second = (draw.integers(3, 190, size=n) for n in (40, 29))
     rows = build_batch([[sft_segment(i, i, ids, ids) for i, ids in enumerate((first, second))]], pairs=False)
-    pair = build_batch([[pair_segment(0, 0, first[:9], first[9:], second[9:])]], pairs=True)
+    pair = build_batch([[prompt_segment(0, 0, first[:9], {1: first[9:], 2: second[9:]})]], pairs=True)
     with torch.no_grad():
         packed, shared = policy.token_logps(rows), policy.token_logps(pair)
     torch.testing.assert_close(

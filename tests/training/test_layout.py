@@ -10,7 +10,8 @@ import torch
 
 from lowlevel.batch.layout import PADDING, Shape, attention_mask, build_batch
 from lowlevel.batch.packing import pack
-from lowlevel.batch.segments import pair_rows, pair_segment, sft_segment
+from lowlevel.batch.segments import pair_segments, prompt_segment, sft_segment
+from lowlevel.data.examples import PreferenceExample
 from lowlevel.labels import IGNORED
 from lowlevel.losses import token_logps
 
@@ -35,7 +36,8 @@ def mixed_rows():
         if kind == "sft":
             tokens = ids(rng.integers(2, 9))
             return sft_segment(number, 2 * number, tokens, tokens)
-        return pair_segment(number, number, ids(rng.integers(1, 6)), ids(rng.integers(1, 6)), ids(rng.integers(1, 6)))
+        prompt, chosen, rejected = (ids(rng.integers(1, 6)) for _ in range(3))
+        return prompt_segment(number, 2 * number, prompt, {1: chosen, 2: rejected})
 
     kinds = [["pair", "sft", "pair"], ["sft"], ["pair", "pair"], ["sft", "sft", "sft"]]
     numbers = iter(range(99))
@@ -58,8 +60,11 @@ def test_the_mask_is_the_rule_written_out_as_loops():
         assert mask[r].any(-1).all(), "a query without any key would be a softmax over nothing"
 
 
+PAIR = PreferenceExample(7, "", ints(5, 6, 7), ints(8, 9), ints(10, 11, 12))
+
+
 def test_a_pair_by_hand():
-    batch = build_batch([[pair_segment(7, 0, ints(5, 6, 7), ints(8, 9), ints(10, 11, 12))]], pairs=True)
+    batch = build_batch([pair_segments(PAIR, 0, shared=True)], pairs=True)
     no = IGNORED
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 7, 10, 11, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0]]
@@ -74,7 +79,7 @@ def test_a_pair_by_hand():
 
 
 def test_the_same_pair_as_two_rows_by_hand():
-    batch = build_batch([[s] for s in pair_rows(7, 0, ints(5, 6, 7), ints(8, 9), ints(10, 11, 12))], pairs=True)
+    batch = build_batch([[s] for s in pair_segments(PAIR, 0, shared=False)], pairs=True)
     no = IGNORED
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 0, 0, 0, 0], [5, 6, 7, 10, 11, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 0, 0, 0], [0, 1, 2, 3, 4, 0, 0, 0]]
@@ -96,8 +101,9 @@ def test_examples_by_hand():
 
 
 def test_sums_of_several_pairs_are_all_chosen_then_all_rejected():
-    parts = [(1, 0, ints(3), ints(4, 5), ints(6)), (2, 1, ints(7, 8), ints(9), ints(10, 11))]
-    batch = build_batch([[pair_segment(*part) for part in parts]], pairs=True)
+    pairs = [(1, "", ints(3), ints(4, 5), ints(6)), (2, "", ints(7, 8), ints(9), ints(10, 11))]
+    row = [pair_segments(PreferenceExample(*pair), i, shared=True)[0] for i, pair in enumerate(pairs)]
+    batch = build_batch([row], pairs=True)
     assert batch.scored_targets.tolist() == [4, 5, 6, 9, 10, 11]
     assert batch.sequence_sums(batch.scored_targets.float()).tolist() == [9.0, 9.0, 6.0, 21.0]
 

@@ -218,17 +218,17 @@ def failures(report):
 
 def test_verify_holds_and_finds_planted_faults(whole, monkeypatch):
     assert failures(whole.verify(step=2)) == set()
-    plain = lowlevel.methods.reward.reward_segments
+    plain = lowlevel.methods.reward.read_segment
 
-    def one_early(example, number, *, shared):
-        segments = plain(example, number, shared=shared)
-        return [replace(one, targets=np.roll(one.targets, -1)) for one in segments]
+    def one_early(*parts):
+        segment = plain(*parts)
+        return replace(segment, targets=np.roll(segment.targets, -1))
 
     def whole_margin(pairs, *, center_rewards_coefficient=0.0):
         return -logsigmoid(pairs.margins) + center_rewards_coefficient * (pairs.chosen + pairs.rejected) ** 2
 
     with monkeypatch.context() as patch:
-        patch.setattr(lowlevel.methods.reward, "reward_segments", one_early)
+        patch.setattr(lowlevel.methods.reward, "read_segment", one_early)
         assert {"masking: replies end with end of turn", "masking: targets as the rows say"} <= failures(whole.verify())
     spec = replace(whole.opened.method().spec, function=whole_margin)
     with monkeypatch.context() as patch:

@@ -50,11 +50,9 @@ def test_one_token_off_in_the_forward_pass(sft, monkeypatch):
 
 def change_segments(monkeypatch, change):
     """`change(segment)` on every segment that the methods lay out."""
-    for module, name in ((lowlevel.methods.sft, "sft_segment"), (lowlevel.methods.dpo, "pair_segment")):
-        plain = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, plain=plain: change(plain(*a)))
-    plain_rows = lowlevel.methods.dpo.pair_rows
-    monkeypatch.setattr(lowlevel.methods.dpo, "pair_rows", lambda *a: tuple(map(change, plain_rows(*a))))
+    sft, pair = lowlevel.methods.sft.sft_segment, lowlevel.methods.dpo.pair_segments
+    monkeypatch.setattr(lowlevel.methods.sft, "sft_segment", lambda *a: change(sft(*a)))
+    monkeypatch.setattr(lowlevel.methods.dpo, "pair_segments", lambda *a, **how: list(map(change, pair(*a, **how))))
 
 
 def test_labels_shifted_twice(subject, monkeypatch):
@@ -202,15 +200,13 @@ def test_accumulation_as_a_mean_of_means_in_pairs(dpo, monkeypatch):
 
 
 def test_chosen_and_rejected_swapped_in_one_row(dpo, monkeypatch):
-    row = dpo.examples[1].row
-    for name in ("pair_segment", "pair_rows"):
-        plain = getattr(lowlevel.methods.dpo, name)
+    row, plain = dpo.examples[1].row, lowlevel.methods.dpo.pair_segments
 
-        def swapped(number, place, prompt, chosen, rejected, plain=plain):
-            sides = (rejected, chosen) if number == row else (chosen, rejected)
-            return plain(number, place, prompt, *sides)
+    def swapped(pair, number, *, shared):
+        turned = replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids)
+        return plain(turned if pair.row == row else pair, number, shared=shared)
 
-        monkeypatch.setattr(lowlevel.methods.dpo, name, swapped)
+    monkeypatch.setattr(lowlevel.methods.dpo, "pair_segments", swapped)
     assert "masking: targets as the rows say" in failures(dpo)
 
 
