@@ -18,14 +18,12 @@ from lowlevel.execution import Eager, Execution, ExecutionFailedError
 from lowlevel.hashing import key32
 from lowlevel.heartbeat import counted
 from lowlevel.losses import LossSums
-from lowlevel.losses.reward import calibration
 from lowlevel.losses.sums import by_label
 from lowlevel.methods import Method
 from lowlevel.model.policy import Policy
 from lowlevel.optim.loss_scale import LossScale
 from lowlevel.optim.optimizer import learning_rate, set_learning_rate
 from lowlevel.optim.train_state import StepResult, TrainState, Window, on_host, totals
-from lowlevel.perplexity import perplexities
 from lowlevel.ranks import ALONE, Ranks, Share
 from lowlevel.tracing import Tracer
 
@@ -217,20 +215,17 @@ def train(
 def evaluate_examples(
     policy: Policy, method: Method, batches: Sequence[PackedBatch], *, prefix: str, ranks: Ranks = ALONE
 ) -> dict[str, float]:
-    """Means over held-out micro-batches, dropout off, each name with `prefix` before it; for sft also perplexities."""
-    window, logps, lengths = Window(), list[float](), list[int]()
+    """Means over held-out micro-batches, dropout off, and scores of the method's own; names begin with `prefix`."""
+    window, seen = Window(), list[dict[str, Tensor]]()
     batches = with_baseline(Eager(policy, method), batches, ranks)
     policy.dropout.disable()
     share, device = ranks.deal(batches), policy.placement.device
     waiting = counted("evaluating", share.batches, "micro-batches")
     own = [replace(method.loss(policy, batch.to(device)), tokens={}) for batch in waiting]
-    margins: list[Tensor] = []  # reward
     for batch, sums in zip(batches, ranks.gather(share, batches, own), strict=True):
         named = sums.named()
-        margins += [sums.examples["margin"][: len(batch.data_rows)]] if method.name == "reward" else []
         window.add(dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True)), method.count(batch))
-        if method.unit == "tokens":
-            logps += sums.examples["logps"][: len(batch.data_rows)].tolist()
-            lengths += batch.lengths[: len(batch.data_rows)].tolist()
-    more = perplexities(logps, lengths) if logps else calibration(torch.cat(margins)) if margins else {}
+        values = {"lengths": batch.lengths, **sums.examples}
+        seen.append({name: value[: len(batch.data_rows)] for name, value in values.items()})
+    more = method.held_out_scores({name: torch.cat([one[name] for one in seen]) for name in seen[0]})
     return {f"{prefix}{name}": value for name, value in (by_label(window.means()) | more).items()}

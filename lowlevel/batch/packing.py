@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
 
 from lowlevel.batch.layout import PackedBatch, Shape, build_batch
 from lowlevel.batch.segments import Segment
@@ -93,6 +95,10 @@ class Layout:
     def count(self, batch: PackedBatch) -> float:
         """What a sum of losses is divided by, over the micro-batches of a step: examples, if not tokens."""
         return len(batch.data_rows)
+
+    def held_out_scores(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
+        """Of held-out examples more than their means, from `LossSums.examples` and their lengths: (n,) each."""
+        return {}
 
     def size(self, example: Any) -> int:
         """Positions of an example: all tokens but the last."""

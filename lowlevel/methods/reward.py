@@ -23,7 +23,7 @@ from lowlevel.labels import IGNORED
 from lowlevel.losses import LossSums
 from lowlevel.losses.modifiers import MARGIN_COLUMNS
 from lowlevel.losses.registry import LossSpec
-from lowlevel.losses.reward import REWARD_LOSSES, PairRewards, ranked
+from lowlevel.losses.reward import REWARD_LOSSES, PairRewards, calibration, ranked
 from lowlevel.model.policy import Policy
 
 
@@ -72,6 +72,10 @@ class Reward(ExampleLayout):
     def losses(self, pairs: PairRewards) -> Tensor:
         """The loss of each pair, (P,)."""
         return self.spec(pairs, self.settings)[0]
+
+    def held_out_scores(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
+        """How far the margins can be trusted as probabilities."""
+        return calibration(seen["margin"])
 
     def size(self, example: PreferenceExample) -> int:
         """Positions of a pair with its prompt shared."""

@@ -18,6 +18,7 @@ from lowlevel.data.examples import SFTExample
 from lowlevel.losses import LossSums, SupervisedLoss, TokenLogps
 from lowlevel.losses.registry import LossSpec, check_result
 from lowlevel.model.policy import Policy
+from lowlevel.perplexity import perplexities
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class SFT(ExampleLayout):
     def count(self, batch: PackedBatch) -> float:
         """Supervised tokens; the sum of their weights, if they have any."""
         return batch.num_scored if batch.total_weight is None else batch.total_weight
+
+    def held_out_scores(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
+        """Perplexities."""
+        return perplexities(seen["logps"].tolist(), seen["lengths"].tolist())
 
     def segments(self, example: SFTExample, number: int) -> list[Segment]:
         """The whole conversation."""
