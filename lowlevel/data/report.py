@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lowlevel.data.building import TOO_LONG, Built, TokenCounts
@@ -20,6 +19,7 @@ from lowlevel.data.messages import Normalised
 from lowlevel.data.rendering import APART, ChatTokenizer
 from lowlevel.data.rows import SHOWN, RowProblem, SourceRows
 from lowlevel.data.truncation import Truncation
+from lowlevel.table import table_of
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 # Warnings that only describe the rows; with any other warning, a part of the rows is not learned.
@@ -171,18 +171,14 @@ def tokenizer_report(tokenizer: ChatTokenizer) -> dict[str, Any]:
 def render_report(report: DataReport, console: Console) -> None:
     """Print the report as tables of rows and token lengths."""
     splits = report.splits
-    rows = Table("", title=f"Rows (format {report.format}, max_length {report.max_length})", title_justify="left")
-    tokens = Table("", title="Tokens per row, before truncation", title_justify="left")
-    for table, columns in ((rows, splits), (tokens, (*QUANTILES, "mean"))):
-        for column in columns:
-            table.add_column(column, justify="right")
     facts = [_facts(split) for split in splits.values()]
-    for label in dict.fromkeys(label for fact in facts for label in fact):
-        rows.add_row(label, *(fact.get(label, "") for fact in facts))
-    for name, split in splits.items():
-        for key, summary in split.lengths.items():
-            tokens.add_row(f"{name} {key}", *(f"{value:,.0f}" for value in summary.values()))
-    console.print(rows, tokens)
+    labels = dict.fromkeys(label for fact in facts for label in fact)
+    rows = [(label, *(fact.get(label, "") for fact in facts)) for label in labels]
+    lengths = [(f"{name} {key}", one) for name, split in splits.items() for key, one in split.lengths.items()]
+    tokens = [(name, *(f"{value:,.0f}" for value in one.values())) for name, one in lengths]
+    title, style = f"Rows (format {report.format}, max_length {report.max_length})", {"title_justify": "left"}
+    console.print(table_of(("<", *splits), rows, title=title, **style))
+    console.print(table_of(("<", *QUANTILES, "mean"), tokens, title="Tokens per row, before truncation", **style))
     for line in (line for split in splits.values() for dropped in split.dropped.values() for line in dropped.first):
         console.print(f"dropped {line}", markup=False, highlight=False)
     for line in [*template_lines(report), *truncated(report)]:

@@ -249,17 +249,15 @@ def load_run(run_dir: Path, note: Note = print, *, adapter: Path | None = None) 
     return opened.load(adapter or opened.folder.final_adapter())
 
 
-def step_examples(
-    config: RunConfig, data: PreparedData, step: int, flag: str = "--step", run_dir: Path | None = None
-) -> list[Any]:
+def step_examples(config: RunConfig, data: PreparedData, step: int, run_dir: Path | None = None) -> list[Any]:
     """The examples of step `step`, counted from 1 as in the log; those of an online method are kept in `run_dir`.
 
-    Raises ConfigError, which names the option `flag`; CheckpointError if completions are not kept.
+    Raises ConfigError, which names the option --step; CheckpointError if completions are not kept.
     """
     order = DataOrder.of(config, data.train)
     total = order.total_steps(config.train)
     if not 1 <= step <= total:
-        raise ConfigError(f"{flag} {step}: the run has {how_many(total, 'steps')}")
+        raise ConfigError(f"--step {step}: the run has {how_many(total, 'steps')}")
     if config.sampled:
         return rollouts.step_examples(config, kept_rollouts(config, run_dir, step))
     return [data.train[i] for i in order.step_rows(step - 1)]
