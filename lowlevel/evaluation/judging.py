@@ -27,6 +27,7 @@ from lowlevel.evaluation.endpoint import Endpoint, EndpointError
 from lowlevel.evaluation.preference import Verdict, preferences
 from lowlevel.evaluation.rows import read_rows
 from lowlevel.heartbeat import working
+from lowlevel.running.progress import lines_to
 from lowlevel.running.replies import generate_replies, load_for_replies
 from lowlevel.running.run_folder import check_reward_run
 from lowlevel.running.scoring import load_reward_run, score_source
@@ -154,7 +155,7 @@ def conversations(
     model_dir: Path, questions: Sequence[Question], sampling: Sampling, console: Console
 ) -> list[list[Message]]:
     """The questions with the replies of a run, adapter or merged model, which is loaded for this only."""
-    sampler, tokenizer = load_for_replies(model_dir, lambda line: console.print(line, markup=False))
+    sampler, tokenizer = load_for_replies(model_dir, lines_to(console))
     chats = [[{"role": "system", "content": one.system}] if one.system else [] for one in questions]
     for turn in range(max(len(one.turns) for one in questions)):
         asked = [i for i, one in enumerate(questions) if turn < len(one.turns)]
@@ -168,7 +169,7 @@ def conversations(
 
 def judged_by_reward(run_dir: Path, chats: Sequence[Sequence[list[Message]]], console: Console) -> Judged:
     """The conversation with the higher reward of its last reply wins; an order does not exist."""
-    run = load_reward_run(run_dir, lambda line: console.print(line, markup=False))
+    run = load_reward_run(run_dir, lines_to(console))
     rows = [{"messages": chat} for pair in zip(*chats, strict=True) for chat in pair]
     rewards = [one.rewards[0] for one in score_source(run, GivenRows.of(rows))]
     verdicts: list[Verdict | None] = []

@@ -95,8 +95,3 @@ def formula(spec: LossSpec) -> str:
     words = "|".join(re.escape(word) + r"\b" * word.isalpha() for word in SIGNS)
     signs = re.sub(rf"\b({words})", lambda found: SIGNS[found[0]], spec.formula)
     return signs.replace("^2", "²").replace("-", "−")
-
-
-def source(spec: LossSpec) -> str:
-    """Name and publication of the loss."""
-    return f"{spec.name}: {spec.paper}"

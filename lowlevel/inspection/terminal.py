@@ -13,7 +13,6 @@ from rich.text import Text as Styled
 
 from lowlevel.inspection.example import Example, Inspection, Text
 from lowlevel.inspection.pairs import fall_line
-from lowlevel.inspection.reading import source
 from lowlevel.inspection.tables import batch_table, caption, facts_of, steps_of, summary, token_lines
 
 RAISES, LOWERS = "blue", "dark_orange"
@@ -50,8 +49,9 @@ def _print_example(example: Example, inspection: Inspection, console: Console) -
         _print_text(one, inspection, console)
     if fall := fall_line(example, pieces):
         _say(fall.sentence, console)
+    spec = inspection.method.spec
     if steps := steps_of(example):
-        for table in _path_tables(example, steps, f"{source(inspection.method.spec)}; {view.symbols}", console.width):
+        for table in _path_tables(example, steps, f"{spec.name}: {spec.paper}; {view.symbols}", console.width):
             console.print(table)
     else:
         _say(", ".join(f"{name} {value}" for name, value in facts_of(example, view)), console)
