@@ -20,7 +20,7 @@ from lowlevel.batch.layout import PackedBatch, build_batch
 from lowlevel.batch.packing import pack
 from lowlevel.batch.segments import Segment, prompt_segment, sft_segment
 from lowlevel.heartbeat import working
-from lowlevel.inspection.displacement import head_logits
+from lowlevel.inspection.displacement import by_chunks, head_logits
 from lowlevel.model.attention_choice import MASKED, NAMES, Attention
 from lowlevel.model.policy import Policy
 from lowlevel.model.suitability import short_positions
@@ -132,10 +132,10 @@ def batches_of(policy: Policy, requests: Sequence[Request]) -> Iterator[Scorable
 
 def _scores(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Log-probability of each scored token and whether it is the likeliest, (N,) each, on the CPU."""
-    hidden, targets = policy.scored_hidden_states(batch), batch.scored_targets
-    logps, greedy = [], []
-    for states, chunk in zip(hidden.split(CHUNK_SIZE), targets.split(CHUNK_SIZE), strict=True):
+
+    def of(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = head_logits(states, policy.lm_head_weight)  # (chunk, V)
-        logps.append(logits.gather(1, chunk[:, None])[:, 0] - logits.logsumexp(1))
-        greedy.append(logits.argmax(1) == chunk)
-    return torch.cat(logps).cpu(), torch.cat(greedy).cpu()
+        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1), logits.argmax(1) == targets
+
+    logps, greedy = by_chunks(of, policy.scored_hidden_states(batch), batch.scored_targets, size=CHUNK_SIZE)
+    return logps, greedy

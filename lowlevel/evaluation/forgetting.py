@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from lowlevel.durable import write_json
 from lowlevel.evaluation.continuations import CHUNK_SIZE, Request, batches_of, scoring
 from lowlevel.evaluation.paired import mean_by_weight
 from lowlevel.evaluation.rows import read_rows
-from lowlevel.inspection.displacement import head_logits
+from lowlevel.inspection.displacement import by_chunks, head_logits
 from lowlevel.model.dequantised import dequantize_as_set
 from lowlevel.model.policy import Policy
 from lowlevel.model.targets import size_of
@@ -133,14 +132,13 @@ def _windows(ids: Sequence[int], width: int) -> Iterator[Request]:
 
 def _loss_and_kl(policy: Policy, hidden: Tensor, base: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """-log p(target) and KL(base || stage) of each position, (N,) fp32 each, on the CPU; hidden states are (N, D)."""
-    losses, kls = [], []
-    for own, other, chunk in zip(
-        hidden.split(CHUNK_SIZE), base.split(CHUNK_SIZE), targets.split(CHUNK_SIZE), strict=True
-    ):
+
+    def of(own: Tensor, other: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor]:
         logps, base_logps = (head_logits(part, policy.lm_head_weight).log_softmax(1) for part in (own, other))
-        losses.append(-logps.gather(1, chunk[:, None])[:, 0])
-        kls.append((base_logps.exp() * (base_logps - logps)).sum(1))
-    return torch.cat(losses).cpu(), torch.cat(kls).cpu()
+        return -logps.gather(1, chunk[:, None])[:, 0], (base_logps.exp() * (base_logps - logps)).sum(1)
+
+    losses, kls = by_chunks(of, hidden, base, targets, size=CHUNK_SIZE)
+    return losses, kls
 
 
 def summarise(texts: Sequence[Text], measured: Measured, stages: Sequence[str]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ Sums over positions exclude positions whose chosen token became likelier.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,20 +46,14 @@ def distribution(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor) -> Dis
             float64), as in `lowlevel.losses.token_logps`.
         targets: (N,) int64.
     """
-    count, kept = len(hidden), min(ALTERNATIVES, lm_head_weight.shape[0] - 1)
-    dtype = torch.promote_types(lm_head_weight.dtype, torch.float32)
-    entropies, ranks = torch.empty(count, dtype=dtype), torch.empty(count, dtype=torch.int64)
-    ids, logps = torch.empty(count, kept, dtype=torch.int64), torch.empty(count, kept, dtype=dtype)
-    for start in range(0, count, CHUNK_SIZE):
-        rows = slice(start, start + CHUNK_SIZE)
-        logits = head_logits(hidden[rows], lm_head_weight)  # (chunk, V)
-        target = targets[rows, None]
-        ranks[rows] = (logits > logits.gather(1, target)).sum(1).cpu() + 1
-        log_probabilities = logits.log_softmax(1)
-        entropies[rows] = torch.special.entr(log_probabilities.exp()).sum(1).cpu()
-        others = log_probabilities.scatter(1, target, -torch.inf).topk(kept, dim=1)
-        ids[rows], logps[rows] = others.indices.cpu(), others.values.cpu()
-    return Distribution(entropies, ranks, ids, logps)
+
+    def summary(states: Tensor, chunk: Tensor) -> tuple[Tensor, ...]:
+        logits, target = head_logits(states, lm_head_weight), chunk[:, None]  # (chunk, V), (chunk, 1)
+        ranks, logps = (logits > logits.gather(1, target)).sum(1) + 1, logits.log_softmax(1)
+        others = logps.scatter(1, target, -torch.inf).topk(min(ALTERNATIVES, logits.shape[1] - 1), dim=1)
+        return torch.special.entr(logps.exp()).sum(1), ranks, others.indices, others.values
+
+    return Distribution(*by_chunks(summary, hidden, targets, size=CHUNK_SIZE))
 
 
 def head_logits(hidden: Tensor, lm_head_weight: Tensor) -> Tensor:
@@ -67,6 +61,12 @@ def head_logits(hidden: Tensor, lm_head_weight: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         logits = linear(hidden.to(lm_head_weight.dtype), lm_head_weight)
     return logits.to(torch.promote_types(lm_head_weight.dtype, torch.float32))
+
+
+def by_chunks(of: Callable[..., tuple[Tensor, ...]], *rows: Tensor, size: int) -> list[Tensor]:
+    """What `of` gives for `size` rows at a time, so that few logits are in memory, joined and on the CPU."""
+    found = [of(*part) for part in zip(*(tensor.split(size) for tensor in rows), strict=True)]
+    return [torch.cat(column).cpu() for column in zip(*found, strict=True)]
 
 
 GAINERS = 3
@@ -118,23 +118,22 @@ def displacement_of(hidden: Tensor, ref_hidden: Tensor, lm_head_weight: Tensor, 
         lm_head_weight: (V, D), of both; dtypes as in `distribution`.
         targets: (n,) int64, the tokens of the completion.
     """
-    chunk_size = CHUNK_SIZE // 2
     vocabulary, device = lm_head_weight.shape[0], hidden.device
     gained = torch.zeros(vocabulary, dtype=torch.float64, device=device)
     noticed = torch.zeros(vocabulary, dtype=torch.int64, device=device)
-    parts: list[tuple[Tensor, ...]] = []
-    for start in range(0, max(1, len(hidden)), chunk_size):
-        rows = slice(start, start + chunk_size)
-        target = targets[rows, None]  # (chunk, 1)
-        probs, ref_probs = (head_logits(states[rows], lm_head_weight).softmax(1) for states in (hidden, ref_hidden))
+
+    def compare(own: Tensor, reference: Tensor, chunk: Tensor) -> tuple[Tensor, ...]:
+        target = chunk[:, None]
+        probs, ref_probs = (head_logits(states, lm_head_weight).softmax(1) for states in (own, reference))
         gains = probs - ref_probs  # (chunk, V)
         losses = -gains.gather(1, target)[:, 0]
         top = gains.scatter_(1, target, -torch.inf).topk(min(GAINERS, vocabulary - 1), dim=1).indices
-        parts.append((losses.cpu(), top.cpu(), ref_probs.gather(1, top).cpu(), probs.gather(1, top).cpu()))
         taken = gains.scatter_(1, target, 0.0)[losses > 0]
-        gained += taken.sum(0, dtype=torch.float64)
-        noticed += (taken >= NOTICED).sum(0)
-    losses, ids, ref_probs, probs = (torch.cat(column) for column in zip(*parts, strict=True))
+        gained.add_(taken.sum(0, dtype=torch.float64))
+        noticed.add_((taken >= NOTICED).sum(0))
+        return losses, top, ref_probs.gather(1, top), probs.gather(1, top)
+
+    losses, ids, ref_probs, probs = by_chunks(compare, hidden, ref_hidden, targets, size=CHUNK_SIZE // 2)
     return Displacement(losses, ids, ref_probs, probs, gained.cpu(), noticed.cpu())
 
 
