@@ -55,7 +55,7 @@ def test_the_run_folder(runs, method, drawn, tmp_path):
     plot_loss(metrics(folder), tmp_path / "loss.png", title="with the curves of a run")
     png = (tmp_path / "loss.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
-    assert min(struct.unpack(">II", png[16:24])) > 200
+    assert struct.unpack(">II", png[16:24]) == (600 * {"sft": 1, "dpo": 4}[method], 432)  # panels
     environment = json.loads((folder / "environment.json").read_text())
     assert {"python", "torch", "transformers", "peft", "bitsandbytes", "device", "precision"} <= set(environment)
     assert (environment["torch"].split("+")[0], environment["device"]) == (torch.__version__.split("+")[0], "cpu")

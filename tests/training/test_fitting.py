@@ -44,7 +44,7 @@ def cost(method, config, rows, steps):
 @pytest.mark.parametrize("steps", [4, 40])
 def test_the_shape_is_the_best_of_the_multiples_and_each_width_is_one_shape(name, steps):
     config, plain = run(name, steps)
-    found, rows = fitted(plain, config, ROWS[name]), ROWS[name]
+    found, rows = build_method(config, SPANS, ROWS[name]), ROWS[name]
     batches = laid_out(found, config, rows, steps)
     assert len({signature_of(one) for one in batches}) == len({one.input_ids.numel() for one in batches})
     assert {k: v for k, v in vars(found.shape).items() if k not in ("positions", "fill")} == {
