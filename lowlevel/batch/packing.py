@@ -97,7 +97,7 @@ class Layout:
         return len(batch.data_rows)
 
     def held_out_scores(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
-        """Of held-out examples more than their means, from `LossSums.examples` and their lengths: (n,) each."""
+        """Scores of held-out examples besides means, from `LossSums.examples` and their lengths: (n,) each."""
         return {}
 
     def size(self, example: Any) -> int:
@@ -110,7 +110,7 @@ class ExampleLayout(Layout, ABC):
 
     @abstractmethod
     def segments(self, example: Any, number: int) -> Sequence[Segment]:
-        """Those of an example with its number in the micro-batch; several are rows of their own without packing."""
+        """An example's segments; `number` is its place in the micro-batch. Without packing each has its own row."""
 
     def micro_batches(self, examples: Sequence[Any]) -> list[PackedBatch]:
         """The examples of one step in rows."""

@@ -55,7 +55,7 @@ def by_prompt(found: Sequence[Reply], capacity: int) -> list[list[Reply]]:
 
 
 def positions(group: Sequence[Reply]) -> int:
-    """Of a prompt with its replies."""
+    """How many positions a prompt takes with its replies."""
     return group[0].start - 1 + sum(map(len, group))
 
 

@@ -39,7 +39,7 @@ class RunLM(TemplateLM):
 
     @cached_property
     def sampler(self) -> Sampler:
-        """Of all stages and tasks: what it compiles and captures stays."""
+        """One sampler for all stages and tasks: what it compiles and captures stays."""
         run = self.run
         return build_sampler(run.policy.model, run.policy.placement, run.tokenizer.stop_ids, run.opened.note)
 

@@ -41,12 +41,12 @@ class Text:
 
     @property
     def token_ids(self) -> Tensor:
-        """Of the scored tokens, (n,)."""
+        """Ids of the scored tokens, (n,)."""
         return self.ids[self.scored]
 
     @property
     def positions(self) -> list[int]:
-        """Of the scored tokens in their sequence."""
+        """Positions of the scored tokens in their sequence."""
         return (self.scored + self.start).tolist()
 
 
@@ -178,7 +178,7 @@ class Scored:
         return Text(name, note, ids, positions - start, start, columns, {"tokens": tokens}, predicted)
 
     def places(self, sequence: int) -> Tensor:
-        """Of a sequence's tokens among the N scored ones, (n,) int64."""
+        """Where a sequence's tokens are among the N scored ones, (n,) int64."""
         return self.batch.sequence_index[sequence, : int(self.batch.lengths[sequence])]
 
 

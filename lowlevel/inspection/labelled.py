@@ -89,7 +89,7 @@ def _of_batch(
 
 
 def view(method: KTO) -> View:
-    """Of labelled completions."""
+    """How an inspection of kto names its columns and steps."""
     return View(
         unit="labelled completion",
         formula=formula(method.spec),

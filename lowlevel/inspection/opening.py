@@ -100,7 +100,7 @@ def logged_loss(metrics: Sequence[dict[str, Any]], step: int, config: RunConfig)
 def _choose_weights(
     folder: RunFolder, step: int | None, checkpoint: int | None, warn: Callable[[str], None]
 ) -> Weights:
-    """Those after `checkpoint` updates, 0: as initialised; None: the default for optimizer step `step`, or for a row.
+    """The weights after `checkpoint` updates (0: initial ones); None: the default for step `step`, or for a row.
 
     `warn` receives a line for each damaged checkpoint that is skipped.
     """

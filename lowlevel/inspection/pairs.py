@@ -113,7 +113,7 @@ def averaged(spec: LossSpec) -> bool:
 
 
 def view(method: DPO) -> View:
-    """Of pairs."""
+    """How an inspection of dpo names its columns and steps."""
     sums = "averaged margin" if averaged(method.spec) else "margin"
     return View(
         unit="pair",

@@ -43,7 +43,7 @@ class TokenPieces:
         return visible(_decoded(piece) if self._byte_level else piece.replace(METASPACE, " "))
 
     def texts(self, tokens: Iterable[int]) -> list[str]:
-        """Many tokens."""
+        """`text` of each token."""
         return [self.text(int(token)) for token in tokens]
 
     def decode(self, tokens: Iterable[int]) -> str:

@@ -53,7 +53,7 @@ def _of_batch(
 
 
 def view(method: Reward) -> View:
-    """Of pairs."""
+    """How an inspection of a reward model names its columns and steps."""
     return View(
         unit="pair",
         formula=formula(method.spec),

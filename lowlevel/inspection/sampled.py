@@ -147,7 +147,7 @@ MEAN_OF = {
 
 
 def view(method: PolicyGradient) -> View:
-    """Of completions."""
+    """How an inspection of grpo, rloo or ppo names its columns and steps."""
     level = TOGETHER.get(str(method.settings.get("importance_sampling_level")))
     terms, clip = "", f": it looks at the {level} of the completion's ratios" if level else ""
     if isinstance(method, GRPO) and method.adds_kl:

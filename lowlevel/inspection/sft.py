@@ -47,7 +47,7 @@ def _of_batch(policy: Policy, method: SFT, batch: PackedBatch, examples: Sequenc
 
 
 def view(method: SFT) -> View:
-    """Of conversations."""
+    """How an inspection of sft names its columns and steps."""
     return View(
         unit="example",
         tokens="learned token",

@@ -96,7 +96,7 @@ def facts_of(example: Example, view: View) -> list[tuple[str, str]]:
 
 
 def summary(text: Text) -> str:
-    """Of a text, in a few words."""
+    """The tokens of a text and its numbers, in a few words."""
     n = len(text.scored)
     count = f"{n} of {len(text.ids)} tokens learned" if 0 < n < len(text.ids) and text.predicted else ""
     numbers = [f"{name} {shown(name, text.numbers[name])}" for name in ("score", "reward", "advantage", "log-ratio")

@@ -87,7 +87,7 @@ class SupervisedLoss:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Those that loss and z-loss read."""
+        """Statistics of the vocabulary that loss and z-loss read."""
         return tuple(dict.fromkeys((*self.spec.statistics, *["lse"] * (self.z_loss_weight > 0))))
 
     def __call__(self, tokens: TokenLogps) -> tuple[Tensor, Mapping[str, Tensor]]:

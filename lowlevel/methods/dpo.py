@@ -52,7 +52,7 @@ class DPO(ExampleLayout):
         return preference_loss(self.config)
 
     def reference_logps(self, policy: Policy, batch: PackedBatch) -> Tensor | None:
-        """Of each scored token, (N,) fp32: 0 for a reference-free loss, None if a cache has given their sums."""
+        """Log-probabilities (N,) fp32: 0 for a reference-free loss, None if a cache has given their sums."""
         if self.spec.reference_free:
             return torch.zeros_like(batch.scored_targets, dtype=torch.float32)
         return None if batch.reference_logps is not None else reference_token_logps(policy, batch)
@@ -69,7 +69,7 @@ class DPO(ExampleLayout):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Those of the vocabulary that it reads."""
+        """Statistics of the vocabulary that it reads."""
         return self.spec.statistics
 
     def losses(self, logps: PairLogps) -> Tensor:

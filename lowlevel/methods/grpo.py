@@ -26,7 +26,7 @@ from lowlevel.ranks import ALONE, Ranks
 
 @dataclass(frozen=True)
 class GRPO(SampledMethod):
-    """The method."""
+    """The GRPO method: a group's rewards give the advantages of its completions."""
 
     config: GRPOConfig
     name: ClassVar[str] = "grpo"

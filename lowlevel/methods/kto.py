@@ -56,7 +56,7 @@ class KTO(Layout):
 
     @property
     def spec(self) -> LossSpec:
-        """The loss."""
+        """The KTO loss; there is no other."""
         return KTO_LOSSES["kto"]
 
     @cached_property
@@ -103,7 +103,7 @@ def _baseline(batch: PackedBatch) -> PackedBatch:
 
 
 def _summed_logratio(policy: Policy, batch: PackedBatch) -> LossSums:
-    """Of mismatched completions, each as often as it occurs: without gradient, and without dropout as the reference."""
+    """The log-ratio of mismatched completions, each as often as it occurs: no gradient, no dropout."""
     reference = reference_token_logps(policy, batch)
     policy.dropout.disable()
     with torch.no_grad():

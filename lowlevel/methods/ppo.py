@@ -37,7 +37,7 @@ from lowlevel.ranks import ALONE, Ranks
 
 @dataclass(frozen=True)
 class PPO(SampledMethod):
-    """The method. Its completions also have values of their tokens."""
+    """The PPO method. A value head predicts the return at each token."""
 
     config: PPOConfig
     name: ClassVar[str] = "ppo"
@@ -83,7 +83,7 @@ class PPO(SampledMethod):
 
 
 def _values(policy: Policy, batch: PackedBatch, temperature: float) -> Tensor:
-    """Of the state before each scored token, (N,) fp32, at any temperature."""
+    """The value of the state before each scored token, (N,) fp32, at any temperature."""
     assert policy.value_head is not None
     return head_rewards(policy.scored_hidden_states(batch), policy.value_head)
 

@@ -29,7 +29,7 @@ from lowlevel.model.policy import Policy
 
 @dataclass(frozen=True)
 class Reward(ExampleLayout):
-    """The method. With packing, the prompt of a pair is computed once."""
+    """The reward model's method. With packing, the prompt of a pair is computed once."""
 
     config: RewardConfig
     name: ClassVar[str] = "reward"
@@ -56,7 +56,7 @@ class Reward(ExampleLayout):
 
     @property
     def spec(self) -> LossSpec:
-        """The loss."""
+        """The Bradley-Terry loss; there is no other."""
         return REWARD_LOSSES["bradley_terry"]
 
     @cached_property

@@ -24,7 +24,7 @@ from lowlevel.ranks import ALONE, Ranks
 
 @dataclass(frozen=True)
 class RLOO(SampledMethod):
-    """The method."""
+    """The RLOO method: a completion is compared with the mean of the others of its group."""
 
     config: RLOOConfig
     name: ClassVar[str] = "rloo"

@@ -69,7 +69,7 @@ class SFT(ExampleLayout):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Those of the vocabulary that loss and z-loss read."""
+        """Statistics of the vocabulary that loss and z-loss read."""
         return self.token_loss.statistics
 
     def losses(self, logps: TokenLogps) -> Tensor:

@@ -87,7 +87,7 @@ class Dora:
 
     @classmethod
     def of(cls, layer: Any, name: str) -> Dora:
-        """Of a layer's adapter."""
+        """The parts of a layer's adapter."""
         down, up = (part[name].weight.detach() for part in (layer.lora_A, layer.lora_B))
         return cls(layer.lora_magnitude_vector[name].weight, layer.weight_squares, down * layer.scaling[name], up)
 

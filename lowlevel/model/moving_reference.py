@@ -36,7 +36,7 @@ class Following:
 
     @classmethod
     def of(cls, config: RunConfig) -> Following | None:
-        """As configured in [dpo]; None for a reference that stays."""
+        """The one that [dpo] configures; None for a reference that stays."""
         dpo = config.dpo
         if config.method != "dpo" or dpo.ref_model_sync_steps is None:
             return None

@@ -118,7 +118,7 @@ def _kind(quant_type: str, double: bool) -> str:
 
 
 def double_quantisation(double: bool) -> str:
-    """In words."""
+    """Whether the scales of the blocks are quantised too, in words."""
     return f"{'with' if double else 'without'} double quantisation"
 
 

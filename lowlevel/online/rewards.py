@@ -68,7 +68,7 @@ def _given(reference: Sequence[str | None]) -> list[str]:
 
 
 def final_answer(text: str) -> Decimal | None:
-    """See `gsm8k`; "$1,200.0" is 1200."""
+    """The number that `gsm8k` compares; "$1,200.0" is 1200."""
     before, mark, after = text.rpartition("####")
     found = NUMBER.findall(after if mark else text)
     try:
@@ -234,7 +234,7 @@ def sources_sha256(config: SampledConfig) -> str | None:
 
 
 def _source(name: str) -> str:
-    """Of a reward run the hash of its adapter; of a function that only another process has its name."""
+    """The hash of a reward run's adapter; the name of a function that only another process has."""
     if Path(name).is_dir():
         adapter = Path(name) / "adapter"
         return adapter_sha256(adapter) if adapter.exists() else name

@@ -57,7 +57,7 @@ class Rollout:
 
     @property
     def labels(self) -> np.ndarray:
-        """As those of sft: the completion's tokens."""
+        """Labels as in sft: only the completion's tokens have one."""
         return np.concatenate([np.full(len(self.prompt_ids), IGNORED, np.int32), self.completion_ids])
 
 

@@ -35,7 +35,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart."""
+    """A chart of the report and of loss.png."""
 
     name: str  # of its PNG file
     title: str

@@ -84,7 +84,7 @@ Ids = tuple[list[int], list[int]]  # prompt, completion
 
 
 def _sequences(run: LoadedRun, rows: Sequence[Normalised], problems: list[RowProblem]) -> list[tuple[bool, list[Ids]]]:
-    """Of each row whether it was cut, and its one or two sequences; a completion is a pair of itself."""
+    """For each row, whether it was cut and its one or two sequences; a completion is a pair of itself."""
     data, tokenizer, found = run.config.data, run.tokenizer, []
     pairs = []
     for row in rows:

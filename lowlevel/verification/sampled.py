@@ -87,7 +87,7 @@ def _by_function(method: Any, x: Rollout, new: Tensor, ref: Tensor) -> Tensor:
 
 
 def _token_losses(own: Any, kind: str, x: Rollout, new: Tensor) -> Tensor:
-    """Of one completion, (n,)."""
+    """The losses of a completion's tokens, (n,)."""
     old, advantages = (torch.from_numpy(part).double() for part in (x.logps, x.advantages))
     logratios = new - old
     if kind == "rloo":
@@ -137,7 +137,7 @@ def _values(subject: Subject, x: Rollout) -> Tensor:
 
 
 def _advantages(subject: Subject, rollouts: Sequence[Rollout]) -> list[Check]:
-    """Of grpo without a deviation, and of rloo without KL: from the kept rewards, by their definition."""
+    """Advantages of grpo without a deviation and of rloo without KL, from the kept rewards by their definition."""
     own: Any = subject.config.own
     plain = isinstance(own, GRPOConfig) and own.scale_rewards == "none"
     if not plain and not (subject.method.name == "rloo" and own.beta == 0):
