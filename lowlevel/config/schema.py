@@ -174,6 +174,11 @@ class RunConfig(Section):
     online_dpo: OnlineDPOConfig = OnlineDPOConfig()
     trace: TraceConfig = TraceConfig()
 
+    def changed(self, **sections: Mapping[str, Any]) -> RunConfig:
+        """A copy with other values of some keys of these sections; values are not checked."""
+        own = {name: getattr(self, name).model_copy(update=keys) for name, keys in sections.items()}
+        return self.model_copy(update=own)
+
     @property
     def own(self) -> SFTConfig | DPOConfig | KTOConfig | RewardConfig | SampledConfig:
         """The section of the method."""

@@ -288,5 +288,4 @@ def planned(config: RunConfig, plan: Plan) -> RunConfig:
     recomputes = plan.recomputed > 0
     offload = config.train.offload_activations and recomputes
     settings = {"gradient_checkpointing": recomputes, "offload_activations": offload, "memory_budget": None}
-    train = config.train.model_copy(update={**plan.settings(), **settings})
-    return config.model_copy(update={"train": train})
+    return config.changed(train={**plan.settings(), **settings})

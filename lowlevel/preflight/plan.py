@@ -148,9 +148,8 @@ def _why_fixed(config: RunConfig) -> str:
 def _with_host(fastest: Column, shape: ModelShape, placement: Placement, size: int) -> list[Column]:
     """The fastest plan with everything possible on the host, if it is faster: micro-batches can be larger."""
     config, tied = fastest.config, shape.tied
-    model = config.model.model_copy(update={} if tied else {"embeddings_on_host": True})
-    train = config.train.model_copy(update={"offload_activations": True})
-    moved = config.model_copy(update={"model": model, "train": train})
+    on_host = {} if tied else {"embeddings_on_host": True}
+    moved = config.changed(model=on_host, train={"offload_activations": True})
     plan = best_plan(shape, moved, placement, size)
     if cost(shape, moved, plan) >= cost(shape, config, fastest.plan):
         return []

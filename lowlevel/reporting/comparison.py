@@ -91,8 +91,7 @@ def load_held_out(run_dir: Path, **given: Any) -> tuple[Sequence[Any], list[list
         )
     marked = rows = opened.held_out()
     if config.method == "sft" and config.data.supervise == "all":  # the labels do not show where the first reply starts
-        replies = config.data.model_copy(update={"supervise": "assistant"})
-        marked = prepare_data(config.model_copy(update={"data": replies}))[1].evaluation
+        marked = prepare_data(config.changed(data={"supervise": "assistant"}))[1].evaluation
     return rows, [prompt_ids(row) for row in marked]
 
 

@@ -174,8 +174,7 @@ def with_merged_base(config: RunConfig, inputs: Inputs, folder: RunFolder) -> tu
             save_tokenizer(inputs.tokenizer, temporary)
             write_json(temporary / folder.base_record.name, {"merged_adapter": sha256})
     own = {"name": str(target), "adapter": None, "revision": None, "adapter_mode": "none"}
-    model = config.model.model_copy(update=own)
-    return config.model_copy(update={"model": model}), replace(inputs, parent=None, merged_adapter=sha256)
+    return config.changed(model=own), replace(inputs, parent=None, merged_adapter=sha256)
 
 
 def read_merged_adapter(folder: RunFolder) -> str | None:

@@ -232,7 +232,7 @@ def with_rows(config: RunConfig, data: GivenRows | None, eval_data: GivenRows | 
     """The configuration with rows given in Python."""
     given: dict[str, Any] = {} if data is None else {"source": data, "sources": ()}
     given |= {} if eval_data is None else {"eval_source": eval_data}
-    return config.model_copy(update={"data": config.data.model_copy(update=given)})
+    return config.changed(data=given)
 
 
 def load_run(run_dir: Path, note: Note = print, *, adapter: Path | None = None) -> LoadedRun:
@@ -277,6 +277,5 @@ def _without_backward(config: RunConfig) -> RunConfig:
     The embeddings must be on the layers' device: transformers 5.23's `generate` moves its inputs to the device of the
     model's first parameter, the input embedding.
     """
-    model = config.model.model_copy(update={"embeddings_on_host": False})
     forward = {"gradient_checkpointing": False, "recomputed_layers": None, "offload_activations": False}
-    return config.model_copy(update={"model": model, "train": config.train.model_copy(update=forward)})
+    return config.changed(model={"embeddings_on_host": False}, train=forward)

@@ -139,7 +139,7 @@ class RunFolder:
         """A configuration from this folder's config.toml with the absolute path of a base in this folder."""
         if config.model.name != OWN_BASE or not self.base_record.exists():
             return config
-        return config.model_copy(update={"model": config.model.model_copy(update={"name": str(self.base)})})
+        return config.changed(model={"name": str(self.base)})
 
     def read_manifest(self) -> dict[str, Any]:
         """manifest.json. Raises CheckpointError if it is missing or unreadable."""
