@@ -305,5 +305,6 @@ def step_result(metrics, count, *, grad_norm=1.0, rate=1e-4, examples=4, tokens=
         num_tokens=tokens,
         num_scored=count if supervised is None else supervised,
         input_ids=torch.zeros(positions),
+        facts={name: metrics[name] for name in metrics if name == "reward"},
     )
     return StepResult(1, metrics, grad_norm, rate, count, (batch,), ())

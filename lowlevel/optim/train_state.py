@@ -131,6 +131,7 @@ class TrainState:
     supervised_tokens: int = 0
     examples: int = 0
     window: Window = field(default_factory=Window)
+    facts: Window = field(default_factory=Window)  # of completions: each step counts once, however many tokens it has
     window_tokens: int = 0
     window_positions: int = 0
     window_seconds: float = 0.0
@@ -154,6 +155,7 @@ class TrainState:
         self.grad_norm = result.grad_norm
         sums = {n: v if n.endswith(LARGEST) else v * result.count for n, v in result.means.items()}
         self.window.add(sums, result.count)
+        self.facts.add(dict(result.batches[0].facts), 1)
         self.total.add({"loss": result.loss * result.count}, result.count)
 
     def close_window(self, rate: float, epoch: float) -> dict[str, Any]:
@@ -161,6 +163,7 @@ class TrainState:
         record = {
             "step": self.step,
             **by_label(self.window.means()),
+            **self.facts.means(),
             "grad_norm": self.grad_norm,
             "learning_rate": rate,
             "loss_scale": self.loss_scale.scale,
@@ -172,7 +175,8 @@ class TrainState:
             "padding_share": 1.0 - self.window_tokens / self.window_positions,
             **peak_memory(),
         }
-        self.window, self.window_tokens, self.window_positions, self.window_seconds = Window(), 0, 0, 0.0
+        self.window, self.facts = Window(), Window()
+        self.window_tokens, self.window_positions, self.window_seconds = 0, 0, 0.0
         return record
 
     def judge(self, eval_loss: float, patience: int | None) -> None:
@@ -194,7 +198,7 @@ class TrainState:
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> TrainState:
         """The inverse of `to_json`."""
-        windows = {name: Window(**saved[name]) for name in ("window", "total")}
+        windows: dict[str, Any] = {n: Window(**saved[n]) for n in ("window", "total", "facts") if n in saved}
         return cls(**{**saved, **windows, "loss_scale": LossScale(**saved["loss_scale"])})
 
 

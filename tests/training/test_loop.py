@@ -35,14 +35,14 @@ class Recorder:
 
 @pytest.fixture
 def go(monkeypatch):
-    """Train without a model: step n takes 2 s, has n + 1 tokens of 10 n loss each; an evaluation takes 50 s."""
+    """Train without a model: step n takes 2 s and has n + 1 tokens, loss and reward 10 n; an evaluation takes 50 s."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock.now)
 
     def step(_, optimizer, *__, step, **___):
         clock.now += 2
         count = step + 1
-        loss, rate = {"loss": 10.0 * step}, optimizer.param_groups[0]["lr"]
+        loss, rate = {"loss": 10.0 * step, "reward": 10.0 * step}, optimizer.param_groups[0]["lr"]
         return step_result(loss, count, grad_norm=1.0 + step, rate=rate, examples=2, tokens=count, positions=2 * count)
 
     monkeypatch.setattr(loop, "optimizer_step", step)
@@ -82,6 +82,7 @@ def test_logged_losses_weigh_steps_by_their_tokens(go):
     first = sum(10 * n * (n + 1) for n in range(5)) / 15
     assert observer.records[0]["loss"] == pytest.approx(first)
     assert observer.records[2]["loss"] == pytest.approx((100 * 11 + 110 * 12) / 23)
+    assert [r["reward"] for r in observer.records] == [20, 70, 105], "a mean over steps: each has as many completions"
     assert [r["grad_norm"] for r in observer.records] == [5, 10, 12]
     assert [r["epoch"] for r in observer.records] == [1.25, 2.5, 3.0]
     assert [r["num_tokens"] for r in observer.records] == [15, 55, 78]
