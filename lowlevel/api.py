@@ -303,4 +303,4 @@ def _check_torch() -> None:
         f"the default device is {device}": device.type != "cpu",
     }
     if wrong := [what for what, is_so in found.items() if is_so]:
-        raise ConfigError(f"torch: {', '.join(wrong)}; train with torch's own settings: a run makes its own choice")
+        raise ConfigError(f"torch: {', '.join(wrong)}; set it back before a run")

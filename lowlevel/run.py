@@ -111,23 +111,29 @@ class Run:
         return replay_run(self.opened, step, start=start, settings=list(filter(None, settings)))
 
     @_long
-    def compare(self, **options: int) -> dict[str, Any]:
+    def compare(self, *, prompts: int = 16, max_new_tokens: int = 128, show: int = 3) -> dict[str, Any]:
         """Print and return what `lowlevel compare` does: base, SFT and DPO side by side on the run's held-out rows.
 
-        `options`: prompts=16 of them to reply to, max_new_tokens=128, show=3 replies.
+        They reply to the first `prompts` rows; `show` replies are printed.
         """
         from lowlevel.reporting.comparison import compare_run
 
-        return compare_run(self.path, make_console(), data=self._data, eval_data=self._eval_data, **options)
+        sizes = {"prompts": prompts, "max_new_tokens": max_new_tokens, "show": show}
+        return compare_run(self.path, make_console(), **sizes, data=self._data, eval_data=self._eval_data)
 
     @_long
-    def generate(self, prompt: str, *, system: str | None = None, **sampling: Any) -> str:
+    def generate(
+        self, prompt: str, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:  # fmt: skip
         """Reply to a prompt with the run's adapter, of an unfinished run its newest checkpoint's.
 
         Args:
             prompt: what the user says.
             system: a system message before it.
-            **sampling: max_new_tokens=256, temperature=0.0 (the likeliest token), seed=0.
+            max_new_tokens: longest reply.
+            temperature: 0 takes the likeliest token.
+            seed: of the sampling.
         """
         from lowlevel.running.replies import generate_replies, question
         from lowlevel.sampling import Sampling
@@ -136,7 +142,7 @@ class Run:
             raise ConfigError(f"prompt: got a {type(prompt).__name__}, expected a text")
         sampler, tokenizer = self._for_replies
         ids = tokenizer.encode_prompt(question(prompt, system))
-        return generate_replies(sampler, tokenizer, [ids], Sampling(**sampling))[0].text
+        return generate_replies(sampler, tokenizer, [ids], Sampling(max_new_tokens, temperature, seed))[0].text
 
     @cached_property
     def _for_replies(self) -> Any:

@@ -48,7 +48,7 @@ class Scored:
 
 
 def compare_run(
-    run_dir: Path, console: Console, *, prompts: int = 16, max_new_tokens: int = 128, show: int = 3, **given: Any
+    run_dir: Path, console: Console, *, prompts: int, max_new_tokens: int, show: int, **given: Any
 ) -> dict[str, Any]:
     """Compare the stages of a run, print a table and replies, and write compare.json into the run folder.
 

@@ -62,7 +62,7 @@ class Start:
         if self.folder.path.is_file():
             raise ConfigError(f"train.output_dir {self.folder.path} is a file, expected the name of a folder")
         if not self.folder.holds_run():
-            for path in filter(Path.exists, (self.folder.adapter, self.folder.whole, self.folder.stacked)):
+            for path in filter(Path.exists, (self.folder.adapter, self.folder.stacked)):
                 raise ConfigError(f"{path} is not from a run, which would replace it: set another train.output_dir")
         elif not (self.resume or self.restart):
             raise ConfigError(
