@@ -74,9 +74,8 @@ def test_a_line_is_due_when_ten_seconds_would_pass_without_one():
 def test_a_command_without_a_name_for_its_work_says_what_it_imports(monkeypatch, tmp_path):
     clock, said = Clock(), []
     beat = Heartbeat(said.append, "lowlevel sft", clock)
-    (tmp_path / "slow_library").mkdir()
-    (tmp_path / "slow_library" / "__init__.py").write_text("import slow_library.part")
-    (tmp_path / "slow_library" / "part.py").write_text("from lowlevel.heartbeat import _active\n_active.get().poll()")
+    (tmp_path / "slow_library.py").write_text("import inner_library")
+    (tmp_path / "inner_library.py").write_text("from lowlevel.heartbeat import _active\n_active.get().poll()")
     monkeypatch.syspath_prepend(tmp_path)
     token = heart._active.set(beat)
     clock.now = 110

@@ -234,20 +234,22 @@ RUST = "Error while serializing: I/O error: No space left on device (os error 28
 
 
 @pytest.mark.parametrize(
-    ("raised", "reason"),
+    ("raised", "number", "reason"),
     [
-        (SafetensorError(RUST), "No space left on device"),
-        (Exception(RUST), "No space left on device"),  # of tokenizers
-        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
-        (OSError(errno.EROFS, "Read-only file system", "x/.tmp-a-1/config.json"), "Read-only file system"),
-        (OSError("81920 requested and 1056 written"), "81920 requested and 1056 written"),  # of numpy's tofile
+        (SafetensorError(RUST), errno.ENOSPC, "No space left on device"),
+        (Exception(RUST), errno.ENOSPC, "No space left on device"),  # of tokenizers
+        (OSError(errno.EROFS, "Read-only"), errno.EROFS, "Read-only"),
+        (OSError(errno.EROFS, "Read-only", "x/.tmp-a-1/config.json"), errno.EROFS, "Read-only"),
+        (OSError("81920 requested and 1056 written"), errno.EIO, "81920 requested and 1056 written"),  # numpy's tofile
     ],
 )
 @pytest.mark.parametrize("replaced", [replaced_file, replaced_folder])
-def test_every_error_of_a_disk_is_an_oserror_that_names_the_target(tmp_path, replaced, raised, reason):
+def test_every_error_of_a_disk_is_an_oserror_that_names_the_target(tmp_path, replaced, raised, number, reason):
     with pytest.raises(OSError) as caught, replaced(tmp_path / "a"):
         raise raised
-    assert (caught.value.filename, caught.value.strerror) == (str(tmp_path / "a"), reason) and not names(tmp_path)
+    error = caught.value
+    assert (error.errno, error.strerror, error.filename) == (number, reason, str(tmp_path / "a"))
+    assert not names(tmp_path)
 
 
 @pytest.mark.parametrize("raised", [CheckpointError("a (os error 2)"), OSError(2, "No such file", "a"), KeyError()])
