@@ -155,7 +155,7 @@ WORDS = {  # of every prediction
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredBatch:
     """A micro-batch with columns (N,) of its scored tokens, and their predictions; all on the CPU."""
 
     batch: PackedBatch

@@ -12,7 +12,7 @@ from lowlevel.config.offline import SFTConfig
 from lowlevel.data.examples import SFTExample
 from lowlevel.execution import Eager
 from lowlevel.inspection.displacement import distribution
-from lowlevel.inspection.example import WORDS, Example, Scored, Text, View, example_of, in_order, with_sums
+from lowlevel.inspection.example import WORDS, Example, ScoredBatch, Text, View, example_of, in_order, with_sums
 from lowlevel.inspection.pairs import COMPARED, compared
 from lowlevel.inspection.reading import formula
 from lowlevel.kernels import token_logps
@@ -34,7 +34,7 @@ def inspect_labelled(policy: Policy, method: KTO, examples: Sequence[SFTExample]
     return [replace(x, others=(others[i],) if i in others else ()) for i, x in enumerate(found)]
 
 
-def _scored(policy: Policy, batch: PackedBatch, beta: float) -> Scored:
+def _scored(policy: Policy, batch: PackedBatch, beta: float) -> ScoredBatch:
     moved = batch.to(policy.placement.device)
     with policy.reference():
         ref_logps = policy.token_logps(moved)
@@ -42,7 +42,7 @@ def _scored(policy: Policy, batch: PackedBatch, beta: float) -> Scored:
     predictions = policy.scored_hidden_states(moved), policy.lm_head_weight, moved.scored_targets
     columns = compared(token_logps(*predictions), ref_logps)
     columns["adds"] = columns["sum"] = beta * columns["log-ratio"]  # "sum": see with_sums
-    return Scored(batch, columns, distribution(*predictions))
+    return ScoredBatch(batch, columns, distribution(*predictions))
 
 
 def _mismatched(policy: Policy, method: KTO, rows: Sequence[SFTExample]) -> dict[int, Text]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.inspection.displacement import displacement_of, distribution
-from lowlevel.inspection.example import WORDS, Example, Scored, Step, View, example_of, in_order, with_sums
+from lowlevel.inspection.example import WORDS, Example, ScoredBatch, Step, View, example_of, in_order, with_sums
 from lowlevel.inspection.pieces import TokenPieces
 from lowlevel.inspection.reading import formula, percent, plain, reading_of
 from lowlevel.kernels import token_logps, token_scores
@@ -56,7 +56,7 @@ def _of_batch(policy: Policy, method: DPO, batch: PackedBatch, examples: Sequenc
     columns = compared(logps, ref_logps)
     columns["adds"] = torch.cat([factors, torch.zeros(1)])[batch.sequence_ids] * columns["log-ratio"]
     columns["sum"] = columns["adds"]  # its place; see with_sums
-    scored = Scored(batch, columns, distribution(hidden, head, targets))
+    scored = ScoredBatch(batch, columns, distribution(hidden, head, targets))
     sums = {name: batch.sequence_sums(values) for name, values in columns.items()}
     steps, found = _steps(method, batch, pairs, sums), []
     for i, x in enumerate(examples):

@@ -9,7 +9,7 @@ import torch
 
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.data.examples import PreferenceExample
-from lowlevel.inspection.example import Example, Scored, Step, View, example_of, in_order
+from lowlevel.inspection.example import Example, ScoredBatch, Step, View, example_of, in_order
 from lowlevel.inspection.reading import formula
 from lowlevel.losses.modifiers import rated_margins
 from lowlevel.methods.reward import Reward
@@ -33,7 +33,7 @@ def _of_batch(
     losses, _ = method.spec(replace(pairs, chosen=leaves[0], rejected=leaves[1]), method.settings)
     weights = -torch.cat(torch.autograd.grad(losses.sum(), leaves))
     signs = torch.cat([torch.ones(half), -torch.ones(half), torch.zeros(1)])[batch.sequence_ids]
-    scored = Scored(batch, {"reward": rewards, "adds": signs * rewards}, None)
+    scored = ScoredBatch(batch, {"reward": rewards, "adds": signs * rewards}, None)
     centre = method.config.center_rewards_coefficient
     steps: list[Step] = [
         ("reward", "r = w · h of the last token", torch.cat([pairs.chosen, pairs.rejected])),

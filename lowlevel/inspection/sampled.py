@@ -19,7 +19,7 @@ from lowlevel.batch.replies import lay_out_replies
 from lowlevel.config.online import SampledConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.inspection.displacement import distribution
-from lowlevel.inspection.example import WORDS, Example, Scored, Step, Text, View, example_of
+from lowlevel.inspection.example import WORDS, Example, ScoredBatch, Step, Text, View, example_of
 from lowlevel.inspection.reading import formula
 from lowlevel.losses.advantages import EPS, deviation, leave_one_out
 from lowlevel.losses.policy_gradient import CONSTANT, SEQUENCES, TOKENS
@@ -58,7 +58,7 @@ def _note(x: Rollout) -> str:
     return ", ".join([*([] if x.ended else ["cut at its maximal length"]), *([] if x.counted else ["not in the loss"])])
 
 
-def _scored(policy: Policy, method: PolicyGradient, batch: PackedBatch) -> tuple[Scored, Tensor]:
+def _scored(policy: Policy, method: PolicyGradient, batch: PackedBatch) -> tuple[ScoredBatch, Tensor]:
     """A micro-batch with the columns of its tokens, and their weights in the loss, (N,)."""
     moved, temperature = batch.to(policy.placement.device), method.config.temperature
     assert moved.token_values is not None
@@ -90,7 +90,7 @@ def _scored(policy: Policy, method: PolicyGradient, batch: PackedBatch) -> tuple
         of_value = kept["token_losses"] - losses.detach() * part
         columns |= {"value": value, "return": returns, "value loss": of_value}
     predicted = distribution(hidden / temperature, policy.lm_head_weight, moved.scored_targets)
-    return Scored(batch, {name: column.cpu() for name, column in columns.items()}, predicted), part.cpu()
+    return ScoredBatch(batch, {name: column.cpu() for name, column in columns.items()}, predicted), part.cpu()
 
 
 def _steps(method: PolicyGradient, group: Sequence[Rollout], texts: Sequence[Text], spread: float) -> list[Step]:

@@ -10,7 +10,7 @@ import torch
 from lowlevel.batch.layout import PackedBatch
 from lowlevel.data.examples import SFTExample
 from lowlevel.inspection.displacement import distribution
-from lowlevel.inspection.example import WORDS, Example, Scored, View, in_order
+from lowlevel.inspection.example import WORDS, Example, ScoredBatch, View, in_order
 from lowlevel.inspection.reading import formula
 from lowlevel.kernels import token_scores
 from lowlevel.methods.sft import SFT
@@ -35,7 +35,7 @@ def _of_batch(policy: Policy, method: SFT, batch: PackedBatch, examples: Sequenc
     columns = {name: column.cpu() for name, column in (own | dict(metrics) | own).items()}
     sums = batch.sequence_sums(columns["loss"])
     shares = columns["loss"] / torch.cat([torch.where(sums == 0, 1.0, sums), torch.ones(1)])[batch.sequence_ids]
-    scored, found = Scored(batch, columns, distribution(*predictions)), []
+    scored, found = ScoredBatch(batch, columns, distribution(*predictions)), []
     for i, x in enumerate(examples):
         text, index = scored.text(i, "conversation", ids=x.input_ids), scored.places(i)
         text = replace(text, columns={**text.columns, "share": shares[index]})

@@ -39,7 +39,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Scored:
+class HeldOutScores:
     """Log-probabilities of held-out sequences under one stage, (S,) each; for pairs all chosen come first."""
 
     logps: torch.Tensor
@@ -108,7 +108,7 @@ def compare_stages(
     score = {"sft": sft_scores, "dpo": pair_scores, "kto": label_scores}[run.config.method]
     scores: dict[str, dict[str, float]] = {}
     replies: dict[str, list[Reply]] = {}
-    reference: Scored | None = None
+    reference: HeldOutScores | None = None
     sampler = build_sampler(run.policy.model, run.policy.placement, run.tokenizer.stop_ids, console.print)
     for stage in run.stages:
         run.activate(stage)
@@ -133,7 +133,7 @@ def compare_stages(
 
 
 @torch.no_grad()
-def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
+def score_rows(run: LoadedRun, rows: Sequence[Any]) -> HeldOutScores:
     """Summed log-probability and number of scored tokens of every held-out sequence, dropout off."""
     run.policy.dropout.disable()
     size, branches = run.config.rows_per_step, 2 if run.config.method == "dpo" else 1
@@ -148,16 +148,16 @@ def score_rows(run: LoadedRun, rows: Sequence[Any]) -> Scored:
             logps.append(sums.view(branches, -1)[:, :real])
             lengths.append(batch.lengths.view(branches, -1)[:, :real])
             labels += [batch.values(run.method.columns)["label"][:real]] if run.config.method == "kto" else []
-    return Scored(torch.cat(logps, 1).flatten(), torch.cat(lengths, 1).flatten(), torch.cat(labels))
+    return HeldOutScores(torch.cat(logps, 1).flatten(), torch.cat(lengths, 1).flatten(), torch.cat(labels))
 
 
-def sft_scores(scored: Scored, reference: Scored | None = None) -> dict[str, float]:
+def sft_scores(scored: HeldOutScores, reference: HeldOutScores | None = None) -> dict[str, float]:
     """Cross-entropy in nats per supervised token, and perplexities."""
     loss = float(-scored.logps.double().sum() / scored.lengths.sum())
     return {"eval_loss": loss, **perplexities(scored.logps.tolist(), scored.lengths.tolist())}
 
 
-def pair_scores(scored: Scored, reference: Scored | None) -> dict[str, float]:
+def pair_scores(scored: HeldOutScores, reference: HeldOutScores | None) -> dict[str, float]:
     """Cross-entropy of the chosen completions, and the share of pairs whose chosen one is preferred.
 
     chosen_nll: nats per token of the chosen completions, without a reference. It is not the DPO loss.
@@ -175,7 +175,7 @@ def pair_scores(scored: Scored, reference: Scored | None) -> dict[str, float]:
     return scores
 
 
-def label_scores(scored: Scored, reference: Scored | None) -> dict[str, float]:
+def label_scores(scored: HeldOutScores, reference: HeldOutScores | None) -> dict[str, float]:
     """Cross-entropy of each label's completions, nats per token, and their mean log-ratio to the reference."""
     scores = {}
     for label, belongs in (("desirable", scored.labels > 0), ("undesirable", scored.labels == 0)):

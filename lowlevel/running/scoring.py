@@ -35,7 +35,7 @@ BATCH = 16  # sequences
 
 
 @dataclass(frozen=True)
-class Scored:
+class RowRewards:
     """The rewards of a row: of its completion, or of a pair chosen and rejected."""
 
     row: int
@@ -57,7 +57,7 @@ def load_reward_run(run_dir: Path, note: Note) -> LoadedRun:
     return opened.load(opened.folder.newest_adapter(note) or opened.folder.final_adapter())
 
 
-def score_source(run: LoadedRun, source: str | GivenRows, split: str = "test") -> list[Scored]:
+def score_source(run: LoadedRun, source: str | GivenRows, split: str = "test") -> list[RowRewards]:
     """Score every row: pairs as in training, or "prompt" + "completion" and "messages", whose last reply is scored.
 
     Raises ConfigError for an unknown source; DataError for unusable rows.
@@ -75,7 +75,7 @@ def score_source(run: LoadedRun, source: str | GivenRows, split: str = "test") -
         raise data_error([*read.problems, *problems])
     rewards = iter(rewards_of(run, [ids for _, parts in sequences for ids in parts]))
     return [
-        Scored(row.row.id, row.row.where, tuple(next(rewards) for _ in parts), cut)
+        RowRewards(row.row.id, row.row.where, tuple(next(rewards) for _ in parts), cut)
         for row, (cut, parts) in zip(rows, sequences, strict=True)
     ]
 
@@ -114,7 +114,7 @@ def rewards_of(run: LoadedRun, sequences: Sequence[Ids]) -> list[float]:
     return found
 
 
-def summary(scored: Sequence[Scored]) -> str:
+def summary(scored: Sequence[RowRewards]) -> str:
     """Accuracy and calibration of pairs, and the mean reward of single completions, in one line each."""
     lines, pairs = [], [one.rewards for one in scored if len(one.rewards) == 2]
     if pairs:

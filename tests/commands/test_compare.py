@@ -14,7 +14,7 @@ import lowlevel.reporting.comparison
 import lowlevel.running.replies
 from lowlevel.methods.choice import build_method
 from lowlevel.model.attention_choice import NAMES, Attention
-from lowlevel.reporting.comparison import Scored, load_held_out, pair_scores, score_rows, sft_scores
+from lowlevel.reporting.comparison import HeldOutScores, load_held_out, pair_scores, score_rows, sft_scores
 from lowlevel.running.reopening import load_run
 
 
@@ -74,8 +74,8 @@ def test_compare_measures_rewards_against_the_stage_before(runs, cli, tmp_path, 
 def test_pair_scores_by_hand():
     """Three pairs: one preferred, one not, one a tie, by log-probability; by ratio to the reference all three."""
     lengths = torch.tensor([2, 2, 4, 1, 1, 1])
-    scored = Scored(torch.tensor([-1.0, -5.0, -2.0, -3.0, -4.0, -2.0]), lengths, torch.zeros(0))
-    reference = Scored(torch.tensor([-2.0, -6.0, -2.0, -3.0, -4.0, -1.5]), lengths, torch.zeros(0))
+    scored = HeldOutScores(torch.tensor([-1.0, -5.0, -2.0, -3.0, -4.0, -2.0]), lengths, torch.zeros(0))
+    reference = HeldOutScores(torch.tensor([-2.0, -6.0, -2.0, -3.0, -4.0, -1.5]), lengths, torch.zeros(0))
     assert pair_scores(scored, None) == {"chosen_nll": 1.0, "pair_accuracy": 0.5}
     assert pair_scores(scored, reference)["reward_accuracy"] == 1.0
     assert pair_scores(scored, scored)["reward_accuracy"] == 0.5
