@@ -74,10 +74,10 @@ def check_frozen_under(parent: Path | None, init_from: Path | None) -> None:
     `parent`, which stays frozen, must have been trained without one; that of `init_from`, if any, must be `parent`.
     """
     if parent and _frozen_under(parent):
-        raise ConfigError(
-            f"model.adapter: {parent} was trained on a frozen adapter: merge both first (lowlevel merge) and start "
-            "from the merged model"
-        )
+        run = RunFolder(parent.parent)
+        mend = "merge both first (lowlevel merge) and start from the merged model"
+        mend = f"give {run.stacked}, which is both" if parent == run.adapter and run.stacked.exists() else mend
+        raise ConfigError(f"model.adapter: {parent} was trained on a frozen adapter: {mend}")
     under = _frozen_under(init_from) if init_from else None
     if under and (parent is None or adapter_sha256(parent) != under):
         raise ConfigError(

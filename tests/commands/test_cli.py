@@ -273,7 +273,9 @@ def test_configuration(cli, space, tmp_path):
 def test_configuration_of_dpo(cli, runs, tmp_path):
     config = runs.space.write("run", "dpo", folder=tmp_path, model={"adapter": str(runs.sft)})
     refused(cli("dpo", config, "--model.adapter", tmp_path / "none"), 2, "model.adapter", "does not exist")
-    refused(cli("dpo", config, "--model.adapter", runs.dpo), 2, "was trained on a frozen adapter: merge both first")
+    refused(
+        cli("dpo", config, "--model.adapter", runs.dpo), 2, f"frozen adapter: give {runs.dpo / 'stacked'}, which is"
+    )
     refused(cli("dpo", config, "--dpo.loss_type", "sigmod"), 2, "[dpo]", "sigmod", "sigmoid")
     refused(cli("dpo", config, "--dpo.rpo_alpha", 1.0), 2, "[dpo]", "rpo_alpha")
     (tmp_path / "empty").mkdir()
