@@ -45,6 +45,7 @@ class Run:
         self.folder = RunFolder(self.path)
         self._data, self._eval_data = rows_of(data), rows_of(eval_data)
         self.config = with_rows(self.folder.read_config(), self._data, self._eval_data)
+        self._loaded: dict[tuple[object, ...], Any] = {}
 
     def __repr__(self) -> str:
         last = next((f", loss {record['loss']:z.4f}" for record in reversed(self.metrics) if "loss" in record), "")
@@ -67,10 +68,20 @@ class Run:
         """The run reopened: configuration, manifest, placement; its rows and model are loaded when asked for."""
         return reopen(self.path, data=self._data, eval_data=self._eval_data)
 
-    @cached_property
+    @property
     def policy(self) -> Policy:
-        """The model with the run's newest adapter, loaded for forward passes when first asked for."""
-        return self.opened.policy(self.folder.newest_adapter(print))
+        """The model with the run's newest adapter for forward passes; kept until the run has a newer one."""
+        policy: Policy = self._of_newest(self.opened.policy)
+        return policy
+
+    def _of_newest(self, load: Callable[[Path | None], Any]) -> Any:
+        """What `load` makes of the newest adapter, kept until there is a newer one: the run may still train."""
+        adapter = self.folder.newest_adapter(print)
+        key = load.__name__, adapter, adapter and adapter.stat().st_mtime_ns
+        if key not in self._loaded:
+            self._loaded = {other: kept for other, kept in self._loaded.items() if other[0] != key[0]}
+            self._loaded[key] = load(adapter)
+        return self._loaded[key]
 
     @_long
     def inspect(
@@ -140,15 +151,14 @@ class Run:
 
         if not isinstance(prompt, str):
             raise ConfigError(f"prompt: got a {type(prompt).__name__}, expected a text")
-        sampler, tokenizer = self._for_replies
+        sampler, tokenizer = self._of_newest(self._for_replies)
         ids = tokenizer.encode_prompt(question(prompt, system))
         return generate_replies(sampler, tokenizer, [ids], Sampling(max_new_tokens, temperature, seed))[0].text
 
-    @cached_property
-    def _for_replies(self) -> Any:
+    def _for_replies(self, adapter: Path | None) -> Any:
         from lowlevel.running.replies import load_for_replies
 
-        return load_for_replies(self.folder.newest_adapter(print) or self.path, print)
+        return load_for_replies(adapter or self.path, print)
 
     def score(self, rows: Any, *, split: str = "test") -> list[dict[str, Any]]:
         """The rewards of a reward run for rows, one dict each; `pandas.DataFrame` makes a table of them.
@@ -162,10 +172,9 @@ class Run:
         source = source_of(rows)
         if source is None:
             raise ConfigError("score: no rows were given")
-        return [one.as_json() for one in score_source(self._for_scores, source, split)]
+        return [one.as_json() for one in score_source(self._of_newest(self._for_scores), source, split)]
 
-    @cached_property
-    def _for_scores(self) -> Any:
+    def _for_scores(self, adapter: Path | None) -> Any:
         from lowlevel.running.scoring import load_reward_run
 
         return load_reward_run(self.path, print)

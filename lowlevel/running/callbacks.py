@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Override what is needed. An exception ends the run, as an error in training does."""
+    """Override what is needed. An exception ends the run, as an error in training does; to stop and save, leave a loop
+    over `lowlevel.steps`.
+    """
 
     def on_step(self, step: StepResult) -> None:
         """Called after each applied optimizer step, before its log line."""

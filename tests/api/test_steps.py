@@ -68,6 +68,8 @@ def test_leaving_the_loop_saves_and_resuming_continues_bit_for_bit(api, dpo, tak
     assert run.folder.read_state() == "stopped" and "step 1" in repr(run)
     assert (run.path / "step-00000001").exists() and not (run.path / "adapter").exists()
     assert isinstance(run.generate("Hello", max_new_tokens=2), str)  # with its newest checkpoint
+    early = run.policy.flat.weights.clone()
+    assert run.policy is run.policy
     with pytest.raises(ConfigError, match="resume"):
         next(api.steps("left"))
     with pytest.raises(ConfigError, match=r'allow_change=\["seed"\]: not changed since'):
@@ -75,6 +77,7 @@ def test_leaving_the_loop_saves_and_resuming_continues_bit_for_bit(api, dpo, tak
     again = datasets.Dataset.from_list(rows["dpo"])
     rest = [step.step for step in api.steps("left", again, logging_steps=10, resume=True)]
     assert rest == [2, 3, 4] and same(ll.Run(run.path), ll.Run(api.folder / "taken"))
+    assert not torch.equal(run.policy.flat.weights, early), "those of the checkpoint that was loaded before"
 
 
 def test_an_exception_in_the_loop_saves_too(api):
