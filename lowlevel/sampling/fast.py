@@ -16,6 +16,7 @@ from lowlevel.heartbeat import working
 from lowlevel.model.placement import Placement
 from lowlevel.model.policy import AnyModel, plain_model
 from lowlevel.model.suitability import attention_window, short_positions
+from lowlevel.model.targets import size_of
 from lowlevel.sampling.cached_model import SHARE, CachedModel, Prompts
 from lowlevel.sampling.completion import Completion, Ids, Sampling, Watch, completion_keys
 from lowlevel.sampling.plain import PLAIN, PlainSampler, without_dropout
@@ -84,7 +85,9 @@ class FastSampler:
     ) -> list[list[Completion]]:
         """See Sampler."""
         keys = keys or completion_keys(sampling.seed, len(prompts), samples)
-        length = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        length = (longest := max(map(len, prompts), default=0)) + sampling.max_new_tokens
+        if longest > (positions := size_of(self.model.base.config, "max_position_embeddings")):
+            self.note(f"sampling: a prompt of {longest:,} tokens is longer than the base's {positions:,} positions")
         if self.longest is not None and length > self.longest:
             self.note(f"sampling: {length:,} tokens exceed the base's window of {self.longest:,}: by {PLAIN}")
             return self.plain.sample(prompts, sampling, samples=samples, keys=keys, watch=watch)
