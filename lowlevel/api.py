@@ -109,25 +109,19 @@ def grpo(
     return train("grpo", model=model, data=data, reward=reward, adapter=adapter, **settings)
 
 
-def rloo(
-    model: Model = None, data: Rows = None, *, reward: Reward = None, adapter: Adapter = None, **settings: Any
-) -> Run:
+def rloo(model: Model = None, data: Rows = None, **settings: Any) -> Run:
     """REINFORCE with the other completions of a prompt as baseline (RLOO, arXiv 2402.14740). Arguments as in `grpo`."""
-    return train("rloo", model=model, data=data, reward=reward, adapter=adapter, **settings)
+    return train("rloo", model=model, data=data, **settings)
 
 
-def ppo(
-    model: Model = None, data: Rows = None, *, reward: Reward = None, adapter: Adapter = None, **settings: Any
-) -> Run:
+def ppo(model: Model = None, data: Rows = None, **settings: Any) -> Run:
     """Proximal policy optimisation (arXiv 1707.06347) with a value head. Arguments as in `grpo`."""
-    return train("ppo", model=model, data=data, reward=reward, adapter=adapter, **settings)
+    return train("ppo", model=model, data=data, **settings)
 
 
-def online_dpo(
-    model: Model = None, data: Rows = None, *, reward: Reward = None, adapter: Adapter = None, **settings: Any
-) -> Run:
+def online_dpo(model: Model = None, data: Rows = None, **settings: Any) -> Run:
     """DPO on the best and the worst of sampled completions (arXiv 2402.04792). Arguments as in `grpo`."""
-    return train("online_dpo", model=model, data=data, reward=reward, adapter=adapter, **settings)
+    return train("online_dpo", model=model, data=data, **settings)
 
 
 def train(
@@ -177,9 +171,9 @@ def steps(
     return taken
 
 
-def _leave(steps: ref[Generator[StepResult, None, Run]]) -> None:
-    """At the end of the program, save a run whose steps were taken by `next` and not to the end."""
-    if (left := steps()) is not None:
+def _leave(taken: ref[Generator[StepResult, None, Run]]) -> None:
+    """When the program ends: save a run whose steps were taken by `next`, and not all."""
+    if left := taken():
         left.close()
 
 
@@ -275,8 +269,6 @@ def _steps(
     if not isinstance(callbacks, Sequence) or not all(isinstance(one, Callback) for one in callbacks):
         raise ConfigError(f"callbacks: expected a list of lowlevel.Callback objects, got {quoted(repr(callbacks))}")
     _check_torch()
-    if options.get("resume") and options.get("restart"):
-        raise ConfigError("resume=True continues a run and restart=True discards it: give one of them")
     if isinstance(allowed := options.get("allow_change"), str):
         options = {**options, "allow_change": [allowed]}
     quiet_libraries()
@@ -296,11 +288,9 @@ def _steps(
 def _check_torch() -> None:
     """Refuse what a program may have set in torch, and with which a run would fail or compute other numbers."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    found = {
-        "gradients are off": not torch.is_grad_enabled(),
-        "autocast is on": torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
-        f"the default dtype is {dtype}": dtype != torch.float32,
-        f"the default device is {device}": device.type != "cpu",
-    }
-    if wrong := [what for what, is_so in found.items() if is_so]:
+    wrong = ["gradients are off"] * (not torch.is_grad_enabled())
+    wrong += ["autocast is on"] * (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+    wrong += [f"the default dtype is {dtype}"] * (dtype != torch.float32)
+    wrong += [f"the default device is {device}"] * (device.type != "cpu")
+    if wrong:
         raise ConfigError(f"torch: {', '.join(wrong)}; set it back before a run")

@@ -123,28 +123,22 @@ class Run:
 
     @_long
     def compare(self, *, prompts: int = 16, max_new_tokens: int = 128, show: int = 3) -> dict[str, Any]:
-        """Print and return what `lowlevel compare` does: base, SFT and DPO side by side on the run's held-out rows.
-
-        They reply to the first `prompts` rows; `show` replies are printed.
-        """
+        """What `lowlevel compare` prints: base, SFT and DPO on the held-out rows, of which they reply to `prompts`."""
         from lowlevel.reporting.comparison import compare_run
 
         sizes = {"prompts": prompts, "max_new_tokens": max_new_tokens, "show": show}
         return compare_run(self.path, make_console(), **sizes, data=self._data, eval_data=self._eval_data)
 
     @_long
-    def generate(
-        self, prompt: str, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0,
-        seed: int = 0,
-    ) -> str:  # fmt: skip
+    def generate(self, prompt: str, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0,
+                 seed: int = 0) -> str:  # fmt: skip
         """Reply to a prompt with the run's adapter, of an unfinished run its newest checkpoint's.
 
         Args:
             prompt: what the user says.
             system: a system message before it.
             max_new_tokens: longest reply.
-            temperature: 0 takes the likeliest token.
-            seed: of the sampling.
+            temperature: of the sampling with `seed`; 0 takes the likeliest token.
         """
         from lowlevel.running.replies import generate_replies, question
         from lowlevel.sampling import Sampling

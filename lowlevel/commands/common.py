@@ -85,12 +85,6 @@ def check_target(flag: str, file: Path | None) -> None:
         raise ConfigError(f"{flag} {file}: {'a folder' if file.is_dir() else 'cannot be written'}")
 
 
-def check_resume(options: Options) -> None:
-    """Raises ConfigError if both --resume and --restart are given."""
-    if options.resume and options.restart:
-        raise ConfigError("--resume continues a run and --restart discards it: give one of them")
-
-
 def read_any_run(options: Options, overrides: Overrides, console: Console) -> RunConfig:
     """The configuration of a run file or run folder with flags applied; prints the method if it was inferred.
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowlevel.commands.common import Options, Overrides, Parser, check_resume, quiet_console
+from lowlevel.commands.common import Options, Overrides, Parser, quiet_console
 from lowlevel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: Options, overrides: Overrides) -> None:
-    check_resume(options)
     run_demo(options.out, quiet_console(), resume=options.resume, restart=options.restart)
 
 

@@ -4,7 +4,6 @@ import os
 
 from lowlevel.commands import common
 from lowlevel.commands.common import Options, Overrides, Parser
-from lowlevel.errors import ConfigError
 from lowlevel.heartbeat import paused
 from lowlevel.running.endings import Interrupts
 
@@ -23,9 +22,6 @@ def run(options: Options, overrides: Overrides) -> None:
     from lowlevel.config.file import load_config
 
     config = load_config(options.config, common.with_short_flags(options, overrides), method=options.command)
-    common.check_resume(options)
-    if options.allow_change and not options.resume:
-        raise ConfigError("--allow-change needs --resume, which compares a run with its checkpoint")
     if options.gpus > 1 and "LOCAL_RANK" not in os.environ:  # which torchrun sets
         from lowlevel.launching import launch
 

@@ -58,7 +58,11 @@ class Start:
         self.console.print(line, markup=False)
 
     def check_folder(self) -> None:
-        """Refuse a file, a run without resume or restart, and what a run would replace. Raises ConfigError."""
+        """Refuse contradicting options, a file, a run without one, and what a run would replace. Raises ConfigError."""
+        if self.resume and self.restart:
+            raise ConfigError("--resume continues a run and --restart discards it: give one of them")
+        if self.allow_change and not self.resume:
+            raise ConfigError("--allow-change needs --resume, which compares a run with its checkpoint")
         if self.folder.path.is_file():
             raise ConfigError(f"train.output_dir {self.folder.path} is a file, expected the name of a folder")
         if not self.folder.holds_run():

@@ -25,10 +25,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a number that nothing can be sampled with."""
         if self.max_new_tokens < 1 or not self.temperature >= 0:  # NaN is neither
-            given = f"max_new_tokens {self.max_new_tokens} and temperature {self.temperature}"
-            raise ConfigError(f"generation: expected at least 1 token and a temperature of at least 0, got {given}")
+            raise ConfigError(f"{self}: expected at least 1 token and a temperature of at least 0")
 
 
 @dataclass(frozen=True, eq=False)
