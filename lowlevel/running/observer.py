@@ -57,8 +57,7 @@ class RunObserver:
         if state.step == 1 and starts_as_reference(config):
             if line := check_first_step(result, config, self.engine.job.inputs.placement.precision):
                 self.note(line)
-        if line := check_sampler(result, config, self.engine.job.inputs.placement.precision):
-            self.note(line)
+        check_sampler(result, config, self.engine.job.inputs.placement.precision)
         self.progress_bar.step(state.step)
         for callback in self.callbacks:
             callback.on_step(result)
@@ -80,18 +79,18 @@ class RunObserver:
         return self.engine.job.ranks.stop_requested()
 
 
-def check_sampler(result: StepResult, config: RunConfig, precision: str) -> str | None:
-    """A warning if a log-probability of the sampler and that of the trainer are apart by more than rounding, at the
-    first step on a batch. Raises ConfigError if they are so in the mean: the sampler has another policy.
+def check_sampler(result: StepResult, config: RunConfig, precision: str) -> None:
+    """Raise ConfigError if the log-probabilities of sampler and trainer are apart by more than rounding in the mean, at
+    the first step on a batch: the sampler has another policy. The largest difference is logged.
     """
     if config.sampled is None or (result.step - 1) % config.sampled.num_iterations:
-        return None
-    apart = [result.means.get(f"{DIFFERENCE}/{kind}", 0.0) for kind in ("mean", "max")]
-    what = f"step {result.step}: sampler and trainer differ by {apart[0]:.2g} nats a token, at most {apart[1]:.2g}"
-    bound = SAMPLER_BOUNDS[precision]
-    if apart[0] > bound:
-        raise ConfigError(f"{what} (bound of the mean in {precision}: {bound:g}): these are two policies; report it")
-    return f"warning: {what} (rounding in {precision}: {bound:g})" if apart[1] > bound else None
+        return
+    apart, bound = result.means.get(f"{DIFFERENCE}/mean", 0.0), SAMPLER_BOUNDS[precision]
+    if apart > bound:
+        raise ConfigError(
+            f"step {result.step}: log-probabilities of sampler and trainer differ by {apart:.2g} nats in the mean "
+            f"(bound in {precision}: {bound:g}): these are two policies; report it"
+        )
 
 
 def starts_as_reference(config: RunConfig) -> bool:

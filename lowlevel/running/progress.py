@@ -72,6 +72,7 @@ def quiet_libraries() -> None:
     # transformers 5.23 renamed gradient_checkpointing_enable; PEFT 0.21 uses the name that 5.17 requires.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # it returns a view, which nothing changes
+    warnings.filterwarnings("ignore", message="\\s*Online softmax is disabled")  # torch 2.11's compiler, of a reduction
 
 
 def lines_to(console: Console) -> Callable[[str], None]:

@@ -9,7 +9,8 @@ from workspace import metrics
 import lowlevel.methods.dpo
 from lowlevel.config.file import config_from_tables
 from lowlevel.errors import ConfigError
-from lowlevel.running.observer import check_first_step, starts_as_reference
+from lowlevel.methods.sampled import DIFFERENCE
+from lowlevel.running.observer import check_first_step, check_sampler, starts_as_reference
 
 
 @pytest.fixture
@@ -75,3 +76,15 @@ def test_the_bound_is_one_of_the_mean_log_probability(precision, apart):
     assert line is not None and line.startswith("warning: step 1")
     with pytest.raises(ConfigError, match="the policy does not start as its reference; nothing was saved"):
         check_first_step(result(1.1), config, precision)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("fp16", 2e-2)])
+def test_a_sampler_with_another_policy_ends_the_run(precision, bound):
+    def result(mean):
+        return step_result({f"{DIFFERENCE}/mean": mean, f"{DIFFERENCE}/max": 1.0}, 4)
+
+    config = config_from_tables({"method": "grpo", "grpo": {"reward": "length"}}, "a test")
+    check_sampler(result(0.9 * bound), config, precision)
+    check_sampler(result(1.1 * bound), config_from_tables({"method": "sft"}, "a test"), precision)
+    with pytest.raises(ConfigError, match="sampler and trainer differ by .* nats in the mean .* two policies"):
+        check_sampler(result(1.1 * bound), config, precision)
