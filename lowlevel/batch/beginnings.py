@@ -3,19 +3,14 @@
 from collections.abc import Iterator, Sequence
 from os.path import commonprefix
 
-DEVICES = ("cpu",)  # where beginnings are shared; on a GPU not before tests/gpu have passed with it
 SHARE = 0.5  # of the tokens of a group that its beginning must save; else its sequences stay apart
 
 
-def by_beginning(sequences: Sequence[Sequence[int]], device: str) -> Iterator[tuple[int, list[int]]]:
-    """Groups of sequences: the length of their common beginning, and their indices. The last one has those without;
-    on a device whose type is not in `DEVICES` these are all.
+def by_beginning(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+    """Groups of sequences: the length of their common beginning, and their indices. The last one has those without.
 
     At least one token of each sequence is no part of the beginning. Equal sequences count as one.
     """
-    if device not in DEVICES:
-        yield 0, list(range(len(sequences)))
-        return
     places: dict[tuple[int, ...], list[int]] = {}
     for place, sequence in enumerate(sequences):
         places.setdefault(tuple(sequence), []).append(place)

@@ -63,7 +63,7 @@ def likelihoods(policy: Policy, requests: Sequence[Request], max_length: int) ->
     with scoring(policy) as policy:
         groups: Iterable[tuple[int, Sequence[int]]] = [(0, range(len(contexts)))]
         if policy.attention.kernel and short_positions(policy.causal_lm.config) is None:
-            groups = by_beginning(contexts, policy.placement.device.type)
+            groups = by_beginning(contexts)
         for length, group in groups:
             after = _after(policy, contexts[group[0]][: length + 1]) if length else policy
             own = [(contexts[i][length:], requests[i][1]) for i in group]

@@ -26,6 +26,7 @@ SLOTS = {"cuda": 128, "cpu": 32}  # more take more memory, and a CPU is not fast
 TURN = {"cuda": 8, "cpu": 1}  # steps between two looks at the finished flags, for which a GPU has to wait
 MOST_READ = {"cuda": 4096, "cpu": 1024}  # tokens of prompts that are read in one pass, unless one prompt is longer
 LEAST_READ = 64
+SHARING = ("cpu",)  # where beginnings are shared: their groups are sampled in turn, which a GPU has not been timed with
 SPANS = 64  # prompts that are read in one pass
 
 
@@ -93,7 +94,10 @@ class FastSampler:
             return self.plain.sample(prompts, sampling, samples=samples, keys=keys, watch=watch)
         self.steps.begin(sampling, self._rows(len(prompts) * samples, self.slots), length)
         found: dict[int, Completion] = {}
-        for shared, group in by_beginning(prompts, self.placement.device.type):
+        groups: Iterable[tuple[int, list[int]]] = [(0, list(range(len(prompts))))]
+        if self.placement.device.type in SHARING:
+            groups = by_beginning(prompts)
+        for shared, group in groups:
             waiting = deque(Wanted(i * samples + j, i, prompts[i], keys[i][j]) for i in group for j in range(samples))
             found |= self._sample(waiting, shared, sampling.max_new_tokens, watch)
         return [[found[i * samples + j] for j in range(samples)] for i in range(len(prompts))]

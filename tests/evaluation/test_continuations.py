@@ -65,16 +65,14 @@ def test_same_as_each_alone(tiny_base, monkeypatch, make, attention, positions):
 def test_contexts_by_beginning():
     """Few-shot examples are shared by the items of a task; a context alone, or half of each prompt, is not shared."""
     contexts = [context for context, _ in few_shot_requests()]
-    (one, first), (other, second), rest = by_beginning(
-        [*contexts, [9, 1, 1], *[[*range(30, 40), i, *range(9)] for i in (1, 2)]], "cpu"
-    )
+    others = [[9, 1, 1], *[[*range(30, 40), i, *range(9)] for i in (1, 2)]]
+    (one, first), (other, second), rest = by_beginning([*contexts, *others])
     assert {one, other} == {17, 18} and rest == (0, [42, 43, 44])
     for length, group in ((one, first), (other, second)):
         assert len(group) == 21 and all(contexts[i][:length] == contexts[group[0]][:length] for i in group)
     left = [[*range(6), *own] for own in ([], [7], [8], [9])]
-    assert list(by_beginning(left, "cpu")) == [(5, [0, 1, 2, 3])]  # one token is left
-    assert list(by_beginning(left, "cuda")) == [(0, [0, 1, 2, 3])]
-    assert list(by_beginning([], "cpu")) == []
+    assert list(by_beginning(left)) == [(5, [0, 1, 2, 3])]  # one token is left
+    assert list(by_beginning([])) == []
 
 
 def test_continuations_that_no_row_holds_are_divided(tiny_base, monkeypatch):

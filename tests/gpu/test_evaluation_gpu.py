@@ -4,18 +4,12 @@ import pytest
 import torch
 from helpers import CPU, VOCABULARY, make_policy
 
-from lowlevel.batch import beginnings
 from lowlevel.evaluation.continuations import likelihoods
 from lowlevel.model.placement import Placement
 
 GPU = Placement(torch.device("cuda"), "fp16")
 SINGLE = Placement(torch.device("cuda"), "fp32")
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-@pytest.fixture(autouse=True)
-def shared_beginnings(monkeypatch):
-    monkeypatch.setattr(beginnings, "DEVICES", ("cpu", "cuda"))
 
 
 def questions(count: int, shots: int = 0) -> list[tuple[list[int], list[int]]]:

@@ -9,11 +9,10 @@ import pytest
 import torch
 from small import CUDA, fill_lora_b, small_model, small_policy
 
-from lowlevel.batch import beginnings
 from lowlevel.batch.layout import build_batch
 from lowlevel.batch.segments import sft_segment
 from lowlevel.kernels.decoding import attend_reference, decode_attention
-from lowlevel.sampling import FastSampler, PlainSampler, Sampling
+from lowlevel.sampling import FastSampler, PlainSampler, Sampling, fast
 from lowlevel.sampling.cached_model import misfit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(autouse=True)
 def shared_beginnings(monkeypatch):
-    monkeypatch.setattr(beginnings, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(fast, "SHARING", ("cpu", "cuda"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
