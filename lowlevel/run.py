@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from lowlevel.checkpoints.checkpoint import saved
 from lowlevel.config.given import rows_of, source_of
@@ -71,17 +71,16 @@ class Run:
     @property
     def policy(self) -> Policy:
         """The model with the run's newest adapter for forward passes; kept until the run has a newer one."""
-        policy: Policy = self._of_newest(self.opened.policy)
-        return policy
+        return self._of_newest("policy", self.opened.policy)
 
-    def _of_newest(self, load: Callable[[Path | None], Any]) -> Any:
-        """What `load` makes of the newest adapter, kept until there is a newer one: the run may still train."""
+    def _of_newest(self, name: str, load: Callable[[Path | None], Result]) -> Result:
+        """What `load` makes of the newest adapter, kept by `name` until there is a newer one: the run may go on."""
         adapter = self.folder.newest_adapter(print)
-        key = load.__name__, adapter, adapter and adapter.stat().st_mtime_ns
+        key = name, adapter, adapter and adapter.stat().st_mtime_ns
         if key not in self._loaded:
-            self._loaded = {other: kept for other, kept in self._loaded.items() if other[0] != key[0]}
+            self._loaded = {other: kept for other, kept in self._loaded.items() if other[0] != name}
             self._loaded[key] = load(adapter)
-        return self._loaded[key]
+        return cast(Result, self._loaded[key])
 
     @_long
     def inspect(
@@ -140,19 +139,14 @@ class Run:
             max_new_tokens: longest reply.
             temperature: of the sampling with `seed`; 0 takes the likeliest token.
         """
-        from lowlevel.running.replies import generate_replies, question
+        from lowlevel.running.replies import generate_replies, load_for_replies, question
         from lowlevel.sampling import Sampling
 
         if not isinstance(prompt, str):
             raise ConfigError(f"prompt: got a {type(prompt).__name__}, expected a text")
-        sampler, tokenizer = self._of_newest(self._for_replies)
+        sampler, tokenizer = self._of_newest("replies", lambda own: load_for_replies(own or self.path, print))
         ids = tokenizer.encode_prompt(question(prompt, system))
         return generate_replies(sampler, tokenizer, [ids], Sampling(max_new_tokens, temperature, seed))[0].text
-
-    def _for_replies(self, adapter: Path | None) -> Any:
-        from lowlevel.running.replies import load_for_replies
-
-        return load_for_replies(adapter or self.path, print)
 
     def score(self, rows: Any, *, split: str = "test") -> list[dict[str, Any]]:
         """The rewards of a reward run for rows, one dict each; `pandas.DataFrame` makes a table of them.
@@ -161,17 +155,13 @@ class Run:
             rows: pairs ("prompt", "chosen", "rejected"), "prompt" and "completion", or "messages"; or a file's path.
             split: of a hub data set.
         """
-        from lowlevel.running.scoring import score_source
+        from lowlevel.running.scoring import load_reward_run, score_source
 
         source = source_of(rows)
         if source is None:
             raise ConfigError("score: no rows were given")
-        return [one.as_json() for one in score_source(self._of_newest(self._for_scores), source, split)]
-
-    def _for_scores(self, adapter: Path | None) -> Any:
-        from lowlevel.running.scoring import load_reward_run
-
-        return load_reward_run(self.path, print)
+        model = self._of_newest("scores", lambda _: load_reward_run(self.path, print))
+        return [one.as_json() for one in score_source(model, source, split)]
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Upload the result (adapter, tokenizer, model card) to the hub and return its address.
