@@ -76,11 +76,7 @@ def dpo(model: Model = None, data: Rows = None, *, adapter: Adapter = None, **se
 def kto(model: Model = None, data: Rows = None, *, adapter: Adapter = None, **settings: Any) -> Run:
     """Kahneman-Tversky Optimization (arXiv 2402.01306) on completions with a label, desirable or not.
 
-    Args:
-        model: as in `sft`.
-        data: as in `sft`; rows with "prompt", "completion" and "label", or pairs as in `dpo`, two rows each.
-        adapter: as in `dpo`.
-        **settings: see `train`.
+    Arguments as in `dpo`; the rows have "prompt", "completion" and "label", or are pairs, which give two such rows.
     """
     return train("kto", model=model, data=data, adapter=adapter, **settings)
 
@@ -238,8 +234,7 @@ def _reward_names(reward: Reward) -> list[str] | None:
     given = [reward] if isinstance(reward, Run | str) or callable(reward) else reward
     if not isinstance(given, Sequence) or not all(isinstance(one, Run | str) or callable(one) for one in given):
         raise ConfigError(f"reward: expected names or functions, got {quoted(repr(reward))}")
-    named = [str(one.path) if isinstance(one, Run) else one for one in given]
-    return [rewards.name_of(one) if callable(one) else one for one in named]
+    return [str(x.path) if isinstance(x, Run) else rewards.name_of(x) if callable(x) else x for x in given]
 
 
 def _section_of(key: str, method: str) -> str:
