@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -73,7 +74,8 @@ def sample_pairs(
         own = replace(sampling, seed=sampling.seed + number)
         for i, reply in enumerate(generate_replies(sampler, tokenizer, ids, own, samples=2 // len(runs))):
             replies[i * len(runs) // 2].append(reply)
-        del sampler  # the next one needs its memory
+        del sampler
+        gc.collect()  # the model is in reference cycles, and the next one needs its memory
     pairs, left_out = [], Counter[str]()
     for (where, messages), (first, second) in zip(prompts, replies, strict=True):
         if is_blank(first.text) or is_blank(second.text):

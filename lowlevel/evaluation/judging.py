@@ -7,6 +7,7 @@ Answers are written to a log before the next question's, and are not paid for ag
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import re
@@ -164,6 +165,8 @@ def conversations(
         prompts = [tokenizer.encode_prompt(chats[i]) for i in asked]
         for i, reply in zip(asked, generate_replies(sampler, tokenizer, prompts, sampling), strict=True):
             chats[i].append({"role": "assistant", "content": reply.text})
+    del sampler
+    gc.collect()  # the model is in reference cycles, and the next one needs its memory
     return chats
 
 

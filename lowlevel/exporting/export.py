@@ -112,7 +112,7 @@ def _write_adapter(result: Path, run: RunFolder, out: Path, console: Console) ->
         more = " (that of both adapters)" if result == run.stacked else ""
         raise ConfigError(f"--to vllm: rank {adapter.r}{more} is above {VLLM_RANKS[-1]}: merge it (lowlevel merge)")
     with new_folder(out) as target:
-        for file in result.iterdir():
+        for file in filter(Path.is_file, result.iterdir()):
             shutil.copyfile(file, target / file.name)
     model = run.read_config().model
     bits = " --quantization bitsandbytes" if model.load_in_4bit else ""

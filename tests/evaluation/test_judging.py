@@ -2,18 +2,22 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from weakref import ref
 
 import numpy as np
 import pytest
 import workspace
 from judge_server import judge_server
 
+from lowlevel.annotation import replies
 from lowlevel.errors import ConfigError, DataError
 from lowlevel.evaluation import judging
 from lowlevel.evaluation.endpoint import KEY, Endpoint, EndpointError
 from lowlevel.evaluation.judging import Question, judged_by_endpoint, judged_by_reward, question_of
 from lowlevel.evaluation.preference import Verdict, length_controlled, preferences
 from lowlevel.evaluation.rows import read_rows
+from lowlevel.running.replies import Reply, Sampling
 
 SECRET = "sk-" + "not-for-any-file"
 ASKED = [{"role": "user", "content": "hello"}]
@@ -209,3 +213,26 @@ def test_reward_run_as_judge(monkeypatch):
 def test_one_judge(dpo_run, tmp_path, flags):
     said = workspace.run("judge", dpo_run, dpo_run, "--prompts", tmp_path / "q", *flags.split())
     assert said.code == 2 and "give one judge: --endpoint with --model, or --reward" in said.err
+
+
+@pytest.mark.parametrize("module", [judging, replies])
+def test_a_model_is_gone_before_the_next_one_is_loaded(monkeypatch, module):
+    class Model:
+        def __init__(self) -> None:
+            self.itself = self  # models of torch are in cycles
+
+    made: list[ref] = []
+
+    def load(folder: Path, note: object) -> tuple[Model, SimpleNamespace]:
+        assert not any(one() for one in made)
+        made.append(ref(model := Model()))
+        return model, SimpleNamespace(encode_prompt=lambda chat: [1])
+
+    monkeypatch.setattr(module, "load_for_replies", load)
+    monkeypatch.setattr(module, "generate_replies", lambda *given, **more: [Reply(f"{len(made)}", 1, True)])
+    if module is replies:
+        replies.sample_pairs([Path("a"), Path("b")], [("q:1", ASKED)], Sampling(), print)
+    else:
+        chats = [judging.conversations(Path("a"), [Question(("hi",))], Sampling(), None) for _ in range(2)]
+        assert [chat[-1]["content"] for (chat,) in chats] == ["1", "2"]
+    assert len(made) == 2

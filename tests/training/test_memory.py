@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from weakref import ref
 
 import bitsandbytes as bnb
 import helpers
@@ -257,7 +258,9 @@ def test_no_batch_is_larger_than_the_largest_whatever_the_length(length, batch):
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), LoraConfig().target_modules])
 def test_what_is_dequantised_once_is_what_the_forecast_says(tiny_base, targets):
     policy = helpers.make_policy(tiny_base, quantised=True, targets=targets)
+    packed = ref(policy.lora_layers[0].base_layer.weight)
     dequantize_once(policy)
+    assert packed() is None  # at once: a command collects garbage rarely
     found = components(policy, build_optimizer(policy.flat.weights, TrainConfig()))
     base = load_model_config(ModelConfig(name=str(tiny_base)))
     shape = model_shape(base, AdapterSize(8, targets))
