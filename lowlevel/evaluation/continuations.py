@@ -6,7 +6,7 @@ values of that beginning, and only the positions that predict a continuation rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -61,10 +61,8 @@ def likelihoods(policy: Policy, requests: Sequence[Request], max_length: int) ->
     found: dict[int, Likelihood] = {}
     contexts = [context[-(max_length + 1 - len(continuation)) :] for context, continuation in requests]
     with scoring(policy) as policy:
-        groups: Iterable[tuple[int, Sequence[int]]] = [(0, range(len(contexts)))]
-        if policy.attention.kernel and short_positions(policy.causal_lm.config) is None:
-            groups = by_beginning(contexts)
-        for length, group in groups:
+        shares = policy.attention.kernel and short_positions(policy.causal_lm.config) is None
+        for length, group in by_beginning(contexts) if shares else [(0, [*range(len(contexts))])]:
             after = _after(policy, contexts[group[0]][: length + 1]) if length else policy
             own = [(contexts[i][length:], requests[i][1]) for i in group]
             for made in batches_of(after, own):

@@ -94,10 +94,8 @@ class FastSampler:
             return self.plain.sample(prompts, sampling, samples=samples, keys=keys, watch=watch)
         self.steps.begin(sampling, self._rows(len(prompts) * samples, self.slots), length)
         found: dict[int, Completion] = {}
-        groups: Iterable[tuple[int, list[int]]] = [(0, list(range(len(prompts))))]
-        if self.placement.device.type in SHARING:
-            groups = by_beginning(prompts)
-        for shared, group in groups:
+        shares = self.placement.device.type in SHARING
+        for shared, group in by_beginning(prompts) if shares else [(0, [*range(len(prompts))])]:
             waiting = deque(Wanted(i * samples + j, i, prompts[i], keys[i][j]) for i in group for j in range(samples))
             found |= self._sample(waiting, shared, sampling.max_new_tokens, watch)
         return [[found[i * samples + j] for j in range(samples)] for i in range(len(prompts))]

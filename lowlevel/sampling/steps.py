@@ -103,7 +103,7 @@ class Steps:
         except Exception as error:
             if self.mode == "eager":
                 raise
-            self.failure = first_cause(error)
+            self.failure = first_cause(error).with_traceback(None)  # which holds tensors and graph of the failed pass
             simpler = MODES[MODES.index(self.mode) - 1]
             reason = (str(self.failure).strip() or type(self.failure).__name__).splitlines()[0]
             self.note(f"sampling: {self.mode} failed ({reason[:200]}); continuing {simpler}")
