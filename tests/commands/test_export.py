@@ -95,6 +95,7 @@ def test_the_two_halves_of_a_head_take_turns():
 
 
 def test_vllm_gets_both_adapters_as_one_that_peft_loads(runs, tmp_path):
+    (runs / "dpo" / "stacked" / ".ipynb_checkpoints").mkdir()
     said = run("export", runs / "dpo", "--to", "vllm", "--out", tmp_path / "both")
     assert said.code == 0 and "--enable-lora --max-lora-rank 8 " in said.out, said.err
     settings = json.loads((tmp_path / "both" / "adapter_config.json").read_text())
