@@ -78,7 +78,7 @@ def dequantize_once(policy: Policy) -> None:
         plain.weight = nn.Parameter(weight.to(policy.placement.dtype), requires_grad=False)
         plain.bias = quantised.bias
         cast(Any, layer).base_layer = plain
-        quantised.weight.module = None  # a cycle in bitsandbytes 0.50: it would hold the 4-bit weight for long
+        cast(Any, quantised.weight).module = None  # a cycle of bitsandbytes 0.50 would hold the 4-bit weight
 
 
 def quantised_weights(policy: Policy) -> tuple[int, int]:

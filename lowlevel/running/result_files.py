@@ -64,7 +64,7 @@ def complete_result(
     *,
     merged_into: str | None = None,
 ) -> None:
-    """Add everything except the weights to a result folder. Raises CheckpointError.
+    """Add everything except the weights to a result folder.
 
     Args:
         target: has the weights, and for a merged model its generation_config.json.
