@@ -128,12 +128,11 @@ def batches_of(policy: Policy, requests: Sequence[Request]) -> Iterator[Scorable
             work.done += len(places)
 
 
-def _scores(policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+def _scores(policy: Policy, batch: PackedBatch) -> list[Tensor]:
     """Log-probability of each scored token and whether it is the likeliest, (N,) each, on the CPU."""
 
     def of(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = head_logits(states, policy.lm_head_weight)  # (chunk, V)
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1), logits.argmax(1) == targets
 
-    logps, greedy = by_chunks(of, policy.scored_hidden_states(batch), batch.scored_targets, size=CHUNK_SIZE)
-    return logps, greedy
+    return by_chunks(of, policy.scored_hidden_states(batch), batch.scored_targets, size=CHUNK_SIZE)

@@ -130,15 +130,14 @@ def _windows(ids: Sequence[int], width: int) -> Iterator[Request]:
         yield ids[first : first + 1], ids[first + 1 : first + 1 + width]
 
 
-def _loss_and_kl(policy: Policy, hidden: Tensor, base: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _loss_and_kl(policy: Policy, hidden: Tensor, base: Tensor, targets: Tensor) -> list[Tensor]:
     """-log p(target) and KL(base || stage) of each position, (N,) fp32 each, on the CPU; hidden states are (N, D)."""
 
     def of(own: Tensor, other: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor]:
         logps, base_logps = (head_logits(part, policy.lm_head_weight).log_softmax(1) for part in (own, other))
         return -logps.gather(1, chunk[:, None])[:, 0], (base_logps.exp() * (base_logps - logps)).sum(1)
 
-    losses, kls = by_chunks(of, hidden, base, targets, size=CHUNK_SIZE)
-    return losses, kls
+    return by_chunks(of, hidden, base, targets, size=CHUNK_SIZE)
 
 
 def summarise(texts: Sequence[Text], measured: Measured, stages: Sequence[str]) -> list[dict[str, Any]]:
