@@ -220,12 +220,13 @@ def _describe(problem: Mapping[str, Any], where: str) -> str:
         known = _known_keys(location[:-1])
         key = location[-1].replace("-", "_")
         key = OTHER_NAMES.get(key, key)
-        near = [key] if key in known else []
+        section = f"{location[0]}." if len(location) == 2 else ""
+        near = [section + key] if key in known else []
         method = location[0] if location[0] in METHODS else None
         if not near and len(location) <= 2:
             near = keys_named(key, method)
         hint = other_section(key, method) if method and not near else ""
-        near = near or difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        near = near or [section + one for one in difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)]
         hint = hint or (f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}")
         return f'{where}: unknown key "{name}"; {hint}'
     if problem["type"] == "missing":

@@ -93,12 +93,18 @@ def write_gguf_adapter(folder: Path, config: Any, target: Path) -> None:
     _finish(writer)
 
 
-def _writer(target: Path, config: Any) -> tuple[Any, Any]:
-    """A writer and its names of tensors. Raises ConfigError without the gguf package."""
+def package() -> Any:
+    """The gguf package. Raises ConfigError if it is missing."""
     try:
         import gguf
     except ImportError:
-        raise ConfigError('--to gguf and ollama need the gguf package: pip install "lowlevel[export]"') from None
+        raise ConfigError('GGUF needs the gguf package: pip install "lowlevel[export]"') from None
+    return gguf
+
+
+def _writer(target: Path, config: Any) -> tuple[Any, Any]:
+    """A writer and its names of tensors. Raises ConfigError without the gguf package."""
+    gguf = package()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     return gguf.GGUFWriter(target, "llama"), names
 

@@ -156,9 +156,9 @@ def find(name: str, built_in: Mapping[str, LossSpec]) -> LossSpec:
         return _imported(name)
     known = [*built_in, *OWN]
     nearest = difflib.get_close_matches({"sft": "nll"}.get(name, name.lower()), known, n=1, cutoff=0.5)  # sft: TRL's
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    hint = f"did you mean {nearest[0]!r}? `lowlevel losses` lists all" if nearest else f"known: {', '.join(known)}"
     custom = 'your own: import the module that registers it with @lowlevel.loss, or write "module:function"'
-    raise ValueError(f"unknown loss_type {name!r}: {hint}known: {', '.join(known)}; {custom}")
+    raise ValueError(f"unknown loss_type {name!r}: {hint}; {custom}")
 
 
 def _imported(name: str) -> LossSpec:

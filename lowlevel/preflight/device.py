@@ -71,7 +71,7 @@ def _adds_right() -> bool:
 
 
 def _cpu(warned: list[str]) -> Finding:
-    found = f"CPU, {torch.get_num_threads()} threads; no GPU is visible"
+    found = f"CPU, threads: {torch.get_num_threads()}; no GPU is visible"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if warned:
         reason = warned[0].strip().splitlines()[0]

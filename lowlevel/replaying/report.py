@@ -75,7 +75,7 @@ def print_replay(found: Replay, console: Console) -> None:
         numbers = ", ".join(f"{k} {v:.6g}" for k, v in found.record.items() if k in ("loss", "grad_norm"))
         console.print(f"  replayed: {numbers} (means since the log line before)", markup=False)
     notes = list(found.notes)
-    if found.moved:
+    if found.moved and not all(row.identical for row in found.rows):
         notes.append(f"{found.moved}: numbers may differ by {NUMBERS:.0%} and tensors by {TENSORS:.0%} of their norm")
     elif found.first_difference:
         notes.append(

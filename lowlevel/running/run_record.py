@@ -197,7 +197,7 @@ def next_commands(folder: RunFolder, config: RunConfig, step: int) -> list[str]:
     """Useful commands after a run, quoted for the shell."""
     run, given = shlex.quote(str(folder.path)), config.data.given
     reply = f'lowlevel generate {run} --prompt "Hello"'
-    look = [] if given else [f"lowlevel inspect {run} --step {step}"]
+    look = [] if given else [f"lowlevel inspect {run} --step {step} --html {run}/step-{step}.html"]
     if config.method == "reward":
         pairs = "pairs.jsonl" if given else shlex.quote(str(config.data.parts[0].source))
         return [f"lowlevel score {run} --data {pairs}", *look]

@@ -86,7 +86,7 @@ def test_such_a_run_with_its_own_loss_can_be_merged_and_the_commands_shown_work(
 
 @pytest.mark.parametrize(
     ("data", "shown"),
-    [("p.jsonl", ["lowlevel score r --data p.jsonl", "lowlevel inspect r --step 3"]),
+    [("p.jsonl", ["lowlevel score r --data p.jsonl", "lowlevel inspect r --step 3 --html r/step-3.html"]),
      ([{}], ["lowlevel score r --data pairs.jsonl"])],
 )  # fmt: skip
 def test_what_to_do_with_a_reward_run(data, shown):

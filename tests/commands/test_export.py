@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import helpers
@@ -32,6 +33,12 @@ def runs(tmp_path_factory):
     dpo = [*common, "--model.adapter", folder / "sft", "--train.output_dir", folder / "dpo"]
     assert run("dpo", *dpo).code == 0
     return folder
+
+
+def test_a_missing_gguf_package_is_said_before_the_merge(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    said = run("export", runs / "dpo", "--to", "ollama", "--out", tmp_path / "out")
+    assert said.code == 2 and "lowlevel[export]" in said.err and not said.out
 
 
 @pytest.mark.slow

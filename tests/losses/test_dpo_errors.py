@@ -102,6 +102,9 @@ def test_label_smoothing_with_sigmoid_points_to_cdpo() -> None:
 def test_an_unknown_loss_names_the_nearest(typo: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"unknown loss_type '{typo}': did you mean '{nearest}'") as caught:
         call(loss_type=typo)
+    assert "`lowlevel losses` lists all" in str(caught.value)
+    with pytest.raises(ValueError, match="known: ") as caught:
+        call(loss_type="zzz")
     assert all(name in str(caught.value) for name in LOSSES)
 
 

@@ -61,7 +61,7 @@ def test_a_gpu_that_computes_wrongly(gpu, monkeypatch):
 def test_this_cpu(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     answer = device.device()
-    assert answer.verdict == "note" and answer.found.startswith("CPU, 1 threads")
+    assert answer.verdict == "note" and answer.found.startswith("CPU, threads: 1;")
     assert device.precision().found.startswith("fp32 (")
     assert "sdpa with an explicit mask" in device.attention().found
     assert device.execution().found.startswith("eager: ")
