@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from lowlevel.data.tokenizer import load_chat_tokenizer
 from lowlevel.durable import check_new, new_folder
 from lowlevel.errors import ConfigError
-from lowlevel.exporting.gguf_model import check_model, package, tokenizer_fields, write_gguf, write_gguf_adapter
+from lowlevel.exporting.gguf_model import check_model, tokenizer_fields, write_gguf, write_gguf_adapter
 from lowlevel.exporting.ollama import modelfile
 from lowlevel.heartbeat import working
 from lowlevel.model.adapters import read_adapter_config
@@ -73,7 +73,6 @@ def _result(source: Path, run: RunFolder | None) -> Path:
 
 def _check_first(result: Path, run: RunFolder | None, to: str) -> None:
     """Raise ConfigError for what cannot be written, before weights are loaded or merged."""
-    package()
     config = load_model_config(run.read_config().model) if run else AutoConfig.from_pretrained(result)
     check_model(config)
     tokenizer = load_chat_tokenizer(str(result), None, None)

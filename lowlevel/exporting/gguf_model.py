@@ -8,6 +8,7 @@ folder.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,12 +43,8 @@ F16 = 1  # general.file_type: matrices in fp16, norms in fp32
 
 
 def write_gguf(folder: Path, target: Path) -> None:
-    """Write the model and tokenizer of a Hugging Face folder.
-
-    Raises ConfigError: the `gguf` package is missing, or the model or tokenizer is of another kind.
-    """
+    """Write the model and tokenizer of a Hugging Face folder that `check_model` and `tokenizer_fields` accept."""
     config = AutoConfig.from_pretrained(folder)
-    check_model(config)
     words = tokenizer_fields(load_chat_tokenizer(str(folder), None, None), config.vocab_size)
     writer, names = _writer(target, config)
     writer.add_name(folder.resolve().name)
@@ -93,18 +90,10 @@ def write_gguf_adapter(folder: Path, config: Any, target: Path) -> None:
     _finish(writer)
 
 
-def package() -> Any:
-    """The gguf package. Raises ConfigError if it is missing."""
-    try:
-        import gguf
-    except ImportError:
-        raise ConfigError('GGUF needs the gguf package: pip install "lowlevel[export]"') from None
-    return gguf
-
-
 def _writer(target: Path, config: Any) -> tuple[Any, Any]:
-    """A writer and its names of tensors. Raises ConfigError without the gguf package."""
-    gguf = package()
+    """A writer and its names of tensors."""
+    import gguf
+
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     return gguf.GGUFWriter(target, "llama"), names
 
@@ -117,7 +106,7 @@ def _finish(writer: Any) -> None:
 
 
 def check_model(config: Any) -> None:
-    """Raise ConfigError for a model that this file does not write."""
+    """Raise ConfigError for a model that this file does not write, or without the gguf package."""
     kind = f"--to gguf: a {config.model_type} model"
     if config.model_type not in MODELS:
         raise ConfigError(f"{kind} is not written here, only {' and '.join(MODELS)}; {HINT}")
@@ -126,6 +115,8 @@ def check_model(config: Any) -> None:
     if scaling != "default" or biased:
         what = "biases" if biased else f"positions scaled by {scaling!r}"
         raise ConfigError(f"{kind} with {what} is not written here; {HINT}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError('GGUF needs the gguf package: pip install "lowlevel[export]"')
 
 
 def tensors(folder: Path, config: Any) -> Iterator[tuple[str, np.ndarray]]:
