@@ -11,7 +11,7 @@ from workspace import metrics, run
 from lowlevel.checkpoints import checkpoint
 from lowlevel.replaying.compare import number_rows, same_bits, tensors_row
 from lowlevel.replaying.replay import replay_run
-from lowlevel.replaying.report import ReplayDiffersError
+from lowlevel.replaying.report import Replay, ReplayDiffersError
 from lowlevel.running.reopening import reopen
 from lowlevel.running.run_folder import run_lock
 
@@ -261,3 +261,11 @@ def test_the_tolerances():
     assert same_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan]))
     missing = tensors_row(1, "w", {"a": ones["a"]}, ones, exact=False)
     assert not missing.good and missing.quantity == "w: codes"
+
+
+@pytest.mark.parametrize("difference", [0.0, 1e-9])
+def test_why_numbers_may_differ_is_said_where_one_does(difference):
+    rows = number_rows(3, {"loss": 0.5, "epoch": 1.0}, {"loss": 0.5 + difference, "epoch": 1.0}, exact=False)
+    assert ("other threads: numbers may differ" in repr(Replay(3, "the start", "other threads", rows))) == (
+        difference > 0
+    )
