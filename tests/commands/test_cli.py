@@ -250,7 +250,10 @@ def test_configuration(cli, space, tmp_path):
     refused(cli("sft", tmp_path / "none.toml"), 2, "none.toml: no such run file")
     refused(cli("sft", config, "--model.name", "./no/model"), 2, "'./no/model': no such folder")
     refused(
-        cli("sft", config, "--train.learning_rat", "1e-4"), 2, 'unknown key "train.learning_rat"', '"learning_rate"'
+        cli("sft", config, "--train.learning_rat", "1e-4"),
+        2,
+        'unknown key "train.learning_rat"',
+        '"train.learning_rate"',
     )
     refused(cli("sft", config, "--trian.seed", 1), 2, 'unknown key "trian"; did you mean "train"?')
     refused(cli("sft", config, "--train.learning_rate", "abc"), 2, "train.learning_rate: expected a number, got 'abc'")

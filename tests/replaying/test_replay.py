@@ -266,6 +266,5 @@ def test_the_tolerances():
 @pytest.mark.parametrize("difference", [0.0, 1e-9])
 def test_why_numbers_may_differ_is_said_where_one_does(difference):
     rows = number_rows(3, {"loss": 0.5, "epoch": 1.0}, {"loss": 0.5 + difference, "epoch": 1.0}, exact=False)
-    assert ("other threads: numbers may differ" in repr(Replay(3, "the start", "other threads", rows))) == (
-        difference > 0
-    )
+    shown = repr(Replay(3, "the start", "other threads", rows))
+    assert ("other threads: numbers may differ" in shown) == (difference > 0)
