@@ -9,7 +9,7 @@ import pytest
         ("stf --train.max_steps 3", 'unknown command "stf"; did you mean "sft"?'),
         ("--modle.name x", "no command before --modle.name; lowlevel --help lists the commands"),
         ("sft --modle.name x", 'flags: unknown key "modle"; did you mean "model"?'),
-        ("sft --train.learning-rate 1", 'unknown key "train.learning-rate"; did you mean "train.learning_rate"?'),
+        ("sft --lora.lora-alpha 1", 'flags: unknown key "lora.lora-alpha"; did you mean "lora.lora_alpha"?'),
         ("sft --learning_rate 1e-4", "unknown argument '--learning_rate'; did you mean --train.learning_rate?"),
         ("sft --lr=1", "unknown argument '--lr=1'; did you mean --train.learning_rate?"),
         ("sft --loss-type x", "unknown argument '--loss-type'; did you mean --sft.loss_type?"),
