@@ -22,7 +22,7 @@ from lowlevel.config.schema import RunConfig
 from lowlevel.data.examples import PreferenceExample
 from lowlevel.execution import MODES, Eager, Graphed, WithFallback, signature_of
 from lowlevel.hashing import key32
-from lowlevel.kernels.attention import list_keys, span_attention
+from lowlevel.kernels.attention import _by_query, list_keys, span_attention
 from lowlevel.loop import evaluate_examples
 from lowlevel.losses import LOSSES
 from lowlevel.methods.choice import build_method
@@ -387,3 +387,11 @@ def test_a_graph_is_let_go_before_one_too_many_is_captured(monkeypatch):
         assert graphs.run(batch, 1.0, key32(1, 0)) == {"loss": number}
     assert alive == [1, 2, 3, 3, 3]  # 0 is used between, so it is never the oldest
     assert list(graphs.captured) == [3, 0, 4]
+
+
+def test_the_logsumexp_of_a_query_is_found_in_its_span():
+    """The efficient kernel's, (G, H, longest): the reading of beginnings runs it on GPUs alone."""
+    queries = torch.tensor([0, 2, 2, 5], dtype=torch.int32)  # the second span is empty
+    of_spans = torch.arange(3 * 2 * 4.0).view(3, 2, 4)
+    wanted = [of_spans[span, :, place] for span, place in ((0, 0), (0, 1), (2, 0), (2, 1), (2, 2))]
+    assert torch.equal(_by_query(of_spans, queries, 5, "efficient"), torch.stack(wanted))
