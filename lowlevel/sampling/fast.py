@@ -79,6 +79,7 @@ class FastSampler:
         self.slots = slots or SLOTS[placement.device.type]
         self._seats: list[Wanted | None] = []  # by slot
         self._held: list[int | None] = []  # the prompt whose keys and values are in the slot
+        self._told = 0  # tokens of the longest prompt of which a note was made
         self._shared = 0  # tokens that all prompts begin with, whose keys and values are in every slot
 
     def sample(
@@ -87,7 +88,8 @@ class FastSampler:
         """See Sampler."""
         keys = keys or completion_keys(sampling.seed, len(prompts), samples)
         length = (longest := max(map(len, prompts), default=0)) + sampling.max_new_tokens
-        if longest > (positions := size_of(self.model.base.config, "max_position_embeddings")):
+        if longest > max(self._told, positions := size_of(self.model.base.config, "max_position_embeddings")):
+            self._told = longest
             self.note(f"sampling: a prompt of {longest:,} tokens is longer than the base's {positions:,} positions")
         if self.longest is not None and length > self.longest:
             self.note(f"sampling: {length:,} tokens exceed the base's window of {self.longest:,}: by {PLAIN}")
