@@ -267,7 +267,9 @@ def test_a_real_sigterm_saves_and_the_run_goes_on(outcome, workspace):
     newest = checkpoints(before)[0]
     step = int(newest.name.removeprefix("step-"))
     assert 2 <= step < CASES[0].steps and verify(newest)["state"]["step"] == step
-    assert process.stderr.startswith(f"stopped at step {step} of {CASES[0].steps} and saved")
+    said = process.stderr.strip().splitlines()
+    assert said[0] == "stopping when this step is saved; a second signal ends the process at once"
+    assert said[1].startswith(f"stopped at step {step} of {CASES[0].steps} and saved")
     assert not [path for path in before.iterdir() if path.name.startswith(".")]
     printed, _ = in_another_process(outcome["folder"], [{"config": str(config), "resume": True}])
     assert f"resumed from step-{step:08d}" in printed["killed"]
