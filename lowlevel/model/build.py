@@ -87,8 +87,7 @@ def build_policy(
     if value_head:
         model.get_base_model().value = _new_head(base, placement.device, None)
     layers = _prepared_layers(model, placement.dtype, fresh=init_from is None)
-    state = DropoutState()
-    place_dropout(layers, lora.lora_dropout, state, placement.device)
+    place_dropout(layers, lora.lora_dropout, state := DropoutState(), placement.device)
     trained = {name: p for name, p in model.named_parameters() if f".{TRAINED}." in name or name in (SCORE, VALUE)}
     flat = flatten(trained, lora.loraplus_lr_ratio)
     model.eval()  # no dropout or router noise in the base; the adapter's dropout only depends on its state
